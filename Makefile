@@ -1,0 +1,28 @@
+# Every target sets up what it needs first; see scripts/setup.sh.
+PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
+
+.PHONY: help setup demo test test-all lint
+
+help:
+	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
+	@echo "make test      lint, types and the fast tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make lint      lint and types only"
+	@echo "make setup     system packages, virtual environment, Python packages"
+
+setup:
+	@bash scripts/setup.sh
+
+demo: setup
+	@bash scripts/demo.sh
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test: lint
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: lint
+	$(PYTHON) -m pytest

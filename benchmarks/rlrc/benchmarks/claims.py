@@ -1,0 +1,191 @@
+"""Does one artifact hold all the claims at once? Memory, latency and success against the dense parent, each PASS or
+FAIL."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rlrc.artifact import Manifest, TowerSpec
+from rlrc.benchmarks.latency import Trials
+from rlrc.benchmarks.results import Named, facts, sizes
+from rlrc.benchmarks.stats import difference_limit, paired_difference_limit, ratio_interval
+from rlrc.benchmarks.success import compare, same_scenes
+from rlrc.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    memory_ratio: float
+    latency_ratio: float
+    success_margin: float
+    success_episodes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim. ``limit`` is the end of the interval that has to reach the threshold, None without estimation."""
+
+    claim: str
+    verdict: str  # PASS, FAIL or NOT MEASURED
+    value: float | None
+    limit: float | None
+    threshold: float
+    reason: str
+
+
+def thresholds(path: Path | None = None) -> Thresholds:
+    """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
+    where = str(path or "claims.toml")
+    try:
+        text = (path or files("rlrc.benchmarks") / "claims.toml").read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+        flat = {f"{section}_{key}": value for section, entries in table.items() for key, value in entries.items()}
+    except OSError as error:
+        raise UserError(
+            f"expected thresholds in {where}, found that it cannot be read ({error.strerror}); check --thresholds"
+        ) from None
+    except (tomllib.TOMLDecodeError, AttributeError) as error:
+        raise UserError(
+            f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims.toml"
+        ) from None
+    expected = [field.name for field in fields(Thresholds)]
+    numbers = [value for value in flat.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if sorted(flat) != sorted(expected) or len(numbers) != len(expected):
+        raise UserError(
+            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with rlrc/benchmarks/claims.toml"
+        )
+    return Thresholds(**flat)
+
+
+def figure(check: Check, number: float | None) -> str:
+    """A ratio, or a signed difference of success rates."""
+    if number is None:
+        return "\u2013"
+    return f"{number:+.3f}" if check.claim == "success" else f"{number:.2f}x"
+
+
+def check_comparable(compressed: Manifest, baseline: Manifest) -> None:
+    """Raises UserError unless both see the same cameras and state and answer with the same kind of chunk."""
+    ours, theirs = compressed.policy, baseline.policy
+    for what, a, b in (
+        ("cameras", ours.cameras, theirs.cameras),
+        ("state", ours.state and ours.state.names, theirs.state and theirs.state.names),
+        ("horizon", ours.action.horizon, theirs.action.horizon),
+        ("action dimensions", ours.action.names, theirs.action.names),
+    ):
+        if a != b:
+            raise UserError(
+                f"expected the baseline's {what} ({b}), found {a}; compare a policy with its own dense parent"
+            )
+
+
+def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> Check:
+    ours, theirs = sizes(compressed), sizes(baseline)
+    ratio = theirs["bytes"] / ours["bytes"]
+    reason = " against ".join(f"{one['bytes'] / 1e6:.2f} MB ({one['counting']})" for one in (theirs, ours))
+    return Check("memory", _verdict(ratio >= limits.memory_ratio), ratio, None, limits.memory_ratio, reason)
+
+
+def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> Check:
+    """``limit`` is the lower end of the two-sided 95 % interval of the ratio of medians."""
+    ratio = ratio_interval(baseline.rounds(), compressed.rounds())
+    reason = f"{len(compressed.total)} interleaved trials each"
+    if not (compressed.stable and baseline.stable):
+        reason += ", warm-up never became stable"
+    return Check(
+        "latency", _verdict(ratio.low >= limits.latency_ratio), ratio.value, ratio.low, limits.latency_ratio, reason
+    )
+
+
+def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, limits: Thresholds) -> Check:
+    """From two rows of success results; ``limit`` is the one-sided 95 % lower limit of the difference.
+
+    Scene by scene (Tango) where both rows hold outcomes of the same scenes, else as independent samples.
+    """
+    if compressed is None or baseline is None:
+        advice = "pass --success FILE.json or --episodes-per-task"
+        return Check("success", "NOT MEASURED", None, None, -limits.success_margin, advice)
+    counts = [round(row["success"] * row["episodes"]) for row in (compressed, baseline)]
+    episodes = [row["episodes"] for row in (compressed, baseline)]
+    difference = counts[0] / episodes[0] - counts[1] / episodes[1]
+    if same_scenes(compressed, baseline):
+        pair = compare(compressed, baseline)
+        limit, how = (
+            paired_difference_limit(pair["only"], pair["only_baseline"], pair["pairs"]),
+            "the same scenes, paired",
+        )
+    else:
+        limit, how = difference_limit(counts[0], episodes[0], counts[1], episodes[1]), "independent scenes"
+    reason = f"{counts[0]}/{episodes[0]} against {counts[1]}/{episodes[1]}, {how}"
+    enough = min(episodes) >= limits.success_episodes
+    if not enough:
+        reason += f"; {limits.success_episodes} episodes of each are needed"
+    holds = enough and limit > -limits.success_margin
+    return Check("success", _verdict(holds), difference, limit, -limits.success_margin, reason)
+
+
+def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:
+    """The row that was measured on exactly this artifact, whatever it was called."""
+    for result in results:
+        for row in result["rows"]:
+            if row.get("digest") == named.artifact.digest and row.get("success") is not None:
+                return {**row, "name": named.name}
+    return None
+
+
+def operating_point(compressed: Named, baseline: Named, threads: int, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the verdict holds for, and holds for only."""
+    ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
+    quantization = ours.quantization
+    return {
+        "compressed": facts(compressed),
+        "baseline": facts(baseline),
+        "pruned": pruned(ours.towers["decoder"], theirs.towers["decoder"])
+        | {"whole_policy": _cut(ours.parameters, theirs.parameters)},
+        "stages": [entry.stage for entry in ours.history],
+        "prune": [entry.config for entry in ours.history if entry.stage == "prune"],
+        "quantization": quantization
+        and {
+            "grid": quantization.grid,
+            "group": quantization.group,
+            "tensors": {str(bits): count for bits, count in Counter(quantization.tensors.values()).items()},
+        },
+        "threads": threads,
+        "versions": dict(versions),
+    }
+
+
+def pruned(ours: TowerSpec, theirs: TowerSpec) -> dict[str, float]:
+    """Share cut of the intermediate blocks' heads and channels, and of the weights of the language model's blocks."""
+    inner, inner0 = ours.layers[1:-1], theirs.layers[1:-1]
+    return {
+        "intermediate_heads": _cut(sum(layer.heads for layer in inner), sum(layer.heads for layer in inner0)),
+        "intermediate_channels": _cut(sum(layer.mlp for layer in inner), sum(layer.mlp for layer in inner0)),
+        "language_model": _cut(_weights(ours), _weights(theirs)),
+    }
+
+
+def _weights(tower: TowerSpec) -> int:
+    """Weights of the blocks: q and o, k and v, and the three matrices of a gated MLP."""
+    return sum(
+        tower.width * (2 * layer.head_dim * (layer.heads + layer.kv_heads) + 3 * layer.mlp) for layer in tower.layers
+    )
+
+
+def _cut(ours: int, theirs: int) -> float:
+    return round(1 - ours / theirs, 4) if theirs else 0.0
+
+
+def _verdict(holds: bool) -> str:
+    return "PASS" if holds else "FAIL"

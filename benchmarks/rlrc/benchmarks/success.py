@@ -1,0 +1,249 @@
+"""How often a policy achieves its tasks: closed-loop episodes on the simulator, with the torch-free runtime.
+
+Every policy sees the same scenes (the same seeds of the evaluation range), so that two can be compared scene by scene.
+Episodes that have been played are kept in a file beside the output until all are done: an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlrc.benchmarks.results import Named
+from rlrc.benchmarks.stats import mcnemar, paired_difference_limit, wilson
+from rlrc.benchmarks.workers import in_workers
+from rlrc.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc.envs.metaworld import MetaWorldEnv
+    from rlrc.runtime.policy import LocalPolicy, Policy
+
+EPISODES_A_JOB = 5  # short jobs keep all workers busy to the end; a task's simulator is kept between them
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is played: ``per_task`` episodes of every task from seed ``first_seed`` on, at most ``horizon`` steps."""
+
+    tasks: tuple[str, ...]
+    per_task: int
+    first_seed: int
+    horizon: int
+
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.per_task)
+
+
+@dataclass(frozen=True)
+class Episode:
+    task: str
+    seed: int
+    success: bool
+    steps: int
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    path: Path
+    threads: int
+    task: str
+    seeds: tuple[int, ...]
+    horizon: int
+
+
+def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = None) -> Scenes:
+    """Scenes of the evaluation range; no tasks means all. Raises UserError for an unknown task or too many episodes."""
+    from rlrc.envs.metaworld import HORIZON, PREFIX, TASKS, find_task
+    from rlrc.envs.seeds import EVALUATION
+
+    if not 1 <= per_task <= len(EVALUATION):
+        raise UserError(
+            f"expected 1 to {len(EVALUATION)} episodes a task, found {per_task}; change --episodes-per-task"
+        )
+    names = tuple(dict.fromkeys(find_task(name.removeprefix(PREFIX)).name for name in tasks)) or tuple(TASKS)
+    return Scenes(names, per_task, EVALUATION.start, HORIZON if horizon is None else horizon)
+
+
+def play(
+    policy: Policy, environment: MetaWorldEnv, seed: int, horizon: int, watch: Callable[[Any], None] = lambda _: None
+) -> Episode:
+    """One episode; every chunk is executed to its end. ``watch`` gets each observation the policy saw, and the last."""
+    observation, _ = environment.reset(seed=seed)
+    policy.reset()
+    success, steps = False, 0
+    while not success and steps < horizon:
+        watch(observation)
+        for action in policy.infer(observation)["actions"][: horizon - steps]:
+            success, steps = environment.advance(action), steps + 1
+            if success:
+                break
+        observation = environment.observe()
+    watch(observation)
+    return Episode(environment.task.name, seed, success, steps)
+
+
+def measure(
+    artifacts: Sequence[Named],
+    scenes: Scenes,
+    workers: int = 2,
+    threads: int = 1,
+    partial: Path | None = None,
+    tick: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[Episode]]:
+    """Name -> its episodes. Those found in the file ``partial`` are not played again; ``tick`` gets how many came."""
+    key = {
+        "scenes": asdict(scenes) | {"tasks": list(scenes.tasks)},
+        "artifacts": {named.name: named.artifact.digest for named in artifacts},
+    }
+    with _Partial(partial, key) as kept:
+        tick(len(kept.episodes))
+        jobs = [job for named in artifacts for job in _jobs(named, scenes, threads, kept.episodes)]
+        for job, episodes in in_workers(_play_job, jobs, workers):
+            for episode in episodes:
+                kept.add(job.name, episode)
+            tick(len(episodes))
+    return {
+        named.name: [kept.episodes[named.name, task, seed] for task in scenes.tasks for seed in scenes.seeds()]
+        for named in artifacts
+    }
+
+
+def _jobs(named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], Episode]) -> Iterator[Job]:
+    for task in scenes.tasks:
+        left = [seed for seed in scenes.seeds() if (named.name, task, seed) not in played]
+        for i in range(0, len(left), EPISODES_A_JOB):
+            yield Job(
+                named.name, named.artifact.path, threads, task, tuple(left[i : i + EPISODES_A_JOB]), scenes.horizon
+            )
+
+
+@lru_cache(maxsize=1)
+def _policy(path: Path, threads: int) -> LocalPolicy:
+    from rlrc.runtime.policy import LocalPolicy
+
+    return LocalPolicy.load(path, threads=threads)
+
+
+@lru_cache(maxsize=1)
+def _environment(task: str, size: int) -> MetaWorldEnv:
+    from rlrc.envs.metaworld import make
+
+    return make(task, size)
+
+
+def _play_job(job: Job) -> list[Episode]:
+    policy = _policy(job.path, job.threads)
+    environment = _environment(job.task, policy.spec.cameras[0].height)
+    return [play(policy, environment, seed, job.horizon) for seed in job.seeds]
+
+
+class _Partial:
+    """Episodes on disk, one a line, under a line that says what they belong to. Without a path: in memory only."""
+
+    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
+        self.path, self.key = path, key
+        self.episodes: dict[tuple[str, str, int], Episode] = {}
+
+    def __enter__(self) -> _Partial:
+        if self.path is None:
+            return self
+        if self.path.exists():
+            self._read()
+        # Written anew: a line that a killed run left half written goes.
+        lines = [json.dumps(self.key), *(self._line(name, episode) for (name, _, _), episode in self.episodes.items())]
+        self.path.write_text("\n".join(lines) + "\n")
+        self._stream = self.path.open("a")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.path is not None:
+            self._stream.close()
+
+    def add(self, name: str, episode: Episode) -> None:
+        self.episodes[name, episode.task, episode.seed] = episode
+        if self.path is not None:
+            self._stream.write(self._line(name, episode) + "\n")
+            self._stream.flush()
+
+    @staticmethod
+    def _line(name: str, episode: Episode) -> str:
+        return json.dumps([name, asdict(episode)])
+
+    def _read(self) -> None:
+        assert self.path is not None
+        first, *lines = self.path.read_text().split("\n")
+        if first != json.dumps(self.key):
+            raise UserError(
+                f"expected {self.path} to hold episodes of these artifacts and scenes, found another run's; "
+                "finish that run, delete the file, or choose another --out"
+            )
+        for line in lines[:-1]:  # what follows the last line break is empty, or half a line
+            name, episode = json.loads(line)
+            played = Episode(**episode)
+            self.episodes[name, played.task, played.seed] = played
+
+
+def row(episodes: Sequence[Episode], scenes: Scenes, hard: Collection[str]) -> dict[str, Any]:
+    """The measured part of a table row: all tasks, the ``hard`` ones apart, each task; Wilson intervals at 95 %.
+
+    ``outcomes`` holds a 1 or 0 for every scene of a task, in the order of the seeds; ``steps`` is the mean of the
+    successes.
+    """
+    by_task: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        by_task.setdefault(episode.task, []).append(episode)
+    return {
+        **_rate(episodes),
+        "hard": _rate([episode for episode in episodes if episode.task in hard]),
+        "per_task": {task: _rate(played) for task, played in by_task.items()},
+        "scenes": {"first_seed": scenes.first_seed, "horizon": scenes.horizon},
+        "outcomes": {
+            task: "".join(str(int(episode.success)) for episode in played) for task, played in by_task.items()
+        },
+    }
+
+
+def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
+    steps = [episode.steps for episode in episodes if episode.success]
+    if not episodes:
+        return {"success": None, "episodes": 0, "interval": [0.0, 1.0], "steps": None}
+    return {
+        "success": round(len(steps) / len(episodes), 6),
+        "episodes": len(episodes),
+        "interval": [round(limit, 6) for limit in wilson(len(steps), len(episodes))],
+        "steps": round(sum(steps) / len(steps), 1) if steps else None,
+    }
+
+
+def same_scenes(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
+    """Whether both rows tell the outcome of every scene, and of the same ones."""
+    if not all("outcomes" in one and "scenes" in one for one in (row, baseline)):
+        return False
+    counts = [{task: len(scenes) for task, scenes in one["outcomes"].items()} for one in (row, baseline)]
+    return row["scenes"] == baseline["scenes"] and counts[0] == counts[1]
+
+
+def compare(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """Scene by scene. Raises UserError unless both rows hold outcomes of the same scenes."""
+    if not same_scenes(row, baseline):
+        raise UserError(
+            f"expected the same scenes for {row['name']} and {baseline['name']}, found others; measure both in one run"
+        )
+    ours, theirs = row["outcomes"], baseline["outcomes"]
+    pairs = [(a, b) for task in ours for a, b in zip(ours[task], theirs[task], strict=True)]
+    only, only0 = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    return {
+        "name": row["name"],
+        "baseline": baseline["name"],
+        "pairs": len(pairs),
+        "only": only,
+        "only_baseline": only0,
+        "difference": round((only - only0) / len(pairs), 6),
+        "lower_limit": round(paired_difference_limit(only, only0, len(pairs)), 6),
+        "mcnemar_p": round(mcnemar(only, only0), 6),
+    }

@@ -1,0 +1,1 @@
+"""From a checkpoint to a small artifact: prune, recover, quantize. Needs torch."""

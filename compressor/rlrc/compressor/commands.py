@@ -1,0 +1,140 @@
+"""Commands of the compressor: new, prune, sft, rl, quantize, compress."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
+from rlrc.artifact import Manifest
+from rlrc.compressor import recipe as recipes
+from rlrc.compressor import stages
+from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.quantize import QuantizeConfig
+from rlrc.compressor.sft import SFTConfig
+from rlrc.compressor.stages import Options
+from rlrc.errors import UserError
+
+
+def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None:
+    entry = manifest.history[-1]
+    summary = {
+        "artifact": str(out),
+        "stage": entry.stage,
+        "parameters": manifest.parameters,
+        "cpu_minutes": entry.cpu_minutes,
+    }
+    summary |= {"success_before": entry.before.get("success"), "success_after": entry.after.get("success")}
+    if as_json:
+        print(json.dumps(summary | {"before": entry.before, "after": entry.after}))
+        return
+    console = Console()
+    shown = {key: value for key, value in summary.items() if value is not None}
+    console.print(
+        "  ".join(
+            f"[bold]{key}[/bold] {value:,}" if isinstance(value, int) else f"[bold]{key}[/bold] {value}"
+            for key, value in shown.items()
+        )
+    )
+    console.print(f"next: {following}")
+
+
+@dataclass(frozen=True)
+class New:
+    """Make the reference policy with random weights."""
+
+    out: Positional[Path]
+    """artifact to write"""
+    seed: int = 0
+
+    def run(self) -> None:
+        stages.new(self.out, self.seed)
+        Console().print(f"next: rlrc sft {self.out} OUT --recipe reference")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    source: Positional[Path]
+    """artifact to start from"""
+    out: Positional[Path]
+    """artifact to write; must not exist"""
+    recipe: str | None = None
+    """take this stage's settings from a recipe (a TOML file, or: reference, compress, demo) instead of from flags"""
+    options: OmitArgPrefixes[Options] = field(default_factory=Options)
+    json: bool = False
+    """print the result as JSON"""
+
+    def _run(self, stage: str, config: Any, following: str) -> None:
+        if self.recipe is not None:
+            if config != type(config)():
+                raise UserError(
+                    f"expected the settings of {stage} from the recipe or from flags, found both; edit the recipe"
+                )
+            config = recipes.section(self.recipe, stage)
+        manifest = stages.RUNNERS[stage](self.source, self.out, config, self.options)
+        report(self.out, manifest, self.json, following.format(out=self.out))
+
+
+@dataclass(frozen=True)
+class SFT(_Stage):
+    """Supervised fine-tuning on expert demonstrations, optionally with DAgger."""
+
+    config: OmitArgPrefixes[SFTConfig] = field(default_factory=SFTConfig)
+
+    def run(self) -> None:
+        self._run("sft", self.config, "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already")
+
+
+@dataclass(frozen=True)
+class Prune(_Stage):
+    """Cut whole heads and MLP channels of the decoder's intermediate blocks."""
+
+    config: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
+
+    def run(self) -> None:
+        self._run("prune", self.config, "rlrc sft {out} OUT --recipe compress")
+
+
+@dataclass(frozen=True)
+class RL(_Stage):
+    """Reinforcement learning (PPO) on the policy's own episodes."""
+
+    config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+
+    def run(self) -> None:
+        self._run("rl", self.config, "rlrc quantize {out} OUT")
+
+
+@dataclass(frozen=True)
+class Quantize(_Stage):
+    """Round the weights to int4, groups of 32."""
+
+    config: OmitArgPrefixes[QuantizeConfig] = field(default_factory=QuantizeConfig)
+
+    def run(self) -> None:
+        self._run("quantize", self.config, "rlrc export {out} OUT")
+
+
+@dataclass(frozen=True)
+class Compress:
+    """All stages of a recipe, then the export. Finished stages are kept beside OUT and skipped by a later call."""
+
+    source: Positional[Path]
+    """trained dense artifact"""
+    out: Positional[Path]
+    """artifact to write, ready for rlrc run"""
+    recipe: str = "compress"
+    """a TOML file, or the name of a built-in recipe"""
+    options: OmitArgPrefixes[Options] = field(default_factory=Options)
+
+    def run(self) -> None:
+        stages.compress(self.source, self.out, recipes.load(self.recipe), self.options)
+        Console().print(
+            f"next: rlrc run {self.out} --env metaworld:drawer-open-v3 --hz 20, "
+            f"or rlrc bench claims {self.out} --baseline ..."
+        )

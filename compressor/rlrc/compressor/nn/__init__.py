@@ -1,0 +1,1 @@
+"""Native modules with explicit per-layer geometry, which express every family."""

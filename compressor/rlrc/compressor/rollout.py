@@ -1,0 +1,268 @@
+"""Vectorised episodes: many environments a process, one batched inference for all of them, several processes.
+
+The same loop drives evaluation (argmax), PPO's rollouts (sampled, with log-probabilities), demonstrations (expert with
+noise) and DAgger (the policy drives, the expert labels), so that all of them see the same observations and play the
+same chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rlrc.artifact import Manifest
+from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.envs.experts import expert, relabel
+from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv
+from rlrc.runtime.preprocess import Tokenizer, bin_centers, normalise, pictures, unnormalise
+
+SLOTS = 20  # environments that run side by side in a process: what one batched inference serves
+TIMEOUT = 600.0  # seconds after which a worker is taken for dead
+
+
+@dataclass(frozen=True)
+class Request:
+    """One episode to run. The expert takes over from the policy at decision ``handover`` (0: it drives all along)."""
+
+    task: str
+    seed: int
+    handover: int | None = None
+    noise: float = 0.0  # standard deviation of the noise on the expert's actions, half of it held over a chunk
+
+
+@dataclass(frozen=True)
+class Mode:
+    sample: bool = False  # draw tokens; otherwise the most likely ones
+    temperature: float = 1.0
+    correlation: float = 0.0  # of the sampling noise over the steps of a chunk, see ``sample_tokens``
+    label: bool = False  # ask the expert at every decision
+    keep: Literal["", "pictures", "image_tokens"] = ""  # what of an observation to keep
+    horizon: int = HORIZON
+
+
+@dataclass
+class Episode:
+    """Lists have one entry a decision.
+
+    Picture uint8 (H, W, 3), raw state (S,), image tokens fp16 (N, width), tokens and chunk (K, D).
+    """
+
+    task: str
+    seed: int
+    success: bool = False
+    steps: int = 0
+    pictures: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    state: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    image_tokens: list[npt.NDArray[np.float16]] = field(default_factory=list)
+    tokens: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    chunk: list[npt.NDArray[np.float32]] = field(default_factory=list)  # the expert's, if asked
+
+
+def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
+    """Draw tokens (B, K, D) from log-probabilities (B, K, D, bins).
+
+    Every token has exactly its own distribution, but the noise of a dimension is shared over the K steps of the chunk
+    with the given correlation (a Gaussian copula): independent noise of a bin a step averages out within a chunk and
+    explores nothing.
+    """
+    batch, steps, dims, bins = log_probs.shape
+    shared, own = torch.randn(batch, 1, dims), torch.randn(batch, steps, dims)
+    uniform = torch.special.ndtr(correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
+    cumulative = log_probs.exp().cumsum(-1)
+    return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
+
+
+class Driver:
+    """Turns a batch of observations into chunks of actions."""
+
+    def __init__(self, policy: TinyPolicy, tokenizer: Tokenizer, mode: Mode) -> None:
+        self.policy, self.mode, self.spec = policy.eval(), mode, policy.spec
+        self.ids = {name: torch.from_numpy(tokenizer(task.instruction)) for name, task in TASKS.items()}
+        self.centers = bin_centers(self.spec.action.bins)
+
+    def __call__(
+        self, tasks: list[str], images: np.ndarray, state: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), tokens and actions (B, K, D)."""
+        pixels = torch.from_numpy(pictures(images, self.spec.cameras[0]))
+        normalised = self.normalised_state(state)
+        ids = torch.stack([self.ids[task] for task in tasks])
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            image_tokens = self.policy.see(pixels)
+            logits = self.policy.logits(self.policy.hidden(image_tokens, ids, normalised))
+            tokens = logits.argmax(-1)
+            if self.mode.sample:
+                tokens = sample_tokens(torch.log_softmax(logits / self.mode.temperature, -1), self.mode.correlation)
+        chosen = tokens.numpy()
+        return image_tokens.half().numpy(), chosen, unnormalise(self.centers[chosen], self.spec.action.norm)
+
+    def normalised_state(self, state: np.ndarray) -> Tensor:
+        assert self.spec.state is not None
+        return torch.from_numpy(normalise(state, self.spec.state.norm))
+
+
+_environments: dict[str, list[MetaWorldEnv]] = {}  # idle environments of this process, by task
+
+
+def _borrow(task: str, size: int) -> MetaWorldEnv:
+    idle = _environments.setdefault(task, [])
+    return idle.pop() if idle else MetaWorldEnv(TASKS[task], size)
+
+
+@dataclass
+class _Slot:
+    request: Request
+    env: MetaWorldEnv
+    episode: Episode
+    act: Callable
+    rng: np.random.Generator
+
+
+def _start(request: Request, size: int) -> _Slot:
+    env = _borrow(request.task, size)
+    env.np_random = np.random.default_rng(request.seed)
+    env.reset_scene()
+    return _Slot(
+        request,
+        env,
+        Episode(request.task, request.seed),
+        expert(TASKS[request.task]),
+        np.random.default_rng(request.seed + 1),
+    )
+
+
+def _decide(slots: list[_Slot], driver: Driver | None, horizon: int, mode: Mode) -> list[np.ndarray]:
+    """One decision for every slot: the chunks to play. Keeps what the mode asks for."""
+    images = np.stack([slot.env.render() for slot in slots])
+    state = np.stack([slot.env.state() for slot in slots])
+    chunks: list[np.ndarray] = [np.empty(0)] * len(slots)
+    if driver is not None:
+        image_tokens, tokens, actions = driver([slot.request.task for slot in slots], images, state)
+        chunks = list(actions)
+    for i, slot in enumerate(slots):
+        decision = slot.episode.steps // horizon
+        takes_over = slot.request.handover is not None and decision >= slot.request.handover
+        if mode.keep:
+            slot.episode.state.append(state[i])
+            if mode.keep == "pictures":
+                slot.episode.pictures.append(images[i])
+            if driver is not None:
+                slot.episode.tokens.append(tokens[i])
+                if mode.keep == "image_tokens":
+                    slot.episode.image_tokens.append(image_tokens[i])
+        if mode.label or takes_over:
+            label = relabel(slot.env, slot.act, horizon)
+            slot.episode.chunk.append(label)
+            if takes_over:
+                sigma, rng = slot.request.noise * 0.5**0.5, slot.rng
+                noise = rng.normal(0, sigma, label.shape) + rng.normal(0, sigma, label.shape[1])
+                noise[:, 3] = 0  # the gripper stays as the expert wants it
+                chunks[i] = label + noise
+    return chunks
+
+
+def run_episodes(
+    requests: Iterable[Request], driver: Driver | None, horizon: int, mode: Mode, size: int
+) -> Iterator[Episode]:
+    """Episodes in the order they end. Without a driver the expert must drive from the start."""
+    waiting = iter(requests)
+    slots = [_start(request, size) for request in islice(waiting, SLOTS)]
+    while slots:
+        chunks = _decide(slots, driver, horizon, mode)
+        running = []
+        for slot, chunk in zip(slots, chunks, strict=True):
+            for action in chunk:
+                slot.episode.steps += 1
+                if slot.env.advance(action):
+                    break
+            slot.episode.success = slot.env.success
+            if not slot.episode.success and slot.episode.steps < mode.horizon:
+                running.append(slot)
+                continue
+            _environments[slot.request.task].append(slot.env)
+            yield slot.episode
+            if (request := next(waiting, None)) is not None:
+                running.append(_start(request, size))
+        slots = running
+
+
+def _work(
+    requests: list[Request], weights: str | None, manifest: Manifest, tokenizer: str, mode: Mode
+) -> tuple[list[Episode], float]:
+    """In a worker: episodes and the CPU-seconds they took."""
+    began = time.process_time()
+    torch.set_num_threads(1)
+    torch.manual_seed(requests[0].seed)
+    driver = None
+    if weights is not None:
+        policy = TinyPolicy(manifest.policy, manifest.towers)
+        policy.load_state_dict(torch.load(weights, weights_only=True))
+        driver = Driver(policy, Tokenizer(Path(tokenizer), manifest.policy.prompt), mode)
+    size = manifest.policy.cameras[0].height
+    episodes = list(run_episodes(requests, driver, manifest.policy.action.horizon, mode, size))
+    return episodes, time.process_time() - began
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this worker when the process that started it dies, even by SIGKILL; it would wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+class Rollouts:
+    """A pool of processes that run episodes. Use as a context manager; a dead or stuck worker raises."""
+
+    def __init__(self, manifest: Manifest, tokenizer: Path, scratch: Path, workers: int = 2) -> None:
+        self.manifest, self.tokenizer, self.scratch, self.workers = manifest, str(tokenizer), scratch, workers
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, context, initializer=_die_with_parent)
+        self.seconds = 0.0  # wall time of the last call
+        self.cpu_seconds = 0.0  # of all workers since the caller last set it
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:  # do not wait for a stuck worker, nor for episodes that nobody wants any more
+            for process in list((self.pool._processes or {}).values()):
+                process.kill()
+        self.pool.shutdown(cancel_futures=True)
+
+    def load_tokenizer(self) -> Tokenizer:
+        return Tokenizer(Path(self.tokenizer), self.manifest.policy.prompt)
+
+    def run(self, requests: Sequence[Request], policy: TinyPolicy | None, mode: Mode) -> list[Episode]:
+        """Run episodes with a policy's present weights; results in the order of the requests."""
+        start = time.monotonic()
+        weights = None
+        manifest = self.manifest
+        if policy is not None:
+            manifest = replace(manifest, towers=policy.towers)
+            weights = self.scratch / "rollout-weights.pt"
+            torch.save(policy.state_dict(), weights)
+        shares = [list(requests[worker :: self.workers]) for worker in range(self.workers)]
+        futures = [
+            self.pool.submit(_work, share, str(weights) if weights else None, manifest, self.tokenizer, mode)
+            for share in shares
+            if share
+        ]
+        results = [future.result(timeout=TIMEOUT) for future in futures]
+        episodes = [episode for result, _ in results for episode in result]
+        self.cpu_seconds += sum(cpu for _, cpu in results)
+        self.seconds = time.monotonic() - start
+        by_request = {(episode.task, episode.seed): episode for episode in episodes}
+        return [by_request[request.task, request.seed] for request in requests]

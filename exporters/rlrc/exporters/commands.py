@@ -1,0 +1,70 @@
+"""The command of the exporters. A dataclass; the field docstrings are the help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from rlrc import artifact as artifacts
+from rlrc.folders import check_output
+from rlrc.runtime.commands import print_record
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a new artifact with the graphs that the runtime loads, verified on its golden observations.
+
+    Exit code 1, and no output, if the graphs disagree with the torch policy.
+    """
+
+    path: Positional[Path]
+    """the artifact to export"""
+    out: Positional[Path]
+    """the artifact to write"""
+    to: Literal["onnx"] = "onnx"
+    """the kind of graphs: onnx runs on ONNX Runtime"""
+    precision: Literal["fp16", "fp32", "int8", "int4", "w4a8"] | None = None
+    """for float weights fp16 (default), fp32 or int8, for int4 weights int4 (default) or w4a8. fp16 and int4 say how
+    weights are stored, and compute in fp32; int8 and w4a8 compute in 8 bits, which is faster but no longer exact"""
+    tolerance: float | None = None
+    """largest error allowed, in action units (default: none, but where the reference itself is undecided)"""
+    json: bool = False
+    """print the result as JSON"""
+
+    def run(self) -> int:
+        check_output(self.out)
+        parent = artifacts.load(self.path)
+        from rlrc.exporters.export import Disagreement, export  # imported late: torch takes seconds, a refusal none
+
+        console = Console()
+        try:
+            manifest = export(parent, self.out, self.precision, self.tolerance)
+        except Disagreement as error:
+            if self.json:
+                print(json.dumps({"verified": asdict(error.record), "failure": str(error)}, indent=1))
+            else:
+                print_record(error.record, parent.manifest.policy, console)
+            print(
+                f"rlrc: check failed: {error}; {self.out} was not written; allow it with --tolerance or choose another "
+                "--precision",
+                file=sys.stderr,
+            )
+            return 1
+        graphs = {graph.name: manifest.files[graph.file].size for graph in manifest.graphs}
+        record = manifest.verified[-1]
+        if self.json:
+            precision = manifest.graphs[-1].precision
+            result = {"out": str(self.out), "precision": precision, "graph_bytes": graphs, "verified": asdict(record)}
+            print(json.dumps(result, indent=1))
+            return 0
+        for graph in manifest.graphs:
+            console.print(f"{graph.file}: {graph.precision}, {manifest.files[graph.file].size:,} bytes")
+        print_record(record, manifest.policy, console)
+        console.print(f"next: rlrc run {self.out} --env metaworld:drawer-open-v3", soft_wrap=True)
+        return 0

@@ -1,0 +1,132 @@
+"""The graphs of each family: "vision" (pixels to tokens) and "decoder" (tokens to logits).
+
+Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
+affair (rlrc.exporters.onnx). They compute what the torch modules compute, in a cheaper order:
+
+- One transposition puts the pixels in the order of their image tokens, so that every step that joins neighbours (the
+  stem's, the merged patches) is a mere reshape. Attention does not mind the order; the positions' weights move along.
+- The last decoder block computes the action tokens alone: the others are only keys and values there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
+from rlrc.compressor.backbones.tiny import TinyGeometry
+from rlrc.compressor.nn.decoder import rotary_tables
+from rlrc.exporters.onnx import Builder
+
+Towers = dict[str, TowerSpec]
+Define = Callable[[Builder, PolicySpec, Towers], None]
+
+
+def tiny_vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``pixels`` (batch, H, W, 3), normalised -> ``image_tokens`` (batch, N, decoder width): TinyPolicy.see."""
+    geometry = TinyGeometry.parse(policy.geometry)
+    (camera,), tower, merge = policy.cameras, towers["vision"], geometry.merge
+    rows, columns = image_grid(policy, geometry)
+    steps = (merge, *reversed(geometry.stem_factors))  # from an image token down to a pixel
+
+    x = b.input("pixels", "float32", ("batch", camera.height, camera.width, 3))
+    x = b.reshape(x, 0, rows, *steps, columns, *steps[:-1], steps[-1] * 3)
+    depth = len(steps) + 1
+    vertical = range(1, depth + 1)
+    x = b.transpose(x, 0, *(axis for down in vertical for axis in (down, down + depth)))
+
+    tokens, channels = camera.height * camera.width, 3
+    for i, factor in enumerate(geometry.stem_factors):
+        tokens, channels = tokens // factor**2, channels * factor**2
+        x, step = b.reshape(x, 0, tokens, channels), f"vision.stem.steps.{i}"
+        last = i == len(geometry.stem_factors) - 1
+        x = b.linear(x, step) if last else b.linear_gelu(x, step)
+        channels = tower.width if last else geometry.stem_widths[i]
+
+    position = b.weights.array("vision.position").reshape(rows, merge, columns, merge, tower.width)
+    positions = b.table("vision.position", position.swapaxes(1, 2).reshape(-1, tower.width))
+    # Added to the positions, the last bias costs nothing: a sum of constants is computed at load.
+    x = b.add(x, b.add(positions, b.weight(f"{step}.bias")))
+    for i, layer in enumerate(tower.layers):
+        x = vision_block(b, x, f"vision.layers.{i}", layer)
+    # Reshaped before the norm too, or ONNX Runtime would fuse it with the sum before: see Builder.layer_norm.
+    x = b.layer_norm(b.reshape(x, 0, rows * columns, merge**2, tower.width), "vision.norm")
+    x = b.reshape(x, 0, rows * columns, merge**2 * tower.width)
+    shape = ("batch", rows * columns, towers["decoder"].width)
+    b.output("image_tokens", b.linear(x, "projector", bias=True), "float32", shape)
+
+
+def vision_block(b: Builder, x: str, name: str, layer: LayerSpec) -> str:
+    attention, mlp = f"{name}.attention", f"{name}.mlp"
+    if layer.heads:
+        width = layer.heads * layer.head_dim
+        q, k, v = b.split(
+            b.linear(b.layer_norm(x, f"{name}.norm1"), f"{attention}.qkv", bias=True), width, width, width
+        )
+        mixed = b.attention(q, k, v, layer.heads, layer.heads, layer.head_dim)
+        x = b.add(x, b.linear(mixed, f"{attention}.out", bias=True))
+    else:  # all that a branch cut to nothing still adds
+        x = b.add(x, b.weight(f"{attention}.out.bias"))
+    if layer.mlp:
+        hidden = b.linear_gelu(b.layer_norm(x, f"{name}.norm2"), f"{mlp}.up")
+        return b.add(x, b.linear(hidden, f"{mlp}.down", bias=True))
+    return b.add(x, b.weight(f"{mlp}.down.bias"))
+
+
+def tiny_decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """Image tokens, ``ids`` (batch, L), normalised ``state`` (batch, S) -> ``logits`` (batch, horizon, dim, bins)."""
+    tower, action = towers["decoder"], policy.action
+    assert policy.state is not None
+    seen = prod(image_grid(policy, TinyGeometry.parse(policy.geometry)))
+    length = seen + policy.prompt.max_tokens + 1 + action.horizon
+    dimensions = len(policy.state.names)
+
+    image_tokens = b.input("image_tokens", "float32", ("batch", seen, tower.width))
+    ids = b.input("ids", "int64", ("batch", policy.prompt.max_tokens))
+    state = b.input("state", "float32", ("batch", dimensions))
+    felt = b.linear(b.reshape(state, 0, 1, dimensions), "state", bias=True)
+    x = b.concat(image_tokens, b.embed(ids, "embedding"), felt, b.repeat("query", batch_of=ids))
+
+    tables = rotary_tables(length, tower.layers[0].head_dim)
+    cos, sin = (b.constant(table.numpy()) for table in tables)
+    for i, layer in enumerate(tower.layers):
+        keep = action.horizon if i == len(tower.layers) - 1 else length
+        x = decoder_block(b, x, f"decoder.layers.{i}", layer, (cos, sin), length, keep)
+    logits = b.linear(b.rms_norm(x, "decoder.norm"), "head")
+    shape = (action.horizon, action.dim, action.bins)
+    b.output("logits", b.reshape(logits, 0, *shape), "float32", ("batch", *shape))
+
+
+def decoder_block(
+    b: Builder, x: str, name: str, layer: LayerSpec, rope: tuple[str, str], length: int, keep: int
+) -> str:
+    """x (batch, length, width) -> the last ``keep`` rows of the block's output."""
+    trimmed = keep < length
+    residual = b.last_rows(x, keep) if trimmed else x
+    if layer.heads:
+        wide, narrow = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        q_name, k_name, v_name = (f"{name}.attention.{part}" for part in "qkv")
+        y = b.rms_norm(x, f"{name}.norm1")
+        if trimmed:
+            q = b.linear(b.last_rows(y, keep), q_name)
+            k, v = b.split(b.linear(y, k_name, v_name), narrow, narrow)
+        else:
+            q, k, v = b.split(b.linear(y, q_name, k_name, v_name), wide, narrow, narrow)
+        q, k = b.rotary(q, layer.heads, rope, start=length - keep), b.rotary(k, layer.kv_heads, rope)
+        mixed = b.attention(q, k, v, layer.heads, layer.kv_heads, layer.head_dim)
+        residual = b.add(residual, b.linear(mixed, f"{name}.attention.o"))
+    if layer.mlp:
+        y = b.rms_norm(residual, f"{name}.norm2")
+        hidden = b.silu_gate(b.linear(y, f"{name}.mlp.gate"), b.linear(y, f"{name}.mlp.up"))
+        residual = b.add(residual, b.linear(hidden, f"{name}.mlp.down"))
+    return residual
+
+
+def image_grid(policy: PolicySpec, geometry: TinyGeometry) -> tuple[int, int]:
+    """Rows and columns of image tokens."""
+    (camera,) = policy.cameras
+    side = prod(geometry.stem_factors) * geometry.merge
+    return camera.height // side, camera.width // side
+
+
+FAMILIES: dict[str, dict[str, Define]] = {"tiny": {"vision": tiny_vision, "decoder": tiny_decoder}}

@@ -1,0 +1,1 @@
+"""Plans, checks and installs on NVIDIA Jetson. Runs without torch."""

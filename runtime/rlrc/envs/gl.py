@@ -1,0 +1,38 @@
+"""Chooses how MuJoCo renders without a screen: EGL, else OSMesa. The package calls it before mujoco is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from rlrc.errors import UserError
+
+_PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
+
+
+def _works(backend: str) -> bool:
+    environment = os.environ | {"MUJOCO_GL": backend, "PYTHONWARNINGS": "ignore"}
+    return (
+        subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def choose_backend() -> str:
+    """Set MUJOCO_GL for this process and its children, and return it. A value the user has set is left alone.
+
+    Raises UserError if neither EGL nor OSMesa can make a context.
+    """
+    # Mesa's software rasteriser starts a thread a core; several simulators at once then fight over them.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    if chosen := os.environ.get("MUJOCO_GL"):
+        return chosen
+    for backend in ("egl", "osmesa"):
+        if _works(backend):
+            os.environ["MUJOCO_GL"] = backend
+            return backend
+    raise UserError(
+        "expected EGL or OSMesa for rendering without a screen, found neither; "
+        "install libegl1 libgl1-mesa-dri libgles2 (EGL) or libosmesa6 (OSMesa), or set MUJOCO_GL"
+    )

@@ -1,0 +1,191 @@
+"""Meta-World tasks behind a Gymnasium environment: a picture, proprioception and an instruction in, success out.
+
+Goals are visible objects. In the shared-scene variants (``drawer-open-v3/shared``) the drawer or window starts half
+open at random, and the faucet turns both ways: the same picture goes with two instructions, so only language tells what
+to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import metaworld.env_dict
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from rlrc.envs.render import CAMERA, shared_renderer
+from rlrc.errors import UserError
+
+PICTURE = f"image.{CAMERA}"
+STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening", "hand_dx", "hand_dy", "hand_dz")
+STATE_UNITS = ("m", "m", "m", "1", "m/step", "m/step", "m/step")
+ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+PREFIX = "metaworld:"
+HORIZON = 200  # steps of an episode
+
+
+@dataclass(frozen=True)
+class Task:
+    """``hard`` tasks are all but the closing ones, which survive any pruning and so hide a collapse."""
+
+    name: str
+    instruction: str
+    hard: bool
+    shared: bool = False
+
+    @property
+    def environment(self) -> str:
+        return self.name.removesuffix("/shared")
+
+
+@dataclass(frozen=True)
+class SharedScene:
+    """Where two opposite tasks start alike: the box of the object's position, the joint and the range it starts in."""
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+    joint: str
+    start: tuple[float, float]
+
+
+_BASE = {
+    "button-press-topdown-v3": Task("button-press-topdown-v3", "press the button from the top", hard=True),
+    "drawer-open-v3": Task("drawer-open-v3", "open the drawer", hard=True),
+    "drawer-close-v3": Task("drawer-close-v3", "close the drawer", hard=False),
+    "window-open-v3": Task("window-open-v3", "open the window", hard=True),
+    "window-close-v3": Task("window-close-v3", "close the window", hard=False),
+    "faucet-open-v3": Task("faucet-open-v3", "open the faucet", hard=True),
+    "faucet-close-v3": Task("faucet-close-v3", "close the faucet", hard=False),
+}
+_SHARED_SCENES = {
+    "drawer": SharedScene((-0.1, 0.9, 0.0), (0.1, 0.9, 0.0), "goal_slidey", (-0.11, -0.06)),
+    "window": SharedScene((-0.05, 0.75, 0.16), (0.05, 0.9, 0.16), "window_slide", (0.08, 0.12)),
+    "faucet": SharedScene((-0.05, 0.8, 0.0), (0.05, 0.85, 0.0), "knob_Joint_1", (0.0, 0.0)),
+}
+TASKS: dict[str, Task] = _BASE | {
+    f"{name}/shared": Task(f"{name}/shared", task.instruction, task.hard, shared=True)
+    for name, task in _BASE.items()
+    if name.split("-")[0] in _SHARED_SCENES
+}
+
+
+def find_task(name: str) -> Task:
+    if (task := TASKS.get(name.removeprefix(PREFIX))) is None:
+        raise UserError(f"expected a task out of {', '.join(TASKS)}; found {name!r}")
+    return task
+
+
+class MetaWorldEnv(gymnasium.Env):
+    """One task. Actions (4,): hand displacement in cm (dx, dy, dz) and gripper effort, each in [-1, 1].
+
+    ``step`` returns a picture every time; ``advance`` and ``observe`` are its two halves, for chunks of actions that
+    need none in between. The reward is 1 at success, which ends the episode, and 0 before.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  (gymnasium's convention)
+    render_mode = "rgb_array"
+
+    def __init__(self, task: Task, size: int = 96) -> None:
+        self.task, self.size = task, size
+        self.simulation: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task.environment]()
+        self.simulation._freeze_rand_vec = True  # we draw the object's position, from the seed given to reset
+        self.simulation._set_task_called = True
+        self._hand_state: npt.NDArray[np.float64] | None = None
+        self.action_space = gymnasium.spaces.Box(-1, 1, (len(ACTION_NAMES),), np.float32)
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                PICTURE: gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "state": gymnasium.spaces.Box(-np.inf, np.inf, (len(STATE_NAMES),), np.float32),
+                "instruction": gymnasium.spaces.Text(64),
+            }
+        )
+        self.full_observation = np.zeros(39)  # Meta-World's own vector; scripted experts read it, policies never do
+        self.steps = 0
+        self.success = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict]:
+        super().reset(seed=seed)
+        self.reset_scene()
+        return self.observe(), {"success": False}
+
+    def reset_scene(self) -> None:
+        """Draw a scene from ``self.np_random`` and put the hand at its start."""
+        simulation, scene = self.simulation, _SHARED_SCENES[self.task.name.split("-")[0]] if self.task.shared else None
+        space = simulation._random_reset_space
+        low, high = (scene.low, scene.high) if scene else (space.low, space.high)
+        simulation._last_rand_vec = self.np_random.uniform(low, high)
+        simulation.curr_path_length, simulation._did_see_sim_exception = 0, False
+        mujoco.mj_resetData(simulation.model, simulation.data)
+        if self._hand_state is None:
+            simulation.reset_model()
+            mujoco.mj_resetData(simulation.model, simulation.data)
+            simulation._reset_hand()  # 250 physics steps that always end alike: done once, then restored
+            self._hand_state = self._physics()
+            simulation._reset_hand = lambda steps=50: self._set_physics(self._hand_state)
+        simulation.reset_model()
+        if scene:
+            joint = simulation.data.joint(scene.joint)
+            joint.qpos, joint.qvel = self.np_random.uniform(*scene.start), 0.0
+        mujoco.mj_forward(simulation.model, simulation.data)
+        observation = simulation._get_obs()
+        simulation._prev_obs = observation[:18].copy()
+        observation[18:36] = simulation._prev_obs
+        self.full_observation, self.steps, self.success = observation, 0, False
+
+    def advance(self, action: npt.NDArray[np.floating]) -> bool:
+        """One control step without a picture; returns whether the task has been achieved."""
+        action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+        if action.shape != (len(ACTION_NAMES),):
+            raise ValueError(f"expected an action of shape ({len(ACTION_NAMES)},), found {action.shape}")
+        self.full_observation, _, _, _, info = self.simulation.step(action)
+        self.steps += 1
+        self.success = self.success or bool(info["success"])
+        return self.success
+
+    def observe(self) -> dict[str, Any]:
+        return {PICTURE: self.render(), "state": self.state(), "instruction": self.task.instruction}
+
+    def state(self) -> npt.NDArray[np.float32]:
+        """Hand position, gripper opening and the hand's last displacement: float32 (7,)."""
+        o = self.full_observation
+        return np.concatenate([o[:4], o[:3] - o[18:21]]).astype(np.float32)
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        renderer = shared_renderer(self.simulation.model_name, self.size)
+        return renderer(self.simulation.model, self.simulation.data)
+
+    def step(self, action: npt.NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        success = self.advance(action)
+        return self.observe(), float(success), success, self.steps >= HORIZON, {"success": success}
+
+    def save(self) -> tuple[Any, ...]:
+        """Everything that ``restore`` needs to continue exactly from here."""
+        simulation = self.simulation
+        python_state = (simulation.curr_path_length, simulation._prev_obs.copy(), self.full_observation.copy())
+        return self._physics(), python_state, self.steps, self.success
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        physics, (length, previous, observation), self.steps, self.success = saved
+        self._set_physics(physics)
+        self.simulation.curr_path_length, self.simulation._prev_obs = length, previous.copy()
+        self.full_observation = observation.copy()
+
+    def _physics(self) -> npt.NDArray[np.float64]:
+        model, data = self.simulation.model, self.simulation.data
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(model, kind))
+        mujoco.mj_getState(model, data, state, kind)
+        return state
+
+    def _set_physics(self, state: npt.NDArray[np.float64] | None) -> None:
+        model, data = self.simulation.model, self.simulation.data
+        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_forward(model, data)
+
+
+def make(name: str, size: int = 96) -> MetaWorldEnv:
+    """``metaworld:TASK`` (the prefix may be left out) -> environment. Raises UserError for an unknown task."""
+    return MetaWorldEnv(find_task(name), size)

@@ -1,0 +1,147 @@
+"""The command ``rlrc``: finds the command's dataclass, lets tyro fill it from the arguments, and runs it.
+
+Only the chosen command's module is imported, so that the robot side never pays for torch. Exit codes: 0 done; 1 a check
+or claim failed; 2 wrong usage or bad input, with one line on stderr; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.metadata
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rlrc.errors import UserError
+
+# Name: where its dataclass is, and what it does. The order is that of the work.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": (
+        "rlrc.runtime.commands:Inspect",
+        "what an artifact is: family, geometry, bytes, cameras, actions, history",
+    ),
+    "new": ("rlrc.compressor.commands:New", "an untrained policy of the reference family"),
+    "sft": ("rlrc.compressor.commands:SFT", "train on demonstrations"),
+    "prune": ("rlrc.compressor.commands:Prune", "cut attention heads and MLP channels"),
+    "rl": ("rlrc.compressor.commands:RL", "recover by reinforcement learning (PPO)"),
+    "quantize": ("rlrc.compressor.commands:Quantize", "weights to 4 bits"),
+    "compress": ("rlrc.compressor.commands:Compress", "all stages from a recipe: prune, sft, rl, quantize"),
+    "export": ("rlrc.exporters.commands:Export", "the graphs that the runtime loads, verified"),
+    "verify": ("rlrc.runtime.commands:Verify", "replay the golden observations through every graph here"),
+    "infer": ("rlrc.runtime.commands:Infer", "one observation in, one chunk of actions out"),
+    "run": ("rlrc.runtime.commands:Run", "the control loop on a simulator, at a fixed rate"),
+    "bench latency": ("rlrc.benchmarks.commands:Latency", "milliseconds an action chunk, against a baseline"),
+    "bench memory": ("rlrc.benchmarks.commands:Memory", "bytes on disk and in memory"),
+    "bench success": ("rlrc.benchmarks.commands:Success", "success in the simulator, with confidence intervals"),
+    "bench claims": ("rlrc.benchmarks.commands:Claims", "check the project's claims against the results"),
+    "report": ("rlrc.benchmarks.commands:Report", "results as one self-contained HTML page"),
+}
+
+# Which extra brings a module that may be missing.
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "accelerate": "compress",
+    "huggingface_hub": "compress",
+    "peft": "compress",
+    "safetensors": "compress",
+    "torch": "compress",
+    "torch_pruning": "compress",
+    "transformers": "compress",
+    "onnx": "export",
+    "onnxscript": "export",
+    "fast_simplification": "sim",
+    "gymnasium": "sim",
+    "metaworld": "sim",
+    "mujoco": "sim",
+    "trimesh": "sim",
+    "matplotlib": "report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(overview())
+            return 0
+        if arguments[0] == "--version":
+            print(f"rlrc {importlib.metadata.version('rlrc')}")
+            return 0
+        if arguments[0] == "bench" and arguments[1:] in ([], ["-h"], ["--help"]):
+            print(overview("bench "))
+            return 0
+        name, rest = choose(arguments)
+        return parse(name, rest).run() or 0
+    except UserError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in EXTRAS:
+            raise  # a bug, not something to install
+        return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
+    except KeyboardInterrupt:
+        print("rlrc: interrupted", file=sys.stderr)
+        return 130
+
+
+def overview(prefix: str = "") -> str:
+    """The help page of all commands whose names begin with ``prefix``."""
+    chosen = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(prefix)}
+    lines = [f"  {name:<16}{text}" for name, text in chosen.items()]
+    usage = f"usage: rlrc {prefix}COMMAND ...   (rlrc {prefix}COMMAND --help tells more)"
+    return "\n".join([usage, "", "Compress vision-language-action policies and run them on the robot.", "", *lines])
+
+
+def choose(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and its arguments. Raises UserError for an unknown one."""
+    for words in (1, 2):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, list(arguments[words:])
+    name = " ".join(arguments[:2] if arguments[0] == "bench" else arguments[:1])
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    advice = f"did you mean {close[0]}?" if close else "run rlrc --help"
+    raise UserError(f"expected one of the commands {', '.join(COMMANDS)}, found {name!r}; {advice}")
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """The command's dataclass, filled. Raises UserError for bad arguments; prints help and exits if asked to."""
+    module, attribute = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), attribute)
+    import tyro  # here, because the overview and wrong names should answer at once
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(command, prog=f"rlrc {name}", args=list(arguments))
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise  # --help
+        raise UserError(f"{_unbox(complaint.getvalue())}; run rlrc {name} --help") from None
+
+
+def _unbox(text: str) -> str:
+    """Tyro's framed complaint as one line, without its heading and its advice to read the help."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in text.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if set(line) <= set("─-+"):
+            sections.append([])
+        elif line[0] not in "╭╰+":
+            sections[-1].append(line)
+    kept = [" ".join(section) for section in sections if section]
+    kept = [section for section in kept if not section.startswith(("For full helptext", "Argument helptext"))]
+    return "; ".join(kept).rstrip(".") or "expected other arguments"
+
+
+def _refuse(message: str) -> int:
+    print("rlrc: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The commands of the robot side: inspect, infer, run, verify. A dataclass each; the field docstrings are the help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import PolicySpec
+from rlrc.errors import UserError
+from rlrc.folders import check_output
+from rlrc.runtime import loop, verify
+from rlrc.runtime.decode import NoAction
+from rlrc.runtime.describe import describe, folder_bytes, plain_console, print_record
+from rlrc.runtime.npz import read_npz, write_npz
+from rlrc.runtime.policy import LOADED, LocalPolicy, recorded
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What an artifact is: family, geometry of every layer, parameters, bytes, cameras, actions, graphs, history."""
+
+    path: Positional[Path]
+    """the artifact"""
+    json: bool = False
+    """print the manifest, its digest and the bytes of each kind of file as JSON"""
+
+    def run(self) -> None:
+        artifact = artifacts.load(self.path)
+        if self.json:
+            values = artifacts.to_json(artifact.manifest) | {"digest": artifact.digest, "bytes": folder_bytes(artifact)}
+            print(json.dumps(values, indent=1))
+        else:
+            describe(artifact, plain_console())
+
+
+@dataclass(frozen=True)
+class Infer:
+    """One observation through an artifact's graphs."""
+
+    path: Positional[Path]
+    """the artifact"""
+    observation: Annotated[Positional[Path], arg(metavar="OBS.npz")]
+    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`"""
+    out: Annotated[Path, arg(metavar="ACT.npz")]
+    """the .npz to write, with `actions` and `tokens`"""
+    threads: int = 1
+    """threads of the engine"""
+    json: bool = False
+    """print the actions, tokens and timing as JSON as well"""
+
+    def run(self) -> int:
+        check_output(self.out)
+        refuse_other_formats(self.path)
+        observation = read_observation(self.observation)
+        try:
+            result = LocalPolicy.load(self.path, self.threads).infer(observation)
+        except NoAction as error:
+            return check_failed(str(error))
+        write_npz(self.out, actions=result["actions"], tokens=result["tokens"])
+        if self.json:
+            chunk = {"actions": result["actions"].tolist(), "tokens": result["tokens"].tolist()}
+            print(json.dumps(chunk | {"timing": result["timing"]}))
+        else:
+            timing = ", ".join(f"{name.removesuffix('_ms')} {ms:.2f} ms" for name, ms in result["timing"].items())
+            print(f"{self.out}: {len(result['actions'])} actions of {result['actions'].shape[1]} dimensions ({timing})")
+        return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Close the loop: observe, infer, act at a fixed rate, on a simulator."""
+
+    path: Positional[Path]
+    """the artifact"""
+    env: str
+    """what to control, such as metaworld:drawer-open-v3"""
+    hz: float = 20.0
+    """steps a second; 0 runs as fast as possible"""
+    episodes: int = 1
+    """episodes to play"""
+    seed: int | None = None
+    """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
+    execute: int | None = None
+    """steps of every chunk to play before the next inference (default: all)"""
+    threads: int = 1
+    """threads of the engine"""
+    json: bool = False
+    """print the summary and every episode as JSON instead"""
+
+    def run(self) -> int:
+        if self.episodes < 1:
+            raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
+        rate = loop.Rate(self.hz)
+        policy = LocalPolicy.load(self.path, self.threads)
+        from rlrc.envs.seeds import EVALUATION
+
+        first = EVALUATION.start if self.seed is None else self.seed
+        if first < 0:
+            raise UserError(f"expected a seed of 0 or more, found {first}; give another --seed")
+        env = make_environment(self.env, policy.spec)
+        console, played = plain_console(stderr=self.json), []
+        try:
+            for episode in loop.episodes(policy, env, range(first, first + self.episodes), rate, self.execute):
+                played.append(episode)
+                console.print(
+                    f"seed {episode.seed}: {'success' if episode.success else 'failure'} after {episode.steps} steps, "
+                    f"{episode.deadline_misses} deadlines missed",
+                    style="green" if episode.success else "red",
+                )
+        except NoAction as error:
+            return check_failed(str(error))
+        finally:
+            env.close()
+        totals = loop.summary(played)
+        if self.json:
+            print(json.dumps(totals | {"played": [asdict(episode) for episode in played]}))
+            return 0
+        console.print(
+            f"{totals['successes']} of {totals['episodes']} episodes succeeded; {totals['steps']} steps at "
+            f"{totals['achieved_hz']:.1f} Hz, {totals['deadline_misses']} deadlines missed; inference "
+            f"p50 {totals['inference_ms_p50']:.2f} ms, p99 {totals['inference_ms_p99']:.2f} ms, "
+            f"max {totals['inference_ms_max']:.2f} ms"
+        )
+        console.print(f"next: rlrc bench latency {self.path}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Replay the golden observations through the graphs on this machine; exit code 1 if they disagree."""
+
+    path: Positional[Path]
+    """the artifact"""
+    threads: int = 1
+    """threads of the engine"""
+    json: bool = False
+    """print the measured record as JSON"""
+
+    def run(self) -> int:
+        artifact = artifacts.load(self.path, verify=(*LOADED, verify.GOLDEN))
+        record = recorded(artifact)
+        golden = verify.read_golden(artifact.file(verify.GOLDEN), artifact.manifest.policy)
+        try:
+            measured = verify.measure(LocalPolicy(artifact, self.threads), golden, record.tolerance)
+        except NoAction as error:
+            return check_failed(str(error))
+        reason = verify.failure(measured)
+        console = plain_console()
+        if self.json:
+            print(json.dumps(asdict(measured) | {"failure": reason}))
+        else:
+            print_record(measured, artifact.manifest.policy, console)
+        if reason:
+            return check_failed(f"{reason}; export {self.path} again, with the versions of this machine")
+        if not self.json:
+            console.print(f"verified; next: rlrc run {self.path} --env metaworld:drawer-open-v3")
+        return 0
+
+
+def check_failed(reason: str) -> int:
+    """Exit code 1, with the reason on stderr so that --json stays JSON."""
+    print(f"rlrc: check failed: {reason}", file=sys.stderr)
+    return 1
+
+
+def refuse_other_formats(path: Path) -> None:
+    if path.is_dir() and not (path / artifacts.MANIFEST).exists() and (path / "config.json").exists():
+        raise UserError(
+            f"expected an artifact (a folder with {artifacts.MANIFEST}), found an official checkpoint in {path}; "
+            "this version of rlrc infers with its own artifacts only"
+        )
+
+
+def read_observation(path: Path) -> dict[str, Any]:
+    """numpy stores a string as an array of no dimensions; it becomes a string again."""
+    arrays = read_npz(path)
+    return {name: str(a) if a.ndim == 0 and a.dtype.kind == "U" else a for name, a in arrays.items()}
+
+
+def make_environment(name: str, spec: PolicySpec) -> Any:
+    """Raises UserError for an environment that is not known or whose pictures this policy does not take."""
+    if not name.startswith("metaworld:"):
+        raise UserError(
+            f"expected an environment metaworld:TASK, found {name!r}; give --env metaworld:drawer-open-v3, for instance"
+        )
+    from rlrc.envs.metaworld import make
+
+    camera = spec.cameras[0]
+    if camera.height != camera.width:
+        raise UserError(
+            f"expected a policy with square pictures for {name}, found {camera.height} x {camera.width} pixels"
+        )
+    return make(name, size=camera.height)

@@ -1,0 +1,45 @@
+"""Reading and writing .npz files of plain arrays: nothing pickled comes in, nothing half written comes out."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays by name. Raises UserError for a file that is missing, damaged or holds Python objects."""
+    try:
+        # Opened here because numpy leaves the file open when it is damaged.
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            return {name: archive[name] for name in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise UserError(
+            f"expected an .npz of plain arrays at {path}, found: {reason}; write it with numpy.savez"
+        ) from None
+
+
+def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
+    """All or nothing: a file beside ``path`` takes its place when it is complete. Missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("xb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

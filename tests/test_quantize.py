@@ -1,0 +1,196 @@
+"""The 4-bit grid: against numpy, against gguf's Q4_0, and by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import ArtifactError
+from rlrc.compressor import checkpoint
+from rlrc.compressor.quantize import (
+    GROUP,
+    QuantizeConfig,
+    dequantize,
+    pack,
+    quantize,
+    quantize_groups,
+    unpack,
+)
+from rlrc.errors import UserError
+
+
+def weights(rows: int = 24, columns: int = 96, seed: int = 0) -> torch.Tensor:
+    """Normal values with some outliers, and rows of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=generator)
+    w[torch.rand(w.shape, generator=generator) < 0.02] *= 6
+    return w * torch.logspace(-2, 1, rows)[:, None]
+
+
+def numpy_grid(w: np.ndarray, bits: int, search: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The same rule in float64 and plain loops: integers (out, in), fp16 scale (out, in / 32)."""
+    low, high = {4: (-8, 7), 8: (-127, 127)}[bits]
+    factors = np.linspace(0.7, 1.1, 17) if search else np.array([1.0])
+    integers, scales = np.zeros(w.shape, int), np.zeros((len(w), w.shape[1] // 32), np.float16)
+    for row in range(len(w)):
+        for g in range(w.shape[1] // 32):
+            group = w[row, 32 * g : 32 * g + 32].astype(np.float64)
+            extreme = max(group, key=abs)
+            best = np.inf
+            for factor in factors:
+                scale = np.float16(factor * extreme / low)
+                rounded = np.clip(np.rint(group / np.float64(scale)), low, high)
+                error = np.square(rounded * np.float64(scale) - group).sum()
+                if error < best:
+                    best, scales[row, g], integers[row, 32 * g : 32 * g + 32] = error, scale, rounded
+    return integers, scales
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_and_scales_are_those_of_numpy(bits: int, search: bool) -> None:
+    w = weights()
+    integers, scale = quantize_groups(w, bits, search)
+    expected, expected_scale = numpy_grid(w.numpy(), bits, search)
+    np.testing.assert_array_equal(scale.numpy(), expected_scale)
+    np.testing.assert_array_equal(integers.numpy(), expected)
+    assert integers.dtype == torch.int8
+    assert scale.dtype == torch.float16
+
+
+def test_one_group_by_hand() -> None:
+    """The largest value maps to -8, whatever its sign: 4 needs the scale -0.5, and then -3.5 is 7 and 0.6 is -1."""
+    group = torch.zeros(2, 32)
+    group[0, :4] = torch.tensor([4.0, -3.5, 0.6, 0.2])
+    group[1] = -group[0]
+    integers, scale = quantize_groups(group, 4, search=False)
+    assert scale.tolist() == [[-0.5], [0.5]]
+    assert integers[:, :4].tolist() == [[-8, 7, -1, 0], [-8, 7, -1, 0]]
+    assert integers[:, 4:].abs().max() == 0
+
+
+def test_integers_stay_on_the_grid() -> None:
+    four, eight = (quantize_groups(weights(seed=1), bits, search=True)[0] for bits in (4, 8))
+    assert (four.min(), four.max()) == (-8, 7)
+    assert eight.min() == -127  # the largest value of a group takes that sign
+    assert 100 < eight.max() <= 127
+
+
+def error_of_groups(w: torch.Tensor, search: bool) -> torch.Tensor:
+    packed, spec = quantize({"a.weight": w}, QuantizeConfig(search=search))
+    return (dequantize(packed, spec)["a.weight"] - w).unflatten(1, (-1, GROUP)).square().sum(-1)
+
+
+def test_search_is_never_worse() -> None:
+    w = weights(64, 256, seed=2)
+    searched, plain = error_of_groups(w, True), error_of_groups(w, False)
+    assert (searched <= plain).all()
+    assert searched.sum() < 0.95 * plain.sum()
+
+
+def test_pack_by_hand_and_round_trip() -> None:
+    """Nibbles with offset 8, the first in the low half: -8, 7 -> 0x0, 0xF -> 0xF0; 0, -1 -> 0x8, 0x7 -> 0x78."""
+    assert pack(torch.tensor([[-8, 7, 0, -1]], dtype=torch.int8)).tolist() == [[0xF0, 0x78]]
+    every_byte = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    assert torch.equal(pack(unpack(every_byte)), every_byte)
+    integers = torch.randint(-8, 8, (5, 64), dtype=torch.int8)
+    assert torch.equal(unpack(pack(integers)), integers)
+
+
+def test_dequantized_is_what_gguf_makes_of_the_same_integers() -> None:
+    """Repacked as Q4_0 blocks (scale, then 16 bytes: element j low, element j + 16 high) and read by gguf."""
+    gguf = pytest.importorskip("gguf")
+    w = weights()
+    packed, spec = quantize({"a.weight": w}, QuantizeConfig())
+    nibbles = (unpack(packed["a.weight.q"]).numpy() + 8).astype(np.uint8).reshape(len(w), -1, 32)
+    halves = nibbles[..., :16] | (nibbles[..., 16:] << 4)
+    scale = packed["a.weight.scale"].numpy()[..., None].view(np.uint8)
+    blocks = np.concatenate([scale, halves], -1).reshape(len(w), -1)
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)
+    np.testing.assert_array_equal(dequantize(packed, spec)["a.weight"].numpy(), expected)
+
+
+def test_zeros_stay_zero() -> None:
+    w = weights(4, 64)
+    w[1], w[2, :32], w[3, 0] = 0.0, 0.0, 1e-9  # a row, a group, and a value far below the smallest scale
+    w[3, 1:32] = 0.0
+    packed, spec = quantize({"a.weight": w}, QuantizeConfig())
+    restored = dequantize(packed, spec)["a.weight"]
+    assert restored.isfinite().all()
+    assert restored[1].abs().max() == restored[2, :32].abs().max() == restored[3, :32].abs().max() == 0
+    assert restored[2, 32:].abs().max() > 0
+
+
+def test_only_linear_weights_of_whole_groups_are_quantized() -> None:
+    tensors = {
+        "head.weight": weights(8, 64),
+        "narrow.weight": weights(8, 48),
+        "embedding.weight": weights(8, 64),
+        "norm.weight": torch.ones(64),
+        "head.bias": torch.ones(64),
+        "vision.position": weights(8, 64),
+    }
+    packed, spec = quantize(tensors, QuantizeConfig())
+    assert spec.tensors == {"head.weight": 4}
+    assert (spec.grid, spec.group) == ("int4", 32)
+    assert packed["head.weight.q"].shape == (8, 32)
+    assert packed["head.weight.q"].dtype == torch.uint8
+    assert packed["head.weight.scale"].shape == (8, 2)
+    restored = dequantize(packed, spec)
+    assert restored.keys() == tensors.keys()
+    for name in tensors.keys() - {"head.weight"}:
+        assert packed[name].dtype == torch.float16
+        assert torch.equal(restored[name], tensors[name].half().float())
+
+
+def test_exempt_tensors_take_eight_bits() -> None:
+    tensors = {"a.weight": weights(), "b.weight": weights(seed=3)}
+    packed, spec = quantize(tensors, QuantizeConfig(exempt=("b.weight",), search=False))
+    assert spec.tensors == {"a.weight": 4, "b.weight": 8}
+    assert packed["b.weight.q"].shape == (24, 96)
+    assert packed["b.weight.q"].dtype == torch.int8
+    restored = dequantize(packed, spec)["b.weight"]
+    # Rounding to nearest is off by half a step at most, and by the scale's own rounding (2^-11) of 127 steps.
+    step = packed["b.weight.scale"].float().abs().repeat_interleave(32, 1)
+    assert ((restored - tensors["b.weight"]).abs() <= step * (0.5 + 127 / 2**11)).all()
+
+
+@pytest.mark.parametrize("name", ["c.weight", "norm.weight"])
+def test_exemption_that_names_no_quantizable_tensor_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"quantize.exempt to name .*a.weight.*found '{name}'"):
+        quantize({"a.weight": weights(), "norm.weight": torch.ones(32)}, QuantizeConfig(exempt=("a.weight", name)))
+
+
+def test_int4_artifact_holds_the_policy_its_goldens_show(tiny_int4_artifact: Path) -> None:
+    artifact = artifacts.load(tiny_int4_artifact)
+    policy = checkpoint.load_policy(artifact)
+    with np.load(artifact.file("golden.npz")) as golden:
+        observations = {name: golden[name] for name in checkpoint.OBSERVATIONS}
+        again = checkpoint.golden(policy, observations)
+        np.testing.assert_array_equal(again["tokens"], golden["tokens"])
+        np.testing.assert_allclose(again["logits"], golden["logits"], atol=1e-5)
+    assert artifact.manifest.quantization is not None
+    assert set(artifact.manifest.quantization.tensors.values()) == {4}
+    for name in artifact.manifest.quantization.tensors:
+        levels = policy.state_dict()[name].unflatten(1, (-1, 32))
+        assert max(len(group.unique()) for row in levels for group in row) <= 16
+
+
+def test_tensor_that_does_not_fit_is_refused(tiny_artifact: Path, tmp_path: Path) -> None:
+    artifact = artifacts.load(tiny_artifact)
+    for damage, message in (
+        (lambda t: t.pop("head.weight"), "for tensor head.weight in .*found nothing"),
+        (lambda t: t.update({"extra": torch.zeros(2)}), "expected nothing for tensor extra"),
+        (lambda t: t.update({"query": t["query"][:, :8].contiguous()}), r"tensor query .*found \(3, 8\)"),
+    ):
+        tensors = load_file(artifact.file(checkpoint.WEIGHTS))
+        damage(tensors)
+        save_file(tensors, tmp_path / "model.safetensors")
+        policy = checkpoint.load_policy(artifact)
+        with pytest.raises(ArtifactError, match=message):
+            checkpoint.load_tensors(policy, load_file(tmp_path / "model.safetensors"), str(tmp_path))

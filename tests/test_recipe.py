@@ -1,0 +1,98 @@
+"""Recipes: the built-in ones load, and anything a recipe can get wrong is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlrc.compressor import recipe
+from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.quantize import QuantizeConfig
+from rlrc.compressor.sft import SFTConfig
+from rlrc.errors import UserError
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "my.toml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("name", [file.stem for file in recipe.BUILT_IN.glob("*.toml")])
+def test_built_in_recipes_load(name: str) -> None:
+    expected = {"reference": ["sft"]}.get(name, ["prune", "sft", "rl", "quantize"])
+    assert [stage for stage, _ in recipe.load(name).stages()] == expected
+
+
+def test_the_three_recipes_are_there() -> None:
+    assert {file.stem for file in recipe.BUILT_IN.glob("*.toml")} >= {"reference", "compress", "demo"}
+    assert recipe.load("compress").prune == PruneConfig(ratio=0.9, demonstrations=120)
+
+
+def test_tables_become_configurations(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "# stages run in their own order, not the file's\n"
+        '[quantize]\nexempt = ["head.weight"]\nsearch = false\n'
+        '[rl]\nclip = 1\n[prune]\nratio = 0.5\nscore = "random"\n',
+    )
+    read = recipe.load(file)
+    assert read.prune == PruneConfig(ratio=0.5, score="random")
+    assert read.sft is None
+    assert read.rl == PPOConfig(clip=1.0)
+    assert isinstance(read.rl.clip, float)  # a whole number serves where a fraction is meant
+    assert read.quantize == QuantizeConfig(exempt=("head.weight",), search=False)
+    assert [name for name, _ in read.stages()] == ["prune", "rl", "quantize"]
+    assert recipe.section(file, "prune") == read.prune
+
+
+def test_an_empty_table_means_the_defaults(tmp_path: Path) -> None:
+    assert recipe.load(write(tmp_path, "[sft]\n")) == recipe.Recipe(sft=SFTConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[distill]\nsteps = 3\n", "expected the tables prune, sft, rl, quantize in .*my.toml, found distill"),
+        ("steps = 3\n", "expected the tables .* found steps"),
+        ("prune = 0.9\n", r"expected a table \[prune\], found 0.9"),
+        ("[sft]\nstep = 3\n", r"expected keys of \[sft\] out of steps, .* found 'step'"),
+        ('[sft]\nsteps = "many"\n', "expected int for sft.steps .*found 'many'"),
+        ("[sft]\nsteps = 2.5\n", "expected int for sft.steps .*found 2.5"),
+        ("[sft]\nsteps = true\n", "expected int for sft.steps .*found True"),
+        ("[sft]\nrate = true\n", "expected float for sft.rate .*found True"),
+        ("[quantize]\nsearch = 1\n", "expected bool for quantize.search .*found 1"),
+        ('[quantize]\nexempt = "head.weight"\n', "expected tuple for quantize.exempt .*found 'head.weight'"),
+        ("[prune]\nratio = 1.5\n", "expected prune.ratio between 0 and 1 .*found 1.5"),
+        ("[prune]\nratio = nan\n", "expected prune.ratio between 0 and 1 .*found nan"),
+        ('[prune]\nscore = "best"\n', "expected prune.score taylor or random, found 'best'"),
+        ("[rl]\ntemperature = 0\n", "expected rl.temperature > 0, found 0"),
+        ("[prune\nratio = 0.9\n", "expected TOML in .*my.toml, found: .*line 1"),
+        ("[prune]\nratio = 0.9\nratio = 0.8\n", "expected TOML in .*my.toml, found: "),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        recipe.load(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder_and_binary_are_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    cases = {
+        "nowhere": "expected a recipe at nowhere or one of compress, demo, .*reference",
+        str(tmp_path): "expected a recipe at .*directory",
+        str(binary): "expected TOML in .*binary.toml",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            recipe.load(name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_section_the_recipe_lacks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"expected a table \[prune\] in recipe reference, found none"):
+        recipe.section("reference", "prune")

@@ -1,0 +1,195 @@
+"""The measure of agreement, on errors put in by hand: rolled bins, flips at ties, damaged goldens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import ActionSpec, Manifest, NormStats, VerifiedSpec
+from rlrc.errors import UserError
+from rlrc.runtime import verify
+from rlrc.runtime.commands import Verify
+from rlrc.runtime.policy import LocalPolicy
+
+MakeToy = Callable[..., Path]
+
+
+def rolled(toy: Any, dimension: int, steps: int) -> Any:
+    """The toy policy with one action dimension's bins moved on by ``steps``, the last ones becoming the first."""
+    head = toy.head.reshape(-1, 3, 4, 32).copy()
+    head[:, :, dimension] = np.roll(head[:, :, dimension], steps, -1)
+    return replace(toy, head=head.reshape(toy.head.shape))
+
+
+def measure(path: Path) -> VerifiedSpec:
+    policy = LocalPolicy.load(path, require_verified=False)
+    action = policy.spec.action
+    return verify.measure(
+        policy, verify.read_golden(path / "golden.npz", policy.spec), verify.default_tolerance(action)
+    )
+
+
+def test_graphs_that_agree(toy_artifact: Path) -> None:
+    record = measure(toy_artifact)
+    assert (record.backend, record.observations, record.tokens) == ("onnxruntime", 8, 8 * 3 * 4)
+    assert (record.token_flips, record.gripper_flips, record.chunk_jitter) == (0, 0, 0)
+    assert record.max_error == (0, 0, 0, 0)
+    assert "onnxruntime" in record.versions
+    assert verify.failure(record) is None
+
+
+@pytest.mark.parametrize("steps", [1, 16])
+def test_a_wrong_dimension(make_toy: MakeToy, toy: Any, tmp_path: Path, steps: int) -> None:
+    path = make_toy(tmp_path / "rolled", weights=rolled(toy, 1, steps))
+    reference = np.load(path / "golden.npz")["tokens"][..., 1]
+    # A bin of dy is 2 / 32 * 0.02 = 0.00125 m wide; (8, 3) differences in action units.
+    difference = ((reference + steps) % 32 - reference) * 0.00125
+    record = measure(path)
+    assert (record.token_flips, record.gripper_flips) == (8 * 3, 0)
+    np.testing.assert_allclose(record.max_error, [0, np.abs(difference).max(), 0, 0], atol=1e-8)
+    assert record.chunk_jitter == pytest.approx(np.abs(difference[:, 1:] - difference[:, :-1]).max(), abs=1e-8)
+    assert "in action units where 0.000625 is tolerated" in str(verify.failure(record))
+
+
+def test_gripper_flips_cross_the_middle_of_its_range(make_toy: MakeToy, toy: Any, tmp_path: Path) -> None:
+    # Half a turn of the bins takes every gripper command to the other side of 0.5, the middle of [0, 1].
+    record = measure(make_toy(tmp_path / "opposite", weights=rolled(toy, 3, 16)))
+    assert (record.token_flips, record.gripper_flips) == (24, 24)
+    assert record.max_error == (0, 0, 0, 0.5)  # 16 bins of 2 / 32 * 0.5
+    one_bin = measure(make_toy(tmp_path / "neighbour", weights=rolled(toy, 3, 1)))
+    reference = np.load(tmp_path / "neighbour/golden.npz")["tokens"][..., 3]
+    assert one_bin.gripper_flips == np.isin(reference, (15, 31)).sum()
+
+
+class Answering:
+    """Stands in for a policy: gives the tokens it is told, so that a flip can be put where it is wanted."""
+
+    def __init__(self, spec: Any, golden: verify.Golden, tokens: np.ndarray) -> None:
+        self.spec, self.golden = spec, golden
+        centers = (tokens + 0.5) / spec.action.bins * 2 - 1
+        actions = centers * np.array(spec.action.norm.scale) + np.array(spec.action.norm.center)
+        self.answers = iter([{"tokens": t, "actions": a} for t, a in zip(tokens, actions, strict=True)])
+
+    def ids(self, instruction: str) -> np.ndarray:
+        return self.golden.ids[list(self.golden.instructions).index(instruction)]
+
+    def infer(self, observation: Any) -> Any:
+        return next(self.answers)
+
+
+@pytest.mark.parametrize(("margin", "counts"), [(0.0, False), (0.0009, False), (0.0011, True), (1.0, True)])
+def test_a_flip_counts_unless_the_reference_is_undecided(
+    toy_artifact: Path, tiny_manifest: Manifest, margin: float, counts: bool
+) -> None:
+    spec = tiny_manifest.policy
+    golden = verify.read_golden(toy_artifact / "golden.npz", spec)
+    tokens = golden.tokens.copy()
+    best = tokens[2, 1, 0]
+    tokens[2, 1, 0] = other = (best + 5) % 32
+    golden.logits[2, 1, 0, other] = golden.logits[2, 1, 0, best] - np.float32(margin)
+    record = verify.measure(Answering(spec, golden, tokens), golden, 0.000625)  # type: ignore[arg-type]
+    assert record.token_flips == 1
+    error = abs(int(other) - int(best)) * 0.00125
+    assert record.max_error[0] == pytest.approx(error if counts else 0, abs=1e-8)
+    assert record.chunk_jitter == pytest.approx(error, abs=1e-8)  # reported in either case
+    assert (verify.failure(record) is not None) == counts
+
+
+def test_a_flip_at_a_tie_to_a_third_token_counts(toy_artifact: Path, tiny_manifest: Manifest) -> None:
+    spec = tiny_manifest.policy
+    golden = verify.read_golden(toy_artifact / "golden.npz", spec)
+    tokens = golden.tokens.copy()
+    best = tokens[0, 0, 0]
+    golden.logits[0, 0, 0, (best + 1) % 32] = golden.logits[0, 0, 0, best]
+    tokens[0, 0, 0] = np.argmin(golden.logits[0, 0, 0])  # neither of the two that tie
+    assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, 0.000625))  # type: ignore[arg-type]
+
+
+def test_default_tolerance_is_half_the_narrowest_bin() -> None:
+    action = ActionSpec(1, ("a", "b"), ("delta", "delta"), ("m", "rad"), NormStats((0.0, 0.0), (0.5, 0.1)), 100)
+    assert verify.default_tolerance(action) == pytest.approx(0.001)  # 0.1 * 2 / 100 / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_error": (0.1, 0.3)}, "an error of 0.3 in action units where 0.2 is tolerated"),
+        ({"max_error": (float("nan"), 0.1)}, "an error of nan"),
+        ({"max_error": ()}, "a record of no observations"),
+        ({"observations": 0}, "a record of no observations"),
+        ({}, "None"),
+    ],
+)
+def test_failure(changes: dict[str, Any], message: str) -> None:
+    record = VerifiedSpec("onnxruntime", 4, 8, 0, 0, (0.2, 0.1), 0.0, 0.2, {})
+    assert message in str(verify.failure(replace(record, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": None}, "to hold actions, .*logits, .* found actions, ids, images, instructions, state, tokens;"),
+        ({"ids": np.zeros((8, 4), np.int64)}, r"expected ids of shape \(8, 5\) .*, found \(8, 4\)"),
+        ({"images": np.zeros((8, 2, 32, 32, 3), np.uint8)}, "expected images of shape"),
+        ({"state": np.array([{}] * 8, object)}, "found: Object arrays cannot be loaded"),
+        ({"actions": np.zeros((8, 3, 4), np.float32)}, "actions that follow from the logits"),
+        ({"tokens": np.zeros((8, 3, 4), np.int64)}, "tokens and actions that follow from the logits"),
+        ({"tokens": np.zeros((0, 3, 4), np.int64)}, "expected images of shape"),
+        ({"logits": np.full((8, 3, 4, 32), np.nan, np.float32)}, "expected finite logits"),
+    ],
+)
+def test_read_golden_refuses(
+    own_toy: Path, tiny_manifest: Manifest, changes: dict[str, np.ndarray | None], message: str
+) -> None:
+    arrays = dict(np.load(own_toy / "golden.npz")) | changes
+    np.savez(own_toy / "golden.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(UserError, match=message) as caught:
+        verify.read_golden(own_toy / "golden.npz", tiny_manifest.policy)
+    assert "\n" not in str(caught.value)
+
+
+def test_read_golden_refuses_a_truncated_file(own_toy: Path, tiny_manifest: Manifest) -> None:
+    file = own_toy / "golden.npz"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"expected an .npz of plain arrays at .*golden.npz, found:"):
+        verify.read_golden(file, tiny_manifest.policy)
+
+
+def test_another_tokenizer_is_refused(toy_artifact: Path, tiny_manifest: Manifest) -> None:
+    golden = verify.read_golden(toy_artifact / "golden.npz", tiny_manifest.policy)
+    golden.ids[3, 0] = 6
+    with pytest.raises(UserError, match=r"expected token ids \[6, .* found \[3, .*trained with"):
+        verify.measure(LocalPolicy.load(toy_artifact), golden, 1.0)
+
+
+def test_command_passes(toy_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Verify(toy_artifact, json=True).run() == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["failure"], printed["observations"]) == (None, 8)
+    assert Verify(toy_artifact).run() == 0
+    assert "0 of 96 tokens" in capsys.readouterr().out
+
+
+def test_command_fails_with_exit_code_1(
+    make_toy: MakeToy, toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_toy(
+        tmp_path / "wrong", weights=rolled(toy, 0, 1)
+    )  # its record says that it agrees; this machine differs
+    assert Verify(path).run() == 1
+    assert "check failed: an error of" in capsys.readouterr().err
+
+
+def test_command_refuses_a_golden_with_a_wrong_hash(own_toy: Path) -> None:
+    damaged = bytearray((own_toy / "golden.npz").read_bytes())
+    damaged[-1] ^= 1
+    (own_toy / "golden.npz").write_bytes(damaged)
+    with pytest.raises(artifacts.ArtifactError, match="expected sha256"):
+        Verify(own_toy).run()
