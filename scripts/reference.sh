@@ -20,4 +20,4 @@ bash scripts/measure.sh "$out/dense" "$out/compressed" "$out" 40 \
     "pruned+sft+sft=$out/pruned+sft+sft" "dense+sft=$out/dense+sft" "dense+int4=$out/dense-int4"
 rlrc report "$out"/{success,latency,claims}.json "$out"/compressed/curves/*.jsonl \
     --before "pruned=$out/graphs/pruned" --after "compressed=$out/compressed" \
-    --joined benchmarks/results/reference.json --out "$out/report.html" --force
+    --joined benchmarks/results/reference.json --picture docs/result.svg --out "$out/report.html" --force

@@ -164,7 +164,8 @@ class VerifiedSpec:
     """Measured agreement of a backend's graphs with the fp32 torch policy on golden.npz, in action units.
 
     ``max_error`` is per action dimension, over all tokens but flips at ties of the reference; ``token_flips`` counts
-    differing tokens of ``tokens``; ``chunk_jitter`` is the largest step-to-step difference the graphs add within a chunk.
+    differing tokens of ``tokens``; ``chunk_jitter`` is the largest step-to-step difference that the graphs add within
+    a chunk.
     """
 
     backend: str

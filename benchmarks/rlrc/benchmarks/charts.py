@@ -245,7 +245,7 @@ def _svg(figure: Figure, label: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" {scale} ', 1)
 
 
-def table_png(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, strong: int | None = None) -> None:
+def table_picture(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, strong: int | None = None) -> None:
     """A table as a picture for a README; the row ``strong`` stands out."""
     lengths = [max(len(cell) for cell in column) + 3 for column in zip(header, *rows, strict=True)]
     right = np.cumsum(lengths) / sum(lengths)

@@ -241,6 +241,8 @@ class Report:
     """scenes to try for one in which only `after` succeeds"""
     joined: Path | None = None
     """also write all rows, joined by name, as one result file"""
+    picture: Path | None = None
+    """also write the table as a picture (.svg or .png)"""
     beside: Path | None = None
     """a joined result file of an earlier time, whose figures are printed beside these"""
     force: bool = False
@@ -251,6 +253,9 @@ class Report:
 
         check_out(self.out, self.force)
         check_out(self.joined, self.force)
+        check_out(self.picture, self.force)
+        if self.picture and self.picture.suffix not in (".svg", ".png"):
+            raise UserError(f"expected a picture that ends in .svg or .png, found {self.picture}; rename it")
         if (self.before is None) != (self.after is None):
             raise UserError("expected --before and --after, found one of them; a film strip compares two artifacts")
         curve_files = [argument for argument in self.results if argument.endswith(".jsonl")]
@@ -265,6 +270,8 @@ class Report:
         write(self.out, report.page(results, curves, film))
         if self.joined:
             write(self.joined, dump(joined))
+        if self.picture:
+            report.table_picture(results, self.picture)
         if earlier is not None:
             Console().print(_side_by_side(joined["rows"], earlier["rows"]))
         print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB; open it in a browser")

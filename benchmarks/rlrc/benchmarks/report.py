@@ -105,14 +105,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
     ]
 
 
-def table_png(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+def table_picture(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The table as a picture, for a README."""
     rows = merge(results)
     cells = [
         [f"{text} ({below})" if below and i else text for i, (text, below) in enumerate(row)] for row in table(rows)
     ]
     names = [row["name"] for row in rows]
-    charts.table_png(HEADER, cells, path, strong=names.index(HERO) if HERO in names else None)
+    charts.table_picture(HEADER, cells, path, strong=names.index(HERO) if HERO in names else None)
 
 
 def read_curves(arguments: Sequence[str]) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:

@@ -22,6 +22,7 @@ from rlrc.envs.render import cache_folder
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.runtime.preprocess import normalise, pictures
 
+VERSION = 2  # of the experts and of how samples are made: part of the cache's key
 NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, in turn
 
 
@@ -83,6 +84,7 @@ def demonstrations(config: DemonstrationConfig, rollouts: Rollouts) -> Samples:
     """Expert demonstrations of all tasks, from the cache if the same were made before."""
     key = {
         **dataclasses.asdict(config),
+        "version": VERSION,
         "noise": NOISE,
         "tasks": list(TASKS),
         "size": rollouts.manifest.policy.cameras[0].height,

@@ -24,7 +24,7 @@ from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.compressor.sft import smoothed_cross_entropy
 from rlrc.envs.metaworld import TASKS
-from rlrc.envs.seeds import REINFORCEMENT
+from rlrc.envs.seeds import REINFORCEMENT, scene
 from rlrc.errors import UserError
 
 
@@ -73,7 +73,7 @@ class PPOConfig:
         for name in ("rate", "value_rate", "clip", "temperature", "target_kl", "smoothing"):
             if not getattr(self, name) > 0:
                 raise UserError(f"expected rl.{name} > 0, found {getattr(self, name)}")
-        for name in ("warmup", "behaviour_cloning"):
+        for name in ("warmup", "behaviour_cloning", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"expected rl.{name} >= 0, found {getattr(self, name)}")
         for name in ("gamma", "lam", "correlation"):
@@ -87,15 +87,17 @@ def gae(rewards: Tensor, values: Tensor, last: Tensor, gamma: float, lam: float)
     rewards, values, last (N,) of several episodes end to end; ``last`` marks the final decision of an episode, after
     which nothing is worth anything.
     """
-    advantages = torch.zeros_like(values)
     following_advantage = following_value = 0.0
-    for t in range(len(values) - 1, -1, -1):
-        if last[t]:
+    advantages = []
+    # Plain floats: indexing tensors would take longer than the network.
+    for reward, value, ends in reversed(list(zip(rewards.tolist(), values.tolist(), last.tolist(), strict=True))):
+        if ends:
             following_advantage = following_value = 0.0
-        delta = rewards[t] + gamma * following_value - values[t]
-        advantages[t] = following_advantage = float(delta + gamma * lam * following_advantage)
-        following_value = float(values[t])
-    return advantages
+        delta = reward + gamma * following_value - value
+        following_advantage = delta + gamma * lam * following_advantage
+        following_value = value
+        advantages.append(following_advantage)
+    return torch.tensor(advantages[::-1])
 
 
 def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, dict[str, float]]:
@@ -175,8 +177,8 @@ def requests(config: PPOConfig, iteration: int, failures: dict[str, float]) -> l
     rng = np.random.default_rng((config.seed, iteration))
     weight = np.array([0.1 + failures.get(task, 1.0) for task in TASKS])
     tasks = rng.choice(list(TASKS), config.episodes, p=weight / weight.sum())
-    first = REINFORCEMENT.start + config.seed * 100_000 + iteration * config.episodes
-    return [Request(str(task), first + i) for i, task in enumerate(tasks)]
+    first = config.seed * 100_000 + iteration * config.episodes
+    return [Request(str(task), scene(REINFORCEMENT, first + i)) for i, task in enumerate(tasks)]
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

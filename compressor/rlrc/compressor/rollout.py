@@ -246,7 +246,14 @@ class Rollouts:
         return Tokenizer(Path(self.tokenizer), self.manifest.policy.prompt)
 
     def run(self, requests: Sequence[Request], policy: TinyPolicy | None, mode: Mode) -> list[Episode]:
-        """Run episodes with a policy's present weights; results in the order of the requests."""
+        """Run episodes with a policy's present weights; results in the order of the requests.
+
+        Raises ValueError if there is no policy and a request leaves the start to it.
+        """
+        if policy is None and any(request.handover != 0 for request in requests):
+            raise ValueError(
+                "expected requests that the expert drives from the start (handover=0), as there is no policy"
+            )
         start = time.monotonic()
         weights = None
         manifest = self.manifest

@@ -21,12 +21,13 @@ from rlrc.compressor.data import Batches, DemonstrationConfig, Samples, demonstr
 from rlrc.compressor.rollout import Mode, Request, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.envs.metaworld import TASKS
-from rlrc.envs.seeds import DEMONSTRATION
+from rlrc.envs.seeds import DEMONSTRATION, scene
 from rlrc.errors import UserError
 from rlrc.runtime.preprocess import Tokenizer, bin_centers
 
 # DAgger's scenes lie in the upper half of the demonstration seeds, apart from those of plain demonstrations.
-DAGGER_SEED = DEMONSTRATION.start + len(DEMONSTRATION) // 2
+DAGGER = DEMONSTRATION[len(DEMONSTRATION) // 2 :]
+LOG_EVERY, SAVE_EVERY = 50, 500  # steps; the second is a multiple of the first
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,18 @@ class SFTConfig:
         for name in ("rate", "smoothing"):
             if not getattr(self, name) > 0:
                 raise UserError(f"expected sft.{name} > 0, found {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "state_noise", "dagger_rounds"):
+        for name in ("warmup", "weight_decay", "state_noise", "dagger_rounds", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"expected sft.{name} >= 0, found {getattr(self, name)}")
         for name in ("decay", "dagger_start", "dagger_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected sft.{name} within [0, 1], found {getattr(self, name)}")
+        scenes = range(self.first_seed, self.first_seed + self.demonstrations)
+        if scenes[0] not in DEMONSTRATION or scenes[-1] not in DEMONSTRATION:
+            raise UserError(
+                f"expected sft.first_seed within {DEMONSTRATION.start} to {DEMONSTRATION.stop - self.demonstrations}, "
+                f"the scenes for demonstrations, found {self.first_seed}"
+            )
         if self.dagger_start > self.dagger_end:
             raise UserError(
                 f"expected sft.dagger_start <= sft.dagger_end, found {self.dagger_start} and {self.dagger_end}"
@@ -135,9 +142,9 @@ def dagger_requests(config: SFTConfig, number: int, failures: dict[str, float]) 
     rng = np.random.default_rng((config.seed, number))
     weight = np.array([0.15 + failures.get(task, 1.0) for task in TASKS])
     tasks = rng.choice(list(TASKS), config.dagger_episodes, p=weight / weight.sum())
-    first = DAGGER_SEED + number * config.dagger_episodes + config.seed * 100_000
+    first = number * config.dagger_episodes + config.seed * 100_000
     handover = [int(decision) if rng.random() < 0.6 else None for decision in rng.integers(2, 30, len(tasks))]
-    return [Request(str(task), first + i, handover[i]) for i, task in enumerate(tasks)]
+    return [Request(str(task), scene(DAGGER, first + i), handover[i]) for i, task in enumerate(tasks)]
 
 
 def ids_of_tasks(tokenizer: Tokenizer) -> np.ndarray:
@@ -193,12 +200,12 @@ def sft(
         state = state + config.state_noise * torch.randn_like(state)
         for name, value in train_step(policy, optim, (pixels, ids, state, chunk), config.smoothing).items():
             sums[name] = sums.get(name, 0.0) + value
-        if (step + 1) % 50 == 0:
-            means = {name: value / 50 for name, value in sums.items()}
+        if (step + 1) % LOG_EVERY == 0:
+            means = {name: value / LOG_EVERY for name, value in sums.items()}
             sums.clear()
             run.log("sft", step + 1, samples=len(batches.samples), **means)
             progress(step + 1, f"loss {means['loss']:.3f} l1 {means['l1']:.4f}")
-        if (step + 1) % 500 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             rng = json.dumps(batches.rng.bit_generator.state)
             training = {"policy": policy.state_dict(), "optimizer": optim.state_dict(), "failures": failures}
             run.save(step + 1, **training, rounds=done_rounds, rng=rng)

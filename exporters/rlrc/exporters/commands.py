@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from rlrc import artifact as artifacts
 from rlrc.folders import check_output
 from rlrc.runtime.commands import print_record
+from rlrc.runtime.decode import NoAction
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Export:
                 "--precision",
                 file=sys.stderr,
             )
+            return 1
+        except NoAction as error:
+            print(f"rlrc: check failed: {error}; {self.out} was not written", file=sys.stderr)
             return 1
         graphs = {graph.name: manifest.files[graph.file].size for graph in manifest.graphs}
         record = manifest.verified[-1]

@@ -7,6 +7,7 @@ to do.
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ class MetaWorldEnv(gymnasium.Env):
             {
                 PICTURE: gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8),
                 "state": gymnasium.spaces.Box(-np.inf, np.inf, (len(STATE_NAMES),), np.float32),
-                "instruction": gymnasium.spaces.Text(64),
+                "instruction": gymnasium.spaces.Text(64, charset=string.ascii_letters + " "),
             }
         )
         self.full_observation = np.zeros(39)  # Meta-World's own vector; scripted experts read it, policies never do
@@ -184,6 +185,8 @@ class MetaWorldEnv(gymnasium.Env):
         model, data = self.simulation.model, self.simulation.data
         mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
         mujoco.mj_forward(model, data)
+        # The solver's warm start is part of the state, and mj_forward has just moved it.
+        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 def make(name: str, size: int = 96) -> MetaWorldEnv:

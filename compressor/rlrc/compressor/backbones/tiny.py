@@ -8,6 +8,7 @@ action dimension, logits over bins. All tokens of the chunk are decoded in one p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class TinyPolicy(nn.Module):
         vision, decoder = towers["vision"], towers["decoder"]
         (camera,) = spec.cameras
         assert spec.state is not None
-        patch = int(torch.tensor(geometry.stem_factors).prod())
+        patch = math.prod(geometry.stem_factors)
         grid = (camera.height // patch, camera.width // patch)
         self.merge = geometry.merge
         self.image_tokens = grid[0] * grid[1] // geometry.merge**2
