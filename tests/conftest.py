@@ -335,12 +335,18 @@ def pupil_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def pupil(pupil_artifact: Path) -> Any:
-    """The policy of ``pupil_artifact``, to train or to change."""
+@pytest.fixture(scope="session")
+def make_pupil(pupil_artifact: Path) -> Callable[[], Any]:
+    """The policy of ``pupil_artifact``, as often as wanted."""
     from rlrc.compressor import checkpoint
 
-    return checkpoint.load_policy(artifacts.load(pupil_artifact))
+    return lambda: checkpoint.load_policy(artifacts.load(pupil_artifact))
+
+
+@pytest.fixture
+def pupil(make_pupil: Callable[[], Any]) -> Any:
+    """The policy of ``pupil_artifact``, to train or to change."""
+    return make_pupil()
 
 
 @pytest.fixture(scope="session")
@@ -364,3 +370,11 @@ def rollouts(pupil_artifact: Path, own_cache: Path, tmp_path_factory: pytest.Tem
     artifact = artifacts.load(pupil_artifact)
     with Rollouts(artifact.manifest, artifact.file(TOKENIZER), tmp_path_factory.mktemp("rollouts"), workers=1) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def lessons(rollouts: Any) -> Any:
+    """One expert demonstration of every task, as the stages find them in the cache with ``demonstrations=1``."""
+    from rlrc.compressor.data import DemonstrationConfig, demonstrations
+
+    return demonstrations(DemonstrationConfig(1), rollouts)

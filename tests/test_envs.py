@@ -20,6 +20,7 @@ from rlrc.envs.metaworld import HORIZON, PICTURE, TASKS, MetaWorldEnv, make
 from rlrc.errors import UserError
 
 SHARED = ("drawer", "window", "faucet")
+SIMULATIONS = [name for name, task in TASKS.items() if not task.shared] + ["drawer-open-v3/shared"]
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -105,7 +106,7 @@ def test_success_ends_the_episode_with_a_reward() -> None:
     assert info["success"]
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", SIMULATIONS)
 def test_restore_is_exact(name: str) -> None:
     env = make(name, size=32)
     env.reset(seed=5)
@@ -118,7 +119,7 @@ def test_restore_is_exact(name: str) -> None:
     assert all(equal(a, b) for a, b in zip(play(env, 20, seed=2), played, strict=True))
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", SIMULATIONS)
 def test_relabelling_leaves_no_trace(name: str) -> None:
     """The chunk is what the expert then really plays, and the episode is the one without relabelling."""
     env, undisturbed = make(name, size=32), make(name, size=32)
@@ -227,7 +228,7 @@ def without(folder: Path, *libraries: str) -> dict[str, str]:
     folder.mkdir()
     for name in libraries:
         (folder / name).touch()
-    environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     return environment | {"LD_LIBRARY_PATH": str(folder)}
 
 

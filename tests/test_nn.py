@@ -184,6 +184,18 @@ def test_policy_reads_everything_and_gives_a_chunk_of_logits(tiny_manifest: Mani
         torch.testing.assert_close(policy(pixels[1:], ids[1:], state[1:]), logits[1:], atol=1e-5, rtol=1e-5)
 
 
+def test_chunk_is_decoded_at_the_queries(tiny_manifest: Manifest) -> None:
+    """Without its blocks the decoder is its final norm, and what is left at the chunk's places are the queries."""
+    policy = TinyPolicy(tiny_manifest.policy, tiny_manifest.towers)
+    with torch.no_grad():
+        for block in policy.decoder.blocks():
+            block.attention.o.weight.zero_()
+            block.mlp.down.weight.zero_()
+        hidden = policy.hidden(torch.randn(2, 4, 64), torch.randint(0, 7, (2, 5)), torch.randn(2, 3))
+        expected = policy.query / (policy.query.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(hidden, expected.expand(2, -1, -1), atol=1e-5, rtol=1e-5)
+
+
 def test_policy_refuses_a_geometry_that_is_not_its_own(tiny_manifest: Manifest) -> None:
     spec = replace(tiny_manifest.policy, geometry=tiny_manifest.policy.geometry | {"registers": 4})
     with pytest.raises(UserError, match="registers"):

@@ -120,8 +120,9 @@ def test_zeros_stay_zero() -> None:
     w[1], w[2, :32], w[3, 0] = 0.0, 0.0, 1e-9  # a row, a group, and a value far below the smallest scale
     w[3, 1:32] = 0.0
     packed, spec = quantize({"a.weight": w}, QuantizeConfig())
-    restored = dequantize(packed, spec)["a.weight"]
+    integers, restored = unpack(packed["a.weight.q"]), dequantize(packed, spec)["a.weight"]
     assert restored.isfinite().all()
+    assert integers[1].abs().max() == integers[2, :32].abs().max() == integers[3, :32].abs().max() == 0
     assert restored[1].abs().max() == restored[2, :32].abs().max() == restored[3, :32].abs().max() == 0
     assert restored[2, 32:].abs().max() > 0
 

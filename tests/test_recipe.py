@@ -55,28 +55,29 @@ def test_an_empty_table_means_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[distill]\nsteps = 3\n", "expected the tables prune, sft, rl, quantize in .*my.toml, found distill"),
-        ("steps = 3\n", "expected the tables .* found steps"),
-        ("prune = 0.9\n", r"expected a table \[prune\], found 0.9"),
-        ("[sft]\nstep = 3\n", r"expected keys of \[sft\] out of steps, .* found 'step'"),
-        ('[sft]\nsteps = "many"\n', "expected int for sft.steps .*found 'many'"),
-        ("[sft]\nsteps = 2.5\n", "expected int for sft.steps .*found 2.5"),
-        ("[sft]\nsteps = true\n", "expected int for sft.steps .*found True"),
-        ("[sft]\nrate = true\n", "expected float for sft.rate .*found True"),
-        ("[quantize]\nsearch = 1\n", "expected bool for quantize.search .*found 1"),
-        ('[quantize]\nexempt = "head.weight"\n', "expected tuple for quantize.exempt .*found 'head.weight'"),
-        ("[prune]\nratio = 1.5\n", "expected prune.ratio between 0 and 1 .*found 1.5"),
-        ("[prune]\nratio = nan\n", "expected prune.ratio between 0 and 1 .*found nan"),
-        ('[prune]\nscore = "best"\n', "expected prune.score taylor or random, found 'best'"),
-        ("[rl]\ntemperature = 0\n", "expected rl.temperature > 0, found 0"),
-        ("[prune\nratio = 0.9\n", "expected TOML in .*my.toml, found: .*line 1"),
-        ("[prune]\nratio = 0.9\nratio = 0.8\n", "expected TOML in .*my.toml, found: "),
+        ("[distill]\nsteps = 3\n", r"expected the keys prune, sft, rl, quantize .*found distill, which is unknown"),
+        ("steps = 3\n", r"expected the keys prune, .*found steps, which is unknown"),
+        ("prune = 0.9\n", r"expected an object with the keys of PruneConfig at prune, found 0\.9"),
+        ("[sft]\nstep = 3\n", r"expected the keys steps, .* at sft, found sft\.step, which is unknown"),
+        ('[sft]\nsteps = "many"\n', r"expected an integer at sft\.steps, found 'many'"),
+        ("[sft]\nsteps = 2.5\n", r"expected an integer at sft\.steps, found 2\.5"),
+        ("[sft]\nsteps = true\n", r"expected an integer at sft\.steps, found True"),
+        ("[sft]\nrate = true\n", r"expected a number at sft\.rate, found True"),
+        ("[quantize]\nsearch = 1\n", r"expected true or false at quantize\.search, found 1"),
+        ('[quantize]\nexempt = "head.weight"\n', r"expected a list at quantize\.exempt, found 'head\.weight'"),
+        ("[prune]\nratio = 1.5\n", r"expected prune\.ratio between 0 and 1 .*found 1\.5"),
+        ("[prune]\nratio = nan\n", r"expected a finite number at prune\.ratio, found nan"),
+        ('[prune]\nscore = "best"\n', r"expected one of 'taylor', 'random' at prune\.score, found 'best'"),
+        ("[rl]\ntemperature = 0\n", r"expected rl\.temperature > 0, found 0"),
+        ("[prune\nratio = 0.9\n", r"expected TOML in .*my\.toml, found: .*line 1"),
+        ("[prune]\nratio = 0.9\nratio = 0.8\n", r"expected TOML in .*my\.toml, found: "),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         recipe.load(write(tmp_path, text))
     assert "\n" not in str(error.value)
+    assert "my.toml" in str(error.value)
 
 
 def test_missing_file_and_folder_and_binary_are_refused(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_smoothing_keeps_a_line_straight() -> None:
 def test_table_as_a_picture(measured: dict[str, Any], tmp_path: Path) -> None:
     from PIL import Image
 
-    report.table_png([measured], tmp_path / "table.png")
+    report.table_picture([measured], tmp_path / "table.png")
     with Image.open(tmp_path / "table.png") as image:
         assert image.width > 3 * image.height
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 2

@@ -1,0 +1,229 @@
+"""Supervised fine-tuning: the loss and the schedule by hand, real short runs, and a run that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlrc.compressor import sft as module
+from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.data import DemonstrationConfig, Samples, demonstrations
+from rlrc.compressor.rollout import Mode, Rollouts
+from rlrc.compressor.run import Run
+from rlrc.compressor.sft import SFTConfig, dagger_requests, optimizer, sft, smoothed_cross_entropy
+from rlrc.envs.metaworld import TASKS
+from rlrc.envs.seeds import DEMONSTRATION
+from rlrc.errors import UserError
+
+
+def test_smoothed_cross_entropy_by_hand() -> None:
+    """Four bins with centers -0.75, -0.25, 0.25, 0.75, half a unit wide; smoothing one bin, target in the third.
+
+    The bins are 2, 1, 0 and 1 standard deviations away: weights exp(-2), exp(-1/2), 1, exp(-1/2), normalised.
+    """
+    probability = [0.1, 0.2, 0.3, 0.4]
+    logits = torch.tensor(probability).log()[None] + 5  # a constant changes nothing
+    raw = [math.exp(-2), math.exp(-0.5), 1.0, math.exp(-0.5)]
+    expected = -sum(w / sum(raw) * math.log(p) for w, p in zip(raw, probability, strict=True))
+    loss = smoothed_cross_entropy(logits, torch.tensor([0.25]), 1.0)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    # Smoothing of two bins halves the distances.
+    raw = [math.exp(-0.5), math.exp(-0.125), 1.0, math.exp(-0.125)]
+    expected = -sum(w / sum(raw) * math.log(p) for w, p in zip(raw, probability, strict=True))
+    assert smoothed_cross_entropy(logits, torch.tensor([0.25]), 2.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_smoothed_cross_entropy_at_the_ends_and_over_a_batch() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4), torch.tensor([[-7.0, 0.1, 0.25], [0.75, 9.0, -0.6]])
+    # What lies beyond the outermost centers counts as lying on them.
+    clamped = smoothed_cross_entropy(logits, target.clamp(-0.75, 0.75), 1.0)
+    torch.testing.assert_close(smoothed_cross_entropy(logits, target, 1.0), clamped)
+    each = [smoothed_cross_entropy(logits[i, j], target[i, j], 1.0).item() for i in range(2) for j in range(3)]
+    assert clamped.item() == pytest.approx(np.mean(each), abs=1e-6)
+    # With little smoothing it is the plain cross-entropy to the bin.
+    sharp = smoothed_cross_entropy(logits[:1, :1], torch.tensor([[0.25]]), 0.05)
+    assert sharp.item() == pytest.approx(-torch.log_softmax(logits[0, 0], -1)[2].item(), abs=1e-6)
+
+
+def test_rate_by_hand() -> None:
+    """Ten steps up, flat until half of the steps, then down to 2 %."""
+    config = SFTConfig(steps=100, rate=2.0, warmup=10, decay=0.5)
+    expected = {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 50: 2.0, 75: 1.0, 90: 0.4, 99: 0.04}
+    for step, rate in expected.items():
+        assert config.rate_at(step) == pytest.approx(rate), step
+    assert SFTConfig(steps=100, rate=2.0, warmup=10, decay=0.005).rate_at(99) == pytest.approx(2.0)
+    assert SFTConfig(steps=200, rate=2.0, warmup=0, decay=1.0).rate_at(199) == pytest.approx(0.04)  # not 2 / 200
+    assert SFTConfig(steps=100, rate=2.0, warmup=0, decay=0.0).rate_at(0) == 2.0
+
+
+def test_rounds_by_hand() -> None:
+    spread: Callable[..., dict[int, int]] = lambda **kw: SFTConfig(steps=1000, **kw).rounds()  # noqa: E731
+    assert spread() == {}
+    assert spread(dagger_rounds=1, dagger_start=0.25) == {250: 0}
+    assert spread(dagger_rounds=3, dagger_start=0.1, dagger_end=0.9) == {100: 0, 500: 1, 900: 2}
+    assert spread(dagger_rounds=2, dagger_start=0.0, dagger_end=1.0) == {
+        0: 0,
+        999: 1,
+    }  # the last one has a step to serve
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch": 0},
+        {"demonstrations": 0},
+        {"dagger_episodes": 0},
+        {"rate": 0.0},
+        {"rate": math.nan},
+        {"smoothing": 0.0},
+        {"warmup": -1},
+        {"state_noise": -0.1},
+        {"dagger_rounds": -1},
+        {"seed": -1},
+        {"decay": 1.5},
+        {"dagger_start": -0.1},
+        {"dagger_end": 1.01},
+        {"dagger_start": 0.9, "dagger_end": 0.5},
+        {"steps": 5, "dagger_rounds": 6},
+        {"first_seed": 3_000_000},
+        {"first_seed": DEMONSTRATION.stop - 10},
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"expected sft\..*({'|'.join(wrong)}).*found") as error:
+        SFTConfig(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_only_matrices_decay(pupil: TinyPolicy) -> None:
+    decayed, free = optimizer(pupil, 1e-3, 0.1).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in pupil.named_parameters()}
+    without = {names[id(parameter)] for parameter in free["params"]}
+    assert {"embedding.weight", "query", "vision.position", "decoder.norm.weight", "state.bias"} <= without
+    matrices = {names[id(parameter)] for parameter in decayed["params"]}
+    assert {"head.weight", "state.weight", "vision.layers.0.attention.qkv.weight"} <= matrices
+    assert {name for name in matrices if "norm" in name or "bias" in name} == set()
+    assert Counter([*matrices, *without]) == Counter(name for name, _ in pupil.named_parameters())
+
+
+def test_dagger_requests() -> None:
+    config = SFTConfig(dagger_rounds=3, dagger_episodes=400)
+    failures = dict.fromkeys(TASKS, 0.0) | {"faucet-open-v3": 1.0}
+    rounds = [dagger_requests(config, number, failures) for number in range(3)]
+    assert rounds[0] == dagger_requests(config, 0, failures)
+    seeds = [request.seed for requests in rounds for request in requests]
+    assert len(set(seeds)) == 1200
+    assert set(seeds) < set(DEMONSTRATION[500_000:])  # apart from the scenes of plain demonstrations
+    count = Counter(request.task for request in rounds[0])
+    assert count["faucet-open-v3"] > 3 * max(number for task, number in count.items() if task != "faucet-open-v3")
+    assert set(count) == set(TASKS)  # but none is forgotten
+    handover = [request.handover for request in rounds[0] if request.handover is not None]
+    assert 0.5 < len(handover) / 400 < 0.7
+    assert min(handover) >= 2
+    assert max(handover) < 30
+
+
+def test_no_seed_leaves_the_scenes_for_demonstrations() -> None:
+    for seed in (4, 5, 31):  # 5 * 100,000 more than half a million: PPO's scenes begin there
+        requests = dagger_requests(SFTConfig(seed=seed), 7, {})
+        assert all(request.seed in DEMONSTRATION for request in requests)
+
+
+def run_in(folder: Path, config: Any, rollouts: Rollouts) -> Run:
+    run = Run(folder)
+    run.open("sft", "parent", config)
+    run.start_clock(rollouts)
+    return run
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    """Rows without what a clock measured."""
+    rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "cpu_seconds"} for row in rows]
+
+
+def test_demonstrations_are_made_once(lessons: Samples, rollouts: Rollouts, own_cache: Path) -> None:
+    assert sorted(set(lessons.task.tolist())) == list(range(13))
+    assert lessons.pictures.shape == (len(lessons), 32, 32, 3)
+    assert lessons.chunk.shape == (len(lessons), 5, 4)
+    assert np.abs(lessons.chunk).max() <= 1
+    before = sorted((own_cache / "demonstrations").iterdir())
+    rollouts.cpu_seconds = 0.0
+    again = demonstrations(DemonstrationConfig(1), rollouts)
+    assert rollouts.cpu_seconds == 0  # nobody simulated
+    assert sorted((own_cache / "demonstrations").iterdir()) == before
+    np.testing.assert_array_equal(again.chunk, lessons.chunk)
+
+
+def test_short_run_lowers_the_loss(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path) -> None:
+    config = SFTConfig(steps=100, batch=32, rate=2e-3, warmup=10, demonstrations=1)
+    run = run_in(tmp_path / "run", config, rollouts)
+    shown: list[int] = []
+    sft(pupil, config, rollouts, run, lambda step, text: shown.append(step))
+    first, second = curve(run)
+    assert shown == [first["step"], second["step"]] == [50, 100]
+    # Knowing nothing costs log(16) = 2.77; the target's own entropy with two bins' smoothing is about 2.0.
+    assert second["loss"] < first["loss"] - 0.1
+    assert second["l1"] < first["l1"]
+    assert first["samples"] == len(lessons)
+    assert not pupil.training
+
+
+def test_killed_and_resumed_run_is_the_uninterrupted_one(
+    make_pupil: Callable[[], TinyPolicy],
+    lessons: Samples,
+    rollouts: Rollouts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounds of DAgger fall before the saved state, on its very step, and between it and the interruption."""
+    monkeypatch.setattr(module, "Mode", partial(Mode, horizon=30))
+    monkeypatch.setattr(module, "LOG_EVERY", 20)
+    monkeypatch.setattr(module, "SAVE_EVERY", 40)
+    short = {"steps": 80, "batch": 8, "warmup": 10, "demonstrations": 1}
+    config = SFTConfig(**short, dagger_rounds=4, dagger_episodes=3, dagger_start=0.25, dagger_end=0.625)
+    assert list(config.rounds()) == [20, 30, 40, 50]
+
+    whole, straight = run_in(tmp_path / "whole", config, rollouts), make_pupil()
+    sft(straight, config, rollouts, whole, lambda step, text: None)
+
+    def interrupt(step: int, text: str) -> None:
+        if step == 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sft(make_pupil(), config, rollouts, run_in(tmp_path / "cut", config, rollouts), interrupt)
+    assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 40
+    assert curve(Run(tmp_path / "cut"))[-1]["step"] == 60  # the row after the saved state is dropped by resuming
+    resumed, cut = make_pupil(), run_in(tmp_path / "cut", config, rollouts)
+    steps: list[int] = []
+    sft(resumed, config, rollouts, cut, lambda step, text: steps.append(step))
+
+    assert steps == [60, 80]
+    assert curve(cut) == curve(whole)
+    assert [row["stage"] for row in curve(whole)] == ["sft", *["dagger"] * 2, "sft", *["dagger"] * 2, "sft", "sft"]
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert cut.cpu_seconds() > cut.spent > 0
+
+
+def test_run_without_a_saved_state_begins_anew(rollouts: Rollouts, tmp_path: Path) -> None:
+    """What a run killed before its first save left is no obstacle, whatever it did, and its curve is not continued."""
+    run = run_in(tmp_path / "run", SFTConfig(steps=10), rollouts)
+    run.log("sft", 1, loss=1.0)
+    other = run_in(tmp_path / "run", SFTConfig(steps=20), rollouts)
+    assert not other.curve_file.exists()
+    assert other.load() is None

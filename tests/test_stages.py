@@ -1,0 +1,270 @@
+"""The stages end to end with a tiny policy: artifact in, artifact out, and nothing written after a refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import LayerSpec, TowerSpec
+from rlrc.compressor import checkpoint, ppo, reference, sft, stages
+from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.data import Samples
+from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.quantize import QuantizeConfig
+from rlrc.compressor.recipe import Recipe
+from rlrc.compressor.rollout import Mode, Rollouts
+from rlrc.compressor.run import Run
+from rlrc.compressor.sft import SFTConfig
+from rlrc.compressor.stages import Options
+from rlrc.envs.metaworld import TASKS
+from rlrc.errors import UserError
+
+QUIET = Options(evaluate=0, workers=1, threads=1)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, lessons: Samples) -> None:
+    """Episodes of 10 steps in the worker that all tests share; ``lessons`` are in the cache."""
+    monkeypatch.setattr(stages, "Rollouts", lambda *_: nullcontext(rollouts))
+    for module in (stages, sft, ppo):
+        monkeypatch.setattr(module, "Mode", partial(Mode, horizon=10))
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path) -> None:
+    options = Options(evaluate=1, workers=1, threads=1)
+    configs = {
+        "prune": PruneConfig(ratio=0.5, batches=2, demonstrations=1),
+        "sft": SFTConfig(steps=50, batch=8, warmup=5, demonstrations=1),
+        "rl": PPOConfig(iterations=2, episodes=3, warmup=1, minibatch=4, behaviour_batch=8, demonstrations=1),
+        "quantize": QuantizeConfig(exempt=("head.weight",)),
+    }
+    source, made = pupil_artifact, [artifacts.load(pupil_artifact)]
+    for name, config in configs.items():
+        manifest = stages.RUNNERS[name](source, tmp_path / name, config, options)
+        source = tmp_path / name
+        made.append(artifacts.load(source))  # with every hash
+        assert artifacts.to_json(made[-1].manifest) == artifacts.to_json(manifest)
+    assert listing(tmp_path) == ["prune", "quantize", "rl", "sft"]  # no run folder, no draft is left
+
+    history = made[-1].manifest.history
+    assert [entry.stage for entry in history] == ["new", *configs]
+    for i, (artifact, entry) in enumerate(zip(made[1:], history[1:], strict=True)):
+        assert artifact.manifest.history == history[: i + 2]
+        assert entry.parent == made[i].digest
+        assert entry.config == json.loads(json.dumps(vars(list(configs.values())[i])))
+        for metrics in (entry.before, entry.after):
+            assert set(metrics["per_task"]) == set(TASKS)
+            assert metrics["episodes"] == 13
+            assert metrics["success"] == pytest.approx(np.mean(list(metrics["per_task"].values())), abs=1e-4)
+        assert entry.cpu_minutes >= 0
+        assert set(entry.before) == {"success", "success_hard", "episodes", "per_task"}
+        assert entry.before == {name: history[i].after.get(name, entry.before[name]) for name in entry.before}
+
+    pruned = made[1].manifest
+    assert pruned.towers["decoder"].layers[1] == LayerSpec(2, 2, 32, 64)
+    assert history[1].after["removed"]["layers"][1]["heads"] == 0.5
+    assert pruned.parameters == history[1].after["removed"]["parameters"] < made[0].manifest.parameters
+    assert {artifact.manifest.dtype for artifact in made[:-1]} == {"bfloat16"}
+    last = made[-1].manifest
+    assert last.dtype == "int4"
+    assert last.quantization is not None
+    assert last.quantization.tensors["head.weight"] == 8
+    assert last.quantization.tensors["decoder.layers.1.attention.q.weight"] == 4
+
+    # Curves travel along, every stage's under its own name, a row every 50 steps and every iteration.
+    curves = {
+        name: made[-1].file(name).read_text().splitlines() for name in made[-1].manifest.files if "curves" in name
+    }
+    assert {name: len(rows) for name, rows in curves.items()} == {"curves/2-sft.jsonl": 1, "curves/3-rl.jsonl": 2}
+
+    # The weights moved where a stage says so, and only there.
+    states = [checkpoint.load_policy(artifact).state_dict() for artifact in made]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "decoder.layers" not in name)
+    assert not torch.equal(states[2]["vision.position"], states[1]["vision.position"])
+    assert torch.equal(states[3]["vision.position"], states[2]["vision.position"])  # rl leaves the eyes alone
+    assert not torch.equal(states[3]["head.weight"], states[2]["head.weight"])
+    assert (states[4]["head.weight"] - states[3]["head.weight"]).abs().max() < 0.01 * states[3][
+        "head.weight"
+    ].abs().max()
+
+    # The goldens are the first artifact's observations with this artifact's answers.
+    with np.load(made[0].file("golden.npz")) as first, np.load(made[-1].file("golden.npz")) as golden:
+        for name in checkpoint.OBSERVATIONS:
+            np.testing.assert_array_equal(golden[name], first[name])
+        again = checkpoint.golden(checkpoint.load_policy(made[-1]), {n: golden[n] for n in checkpoint.OBSERVATIONS})
+        np.testing.assert_allclose(again["logits"], golden["logits"], atol=1e-5)
+
+
+def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LayerSpec(1, 1, 32, 32)
+    small = {"vision": TowerSpec(32, (layer,)), "decoder": TowerSpec(32, (layer,) * 3)}
+    monkeypatch.setattr(reference, "towers", lambda: small)
+    monkeypatch.setattr(stages, "GOLDEN_SCENES", 1)
+    monkeypatch.setattr(stages, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")})
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        stages.new(tmp_path / name, seed)
+    a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
+    assert a.manifest == b.manifest  # the hash of every file
+    assert c.manifest.files[checkpoint.WEIGHTS] != a.manifest.files[checkpoint.WEIGHTS]
+    assert [(entry.stage, entry.config, entry.parent) for entry in a.manifest.history] == [("new", {"seed": 1}, None)]
+    with np.load(a.file("golden.npz")) as golden:
+        assert golden["images"].shape == (4, 1, 96, 96, 3)
+        assert golden["instructions"].tolist() == ["open the faucet"] * 2 + ["close the drawer"] * 2
+        assert golden["actions"].shape == (4, 5, 4)
+
+
+def test_reference_policy_has_the_promised_size() -> None:
+    """8 to 12 million parameters, at least 85 % of them in the decoder."""
+    with torch.device("meta"):
+        policy = TinyPolicy(reference.policy_spec(), reference.towers())
+    decoder = sum(p.numel() for p in policy.decoder.parameters())
+    assert 8e6 <= checkpoint.parameters(policy) <= 12e6
+    assert decoder >= 0.85 * checkpoint.parameters(policy)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a stage begins to work."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("work began before the refusal")
+
+    for name in ("evaluate", "Rollouts", "sft", "ppo", "prune", "demonstrations"):
+        monkeypatch.setattr(stages, name, refuse)
+
+
+def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for runner, config in (
+        (stages.run_sft, SFTConfig()),
+        (stages.run_prune, PruneConfig()),
+        (stages.run_rl, PPOConfig()),
+        (stages.run_quantize, QuantizeConfig()),
+    ):
+        with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
+            runner(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
+    with pytest.raises(UserError, match="expected a new output"):
+        stages.new(tmp_path / "out")
+    with pytest.raises(UserError, match="expected a new output"):
+        stages.compress(pupil_artifact, tmp_path / "out", Recipe(prune=PruneConfig()), QUIET)
+    assert listing(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_done_is_refused_before_any_work(
+    no_work: None,
+    pupil_artifact: Path,
+    tiny_artifact: Path,
+    tiny_int4_artifact: Path,
+    toy_artifact: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="grouped-query"):
+        stages.run_prune(tiny_artifact, out, PruneConfig(), QUIET)
+    with pytest.raises(UserError, match=r"quantize\.exempt"):
+        stages.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
+    with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
+        stages.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
+    with pytest.raises(UserError, match="expected trainable weights"):
+        stages.run_sft(toy_artifact, out, SFTConfig(), QUIET)
+    with pytest.raises(UserError, match=r"expected an artifact folder at .*nowhere"):
+        stages.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
+    assert listing(tmp_path) == []
+
+
+def test_state_of_another_configuration_is_refused_and_kept(pupil_artifact: Path, tmp_path: Path) -> None:
+    config = SFTConfig(steps=7, demonstrations=1)
+    left = Run(tmp_path / ".out.run")
+    left.open("sft", artifacts.load(pupil_artifact).digest, config)
+    left.save(3)
+    for name, other in (("sft", SFTConfig(steps=8, demonstrations=1)), ("quantize", QuantizeConfig())):
+        with pytest.raises(UserError, match=r"expected to go on with the same stage.*\.out\.run.* remove it"):
+            stages.RUNNERS[name](pupil_artifact, tmp_path / "out", other, QUIET)
+    assert listing(tmp_path) == [".out.run"]
+    again = Run(tmp_path / ".out.run")
+    again.open("sft", artifacts.load(pupil_artifact).digest, config)
+    assert (again.load() or {})["step"] == 3
+
+
+def test_interrupted_stage_goes_on_where_it_was(
+    quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "LOG_EVERY", 10)
+    monkeypatch.setattr(sft, "SAVE_EVERY", 20)
+    config = SFTConfig(steps=40, batch=8, demonstrations=1)
+    seen: list[int] = []
+
+    def bar(stop_at: int) -> Callable:
+        @contextmanager
+        def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+            def progress(step: int, text: str) -> None:
+                seen.append(step)
+                if step == stop_at:
+                    raise KeyboardInterrupt
+
+            yield progress
+
+        return progress_bar
+
+    def interrupted(out: Path, stop_at: int) -> None:
+        monkeypatch.setattr(stages, "progress_bar", bar(stop_at))
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_sft(pupil_artifact, out, config, QUIET)
+
+    interrupted(tmp_path / "early", 10)
+    assert listing(tmp_path) == []  # nothing was saved yet, so nothing is left
+    interrupted(tmp_path / "out", 30)
+    assert listing(tmp_path) == [".out.run"]
+    seen.clear()
+    monkeypatch.setattr(stages, "progress_bar", bar(0))
+    stages.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
+    assert seen == [30, 40]
+    assert listing(tmp_path) == ["out"]
+    rows = artifacts.load(tmp_path / "out").file("curves/1-sft.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [10, 20, 30, 40]
+
+
+def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
+    quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[tuple[str, Path]] = []
+    monkeypatch.setattr("rlrc.exporters.export.export", lambda a, out: exported.append((a.path.name, out)))
+    out, folder = tmp_path / "out", tmp_path / "out.stages"
+    recipe = Recipe(prune=PruneConfig(score="random"), quantize=QuantizeConfig(search=False))
+    stages.compress(pupil_artifact, out, recipe, QUIET)
+    assert listing(folder) == ["prune", "quantize"]
+    assert exported == [("quantize", out)]
+    pruned = artifacts.load(folder / "prune").digest
+
+    # The same again keeps both; without the second, only that is made anew; another setting of the first is refused.
+    made = (folder / "quantize" / "manifest.json").stat().st_mtime_ns
+    stages.compress(pupil_artifact, out, recipe, QUIET)
+    assert (folder / "quantize" / "manifest.json").stat().st_mtime_ns == made
+    shutil.rmtree(folder / "quantize")
+    stages.compress(pupil_artifact, out, recipe, QUIET)
+    assert artifacts.load(folder / "prune").digest == pruned
+    assert artifacts.load(folder / "quantize").manifest.history[-1].parent == pruned
+    assert len(exported) == 3
+    for other in (
+        Recipe(prune=PruneConfig(0.5, "random"), quantize=recipe.quantize),
+        Recipe(prune=recipe.prune, quantize=QuantizeConfig()),
+        Recipe(quantize=recipe.quantize),  # no longer of the pruned policy
+    ):
+        with pytest.raises(UserError, match=r"out.stages/(prune|quantize) to be stage .* found another one; remove it"):
+            stages.compress(pupil_artifact, out, other, QUIET)
+    assert listing(folder) == ["prune", "quantize"]
+    assert len(exported) == 3
