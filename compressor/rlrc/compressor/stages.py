@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlrc import artifact as artifacts
@@ -83,7 +84,8 @@ def evaluate(policy: TinyPolicy, rollouts: Rollouts, episodes: int) -> dict[str,
     if episodes == 0:
         return {}
     requests = [Request(task, VALIDATION.start + i) for i in range(episodes) for task in TASKS]
-    results = rollouts.run(requests, policy, Mode())
+    with Console(stderr=True).status(f"playing {len(requests)} validation episodes"):
+        results = rollouts.run(requests, policy, Mode())
     per_task = {task: float(np.mean([r.success for r in results if r.task == task])) for task in TASKS}
     return {
         "success": round(float(np.mean(list(per_task.values()))), 4),
@@ -222,7 +224,8 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options) ->
         if config.score == "random":
             scores = random_scores(work.policy, config.seed)
         else:
-            batches = work.batches(DemonstrationConfig(config.demonstrations), config.seed)
+            with Console(stderr=True).status("playing demonstrations, unless they are in the cache"):
+                batches = work.batches(DemonstrationConfig(config.demonstrations), config.seed)
             scores = taylor_scores(work.policy, batches, config, SFTConfig().smoothing)
         pruned, removed = prune(work.policy, scores, config)
         return work.finish(pruned, removed=removed)
