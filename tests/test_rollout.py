@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import TimeoutError as FuturesTimeoutError  # the built-in one from Python 3.11 on
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def test_stuck_worker_raises_and_is_not_waited_for(
     artifact = artifacts.load(pupil_artifact)
     pool = Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=1)
     killer, began = strike(pool, signal.SIGSTOP), time.monotonic()
-    with pytest.raises(TimeoutError), pool:
+    with pytest.raises(FuturesTimeoutError), pool:
         pool.run(some(2), pupil, Mode(horizon=5))
     assert time.monotonic() - began < 10
     killer.join()
