@@ -268,3 +268,9 @@ def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
             stages.compress(pupil_artifact, out, other, QUIET)
     assert listing(folder) == ["prune", "quantize"]
     assert len(exported) == 3
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}, {"evaluate": -1}])
+def test_impossible_options_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"expected --{next(iter(options))} >= "):
+        stages.Options(**options)

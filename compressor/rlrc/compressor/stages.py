@@ -64,6 +64,11 @@ class Options:
     threads: int = 2
     """threads of torch"""
 
+    def __post_init__(self) -> None:
+        for name, least in (("evaluate", 0), ("workers", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"expected --{name} >= {least}, found {getattr(self, name)}")
+
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
