@@ -13,6 +13,7 @@ os.environ.setdefault(
 )  # before anything starts a thread pool; tests are about results, not speed
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,22 +98,27 @@ def raw_observations(spec: PolicySpec, number: int = 8) -> dict[str, np.ndarray]
     random = np.random.default_rng(7)
     instructions = [("open the drawer", "close the window")[i % 2] for i in range(number)]
     ids = [[WORDS.index(word) for word in text.split()] for text in instructions]
-    camera = spec.cameras[0]
-    return {
-        "images": random.integers(0, 256, (number, 1, camera.height, camera.width, 3), np.uint8),
-        "state": random.uniform(0, 1, (number, len(spec.state.names))).astype(np.float32)
-        if spec.state
-        else np.empty(0),
-        "instructions": np.array(instructions),
-        "ids": np.array([row + [0] * (spec.prompt.max_tokens - len(row)) for row in ids], np.int64),
+    raw: dict[str, np.ndarray] = {
+        f"image.{camera.name}": random.integers(0, 256, (number, camera.height, camera.width, 3), np.uint8)
+        for camera in spec.cameras
     }
+    if spec.state is not None:
+        raw["state"] = random.uniform(0, 1, (number, len(spec.state.names))).astype(np.float32)
+    if spec.prompt is not None:
+        raw["instructions"] = np.array(instructions)
+        raw["ids"] = np.array([row + [0] * (spec.prompt.max_tokens - len(row)) for row in ids], np.int64)
+    return raw
 
 
 @pytest.fixture
 def observation() -> dict[str, Any]:
     """One observation that fits ``tiny_manifest``; the first of the toy artifact's golden.npz."""
     raw = raw_observations(policy_spec())
-    return {"image.corner4": raw["images"][0, 0], "state": raw["state"][0], "instruction": str(raw["instructions"][0])}
+    return {
+        "image.corner4": raw["image.corner4"][0],
+        "state": raw["state"][0],
+        "instruction": str(raw["instructions"][0]),
+    }
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class Toy:
         """Raw observations -> (N, horizon, dim, bins) in float64, by the formulas of the specs written out."""
         camera, action = spec.cameras[0], spec.action
         assert spec.state is not None
-        pixels = (observations["images"][:, 0] / 255.0 - camera.mean) / camera.std
+        pixels = (observations[f"image.{camera.name}"] / 255.0 - camera.mean) / camera.std
         tokens = pixels.reshape(len(pixels), self.BANDS, -1) @ self.pixels
         state = ((observations["state"] - np.array(spec.state.norm.center)) / np.array(spec.state.norm.scale)).clip(
             -5, 5
@@ -378,3 +384,21 @@ def lessons(rollouts: Any) -> Any:
     from rlrc.compressor.data import DemonstrationConfig, demonstrations
 
     return demonstrations(DemonstrationConfig(1), rollouts)
+
+
+@pytest.fixture(scope="session")
+def check_requests() -> Callable[[Callable[[int, dict[str, float]], list[Any]], str], list[Any]]:
+    """Checks three rounds of episodes, drawn by the number of the round and each task's failures, and returns them."""
+    from rlrc.envs.metaworld import TASKS
+
+    def check(draw: Callable[[int, dict[str, float]], list[Any]], failing: str) -> list[Any]:
+        failures = dict.fromkeys(TASKS, 0.0) | {failing: 1.0}
+        rounds = [draw(number, failures) for number in range(3)]
+        assert rounds[1] == draw(1, failures)
+        drawn = [request for one in rounds for request in one]
+        assert len({request.seed for request in drawn}) == len(drawn)  # no scene comes twice
+        count = Counter(request.task for request in rounds[0])
+        assert count[failing] > 3 * max(number for task, number in count.items() if task != failing)
+        return drawn
+
+    return check

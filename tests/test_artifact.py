@@ -142,9 +142,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"graphs\[0\]\.inputs\[0\]\.shape\[0\]",
     ),
     "unknown choice": (lambda m: m["policy"].update(decode="magic"), r"one of 'parallel'.* at policy\.decode"),
-    "length of a fixed list": (
+    "half a colour": (
         lambda m: m["policy"]["cameras"][0].update(mean=[0, 0]),
-        r"length 3 at .*mean.*found length 2",
+        r"three numbers for every encoder .*found \(2, 3\)",
     ),
     "deep in a dictionary": (
         lambda m: m["towers"]["decoder"]["layers"][1].pop("mlp"),
@@ -160,7 +160,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"2 entries at policy\.action\.meaning",
     ),
     "no horizon": (lambda m: m["policy"]["action"].update(horizon=0), "horizon"),
-    "same camera twice": (lambda m: m["policy"]["cameras"].append(m["policy"]["cameras"][0]), "every camera once"),
+    "same camera twice": (lambda m: m["policy"]["cameras"].append(m["policy"]["cameras"][0]), "every one once"),
     "camera without height": (lambda m: m["policy"]["cameras"][0].update(height=0), "height"),
     "impossible heads": (
         lambda m: m["towers"]["decoder"]["layers"][0].update(kv_heads=3),

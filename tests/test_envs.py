@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes.util
+import gc
 import os
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,48 @@ def test_same_seed_same_episode(name: str) -> None:
         assert equal(again, first)
         assert all(equal(a, b) for a, b in zip(play(env, 30), played, strict=True))
     assert not equal(other[PICTURE], first[PICTURE])
+
+
+@pytest.mark.parametrize("scene", ["drawer", "window"])
+def test_environments_that_share_a_model_do_not_disturb_each_other(scene: str) -> None:
+    """Call by call in turn: each sees, does, restores and labels what it does alone."""
+    names = [f"{scene}-open-v3", f"{scene}-close-v3", f"{scene}-open-v3/shared", f"{scene}-open-v3"]
+    envs: list[MetaWorldEnv] = []
+
+    def episode(name: str, seed: int) -> Iterator[Any]:
+        env = make(name)
+        envs.append(env)
+        act = expert(env.task)
+        for start in (seed, seed + 10):
+            yield env.reset(seed=start)
+            yield {name: value for name, value in vars(env.simulation).items() if isinstance(value, np.ndarray)}
+            for _ in range(5):
+                yield relabel(env, act, 3)
+                saved = env.save()
+                yield env.advance(act(env.full_observation)), env.full_observation.copy()
+                yield env.render()
+                env.restore(saved)
+                yield env.save(), env.simulation.data.xpos.copy()
+
+    alone = [list(episode(name, seed)) for seed, name in enumerate(names)]
+    in_turn = zip(*(episode(name, seed) for seed, name in enumerate(names)), strict=True)
+    for expected, found in zip(zip(*alone, strict=True), in_turn, strict=True):
+        assert equal(found, expected)
+    assert len({id(env.simulation.model) for env in envs}) == 1
+    assert len({played[0][0][PICTURE].tobytes() for played in alone}) == 4  # four different scenes
+
+
+def test_environment_without_users_is_freed_at_once() -> None:
+    """And not when the garbage collector comes by: a worker makes hundreds."""
+    env = make("drawer-open-v3", size=32)
+    env.reset(seed=0)
+    simulation = weakref.ref(env.simulation)
+    gc.disable()
+    try:
+        del env
+        assert simulation() is None
+    finally:
+        gc.enable()
 
 
 def test_observation_and_action_fit_their_spaces() -> None:
@@ -260,8 +305,8 @@ def without(folder: Path, *libraries: str) -> dict[str, str]:
 EGL, OSMESA = ("libEGL.so", "libEGL.so.1"), ("libOSMesa.so", "libOSMesa.so.6", "libOSMesa.so.8")
 
 
-def choose(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    code = "from rlrc.envs.gl import choose_backend; print(choose_backend())"
+def choose(environment: dict[str, str], before: str = "") -> subprocess.CompletedProcess[str]:
+    code = f"{before}\nfrom rlrc.envs.gl import choose_backend; print(choose_backend())"
     environment = environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
@@ -279,6 +324,20 @@ def test_no_backend_at_all_is_one_clear_error(tmp_path: Path) -> None:
 def test_osmesa_serves_where_egl_does_not(tmp_path: Path) -> None:
     result = choose(without(tmp_path / "lib", *EGL))
     assert (result.stdout, result.returncode) == ("osmesa\n", 0), result.stderr
+
+
+def test_mujoco_imported_too_early_is_one_clear_error(tmp_path: Path) -> None:
+    """It then renders on a screen or not at all, with an AttributeError deep inside."""
+    environment = without(tmp_path / "lib")
+    result = choose(environment, "import mujoco")
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == (
+        "rlrc.errors.UserError: expected rlrc.envs to be imported before mujoco, found mujoco imported without "
+        "MUJOCO_GL; import rlrc.envs first, or set MUJOCO_GL to egl or osmesa before Python starts"
+    )
+    chosen = os.environ["MUJOCO_GL"]  # by this process, so it is there
+    result = choose(environment | {"MUJOCO_GL": chosen}, "import mujoco")
+    assert (result.stdout, result.returncode) == (f"{chosen}\n", 0), result.stderr
 
 
 def test_a_backend_the_user_chose_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

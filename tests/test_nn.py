@@ -12,14 +12,10 @@ from torch import nn
 
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.nn.decoder import Attention, Decoder, rotary_tables, rotate
+from rlrc.compressor.nn.decoder import Attention, Decoder, causal_mask, rotary_tables, rotate
 from rlrc.compressor.nn.vit import Block as VisionBlock
 from rlrc.compressor.nn.vit import PatchStem, merge_patches
 from rlrc.errors import UserError
-
-
-def causal(length: int) -> torch.Tensor:
-    return torch.full((length, length), float("-inf")).triu(1)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
@@ -50,7 +46,7 @@ def llama(width: int, layer: LayerSpec, layers: int) -> Any:
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_decoder_is_transformers_llama(kv_heads: int) -> None:
     layer = LayerSpec(heads=4, kv_heads=kv_heads, head_dim=12, mlp=56)  # 4 * 12 is not the width
-    decoder, reference = Decoder(TowerSpec(32, (layer, layer)), max_length=16), llama(32, layer, 2)
+    decoder, reference = Decoder(TowerSpec(32, (layer, layer))), llama(32, layer, 2)
     randomise(decoder)
     names = {
         "norm1": "input_layernorm",
@@ -66,18 +62,18 @@ def test_decoder_is_transformers_llama(kv_heads: int) -> None:
     x = torch.randn(2, 9, 32)
     with torch.no_grad():
         expected = reference(inputs_embeds=x, use_cache=False).last_hidden_state  # causal, as Llama always is
-        torch.testing.assert_close(decoder(x, causal(9)), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoder(x, causal_mask(9)), expected, atol=1e-5, rtol=1e-5)
         assert (decoder(x) - expected).abs().max() > 0.01  # without a mask it sees both ways
 
 
 def test_causal_mask_hides_the_future_and_no_mask_hides_nothing() -> None:
-    decoder = Decoder(TowerSpec(16, (LayerSpec(2, 2, 8, 32),) * 2), max_length=6)
+    decoder = Decoder(TowerSpec(16, (LayerSpec(2, 2, 8, 32),) * 2))
     randomise(decoder)
     x = torch.randn(1, 6, 16)
     changed = x.clone()
     changed[:, 4] += 1
     with torch.no_grad():
-        masked = decoder(changed, causal(6)) - decoder(x, causal(6))
+        masked = decoder(changed, causal_mask(6)) - decoder(x, causal_mask(6))
         free = decoder(changed) - decoder(x)
     assert masked[:, :4].abs().max() == 0
     assert masked[:, 4:].abs().amax((0, 2)).min() > 1e-4
@@ -102,7 +98,7 @@ def test_rotary_is_a_complex_rotation() -> None:
 def test_grouped_query_attention_by_loops() -> None:
     """Query head h attends to key/value head h // (heads / kv_heads)."""
     layer = LayerSpec(heads=6, kv_heads=2, head_dim=4, mlp=1)
-    attention = Attention(10, layer)
+    attention = Attention(10, layer, 10)
     x, (cos, sin) = torch.randn(1, 5, 10), rotary_tables(5, 4)
     q, k, v = (linear(x)[0] for linear in (attention.q, attention.k, attention.v))
     heads = []
@@ -115,12 +111,13 @@ def test_grouped_query_attention_by_loops() -> None:
             rows.append(sum(weight[s] * v[s, shared] for s in range(5)) / weight.sum())
         heads.append(torch.stack(rows))
     expected = torch.cat(heads, 1) @ attention.o.weight.T
-    torch.testing.assert_close(attention(x, cos, sin, None)[0], expected, atol=1e-5, rtol=1e-5)
+    source = attention.keys_values(x, cos, sin, None)
+    torch.testing.assert_close(attention(x, cos, sin, None, source)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_decoder_refuses_blocks_of_different_head_size() -> None:
     with pytest.raises(ValueError, match=r"one head size .* found \[8, 16\]"):
-        Decoder(TowerSpec(16, (LayerSpec(2, 2, 8, 32), LayerSpec(1, 1, 16, 32))), max_length=4)
+        Decoder(TowerSpec(16, (LayerSpec(2, 2, 8, 32), LayerSpec(1, 1, 16, 32))))
 
 
 def test_merge_patches_by_hand() -> None:
@@ -145,7 +142,7 @@ def test_stem_is_a_stack_of_strided_convolutions() -> None:
 
 
 def test_vision_block_is_torchs_encoder_layer() -> None:
-    block = VisionBlock(24, LayerSpec(heads=3, kv_heads=3, head_dim=8, mlp=40))
+    block = VisionBlock(TowerSpec(24, ()), LayerSpec(heads=3, kv_heads=3, head_dim=8, mlp=40))
     randomise(block)
     reference = nn.TransformerEncoderLayer(24, 3, 40, 0.0, F.gelu, batch_first=True, norm_first=True)
     reference.load_state_dict(

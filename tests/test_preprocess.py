@@ -1,4 +1,4 @@
-"""Pre-processing against PIL, numbers worked out by hand, and the formulas of the specs."""
+"""Normalisation, bins and the check of observations: numbers worked out by hand, and the formulas of the specs."""
 
 from __future__ import annotations
 
@@ -9,62 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from rlrc.artifact import CameraSpec, Manifest, NormStats, PromptSpec
+from rlrc.artifact import FlowSpec, Manifest, NormStats, PolicySpec, PromptSpec
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import Tokenizer, bin_centers, check, normalise, pictures, to_bins, unnormalise
-
-CAMERA = CameraSpec("front", 2, 2, "none", (0.5, 0.25, 0.0), (0.5, 0.25, 1.0), "HWC")
+from rlrc.runtime.preprocess import Tokenizer, bin_centers, check, normalise, prepare, to_bins, unnormalise
 
 
 def random_pictures(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-
-
-def test_pictures_by_hand() -> None:
-    image = np.array([[[0, 0, 0], [255, 255, 255]], [[51, 102, 204], [255, 0, 51]]], np.uint8)
-    # (v / 255 - mean) / std; 51 / 255 = 0.2, 102 / 255 = 0.4, 204 / 255 = 0.8
-    expected = [[[-1, -1, 0], [1, 3, 1]], [[-0.6, 0.6, 0.8], [1, -1, 0.2]]]
-    pixels = pictures(image, CAMERA)
-    assert pixels.dtype == np.float32
-    np.testing.assert_allclose(pixels, expected, atol=1e-6)
-
-
-def test_pictures_every_byte_value_is_exact_to_float32() -> None:
-    image = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, -1)  # (256, 1, 3)
-    camera = CameraSpec("front", 256, 1, "none", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "HWC")
-    exact = (np.arange(256)[:, None, None] / 255.0 - camera.mean) / camera.std
-    np.testing.assert_allclose(pictures(image, camera), exact, atol=5e-7)  # 2 of the largest value's last places
-
-
-def test_pictures_channels_first() -> None:
-    image = random_pictures(2, 2)
-    pixels = pictures(image, replace(CAMERA, layout="CHW"))
-    assert pixels.shape == (3, 2, 2)
-    assert pixels.flags.c_contiguous
-    assert pixels[2, 1, 0] == pytest.approx(image[1, 0, 2] / 255, abs=1e-6)
-
-
-@pytest.mark.parametrize("size", [(7, 5), (64, 48), (300, 200)])
-def test_pictures_bilinear_is_pil(size: tuple[int, int]) -> None:
-    camera = CameraSpec("front", 32, 24, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "HWC")
-    image = random_pictures(*size)
-    resized = Image.fromarray(image).resize((24, 32), Image.Resampling.BILINEAR)  # PIL says (width, height)
-    np.testing.assert_allclose(pictures(image, camera), np.asarray(resized) / 255.0, atol=1e-6)
-
-
-@pytest.mark.parametrize("layout", ["HWC", "CHW"])
-@pytest.mark.parametrize("size", [(32, 24), (50, 40)])
-def test_pictures_of_a_batch_are_those_of_its_members(layout: Any, size: tuple[int, int]) -> None:
-    camera = CameraSpec("front", 32, 24, "bilinear", (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), layout)
-    batch = random_pictures(4, *size)
-    assert np.array_equal(pictures(batch, camera), np.stack([pictures(image, camera) for image in batch]))
-
-
-def test_pictures_refuses_to_resize_where_the_camera_says_none() -> None:
-    with pytest.raises(UserError, match=r"expected image.front of 2 x 2 pixels .* found 4 x 3"):
-        pictures(random_pictures(4, 3), CAMERA)
 
 
 def test_normalise_by_hand() -> None:
@@ -107,41 +59,6 @@ def test_bins_round_trip(bins: int) -> None:
 def test_bins_refuse_nan() -> None:
     with pytest.raises(UserError, match="finite"):
         to_bins([0.0, np.nan], 8)
-
-
-@pytest.fixture
-def tokenizer_file(tmp_path: Path, write_tokenizer: Callable[[Path], None]) -> Path:
-    write_tokenizer(tmp_path / "tokenizer.json")
-    return tmp_path / "tokenizer.json"
-
-
-def test_tokenizer(tokenizer_file: Path) -> None:
-    ids = Tokenizer(tokenizer_file, PromptSpec("the {instruction}", 5, pad_id=6))("open drawer")
-    assert ids.dtype == np.int64
-    assert ids.tolist() == [4, 2, 5, 6, 6]  # PAD UNK open close the drawer window
-
-
-def test_tokenizer_template_takes_braces_as_they_are(tokenizer_file: Path) -> None:
-    ids = Tokenizer(tokenizer_file, PromptSpec("{} {instruction}", 5, 0))("{instruction}")
-    assert ids.tolist() == [1, 1, 1, 1, 0]  # the words "{}", "{", "instruction" and "}" are unknown
-
-
-def test_tokenizer_refuses_what_does_not_fit(tokenizer_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"at most 2 tokens .* found 3 in 'open the drawer'; shorten it"):
-        Tokenizer(tokenizer_file, PromptSpec("{instruction}", 2, 0))("open the drawer")
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(UserError, match=r"expected a tokenizers file, found .*broken.json"):
-        Tokenizer(tmp_path / "broken.json", PromptSpec("{instruction}", 2, 0))
-
-
-def test_tokenizer_ignores_padding_and_truncation_of_its_file(tokenizer_file: Path) -> None:
-    from tokenizers import Tokenizer as Tokenizers
-
-    carrying = Tokenizers.from_file(str(tokenizer_file))
-    carrying.enable_padding(length=9)
-    carrying.enable_truncation(1)
-    carrying.save(str(tokenizer_file))
-    assert Tokenizer(tokenizer_file, PromptSpec("{instruction}", 4, 0))("open the drawer").tolist() == [2, 4, 5, 0]
 
 
 def test_check_accepts_what_fits(tiny_manifest: Manifest, observation: dict[str, Any]) -> None:
@@ -199,3 +116,94 @@ def test_check_of_a_policy_without_state(tiny_manifest: Manifest, observation: d
     with pytest.raises(UserError, match="found unknown state"):
         check(observation, spec)
     check({name: value for name, value in observation.items() if name != "state"}, spec)
+
+
+def other(spec: PolicySpec, name: str, **changes: Any) -> PolicySpec:
+    """With a second camera."""
+    return replace(spec, cameras=(*spec.cameras, replace(spec.cameras[0], name=name, **changes)))
+
+
+def test_check_of_optional_cameras(tiny_manifest: Manifest, observation: dict[str, Any]) -> None:
+    spec = other(tiny_manifest.policy, "wrist", optional=True)
+    check(observation, spec)
+    check(observation | {"image.wrist": observation["image.corner4"]}, spec)
+    with pytest.raises(UserError, match=r"expected image\.wrist as a uint8 array"):
+        check(observation | {"image.wrist": None}, spec)
+    with pytest.raises(UserError, match=r"image.corner4, instruction, state and maybe image.wrist, found no image.cor"):
+        check({"image.wrist": observation["image.corner4"], "state": np.zeros(3), "instruction": "go"}, spec)
+
+
+def test_check_wants_one_camera_of_several_optional_ones(tiny_manifest: Manifest, observation: dict[str, Any]) -> None:
+    spec = other(tiny_manifest.policy, "wrist", optional=True)
+    spec = replace(spec, cameras=tuple(replace(camera, optional=True) for camera in spec.cameras))
+    check({**observation, "image.wrist": observation["image.corner4"]}, spec)
+    del observation["image.corner4"]
+    with pytest.raises(UserError, match=r"and maybe image.corner4, image.wrist, found no picture;"):
+        check(observation, spec)
+
+
+def test_check_of_a_policy_of_one_task(tiny_manifest: Manifest, observation: dict[str, Any]) -> None:
+    spec = replace(tiny_manifest.policy, prompt=None)
+    check(observation, spec)  # its instruction is not read
+    del observation["instruction"]
+    check(observation, spec)
+    with pytest.raises(UserError, match=r"expected an observation with image.corner4, state, found no state;"):
+        check({"image.corner4": observation["image.corner4"]}, spec)
+
+
+@pytest.fixture
+def flow_spec(tiny_manifest: Manifest) -> PolicySpec:
+    """Chunks of 3 steps of 4 dimensions, from noise of width 6."""
+    spec = tiny_manifest.policy
+    return replace(spec, decode="flow", flow=FlowSpec(10, 6), action=replace(spec.action, bins=0))
+
+
+def test_check_of_noise(flow_spec: PolicySpec, tiny_manifest: Manifest, observation: dict[str, Any]) -> None:
+    noise = np.zeros((3, 6), np.float32)
+    check(observation, flow_spec)
+    check(observation | {"noise": noise}, flow_spec)
+    with pytest.raises(UserError, match="found unknown noise"):
+        check(observation | {"noise": noise}, tiny_manifest.policy)
+    for wrong, found in ((noise[:2], r"float32 \(2, 6\)"), (noise.astype(int), r"int64 \(3, 6\)"), ([], "list")):
+        with pytest.raises(UserError, match=rf"expected noise as a float array of shape \(3, 6\), found {found}"):
+            check(observation | {"noise": wrong}, flow_spec)
+    with pytest.raises(UserError, match="expected finite noise"):
+        check(observation | {"noise": noise + np.nan}, flow_spec)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, write_tokenizer: Callable[[Path], None]) -> Callable[[PolicySpec], Tokenizer]:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return lambda spec: Tokenizer(tmp_path / "tokenizer.json", spec.prompt or PromptSpec("", 1, 0))
+
+
+def test_prepare(
+    tiny_manifest: Manifest, observation: dict[str, Any], tokenizer: Callable[[PolicySpec], Tokenizer]
+) -> None:
+    spec = other(other(tiny_manifest.policy, "left", optional=True), "right", resize="bilinear", height=16)
+    observation |= {"image.right": random_pictures(8, 8), "state": np.array([0.5, 0.6, 1.0])}
+    prepared = prepare(observation, spec, tokenizer(spec))
+    assert [picture.shape for picture in prepared.pixels] == [(32, 32, 3), (16, 32, 3)]  # left is not there
+    assert prepared.ids is not None
+    assert prepared.ids.tolist() == [2, 4, 5, 0, 0]
+    assert prepared.state is not None
+    np.testing.assert_allclose(prepared.state, [1, 0, 1])  # centers 0, 0.6, 0.5; scales 0.5, 0.25, 0.5
+    assert spec.state is not None
+    wide = replace(spec, state=replace(spec.state, width=5), prompt=None)
+    prepared = prepare(observation, wide, None)
+    assert prepared.ids is None
+    assert prepared.state is not None
+    np.testing.assert_allclose(prepared.state, [1, 0, 1, 0, 0])
+    assert prepared.state.dtype == np.float32
+
+
+def test_prepare_tells_the_state_before_it_is_widened(
+    tiny_manifest: Manifest, observation: dict[str, Any], tokenizer: Callable[[PolicySpec], Tokenizer]
+) -> None:
+    spec = tiny_manifest.policy
+    assert spec.state is not None
+    spec = replace(spec, state=replace(spec.state, width=32), prompt=PromptSpec("{state}", 9, None, state_bins=4))
+    prepared = prepare(observation | {"state": np.array([0.0, 0.6, 0.5])}, spec, tokenizer(spec))
+    assert prepared.ids is not None
+    assert len(prepared.ids) == 3  # numbers, unknown words to this vocabulary
+    assert prepared.state is None

@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import TimeoutError as FuturesTimeoutError  # the built-in one from Python 3.11 on
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,8 @@ from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.data import Samples
 from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
 from rlrc.envs.experts import expert
-from rlrc.envs.metaworld import TASKS, make
+from rlrc.envs.metaworld import TASKS, MetaWorldEnv, make
+from rlrc.errors import UserError
 from rlrc.runtime.preprocess import bin_centers
 
 OPEN, FAUCET = "drawer-open-v3/shared", "faucet-close-v3"
@@ -154,36 +153,55 @@ def test_more_requests_than_slots_all_come_back(rollouts: Rollouts, monkeypatch:
     assert len({episode.steps for episode in episodes.values()}) > 3
 
 
+def test_idle_environments_are_bounded(rollouts: Rollouts, pupil: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those used last are kept, and serve a task and its shared variant without a trace of the other's scenes."""
+    idle: list[MetaWorldEnv] = []
+    monkeypatch.setattr(module, "_idle", idle)
+    monkeypatch.setattr(module, "SLOTS", 3)
+    every, mode = [Request(task, 70) for task in TASKS], Mode(keep="pictures", horizon=10)
+    first = in_process(every, pupil, rollouts, mode)
+    assert [env.task.name for env in idle] == list(TASKS)[-3:]
+    faucets = [env for env in idle if env.task.environment == FAUCET]
+    again = in_process([Request(FAUCET, 70)], pupil, rollouts, mode)
+    assert [env.task.name for env in idle][-1] == FAUCET
+    assert idle[-1] is faucets[0]
+    assert len(idle) == 3
+    assert same(again[FAUCET, 70], first[FAUCET, 70])
+    in_process([Request(OPEN, 70)], pupil, rollouts, mode)
+    assert [env.task.name for env in idle] == ["faucet-open-v3/shared", FAUCET, OPEN]  # the window was used longest ago
+
+
 def strike(pool: Rollouts, number: int) -> threading.Thread:
     """Sends a signal to the first worker as soon as there is one."""
 
     def wait_and_send() -> None:
-        while not (processes := list((pool.pool._processes or {}).values())) or processes[0].pid is None:
+        while not (processes := list(pool.workers.processes.values())):
             time.sleep(0.01)
-        os.kill(processes[0].pid, number)
+        os.kill(processes[0].pid or 0, number)
 
     thread = threading.Thread(target=wait_and_send)
     thread.start()
     return thread
 
 
-def test_dead_worker_raises(pupil: TinyPolicy, pupil_artifact: Path, tmp_path: Path) -> None:
+def test_dead_worker_is_one_line(pupil: TinyPolicy, pupil_artifact: Path, tmp_path: Path) -> None:
     artifact = artifacts.load(pupil_artifact)
     with Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=1) as pool:
         killer = strike(pool, signal.SIGKILL)
-        with pytest.raises(BrokenProcessPool):
+        with pytest.raises(UserError, match="one ended by SIGKILL; it may have run out of memory"):
             pool.run(some(2), pupil, Mode(horizon=5))
         killer.join()
 
 
-def test_stuck_worker_raises_and_is_not_waited_for(
+def test_stuck_worker_is_one_line_and_is_not_waited_for(
     pupil: TinyPolicy, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TIMEOUT", 0.5)
+    monkeypatch.setattr(module, "EPISODE_TIMEOUT", 0.1)
     artifact = artifacts.load(pupil_artifact)
     pool = Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=1)
     killer, began = strike(pool, signal.SIGSTOP), time.monotonic()
-    with pytest.raises(FuturesTimeoutError), pool:
+    with pytest.raises(UserError, match=r"report within 0\.7 s, found none"), pool:  # two episodes
         pool.run(some(2), pupil, Mode(horizon=5))
     assert time.monotonic() - began < 10
     killer.join()

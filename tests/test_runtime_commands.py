@@ -14,6 +14,7 @@ import pytest
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
 from rlrc.runtime.commands import Infer, Inspect, Verify
+from rlrc.runtime.official import Flags
 
 
 def test_inspect_prints_what_an_artifact_is(toy_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,11 +23,12 @@ def test_inspect_prints_what_an_artifact_is(toy_artifact: Path, capsys: pytest.C
     for fact in (
         "tiny, parallel decoding",
         "corner4 32 x 32, resize none",
-        "x (m), y (m), grip (1)",
-        "gripper (gripper, 1); chunks of 3, 32 bins",
-        "vision: width 32",
-        "decoder: width 64",
-        "│ 1 │ 2 │ 1 │ 16 │ 64 │",  # the pruned block of the decoder
+        "x, y (m); grip (1)",
+        "dx, dy, dz (delta, m); gripper (gripper, 1); chunks of 3, 32 bins",
+        "can be pruned decoder 2 heads, 64 MLP channels",
+        "vision │ │ width 32",
+        "layers 0, 2: 4 heads of 16, MLP 128",
+        "layer 1: 2 heads of 16 (1 kv), MLP 64",
         "0 of 96 tokens flipped",
         "success 0.25",  # after the only stage of its history
         "next: rlrc verify",
@@ -138,8 +140,10 @@ def test_a_policy_without_an_answer_exits_with_1(
     assert not (tmp_path / "act.npz").exists()
 
 
-def test_infer_refuses_an_official_checkpoint(tmp_path: Path, observation: dict[str, Any]) -> None:
-    (tmp_path / "openvla").mkdir()
-    (tmp_path / "openvla/config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"expected an artifact .*, found an official checkpoint in .*openvla;"):
-        Infer(tmp_path / "openvla", save(tmp_path / "obs.npz", observation), tmp_path / "act.npz").run()
+def test_what_an_artifact_says_itself_is_not_told(
+    toy_artifact: Path, tmp_path: Path, observation: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=r"with an official checkpoint only, found the artifact .*toy"):
+        Infer(
+            toy_artifact, save(tmp_path / "obs.npz", observation), tmp_path / "act.npz", official=Flags(unnorm_key="a")
+        ).run()

@@ -87,8 +87,10 @@ def test_overhead_is_below_2_ms(
     policy = LocalPolicy.load(make_toy(tmp_path / "toy", spec=spec))
     golden = np.load(tmp_path / "toy/golden.npz")
     observations = [
-        {"image.corner4": images[0], "state": state, "instruction": str(instruction)}
-        for images, state, instruction in zip(golden["images"], golden["state"], golden["instructions"], strict=True)
+        {"image.corner4": image, "state": state, "instruction": str(instruction)}
+        for image, state, instruction in zip(
+            golden["image.corner4"], golden["state"], golden["instructions"], strict=True
+        )
     ]
 
     # CPU time: on a machine with busy neighbours a call in a hundred loses the core for 4 ms, which is not our cost.

@@ -17,7 +17,7 @@ import torch
 from rlrc.compressor import sft as module
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.data import DemonstrationConfig, Samples, demonstrations
-from rlrc.compressor.rollout import Mode, Rollouts
+from rlrc.compressor.rollout import Mode, Request, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.compressor.sft import SFTConfig, dagger_requests, optimizer, sft, smoothed_cross_entropy
 from rlrc.envs.metaworld import TASKS
@@ -119,18 +119,12 @@ def test_only_matrices_decay(pupil: TinyPolicy) -> None:
     assert Counter([*matrices, *without]) == Counter(name for name, _ in pupil.named_parameters())
 
 
-def test_dagger_requests() -> None:
+def test_dagger_requests(check_requests: Callable[..., list[Request]]) -> None:
     config = SFTConfig(dagger_rounds=3, dagger_episodes=400)
-    failures = dict.fromkeys(TASKS, 0.0) | {"faucet-open-v3": 1.0}
-    rounds = [dagger_requests(config, number, failures) for number in range(3)]
-    assert rounds[0] == dagger_requests(config, 0, failures)
-    seeds = [request.seed for requests in rounds for request in requests]
-    assert len(set(seeds)) == 1200
-    assert set(seeds) < set(DEMONSTRATION[500_000:])  # apart from the scenes of plain demonstrations
-    count = Counter(request.task for request in rounds[0])
-    assert count["faucet-open-v3"] > 3 * max(number for task, number in count.items() if task != "faucet-open-v3")
-    assert set(count) == set(TASKS)  # but none is forgotten
-    handover = [request.handover for request in rounds[0] if request.handover is not None]
+    drawn = check_requests(lambda number, failures: dagger_requests(config, number, failures), "faucet-open-v3")
+    assert {request.seed for request in drawn} < set(DEMONSTRATION[500_000:])  # apart from plain demonstrations
+    assert {request.task for request in drawn} == set(TASKS)  # none is forgotten
+    handover = [request.handover for request in drawn[:400] if request.handover is not None]
     assert 0.5 < len(handover) / 400 < 0.7
     assert min(handover) >= 2
     assert max(handover) < 30
@@ -171,10 +165,11 @@ def test_demonstrations_are_made_once(lessons: Samples, rollouts: Rollouts, own_
 def test_short_run_lowers_the_loss(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path) -> None:
     config = SFTConfig(steps=100, batch=32, rate=2e-3, warmup=10, demonstrations=1)
     run = run_in(tmp_path / "run", config, rollouts)
-    shown: list[int] = []
-    sft(pupil, config, rollouts, run, lambda step, text: shown.append(step))
+    shown: list[tuple[int, str]] = []
+    sft(pupil, config, rollouts, run, lambda step, text: shown.append((step, text.split()[0])))
     first, second = curve(run)
-    assert shown == [first["step"], second["step"]] == [50, 100]
+    assert (first["step"], second["step"]) == (50, 100)
+    assert shown == [(0, "playing"), (0, "training"), (50, "loss"), (100, "loss")]
     # Knowing nothing costs log(16) = 2.77; the target's own entropy with two bins' smoothing is about 2.0.
     assert second["loss"] < first["loss"] - 0.1
     assert second["l1"] < first["l1"]
@@ -209,10 +204,18 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 40
     assert curve(Run(tmp_path / "cut"))[-1]["step"] == 60  # the row after the saved state is dropped by resuming
     resumed, cut = make_pupil(), run_in(tmp_path / "cut", config, rollouts)
-    steps: list[int] = []
-    sft(resumed, config, rollouts, cut, lambda step, text: steps.append(step))
+    shown: list[tuple[int, str]] = []
+    sft(resumed, config, rollouts, cut, lambda step, text: shown.append((step, text)))
 
-    assert steps == [60, 80]
+    # Before it plays it says so; the round on the saved step was not saved with it.
+    assert shown[:2] == [(0, "playing demonstrations, unless they are in the cache"), (40, "training")]
+    assert shown[2:6] == [
+        (40, "DAgger round 3 of 4: 3 episodes"),
+        (40, "training"),
+        (50, "DAgger round 4 of 4: 3 episodes"),
+        (50, "training"),
+    ]
+    assert [step for step, _ in shown[6:]] == [60, 80]
     assert curve(cut) == curve(whole)
     assert [row["stage"] for row in curve(whole)] == ["sft", *["dagger"] * 2, "sft", *["dagger"] * 2, "sft", "sft"]
     for name, tensor in straight.state_dict().items():

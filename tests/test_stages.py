@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import UserError
+from rlrc.runtime.official import Flags
 
 QUIET = Options(evaluate=0, workers=1, threads=1)
 
@@ -102,10 +104,12 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     ].abs().max()
 
     # The goldens are the first artifact's observations with this artifact's answers.
-    with np.load(made[0].file("golden.npz")) as first, np.load(made[-1].file("golden.npz")) as golden:
-        for name in checkpoint.OBSERVATIONS:
-            np.testing.assert_array_equal(golden[name], first[name])
-        again = checkpoint.golden(checkpoint.load_policy(made[-1]), {n: golden[n] for n in checkpoint.OBSERVATIONS})
+    first, last = (checkpoint.read_observations(made[i].file("golden.npz")) for i in (0, -1))
+    assert first.keys() == last.keys() == {"image.corner4", "state", "instructions", "ids"}
+    for name, array in first.items():
+        np.testing.assert_array_equal(last[name], array)
+    with np.load(made[-1].file("golden.npz")) as golden:
+        again = checkpoint.golden(checkpoint.load_policy(made[-1]), last)
         np.testing.assert_allclose(again["logits"], golden["logits"], atol=1e-5)
 
 
@@ -122,7 +126,7 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert c.manifest.files[checkpoint.WEIGHTS] != a.manifest.files[checkpoint.WEIGHTS]
     assert [(entry.stage, entry.config, entry.parent) for entry in a.manifest.history] == [("new", {"seed": 1}, None)]
     with np.load(a.file("golden.npz")) as golden:
-        assert golden["images"].shape == (4, 1, 96, 96, 3)
+        assert golden["image.corner4"].shape == (4, 96, 96, 3)
         assert golden["instructions"].tolist() == ["open the faucet"] * 2 + ["close the drawer"] * 2
         assert golden["actions"].shape == (4, 5, 4)
 
@@ -173,8 +177,10 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="grouped-query"):
-        stages.run_prune(tiny_artifact, out, PruneConfig(), QUIET)
+    with pytest.raises(UserError, match=r"prune\.tower decoder, .*found expert"):
+        stages.run_prune(tiny_artifact, out, PruneConfig(tower="expert"), QUIET)
+    with pytest.raises(UserError, match=r"expected --hints, .*with an official checkpoint only"):
+        stages.run_prune(tiny_artifact, out, PruneConfig(), QUIET, Flags(unnorm_key="bridge"))
     with pytest.raises(UserError, match=r"quantize\.exempt"):
         stages.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
     with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
@@ -200,6 +206,17 @@ def test_state_of_another_configuration_is_refused_and_kept(pupil_artifact: Path
     assert (again.load() or {})["step"] == 3
 
 
+def test_rl_says_that_it_may_play_demonstrations(
+    quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    status = SimpleNamespace(status=lambda text: nullcontext(shown.append(text)))
+    monkeypatch.setattr(stages, "Console", lambda **_: status)
+    monkeypatch.setattr(stages, "ppo", lambda *_: None)
+    stages.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
+    assert shown == ["playing demonstrations, unless they are in the cache"]
+
+
 def test_interrupted_stage_goes_on_where_it_was(
     quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,9 +229,10 @@ def test_interrupted_stage_goes_on_where_it_was(
         @contextmanager
         def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
             def progress(step: int, text: str) -> None:
-                seen.append(step)
-                if step == stop_at:
-                    raise KeyboardInterrupt
+                if text.startswith("loss"):
+                    seen.append(step)
+                    if step == stop_at:
+                        raise KeyboardInterrupt
 
             yield progress
 

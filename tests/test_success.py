@@ -1,4 +1,4 @@
-"""Episodes, the pool that plays them, and what of them reaches the table.
+"""Episodes, which of them are played, and what of them reaches the table.
 
 Simulator and policy are clockworks, except in the last test.
 """
@@ -6,9 +6,9 @@ Simulator and policy are clockworks, except in the last test.
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,6 @@ from rlrc.benchmarks import success
 from rlrc.benchmarks.film import before_and_after, film_strip
 from rlrc.benchmarks.results import open_artifacts
 from rlrc.benchmarks.success import Episode, Scenes
-from rlrc.benchmarks.workers import in_workers
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -94,7 +93,7 @@ def test_film_shows_the_scene_that_recovery_solved() -> None:
 
 
 def test_rates_by_hand() -> None:
-    scenes = Scenes(("open", "close"), 2, 100, 200)
+    scenes = Scenes({"open": 2, "close": 2}, 100, 200)
     episodes = [Episode("open", 100, True, 40), Episode("open", 101, False, 200)]
     episodes += [Episode("close", 100, True, 20), Episode("close", 101, True, 30)]
     row = success.row(episodes, scenes, {"open"})
@@ -118,52 +117,20 @@ def test_comparison_counts_scenes_that_only_one_solved() -> None:
             success.compare(ours, other)
 
 
-def test_pool_returns_every_result() -> None:
-    assert sorted(in_workers(abs, [-3, -1, -2], workers=2)) == [(-3, 3), (-2, 2), (-1, 1)]
-    assert list(in_workers(abs, [], workers=2)) == []
+SCENES = Scenes({"open": 12, "close": 12}, 500, 200)
 
 
-def test_pool_raises_when_a_worker_dies() -> None:
-    with pytest.raises(RuntimeError, match=r"worker died \(exit code 3\)"):
-        list(in_workers(os._exit, [3], workers=1))
-
-
-def test_pool_raises_when_workers_are_silent_and_leaves_none_behind() -> None:
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="no worker reported within 2 s"):
-        list(in_workers(time.sleep, [60.0], workers=1, silence_s=2))
-    assert time.monotonic() - start < 20
-
-
-def test_pool_passes_errors_on() -> None:
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        list(in_workers(_divide, [0], workers=1))
-    with pytest.raises(UserError, match="found -1"):
-        list(in_workers(_divide, [-1], workers=1))
-    with pytest.raises(UserError, match="at least one worker"):
-        list(in_workers(abs, [1], workers=0))
-
-
-def _divide(number: int) -> float:
-    if number < 0:
-        raise UserError(f"expected a number from 0 on, found {number}")
-    return 1 / number
-
-
-SCENES = Scenes(("open", "close"), 12, 500, 200)
-
-
-def fake_pool(jobs_seen: list[success.Job], fail_after: int | None = None) -> Callable[..., Any]:
+def fake_workers(jobs_seen: list[success.Job], fail_after: int | None = None) -> Callable[..., Any]:
     """In place of processes: the episodes of seed s succeed where s is even."""
 
-    def run(function: Any, jobs: Any, workers: int) -> Any:
+    def run(function: Any, jobs: Any) -> Iterator[Any]:
         for number, job in enumerate(jobs):
             if number == fail_after:
                 raise KeyboardInterrupt
             jobs_seen.append(job)
             yield job, [Episode(job.task, seed, seed % 2 == 0, 9) for seed in job.seeds]
 
-    return run
+    return lambda number: nullcontext(SimpleNamespace(run=run))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
@@ -172,7 +139,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     opened = open_artifacts([f"a={toy_artifact}", f"b={toy_artifact}"])
     partial = tmp_path / "kept.jsonl"
     first: list[success.Job] = []
-    monkeypatch.setattr(success, "in_workers", fake_pool(first, fail_after=3))
+    monkeypatch.setattr(success, "Workers", fake_workers(first, fail_after=3))
     with pytest.raises(KeyboardInterrupt):
         success.measure(opened, SCENES, partial=partial)
     with partial.open("a") as stream:
@@ -180,7 +147,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
     second: list[success.Job] = []
     ticks: list[int] = []
-    monkeypatch.setattr(success, "in_workers", fake_pool(second))
+    monkeypatch.setattr(success, "Workers", fake_workers(second))
     played = success.measure(opened, SCENES, partial=partial, tick=ticks.append)
     assert ticks[0] == 12  # 5 + 5 + 2 of the first task
     done = [(job.name, job.task, seed) for job in first + second for seed in job.seeds]
@@ -188,7 +155,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert [episode.seed for episode in played["b"]] == [*range(500, 512)] * 2
     assert sum(episode.success for episode in played["a"]) == 12
 
-    other = replace(SCENES, per_task=6)
+    other = replace(SCENES, episodes={"open": 12, "close": 6})
     with pytest.raises(UserError, match="found another run's"):
         success.measure(opened, other, partial=partial)
 
@@ -197,13 +164,43 @@ def test_scenes_are_those_kept_for_evaluation() -> None:
     from rlrc.envs.metaworld import HORIZON, TASKS
     from rlrc.envs.seeds import EVALUATION
 
-    scenes = success.scenes(per_task=3)
-    assert scenes == Scenes(tuple(TASKS), 3, EVALUATION.start, HORIZON)
-    assert success.scenes(["metaworld:drawer-open-v3", "drawer-open-v3"]).tasks == ("drawer-open-v3",)
+    assert success.scenes(["metaworld:drawer-open-v3", "drawer-open-v3"], 3) == Scenes(
+        {"drawer-open-v3": 3}, EVALUATION.start, HORIZON
+    )
+    assert list(success.scenes().episodes) == list(TASKS)
     with pytest.raises(UserError, match="expected a task"):
         success.scenes(["no-task"])
-    with pytest.raises(UserError, match="episodes a task"):
-        success.scenes(per_task=len(EVALUATION) + 1)
+    for per_task in (0, len(EVALUATION) // 2 + 1):
+        with pytest.raises(UserError, match=f"expected 1 to 50000 episodes a task, found {per_task}"):
+            success.scenes(per_task=per_task)
+
+
+def test_a_task_counts_alike_with_and_without_a_shared_variant(
+    toy_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The button has none: of 40 a task it is played 80 times, as each drawer, window and faucet in both variants."""
+    scenes = success.scenes(per_task=40)
+    by_task: dict[str, int] = defaultdict(int)
+    for name, episodes in scenes.episodes.items():
+        by_task[name.removesuffix("/shared")] += episodes
+    assert scenes.episodes["button-press-topdown-v3"] == 80
+    assert scenes.episodes["drawer-open-v3"] == scenes.episodes["drawer-open-v3/shared"] == 40
+    assert list(by_task.values()) == [80] * 7
+    assert success.scenes(["button-press-topdown-v3"], 40).episodes == {"button-press-topdown-v3": 40}  # as asked for
+
+    # Both policies see the same scenes, every seed once, and each scene counts where it was played.
+    scenes = success.scenes(per_task=3)
+    monkeypatch.setattr(success, "Workers", fake_workers([]))
+    opened = open_artifacts([f"a={toy_artifact}", f"b={toy_artifact}"])
+    rows = {name: success.row(played, scenes, ()) for name, played in success.measure(opened, scenes).items()}
+    for row in rows.values():
+        assert list(row["per_task"]) == list(scenes.episodes)
+        assert {task: rate["episodes"] for task, rate in row["per_task"].items()} == scenes.episodes
+        assert row["outcomes"]["button-press-topdown-v3"] == "101010"
+        assert row["outcomes"]["faucet-open-v3/shared"] == "101"
+        assert row["episodes"] == 42
+    assert success.same_scenes(rows["a"], rows["b"])
+    assert success.compare({"name": "a"} | rows["a"], {"name": "b"} | rows["b"])["pairs"] == 42
 
 
 def test_command_plays_on_the_simulator(

@@ -77,8 +77,10 @@ class Answering:
         actions = centers * np.array(spec.action.norm.scale) + np.array(spec.action.norm.center)
         self.answers = iter([{"tokens": t, "actions": a} for t, a in zip(tokens, actions, strict=True)])
 
-    def ids(self, instruction: str) -> np.ndarray:
-        return self.golden.ids[list(self.golden.instructions).index(instruction)]
+    def ids(self, observation: Any) -> np.ndarray:
+        assert self.golden.ids is not None
+        assert self.golden.instructions is not None
+        return self.golden.ids[list(self.golden.instructions).index(observation["instruction"])]
 
     def infer(self, observation: Any) -> Any:
         return next(self.answers)
@@ -135,13 +137,16 @@ def test_failure(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logits": None}, "to hold actions, .*logits, .* found actions, ids, images, instructions, state, tokens;"),
+        ({"logits": None}, "to hold actions, .*logits, .* found actions, ids, image.corner4, .*, state, tokens;"),
         ({"ids": np.zeros((8, 4), np.int64)}, r"expected ids of shape \(8, 5\) .*, found \(8, 4\)"),
-        ({"images": np.zeros((8, 2, 32, 32, 3), np.uint8)}, "expected images of shape"),
+        ({"image.corner4": np.zeros((8, 2, 32, 32, 3), np.uint8)}, r"image.corner4 of shape \(8, any, any, 3\)"),
+        ({"image.corner4": None}, "found actions, ids, instructions,"),
+        ({"image.wrist": np.zeros((8, 2, 2, 3), np.uint8)}, "found actions, ids, image.corner4, image.wrist,"),
+        ({"actions": np.float32(0)}, r"expected actions of shape \(1, 3, 4\) .*, found \(\)"),
         ({"state": np.array([{}] * 8, object)}, "found: Object arrays cannot be loaded"),
         ({"actions": np.zeros((8, 3, 4), np.float32)}, "actions that follow from the logits"),
         ({"tokens": np.zeros((8, 3, 4), np.int64)}, "tokens and actions that follow from the logits"),
-        ({"tokens": np.zeros((0, 3, 4), np.int64)}, "expected images of shape"),
+        ({"tokens": np.zeros((0, 3, 4), np.int64)}, r"expected tokens of shape \(8, 3, 4\) .*, found \(0, 3, 4\)"),
         ({"logits": np.full((8, 3, 4, 32), np.nan, np.float32)}, "expected finite logits"),
     ],
 )

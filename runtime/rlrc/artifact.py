@@ -27,8 +27,9 @@ from rlrc.strict import StrictError, decode, encode, parse
 # fmt: off
 __all__ = [
     "FORMAT_VERSION", "MANIFEST", "ActionSpec", "Artifact", "ArtifactError", "CameraSpec", "Draft", "FileSpec",
-    "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats", "PolicySpec", "PromptSpec", "QuantizationSpec",
-    "StateSpec", "TensorSpec", "TowerSpec", "VerifiedSpec", "check_output", "from_json", "load", "to_json", "writing",
+    "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats", "PolicySpec", "PromptSpec",
+    "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec", "check_output",
+    "from_json", "load", "to_json", "writing",
 ]
 # fmt: on
 
@@ -51,38 +52,85 @@ class NormStats:
 
 @dataclass(frozen=True)
 class CameraSpec:
-    """The policy gets ``(picture / 255 - mean) / std``, float32 (height, width, 3) or (3, height, width)."""
+    """The policy gets ``(picture / 255 - mean) / std``, float32 (height, width, C) or (C, height, width).
+
+    ``mean`` and ``std`` have three numbers for every vision encoder: the colours are repeated for each. ``resize``:
+    "none" refuses a picture of any other size; "bilinear" and "bicubic" are PIL's, which filter when they shrink;
+    "pad" and "pad-left-top" keep the proportions (bilinear on floats, without a filter) and fill the rest with black,
+    on all sides or on the left and top only. An ``optional`` camera may be missing: its tokens are left out.
+    """
 
     name: str
     height: int
     width: int
-    resize: Literal["none", "bilinear"]  # "none": a picture of any other size is refused
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    resize: Literal["none", "bilinear", "bicubic", "pad", "pad-left-top"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     layout: Literal["HWC", "CHW"]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Proprioception: the meaning of every dimension, its unit, and how it is normalised."""
+    """Proprioception: the meaning of every dimension, its unit, and how it is normalised.
+
+    The policy gets ``width`` numbers, the last ones zero (None: as many as there are names).
+    """
 
     names: tuple[str, ...]
     units: tuple[str, ...]
     norm: NormStats
+    width: int | None = None
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """Instruction to ids: ``template`` with ``{instruction}`` replaced, tokenized, right-padded to ``max_tokens``."""
+    """Instruction to ids: edited, put into ``template``, tokenized, completed by ``suffix``, padded on the right.
+
+    ``edits``, in order: "lower" case; "strip" blanks at both ends; "blanks" for underscores and line ends; "newline" at
+    the end if there is none. ``{instruction}`` and ``{state}`` in the template are replaced, the latter by the
+    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state).
+    ``suffix`` is appended unless the ids already end with it. Beyond ``max_tokens`` a prompt is cut (``truncate``) or
+    refused.
+    ``pad_id`` None: not padded. ``known`` are pieces whose ids tell that the vocabulary is the right one.
+    """
 
     template: str
     max_tokens: int
-    pad_id: int
+    pad_id: int | None
+    edits: tuple[Literal["lower", "strip", "blanks", "newline"], ...] = ()
+    suffix: tuple[int, ...] = ()
+    state_bins: int = 0
+    truncate: bool = False
+    known: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Action bins among a language model's tokens: row r of the logits is token ``offset + r``; ``first - i`` is bin i.
+
+    Any other token counts as the nearest bin (OpenVLA, arXiv 2406.09246, section 3.2).
+    """
+
+    rows: int
+    offset: int
+    first: int
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """Flow matching: noise (horizon, width) at t = 1 becomes a chunk at t = 0 in ``steps`` Euler steps."""
+
+    steps: int
+    width: int
 
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """A chunk of ``horizon`` actions. ``bins`` of equal width over [-1, 1] in normalised units; 0: continuous."""
+    """A chunk of ``horizon`` actions. ``bins`` of equal width over [-1, 1] in normalised units; 0: continuous.
+
+    ``tokens``: which tokens of a vocabulary stand for the bins (None: the logits are over the bins themselves).
+    """
 
     horizon: int
     names: tuple[str, ...]
@@ -90,6 +138,7 @@ class ActionSpec:
     units: tuple[str, ...]
     norm: NormStats
     bins: int
+    tokens: TokenSpec | None = None
 
     @property
     def dim(self) -> int:
@@ -104,27 +153,43 @@ class PolicySpec:
     decode: Literal["parallel", "autoregressive", "flow"]
     cameras: tuple[CameraSpec, ...]
     state: StateSpec | None
-    prompt: PromptSpec
+    prompt: PromptSpec | None  # None: a policy of one task, without language
     action: ActionSpec
     geometry: dict[str, Any]
+    flow: FlowSpec | None = None
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One transformer block: attention heads, key/value heads, size of a head, width of the MLP."""
+    """One transformer block: attention heads, key/value heads, size of a head, width of the MLP.
+
+    A "cross" block attends to another tower's keys and values only; a "half" one has nothing but keys and values, which
+    is all that is used of the last block of a prefix.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     mlp: int
+    kind: Literal["self", "cross", "half"] = "self"
 
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """A stack of blocks on one residual stream of ``width`` channels; every block may have its own shape."""
+    """A stack of blocks on one residual stream of ``width`` channels; every block may have its own shape.
+
+    ``eps`` of the norms; ``activation`` of the MLPs (None: SiLU in decoders, GELU in vision transformers); ``theta`` of
+    the rotary positions; ``norm_offset`` is added to the norms' weights (Gemma stores them minus one). ``norm``
+    "adaptive": modulated by the flow's time; "steps": the same from a table of the fixed flow steps.
+    """
 
     width: int
     layers: tuple[LayerSpec, ...]
+    eps: float = 1e-5
+    activation: Literal["silu", "gelu", "gelu-tanh", "relu"] | None = None
+    theta: float = 10_000.0
+    norm: Literal["rms", "adaptive", "steps"] = "rms"
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)

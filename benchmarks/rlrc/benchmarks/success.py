@@ -7,6 +7,7 @@ Episodes that have been played are kept in a file beside the output until all ar
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlrc.benchmarks.results import Named
 from rlrc.benchmarks.stats import mcnemar, paired_difference_limit, wilson
-from rlrc.benchmarks.workers import in_workers
 from rlrc.errors import UserError
+from rlrc.processes import Workers
 
 if TYPE_CHECKING:
     from rlrc.envs.metaworld import MetaWorldEnv
@@ -27,15 +28,14 @@ EPISODES_A_JOB = 5  # short jobs keep all workers busy to the end; a task's simu
 
 @dataclass(frozen=True)
 class Scenes:
-    """What is played: ``per_task`` episodes of every task from seed ``first_seed`` on, at most ``horizon`` steps."""
+    """What is played: ``episodes`` of every task from seed ``first_seed`` on, at most ``horizon`` steps each."""
 
-    tasks: tuple[str, ...]
-    per_task: int
+    episodes: Mapping[str, int]
     first_seed: int
     horizon: int
 
-    def seeds(self) -> range:
-        return range(self.first_seed, self.first_seed + self.per_task)
+    def seeds(self, task: str) -> range:
+        return range(self.first_seed, self.first_seed + self.episodes[task])
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,23 @@ class Job:
 
 
 def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = None) -> Scenes:
-    """Scenes of the evaluation range; no tasks means all. Raises UserError for an unknown task or too many episodes."""
+    """Scenes of the evaluation range. Raises UserError for an unknown task or too many episodes.
+
+    No tasks means all, and then twice as many of a task without a shared variant, so that each counts alike.
+    """
     from rlrc.envs.metaworld import HORIZON, PREFIX, TASKS, find_task
     from rlrc.envs.seeds import EVALUATION
 
-    if not 1 <= per_task <= len(EVALUATION):
-        raise UserError(
-            f"expected 1 to {len(EVALUATION)} episodes a task, found {per_task}; change --episodes-per-task"
-        )
-    names = tuple(dict.fromkeys(find_task(name.removeprefix(PREFIX)).name for name in tasks)) or tuple(TASKS)
-    return Scenes(names, per_task, EVALUATION.start, HORIZON if horizon is None else horizon)
+    most = len(EVALUATION) // 2
+    if not 1 <= per_task <= most:
+        raise UserError(f"expected 1 to {most} episodes a task, found {per_task}; change --episodes-per-task")
+    if tasks:
+        episodes = {find_task(name.removeprefix(PREFIX)).name: per_task for name in tasks}
+    else:
+        variants = Counter(task.environment for task in TASKS.values())
+        alone = [name for name, task in TASKS.items() if variants[task.environment] == 1]
+        episodes = {name: 2 * per_task if name in alone else per_task for name in TASKS}
+    return Scenes(episodes, EVALUATION.start, HORIZON if horizon is None else horizon)
 
 
 def play(
@@ -97,25 +104,25 @@ def measure(
 ) -> dict[str, list[Episode]]:
     """Name -> its episodes. Those found in the file ``partial`` are not played again; ``tick`` gets how many came."""
     key = {
-        "scenes": asdict(scenes) | {"tasks": list(scenes.tasks)},
+        "scenes": asdict(scenes),
         "artifacts": {named.name: named.artifact.digest for named in artifacts},
     }
-    with _Partial(partial, key) as kept:
+    with _Partial(partial, key) as kept, Workers(workers) as pool:
         tick(len(kept.episodes))
         jobs = [job for named in artifacts for job in _jobs(named, scenes, threads, kept.episodes)]
-        for job, episodes in in_workers(_play_job, jobs, workers):
+        for job, episodes in pool.run(_play_job, jobs):
             for episode in episodes:
                 kept.add(job.name, episode)
             tick(len(episodes))
     return {
-        named.name: [kept.episodes[named.name, task, seed] for task in scenes.tasks for seed in scenes.seeds()]
+        named.name: [kept.episodes[named.name, task, seed] for task in scenes.episodes for seed in scenes.seeds(task)]
         for named in artifacts
     }
 
 
 def _jobs(named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], Episode]) -> Iterator[Job]:
-    for task in scenes.tasks:
-        left = [seed for seed in scenes.seeds() if (named.name, task, seed) not in played]
+    for task in scenes.episodes:
+        left = [seed for seed in scenes.seeds(task) if (named.name, task, seed) not in played]
         for i in range(0, len(left), EPISODES_A_JOB):
             yield Job(
                 named.name, named.artifact.path, threads, task, tuple(left[i : i + EPISODES_A_JOB]), scenes.horizon

@@ -1,6 +1,15 @@
-"""A torch policy from an artifact and back: weights in, weights out, with golden observations and their outputs."""
+"""A torch policy from an artifact and back: weights in, weights out, with golden observations and their outputs.
+
+golden.npz of every family: raw observations ``image.<camera>`` uint8 (N, H, W, 3), ``state`` (N, S), ``instructions``
+(N,), ``noise`` (N, horizon, width) of flow policies, ``ids`` (N, L) padded with -1; and what the policy makes of them
+in float32: ``actions`` (N, horizon, dim) un-normalised, of token policies also ``tokens`` (N, horizon, dim) and
+``logits`` (N, horizon, dim, rows). What a policy does not have is left out.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,16 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrc.artifact import Artifact, ArtifactError, Draft, HistoryEntry, Manifest
-from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.artifact import Artifact, ArtifactError, Draft, HistoryEntry, Manifest, PolicySpec, TowerSpec
+from rlrc.compressor.backbones import build
+from rlrc.compressor.policy import Inputs, Outputs, Policy
 from rlrc.compressor.quantize import QuantizeConfig, dequantize, quantize
-from rlrc.runtime.preprocess import bin_centers, normalise, pictures, unnormalise
+from rlrc.runtime.preprocess import prepare, unnormalise
 
 WEIGHTS = "weights/model.safetensors"
 TOKENIZER = "tokenizer/tokenizer.json"
 GOLDEN = "golden.npz"
 CURVES = "curves"
-OBSERVATIONS = ("images", "state", "instructions", "ids")
+ANSWERS = ("actions", "tokens", "logits")
 
 
 def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
@@ -29,78 +39,120 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
         raise ArtifactError(f"expected safetensors in {file}, found {error}; make the artifact again") from None
 
 
-def load_policy(artifact: Artifact) -> TinyPolicy:
+def load_policy(artifact: Artifact) -> Policy:
     """The policy in float32 and evaluation mode, int4 weights dequantized. A tensor that does not fit is refused."""
-    policy = TinyPolicy(artifact.manifest.policy, artifact.manifest.towers)
-    load_tensors(policy, dequantize(read_tensors(artifact), artifact.manifest.quantization), str(artifact.path))
+    manifest = artifact.manifest
+    tensors = dequantize(read_tensors(artifact), manifest.quantization)
+    return policy_of(manifest.policy, manifest.towers, tensors, str(artifact.path))
+
+
+def policy_of(spec: PolicySpec, towers: dict[str, TowerSpec], tensors: Mapping[str, Tensor], origin: str) -> Policy:
+    """A policy with these weights in float32, in evaluation mode. Raises ArtifactError for one that does not fit."""
+    with torch.device("meta"):
+        policy = build(spec, towers)
+    load_tensors(policy, tensors, origin)
     return policy.eval()
 
 
-def load_tensors(policy: TinyPolicy, tensors: dict[str, Tensor], origin: str) -> None:
-    expected = policy.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if found != wanted:
+def load_tensors(policy: Policy, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Gives the policy these weights, in float32. Raises ArtifactError for one that does not fit."""
+    check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
+    policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+
+
+def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Raises ArtifactError unless these are the policy's tensors."""
+    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
             raise ArtifactError(
-                f"expected {wanted} for tensor {name} in {origin}, found {found}; make the artifact again"
+                f"expected {expected.get(name, 'nothing')} for tensor {name} in {origin}, "
+                f"found {found.get(name, 'nothing')}; make the artifact again"
             )
-    policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
-def parameters(policy: TinyPolicy) -> int:
+def parameters(policy: Policy) -> int:
     return sum(tensor.numel() for tensor in policy.parameters())
 
 
-def golden(policy: TinyPolicy, observations: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Reference outputs in float32 for raw observations.
+def read_observations(file: Path) -> dict[str, np.ndarray]:
+    """The observations of a golden.npz, without the answers."""
+    with np.load(file) as arrays:
+        return {name: arrays[name] for name in arrays.files if name not in ANSWERS}
 
-    ``images`` (N, cameras, H, W, 3), ``state`` (N, S), ``instructions`` (N,), ``ids`` (N, L).
-    """
-    spec = policy.spec
-    assert spec.state is not None
-    pixels = torch.from_numpy(pictures(observations["images"][:, 0], spec.cameras[0]))
-    state = torch.from_numpy(normalise(observations["state"], spec.state.norm))
+
+def inputs_of(spec: PolicySpec, observations: Mapping[str, np.ndarray], row: int) -> Inputs:
+    """One observation of a golden.npz, as a batch of one: what the runtime gives the graphs."""
+    values = {name: array[row] for name, array in observations.items()}
+    prepared = prepare(values, spec, tokenizer=None)
+
+    def batch(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array[None])
+
+    ids = values["ids"][values["ids"] >= 0] if "ids" in values else None
+    pixels = [torch.from_numpy(picture[None]) for picture in prepared.pixels]
+    return Inputs(pixels, batch(ids), batch(prepared.state), noise=batch(values.get("noise")))
+
+
+def answers(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the policy makes of the observations, one by one, in float32: ANSWERS, as far as it has them."""
+    spec, rows = policy.eval().spec, len(next(iter(observations.values())))
     with torch.inference_mode():
-        logits = policy.eval()(pixels, torch.from_numpy(observations["ids"]), state).numpy()
-    tokens = logits.argmax(-1)
-    actions = unnormalise(bin_centers(spec.action.bins)[tokens], spec.action.norm)
-    outputs = {"logits": logits, "tokens": tokens, "actions": actions.astype(np.float32)}
-    return {name: observations[name] for name in OBSERVATIONS} | outputs
+        outputs = [policy.act(inputs_of(spec, observations, row)) for row in range(rows)]
+    found = {"actions": unnormalise(_stacked(outputs, "actions"), spec.action.norm)}
+    return found | {name: _stacked(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
 
 
-def quantized(policy: TinyPolicy, config: QuantizeConfig) -> TinyPolicy:
+def golden(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The observations with the policy's answers: see the module's docstring."""
+    return {**observations, **answers(policy, observations)}
+
+
+def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
+    return torch.cat([getattr(output, name) for output in outputs]).numpy()
+
+
+def quantized(policy: Policy, config: QuantizeConfig) -> Policy:
     """The policy with its weights rounded to the 4-bit grid, in float32."""
-    result = TinyPolicy(policy.spec, policy.towers)
-    result.load_state_dict(dequantize(*quantize(policy.state_dict(), config)))
-    return result.eval()
+    tensors = dequantize(*quantize(policy.state_dict(), config))
+    return policy_of(policy.spec, policy.towers, tensors, "the quantized weights")
 
 
 def write_policy(
     draft: Draft,
-    policy: TinyPolicy,
-    observations: dict[str, np.ndarray],
+    policy: Policy,
+    observations: Mapping[str, np.ndarray],
     history: tuple[HistoryEntry, ...],
     quantization: QuantizeConfig | None = None,
+    exact: bool = False,
 ) -> Manifest:
-    """Finish a draft with a policy's weights (bfloat16, or packed int4) and the goldens of exactly those weights."""
+    """Finish a draft with a policy's weights and the goldens of exactly those weights.
+
+    Weights are stored in bfloat16, or as packed int4. ``exact``: tensors that bfloat16 would change are stored in
+    float32, for no training makes up for that. The manifest's dtype is that of most of the weights.
+    """
     state = {name: tensor.detach().contiguous() for name, tensor in policy.state_dict().items()}
     spec = None
     if quantization is None:
-        tensors = {name: tensor.bfloat16() for name, tensor in state.items()}
+        tensors = {name: narrowed(tensor, exact) for name, tensor in state.items()}
     else:
         tensors, spec = quantize(state, quantization)
     save_file(tensors, draft.file(WEIGHTS))
-    stored = TinyPolicy(policy.spec, policy.towers)
-    load_tensors(stored, dequantize(tensors, spec), "the new artifact")
+    stored = policy_of(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact")
     np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
+    wide = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float32)
     return draft.finish(
         Manifest(
             policy=policy.spec,
             towers=policy.towers,
             parameters=parameters(policy),
-            dtype="bfloat16" if spec is None else "int4",
+            dtype="int4" if spec else "float32" if 2 * wide > parameters(policy) else "bfloat16",
             quantization=spec,
             history=history,
         )
     )
+
+
+def narrowed(tensor: Tensor, exact: bool) -> Tensor:
+    narrow = tensor.bfloat16()
+    return tensor if exact and not torch.equal(narrow.to(tensor.dtype), tensor) else narrow

@@ -13,12 +13,15 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.artifact import Manifest
 from rlrc.compressor import recipe as recipes
 from rlrc.compressor import stages
+from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
+from rlrc.compressor.lossless import lines
 from rlrc.compressor.ppo import PPOConfig
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
 from rlrc.errors import UserError
+from rlrc.runtime.official import Flags
 
 
 def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None:
@@ -41,6 +44,8 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
             for key, value in shown.items()
         )
     )
+    for line in lines(entry.after["lossless"]) if "lossless" in entry.after else []:
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {following}")
 
 
@@ -69,14 +74,16 @@ class _Stage:
     json: bool = False
     """print the result as JSON"""
 
-    def _run(self, stage: str, config: Any, following: str) -> None:
+    def _run(self, stage: str, config: Any, following: str, *flags: Flags) -> None:
         if self.recipe is not None:
             if config != type(config)():
                 raise UserError(
                     f"expected the settings of {stage} from the recipe or from flags, found both; edit the recipe"
                 )
             config = recipes.section(self.recipe, stage)
-        manifest = stages.RUNNERS[stage](self.source, self.out, config, self.options)
+        manifest = stages.RUNNERS[stage](self.source, self.out, config, self.options, *flags)
+        if manifest.policy.family != REFERENCE:  # nothing here trains it
+            following = "rlrc export {out} OUT"
         report(self.out, manifest, self.json, following.format(out=self.out))
 
 
@@ -92,12 +99,16 @@ class SFT(_Stage):
 
 @dataclass(frozen=True)
 class Prune(_Stage):
-    """Cut whole heads and MLP channels of the decoder's intermediate blocks."""
+    """Cut whole heads and MLP channels of a tower's intermediate blocks, or only what no action depends on.
+
+    The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
+    """
 
     config: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("prune", self.config, "rlrc sft {out} OUT --recipe compress")
+        self._run("prune", self.config, "rlrc sft {out} OUT --recipe compress", self.official)
 
 
 @dataclass(frozen=True)
@@ -112,12 +123,16 @@ class RL(_Stage):
 
 @dataclass(frozen=True)
 class Quantize(_Stage):
-    """Round the weights to int4, groups of 32."""
+    """Round the weights to int4, groups of 32.
+
+    The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
+    """
 
     config: OmitArgPrefixes[QuantizeConfig] = field(default_factory=QuantizeConfig)
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("quantize", self.config, "rlrc export {out} OUT")
+        self._run("quantize", self.config, "rlrc export {out} OUT", self.official)
 
 
 @dataclass(frozen=True)

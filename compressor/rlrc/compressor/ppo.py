@@ -24,7 +24,7 @@ from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.compressor.sft import smoothed_cross_entropy
 from rlrc.envs.metaworld import TASKS
-from rlrc.envs.seeds import REINFORCEMENT, scene
+from rlrc.envs.seeds import DEMONSTRATION, REINFORCEMENT, scene
 from rlrc.errors import UserError
 
 
@@ -62,6 +62,8 @@ class PPOConfig:
     """an iteration's updates stop when the mean KL a token exceeds this"""
     demonstrations: int = 60
     """expert episodes a task for the behaviour-cloning term"""
+    first_seed: int = DEMONSTRATION.start
+    """scene of the first of them"""
     smoothing: float = 2.0
     """as in sft, for the behaviour-cloning term"""
     seed: int = 0

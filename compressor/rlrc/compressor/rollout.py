@@ -7,14 +7,10 @@ same chunks.
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -27,11 +23,12 @@ from torch import Tensor
 from rlrc.artifact import Manifest
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.envs.experts import expert, relabel
-from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv
+from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, Task
+from rlrc.processes import Workers
 from rlrc.runtime.preprocess import Tokenizer, bin_centers, normalise, pictures, unnormalise
 
 SLOTS = 20  # environments that run side by side in a process: what one batched inference serves
-TIMEOUT = 600.0  # seconds after which a worker is taken for dead
+TIMEOUT, EPISODE_TIMEOUT = 600.0, 10.0  # seconds, and more of them an episode, after which a worker is taken for stuck
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,22 @@ class Driver:
         return torch.from_numpy(normalise(state, self.spec.state.norm))
 
 
-_environments: dict[str, list[MetaWorldEnv]] = {}  # idle environments of this process, by task
+_idle: list[MetaWorldEnv] = []  # at most SLOTS environments that no slot uses; the one used last comes last
 
 
-def _borrow(task: str, size: int) -> MetaWorldEnv:
-    idle = _environments.setdefault(task, [])
-    return idle.pop() if idle else MetaWorldEnv(TASKS[task], size)
+def _borrow(task: Task, size: int) -> MetaWorldEnv:
+    """An idle environment of the same simulation, else a new one."""
+    for i in reversed(range(len(_idle))):
+        if (_idle[i].task.environment, _idle[i].size) == (task.environment, size):
+            env = _idle.pop(i)
+            env.task = task  # a task and its shared variant differ only in how a scene is drawn
+            return env
+    return MetaWorldEnv(task, size)
+
+
+def _give_back(env: MetaWorldEnv) -> None:
+    _idle.append(env)
+    del _idle[:-SLOTS]
 
 
 @dataclass
@@ -133,7 +140,7 @@ class _Slot:
 
 
 def _start(request: Request, size: int) -> _Slot:
-    env = _borrow(request.task, size)
+    env = _borrow(TASKS[request.task], size)
     env.np_random = np.random.default_rng(request.seed)
     env.reset_scene()
     return _Slot(
@@ -193,7 +200,7 @@ def run_episodes(
             if not slot.episode.success and slot.episode.steps < mode.horizon:
                 running.append(slot)
                 continue
-            _environments[slot.request.task].append(slot.env)
+            _give_back(slot.env)
             yield slot.episode
             if (request := next(waiting, None)) is not None:
                 running.append(_start(request, size))
@@ -209,6 +216,7 @@ def _work(
     torch.manual_seed(requests[0].seed)
     driver = None
     if weights is not None:
+        assert manifest.policy.prompt is not None
         policy = TinyPolicy(manifest.policy, manifest.towers)
         policy.load_state_dict(torch.load(weights, weights_only=True))
         driver = Driver(policy, Tokenizer(Path(tokenizer), manifest.policy.prompt), mode)
@@ -217,32 +225,23 @@ def _work(
     return episodes, time.process_time() - began
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this worker when the process that started it dies, even by SIGKILL; it would wait for ever."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-
-
 class Rollouts:
-    """A pool of processes that run episodes. Use as a context manager; a dead or stuck worker raises."""
+    """Processes that run episodes. Use as a context manager; a dead or stuck worker raises UserError."""
 
     def __init__(self, manifest: Manifest, tokenizer: Path, scratch: Path, workers: int = 2) -> None:
-        self.manifest, self.tokenizer, self.scratch, self.workers = manifest, str(tokenizer), scratch, workers
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, context, initializer=_die_with_parent)
+        self.manifest, self.tokenizer, self.scratch = manifest, str(tokenizer), scratch
+        self.workers = Workers(workers)
         self.seconds = 0.0  # wall time of the last call
         self.cpu_seconds = 0.0  # of all workers since the caller last set it
 
     def __enter__(self) -> Rollouts:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:  # do not wait for a stuck worker, nor for episodes that nobody wants any more
-            for process in list((self.pool._processes or {}).values()):
-                process.kill()
-        self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, *_: object) -> None:
+        self.workers.kill()
 
     def load_tokenizer(self) -> Tokenizer:
+        assert self.manifest.policy.prompt is not None
         return Tokenizer(Path(self.tokenizer), self.manifest.policy.prompt)
 
     def run(self, requests: Sequence[Request], policy: TinyPolicy | None, mode: Mode) -> list[Episode]:
@@ -261,13 +260,12 @@ class Rollouts:
             manifest = replace(manifest, towers=policy.towers)
             weights = self.scratch / "rollout-weights.pt"
             torch.save(policy.state_dict(), weights)
-        shares = [list(requests[worker :: self.workers]) for worker in range(self.workers)]
-        futures = [
-            self.pool.submit(_work, share, str(weights) if weights else None, manifest, self.tokenizer, mode)
-            for share in shares
-            if share
-        ]
-        results = [future.result(timeout=TIMEOUT) for future in futures]
+        shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
+        work = partial(
+            _work, weights=str(weights) if weights else None, manifest=manifest, tokenizer=self.tokenizer, mode=mode
+        )
+        silence = TIMEOUT + EPISODE_TIMEOUT * len(shares[0])
+        results = [result for _, result in self.workers.run(work, [share for share in shares if share], silence)]
         episodes = [episode for result, _ in results for episode in result]
         self.cpu_seconds += sum(cpu for _, cpu in results)
         self.seconds = time.monotonic() - start

@@ -42,8 +42,10 @@ class Run:
         if self.state_file.exists():
             self.spent = torch.load(self.state_file, weights_only=True)["cpu_seconds"]
 
-    def start_clock(self, rollouts: Rollouts) -> None:
-        rollouts.cpu_seconds, self.rollouts, self.began = 0.0, rollouts, time.process_time()
+    def start_clock(self, rollouts: Rollouts | None) -> None:
+        self.rollouts, self.began = rollouts, time.process_time()
+        if rollouts is not None:
+            rollouts.cpu_seconds = 0.0
 
     def cpu_seconds(self) -> float:
         """CPU time of this stage so far: this process, its workers, and earlier processes until their last save."""

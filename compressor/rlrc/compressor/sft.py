@@ -157,6 +157,7 @@ def sft(
     """Train ``policy`` in place; ``progress(step, text)`` now and then. A run folder with a saved state is resumed."""
     torch.manual_seed(config.seed)
     tokenizer = rollouts.load_tokenizer()
+    progress(0, "playing demonstrations, unless they are in the cache")
     samples = demonstrations(DemonstrationConfig(config.demonstrations, config.first_seed), rollouts)
     optim = optimizer(policy, config.rate, config.weight_decay)
     first, failures = 0, dict[str, float]()
@@ -169,12 +170,14 @@ def sft(
         batches.samples = Samples.join([samples, *rounds])
         batches.rng.bit_generator.state = json.loads(saved["rng"])
 
+    progress(first, "training")
     schedule, sums = config.rounds(), dict[str, float]()
     done_rounds = sum(step < first for step in schedule)
     for step in range(first, config.steps):
         if step in schedule and schedule[step] >= done_rounds:
             number = schedule[step]
             requests = dagger_requests(config, number, failures)
+            progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {len(requests)} episodes")
             episodes = rollouts.run(requests, policy, Mode(label=True, keep="pictures"))
             fresh = Samples.of(episodes)
             fresh.save(run.folder / f"dagger-{number}.npz")
@@ -193,6 +196,7 @@ def sft(
                 **success,
             )
             done_rounds = number + 1
+            progress(step, "training")
         policy.train()
         for group in optim.param_groups:
             group["lr"] = config.rate_at(step)

@@ -31,8 +31,9 @@ class Export:
     to: Literal["onnx"] = "onnx"
     """the kind of graphs: onnx runs on ONNX Runtime"""
     precision: Literal["fp16", "fp32", "int8", "int4", "w4a8"] | None = None
-    """for float weights fp16 (default), fp32 or int8, for int4 weights int4 (default) or w4a8. fp16 and int4 say how
-    weights are stored, and compute in fp32; int8 and w4a8 compute in 8 bits, which is faster but no longer exact"""
+    """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default) or
+    w4a8. fp16 and int4 say how weights are stored, and compute in fp32; int8 and w4a8 compute in 8 bits, which is
+    faster but no longer exact"""
     tolerance: float | None = None
     """largest error allowed, in action units (default: none, but where the reference itself is undecided)"""
     json: bool = False
@@ -70,5 +71,7 @@ class Export:
         for graph in manifest.graphs:
             console.print(f"{graph.file}: {graph.precision}, {manifest.files[graph.file].size:,} bytes")
         print_record(record, manifest.policy, console)
-        console.print(f"next: rlrc run {self.out} --env metaworld:drawer-open-v3", soft_wrap=True)
+        simulated = manifest.policy.family == "tiny"  # the others have no simulator here
+        following = "rlrc run {} --env metaworld:drawer-open-v3" if simulated else "rlrc infer {} OBS.npz --out ACT.npz"
+        console.print(f"next: {following.format(self.out)}", soft_wrap=True)
         return 0

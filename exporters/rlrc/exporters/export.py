@@ -8,10 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+import onnx
 import torch
 
 from rlrc.artifact import Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
-from rlrc.compressor.checkpoint import load_policy, read_tensors
+from rlrc.compressor.backbones import build
+from rlrc.compressor.checkpoint import check_shapes, read_tensors
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import FAMILIES
 from rlrc.exporters.onnx import DENSE, FLAVOURS, NEEDS, QUANTIZED, Builder, Weights
@@ -21,6 +23,7 @@ from rlrc.runtime.policy import LocalPolicy
 
 BACKEND: Final = "onnxruntime"
 FOLDER = "graphs/onnx"
+LARGE = 2**30
 
 
 class Disagreement(Exception):
@@ -70,7 +73,7 @@ def choose_precision(parent: Artifact, precision: str | None) -> str:
     """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
     choices = DENSE if parent.manifest.quantization is None else QUANTIZED
     if precision is None:
-        return choices[0]
+        return "fp32" if parent.manifest.dtype == "float32" else choices[0]
     if precision not in choices:
         raise UserError(
             f"expected a precision of {', '.join(choices)} for weights in {parent.manifest.dtype}, found {precision}; "
@@ -85,22 +88,32 @@ def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphS
         raise UserError(
             f"expected a family of {', '.join(FAMILIES)}, found {manifest.policy.family!r}; upgrade rlrc to export it"
         )
-    load_policy(parent)  # refuses tensors that do not fit the geometry
     weights = read_weights(parent)
+    with torch.device("meta"):
+        check_shapes(build(manifest.policy, manifest.towers), weights.shapes(), str(parent.path))
     specs = []
     for name, define in FAMILIES[manifest.policy.family].items():
         builder, file = Builder(weights, FLAVOURS[precision]), f"{FOLDER}/{name}.onnx"
         define(builder, manifest.policy, manifest.towers)
-        draft.file(file).write_bytes(builder.model(name).SerializeToString(deterministic=True))
+        write_model(builder.model(name), draft.file(file), builder.bytes())
         inputs, outputs = tuple(builder.inputs), tuple(builder.outputs)
         specs.append(GraphSpec(name, BACKEND, file, precision, inputs, outputs, NEEDS))
     return tuple(specs)
 
 
+def write_model(model: onnx.ModelProto, path: Path, size: int) -> None:
+    """One file; where ``size`` bytes of constants come near what protobuf can hold (2 GB), those in one beside it."""
+    if size < LARGE:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    else:
+        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
+
+
 def read_weights(artifact: Artifact) -> Weights:
-    tensors = read_tensors(artifact)
+    tensors, manifest = read_tensors(artifact), artifact.manifest
     arrays = {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in tensors.items()}
-    return Weights(arrays, artifact.manifest.quantization)
+    wide = {name for name, x in tensors.items() if x.dtype == torch.float32}
+    return Weights(arrays, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
 
 
 def with_graphs(manifest: Manifest, draft: Draft, graphs: tuple[GraphSpec, ...]) -> Manifest:

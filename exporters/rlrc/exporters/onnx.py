@@ -23,9 +23,10 @@ OPSET, IR_VERSION = 20, 9
 NEEDS = {"onnxruntime": ">=1.18"}
 CONTRIB = "com.microsoft"
 INT4_ACCURACY_LEVEL = 0  # products in float32: as fast as 8-bit activations (level 4) at these lengths, and exact
-EPSILON = 1e-5  # of every norm in rlrc.compressor.nn
+LARGE_TABLE = 2**20
 INT8_MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
-TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
+Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,26 @@ class Weights:
 
     tensors: dict[str, NDArray[Any]]
     quantization: QuantizationSpec | None
+    exact: frozenset[str] = frozenset()
+    """what is stored in float32 because less would change it; graphs keep it so"""
 
     def bits(self, name: str) -> int | None:
         """Bits of a quantized tensor, None for floats."""
         return None if self.quantization is None else self.quantization.tensors.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of the tensor, quantized or not."""
+        if (bits := self.bits(name)) is None:
+            return self.tensors[name].shape
+        rows, columns = self.tensors[f"{name}.q"].shape
+        return rows, columns * 8 // bits
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by the names of the policy."""
+        listed = {} if self.quantization is None else self.quantization.tensors
+        quantized = [name for name in listed if self.tensors.keys() >= {f"{name}.q", f"{name}.scale"}]
+        packed = {f"{name}.{part}" for name in quantized for part in ("q", "scale")}
+        return {name: self.shape(name) for name in (*quantized, *(self.tensors.keys() - packed))}
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized."""
@@ -89,20 +106,36 @@ class Builder:
         return name
 
     def output(self, name: str, value: str, dtype: str, shape: tuple[int | str, ...]) -> None:
-        """Names a value that no other operator reads."""
+        """Names a value, which other operators may read too."""
         self.outputs.append(TensorSpec(name, dtype, shape))
-        (node,) = (node for node in self._nodes if value in node.output)
-        node.output[list(node.output).index(value)] = name
+        for node in self._nodes:
+            for values in (node.input, node.output):
+                values[:] = [name if each == value else each for each in values]
+
+    def bytes(self) -> int:
+        """Of all constants."""
+        return sum(len(tensor.raw_data) for tensor in self._initializers.values())
 
     def model(self, name: str) -> onnx.ModelProto:
         def declared(tensors: list[TensorSpec]) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(spec.name, TYPES[spec.dtype], spec.shape) for spec in tensors]
 
-        graph = helper.make_graph(
-            self._nodes, name, declared(self.inputs), declared(self.outputs), list(self._initializers.values())
-        )
+        nodes, initializers = self._needed()
+        graph = helper.make_graph(nodes, name, declared(self.inputs), declared(self.outputs), initializers)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rlrc")
+
+    def _needed(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """What the outputs depend on.
+
+        onnxruntime 1.18 goes wrong from the second run on if a graph computes what nobody reads.
+        """
+        nodes, read = list[onnx.NodeProto](), {tensor.name for tensor in self.outputs}
+        for node in reversed(self._nodes):
+            if not read.isdisjoint(node.output):
+                nodes.append(node)
+                read.update(node.input)
+        return nodes[::-1], [tensor for name, tensor in self._initializers.items() if name in read]
 
     # Constants
 
@@ -113,29 +146,38 @@ class Builder:
             self._constants[key] = self._store(f"c{len(self._constants)}", array)
         return self._constants[key]
 
-    def table(self, name: str, array: NDArray[np.float32]) -> str:
-        """A float32 constant stored in the flavour's precision under this name."""
-        value = f"{name}:f"
-        if self.flavour.store is np.float32:
+    def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
+        """A float32 constant stored in the flavour's precision under this name. ``of``: tensors joined in it."""
+        if self.flavour.store is np.float32 or not self.weights.exact.isdisjoint((name, *of)):
             return self._store(name, array)
+        value = f"{name}:f"
         if name not in self._initializers:
-            with np.errstate(over="ignore"):
-                narrow = array.astype(np.float16)
-            if not np.isfinite(narrow).all():
-                raise UserError(
-                    f"expected {name} within float16's range, found {np.abs(array).max():.3g}; use --precision fp32"
-                )
-            self._op("Cast", self._store(name, narrow), to=TensorProto.FLOAT, out=value)
+            self._op("Cast", self._store(name, self._narrow(name, array)), to=TensorProto.FLOAT, out=value)
         return value
+
+    def _narrow(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float16]:
+        with np.errstate(over="ignore"):
+            narrow = array.astype(np.float16)
+        if not np.isfinite(narrow).all():
+            raise UserError(
+                f"expected {name} within float16's range, found {np.abs(array).max():.3g}; use --precision fp32"
+            )
+        return narrow
 
     def weight(self, name: str) -> str:
         return self.table(name, self.weights.array(name))
+
+    def integers(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def scalar(self, value: float) -> str:
+        return self.constant(np.array(value, np.float32))
 
     # Moving data
 
     def reshape(self, x: str, *shape: int) -> str:
         """0 keeps a dimension."""
-        return self._op("Reshape", x, self.constant(np.array(shape, np.int64)))
+        return self._op("Reshape", x, self.integers(*shape))
 
     def transpose(self, x: str, *axes: int) -> str:
         return self._op("Transpose", x, perm=axes)
@@ -149,47 +191,79 @@ class Builder:
         self._nodes.append(helper.make_node("Split", [x, self.constant(np.array(sizes, np.int64))], outputs, axis=-1))
         return outputs
 
-    def last_rows(self, x: str, rows: int) -> str:
-        ends = (np.array([number], np.int64) for number in (-rows, np.iinfo(np.int64).max, 1))
-        return self._op("Slice", x, *map(self.constant, ends))
+    def last_rows(self, x: str, rows: int, axis: int = 1) -> str:
+        return self.slice(x, -rows, None, axis)
+
+    def cast(self, x: str, dtype: str) -> str:
+        return self._op("Cast", x, to=TYPES[dtype])
+
+    def slice(self, x: str, start: int, end: int | None, axis: int = 1) -> str:
+        last = np.iinfo(np.int64).max if end is None else end
+        return self._op("Slice", x, *map(self.integers, (start, last, axis)))
+
+    def size(self, x: str, axis: int) -> str:
+        """How long x is along an axis, int64 (1,)."""
+        return self._op("Shape", x, start=axis, end=axis + 1)
 
     def repeat(self, name: str, batch_of: str) -> str:
         """A weight (rows, channels) -> (batch, rows, channels)."""
-        batch = self._op("Shape", batch_of, start=0, end=1)
-        shape = self.concat(batch, self.constant(np.array([1, 1], np.int64)), axis=0)
+        shape = self.concat(self.size(batch_of, 0), self.integers(1, 1), axis=0)
         return self._op("Expand", self.weight(name), shape)
 
     def embed(self, ids: str, module: str) -> str:
-        return self._op("Gather", self.weight(f"{module}.weight"), ids)
+        """Rows of a table, which is widened to float32 as a whole only if it is small."""
+        name = f"{module}.weight"
+        if self.flavour.store is np.float32 or np.prod(self.weights.shape(name)) < LARGE_TABLE:
+            return self._op("Gather", self.weight(name), ids)
+        narrow = self._store(name, self._narrow(name, self.weights.array(name)))
+        return self.cast(self._op("Gather", narrow, ids), "float32")
 
     # Layers
 
     def add(self, a: str, b: str) -> str:
         return self._op("Add", a, b)
 
-    def layer_norm(self, x: str, module: str) -> str:
+    def multiply(self, a: str, b: str) -> str:
+        return self._op("Mul", a, b)
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Any operator of the standard."""
+        return self._op(kind, *inputs, **attributes)
+
+    def layer_norm(self, x: str, module: str, epsilon: float) -> str:
         """Apart from the addition before it: SkipLayerNormalization takes three times as long as the two."""
         scale, bias = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
-        return self._op("LayerNormalization", x, scale, bias, axis=-1, epsilon=EPSILON)
+        return self._op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
 
-    def rms_norm(self, x: str, module: str) -> str:
+    def rms_norm(self, x: str, weight: str, epsilon: float) -> str:
+        """``weight`` is a value, not a name."""
         # ONNX Runtime's own operator, in the default domain; the standard's RMSNormalization came with opset 23.
-        return self._op("SimplifiedLayerNormalization", x, self.weight(f"{module}.weight"), axis=-1, epsilon=EPSILON)
+        return self._op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
 
-    def linear_gelu(self, x: str, module: str) -> str:
-        """GELU of a linear layer with bias."""
-        return self._op("BiasGelu", self.linear(x, module), self.weight(f"{module}.bias"), domain=CONTRIB)
+    def activation(self, x: str, kind: Activation) -> str:
+        if kind == "silu":
+            return self._op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
+        if kind == "relu":
+            return self._op("Relu", x)
+        return self._op("Gelu" if kind == "gelu" else "FastGelu", x, domain=CONTRIB)
 
-    def silu_gate(self, gate: str, up: str) -> str:
-        return self._op("Mul", self._op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
+    def linear_activated(self, x: str, module: str, kind: Activation) -> str:
+        """The activation of a linear layer with bias."""
+        if kind in ("gelu", "gelu-tanh"):  # ONNX Runtime adds the bias on the way
+            bias = self.weight(f"{module}.bias")
+            return self._op("BiasGelu" if kind == "gelu" else "FastGelu", self.linear(x, module), bias, domain=CONTRIB)
+        return self.activation(self.linear(x, module, bias=True), kind)
 
     def rotary(self, x: str, heads: int, tables: tuple[str, str], start: int = 0) -> str:
         """Rotates rows at positions from ``start``; ``tables`` are cosines and sines (positions, head_dim / 2)."""
-        position = self.constant(np.array([start], np.int64))
+        position = self.integers(start)
         return self._op("RotaryEmbedding", x, position, *tables, domain=CONTRIB, num_heads=heads)
 
     def attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int) -> str:
-        """Bidirectional softmax attention: q has heads * head_dim channels, k and v kv_heads * head_dim (own rows)."""
+        """Bidirectional softmax attention: q has heads * head_dim channels, k and v kv_heads * head_dim (own rows).
+
+        With a mask or a past: rlrc.exporters.graphs.blocks.
+        """
         if kv_heads != heads:
             k, v = (self._repeat_heads(x, heads, kv_heads, head_dim) for x in (k, v))
         return self._op("MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads)
@@ -202,6 +276,15 @@ class Builder:
             y = self.add(y, self.weight(f"{module}.bias"))
         return y
 
+    def linear_scaled(self, x: str, module: str, scale: str) -> str:
+        """A linear layer with bias, its outputs multiplied by a weight of the policy (LayerScale)."""
+        factor, weight = self.weight(scale), f"{module}.weight"
+        bias = self.multiply(self.weight(f"{module}.bias"), factor)
+        if self.flavour.products == "float":  # folded: a product of constants is computed at load
+            matrix = np.ascontiguousarray(self.weights.array(weight).T)
+            return self.add(self._op("MatMul", x, self.multiply(self.table(weight, matrix), factor)), bias)
+        return self.add(self.multiply(self._product(x, module), factor), bias)
+
     # How products are computed
 
     def _product(self, x: str, *modules: str) -> str:
@@ -213,7 +296,7 @@ class Builder:
             matrix = np.concatenate([self.weights.array(name) for name in names]).T  # (in, out)
             if self.flavour.products == "int8" and len(matrix) >= INT8_MIN_INPUTS:
                 return self._int8_product(x, *self._int8(_joined(names), matrix))
-            return self._op("MatMul", x, self.table(_joined(names), np.ascontiguousarray(matrix)))
+            return self._op("MatMul", x, self.table(_joined(names), np.ascontiguousarray(matrix), names))
         folded = self._op("Transpose", self.concat(*map(self._unpacked, names), axis=0), perm=(1, 0))
         if self.flavour.products == "int8":
             return self._int8_product(x, *self._folded_int8(folded))
@@ -244,7 +327,7 @@ class Builder:
 
     def _folded_int8(self, matrix: str) -> tuple[str, str]:
         """``_int8`` as operators."""
-        largest = self._op("ReduceMax", self._op("Abs", matrix), self.constant(np.array([0], np.int64)), keepdims=0)
+        largest = self._op("ReduceMax", self._op("Abs", matrix), self.integers(0), keepdims=0)
         tiny = self.constant(np.array(np.finfo(np.float32).tiny))
         scale = self._op("Max", self._op("Div", largest, self.constant(np.array(127, np.float32))), tiny)
         return self._op("Cast", self._op("Round", self._op("Div", matrix, scale)), to=TensorProto.INT8), scale
@@ -266,7 +349,7 @@ class Builder:
         return self.reshape(self._op("Mul", self.reshape(values, outputs, groups, -1), scale), outputs, -1)
 
     def _repeat_heads(self, x: str, heads: int, kv_heads: int, head_dim: int) -> str:
-        times = self.constant(np.array([1, 1, 1, heads // kv_heads, 1], np.int64))
+        times = self.integers(1, 1, 1, heads // kv_heads, 1)
         repeated = self._op("Expand", self.reshape(x, 0, 0, kv_heads, 1, head_dim), times)
         return self.reshape(repeated, 0, 0, heads * head_dim)
 

@@ -22,12 +22,17 @@ def _works(backend: str) -> bool:
 def choose_backend() -> str:
     """Set MUJOCO_GL for this process and its children, and return it. A value the user has set is left alone.
 
-    Raises UserError if neither EGL nor OSMesa can make a context.
+    Raises UserError if neither EGL nor OSMesa can make a context, or if mujoco has been imported without a choice.
     """
     # Mesa's software rasteriser starts a thread a core; several simulators at once then fight over them.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     if chosen := os.environ.get("MUJOCO_GL"):
         return chosen
+    if "mujoco" in sys.modules:  # it has settled on GLFW, which needs a screen, and cannot change any more
+        raise UserError(
+            "expected rlrc.envs to be imported before mujoco, found mujoco imported without MUJOCO_GL; "
+            "import rlrc.envs first, or set MUJOCO_GL to egl or osmesa before Python starts"
+        )
     for backend in ("egl", "osmesa"):
         if _works(backend):
             os.environ["MUJOCO_GL"] = backend

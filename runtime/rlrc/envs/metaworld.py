@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import gymnasium
@@ -79,11 +80,39 @@ def find_task(name: str) -> Task:
     return task
 
 
+Placement = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # positions of bodies and of sites
+
+
+@cache
+def _model(file: str) -> Any:
+    """The model of a scene file, 20 MB that take 0.13 s to compile: all its simulations in this process share it."""
+    return mujoco.MjModel.from_xml_path(file)
+
+
+def _placement(model: Any) -> Placement:
+    """What Meta-World changes in a model from scene to scene."""
+    return model.body_pos.copy(), model.site_pos.copy()
+
+
+@cache
+def _simulation(environment: str) -> Any:
+    """Meta-World's class of a task, on the shared model."""
+    stock: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[environment]
+
+    class Simulation(stock):
+        def _initialize_simulation(self) -> tuple[Any, Any]:
+            model = _model(self.fullpath)
+            return model, mujoco.MjData(model)
+
+    return Simulation
+
+
 class MetaWorldEnv(gymnasium.Env):
     """One task. Actions (4,): hand displacement in cm (dx, dy, dz) and gripper effort, each in [-1, 1].
 
     ``step`` returns a picture every time; ``advance`` and ``observe`` are its two halves, for chunks of actions that
-    need none in between. The reward is 1 at success, which ends the episode, and 0 before.
+    need none in between. The reward is 1 at success, which ends the episode, and 0 before. Environments of a process
+    share the simulator's models: ``simulation.model`` shows the scene of the one that was last used.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  (gymnasium's convention)
@@ -91,10 +120,11 @@ class MetaWorldEnv(gymnasium.Env):
 
     def __init__(self, task: Task, size: int = 96) -> None:
         self.task, self.size = task, size
-        self.simulation: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task.environment]()
+        self.simulation: Any = _simulation(task.environment)()
+        self._scene = _placement(self.simulation.model)
         self.simulation._freeze_rand_vec = True  # we draw the object's position, from the seed given to reset
         self.simulation._set_task_called = True
-        self._hand_state: npt.NDArray[np.float64] | None = None
+        self._at_start = False  # whether the simulation knows how the hand's reset ends
         self.action_space = gymnasium.spaces.Box(-1, 1, (len(ACTION_NAMES),), np.float32)
         self.observation_space = gymnasium.spaces.Dict(
             {
@@ -114,19 +144,22 @@ class MetaWorldEnv(gymnasium.Env):
 
     def reset_scene(self) -> None:
         """Draw a scene from ``self.np_random`` and put the hand at its start."""
+        self._enter()
         simulation, scene = self.simulation, _SHARED_SCENES[self.task.name.split("-")[0]] if self.task.shared else None
         space = simulation._random_reset_space
         low, high = (scene.low, scene.high) if scene else (space.low, space.high)
         simulation._last_rand_vec = self.np_random.uniform(low, high)
         simulation.curr_path_length, simulation._did_see_sim_exception = 0, False
         mujoco.mj_resetData(simulation.model, simulation.data)
-        if self._hand_state is None:
+        if not self._at_start:
             simulation.reset_model()
             mujoco.mj_resetData(simulation.model, simulation.data)
             simulation._reset_hand()  # 250 physics steps that always end alike: done once, then restored
-            self._hand_state = self._physics()
-            simulation._reset_hand = lambda steps=50: self._set_physics(self._hand_state)
+            model, data, hand = simulation.model, simulation.data, self._physics()
+            simulation._reset_hand = lambda steps=50: _set_physics(model, data, hand)
+            self._at_start = True
         simulation.reset_model()
+        self._scene = _placement(simulation.model)
         if scene:
             joint = simulation.data.joint(scene.joint)
             joint.qpos, joint.qvel = self.np_random.uniform(*scene.start), 0.0
@@ -141,6 +174,7 @@ class MetaWorldEnv(gymnasium.Env):
         action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         if action.shape != (len(ACTION_NAMES),):
             raise ValueError(f"expected an action of shape ({len(ACTION_NAMES)},), found {action.shape}")
+        self._enter()
         self.full_observation, _, _, _, info = self.simulation.step(action)
         self.steps += 1
         self.success = self.success or bool(info["success"])
@@ -155,6 +189,7 @@ class MetaWorldEnv(gymnasium.Env):
         return np.concatenate([o[:4], o[:3] - o[18:21]]).astype(np.float32)
 
     def render(self) -> npt.NDArray[np.uint8]:
+        self._enter()
         renderer = shared_renderer(self.simulation.model_name, self.size)
         return renderer(self.simulation.model, self.simulation.data)
 
@@ -170,9 +205,15 @@ class MetaWorldEnv(gymnasium.Env):
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         physics, (length, previous, observation), self.steps, self.success = saved
-        self._set_physics(physics)
+        self._enter()
+        _set_physics(self.simulation.model, self.simulation.data, physics)
         self.simulation.curr_path_length, self.simulation._prev_obs = length, previous.copy()
         self.full_observation = observation.copy()
+
+    def _enter(self) -> None:
+        """Put this environment's scene into the model, in which another's may be."""
+        model = self.simulation.model
+        model.body_pos[:], model.site_pos[:] = self._scene
 
     def _physics(self) -> npt.NDArray[np.float64]:
         model, data = self.simulation.model, self.simulation.data
@@ -181,12 +222,12 @@ class MetaWorldEnv(gymnasium.Env):
         mujoco.mj_getState(model, data, state, kind)
         return state
 
-    def _set_physics(self, state: npt.NDArray[np.float64] | None) -> None:
-        model, data = self.simulation.model, self.simulation.data
-        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        mujoco.mj_forward(model, data)
-        # The solver's warm start is part of the state, and mj_forward has just moved it.
-        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+
+def _set_physics(model: Any, data: Any, state: npt.NDArray[np.float64]) -> None:
+    mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    mujoco.mj_forward(model, data)
+    # The solver's warm start is part of the state, and mj_forward has just moved it.
+    mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 def make(name: str, size: int = 96) -> MetaWorldEnv:

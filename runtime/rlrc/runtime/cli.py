@@ -22,7 +22,7 @@ from rlrc.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (
         "rlrc.runtime.commands:Inspect",
-        "what an artifact is: family, geometry, bytes, cameras, actions, history",
+        "what a policy is: family, geometry, bytes, cameras, actions, history",
     ),
     "new": ("rlrc.compressor.commands:New", "an untrained policy of the reference family"),
     "sft": ("rlrc.compressor.commands:SFT", "train on demonstrations"),
@@ -30,15 +30,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rl": ("rlrc.compressor.commands:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.commands:Quantize", "weights to 4 bits"),
     "compress": ("rlrc.compressor.commands:Compress", "all stages from a recipe: prune, sft, rl, quantize"),
+    "write-back": ("rlrc.compressor.official_commands:WriteBack", "weights in the official format they came from"),
     "export": ("rlrc.exporters.commands:Export", "the graphs that the runtime loads, verified"),
     "verify": ("rlrc.runtime.commands:Verify", "replay the golden observations through every graph here"),
     "infer": ("rlrc.runtime.commands:Infer", "one observation in, one chunk of actions out"),
     "run": ("rlrc.runtime.commands:Run", "the control loop on a simulator, at a fixed rate"),
-    "bench latency": ("rlrc.benchmarks.commands:Latency", "milliseconds an action chunk, against a baseline"),
-    "bench memory": ("rlrc.benchmarks.commands:Memory", "bytes on disk and in memory"),
-    "bench success": ("rlrc.benchmarks.commands:Success", "success in the simulator, with confidence intervals"),
-    "bench claims": ("rlrc.benchmarks.commands:Claims", "check the project's claims against the results"),
-    "report": ("rlrc.benchmarks.commands:Report", "results as one self-contained HTML page"),
+    "bench latency": ("rlrc.benchmarks.commands.measure:Latency", "milliseconds an action chunk, against a baseline"),
+    "bench memory": ("rlrc.benchmarks.commands.measure:Memory", "bytes on disk and in memory"),
+    "bench success": (
+        "rlrc.benchmarks.commands.measure:Success",
+        "success in the simulator, with confidence intervals",
+    ),
+    "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
+    "report": ("rlrc.benchmarks.commands.report:Report", "results as one self-contained HTML page"),
 }
 
 # Which extra brings a module that may be missing.

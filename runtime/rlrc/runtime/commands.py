@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
@@ -18,19 +18,29 @@ from rlrc.runtime import loop, verify
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import describe, folder_bytes, plain_console, print_record
 from rlrc.runtime.npz import read_npz, write_npz
-from rlrc.runtime.policy import LOADED, LocalPolicy, recorded
+from rlrc.runtime.official import Flags, is_official
+from rlrc.runtime.policy import LOADED, LocalPolicy, Policy, recorded
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """What an artifact is: family, geometry of every layer, parameters, bytes, cameras, actions, graphs, history."""
+    """What a policy is: family, geometry of every layer, parameters, bytes, cameras, actions, graphs, history."""
 
-    path: Positional[Path]
-    """the artifact"""
+    path: Positional[Path | None] = None
+    """the artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
+    geometry: str | None = None
+    """instead of a path: the real dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
     json: bool = False
-    """print the manifest, its digest and the bytes of each kind of file as JSON"""
+    """print everything as JSON; of an artifact the manifest, its digest and the bytes of each kind of file"""
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
+        if (self.path is None) == (self.geometry is None):
+            raise UserError("expected either a path or --geometry, found both or neither; give one of them")
+        if self.path is None or is_official(self.path, self.official):
+            from rlrc.compressor import official_commands  # imported late: the robot has no torch
+
+            return official_commands.inspect(self.path, self.geometry, self.official, self.json)
         artifact = artifacts.load(self.path)
         if self.json:
             values = artifacts.to_json(artifact.manifest) | {"digest": artifact.digest, "bytes": folder_bytes(artifact)}
@@ -41,35 +51,45 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Infer:
-    """One observation through an artifact's graphs."""
+    """One observation through an artifact's graphs, or through an official checkpoint with torch."""
 
     path: Positional[Path]
-    """the artifact"""
+    """the artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     observation: Annotated[Positional[Path], arg(metavar="OBS.npz")]
-    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`"""
+    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`, maybe `noise`"""
     out: Annotated[Path, arg(metavar="ACT.npz")]
     """the .npz to write, with `actions` and `tokens`"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
     """print the actions, tokens and timing as JSON as well"""
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
         check_output(self.out)
-        refuse_other_formats(self.path)
         observation = read_observation(self.observation)
         try:
-            result = LocalPolicy.load(self.path, self.threads).infer(observation)
+            result = self._policy().infer(observation)
         except NoAction as error:
             return check_failed(str(error))
-        write_npz(self.out, actions=result["actions"], tokens=result["tokens"])
+        chunk: dict[str, Any] = {"actions": result["actions"]}
+        if result["tokens"] is not None:
+            chunk["tokens"] = result["tokens"]
+        write_npz(self.out, **chunk)
         if self.json:
-            chunk = {"actions": result["actions"].tolist(), "tokens": result["tokens"].tolist()}
-            print(json.dumps(chunk | {"timing": result["timing"]}))
+            values = {name: array.tolist() for name, array in chunk.items()}
+            print(json.dumps(values | {"timing": result["timing"]}))
         else:
             timing = ", ".join(f"{name.removesuffix('_ms')} {ms:.2f} ms" for name, ms in result["timing"].items())
             print(f"{self.out}: {len(result['actions'])} actions of {result['actions'].shape[1]} dimensions ({timing})")
         return 0
+
+    def _policy(self) -> Policy:
+        if is_official(self.path, self.official):
+            from rlrc.compressor import official_commands  # imported late: the robot has no torch
+
+            return official_commands.policy(self.path, self.official, self.threads)
+        return LocalPolicy.load(self.path, self.threads)
 
 
 @dataclass(frozen=True)
@@ -167,14 +187,6 @@ def check_failed(reason: str) -> int:
     """Exit code 1, with the reason on stderr so that --json stays JSON."""
     print(f"rlrc: check failed: {reason}", file=sys.stderr)
     return 1
-
-
-def refuse_other_formats(path: Path) -> None:
-    if path.is_dir() and not (path / artifacts.MANIFEST).exists() and (path / "config.json").exists():
-        raise UserError(
-            f"expected an artifact (a folder with {artifacts.MANIFEST}), found an official checkpoint in {path}; "
-            "this version of rlrc infers with its own artifacts only"
-        )
 
 
 def read_observation(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Decode drivers: from a decoder graph to a chunk of actions.
+"""Decode drivers: from the graphs behind "vision" to a chunk of actions.
 
-A driver is called with ``run``, which takes the decoder's inputs and returns its outputs by name, so that it may run
-the graph once (parallel) or many times; it knows neither the engine nor the pictures.
+A driver is called with ``run(graph, tensors)``, which takes from the tensors what the graph has inputs for and returns
+its outputs by name. It runs one graph once (parallel), once a token (autoregressive) or a second one at every step
+(flow); it knows neither the engine nor the pictures. ``inputs`` hold ``image_tokens`` (B, N, width) and, where the
+policy has them, ``ids`` (B, L) and ``state`` (B, S).
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.artifact import ActionSpec
+from rlrc.artifact import ActionSpec, FlowSpec
 from rlrc.runtime.preprocess import bin_centers, unnormalise
 
 Tensors = Mapping[str, NDArray[Any]]
-Run = Callable[[Tensors], Tensors]
+Run = Callable[[str, Tensors], Tensors]
 
 
 class NoAction(RuntimeError):
@@ -24,26 +26,92 @@ class NoAction(RuntimeError):
 
 
 class Decoded(NamedTuple):
-    """A batch of chunks: ``tokens`` int64 and ``actions`` float32, un-normalised; both (B, horizon, dim)."""
+    """A batch of chunks (B, horizon, dim): ``actions`` float32, un-normalised; ``tokens`` int64 where there are any."""
 
-    tokens: NDArray[np.int64]
     actions: NDArray[np.float32]
+    tokens: NDArray[np.int64] | None = None
 
 
 def parallel(run: Run, inputs: Tensors, action: ActionSpec) -> Decoded:
-    """All tokens of the chunk from one pass over the decoder (OpenVLA-OFT, arXiv 2502.19645, section 4).
+    """The whole chunk from one pass: tokens, or actions themselves (OpenVLA-OFT, arXiv 2502.19645, section 4).
 
-    Raises NoAction for logits that are not finite or do not fit.
+    Raises NoAction for outputs that are not finite or do not fit.
     """
-    logits = run(inputs)["logits"]
-    if logits.shape[1:] != (action.horizon, action.dim, action.bins):
-        raise NoAction(f"expected logits (B, {action.horizon}, {action.dim}, {action.bins}), found {logits.shape}")
-    if not np.isfinite(logits).all():
-        raise NoAction(f"expected finite logits, found {np.count_nonzero(~np.isfinite(logits))} nan or inf")
-    tokens = logits.argmax(-1)  # the first of equals
-    return Decoded(tokens, actions_of(tokens, action))
+    chunk = (action.horizon, action.dim)
+    if not action.bins:
+        return Decoded(_raw(_shaped(run("decoder", inputs), "actions", chunk), action))
+    tokens = _best(_shaped(run("decoder", inputs), "logits", (*chunk, logit_rows(action))), action)
+    return Decoded(actions_of(tokens, action), tokens)
+
+
+def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, past: Tensors) -> Decoded:
+    """Greedy, a token a pass, every pass continuing the keys and values of those before (OpenVLA, arXiv 2406.09246).
+
+    ``past`` names them, ``past.<i>.key`` and ``past.<i>.value``, all empty: (B, kv_heads, 0, head_dim). The first pass
+    takes the image tokens and all ids, the others no image token and the last id. Raises NoAction as ``parallel``.
+    """
+    tokens: list[NDArray[np.int64]] = []
+    fed = dict(inputs)
+    while len(tokens) < action.horizon * action.dim:
+        outputs = run("decoder", {**fed, **past})
+        tokens.append(_best(_shaped(outputs, "logits", (logit_rows(action),)), action))
+        past = {name: outputs[name.replace("past", "present", 1)] for name in past}
+        fed |= {"image_tokens": inputs["image_tokens"][:, :0], "ids": tokens[-1][:, None]}
+    chunk = np.stack(tokens, 1).reshape(-1, action.horizon, action.dim)
+    return Decoded(actions_of(chunk, action), chunk)
+
+
+def flow(run: Run, inputs: Tensors, action: ActionSpec, flow: FlowSpec, noise: NDArray[np.float32]) -> Decoded:
+    """Euler steps from ``noise`` (B, horizon, width) at t = 1 to actions at t = 0 (pi0, arXiv 2410.24164, section IV).
+
+    "prefix" gives the keys and values of everything but the actions, once; "step" the velocity, from them, ``x`` and
+    the time, as ``t`` (B,) or counted in steps, ``step`` (B,). Raises NoAction as ``parallel``.
+    """
+    known, x = {**inputs, **run("prefix", inputs)}, noise
+    for i in range(flow.steps):
+        t, step = np.full(len(x), 1 - i / flow.steps, np.float32), np.full(len(x), i, np.int64)
+        velocity = run("step", {**known, "x": x, "t": t, "step": step})
+        x = x - _shaped(velocity, "velocity", (action.horizon, flow.width)) / np.float32(flow.steps)
+    return Decoded(_raw(x[..., : action.dim], action))
+
+
+def logit_rows(action: ActionSpec) -> int:
+    """How many tokens the logits are over."""
+    return action.bins if action.tokens is None else action.tokens.rows
+
+
+def logit_row(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.integer]:
+    """Where a token stands in the logits."""
+    return tokens if action.tokens is None else tokens - action.tokens.offset
 
 
 def actions_of(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.float32]:
-    """Bins (..., dim) -> un-normalised actions of the same shape."""
-    return unnormalise(bin_centers(action.bins)[tokens], action.norm)
+    """Tokens (..., dim), bins or ids of a vocabulary -> un-normalised actions of the same shape."""
+    bins = tokens if action.tokens is None else np.clip(action.tokens.first - tokens, 0, action.bins - 1)
+    return unnormalise(bin_centers(action.bins)[bins], action.norm)
+
+
+def _shaped(outputs: Tensors, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The output (B, *shape). Raises NoAction if it has another shape."""
+    if outputs[name].shape[1:] != shape:
+        raise NoAction(f"expected {name} (B, {', '.join(map(str, shape))}), found {outputs[name].shape}")
+    return outputs[name]
+
+
+def _best(logits: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
+    """The most likely tokens, the first of equals."""
+    _check_finite(logits, "logits")
+    rows: NDArray[np.int64] = logits.argmax(-1)
+    return rows if action.tokens is None else rows + action.tokens.offset
+
+
+def _raw(normalised: NDArray[np.floating], action: ActionSpec) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # it becomes infinite, which is refused
+        actions = unnormalise(normalised, action.norm)
+    _check_finite(actions, "actions")
+    return actions
+
+
+def _check_finite(values: NDArray[np.floating], name: str) -> None:
+    if not np.isfinite(values).all():
+        raise NoAction(f"expected finite {name}, found {np.count_nonzero(~np.isfinite(values))} nan or inf")

@@ -1,18 +1,136 @@
-"""What an artifact is, printed for people."""
+"""What a policy is, printed for people: one screen, whether it is an artifact or not."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Mapping
+from itertools import groupby, pairwise
+from math import prod
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from rlrc.artifact import Artifact, PolicySpec, VerifiedSpec
+from rlrc.artifact import Artifact, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
 
 
 def plain_console(stderr: bool = False) -> Console:
     """Prints what it is given: names and paths may hold brackets, which rich would take for its markup."""
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(artifact: Artifact, console: Console) -> None:
+    manifest = artifact.manifest
+    quantization = manifest.quantization
+    stored: str = manifest.dtype
+    if quantization is not None:
+        stored += f" in groups of {quantization.group}, bits {sorted(set(quantization.tensors.values()))}"
+    rows = {
+        "artifact": f"{artifact.path} ({artifact.digest[:12]})",
+        **policy_rows(manifest.policy),
+        "parameters": f"{manifest.parameters:,} stored as {stored}",
+        "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
+        "can be pruned": prunable(manifest.towers),
+        "graphs": "; ".join(f"{g.backend} {g.name} ({g.precision})" for g in manifest.graphs) or "none",
+    }
+    print_rows(rows, console)
+    console.print(modules_table(module_parameters(artifact), manifest.towers))
+    for record in manifest.verified:
+        print_record(record, manifest.policy, console)
+    history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
+    for entry in manifest.history:
+        history.add_row(
+            entry.stage, entry.version, f"{entry.cpu_minutes:.1f}", scalars(entry.before), scalars(entry.after)
+        )
+    console.print(history)
+    graphs = any(graph.backend == "onnxruntime" for graph in manifest.graphs)
+    console.print(
+        f"next: rlrc {f'verify {artifact.path}' if graphs else f'export {artifact.path} OUT'}", soft_wrap=True
+    )
+
+
+def policy_rows(spec: PolicySpec) -> dict[str, str]:
+    """What the policy is, sees and does, by heading; dimensions of one meaning and unit are told together."""
+    prompt, action, flow = spec.prompt, spec.action, spec.flow
+    kinds = [", ".join(kind) for kind in zip(action.meaning, action.units, strict=True)]
+    answers = f"{action.bins} bins" if action.bins else "continuous"
+    if action.tokens is not None:
+        answers += f" among {action.tokens.rows:,} tokens"
+    return {
+        "family": f"{spec.family}, {spec.decode} decoding{f' in {flow.steps} steps' if flow else ''}",
+        "cameras": "; ".join(
+            f"{camera.name} {camera.height} x {camera.width}, resize {camera.resize}{', optional' * camera.optional}"
+            for camera in spec.cameras
+        ),
+        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units),
+        "prompt": "none" if prompt is None else f"{prompt.template!r}, at most {prompt.max_tokens} tokens",
+        "actions": f"{together(action.names, kinds)}; chunks of {action.horizon}, {answers}",
+    }
+
+
+def together(names: Iterable[str], kinds: Iterable[str]) -> str:
+    """Names with their kinds: "x, y, z (delta, m); gripper (gripper, 1)", "joint_0 to joint_6 (absolute, rad)"."""
+    pairs = groupby(zip(names, kinds, strict=True), key=lambda pair: pair[1])
+    return "; ".join(f"{_listed([name for name, _ in run])} ({kind})" for kind, run in pairs)
+
+
+def _listed(names: list[str]) -> str:
+    numbers = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    first, last = numbers[0], numbers[-1]
+    if len(names) < 4 or first is None or last is None:
+        return ", ".join(names)
+    counted = names == [f"{first[1]}{number}" for number in range(int(first[2]), int(last[2]) + 1)]
+    return f"{names[0]} to {names[-1]}" if counted else ", ".join(names)
+
+
+def prunable(towers: Mapping[str, TowerSpec]) -> str:
+    """Heads and MLP channels of the towers that pruning cuts, but for their first and last blocks."""
+    parts = []
+    for name, tower in towers.items():
+        if name.startswith("vision"):
+            continue
+        inner = tower.layers[1:-1]
+        heads, channels = sum(layer.heads for layer in inner), sum(layer.mlp for layer in inner)
+        parts.append(f"{name} {heads:,} heads, {channels:,} MLP channels" if inner else f"{name} nothing")
+    return "; ".join(parts)
+
+
+def modules_table(parameters: Mapping[str, int], towers: Mapping[str, TowerSpec]) -> Table:
+    """A row for every module, with its parameters; equal blocks of a tower are told in one line."""
+    table = Table("module", "parameters", "blocks")
+    table.columns[1].justify = "right"
+    for name in {**towers, **parameters}:
+        size = f"{parameters[name]:,}" if name in parameters else ""
+        table.add_row(name, size, "\n".join(blocks(towers[name])) if name in towers else "")
+    return table
+
+
+def blocks(tower: TowerSpec) -> list[str]:
+    """Lines as "layers 1-30: 32 heads of 128, MLP 11,008", the width first."""
+    places: dict[LayerSpec, list[int]] = {}
+    for index, layer in enumerate(tower.layers):
+        places.setdefault(layer, []).append(index)
+    return [f"width {tower.width:,}", *(f"{_places(at)}: {_shape(layer)}" for layer, at in places.items())]
+
+
+def _places(indices: list[int]) -> str:
+    """[0, 1, 2, 5] -> "layers 0-2, 5"; [1, 3, 5] -> "layers 1, 3, ... 5"."""
+    steps = {after - before for before, after in pairwise(indices)}
+    if len(indices) > 2 and len(steps) == 1 and steps != {1}:
+        return f"layers {indices[0]}, {indices[1]}, ... {indices[-1]}"
+    runs = [[at for _, at in run] for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])]
+    told = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"layer{'s' * (len(indices) > 1)} {told}"
+
+
+def _shape(layer: LayerSpec) -> str:
+    if layer.kind == "half":
+        return f"keys and values only, {layer.kv_heads} of {layer.head_dim}"
+    heads = f"{layer.heads} heads of {layer.head_dim}" if layer.heads != 1 else f"1 head of {layer.head_dim}"
+    if layer.kv_heads != layer.heads:
+        heads += f" ({layer.kv_heads} kv)"
+    return f"{'cross-attention, ' * (layer.kind == 'cross')}{heads}, MLP {layer.mlp:,}"
 
 
 def folder_bytes(artifact: Artifact) -> dict[str, int]:
@@ -24,57 +142,31 @@ def folder_bytes(artifact: Artifact) -> dict[str, int]:
     return totals
 
 
-def describe(artifact: Artifact, console: Console) -> None:
-    manifest = artifact.manifest
-    policy, action = manifest.policy, manifest.policy.action
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column()
-    sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items())
-    cameras = "; ".join(f"{c.name} {c.height} x {c.width}, resize {c.resize}" for c in policy.cameras)
-    actions = ", ".join(f"{n} ({m}, {u})" for n, m, u in zip(action.names, action.meaning, action.units, strict=True))
-    state = (
-        "none"
-        if policy.state is None
-        else ", ".join(f"{n} ({u})" for n, u in zip(policy.state.names, policy.state.units, strict=True))
-    )
-    bits = sorted(set(manifest.quantization.tensors.values())) if manifest.quantization else []
-    stored = f"{manifest.dtype}" + (
-        f" in groups of {manifest.quantization.group}, bits {bits}" if manifest.quantization else ""
-    )
-    for name, value in {
-        "artifact": f"{artifact.path} ({artifact.digest[:12]})",
-        "family": f"{policy.family}, {policy.decode} decoding",
-        "parameters": f"{manifest.parameters:,} stored as {stored}",
-        "bytes": sizes,
-        "cameras": cameras,
-        "state": state,
-        "prompt": f"{policy.prompt.template!r}, at most {policy.prompt.max_tokens} tokens",
-        "actions": f"{actions}; chunks of {action.horizon}, {f'{action.bins} bins' if action.bins else 'continuous'}",
-        "graphs": "; ".join(f"{g.backend} {g.name} ({g.precision})" for g in manifest.graphs) or "none",
-    }.items():
-        facts.add_row(name, value)
-    console.print(facts)
+def module_parameters(artifact: Artifact) -> dict[str, int]:
+    """Parameters by module, from the headers of the weights' files. Packed integers count as what they stand for."""
+    quantization, totals = artifact.manifest.quantization, dict[str, int]()
+    packed = {} if quantization is None else {f"{name}.q": 8 // bits for name, bits in quantization.tensors.items()}
+    scales = set() if quantization is None else {f"{name}.scale" for name in quantization.tensors}
+    for relative in artifact.manifest.files:
+        if not relative.startswith("weights/") or not relative.endswith(".safetensors"):
+            continue
+        with artifact.file(relative).open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__" and name not in scales:
+                module = name.split(".")[0]
+                totals[module] = totals.get(module, 0) + prod(tensor["shape"]) * packed.get(name, 1)
+    return totals
 
-    for name, tower in manifest.towers.items():
-        table = Table(
-            "layer", "heads", "kv heads", "head dim", "MLP", title=f"{name}: width {tower.width}", title_justify="left"
-        )
-        for index, layer in enumerate(tower.layers):
-            table.add_row(*map(str, (index, layer.heads, layer.kv_heads, layer.head_dim, layer.mlp)))
-        console.print(table)
-    for record in manifest.verified:
-        print_record(record, policy, console)
-    history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
-    for entry in manifest.history:
-        history.add_row(
-            entry.stage, entry.version, f"{entry.cpu_minutes:.1f}", scalars(entry.before), scalars(entry.after)
-        )
-    console.print(history)
-    graphs = any(graph.backend == "onnxruntime" for graph in manifest.graphs)
-    console.print(
-        f"next: rlrc {f'verify {artifact.path}' if graphs else f'export {artifact.path} OUT'}", soft_wrap=True
-    )
+
+def print_rows(rows: Mapping[str, str], console: Console) -> None:
+    """Headings and what there is to say under each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
 
 
 def scalars(metrics: dict[str, Any]) -> str:
@@ -88,8 +180,8 @@ def print_record(record: VerifiedSpec, policy: PolicySpec, console: Console) -> 
     errors = ", ".join(
         f"{name} {error:.3g}" for name, error in zip(policy.action.names, record.max_error, strict=False)
     )
+    tokens = f"{record.token_flips} of {record.tokens} tokens flipped, " if policy.action.bins else ""
     console.print(
-        f"{record.backend}: {record.observations} observations, {record.token_flips} of {record.tokens} tokens "
-        f"flipped, {record.gripper_flips} gripper flips; largest error {errors} (tolerated {record.tolerance:.3g}); "
-        f"chunk jitter {record.chunk_jitter:.3g}"
+        f"{record.backend}: {record.observations} observations, {tokens}{record.gripper_flips} gripper flips; "
+        f"largest error {errors} (tolerated {record.tolerance:.3g}); chunk jitter {record.chunk_jitter:.3g}"
     )

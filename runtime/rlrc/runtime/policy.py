@@ -1,7 +1,8 @@
 """The policy seam: ``infer`` and ``reset``. LocalPolicy runs an artifact's graphs on this machine.
 
 An observation is a dict of ``image.<camera>`` uint8 (H, W, 3), ``state`` floats (S,) in raw units and the string
-``instruction``.
+``instruction``, as far as the policy has cameras, a state and a prompt. Optional cameras may be missing, all but one. A
+flow policy also takes ``noise`` float (horizon, width); left out, it is drawn.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, VerifiedSpec
+from rlrc.artifact import Artifact, GraphSpec, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.runtime import decode, preprocess
+from rlrc.runtime.interfaces import check_interface
 from rlrc.runtime.verify import failure
 
 BACKEND = "onnxruntime"
@@ -26,7 +28,7 @@ LOADED = ("graphs/onnx", "tokenizer")  # what a robot reads; the weights stay un
 
 
 class Timing(TypedDict):
-    """Milliseconds of one inference. The checks count as preprocessing."""
+    """Milliseconds of one inference. The checks count as preprocessing, all graphs but "vision" as decoder."""
 
     preprocess_ms: float
     vision_ms: float
@@ -35,10 +37,13 @@ class Timing(TypedDict):
 
 
 class Result(TypedDict):
-    """One chunk: ``actions`` float32 (horizon, dim) un-normalised, ``tokens`` int64 (horizon, dim)."""
+    """One chunk: ``actions`` float32 (horizon, dim) un-normalised, ``tokens`` int64 (horizon, dim) or None.
+
+    Tokens are bins, or ids of the vocabulary that holds them; a policy of continuous actions has none.
+    """
 
     actions: NDArray[np.float32]
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.int64] | None
     timing: Timing
 
 
@@ -53,7 +58,11 @@ class Policy(Protocol):
 
 
 class LocalPolicy:
-    """An artifact's graphs on ONNX Runtime with ``threads`` threads."""
+    """An artifact's graphs on ONNX Runtime with ``threads`` threads.
+
+    A flow policy draws its noise from a generator of its own, which ``reset`` starts anew: an episode can be repeated
+    exactly, and the chunks of one episode differ in their noise.
+    """
 
     def __init__(self, artifact: Artifact, threads: int = 1) -> None:
         from rlrc.runtime.backends.onnxruntime import OnnxRuntime  # imported late: an engine takes time to import
@@ -61,10 +70,14 @@ class LocalPolicy:
         if threads < 1:
             raise UserError(f"expected at least one thread, found {threads}; give --threads 1 or more")
         self.artifact, self.spec = artifact, artifact.manifest.policy
-        _check_interface(artifact)
-        self._tokenizer = preprocess.Tokenizer(artifact.file(TOKENIZER), self.spec.prompt)
+        _check_graphs(artifact)
+        graphs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == BACKEND}
+        check_interface(artifact, graphs)
+        prompt = self.spec.prompt
+        self._tokenizer = None if prompt is None else preprocess.Tokenizer(artifact.file(TOKENIZER), prompt)
         self._graphs = OnnxRuntime(artifact, threads)
-        self._instruction: tuple[str, NDArray[np.int64]] | None = None
+        self._past = _empty_past(graphs["decoder"]) if self.spec.decode == "autoregressive" else {}
+        self.reset()
 
     @staticmethod
     def load(path: Path | str, threads: int = 1, require_verified: bool = True) -> LocalPolicy:
@@ -77,45 +90,73 @@ class LocalPolicy:
     def infer(self, observation: Mapping[str, Any]) -> Result:
         started = perf_counter()
         preprocess.check(observation, self.spec)
-        pixels, inputs = self._prepare(observation)
-        prepared = perf_counter()
-        inputs |= self._graphs.run("vision", {"pixels": pixels})
+        prepared = preprocess.prepare(observation, self.spec, self._tokenizer)
+        inputs: dict[str, NDArray[Any]] = {}
+        if prepared.ids is not None:
+            inputs["ids"] = prepared.ids[None]
+        if prepared.state is not None:
+            inputs["state"] = prepared.state[None]
+        ready = perf_counter()
+        inputs["image_tokens"] = self._see(prepared.pixels)
         seen = perf_counter()
-        decoder_s = 0.0
+        graphs_s = 0.0
 
-        def run(tensors: decode.Tensors) -> decode.Tensors:
-            nonlocal decoder_s
+        def run(graph: str, tensors: decode.Tensors) -> decode.Tensors:
+            nonlocal graphs_s
             begun = perf_counter()
-            outputs = self._graphs.run("decoder", tensors)
-            decoder_s += perf_counter() - begun
+            outputs = self._graphs.run(graph, tensors)
+            graphs_s += perf_counter() - begun
             return outputs
 
-        decoded = decode.parallel(run, inputs, self.spec.action)
+        decoded = self._decode(run, inputs, observation)
         finished = perf_counter()
         timing = Timing(
-            preprocess_ms=(prepared - started) * 1e3,
-            vision_ms=(seen - prepared) * 1e3,
-            decoder_ms=decoder_s * 1e3,
-            postprocess_ms=(finished - seen - decoder_s) * 1e3,
+            preprocess_ms=(ready - started) * 1e3,
+            vision_ms=(seen - ready) * 1e3,
+            decoder_ms=graphs_s * 1e3,
+            postprocess_ms=(finished - seen - graphs_s) * 1e3,
         )
-        return Result(actions=decoded.actions[0], tokens=decoded.tokens[0], timing=timing)
+        tokens = None if decoded.tokens is None else decoded.tokens[0]
+        return Result(actions=decoded.actions[0], tokens=tokens, timing=timing)
 
     def reset(self) -> None:
-        """Nothing to forget: every chunk depends on its observation alone."""
+        """Starts the generator of the noise anew. Nothing else outlives a chunk."""
+        self._noise = np.random.default_rng(0)
 
-    def _prepare(self, observation: Mapping[str, Any]) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        """-> pixels (1, H, W, 3) and the decoder's other inputs, each with a batch of one."""
-        (camera,) = self.spec.cameras
-        inputs: dict[str, NDArray[Any]] = {"ids": self.ids(observation["instruction"])[None]}
-        if self.spec.state is not None:
-            inputs["state"] = preprocess.normalise(observation["state"], self.spec.state.norm)[None]
-        return preprocess.pictures(observation[f"image.{camera.name}"], camera)[None], inputs
+    def ids(self, observation: Mapping[str, Any]) -> NDArray[np.int64] | None:
+        """The token ids (L,) that the policy makes of an observation, None if it takes no prompt."""
+        preprocess.check(observation, self.spec)
+        return preprocess.prepare(observation, self.spec, self._tokenizer).ids
 
-    def ids(self, instruction: str) -> NDArray[np.int64]:
-        """Token ids (max_tokens,). The last instruction's are kept, which saves 10 us and more."""
-        if self._instruction is None or self._instruction[0] != instruction:
-            self._instruction = (instruction, self._tokenizer(instruction))
-        return self._instruction[1]
+    def _see(self, pixels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """-> image tokens (1, N, width) of all cameras, one after the other; those of one size go in together."""
+        together = len(pixels) > 1 and len({picture.shape for picture in pixels}) == 1
+        batches = [np.stack(pixels)] if together else [picture[None] for picture in pixels]
+        seen = [self._graphs.run("vision", {"pixels": batch})["image_tokens"] for batch in batches]
+        tokens = [batch.reshape(1, -1, batch.shape[-1]) for batch in seen]
+        return tokens[0] if len(tokens) == 1 else np.concatenate(tokens, 1)
+
+    def _decode(
+        self, run: decode.Run, inputs: dict[str, NDArray[Any]], observation: Mapping[str, Any]
+    ) -> decode.Decoded:
+        action, flow = self.spec.action, self.spec.flow
+        if flow is not None:
+            noise = observation.get("noise")
+            if noise is None:
+                noise = self._noise.standard_normal((action.horizon, flow.width), np.float32)
+            return decode.flow(run, inputs, action, flow, np.asarray(noise, np.float32)[None])
+        if self.spec.decode == "autoregressive":
+            return decode.autoregressive(run, inputs, action, self._past)
+        return decode.parallel(run, inputs, action)
+
+
+def _empty_past(decoder: GraphSpec) -> dict[str, NDArray[Any]]:
+    """Keys and values of no tokens, as the graph's first pass takes them."""
+    return {
+        tensor.name: np.zeros([size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype)
+        for tensor in decoder.inputs
+        if tensor.name.startswith("past.")
+    }
 
 
 def recorded(artifact: Artifact) -> VerifiedSpec:
@@ -135,36 +176,3 @@ def _check_graphs(artifact: Artifact) -> None:
         raise UserError(
             f"expected {BACKEND} graphs in {artifact.path}, found none; run rlrc export {artifact.path} OUT"
         )
-
-
-def _check_interface(artifact: Artifact) -> None:
-    """The graphs' declared shapes must be those that the policy's own description implies."""
-    spec = artifact.manifest.policy
-    if spec.decode != "parallel" or len(spec.cameras) != 1 or not spec.action.bins:
-        raise UserError(
-            f"expected a policy with one camera and parallel decoding over bins, found {len(spec.cameras)} cameras, "
-            f"{spec.decode} decoding and {spec.action.bins} bins in {artifact.path}; this version of rlrc runs no other"
-        )
-    _check_graphs(artifact)
-    graphs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == BACKEND}
-    if graphs.keys() != {"vision", "decoder"}:
-        raise UserError(
-            f"expected the graphs vision and decoder in {artifact.path}, found {', '.join(graphs)}; "
-            "export the artifact again"
-        )
-    (camera,), action = spec.cameras, spec.action
-    size = (camera.height, camera.width)
-    seen = {tensor.name: tensor.shape[1:] for tensor in graphs["vision"].outputs}  # their number is the family's affair
-    expected: dict[str, dict[str, tuple[int | str, ...]]] = {
-        "vision": seen | {"pixels": (*size, 3) if camera.layout == "HWC" else (3, *size)},
-        "decoder": seen | {"ids": (spec.prompt.max_tokens,), "logits": (action.horizon, action.dim, action.bins)},
-    }
-    if spec.state is not None:
-        expected["decoder"]["state"] = (len(spec.state.names),)
-    for name, tensors in expected.items():
-        declared = {tensor.name: tensor.shape[1:] for tensor in (*graphs[name].inputs, *graphs[name].outputs)}
-        if declared != tensors:
-            raise UserError(
-                f'expected graph "{name}" of {artifact.path} with {tensors} after the batch dimension, '
-                f"as its policy is described, found {declared}; export the artifact again"
-            )

@@ -1,56 +1,59 @@
 """Observations to what the graphs take: pictures, state, token ids. Training, export checks and serving use this code.
 
-Everything is built from the manifest's specs and works on one observation or a batch of them. Needs numpy and PIL; the
-tokenizers library is imported when a Tokenizer is made.
+Everything is built from the manifest's specs. Needs numpy and PIL; the tokenizers library is imported when a Tokenizer
+is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
-from rlrc.artifact import CameraSpec, NormStats, PolicySpec, PromptSpec, StateSpec
+from rlrc.artifact import CameraSpec, NormStats, PolicySpec, StateSpec
 from rlrc.errors import UserError
+from rlrc.runtime.pictures import pictures, wrong_size
+from rlrc.runtime.prompts import Tokenizer
 
 
-def pictures(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float32]:
-    """uint8 (H, W, 3) or (N, H, W, 3) -> float32 ``(image / 255 - mean) / std`` of the camera's size and layout.
+class Prepared(NamedTuple):
+    """One observation as the policy takes it.
 
-    "bilinear" is PIL's, which filters when it shrinks. Raises UserError for another size when the camera says "none".
+    ``pixels`` float32 (H, W, C) of every camera that is there, in the order of the policy's cameras; ``ids`` int64
+    (L,); ``state`` float32 (S,), normalised and widened with zeros.
     """
-    size = (camera.height, camera.width)
-    if image.shape[-3:-1] != size:
-        if camera.resize == "none":
-            raise _wrong_size(camera, image.shape[-3:-1])
-        flat = [_bilinear(picture, camera) for picture in image.reshape(-1, *image.shape[-3:])]
-        image = np.stack(flat).reshape(*image.shape[:-3], *size, 3)
-    scale, offset = _pixel_affine(camera.mean, camera.std)
-    pixels = image.astype(np.float32)
-    pixels *= scale
-    pixels += offset
-    if camera.layout == "CHW":
-        return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
-    return pixels
+
+    pixels: list[NDArray[np.float32]]
+    ids: NDArray[np.int64] | None
+    state: NDArray[np.float32] | None
 
 
-def _bilinear(picture: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.uint8]:
-    resized = Image.fromarray(picture).resize((camera.width, camera.height), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokenizer | None) -> Prepared:
+    """An observation that ``check`` accepts, prepared. ``tokenizer`` is that of the policy's prompt, if it has one."""
+    pixels = [
+        pictures(observation[f"image.{camera.name}"], camera)
+        for camera in spec.cameras
+        if f"image.{camera.name}" in observation
+    ]
+    state = None if spec.state is None else normalise(observation["state"], spec.state.norm)
+    ids = None if tokenizer is None else tokenizer(observation["instruction"], state)
+    return Prepared(pixels, ids, None if state is None else given_state(state, spec))
 
 
-@lru_cache(maxsize=16)
-def _pixel_affine(
-    mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(x / 255 - mean) / std as x * scale + offset."""
-    deviation = np.asarray(std, np.float64)
-    return (1 / (255 * deviation)).astype(np.float32), (-np.asarray(mean, np.float64) / deviation).astype(np.float32)
+def given_state(state: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32] | None:
+    """What the policy gets of a normalised state (..., names): (..., width), zeros behind; None if its prompt tells."""
+    if spec.state is None or tells_state(spec):
+        return None
+    more = (spec.state.width or 0) - len(spec.state.names)
+    return np.pad(state, [(0, 0)] * (state.ndim - 1) + [(0, more)]) if more > 0 else state
+
+
+def tells_state(spec: PolicySpec) -> bool:
+    """Whether the prompt tells the state, so that the policy gets no other."""
+    return spec.prompt is not None and spec.prompt.state_bins > 0
 
 
 def normalise(x: ArrayLike, stats: NormStats) -> NDArray[np.float32]:
@@ -91,63 +94,41 @@ def to_bins(actions: ArrayLike, bins: int) -> NDArray[np.int64]:
     return np.clip(np.floor((values + 1) / 2 * bins), 0, bins - 1).astype(np.int64)
 
 
-class Tokenizer:
-    """An instruction to token ids, by the artifact's tokenizer and prompt template."""
-
-    def __init__(self, path: Path, prompt: PromptSpec) -> None:
-        from tokenizers import Tokenizer as Tokenizers
-
-        try:
-            self._tokenizer = Tokenizers.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"expected a tokenizers file, found {path}: {error}; copy it again from its source"
-            ) from None
-        self._tokenizer.no_padding()  # a file may carry its own; the prompt's rule is the only one
-        self._tokenizer.no_truncation()
-        self.prompt = prompt
-
-    def __call__(self, instruction: str) -> NDArray[np.int64]:
-        """-> ids (max_tokens,), padded on the right. Raises UserError for an instruction that does not fit."""
-        prompt = self.prompt
-        try:
-            ids = self._tokenizer.encode(prompt.template.replace("{instruction}", instruction)).ids
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"expected an instruction of known words, found {instruction!r}: {error}; reword it"
-            ) from None
-        if len(ids) > prompt.max_tokens:
-            raise UserError(
-                f"expected an instruction of at most {prompt.max_tokens} tokens with its template, "
-                f"found {len(ids)} in {instruction!r}; shorten it"
-            )
-        padded = np.full(prompt.max_tokens, prompt.pad_id, np.int64)
-        padded[: len(ids)] = ids
-        return padded
-
-
 def check(observation: Mapping[str, Any], spec: PolicySpec) -> None:
     """Refuses, with one line, an observation that the policy cannot take: see rlrc.runtime.policy for its form."""
-    expected = {f"image.{camera.name}" for camera in spec.cameras} | {"instruction"}
-    if spec.state is not None:
-        expected.add("state")
-    if observation.keys() != expected:
-        missing, unknown = sorted(expected - observation.keys()), sorted(observation.keys() - expected)
-        found = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-        raise UserError(
-            f"expected an observation with {', '.join(sorted(expected))}, found {' and '.join(found)}; "
-            "name the observation's entries as the policy does (see rlrc inspect)"
-        )
+    _check_names(observation, spec)
     for camera in spec.cameras:
-        _check_picture(observation[f"image.{camera.name}"], camera)
+        if f"image.{camera.name}" in observation:
+            _check_picture(observation[f"image.{camera.name}"], camera)
     if spec.state is not None:
         _check_state(observation["state"], spec.state)
+    if "noise" in observation:
+        _check_noise(observation["noise"], spec)
+    if spec.prompt is None:
+        return
     instruction = observation["instruction"]
     if not isinstance(instruction, str) or not instruction.strip():
-        found_instruction = repr(instruction) if isinstance(instruction, str) else type(instruction).__name__
-        raise UserError(
-            f"expected instruction to be a non-empty string, found {found_instruction}; say what the robot is to do"
-        )
+        found = repr(instruction) if isinstance(instruction, str) else type(instruction).__name__
+        raise UserError(f"expected instruction to be a non-empty string, found {found}; say what the robot is to do")
+
+
+def _check_names(observation: Mapping[str, Any], spec: PolicySpec) -> None:
+    cameras = {f"image.{camera.name}": camera for camera in spec.cameras}
+    needed = {name for name, camera in cameras.items() if not camera.optional}
+    needed |= {"state"} if spec.state is not None else set()
+    needed |= {"instruction"} if spec.prompt is not None else set()
+    # A policy of one task needs no instruction; but those who send observations tend to send it to all.
+    known = needed | cameras.keys() | {"instruction"} | ({"noise"} if spec.flow is not None else set())
+    missing, unknown = sorted(needed - observation.keys()), sorted(observation.keys() - known)
+    if not missing and not unknown and (not cameras or cameras.keys() & observation.keys()):
+        return
+    found = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+    may = sorted(known - needed - {"instruction"})
+    raise UserError(
+        f"expected an observation with {', '.join(sorted(needed))}{' and maybe ' * bool(may)}{', '.join(may)}, "
+        f"found {' and '.join(found) or 'no picture'}; "
+        "name the observation's entries as the policy does (see rlrc inspect)"
+    )
 
 
 def _check_picture(picture: Any, camera: CameraSpec) -> None:
@@ -162,14 +143,7 @@ def _check_picture(picture: Any, camera: CameraSpec) -> None:
             "give one RGB picture, channels last"
         )
     if camera.resize == "none" and picture.shape[:2] != (camera.height, camera.width):
-        raise _wrong_size(camera, picture.shape[:2])
-
-
-def _wrong_size(camera: CameraSpec, found: tuple[int, ...]) -> UserError:
-    return UserError(
-        f"expected image.{camera.name} of {camera.height} x {camera.width} pixels (height x width), "
-        f"found {found[0]} x {found[1]}; set the camera to that size (this policy does not resize)"
-    )
+        raise wrong_size(camera, picture.shape[:2])
 
 
 def _check_state(state: Any, spec: StateSpec) -> None:
@@ -193,3 +167,15 @@ def _check_state(state: Any, spec: StateSpec) -> None:
             f"expected finite state, found {values[broken]} in {spec.names[broken]} (dimension {broken}); "
             "check that sensor"
         )
+
+
+def _check_noise(noise: Any, spec: PolicySpec) -> None:
+    assert spec.flow is not None
+    shape = (spec.action.horizon, spec.flow.width)
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f" or noise.shape != shape:
+        found = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else type(noise).__name__
+        raise UserError(
+            f"expected noise as a float array of shape {shape}, found {found}; leave it out to have it drawn"
+        )
+    if not np.isfinite(noise).all():
+        raise UserError("expected finite noise, found nan or inf; leave it out to have it drawn")

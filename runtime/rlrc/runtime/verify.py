@@ -4,12 +4,13 @@ golden.npz holds raw observations and what the fp32 torch policy made of them; `
 whole runtime (pictures, tokenizer, graphs, decoding). Bins make the comparison all or nothing: a token that flips to
 the next bin is an error of one bin width, one that agrees no error at all. One kind of flip says nothing about the
 graphs: where the reference itself prefers its token to the other by less than ``TIE``, the order of floating-point sums
-decides. Such a flip is counted, but its action is not held against the tolerance.
+decides. Such a flip is counted, but its action is not held against the tolerance. Continuous actions are compared as
+they are, against the same tolerance as bins of 1/256 of their range.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import ActionSpec, PolicySpec, VerifiedSpec
 from rlrc.errors import UserError
-from rlrc.runtime.decode import actions_of
+from rlrc.runtime.decode import actions_of, logit_row, logit_rows
 from rlrc.runtime.npz import read_npz
 
 if TYPE_CHECKING:
@@ -28,62 +29,101 @@ GOLDEN = "golden.npz"
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
 in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."""
+FINE = 256
+"""Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """N observations and the reference's answers; shapes and units as in golden.npz."""
+    """N observations and the reference's answers; what the policy does not have or take is None.
 
-    images: NDArray[np.uint8]  # (N, cameras, H, W, 3)
-    state: NDArray[np.float32]  # (N, S), raw
-    instructions: NDArray[np.str_]  # (N,)
-    ids: NDArray[np.int64]  # (N, L)
-    tokens: NDArray[np.int64]  # (N, horizon, dim)
+    In golden.npz under the same names, the pictures of every camera as ``image.<camera>``.
+    """
+
+    images: dict[str, NDArray[np.uint8]]  # (N, H, W, 3) by camera, raw; an optional one may be missing
     actions: NDArray[np.float32]  # (N, horizon, dim), un-normalised
-    logits: NDArray[np.float32]  # (N, horizon, dim, bins)
+    state: NDArray[np.float32] | None = None  # (N, S), raw
+    instructions: NDArray[np.str_] | None = None  # (N,)
+    ids: NDArray[np.int64] | None = None  # (N, L), -1 behind the shorter ones of prompts that are not padded
+    noise: NDArray[np.float32] | None = None  # (N, horizon, width) of flow policies
+    tokens: NDArray[np.int64] | None = None  # (N, horizon, dim): bins, or ids of the vocabulary
+    logits: NDArray[np.float32] | None = None  # (N, horizon, dim, rows)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.actions)
 
     def observation(self, index: int, spec: PolicySpec) -> dict[str, Any]:
-        pictures = {f"image.{camera.name}": self.images[index, i] for i, camera in enumerate(spec.cameras)}
-        state = {} if spec.state is None else {"state": self.state[index]}
-        return pictures | state | {"instruction": str(self.instructions[index])}
+        values: dict[str, Any] = {
+            f"image.{camera.name}": self.images[camera.name][index]
+            for camera in spec.cameras
+            if camera.name in self.images
+        }
+        if self.state is not None:
+            values["state"] = self.state[index]
+        if self.instructions is not None:
+            values["instruction"] = str(self.instructions[index])
+        if self.noise is not None:
+            values["noise"] = self.noise[index]
+        return values
 
 
 def read_golden(path: Path, spec: PolicySpec) -> Golden:
     """Raises UserError unless every array is there and fits the policy, and the answers follow from the logits."""
-    arrays, names = read_npz(path), {field.name for field in fields(Golden)}
-    if arrays.keys() != names:
-        expected, found = ", ".join(sorted(names)), ", ".join(sorted(arrays))
+    arrays, shapes = read_npz(path), _shapes(spec)
+    needed = shapes.keys() - {f"image.{camera.name}" for camera in spec.cameras if camera.optional}
+    if not needed <= arrays.keys() <= shapes.keys():
+        expected, found = ", ".join(sorted(shapes)), ", ".join(sorted(arrays))
         raise UserError(f"expected {path} to hold {expected}, found {found}; make the artifact again")
-    golden = Golden(**arrays)
-    action, n = spec.action, len(golden)
-    chunk = (n, action.horizon, action.dim)
-    shapes = {
-        "images": (n, len(spec.cameras), *golden.images.shape[2:4], 3),
-        "state": (n, 0 if spec.state is None else len(spec.state.names)),
-        "instructions": (n,),
-        "ids": (n, spec.prompt.max_tokens),
-        "tokens": chunk,
-        "actions": chunk,
-        "logits": (*chunk, action.bins),
-    }
-    for name, shape in shapes.items():
-        if (found := getattr(golden, name).shape) != shape or n == 0:
-            raise UserError(f"expected {name} of shape {shape} in {path}, found {found}; make the artifact again")
-    if not np.isfinite(golden.logits).all():
-        raise UserError(f"expected finite logits in {path}, found nan or inf; make the artifact again")
-    if (golden.logits.argmax(-1) != golden.tokens).any() or (actions_of(golden.tokens, action) != golden.actions).any():
-        raise UserError(
-            f"expected tokens and actions that follow from the logits in {path}, found others; make the artifact again"
-        )
+    n = max(1, arrays["actions"].shape[0] if arrays["actions"].ndim else 0)
+    for name in (name for name in shapes if name in arrays):
+        array, wanted = arrays[name], (n, *shapes[name])
+        fits = array.ndim == len(wanted) and all(w in (None, f) for f, w in zip(array.shape, wanted, strict=True))
+        if not fits:
+            shape = f"({', '.join('any' if size is None else str(size) for size in wanted)})"
+            raise UserError(f"expected {name} of shape {shape} in {path}, found {array.shape}; make the artifact again")
+    images = {name.removeprefix("image."): array for name, array in arrays.items() if name.startswith("image.")}
+    golden = Golden(images, **{name: array for name, array in arrays.items() if not name.startswith("image.")})
+    if golden.tokens is not None and golden.logits is not None:
+        _check_answers(golden.tokens, golden.logits, golden.actions, spec.action, path)
+    elif not np.isfinite(golden.actions).all():
+        raise UserError(f"expected finite actions in {path}, found nan or inf; make the artifact again")
     return golden
 
 
+def _shapes(spec: PolicySpec) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of golden.npz after the first dimension; None: any."""
+    action = spec.action
+    chunk = (action.horizon, action.dim)
+    shapes: dict[str, tuple[int | None, ...]] = {"actions": chunk}
+    shapes |= {f"image.{camera.name}": (None, None, 3) for camera in spec.cameras}
+    if spec.state is not None:
+        shapes["state"] = (len(spec.state.names),)
+    if spec.prompt is not None:
+        shapes |= {"instructions": (), "ids": (None if spec.prompt.pad_id is None else spec.prompt.max_tokens,)}
+    if spec.flow is not None:
+        shapes["noise"] = (action.horizon, spec.flow.width)
+    if action.bins:
+        shapes |= {"tokens": chunk, "logits": (*chunk, logit_rows(action))}
+    return shapes
+
+
+def _check_answers(
+    tokens: NDArray[np.int64], logits: NDArray[np.float32], actions: NDArray[np.float32], action: ActionSpec, path: Path
+) -> None:
+    if not np.isfinite(logits).all():
+        raise UserError(f"expected finite logits in {path}, found nan or inf; make the artifact again")
+    # The reference's actions may be rounded otherwise, by less than a bin by far.
+    rounding = 1e-3 * bin_widths(action) + 1e-6 * np.abs(np.asarray(action.norm.center))
+    follows = np.abs(actions_of(tokens, action).astype(np.float64) - actions) <= rounding
+    if (logits.argmax(-1) != logit_row(tokens, action)).any() or not follows.all():
+        raise UserError(
+            f"expected tokens and actions that follow from the logits in {path}, found others; make the artifact again"
+        )
+
+
 def bin_widths(action: ActionSpec) -> NDArray[np.float64]:
-    """Width of a bin in action units, per dimension."""
-    return 2 / action.bins * np.abs(np.asarray(action.norm.scale))
+    """Width of a bin in action units, per dimension; continuous actions are counted as ``FINE`` bins."""
+    return 2 / (action.bins or FINE) * np.abs(np.asarray(action.norm.scale))
 
 
 def default_tolerance(action: ActionSpec) -> float:
@@ -94,47 +134,71 @@ def default_tolerance(action: ActionSpec) -> float:
 def measure(policy: LocalPolicy, golden: Golden, tolerance: float) -> VerifiedSpec:
     """Replays the observations one by one, as a robot sends them. Raises NoAction where the graphs give no answer.
 
-    ``max_error`` is per action dimension over all tokens but flips at ties; ``token_flips`` counts every differing
-    token, ``gripper_flips`` those of a gripper dimension that cross the middle of its range (``norm.center``);
-    ``chunk_jitter`` is the largest amount by which an action's change from one step to the next differs from the
-    reference's.
+    ``max_error`` is per action dimension, flips at ties and what follows from them aside; ``token_flips`` counts every
+    differing token, ``gripper_flips`` the actions of a gripper dimension that cross the middle of its range
+    (``norm.center``); ``chunk_jitter`` is the largest amount by which an action's change from one step to the next
+    differs from the reference's.
     """
     from rlrc.runtime.backends.onnxruntime import NAME, versions
 
-    action = policy.spec.action
-    tokens, actions = np.empty_like(golden.tokens), np.empty_like(golden.actions)
+    spec = policy.spec
+    results = []
     for i in range(len(golden)):
-        observation = golden.observation(i, policy.spec)
-        if (ids := policy.ids(observation["instruction"])).tolist() != golden.ids[i].tolist():
-            raise UserError(
-                f"expected token ids {golden.ids[i].tolist()} for {observation['instruction']!r} as in {GOLDEN}, "
-                f"found {ids.tolist()}; put the tokenizer that the policy was trained with into the artifact"
-            )
-        result = policy.infer(observation)
-        tokens[i], actions[i] = result["tokens"], result["actions"]
-
-    flipped = tokens != golden.tokens
+        observation = golden.observation(i, spec)
+        if golden.ids is not None:
+            _check_ids(policy.ids(observation), golden.ids[i], observation["instruction"])
+        results.append(policy.infer(observation))
+    actions = np.stack([result["actions"] for result in results])
     error = np.abs(actions - golden.actions.astype(np.float64))
-    middle = np.asarray(action.norm.center)
-    gripper = np.asarray([meaning == "gripper" for meaning in action.meaning])
+    compared = flips = 0
+    if golden.tokens is not None:
+        tokens = np.array([result["tokens"] for result in results])
+        compared, flips = tokens.size, int((tokens != golden.tokens).sum())
+        error = np.where(excused(tokens, golden, spec), 0, error)
+    middle = np.asarray(spec.action.norm.center)
+    gripper = np.asarray([meaning == "gripper" for meaning in spec.action.meaning])
     sides = (actions > middle) != (golden.actions > middle)
     jitter = np.abs(np.diff(actions - golden.actions.astype(np.float64), axis=1))
     return VerifiedSpec(
         backend=NAME,
         observations=len(golden),
-        tokens=tokens.size,
-        token_flips=int(flipped.sum()),
+        tokens=compared,
+        token_flips=flips,
         gripper_flips=int(sides[..., gripper].sum()),
-        max_error=tuple(np.where(flipped & at_tie(golden.logits, tokens), 0, error).max((0, 1)).tolist()),
+        max_error=tuple(error.max((0, 1)).tolist()),
         chunk_jitter=float(jitter.max(initial=0)),
         tolerance=tolerance,
         versions=versions(),
     )
 
 
-def at_tie(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Reference logits (..., bins), other tokens (...) -> where the reference puts them within ``TIE`` of its best."""
-    chosen = np.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instruction: str) -> None:
+    expected = golden[golden >= 0].tolist()
+    if found is None or found.tolist() != expected:
+        raise UserError(
+            f"expected token ids {expected} for {instruction!r} as in {GOLDEN}, "
+            f"found {None if found is None else found.tolist()}; "
+            "put the tokenizer that the policy was trained with into the artifact"
+        )
+
+
+def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec) -> NDArray[np.bool_]:
+    """Where (N, horizon, dim) another token than the reference's is no error: at ties of the reference.
+
+    In autoregressive decoding also all that comes after, for it continues another sequence.
+    """
+    assert golden.tokens is not None
+    assert golden.logits is not None
+    rows = logit_row(tokens, spec.action)
+    tied = (tokens != golden.tokens) & at_tie(golden.logits, rows)
+    if spec.decode == "autoregressive":
+        return np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
+    return tied
+
+
+def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Reference logits (..., rows), other rows (...) -> where the reference puts them within ``TIE`` of its best."""
+    chosen = np.take_along_axis(logits, rows[..., None], -1)[..., 0]
     return logits.max(-1) - chosen < TIE
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor import decode
 from rlrc.compressor.nn.decoder import Decoder
 from rlrc.compressor.nn.vit import VisionTransformer, merge_patches
+from rlrc.compressor.policy import Inputs, Outputs, Policy
 from rlrc.errors import UserError
 
 FAMILY = "tiny"
@@ -43,12 +45,15 @@ class TinyGeometry:
             ) from None
 
 
-class TinyPolicy(nn.Module):
+def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> TinyPolicy:
+    return TinyPolicy(spec, towers)
+
+
+class TinyPolicy(Policy):
     """(pictures, token ids, state) -> logits over action bins."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
-        super().__init__()
-        self.spec, self.towers = spec, towers
+        super().__init__(spec, towers)
         geometry = TinyGeometry.parse(spec.geometry)
         vision, decoder = towers["vision"], towers["decoder"]
         (camera,) = spec.cameras
@@ -57,14 +62,13 @@ class TinyPolicy(nn.Module):
         grid = (camera.height // patch, camera.width // patch)
         self.merge = geometry.merge
         self.image_tokens = grid[0] * grid[1] // geometry.merge**2
-        self.max_length = self.image_tokens + spec.prompt.max_tokens + 1 + spec.action.horizon
 
-        self.vision = VisionTransformer(vision, grid, geometry.stem_factors, geometry.stem_widths)
+        self.vision = VisionTransformer(vision, grid, geometry.stem_factors, geometry.stem_widths, fused=False)
         self.projector = nn.Linear(vision.width * geometry.merge**2, decoder.width)
         self.embedding = nn.Embedding(geometry.vocabulary, decoder.width)
         self.state = nn.Linear(len(spec.state.names), decoder.width)
-        self.query = nn.Parameter(torch.randn(spec.action.horizon, decoder.width) * 0.02)
-        self.decoder = Decoder(decoder, self.max_length)
+        self.query = nn.Parameter(nn.init.normal_(torch.empty(spec.action.horizon, decoder.width), std=0.02))
+        self.decoder = Decoder(decoder, fused=False)
         self.head = nn.Linear(decoder.width, spec.action.dim * spec.action.bins, bias=False)
         self._initialise()
 
@@ -92,5 +96,15 @@ class TinyPolicy(nn.Module):
         action = self.spec.action
         return self.head(hidden).float().unflatten(-1, (action.dim, action.bins))
 
+    def act(self, inputs: Inputs) -> Outputs:
+        return decode.parallel(self, inputs)
+
+    def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
+        """The parallel driver's: logits (B, horizon, dim, bins). Padding is read like any token: no mask matters."""
+        assert ids is not None
+        assert state is not None
+        return self.logits(self.hidden(image_tokens, ids, state))
+
     def forward(self, pixels: Tensor, ids: Tensor, state: Tensor) -> Tensor:
+        """What training calls: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
         return self.logits(self.hidden(self.see(pixels), ids, state))

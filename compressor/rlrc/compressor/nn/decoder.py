@@ -1,11 +1,13 @@
-"""A Llama-style decoder whose every block has its own geometry, so that every pruned shape is representable.
+"""A decoder whose every block has its own geometry, so that every pruned shape is representable.
 
-RMSNorm, rotary positions, grouped-query attention and a gated MLP. Attention is written as matmul-softmax-matmul: at
-the short sequences of action policies it trains two to three times faster on a CPU than torch's fused kernel, whose
-backward dominates.
+RMSNorm (Llama's, Gemma's, or adaptive to a condition), rotary positions, grouped-query attention to itself and to given
+keys and values, and a gated MLP: the decoders and action experts of all families differ by data alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +15,83 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 
+KeyValue = tuple[Tensor, Tensor]  # of one block, (B, kv_heads, T, head_dim) each, keys rotated
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        weight = self.weight + self.offset if self.offset else self.weight
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps), None
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Scale, shift and gate of the residual branch from a condition (B, C): pi0.5's adaRMS (arXiv 2504.16054)."""
+
+    def __init__(self, width: int, eps: float, condition: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(condition, 3 * width)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert condition is not None
+        return modulated(x, self.dense(condition), self.eps)
+
+
+class StepRMSNorm(nn.Module):
+    """An AdaptiveRMSNorm whose modulations (steps, 3 * width) were computed beforehand for the fixed flow steps."""
+
+    def __init__(self, width: int, eps: float, steps: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(steps, 3 * width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``condition`` (B,) counts the flow steps."""
+        assert condition is not None
+        return modulated(x, self.table[condition], self.eps)
+
+
+def modulated(x: Tensor, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (B, T, width), modulation (B, 3 * width) -> normalised and modulated x, gate (B, 1, width)."""
+    scale, shift, gate = modulation[:, None].chunk(3, -1)
+    return F.rms_norm(x, (x.shape[-1],), None, eps) * (1 + scale) + shift, gate
+
+
+def norm(tower: TowerSpec, condition: int = 0) -> nn.Module:
+    """The tower's kind of norm; ``condition`` is the width of an adaptive norm's condition, or the number of steps."""
+    if tower.norm == "adaptive":
+        return AdaptiveRMSNorm(tower.width, tower.eps, condition)
+    if tower.norm == "steps":
+        return StepRMSNorm(tower.width, tower.eps, condition)
+    return RMSNorm(tower.width, tower.eps, tower.norm_offset)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of shape (length, head_dim / 2), for the half-split (Llama) convention."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.outer(torch.arange(length).float(), frequency)
+    return rotary_at(torch.arange(length), head_dim, theta)
+
+
+def rotary_at(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., head_dim / 2) at integer positions (...)."""
+    angle = positions[..., None].float() * frequencies(head_dim, theta, positions.device)
     return angle.cos(), angle.sin()
+
+
+def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Radians a position (head_dim / 2,)."""
+    return theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -37,8 +100,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention over (B, heads, T, head_dim); ``mask`` is additive. Returns (B, T, heads * head_dim)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
+    """Softmax attention over (B, heads, T, head_dim); ``mask`` is additive. Returns (B, T, heads * head_dim).
+
+    ``fused`` is torch's kernel, which official policies run on: the same actions to the last digits. At the reference
+    policy's short sequences matmul-softmax-matmul trains two to three times faster on a CPU.
+    """
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if fused:
+        mask = None if mask is None else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask
@@ -46,76 +118,174 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return mixed.transpose(1, 2).flatten(2)
 
 
+def causal_mask(length: int, past: int = 0) -> Tensor:
+    """Additive (length, past + length): position i sees all of the past and itself and what precedes it."""
+    allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    return additive(allowed)
+
+
+def additive(allowed: Tensor) -> Tensor:
+    """Where attention is allowed -> 0, elsewhere -> minus infinity."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, float("-inf"))
+
+
 class Attention(nn.Module):
-    def __init__(self, width: int, layer: LayerSpec) -> None:
+    """``source`` is the width of what keys and values are made of: the residual stream's, or a prefix's keys in one."""
+
+    def __init__(self, width: int, layer: LayerSpec, source: int, fused: bool = True) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
-        self.q = nn.Linear(width, layer.heads * layer.head_dim, bias=False)
-        self.k = nn.Linear(width, layer.kv_heads * layer.head_dim, bias=False)
-        self.v = nn.Linear(width, layer.kv_heads * layer.head_dim, bias=False)
-        self.o = nn.Linear(layer.heads * layer.head_dim, width, bias=False)
+        self.fused = fused
+        if layer.kind != "half":
+            self.q = nn.Linear(width, layer.heads * layer.head_dim, bias=False)
+        self.k = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
+        self.v = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
+        if layer.kind != "half":
+            self.o = nn.Linear(layer.heads * layer.head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        batch, length, _ = x.shape
+    def split(self, y: Tensor, heads: int) -> Tensor:
+        """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
+        return y.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
-        def split(y: Tensor, heads: int) -> Tensor:
-            return y.view(batch, length, heads, self.head_dim).transpose(1, 2)
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue | None) -> KeyValue:
+        """Of the past, if any, and of x."""
+        k, v = rotate(self.split(self.k(x), self.kv_heads), cos, sin), self.split(self.v(x), self.kv_heads)
+        return (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
 
-        q = rotate(split(self.q(x), self.heads), cos, sin)
-        k = rotate(split(self.k(x), self.kv_heads), cos, sin)
-        v = split(self.v(x), self.kv_heads)
-        if self.kv_heads != self.heads:
-            k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
-        return self.o(attend(q, k, v, mask))
+    def reprojected(self, past: KeyValue) -> KeyValue:
+        """The prefix's rotated keys and values, projected once more and not rotated again (SmolVLA's experts)."""
+        k, v = (y.transpose(1, 2).flatten(2) for y in past)
+        return self.split(self.k(k), self.kv_heads), self.split(self.v(v), self.kv_heads)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, source: KeyValue) -> Tensor:
+        q = rotate(self.split(self.q(x), self.heads), cos, sin)
+        return self.o(attend(q, *source, mask, self.fused))
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: str = "silu") -> None:
         super().__init__()
         self.gate = nn.Linear(width, hidden, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, layer: LayerSpec) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(width)
-        self.attention = Attention(width, layer)
-        self.norm2 = RMSNorm(width)
-        self.mlp = MLP(width, layer.mlp)
+    """One block of a tower. ``source``: see Attention; ``condition``: see ``norm``; ``fused``: see ``attend``."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), cos, sin, mask)
-        return x + self.mlp(self.norm2(x))
+    def __init__(
+        self, tower: TowerSpec, layer: LayerSpec, source: int | None = None, condition: int = 0, fused: bool = True
+    ) -> None:
+        super().__init__()
+        self.kind = layer.kind
+        self.norm1 = norm(tower, condition)
+        self.attention = Attention(tower.width, layer, tower.width if source is None else source, fused)
+        if layer.kind != "half":
+            self.norm2 = norm(tower, condition)
+            self.mlp = MLP(tower.width, layer.mlp, tower.activation or "silu")
+
+    def forward(self, x: Tensor, around: Around, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """The residual stream after the block, and the keys and values it attended to."""
+        y, gate = self.norm1(x, around.condition)
+        if self.kind == "cross":
+            assert past is not None
+            source = self.attention.reprojected(past)
+            y = self.attention(y, *around.cross_rotary, around.cross_mask, source)
+        else:
+            source = self.attention.keys_values(y, *around.rotary, past)
+            if self.kind == "half":
+                return x, source
+            y = self.attention(y, *around.rotary, around.mask, source)
+        x = x + (y if gate is None else gate * y)
+        y, gate = self.norm2(x, around.condition)
+        y = self.mlp(y)
+        return x + (y if gate is None else gate * y), source
+
+
+class Around:
+    """What all blocks of one pass share: rotations, masks, condition."""
+
+    def __init__(
+        self, x: Tensor, tower: TowerSpec, positions: Tensor | None, mask: Tensor | None, condition: Tensor | None
+    ) -> None:
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        self.rotary = self._rotary(positions, x, tower)
+        self.mask, self.condition = mask, condition
+        self.cross_rotary, self.cross_mask = self.rotary, mask
+        if any(layer.kind == "cross" for layer in tower.layers):
+            # Positions of a cross block's queries count from zero, and it sees the prefix only.
+            self.cross_rotary = self._rotary(positions - positions.amin(-1, keepdim=True), x, tower)
+            self.cross_mask = None if mask is None else mask[..., : mask.shape[-1] - x.shape[1]]
+
+    @staticmethod
+    def _rotary(positions: Tensor, x: Tensor, tower: TowerSpec) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_at(positions, tower.layers[0].head_dim, tower.theta)
+        if positions.ndim == 2:  # of every sequence its own: (B, T, .) -> (B, 1, T, .)
+            cos, sin = cos[:, None], sin[:, None]
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class Decoder(nn.Module):
-    """Blocks and the final norm. Bidirectional unless an additive ``mask`` (as (B, heads, T, T)) says otherwise."""
+    """Blocks and the final norm (none after a "half" block). Bidirectional unless a mask says otherwise.
 
-    cos: Tensor
-    sin: Tensor
+    ``prefix`` is the tower whose keys and values cross blocks attend to, block by block; ``condition``: see ``norm``;
+    ``fused``: see ``attend``.
+    """
 
-    def __init__(self, tower: TowerSpec, max_length: int) -> None:
+    def __init__(
+        self, tower: TowerSpec, prefix: TowerSpec | None = None, condition: int = 0, fused: bool = True
+    ) -> None:
         super().__init__()
         head_dims = {layer.head_dim for layer in tower.layers}
         if len(head_dims) != 1:
             raise ValueError(f"expected one head size in all blocks of the decoder, found {sorted(head_dims)}")
-        self.layers = nn.ModuleList(Block(tower.width, layer) for layer in tower.layers)
-        self.norm = RMSNorm(tower.width)
-        cos, sin = rotary_tables(max_length, head_dims.pop())
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.tower = tower
+        self.layers = nn.ModuleList()
+        for i, layer in enumerate(tower.layers):
+            source = None
+            if layer.kind == "cross":
+                assert prefix is not None
+                source = prefix.layers[i].kv_heads * prefix.layers[i].head_dim
+            self.layers.append(Block(tower, layer, source, condition, fused))
+        self.norm = None if tower.layers[-1].kind == "half" else norm(tower, condition)
 
     def blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T, width) -> (B, T, width), normalised."""
-        cos, sin = (table[: x.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
-        return self.norm(x)
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, width) -> (B, T, width), normalised.
+
+        ``mask`` is additive, over (B, heads, T, P + T) or what broadcasts to it; ``positions`` (T,) or (B, T) integers;
+        ``past`` has the keys and values, P long, of every block; ``condition`` is that of adaptive norms.
+        """
+        return self.cached(x, mask, positions, past, condition)[0]
+
+    def cached(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """As ``forward``, and every block's keys and values, those of the past included.
+
+        After a "half" block at the end the hidden states are those before it, not normalised.
+        """
+        around, present = Around(x, self.tower, positions, mask, condition), list[KeyValue]()
+        for i, layer in enumerate(self.layers):
+            x, source = layer(x, around, None if past is None else past[i])
+            present.append(source)
+        return (x if self.norm is None else self.norm(x, condition)[0]), present

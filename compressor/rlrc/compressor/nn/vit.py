@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.nn.decoder import attend
+from rlrc.compressor.nn.decoder import ACTIVATIONS, attend
 
 
 class PatchStem(nn.Module):
     """Embeds patches in steps: each joins ``factor`` x ``factor`` neighbours in one linear layer, with GELU between.
 
-    A strided convolution stem written with linear layers, whose bf16 backward pass is fast on CPUs.
+    A strided convolution stem written with linear layers, whose bf16 backward pass is fast on CPUs. With one step it is
+    the usual patch embedding, the convolution's weights as (out, row, column, colour).
     """
 
     def __init__(self, factors: tuple[int, ...], widths: tuple[int, ...]) -> None:
@@ -24,6 +25,11 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, H', W', width)."""
+        if len(self.factors) == 1:  # as official policies do it: the same to the last digits
+            (factor,), step = self.factors, self.steps[0]
+            assert isinstance(step, nn.Linear)
+            kernel = step.weight.unflatten(1, (factor, factor, -1)).permute(0, 3, 1, 2).contiguous()
+            return F.conv2d(x.permute(0, 3, 1, 2), kernel, step.bias, factor).permute(0, 2, 3, 1)
         for i, (factor, step) in enumerate(zip(self.factors, self.steps, strict=True)):
             x = step(merge_patches(F.gelu(x) if i else x, factor))
         return x
@@ -37,56 +43,80 @@ def merge_patches(x: Tensor, factor: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, layer: LayerSpec) -> None:
+    def __init__(self, width: int, layer: LayerSpec, fused: bool = True) -> None:
         super().__init__()
-        self.heads, self.head_dim = layer.heads, layer.head_dim
+        self.heads, self.head_dim, self.fused = layer.heads, layer.head_dim, fused
         self.qkv = nn.Linear(width, 3 * layer.heads * layer.head_dim)
         self.out = nn.Linear(layer.heads * layer.head_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return self.out(attend(q, k, v))
+        return self.out(attend(q, k, v, fused=self.fused))
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, layer: LayerSpec) -> None:
+    """With ``scaled`` each branch is multiplied by a vector (LayerScale, as in DINOv2). ``fused``: see ``attend``."""
+
+    def __init__(self, tower: TowerSpec, layer: LayerSpec, scaled: bool = False, fused: bool = True) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, layer)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, layer.mlp)
+        self.norm1 = nn.LayerNorm(tower.width, tower.eps)
+        self.attention = Attention(tower.width, layer, fused)
+        self.norm2 = nn.LayerNorm(tower.width, tower.eps)
+        self.mlp = MLP(tower.width, layer.mlp, tower.activation or "gelu")
+        self.scaled = scaled
+        if scaled:
+            self.scale1, self.scale2 = (nn.Parameter(torch.ones(tower.width)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        y = self.attention(self.norm1(x))
+        x = x + (self.scale1 * y if self.scaled else y)
+        y = self.mlp(self.norm2(x))
+        return x + (self.scale2 * y if self.scaled else y)
 
 
 class VisionTransformer(nn.Module):
-    """Stem, learned positions, blocks, final norm: (B, H, W, 3) -> (B, H', W', width)."""
+    """Stem, learned positions, blocks, final norm: (B, H, W, 3) -> (B, H', W', width).
+
+    ``extra`` tokens (class, registers) stand before the patches, have no positions and are dropped at the end.
+    """
 
     def __init__(
-        self, tower: TowerSpec, grid: tuple[int, int], factors: tuple[int, ...], stem: tuple[int, ...]
+        self,
+        tower: TowerSpec,
+        grid: tuple[int, int],
+        factors: tuple[int, ...],
+        stem: tuple[int, ...] = (),
+        extra: int = 0,
+        scaled: bool = False,
+        normed: bool = True,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         self.grid = grid
         self.stem = PatchStem(factors, (*stem, tower.width))
-        self.position = nn.Parameter(torch.randn(grid[0] * grid[1], tower.width) * 0.02)
-        self.layers = nn.ModuleList(Block(tower.width, layer) for layer in tower.layers)
-        self.norm = nn.LayerNorm(tower.width)
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(grid[0] * grid[1], tower.width), std=0.02))
+        self.extra = nn.Parameter(torch.zeros(extra, tower.width)) if extra else None
+        self.layers = nn.ModuleList(Block(tower, layer, scaled, fused) for layer in tower.layers)
+        self.norm = nn.LayerNorm(tower.width, tower.eps) if normed else None
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.stem(pixels).flatten(1, 2) + self.position
+        if self.extra is not None:
+            x = torch.cat([self.extra.expand(len(x), -1, -1), x], 1)
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x).unflatten(1, self.grid)
+        if self.extra is not None:
+            x = x[:, len(self.extra) :]
+        return (x if self.norm is None else self.norm(x)).unflatten(1, self.grid)

@@ -29,6 +29,7 @@ class OnnxRuntime:
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._inputs: dict[str, list[str]] = {}
         self._outputs: dict[str, list[str]] = {}
         for graph in artifact.manifest.graphs:
             if graph.backend != NAME:
@@ -38,13 +39,17 @@ class OnnxRuntime:
                     f'expected one {NAME} graph "{graph.name}" in {artifact.path}, found two; export the artifact again'
                 )
             self._sessions[graph.name] = _session(artifact.file(graph.file), graph, threads)
+            self._inputs[graph.name] = [tensor.name for tensor in graph.inputs]
             self._outputs[graph.name] = [tensor.name for tensor in graph.outputs]
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Inputs and outputs by name. Raises NoAction where the engine fails, on an unknown token id for instance."""
+        """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
+
+        Raises NoAction where the engine fails, on an unknown token id for instance.
+        """
         names = self._outputs[graph]
         try:
-            outputs = self._sessions[graph].run(names, dict(inputs))
+            outputs = self._sessions[graph].run(names, {name: inputs[name] for name in self._inputs[graph]})
         except Exception as error:  # the engine's exceptions share no base class
             raise NoAction(f'graph "{graph}" failed: {" ".join(str(error).split())}') from error
         return dict(zip(names, outputs, strict=True))

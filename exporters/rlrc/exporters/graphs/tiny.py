@@ -1,7 +1,4 @@
-"""The graphs of each family: "vision" (pixels to tokens) and "decoder" (tokens to logits).
-
-Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
-affair (rlrc.exporters.onnx). They compute what the torch modules compute, in a cheaper order:
+"""Graphs of the reference family: what TinyPolicy computes, in a cheaper order.
 
 - One transposition puts the pixels in the order of their image tokens, so that every step that joins neighbours (the
   stem's, the merged patches) is a mere reshape. Attention does not mind the order; the positions' weights move along.
@@ -10,19 +7,18 @@ affair (rlrc.exporters.onnx). They compute what the torch modules compute, in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 
-from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
+from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.backbones.tiny import TinyGeometry
 from rlrc.compressor.nn.decoder import rotary_tables
+from rlrc.exporters.graphs.blocks import Around, decoder_block, norm, vision_block
 from rlrc.exporters.onnx import Builder
 
 Towers = dict[str, TowerSpec]
-Define = Callable[[Builder, PolicySpec, Towers], None]
 
 
-def tiny_vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (batch, H, W, 3), normalised -> ``image_tokens`` (batch, N, decoder width): TinyPolicy.see."""
     geometry = TinyGeometry.parse(policy.geometry)
     (camera,), tower, merge = policy.cameras, towers["vision"], geometry.merge
@@ -40,7 +36,7 @@ def tiny_vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         tokens, channels = tokens // factor**2, channels * factor**2
         x, step = b.reshape(x, 0, tokens, channels), f"vision.stem.steps.{i}"
         last = i == len(geometry.stem_factors) - 1
-        x = b.linear(x, step) if last else b.linear_gelu(x, step)
+        x = b.linear(x, step) if last else b.linear_activated(x, step, "gelu")
         channels = tower.width if last else geometry.stem_widths[i]
 
     position = b.weights.array("vision.position").reshape(rows, merge, columns, merge, tower.width)
@@ -48,35 +44,19 @@ def tiny_vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     # Added to the positions, the last bias costs nothing: a sum of constants is computed at load.
     x = b.add(x, b.add(positions, b.weight(f"{step}.bias")))
     for i, layer in enumerate(tower.layers):
-        x = vision_block(b, x, f"vision.layers.{i}", layer)
+        x = vision_block(b, x, f"vision.layers.{i}", tower, layer)
     # Reshaped before the norm too, or ONNX Runtime would fuse it with the sum before: see Builder.layer_norm.
-    x = b.layer_norm(b.reshape(x, 0, rows * columns, merge**2, tower.width), "vision.norm")
+    x = b.layer_norm(b.reshape(x, 0, rows * columns, merge**2, tower.width), "vision.norm", tower.eps)
     x = b.reshape(x, 0, rows * columns, merge**2 * tower.width)
     shape = ("batch", rows * columns, towers["decoder"].width)
     b.output("image_tokens", b.linear(x, "projector", bias=True), "float32", shape)
 
 
-def vision_block(b: Builder, x: str, name: str, layer: LayerSpec) -> str:
-    attention, mlp = f"{name}.attention", f"{name}.mlp"
-    if layer.heads:
-        width = layer.heads * layer.head_dim
-        q, k, v = b.split(
-            b.linear(b.layer_norm(x, f"{name}.norm1"), f"{attention}.qkv", bias=True), width, width, width
-        )
-        mixed = b.attention(q, k, v, layer.heads, layer.heads, layer.head_dim)
-        x = b.add(x, b.linear(mixed, f"{attention}.out", bias=True))
-    else:  # all that a branch cut to nothing still adds
-        x = b.add(x, b.weight(f"{attention}.out.bias"))
-    if layer.mlp:
-        hidden = b.linear_gelu(b.layer_norm(x, f"{name}.norm2"), f"{mlp}.up")
-        return b.add(x, b.linear(hidden, f"{mlp}.down", bias=True))
-    return b.add(x, b.weight(f"{mlp}.down.bias"))
-
-
-def tiny_decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """Image tokens, ``ids`` (batch, L), normalised ``state`` (batch, S) -> ``logits`` (batch, horizon, dim, bins)."""
     tower, action = towers["decoder"], policy.action
     assert policy.state is not None
+    assert policy.prompt is not None
     seen = prod(image_grid(policy, TinyGeometry.parse(policy.geometry)))
     length = seen + policy.prompt.max_tokens + 1 + action.horizon
     dimensions = len(policy.state.names)
@@ -87,39 +67,14 @@ def tiny_decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     felt = b.linear(b.reshape(state, 0, 1, dimensions), "state", bias=True)
     x = b.concat(image_tokens, b.embed(ids, "embedding"), felt, b.repeat("query", batch_of=ids))
 
-    tables = rotary_tables(length, tower.layers[0].head_dim)
-    cos, sin = (b.constant(table.numpy()) for table in tables)
+    cos, sin = (b.constant(table.numpy()) for table in rotary_tables(length, tower.layers[0].head_dim, tower.theta))
+    around = Around((cos, sin))
     for i, layer in enumerate(tower.layers):
-        keep = action.horizon if i == len(tower.layers) - 1 else length
-        x = decoder_block(b, x, f"decoder.layers.{i}", layer, (cos, sin), length, keep)
-    logits = b.linear(b.rms_norm(x, "decoder.norm"), "head")
+        keep = action.horizon if i == len(tower.layers) - 1 else None
+        x, _ = decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
+    logits = b.linear(norm(b, x, "decoder.norm", tower)[0], "head")
     shape = (action.horizon, action.dim, action.bins)
     b.output("logits", b.reshape(logits, 0, *shape), "float32", ("batch", *shape))
-
-
-def decoder_block(
-    b: Builder, x: str, name: str, layer: LayerSpec, rope: tuple[str, str], length: int, keep: int
-) -> str:
-    """x (batch, length, width) -> the last ``keep`` rows of the block's output."""
-    trimmed = keep < length
-    residual = b.last_rows(x, keep) if trimmed else x
-    if layer.heads:
-        wide, narrow = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        q_name, k_name, v_name = (f"{name}.attention.{part}" for part in "qkv")
-        y = b.rms_norm(x, f"{name}.norm1")
-        if trimmed:
-            q = b.linear(b.last_rows(y, keep), q_name)
-            k, v = b.split(b.linear(y, k_name, v_name), narrow, narrow)
-        else:
-            q, k, v = b.split(b.linear(y, q_name, k_name, v_name), wide, narrow, narrow)
-        q, k = b.rotary(q, layer.heads, rope, start=length - keep), b.rotary(k, layer.kv_heads, rope)
-        mixed = b.attention(q, k, v, layer.heads, layer.kv_heads, layer.head_dim)
-        residual = b.add(residual, b.linear(mixed, f"{name}.attention.o"))
-    if layer.mlp:
-        y = b.rms_norm(residual, f"{name}.norm2")
-        hidden = b.silu_gate(b.linear(y, f"{name}.mlp.gate"), b.linear(y, f"{name}.mlp.up"))
-        residual = b.add(residual, b.linear(hidden, f"{name}.mlp.down"))
-    return residual
 
 
 def image_grid(policy: PolicySpec, geometry: TinyGeometry) -> tuple[int, int]:
@@ -129,4 +84,4 @@ def image_grid(policy: PolicySpec, geometry: TinyGeometry) -> tuple[int, int]:
     return camera.height // side, camera.width // side
 
 
-FAMILIES: dict[str, dict[str, Define]] = {"tiny": {"vision": tiny_vision, "decoder": tiny_decoder}}
+GRAPHS = {"vision": vision, "decoder": decoder}

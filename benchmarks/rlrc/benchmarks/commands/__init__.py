@@ -1,0 +1,1 @@
+"""The commands that measure and report. A dataclass each; the field docstrings are the help."""

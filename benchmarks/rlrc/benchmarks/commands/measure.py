@@ -1,0 +1,181 @@
+"""The commands that measure one thing: latency, memory, success."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from tyro.conf import Positional
+
+from rlrc.benchmarks import latency, memory, success
+from rlrc.benchmarks.commands.output import finish, progress, result_of
+from rlrc.benchmarks.results import Named, check_out, facts, open_artifacts
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one inference, in total and by part; several artifacts in one interleaved run."""
+
+    artifacts: Positional[tuple[str, ...]]
+    """artifacts, as FOLDER or NAME=FOLDER"""
+    baseline: str | None = None
+    """what ratios are taken against (default: the first artifact)"""
+    trials: int = 500
+    """inferences of each, after the warm-up"""
+    threads: int = 1
+    """threads of the engine"""
+    out: Path | None = None
+    """result file to write"""
+    force: bool = False
+    """replace the result file"""
+    json: bool = False
+    """print the result as JSON instead"""
+
+    def run(self) -> None:
+        check_out(self.out, self.force)
+        opened = baseline_first(self.artifacts, self.baseline)
+        trials = time_inferences(opened, self.trials, self.threads)
+        rows = [facts(named) | latency.row(trials[named.name]) for named in opened]
+        table = Table("policy", "p50", "p90", "p99", *(f"{part} p50" for part in latency.PARTS), "ratio")
+        for row in rows:
+            ratio = rows[0]["latency_ms"]["p50"] / row["latency_ms"]["p50"]
+            figures = [*row["latency_ms"].values(), *(row["parts_ms"][part]["p50"] for part in latency.PARTS)]
+            table.add_row(row["name"], *(f"{figure:.3f}" for figure in figures), f"{ratio:.2f}x")
+        unstable = [row["name"] for row in rows if not row["warmup"]["stable"]]
+        note = f"the warm-up of {', '.join(unstable)} never became stable: the machine is busy" if unstable else ""
+        finish(
+            self, result_of("latency", rows, self.threads), table, note or "milliseconds; all trials are kept in --out"
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the runtime loads, and the memory of a fresh process that runs the policy."""
+
+    artifacts: Positional[tuple[str, ...]]
+    """artifacts, as FOLDER or NAME=FOLDER"""
+    baseline: str | None = None
+    """what ratios are taken against (default: the first artifact)"""
+    threads: int = 1
+    """threads of the engine"""
+    out: Path | None = None
+    """result file to write"""
+    force: bool = False
+    """replace the result file"""
+    json: bool = False
+    """print the result as JSON instead"""
+
+    def run(self) -> None:
+        check_out(self.out, self.force)
+        opened = baseline_first(self.artifacts, self.baseline)
+        rows = [facts(named) | memory.row(memory.measure(named.artifact.path, self.threads)) for named in opened]
+        table = Table(
+            "policy", "parameters", "MB to load", "ratio", "graph files", "own pss", "own peak", "whole process"
+        )
+        for row in rows:
+            own, running = row["memory"]["own"], row["memory"]["running"]
+            sizes = (row["file_bytes"], own["pss"], own["peak"], running["pss"])
+            ratio = rows[0]["bytes"] / row["bytes"]
+            table.add_row(
+                row["name"],
+                f"{row['parameters']:,}",
+                f"{row['bytes'] / 1e6:.3f}",
+                f"{ratio:.2f}x",
+                *(f"{size / 1e6:.1f}" for size in sizes),
+            )
+        note = (
+            "MB of 1e6 bytes; what is not quantized counts as bf16; own: beyond a process that has imported the runtime"
+        )
+        finish(self, result_of("memory", rows, self.threads), table, note)
+
+
+@dataclass(frozen=True)
+class Success:
+    """Closed-loop episodes on the simulator, the same scenes for every artifact; an interrupted run continues."""
+
+    artifacts: Positional[tuple[str, ...]]
+    """artifacts, as FOLDER or NAME=FOLDER"""
+    baseline: str | None = None
+    """what the others are compared with, scene by scene (default: the first artifact)"""
+    tasks: tuple[str, ...] = ()
+    """tasks to play (default: all, with the shared scenes)"""
+    episodes_per_task: int = 50
+    """episodes of every task, from the first seed of the evaluation range on; without --tasks, twice as many of a task
+    that has no shared variant"""
+    workers: int = 2
+    """processes"""
+    threads: int = 1
+    """threads of the engine in each process"""
+    out: Path | None = None
+    """result file to write; episodes are kept beside it until all are played"""
+    force: bool = False
+    """replace the result file"""
+    json: bool = False
+    """print the result as JSON instead"""
+
+    def run(self) -> None:
+        check_out(self.out, self.force)
+        opened = baseline_first(self.artifacts, self.baseline)
+        scenes = success.scenes(self.tasks, self.episodes_per_task)
+        rows = play_episodes(opened, scenes, self.workers, self.threads, self.out)
+        compared = [success.compare(row, rows[0]) for row in rows[1:]]
+        table = Table("policy", *(row["name"] for row in rows))
+        for task in scenes.episodes:
+            table.add_row(task, *(_rate(row["per_task"][task]) for row in rows), style="dim")
+        table.add_section()
+        table.add_row("hard tasks", *(_rate(row["hard"]) for row in rows))
+        table.add_row("all", *(_rate(row) for row in rows), style="bold")
+        note = "; ".join(
+            f"{pair['name']} - {pair['baseline']}: {pair['difference']:+.3f}, one-sided 95 % lower limit "
+            f"{pair['lower_limit']:+.3f}, McNemar p {pair['mcnemar_p']:.3f}"
+            for pair in compared
+        )
+        finish(self, result_of("success", rows, self.threads) | {"comparisons": compared}, table, note)
+        forget_episodes(self.out)
+
+
+def baseline_first(artifacts: Sequence[str], baseline: str | None) -> list[Named]:
+    """The artifacts, the baseline first."""
+    return open_artifacts([*([baseline] if baseline else []), *artifacts])
+
+
+def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[str, latency.Trials]:
+    from rlrc.runtime.policy import LocalPolicy
+
+    policies = {named.name: LocalPolicy.load(named.artifact.path, threads) for named in opened}
+    observations = {named.name: latency.observations(named.artifact) for named in opened}
+    with progress("inferences", trials * len(opened)) as advance:
+        return latency.measure(policies, observations, trials, tick=advance)
+
+
+def play_episodes(
+    opened: Sequence[Named], scenes: success.Scenes, workers: int, threads: int, out: Path | None
+) -> list[dict[str, Any]]:
+    """A row for every artifact. Episodes are kept beside ``out`` as they are played."""
+    from rlrc.envs.metaworld import TASKS
+
+    hard = [name for name, task in TASKS.items() if task.hard]
+    total = len(opened) * sum(scenes.episodes.values())
+    with progress("episodes", total) as advance:
+        played = success.measure(opened, scenes, workers, threads, out and _partial(out), advance)
+    return [facts(named) | success.row(played[named.name], scenes, hard) for named in opened]
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial.jsonl")
+
+
+def forget_episodes(out: Path | None) -> None:
+    """The result is written: its episodes need not be kept any more."""
+    if out is not None:
+        _partial(out).unlink(missing_ok=True)
+
+
+def _rate(row: dict[str, Any]) -> str:
+    if row["success"] is None:
+        return "\u2013"
+    low, high = row["interval"]
+    return f"{row['success']:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,51 @@
+"""What the measuring commands have in common: a progress bar, the head of a result, and its file and table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rlrc.benchmarks import machine
+from rlrc.benchmarks.results import dump, write
+
+
+class Command(Protocol):
+    @property
+    def out(self) -> Path | None: ...
+    @property
+    def json(self) -> bool: ...
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda more: bar.advance(task, more)
+
+
+def result_of(kind: str, rows: list[dict[str, Any]], threads: int) -> dict[str, Any]:
+    return {"kind": kind, "command": machine.command(), "machine": machine.describe(threads), "rows": rows}
+
+
+def finish(command: Command, result: dict[str, Any], table: Table, note: str) -> None:
+    if command.out:
+        write(command.out, dump(result))
+    if command.json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    console.print(table)
+    if note:
+        console.print(note, soft_wrap=True)
+    if command.out:
+        console.print(f"next: rlrc report {command.out} --out report.html", soft_wrap=True)

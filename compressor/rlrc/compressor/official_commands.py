@@ -1,0 +1,80 @@
+"""What the commands do with official checkpoints: inspect, infer, and write-back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tyro.conf import OmitArgPrefixes, Positional
+
+from rlrc import artifact as artifacts
+from rlrc.compressor import geometry as geometries
+from rlrc.compressor import hub, official
+from rlrc.compressor.backbones.norm_stats import STATISTICS
+from rlrc.compressor.checkpoint import load_policy
+from rlrc.compressor.describe import describe, record
+from rlrc.compressor.inference import TorchPolicy
+from rlrc.compressor.official import Folder, options_of
+from rlrc.compressor.writeback import write_official
+from rlrc.errors import UserError
+from rlrc.folders import check_output
+from rlrc.runtime.describe import plain_console
+from rlrc.runtime.official import Flags
+
+
+def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool) -> None:
+    """A folder, or the real dimensions of an official checkpoint. Reads no weights."""
+    if geometry is not None:
+        folder, options = geometries.folder(geometry)
+    else:
+        assert path is not None
+        folder, options = official.open_folder(hub.locate(path)), options_of(flags)
+    data_sets = _data_sets(folder)
+    if len(data_sets) > 1 and options.unnorm_key is None:
+        options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
+    module = official.recognise(folder)
+    layout = module.layout(folder, options)
+    built = official.build(module, layout)
+    official.check(folder, layout, built)
+    facts = record(folder, layout, built, data_sets)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        describe(facts, layout, console := plain_console())
+        if geometry is None:
+            console.print(f"next: rlrc infer {path} OBS.npz --out ACT.npz, or rlrc prune {path} OUT")
+
+
+def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
+    """An official checkpoint, to infer with."""
+    if threads < 1:
+        raise UserError(f"expected at least one thread, found {threads}; give --threads 1 or more")
+    torch.set_num_threads(threads)
+    return TorchPolicy.official(official.open_folder(hub.locate(path)), options_of(flags))
+
+
+@dataclass(frozen=True)
+class WriteBack:
+    """An artifact's weights in the official format it came from, so that other tools load them."""
+
+    path: Positional[Path]
+    """the artifact; its geometry must be that of the official folder (not pruned)"""
+    out: Positional[Path]
+    """folder to write; must not exist"""
+    like: Path
+    """the official folder (or owner/name of the hub) that the artifact was made from"""
+    flags: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+
+    def run(self) -> None:
+        check_output(self.out)
+        folder = official.open_folder(hub.locate(self.like))
+        write_official(load_policy(artifacts.load(self.path)), folder, self.out, options_of(self.flags))
+        print(f"{self.out}: the weights of {self.path} in the format of {folder.path}; next: rlrc inspect {self.out}")
+
+
+def _data_sets(folder: Folder) -> list[str]:
+    """The data sets whose statistics an OpenVLA folder has."""
+    found = folder.json(STATISTICS) if STATISTICS in folder else folder.config.get("norm_stats")
+    return sorted(found) if isinstance(found, dict) else []

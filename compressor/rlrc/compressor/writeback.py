@@ -1,0 +1,122 @@
+"""A policy back into the official format it came from, so that other tools load it: the same files, other numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlrc.compressor import official, weights
+from rlrc.compressor.official import Folder, Options
+from rlrc.compressor.policy import Layout, Policy
+from rlrc.compressor.weights import Tensors
+from rlrc.errors import UserError
+from rlrc.folders import appearing, sync
+
+SKIPPED = (".git", ".cache")  # what download tools leave; a clone's history holds the weights once more
+
+
+def write_official(policy: Policy, like: Folder, out: Path, options: Options | None = None) -> None:
+    """Copies the folder ``like`` to ``out`` with this policy's weights: same files, names, shapes and dtypes.
+
+    Tensors that the policy does not have (Layout.unused) are those of ``like``. Raises UserError if the geometry is not
+    that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
+    """
+    module = official.recognise(like)
+    layout = module.layout(like, options or Options())
+    expected = official.build(module, layout)
+    official.check(like, layout, expected)
+    _check_geometry(policy, expected, like)
+    files, state = official.sources(like, layout), policy.state_dict()
+    with appearing(out) as partial:
+        written = {path: tensors for tensors in files.values() for path in tensors.paths}
+        for path in sorted(like.path.rglob("*")):
+            relative = path.relative_to(like.path)
+            if relative.parts[0] not in SKIPPED and path.is_file():
+                target = partial / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if path in written:
+                    write = _write_pt if written[path].file else _write_safetensors
+                    write(path, target, _New(state, layout, written[path]))
+                else:
+                    shutil.copyfile(path, target)
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+
+
+class _New:
+    """The official tensors of one file of the layout, made from the policy's when they are asked for."""
+
+    def __init__(self, state: dict[str, Tensor], layout: Layout, old: Tensors) -> None:
+        self.old, self.state, self.layout = old, state, layout
+        self.ours: dict[str, list[str]] = {}  # which of the policy's tensors have something of an official one
+        for ours, part in layout.parts.items():
+            for name in part.official if part.file == old.file else ():
+                self.ours.setdefault(name, []).append(ours)
+
+    def __call__(self, name: str) -> Tensor:
+        name = self._tied(name)
+        if name not in self.ours:
+            return self.old.read(name)
+        parts = [self.layout.parts[ours] for ours in self.ours[name]]
+        tensors = [self.state[ours] for ours in self.ours[name]]
+        new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
+        return new.detach().to("cpu", self.old.dtype(name)).contiguous()
+
+    def _tied(self, name: str) -> str:
+        """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""
+        if name in self.ours or not name.endswith("lm_head.weight"):
+            return name
+        same = (
+            other
+            for other in self.ours
+            if other.endswith("embed_tokens.weight")
+            and self.old.shape(other) == self.old.shape(name)
+            and torch.equal(self.old.read(other), self.old.read(name))
+        )
+        return next(same, name)
+
+
+def _check_geometry(policy: Policy, expected: Policy, like: Folder) -> None:
+    if policy.spec.family != expected.spec.family:
+        raise UserError(
+            f"expected a policy of {expected.spec.family} as in {like.path}, found one of {policy.spec.family}; "
+            "give the folder it was made from as --like"
+        )
+    for name, tower in expected.towers.items():
+        if policy.towers.get(name) != tower:
+            raise _other_geometry(f"the tower {name}", like)
+    found, wanted = policy.state_dict(), expected.state_dict()
+    for name in wanted | found:
+        if name not in wanted or name not in found or wanted[name].shape != found[name].shape:
+            raise _other_geometry(name, like)
+
+
+def _other_geometry(where: str, like: Folder) -> UserError:
+    return UserError(
+        f"expected the geometry of {like.path}, found another one in {where}; the official format cannot hold a pruned "
+        "policy: export it (rlrc export), or write back one that was not pruned"
+    )
+
+
+def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
+    """The header of the source as it is, then every tensor's bytes where the header says."""
+    with source.open("rb") as old, target.open("wb") as new:
+        length = old.read(8)
+        header = old.read(int.from_bytes(length, "little"))
+        new.write(length + header)
+        entries = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for name, (begin, end) in sorted(entries.items(), key=lambda item: item[1]):
+            data = tensors(name).contiguous().reshape(-1).view(torch.uint8).numpy()
+            assert data.nbytes == end - begin
+            new.write(data.data)
+
+
+def _write_pt(source: Path, target: Path, tensors: _New) -> None:
+    """The names of the source, with their prefixes."""
+    old = torch.load(source, map_location="cpu", weights_only=True)
+    torch.save({name: tensors(name.removeprefix("module.")).clone() for name in old}, target)

@@ -1,0 +1,25 @@
+"""The graphs of every family, one module for each group of families, from the blocks that they share.
+
+Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
+affair (rlrc.exporters.onnx). Their inputs and outputs are what the decode drivers pass (rlrc.runtime.interfaces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.exporters.graphs import act, flow, openvla, tiny
+from rlrc.exporters.onnx import Builder
+
+Define = Callable[[Builder, PolicySpec, dict[str, TowerSpec]], None]
+
+FAMILIES: Mapping[str, Mapping[str, Define]] = {
+    "tiny": tiny.GRAPHS,
+    "openvla": openvla.GRAPHS,
+    "openvla-oft": openvla.OFT_GRAPHS,
+    "pi0": flow.GRAPHS,
+    "pi05": flow.GRAPHS,
+    "smolvla": flow.GRAPHS,
+    "act": act.GRAPHS,
+}

@@ -1,0 +1,113 @@
+"""Graphs of OpenVLA and OpenVLA-OFT: PrismaticPolicy.see, OpenVLAPolicy.step and OFTPolicy.decode.
+
+The last block computes the rows that the head reads; the others are only keys and values there.
+"""
+
+from __future__ import annotations
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.backbones.oft import STOP
+from rlrc.compressor.nn.prismatic import TRANSFORMERS, Geometry
+from rlrc.exporters.graphs import blocks
+from rlrc.exporters.onnx import Builder
+
+Towers = dict[str, TowerSpec]
+
+
+def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``pixels`` (cameras, H, W, 3 for every vision transformer) -> ``image_tokens`` (cameras, N, decoder width)."""
+    geometry, camera = Geometry.of(policy), policy.cameras[0]
+    names = [name for name in TRANSFORMERS if name in towers]
+    rows, columns = camera.height // geometry.patch, camera.width // geometry.patch
+    pixels = b.input("pixels", "float32", ("cameras", camera.height, camera.width, 3 * len(names)))
+    pixels = blocks.cropped(b, pixels, camera, geometry.patch)
+    colours = b.split(pixels, *[3] * len(names)) if len(names) > 1 else [pixels]
+    features = [
+        blocks.vision_transformer(b, x, name, towers[name], (rows, columns), geometry.patch, extra, scaled)
+        for name, x, extra, scaled in zip(names, colours, geometry.extra, geometry.scaled, strict=True)
+    ]
+    x = b.concat(*features, axis=2) if len(features) > 1 else features[0]
+    tokens = gelu_mlp(b, x, "projector", len(geometry.projector))
+    b.output("image_tokens", tokens, "float32", ("cameras", rows * columns, towers["decoder"].width))
+
+
+def gelu_mlp(b: Builder, x: str, name: str, linears: int) -> str:
+    """Linear layers with GELU between them."""
+    for i in range(linears - 1):
+        x = b.linear_activated(x, f"{name}.{2 * i}", "gelu")
+    return b.linear(x, f"{name}.{2 * (linears - 1)}", bias=True)
+
+
+def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``image_tokens`` (1, N, width), ``ids`` (1, L) and the past -> ``logits`` (1, rows) of the last position.
+
+    The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal.
+    """
+    tower, tokens = towers["decoder"], policy.action.tokens
+    assert tokens is not None
+    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
+    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    past = [
+        tuple(
+            b.input(f"past.{i}.{part}", "float32", (1, layer.kv_heads, "past", layer.head_dim))
+            for part in ("key", "value")
+        )
+        for i, layer in enumerate(tower.layers)
+    ]
+    x = b.concat(b.slice(words, 0, 1), image_tokens, b.slice(words, 1, None))
+
+    before, length = b.size(past[0][0], 2), b.size(x, 1)
+    places = blocks.positions(b, before, length)
+    mask = blocks.causal_mask(b, places, blocks.positions(b, None, b.add(before, length)))
+    around = blocks.Around(blocks.rotary_tables(b, places, tower), mask)
+    for i, (layer, (key, value)) in enumerate(zip(tower.layers, past, strict=True)):
+        keep = 1 if i == len(tower.layers) - 1 else None
+        x, present = blocks.decoder_block(
+            b, x, f"decoder.layers.{i}", tower, layer, around, (key, value), keep, cached=True
+        )
+        assert present is not None
+        for part, cached in zip(("key", "value"), present, strict=True):
+            b.output(f"present.{i}.{part}", cached, "float32", (1, layer.kv_heads, "present", layer.head_dim))
+    logits = b.linear(blocks.norm(b, x, "decoder.norm", tower)[0], "head")
+    b.output("logits", b.reshape(logits, 1, tokens.rows), "float32", (1, tokens.rows))
+
+
+def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``image_tokens`` (1, N, width), ``ids`` (1, L), ``state`` (1, S) -> ``logits`` or ``actions`` of the chunk."""
+    tower, action, geometry = towers["decoder"], policy.action, Geometry.of(policy)
+    numbers = action.horizon * action.dim
+    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
+    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    parts = [b.slice(words, 0, 1), image_tokens]
+    if policy.state is not None:
+        dimensions = len(policy.state.names)
+        state = b.input("state", "float32", (1, dimensions))
+        parts.append(gelu_mlp(b, b.reshape(state, 1, 1, dimensions), "state", 2))
+    empty = b.op("ConstantOfShape", b.integers(1, numbers, tower.width))
+    x = b.concat(*parts, b.slice(words, 1, None), empty, b.embed(b.reshape(b.integers(STOP), 1, 1), "embedding"))
+
+    around = blocks.Around(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
+    for i, layer in enumerate(tower.layers):
+        # The hidden states are those one place before the chunk's own, after which </s> follows.
+        keep = numbers + 2 if i == len(tower.layers) - 1 else None
+        x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
+    hidden = blocks.norm(b, b.slice(x, 0, numbers), "decoder.norm", tower)[0]
+    if action.tokens is not None:
+        shape = (1, action.horizon, action.dim, action.tokens.rows)
+        b.output("logits", b.reshape(b.linear(hidden, "head"), *shape), "float32", shape)
+        return
+    x = b.reshape(hidden, 1, action.horizon, action.dim * tower.width)
+    b.output("actions", regression(b, x, geometry.head_blocks), "float32", (1, action.horizon, action.dim))
+
+
+def regression(b: Builder, x: str, count: int) -> str:
+    """RegressionHead, whose norms have torch's own epsilon."""
+    x = b.linear_activated(b.layer_norm(x, "head.norm1", 1e-5), "head.input", "relu")
+    for i in range(count):
+        y = b.layer_norm(x, f"head.blocks.{i}.0", 1e-5)
+        x = b.add(x, b.linear_activated(y, f"head.blocks.{i}.1", "relu"))
+    return b.linear(b.layer_norm(x, "head.norm2", 1e-5), "head.output", bias=True)
+
+
+GRAPHS = {"vision": vision, "decoder": step}
+OFT_GRAPHS = {"vision": vision, "decoder": chunk}

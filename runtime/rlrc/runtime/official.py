@@ -1,0 +1,39 @@
+"""Which paths are checkpoints in an official format, for rlrc.compressor to open, and what may be said about them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlrc.artifact import MANIFEST
+from rlrc.errors import UserError
+
+# A name on the Hugging Face hub: owner/name or owner/name@revision.
+REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What an official folder may not say itself."""
+
+    hints: Path | None = None
+    """a JSON file with geometry that an official folder's tensors do not tell, such as head counts"""
+    unnorm_key: str | None = None
+    """the data set whose statistics are meant, where an official folder has several"""
+    tokenizer: Path | None = None
+    """tokenizer.json, a sentencepiece model, or a folder with one of them, where an official folder has none"""
+    images: int | None = None
+    """how many pictures an OpenVLA-OFT checkpoint sees"""
+
+
+def is_official(path: Path, flags: Flags) -> bool:
+    """Whether it is an official folder or a repository of the hub. Raises UserError for flags that do not fit."""
+    if (path / MANIFEST).exists():
+        if flags != Flags():
+            raise UserError(
+                "expected --hints, --unnorm-key, --tokenizer and --images with an official checkpoint only, found "
+                f"the artifact {path}; its manifest says all that"
+            )
+        return False
+    return (path / "config.json").exists() or (not path.exists() and REPOSITORY.fullmatch(str(path)) is not None)

@@ -1,0 +1,98 @@
+"""Instructions to token ids, by the artifact's tokenizer and prompt template."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import PromptSpec
+from rlrc.errors import UserError
+
+
+class Tokenizer:
+    """Needs the tokenizers library, imported when one is made. Raises UserError for another vocabulary than known."""
+
+    def __init__(self, path: Path, prompt: PromptSpec) -> None:
+        from tokenizers import Tokenizer as Tokenizers
+
+        try:
+            self._tokenizer = Tokenizers.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"expected a tokenizers file, found {path}: {error}; copy it again from its source"
+            ) from None
+        self.prompt = prompt
+        self._check_vocabulary(path)
+        # A file may carry its own rules for these; the prompt's are the only ones.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        if prompt.truncate:
+            self._tokenizer.enable_truncation(prompt.max_tokens - len(prompt.suffix))
+        self._last: tuple[str, NDArray[np.int64]] | None = None
+
+    def __call__(self, instruction: str, state: NDArray[np.floating] | None = None) -> NDArray[np.int64]:
+        """-> ids (max_tokens,), padded on the right, or (L,) where the prompt is not padded.
+
+        ``state`` (S,), normalised, for a prompt that tells it. Raises UserError for an instruction that does not fit.
+        """
+        text = self.text(instruction, state)
+        if self._last is None or self._last[0] != text:  # robots repeat themselves: this saves 10 us and more
+            self._last = (text, self._ids(text, instruction))
+        return self._last[1].copy()
+
+    def text(self, instruction: str, state: NDArray[np.floating] | None = None) -> str:
+        """The prompt in words."""
+        for edit in self.prompt.edits:
+            if edit == "lower":
+                instruction = instruction.lower()
+            elif edit == "strip":
+                instruction = instruction.strip()
+            elif edit == "blanks":
+                instruction = instruction.replace("_", " ").replace("\n", " ")
+            elif not instruction.endswith("\n"):
+                instruction += "\n"
+        values = {"{instruction}": instruction}
+        if self.prompt.state_bins:
+            assert state is not None
+            values["{state}"] = digits(state, self.prompt.state_bins)
+        # In one pass: an instruction may itself hold "{state}".
+        return re.sub(r"\{instruction\}|\{state\}", lambda match: values.get(match[0], match[0]), self.prompt.template)
+
+    def _ids(self, text: str, instruction: str) -> NDArray[np.int64]:
+        prompt = self.prompt
+        try:
+            ids = self._tokenizer.encode(text).ids
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"expected an instruction of known words, found {instruction!r}: {error}; reword it"
+            ) from None
+        if prompt.suffix and tuple(ids[-len(prompt.suffix) :]) != prompt.suffix:
+            ids += prompt.suffix
+        if len(ids) > prompt.max_tokens:
+            raise UserError(
+                f"expected an instruction of at most {prompt.max_tokens} tokens with its template, "
+                f"found {len(ids)} in {instruction!r}; shorten it"
+            )
+        if prompt.pad_id is None:
+            return np.array(ids, np.int64)
+        padded = np.full(prompt.max_tokens, prompt.pad_id, np.int64)
+        padded[: len(ids)] = ids
+        return padded
+
+    def _check_vocabulary(self, path: Path) -> None:
+        for piece, number in self.prompt.known.items():
+            if (found := self._tokenizer.token_to_id(piece)) != number:
+                raise UserError(
+                    f"expected the piece {piece!r} to be token {number} in {path}, found "
+                    f"{'no such piece' if found is None else found}; "
+                    "use the tokenizer that the policy was trained with"
+                )
+
+
+def digits(state: NDArray[np.floating], bins: int) -> str:
+    """A normalised state as the numbers of its bins over [-1, 1]; -1 stands for what lies below (pi0.5's prompt)."""
+    edges = np.linspace(-1, 1, bins + 1)[:-1]
+    return " ".join(map(str, (np.digitize(state, edges) - 1).tolist()))
