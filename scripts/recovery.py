@@ -70,7 +70,7 @@ def curve(folder: Path) -> list[Row]:
 
 
 def draw(arms: list[Row], curves: dict[str, list[Row]], file: Path) -> None:
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for points in curves.values():
         minutes = [point["cpu_minutes"] for point in points]
@@ -78,7 +78,7 @@ def draw(arms: list[Row], curves: dict[str, list[Row]], file: Path) -> None:
     for entry in arms:
         axes.scatter(entry["cpu_minutes"], entry["seeds"], color=COLOURS[entry["name"]], label=entry["name"], zorder=3)
     axes.set(xlabel="CPU-minutes of recovery", ylabel="success", title="One demonstration a task, three seeds")
-    axes.legend(title="argmax, evaluation scenes\n(lines: sampled, while PPO trains)", loc="lower right")
+    axes.legend(title="argmax, evaluation scenes\n(lines: sampled, while PPO trains)", loc="upper left")
     figure.tight_layout()
     figure.savefig(file)
 
