@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime")
 
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec  # noqa: E402
-from rlrc.compressor import checkpoint, sources, stages  # noqa: E402
+from rlrc.compressor import checkpoint, sources, stages, training  # noqa: E402
 from rlrc.compressor.backbones import build  # noqa: E402
 from rlrc.compressor.inference import TorchPolicy  # noqa: E402
 from rlrc.compressor.policy import Policy  # noqa: E402
@@ -177,9 +177,9 @@ def test_what_another_family_cannot_do_is_refused_before_its_weights_are_read(
     source, policy = official("act")
     write(tmp_path / "act", policy, source)
     with pytest.raises(UserError, match=r"family tiny for sft.*found act"):
-        stages.run_sft(tmp_path / "act", out, stages.SFTConfig(), QUIET)
+        training.run_sft(tmp_path / "act", out, training.SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"family tiny for rl.*found act"):
-        stages.run_rl(tmp_path / "act", out, stages.PPOConfig(), QUIET)
+        training.run_rl(tmp_path / "act", out, training.PPOConfig(), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["act"]
 
 

@@ -16,13 +16,13 @@ import torch
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor import checkpoint, ppo, reference, sft, stages
+from rlrc.compressor import checkpoint, ppo, reference, sft, simulation, stages, training
 from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.compress import RUNNERS, compress
 from rlrc.compressor.data import Samples
 from rlrc.compressor.ppo import PPOConfig
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.recipe import Recipe
 from rlrc.compressor.rollout import Mode, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.compressor.sft import SFTConfig
@@ -37,8 +37,8 @@ QUIET = Options(evaluate=0, workers=1, threads=1)
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, lessons: Samples) -> None:
     """Episodes of 10 steps in the worker that all tests share; ``lessons`` are in the cache."""
-    monkeypatch.setattr(stages, "Rollouts", lambda *_: nullcontext(rollouts))
-    for module in (stages, sft, ppo):
+    monkeypatch.setattr(simulation, "Rollouts", lambda *_: nullcontext(rollouts))
+    for module in (simulation, sft, ppo):
         monkeypatch.setattr(module, "Mode", partial(Mode, horizon=10))
 
 
@@ -56,7 +56,7 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     }
     source, made = pupil_artifact, [artifacts.load(pupil_artifact)]
     for name, config in configs.items():
-        manifest = stages.RUNNERS[name](source, tmp_path / name, config, options)
+        manifest = RUNNERS[name](source, tmp_path / name, config, options)
         source = tmp_path / name
         made.append(artifacts.load(source))  # with every hash
         assert artifacts.to_json(made[-1].manifest) == artifacts.to_json(manifest)
@@ -117,10 +117,10 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     layer = LayerSpec(1, 1, 32, 32)
     small = {"vision": TowerSpec(32, (layer,)), "decoder": TowerSpec(32, (layer,) * 3)}
     monkeypatch.setattr(reference, "towers", lambda: small)
-    monkeypatch.setattr(stages, "GOLDEN_SCENES", 1)
-    monkeypatch.setattr(stages, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")})
+    monkeypatch.setattr(training, "GOLDEN_SCENES", 1)
+    monkeypatch.setattr(training, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")})
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        stages.new(tmp_path / name, seed)
+        training.new(tmp_path / name, seed)
     a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
     assert a.manifest == b.manifest  # the hash of every file
     assert c.manifest.files[checkpoint.WEIGHTS] != a.manifest.files[checkpoint.WEIGHTS]
@@ -147,24 +147,30 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("work began before the refusal")
 
-    for name in ("evaluate", "Rollouts", "sft", "ppo", "prune", "demonstrations"):
-        monkeypatch.setattr(stages, name, refuse)
+    monkeypatch.setattr(simulation.Simulation, "evaluate", refuse)
+    for module, names in (
+        (simulation, ("Rollouts", "demonstrations")),
+        (training, ("sft", "ppo")),
+        (stages, ("prune",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
 
 
 def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for runner, config in (
-        (stages.run_sft, SFTConfig()),
+        (training.run_sft, SFTConfig()),
         (stages.run_prune, PruneConfig()),
-        (stages.run_rl, PPOConfig()),
+        (training.run_rl, PPOConfig()),
         (stages.run_quantize, QuantizeConfig()),
     ):
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
             runner(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
     with pytest.raises(UserError, match="expected a new output"):
-        stages.new(tmp_path / "out")
+        training.new(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
-        stages.compress(pupil_artifact, tmp_path / "out", Recipe(prune=PruneConfig()), QUIET)
+        compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig()}, QUIET)
     assert listing(tmp_path) == ["out"]
 
 
@@ -186,9 +192,9 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
         stages.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
     with pytest.raises(UserError, match="expected trainable weights"):
-        stages.run_sft(toy_artifact, out, SFTConfig(), QUIET)
+        training.run_sft(toy_artifact, out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"expected an artifact folder at .*nowhere"):
-        stages.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
+        training.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
     assert listing(tmp_path) == []
 
 
@@ -199,7 +205,7 @@ def test_state_of_another_configuration_is_refused_and_kept(pupil_artifact: Path
     left.save(3)
     for name, other in (("sft", SFTConfig(steps=8, demonstrations=1)), ("quantize", QuantizeConfig())):
         with pytest.raises(UserError, match=r"expected to go on with the same stage.*\.out\.run.* remove it"):
-            stages.RUNNERS[name](pupil_artifact, tmp_path / "out", other, QUIET)
+            RUNNERS[name](pupil_artifact, tmp_path / "out", other, QUIET)
     assert listing(tmp_path) == [".out.run"]
     again = Run(tmp_path / ".out.run")
     again.open("sft", artifacts.load(pupil_artifact).digest, config)
@@ -211,9 +217,9 @@ def test_rl_says_that_it_may_play_demonstrations(
 ) -> None:
     shown: list[str] = []
     status = SimpleNamespace(status=lambda text: nullcontext(shown.append(text)))
-    monkeypatch.setattr(stages, "Console", lambda **_: status)
-    monkeypatch.setattr(stages, "ppo", lambda *_: None)
-    stages.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
+    monkeypatch.setattr(simulation, "Console", lambda **_: status)
+    monkeypatch.setattr(training, "ppo", lambda *_: None)
+    training.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
     assert shown == ["playing demonstrations, unless they are in the cache"]
 
 
@@ -239,17 +245,17 @@ def test_interrupted_stage_goes_on_where_it_was(
         return progress_bar
 
     def interrupted(out: Path, stop_at: int) -> None:
-        monkeypatch.setattr(stages, "progress_bar", bar(stop_at))
+        monkeypatch.setattr(training, "progress_bar", bar(stop_at))
         with pytest.raises(KeyboardInterrupt):
-            stages.run_sft(pupil_artifact, out, config, QUIET)
+            training.run_sft(pupil_artifact, out, config, QUIET)
 
     interrupted(tmp_path / "early", 10)
     assert listing(tmp_path) == []  # nothing was saved yet, so nothing is left
     interrupted(tmp_path / "out", 30)
     assert listing(tmp_path) == [".out.run"]
     seen.clear()
-    monkeypatch.setattr(stages, "progress_bar", bar(0))
-    stages.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
+    monkeypatch.setattr(training, "progress_bar", bar(0))
+    training.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
     assert seen == [30, 40]
     assert listing(tmp_path) == ["out"]
     rows = artifacts.load(tmp_path / "out").file("curves/1-sft.jsonl").read_text().splitlines()
@@ -262,28 +268,28 @@ def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
     exported: list[tuple[str, Path]] = []
     monkeypatch.setattr("rlrc.exporters.export.export", lambda a, out: exported.append((a.path.name, out)))
     out, folder = tmp_path / "out", tmp_path / "out.stages"
-    recipe = Recipe(prune=PruneConfig(score="random"), quantize=QuantizeConfig(search=False))
-    stages.compress(pupil_artifact, out, recipe, QUIET)
+    recipe = {"prune": PruneConfig(score="random"), "quantize": QuantizeConfig(search=False)}
+    compress(pupil_artifact, out, recipe, QUIET)
     assert listing(folder) == ["prune", "quantize"]
     assert exported == [("quantize", out)]
     pruned = artifacts.load(folder / "prune").digest
 
     # The same again keeps both; without the second, only that is made anew; another setting of the first is refused.
     made = (folder / "quantize" / "manifest.json").stat().st_mtime_ns
-    stages.compress(pupil_artifact, out, recipe, QUIET)
+    compress(pupil_artifact, out, recipe, QUIET)
     assert (folder / "quantize" / "manifest.json").stat().st_mtime_ns == made
     shutil.rmtree(folder / "quantize")
-    stages.compress(pupil_artifact, out, recipe, QUIET)
+    compress(pupil_artifact, out, recipe, QUIET)
     assert artifacts.load(folder / "prune").digest == pruned
     assert artifacts.load(folder / "quantize").manifest.history[-1].parent == pruned
     assert len(exported) == 3
     for other in (
-        Recipe(prune=PruneConfig(0.5, "random"), quantize=recipe.quantize),
-        Recipe(prune=recipe.prune, quantize=QuantizeConfig()),
-        Recipe(quantize=recipe.quantize),  # no longer of the pruned policy
+        recipe | {"prune": PruneConfig(0.5, "random")},
+        recipe | {"quantize": QuantizeConfig()},
+        {"quantize": recipe["quantize"]},  # no longer of the pruned policy
     ):
         with pytest.raises(UserError, match=r"out.stages/(prune|quantize) to be stage .* found another one; remove it"):
-            stages.compress(pupil_artifact, out, other, QUIET)
+            compress(pupil_artifact, out, other, QUIET)
     assert listing(folder) == ["prune", "quantize"]
     assert len(exported) == 3
 
@@ -291,4 +297,4 @@ def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
 @pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}, {"evaluate": -1}])
 def test_impossible_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=f"expected --{next(iter(options))} >= "):
-        stages.Options(**options)
+        Options(**options)

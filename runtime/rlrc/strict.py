@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from rlrc.errors import UserError
@@ -58,6 +59,16 @@ def decode(kind: type[T], value: object, where: str = "") -> T:
     return result
 
 
+def check_keys(value: dict[str, Any], known: Collection[str], where: str = "") -> None:
+    """Raises StrictError for a key that is not known."""
+    for key in value:
+        if key not in known:
+            raise StrictError(
+                f"expected the keys {', '.join(known)} at {where or 'the top'}, found {_key(where, key)}, "
+                "which is unknown"
+            )
+
+
 def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -89,12 +100,7 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, f"an object with the keys of {kind.__name__}", value)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in value:
-        if key not in fields:
-            known = ", ".join(fields)
-            raise StrictError(
-                f"expected the keys {known} at {where or 'the top'}, found {_key(where, key)}, which is unknown"
-            )
+    check_keys(value, fields, where)
     missing = (dataclasses.MISSING, dataclasses.MISSING)
     for name, field in fields.items():
         if name not in value and (field.default, field.default_factory) == missing:

@@ -1,8 +1,9 @@
-"""Commands of the compressor: new, prune, sft, rl, quantize, compress."""
+"""Commands that need no simulator but for policies of the reference family: prune, quantize."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,11 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.artifact import Manifest
 from rlrc.compressor import recipe as recipes
-from rlrc.compressor import stages
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.lossless import lines
-from rlrc.compressor.ppo import PPOConfig
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.sft import SFTConfig
-from rlrc.compressor.stages import Options
+from rlrc.compressor.stages import Options, run_prune, run_quantize
 from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 
@@ -50,20 +48,9 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
 
 
 @dataclass(frozen=True)
-class New:
-    """Make the reference policy with random weights."""
+class StageCommand:
+    """What the commands of all stages have in common."""
 
-    out: Positional[Path]
-    """artifact to write"""
-    seed: int = 0
-
-    def run(self) -> None:
-        stages.new(self.out, self.seed)
-        Console().print(f"next: rlrc sft {self.out} OUT --recipe reference")
-
-
-@dataclass(frozen=True)
-class _Stage:
     source: Positional[Path]
     """artifact to start from"""
     out: Positional[Path]
@@ -74,31 +61,21 @@ class _Stage:
     json: bool = False
     """print the result as JSON"""
 
-    def _run(self, stage: str, config: Any, following: str, *flags: Flags) -> None:
+    def _run(self, stage: str, runner: Callable[..., Manifest], config: Any, following: str, *flags: Flags) -> None:
         if self.recipe is not None:
             if config != type(config)():
                 raise UserError(
                     f"expected the settings of {stage} from the recipe or from flags, found both; edit the recipe"
                 )
             config = recipes.section(self.recipe, stage)
-        manifest = stages.RUNNERS[stage](self.source, self.out, config, self.options, *flags)
+        manifest = runner(self.source, self.out, config, self.options, *flags)
         if manifest.policy.family != REFERENCE:  # nothing here trains it
             following = "rlrc export {out} OUT"
         report(self.out, manifest, self.json, following.format(out=self.out))
 
 
 @dataclass(frozen=True)
-class SFT(_Stage):
-    """Supervised fine-tuning on expert demonstrations, optionally with DAgger."""
-
-    config: OmitArgPrefixes[SFTConfig] = field(default_factory=SFTConfig)
-
-    def run(self) -> None:
-        self._run("sft", self.config, "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already")
-
-
-@dataclass(frozen=True)
-class Prune(_Stage):
+class Prune(StageCommand):
     """Cut whole heads and MLP channels of a tower's intermediate blocks, or only what no action depends on.
 
     The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
@@ -108,21 +85,11 @@ class Prune(_Stage):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("prune", self.config, "rlrc sft {out} OUT --recipe compress", self.official)
+        self._run("prune", run_prune, self.config, "rlrc sft {out} OUT --recipe compress", self.official)
 
 
 @dataclass(frozen=True)
-class RL(_Stage):
-    """Reinforcement learning (PPO) on the policy's own episodes."""
-
-    config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
-
-    def run(self) -> None:
-        self._run("rl", self.config, "rlrc quantize {out} OUT")
-
-
-@dataclass(frozen=True)
-class Quantize(_Stage):
+class Quantize(StageCommand):
     """Round the weights to int4, groups of 32.
 
     The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
@@ -132,24 +99,4 @@ class Quantize(_Stage):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("quantize", self.config, "rlrc export {out} OUT", self.official)
-
-
-@dataclass(frozen=True)
-class Compress:
-    """All stages of a recipe, then the export. Finished stages are kept beside OUT and skipped by a later call."""
-
-    source: Positional[Path]
-    """trained dense artifact"""
-    out: Positional[Path]
-    """artifact to write, ready for rlrc run"""
-    recipe: str = "compress"
-    """a TOML file, or the name of a built-in recipe"""
-    options: OmitArgPrefixes[Options] = field(default_factory=Options)
-
-    def run(self) -> None:
-        stages.compress(self.source, self.out, recipes.load(self.recipe), self.options)
-        Console().print(
-            f"next: rlrc run {self.out} --env metaworld:drawer-open-v3 --hz 20, "
-            f"or rlrc bench claims {self.out} --baseline ..."
-        )
+        self._run("quantize", run_quantize, self.config, "rlrc export {out} OUT", self.official)

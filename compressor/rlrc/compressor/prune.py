@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.backbones import build
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import Batches
 from rlrc.compressor.policy import Policy
 from rlrc.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc.compressor.data import Batches
 
 ALIGN = 32  # widths stay whole groups of the 4-bit grid
 SCORES = ("taylor", "magnitude", "random")

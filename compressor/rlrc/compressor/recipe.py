@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import sys
-from dataclasses import dataclass
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from rlrc import strict
-from rlrc.compressor.ppo import PPOConfig
-from rlrc.compressor.prune import PruneConfig
-from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.sft import SFTConfig
 from rlrc.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -21,32 +17,31 @@ else:
     import tomli as tomllib
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A stage that the file does not name is left out; they run in this order."""
-
-    prune: PruneConfig | None = None
-    sft: SFTConfig | None = None
-    rl: PPOConfig | None = None
-    quantize: QuantizeConfig | None = None
-
-    def stages(self) -> list[tuple[str, Any]]:
-        pairs = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        return [(name, config) for name, config in pairs if config is not None]
-
+# Stage: where its configuration is, imported when asked for, because that of sft and rl needs the simulator's packages.
+# A stage that the file does not name is left out; they run in this order.
+CONFIGS = {
+    "prune": "rlrc.compressor.prune:PruneConfig",
+    "sft": "rlrc.compressor.sft:SFTConfig",
+    "rl": "rlrc.compressor.ppo:PPOConfig",
+    "quantize": "rlrc.compressor.quantize:QuantizeConfig",
+}
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
 
-def load(recipe: str | Path) -> Recipe:
+def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]:
     """Read a recipe: a path, or the name of one that comes with rlrc ("reference", "compress", "demo").
 
-    Raises UserError for a file that cannot be read, and for anything in it that the stages do not know or allow.
+    Returns the configurations of its stages in their order; those not ``wanted`` are left out and their tables not
+    read. Raises UserError for a file that cannot be read, and for anything in it that the stages do not know or allow.
     """
     built_in = BUILT_IN / f"{recipe}.toml"
     file = built_in if built_in.exists() else Path(recipe)
     try:
-        return strict.decode(Recipe, tomllib.loads(file.read_text()))
+        tables = tomllib.loads(file.read_text())
+        strict.check_keys(tables, CONFIGS)
+        chosen = [stage for stage in CONFIGS if stage in tables and stage in wanted]
+        return {stage: strict.decode(config_of(stage), tables[stage], stage) for stage in chosen}
     except OSError as error:
         names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.toml")))
         raise UserError(f"expected a recipe at {file} or one of {names}; found {error.strerror}") from None
@@ -56,8 +51,14 @@ def load(recipe: str | Path) -> Recipe:
         raise UserError(f"expected TOML in {file}, found: {error}; correct it") from None
 
 
+def config_of(stage: str) -> type:
+    """The class of a stage's configuration."""
+    module, name = CONFIGS[stage].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def section(recipe: str | Path, stage: str) -> Any:
     """One stage's configuration out of a recipe."""
-    if (config := getattr(load(recipe), stage)) is None:
+    if stage not in (found := load(recipe, (stage,))):
         raise UserError(f"expected a table [{stage}] in recipe {recipe}, found none; add it")
-    return config
+    return found[stage]

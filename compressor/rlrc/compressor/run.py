@@ -7,12 +7,14 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlrc.compressor.rollout import Rollouts
 from rlrc.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc.compressor.rollout import Rollouts
 
 
 class Run:

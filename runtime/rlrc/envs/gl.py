@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 from rlrc.errors import UserError
 
@@ -28,6 +29,8 @@ def choose_backend() -> str:
     os.environ.setdefault("LP_NUM_THREADS", "0")
     if chosen := os.environ.get("MUJOCO_GL"):
         return chosen
+    if find_spec("mujoco") is None:
+        raise ModuleNotFoundError("No module named 'mujoco'", name="mujoco")  # or no backend would seem to work
     if "mujoco" in sys.modules:  # it has settled on GLFW, which needs a screen, and cannot change any more
         raise UserError(
             "expected rlrc.envs to be imported before mujoco, found mujoco imported without MUJOCO_GL; "

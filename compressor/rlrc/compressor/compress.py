@@ -1,0 +1,58 @@
+"""A whole compression: the stages of a recipe one after another, then the export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import Manifest
+from rlrc.compressor.sources import Source, open_source
+from rlrc.compressor.stages import Options, run_prune, run_quantize
+from rlrc.compressor.training import run_rl, run_sft
+from rlrc.errors import UserError
+from rlrc.folders import check_output
+from rlrc.runtime.official import Flags
+
+RUNNERS: dict[str, Callable[..., Manifest]] = {
+    "prune": run_prune,
+    "sft": run_sft,
+    "rl": run_rl,
+    "quantize": run_quantize,
+}
+
+
+def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options) -> None:
+    """Every stage of a recipe, each an artifact of its own in ``OUT.stages/``, then the export to ``out``.
+
+    A stage that an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
+    """
+    from rlrc.exporters.export import export  # imported late: only this function goes all the way
+
+    check_output(out)
+    folder = out.parent / f"{out.name}.stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    current = source
+    for name, config in recipe.items():
+        target = folder / name
+        if target.exists():
+            check_same(target, name, open_source(current, Flags()), config)
+        else:
+            RUNNERS[name](current, target, config, options)
+        current = target
+    export(artifacts.load(current), out)
+
+
+def check_same(finished: Path, name: str, source: Source, config: Any) -> None:
+    """Refuse a finished stage that is not what the recipe would do now."""
+    *earlier, entry = artifacts.load(finished).manifest.history
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    # An official folder has no digest; but the history says which one it was.
+    same = [(e.stage, e.config) for e in earlier] == [(e.stage, e.config) for e in source.history]
+    if not same or (entry.stage, entry.parent, json.loads(json.dumps(entry.config))) != (name, source.digest, wanted):
+        raise UserError(
+            f"expected {finished} to be stage {name} of this recipe and input, found another one; remove it"
+        )

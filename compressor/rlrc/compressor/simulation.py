@@ -1,0 +1,64 @@
+"""The simulator as a stage sees it, for the reference family: success on validation scenes, and demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rlrc.artifact import Artifact, HistoryEntry
+from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.checkpoint import TOKENIZER
+from rlrc.compressor.data import Batches, DemonstrationConfig, demonstrations
+from rlrc.compressor.policy import Policy
+from rlrc.compressor.rollout import Mode, Request, Rollouts
+from rlrc.compressor.sft import ids_of_tasks
+from rlrc.envs.metaworld import TASKS
+from rlrc.envs.seeds import VALIDATION
+
+
+@contextmanager
+def simulate(artifact: Artifact, folder: Path, workers: int, episodes: int) -> Iterator[Simulation]:
+    """For the artifact's policy; ``folder`` is that of the run, ``episodes`` see Simulation."""
+    with Rollouts(artifact.manifest, artifact.file(TOKENIZER), folder, workers) as rollouts:
+        yield Simulation(rollouts, episodes)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    rollouts: Rollouts
+    episodes: int
+    """validation episodes a task; 0 leaves them out"""
+
+    def evaluate(self, policy: Policy) -> dict[str, Any]:
+        """Success by argmax on validation scenes: over all tasks, over the hard ones (without closing), per task."""
+        assert isinstance(policy, TinyPolicy)
+        if self.episodes == 0:
+            return {}
+        requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
+        with Console(stderr=True).status(f"playing {len(requests)} validation episodes"):
+            results = self.rollouts.run(requests, policy, Mode())
+        per_task = {task: float(np.mean([r.success for r in results if r.task == task])) for task in TASKS}
+        return {
+            "success": round(float(np.mean(list(per_task.values()))), 4),
+            "success_hard": round(float(np.mean([rate for name, rate in per_task.items() if TASKS[name].hard])), 4),
+            "episodes": len(results),
+            "per_task": {name: round(rate, 4) for name, rate in per_task.items()},
+        }
+
+    def inherited(self, history: Sequence[HistoryEntry]) -> dict[str, Any]:
+        """The parent's own success, if its last stage measured it on the same scenes."""
+        after = history[-1].after if history else {}
+        if after.get("episodes") != self.episodes * len(TASKS):
+            return {}
+        return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
+
+    def batches(self, policy: TinyPolicy, config: DemonstrationConfig, seed: int) -> Batches:
+        with Console(stderr=True).status("playing demonstrations, unless they are in the cache"):
+            samples = demonstrations(config, self.rollouts)
+        return Batches(samples, policy.spec, ids_of_tasks(self.rollouts.load_tokenizer()), seed)

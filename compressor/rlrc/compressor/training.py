@@ -1,0 +1,91 @@
+"""The stages that need the simulator, for the reference family only: sft and rl, and the policy they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rlrc.artifact import HistoryEntry, Manifest, writing
+from rlrc.compressor import reference
+from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.checkpoint import TOKENIZER, write_policy
+from rlrc.compressor.data import DemonstrationConfig
+from rlrc.compressor.ppo import PPOConfig, ppo
+from rlrc.compressor.sft import SFTConfig, sft
+from rlrc.compressor.stages import Options, reference_only, stage
+from rlrc.envs.experts import expert
+from rlrc.envs.metaworld import PICTURE, TASKS, make
+from rlrc.envs.seeds import VALIDATION
+from rlrc.runtime.preprocess import Tokenizer
+
+GOLDEN_SCENES = 3  # of every task, at the start and half a second into the expert's way
+
+
+def new(out: Path, seed: int = 0) -> Manifest:
+    """A reference policy with random weights: what training starts from."""
+    torch.manual_seed(seed)
+    with writing(out) as draft:
+        policy = TinyPolicy(reference.policy_spec(), reference.towers())
+        reference.write_tokenizer(draft.file(TOKENIZER))
+        assert policy.spec.prompt is not None
+        tokenizer = Tokenizer(draft.file(TOKENIZER), policy.spec.prompt)
+        entry = HistoryEntry("new", {"seed": seed}, version("rlrc"), None, 0.0)
+        return write_policy(draft, policy, golden_observations(tokenizer), (entry,))
+
+
+def golden_observations(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Raw observations of every task: at the start and after ten steps of the expert."""
+    rows: list[dict[str, Any]] = []
+    for name, task in TASKS.items():
+        env, act = make(name), expert(task)
+        for scene in range(GOLDEN_SCENES):
+            rows.append(env.reset(seed=VALIDATION.stop - 1 - scene)[0])
+            for _ in range(10):
+                env.advance(act(env.full_observation))
+            rows.append(env.observe())
+    return {
+        PICTURE: np.stack([row[PICTURE] for row in rows]),
+        "state": np.stack([row["state"] for row in rows]),
+        "instructions": np.array([row["instruction"] for row in rows]),
+        "ids": np.stack([tokenizer(row["instruction"]) for row in rows]),
+    }
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("{task.fields[text]}")) as progress:
+        bar = progress.add_task(title, total=total, text="")
+        yield lambda done, text: progress.update(bar, completed=done, text=text)
+
+
+def run_sft(source: Path, out: Path, config: SFTConfig, options: Options) -> Manifest:
+    with stage("sft", source, out, config, options, partial(reference_only, "sft")) as work:
+        policy, simulation = work.trainable()
+        with progress_bar("sft", config.steps) as progress:
+            sft(policy, config, simulation.rollouts, work.run, progress)
+        return work.finish(policy)
+
+
+def run_rl(source: Path, out: Path, config: PPOConfig, options: Options) -> Manifest:
+    with stage("rl", source, out, config, options, partial(reference_only, "rl")) as work:
+        policy, simulation = work.trainable()
+        examples = DemonstrationConfig(config.demonstrations, config.first_seed)
+        batches = simulation.batches(policy, examples, config.seed)
+        with progress_bar("rl", config.iterations) as progress:
+            ppo(policy, config, batches, simulation.rollouts, work.run, progress)
+        return work.finish(policy)

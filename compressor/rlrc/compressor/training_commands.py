@@ -1,0 +1,70 @@
+"""Commands that need the simulator: new, sft, rl, compress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
+from rlrc.compressor.commands import StageCommand
+from rlrc.compressor.compress import compress
+from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.recipe import load
+from rlrc.compressor.sft import SFTConfig
+from rlrc.compressor.stages import Options
+from rlrc.compressor.training import new, run_rl, run_sft
+
+
+@dataclass(frozen=True)
+class New:
+    """Make the reference policy with random weights."""
+
+    out: Positional[Path]
+    """artifact to write"""
+    seed: int = 0
+
+    def run(self) -> None:
+        new(self.out, self.seed)
+        Console().print(f"next: rlrc sft {self.out} OUT --recipe reference")
+
+
+@dataclass(frozen=True)
+class SFT(StageCommand):
+    """Supervised fine-tuning on expert demonstrations, optionally with DAgger."""
+
+    config: OmitArgPrefixes[SFTConfig] = field(default_factory=SFTConfig)
+
+    def run(self) -> None:
+        self._run("sft", run_sft, self.config, "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already")
+
+
+@dataclass(frozen=True)
+class RL(StageCommand):
+    """Reinforcement learning (PPO) on the policy's own episodes."""
+
+    config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+
+    def run(self) -> None:
+        self._run("rl", run_rl, self.config, "rlrc quantize {out} OUT")
+
+
+@dataclass(frozen=True)
+class Compress:
+    """All stages of a recipe, then the export. Finished stages are kept beside OUT and skipped by a later call."""
+
+    source: Positional[Path]
+    """trained dense artifact"""
+    out: Positional[Path]
+    """artifact to write, ready for rlrc run"""
+    recipe: str = "compress"
+    """a TOML file, or the name of a built-in recipe"""
+    options: OmitArgPrefixes[Options] = field(default_factory=Options)
+
+    def run(self) -> None:
+        compress(self.source, self.out, load(self.recipe), self.options)
+        Console().print(
+            f"next: rlrc run {self.out} --env metaworld:drawer-open-v3 --hz 20, "
+            f"or rlrc bench claims {self.out} --baseline ..."
+        )
