@@ -15,9 +15,15 @@ mkdir -p "$out"
 [ -d "$out/pruned+sft+sft" ] || rlrc sft "$out/compressed.stages/sft" "$out/pruned+sft+sft" --recipe scripts/controls.toml
 [ -d "$out/dense+sft" ] || rlrc sft "$out/dense" "$out/dense+sft" --recipe compress
 [ -d "$out/dense-int4" ] || rlrc quantize "$out/dense" "$out/dense-int4"
+# 8-bit products: faster than floats, but too far from the torch policy for an export without --tolerance.
+mkdir -p "$out/graphs"
+[ -d "$out/graphs/dense+int8" ] || rlrc export "$out/dense" "$out/graphs/dense+int8" --precision int8 --tolerance 2
+[ -d "$out/graphs/compressed+w4a8" ] ||
+    rlrc export "$out/compressed.stages/quantize" "$out/graphs/compressed+w4a8" --precision w4a8 --tolerance 2
 
 bash scripts/measure.sh "$out/dense" "$out/compressed" "$out" 40 \
-    "pruned+sft+sft=$out/pruned+sft+sft" "dense+sft=$out/dense+sft" "dense+int4=$out/dense-int4"
+    "pruned+sft+sft=$out/pruned+sft+sft" "dense+sft=$out/dense+sft" "dense+int4=$out/dense-int4" \
+    "dense+int8=$out/dense" "compressed+w4a8=$out/compressed.stages/quantize"
 rlrc report "$out"/{success,latency,claims}.json "$out"/compressed/curves/*.jsonl \
     --before "pruned=$out/graphs/pruned" --after "compressed=$out/compressed" \
     --joined benchmarks/results/reference.json --picture docs/result.svg --out "$out/report.html" --force

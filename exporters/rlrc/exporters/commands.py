@@ -13,8 +13,8 @@ from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
 from rlrc.folders import check_output
-from rlrc.runtime.commands import print_record
 from rlrc.runtime.decode import NoAction
+from rlrc.runtime.describe import print_record, trial
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,5 @@ class Export:
         for graph in manifest.graphs:
             console.print(f"{graph.file}: {graph.precision}, {manifest.files[graph.file].size:,} bytes")
         print_record(record, manifest.policy, console)
-        simulated = manifest.policy.family == "tiny"  # the others have no simulator here
-        following = "rlrc run {} --env metaworld:drawer-open-v3" if simulated else "rlrc infer {} OBS.npz --out ACT.npz"
-        console.print(f"next: {following.format(self.out)}", soft_wrap=True)
+        console.print(f"next: {trial(self.out, manifest.policy)}", soft_wrap=True)
         return 0

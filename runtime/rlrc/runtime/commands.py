@@ -16,7 +16,7 @@ from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.runtime import loop, verify
 from rlrc.runtime.decode import NoAction
-from rlrc.runtime.describe import describe, folder_bytes, plain_console, print_record
+from rlrc.runtime.describe import describe, folder_bytes, plain_console, print_record, trial
 from rlrc.runtime.npz import read_npz, write_npz
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.policy import LOADED, LocalPolicy, Policy, recorded
@@ -179,7 +179,7 @@ class Verify:
         if reason:
             return check_failed(f"{reason}; export {self.path} again, with the versions of this machine")
         if not self.json:
-            console.print(f"verified; next: rlrc run {self.path} --env metaworld:drawer-open-v3")
+            console.print(f"verified; next: {trial(self.path, artifact.manifest.policy)}")
         return 0
 
 

@@ -185,3 +185,10 @@ def print_record(record: VerifiedSpec, policy: PolicySpec, console: Console) -> 
         f"{record.backend}: {record.observations} observations, {tokens}{record.gripper_flips} gripper flips; "
         f"largest error {errors} (tolerated {record.tolerance:.3g}); chunk jitter {record.chunk_jitter:.3g}"
     )
+
+
+def trial(path: object, policy: PolicySpec) -> str:
+    """The command that tries exported graphs: only the reference policy has a simulator here."""
+    if policy.family == "tiny":
+        return f"rlrc run {path} --env metaworld:drawer-open-v3"
+    return f"rlrc infer {path} OBS.npz --out ACT.npz"
