@@ -16,7 +16,7 @@ import torch
 
 from rlrc.compressor import ppo as module
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import Batches, Samples
+from rlrc.compressor.data import SampleBatches, Samples, ids_of_tasks
 from rlrc.compressor.ppo import (
     Learner,
     PPOConfig,
@@ -30,7 +30,6 @@ from rlrc.compressor.ppo import (
 )
 from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts, sample_tokens
 from rlrc.compressor.run import Run
-from rlrc.compressor.sft import ids_of_tasks
 from rlrc.envs.seeds import REINFORCEMENT
 from rlrc.errors import UserError
 
@@ -204,7 +203,7 @@ def synthetic(policy: TinyPolicy, decisions: int = 64) -> Rollout:
 
 def learner_of(policy: TinyPolicy, lessons: Samples, rollouts: Rollouts, config: PPOConfig) -> Learner:
     torch.manual_seed(0)
-    batches = Batches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
+    batches = SampleBatches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
     return Learner(policy, config, batches)
 
 
@@ -316,7 +315,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
         run = Run(folder)
         run.open("rl", "parent", config)
         run.start_clock(rollouts)
-        batches = Batches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
+        batches = SampleBatches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
         ppo(policy, config, batches, rollouts, run, progress)
         return run
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor import reference
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import Batches, Samples
+from rlrc.compressor.data import SampleBatches, Samples
+from rlrc.compressor.losses import SMOOTHING, smoothed_cross_entropy
 from rlrc.compressor.prune import (
     Group,
     PruneConfig,
@@ -31,7 +32,6 @@ from rlrc.compressor.prune import (
     random_scores,
     taylor_scores,
 )
-from rlrc.compressor.sft import smoothed_cross_entropy
 from rlrc.errors import UserError
 
 
@@ -176,13 +176,14 @@ def samples(policy: TinyPolicy, number: int) -> Samples:
 def test_taylor_scores_are_those_of_the_mean_gradient_over_the_batches(pupil: TinyPolicy) -> None:
     ids = np.random.default_rng(0).integers(0, 7, (13, 6))
     config, made = PruneConfig(batches=3), samples(pupil, 40)
-    scores = taylor_scores(pupil, Batches(made, pupil.spec, ids, 5), config, smoothing=1.0)
+    scores = taylor_scores(pupil, SampleBatches(made, pupil.spec, ids, 5), config)
     assert all(parameter.grad is None for parameter in pupil.parameters())
 
-    batches, loss = Batches(made, pupil.spec, ids, 5), torch.zeros(())
+    batches, loss = SampleBatches(made, pupil.spec, ids, 5), torch.zeros(())
     for _ in range(3):
-        pixels, words, state, chunk = batches.draw(64)
-        loss = loss + smoothed_cross_entropy(pupil(pixels, words, state), chunk, 1.0) / 3
+        batch = batches.draw(64)
+        logits = pupil(batch.inputs.pixels[0], batch.inputs.ids, batch.inputs.state)
+        loss = loss + smoothed_cross_entropy(logits, batch.actions, SMOOTHING).mean() / 3
     block = pupil.decoder.blocks()[1]
     down, o = block.mlp.down.weight, block.attention.o.weight
     gate, up, q, k, v = (
@@ -206,7 +207,7 @@ def test_a_silent_head_and_a_silent_channel_go_first(pupil: TinyPolicy) -> None:
     block.mlp.down.weight.data[:, 17] = 0
     block.mlp.up.weight.data[17] = 0
     ids = np.zeros((13, 6), np.int64)
-    scores = taylor_scores(pupil, Batches(samples(pupil, 8), pupil.spec, ids, 0), PruneConfig(batches=1), 1.0)
+    scores = taylor_scores(pupil, SampleBatches(samples(pupil, 8), pupil.spec, ids, 0), PruneConfig(batches=1))
     assert scores[1].heads.argmin() == 2
     assert scores[1].heads[2] == 0
     assert scores[1].channels.argmin() == 17

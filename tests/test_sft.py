@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from rlrc.compressor import dagger
 from rlrc.compressor import sft as module
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import DemonstrationConfig, Samples, demonstrations
+from rlrc.compressor.batches import Lessons
+from rlrc.compressor.dagger import Dagger
+from rlrc.compressor.data import DemonstrationConfig, SampleBatches, Samples, demonstrations, ids_of_tasks
+from rlrc.compressor.losses import smoothed_cross_entropy
 from rlrc.compressor.rollout import Mode, Request, Rollouts
 from rlrc.compressor.run import Run
-from rlrc.compressor.sft import SFTConfig, dagger_requests, optimizer, sft, smoothed_cross_entropy
+from rlrc.compressor.sft import SFTConfig, optimizer, sft
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
@@ -48,8 +52,8 @@ def test_smoothed_cross_entropy_at_the_ends_and_over_a_batch() -> None:
     # What lies beyond the outermost centers counts as lying on them.
     clamped = smoothed_cross_entropy(logits, target.clamp(-0.75, 0.75), 1.0)
     torch.testing.assert_close(smoothed_cross_entropy(logits, target, 1.0), clamped)
-    each = [smoothed_cross_entropy(logits[i, j], target[i, j], 1.0).item() for i in range(2) for j in range(3)]
-    assert clamped.item() == pytest.approx(np.mean(each), abs=1e-6)
+    each = [[smoothed_cross_entropy(logits[i, j], target[i, j], 1.0).item() for j in range(3)] for i in range(2)]
+    np.testing.assert_allclose(clamped.numpy(), each, atol=1e-6)
     # With little smoothing it is the plain cross-entropy to the bin.
     sharp = smoothed_cross_entropy(logits[:1, :1], torch.tensor([[0.25]]), 0.05)
     assert sharp.item() == pytest.approx(-torch.log_softmax(logits[0, 0], -1)[2].item(), abs=1e-6)
@@ -121,7 +125,7 @@ def test_only_matrices_decay(pupil: TinyPolicy) -> None:
 
 def test_dagger_requests(check_requests: Callable[..., list[Request]]) -> None:
     config = SFTConfig(dagger_rounds=3, dagger_episodes=400)
-    drawn = check_requests(lambda number, failures: dagger_requests(config, number, failures), "faucet-open-v3")
+    drawn = check_requests(lambda number, failures: dagger.requests(config, number, failures), "faucet-open-v3")
     assert {request.seed for request in drawn} < set(DEMONSTRATION[500_000:])  # apart from plain demonstrations
     assert {request.task for request in drawn} == set(TASKS)  # none is forgotten
     handover = [request.handover for request in drawn[:400] if request.handover is not None]
@@ -132,7 +136,7 @@ def test_dagger_requests(check_requests: Callable[..., list[Request]]) -> None:
 
 def test_no_seed_leaves_the_scenes_for_demonstrations() -> None:
     for seed in (4, 5, 31):  # 5 * 100,000 more than half a million: PPO's scenes begin there
-        requests = dagger_requests(SFTConfig(seed=seed), 7, {})
+        requests = dagger.requests(SFTConfig(seed=seed), 7, {})
         assert all(request.seed in DEMONSTRATION for request in requests)
 
 
@@ -141,6 +145,16 @@ def run_in(folder: Path, config: Any, rollouts: Rollouts) -> Run:
     run.open("sft", "parent", config)
     run.start_clock(rollouts)
     return run
+
+
+def train(
+    policy: TinyPolicy, config: SFTConfig, rollouts: Rollouts, run: Run, progress: Callable[[int, str], None]
+) -> dict[str, Any]:
+    """As the stage does it."""
+    samples = demonstrations(DemonstrationConfig(config.demonstrations), rollouts)
+    batches = SampleBatches(samples, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
+    held_out = batches.all(50)[:1] if config.held_out else []
+    return sft(policy, config, Lessons(batches, held_out), run, progress, Dagger(config, rollouts, batches, run))
 
 
 def curve(run: Run) -> list[dict[str, Any]]:
@@ -166,10 +180,10 @@ def test_short_run_lowers_the_loss(pupil: TinyPolicy, lessons: Samples, rollouts
     config = SFTConfig(steps=100, batch=32, rate=2e-3, warmup=10, demonstrations=1)
     run = run_in(tmp_path / "run", config, rollouts)
     shown: list[tuple[int, str]] = []
-    sft(pupil, config, rollouts, run, lambda step, text: shown.append((step, text.split()[0])))
+    train(pupil, config, rollouts, run, lambda step, text: shown.append((step, text.split()[0])))
     first, second = curve(run)
     assert (first["step"], second["step"]) == (50, 100)
-    assert shown == [(0, "playing"), (0, "training"), (50, "loss"), (100, "loss")]
+    assert shown == [(0, "training"), (50, "loss"), (100, "loss")]
     # Knowing nothing costs log(16) = 2.77; the target's own entropy with two bins' smoothing is about 2.0.
     assert second["loss"] < first["loss"] - 0.1
     assert second["l1"] < first["l1"]
@@ -185,7 +199,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rounds of DAgger fall before the saved state, on its very step, and between it and the interruption."""
-    monkeypatch.setattr(module, "Mode", partial(Mode, horizon=30))
+    monkeypatch.setattr(dagger, "Mode", partial(Mode, horizon=30))
     monkeypatch.setattr(module, "LOG_EVERY", 20)
     monkeypatch.setattr(module, "SAVE_EVERY", 40)
     short = {"steps": 80, "batch": 8, "warmup": 10, "demonstrations": 1}
@@ -193,29 +207,29 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     assert list(config.rounds()) == [20, 30, 40, 50]
 
     whole, straight = run_in(tmp_path / "whole", config, rollouts), make_pupil()
-    sft(straight, config, rollouts, whole, lambda step, text: None)
+    train(straight, config, rollouts, whole, lambda step, text: None)
 
     def interrupt(step: int, text: str) -> None:
         if step == 60:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sft(make_pupil(), config, rollouts, run_in(tmp_path / "cut", config, rollouts), interrupt)
+        train(make_pupil(), config, rollouts, run_in(tmp_path / "cut", config, rollouts), interrupt)
     assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 40
     assert curve(Run(tmp_path / "cut"))[-1]["step"] == 60  # the row after the saved state is dropped by resuming
     resumed, cut = make_pupil(), run_in(tmp_path / "cut", config, rollouts)
     shown: list[tuple[int, str]] = []
-    sft(resumed, config, rollouts, cut, lambda step, text: shown.append((step, text)))
+    train(resumed, config, rollouts, cut, lambda step, text: shown.append((step, text)))
 
     # Before it plays it says so; the round on the saved step was not saved with it.
-    assert shown[:2] == [(0, "playing demonstrations, unless they are in the cache"), (40, "training")]
-    assert shown[2:6] == [
+    assert shown[0] == (40, "training")
+    assert shown[1:5] == [
         (40, "DAgger round 3 of 4: 3 episodes"),
         (40, "training"),
         (50, "DAgger round 4 of 4: 3 episodes"),
         (50, "training"),
     ]
-    assert [step for step, _ in shown[6:]] == [60, 80]
+    assert [step for step, _ in shown[5:]] == [60, 80]
     assert curve(cut) == curve(whole)
     assert [row["stage"] for row in curve(whole)] == ["sft", *["dagger"] * 2, "sft", *["dagger"] * 2, "sft", "sft"]
     for name, tensor in straight.state_dict().items():

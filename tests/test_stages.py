@@ -16,7 +16,7 @@ import torch
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor import checkpoint, ppo, reference, sft, simulation, stages, training
+from rlrc.compressor import checkpoint, dagger, ppo, reference, sft, simulation, stages, training
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.compress import RUNNERS, compress
 from rlrc.compressor.data import Samples
@@ -38,7 +38,7 @@ QUIET = Options(evaluate=0, workers=1, threads=1)
 def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, lessons: Samples) -> None:
     """Episodes of 10 steps in the worker that all tests share; ``lessons`` are in the cache."""
     monkeypatch.setattr(simulation, "Rollouts", lambda *_: nullcontext(rollouts))
-    for module in (simulation, sft, ppo):
+    for module in (simulation, dagger, ppo):
         monkeypatch.setattr(module, "Mode", partial(Mode, horizon=10))
 
 

@@ -9,18 +9,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from rlrc.artifact import PolicySpec
+from rlrc.compressor.batches import Batch
+from rlrc.compressor.policy import Inputs
 from rlrc.compressor.rollout import Episode, Mode, Request, Rollouts
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.render import cache_folder
 from rlrc.envs.seeds import DEMONSTRATION
-from rlrc.runtime.preprocess import normalise, pictures
+from rlrc.runtime.preprocess import Tokenizer, normalise, pictures
 
 VERSION = 2  # of the experts and of how samples are made: part of the cache's key
 NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, in turn
@@ -106,22 +108,43 @@ def demonstrations(config: DemonstrationConfig, rollouts: Rollouts) -> Samples:
     return samples
 
 
-class Batches:
-    """Random batches, ready for the policy: pixels, ids, normalised state, normalised chunk."""
+def ids_of_tasks(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Prompts of all tasks (tasks, L)."""
+    return np.stack([tokenizer(task.instruction) for task in TASKS.values()])
+
+
+class SampleBatches:
+    """Random batches of samples, whose instructions are those of the tasks: see rlrc.compressor.batches.Batches.
+
+    ``ids`` (tasks, L): the prompts.
+    """
 
     def __init__(self, samples: Samples, spec: PolicySpec, ids: npt.NDArray[np.int64], seed: int) -> None:
         self.samples, self.spec, self.ids = samples, spec, torch.from_numpy(ids)
         self.rng = np.random.default_rng(seed)
 
-    def draw(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def draw(self, size: int) -> Batch:
         return self.rows(self.rng.integers(0, len(self.samples), size))
 
-    def rows(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def all(self, size: int) -> list[Batch]:
+        """Every sample once, in batches of this size."""
+        return [self.rows(np.arange(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> Batch:
         assert self.spec.state is not None
-        samples = self.samples
-        return (
-            torch.from_numpy(pictures(samples.pictures[rows], self.spec.cameras[0])),
+        samples, (camera,) = self.samples, self.spec.cameras
+        inputs = Inputs(
+            [torch.from_numpy(pictures(samples.pictures[rows], camera))],
             self.ids[samples.task[rows]],
             torch.from_numpy(normalise(samples.state[rows], self.spec.state.norm)),
-            torch.from_numpy(normalise(samples.chunk[rows], self.spec.action.norm)),
         )
+        return Batch(inputs, torch.from_numpy(normalise(samples.chunk[rows], self.spec.action.norm)))
+
+    def state(self) -> Any:
+        return self.rng.bit_generator.state
+
+    def restore(self, state: Any) -> None:
+        self.rng.bit_generator.state = state

@@ -5,6 +5,7 @@ rlrc.runtime.decode has the same three over graphs. Gradients flow through all o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,10 @@ class Autoregressive(Sees, Protocol):
 
         -> logits (B, rows) of the last position, and the past of the next step.
         """
+        ...
+
+    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+        """One pass over the prompt and the tokens after it -> logits (B, count, rows) of the last positions."""
         ...
 
 
@@ -65,12 +70,29 @@ def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
 
     Prompts of one length are decoded together, those of other lengths on their own, so that nothing is padded.
     """
+    logits = _by_length(policy, inputs, lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids))
+    return of_logits(logits, policy.spec.action)
+
+
+def taught(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
+    """Logits (B, horizon, dim, rows), each after the given tokens (B, horizon, dim) before it instead of its own."""
+    given = tokens.flatten(1)
+
+    def forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        sequence = torch.cat([ids, given[rows, :-1]], 1)
+        return policy.forced(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
+
+    return _by_length(policy, inputs, forced)
+
+
+def _by_length(policy: Autoregressive, inputs: Inputs, logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """``logits(image_tokens, ids, rows)`` of the rows of every prompt length, put together again."""
     assert inputs.ids is not None
     image_tokens, ids = look(policy, inputs), inputs.ids
     lengths = torch.full((len(ids),), ids.shape[1]) if inputs.mask is None else inputs.mask.sum(1).cpu()
     groups = [(lengths == length).nonzero()[:, 0].to(ids.device) for length in lengths.unique()]
-    logits = [_greedy(policy, image_tokens[rows], ids[rows, : int(lengths[rows[0]])]) for rows in groups]
-    return of_logits(torch.cat(logits)[torch.cat(groups).argsort()], policy.spec.action)
+    found = [logits(image_tokens[rows], ids[rows, : int(lengths[rows[0]])], rows) for rows in groups]
+    return torch.cat(found)[torch.cat(groups).argsort()]
 
 
 def _greedy(policy: Autoregressive, image_tokens: Tensor, ids: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ vision tower is frozen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlrc.compressor import decode
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import Batches
+from rlrc.compressor.batches import Batches
+from rlrc.compressor.losses import SMOOTHING, smoothed_cross_entropy
 from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts
 from rlrc.compressor.run import Run
-from rlrc.compressor.sft import smoothed_cross_entropy
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION, REINFORCEMENT, scene
 from rlrc.errors import UserError
@@ -64,7 +64,7 @@ class PPOConfig:
     """expert episodes a task for the behaviour-cloning term"""
     first_seed: int = DEMONSTRATION.start
     """scene of the first of them"""
-    smoothing: float = 2.0
+    smoothing: float = SMOOTHING
     """as in sft, for the behaviour-cloning term"""
     seed: int = 0
 
@@ -264,12 +264,13 @@ class Learner:
         return means | {"updates": float(len(rows_of_metrics))}
 
     def cloning_loss(self) -> Tensor:
-        pixels, ids, state, chunk = self.batches.draw(self.config.behaviour_batch)
+        batch = self.batches.draw(self.config.behaviour_batch)
+        inputs = batch.inputs
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                image_tokens = self.policy.see(pixels)
-            logits = self.policy.logits(self.policy.hidden(image_tokens.float(), ids, state))
-        return smoothed_cross_entropy(logits, chunk, self.config.smoothing)
+                image_tokens = decode.look(self.policy, inputs)
+            logits = self.policy.decode(image_tokens.float(), inputs.ids, inputs.mask, inputs.state)
+        return smoothed_cross_entropy(logits, batch.actions, self.config.smoothing).mean()
 
 
 def ppo(
@@ -290,7 +291,7 @@ def ppo(
         first, failures = saved["step"], saved["failures"]
         policy.load_state_dict(saved["policy"])
         learner.load_state_dict(saved)
-        batches.rng.bit_generator.state = json.loads(saved["rng"])
+        batches.restore(saved["batches"])
     for iteration in range(first, config.iterations):
         episodes = rollouts.run(requests(config, iteration, failures), policy, mode)
         for task in {episode.task for episode in episodes}:
@@ -301,8 +302,8 @@ def ppo(
         # Tasks are drawn by their failures: a mean over episodes would fall as the policy improves, one over tasks not.
         metrics |= {"success": 1 - float(np.mean(list(failures.values()))), "environment_steps_per_second": speed}
         run.log("rl", iteration + 1, episodes=len(episodes), **metrics)
-        rng = json.dumps(batches.rng.bit_generator.state)
-        run.save(iteration + 1, policy=policy.state_dict(), failures=failures, rng=rng, **learner.state_dict())
+        state = {"policy": policy.state_dict(), "failures": failures, "batches": batches.state()}
+        run.save(iteration + 1, **state, **learner.state_dict())
         kl = metrics.get("approx_kl", 0.0)
         progress(iteration + 1, f"sampled success {metrics['success']:.3f} kl {kl:.4f} {speed:.0f} steps/s")
     policy.eval()

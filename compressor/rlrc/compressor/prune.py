@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.backbones import build
-from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.losses import chunk_loss, drawn
 from rlrc.compressor.policy import Policy
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.data import Batches
+    from rlrc.compressor.batches import Batches
 
 ALIGN = 32  # widths stay whole groups of the 4-bit grid
 SCORES = ("taylor", "magnitude", "random")
@@ -185,14 +185,11 @@ def scores_by(policy: Policy, config: PruneConfig, importance: Callable[[nn.Para
     return scores
 
 
-def taylor_scores(policy: TinyPolicy, batches: Batches, config: PruneConfig, smoothing: float) -> list[Scores]:
+def taylor_scores(policy: Policy, batches: Batches, config: PruneConfig) -> list[Scores]:
     """First-order Taylor importance of every block; the policy's gradients are cleared before and after."""
-    from rlrc.compressor.sft import smoothed_cross_entropy
-
     policy.eval().zero_grad()
     for _ in range(config.batches):
-        pixels, ids, state, chunk = batches.draw(64)
-        loss = smoothed_cross_entropy(policy(pixels, ids, state), chunk, smoothing)
+        loss, _ = chunk_loss(policy, drawn(policy, batches.draw(64)))
         (loss / config.batches).backward()
     scores = scores_by(policy, config, taylor)
     policy.zero_grad()

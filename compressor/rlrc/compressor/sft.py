@@ -1,33 +1,36 @@
-"""Supervised fine-tuning: cross-entropy to the expert's action bins, on demonstrations and on own states (DAgger).
+"""Supervised fine-tuning: every family by its own loss (rlrc.compressor.losses), on demonstrations.
 
-With ``dagger_rounds`` the policy plays episodes during training and the scripted expert, which answers in any state,
-labels every decision; at a random decision the expert takes over, so that late stages of a task are seen as well (Ross
-et al., 2011, arXiv 1011.0686). Everything is reproducible by seed for a given number of threads and workers.
+With ``dagger_rounds`` the policy also plays in between, and the expert labels what it gets into: see dagger.py. Under
+``accelerate launch`` every process takes its share of a batch that is as many times larger. Everything is reproducible
+by seed for a given number of threads, workers and processes, resumed runs included.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import Batches, DemonstrationConfig, Samples, demonstrations
-from rlrc.compressor.rollout import Mode, Request, Rollouts
+from rlrc.compressor import lora
+from rlrc.compressor.batches import Batch, Lessons
+from rlrc.compressor.distributed import Team
+from rlrc.compressor.losses import SMOOTHING, chunk_loss, drawn
+from rlrc.compressor.policy import Policy
 from rlrc.compressor.run import Run
-from rlrc.envs.metaworld import TASKS
-from rlrc.envs.seeds import DEMONSTRATION, scene
+from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import Tokenizer, bin_centers
 
-# DAgger's scenes lie in the upper half of the demonstration seeds, apart from those of plain demonstrations.
-DAGGER = DEMONSTRATION[len(DEMONSTRATION) // 2 :]
+if TYPE_CHECKING:
+    from rlrc.compressor.dagger import Dagger
+
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps; the second is a multiple of the first
+EMBEDDINGS = ("embedding", "query", "latent", "position", "vision.position", "vision2.position")
+Progress = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,32 @@ class SFTConfig:
     steps: int = 2000
     """optimiser steps"""
     batch: int = 128
-    """samples a step"""
+    """samples a step (of every process, under accelerate launch)"""
+    accumulate: int = 1
+    """parts that a process's batch is cut into, to need less memory"""
     rate: float = 8e-4
     """peak learning rate of AdamW"""
     warmup: int = 100
     """steps of linear warm-up"""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """how the rate falls to 2 %: linearly over the last ``decay`` of the steps, or along a cosine over all of them"""
     decay: float = 0.45
-    """last part of the steps over which the rate falls linearly to 2 %"""
+    """last part of the steps over which a linear schedule falls"""
     weight_decay: float = 0.02
-    smoothing: float = 2.0
-    """standard deviation, in bins, of the target distribution around the expert's action"""
+    lora: int = 0
+    """rank of the adapters that are trained instead of the weights, and merged at the end; 0: all weights"""
+    smoothing: float = SMOOTHING
+    """standard deviation, in bins, of the target distribution around the expert's action (logits over bins only)"""
     state_noise: float = 0.01
     """standard deviation of the noise on the normalised state"""
+    held_out: float = 0.0
+    """part of the demonstrations that is not trained on: the weights with the lowest loss there are kept"""
+    check_every: int = 100
+    """steps between two looks at the held-out loss"""
+    patience: int = 0
+    """looks without a lower held-out loss after which training stops; 0: never"""
+    data: str = ""
+    """LeRobotDataset folder with the demonstrations; empty: the simulator's scripted experts (reference family)"""
     demonstrations: int = 60
     """expert episodes a task"""
     first_seed: int = DEMONSTRATION.start
@@ -62,27 +79,45 @@ class SFTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "demonstrations", "dagger_episodes"):
+        for name in ("steps", "batch", "accumulate", "check_every", "demonstrations", "dagger_episodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"expected sft.{name} >= 1, found {getattr(self, name)}")
         for name in ("rate", "smoothing"):
             if not getattr(self, name) > 0:
                 raise UserError(f"expected sft.{name} > 0, found {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "state_noise", "dagger_rounds", "seed"):
+        for name in ("warmup", "weight_decay", "lora", "state_noise", "patience", "dagger_rounds", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"expected sft.{name} >= 0, found {getattr(self, name)}")
         for name in ("decay", "dagger_start", "dagger_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"expected sft.{name} within [0, 1], found {getattr(self, name)}")
-        scenes = range(self.first_seed, self.first_seed + self.demonstrations)
-        if scenes[0] not in DEMONSTRATION or scenes[-1] not in DEMONSTRATION:
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"expected sft.held_out from 0 to below 1, found {self.held_out}")
+        if self.schedule not in ("linear", "cosine"):
+            raise UserError(f"expected sft.schedule linear or cosine, found {self.schedule!r}")
+        if self.batch % self.accumulate:
             raise UserError(
-                f"expected sft.first_seed within {DEMONSTRATION.start} to {DEMONSTRATION.stop - self.demonstrations}, "
+                f"expected sft.accumulate to divide the batch of {self.batch}, found {self.accumulate}; change either"
+            )
+        if self.patience and not self.held_out:
+            raise UserError(f"expected sft.held_out > 0 with sft.patience {self.patience}, found 0; hold episodes out")
+        self._check_scenes()
+
+    def _check_scenes(self) -> None:
+        last = self.first_seed + self.scenes() - 1
+        if self.first_seed not in DEMONSTRATION or last not in DEMONSTRATION:
+            raise UserError(
+                f"expected sft.first_seed within {DEMONSTRATION.start} to {DEMONSTRATION.stop - self.scenes()}, "
                 f"the scenes for demonstrations, found {self.first_seed}"
             )
         if self.dagger_start > self.dagger_end:
             raise UserError(
                 f"expected sft.dagger_start <= sft.dagger_end, found {self.dagger_start} and {self.dagger_end}"
+            )
+        if self.data and self.dagger_rounds:
+            raise UserError(
+                f"expected sft.dagger_rounds 0 with sft.data, found {self.dagger_rounds}; only the simulator has an "
+                "expert to ask"
             )
         if (possible := len(self.rounds())) != self.dagger_rounds:
             raise UserError(
@@ -90,127 +125,165 @@ class SFTConfig:
                 f"on {possible} of {self.steps} steps; ask for fewer rounds or more steps"
             )
 
+    def scenes(self) -> int:
+        """Simulated demonstrations a task, those held out included, which are further ones."""
+        return self.demonstrations + math.ceil(self.held_out * self.demonstrations)
+
     def rounds(self) -> dict[int, int]:
         """Step -> number of the DAgger round before it."""
         spread = np.linspace(self.dagger_start, self.dagger_end, self.dagger_rounds)
         return {min(int(part * self.steps), self.steps - 1): i for i, part in enumerate(spread)}
 
     def rate_at(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "cosine":
+            return self.rate * warm * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
         remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.rate * min(1.0, (step + 1) / max(1, self.warmup)) * max(0.02, min(1.0, remaining))
+        return self.rate * warm * max(0.02, min(1.0, remaining))
 
 
-def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Mean cross-entropy of logits (..., bins) to a Gaussian of ``smoothing`` bins around target (...) in [-1, 1]."""
-    bins = logits.shape[-1]
-    centers = torch.from_numpy(bin_centers(bins)).to(logits.device)
-    distance = (target.clamp(float(centers[0]), float(centers[-1]))[..., None] - centers) * (bins / (2 * smoothing))
-    weight = torch.softmax(-0.5 * distance**2, -1)
-    return -(weight * F.log_softmax(logits, -1)).sum(-1).mean()
+class Objective(nn.Module):
+    """What is minimised: the chunk's loss under bfloat16 autocast. A module, so that DDP and FSDP can wrap it."""
+
+    def __init__(self, policy: Policy, smoothing: float) -> None:
+        super().__init__()
+        self.policy, self.smoothing = policy, smoothing
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """-> ``loss``, with gradient, and what the curve shows besides."""
+        with torch.autocast(batch.actions.device.type, torch.bfloat16):
+            loss, error = chunk_loss(self.policy, batch, self.smoothing)
+        return {"loss": loss, "l1": error}
 
 
-def optimizer(policy: TinyPolicy, rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: not norms, biases, positions or embeddings."""
-    matrices = [
-        p
-        for n, p in policy.named_parameters()
-        if p.ndim == 2 and not n.startswith(("embedding", "query", "vision.position"))
+def optimizer(policy: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW of what requires a gradient, that decays matrices only: not norms, biases, positions or embeddings."""
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    decayed = {name for name, p in trained.items() if p.ndim == 2 and not name.startswith(EMBEDDINGS)}
+    groups = [
+        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in policy.parameters() if id(parameter) not in chosen]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
+class Best:
+    """The weights with the lowest held-out loss so far, and for how many looks there was none lower."""
+
+    def __init__(self, objective: nn.Module, policy: nn.Module, held_out: list[Batch]) -> None:
+        self.objective, self.policy, self.held_out = objective, policy, held_out
+        self.loss, self.step, self.looks = math.inf, 0, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def look(self, step: int) -> float:
+        self.policy.eval()
+        with torch.no_grad():
+            losses = [(self.objective(batch)["loss"].item(), len(batch)) for batch in self.held_out]
+        loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+        self.looks += 1
+        if loss < self.loss:
+            self.loss, self.step, self.looks = loss, step, 0
+            self.weights = {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        return {"loss": self.loss, "step": self.step, "looks": self.looks, "weights": self.weights}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.loss, self.step, self.looks, self.weights = (saved[key] for key in ("loss", "step", "looks", "weights"))
+
+
+def check_finite(loss: float, step: int, run: Run) -> None:
+    """Raises UserError for a loss that is none: nothing after it would make sense."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"expected a finite loss, found {loss} at step {step}; lower --rate or look for outliers with rlrc data "
+            f"inspect, then remove {run.folder}, which keeps the last good state"
+        )
+
+
 def train_step(
-    policy: TinyPolicy, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], smoothing: float
+    team: Team, objective: nn.Module, optim: torch.optim.Optimizer, batches: list[Batch]
 ) -> dict[str, float]:
-    pixels, ids, state, chunk = batch
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = policy(pixels, ids, state)
-    loss = smoothed_cross_entropy(logits, chunk, smoothing)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    error = (torch.from_numpy(bin_centers(logits.shape[-1]))[logits.argmax(-1)] - chunk).abs().mean()
-    return {"loss": loss.item(), "l1": error.item(), "gradient_norm": float(norm)}
-
-
-def dagger_requests(config: SFTConfig, number: int, failures: dict[str, float]) -> list[Request]:
-    """Episodes of one round: more for tasks that fail; in most the expert takes over at a random decision."""
-    rng = np.random.default_rng((config.seed, number))
-    weight = np.array([0.15 + failures.get(task, 1.0) for task in TASKS])
-    tasks = rng.choice(list(TASKS), config.dagger_episodes, p=weight / weight.sum())
-    first = number * config.dagger_episodes + config.seed * 100_000
-    handover = [int(decision) if rng.random() < 0.6 else None for decision in rng.integers(2, 30, len(tasks))]
-    return [Request(str(task), scene(DAGGER, first + i), handover[i]) for i, task in enumerate(tasks)]
-
-
-def ids_of_tasks(tokenizer: Tokenizer) -> np.ndarray:
-    return np.stack([tokenizer(task.instruction) for task in TASKS.values()])
+    """One optimiser step on the mean of these batches, which are of one size."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        metrics = objective(batch)
+        team.backward(metrics["loss"] / len(batches))
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + team.mean(value.detach()) / len(batches)
+    sums["gradient_norm"] = team.clip(objective, 1.0)
+    optim.step()
+    optim.zero_grad()
+    return sums
 
 
 def sft(
-    policy: TinyPolicy, config: SFTConfig, rollouts: Rollouts, run: Run, progress: Callable[[int, str], None]
-) -> None:
-    """Train ``policy`` in place; ``progress(step, text)`` now and then. A run folder with a saved state is resumed."""
+    policy: Policy,
+    config: SFTConfig,
+    lessons: Lessons,
+    run: Run,
+    progress: Progress,
+    dagger: Dagger | None = None,
+    objective: Callable[[Policy, float], nn.Module] = Objective,
+) -> dict[str, Any]:
+    """Train ``policy`` in place; ``progress(step, text)`` now and then. A run folder with a saved state is resumed.
+
+    -> what the history tells besides. Raises UserError when the loss is no longer finite.
+    """
     torch.manual_seed(config.seed)
-    tokenizer = rollouts.load_tokenizer()
-    progress(0, "playing demonstrations, unless they are in the cache")
-    samples = demonstrations(DemonstrationConfig(config.demonstrations, config.first_seed), rollouts)
+    team, batches = Team(), lessons.batches
+    if config.lora:
+        lora.adapt(policy, config.lora)
     optim = optimizer(policy, config.rate, config.weight_decay)
-    first, failures = 0, dict[str, float]()
-    batches = Batches(samples, policy.spec, ids_of_tasks(tokenizer), config.seed)
+    objective_, optim = team.prepare(objective(policy, config.smoothing), optim)
+    best = Best(objective_, policy, [batch.to(team.device) for batch in lessons.held_out])
+    first = 0
     if (saved := run.load()) is not None:
-        first, failures = saved["step"], saved["failures"]
+        first = saved["step"]
         policy.load_state_dict(saved["policy"])
         optim.load_state_dict(saved["optimizer"])
-        rounds = [Samples.load(run.folder / f"dagger-{i}.npz") for i in range(saved["rounds"])]
-        batches.samples = Samples.join([samples, *rounds])
-        batches.rng.bit_generator.state = json.loads(saved["rng"])
+        batches.restore(saved["batches"])
+        best.restore(saved["best"])
+        if dagger is not None:
+            dagger.restore(saved["dagger"])
 
     progress(first, "training")
-    schedule, sums = config.rounds(), dict[str, float]()
-    done_rounds = sum(step < first for step in schedule)
+    sums = dict[str, float]()
+    size = config.batch // config.accumulate
     for step in range(first, config.steps):
-        if step in schedule and schedule[step] >= done_rounds:
-            number = schedule[step]
-            requests = dagger_requests(config, number, failures)
-            progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {len(requests)} episodes")
-            episodes = rollouts.run(requests, policy, Mode(label=True, keep="pictures"))
-            fresh = Samples.of(episodes)
-            fresh.save(run.folder / f"dagger-{number}.npz")
-            batches.samples = Samples.join([batches.samples, fresh])
-            unaided = [episode for request, episode in zip(requests, episodes, strict=True) if request.handover is None]
-            for task in {episode.task for episode in unaided}:
-                failures[task] = 1 - float(np.mean([episode.success for episode in unaided if episode.task == task]))
-            # Tasks are drawn by their failures: a mean over episodes would understate the policy, one over tasks not.
-            success = {f"success {task}": 1 - rate for task, rate in failures.items()}
-            run.log(
-                "dagger",
-                step + 1,  # a state saved after ``step`` steps does not know this round: resuming drops and repeats it
-                fresh=len(fresh),
-                episodes=len(unaided),
-                success=float(np.mean(list(success.values()))),
-                **success,
-            )
-            done_rounds = number + 1
+        if dagger is not None and (number := dagger.due(step)) is not None:
+            progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {config.dagger_episodes} episodes")
+            # A state saved after ``step`` steps does not know this round: resuming drops and repeats it.
+            run.log("dagger", step + 1, **dagger.play(policy, number))
             progress(step, "training")
         policy.train()
         for group in optim.param_groups:
             group["lr"] = config.rate_at(step)
-        pixels, ids, state, chunk = batches.draw(config.batch)
-        state = state + config.state_noise * torch.randn_like(state)
-        for name, value in train_step(policy, optim, (pixels, ids, state, chunk), config.smoothing).items():
+        # Everything random is drawn for all processes alike; each takes its share.
+        whole = drawn(policy, batches.draw(team.size * config.batch).noisy(config.state_noise)).to(team.device)
+        mine = range(team.rank * config.batch, (team.rank + 1) * config.batch, size)
+        share = [whole.part(slice(i, i + size)) for i in mine]
+        for name, value in train_step(team, objective_, optim, share).items():
             sums[name] = sums.get(name, 0.0) + value
+        check_finite(sums["loss"], step + 1, run)
+        if best.held_out and ((step + 1) % config.check_every == 0 or step + 1 == config.steps):
+            run.log("held-out", step + 1, loss=best.look(step + 1))
+            if config.patience and best.looks >= config.patience:
+                break
         if (step + 1) % LOG_EVERY == 0:
             means = {name: value / LOG_EVERY for name, value in sums.items()}
             sums.clear()
-            run.log("sft", step + 1, samples=len(batches.samples), **means)
+            run.log("sft", step + 1, samples=len(batches), **means)
             progress(step + 1, f"loss {means['loss']:.3f} l1 {means['l1']:.4f}")
         if (step + 1) % SAVE_EVERY == 0:
-            rng = json.dumps(batches.rng.bit_generator.state)
-            training = {"policy": policy.state_dict(), "optimizer": optim.state_dict(), "failures": failures}
-            run.save(step + 1, **training, rounds=done_rounds, rng=rng)
-    policy.eval()
+            training = {"policy": policy.state_dict(), "optimizer": optim.state_dict(), "batches": batches.state()}
+            run.save(step + 1, **training, best=best.state(), dagger=dagger.state() if dagger else {})
+    report: dict[str, Any] = {}
+    if best.weights:
+        policy.load_state_dict(best.weights)
+        report = {"held_out_loss": round(best.loss, 5), "best_step": best.step}
+    if config.lora:
+        lora.merge(policy)
+    policy.cpu().eval()
+    return report

@@ -13,11 +13,12 @@ from rich.console import Console
 
 from rlrc.artifact import Artifact, HistoryEntry
 from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.batches import Batch
 from rlrc.compressor.checkpoint import TOKENIZER
-from rlrc.compressor.data import Batches, DemonstrationConfig, demonstrations
+from rlrc.compressor.data import DemonstrationConfig, SampleBatches, demonstrations, ids_of_tasks
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.rollout import Mode, Request, Rollouts
-from rlrc.compressor.sft import ids_of_tasks
+from rlrc.compressor.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import VALIDATION
 
@@ -58,7 +59,16 @@ class Simulation:
             return {}
         return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
 
-    def batches(self, policy: TinyPolicy, config: DemonstrationConfig, seed: int) -> Batches:
+    def batches(self, policy: Policy, config: DemonstrationConfig, seed: int) -> SampleBatches:
         with Console(stderr=True).status("playing demonstrations, unless they are in the cache"):
             samples = demonstrations(config, self.rollouts)
-        return Batches(samples, policy.spec, ids_of_tasks(self.rollouts.load_tokenizer()), seed)
+        return SampleBatches(samples, policy.spec, ids_of_tasks(self.rollouts.load_tokenizer()), seed)
+
+    def held_out(self, policy: Policy, config: SFTConfig) -> list[Batch]:
+        """Of scenes behind those that are trained on."""
+        further = DemonstrationConfig(
+            config.scenes() - config.demonstrations, config.first_seed + config.demonstrations
+        )
+        if not further.episodes_per_task:
+            return []
+        return self.batches(policy, further, config.seed).all(config.batch)

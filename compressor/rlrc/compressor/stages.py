@@ -172,12 +172,11 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
         elif config.score == "magnitude":
             scores = magnitude_scores(work.policy, config)
         else:
-            from rlrc.compressor.data import DemonstrationConfig  # both need the simulator's packages
-            from rlrc.compressor.sft import SFTConfig
+            from rlrc.compressor.data import DemonstrationConfig  # needs the simulator's packages
 
             policy, simulation = work.trainable()
             batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations), config.seed)
-            scores = taylor_scores(policy, batches, config, SFTConfig().smoothing)
+            scores = taylor_scores(policy, batches, config)
         pruned, removed = prune(work.policy, scores, config)
         return work.finish(pruned, exact=not work.source.quantized, removed=removed)
 

@@ -16,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlrc.artifact import HistoryEntry, Manifest, writing
 from rlrc.compressor import reference
 from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.batches import Lessons
 from rlrc.compressor.checkpoint import TOKENIZER, write_policy
+from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig
 from rlrc.compressor.ppo import PPOConfig, ppo
 from rlrc.compressor.sft import SFTConfig, sft
@@ -76,9 +78,12 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options) -> Manifest:
     with stage("sft", source, out, config, options, partial(reference_only, "sft")) as work:
         policy, simulation = work.trainable()
+        batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
+        lessons = Lessons(batches, simulation.held_out(policy, config))
+        dagger = Dagger(config, simulation.rollouts, batches, work.run)
         with progress_bar("sft", config.steps) as progress:
-            sft(policy, config, simulation.rollouts, work.run, progress)
-        return work.finish(policy)
+            report = sft(policy, config, lessons, work.run, progress, dagger)
+        return work.finish(policy, **report)
 
 
 def run_rl(source: Path, out: Path, config: PPOConfig, options: Options) -> Manifest:

@@ -69,5 +69,12 @@ class OpenVLAPolicy(PrismaticPolicy):
         hidden, present = self.decoder.cached(x, causal_mask(length, before).to(x), positions, past)
         return self.head(hidden[:, -1]).float(), present
 
+    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+        """What training calls: logits (B, count, rows) of the last positions, from one pass."""
+        words = self.embedding(ids)
+        x = torch.cat([words[:, :1], image_tokens.to(words.dtype), words[:, 1:]], 1)
+        hidden = self.decoder(x, causal_mask(x.shape[1]).to(x))
+        return self.head(hidden[:, -count:]).float()
+
     def act(self, inputs: Inputs) -> Outputs:
         return decode.autoregressive(self, inputs)
