@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
+from rlrc.compressor import memory
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.checkpoint import CURVES, answers, quantized, write_policy
@@ -152,6 +153,7 @@ def reference_only(stage: str, source: Source, instead: str = "") -> None:
 
 def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
     def check(source: Source) -> None:
+        memory.check(memory.parameters(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
             if source.quantized:  # its weights would be stored as floats again
                 raise UserError("expected an unquantized artifact, found int4; cut its parent, then quantize")
@@ -188,6 +190,7 @@ def run_quantize(
         if found.quantized:
             raise UserError(f"expected an unquantized artifact, found int4 in {source}; quantize its parent")
         check_exempt(shapes(found), config)
+        memory.check(memory.parameters(shapes(found)) * memory.REWRITTEN, "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         return work.finish(work.policy, config)

@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlrc.artifact import HistoryEntry, Manifest, writing
-from rlrc.compressor import reference
+from rlrc.compressor import memory, reference
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.batches import Lessons
 from rlrc.compressor.checkpoint import TOKENIZER, write_policy
@@ -22,6 +22,7 @@ from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig
 from rlrc.compressor.ppo import PPOConfig, ppo
 from rlrc.compressor.sft import SFTConfig, sft
+from rlrc.compressor.sources import Source, shapes
 from rlrc.compressor.stages import Options, reference_only, stage
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import PICTURE, TASKS, make
@@ -76,7 +77,11 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
 
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options) -> Manifest:
-    with stage("sft", source, out, config, options, partial(reference_only, "sft")) as work:
+    def check(found: Source) -> None:
+        reference_only("sft", found)
+        memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
+
+    with stage("sft", source, out, config, options, check) as work:
         policy, simulation = work.trainable()
         batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
         lessons = Lessons(batches, simulation.held_out(policy, config))

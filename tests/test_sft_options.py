@@ -1,0 +1,200 @@
+"""What supervised fine-tuning offers besides: adapters, held-out loss and early stop, parts of a batch, a cosine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rlrc.compressor import lora, sft
+from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.batches import Batch, Lessons
+from rlrc.compressor.data import SampleBatches, Samples
+from rlrc.compressor.policy import Inputs, Policy
+from rlrc.compressor.run import Run
+from rlrc.compressor.sft import SFTConfig
+from rlrc.errors import UserError
+
+
+def samples(number: int, size: int = 32) -> Samples:
+    """Noise: what is learned of it is learned by heart."""
+    random = np.random.default_rng(0)
+    return Samples(
+        random.integers(0, 256, (number, size, size, 3), np.uint8),
+        random.normal(size=(number, 7)).astype(np.float32),
+        random.integers(0, 13, number),
+        random.uniform(-1, 1, (number, 5, 4)).astype(np.float32),
+    )
+
+
+def lessons(policy: Policy, number: int = 24, held_out: int = 0, seed: int = 0) -> Lessons:
+    ids = np.random.default_rng(1).integers(0, 7, (13, 6))
+    batches = SampleBatches(samples(number + held_out), policy.spec, ids, seed)
+    kept = batches.rows(np.arange(number, number + held_out))
+    batches.samples = samples(number)
+    return Lessons(batches, [kept] if held_out else [])
+
+
+def run_in(folder: Path, config: SFTConfig) -> Run:
+    run = Run(folder)
+    run.open("sft", "parent", config)
+    run.start_clock(None)
+    return run
+
+
+def train(policy: TinyPolicy, config: SFTConfig, folder: Path, taught: Lessons, **options: Any) -> dict[str, Any]:
+    return sft.sft(policy, config, taught, run_in(folder, config), options.pop("progress", lambda *_: None), **options)
+
+
+def test_cosine_by_hand() -> None:
+    """From the peak at the start to 2 % at the end: 0.51 + 0.49 cos."""
+    config = SFTConfig(steps=100, rate=2.0, warmup=0, schedule="cosine")
+    assert config.rate_at(0) == pytest.approx(2.0)
+    assert config.rate_at(50) == pytest.approx(2.0 * 0.51)
+    assert config.rate_at(25) == pytest.approx(2.0 * (0.51 + 0.49 * math.sqrt(0.5)))
+    assert config.rate_at(99) == pytest.approx(0.04, abs=1e-3)
+    assert replace(config, warmup=10).rate_at(4) == pytest.approx(0.5 * config.rate_at(4))
+
+
+def test_parts_of_a_batch_give_the_same_step(make_pupil: Callable[[], TinyPolicy], tmp_path: Path) -> None:
+    """Gradients of four parts add up to those of the whole; bfloat16 rounds them a little differently."""
+    trained = []
+    for parts in (1, 4):
+        policy, config = make_pupil(), SFTConfig(steps=1, batch=16, accumulate=parts, warmup=0, weight_decay=0)
+        gradients: dict[str, torch.Tensor] = {}
+
+        def keep(team: Any, module: nn.Module, norm: float, kept: dict[str, torch.Tensor] = gradients) -> float:
+            kept |= {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+            return 0.0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sft.Team, "clip", keep)
+            train(policy, config, tmp_path / str(parts), lessons(policy))
+        trained.append(gradients)
+    assert trained[0].keys() == trained[1].keys()
+    for name, gradient in trained[0].items():
+        torch.testing.assert_close(trained[1][name], gradient, rtol=0.05, atol=2e-3 * float(gradient.abs().max()))
+
+
+def test_adapters_start_as_nothing_and_merge_into_the_weights(make_pupil: Callable[[], TinyPolicy]) -> None:
+    policy, plain = make_pupil(), make_pupil()
+    names = list(plain.state_dict())
+    lora.adapt(policy, 4)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".lora_" in name and name.startswith("decoder.layers.") for name in trained)
+    assert len(trained) == 2 * 7 * 4  # A and B of q, k, v, o, gate, up, down of four blocks
+    batch = lessons(plain).batches.draw(5)
+    pixels, ids, state = batch.inputs.pixels[0], batch.inputs.ids, batch.inputs.state
+    with torch.no_grad():
+        assert torch.equal(policy(pixels, ids, state), plain(pixels, ids, state))
+        for name, parameter in policy.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1)
+        adapted = policy(pixels, ids, state)
+        lora.merge(policy)
+        assert list(policy.state_dict()) == names
+        torch.testing.assert_close(policy(pixels, ids, state), adapted, atol=1e-4, rtol=1e-4)
+    product = policy.decoder.layers[1].attention.q.weight - plain.decoder.layers[1].attention.q.weight
+    assert torch.linalg.matrix_rank(product, tol=1e-4).item() == 4
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
+def test_training_with_adapters_changes_what_is_adapted_only(
+    make_pupil: Callable[[], TinyPolicy], tmp_path: Path
+) -> None:
+    policy, plain = make_pupil(), make_pupil()
+    train(policy, SFTConfig(steps=3, batch=8, lora=2, warmup=0), tmp_path / "run", lessons(policy))
+    changed = {name for name, p in policy.named_parameters() if not torch.equal(p, plain.state_dict()[name])}
+    assert changed == {f"{name}.weight" for name in lora.targets(plain)}
+
+
+def test_the_weights_with_the_lowest_held_out_loss_are_kept(
+    make_pupil: Callable[[], TinyPolicy], tmp_path: Path
+) -> None:
+    """Noise is learned by heart, so what is held out gets worse: training stops after two looks without a gain."""
+    config = SFTConfig(steps=400, batch=16, rate=5e-3, warmup=0, held_out=0.2, check_every=10, patience=2)
+    policy = make_pupil()
+    run = run_in(tmp_path / "run", config)
+    taught = lessons(policy, held_out=24)
+    report = sft.sft(policy, config, taught, run, lambda *_: None)
+    rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
+    seen = {row["step"]: row["loss"] for row in rows if row["stage"] == "held-out"}
+    assert report["best_step"] == min(seen, key=lambda step: seen[step])
+    assert max(seen) == report["best_step"] + 20 < 400
+    with torch.no_grad():
+        found = sft.Objective(policy, config.smoothing)(taught.held_out[0])["loss"].item()
+    assert found == pytest.approx(report["held_out_loss"], abs=2e-5)
+    assert found == pytest.approx(min(seen.values()), abs=2e-5)
+
+
+def test_resumed_run_remembers_its_best_and_its_adapters(
+    make_pupil: Callable[[], TinyPolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "LOG_EVERY", 10)
+    monkeypatch.setattr(sft, "SAVE_EVERY", 20)
+    config = SFTConfig(steps=40, batch=8, rate=2e-2, warmup=0, held_out=0.2, check_every=10, lora=2)
+    straight, resumed, taught = make_pupil(), make_pupil(), lambda: lessons(straight, held_out=8)
+    whole = train(straight, config, tmp_path / "whole", taught())
+
+    def interrupt(step: int, text: str) -> None:
+        if step == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_pupil(), config, tmp_path / "cut", taught(), progress=interrupt)
+    assert train(resumed, config, tmp_path / "cut", taught()) == whole
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_loss_that_is_none_stops_and_keeps_the_last_state(
+    pupil: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
+    config = SFTConfig(steps=10, batch=4, warmup=0)
+    taught = lessons(pupil)
+    draw, drawn = taught.batches.draw, []
+
+    def poisoned(size: int) -> Batch:
+        batch = draw(size)
+        drawn.append(batch)
+        if len(drawn) == 4:
+            batch.inputs = Inputs(batch.inputs.pixels, batch.inputs.ids, batch.inputs.state * math.nan)
+        return batch
+
+    monkeypatch.setattr(taught.batches, "draw", poisoned)
+    with pytest.raises(UserError, match=r"expected a finite loss, found nan at step 4; .* keeps the last good state"):
+        train(pupil, config, tmp_path / "run", taught)
+    kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert kept["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in kept["policy"].values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"accumulate": 0},
+        {"accumulate": 3},
+        {"lora": -1},
+        {"held_out": 1.0},
+        {"held_out": -0.1},
+        {"patience": 2},
+        {"check_every": 0},
+        {"data": "somewhere", "dagger_rounds": 1},
+        {"schedule": "step"},
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"expected sft\..*found") as error:
+        SFTConfig(**wrong)
+    assert "\n" not in str(error.value)
