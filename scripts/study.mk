@@ -1,36 +1,63 @@
-# The study behind docs/recovery.md: every policy an artifact, made of the one it starts from, then exported and played.
+# The study behind docs/recovery.md: every policy is made of the one it starts from, then exported, played and written down.
 #   make -f scripts/study.mk -j2          on two cores; a later call goes on where an earlier one stopped
-# Every job uses one core. NAME-SEED is a policy; runs/study/success/NAME-SEED.json are its episodes, 100 of every task with its
-# shared scenes, the same ones for all policies.
+# A job uses one core. benchmarks/results/recovery/NAME-SEED.json is a row of the study with the outcome of every evaluation
+# episode, on the same scenes for all: a row that is there is not made again.
 export OMP_WAIT_POLICY := passive
 seeds := 0 1 2
 out := runs/study
+rows := benchmarks/results/recovery
 dense := reference/dense
 job := --workers 1 --threads 1 --evaluate 0
 
-# The settings of the recipe `compress`; training of PPO's CPU-minutes instead of PPO (scripts/controls.toml).
+# The main recipe: the expert can be asked (DAgger). The settings of the recipe `compress`, and, in place of PPO, training
+# that takes about as many CPU-minutes.
 sft := --rate 1e-3 --steps 1100 --demonstrations 120 --dagger-rounds 5 --dagger-episodes 260 --dagger-end 0.7
 more := --rate 5e-4 --steps 550 --demonstrations 120 --dagger-rounds 2 --dagger-episodes 260 --dagger-start 0 --dagger-end 0.7
-ppo := --iterations 8 --episodes 260 --demonstrations 120
+ppo := --iterations 8 --episodes 260
+
+# The scarce regime: one demonstration a task, of another scene for every seed, and nobody to ask.
+few = --demonstrations 1 --first-seed $* --seed $*
+short := --rate 1e-3 --steps 300
+long := --rate 1e-3 --steps 1500
 
 main := sft sft+ppo sft+sft dense+sft
-rows := dense pruned $(foreach seed,$(seeds),$(addsuffix -$(seed),$(main)))
+scarce := few-sft few-sft+ppo few-long few-dense+sft few-random+sft few-sft+ppo-cold few-sft+ppo-free
+names := dense pruned random $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%))
 
-.PHONY: all
+.PHONY: all rows
 .SECONDARY:
-all: $(rows:%=$(out)/success/%.json)
+all: $(names:%=$(rows)/%.json)
 
 $(out)/pruned:
 	rlrc prune $(dense) $@ --ratio 0.9 --demonstrations 120 $(job)
+$(out)/random:
+	rlrc prune $(dense) $@ --ratio 0.9 --score random $(job)
+
 $(out)/sft-%: | $(out)/pruned
 	rlrc sft $(out)/pruned $@ $(sft) --seed $* $(job)
 $(out)/sft+ppo-%: | $(out)/sft-%
-	rlrc rl $(out)/sft-$* $@ $(ppo) --seed $* $(job)
+	rlrc rl $(out)/sft-$* $@ $(ppo) --demonstrations 120 --seed $* $(job)
 # Its DAgger scenes are others than those of the SFT before it.
 $(out)/sft+sft-%: | $(out)/sft-%
 	rlrc sft $(out)/sft-$* $@ $(more) --seed 1$* $(job)
 $(out)/dense+sft-%: | $(out)/pruned
 	rlrc sft $(dense) $@ $(sft) --seed $* $(job)
+
+$(out)/few-sft-%: | $(out)/pruned
+	rlrc sft $(out)/pruned $@ $(short) $(few) $(job)
+$(out)/few-long-%: | $(out)/pruned
+	rlrc sft $(out)/pruned $@ $(long) $(few) $(job)
+$(out)/few-dense+sft-%:
+	rlrc sft $(dense) $@ $(short) $(few) $(job)
+$(out)/few-random+sft-%: | $(out)/random
+	rlrc sft $(out)/random $@ $(short) $(few) $(job)
+$(out)/few-sft+ppo-%: | $(out)/few-sft-%
+	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) $(job)
+# Without the critic's warm-up; without the behaviour-cloning term.
+$(out)/few-sft+ppo-cold-%: | $(out)/few-sft-%
+	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) --warmup 0 $(job)
+$(out)/few-sft+ppo-free-%: | $(out)/few-sft-%
+	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) --behaviour-cloning 0 $(job)
 
 $(out)/graphs/dense:
 	@mkdir -p $(@D)
@@ -41,3 +68,6 @@ $(out)/graphs/%: | $(out)/%
 $(out)/success/%.json: | $(out)/graphs/%
 	@mkdir -p $(@D)
 	rlrc bench success $*=$(out)/graphs/$* --episodes-per-task 50 --workers 1 --out $@ > /dev/null
+$(rows)/%.json: | $(out)/success/%.json
+	@mkdir -p $(@D)
+	python scripts/study.py row $* $(out)/graphs/$* $(out)/success/$*.json $@
