@@ -1,7 +1,7 @@
 """The rows of the recovery study, and what they say together. See scripts/study.mk.
 
     python scripts/study.py row NAME EXPORTED SUCCESS.json OUT.json
-    python scripts/study.py summary ROWS/ LATENCY.json benchmarks/results/recovery.json docs/recovery.md docs/recovery.svg
+    python scripts/study.py summary ROWS/ LATENCY.json RECOVERY.json RECOVERY.md RECOVERY.svg
 
 A row is one policy: how it was pruned, recovered and quantized, what it weighs, and every evaluation episode's outcome.
 """

@@ -25,24 +25,25 @@ RUNNERS: dict[str, Callable[..., Manifest]] = {
 }
 
 
-def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options) -> None:
+def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None = None) -> None:
     """Every stage of a recipe, each an artifact of its own in ``OUT.stages/``, then the export to ``out``.
 
-    A stage that an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
+    ``flags`` are those of an official source. A stage that an earlier call finished is kept, provided it did the same
+    to the same input; otherwise it is refused.
     """
     from rlrc.exporters.export import export  # imported late: only this function goes all the way
 
     check_output(out)
     folder = out.parent / f"{out.name}.stages"
     folder.mkdir(parents=True, exist_ok=True)
-    current = source
+    current, told = source, flags or Flags()
     for name, config in recipe.items():
         target = folder / name
         if target.exists():
-            check_same(target, name, open_source(current, Flags()), config)
+            check_same(target, name, open_source(current, told), config)
         else:
-            RUNNERS[name](current, target, config, options)
-        current = target
+            RUNNERS[name](current, target, config, options, told)
+        current, told = target, Flags()
     export(artifacts.load(current), out)
 
 

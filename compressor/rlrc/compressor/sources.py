@@ -47,6 +47,11 @@ class Source(Protocol):
         """The raw ones of golden.npz."""
         ...
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the policy's prompt; None: a policy without language."""
+        ...
+
 
 def open_source(path: Path, flags: Flags) -> Source:
     """Reads no weights yet. Raises UserError for what a stage cannot start from."""
@@ -82,6 +87,10 @@ class ArtifactSource:
     def observations(self) -> dict[str, np.ndarray]:
         return read_observations(self.artifact.file(GOLDEN))
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return None if self.spec.prompt is None else Tokenizer(self.artifact.file(TOKENIZER), self.spec.prompt)
+
 
 class OfficialSource:
     """An official folder, or a repository of the hub, which is downloaded."""
@@ -91,7 +100,7 @@ class OfficialSource:
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
         self.spec, self.towers = layout.spec, layout.towers
-        self.tokenizer = tokenizer_of(self.folder, self.options, layout.spec)
+        self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
         self.quantized = False
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}

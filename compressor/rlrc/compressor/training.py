@@ -27,6 +27,7 @@ from rlrc.compressor.stages import Options, reference_only, stage
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import PICTURE, TASKS, make
 from rlrc.envs.seeds import VALIDATION
+from rlrc.runtime.official import Flags
 from rlrc.runtime.preprocess import Tokenizer
 
 GOLDEN_SCENES = 3  # of every task, at the start and half a second into the expert's way
@@ -76,12 +77,12 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
         yield lambda done, text: progress.update(bar, completed=done, text=text)
 
 
-def run_sft(source: Path, out: Path, config: SFTConfig, options: Options) -> Manifest:
+def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
     def check(found: Source) -> None:
         reference_only("sft", found)
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
-    with stage("sft", source, out, config, options, check) as work:
+    with stage("sft", source, out, config, options, check, flags) as work:
         policy, simulation = work.trainable()
         batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
         lessons = Lessons(batches, simulation.held_out(policy, config))
@@ -91,8 +92,8 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: Options) -> Man
         return work.finish(policy, **report)
 
 
-def run_rl(source: Path, out: Path, config: PPOConfig, options: Options) -> Manifest:
-    with stage("rl", source, out, config, options, partial(reference_only, "rl")) as work:
+def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    with stage("rl", source, out, config, options, partial(reference_only, "rl"), flags) as work:
         policy, simulation = work.trainable()
         examples = DemonstrationConfig(config.demonstrations, config.first_seed)
         batches = simulation.batches(policy, examples, config.seed)

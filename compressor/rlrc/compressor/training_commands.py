@@ -15,6 +15,7 @@ from rlrc.compressor.recipe import load
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
 from rlrc.compressor.training import new, run_rl, run_sft
+from rlrc.runtime.official import Flags
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,17 @@ class New:
 
 @dataclass(frozen=True)
 class SFT(StageCommand):
-    """Supervised fine-tuning on expert demonstrations, optionally with DAgger."""
+    """Supervised fine-tuning on demonstrations: a data set's, or scripted experts', who also label (DAgger).
+
+    The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
+    """
 
     config: OmitArgPrefixes[SFTConfig] = field(default_factory=SFTConfig)
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("sft", run_sft, self.config, "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already")
+        following = "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already"
+        self._run("sft", run_sft, self.config, following, self.official)
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,16 @@ class Compress:
     """All stages of a recipe, then the export. Finished stages are kept beside OUT and skipped by a later call."""
 
     source: Positional[Path]
-    """trained dense artifact"""
+    """trained dense artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     out: Positional[Path]
     """artifact to write, ready for rlrc run"""
     recipe: str = "compress"
     """a TOML file, or the name of a built-in recipe"""
     options: OmitArgPrefixes[Options] = field(default_factory=Options)
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        compress(self.source, self.out, load(self.recipe), self.options)
+        compress(self.source, self.out, load(self.recipe), self.options, self.official)
         Console().print(
             f"next: rlrc run {self.out} --env metaworld:drawer-open-v3 --hz 20, "
             f"or rlrc bench claims {self.out} --baseline ..."
