@@ -26,7 +26,10 @@ names := dense pruned random $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%)
 
 .PHONY: all rows
 .SECONDARY:
-all: $(names:%=$(rows)/%.json)
+all: rows
+	rlrc bench latency $$(python scripts/study.py shapes $(rows) $(out)/graphs) --out $(out)/latency.json --force > /dev/null
+	python scripts/study.py summary $(rows) $(out)/latency.json benchmarks/results/recovery.json docs/recovery.md docs/recovery.svg
+rows: $(names:%=$(rows)/%.json)
 
 $(out)/pruned:
 	rlrc prune $(dense) $@ --ratio 0.9 --demonstrations 120 $(job)

@@ -1,9 +1,11 @@
 """The rows of the recovery study, and what they say together. See scripts/study.mk.
 
     python scripts/study.py row NAME EXPORTED SUCCESS.json OUT.json
+    python scripts/study.py shapes ROWS/ GRAPHS/        one NAME=FOLDER for each kind of graph, for rlrc bench latency
     python scripts/study.py summary ROWS/ LATENCY.json RECOVERY.json RECOVERY.md RECOVERY.svg
 
 A row is one policy: how it was pruned, recovered and quantized, what it weighs, and every evaluation episode's outcome.
+The summary joins the rows with the latency of their kind of graph, and writes the tables between the marks of the page.
 """
 
 from __future__ import annotations
@@ -15,12 +17,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib import pyplot
+
 from rlrc import artifact
 from rlrc.artifact import HistoryEntry, Manifest
 from rlrc.benchmarks.results import dump, write
+from rlrc.benchmarks.stats import mcnemar, paired_difference_limit, wilson
 
 Row = dict[str, Any]
 DENSE = 2  # stages of the dense policy: new, sft
+ORDER = ["dense", "pruned", "random", "sft", "sft+sft", "sft+ppo", "dense+sft"]  # of the arms; the others after them
+COMPARED = (
+    ("sft", "dense"),
+    ("sft+ppo", "sft"),
+    ("sft+ppo", "sft+sft"),
+    ("sft+ppo", "dense+sft"),
+    ("sft+ppo", "dense"),
+    ("few-sft", "pruned"),
+    ("few-sft", "few-random+sft"),
+    ("few-sft+ppo", "few-sft"),
+    ("few-sft+ppo", "few-long"),
+    ("few-sft+ppo", "few-dense+sft"),
+    ("few-sft+ppo", "few-sft+ppo-cold"),
+    ("few-sft+ppo", "few-sft+ppo-free"),
+    ("few-distill", "few-sft"),
+    ("few-depth+sft", "few-sft"),
+)
 
 
 def pruning(history: Sequence[HistoryEntry]) -> Row | None:
@@ -83,9 +106,129 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
     write(out, dump(values))
 
 
+def arms(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of every arm, one a seed."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"] or 0):
+        found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def outcomes(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """Every episode of all seeds as 0 or 1, in the same order for every arm."""
+    return "".join(row["outcomes"][task] for row in rows for task in tasks)
+
+
+def table(found: dict[str, list[Row]]) -> list[str]:
+    lines = [
+        "| arm | parameters | MB | p50 ms | success (95 %) | episodes | seeds | hard tasks, seeds | CPU-minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in found.items():
+        played = outcomes(rows, sorted(rows[0]["outcomes"]))
+        low, high = wilson(played.count("1"), len(played))
+        latency = rows[0]["latency_ms"]
+        cells = [
+            name,
+            f"{rows[0]['parameters'] / 1e6:.2f} M",
+            f"{rows[0]['bytes'] / 1e6:.2f}",
+            "" if latency is None else f"{latency['p50']:.2f}",
+            f"{played.count('1') / len(played):.3f} ({low:.3f} to {high:.3f})",
+            str(len(played)),
+            " ".join(f"{row['success']:.3f}" for row in rows) if len(rows) > 1 else "",
+            " ".join(f"{row['hard']:.3f}" for row in rows),
+            f"{sum(row['cpu_minutes'] for row in rows) / len(rows):.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def comparison(arm: str, baseline: str, found: dict[str, list[Row]]) -> str | None:
+    """Scene by scene over the seeds that both have; an arm without seeds is compared with every one of the other."""
+    ours, theirs = found.get(arm, []), found.get(baseline, [])
+    if len(theirs) == 1 and theirs[0]["seed"] is None:
+        theirs = [theirs[0] | {"seed": row["seed"]} for row in ours]
+    by_seed = {row["seed"]: row for row in theirs}
+    both = [(row, by_seed[row["seed"]]) for row in ours if row["seed"] in by_seed]
+    if not both:
+        return None
+    tasks = sorted(both[0][0]["outcomes"])
+    pairs = list(zip(*(outcomes(rows, tasks) for rows in zip(*both, strict=True)), strict=True))
+    only, only0 = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    limit, p = paired_difference_limit(only, only0, len(pairs)), mcnemar(only, only0)
+    difference = (only - only0) / len(pairs)
+    return f"| {arm} - {baseline} | {len(both)} | {difference:+.3f} | {limit:+.3f} | {p:.2g} |"
+
+
+def comparisons(found: dict[str, list[Row]]) -> list[str]:
+    head = ["| difference | seeds | of success | lower 95 % limit | McNemar p |", "|---|---|---|---|---|"]
+    return head + [line for pair in COMPARED if (line := comparison(*pair, found)) is not None]
+
+
+def marked(page: str, name: str, lines: Sequence[str]) -> str:
+    """The page with these lines between <!-- name --> and <!-- end -->."""
+    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        sys.exit(f"expected <!-- {name} --> and <!-- end --> in the page, found neither or one; put them back")
+    return "\n".join([f"{before}<!-- {name} -->", *lines, f"{end}{after}"])
+
+
+def draw(found: dict[str, list[Row]], file: Path) -> None:
+    """Success against CPU-minutes of recovery, a point a seed; the scarce regime apart."""
+    matplotlib.use("agg")
+    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axes, title in zip(sides, ("Main recipe: experts can be asked", "One demonstration a task"), strict=True):
+        scarce = axes is sides[1]
+        shown = {
+            name: rows for name, rows in found.items() if rows[0]["recovery"] and name.startswith("few-") == scarce
+        }
+        for name, rows in shown.items():
+            axes.scatter([row["cpu_minutes"] for row in rows], [row["success"] for row in rows], label=name, s=18)
+        for name in ("dense", "pruned"):
+            if name in found:
+                axes.axhline(found[name][0]["success"], color="0.6", linewidth=0.8, linestyle=":")
+                axes.annotate(f" {name}", (0, found[name][0]["success"]), color="0.4", fontsize=7, va="bottom")
+        axes.set(xlabel="CPU-minutes of recovery", title=title)
+        axes.legend(fontsize=7)
+    sides[0].set_ylabel("success, argmax, evaluation scenes")
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def summary(folder: Path, latency: Path, out: Path, page: Path, picture: Path) -> None:
+    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    order = {name: i for i, name in enumerate(ORDER)}
+    rows.sort(key=lambda row: (order.get(row["name"], len(order)), row["name"], row["seed"] or 0))
+    measured = {row["name"]: row["latency_ms"] for row in json.loads(latency.read_text())["rows"]}
+    for row in rows:
+        milliseconds = measured.get(row["shape"])
+        row["latency_ms"] = milliseconds and {key: milliseconds[key] for key in ("p50", "p99")}
+    write(out, dump(rows))
+    found = arms(rows)
+    text = marked(page.read_text(), "arms", table(found))
+    page.write_text(marked(text, "differences", comparisons(found)))
+    draw(found, picture)
+    print("\n".join([*table(found), "", *comparisons(found)]))
+
+
+def shapes(folder: Path, graphs: Path) -> None:
+    """Called by the shape, so that a result can be found by it."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("*.json")):
+        row, exported = json.loads(file.read_text()), graphs / file.stem
+        if exported.is_dir():
+            found.setdefault(row["shape"], f"{row['shape']}={exported}")
+    print(" ".join(found.values()))
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:] or [""]
     if command == "row" and len(arguments) == 4:
         row(arguments[0], *map(Path, arguments[1:]))
+    elif command == "shapes" and len(arguments) == 2:
+        shapes(*map(Path, arguments))
+    elif command == "summary" and len(arguments) == 5:
+        summary(*map(Path, arguments))
     else:
         sys.exit(f"expected what the module's first lines say, found {' '.join(sys.argv[1:]) or 'nothing'}")
