@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job in a few minutes, from the committed dense checkpoint: prune, recover by SFT and by PPO, quantize, export, run in
-# closed loop, measure, report. The full budget is the same with --recipe compress and more episodes (scripts/reference.sh).
+# closed loop, measure, report. The full budget is the same with --recipe rlrc-90 and more episodes (scripts/reference.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$(cd "${RLRC_VENV:-.venv}" && pwd)/bin:$PATH"

@@ -9,11 +9,11 @@ mkdir -p "$out"
 
 [ -d "$out/new" ] || rlrc new "$out/new"
 [ -d "$out/dense" ] || rlrc sft "$out/new" "$out/dense" --recipe reference
-[ -d "$out/compressed" ] || rlrc compress "$out/dense" "$out/compressed" --recipe compress
+[ -d "$out/compressed" ] || rlrc compress "$out/dense" "$out/compressed" --recipe rlrc-90
 
 # Controls. PPO has to beat SFT of the same CPU-minutes; recovery has to beat pruning at random and mere extra training.
 [ -d "$out/pruned+sft+sft" ] || rlrc sft "$out/compressed.stages/sft" "$out/pruned+sft+sft" --recipe scripts/controls.toml
-[ -d "$out/dense+sft" ] || rlrc sft "$out/dense" "$out/dense+sft" --recipe compress
+[ -d "$out/dense+sft" ] || rlrc sft "$out/dense" "$out/dense+sft" --recipe rlrc-90
 [ -d "$out/dense-int4" ] || rlrc quantize "$out/dense" "$out/dense-int4"
 # 8-bit products: faster than floats, but too far from the torch policy for an export without --tolerance.
 mkdir -p "$out/graphs"

@@ -9,7 +9,7 @@ rows := benchmarks/results/recovery
 dense := reference/dense
 job := --workers 1 --threads 1 --evaluate 0
 
-# The main recipe: the expert can be asked (DAgger). The settings of the recipe `compress`, and, in place of PPO, training
+# The main recipe: the expert can be asked (DAgger). The settings of the recipe `rlrc-90`, and, in place of PPO, training
 # that takes about as many CPU-minutes.
 sft := --rate 1e-3 --steps 1100 --demonstrations 120 --dagger-rounds 5 --dagger-episodes 260 --dagger-end 0.7
 more := --rate 5e-4 --steps 550 --demonstrations 120 --dagger-rounds 2 --dagger-episodes 260 --dagger-start 0 --dagger-end 0.7

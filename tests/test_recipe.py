@@ -27,8 +27,8 @@ def test_built_in_recipes_load(name: str) -> None:
 
 
 def test_the_three_recipes_are_there() -> None:
-    assert {file.stem for file in recipe.BUILT_IN.glob("*.toml")} >= {"reference", "compress", "demo"}
-    assert recipe.load("compress")["prune"] == PruneConfig(ratio=0.9, demonstrations=120)
+    assert {file.stem for file in recipe.BUILT_IN.glob("*.toml")} >= {"reference", "rlrc-90", "demo"}
+    assert recipe.load("rlrc-90")["prune"] == PruneConfig(ratio=0.9, demonstrations=120)
 
 
 def test_tables_become_configurations(tmp_path: Path) -> None:

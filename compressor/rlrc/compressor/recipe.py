@@ -30,7 +30,7 @@ BUILT_IN = Path(__file__).parent / "recipes"
 
 
 def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]:
-    """Read a recipe: a path, or the name of one that comes with rlrc ("reference", "compress", "demo").
+    """Read a recipe: a path, or the name of one that comes with rlrc ("reference", "rlrc-90", "demo").
 
     Returns the configurations of its stages in their order; those not ``wanted`` are left out and their tables not
     read. Raises UserError for a file that cannot be read, and for anything in it that the stages do not know or allow.

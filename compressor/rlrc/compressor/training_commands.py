@@ -64,7 +64,7 @@ class Compress:
     """trained dense artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     out: Positional[Path]
     """artifact to write, ready for rlrc run"""
-    recipe: str = "compress"
+    recipe: str = "rlrc-90"
     """a TOML file, or the name of a built-in recipe"""
     options: OmitArgPrefixes[Options] = field(default_factory=Options)
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
