@@ -83,7 +83,7 @@ def test_missing_file_and_folder_and_binary_are_refused(tmp_path: Path) -> None:
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     cases = {
-        "nowhere": "expected a recipe at nowhere or one of compress, demo, .*reference",
+        "nowhere": "expected a recipe at nowhere or one of .*demo, .*reference, rlrc-90",
         str(tmp_path): "expected a recipe at .*directory",
         str(binary): "expected TOML in .*binary.toml",
     }
