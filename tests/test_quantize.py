@@ -12,15 +12,8 @@ from safetensors.torch import load_file, save_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError
 from rlrc.compressor import checkpoint
-from rlrc.compressor.quantize import (
-    GROUP,
-    QuantizeConfig,
-    dequantize,
-    pack,
-    quantize,
-    quantize_groups,
-    unpack,
-)
+from rlrc.compressor.grid import GROUP, dequantize, pack, quantize_groups, unpack
+from rlrc.compressor.quantize import QuantizeConfig, quantize
 from rlrc.errors import UserError
 
 
@@ -82,7 +75,7 @@ def test_integers_stay_on_the_grid() -> None:
 
 
 def error_of_groups(w: torch.Tensor, search: bool) -> torch.Tensor:
-    packed, spec = quantize({"a.weight": w}, QuantizeConfig(search=search))
+    packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig(search=search))
     return (dequantize(packed, spec)["a.weight"] - w).unflatten(1, (-1, GROUP)).square().sum(-1)
 
 
@@ -106,7 +99,7 @@ def test_dequantized_is_what_gguf_makes_of_the_same_integers() -> None:
     """Repacked as Q4_0 blocks (scale, then 16 bytes: element j low, element j + 16 high) and read by gguf."""
     gguf = pytest.importorskip("gguf")
     w = weights()
-    packed, spec = quantize({"a.weight": w}, QuantizeConfig())
+    packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig())
     nibbles = (unpack(packed["a.weight.q"]).numpy() + 8).astype(np.uint8).reshape(len(w), -1, 32)
     halves = nibbles[..., :16] | (nibbles[..., 16:] << 4)
     scale = packed["a.weight.scale"].numpy()[..., None].view(np.uint8)
@@ -119,7 +112,7 @@ def test_zeros_stay_zero() -> None:
     w = weights(4, 64)
     w[1], w[2, :32], w[3, 0] = 0.0, 0.0, 1e-9  # a row, a group, and a value far below the smallest scale
     w[3, 1:32] = 0.0
-    packed, spec = quantize({"a.weight": w}, QuantizeConfig())
+    packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig())
     integers, restored = unpack(packed["a.weight.q"]), dequantize(packed, spec)["a.weight"]
     assert restored.isfinite().all()
     assert integers[1].abs().max() == integers[2, :32].abs().max() == integers[3, :32].abs().max() == 0
@@ -136,7 +129,7 @@ def test_only_linear_weights_of_whole_groups_are_quantized() -> None:
         "head.bias": torch.ones(64),
         "vision.position": weights(8, 64),
     }
-    packed, spec = quantize(tensors, QuantizeConfig())
+    packed, spec, _ = quantize(tensors, QuantizeConfig())
     assert spec.tensors == {"head.weight": 4}
     assert (spec.grid, spec.group) == ("int4", 32)
     assert packed["head.weight.q"].shape == (8, 32)
@@ -151,7 +144,7 @@ def test_only_linear_weights_of_whole_groups_are_quantized() -> None:
 
 def test_exempt_tensors_take_eight_bits() -> None:
     tensors = {"a.weight": weights(), "b.weight": weights(seed=3)}
-    packed, spec = quantize(tensors, QuantizeConfig(exempt=("b.weight",), search=False))
+    packed, spec, _ = quantize(tensors, QuantizeConfig(exempt=("b.weight",), search=False))
     assert spec.tensors == {"a.weight": 4, "b.weight": 8}
     assert packed["b.weight.q"].shape == (24, 96)
     assert packed["b.weight.q"].dtype == torch.int8
