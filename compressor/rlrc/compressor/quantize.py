@@ -110,6 +110,8 @@ def quantize(
 
     result = {name: rounded(name, width) for name, width in bits.items()}
     if config.budget and error is not None:
+        without = {**tensors, **{name: values_of(*pair) for name, pair in result.items()}}
+        report["action_error_without_exceptions"] = error.of(without)
         report["exceptions"] = exceptions(error, tensors, result, bits, config.budget)
         for exception in report["exceptions"]:
             bits[exception["tensor"]] = 8
@@ -120,6 +122,18 @@ def quantize(
         report["action_error"] = error.of(dequantize(packed, spec))
     report["bytes"] = sum(tensor.nbytes for tensor in packed.values())
     return Quantized(packed, spec, report)
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What ``quantize`` reports, for people."""
+    found = []
+    if "exceptions" in report:
+        before, names = report["action_error_without_exceptions"], [one["tensor"] for one in report["exceptions"]]
+        found.append(f"kept in 8 bits (action error {before:.3g} without): {', '.join(names) or 'none'}")
+    if "action_error" in report:
+        error = report["action_error"]
+        found.append(f"mean action error {error:.3g}, in normalised units, on the observations given for calibration")
+    return found
 
 
 def quantizable(name: str, tensor: Tensor) -> bool:
