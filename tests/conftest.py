@@ -302,6 +302,7 @@ def _write_tiny(out: Path, quantization: Any = None) -> Path:
 
     from rlrc.compressor import checkpoint
     from rlrc.compressor.backbones.tiny import TinyPolicy
+    from rlrc.compressor.quantize import quantize
 
     described = manifest()
     torch.manual_seed(0)
@@ -311,7 +312,8 @@ def _write_tiny(out: Path, quantization: Any = None) -> Path:
     with artifacts.writing(out) as draft:
         _write_tokenizer(draft.file(TOKENIZER))
         raw = raw_observations(described.policy)
-        checkpoint.write_policy(draft, policy, raw, described.history, quantization)
+        result = None if quantization is None else quantize(policy, quantization)
+        checkpoint.write_policy(draft, policy, raw, described.history, result)
     return out
 
 

@@ -22,7 +22,8 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, Manifest, TowerSpec  # noqa: E402
 from rlrc.compressor import checkpoint  # noqa: E402
 from rlrc.compressor.backbones.tiny import TinyPolicy  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig, dequantize, quantize  # noqa: E402
+from rlrc.compressor.grid import dequantize  # noqa: E402
+from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES  # noqa: E402
@@ -102,7 +103,7 @@ def floats(policy: TinyPolicy) -> Weights:
 
 def quantized(policy: TinyPolicy, exempt: tuple[str, ...] = ()) -> tuple[Weights, TinyPolicy]:
     """Its int4 weights, and the policy that they mean."""
-    tensors, spec = quantize(policy.state_dict(), QuantizeConfig(exempt))
+    tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig(exempt))
     meant = TinyPolicy(policy.spec, policy.towers).eval()
     meant.load_state_dict(dequantize(tensors, spec))
     return Weights({name: tensor.numpy() for name, tensor in tensors.items()}, spec), meant
@@ -246,7 +247,7 @@ def test_an_old_onnxruntime_can_read_the_format(tiny_manifest: Manifest) -> None
 def make_int4(parent: Path, out: Path) -> Path:
     """An int4 artifact, as the quantization stage writes it."""
     dense = artifacts.load(parent)
-    weights, spec = quantize(checkpoint.load_policy(dense).state_dict(), QuantizeConfig())
+    weights, spec, _ = quantize(checkpoint.load_policy(dense).state_dict(), QuantizeConfig())
     meant = TinyPolicy(dense.manifest.policy, dense.manifest.towers)
     meant.load_state_dict(dequantize(weights, spec))
     with artifacts.writing(out) as draft, np.load(parent / "golden.npz") as observations:

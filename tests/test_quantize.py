@@ -1,8 +1,9 @@
-"""The 4-bit grid: against numpy, against gguf's Q4_0, and by hand."""
+"""The grid against numpy and by hand, and which tensors are put on it; the methods are in test_quantize_methods.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,8 @@ from safetensors.torch import load_file, save_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError
 from rlrc.compressor import checkpoint
-from rlrc.compressor.quantize import (
-    GROUP,
-    QuantizeConfig,
-    dequantize,
-    pack,
-    quantize,
-    quantize_groups,
-    unpack,
-)
+from rlrc.compressor.grid import GROUP, dequantize, pack, quantize_groups, unpack
+from rlrc.compressor.quantize import QuantizeConfig, quantize
 from rlrc.errors import UserError
 
 
@@ -82,7 +76,7 @@ def test_integers_stay_on_the_grid() -> None:
 
 
 def error_of_groups(w: torch.Tensor, search: bool) -> torch.Tensor:
-    packed, spec = quantize({"a.weight": w}, QuantizeConfig(search=search))
+    packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig(search=search))
     return (dequantize(packed, spec)["a.weight"] - w).unflatten(1, (-1, GROUP)).square().sum(-1)
 
 
@@ -102,24 +96,11 @@ def test_pack_by_hand_and_round_trip() -> None:
     assert torch.equal(unpack(pack(integers)), integers)
 
 
-def test_dequantized_is_what_gguf_makes_of_the_same_integers() -> None:
-    """Repacked as Q4_0 blocks (scale, then 16 bytes: element j low, element j + 16 high) and read by gguf."""
-    gguf = pytest.importorskip("gguf")
-    w = weights()
-    packed, spec = quantize({"a.weight": w}, QuantizeConfig())
-    nibbles = (unpack(packed["a.weight.q"]).numpy() + 8).astype(np.uint8).reshape(len(w), -1, 32)
-    halves = nibbles[..., :16] | (nibbles[..., 16:] << 4)
-    scale = packed["a.weight.scale"].numpy()[..., None].view(np.uint8)
-    blocks = np.concatenate([scale, halves], -1).reshape(len(w), -1)
-    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)
-    np.testing.assert_array_equal(dequantize(packed, spec)["a.weight"].numpy(), expected)
-
-
 def test_zeros_stay_zero() -> None:
     w = weights(4, 64)
     w[1], w[2, :32], w[3, 0] = 0.0, 0.0, 1e-9  # a row, a group, and a value far below the smallest scale
     w[3, 1:32] = 0.0
-    packed, spec = quantize({"a.weight": w}, QuantizeConfig())
+    packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig())
     integers, restored = unpack(packed["a.weight.q"]), dequantize(packed, spec)["a.weight"]
     assert restored.isfinite().all()
     assert integers[1].abs().max() == integers[2, :32].abs().max() == integers[3, :32].abs().max() == 0
@@ -136,7 +117,7 @@ def test_only_linear_weights_of_whole_groups_are_quantized() -> None:
         "head.bias": torch.ones(64),
         "vision.position": weights(8, 64),
     }
-    packed, spec = quantize(tensors, QuantizeConfig())
+    packed, spec, _ = quantize(tensors, QuantizeConfig())
     assert spec.tensors == {"head.weight": 4}
     assert (spec.grid, spec.group) == ("int4", 32)
     assert packed["head.weight.q"].shape == (8, 32)
@@ -151,7 +132,7 @@ def test_only_linear_weights_of_whole_groups_are_quantized() -> None:
 
 def test_exempt_tensors_take_eight_bits() -> None:
     tensors = {"a.weight": weights(), "b.weight": weights(seed=3)}
-    packed, spec = quantize(tensors, QuantizeConfig(exempt=("b.weight",), search=False))
+    packed, spec, _ = quantize(tensors, QuantizeConfig(exempt=("b.weight",), search=False))
     assert spec.tensors == {"a.weight": 4, "b.weight": 8}
     assert packed["b.weight.q"].shape == (24, 96)
     assert packed["b.weight.q"].dtype == torch.int8
@@ -165,6 +146,91 @@ def test_exempt_tensors_take_eight_bits() -> None:
 def test_exemption_that_names_no_quantizable_tensor_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"quantize.exempt to name .*a.weight.*found '{name}'"):
         quantize({"a.weight": weights(), "norm.weight": torch.ones(32)}, QuantizeConfig(exempt=("a.weight", name)))
+
+
+def test_eight_bits_for_all() -> None:
+    tensors = {"a.weight": weights(), "head.weight": weights(seed=3), "norm.weight": torch.ones(64)}
+    packed, spec, report = quantize(tensors, QuantizeConfig(bits=8))
+    assert (spec.grid, spec.tensors) == ("int8", {"a.weight": 8, "head.weight": 8})
+    assert packed["a.weight.q"].dtype == torch.int8
+    assert (packed["a.weight.q"] == quantize_groups(tensors["a.weight"], 8, search=True)[0]).all()
+    assert report == {"bytes": 2 * (24 * 96 + 24 * 3 * 2) + 64 * 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {"a.weight": 4, "head.weight": 4, "action_out.weight": 4}),
+        ({"head": 8}, {"a.weight": 4, "head.weight": 8, "action_out.weight": 8}),
+        ({"head": 16}, {"a.weight": 4}),
+        ({"bits": 8, "head": 4}, {"a.weight": 8, "head.weight": 4, "action_out.weight": 4}),
+        ({"embeddings": 8, "head": 16}, {"a.weight": 4, "embedding.weight": 8}),
+        ({"exempt": ("head.weight",), "head": 4}, {"a.weight": 4, "head.weight": 8, "action_out.weight": 4}),
+    ],
+)
+def test_head_and_embeddings_are_decided_explicitly(config: dict[str, Any], expected: dict[str, int]) -> None:
+    names = ("a.weight", "head.weight", "action_out.weight", "embedding.weight")
+    packed, spec, _ = quantize({name: weights(8, 64) for name in names}, QuantizeConfig(**config))
+    assert spec.tensors == expected
+    for name in names:
+        assert (
+            packed[f"{name}.q" if name in expected else name].dtype
+            == {
+                4: torch.uint8,
+                8: torch.int8,
+                None: torch.float16,
+            }[expected.get(name)]
+        )
+
+
+def test_grid_is_that_of_most_weights() -> None:
+    """dtype and grid of the manifest follow the weights, not the number of tensors."""
+    tensors = {"a.weight": weights(8, 64), "b.weight": weights(8, 64), "c.weight": weights(17, 64)}
+    for exempt, grid in ((("a.weight", "b.weight"), "int4"), (("c.weight",), "int8")):
+        assert quantize(tensors, QuantizeConfig(exempt)).spec.grid == grid
+
+
+def test_layers_cut_to_nothing_are_left_alone() -> None:
+    packed, spec, _ = quantize({"o.weight": torch.zeros(64, 0), "q.weight": torch.zeros(0, 64)}, QuantizeConfig())
+    assert spec.tensors == {}
+    assert packed["o.weight"].shape == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "awk"}, r"expected quantize\.method rtn, awq, gptq, found 'awk'"),
+        ({"bits": 5}, r"expected quantize\.bits 4, 8, found 5"),
+        ({"head": 2}, r"expected quantize\.head 4, 8, 16, found 2"),
+        ({"embeddings": 4}, r"expected quantize\.embeddings 8, 16, found 4"),
+        ({"budget": -0.1}, r"expected quantize\.budget from 0 to 1, .* found -0\.1"),
+        ({"budget": 1.5}, r"found 1\.5"),
+        ({"budget": float("nan")}, r"found nan"),
+        ({"budget": 0.1, "bits": 8}, r"expected quantize\.budget 0 with 8 bits, .* found 0\.1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QuantizeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"finite weights, found NaN or infinity in norm\.weight; repair"),
+        (float("inf"), r"in norm\.weight"),
+        (1e5, r"norm\.weight within float16's range, found 1e\+05"),
+    ],
+)
+def test_weights_that_the_format_cannot_hold_are_refused(value: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        quantize({"a.weight": weights(), "norm.weight": torch.tensor([1.0, value])}, QuantizeConfig())
+
+
+@pytest.mark.parametrize("settings", [{"method": "gptq"}, {"method": "awq"}, {"budget": 0.1}])
+def test_calibration_needs_observations(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"expected a policy and calibration observations .*found none"):
+        quantize({"a.weight": weights()}, QuantizeConfig(**settings))
 
 
 def test_int4_artifact_holds_the_policy_its_goldens_show(tiny_int4_artifact: Path) -> None:

@@ -194,12 +194,13 @@ class TowerSpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """``grid`` "int4": symmetric, groups of ``group`` along the input dimension, fp16 scale.
+    """Symmetric integers, groups of ``group`` along the input dimension, fp16 scale.
 
-    ``tensors`` maps the name of every quantized tensor to its bits.
+    ``tensors`` maps the name of every quantized tensor to its bits, 4 or 8; ``grid`` says which most of the weights
+    have.
     """
 
-    grid: Literal["int4"]
+    grid: Literal["int4", "int8"]
     group: int
     tensors: dict[str, int]
 
@@ -268,7 +269,7 @@ class Manifest:
     policy: PolicySpec
     towers: dict[str, TowerSpec]
     parameters: int
-    dtype: Literal["float32", "bfloat16", "int4"]
+    dtype: Literal["float32", "bfloat16", "int4", "int8"]
     quantization: QuantizationSpec | None = None
     graphs: tuple[GraphSpec, ...] = ()
     verified: tuple[VerifiedSpec, ...] = ()

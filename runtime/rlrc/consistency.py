@@ -29,14 +29,22 @@ def check_consistent(manifest: Manifest) -> None:
         _check_tower(name, tower, manifest.policy)
     if manifest.policy.decode != "parallel":
         _check("decoder" in manifest.towers, "a tower decoder, whose keys and values are kept", list(manifest.towers))
-    quantized = manifest.quantization is not None
-    _check(
-        quantized == (manifest.dtype == "int4"), "quantization exactly where dtype is int4", f"dtype {manifest.dtype}"
-    )
+    _check_quantization(manifest)
     for relative in manifest.files:
         _check(is_inside(relative), "plain relative paths at files", repr(relative))
     for graph in manifest.graphs:
         _check(graph.file in manifest.files, f"the graph {graph.name}'s {graph.file} among files", list(manifest.files))
+
+
+def _check_quantization(manifest: Manifest) -> None:
+    grid = None if manifest.quantization is None else manifest.quantization.grid
+    rounded = manifest.dtype if manifest.dtype in ("int4", "int8") else None
+    found = f"dtype {manifest.dtype} and grid {grid}"
+    _check(grid == rounded, "quantization exactly where dtype is int4 or int8, and of that grid", found)
+    if manifest.quantization is not None:
+        _check(manifest.quantization.group > 0, "a positive quantization.group", manifest.quantization.group)
+        bits = set(manifest.quantization.tensors.values())
+        _check(bits <= {4, 8}, "4 or 8 bits at quantization.tensors", sorted(bits))
 
 
 def check_policy(policy: PolicySpec) -> None:

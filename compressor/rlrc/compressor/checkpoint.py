@@ -8,7 +8,7 @@ in float32: ``actions`` (N, horizon, dim) un-normalised, of token policies also 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from rlrc.artifact import Artifact, ArtifactError, Draft, HistoryEntry, Manifest, PolicySpec, TowerSpec
 from rlrc.compressor.backbones import build
+from rlrc.compressor.grid import dequantize
 from rlrc.compressor.policy import Inputs, Outputs, Policy
-from rlrc.compressor.quantize import QuantizeConfig, dequantize, quantize
+from rlrc.compressor.quantize import Quantized
 from rlrc.runtime.preprocess import prepare, unnormalise
 
 WEIGHTS = "weights/model.safetensors"
@@ -40,7 +41,7 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
 
 
 def load_policy(artifact: Artifact) -> Policy:
-    """The policy in float32 and evaluation mode, int4 weights dequantized. A tensor that does not fit is refused."""
+    """The policy in float32 and evaluation mode, integers dequantized. A tensor that does not fit is refused."""
     manifest = artifact.manifest
     tensors = dequantize(read_tensors(artifact), manifest.quantization)
     return policy_of(manifest.policy, manifest.towers, tensors, str(artifact.path))
@@ -94,11 +95,16 @@ def inputs_of(spec: PolicySpec, observations: Mapping[str, np.ndarray], row: int
     return Inputs(pixels, batch(ids), batch(prepared.state), noise=batch(values.get("noise")))
 
 
+def every_input(spec: PolicySpec, observations: Mapping[str, np.ndarray]) -> Iterator[Inputs]:
+    """``inputs_of`` every row, one by one."""
+    return (inputs_of(spec, observations, row) for row in range(len(next(iter(observations.values())))))
+
+
 def answers(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the policy makes of the observations, one by one, in float32: ANSWERS, as far as it has them."""
-    spec, rows = policy.eval().spec, len(next(iter(observations.values())))
+    spec = policy.eval().spec
     with torch.inference_mode():
-        outputs = [policy.act(inputs_of(spec, observations, row)) for row in range(rows)]
+        outputs = [policy.act(inputs) for inputs in every_input(spec, observations)]
     found = {"actions": unnormalise(_stacked(outputs, "actions"), spec.action.norm)}
     return found | {name: _stacked(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
 
@@ -112,9 +118,9 @@ def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
     return torch.cat([getattr(output, name) for output in outputs]).numpy()
 
 
-def quantized(policy: Policy, config: QuantizeConfig) -> Policy:
-    """The policy with its weights rounded to the 4-bit grid, in float32."""
-    tensors = dequantize(*quantize(policy.state_dict(), config))
+def quantized(policy: Policy, result: Quantized) -> Policy:
+    """The policy with the weights that the result's integers stand for, in float32."""
+    tensors = dequantize(result.tensors, result.spec)
     return policy_of(policy.spec, policy.towers, tensors, "the quantized weights")
 
 
@@ -123,20 +129,20 @@ def write_policy(
     policy: Policy,
     observations: Mapping[str, np.ndarray],
     history: tuple[HistoryEntry, ...],
-    quantization: QuantizeConfig | None = None,
+    quantization: Quantized | None = None,
     exact: bool = False,
 ) -> Manifest:
     """Finish a draft with a policy's weights and the goldens of exactly those weights.
 
-    Weights are stored in bfloat16, or as packed int4. ``exact``: tensors that bfloat16 would change are stored in
-    float32, for no training makes up for that. The manifest's dtype is that of most of the weights.
+    Weights are stored in bfloat16, or as ``quantization`` of this policy has them. ``exact``: tensors that bfloat16
+    would change are stored in float32, for no training makes up for that. The manifest's dtype is that of most weights.
     """
     state = {name: tensor.detach().contiguous() for name, tensor in policy.state_dict().items()}
     spec = None
     if quantization is None:
         tensors = {name: narrowed(tensor, exact) for name, tensor in state.items()}
     else:
-        tensors, spec = quantize(state, quantization)
+        tensors, spec = quantization.tensors, quantization.spec
     save_file(tensors, draft.file(WEIGHTS))
     stored = policy_of(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact")
     np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
@@ -146,7 +152,7 @@ def write_policy(
             policy=policy.spec,
             towers=policy.towers,
             parameters=parameters(policy),
-            dtype="int4" if spec else "float32" if 2 * wide > parameters(policy) else "bfloat16",
+            dtype=spec.grid if spec else "float32" if 2 * wide > parameters(policy) else "bfloat16",
             quantization=spec,
             history=history,
         )

@@ -1,24 +1,30 @@
-"""Commands that need no simulator but for policies of the reference family: prune, quantize."""
+"""Commands that need no simulator but for policies of the reference family: prune, quantize, compare-grids."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.artifact import Manifest
 from rlrc.compressor import recipe as recipes
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
+from rlrc.compressor.checkpoint import every_input
+from rlrc.compressor.compare import compare
 from rlrc.compressor.lossless import lines
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.stages import Options, run_prune, run_quantize
+from rlrc.compressor.quantize import lines as rounding_lines
+from rlrc.compressor.sources import open_source
+from rlrc.compressor.stages import Options, run_prune, run_quantize, unquantized_only
 from rlrc.errors import UserError
+from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags
 
 
@@ -43,6 +49,8 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
         )
     )
     for line in lines(entry.after["lossless"]) if "lossless" in entry.after else []:
+        console.print(line, soft_wrap=True, highlight=False)
+    for line in rounding_lines(entry.after.get("rounding", {})):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {following}")
 
@@ -90,7 +98,10 @@ class Prune(StageCommand):
 
 @dataclass(frozen=True)
 class Quantize(StageCommand):
-    """Round the weights to int4, groups of 32.
+    """Round the weights to int4 or int8, groups of 32, fp16 scales.
+
+    Calibrated methods look at the artifact's golden observations. Those of an official checkpoint are random pictures:
+    what is calibrated on them says nothing about real ones.
 
     The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
     """
@@ -100,3 +111,37 @@ class Quantize(StageCommand):
 
     def run(self) -> None:
         self._run("quantize", run_quantize, self.config, "rlrc export {out} OUT", self.official)
+
+
+@dataclass(frozen=True)
+class CompareGrids:
+    """What rounding costs a policy: int4 by each method, NF4 (which is never stored) and int8. Writes no artifact.
+
+    Every second golden observation is calibrated on, errors are measured on the others. PATH may also be an official
+    checkpoint's folder, or owner/name[@revision] on the hub; its observations are random pictures.
+    """
+
+    path: Positional[Path]
+    """what to round"""
+    threads: int = 2
+    """threads of torch"""
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    json: bool = False
+    """print the result as JSON"""
+
+    def run(self) -> None:
+        if self.threads < 1:
+            raise UserError(f"expected --threads >= 1, found {self.threads}")
+        source = open_source(self.path, self.official)
+        unquantized_only(source, self.path)
+        torch.set_num_threads(self.threads)
+        policy = source.load()
+        rows = compare(policy, every_input(policy.spec, source.observations()))
+        if self.json:
+            print(json.dumps([asdict(row) for row in rows]))
+            return
+        console = plain_console()
+        console.print(f"{'grid':6}{'weight error':>14}{'output error':>14}{'action error':>14}{'bytes':>16}")
+        for row in rows:
+            errors = "".join(f"{error:14.5f}" for error in (row.weight_error, row.output_error, row.action_error))
+            console.print(f"{row.grid:6}{errors}{row.bytes:16,}")

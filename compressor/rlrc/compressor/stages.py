@@ -24,11 +24,11 @@ from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
 from rlrc.compressor import memory
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.checkpoint import CURVES, answers, quantized, write_policy
+from rlrc.compressor.checkpoint import CURVES, answers, every_input, quantized, write_policy
 from rlrc.compressor.lossless import lossless, outside
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.prune import PruneConfig, magnitude_scores, prune, pruned_towers, random_scores, taylor_scores
-from rlrc.compressor.quantize import QuantizeConfig, check_exempt
+from rlrc.compressor.quantize import QuantizeConfig, Quantized, check_exempt, quantize
 from rlrc.compressor.run import Run
 from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes
 from rlrc.errors import UserError
@@ -75,7 +75,7 @@ class Stage:
         return self.policy, self.simulation
 
     def finish(
-        self, policy: Policy, quantization: QuantizeConfig | None = None, exact: bool = False, **after: Any
+        self, policy: Policy, quantization: Quantized | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
         """``exact``: see write_policy; ``after``: metrics of the stage itself."""
         cpu_minutes = self.run.cpu_seconds() / 60
@@ -156,7 +156,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
         memory.check(memory.parameters(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
             if source.quantized:  # its weights would be stored as floats again
-                raise UserError("expected an unquantized artifact, found int4; cut its parent, then quantize")
+                raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
         pruned_towers(source.towers, config)
         if config.score == "taylor":
@@ -187,10 +187,17 @@ def run_quantize(
     source: Path, out: Path, config: QuantizeConfig, options: Options, flags: Flags | None = None
 ) -> Manifest:
     def check(found: Source) -> None:
-        if found.quantized:
-            raise UserError(f"expected an unquantized artifact, found int4 in {source}; quantize its parent")
+        unquantized_only(found, source)
         check_exempt(shapes(found), config)
         memory.check(memory.parameters(shapes(found)) * memory.REWRITTEN, "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
-        return work.finish(work.policy, config)
+        observations = every_input(work.policy.spec, work.source.observations())
+        result = quantize(work.policy, config, observations)
+        return work.finish(work.policy, result, rounding=result.report)
+
+
+def unquantized_only(found: Source, path: Path) -> None:
+    """Raises UserError for weights that were rounded before."""
+    if found.quantized:
+        raise UserError(f"expected an unquantized artifact, found int4 or int8 in {path}; quantize its parent")

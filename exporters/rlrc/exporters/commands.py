@@ -30,10 +30,10 @@ class Export:
     """the artifact to write"""
     to: Literal["onnx"] = "onnx"
     """the kind of graphs: onnx runs on ONNX Runtime"""
-    precision: Literal["fp16", "fp32", "int8", "int4", "w4a8"] | None = None
+    precision: Literal["fp16", "fp32", "int8", "int4", "w4a8", "w8"] | None = None
     """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default) or
-    w4a8. fp16 and int4 say how weights are stored, and compute in fp32; int8 and w4a8 compute in 8 bits, which is
-    faster but no longer exact"""
+    w4a8, for int8 weights w8 (default) or int8. fp16, int4 and w8 say how weights are stored, and compute in fp32; int8
+    and w4a8 compute in 8 bits, which is faster but no longer exact"""
     tolerance: float | None = None
     """largest error allowed, in action units (default: none, but where the reference itself is undecided)"""
     json: bool = False

@@ -71,7 +71,8 @@ def export(parent: Artifact, out: Path, precision: str | None = None, tolerance:
 
 def choose_precision(parent: Artifact, precision: str | None) -> str:
     """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
-    choices = DENSE if parent.manifest.quantization is None else QUANTIZED
+    quantization = parent.manifest.quantization
+    choices = DENSE if quantization is None else QUANTIZED[quantization.grid]
     if precision is None:
         return "fp32" if parent.manifest.dtype == "float32" else choices[0]
     if precision not in choices:

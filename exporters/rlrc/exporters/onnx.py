@@ -36,6 +36,7 @@ class Flavour:
     store: type[np.float32] | type[np.float16]
     """float16 holds bfloat16 weights above 6e-5 exactly; a Cast, which ONNX Runtime folds at load, restores float32"""
     products: Literal["float", "int8", "int4"]
+    """int4: in 4 bits where the weights have them (MatMulNBits), else in floats, widened at load"""
 
 
 FLAVOURS = {
@@ -44,9 +45,10 @@ FLAVOURS = {
     "int8": Flavour(np.float16, "int8"),
     "int4": Flavour(np.float16, "int4"),
     "w4a8": Flavour(np.float16, "int8"),  # int4 in the file, 8 bits in memory and in products
+    "w8": Flavour(np.float16, "int4"),  # 8 bits in the file, but for what has 4
 }
 DENSE = ("fp16", "fp32", "int8")  # for float weights, the default first
-QUANTIZED = ("int4", "w4a8")  # for int4 weights
+QUANTIZED = {"int4": ("int4", "w4a8"), "int8": ("w8", "int8")}  # for quantized weights, by the grid of most of them
 
 
 @dataclass(frozen=True)
@@ -213,10 +215,21 @@ class Builder:
     def embed(self, ids: str, module: str) -> str:
         """Rows of a table, which is widened to float32 as a whole only if it is small."""
         name = f"{module}.weight"
+        if self.weights.bits(name) is not None:
+            return self._embed_int8(ids, name)
         if self.flavour.store is np.float32 or np.prod(self.weights.shape(name)) < LARGE_TABLE:
             return self._op("Gather", self.weight(name), ids)
         narrow = self._store(name, self._narrow(name, self.weights.array(name)))
         return self.cast(self._op("Gather", narrow, ids), "float32")
+
+    def _embed_int8(self, ids: str, name: str) -> str:
+        """Rows of a table in 8 bits: only those that are looked up are widened."""
+        integers, scales = self.weights.packed([name])
+        width, groups = integers.shape[1], scales.shape[1]
+        rows = self._op("Gather", self._store(f"{name}.q", integers.reshape(-1, groups, width // groups)), ids)
+        scale = self._op("Gather", self._store(f"{name}.scale", scales[..., None]), ids)
+        values = self.multiply(self.cast(rows, "float32"), self.cast(scale, "float32"))
+        return self.reshape(values, 0, 0, width)
 
     # Layers
 
