@@ -19,10 +19,11 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.compressor import shapes
 from rlrc.compressor.backbones import build
+from rlrc.compressor.importance import scores as scores_of
 from rlrc.compressor.lossless import lossless
 from rlrc.compressor.official import open_folder, read
 from rlrc.compressor.policy import Inputs, Layout, Policy
-from rlrc.compressor.prune import PruneConfig, magnitude_scores, prune
+from rlrc.compressor.prune import PruneConfig, prune
 from rlrc.compressor.writeback import write_official
 from rlrc.errors import UserError
 from rlrc.runtime.preprocess import normalise, pictures, unnormalise
@@ -105,8 +106,8 @@ def test_pruned_equals_masked(
 ) -> None:
     policy, _ = opened
     config = PruneConfig(0.5, "magnitude", tower, keep)  # type: ignore[arg-type]
-    scores = magnitude_scores(policy, config)
-    pruned, _ = prune(policy, scores, config)
+    scores = scores_of(policy, tower, range(len(policy.towers[tower].layers)), config)
+    pruned, _ = prune(policy, config)
     assert {layer.heads for layer in pruned.towers[tower].layers} == {2}
 
     masked = build(policy.spec, policy.towers).eval()

@@ -66,7 +66,10 @@ def test_an_empty_table_means_the_defaults(tmp_path: Path) -> None:
         ('[quantize]\nexempt = "head.weight"\n', r"expected a list at quantize\.exempt, found 'head\.weight'"),
         ("[prune]\nratio = 1.5\n", r"expected prune\.ratio between 0 and 1 .*found 1\.5"),
         ("[prune]\nratio = nan\n", r"expected a finite number at prune\.ratio, found nan"),
-        ('[prune]\nscore = "best"\n', r"expected one of 'taylor', 'magnitude', 'random' at prune\.score, found 'best'"),
+        (
+            '[prune]\nscore = "best"\n',
+            r"expected one of 'taylor', .*'wanda' at prune\.score, found 'best'",
+        ),
         ("[rl]\ntemperature = 0\n", r"expected rl\.temperature > 0, found 0"),
         ("[prune\nratio = 0.9\n", r"expected TOML in .*my\.toml, found: .*line 1"),
         ("[prune]\nratio = 0.9\nratio = 0.8\n", r"expected TOML in .*my\.toml, found: "),

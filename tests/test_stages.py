@@ -151,7 +151,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (simulation, ("Rollouts", "demonstrations")),
         (training, ("sft", "ppo")),
-        (stages, ("prune",)),
+        (stages.pruning, ("prune",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
@@ -161,7 +161,7 @@ def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifac
     (tmp_path / "out").mkdir()
     for runner, config in (
         (training.run_sft, SFTConfig()),
-        (stages.run_prune, PruneConfig()),
+        (stages.run_prune, PruneConfig(0.75)),
         (training.run_rl, PPOConfig()),
         (stages.run_quantize, QuantizeConfig()),
     ):
@@ -170,7 +170,7 @@ def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifac
     with pytest.raises(UserError, match="expected a new output"):
         training.new(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
-        compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig()}, QUIET)
+        compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig(0.75)}, QUIET)
     assert listing(tmp_path) == ["out"]
 
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     with pytest.raises(UserError, match=r"prune\.tower decoder, .*found expert"):
         stages.run_prune(tiny_artifact, out, PruneConfig(tower="expert"), QUIET)
     with pytest.raises(UserError, match=r"expected --hints, .*with an official checkpoint only"):
-        stages.run_prune(tiny_artifact, out, PruneConfig(), QUIET, Flags(unnorm_key="bridge"))
+        stages.run_prune(tiny_artifact, out, PruneConfig(0.75), QUIET, Flags(unnorm_key="bridge"))
     with pytest.raises(UserError, match=r"quantize\.exempt"):
         stages.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
     with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
@@ -268,7 +268,7 @@ def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
     exported: list[tuple[str, Path]] = []
     monkeypatch.setattr("rlrc.exporters.export.export", lambda a, out: exported.append((a.path.name, out)))
     out, folder = tmp_path / "out", tmp_path / "out.stages"
-    recipe = {"prune": PruneConfig(score="random"), "quantize": QuantizeConfig(search=False)}
+    recipe = {"prune": PruneConfig(0.75, "random"), "quantize": QuantizeConfig(search=False)}
     compress(pupil_artifact, out, recipe, QUIET)
     assert listing(folder) == ["prune", "quantize"]
     assert exported == [("quantize", out)]

@@ -9,9 +9,9 @@ from rich.console import Console
 from torch import Tensor
 
 from rlrc.compressor import official
+from rlrc.compressor.coupling import TOWERS, groups
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
-from rlrc.compressor.prune import TOWERS, groups, own_keys
 from rlrc.runtime.describe import modules_table, policy_rows, print_rows
 from rlrc.runtime.describe import prunable as prunable_parts
 from rlrc.strict import encode
@@ -89,9 +89,9 @@ def prunable(layout: Layout, policy: Policy) -> dict[str, int]:
         sums[tower] = sum(
             state[f"{name}.weight"].numel()
             for i in range(1, len(layers) - 1)
-            for group in groups(f"{tower}.layers.{i}", layers[i], own_keys(layout.towers, tower, layers[i]), state)
+            for group in groups(layout.towers, tower, i, state)
             if group.number
-            for name in (*group.rows, *group.columns)
+            for name in group.layers
         )
     return sums
 

@@ -1,270 +1,173 @@
-"""Structured pruning of a tower: whole attention heads and whole MLP channels.
+"""Structured pruning of a tower: attention heads and MLP channels (width), whole blocks (depth), or both.
 
-As in the paper (arXiv 2506.17639, stage 1, after LLM-Pruner): what must be cut together is scored together. A head has
-rows of q (and of k and v where it has its own) and columns of o; a channel has rows of gate and up and columns of down.
-Its score is the sum over those weights of |weight * gradient| of the task loss (first-order Taylor importance), or of
-|weight| where there are no demonstrations. The residual width is unchanged, first and last blocks are kept, what is
-kept stays in its order.
-
-Query heads that share a key/value head go in equal numbers from each, and the key/value heads stay; so do those that
-another tower reads (the prefix's and the expert's in flow policies).
+As in the paper (arXiv 2506.17639, stage 1): what must be cut together (coupling.py) is scored together (importance.py),
+and so much of it goes in every intermediate block that a ratio or a target is met (allocation.py, cost.py). First and
+last blocks are kept, and what is kept stays in its order. Blocks that go with others: depth.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from rich.console import Console
+from torch import Tensor
 
-from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.backbones import build
-from rlrc.compressor.losses import chunk_loss, drawn
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor import cost, depth
+from rlrc.compressor.coupling import VISION, Group, Towers, groups
+from rlrc.compressor.importance import NEED_DATA, Scores, influence
+from rlrc.compressor.importance import scores as scores_of
 from rlrc.compressor.policy import Policy
+from rlrc.compressor.prune_config import CHOICES, PruneConfig, intermediate, tower_name
+from rlrc.compressor.targets import Target, allocated, target
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
     from rlrc.compressor.batches import Batches
 
-ALIGN = 32  # widths stay whole groups of the 4-bit grid
-SCORES = ("taylor", "magnitude", "random")
-TOWERS = ("decoder", "expert", "encoder")
 
-Towers = Mapping[str, TowerSpec]
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    ratio: float = 0.9
-    """part of the heads and MLP channels of the intermediate blocks that goes"""
-    score: Literal["taylor", "magnitude", "random"] = "taylor"
-    """taylor needs demonstrations (the reference family's only), magnitude none; random is the control that shows what
-    a score is worth"""
-    tower: Literal["decoder", "expert", "encoder"] | None = None
-    """which tower is cut (default: the encoder of a policy that has one, else the decoder)"""
-    keep: int = 1
-    """blocks at each end that are left whole"""
-    batches: int = 16
-    """batches of 64 samples for the gradients"""
-    demonstrations: int = 60
-    """expert episodes a task to draw those batches from"""
-    seed: int = 0
-    lossless: bool = False
-    """cut nothing but what no action depends on; the other settings do not matter then"""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise UserError(f"expected prune.ratio between 0 and 1 (excluded), found {self.ratio}")
-        if self.score not in SCORES:
-            raise UserError(f"expected prune.score {', '.join(SCORES)}, found {self.score!r}")
-        if self.tower is not None and self.tower not in TOWERS:
-            raise UserError(f"expected prune.tower {', '.join(TOWERS)}, found {self.tower!r}")
-        for name, least in (("keep", 0), ("batches", 1), ("demonstrations", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"expected prune.{name} >= {least}, found {getattr(self, name)}")
+def warn(towers: Towers, config: PruneConfig) -> None:
+    """Of towers that the paper leaves alone, a line on stderr."""
+    if config.lossless or (name := tower_name(towers, config)) not in (*VISION, "expert"):
+        return
+    reason = "makes the actions themselves" if name == "expert" else "bears far less than a language model does"
+    line = f"warning: the {name} {reason}: compare the success with the dense policy's, and see the sensitivity report"
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
-@dataclass(frozen=True)
-class Group:
-    """``number`` parts of a block, each with ``size`` rows of the layers ``rows`` and columns of those ``columns``.
-
-    As many parts are kept of each of the ``bundles`` equal runs that the parts form.
-    """
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    number: int
-    size: int = 1
-    bundles: int = 1
-
-    def indices(self, parts: Tensor) -> Tensor:
-        """Parts -> their rows."""
-        return (parts[:, None] * self.size + torch.arange(self.size)).flatten()
-
-    def sums(self, importance: Mapping[str, Tensor]) -> Tensor:
-        """Importance of every weight -> of every part (number,)."""
-        by_row = [importance[f"{layer}.weight"].sum(1) for layer in self.rows]
-        by_column = [importance[f"{layer}.weight"].sum(0) for layer in self.columns]
-        each = [x.unflatten(0, (self.number, self.size)).sum(1) for x in (*by_row, *by_column)]
-        return torch.stack(each).sum(0)
-
-    def best(self, scores: Tensor, count: int) -> Tensor:
-        """Which ``count`` parts are kept, in their order."""
-        runs = scores.unflatten(0, (self.bundles, -1))
-        first = torch.arange(self.bundles)[:, None] * runs.shape[1]
-        return (runs.topk(count // self.bundles).indices.sort().values + first).flatten()
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one block: heads (heads,) and channels (mlp,)."""
-
-    heads: Tensor
-    channels: Tensor
-
-
-def groups(block: str, layer: LayerSpec, own: bool, names: Iterable[str]) -> tuple[Group, Group]:
-    """Heads and channels of the block of this name. ``own``: see ``own_keys``; ``names`` of the policy's tensors."""
-    names, attention, mlp = set(names), f"{block}.attention", f"{block}.mlp"
-    alone = own and layer.kv_heads == layer.heads
-    rows = ("q", "k", "v") if alone else ("q",)
-    heads = Group(
-        tuple(f"{attention}.{name}" for name in rows),
-        (f"{attention}.o",),
-        0 if layer.kind == "half" else layer.heads,
-        layer.head_dim,
-        1 if alone else layer.kv_heads,
-    )
-    inputs = tuple(f"{mlp}.{name}" for name in ("gate", "up") if f"{mlp}.{name}.weight" in names)
-    return heads, Group(inputs, (f"{mlp}.down",), 0 if layer.kind == "half" else layer.mlp)
-
-
-def own_keys(towers: Towers, tower: str, layer: LayerSpec) -> bool:
-    """Whether no other tower attends to this block's keys and values, or makes its own of them."""
-    return "expert" not in towers or (tower == "expert" and layer.kind == "cross")
-
-
-def tower_name(towers: Towers, config: PruneConfig) -> str:
-    """The tower to cut. Raises UserError if the policy has none of that name."""
-    name = config.tower or ("encoder" if "encoder" in towers else "decoder")
-    if name not in towers:
-        present = ", ".join(other for other in TOWERS if other in towers)
-        raise UserError(f"expected prune.tower {present}, which is what the policy has, found {name}")
-    return name
-
-
-def kept(layer: LayerSpec, ratio: float, own: bool = True) -> LayerSpec:
-    """The shape that remains: at least one head of each key/value head, and channels in whole groups of 32."""
-    if layer.kind == "half":
-        return layer
-    heads, kv_heads, mlp = layer.heads, layer.kv_heads, layer.mlp
-    if heads and heads == kv_heads and own:
-        heads = kv_heads = max(1, round(heads * (1 - ratio)))
-    elif heads:
-        heads = kv_heads * max(1, round(heads // kv_heads * (1 - ratio)))
-    if mlp:
-        align = ALIGN if mlp > ALIGN else 1  # narrower ones fill no group whatever is cut
-        mlp = min(mlp, max(align, round(mlp * (1 - ratio) / align) * align))
-    return replace(layer, heads=heads, kv_heads=kv_heads, mlp=mlp)
-
-
-def pruned_towers(towers: Towers, config: PruneConfig) -> dict[str, TowerSpec]:
-    """The policy's shape after pruning. Raises UserError if there is no such tower or it has no intermediate blocks."""
-    name = tower_name(towers, config)
-    tower = towers[name]
-    depth, ends = len(tower.layers), config.keep
-    if depth <= 2 * ends:
-        raise UserError(
-            f"expected intermediate blocks in the {name} ({2 * ends + 1} or more in all), found {depth} blocks; "
-            "leave fewer whole at each end with --keep, or cut another --tower"
+def check(spec: PolicySpec, towers: Mapping[str, TowerSpec], config: PruneConfig) -> None:
+    """Raises UserError for what no weights can make possible, before any are read."""
+    name, dense = tower_name(towers, config), cost.shape_of(spec, towers)
+    if config.kind != "width":
+        candidates = _candidates(towers, name, config)
+        dense = depth.without(
+            dense, _chosen(dense, name, candidates, target(cost.shape_of(spec, towers), config), config)
         )
-    layers = [
-        kept(layer, config.ratio, own_keys(towers, name, layer)) if ends <= i < depth - ends else layer
-        for i, layer in enumerate(tower.layers)
-    ]
-    return {**towers, name: replace(tower, layers=tuple(layers))}
+    if config.kind != "depth":
+        allocated(dense, name, None, target(cost.shape_of(spec, towers), config), config)
 
 
-def scores_by(policy: Policy, config: PruneConfig, importance: Callable[[nn.Parameter], Tensor]) -> list[Scores]:
-    """Scores of the tower's blocks, given the importance of a parameter's single weights."""
-    name = tower_name(policy.towers, config)
-    parameters = dict(policy.named_parameters())
-
-    def sums(group: Group) -> Tensor:
-        if not group.number:
-            return torch.zeros(0)
-        weights = [f"{layer}.weight" for layer in (*group.rows, *group.columns)]
-        return group.sums({weight: importance(parameters[weight]).detach().float() for weight in weights})
-
-    scores = []
-    for i, layer in enumerate(policy.towers[name].layers):
-        own = own_keys(policy.towers, name, layer)
-        scores.append(Scores(*map(sums, groups(f"{name}.layers.{i}", layer, own, parameters))))
-    return scores
+def _candidates(towers: Towers, name: str, config: PruneConfig) -> list[depth.Unit]:
+    """Blocks that may go, with what goes with them."""
+    inner = set(intermediate(towers, name, config))
+    return [unit for unit in depth.droppable(towers, name) if inner.issuperset(unit[name])]
 
 
-def taylor_scores(policy: Policy, batches: Batches, config: PruneConfig) -> list[Scores]:
-    """First-order Taylor importance of every block; the policy's gradients are cleared before and after."""
-    policy.eval().zero_grad()
-    for _ in range(config.batches):
-        loss, _ = chunk_loss(policy, drawn(policy, batches.draw(64)))
-        (loss / config.batches).backward()
-    scores = scores_by(policy, config, taylor)
-    policy.zero_grad()
-    return scores
+def _chosen(
+    policy: Policy, name: str, candidates: Sequence[depth.Unit], goal: Target | None, config: PruneConfig
+) -> list[depth.Unit]:
+    """Those that go, of candidates in the order in which they would."""
+    towers = policy.towers
+    if config.blocks:
+        units = [depth.unit_of(towers, name, block) for block in config.blocks]
+        return [unit for i, unit in enumerate(units) if unit not in units[:i]]
+    count = config.drop or (round(config.ratio * len(candidates)) if goal is None else 0)
+    if goal is not None and config.kind == "depth":
+        for i in range(len(candidates) + 1):
+            if goal.met(depth.dropped(towers, candidates[:i])):
+                return list(candidates[:i])
+        raise goal.refuse(depth.dropped(towers, candidates), "no intermediate block is left")
+    if not 0 < count <= len(candidates):
+        raise UserError(
+            f"expected to drop 1 to {len(candidates)} of the {name}'s blocks, found {count}; the others are the first, "
+            "the last (--keep) and those they go with"
+        )
+    depth.dropped(towers, candidates[:count])
+    return list(candidates[:count])
 
 
-def taylor(weight: nn.Parameter) -> Tensor:
-    assert weight.grad is not None
-    return (weight * weight.grad).abs()
+def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -> tuple[Policy, dict[str, Any]]:
+    """A smaller policy and a report: what went in each block, of the tower and of the whole, and what that saves.
 
-
-def magnitude_scores(policy: Policy, config: PruneConfig) -> list[Scores]:
-    """Sums of |weight|: what can be said without demonstrations."""
-    return scores_by(policy, config, torch.abs)
-
-
-def random_scores(policy: Policy, config: PruneConfig) -> list[Scores]:
-    generator = torch.Generator().manual_seed(config.seed)
-    return [
-        Scores(torch.rand(layer.heads, generator=generator), torch.rand(layer.mlp, generator=generator))
-        for layer in policy.towers[tower_name(policy.towers, config)].layers
-    ]
-
-
-def prune(policy: Policy, scores: list[Scores], config: PruneConfig) -> tuple[Policy, dict[str, Any]]:
-    """A smaller policy and a report: what went in each layer, of the tower and of the whole.
-
-    The given policy is unchanged; tensors that nothing was cut of are shared with it. Raises UserError as
-    ``pruned_towers`` does.
+    The given policy is unchanged; tensors that nothing was cut of are shared with it. ``batches`` are what is scored on
+    if the configuration ``needs_data``. Raises UserError as ``check`` does.
     """
-    name, towers = tower_name(policy.towers, config), pruned_towers(policy.towers, config)
+    name, dense, gone = tower_name(policy.towers, config), policy, list[depth.Unit]()
+    goal = target(dense, config)
+    if config.kind != "width":
+        candidates = _candidates(dense.towers, name, config)
+        if not config.blocks:
+            worth = block_scores(dense, name, config, batches)
+            candidates.sort(key=lambda unit: sum(worth[tower][i] for tower, blocks in unit.items() for i in blocks))
+        gone = _chosen(dense, name, candidates, goal, config)
+        policy = depth.without(dense, gone)
+    if config.kind != "depth":
+        found = scores_of(policy, name, intermediate(policy.towers, name, config), config, batches)
+        policy = narrowed(policy, name, allocated(policy, name, found, goal, config), found)
+    return policy, report(dense, policy, name, gone, config)
+
+
+def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:
+    """What every block is worth, of the tower and of those that go with it: its influence, or its parts' scores."""
+    towers = [tower for tower in depth.units(policy.towers, name)[0]]
+    if config.score in NEED_DATA:
+        assert batches is not None
+        return {tower: influence(policy, tower, config, batches) for tower in towers}
+    every = {tower: range(len(policy.towers[tower].layers)) for tower in towers}
+    found = {tower: scores_of(policy, tower, every[tower], config) for tower in towers}
+    return {tower: [sum(float(x.sum()) for x in score.each()) for score in found[tower]] for tower in towers}
+
+
+def narrowed(policy: Policy, name: str, towers: Mapping[str, TowerSpec], scores: Sequence[Scores]) -> Policy:
+    """The policy in this shape, with the best heads and channels of every block."""
     state = dict(policy.state_dict())
-    for i, score in enumerate(scores):
-        before, after = policy.towers[name].layers[i], towers[name].layers[i]
-        heads, channels = groups(f"{name}.layers.{i}", before, own_keys(towers, name, before), state)
-        for group, values, count in ((heads, score.heads, after.heads), (channels, score.channels, after.mlp)):
+    names = tuple(state)
+    for i, layer in enumerate(towers[name].layers):
+        both = groups(policy.towers, name, i, names)
+        for group, values, count in zip(both, scores[i].each(), (layer.heads, layer.mlp), strict=True):
             if 0 < count < group.number:
                 cut(state, group, group.best(values, count))
-    with torch.device("meta"):
-        pruned = build(policy.spec, towers)
-    pruned.load_state_dict(state, assign=True)
-    return pruned.eval(), report(policy, pruned, name)
+    return depth.assembled(policy, towers, state)
 
 
 def cut(state: dict[str, Tensor], group: Group, parts: Tensor) -> None:
     """Leaves only these parts of the group in the state dict."""
-    rows = group.indices(parts)
+    rows, columns = group.indices(parts, group.fused), group.indices(parts)
     for layer in group.rows:
         for name in (f"{layer}.weight", f"{layer}.bias"):
             if name in state:
                 state[name] = state[name][rows]
     for layer in group.columns:
-        state[f"{layer}.weight"] = state[f"{layer}.weight"][:, rows]
+        state[f"{layer}.weight"] = state[f"{layer}.weight"][:, columns]
 
 
-def report(dense: Policy, pruned: Policy, tower: str) -> dict[str, Any]:
-    """Removed parts: per layer of the tower (heads, channels, parameters), of the tower and of the whole."""
-
-    def count(policy: Policy, prefix: str = "") -> int:
-        return sum(tensor.numel() for name, tensor in policy.named_parameters() if name.startswith(prefix))
+def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit], config: PruneConfig) -> dict[str, Any]:
+    """Removed parts: per block of the tower (heads, channels, parameters), of all intermediate blocks, of every tower
+    that lost any, and of the whole; what is left; and what ``cost`` says of it."""
 
     def removed(before: float, after: float) -> float:
         return round(1 - after / before, 4) if before else 0.0
 
-    shapes = zip(dense.towers[tower].layers, pruned.towers[tower].layers, strict=True)
+    layers, before, after = list[dict[str, Any]](), 0, 0
+    new = {old: i for i, old in enumerate(depth.remaining(dense.towers, name, gone))}
+    inner = range(config.keep, len(dense.towers[name].layers) - config.keep)
+    for i, layer in enumerate(dense.towers[name].layers):
+        sizes = [cost.parameters(dense, f"{name}.layers.{i}."), 0]
+        heads = mlp = 0
+        if i in new:
+            rest = pruned.towers[name].layers[new[i]]
+            heads, mlp, sizes[1] = rest.heads, rest.mlp, cost.parameters(pruned, f"{name}.layers.{new[i]}.")
+        layers.append(
+            {"heads": removed(layer.heads, heads), "mlp": removed(layer.mlp, mlp), "parameters": removed(*sizes)}
+        )
+        if i in inner:
+            before, after = before + sizes[0], after + sizes[1]
+    changed = [tower for tower, spec in dense.towers.items() if spec != pruned.towers[tower] or tower == name]
+    shapes = [cost.shape_of(policy.spec, policy.towers) for policy in (dense, pruned)]
     return {
-        "layers": [
-            {
-                "heads": removed(a.heads, b.heads),
-                "mlp": removed(a.mlp, b.mlp),
-                "parameters": removed(*(count(policy, f"{tower}.layers.{i}.") for policy in (dense, pruned))),
-            }
-            for i, (a, b) in enumerate(shapes)
-        ],
-        tower: removed(count(dense, f"{tower}."), count(pruned, f"{tower}.")),
-        "whole": removed(count(dense), count(pruned)),
-        "parameters": count(pruned),
+        "layers": layers,
+        "dropped": {tower: sorted(block for unit in gone for block in unit[tower]) for tower in (gone or [{}])[0]},
+        "shapes": {
+            tower: [[layer.heads, layer.kv_heads, layer.mlp] for layer in pruned.towers[tower].layers]
+            for tower in changed
+        },
+        "intermediate": removed(before, after),
+        **{tower: removed(*(cost.parameters(policy, f"{tower}.") for policy in (dense, pruned))) for tower in changed},
+        "whole": removed(cost.parameters(dense), cost.parameters(pruned)),
+        "parameters": cost.parameters(pruned),
+        "bytes": {
+            precision: cost.weight_bytes(shapes[1], precision) for precision in CHOICES["precision"] if precision
+        },
+        "time": round(cost.decision(shapes[1]) / cost.decision(shapes[0]), 4),
     }

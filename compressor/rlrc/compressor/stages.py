@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
 from rlrc.compressor import memory
+from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.checkpoint import CURVES, answers, every_input, quantized, write_policy
 from rlrc.compressor.lossless import lossless, outside
 from rlrc.compressor.policy import Policy
-from rlrc.compressor.prune import PruneConfig, magnitude_scores, prune, pruned_towers, random_scores, taylor_scores
+from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig, Quantized, check_exempt, quantize
 from rlrc.compressor.run import Run
 from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes
@@ -35,6 +37,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 
 if TYPE_CHECKING:
+    from rlrc.compressor.batches import Batches
     from rlrc.compressor.simulation import Simulation
 
 
@@ -158,9 +161,13 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
             if source.quantized:  # its weights would be stored as floats again
                 raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
-        pruned_towers(source.towers, config)
-        if config.score == "taylor":
-            reference_only("prune.score taylor", source, "give --score magnitude")
+        pruning.check(source.spec, source.towers, config)
+        if config.needs_data and source.spec.family != REFERENCE:
+            raise UserError(
+                f"expected demonstrations for prune.score {config.score}, found none for a policy of the family "
+                f"{source.spec.family}; give --data FOLDER or --score magnitude"
+            )
+        pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
         if config.lossless:
@@ -169,17 +176,14 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
                 whole = answers(work.policy, work.source.observations())["tokens"]
                 report["outside"] = {"observations": len(whole), "changed": outside(whole, pruned.spec.action)}
             return work.finish(pruned, exact=True, lossless=report)
-        if config.score == "random":
-            scores = random_scores(work.policy, config)
-        elif config.score == "magnitude":
-            scores = magnitude_scores(work.policy, config)
-        else:
+        batches: Batches | None = None
+        if config.needs_data:
             from rlrc.compressor.data import DemonstrationConfig  # needs the simulator's packages
 
             policy, simulation = work.trainable()
             batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations), config.seed)
-            scores = taylor_scores(policy, batches, config)
-        pruned, removed = prune(work.policy, scores, config)
+        with Console(stderr=True).status("scoring what may go"):
+            pruned, removed = pruning.prune(work.policy, config, batches)
         return work.finish(pruned, exact=not work.source.quantized, removed=removed)
 
 

@@ -1,0 +1,158 @@
+"""What every head and channel of a tower is worth: the sum over its weights of one of these.
+
+- taylor: |weight * gradient| of the task loss (first-order Taylor; arXiv 2506.17639 stage 1, after LLM-Pruner,
+  2305.11627), of every batch's mean gradient, averaged over the batches. A gradient is reduced to its parts' scores as
+  soon as it exists and freed: scoring takes the weights, one layer's gradient and one batch's activations.
+- wanda: |weight| times the norm of what the weight is multiplied with (arXiv 2306.11695), over the same batches.
+- magnitude: |weight|, which needs no data; random: the control that shows what a score is worth.
+
+A block's influence is 1 - the mean cosine of the residual stream before and after it (ShortGPT, arXiv 2403.03853).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlrc.compressor.coupling import Group, groups
+from rlrc.compressor.losses import chunk_loss, drawn
+from rlrc.compressor.policy import Policy
+
+if TYPE_CHECKING:
+    from rlrc.compressor.batches import Batches
+    from rlrc.compressor.prune_config import PruneConfig
+
+NEED_DATA = ("taylor", "wanda")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one block: heads (heads,) and channels (mlp,); zeros of a block that was not scored."""
+
+    heads: Tensor
+    channels: Tensor
+
+    def each(self) -> tuple[Tensor, Tensor]:
+        return self.heads, self.channels
+
+
+def scores(
+    policy: Policy, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
+) -> list[Scores]:
+    """Of every block of the tower, those of these ``blocks`` scored. ``batches`` may be None but for NEED_DATA."""
+    found, pieces = list[Scores](), dict[str, tuple[Group, Tensor]]()
+    names = policy.state_dict().keys()
+    for i in range(len(policy.towers[tower].layers)):
+        both = groups(policy.towers, tower, i, names)
+        found.append(Scores(*(torch.zeros(group.number) for group in both)))
+        for group, total in zip(both, found[-1].each(), strict=True):
+            if i in blocks and group.number:
+                pieces |= {layer: (group, total) for layer in group.layers}
+    if config.score == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        for total in (total for score in found for total in score.each()):
+            total.copy_(torch.rand(len(total), generator=generator))
+    elif config.score == "magnitude":
+        _weigh(policy, pieces, lambda name, weight: weight.abs())
+    else:
+        assert batches is not None
+        (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
+    return found
+
+
+Pieces = dict[str, tuple[Group, Tensor]]  # of every scored layer: its group, and where the parts' scores add up
+
+
+def _weigh(policy: Policy, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
+    for name, (group, total) in pieces.items():
+        weight = policy.get_parameter(f"{name}.weight").detach()
+        total += group.sums(name, importance(name, weight)).to(total.device)
+
+
+def _taylor(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
+    def reduce(name: str, weight: nn.Parameter) -> None:
+        assert weight.grad is not None
+        group, total = pieces[name]
+        total.add_(
+            group.sums(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
+        )
+        weight.grad = None
+
+    weights = {name: policy.get_parameter(f"{name}.weight") for name in pieces}
+    with _gradients_of(policy, weights.values()):
+        hooks = [weight.register_post_accumulate_grad_hook(partial(reduce, name)) for name, weight in weights.items()]
+        try:
+            for _ in range(config.batches):
+                chunk_loss(policy, drawn(policy, batches.draw(config.batch)))[0].backward()
+        finally:
+            _remove(hooks)
+
+
+@contextmanager
+def _gradients_of(policy: Policy, weights: Collection[nn.Parameter]) -> Iterator[None]:
+    """No other parameter has a gradient meanwhile; what had one before has none after, nor have these."""
+    before = {parameter: parameter.requires_grad for parameter in policy.parameters()}
+    policy.eval().zero_grad()
+    policy.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        policy.zero_grad()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+def _wanda(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
+    squares = dict[str, Tensor]()
+
+    def add(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        squares[name] = squares.get(name, 0) + inputs[0].detach().float().flatten(0, -2).square().sum(0)
+
+    _observe(policy, config, batches, {name: partial(add, name) for name in pieces}, before=True)
+    _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))
+
+
+def influence(policy: Policy, tower: str, config: PruneConfig, batches: Batches) -> list[float]:
+    """Of every block of the tower."""
+    similar = dict[str, list[float]]()
+
+    def compare(name: str, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+        after = outputs[0] if isinstance(outputs, tuple) else outputs
+        cosine = F.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
+        similar.setdefault(name, []).append(cosine.mean().item())
+
+    names = [f"{tower}.layers.{i}" for i in range(len(policy.towers[tower].layers))]
+    _observe(policy, config, batches, {name: partial(compare, name) for name in names})
+    return [1 - sum(similar[name]) / len(similar[name]) for name in names]
+
+
+def _observe(
+    policy: Policy, config: PruneConfig, batches: Batches, hooks: dict[str, Callable[..., None]], before: bool = False
+) -> None:
+    """Shows the policy the batches while modules have these hooks, called before or after each pass."""
+    policy.eval()
+    modules = {name: policy.get_submodule(name) for name in hooks}
+    handles = [
+        module.register_forward_pre_hook(hooks[name]) if before else module.register_forward_hook(hooks[name])
+        for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            for _ in range(config.batches):
+                chunk_loss(policy, drawn(policy, batches.draw(config.batch)))
+    finally:
+        _remove(handles)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,128 @@
+"""From a ratio or a target to a shape.
+
+What is wanted is a limit on a cost (parameters, bytes, time). A way of allocating (allocation.py) makes a shape from
+one number; the smallest number whose shape keeps the limit is found by bisection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlrc.artifact import TowerSpec
+from rlrc.compressor import cost
+from rlrc.compressor.allocation import Place, Shape, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.coupling import Towers
+from rlrc.compressor.importance import Scores
+from rlrc.compressor.policy import Policy
+from rlrc.compressor.prune_config import PruneConfig, intermediate, number_of_bytes, part_of_time, tower_name
+from rlrc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Target:
+    """``what``: the setting, for messages; ``told``: how a cost is written there."""
+
+    what: str
+    cost: Callable[[Towers], float]
+    limit: float
+    told: Callable[[float], str]
+
+    def met(self, towers: Towers) -> bool:
+        return self.cost(towers) <= self.limit
+
+    def refuse(self, best: Towers, how: str) -> UserError:
+        return UserError(
+            f"expected a {self.what} of {self.told(self.cost(best))} or more, which is what is left when {how}, found "
+            f"{self.told(self.limit)}; give more, or cut another tower too"
+        )
+
+
+def reach(shape: Shape, target: Target) -> dict[str, TowerSpec]:
+    """The shape that keeps the limit with the smallest number. Raises UserError if none does."""
+    low, high = 0.0, 1.0
+    before, after = shape(low), shape(high)
+    if target.met(before):
+        return before
+    if not target.met(after):
+        raise target.refuse(after, "every block has a head for each key/value head and one run of channels")
+    while before != after and high - low > 1e-6:
+        middle = (low + high) / 2
+        if target.met(tried := shape(middle)):
+            high, after = middle, tried
+        else:
+            low, before = middle, tried
+    return after
+
+
+def target(dense: Policy, config: PruneConfig) -> Target | None:
+    """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
+    spec, name = dense.spec, tower_name(dense.towers, config)
+    if config.to_bytes is not None:
+        found = Target(
+            "prune.to_bytes",
+            lambda towers: cost.weight_bytes(cost.shape_of(spec, towers), config.precision),
+            number_of_bytes(config.to_bytes),
+            lambda size: f"{size:,.0f} bytes",
+        )
+    elif config.to_latency is not None:
+        whole = cost.decision(cost.shape_of(spec, dense.towers))
+        found = Target(
+            "prune.to_latency",
+            lambda towers: cost.decision(cost.shape_of(spec, towers)) / whole,
+            part_of_time(config.to_latency),
+            lambda part: f"{part:.3f}x",
+        )
+    elif config.scope != "layer":
+        prefix = f"{name}." if config.scope == "tower" else ""
+        before = cost.parameters(dense, prefix)
+        found = Target(
+            f"rest (1 - prune.ratio) of the {config.scope}'s parameters",
+            lambda towers: cost.parameters(cost.shape_of(spec, towers), prefix) / before,
+            1 - config.ratio,
+            lambda part: f"{part:.3f}",
+        )
+    else:
+        return None
+    if found.met(dense.towers):
+        now = found.told(found.cost(dense.towers))
+        raise UserError(f"expected a {found.what} below {now}, which the policy has, found {found.told(found.limit)}")
+    return found
+
+
+def allocated(
+    policy: Policy, name: str, scores: Sequence[Scores] | None, goal: Target | None, config: PruneConfig
+) -> dict[str, TowerSpec]:
+    """The shape that width pruning leaves; without scores the uniform one, which needs none."""
+    place = Place(policy, name, intermediate(policy.towers, name, config), config.align)
+    even, shape = uniform(place), _shape(place, scores, config)
+    if goal is not None:
+        return reach(shape, goal)
+    _check_ratio(place, config)
+    towers = even(config.ratio)
+    if config.allocation == "uniform" or scores is None:
+        return towers
+    # As many parameters as the same part of every block would leave, at most.
+    spec = policy.spec
+    size = cost.parameters(cost.shape_of(spec, towers))
+    return reach(shape, Target("", lambda towers: cost.parameters(cost.shape_of(spec, towers)), size, str))
+
+
+def _shape(place: Place, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
+    if config.allocation == "sensitivity":
+        assert config.sensitivity is not None
+        return by_sensitivity(place, read_sensitivity(Path(config.sensitivity), place.tower, place.blocks))
+    return ranked(place, scores) if config.allocation == "global" and scores is not None else uniform(place)
+
+
+def _check_ratio(place: Place, config: PruneConfig) -> None:
+    """Raises UserError where the ratio leaves less than half a head or channel of a block."""
+    for i, both in place.groups().items():
+        for what, group in zip(("head", "channel"), both, strict=True):
+            if group.number and group.number * (1 - config.ratio) < 0.5:
+                most = 1 - 0.5 / group.number
+                raise UserError(
+                    f"expected prune.ratio up to {int(most * 1000) / 1000}, which leaves a {what} of "
+                    f"{place.tower}.layers.{i}'s {group.number}, found {config.ratio}; give less"
+                )
