@@ -12,6 +12,7 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before anything starts a thread pool; tests are about results, not speed
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -404,3 +405,47 @@ def check_requests() -> Callable[[Callable[[int, dict[str, float]], list[Any]], 
         return drawn
 
     return check
+
+
+@pytest.fixture
+def tiny_policy(tiny_artifact: Path) -> tuple[Any, list[Any]]:
+    """The policy of ``tiny_artifact``, to change, and its golden observations as Inputs."""
+    from rlrc.compressor import checkpoint
+
+    artifact = artifacts.load(tiny_artifact)
+    policy = checkpoint.load_policy(artifact)
+    raw = checkpoint.read_observations(artifact.file(GOLDEN))
+    return policy, list(checkpoint.every_input(policy.spec, raw))
+
+
+@pytest.fixture(scope="session")
+def official_flags() -> Callable[[str], Any]:
+    """What must be said about the golden checkpoint of this name in tests/data to read it."""
+    from rlrc.runtime.official import Flags
+
+    data = Path(__file__).parent / "data"
+    tokenizers = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
+
+    def flags(name: str) -> Flags:
+        golden = json.loads((data / name / "golden.json").read_text())
+        return Flags(
+            hints=data / name / "golden.json",
+            unnorm_key=golden["observations"][0].get("unnorm_key"),
+            tokenizer=None if name == "act" else data / tokenizers.get(name, "openvla/checkpoint"),
+            images={"openvla-oft-l1": 2, "openvla-oft-discrete": 1}.get(name),
+        )
+
+    return flags
+
+
+@pytest.fixture
+def official_policy(official_flags: Callable[[str], Any]) -> Callable[[str], tuple[Any, list[Any]]]:
+    """The policy of the golden checkpoint of this name, and four observations as Inputs."""
+    from rlrc.compressor import checkpoint
+    from rlrc.compressor.sources import open_source
+
+    def load(name: str) -> tuple[Any, list[Any]]:
+        source = open_source(Path(__file__).parent / "data" / name / "checkpoint", official_flags(name))
+        return source.load(), list(checkpoint.every_input(source.spec, source.observations()))
+
+    return load

@@ -195,22 +195,11 @@ def test_precisions_follow_the_grid(make: Make, tmp_path: Path, capsys: pytest.C
     assert "stored as int8 in groups of 32, bits [8]" in capsys.readouterr().out
 
 
-def flags(name: str) -> Flags:
-    golden = json.loads((DATA / name / "golden.json").read_text())
-    tokenizer = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
-    return Flags(
-        hints=DATA / name / "golden.json",
-        unnorm_key=golden["observations"][0].get("unnorm_key"),
-        tokenizer=None if name == "act" else DATA / tokenizer.get(name, "openvla/checkpoint"),
-        images=2 if name == "openvla-oft-l1" else None,
-    )
-
-
 @pytest.mark.parametrize("name", ["act", "openvla", "openvla-oft-l1", "pi0", "pi05", "smolvla"])
-def test_official_families_in_eight_bits(name: str, tmp_path: Path) -> None:
+def test_official_families_in_eight_bits(name: str, official_flags: Callable[[str], Flags], tmp_path: Path) -> None:
     """Embeddings included; the export verifies every graph against the torch policy."""
     config = QuantizeConfig(bits=8, embeddings=8)
-    stages.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, flags(name))
+    stages.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, official_flags(name))
     manifest = export(artifacts.load(tmp_path / "int8"), tmp_path / "exported")
     assert {graph.precision for graph in manifest.graphs} == {"w8"}
     assert manifest.quantization is not None

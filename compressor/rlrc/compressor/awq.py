@@ -128,7 +128,7 @@ def scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
     """Inputs (n, in) -> s of every row of ``before``, its largest and its smallest as far from 1."""
     magnitude = fold.per_row(rows.abs().mean(0))
     s = magnitude.clamp(min=max(NARROWEST * float(magnitude.max()), torch.finfo().tiny)) ** alpha
-    return s / (s.max() * s.min()).sqrt()
+    return s / (s.max().sqrt() * s.min().sqrt())  # apart, for the product of tiny ones is 0
 
 
 def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
