@@ -227,6 +227,36 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
     assert np.abs(whole[key] - expected[key]).max() > 1e-3  # what went did matter
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
+    """The same as the dense policy whose blocks return what they are given."""
+    source, dense = official(name)
+    settings = config(name, kind="depth", drop=1, score="random")
+    stages.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
+    artifact = artifacts.load(tmp_path / "pruned")
+    pruned, gone = checkpoint.load_policy(artifact), artifact.manifest.history[-1].after["removed"]["dropped"]
+    assert sorted(gone) == (["decoder", "expert"] if name in FLOWS else ["encoder" if name == "act" else "decoder"])
+
+    def same(module: Any, inputs: Any, outputs: Any) -> Any:
+        return (inputs[0], outputs[1]) if isinstance(outputs, tuple) else inputs[0]
+
+    blocks = [dense.get_submodule(f"{tower}.layers.{i}") for tower, layers in gone.items() for i in layers]
+    given = {name: array[:2] for name, array in source.observations().items()}
+    key = "logits" if name in TOKENS else "actions"
+    whole = checkpoint.answers(dense, given)[key]
+    hooks = [block.register_forward_hook(same) for block in blocks]
+    try:
+        expected = checkpoint.answers(dense, given)[key]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scale = max(1, np.abs(expected).max())
+    np.testing.assert_allclose(checkpoint.answers(pruned, given)[key], expected, rtol=0, atol=1e-5 * scale)
+    assert np.abs(whole - expected).max() > 1e-3
+    export(artifact, tmp_path / "exported")
+    check_same(tmp_path / "exported", pruned, source, observations(source))
+
+
 # Other geometries of the same families, with random weights
 
 
