@@ -173,6 +173,9 @@ class Dataset:
                     "rows that are not so; copy or write the data set again"
                 )
         self._columns.pop("index", None)  # it is the row's own number
+        for file in dict.fromkeys(place.file for episode in self.episodes for place in episode.places.values()):
+            if not file.is_file():
+                raise UserError(f"expected the file {file}, found none; copy the data set again")
         if not self.episodes:
             return
         least, most = self.column("task_index").min(), self.column("task_index").max()
