@@ -43,6 +43,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "success in the simulator, with confidence intervals",
     ),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
+    "data inspect": ("rlrc.compressor.datasets.commands:Inspect", "what a LeRobotDataset holds, and whether it fits"),
+    "data demonstrations": (
+        "rlrc.compressor.datasets.commands:Demonstrations",
+        "scripted experts in the simulator as a LeRobotDataset",
+    ),
     "report": ("rlrc.benchmarks.commands.report:Report", "results as one self-contained HTML page"),
 }
 
@@ -63,6 +68,8 @@ EXTRAS = {
     "metaworld": "sim",
     "mujoco": "sim",
     "trimesh": "sim",
+    "av": "data",
+    "pyarrow": "data",
     "matplotlib": "report",
 }
 
@@ -77,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] == "--version":
             print(f"rlrc {importlib.metadata.version('rlrc')}")
             return 0
-        if arguments[0] == "bench" and arguments[1:] in ([], ["-h"], ["--help"]):
-            print(overview("bench "))
+        if arguments[0] in groups() and arguments[1:] in ([], ["-h"], ["--help"]):
+            print(overview(f"{arguments[0]} "))
             return 0
         name, rest = choose(arguments)
         return parse(name, rest).run() or 0
@@ -97,9 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview(prefix: str = "") -> str:
     """The help page of all commands whose names begin with ``prefix``."""
     chosen = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(prefix)}
-    lines = [f"  {name:<16}{text}" for name, text in chosen.items()]
+    lines = [f"  {name:<21}{text}" for name, text in chosen.items()]
     usage = f"usage: rlrc {prefix}COMMAND ...   (rlrc {prefix}COMMAND --help tells more)"
     return "\n".join([usage, "", "Compress vision-language-action policies and run them on the robot.", "", *lines])
+
+
+def groups() -> set[str]:
+    """The first words of the commands of two words."""
+    return {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def choose(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -107,7 +119,7 @@ def choose(arguments: Sequence[str]) -> tuple[str, list[str]]:
     for words in (1, 2):
         if (name := " ".join(arguments[:words])) in COMMANDS:
             return name, list(arguments[words:])
-    name = " ".join(arguments[:2] if arguments[0] == "bench" else arguments[:1])
+    name = " ".join(arguments[:2] if arguments[0] in groups() else arguments[:1])
     close = difflib.get_close_matches(name, COMMANDS, 1)
     advice = f"did you mean {close[0]}?" if close else "run rlrc --help"
     raise UserError(f"expected one of the commands {', '.join(COMMANDS)}, found {name!r}; {advice}")

@@ -1,0 +1,88 @@
+"""Commands about data sets: data inspect, data demonstrations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import PolicySpec
+from rlrc.compressor.datasets import inspection
+from rlrc.compressor.datasets.lerobot import Dataset
+from rlrc.folders import check_output
+from rlrc.runtime.commands import check_failed
+from rlrc.runtime.describe import plain_console
+from rlrc.runtime.official import Flags, is_official
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What a LeRobotDataset v3.0 folder holds, what looks wrong in it, and whether it fits a policy."""
+
+    path: Positional[Path]
+    """the folder that has meta/info.json"""
+    policy: Path | None = None
+    """an artifact or an official checkpoint: does the data set fit it? exit code 1 if not"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """pairs of a camera of the policy and one of the data set, where their names differ"""
+    json: bool = False
+    """print everything as JSON"""
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+
+    def run(self) -> int:
+        spec = None if self.policy is None else policy_spec(self.policy, self.official)
+        dataset = Dataset.open(self.path)
+        found = inspection.facts(dataset)
+        if spec is not None:
+            found["policy"] = inspection.fit(dataset, spec, self.cameras)
+        dataset.close()
+        if self.json:
+            print(json.dumps(found, indent=1))
+        else:
+            inspection.show(found, plain_console())
+        if spec is not None and not found["policy"]["fits"]:
+            return check_failed(found["policy"]["reason"])
+        return 0
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Record scripted experts in the simulator as a LeRobotDataset v3.0 folder, every control step a frame."""
+
+    out: Positional[Path]
+    """folder to write; must not exist"""
+    episodes_per_task: int = 2
+    """episodes of each task, with more and more noise on what is executed"""
+    tasks: tuple[str, ...] = ()
+    """tasks to record, such as drawer-open-v3 (default: all)"""
+    size: int = 96
+    """height and width of the pictures"""
+    video: bool = False
+    """store the pictures as video, smaller but with loss, instead of as PNG"""
+
+    def run(self) -> None:
+        check_output(self.out)
+        from rlrc.compressor.datasets.demonstrations import record  # imported late: it needs the simulator
+        from rlrc.envs.metaworld import TASKS
+
+        tasks, console, played = self.tasks or tuple(TASKS), plain_console(stderr=True), []
+
+        def report(task: str, steps: int, success: bool) -> None:
+            played.append(success)
+            status.update(f"{len(played)} of {len(tasks) * self.episodes_per_task} episodes, {task}: {steps} steps")
+
+        with console.status("starting the simulator") as status:
+            record(self.out, tasks, self.episodes_per_task, self.size, self.video, report=report)
+        print(f"{self.out}: {len(played)} episodes, {sum(played)} successful; next: rlrc data inspect {self.out}")
+
+
+def policy_spec(path: Path, flags: Flags) -> PolicySpec:
+    """Of an artifact, or of an official checkpoint, of which no weights are read."""
+    if is_official(path, flags):
+        from rlrc.compressor.sources import open_source  # imported late: it needs torch
+
+        return open_source(path, flags).spec
+    return artifacts.load(path, verify=()).manifest.policy

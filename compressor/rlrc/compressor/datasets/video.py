@@ -1,0 +1,126 @@
+"""Videos of many episodes, through PyAV: pictures by their time, and pictures one after the other into a new file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+
+CODEC: Final = "h264"
+PIXELS = "yuv420p"
+# A key frame every second picture, as lerobot encodes: any picture is then at most two decodings away. Without B-frames
+# the first picture's time is 0.
+_OPTIONS = {"g": "2", "bf": "0", "crf": "18", "preset": "veryfast", "forced-idr": "1"}
+_AHEAD = 8  # pictures; what lies further ahead is sought
+_TOLERANCE = 0.25  # of a picture's duration: no other picture is as near, whatever the file's units of time
+
+
+class Video:
+    """Pictures of one file by their time. Going on from picture to picture decodes each once; anything else seeks."""
+
+    def __init__(self, file: Path, fps: float) -> None:
+        self.file, self.fps = file, fps
+        try:
+            self._container = av.open(str(file))
+            self._stream: Any = self._container.streams.video[0]
+        except (av.FFmpegError, OSError, IndexError) as error:
+            raise self._broken(error) from None
+        self._stream.codec_context.thread_count = 1  # several threads hold pictures back, which makes each seek slower
+        self._frames: Iterator[Any] = iter(())
+        self._last: Any = None  # the frame decoded last
+
+    def at(self, seconds: float) -> NDArray[np.uint8]:
+        """The picture (H, W, 3) at this time. Raises UserError if the file has none there."""
+        slack = _TOLERANCE / self.fps
+        try:
+            if self._last is None or not -slack <= seconds - self._last.time <= _AHEAD / self.fps:
+                self._seek(max(0.0, seconds - slack))
+            while self._last is not None and self._last.time < seconds - slack:
+                self._next()
+            if self._last is None or self._last.time > seconds + slack:
+                raise UserError(
+                    f"expected a picture at {seconds:.3f} s in {self.file}, found "
+                    f"{'its end' if self._last is None else f'the next at {self._last.time:.3f} s'}; "
+                    "copy the data set again"
+                )
+            picture: NDArray[np.uint8] = self._last.to_ndarray(format="rgb24")
+            return picture
+        except (av.FFmpegError, OSError) as error:
+            raise self._broken(error) from None
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _seek(self, seconds: float) -> None:
+        """To the last key frame that is not later, or to the start where the file's index is wrong about that."""
+        for time in (seconds, 0.0):
+            self._container.seek(int(time / self._stream.time_base), stream=self._stream)
+            self._frames = self._container.decode(self._stream)
+            self._next()
+            if self._last is not None and self._last.time <= seconds + 2 * _TOLERANCE / self.fps:
+                return
+
+    def _next(self) -> None:
+        self._last = next((frame for frame in self._frames if frame.pts is not None), None)
+
+    def _broken(self, error: Exception) -> UserError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return UserError(f"expected a readable video {self.file}, found: {reason}; copy the data set again")
+
+
+class VideoWriter:
+    """One file, to which pictures are appended. ``seconds`` is what is in it, ``bytes`` what has been encoded of it."""
+
+    def __init__(self, file: Path, fps: float, height: int, width: int) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.rate = Fraction(fps).limit_denominator(1001)
+        self.pictures, self.bytes = 0, 0
+        self._container: Any = av.open(str(file), "w", options={"movflags": "faststart"})
+        self._stream = self._container.add_stream(CODEC, rate=self.rate, options=dict(_OPTIONS))
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, PIXELS
+
+    @property
+    def seconds(self) -> float:
+        return float(self.pictures / self.rate)
+
+    def append(self, picture: NDArray[np.uint8], first: bool) -> None:
+        """A picture (H, W, 3); the ``first`` of an episode becomes a key frame, so that episodes can be cut apart."""
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame.pts, frame.time_base = self.pictures, 1 / self.rate
+        if first:
+            frame.pict_type = PictureType.I
+        self.pictures += 1
+        self._write(self._stream.encode(frame))
+
+    def close(self) -> None:
+        try:
+            self._write(self._stream.encode())
+        finally:
+            self._container.close()
+
+    def _write(self, packets: list[Any]) -> None:
+        for packet in packets:
+            self.bytes += packet.size
+            self._container.mux(packet)
+
+
+def description(fps: float, height: int, width: int) -> dict[str, Any]:
+    """What info.json says about a camera's videos."""
+    return {
+        "video.height": height,
+        "video.width": width,
+        "video.codec": CODEC,
+        "video.pix_fmt": PIXELS,
+        "video.fps": int(fps) if fps == int(fps) else fps,
+        "video.channels": 3,
+        "has_audio": False,
+        "is_depth_map": False,
+    }

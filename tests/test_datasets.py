@@ -1,0 +1,377 @@
+"""A data set as a policy sees it, its inspection, and demonstrations that become one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlrc.artifact import ActionSpec, CameraSpec, Manifest, NormStats, PolicySpec
+from rlrc.compressor.datasets.fit import Matched, match, split
+from rlrc.compressor.datasets.inspection import facts
+from rlrc.compressor.datasets.lerobot import Dataset
+from rlrc.compressor.datasets.meta import Feature
+from rlrc.compressor.datasets.writer import Recording, write
+from rlrc.errors import UserError
+from rlrc.runtime import cli
+from rlrc.runtime.preprocess import check, prepare
+
+SIZE = 32
+CAMERA, WRIST, STATE, ACTION = "observation.images.corner4", "observation.images.wrist", "observation.state", "action"
+LENGTHS = (6, 2, 5, 4)
+
+
+def features(**others: Feature | None) -> dict[str, Feature]:
+    """What fits the policy of conftest; others replace or (None) remove."""
+    found: dict[str, Feature | None] = {
+        CAMERA: Feature("image", (SIZE, SIZE, 3)),
+        STATE: Feature("float32", (3,), ("x", "y", "grip")),
+        ACTION: Feature("float32", (4,)),
+    }
+    found |= {name.replace("__", "."): feature for name, feature in others.items()}
+    return {name: feature for name, feature in found.items() if feature is not None}
+
+
+def value(feature: Feature, number: int) -> np.ndarray:
+    dtype = np.uint8 if feature.camera else np.dtype(feature.dtype)
+    return np.full(feature.shape, number, dtype)
+
+
+def record(
+    path: Path, own: dict[str, Feature] | None = None, lengths: Sequence[int] = LENGTHS, fps: float = 10
+) -> Path:
+    """Every value of frame i of episode e is 10 e + i; all differ between dimensions only where a test changes them."""
+    own = own or features()
+
+    def frames(episode: int, length: int) -> Iterator[dict[str, Any]]:
+        for i in range(length):
+            yield {name: value(feature, 10 * episode + i) for name, feature in own.items()}
+
+    write(
+        path,
+        fps,
+        own,
+        (Recording(("open", "close")[e % 2] + " the drawer", frames(e, n)) for e, n in enumerate(lengths)),
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record(tmp_path_factory.mktemp("datasets") / "set")
+
+
+@pytest.fixture(scope="session")
+def spec(tiny_manifest: Manifest) -> PolicySpec:
+    return tiny_manifest.policy
+
+
+def widened(spec: PolicySpec, horizon: int) -> PolicySpec:
+    return replace(spec, action=replace(spec.action, horizon=horizon))
+
+
+def test_samples_are_observations_and_what_follows(folder: Path, spec: PolicySpec) -> None:
+    """Frames 4 and 5 end episode 0, 6 begins episode 1; in the order asked for, one of them twice."""
+    matched = match(Dataset.open(folder), spec)
+    assert (len(matched), matched.cameras, matched.state) == (17, {"corner4": CAMERA}, (STATE,))
+    samples = matched.samples([6, 4, 5, 6])
+    for sample, number, chunk, real in zip(
+        samples, (10, 4, 5, 10), ([10, 11, 11], [4, 5, 5], [5, 5, 5], [10, 11, 11]), (2, 2, 1, 2), strict=True
+    ):
+        observation = sample.observation
+        assert set(observation) == {"image.corner4", "state", "instruction"}
+        assert (observation["image.corner4"] == number).all()
+        np.testing.assert_array_equal(observation["state"], np.float32([number] * 3))
+        assert observation["instruction"] == ("close the drawer" if number == 10 else "open the drawer")
+        np.testing.assert_array_equal(sample.chunk, np.repeat(np.float32(chunk)[:, None], 4, 1))
+        np.testing.assert_array_equal(sample.real, np.arange(3) < real)
+        check(observation, spec)
+        assert prepare(observation, spec, None).pixels[0].shape == (SIZE, SIZE, 3)
+
+
+def test_a_horizon_longer_than_any_episode_is_padded(folder: Path, spec: PolicySpec) -> None:
+    (sample,) = match(Dataset.open(folder), widened(spec, 50)).samples(np.array([0]))
+    assert (sample.chunk.shape, sample.real.sum()) == ((50, 4), 6)
+    assert (sample.chunk[6:] == 5).all()
+
+
+def test_a_policy_without_state_and_prompt_gets_neither(folder: Path, spec: PolicySpec) -> None:
+    (sample,) = match(Dataset.open(folder), replace(spec, state=None, prompt=None)).samples([0])
+    assert set(sample.observation) == {"image.corner4"}
+
+
+def test_cameras_by_another_name(folder: Path, spec: PolicySpec) -> None:
+    other = replace(spec, cameras=(replace(spec.cameras[0], name="image0"),))
+    dataset = Dataset.open(folder)
+    for name in ("corner4", CAMERA):
+        assert match(dataset, other, {"image0": name}).cameras == {"image0": CAMERA}
+    with pytest.raises(UserError, match=r"expected the camera image0 in .*, found corner4; map .*\(image0\)"):
+        match(dataset, other)
+    with pytest.raises(UserError, match=r"expected the camera top in .*, found corner4"):
+        match(dataset, other, {"image0": "top"})
+    with pytest.raises(UserError, match=r"expected cameras of the policy \(image0\) to be mapped, found image1"):
+        match(dataset, other, {"image1": "corner4"})
+
+
+def test_optional_cameras_may_be_missing(folder: Path, spec: PolicySpec) -> None:
+    camera = spec.cameras[0]
+    wrist = replace(camera, name="wrist", optional=True)
+    dataset = Dataset.open(folder)
+    matched = match(dataset, replace(spec, cameras=(wrist, camera)))
+    assert matched.cameras == {"corner4": CAMERA}
+    assert set(matched.samples([0])[0].observation) == {"image.corner4", "state", "instruction"}
+    with pytest.raises(UserError, match=r"expected one of the cameras wrist in .*, found observation.images.corner4"):
+        match(dataset, replace(spec, cameras=(wrist,)))
+
+
+def test_pictures_of_another_size_where_the_policy_resizes(tmp_path: Path, spec: PolicySpec) -> None:
+    own = features(**{CAMERA.replace(".", "__"): Feature("image", (24, 40, 3))})
+    dataset = Dataset.open(record(tmp_path / "set", own))
+    with pytest.raises(UserError, match=r"observation.images.corner4 of .* expected .* 32 x 32 .* found 24 x 40"):
+        match(dataset, spec)
+    camera: CameraSpec = replace(spec.cameras[0], resize="bilinear")
+    (sample,) = match(dataset, replace(spec, cameras=(camera,))).samples([0])
+    assert sample.observation["image.corner4"].shape == (24, 40, 3)
+
+
+def test_the_state_of_the_environment_follows_the_robots(tmp_path: Path, spec: PolicySpec) -> None:
+    own = features(observation__state=Feature("float32", (2,)), observation__environment_state=Feature("float32", (1,)))
+    matched = match(Dataset.open(record(tmp_path / "set", own)), spec)
+    assert matched.state == (STATE, "observation.environment_state")
+    np.testing.assert_array_equal(matched.samples([7])[0].observation["state"], np.float32([11] * 3))
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            {"observation__state": Feature("float32", (2,), ("x", "y"))},
+            r"expected observation.state of shape \(3,\) in .* state \(x, y, grip\), found float32 \(2,\): x, y;",
+        ),
+        ({"observation__state": None}, r"expected observation.state of shape \(3,\) in .*, found none"),
+        (
+            {"action": Feature("float32", (7,))},
+            r"expected action of shape \(4,\) in .* \(dx, dy, dz, gripper\), found float32 \(7,\); choose",
+        ),
+        ({"action": None}, r"expected action of shape \(4,\) in .*, found none"),
+        ({CAMERA.replace(".", "__"): None}, "expected the camera corner4 in .*, found none"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, spec: PolicySpec, others: dict[str, Any], message: str
+) -> None:
+    dataset = Dataset.open(record(tmp_path / "set", features(**others)))
+    with pytest.raises(UserError, match=message) as error:
+        match(dataset, spec)
+    assert "\n" not in str(error.value)
+
+
+def edit(path: Path, relative: str, name: str, values: Any) -> None:
+    table = pq.read_table(path / relative)
+    place = table.column_names.index(name)
+    pq.write_table(table.set_column(place, name, pa.array(values, table.schema.field(name).type)), path / relative)
+
+
+DATA = "data/chunk-000/file-000.parquet"
+
+
+def test_a_policy_with_a_prompt_needs_tasks_in_words(tmp_path: Path, spec: PolicySpec) -> None:
+    edit(record(tmp_path / "set"), "meta/tasks.parquet", "task", ["open the drawer", ""])
+    dataset = Dataset.open(tmp_path / "set")
+    with pytest.raises(UserError, match=r"expected a task in words for .* found none for task_index 1"):
+        match(dataset, spec)
+    assert match(dataset, replace(spec, prompt=None))
+
+
+def test_broken_numbers_are_refused(tmp_path: Path, spec: PolicySpec) -> None:
+    states = np.zeros((17, 3))
+    states[7, 1], states[9, 0] = np.nan, np.inf
+    edit(record(tmp_path / "set"), DATA, STATE, states.tolist())
+    with pytest.raises(UserError, match="found nan or inf in 2 frames, first in frame 1 of episode 1; remove"):
+        match(Dataset.open(tmp_path / "set"), spec)
+
+
+def test_episodes_are_split_whole(folder: Path) -> None:
+    dataset = Dataset.open(folder)
+    episode = dataset.column("episode_index")
+    drawn = set()
+    for seed in range(20):
+        train, held = split(dataset, 0.5, seed)
+        np.testing.assert_array_equal(np.sort(np.concatenate([train, held])), np.arange(17))
+        assert not set(episode[train]) & set(episode[held])
+        assert len(set(episode[held])) == 2
+        drawn.add(tuple(held))
+        for one, again in zip((train, held), split(dataset, 0.5, seed), strict=True):
+            np.testing.assert_array_equal(one, again)
+    assert len(drawn) > 3
+    assert [len(part) for part in split(dataset, 0, 0)] == [17, 0]
+    assert len(set(episode[split(dataset, 0.01, 0)[1]])) == 1  # at least one
+    assert len(set(episode[split(dataset, 0.99, 0)[0]])) == 1
+    for share in (1.0, -0.1, float("nan")):
+        with pytest.raises(UserError, match="expected a held-out share"):
+            split(dataset, share, 0)
+
+
+def test_one_episode_cannot_be_split(tmp_path: Path) -> None:
+    dataset = Dataset.open(record(tmp_path / "set", lengths=(3,)))
+    with pytest.raises(UserError, match=r"expected at least two episodes .* found 1; hold out 0"):
+        split(dataset, 0.5, 0)
+    assert len(split(dataset, 0.0, 0)[0]) == 3
+
+
+def test_what_a_data_set_holds(folder: Path) -> None:
+    found = facts(Dataset.open(folder))
+    assert (found["version"], found["fps"], found["episodes"], found["frames"]) == ("v3.0", 10, 4, 17)
+    assert found["seconds"] == pytest.approx(1.7)
+    assert found["tasks"] == {
+        "open the drawer": {"episodes": 2, "frames": 11},
+        "close the drawer": {"episodes": 2, "frames": 6},
+    }
+    assert found["features"][STATE] == {"dtype": "float32", "shape": [3], "names": ["x", "y", "grip"]}
+    numbers = [10 * e + i for e, n in enumerate(LENGTHS) for i in range(n)]
+    assert found["statistics"][ACTION]["mean"] == pytest.approx([np.mean(numbers)] * 4)
+    assert found["statistics"][ACTION]["std"] == pytest.approx([np.std(numbers)] * 4)
+    assert found["bytes"] > 4000
+    assert found["warnings"] == []
+
+
+def test_what_looks_wrong_is_told(tmp_path: Path) -> None:
+    path = record(tmp_path / "set", lengths=(200, 3))
+    random = np.random.default_rng(0)
+    states, actions = random.normal(size=(203, 3)), random.normal(size=(203, 4))
+    states[:, 0], states[5, 1], actions[17, 2] = 0.25, np.nan, 1000.0
+    edit(path, DATA, STATE, states.tolist())
+    edit(path, DATA, ACTION, actions.tolist())
+    stamps = np.concatenate([np.arange(200) / 10 + 0.02, [0, 0.2, 0.1]])
+    edit(path, DATA, "timestamp", stamps)
+    dataset = Dataset.open(path)
+    assert facts(dataset)["warnings"] == [
+        "observation.state dimension 0 (x): constant, always 0.25",
+        "observation.state dimension 1 (y): nan or inf in 1 frames",
+        "action dimension 2: 1 values beyond 10 standard deviations, such as 1000",
+        "time stamps do not grow in 1 episodes, the first is 1",
+        "time stamps are off 10 a second in 1 episodes, the first is 0",
+    ]
+    assert facts(dataset)["statistics"][STATE]["max"][1] == pytest.approx(np.nanmax(np.float32(states[:, 1])))
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    code = cli.main(["data", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_inspect_says_whether_a_policy_fits(
+    folder: Path, toy_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = command(capsys, "inspect", folder, "--policy", toy_artifact)
+    assert (code, err) == (0, "")
+    assert "fits the policy: cameras corner4 = observation.images.corner4; state observation.state; chunks of 3" in out
+    code, out, err = command(capsys, "inspect", folder, "--json")
+    assert (code, json.loads(out)["frames"]) == (0, 17)
+    assert "policy" not in json.loads(out)
+    narrow = record(tmp_path / "narrow", features(action=Feature("float32", (2,))))
+    code, out, err = command(capsys, "inspect", narrow, "--policy", toy_artifact, "--json")
+    assert (code, json.loads(out)["policy"]["fits"], err.count("\n")) == (1, False, 1)
+    assert "expected action of shape (4,)" in err
+    code, out, err = command(capsys, "inspect", narrow, "--policy", toy_artifact, "--cameras", "corner4", "top")
+    assert "expected the camera top" in err
+
+
+def test_inspect_of_an_official_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Path(__file__).parent / "data/act/checkpoint"
+    code, _, err = command(capsys, "inspect", folder, "--policy", checkpoint)
+    assert code == 1
+    assert "expected the camera top" in err
+
+
+def test_inspect_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(capsys, "inspect", tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    code, out, err = command(capsys)
+    assert (code, "data inspect" in out, "data demonstrations" in out) == (0, True, True)
+    code, out, err = command(capsys, "inspects")
+    assert (code, "did you mean data inspect?" in err) == (2, True)
+
+
+def test_reading_never_imports_torch(folder: Path) -> None:
+    program = (
+        f"import sys; sys.path[:0] = {[path for path in sys.path if path]!r}\n"
+        "from rlrc.runtime import cli; cli.main(['data', 'inspect', sys.argv[1], '--json'])\n"
+        "print({'torch', 'lerobot', 'pandas', 'datasets'} & set(sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1] == "set()", ended.stderr
+
+
+def test_demonstrations_become_a_data_set(
+    own_cache: Path, tmp_path: Path, spec: PolicySpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replaying the first episode's actions in its scene gives its states and pictures; the second one is disturbed."""
+    from rlrc.compressor.datasets.demonstrations import play
+    from rlrc.envs.experts import expert
+    from rlrc.envs.metaworld import ACTION_NAMES, make
+
+    arguments = ["demonstrations", tmp_path / "set", "--episodes-per-task", "2", "--tasks", "faucet-close-v3"]
+    code, out, _ = command(capsys, *arguments, "--size", str(SIZE))
+    assert code == 0
+    assert "2 episodes, 2 successful" in out
+    dataset = Dataset.open(tmp_path / "set")
+    assert (dataset.fps, dataset.info.robot_type, len(dataset.episodes)) == (20, "sawyer", 2)
+    assert dataset.features[ACTION].names == ACTION_NAMES
+
+    env = make("faucet-close-v3", SIZE)
+    observation, _ = env.reset(seed=0)
+    for i in range(len(dataset.episodes[0])):  # the first episode is played without noise
+        frame = dataset.frame(i)
+        np.testing.assert_array_equal(frame.pictures[CAMERA], observation[f"image.{CAMERA.split('.')[-1]}"])
+        np.testing.assert_array_equal(frame.state, observation["state"])
+        assert (frame.task, env.success) == ("close the faucet", False)
+        observation, *_ = env.step(frame.action)
+    assert env.success
+
+    # The hand does not move as the recorded action says, which is the expert's own.
+    noisy = [frame for i in range(len(dataset)) if (frame := dataset.frame(i)).episode == 1]
+    assert all(np.abs(frame.action).max() <= 1 for frame in noisy)
+    env.reset(seed=1)
+    np.testing.assert_array_equal(expert(env.task)(env.full_observation), noisy[0].action)
+    env.advance(noisy[0].action)
+    assert np.abs(env.state() - noisy[1].state).max() > 1e-5
+    again = list(play(make("faucet-close-v3", SIZE), 1))
+    np.testing.assert_array_equal([frame.state for frame in noisy], [frame[STATE] for frame in again])
+
+    fitting = replace(
+        spec,
+        state=replace(spec.state, names=dataset.features[STATE].names, norm=NormStats((0.0,) * 7, (1.0,) * 7)),
+        action=ActionSpec(5, ACTION_NAMES, spec.action.meaning, spec.action.units, spec.action.norm, 32),
+    )
+    matched: Matched = match(dataset, fitting)
+    sample = matched.samples([0])[0]
+    np.testing.assert_array_equal(sample.chunk, dataset.column(ACTION)[:5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "juggle"), "expected a task out of"),
+        (("--episodes-per-task", "0"), "expected at least one episode a task"),
+        (("--size", "0"), "expected at least one episode a task and a size of at least 1"),
+        (("--size", "33", "--video"), "expected an even height and width"),
+    ],
+)
+def test_demonstrations_that_cannot_be_are_refused(
+    tmp_path: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = command(capsys, "demonstrations", tmp_path / "set", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
