@@ -177,13 +177,15 @@ def test_only_the_student_learns(teacher: TinyPolicy, batches: SampleBatches) ->
     assert student.head.weight.grad.abs().max() == 0  # no block's output depends on it
 
 
-def entry(**after: Any) -> HistoryEntry:
+def entry(dropped: dict[str, list[int]] | None = None) -> HistoryEntry:
+    """A pruning's, as it reports the blocks that went; or another stage's."""
+    after = {} if dropped is None else {"removed": {"dropped": dropped}}
     return HistoryEntry("prune", {}, "0.1.0", None, 0.0, after=after)
 
 
 def test_numbers_of_blocks_by_hand() -> None:
     """Of eight blocks 2 and 5 go, then what are now the first and the last of the six: 0 and 7."""
-    history = (entry(), entry(dropped={"decoder": [2, 5]}), entry(dropped={"decoder": [0, 5], "expert": [1]}))
+    history = (entry(), entry({"decoder": [2, 5]}), entry({"decoder": [0, 5], "expert": [1]}))
     assert numbers(history, "decoder", 4) == [1, 3, 4, 6]
     assert numbers(history, "expert", 2) == [0, 2]
     assert numbers((), "decoder", 3) == [0, 1, 2]
@@ -210,7 +212,7 @@ def test_blocks_of_a_shallower_student_are_the_teacher_s(teacher: TinyPolicy, ba
         teacher.decoder.blocks()[1].attention.o.weight.zero_()
         teacher.decoder.blocks()[1].mlp.down.weight.zero_()
     student = dropped(teacher, 1)
-    shallow = SimpleNamespace(towers=student.towers, history=(entry(dropped={"decoder": [1]}),))
+    shallow = SimpleNamespace(towers=student.towers, history=(entry({"decoder": [1]}),))
     pairs = matched(shallow, SimpleNamespace(towers=teacher.towers, history=()))
     assert [its for _, its in pairs] == ["decoder.layers.0", "decoder.layers.2", "decoder.layers.3"]
     assert [ours for ours, _ in pairs] == BLOCKS[:3]

@@ -99,7 +99,7 @@ def _chunk(source: Source) -> tuple[int, int, int]:
 
 def numbers(history: Sequence[HistoryEntry], tower: str, depth: int) -> list[int]:
     """The numbers that a tower's blocks had before whole ones were dropped."""
-    dropped = [list[int](entry.after.get("dropped", {}).get(tower, ())) for entry in history]
+    dropped = [list[int](entry.after.get("removed", {}).get("dropped", {}).get(tower, ())) for entry in history]
     found = list(range(depth + sum(map(len, dropped))))
     for gone in dropped:
         found = [number for i, number in enumerate(found) if i not in gone]

@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.compressor.training_commands:Distill",
         "train on demonstrations and on a dense teacher's hidden states",
     ),
+    "sensitivity": (
+        "rlrc.compressor.sensitivity_commands:Sensitivity",
+        "which modules the actions depend on, measured one by one",
+    ),
     "prune": ("rlrc.compressor.commands:Prune", "cut attention heads and MLP channels"),
     "rl": ("rlrc.compressor.training_commands:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.commands:Quantize", "weights to 4 bits"),
