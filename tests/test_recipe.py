@@ -54,7 +54,10 @@ def test_an_empty_table_means_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[distill]\nsteps = 3\n", r"expected the keys prune, sft, rl, quantize .*found distill, which is unknown"),
+        (
+            "[train]\nsteps = 3\n",
+            r"expected the keys prune, sft, distill, rl, quantize .*found train, which is unknown",
+        ),
         ("steps = 3\n", r"expected the keys prune, .*found steps, which is unknown"),
         ("prune = 0.9\n", r"expected an object with the keys of PruneConfig at prune, found 0\.9"),
         ("[sft]\nstep = 3\n", r"expected the keys steps, .* at sft, found sft\.step, which is unknown"),

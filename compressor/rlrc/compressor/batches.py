@@ -19,17 +19,19 @@ class Batch:
     """``actions`` normalised (B, K, D); ``real`` (B, K) is false for steps behind an episode's end (None: all are).
 
     ``times`` (B,) of flow policies: where between noise and actions the velocity is asked for (see losses.drawn).
+    ``rows`` (B,): which rows of a training set these are, if it gives a row the same observation every time.
     """
 
     inputs: Inputs
     actions: Tensor
     real: Tensor | None = None
     times: Tensor | None = None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
 
-    def part(self, rows: slice) -> Batch:
+    def part(self, rows: slice | Tensor) -> Batch:
         """Some rows of the batch."""
 
         return self._each(lambda tensor: tensor[rows])
@@ -43,7 +45,7 @@ class Batch:
 
         i = self.inputs
         inputs = Inputs([change(pixels) for pixels in i.pixels], of(i.ids), of(i.state), of(i.mask), of(i.noise))
-        return Batch(inputs, change(self.actions), of(self.real), of(self.times))
+        return Batch(inputs, change(self.actions), of(self.real), of(self.times), of(self.rows))
 
     def noisy(self, deviation: float) -> Batch:
         """With normal noise on the normalised state, drawn from torch's generator."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
+from rlrc.compressor.distill import DistillConfig
 from rlrc.compressor.sources import Source, open_source
 from rlrc.compressor.stages import Options, run_prune, run_quantize
-from rlrc.compressor.training import run_rl, run_sft
+from rlrc.compressor.training import run_distill, run_rl, run_sft
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.runtime.official import Flags
@@ -20,6 +21,7 @@ from rlrc.runtime.official import Flags
 RUNNERS: dict[str, Callable[..., Manifest]] = {
     "prune": run_prune,
     "sft": run_sft,
+    "distill": run_distill,
     "rl": run_rl,
     "quantize": run_quantize,
 }
@@ -28,8 +30,8 @@ RUNNERS: dict[str, Callable[..., Manifest]] = {
 def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None = None) -> None:
     """Every stage of a recipe, each an artifact of its own in ``OUT.stages/``, then the export to ``out``.
 
-    ``flags`` are those of an official source. A stage that an earlier call finished is kept, provided it did the same
-    to the same input; otherwise it is refused.
+    ``flags`` are those of an official source, which is also the teacher of a distillation that names none. A stage that
+    an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
     """
     from rlrc.exporters.export import export  # imported late: only this function goes all the way
 
@@ -38,6 +40,8 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
     folder.mkdir(parents=True, exist_ok=True)
     current, told = source, flags or Flags()
     for name, config in recipe.items():
+        if isinstance(config, DistillConfig) and not config.teacher:
+            config = dataclasses.replace(config, teacher=str(source))
         target = folder / name
         if target.exists():
             check_same(target, name, open_source(current, told), config)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ class SampleBatches:
         return len(self.samples)
 
     def draw(self, size: int) -> Batch:
-        return self.rows(self.rng.integers(0, len(self.samples), size))
+        rows = self.rng.integers(0, len(self.samples), size)
+        return replace(self.rows(rows), rows=torch.from_numpy(rows))
 
     def all(self, size: int) -> list[Batch]:
         """Every sample once, in batches of this size."""

@@ -17,11 +17,12 @@ else:
     import tomli as tomllib
 
 
-# Stage: where its configuration is, imported when asked for, because that of sft and rl needs the simulator's packages.
+# Stage: where its configuration is, imported when asked for, because those that train need the simulator's packages.
 # A stage that the file does not name is left out; they run in this order.
 CONFIGS = {
     "prune": "rlrc.compressor.prune:PruneConfig",
     "sft": "rlrc.compressor.sft:SFTConfig",
+    "distill": "rlrc.compressor.distill:DistillConfig",
     "rl": "rlrc.compressor.ppo:PPOConfig",
     "quantize": "rlrc.compressor.quantize:QuantizeConfig",
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ Progress = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class SFTConfig:
+    STAGE: ClassVar[str] = "sft"  # what errors and the curve call it
+
     steps: int = 2000
     """optimiser steps"""
     batch: int = 128
@@ -81,47 +83,52 @@ class SFTConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "check_every", "demonstrations", "dagger_episodes"):
             if getattr(self, name) < 1:
-                raise UserError(f"expected sft.{name} >= 1, found {getattr(self, name)}")
+                raise UserError(f"expected {self.STAGE}.{name} >= 1, found {getattr(self, name)}")
         for name in ("rate", "smoothing"):
             if not getattr(self, name) > 0:
-                raise UserError(f"expected sft.{name} > 0, found {getattr(self, name)}")
+                raise UserError(f"expected {self.STAGE}.{name} > 0, found {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "lora", "state_noise", "patience", "dagger_rounds", "seed"):
             if not getattr(self, name) >= 0:
-                raise UserError(f"expected sft.{name} >= 0, found {getattr(self, name)}")
+                raise UserError(f"expected {self.STAGE}.{name} >= 0, found {getattr(self, name)}")
         for name in ("decay", "dagger_start", "dagger_end"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"expected sft.{name} within [0, 1], found {getattr(self, name)}")
+                raise UserError(f"expected {self.STAGE}.{name} within [0, 1], found {getattr(self, name)}")
         if not 0 <= self.held_out < 1:
-            raise UserError(f"expected sft.held_out from 0 to below 1, found {self.held_out}")
+            raise UserError(f"expected {self.STAGE}.held_out from 0 to below 1, found {self.held_out}")
         if self.schedule not in ("linear", "cosine"):
-            raise UserError(f"expected sft.schedule linear or cosine, found {self.schedule!r}")
+            raise UserError(f"expected {self.STAGE}.schedule linear or cosine, found {self.schedule!r}")
         if self.batch % self.accumulate:
             raise UserError(
-                f"expected sft.accumulate to divide the batch of {self.batch}, found {self.accumulate}; change either"
+                f"expected {self.STAGE}.accumulate to divide the batch of {self.batch}, found {self.accumulate}; "
+                "change either"
             )
         if self.patience and not self.held_out:
-            raise UserError(f"expected sft.held_out > 0 with sft.patience {self.patience}, found 0; hold episodes out")
+            raise UserError(
+                f"expected {self.STAGE}.held_out > 0 with {self.STAGE}.patience {self.patience}, found 0; "
+                "hold episodes out"
+            )
         self._check_scenes()
 
     def _check_scenes(self) -> None:
         last = self.first_seed + self.scenes() - 1
         if self.first_seed not in DEMONSTRATION or last not in DEMONSTRATION:
             raise UserError(
-                f"expected sft.first_seed within {DEMONSTRATION.start} to {DEMONSTRATION.stop - self.scenes()}, "
-                f"the scenes for demonstrations, found {self.first_seed}"
+                f"expected {self.STAGE}.first_seed within {DEMONSTRATION.start} to "
+                f"{DEMONSTRATION.stop - self.scenes()}, the scenes for demonstrations, found {self.first_seed}"
             )
         if self.dagger_start > self.dagger_end:
             raise UserError(
-                f"expected sft.dagger_start <= sft.dagger_end, found {self.dagger_start} and {self.dagger_end}"
+                f"expected {self.STAGE}.dagger_start <= {self.STAGE}.dagger_end, found {self.dagger_start} and "
+                f"{self.dagger_end}"
             )
         if self.data and self.dagger_rounds:
             raise UserError(
-                f"expected sft.dagger_rounds 0 with sft.data, found {self.dagger_rounds}; only the simulator has an "
-                "expert to ask"
+                f"expected {self.STAGE}.dagger_rounds 0 with {self.STAGE}.data, found {self.dagger_rounds}; only the "
+                "simulator has an expert to ask"
             )
         if (possible := len(self.rounds())) != self.dagger_rounds:
             raise UserError(
-                f"expected sft.dagger_rounds to fall on different steps, found {self.dagger_rounds} rounds "
+                f"expected {self.STAGE}.dagger_rounds to fall on different steps, found {self.dagger_rounds} rounds "
                 f"on {possible} of {self.steps} steps; ask for fewer rounds or more steps"
             )
 
@@ -274,7 +281,7 @@ def sft(
         if (step + 1) % LOG_EVERY == 0:
             means = {name: value / LOG_EVERY for name, value in sums.items()}
             sums.clear()
-            run.log("sft", step + 1, samples=len(batches), **means)
+            run.log(config.STAGE, step + 1, samples=len(batches), **means)
             progress(step + 1, f"loss {means['loss']:.3f} l1 {means['l1']:.4f}")
         if (step + 1) % SAVE_EVERY == 0:
             training = {"policy": policy.state_dict(), "optimizer": optim.state_dict(), "batches": batches.state()}

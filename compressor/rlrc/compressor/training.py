@@ -1,4 +1,4 @@
-"""The stages that need the simulator, for the reference family only: sft and rl, and the policy they start from."""
+"""The stages that train, for the reference family only: sft, distill and rl, and the policy they start from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from rlrc.artifact import HistoryEntry, Manifest, writing
 from rlrc.compressor import memory, reference
@@ -20,13 +21,16 @@ from rlrc.compressor.batches import Lessons
 from rlrc.compressor.checkpoint import TOKENIZER, write_policy
 from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig
+from rlrc.compressor.distill import DistillConfig, check_teacher, distillation, matched
+from rlrc.compressor.policy import Policy
 from rlrc.compressor.ppo import PPOConfig, ppo
-from rlrc.compressor.sft import SFTConfig, sft
-from rlrc.compressor.sources import Source, shapes
-from rlrc.compressor.stages import Options, reference_only, stage
+from rlrc.compressor.sft import Objective, SFTConfig, sft
+from rlrc.compressor.sources import Source, open_source, shapes
+from rlrc.compressor.stages import Options, Stage, reference_only, stage
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import PICTURE, TASKS, make
 from rlrc.envs.seeds import VALIDATION
+from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 from rlrc.runtime.preprocess import Tokenizer
 
@@ -83,13 +87,41 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags:
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
     with stage("sft", source, out, config, options, check, flags) as work:
-        policy, simulation = work.trainable()
-        batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
-        lessons = Lessons(batches, simulation.held_out(policy, config))
-        dagger = Dagger(config, simulation.rollouts, batches, work.run)
-        with progress_bar("sft", config.steps) as progress:
-            report = sft(policy, config, lessons, work.run, progress, dagger)
-        return work.finish(policy, **report)
+        return work.finish(work.policy, **taught(work, config, lambda lessons: Objective))
+
+
+def run_distill(
+    source: Path, out: Path, config: DistillConfig, options: Options, flags: Flags | None = None
+) -> Manifest:
+    """``flags`` are those of an official teacher."""
+    if not config.teacher:
+        raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
+    teacher = open_source(Path(config.teacher), flags or Flags())
+
+    def check(student: Source) -> None:
+        reference_only("distill", student)
+        check_teacher(student, teacher, config)
+
+    with stage("distill", source, out, config, options, check) as work:
+        pairs, folder = matched(work.source, teacher), work.run.folder
+
+        def objective(lessons: Lessons) -> Callable[[Policy, float], nn.Module]:
+            return distillation(config, teacher.load(), pairs, lessons.batches, folder)
+
+        report = taught(work, config, objective)
+        return work.finish(work.policy, teacher=teacher.digest, **report)
+
+
+def taught(
+    work: Stage, config: SFTConfig, objective: Callable[[Lessons], Callable[[Policy, float], nn.Module]]
+) -> dict[str, Any]:
+    """Trains the stage's policy in place. -> what the history tells besides."""
+    policy, simulation = work.trainable()
+    batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
+    lessons = Lessons(batches, simulation.held_out(policy, config))
+    dagger = Dagger(config, simulation.rollouts, batches, work.run)
+    with progress_bar(config.STAGE, config.steps) as progress:
+        return sft(policy, config, lessons, work.run, progress, dagger, objective(lessons))
 
 
 def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: Flags | None = None) -> Manifest:

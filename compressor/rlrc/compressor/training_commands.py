@@ -1,4 +1,4 @@
-"""Commands that need the simulator: new, sft, rl, compress."""
+"""Commands that need the simulator: new, sft, distill, rl, compress."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.compressor.commands import StageCommand
 from rlrc.compressor.compress import compress
+from rlrc.compressor.distill import DistillConfig
 from rlrc.compressor.ppo import PPOConfig
 from rlrc.compressor.recipe import load
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
-from rlrc.compressor.training import new, run_rl, run_sft
+from rlrc.compressor.training import new, run_distill, run_rl, run_sft
 from rlrc.runtime.official import Flags
 
 
@@ -44,6 +45,17 @@ class SFT(StageCommand):
     def run(self) -> None:
         following = "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already"
         self._run("sft", run_sft, self.config, following, self.official)
+
+
+@dataclass(frozen=True)
+class Distill(StageCommand):
+    """Train a pruned policy on demonstrations and on what the blocks of its dense teacher put out."""
+
+    config: OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+
+    def run(self) -> None:
+        self._run("distill", run_distill, self.config, "rlrc rl {out} OUT, or rlrc quantize {out} OUT", self.official)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,22 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "new": ("rlrc.compressor.training_commands:New", "an untrained policy of the reference family"),
     "sft": ("rlrc.compressor.training_commands:SFT", "train on demonstrations"),
+    "distill": (
+        "rlrc.compressor.training_commands:Distill",
+        "train on demonstrations and on a dense teacher's hidden states",
+    ),
+    "sensitivity": (
+        "rlrc.compressor.sensitivity_commands:Sensitivity",
+        "which modules the actions depend on, measured one by one",
+    ),
     "prune": ("rlrc.compressor.commands:Prune", "cut attention heads and MLP channels"),
     "rl": ("rlrc.compressor.training_commands:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.commands:Quantize", "weights to 4 or 8 bits"),
     "compare-grids": ("rlrc.compressor.commands:CompareGrids", "what rounding costs, by method and number of bits"),
-    "compress": ("rlrc.compressor.training_commands:Compress", "all stages from a recipe: prune, sft, rl, quantize"),
+    "compress": (
+        "rlrc.compressor.training_commands:Compress",
+        "all stages from a recipe: prune, sft, distill, rl, quantize",
+    ),
     "write-back": ("rlrc.compressor.official_commands:WriteBack", "weights in the official format they came from"),
     "export": ("rlrc.exporters.commands:Export", "the graphs that the runtime loads, verified"),
     "verify": ("rlrc.runtime.commands:Verify", "replay the golden observations through every graph here"),
