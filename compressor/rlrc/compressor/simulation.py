@@ -27,7 +27,8 @@ from rlrc.envs.seeds import VALIDATION
 @contextmanager
 def simulate(artifact: Artifact, folder: Path, workers: int, episodes: int) -> Iterator[Simulation]:
     """For the artifact's policy; ``folder`` is that of the run, ``episodes`` see Simulation."""
-    with Rollouts(artifact.manifest, artifact.file(TOKENIZER), folder, workers) as rollouts:
+    tokenizer = None if artifact.manifest.policy.prompt is None else artifact.file(TOKENIZER)
+    with Rollouts(artifact.manifest, tokenizer, folder, workers) as rollouts:
         yield Simulation(rollouts, episodes)
 
 
@@ -60,7 +61,8 @@ class Simulation:
         return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
 
     def batches(self, policy: Policy, config: DemonstrationConfig, seed: int) -> SampleBatches:
-        with Console(stderr=True).status("playing demonstrations, unless they are in the cache"), distributed.first():
+        console = Console(stderr=True, quiet=distributed.rank() > 0)
+        with console.status("playing demonstrations, unless they are in the cache"), distributed.first():
             samples = demonstrations(config, self.rollouts)
         return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 

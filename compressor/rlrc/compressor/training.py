@@ -1,10 +1,9 @@
-"""The stages that need the simulator, for the reference family only: sft and rl, and the policy they start from."""
+"""The stages that need the simulator: sft of the reference family, rl, and the policy they start from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,21 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlrc.artifact import HistoryEntry, Manifest, writing
-from rlrc.compressor import memory, reference
+from rlrc.compressor import distributed, memory, reference
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.batches import Lessons
 from rlrc.compressor.checkpoint import TOKENIZER, write_policy
 from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig
+from rlrc.compressor.observations import check_playable
 from rlrc.compressor.ppo import PPOConfig, ppo
 from rlrc.compressor.sft import SFTConfig, sft
-from rlrc.compressor.sources import Source, shapes
+from rlrc.compressor.sources import ArtifactSource, Source, shapes
 from rlrc.compressor.stages import Options, reference_only, stage
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import PICTURE, TASKS, make
 from rlrc.envs.seeds import VALIDATION
+from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 from rlrc.runtime.preprocess import Tokenizer
 
@@ -72,7 +73,8 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("{task.fields[text]}")) as progress:
+    # Of several processes the first one tells.
+    with Progress(*columns, TextColumn("{task.fields[text]}"), disable=distributed.rank() > 0) as progress:
         bar = progress.add_task(title, total=total, text="")
         yield lambda done, text: progress.update(bar, completed=done, text=text)
 
@@ -92,9 +94,19 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags:
         return work.finish(policy, **report)
 
 
+def playable(source: Source) -> None:
+    """Raises UserError for a policy that no simulator here fits."""
+    check_playable(source.spec)
+    if not isinstance(source, ArtifactSource):
+        raise UserError(
+            "expected an artifact for rl, found an official checkpoint; make one of it first: rlrc prune CKPT OUT "
+            "--lossless"
+        )
+
+
 def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: Flags | None = None) -> Manifest:
-    with stage("rl", source, out, config, options, partial(reference_only, "rl"), flags) as work:
-        policy, simulation = work.trainable()
+    with stage("rl", source, out, config, options, playable, flags, plays=True) as work:
+        policy, simulation = work.policy, work.simulated()
         examples = DemonstrationConfig(config.demonstrations, config.first_seed)
         batches = simulation.batches(policy, examples, config.seed)
         with progress_bar("rl", config.iterations) as progress:
