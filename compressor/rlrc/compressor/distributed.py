@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rlrc.errors import UserError
 
 PATIENCE = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait
 
@@ -42,7 +44,7 @@ def first() -> Iterator[None]:
 
 
 class Team:
-    """All processes that train one policy together (DDP or FSDP, as ``accelerate launch`` was told)."""
+    """All processes that train one policy together (DDP or FSDP2, as ``accelerate launch`` was told)."""
 
     def __init__(self) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
@@ -51,7 +53,8 @@ class Team:
         self.rank: int = self._accelerator.process_index
         self.size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        self.sharded: bool = self._accelerator.distributed_type == "FSDP"
+        if self._accelerator.distributed_type == "FSDP" and not self._accelerator.is_fsdp2:
+            raise UserError("expected FSDP of version 2, found version 1; give accelerate launch --fsdp_version 2")
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Both as the processes share them: on the device, gradients averaged over the processes in backward."""
@@ -79,41 +82,60 @@ class Team:
         parts = self._accelerator.gather(padded).cpu().view(self.size, -1)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """Whole on every process, by the names of the module that was given to ``prepare``."""
-        if not self.sharded:
-            return dict(self._accelerator.unwrap_model(module).state_dict())
-        from torch.distributed.checkpoint import state_dict as checkpoint
+    def sharded(self, module: nn.Module) -> bool:
+        """Whether each process has only a part of every weight (FSDP)."""
+        if self.size == 1:
+            return False
+        from torch.distributed.tensor import DTensor
 
-        options = checkpoint.StateDictOptions(full_state_dict=True)
-        return cast(dict[str, Tensor], checkpoint.get_model_state_dict(module, options=options))
+        return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
-    def state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """Weights and what the optimiser knows, whole; every process has to call it."""
-        known = optimizer.state_dict()
-        # The library would make a step of zeros to find out what an optimiser is going to know.
-        if self.sharded and known["state"]:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    def weights(self, module: nn.Module, part: str = "") -> dict[str, Tensor]:
+        """Whole on every process, by their names in the module given to ``prepare``; of one part ("policy."), in it.
 
-            options = StateDictOptions(full_state_dict=True)
-            known = get_optimizer_state_dict(module, optimizer.optimizer, options=options)
-        return {"weights": self.weights(module), "optimizer": known}
+        Of sharded modules every process has to ask.
+        """
+        if self.sharded(module):
+            whole: dict[str, Any] = _checkpoint().get_model_state_dict(module, options=_whole())
+        else:
+            whole = self._accelerator.unwrap_model(module).state_dict()
+        return {name.removeprefix(part): tensor for name, tensor in whole.items() if name.startswith(part)}
 
-    def restore(self, module: nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
-        """What ``state`` gave, to as many processes."""
-        if not self.sharded:
-            self._accelerator.unwrap_model(module).load_state_dict(saved["weights"])
-            optimizer.load_state_dict(saved["optimizer"])
-            return
-        from torch.distributed.checkpoint import state_dict as checkpoint
+    def load_weights(self, module: nn.Module, weights: dict[str, Tensor], part: str = "") -> None:
+        """What ``weights`` gave."""
+        whole: dict[str, Any] = {part + name: tensor for name, tensor in weights.items()}
+        if self.sharded(module):
+            _checkpoint().set_model_state_dict(module, whole, options=_whole(strict=not part))
+        else:
+            self._accelerator.unwrap_model(module).load_state_dict(whole, strict=not part)
 
-        options = checkpoint.StateDictOptions(full_state_dict=True)
-        checkpoint.set_model_state_dict(module, saved["weights"], options=options)
-        if saved["optimizer"]["state"]:
-            inner = optimizer.optimizer
-            checkpoint.set_optimizer_state_dict(module, inner, saved["optimizer"], options=options)
+    def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """Whole, as ``weights``; for as many processes."""
+        state = optimizer.state_dict()
+        # torch would make a step of zeros to find out what an optimiser is going to know.
+        if not self.sharded(module) or not state["state"]:
+            return state
+        return _checkpoint().get_optimizer_state_dict(module, optimizer.optimizer, options=_whole())
+
+    def load_optimizer(self, module: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        """What ``optimizer_state`` gave."""
+        if not self.sharded(module):
+            optimizer.load_state_dict(state)
+        elif state["state"]:
+            _checkpoint().set_optimizer_state_dict(module, optimizer.optimizer, state, options=_whole())
 
     def finish(self, policy: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Gives the policy these weights back, on the CPU and for evaluation."""
-        policy.load_state_dict(weights)
+        """Gives the policy these weights, as plain tensors on the CPU, for evaluation."""
+        policy.load_state_dict(weights, assign=True)
         policy.requires_grad_(True).cpu().eval()
+
+
+def _checkpoint() -> Any:
+    """torch's own way to put the parts of sharded modules together. Imported when needed: rollout workers never do."""
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
+
+
+def _whole(**options: bool) -> Any:
+    return _checkpoint().StateDictOptions(full_state_dict=True, **options)

@@ -248,24 +248,19 @@ class Learner:
         self.critic, self.value_optimizer = self.team.prepare(critic, value_optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The policy, the learned part of its noise, and everything that the training needs besides."""
+        """The policy, the learned part of its noise, the critic, and what their optimisers know."""
         return {
-            "actor": self.team.state(self.objective, self.actor_optimizer),
-            "critic": self.team.state(self.critic, self.value_optimizer),
+            "actor": self.team.weights(self.objective),
+            "actor_optimizer": self.team.optimizer_state(self.objective, self.actor_optimizer),
+            "critic": self.team.weights(self.critic),
+            "value_optimizer": self.team.optimizer_state(self.critic, self.value_optimizer),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.team.restore(self.objective, self.actor_optimizer, saved["actor"])
-        self.team.restore(self.critic, self.value_optimizer, saved["critic"])
-
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Those of the policy and of its noise, whole on every process."""
-        whole = self.team.weights(self.objective)
-        policy, noise = (
-            {name.removeprefix(part): tensor for name, tensor in whole.items() if name.startswith(part)}
-            for part in ("actor.policy.", "actor.noise.")
-        )
-        return policy, noise
+        self.team.load_weights(self.objective, saved["actor"])
+        self.team.load_optimizer(self.objective, self.actor_optimizer, saved["actor_optimizer"])
+        self.team.load_weights(self.critic, saved["critic"])
+        self.team.load_optimizer(self.critic, self.value_optimizer, saved["value_optimizer"])
 
     def update(self, rollout: Rollout, iteration: int) -> dict[str, float]:
         """Raises NotFinite before anything is learned from numbers that are none."""
@@ -382,7 +377,7 @@ def ppo(
         learner.load_state_dict(saved)
         batches.restore(saved["batches"])
     for iteration in range(first, config.iterations):
-        weights, noise = learner.weights()
+        weights, noise = (team.weights(learner.objective, f"actor.{part}.") for part in ("policy", "noise"))
         asked = requests(config, iteration, failures)
         shares = [asked[rank :: team.size] for rank in range(team.size)]
         episodes = rollouts.run(shares[team.rank], policy, mode, weights, noise)
@@ -406,4 +401,4 @@ def ppo(
         run.save(iteration + 1, failures=failures, batches=batches.state(), **learner.state_dict())
         kl, speed = metrics.get("approx_kl", 0.0), metrics["environment_steps_per_second"]
         progress(iteration + 1, f"sampled success {metrics['success']:.3f} kl {kl:.4f} {speed:.0f} steps/s")
-    team.finish(policy, learner.weights()[0])
+    team.finish(policy, team.weights(learner.objective, "actor.policy."))
