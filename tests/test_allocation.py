@@ -17,8 +17,10 @@ from rlrc.compressor.allocation import Place, by_sensitivity, ranked, read_sensi
 from rlrc.compressor.coupling import Group, groups
 from rlrc.compressor.importance import Scores, scores
 from rlrc.compressor.prune import PruneConfig, check, prune
+from rlrc.compressor.sensitivity_report import Measured, Report
 from rlrc.compressor.targets import allocated, target
 from rlrc.errors import UserError
+from rlrc.strict import encode
 
 SPEC = reference.policy_spec()
 VISION = TowerSpec(32, (LayerSpec(2, 2, 16, 32),))
@@ -166,15 +168,20 @@ def test_an_error_of_zero_does_not_take_all(tmp_path: Path) -> None:
 
 def test_a_report_of_errors_steers(pupil: Any, tmp_path: Path) -> None:
     file = tmp_path / "errors.json"
-    rows = [{"module": f"decoder.layers.{i}.mlp", "error": error} for i, error in enumerate((9, 0.1, 0.3, 9))]
-    file.write_text(json.dumps([*rows, {"module": "decoder.layers.1.attention", "error": 0.05}]))
-    assert read_sensitivity(file, "decoder", (1, 2)) == {1: pytest.approx(0.15), 2: 0.3}
+    errors = enumerate((9.0, 0.15, 0.3, 9.0))
+    rows = tuple(Measured(f"decoder.layers.{i}", "prune", error, 10) for i, error in errors)
+    rows += (Measured("decoder.layers.1.mlp", "quantize", 7.0, 10),)
+    report = Report("sensitivity", "somewhere", None, 0.5, 4, 8, rows)
+    file.write_text(json.dumps(encode(report)))
+    assert read_sensitivity(file, "decoder", (1, 2)) == {1: 0.15, 2: 0.3}
+    with pytest.raises(UserError, match=r"expected decoder\.layers\.4 in .*errors\.json, found none"):
+        read_sensitivity(file, "decoder", (1, 4))
     config = PruneConfig(0.5, "magnitude", allocation="sensitivity", sensitivity=str(file))
     first, second = prune(pupil, config)[0].towers["decoder"].layers[1:3]
     assert first.mlp < second.mlp < 128
     for content in ("nothing", '{"module": 1}', '[{"module": "decoder.layers.1", "error": 1}]'):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"errors\.json, found"):
+        with pytest.raises(UserError, match=r"found.* in .*errors\.json"):
             prune(pupil, config)
 
 

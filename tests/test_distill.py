@@ -38,7 +38,7 @@ from rlrc.compressor.distill import (
     recorded,
 )
 from rlrc.compressor.losses import chunk_loss, drawn
-from rlrc.compressor.prune import PruneConfig, prune, random_scores
+from rlrc.compressor.prune import PruneConfig, prune
 from rlrc.compressor.rollout import Rollouts
 from rlrc.compressor.run import Run
 from rlrc.compressor.sft import sft
@@ -78,7 +78,7 @@ def teacher(make_pupil: Callable[[], TinyPolicy]) -> TinyPolicy:
 
 def smaller(policy: TinyPolicy) -> TinyPolicy:
     config = PruneConfig(ratio=0.5, score="random")
-    pruned, _ = prune(copy.deepcopy(policy), random_scores(policy, config), config)
+    pruned, _ = prune(copy.deepcopy(policy), config)
     assert isinstance(pruned, TinyPolicy)
     return pruned
 

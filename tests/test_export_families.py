@@ -188,7 +188,7 @@ def test_what_another_family_cannot_do_is_refused_before_its_weights_are_read(
     write(tmp_path / "act", policy, source)
     with pytest.raises(UserError, match=r"family tiny for sft.*found act"):
         training.run_sft(tmp_path / "act", out, training.SFTConfig(), QUIET)
-    with pytest.raises(UserError, match=r"family tiny for rl.*found act"):
+    with pytest.raises(UserError, match=r"square pictures.*found 96 x 128"):
         training.run_rl(tmp_path / "act", out, training.PPOConfig(), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["act"]
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from rlrc.compressor import ppo as module
+from rlrc.compressor.actors import Judged, Seen, sample_tokens
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.data import SampleBatches, Samples, ids_of_tasks
+from rlrc.compressor.losses import chunk_loss
 from rlrc.compressor.ppo import (
     Learner,
     PPOConfig,
@@ -26,9 +28,8 @@ from rlrc.compressor.ppo import (
     ppo,
     ppo_loss,
     requests,
-    token_log_probs,
 )
-from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts, sample_tokens
+from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.envs.seeds import REINFORCEMENT
 from rlrc.errors import UserError
@@ -192,9 +193,11 @@ def synthetic(policy: TinyPolicy, decisions: int = 64) -> Rollout:
     last = torch.zeros(decisions, dtype=torch.bool)
     last[15::16] = True
     return Rollout(
-        torch.randn(decisions, policy.image_tokens, 64, generator=generator).half(),
-        torch.randint(0, 7, (decisions, 6), generator=generator),
-        torch.randn(decisions, 7, generator=generator),
+        Seen(
+            torch.randn(decisions, policy.image_tokens, 64, generator=generator).half(),
+            torch.randint(0, 7, (decisions, 6), generator=generator),
+            torch.randn(decisions, 7, generator=generator),
+        ),
         torch.randint(0, action.bins, (decisions, action.horizon, action.dim), generator=generator),
         last.float() * (torch.arange(decisions) % 32 > 16),  # every other episode succeeds
         last,
@@ -215,16 +218,21 @@ def copy_of(policy: TinyPolicy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
 
 
-def test_log_probs_entropy_and_hidden_are_the_policys(pupil: TinyPolicy) -> None:
+def judged(learner: Learner, rollout: Rollout) -> Judged:
+    return learner.judge(rollout, [len(rollout)])
+
+
+def test_log_probs_entropy_and_hidden_are_the_policys(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
     """Against float32 and torch.distributions, within bfloat16's rounding, at a temperature of 2."""
-    rollout, rows = synthetic(pupil, 32), torch.tensor([3, 30, 7])
+    rollout, learner = synthetic(pupil, 32), learner_of(pupil, lessons, rollouts, PPOConfig(temperature=2.0))
+    seen = rollout.seen.rows(torch.arange(32))
     with torch.no_grad():
         pupil.head.weight *= 30
-        log_prob, entropy, hidden = token_log_probs(pupil, rollout, rows, temperature=2.0)
-        exact = pupil.hidden(rollout.image_tokens[rows].float(), rollout.ids[rows], rollout.state[rows])
+        log_prob, entropy, hidden = judged(learner, rollout)
+        exact = pupil.hidden(seen.image_tokens, seen.ids, seen.state)
         expected = torch.distributions.Categorical(logits=pupil.logits(exact) / 2)
     assert log_prob.std() > 0.3
-    torch.testing.assert_close(log_prob, expected.log_prob(rollout.tokens[rows]), atol=0.1, rtol=0)
+    torch.testing.assert_close(log_prob, expected.log_prob(rollout.trace), atol=0.1, rtol=0)
     torch.testing.assert_close(entropy, expected.entropy(), atol=0.05, rtol=0)
     torch.testing.assert_close(hidden, exact[:, 0], atol=0.1, rtol=0)
 
@@ -235,12 +243,9 @@ def test_advantage_moves_the_probability_of_the_taken_tokens(
 ) -> None:
     config = PPOConfig(behaviour_cloning=0.0, minibatch=32, epochs=4, rate=1e-3, target_kl=1.0)
     learner, rollout = learner_of(pupil, lessons, rollouts, config), synthetic(pupil)
-    every = torch.arange(len(rollout))
-    with torch.no_grad():
-        old = token_log_probs(pupil, rollout, every, 1.0)[0]
-    metrics = learner.fit_policy(rollout, old, sign * torch.ones(len(rollout)))
-    with torch.no_grad():
-        moved = token_log_probs(pupil, rollout, every, 1.0)[0] - old
+    old = judged(learner, rollout).log_prob
+    metrics = learner.fit_policy(rollout, old, sign * torch.ones(len(rollout)), [len(rollout)])
+    moved = judged(learner, rollout).log_prob - old
     assert sign * moved.mean() > 0.02
     assert metrics["updates"] == 8
     assert "bc_loss" not in metrics
@@ -249,7 +254,7 @@ def test_advantage_moves_the_probability_of_the_taken_tokens(
 def test_warm_up_trains_the_critic_alone(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
     config = PPOConfig(warmup=2, minibatch=32)
     learner, rollout, before = learner_of(pupil, lessons, rollouts, config), synthetic(pupil), copy_of(pupil)
-    assert (learner.value(torch.randn(5, 64)) == 0).all()
+    assert (learner.critic(torch.randn(5, 64)) == 0).all()
     first = learner.update(rollout, 0)
     second = learner.update(rollout, 1)
     assert changed(pupil, before) == set()
@@ -265,12 +270,14 @@ def test_warm_up_trains_the_critic_alone(pupil: TinyPolicy, lessons: Samples, ro
 def test_cloning_term_pulls_to_the_demonstrations(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
     config = PPOConfig(behaviour_cloning=1.0, minibatch=32, epochs=6, rate=2e-3, target_kl=10.0)
     learner, rollout = learner_of(pupil, lessons, rollouts, config), synthetic(pupil)
-    with torch.no_grad():
-        before = np.mean([learner.cloning_loss().item() for _ in range(4)])
-        old = token_log_probs(pupil, rollout, torch.arange(len(rollout)), 1.0)[0]
-    learner.fit_policy(rollout, old, torch.zeros(len(rollout)))
-    with torch.no_grad():
-        assert np.mean([learner.cloning_loss().item() for _ in range(4)]) < before - 0.1
+
+    def cloning() -> float:
+        with torch.no_grad():
+            return float(np.mean([chunk_loss(pupil, learner.lesson())[0].item() for _ in range(4)]))
+
+    before, old = cloning(), judged(learner, rollout).log_prob
+    learner.fit_policy(rollout, old, torch.zeros(len(rollout)), [len(rollout)])
+    assert cloning() < before - 0.1
 
 
 def test_updates_stop_at_the_target_kl(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
@@ -286,19 +293,22 @@ def test_rollout_puts_episodes_end_to_end(pupil: TinyPolicy, rollouts: Rollouts)
 
     def episode(task: str, rows: slice, success: bool) -> Episode:
         images = [np.full((4, 64), i, np.float16) for i in range(4)[rows]]
-        return Episode(task, 0, success, state=list(state[rows]), image_tokens=images, tokens=list(tokens[rows]))
+        return Episode(task, 0, success, state=list(state[rows]), image_tokens=images, trace=list(tokens[rows]))
 
     opened, closed = "drawer-open-v3", "drawer-close-v3"
     rollout = Rollout.of([episode(opened, slice(0, 3), True), episode(closed, slice(3, 4), False)], driver)
     assert rollout.rewards.tolist() == [0, 0, 1, 0]
     assert rollout.last.tolist() == [False, False, True, True]
-    assert rollout.image_tokens[:, 0, 0].tolist() == [0, 1, 2, 3]
-    np.testing.assert_array_equal(rollout.tokens.numpy(), tokens)
-    assert torch.equal(rollout.ids[:3], driver.ids[opened].expand(3, -1))
-    assert torch.equal(rollout.ids[3], driver.ids[closed])
+    assert rollout.seen.image_tokens[:, 0, 0].tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(rollout.trace.numpy(), tokens)
+    tokenizer = rollouts.load_tokenizer()
+    assert tokenizer is not None
+    texts = ["open the drawer"] * 3 + ["close the drawer"]
+    np.testing.assert_array_equal(rollout.seen.ids, np.stack([tokenizer(text) for text in texts]))
+    assert rollout.seen.mask is None
     norm = pupil.spec.state.norm if pupil.spec.state else None
     assert norm is not None
-    np.testing.assert_allclose(rollout.state.numpy(), ((state - norm.center) / norm.scale).clip(-5, 5), atol=1e-5)
+    np.testing.assert_allclose(rollout.seen.state, ((state - norm.center) / norm.scale).clip(-5, 5), atol=1e-5)
 
 
 def test_killed_and_resumed_run_is_the_uninterrupted_one(

@@ -29,7 +29,7 @@ def some(number: int) -> list[Request]:
 
 
 def same(a: Episode, b: Episode) -> bool:
-    arrays = ("pictures", "state", "image_tokens", "tokens", "chunk")
+    arrays = ("pictures", "state", "image_tokens", "trace", "chunk")
     return (a.task, a.seed, a.success, a.steps) == (b.task, b.seed, b.success, b.steps) and all(
         len(getattr(a, name)) == len(getattr(b, name))
         and all(np.array_equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True))
@@ -48,8 +48,8 @@ def test_reproducible_with_one_worker_and_with_two(
         for pool in (rollouts, pair):
             first = pool.run(requests, pupil, mode)
             assert [(episode.task, episode.seed) for episode in first] == [(r.task, r.seed) for r in requests]
-            assert {len(episode.tokens) for episode in first} == {4}
-            assert len({episode.tokens[-1].tobytes() for episode in first}) > 1  # it looks at what it sees
+            assert {len(episode.trace) for episode in first} == {4}
+            assert len({episode.trace[-1].tobytes() for episode in first}) > 1  # it looks at what it sees
             pool.run(some(3), pupil, Mode(sample=True, horizon=10))
             assert all(same(a, b) for a, b in zip(first, pool.run(requests, pupil, mode), strict=True))
         by_one, by_two = (pool.run(driven, None, mode) for pool in (rollouts, pair))
@@ -62,7 +62,7 @@ def test_sampled_episodes_are_reproducible_and_differ_from_argmax(pupil: TinyPol
     first, again = rollouts.run(requests, pupil, mode), rollouts.run(requests, pupil, mode)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     greedy = rollouts.run(requests, pupil, Mode(keep="image_tokens", horizon=10))
-    assert not any(np.array_equal(a.tokens[0], b.tokens[0]) for a, b in zip(first, greedy, strict=True))
+    assert not any(np.array_equal(a.trace[0], b.trace[0]) for a, b in zip(first, greedy, strict=True))
     assert first[0].image_tokens[0].shape == (pupil.image_tokens, 64)
     assert first[0].image_tokens[0].dtype == np.float16
     np.testing.assert_array_equal(first[0].image_tokens[0], greedy[0].image_tokens[0])  # the same first picture
@@ -80,7 +80,7 @@ def test_the_policys_tokens_are_played(pupil: TinyPolicy, rollouts: Rollouts) ->
     (episode,) = in_process([Request(FAUCET, 3)], pupil, rollouts, Mode(keep="pictures", horizon=15)).values()
     env, centers = make(FAUCET, size=32), bin_centers(16)
     env.reset(seed=3)
-    for picture, state, tokens in zip(episode.pictures, episode.state, episode.tokens, strict=True):
+    for picture, state, tokens in zip(episode.pictures, episode.state, episode.trace, strict=True):
         np.testing.assert_array_equal(env.render(), picture)
         np.testing.assert_array_equal(env.state(), state)
         for action in centers[tokens]:
@@ -105,7 +105,7 @@ def test_expert_drives_from_the_handover_on(pupil: TinyPolicy, rollouts: Rollout
         for k in range(5):
             if decision >= 2:
                 np.testing.assert_array_equal(driven.chunk[decision - 2][k], act(env.full_observation))
-            action = driven.chunk[decision - 2][k] if decision >= 2 else bin_centers(16)[driven.tokens[decision][k]]
+            action = driven.chunk[decision - 2][k] if decision >= 2 else bin_centers(16)[driven.trace[decision][k]]
             if env.advance(action):
                 break
     assert env.success

@@ -13,7 +13,6 @@ At least one head of each key/value head and one aligned run of channels stay.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.coupling import Group, groups, with_counts
 from rlrc.compressor.importance import Scores
 from rlrc.compressor.policy import Policy
+from rlrc.compressor.sensitivity_report import load, per_layer
 from rlrc.errors import UserError
 
 Shape = Callable[[float], dict[str, TowerSpec]]
@@ -133,24 +133,11 @@ def _parameters(policy: Policy, group: Group) -> int:
 
 
 def read_sensitivity(file: Path, tower: str, blocks: Sequence[int]) -> dict[int, float]:
-    """From a JSON list of {"module": "decoder.layers.3", "error": 0.1}; errors of a block's parts are added.
-
-    Raises UserError for a file that is none, and for a block that it lacks.
-    """
-    try:
-        rows = json.loads(file.read_text())
-        pairs = [(str(row["module"]), float(row["error"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"expected a list of modules and errors in {file}, found: {error!r}; write it with the sensitivity report"
-        ) from None
-    errors = dict[int, float]()
+    """The errors of the blocks when they were pruned alone. Raises UserError for one that the report lacks."""
+    errors = per_layer(load(file), "prune", tower)
     for i in blocks:
-        name = f"{tower}.layers.{i}"
-        found = [error for module, error in pairs if module == name or module.startswith(f"{name}.")]
-        if not found or not sum(found) >= 0 or sum(found) == float("inf"):
-            raise UserError(f"expected an error of {name} in {file}, found {found or 'none'}; make the report again")
-        errors[i] = sum(found)
-    if not any(errors.values()):
+        if i not in errors:
+            raise UserError(f"expected {tower}.layers.{i} in {file}, found none; make it again with rlrc sensitivity")
+    if not any(errors[i] for i in blocks):
         raise UserError(f"expected an error above 0 of a block of the {tower} in {file}, found none; make it again")
-    return errors
+    return {i: errors[i] for i in blocks}

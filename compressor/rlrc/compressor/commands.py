@@ -13,6 +13,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.artifact import Manifest
+from rlrc.compressor import distributed
 from rlrc.compressor import recipe as recipes
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import every_input
@@ -77,6 +78,8 @@ class StageCommand:
                 )
             config = recipes.section(self.recipe, stage)
         manifest = runner(self.source, self.out, config, self.options, *flags)
+        if distributed.rank():  # the first process tells
+            return
         if manifest.policy.family != REFERENCE:  # nothing here trains it
             following = "rlrc export {out} OUT"
         report(self.out, manifest, self.json, following.format(out=self.out))

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
+from rlrc.compressor import distributed
 from rlrc.compressor.distill import DistillConfig
 from rlrc.compressor.sources import Source, open_source
 from rlrc.compressor.stages import Options, run_prune, run_quantize
@@ -35,7 +36,8 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
     """
     from rlrc.exporters.export import export  # imported late: only this function goes all the way
 
-    check_output(out)
+    if distributed.rank() == 0:
+        check_output(out)
     folder = out.parent / f"{out.name}.stages"
     folder.mkdir(parents=True, exist_ok=True)
     current, told = source, flags or Flags()
@@ -48,7 +50,8 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
         else:
             RUNNERS[name](current, target, config, options, told)
         current, told = target, Flags()
-    export(artifacts.load(current), out)
+    if distributed.rank() == 0:
+        export(artifacts.load(current), out)
 
 
 def check_same(finished: Path, name: str, source: Source, config: Any) -> None:

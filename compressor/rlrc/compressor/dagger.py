@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlrc.compressor import distributed
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.data import SampleBatches, Samples
 from rlrc.compressor.policy import Policy
@@ -54,7 +55,10 @@ def requests(config: SFTConfig, number: int, failures: dict[str, float]) -> list
 
 
 class Dagger:
-    """The rounds of a training run: plays them and adds their samples to the training set."""
+    """The rounds of a training run: plays them and adds their samples to the training set.
+
+    Of several processes the first one plays, and all of them learn.
+    """
 
     def __init__(self, config: SFTConfig, rollouts: Rollouts, batches: SampleBatches, run: Run) -> None:
         self.config, self.rollouts, self.batches, self.run = config, rollouts, batches, run
@@ -68,13 +72,17 @@ class Dagger:
     def play(self, policy: Policy, number: int) -> dict[str, float]:
         """Round ``number``; its scenes are drawn by the failures so far. -> what its curve tells."""
         assert isinstance(policy, TinyPolicy)
-        asked = requests(self.config, number, self.failures.rates)
-        episodes = self.rollouts.run(asked, policy, Mode(label=True, keep="pictures"))
-        fresh = Samples.of(episodes)
-        fresh.save(self._file(number))
+        told = dict[str, float]()
+        with distributed.first():
+            if distributed.rank() == 0:
+                asked = requests(self.config, number, self.failures.rates)
+                episodes = self.rollouts.run(asked, policy, Mode(label=True, keep="pictures"))
+                Samples.of(episodes).save(self._file(number))
+                told = self.failures.update(asked, episodes)
+        fresh = Samples.load(self._file(number))
         self.batches.samples = Samples.join([self.batches.samples, fresh])
         self.done = number + 1
-        return {"fresh": len(fresh), **self.failures.update(asked, episodes)}
+        return {"fresh": len(fresh), **told}
 
     def state(self) -> dict[str, Any]:
         return {"failures": self.failures.rates, "rounds": self.done}

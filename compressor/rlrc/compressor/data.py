@@ -17,6 +17,7 @@ import torch
 
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.batches import Batch
+from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Inputs
 from rlrc.compressor.rollout import Episode, Mode, Request, Rollouts
 from rlrc.envs.metaworld import TASKS
@@ -149,3 +150,17 @@ class SampleBatches:
 
     def restore(self, state: Any) -> None:
         self.rng.bit_generator.state = state
+
+
+class ObservedBatches(SampleBatches):
+    """The same for any family that Meta-World's observations fit."""
+
+    def __init__(self, samples: Samples, observer: Observer, seed: int) -> None:
+        self.samples, self.spec, self.observer = samples, observer.spec, observer
+        self.rng = np.random.default_rng(seed)
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> Batch:
+        samples, names = self.samples, list(TASKS)
+        tasks = [names[i] for i in samples.task[rows]]
+        inputs = self.observer(tasks, samples.pictures[rows], samples.state[rows])
+        return Batch(inputs, torch.from_numpy(normalise(samples.chunk[rows], self.spec.action.norm)))

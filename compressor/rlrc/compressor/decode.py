@@ -6,6 +6,7 @@ rlrc.runtime.decode has the same three over graphs. Gradients flow through all o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +71,9 @@ def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
 
     Prompts of one length are decoded together, those of other lengths on their own, so that nothing is padded.
     """
-    logits = _by_length(policy, inputs, lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids))
+    assert inputs.ids is not None
+    image_tokens, greedy = look(policy, inputs), lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids)
+    logits = by_length(image_tokens, inputs.ids, inputs.mask, greedy)
     return of_logits(logits, policy.spec.action)
 
 
@@ -82,16 +85,17 @@ def taught(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
         sequence = torch.cat([ids, given[rows, :-1]], 1)
         return policy.forced(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
 
-    return _by_length(policy, inputs, forced)
-
-
-def _by_length(policy: Autoregressive, inputs: Inputs, logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """``logits(image_tokens, ids, rows)`` of the rows of every prompt length, put together again."""
     assert inputs.ids is not None
-    image_tokens, ids = look(policy, inputs), inputs.ids
-    lengths = torch.full((len(ids),), ids.shape[1]) if inputs.mask is None else inputs.mask.sum(1).cpu()
+    return by_length(look(policy, inputs), inputs.ids, inputs.mask, forced)
+
+
+def by_length(
+    image_tokens: Tensor, ids: Tensor, mask: Tensor | None, one: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """``one(image_tokens, ids, rows)`` of the rows of every prompt length, put together again."""
+    lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
     groups = [(lengths == length).nonzero()[:, 0].to(ids.device) for length in lengths.unique()]
-    found = [logits(image_tokens[rows], ids[rows, : int(lengths[rows[0]])], rows) for rows in groups]
+    found = [one(image_tokens[rows], ids[rows, : int(lengths[rows[0]])], rows) for rows in groups]
     return torch.cat(found)[torch.cat(groups).argsort()]
 
 
@@ -126,10 +130,15 @@ def flow(policy: Flow, inputs: Inputs) -> Outputs:
 
 def of_logits(logits: Tensor, action: ActionSpec) -> Outputs:
     """Logits (B, horizon, dim, rows) -> the likeliest token of each, the first of equals, and its bin's centre."""
-    tokens = _offset(action) + logits.argmax(-1)
+    return replace(of_rows(logits.argmax(-1), action), logits=logits.float())
+
+
+def of_rows(rows: Tensor, action: ActionSpec) -> Outputs:
+    """The tokens that these rows (B, horizon, dim) of the logits stand for, and their bins' centres."""
+    tokens = _offset(action) + rows
     bins = tokens if action.tokens is None else (action.tokens.first - tokens).clamp(0, action.bins - 1)
     centers = torch.from_numpy(bin_centers(action.bins)).to(bins.device)
-    return Outputs(centers[bins].float(), tokens, logits.float())
+    return Outputs(centers[bins].float(), tokens)
 
 
 def _offset(action: ActionSpec) -> int:

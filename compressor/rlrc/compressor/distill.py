@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from rlrc.artifact import HistoryEntry
 from rlrc.compressor.batches import Batch, Batches
+from rlrc.compressor.coupling import TOWERS
 from rlrc.compressor.distributed import rank
 from rlrc.compressor.losses import chunk_loss
 from rlrc.compressor.policy import Policy
-from rlrc.compressor.prune import TOWERS
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.sources import Source
 from rlrc.errors import UserError

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rlrc.errors import UserError
+
+PATIENCE = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait
 
 
 def rank() -> int:
@@ -18,16 +25,36 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def wait() -> None:
+    """Until all processes are here."""
+    if size() > 1:
+        from accelerate import PartialState
+
+        PartialState(timeout=PATIENCE).wait_for_everyone()
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """What process 0 does before all others do the same: they find its files."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
 class Team:
-    """All processes that train one policy together (DDP or FSDP, as ``accelerate launch`` was told)."""
+    """All processes that train one policy together (DDP or FSDP2, as ``accelerate launch`` was told)."""
 
     def __init__(self) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        self._accelerator = Accelerator()
+        self._accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
         self.rank: int = self._accelerator.process_index
         self.size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        if self._accelerator.distributed_type == "FSDP" and not self._accelerator.is_fsdp2:
+            raise UserError("expected FSDP of version 2, found version 1; give accelerate launch --fsdp_version 2")
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Both as the processes share them: on the device, gradients averaged over the processes in backward."""
@@ -44,3 +71,71 @@ class Team:
     def mean(self, value: Tensor) -> float:
         """Over the processes."""
         return float(self._accelerator.reduce(value, "mean")) if self.size > 1 else value.item()
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(N,) of every process, which may differ, one after the other."""
+        if self.size == 1:
+            return value
+        counts = self._accelerator.gather(torch.tensor([len(value)], device=self.device)).tolist()
+        padded = value.new_zeros(max(counts)).to(self.device)
+        padded[: len(value)] = value
+        parts = self._accelerator.gather(padded).cpu().view(self.size, -1)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def sharded(self, module: nn.Module) -> bool:
+        """Whether each process has only a part of every weight (FSDP)."""
+        if self.size == 1:
+            return False
+        from torch.distributed.tensor import DTensor
+
+        return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+    def weights(self, module: nn.Module, part: str = "") -> dict[str, Tensor]:
+        """Whole on every process, by their names in the module given to ``prepare``; of one part ("policy."), in it.
+
+        Of sharded modules every process has to ask.
+        """
+        if self.sharded(module):
+            whole: dict[str, Any] = _checkpoint().get_model_state_dict(module, options=_whole())
+        else:
+            whole = self._accelerator.unwrap_model(module).state_dict()
+        return {name.removeprefix(part): tensor for name, tensor in whole.items() if name.startswith(part)}
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Tensor], part: str = "") -> None:
+        """What ``weights`` gave."""
+        whole: dict[str, Any] = {part + name: tensor for name, tensor in weights.items()}
+        if self.sharded(module):
+            _checkpoint().set_model_state_dict(module, whole, options=_whole(strict=not part))
+        else:
+            self._accelerator.unwrap_model(module).load_state_dict(whole, strict=not part)
+
+    def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """Whole, as ``weights``; for as many processes."""
+        state = optimizer.state_dict()
+        # torch would make a step of zeros to find out what an optimiser is going to know.
+        if not self.sharded(module) or not state["state"]:
+            return state
+        return _checkpoint().get_optimizer_state_dict(module, optimizer.optimizer, options=_whole())
+
+    def load_optimizer(self, module: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        """What ``optimizer_state`` gave."""
+        if not self.sharded(module):
+            optimizer.load_state_dict(state)
+        elif state["state"]:
+            _checkpoint().set_optimizer_state_dict(module, optimizer.optimizer, state, options=_whole())
+
+    def finish(self, policy: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Gives the policy these weights, as plain tensors on the CPU, for evaluation."""
+        policy.load_state_dict(weights, assign=True)
+        policy.requires_grad_(True).cpu().eval()
+
+
+def _checkpoint() -> Any:
+    """torch's own way to put the parts of sharded modules together. Imported when needed: rollout workers never do."""
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
+
+
+def _whole(**options: bool) -> Any:
+    return _checkpoint().StateDictOptions(full_state_dict=True, **options)

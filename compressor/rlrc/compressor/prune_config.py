@@ -57,7 +57,7 @@ class PruneConfig:
     allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
     """the same part of every block, the lowest score per parameter of all blocks, or by the sensitivity file"""
     sensitivity: str | None = None
-    """JSON list of {"module": "decoder.layers.3", "error": 0.1}"""
+    """file that rlrc sensitivity wrote"""
     align: int = ALIGN
     """widths are multiples of this where they are larger (256 for GGUF's K-quants)"""
     batch: int = 64

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,15 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import Manifest
-from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor import distributed
+from rlrc.compressor.actors import Seen, actor_of
+from rlrc.compressor.backbones import build
+from rlrc.compressor.observations import Observer
+from rlrc.compressor.policy import Policy
 from rlrc.envs.experts import expert, relabel
 from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, Task
 from rlrc.processes import Workers
-from rlrc.runtime.preprocess import Tokenizer, bin_centers, normalise, pictures, unnormalise
+from rlrc.runtime.preprocess import Tokenizer, unnormalise
 
 SLOTS = 20  # environments that run side by side in a process: what one batched inference serves
 TIMEOUT, EPISODE_TIMEOUT = 600.0, 10.0  # seconds, and more of them an episode, after which a worker is taken for stuck
@@ -43,9 +47,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Mode:
-    sample: bool = False  # draw tokens; otherwise the most likely ones
-    temperature: float = 1.0
-    correlation: float = 0.0  # of the sampling noise over the steps of a chunk, see ``sample_tokens``
+    sample: bool = False  # draw actions; otherwise play what is deployed
+    temperature: float = 1.0  # of tokens
+    correlation: float = 0.0  # of the sampling noise over the steps of a chunk, see rlrc.compressor.actors
     label: bool = False  # ask the expert at every decision
     keep: Literal["", "pictures", "image_tokens"] = ""  # what of an observation to keep
     horizon: int = HORIZON
@@ -55,7 +59,7 @@ class Mode:
 class Episode:
     """Lists have one entry a decision.
 
-    Picture uint8 (H, W, 3), raw state (S,), image tokens fp16 (N, width), tokens and chunk (K, D).
+    Picture uint8 (H, W, 3), raw state (S,), image tokens fp16 (N, width), chunk (K, D), trace: see Actor.
     """
 
     task: str
@@ -65,51 +69,36 @@ class Episode:
     pictures: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     state: list[npt.NDArray[np.float32]] = field(default_factory=list)
     image_tokens: list[npt.NDArray[np.float16]] = field(default_factory=list)
-    tokens: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    trace: list[npt.NDArray[Any]] = field(default_factory=list)  # what the policy drew
     chunk: list[npt.NDArray[np.float32]] = field(default_factory=list)  # the expert's, if asked
 
 
-def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
-    """Draw tokens (B, K, D) from log-probabilities (B, K, D, bins).
-
-    Every token has exactly its own distribution, but the noise of a dimension is shared over the K steps of the chunk
-    with the given correlation (a Gaussian copula): independent noise of a bin a step averages out within a chunk and
-    explores nothing.
-    """
-    batch, steps, dims, bins = log_probs.shape
-    shared, own = torch.randn(batch, 1, dims), torch.randn(batch, steps, dims)
-    uniform = torch.special.ndtr(correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
-    cumulative = log_probs.exp().cumsum(-1)
-    return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
-
-
 class Driver:
-    """Turns a batch of observations into chunks of actions."""
+    """Turns a batch of observations into chunks of actions. ``noise``: the learned part of sampling, see Actor."""
 
-    def __init__(self, policy: TinyPolicy, tokenizer: Tokenizer, mode: Mode) -> None:
+    def __init__(
+        self, policy: Policy, tokenizer: Tokenizer | None, mode: Mode, noise: dict[str, Tensor] | None = None
+    ) -> None:
         self.policy, self.mode, self.spec = policy.eval(), mode, policy.spec
-        self.ids = {name: torch.from_numpy(tokenizer(task.instruction)) for name, task in TASKS.items()}
-        self.centers = bin_centers(self.spec.action.bins)
+        self.observer = Observer(policy.spec, tokenizer)
+        self.actor = actor_of(policy, mode.temperature, mode.correlation)
+        if noise and self.actor.noise is not None:
+            self.actor.noise.load_state_dict(noise)
 
     def __call__(
         self, tasks: list[str], images: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), tokens and actions (B, K, D)."""
-        pixels = torch.from_numpy(pictures(images, self.spec.cameras[0]))
-        normalised = self.normalised_state(state)
-        ids = torch.stack([self.ids[task] for task in tasks])
+        """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), trace and actions (B, K, D)."""
+        inputs = self.observer(tasks, images, state)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            image_tokens = self.policy.see(pixels)
-            logits = self.policy.logits(self.policy.hidden(image_tokens, ids, normalised))
-            tokens = logits.argmax(-1)
-            if self.mode.sample:
-                tokens = sample_tokens(torch.log_softmax(logits / self.mode.temperature, -1), self.mode.correlation)
-        chosen = tokens.numpy()
-        return image_tokens.half().numpy(), chosen, unnormalise(self.centers[chosen], self.spec.action.norm)
+            seen = self.actor.look(inputs)
+            actions, trace = self.actor.act(seen, self.mode.sample)
+        return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
 
-    def normalised_state(self, state: np.ndarray) -> Tensor:
-        assert self.spec.state is not None
-        return torch.from_numpy(normalise(state, self.spec.state.norm))
+    def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> Seen:
+        """What was seen at decisions, of what was kept of them: raw states (B, S), image tokens (B, N, width)."""
+        words = self.observer.words(tasks, state)
+        return Seen(torch.from_numpy(image_tokens), words.ids, self.observer.state(state), words.mask)
 
 
 _idle: list[MetaWorldEnv] = []  # at most SLOTS environments that no slot uses; the one used last comes last
@@ -158,7 +147,7 @@ def _decide(slots: list[_Slot], driver: Driver | None, horizon: int, mode: Mode)
     state = np.stack([slot.env.state() for slot in slots])
     chunks: list[np.ndarray] = [np.empty(0)] * len(slots)
     if driver is not None:
-        image_tokens, tokens, actions = driver([slot.request.task for slot in slots], images, state)
+        image_tokens, trace, actions = driver([slot.request.task for slot in slots], images, state)
         chunks = list(actions)
     for i, slot in enumerate(slots):
         decision = slot.episode.steps // horizon
@@ -168,7 +157,7 @@ def _decide(slots: list[_Slot], driver: Driver | None, horizon: int, mode: Mode)
             if mode.keep == "pictures":
                 slot.episode.pictures.append(images[i])
             if driver is not None:
-                slot.episode.tokens.append(tokens[i])
+                slot.episode.trace.append(trace[i])
                 if mode.keep == "image_tokens":
                     slot.episode.image_tokens.append(image_tokens[i])
         if mode.label or takes_over:
@@ -208,7 +197,7 @@ def run_episodes(
 
 
 def _work(
-    requests: list[Request], weights: str | None, manifest: Manifest, tokenizer: str, mode: Mode
+    requests: list[Request], weights: str | None, manifest: Manifest, tokenizer: str | None, mode: Mode
 ) -> tuple[list[Episode], float]:
     """In a worker: episodes and the CPU-seconds they took."""
     began = time.process_time()
@@ -216,20 +205,31 @@ def _work(
     torch.manual_seed(requests[0].seed)
     driver = None
     if weights is not None:
-        assert manifest.policy.prompt is not None
-        policy = TinyPolicy(manifest.policy, manifest.towers)
-        policy.load_state_dict(torch.load(weights, weights_only=True))
-        driver = Driver(policy, Tokenizer(Path(tokenizer), manifest.policy.prompt), mode)
+        policy, saved = (
+            build(manifest.policy, manifest.towers),
+            torch.load(weights, map_location="cpu", weights_only=True),
+        )
+        policy.load_state_dict(saved["policy"])
+        driver = Driver(policy, tokenizer_of(manifest, tokenizer), mode, saved["noise"])
     size = manifest.policy.cameras[0].height
     episodes = list(run_episodes(requests, driver, manifest.policy.action.horizon, mode, size))
     return episodes, time.process_time() - began
 
 
+def tokenizer_of(manifest: Manifest, file: str | Path | None) -> Tokenizer | None:
+    """Of the policy's prompt, if it has one."""
+    if manifest.policy.prompt is None:
+        return None
+    assert file is not None
+    return Tokenizer(Path(file), manifest.policy.prompt)
+
+
 class Rollouts:
     """Processes that run episodes. Use as a context manager; a dead or stuck worker raises UserError."""
 
-    def __init__(self, manifest: Manifest, tokenizer: Path, scratch: Path, workers: int = 2) -> None:
-        self.manifest, self.tokenizer, self.scratch = manifest, str(tokenizer), scratch
+    def __init__(self, manifest: Manifest, tokenizer: Path | None, scratch: Path, workers: int = 2) -> None:
+        self.manifest, self.scratch = manifest, scratch
+        self.tokenizer = None if tokenizer is None else str(tokenizer)
         self.workers = Workers(workers)
         self.seconds = 0.0  # wall time of the last call
         self.cpu_seconds = 0.0  # of all workers since the caller last set it
@@ -240,13 +240,20 @@ class Rollouts:
     def __exit__(self, *_: object) -> None:
         self.workers.kill()
 
-    def load_tokenizer(self) -> Tokenizer:
-        assert self.manifest.policy.prompt is not None
-        return Tokenizer(Path(self.tokenizer), self.manifest.policy.prompt)
+    def load_tokenizer(self) -> Tokenizer | None:
+        return tokenizer_of(self.manifest, self.tokenizer)
 
-    def run(self, requests: Sequence[Request], policy: TinyPolicy | None, mode: Mode) -> list[Episode]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        policy: Policy | None,
+        mode: Mode,
+        weights: dict[str, Tensor] | None = None,
+        noise: dict[str, Tensor] | None = None,
+    ) -> list[Episode]:
         """Run episodes with a policy's present weights; results in the order of the requests.
 
+        ``weights``: instead of the policy's own, where those are spread over processes; ``noise``: see Driver.
         Raises ValueError if there is no policy and a request leaves the start to it.
         """
         if policy is None and any(request.handover != 0 for request in requests):
@@ -254,15 +261,14 @@ class Rollouts:
                 "expected requests that the expert drives from the start (handover=0), as there is no policy"
             )
         start = time.monotonic()
-        weights = None
-        manifest = self.manifest
+        file, manifest = None, self.manifest
         if policy is not None:
             manifest = replace(manifest, towers=policy.towers)
-            weights = self.scratch / "rollout-weights.pt"
-            torch.save(policy.state_dict(), weights)
+            file = self.scratch / f"rollout-weights-{distributed.rank()}.pt"
+            torch.save({"policy": weights or policy.state_dict(), "noise": noise}, file)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(
-            _work, weights=str(weights) if weights else None, manifest=manifest, tokenizer=self.tokenizer, mode=mode
+            _work, weights=str(file) if file else None, manifest=manifest, tokenizer=self.tokenizer, mode=mode
         )
         silence = TIMEOUT + EPISODE_TIMEOUT * len(shares[0])
         results = [result for _, result in self.workers.run(work, [share for share in shares if share], silence)]

@@ -1,4 +1,7 @@
-"""What a stage keeps on disk while it trains, so that the same command goes on after Ctrl-C or a kill."""
+"""What a stage keeps on disk while it trains, so that the same command goes on after Ctrl-C or a kill.
+
+Of several processes only the first writes; all of them read.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlrc.compressor import distributed
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +34,11 @@ class Run:
 
     def open(self, stage: str, parent: str, config: Any) -> None:
         """Begin, or go on from the state an interrupted run saved. Refuses that of a run that did something else."""
+        with distributed.first():
+            if distributed.rank() == 0:
+                self._open(stage, parent, config)
+
+    def _open(self, stage: str, parent: str, config: Any) -> None:
         if self.folder.exists() and not self.state_file.exists():
             self.remove()  # it was killed before there was anything to go on with
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +64,8 @@ class Run:
         return self.spent + time.process_time() - self.began + workers
 
     def save(self, step: int, **state: Any) -> None:
+        if distributed.rank():
+            return
         partial = self.state_file.with_suffix(".partial")
         torch.save(
             {"step": step, "cpu_seconds": self.cpu_seconds(), "torch_rng": torch.get_rng_state(), **state}, partial
@@ -65,17 +76,22 @@ class Run:
         """The saved state, if any; drops the curve's rows after it and restores torch's generator."""
         if not self.state_file.exists():
             return None
-        saved = torch.load(self.state_file, weights_only=True)
+        saved = torch.load(self.state_file, map_location="cpu", weights_only=True)
         torch.set_rng_state(saved["torch_rng"])
+        if distributed.rank():
+            return saved
         rows = self.curve_file.read_text().splitlines() if self.curve_file.exists() else []
         self.curve_file.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= saved["step"]))
         return saved
 
     def log(self, stage: str, step: int, **row: float) -> None:
+        if distributed.rank():
+            return
         values = {name: round(float(value), 5) for name, value in row.items()}
         values["cpu_seconds"] = round(self.cpu_seconds(), 1)
         with self.curve_file.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        if distributed.rank() == 0:
+            shutil.rmtree(self.folder)

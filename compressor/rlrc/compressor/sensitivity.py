@@ -24,17 +24,16 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from rlrc import strict
-from rlrc.artifact import ActionSpec
+from rlrc.compressor.action_error import replaced, soft_actions
 from rlrc.compressor.checkpoint import inputs_of
-from rlrc.compressor.policy import Inputs, Outputs, Policy
-from rlrc.compressor.prune import TOWERS, Group, groups, own_keys
-from rlrc.compressor.quantize import GROUP, quantizable, quantize_groups
+from rlrc.compressor.coupling import Group, groups
+from rlrc.compressor.grid import quantize_groups, values_of
+from rlrc.compressor.policy import Inputs, Policy
+from rlrc.compressor.quantize import quantizable
+from rlrc.compressor.sensitivity_report import KINDS, Kind, Measured, Report
 from rlrc.compressor.sources import Source
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import bin_centers
 
-Kind = Literal["prune", "quantize", "drop"]
-KINDS: tuple[Kind, ...] = ("prune", "quantize", "drop")
 BATCH = 16  # observations in one pass
 WHOLE = 2.0  # the range of a normalised action: what an answer that is no number counts as
 
@@ -60,54 +59,6 @@ class SensitivityConfig:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """``module`` as in the state dict, ``parameters`` of it, ``error`` in normalised actions."""
-
-    module: str
-    kind: Kind
-    error: float
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """sensitivity.json. ``digest`` of the artifact; an official folder has none."""
-
-    kind: Literal["sensitivity"]
-    source: str
-    digest: str | None
-    ratio: float
-    bits: int
-    observations: int
-    modules: tuple[Measured, ...]
-
-
-def load(file: Path) -> Report:
-    """Raises UserError for anything but a report."""
-    try:
-        return strict.decode(Report, strict.parse(file.read_bytes()))
-    except OSError as error:
-        raise UserError(f"expected a sensitivity report at {file}, found: {error.strerror}") from None
-    except UserError as error:
-        raise UserError(f"{error}, in {file}; make it again with rlrc sensitivity") from None
-
-
-def per_layer(report: Report, kind: Kind, tower: str) -> dict[int, float]:
-    """Of every measured block of the tower the error, of a quantized one the sum of its parts'."""
-    found: dict[int, float] = {}
-    for row in report.modules:
-        name, *rest = row.module.split(".")
-        if (row.kind, name) == (kind, tower) and rest[0] == "layers":
-            found[int(rest[1])] = found.get(int(rest[1]), 0.0) + row.error
-    if not found:
-        raise UserError(
-            f"expected blocks of the {tower} with the kind {kind} in the sensitivity report of {report.source}, found "
-            f"none; make it again with rlrc sensitivity --kinds {kind}"
-        )
-    return found
-
-
-@dataclass(frozen=True)
 class Change:
     """What is done to one module: other ``tensors`` are put in place of its own; of a dropped block none."""
 
@@ -130,8 +81,7 @@ def changes(policy: Policy, config: SensitivityConfig) -> list[Change]:
             if layer.kind == "half":  # it hands the residual stream on anyway
                 continue
             found.append(Change(block, "drop", size(block)))
-            both = groups(block, layer, own_keys(policy.towers, tower, layer), state) if tower in TOWERS else ()
-            if parts := [group for group in both if group.number]:
+            if parts := [group for group in groups(policy.towers, tower, i, state, align=1) if group.number]:
                 found.append(Change(block, "prune", size(block), _pruned(state, parts, config.ratio)))
     modules: dict[str, list[str]] = {}
     for name, tensor in state.items():
@@ -154,10 +104,8 @@ def _pruned(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -
     def tensors() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for group in parts:
-            weights = [f"{layer}.weight" for layer in (*group.rows, *group.columns)]
-            scores = group.sums({name: state[name].float().abs() for name in weights})
-            each = group.number // group.bundles
-            stay = group.best(scores, group.bundles * max(1, round(each * (1 - ratio))))
+            each = [group.sums(layer, state[f"{layer}.weight"].abs()) for layer in group.layers]
+            stay = group.best(torch.stack(each).sum(0), group.fewer(ratio))
             gone = torch.ones(group.number, dtype=torch.bool)
             gone[stay] = False
             for layer in group.columns:
@@ -177,8 +125,7 @@ def _rounded(state: Mapping[str, Tensor], names: Sequence[str], bits: int) -> Ca
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    integers, scale = quantize_groups(weight, bits, search=True)
-    return (integers.float().unflatten(1, (-1, GROUP)) * scale.float()[..., None]).flatten(1).to(weight.dtype)
+    return values_of(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
 
 
 @contextmanager
@@ -191,16 +138,8 @@ def applied(policy: Policy, change: Change) -> Iterator[None]:
         finally:
             hook.remove()
         return
-    new = change.tensors()
-    own = {name: policy.get_parameter(name) for name in new}
-    before = {name: parameter.data for name, parameter in own.items()}
-    try:
-        for name, parameter in own.items():
-            parameter.data = new[name]
+    with replaced(policy, change.tensors()):
         yield
-    finally:
-        for name, parameter in own.items():
-            parameter.data = before[name]
 
 
 def _passed(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
@@ -208,24 +147,10 @@ def _passed(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
     return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
 
 
-def expected_actions(outputs: Outputs, action: ActionSpec) -> Tensor:
-    """Normalised actions (B, horizon, dim); of logits the mean over the bins' probabilities.
-
-    The likeliest bin stays the same under most small changes. Tokens that are no bins are left out.
-    """
-    logits = outputs.logits
-    if logits is None:
-        return outputs.actions
-    if action.tokens is not None:  # the row of every bin
-        logits = logits[..., action.tokens.first - action.tokens.offset - torch.arange(action.bins)]
-    return logits.softmax(-1) @ torch.from_numpy(bin_centers(action.bins)).to(logits)
-
-
-def action_change(before: Sequence[Outputs], after: Sequence[Outputs], action: ActionSpec) -> float:
-    """Mean |difference| of normalised actions, as ``expected_actions``; a difference that is no number is the range."""
-    pairs = zip(before, after, strict=True)
-    differences = [expected_actions(b, action) - expected_actions(a, action) for a, b in pairs]
-    return torch.cat(differences).abs().nan_to_num(WHOLE, posinf=WHOLE).mean().item()
+def action_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean |difference| of normalised actions (see action_error.py); one that is no number counts as the range."""
+    differences = torch.cat([b - a for a, b in zip(before, after, strict=True)])
+    return differences.abs().nan_to_num(WHOLE, posinf=WHOLE).mean().item()
 
 
 def batched(inputs: Sequence[Inputs]) -> list[Inputs]:
@@ -257,10 +182,14 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
     count = len(next(iter(observations.values())))
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)
     batches = batched([inputs_of(source.spec, observations, row) for row in rows])
+
+    def answers() -> list[Tensor]:
+        return [soft_actions(policy, policy.act(inputs)) for inputs in batches]
+
     report = Report("sensitivity", name, source.digest, config.ratio, config.bits, len(rows), ())
     with torch.inference_mode():
-        whole = [policy.act(inputs) for inputs in batches]
-        if not all(outputs.actions.isfinite().all() for outputs in whole):
+        whole = answers()
+        if not all(actions.isfinite().all() for actions in whole):
             raise UserError(f"expected finite actions of {name}, found nan or inf; are these weights sound?")
         found = _begun(journal, report)
         todo = changes(policy, config)
@@ -268,7 +197,7 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
             if (change.module, change.kind) in found:
                 continue
             with applied(policy, change):
-                error = action_change(whole, [policy.act(inputs) for inputs in batches], source.spec.action)
+                error = action_change(whole, answers())
             measured = Measured(change.module, change.kind, error, change.parameters)
             found[change.module, change.kind] = measured
             with journal.open("a") as file:

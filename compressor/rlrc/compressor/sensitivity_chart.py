@@ -11,7 +11,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from rlrc.compressor.sensitivity import Report
+from rlrc.compressor.sensitivity_report import Report
 
 Cells = dict[str, dict[int, float]]  # of every row of a map the errors by block
 LEAST = 1e-6  # of an error on the logarithmic scale

@@ -11,7 +11,8 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import strict
-from rlrc.compressor.sensitivity import KINDS, Report, SensitivityConfig, measure
+from rlrc.compressor.sensitivity import SensitivityConfig, measure
+from rlrc.compressor.sensitivity_report import KINDS, Report
 from rlrc.compressor.sources import open_source
 from rlrc.errors import UserError
 from rlrc.folders import check_output

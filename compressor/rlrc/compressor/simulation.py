@@ -1,4 +1,4 @@
-"""The simulator as a stage sees it, for the reference family: success on validation scenes, and demonstrations."""
+"""The simulator as a stage sees it, for policies that fit it: success on validation scenes, and demonstrations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 
 from rlrc.artifact import Artifact, HistoryEntry
-from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor import distributed
 from rlrc.compressor.batches import Batch
 from rlrc.compressor.checkpoint import TOKENIZER
-from rlrc.compressor.data import DemonstrationConfig, SampleBatches, demonstrations, ids_of_tasks
+from rlrc.compressor.data import DemonstrationConfig, ObservedBatches, SampleBatches, demonstrations
+from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.rollout import Mode, Request, Rollouts
 from rlrc.compressor.sft import SFTConfig
@@ -26,7 +27,8 @@ from rlrc.envs.seeds import VALIDATION
 @contextmanager
 def simulate(artifact: Artifact, folder: Path, workers: int, episodes: int) -> Iterator[Simulation]:
     """For the artifact's policy; ``folder`` is that of the run, ``episodes`` see Simulation."""
-    with Rollouts(artifact.manifest, artifact.file(TOKENIZER), folder, workers) as rollouts:
+    tokenizer = None if artifact.manifest.policy.prompt is None else artifact.file(TOKENIZER)
+    with Rollouts(artifact.manifest, tokenizer, folder, workers) as rollouts:
         yield Simulation(rollouts, episodes)
 
 
@@ -37,8 +39,7 @@ class Simulation:
     """validation episodes a task; 0 leaves them out"""
 
     def evaluate(self, policy: Policy) -> dict[str, Any]:
-        """Success by argmax on validation scenes: over all tasks, over the hard ones (without closing), per task."""
-        assert isinstance(policy, TinyPolicy)
+        """Success without noise on validation scenes: over all tasks, over hard ones (without closing), per task."""
         if self.episodes == 0:
             return {}
         requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
@@ -60,9 +61,10 @@ class Simulation:
         return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
 
     def batches(self, policy: Policy, config: DemonstrationConfig, seed: int) -> SampleBatches:
-        with Console(stderr=True).status("playing demonstrations, unless they are in the cache"):
+        console = Console(stderr=True, quiet=distributed.rank() > 0)
+        with console.status("playing demonstrations, unless they are in the cache"), distributed.first():
             samples = demonstrations(config, self.rollouts)
-        return SampleBatches(samples, policy.spec, ids_of_tasks(self.rollouts.load_tokenizer()), seed)
+        return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 
     def held_out(self, policy: Policy, config: SFTConfig) -> list[Batch]:
         """Of scenes behind those that are trained on."""

@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
-from rlrc.compressor import memory
+from rlrc.compressor import distributed, memory
 from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.checkpoint import CURVES, answers, every_input, quantized, write_policy
+from rlrc.compressor.checkpoint import CURVES, answers, every_input, parameters, quantized, write_policy
 from rlrc.compressor.lossless import lossless, outside
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.prune import PruneConfig
@@ -60,11 +60,14 @@ class Options:
 
 @dataclass
 class Stage:
-    """One stage under way. ``simulation`` is None for families without a simulator here."""
+    """One stage under way. ``simulation`` is None for families without a simulator here.
+
+    ``draft`` is None in all processes but the first, which writes.
+    """
 
     name: str
     source: Source
-    draft: Draft
+    draft: Draft | None
     policy: Policy
     simulation: Simulation | None
     run: Run
@@ -74,13 +77,18 @@ class Stage:
     def trainable(self) -> tuple[TinyPolicy, Simulation]:
         """What training needs (see ``reference_only``)."""
         assert isinstance(self.policy, TinyPolicy)
+        return self.policy, self.simulated()
+
+    def simulated(self) -> Simulation:
         assert self.simulation is not None
-        return self.policy, self.simulation
+        return self.simulation
 
     def finish(
         self, policy: Policy, quantization: Quantized | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
         """``exact``: see write_policy; ``after``: metrics of the stage itself."""
+        if self.draft is None:
+            return Manifest(policy.spec, policy.towers, parameters(policy), "float32")
         cpu_minutes = self.run.cpu_seconds() / 60
         if self.run.curve_file.exists():
             shutil.copy(self.run.curve_file, self.draft.file(f"{CURVES}/{len(self.source.history)}-{self.name}.jsonl"))
@@ -109,36 +117,41 @@ def stage(
     options: Options,
     check: Callable[[Source], object] = lambda source: None,
     flags: Flags | None = None,
+    plays: bool = False,
 ) -> Iterator[Stage]:
     """Everything around a stage's own work.
 
-    Raises UserError before any work if input or output cannot be used, or if ``check`` raises it about the source.
+    ``plays``: it needs the simulator, whatever the family. Of several processes (see rlrc.compressor.distributed) all
+    do the work, and the first one evaluates and writes. Raises UserError before any work if input or output cannot be
+    used, or if ``check`` raises it about the source.
     """
     source = open_source(path, flags or Flags())
     check(source)
     torch.set_num_threads(options.threads)
     run = Run(out.parent / f".{out.name}.run")
-    with writing(out) as draft:
-        source.hand_on(draft)
+    with writing(out) if distributed.rank() == 0 else nullcontext() as draft:
+        if draft is not None:
+            source.hand_on(draft)
         policy = source.load()
         run.open(name, source.digest or str(path), config)
         try:
-            with simulation_of(source, run, options) as simulation:
+            with simulation_of(source, run, options, plays) as simulation:
                 before: dict[str, Any] = {}
-                if simulation is not None:
+                if simulation is not None and draft is not None:
                     before = simulation.inherited(source.history) or simulation.evaluate(policy)
                 run.start_clock(None if simulation is None else simulation.rollouts)
                 yield Stage(name, source, draft, policy, simulation, run, config, before)
         except BaseException:
-            if not run.state_file.exists():  # nothing to go on with
+            if run.folder.exists() and not run.state_file.exists():  # nothing to go on with
                 run.remove()
             raise
     run.remove()
+    distributed.wait()  # the artifact is there for whatever comes next
 
 
-def simulation_of(source: Source, run: Run, options: Options) -> AbstractContextManager[Simulation | None]:
-    """For policies of the reference family; all others do without the simulator's packages."""
-    if not isinstance(source, ArtifactSource) or source.spec.family != REFERENCE:
+def simulation_of(source: Source, run: Run, options: Options, plays: bool) -> AbstractContextManager[Simulation | None]:
+    """For policies of the reference family and stages that play; all others do without the simulator's packages."""
+    if not isinstance(source, ArtifactSource) or not (plays or source.spec.family == REFERENCE):
         return nullcontext()
     from rlrc.compressor.simulation import simulate
 

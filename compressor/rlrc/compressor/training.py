@@ -1,10 +1,9 @@
-"""The stages that train, for the reference family only: sft, distill and rl, and the policy they start from."""
+"""The stages that train: sft, distill and rl; and the policy of the reference family that they start from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from rlrc.artifact import HistoryEntry, Manifest, writing
-from rlrc.compressor import memory, reference
+from rlrc.compressor import distributed, memory, reference
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.batches import Lessons
 from rlrc.compressor.checkpoint import TOKENIZER, write_policy
 from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig
 from rlrc.compressor.distill import DistillConfig, check_teacher, distillation, matched
+from rlrc.compressor.observations import check_playable
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.ppo import PPOConfig, ppo
 from rlrc.compressor.sft import Objective, SFTConfig, sft
-from rlrc.compressor.sources import Source, open_source, shapes
+from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes
 from rlrc.compressor.stages import Options, Stage, reference_only, stage
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import PICTURE, TASKS, make
@@ -76,7 +76,8 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("{task.fields[text]}")) as progress:
+    # Of several processes the first one tells.
+    with Progress(*columns, TextColumn("{task.fields[text]}"), disable=distributed.rank() > 0) as progress:
         bar = progress.add_task(title, total=total, text="")
         yield lambda done, text: progress.update(bar, completed=done, text=text)
 
@@ -124,9 +125,19 @@ def taught(
         return sft(policy, config, lessons, work.run, progress, dagger, objective(lessons))
 
 
+def playable(source: Source) -> None:
+    """Raises UserError for a policy that no simulator here fits."""
+    check_playable(source.spec)
+    if not isinstance(source, ArtifactSource):
+        raise UserError(
+            "expected an artifact for rl, found an official checkpoint; make one of it first: rlrc prune CKPT OUT "
+            "--lossless"
+        )
+
+
 def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: Flags | None = None) -> Manifest:
-    with stage("rl", source, out, config, options, partial(reference_only, "rl"), flags) as work:
-        policy, simulation = work.trainable()
+    with stage("rl", source, out, config, options, playable, flags, plays=True) as work:
+        policy, simulation = work.policy, work.simulated()
         examples = DemonstrationConfig(config.demonstrations, config.first_seed)
         batches = simulation.batches(policy, examples, config.seed)
         with progress_bar("rl", config.iterations) as progress:

@@ -133,6 +133,7 @@ class FlowPolicy(Policy):
         ``past`` and ``mask`` are those of ``prefix``. Integer t count the flow steps, which is what "steps" norms need.
         """
         sequence, condition = self.suffix(state, x, t)
+        sequence = sequence.to(self.action_in.weight.dtype)  # under autocast the stream keeps the weights' precision
         length, before = sequence.shape[1], past[0][0].shape[2]
         index = torch.arange(length, device=x.device)
         blocked, positions = self._later(index), index + before

@@ -1,0 +1,61 @@
+"""sensitivity.json: what ``rlrc sensitivity`` writes, and ``rlrc prune --allocation sensitivity`` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlrc import strict
+from rlrc.errors import UserError
+
+Kind = Literal["prune", "quantize", "drop"]
+KINDS: tuple[Kind, ...] = ("prune", "quantize", "drop")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``module`` as in the state dict, ``parameters`` of it, ``error`` in normalised actions."""
+
+    module: str
+    kind: Kind
+    error: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """sensitivity.json. ``digest`` of the artifact; an official folder has none."""
+
+    kind: Literal["sensitivity"]
+    source: str
+    digest: str | None
+    ratio: float
+    bits: int
+    observations: int
+    modules: tuple[Measured, ...]
+
+
+def load(file: Path) -> Report:
+    """Raises UserError for anything but a report."""
+    try:
+        return strict.decode(Report, strict.parse(file.read_bytes()))
+    except OSError as error:
+        raise UserError(f"expected a sensitivity report at {file}, found: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{error}, in {file}; make it again with rlrc sensitivity") from None
+
+
+def per_layer(report: Report, kind: Kind, tower: str) -> dict[int, float]:
+    """Of every measured block of the tower the error, of a quantized one the sum of its parts'."""
+    found: dict[int, float] = {}
+    for row in report.modules:
+        name, *rest = row.module.split(".")
+        if (row.kind, name) == (kind, tower) and rest[0] == "layers":
+            found[int(rest[1])] = found.get(int(rest[1]), 0.0) + row.error
+    if not found:
+        raise UserError(
+            f"expected blocks of the {tower} with the kind {kind} in the sensitivity report of {report.source}, found "
+            f"none; make it again with rlrc sensitivity --kinds {kind}"
+        )
+    return found
