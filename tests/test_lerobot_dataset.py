@@ -176,7 +176,8 @@ def test_the_layout_is_lerobots(folders: dict[str, Path]) -> None:
 def test_full_files_are_followed_by_others(tmp_path: Path, kind: str) -> None:
     """Limits that two or three episodes reach; every frame is still found, across the files."""
     lengths = (10,) * 8
-    write(tmp_path / "set", FPS, features(kind), recordings(lengths), data_mb=0.006, video_mb=0.002)
+    limit = {"image": 0.015, "video": 0.006}[kind]
+    write(tmp_path / "set", FPS, features(kind), recordings(lengths), data_mb=limit, video_mb=0.002)
     data, videos = (sorted((tmp_path / "set" / part).rglob("file-*")) for part in ("data", "videos"))
     assert 2 <= len(data) < 8
     assert [file.name for file in data] == [f"file-{i:03d}.parquet" for i in range(len(data))]
@@ -267,14 +268,16 @@ def test_going_on_decodes_each_picture_once(folders: dict[str, Path], monkeypatc
     dataset.close()
 
 
-def test_only_so_many_videos_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlrc.compressor.datasets.lerobot._OPEN", 2)
     monkeypatch.setattr("rlrc.compressor.datasets.lerobot._ROWS", 1)
+    monkeypatch.setattr("rlrc.compressor.datasets.lerobot._TABLES", 2)
     for kind in ("image", "video"):
-        write(tmp_path / kind, FPS, features(kind), recordings((2,) * 5), video_mb=1e-6)
+        write(tmp_path / kind, FPS, features(kind), recordings((2,) * 5), data_mb=1e-6, video_mb=1e-6)
         dataset = Dataset.open(tmp_path / kind)
         assert [number_of(dataset.picture(i, TOP)) for i in range(0, 10, 2)] == [0, 1000, 2000, 3000, 4000]
-        assert (len(dataset._videos), len(dataset._pictures._groups)) == ((0, 1) if kind == "image" else (2, 0))
+        kept = [len(dataset._videos), len(dataset._pictures._groups), len(dataset._pictures._files)]
+        assert kept == ([0, 1, 2] if kind == "image" else [2, 0, 0])
         dataset.close()
 
 
@@ -446,6 +449,7 @@ def test_a_value_that_does_not_fit_is_refused(tmp_path: Path, wrong: dict[str, A
         ((FPS, {"a": Feature("video", (31, 64, 3))}, []), "expected an even height and width of the video a"),
         ((FPS, {"a": Feature("image", (31, 64))}, []), r"expected pictures of a of shape \(height, width, 3\)"),
         ((FPS, {"a": Feature("float32", (2, 2))}, []), "expected numbers of one dimension in a"),
+        ((FPS, {"a": Feature("string", (1,))}, []), "expected numbers of one dimension in a"),
     ],
 )
 def test_a_data_set_that_cannot_be_is_refused(tmp_path: Path, arguments: Any, message: str) -> None:

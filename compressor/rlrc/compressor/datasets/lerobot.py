@@ -32,6 +32,7 @@ from rlrc.compressor.datasets.video import Video
 from rlrc.errors import UserError
 
 _OPEN = 8  # videos that stay open, each where its last picture was
+_TABLES = 64  # data files that stay open
 _ROWS = 64 << 20  # bytes of encoded pictures that are kept
 
 
@@ -223,6 +224,8 @@ class _Pictures:
 
     def _open(self, file: Path) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
         if file not in self._files:
+            if len(self._files) == _TABLES:
+                self._files.pop(next(iter(self._files)))[0].close()
             parquet = pq.ParquetFile(file, memory_map=True)
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             self._files[file] = (parquet, np.cumsum(sizes))

@@ -36,6 +36,9 @@ PICTURES = "observation.images."  # what a camera's key begins with
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
 
 
+_NUMBERS = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))} - {"float8"}
+
+
 @dataclass(frozen=True)
 class Feature:
     """A column: ``dtype`` "image", "video", "string" or a numpy dtype; ``names`` of its dimensions, if any."""
@@ -51,7 +54,7 @@ class Feature:
 
     @property
     def numeric(self) -> bool:
-        return not self.camera and self.dtype not in ("string", "language")
+        return self.dtype in _NUMBERS
 
     @property
     def size(self) -> tuple[int, int]:

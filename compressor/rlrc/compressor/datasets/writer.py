@@ -212,7 +212,7 @@ def _check_features(fps: float, features: Mapping[str, Feature]) -> None:
                     f"expected an even height and width of the video {name}, found {feature.shape[0]} x "
                     f"{feature.shape[1]}; store it as images"
                 )
-        elif len(feature.shape) != 1 or np.dtype(feature.dtype).kind not in "fiub":
+        elif len(feature.shape) != 1 or not feature.numeric:
             raise UserError(f"expected numbers of one dimension in {name}, found {feature.dtype} {feature.shape}")
 
 
