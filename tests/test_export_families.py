@@ -21,14 +21,16 @@ pytest.importorskip("onnxruntime")
 
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec  # noqa: E402
-from rlrc.compressor import checkpoint, sources, stages, training  # noqa: E402
+from rlrc.compressor import checkpoint, reinforcement, sources, stages, training  # noqa: E402
 from rlrc.compressor.backbones import build  # noqa: E402
 from rlrc.compressor.coupling import groups  # noqa: E402
 from rlrc.compressor.importance import scores as scores_of  # noqa: E402
 from rlrc.compressor.inference import TorchPolicy  # noqa: E402
 from rlrc.compressor.policy import Policy  # noqa: E402
+from rlrc.compressor.ppo import PPOConfig  # noqa: E402
 from rlrc.compressor.prune import PruneConfig, prune  # noqa: E402
 from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
+from rlrc.compressor.sft import SFTConfig  # noqa: E402
 from rlrc.compressor.sources import OfficialSource, examples  # noqa: E402
 from rlrc.compressor.stages import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
@@ -186,10 +188,10 @@ def test_what_another_family_cannot_do_is_refused_before_its_weights_are_read(
         stages.run_quantize(given, out, QuantizeConfig(("nothing",)), QUIET, flags("pi0"))
     source, policy = official("act")
     write(tmp_path / "act", policy, source)
-    with pytest.raises(UserError, match=r"family tiny for sft.*found act"):
-        training.run_sft(tmp_path / "act", out, training.SFTConfig(), QUIET)
+    with pytest.raises(UserError, match=r"demonstrations for sft.*family act; give --data FOLDER"):
+        training.run_sft(tmp_path / "act", out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"square pictures.*found 96 x 128"):
-        training.run_rl(tmp_path / "act", out, training.PPOConfig(), QUIET)
+        reinforcement.run_rl(tmp_path / "act", out, PPOConfig(), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["act"]
 
 

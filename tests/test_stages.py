@@ -16,9 +16,20 @@ import torch
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor import checkpoint, dagger, ppo, reference, sft, simulation, stages, training
+from rlrc.compressor import (
+    checkpoint,
+    dagger,
+    ppo,
+    reference,
+    reinforcement,
+    sft,
+    simulation,
+    stages,
+    training,
+    untrained,
+)
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.compress import RUNNERS, compress
+from rlrc.compressor.compress import compress, runner
 from rlrc.compressor.data import Samples
 from rlrc.compressor.ppo import PPOConfig
 from rlrc.compressor.prune import PruneConfig
@@ -56,7 +67,7 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     }
     source, made = pupil_artifact, [artifacts.load(pupil_artifact)]
     for name, config in configs.items():
-        manifest = RUNNERS[name](source, tmp_path / name, config, options)
+        manifest = runner(name)(source, tmp_path / name, config, options)
         source = tmp_path / name
         made.append(artifacts.load(source))  # with every hash
         assert artifacts.to_json(made[-1].manifest) == artifacts.to_json(manifest)
@@ -117,10 +128,12 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     layer = LayerSpec(1, 1, 32, 32)
     small = {"vision": TowerSpec(32, (layer,)), "decoder": TowerSpec(32, (layer,) * 3)}
     monkeypatch.setattr(reference, "towers", lambda: small)
-    monkeypatch.setattr(training, "GOLDEN_SCENES", 1)
-    monkeypatch.setattr(training, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")})
+    monkeypatch.setattr(untrained, "GOLDEN_SCENES", 1)
+    monkeypatch.setattr(
+        untrained, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")}
+    )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        training.new(tmp_path / name, seed)
+        untrained.new(tmp_path / name, seed)
     a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
     assert a.manifest == b.manifest  # the hash of every file
     assert c.manifest.files[checkpoint.WEIGHTS] != a.manifest.files[checkpoint.WEIGHTS]
@@ -150,7 +163,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation.Simulation, "evaluate", refuse)
     for module, names in (
         (simulation, ("Rollouts", "demonstrations")),
-        (training, ("sft", "ppo")),
+        (training, ("sft",)),
+        (reinforcement, ("ppo",)),
         (stages.pruning, ("prune",)),
     ):
         for name in names:
@@ -159,16 +173,16 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    for runner, config in (
+    for run, config in (
         (training.run_sft, SFTConfig()),
         (stages.run_prune, PruneConfig(0.75)),
-        (training.run_rl, PPOConfig()),
+        (reinforcement.run_rl, PPOConfig()),
         (stages.run_quantize, QuantizeConfig()),
     ):
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
-            runner(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
+            run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
     with pytest.raises(UserError, match="expected a new output"):
-        training.new(tmp_path / "out")
+        untrained.new(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
         compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig(0.75)}, QUIET)
     assert listing(tmp_path) == ["out"]
@@ -205,7 +219,7 @@ def test_state_of_another_configuration_is_refused_and_kept(pupil_artifact: Path
     left.save(3)
     for name, other in (("sft", SFTConfig(steps=8, demonstrations=1)), ("quantize", QuantizeConfig())):
         with pytest.raises(UserError, match=r"expected to go on with the same stage.*\.out\.run.* remove it"):
-            RUNNERS[name](pupil_artifact, tmp_path / "out", other, QUIET)
+            runner(name)(pupil_artifact, tmp_path / "out", other, QUIET)
     assert listing(tmp_path) == [".out.run"]
     again = Run(tmp_path / ".out.run")
     again.open("sft", artifacts.load(pupil_artifact).digest, config)
@@ -218,8 +232,8 @@ def test_rl_says_that_it_may_play_demonstrations(
     shown: list[str] = []
     status = SimpleNamespace(status=lambda text: nullcontext(shown.append(text)))
     monkeypatch.setattr(simulation, "Console", lambda **_: status)
-    monkeypatch.setattr(training, "ppo", lambda *_: None)
-    training.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
+    monkeypatch.setattr(reinforcement, "ppo", lambda *_: None)
+    reinforcement.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
     assert shown == ["playing demonstrations, unless they are in the cache"]
 
 

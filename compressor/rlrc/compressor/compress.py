@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +14,26 @@ from rlrc.artifact import Manifest
 from rlrc.compressor import distributed
 from rlrc.compressor.distill import DistillConfig
 from rlrc.compressor.sources import Source, open_source
-from rlrc.compressor.stages import Options, run_prune, run_quantize
-from rlrc.compressor.training import run_distill, run_rl, run_sft
+from rlrc.compressor.stages import Options
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.runtime.official import Flags
 
-RUNNERS: dict[str, Callable[..., Manifest]] = {
-    "prune": run_prune,
-    "sft": run_sft,
-    "distill": run_distill,
-    "rl": run_rl,
-    "quantize": run_quantize,
+# Stage: where its function is, imported when asked for, because that of rl needs the simulator's packages.
+RUNNERS = {
+    "prune": "rlrc.compressor.stages:run_prune",
+    "sft": "rlrc.compressor.training:run_sft",
+    "distill": "rlrc.compressor.training:run_distill",
+    "rl": "rlrc.compressor.reinforcement:run_rl",
+    "quantize": "rlrc.compressor.stages:run_quantize",
 }
+
+
+def runner(stage: str) -> Callable[..., Manifest]:
+    """The function of a stage: (source, out, config, options, flags) -> manifest."""
+    module, name = RUNNERS[stage].split(":")
+    found: Callable[..., Manifest] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None = None) -> None:
@@ -48,7 +56,7 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
         if target.exists():
             check_same(target, name, open_source(current, told), config)
         else:
-            RUNNERS[name](current, target, config, options, told)
+            runner(name)(current, target, config, options, told)
         current, told = target, Flags()
     if distributed.rank() == 0:
         export(artifacts.load(current), out)

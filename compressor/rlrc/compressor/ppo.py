@@ -68,6 +68,8 @@ class PPOConfig:
     """of the sampling noise over the steps of a chunk"""
     target_kl: float = 0.02
     """an iteration's updates stop when the mean KL a token exceeds this"""
+    data: str = ""
+    """LeRobotDataset folder for the behaviour-cloning term; empty: the simulator's scripted experts"""
     demonstrations: int = 60
     """expert episodes a task for the behaviour-cloning term"""
     first_seed: int = DEMONSTRATION.start

@@ -34,8 +34,10 @@ class PruneConfig:
     """blocks at each end that are left whole"""
     batches: int = 16
     """batches of samples for the scores"""
+    data: str = ""
+    """LeRobotDataset folder to draw those batches from; empty: the simulator's scripted experts (reference family)"""
     demonstrations: int = 60
-    """expert episodes a task to draw those batches from"""
+    """expert episodes a task"""
     seed: int = 0
     lossless: bool = False
     """cut nothing but what no action depends on; the other settings do not matter then"""

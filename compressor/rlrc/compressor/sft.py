@@ -200,6 +200,13 @@ class Best:
         self.loss, self.step, self.looks, self.weights = (saved[key] for key in ("loss", "step", "looks", "weights"))
 
 
+def fixed(policy: Policy, held_out: list[Batch]) -> list[Batch]:
+    """With the same noise and times at every look; torch's generator is left where it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [drawn(policy, batch) for batch in held_out]
+
+
 def check_finite(loss: float, step: int, run: Run) -> None:
     """Raises UserError for a loss that is none: nothing after it would make sense."""
     if not math.isfinite(loss):
@@ -244,7 +251,7 @@ def sft(
         lora.adapt(policy, config.lora)
     optim = optimizer(policy, config.rate, config.weight_decay)
     objective_, optim = team.prepare(objective(policy, config.smoothing), optim)
-    best = Best(objective_, policy, [batch.to(team.device) for batch in lessons.held_out])
+    best = Best(objective_, policy, [batch.to(team.device) for batch in fixed(policy, lessons.held_out)])
     first = 0
     if (saved := run.load()) is not None:
         first = saved["step"]

@@ -13,12 +13,14 @@ from rich.console import Console
 
 from rlrc.artifact import Artifact, HistoryEntry
 from rlrc.compressor import distributed
-from rlrc.compressor.batches import Batch
+from rlrc.compressor.batches import Batch, Lessons
 from rlrc.compressor.checkpoint import TOKENIZER
+from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig, ObservedBatches, SampleBatches, demonstrations
 from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.rollout import Mode, Request, Rollouts
+from rlrc.compressor.run import Run
 from rlrc.compressor.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import VALIDATION
@@ -66,11 +68,12 @@ class Simulation:
             samples = demonstrations(config, self.rollouts)
         return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 
-    def held_out(self, policy: Policy, config: SFTConfig) -> list[Batch]:
-        """Of scenes behind those that are trained on."""
-        further = DemonstrationConfig(
-            config.scenes() - config.demonstrations, config.first_seed + config.demonstrations
-        )
-        if not further.episodes_per_task:
-            return []
-        return self.batches(policy, further, config.seed).all(config.batch)
+    def lessons(self, policy: Policy, config: SFTConfig, run: Run) -> tuple[Lessons, Dagger]:
+        """Demonstrations, held-out ones of further scenes, and the rounds in which the expert is asked."""
+        batches = self.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
+        further = config.scenes() - config.demonstrations
+        held_out = list[Batch]()
+        if further:
+            scenes = DemonstrationConfig(further, config.first_seed + config.demonstrations)
+            held_out = self.batches(policy, scenes, config.seed).all(config.batch)
+        return Lessons(batches, held_out), Dagger(config, self.rollouts, batches, run)

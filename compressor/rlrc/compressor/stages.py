@@ -22,10 +22,9 @@ import torch
 from rich.console import Console
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
-from rlrc.compressor import distributed, memory
+from rlrc.compressor import distributed, lessons, memory
 from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
-from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.checkpoint import CURVES, answers, every_input, parameters, quantized, write_policy
 from rlrc.compressor.lossless import lossless, outside
 from rlrc.compressor.policy import Policy
@@ -73,11 +72,6 @@ class Stage:
     run: Run
     config: Any
     before: dict[str, Any]
-
-    def trainable(self) -> tuple[TinyPolicy, Simulation]:
-        """What training needs (see ``reference_only``)."""
-        assert isinstance(self.policy, TinyPolicy)
-        return self.policy, self.simulated()
 
     def simulated(self) -> Simulation:
         assert self.simulation is not None
@@ -158,15 +152,6 @@ def simulation_of(source: Source, run: Run, options: Options, plays: bool) -> Ab
     return simulate(source.artifact, run.folder, options.workers, options.evaluate)
 
 
-def reference_only(stage: str, source: Source, instead: str = "") -> None:
-    """Raises UserError for a family that has no demonstrations here."""
-    if source.spec.family != REFERENCE:
-        raise UserError(
-            f"expected a policy of the family {REFERENCE} for {stage}, which needs demonstrations, found "
-            f"{source.spec.family}; {instead or 'this version of rlrc trains no other'}"
-        )
-
-
 def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
     def check(source: Source) -> None:
         memory.check(memory.parameters(shapes(source)) * memory.REWRITTEN, "pruning")
@@ -175,11 +160,8 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
                 raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
         pruning.check(source.spec, source.towers, config)
-        if config.needs_data and source.spec.family != REFERENCE:
-            raise UserError(
-                f"expected demonstrations for prune.score {config.score}, found none for a policy of the family "
-                f"{source.spec.family}; give --data FOLDER or --score magnitude"
-            )
+        if config.needs_data:
+            lessons.check(f"prune.score {config.score}", source, config.data, ", or --score magnitude")
         pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
@@ -191,10 +173,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
             return work.finish(pruned, exact=True, lossless=report)
         batches: Batches | None = None
         if config.needs_data:
-            from rlrc.compressor.data import DemonstrationConfig  # needs the simulator's packages
-
-            policy, simulation = work.trainable()
-            batches = simulation.batches(policy, DemonstrationConfig(config.demonstrations), config.seed)
+            batches = lessons.demonstrations(work, config.data, config.demonstrations, 0, config.seed)
         with Console(stderr=True).status("scoring what may go"):
             pruned, removed = pruning.prune(work.policy, config, batches)
         return work.finish(pruned, exact=not work.source.quantized, removed=removed)

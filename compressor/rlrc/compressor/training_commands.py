@@ -1,4 +1,4 @@
-"""Commands that need the simulator: new, sft, distill, rl, compress."""
+"""Commands that learn from demonstrations, and the one for whole recipes: sft, distill, compress."""
 
 from __future__ import annotations
 
@@ -11,25 +11,11 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.compressor.commands import StageCommand
 from rlrc.compressor.compress import compress
 from rlrc.compressor.distill import DistillConfig
-from rlrc.compressor.ppo import PPOConfig
 from rlrc.compressor.recipe import load
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
-from rlrc.compressor.training import new, run_distill, run_rl, run_sft
+from rlrc.compressor.training import run_distill, run_sft
 from rlrc.runtime.official import Flags
-
-
-@dataclass(frozen=True)
-class New:
-    """Make the reference policy with random weights."""
-
-    out: Positional[Path]
-    """artifact to write"""
-    seed: int = 0
-
-    def run(self) -> None:
-        new(self.out, self.seed)
-        Console().print(f"next: rlrc sft {self.out} OUT --recipe reference")
 
 
 @dataclass(frozen=True)
@@ -56,16 +42,6 @@ class Distill(StageCommand):
 
     def run(self) -> None:
         self._run("distill", run_distill, self.config, "rlrc rl {out} OUT, or rlrc quantize {out} OUT", self.official)
-
-
-@dataclass(frozen=True)
-class RL(StageCommand):
-    """Reinforcement learning (PPO) on the policy's own episodes."""
-
-    config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
-
-    def run(self) -> None:
-        self._run("rl", run_rl, self.config, "rlrc quantize {out} OUT")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.runtime.commands:Inspect",
         "what a policy is: family, geometry, bytes, cameras, actions, history",
     ),
-    "new": ("rlrc.compressor.training_commands:New", "an untrained policy of the reference family"),
+    "new": ("rlrc.compressor.simulator_commands:New", "an untrained policy of the reference family"),
     "sft": ("rlrc.compressor.training_commands:SFT", "train on demonstrations"),
     "distill": (
         "rlrc.compressor.training_commands:Distill",
@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "which modules the actions depend on, measured one by one",
     ),
     "prune": ("rlrc.compressor.commands:Prune", "cut attention heads and MLP channels"),
-    "rl": ("rlrc.compressor.training_commands:RL", "recover by reinforcement learning (PPO)"),
+    "rl": ("rlrc.compressor.simulator_commands:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.commands:Quantize", "weights to 4 or 8 bits"),
     "compare-grids": ("rlrc.compressor.commands:CompareGrids", "what rounding costs, by method and number of bits"),
     "compress": (

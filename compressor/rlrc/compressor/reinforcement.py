@@ -1,0 +1,40 @@
+"""The stage rl: reinforcement learning of a policy that fits the simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlrc.artifact import Manifest
+from rlrc.compressor import lessons, memory
+from rlrc.compressor.observations import check_playable
+from rlrc.compressor.ppo import PPOConfig, ppo
+from rlrc.compressor.sources import ArtifactSource, Source, shapes
+from rlrc.compressor.stages import Options, stage
+from rlrc.compressor.training import progress_bar
+from rlrc.errors import UserError
+from rlrc.runtime.official import Flags
+
+
+def playable(source: Source) -> None:
+    """Raises UserError for a policy that no simulator here fits."""
+    check_playable(source.spec)
+    if not isinstance(source, ArtifactSource):
+        raise UserError(
+            "expected an artifact for rl, found an official checkpoint; make one of it first: rlrc prune CKPT OUT "
+            "--lossless"
+        )
+
+
+def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    def check(found: Source) -> None:
+        playable(found)
+        if config.data:
+            lessons.open_data(config.data, found.spec)
+        memory.check_training(shapes(found), adapters=False)
+
+    with stage("rl", source, out, config, options, check, flags, plays=True) as work:
+        policy = work.policy
+        batches = lessons.demonstrations(work, config.data, config.demonstrations, config.first_seed, config.seed)
+        with progress_bar("rl", config.iterations) as progress:
+            ppo(policy, config, batches, work.simulated().rollouts, work.run, progress)
+        return work.finish(policy)

@@ -1,0 +1,37 @@
+"""Commands that need the simulator: new, rl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
+from rlrc.compressor.commands import StageCommand
+from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.reinforcement import run_rl
+from rlrc.compressor.untrained import new
+
+
+@dataclass(frozen=True)
+class New:
+    """Make the reference policy with random weights."""
+
+    out: Positional[Path]
+    """artifact to write"""
+    seed: int = 0
+
+    def run(self) -> None:
+        new(self.out, self.seed)
+        Console().print(f"next: rlrc sft {self.out} OUT --recipe reference")
+
+
+@dataclass(frozen=True)
+class RL(StageCommand):
+    """Reinforcement learning (PPO) on the policy's own episodes."""
+
+    config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+
+    def run(self) -> None:
+        self._run("rl", run_rl, self.config, "rlrc quantize {out} OUT")
