@@ -29,7 +29,7 @@ from rlrc.runtime.cli import main
 class Counter:
     """An environment that succeeds when the actions add up to ``goal``; its picture tells how many steps were made."""
 
-    task = SimpleNamespace(name="count")
+    name, horizon = "count", 40
 
     def __init__(self, goal: float) -> None:
         self.goal = goal
@@ -40,6 +40,10 @@ class Counter:
 
     def advance(self, action: np.ndarray) -> bool:
         self.steps, self.sum = self.steps + 1, self.sum + float(action[0])
+        return self.sum >= self.goal
+
+    @property
+    def over(self) -> bool:
         return self.sum >= self.goal
 
     def observe(self) -> dict[str, Any]:
@@ -123,7 +127,7 @@ SCENES = Scenes({"open": 12, "close": 12}, 500, 200)
 def fake_workers(jobs_seen: list[success.Job], fail_after: int | None = None) -> Callable[..., Any]:
     """In place of processes: the episodes of seed s succeed where s is even."""
 
-    def run(function: Any, jobs: Any) -> Iterator[Any]:
+    def run(function: Any, jobs: Any, silence_s: float) -> Iterator[Any]:
         for number, job in enumerate(jobs):
             if number == fail_after:
                 raise KeyboardInterrupt
