@@ -6,20 +6,24 @@ worker says "hello" first, then answers each request: {"do": "reset", "episode":
 {"do": "observe"}, {"do": "close"}. It ends when stdin does.
 
 What OpenVLA, OpenVLA-OFT and openpi do for LIBERO is done here alike: pictures rotated by 180 degrees, ten steps of
-settling, the data set's instructions, the package's initial states, physics seeded with 0.
+settling, the data set's instructions, the package's initial states, physics seeded with 0. Drawing alone is put off
+until a picture is asked for, which then shows the moment that the official one shows.
 """
 
 from __future__ import annotations  # LIBERO's Python may be old
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import functools
 import importlib.metadata
 import math
 import os
 import signal
 import struct
 import sys
+import types
 from typing import Any, BinaryIO
 
 import msgpack
@@ -51,7 +55,7 @@ class Simulator:
         self.suite, self.size = suite, size
         self.env = OffScreenRenderEnv(
             bddl_file_name=tasks.get_task_bddl_file_path(number),
-            use_camera_obs=False,  # pictures are drawn when asked for: two take as long as ten steps of physics
+            use_camera_obs=False,  # two pictures take as long as ten steps of physics
             control_freq=HZ,
         )
         self.env.seed(0)
@@ -78,6 +82,7 @@ class Simulator:
 
     def reset(self, episode: int) -> None:
         self.env.reset()
+        self.keep_samples()
         self.observation = self.env.set_init_state(self.states[episode])
         for _ in range(SETTLING):
             self.step(np.array(IDLE))
@@ -87,10 +92,27 @@ class Simulator:
         self.observation, reward, done, _ = self.env.step(action)
         return bool(done) or reward > 0
 
+    def keep_samples(self) -> None:
+        """From now on ``sampled`` is the simulator's data at the instant that the observation tells of.
+
+        robosuite samples its sensors, cameras included, once a control period but not at its end: 2 to 48 ms before.
+        A picture of the end would show another moment than the state, and another than those in the data sets.
+        """
+        domain = self.env.env
+        original = domain._observables["robot0_eef_pos"]._sensor
+
+        @functools.wraps(original)  # robosuite reads the sensor's attributes
+        def sensor(cache: dict[str, Any]) -> Any:
+            self.sampled = copy.copy(self.env.sim.data._data)
+            return original(cache)
+
+        domain.modify_observable("robot0_eef_pos", "sensor", sensor)
+
     def observe(self) -> dict[str, Any]:
         """Pictures uint8 (size, size, 3): robosuite's, which are upside down, turned by 180 degrees."""
-        size, render = self.size, self.env.sim.render
-        pictures = {name: render(camera_name=name, width=size, height=size)[::-1, ::-1] for name in CAMERAS}
+        size, sim = self.size, self.env.sim
+        sim._render_context_offscreen.data = types.SimpleNamespace(_data=self.sampled)
+        pictures = {name: sim.render(camera_name=name, width=size, height=size)[::-1, ::-1] for name in CAMERAS}
         return {"pictures": pictures, "state": state(self.observation)}
 
 
