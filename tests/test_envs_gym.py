@@ -130,6 +130,14 @@ def test_observations_and_actions_by_hand(opened: Callable[..., Any]) -> None:
     np.testing.assert_allclose(env.observe()["state"][:2], np.clip([start[0] + 0.8, start[1] - 0.7], -1, 1), rtol=1e-6)
 
 
+def test_actions_with_an_offset_and_without_scale(opened: Callable[..., Any]) -> None:
+    env = opened(("scale = [10.0, -10.0]", "offset = [0.1, -0.2]"))
+    env.reset(seed=5)
+    before = env.observe()["state"]
+    env.advance(np.array([0.05, 9, 0.05, 9], np.float32))
+    np.testing.assert_allclose(env.observe()["state"][:2] - before[:2], [0.15, -0.15], atol=1e-6)
+
+
 def home(env: GymEnvironment) -> np.ndarray:
     """The action of the policy that brings the point to the middle."""
     x, y, _ = env.observe()["state"]

@@ -18,11 +18,13 @@ from rlrc.runtime.loop import Episode, Rate, play, summary
 class World:
     """Clock, policy and environment in one: ``inference`` seconds a chunk, ``step`` seconds a step."""
 
+    name, over = "world", False
+
     def __init__(
         self, inference: float = 0.0, step: float = 0.0, length: int = 7, success_at: int | None = None
     ) -> None:
         self.inference, self.step_seconds, self.length, self.success_at = inference, step, length, success_at
-        self.hz, self.horizon, self.over = 0.0, length, False
+        self.hz, self.horizon = 0.0, length
         self.now, self.slept = 100.0, 0.0
         self.sent: list[tuple[float, float]] = []  # (time, action) of every step
         self.seen: list[int] = []  # the observation of every inference
@@ -133,6 +135,13 @@ def test_success_ends_the_episode() -> None:
     world = World(success_at=4, length=9)
     episode = play(world, world, 0, world.rate(20))
     assert (episode.success, episode.steps) == (True, 4)
+
+
+def test_an_environment_may_end_the_episode_without_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(length=9)
+    monkeypatch.setattr(World, "over", property(lambda world: len(world.sent) == 4), raising=False)
+    episode = play(world, world, 0, world.rate(20))
+    assert (episode.success, episode.steps) == (False, 4)
 
 
 @pytest.mark.parametrize("hz", [-1.0, float("nan"), float("inf")])

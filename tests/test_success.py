@@ -76,6 +76,15 @@ def test_chunks_are_executed_to_the_end_or_to_success(amount: float, outcome: bo
     assert (policy.asked, policy.resets, environment.seed) == (asked, 1, 7)
 
 
+def test_an_environment_may_end_the_episode_without_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy: Any = Adder(0.1)
+    environment: Any = Counter(6.0)
+    monkeypatch.setattr(Counter, "over", property(lambda counter: counter.steps == 6))
+    assert success.play(policy, environment, 7) == Episode("count", 7, False, 6)
+    monkeypatch.setattr(Counter, "over", False)
+    assert success.play(policy, environment, 7) == Episode("count", 7, False, 40)  # the environment's own horizon
+
+
 def test_film_strip_holds_the_first_and_the_last_picture() -> None:
     policy: Any = Adder(0.5)
     environment: Any = Counter(6.0)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlrc.runtime.policy import LocalPolicy, Policy
 
 EPISODES_A_JOB = 5  # short jobs keep all workers busy to the end; a task's simulator is kept between them
-SILENCE_S = 3600.0  # of all workers; an episode of LIBERO takes minutes on a machine without a GPU
+SILENCE_S, LONG_SILENCE_S = 300.0, 3600.0  # of all workers; five episodes of LIBERO take minutes without a GPU
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def measure(
     with _Partial(partial, key) as kept, Workers(workers) as pool:
         tick(len(kept.episodes))
         jobs = [job for named in artifacts for job in _jobs(named, scenes, threads, kept.episodes)]
-        for job, episodes in pool.run(_play_job, jobs, SILENCE_S):
+        silence = LONG_SILENCE_S if any(task.startswith("libero:") for task in scenes.episodes) else SILENCE_S
+        for job, episodes in pool.run(_play_job, jobs, silence):
             for episode in episodes:
                 kept.add(job.name, episode)
             tick(len(episodes))
