@@ -180,7 +180,7 @@ def test_what_another_family_cannot_do_is_refused_before_its_weights_are_read(
 ) -> None:
     monkeypatch.setattr(OfficialSource, "load", lambda self: pytest.fail("work began before the refusal"))
     given, out = DATA / "pi0/checkpoint", tmp_path / "out"
-    with pytest.raises(UserError, match=r"demonstrations for prune.score taylor.*pi0; give --data FOLDER or"):
+    with pytest.raises(UserError, match=r"demonstrations for prune.score taylor.*pi0; give --data FOLDER.*or --score"):
         stages.run_prune(given, out, PruneConfig(0.5), QUIET, flags("pi0"))
     with pytest.raises(UserError, match=r"5 or more in all.*found 3 blocks"):
         stages.run_prune(given, out, PruneConfig(0.5, "magnitude", keep=2), QUIET, flags("pi0"))

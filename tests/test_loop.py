@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlrc.envs import environment
 from rlrc.errors import UserError
 from rlrc.runtime import commands
 from rlrc.runtime.loop import Episode, Rate, play, summary
@@ -17,10 +18,13 @@ from rlrc.runtime.loop import Episode, Rate, play, summary
 class World:
     """Clock, policy and environment in one: ``inference`` seconds a chunk, ``step`` seconds a step."""
 
+    name, over = "world", False
+
     def __init__(
         self, inference: float = 0.0, step: float = 0.0, length: int = 7, success_at: int | None = None
     ) -> None:
         self.inference, self.step_seconds, self.length, self.success_at = inference, step, length, success_at
+        self.hz, self.horizon = 0.0, length
         self.now, self.slept = 100.0, 0.0
         self.sent: list[tuple[float, float]] = []  # (time, action) of every step
         self.seen: list[int] = []  # the observation of every inference
@@ -49,12 +53,13 @@ class World:
         self.sent = []
         return {"n": 0}, {}
 
-    def step(self, action: np.ndarray) -> Any:
+    def advance(self, action: np.ndarray) -> bool:
         self.sent.append((self.now, float(action[0])))
         self.now += self.step_seconds
-        n = len(self.sent)
-        terminated = n == self.success_at
-        return {"n": n}, float(terminated), terminated, n >= self.length, {"success": terminated}
+        return len(self.sent) == self.success_at
+
+    def observe(self) -> Any:
+        return {"n": len(self.sent)}
 
     def times(self) -> list[float]:
         return [round(time - 100.0, 6) for time, _ in self.sent]
@@ -132,6 +137,13 @@ def test_success_ends_the_episode() -> None:
     assert (episode.success, episode.steps) == (True, 4)
 
 
+def test_an_environment_may_end_the_episode_without_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(length=9)
+    monkeypatch.setattr(World, "over", property(lambda world: len(world.sent) == 4), raising=False)
+    episode = play(world, world, 0, world.rate(20))
+    assert (episode.success, episode.steps) == (False, 4)
+
+
 @pytest.mark.parametrize("hz", [-1.0, float("nan"), float("inf")])
 def test_refuses_an_impossible_rate(hz: float) -> None:
     with pytest.raises(UserError, match="expected a control rate"):
@@ -170,7 +182,7 @@ class FakeRobot(World):
 
 def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     robot = FakeRobot()  # its observations do not fit the policy
-    monkeypatch.setattr(commands, "make_environment", lambda name, spec: robot)
+    monkeypatch.setattr(environment, "open_environment", lambda name, spec, mapping: robot)
     with pytest.raises(UserError, match=r"expected an observation with image\.corner4"):
         commands.Run(toy_artifact, "fake", seed=3).run()
     assert robot.closed
@@ -180,7 +192,13 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"env": "libero:spatial"}, "expected an environment metaworld:TASK, found 'libero:spatial'"),
+        (
+            {"env": "gazebo:pick"},
+            "expected an environment metaworld:TASK, gym:ID or libero:SUITE/NUMBER, found 'gazebo",
+        ),
+        ({"env": "gym:"}, "expected an environment metaworld:TASK, gym:ID or libero:SUITE/NUMBER, found 'gym:'"),
+        ({}, r"expected state of shape \(3,\), found \(7,\); .* \(found in metaworld:drawer-open-v3: use a policy"),
+        ({"env_mapping": Path("x.toml")}, "expected no mapping file for metaworld:drawer-open-v3, found x.toml"),
         ({"episodes": 0}, "expected at least one episode, found 0"),
         ({"hz": -5.0}, "expected a control rate"),
         ({"seed": -1}, "expected a seed of 0 or more, found -1"),

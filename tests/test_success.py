@@ -29,7 +29,7 @@ from rlrc.runtime.cli import main
 class Counter:
     """An environment that succeeds when the actions add up to ``goal``; its picture tells how many steps were made."""
 
-    task = SimpleNamespace(name="count")
+    name, horizon = "count", 40
 
     def __init__(self, goal: float) -> None:
         self.goal = goal
@@ -40,6 +40,10 @@ class Counter:
 
     def advance(self, action: np.ndarray) -> bool:
         self.steps, self.sum = self.steps + 1, self.sum + float(action[0])
+        return self.sum >= self.goal
+
+    @property
+    def over(self) -> bool:
         return self.sum >= self.goal
 
     def observe(self) -> dict[str, Any]:
@@ -70,6 +74,15 @@ def test_chunks_are_executed_to_the_end_or_to_success(amount: float, outcome: bo
     environment: Any = Counter(6.0)
     assert success.play(policy, environment, 7, 10) == Episode("count", 7, outcome, steps)
     assert (policy.asked, policy.resets, environment.seed) == (asked, 1, 7)
+
+
+def test_an_environment_may_end_the_episode_without_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy: Any = Adder(0.1)
+    environment: Any = Counter(6.0)
+    monkeypatch.setattr(Counter, "over", property(lambda counter: counter.steps == 6))
+    assert success.play(policy, environment, 7) == Episode("count", 7, False, 6)
+    monkeypatch.setattr(Counter, "over", False)
+    assert success.play(policy, environment, 7) == Episode("count", 7, False, 40)  # the environment's own horizon
 
 
 def test_film_strip_holds_the_first_and_the_last_picture() -> None:
@@ -123,7 +136,7 @@ SCENES = Scenes({"open": 12, "close": 12}, 500, 200)
 def fake_workers(jobs_seen: list[success.Job], fail_after: int | None = None) -> Callable[..., Any]:
     """In place of processes: the episodes of seed s succeed where s is even."""
 
-    def run(function: Any, jobs: Any) -> Iterator[Any]:
+    def run(function: Any, jobs: Any, silence_s: float) -> Iterator[Any]:
         for number, job in enumerate(jobs):
             if number == fail_after:
                 raise KeyboardInterrupt

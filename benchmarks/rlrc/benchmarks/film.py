@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rlrc.benchmarks.success import Episode, play
 
 if TYPE_CHECKING:
-    from rlrc.envs.metaworld import MetaWorldEnv
+    from rlrc.envs.environment import Environment
     from rlrc.runtime.policy import Policy
 
 
@@ -28,15 +28,15 @@ class Strip:
 
 
 def film_strip(
-    name: str, policy: Policy, environment: MetaWorldEnv, seed: int, frames: int = 8, horizon: int = 200
+    name: str, policy: Policy, environment: Environment, seed: int, frames: int = 8, horizon: int = 200
 ) -> Strip:
     """Play one episode and keep ``frames`` of the pictures the policy saw (fewer if it saw fewer), the first and last
     included."""
     seen: list[tuple[int, NDArray[np.uint8]]] = []
 
-    def watch(observation: dict) -> None:
+    def watch(step: int, observation: dict) -> None:
         (picture,) = (value for key, value in observation.items() if key.startswith("image."))
-        seen.append((environment.steps, picture))
+        seen.append((step, picture))
 
     episode = play(policy, environment, seed, horizon, watch)
     chosen = np.unique(np.linspace(0, len(seen) - 1, frames).round().astype(int))
@@ -46,7 +46,7 @@ def film_strip(
 def before_and_after(
     before: tuple[str, Policy],
     after: tuple[str, Policy],
-    environment: MetaWorldEnv,
+    environment: Environment,
     seeds: Sequence[int],
     horizon: int = 200,
 ) -> tuple[list[Strip], str]:

@@ -10,32 +10,42 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlrc.benchmarks.results import Named
 from rlrc.benchmarks.stats import mcnemar, paired_difference_limit, wilson
 from rlrc.errors import UserError
+from rlrc.folders import sha256
 from rlrc.processes import Workers
 
 if TYPE_CHECKING:
-    from rlrc.envs.metaworld import MetaWorldEnv
+    from rlrc.envs.environment import Environment
     from rlrc.runtime.policy import LocalPolicy, Policy
 
 EPISODES_A_JOB = 5  # short jobs keep all workers busy to the end; a task's simulator is kept between them
+SILENCE_S, LONG_SILENCE_S = 300.0, 3600.0  # of all workers; five episodes of LIBERO take minutes without a GPU
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """What is played: ``episodes`` of every task from seed ``first_seed`` on, at most ``horizon`` steps each."""
+    """What is played: ``episodes`` of every task from seed ``first_seed`` on, at most ``horizon`` steps each.
+
+    A task is one of Meta-World's or, with a colon in its name, an environment. ``horizon`` None: each one's own.
+    """
 
     episodes: Mapping[str, int]
     first_seed: int
-    horizon: int
+    horizon: int | None
+    mapping: Path | None = None  # file that says how the environments' values become the policy's
 
     def seeds(self, task: str) -> range:
         return range(self.first_seed, self.first_seed + self.episodes[task])
+
+    def describe(self) -> dict[str, Any]:
+        """What makes scenes comparable, besides their number; a mapping file counts by what it says."""
+        told = {} if self.mapping is None else {"mapping": sha256(self.mapping)}
+        return {"first_seed": self.first_seed, "horizon": self.horizon} | told
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ class Job:
     threads: int
     task: str
     seeds: tuple[int, ...]
-    horizon: int
+    horizon: int | None
+    mapping: Path | None = None
 
 
 def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = None) -> Scenes:
@@ -76,22 +87,58 @@ def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = 
     return Scenes(episodes, EVALUATION.start, HORIZON if horizon is None else horizon)
 
 
+def scenes_of(
+    environments: Sequence[str], opened: Sequence[Named], per_task: int = 50, mapping: Path | None = None
+) -> Scenes:
+    """Scenes of environments by name. Those of Meta-World alone are as ``scenes`` has them.
+
+    Raises UserError for too many episodes and where an environment does not fit an artifact's policy.
+    """
+    from rlrc.envs.environment import check_environment
+    from rlrc.envs.libero import INITIAL_STATES
+    from rlrc.envs.seeds import EVALUATION
+
+    for name in environments:
+        for named in opened:
+            check_environment(name, named.artifact.manifest.policy, mapping)
+    if all(name.startswith("metaworld:") for name in environments):
+        return scenes(environments, per_task)
+    libero = any(name.startswith("libero:") for name in environments)
+    most = INITIAL_STATES if libero else len(EVALUATION)
+    if not 1 <= per_task <= most:
+        why = " (LIBERO has so many initial states a task)" if libero else ""
+        raise UserError(
+            f"expected 1 to {most} episodes an environment{why}, found {per_task}; change --episodes-per-task"
+        )
+    episodes = {name.removeprefix("metaworld:"): per_task for name in environments}
+    return Scenes(episodes, EVALUATION.start, None, mapping)
+
+
 def play(
-    policy: Policy, environment: MetaWorldEnv, seed: int, horizon: int, watch: Callable[[Any], None] = lambda _: None
+    policy: Policy,
+    environment: Environment,
+    seed: int,
+    horizon: int | None = None,
+    watch: Callable[[int, Any], None] = lambda *_: None,
 ) -> Episode:
-    """One episode; every chunk is executed to its end. ``watch`` gets each observation the policy saw, and the last."""
+    """One episode of at most ``horizon`` steps (None: the environment's own); every chunk is executed to its end.
+
+    ``watch`` gets each observation the policy saw, and the last, with the number of steps before it.
+    """
+    horizon = environment.horizon if horizon is None else horizon
     observation, _ = environment.reset(seed=seed)
     policy.reset()
-    success, steps = False, 0
-    while not success and steps < horizon:
-        watch(observation)
+    success, over, steps = False, False, 0
+    while not over and steps < horizon:
+        watch(steps, observation)
         for action in policy.infer(observation)["actions"][: horizon - steps]:
             success, steps = environment.advance(action), steps + 1
-            if success:
+            over = success or environment.over
+            if over:
                 break
         observation = environment.observe()
-    watch(observation)
-    return Episode(environment.task.name, seed, success, steps)
+    watch(steps, observation)
+    return Episode(environment.name, seed, success, steps)
 
 
 def measure(
@@ -104,13 +151,14 @@ def measure(
 ) -> dict[str, list[Episode]]:
     """Name -> its episodes. Those found in the file ``partial`` are not played again; ``tick`` gets how many came."""
     key = {
-        "scenes": asdict(scenes),
+        "scenes": {"episodes": dict(scenes.episodes)} | scenes.describe(),
         "artifacts": {named.name: named.artifact.digest for named in artifacts},
     }
     with _Partial(partial, key) as kept, Workers(workers) as pool:
         tick(len(kept.episodes))
         jobs = [job for named in artifacts for job in _jobs(named, scenes, threads, kept.episodes)]
-        for job, episodes in pool.run(_play_job, jobs):
+        silence = LONG_SILENCE_S if any(task.startswith("libero:") for task in scenes.episodes) else SILENCE_S
+        for job, episodes in pool.run(_play_job, jobs, silence):
             for episode in episodes:
                 kept.add(job.name, episode)
             tick(len(episodes))
@@ -124,28 +172,29 @@ def _jobs(named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str,
     for task in scenes.episodes:
         left = [seed for seed in scenes.seeds(task) if (named.name, task, seed) not in played]
         for i in range(0, len(left), EPISODES_A_JOB):
-            yield Job(
-                named.name, named.artifact.path, threads, task, tuple(left[i : i + EPISODES_A_JOB]), scenes.horizon
-            )
+            seeds = tuple(left[i : i + EPISODES_A_JOB])
+            yield Job(named.name, named.artifact.path, threads, task, seeds, scenes.horizon, scenes.mapping)
 
 
-@lru_cache(maxsize=1)
-def _policy(path: Path, threads: int) -> LocalPolicy:
+_playing: dict[tuple[Path, str], tuple[LocalPolicy, Environment]] = {}  # what this process has open: at most one pair
+
+
+def _opened(job: Job) -> tuple[LocalPolicy, Environment]:
+    from rlrc.envs.environment import open_environment
     from rlrc.runtime.policy import LocalPolicy
 
-    return LocalPolicy.load(path, threads=threads)
-
-
-@lru_cache(maxsize=1)
-def _environment(task: str, size: int) -> MetaWorldEnv:
-    from rlrc.envs.metaworld import make
-
-    return make(task, size)
+    key = (job.path, job.task)
+    if key not in _playing:
+        while _playing:
+            _playing.popitem()[1][1].close()
+        policy = LocalPolicy.load(job.path, threads=job.threads)
+        name = job.task if ":" in job.task else f"metaworld:{job.task}"
+        _playing[key] = (policy, open_environment(name, policy.spec, job.mapping))
+    return _playing[key]
 
 
 def _play_job(job: Job) -> list[Episode]:
-    policy = _policy(job.path, job.threads)
-    environment = _environment(job.task, policy.spec.cameras[0].height)
+    policy, environment = _opened(job)
     return [play(policy, environment, seed, job.horizon) for seed in job.seeds]
 
 
@@ -208,7 +257,7 @@ def row(episodes: Sequence[Episode], scenes: Scenes, hard: Collection[str]) -> d
         **_rate(episodes),
         "hard": _rate([episode for episode in episodes if episode.task in hard]),
         "per_task": {task: _rate(played) for task, played in by_task.items()},
-        "scenes": {"first_seed": scenes.first_seed, "horizon": scenes.horizon},
+        "scenes": scenes.describe(),
         "outcomes": {
             task: "".join(str(int(episode.success)) for episode in played) for task, played in by_task.items()
         },
@@ -225,6 +274,15 @@ def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
         "interval": [round(limit, 6) for limit in wilson(len(steps), len(episodes))],
         "steps": round(sum(steps) / len(steps), 1) if steps else None,
     }
+
+
+def hard(scenes: Scenes) -> list[str]:
+    """The hard tasks among those of Meta-World; no other environments are told apart."""
+    if all(":" in task for task in scenes.episodes):
+        return []
+    from rlrc.envs.metaworld import TASKS
+
+    return [task for task in scenes.episodes if task in TASKS and TASKS[task].hard]
 
 
 def same_scenes(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:

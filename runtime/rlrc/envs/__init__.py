@@ -1,6 +1,10 @@
-"""Simulators behind Gymnasium environments."""
+"""Simulators behind one seam, see rlrc.envs.environment."""
+
+from importlib.util import find_spec
 
 from rlrc.envs.gl import choose_backend
 
 # mujoco reads MUJOCO_GL when it is first imported, so this comes before every module of this package.
-choose_backend()
+# Not every simulator needs it: LIBERO's is in another Python environment.
+if find_spec("mujoco") is not None:
+    choose_backend()

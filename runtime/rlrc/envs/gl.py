@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 from rlrc.errors import UserError
 
 _PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
 
 
-def _works(backend: str) -> bool:
+def _works(backend: str, python: str) -> bool:
     environment = os.environ | {"MUJOCO_GL": backend, "PYTHONWARNINGS": "ignore"}
-    return (
-        subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, check=False).returncode
-        == 0
-    )
+    return subprocess.run([python, "-c", _PROBE], env=environment, capture_output=True, check=False).returncode == 0
 
 
 def choose_backend() -> str:
@@ -29,16 +25,19 @@ def choose_backend() -> str:
     os.environ.setdefault("LP_NUM_THREADS", "0")
     if chosen := os.environ.get("MUJOCO_GL"):
         return chosen
-    if find_spec("mujoco") is None:
-        raise ModuleNotFoundError("No module named 'mujoco'", name="mujoco")  # or no backend would seem to work
     if "mujoco" in sys.modules:  # it has settled on GLFW, which needs a screen, and cannot change any more
         raise UserError(
             "expected rlrc.envs to be imported before mujoco, found mujoco imported without MUJOCO_GL; "
             "import rlrc.envs first, or set MUJOCO_GL to egl or osmesa before Python starts"
         )
+    os.environ["MUJOCO_GL"] = backend = working_backend(sys.executable)
+    return backend
+
+
+def working_backend(python: str) -> str:
+    """What the mujoco of this interpreter can render with. Raises UserError if there is none."""
     for backend in ("egl", "osmesa"):
-        if _works(backend):
-            os.environ["MUJOCO_GL"] = backend
+        if _works(backend, python):
             return backend
     raise UserError(
         "expected EGL or OSMesa for rendering without a screen, found neither; "

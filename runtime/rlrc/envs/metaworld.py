@@ -10,6 +10,7 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -18,6 +19,8 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from rlrc.artifact import PolicySpec
+from rlrc.envs.environment import check_fits
 from rlrc.envs.render import CAMERA, shared_renderer
 from rlrc.errors import UserError
 
@@ -27,6 +30,7 @@ STATE_UNITS = ("m", "m", "m", "1", "m/step", "m/step", "m/step")
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 PREFIX = "metaworld:"
 HORIZON = 200  # steps of an episode
+HZ = 20
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,9 @@ class MetaWorldEnv(gymnasium.Env):
     share the simulator's models: ``simulation.model`` shows the scene of the one that was last used.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  (gymnasium's convention)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": HZ}  # noqa: RUF012  (gymnasium's convention)
     render_mode = "rgb_array"
+    hz, horizon = HZ, HORIZON
 
     def __init__(self, task: Task, size: int = 96) -> None:
         self.task, self.size = task, size
@@ -136,6 +141,14 @@ class MetaWorldEnv(gymnasium.Env):
         self.full_observation = np.zeros(39)  # Meta-World's own vector; scripted experts read it, policies never do
         self.steps = 0
         self.success = False
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def over(self) -> bool:
+        return self.success
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict]:
         super().reset(seed=seed)
@@ -233,3 +246,28 @@ def _set_physics(model: Any, data: Any, state: npt.NDArray[np.float64]) -> None:
 def make(name: str, size: int = 96) -> MetaWorldEnv:
     """``metaworld:TASK`` (the prefix may be left out) -> environment. Raises UserError for an unknown task."""
     return MetaWorldEnv(find_task(name), size)
+
+
+def for_policy(task: str, spec: PolicySpec, mapping: Path | None) -> MetaWorldEnv:
+    """The environment of a task, with pictures of the policy's size. Raises UserError where they do not fit."""
+    check(task, spec, mapping)
+    return make(task, _size(spec))
+
+
+def check(task: str, spec: PolicySpec, mapping: Path | None) -> None:
+    """Raises UserError unless the policy takes what Meta-World gives."""
+    name, found, size = PREFIX + task, find_task(task), _size(spec)
+    if mapping is not None:
+        raise UserError(f"expected no mapping file for {name}, found {mapping}; leave --env-mapping out")
+    if any(camera.height != camera.width for camera in spec.cameras):
+        first = spec.cameras[0]
+        raise UserError(
+            f"expected a policy with square pictures for {name}, found {first.height} x {first.width} pixels"
+        )
+    picture = np.zeros((size, size, 3), np.uint8)
+    example = {PICTURE: picture, "state": np.zeros(len(STATE_NAMES)), "instruction": found.instruction}
+    check_fits(name, example, len(ACTION_NAMES), spec, "use a policy that was trained for Meta-World")
+
+
+def _size(spec: PolicySpec) -> int:
+    return spec.cameras[0].height if spec.cameras else 96

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.runtime import loop, verify
@@ -94,14 +93,16 @@ class Infer:
 
 @dataclass(frozen=True)
 class Run:
-    """Close the loop: observe, infer, act at a fixed rate, on a simulator."""
+    """Close the loop: observe, infer, act at a fixed rate, on a simulator (docs/simulators.md)."""
 
     path: Positional[Path]
     """the artifact"""
     env: str
-    """what to control, such as metaworld:drawer-open-v3"""
-    hz: float = 20.0
-    """steps a second; 0 runs as fast as possible"""
+    """what to control: metaworld:TASK, gym:ID or libero:SUITE/NUMBER, such as metaworld:drawer-open-v3"""
+    env_mapping: Path | None = None
+    """TOML file that says how the environment's values become the policy's, for gym:ID"""
+    hz: float | None = None
+    """steps a second; 0 runs as fast as possible (default: the environment's own rate)"""
     episodes: int = 1
     """episodes to play"""
     seed: int | None = None
@@ -116,16 +117,18 @@ class Run:
     def run(self) -> int:
         if self.episodes < 1:
             raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
-        rate = loop.Rate(self.hz)
+        rate = None if self.hz is None else loop.Rate(self.hz)
         policy = LocalPolicy.load(self.path, self.threads)
+        from rlrc.envs.environment import open_environment
         from rlrc.envs.seeds import EVALUATION
 
         first = EVALUATION.start if self.seed is None else self.seed
         if first < 0:
             raise UserError(f"expected a seed of 0 or more, found {first}; give another --seed")
-        env = make_environment(self.env, policy.spec)
+        env = open_environment(self.env, policy.spec, self.env_mapping)
         console, played = plain_console(stderr=self.json), []
         try:
+            rate = rate or loop.Rate(env.hz)
             for episode in loop.episodes(policy, env, range(first, first + self.episodes), rate, self.execute):
                 played.append(episode)
                 console.print(
@@ -193,19 +196,3 @@ def read_observation(path: Path) -> dict[str, Any]:
     """numpy stores a string as an array of no dimensions; it becomes a string again."""
     arrays = read_npz(path)
     return {name: str(a) if a.ndim == 0 and a.dtype.kind == "U" else a for name, a in arrays.items()}
-
-
-def make_environment(name: str, spec: PolicySpec) -> Any:
-    """Raises UserError for an environment that is not known or whose pictures this policy does not take."""
-    if not name.startswith("metaworld:"):
-        raise UserError(
-            f"expected an environment metaworld:TASK, found {name!r}; give --env metaworld:drawer-open-v3, for instance"
-        )
-    from rlrc.envs.metaworld import make
-
-    camera = spec.cameras[0]
-    if camera.height != camera.width:
-        raise UserError(
-            f"expected a policy with square pictures for {name}, found {camera.height} x {camera.width} pixels"
-        )
-    return make(name, size=camera.height)

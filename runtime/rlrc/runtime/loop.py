@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, SupportsFloat
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from rlrc.errors import UserError
 from rlrc.runtime.policy import Policy
 
-
-class Environment(Protocol):
-    """A robot driver or simulator with Gymnasium's methods; ``info["success"]`` tells whether the task is done."""
-
-    def reset(self, *, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]: ...
-
-    def step(
-        self, action: NDArray[np.float32], /
-    ) -> tuple[dict[str, Any], SupportsFloat, bool, bool, dict[str, Any]]: ...
+if TYPE_CHECKING:
+    from rlrc.envs.environment import Environment
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,9 @@ class Rate:
 
 
 def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> Episode:
-    """One episode. ``execute`` steps of every chunk are played before the next inference, all of them if None.
+    """One episode, of at most ``env.horizon`` steps; the environment is observed once a chunk.
+
+    ``execute`` steps of every chunk are played before the next inference, all of them if None.
 
     Raises UserError for an ``execute`` that the chunk does not hold and whatever policy and environment raise.
     """
@@ -76,6 +71,8 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
     start = due = rate.clock()
     while not over:
         if not chunk:
+            if steps:
+                observation = env.observe()
             asked = rate.clock()
             actions = policy.infer(observation)["actions"]
             inference_ms.append((rate.clock() - asked) * 1e3)
@@ -83,10 +80,9 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
         now = rate.clock()
         if now - due >= rate.period:
             misses, due = misses + 1, now
-        observation, _, terminated, truncated, info = env.step(chunk.pop(0))
+        success = env.advance(chunk.pop(0))
         steps += 1
-        success = success or bool(info.get("success", False))
-        over = terminated or truncated
+        over = success or env.over or steps >= env.horizon
         due += rate.period
         if rate.hz and not over and (early := due - rate.clock()) > 0:
             rate.sleep(early)

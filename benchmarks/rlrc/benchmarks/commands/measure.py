@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from rlrc.benchmarks import latency, memory, success
 from rlrc.benchmarks.commands.output import finish, progress, result_of
 from rlrc.benchmarks.results import Named, check_out, facts, open_artifacts
+from rlrc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,14 @@ class Success:
     baseline: str | None = None
     """what the others are compared with, scene by scene (default: the first artifact)"""
     tasks: tuple[str, ...] = ()
-    """tasks to play (default: all, with the shared scenes)"""
+    """Meta-World tasks to play (default: all, with the shared scenes)"""
+    env: tuple[str, ...] = ()
+    """instead of --tasks: environments to play, as metaworld:TASK, gym:ID or libero:SUITE/NUMBER"""
+    env_mapping: Path | None = None
+    """TOML file that says how the environments' values become the policy's, for gym:ID"""
     episodes_per_task: int = 50
-    """episodes of every task, from the first seed of the evaluation range on; without --tasks, twice as many of a task
-    that has no shared variant"""
+    """episodes of every task or environment, from the first seed of the evaluation range on; without --tasks and --env,
+    twice as many of a task that has no shared variant"""
     workers: int = 2
     """processes"""
     threads: int = 1
@@ -119,7 +124,7 @@ class Success:
     def run(self) -> None:
         check_out(self.out, self.force)
         opened = baseline_first(self.artifacts, self.baseline)
-        scenes = success.scenes(self.tasks, self.episodes_per_task)
+        scenes = self._scenes(opened)
         rows = play_episodes(opened, scenes, self.workers, self.threads, self.out)
         compared = [success.compare(row, rows[0]) for row in rows[1:]]
         table = Table("policy", *(row["name"] for row in rows))
@@ -135,6 +140,15 @@ class Success:
         )
         finish(self, result_of("success", rows, self.threads) | {"comparisons": compared}, table, note)
         forget_episodes(self.out)
+
+    def _scenes(self, opened: Sequence[Named]) -> success.Scenes:
+        if self.env and self.tasks:
+            raise UserError("expected --tasks or --env, found both; give Meta-World's tasks as metaworld:TASK to --env")
+        if self.env:
+            return success.scenes_of(self.env, opened, self.episodes_per_task, self.env_mapping)
+        if self.env_mapping is not None:
+            raise UserError("expected --env with --env-mapping, found no --env; give the environment as well")
+        return success.scenes(self.tasks, self.episodes_per_task)
 
 
 def baseline_first(artifacts: Sequence[str], baseline: str | None) -> list[Named]:
@@ -155,13 +169,10 @@ def play_episodes(
     opened: Sequence[Named], scenes: success.Scenes, workers: int, threads: int, out: Path | None
 ) -> list[dict[str, Any]]:
     """A row for every artifact. Episodes are kept beside ``out`` as they are played."""
-    from rlrc.envs.metaworld import TASKS
-
-    hard = [name for name, task in TASKS.items() if task.hard]
     total = len(opened) * sum(scenes.episodes.values())
     with progress("episodes", total) as advance:
         played = success.measure(opened, scenes, workers, threads, out and _partial(out), advance)
-    return [facts(named) | success.row(played[named.name], scenes, hard) for named in opened]
+    return [facts(named) | success.row(played[named.name], scenes, success.hard(scenes)) for named in opened]
 
 
 def _partial(out: Path) -> Path:

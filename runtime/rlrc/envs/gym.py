@@ -1,0 +1,255 @@
+"""``gym:ID``: any Gymnasium environment, by a mapping file that says which of its values the policy gets as what."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import PolicySpec
+from rlrc.envs.environment import check_fits, read_mapping
+from rlrc.errors import UserError
+
+RENDER, WHOLE = "render", "."  # paths of what has no key: the rendered picture, an observation that is no dict
+REMEDY = "correct the mapping file (docs/simulators.md)"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One of: the words themselves, or the path of what holds them in the observation or the info."""
+
+    text: str | None = None
+    observation: str | None = None
+    info: str | None = None
+
+
+@dataclass(frozen=True)
+class Success:
+    """One of: the path of a flag in the info, the least reward of a step that tells it, or that the episode ends."""
+
+    info: str | None = None
+    reward: float | None = None
+    terminated: bool = False
+
+
+@dataclass(frozen=True)
+class Action:
+    """The environment's dimension i gets ``policy[index[i]] * scale[i] + offset[i]``, within its bounds if ``clip``."""
+
+    index: tuple[int, ...] | None = None
+    scale: tuple[float, ...] | None = None
+    offset: tuple[float, ...] | None = None
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class GymMapping:
+    """The mapping file. Paths have dots between keys; "." is the whole observation.
+
+    ``cameras``: the policy's camera -> a path or "render". ``state``: what is concatenated. ``module`` is imported
+    first, so that the ID gets registered; ``arguments`` go to gymnasium.make. ``hz`` and ``horizon`` need be given
+    only where the environment does not tell them (render_fps, max_episode_steps).
+    """
+
+    success: Success
+    cameras: dict[str, str] = field(default_factory=dict)
+    state: tuple[str, ...] = ()
+    instruction: Instruction = Instruction()
+    action: Action = Action()
+    hz: float | None = None
+    horizon: int | None = None
+    module: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class GymEnvironment:
+    """``env`` under the seam of rlrc.envs.environment. Raises UserError where ``env`` and ``mapping`` do not fit."""
+
+    def __init__(self, name: str, env: gymnasium.Env[Any, Any], mapping: GymMapping) -> None:
+        self.name, self.env, self.mapping = name, env, mapping
+        self.hz = _told("hz", mapping.hz, env.metadata.get("render_fps"), name)
+        self.horizon = int(_told("horizon", mapping.horizon, env.spec.max_episode_steps if env.spec else None, name))
+        space = env.action_space
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise UserError(
+                f"expected actions of {name} as one vector of numbers (a Box), found {space}; wrap the environment "
+                "so that it takes them"
+            )
+        self.space = space
+        for key in ("index", "scale", "offset"):
+            values = getattr(mapping.action, key)
+            if values is not None and len(values) != self.actions:
+                raise UserError(
+                    f"expected {self.actions} numbers as action.{key}, one for each dimension of {name}, "
+                    f"found {len(values)}; {REMEDY}"
+                )
+        self.over, self.steps = False, 0
+        self._observation: Any = None
+        self._info: dict[str, Any] = {}
+
+    @property
+    def actions(self) -> int:
+        return self.space.shape[0]
+
+    def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._observation, self._info = self.env.reset(seed=seed)
+        self.over, self.steps = False, 0
+        self._words = self._instruction()
+        return self.observe(), self._info
+
+    def advance(self, action: NDArray[np.float32]) -> bool:
+        self._observation, reward, terminated, truncated, self._info = self.env.step(self._given(action))
+        self.steps += 1
+        last = terminated or truncated or self.steps >= self.horizon
+        success = self._succeeded(float(reward), terminated, last)
+        self.over = success or terminated or truncated
+        return success
+
+    def observe(self) -> dict[str, Any]:
+        observation: dict[str, Any] = {
+            f"image.{camera}": np.asarray(self.env.render() if path == RENDER else self._look(path))
+            for camera, path in self.mapping.cameras.items()
+        }
+        if self.mapping.state:
+            parts = [np.asarray(self._look(path), np.float32).ravel() for path in self.mapping.state]
+            observation["state"] = np.concatenate(parts)
+        if self._words is not None:
+            observation["instruction"] = self._words
+        return observation
+
+    def close(self) -> None:
+        self.env.close()
+
+    def _look(self, path: str) -> Any:
+        return look_up(self._observation, path, f"the observation of {self.name}")
+
+    def _instruction(self) -> str | None:
+        source = self.mapping.instruction
+        if source.observation is not None:
+            return str(self._look(source.observation))
+        if source.info is not None:
+            return str(look_up(self._info, source.info, f"the info that {self.name} gives at reset"))
+        return source.text
+
+    def _given(self, action: NDArray[np.float32]) -> NDArray[Any]:
+        """The environment's action (dim,) of the policy's."""
+        rule, given = self.mapping.action, np.asarray(action, np.float64)
+        if rule.index is not None:
+            given = given[list(rule.index)]
+        if rule.scale is not None:
+            given = given * rule.scale
+        if rule.offset is not None:
+            given = given + rule.offset
+        if rule.clip:
+            given = np.clip(given, self.space.low, self.space.high)
+        return given.astype(self.space.dtype)
+
+    def _succeeded(self, reward: float, terminated: bool, last: bool) -> bool:
+        rule = self.mapping.success
+        if rule.reward is not None:
+            return reward >= rule.reward
+        if rule.info is None:
+            return terminated
+        try:
+            return bool(np.any(look_up(self._info, rule.info, f"the info of {self.name}")))
+        except UserError:
+            if last:  # some environments tell it at the end only, but one that never does would never succeed
+                raise
+            return False
+
+
+def look_up(values: Any, path: str, where: str) -> Any:
+    """The value at a path of keys with dots between them; a key may have dots itself. Raises UserError for none."""
+
+    def at(values: Any, path: str) -> Any:
+        if not isinstance(values, Mapping):
+            raise KeyError(path)
+        if path in values:
+            return values[path]
+        for place in [i for i, letter in enumerate(path) if letter == "."]:
+            if path[:place] in values:
+                return at(values[path[:place]], path[place + 1 :])
+        raise KeyError(path)
+
+    if path == WHOLE:
+        return values
+    try:
+        return at(values, path)
+    except KeyError:
+        found = f"the keys {', '.join(map(str, values))}" if isinstance(values, Mapping) else type(values).__name__
+        raise UserError(f"expected {path!r} in {where}, found {found}; {REMEDY}") from None
+
+
+def for_policy(identity: str, spec: PolicySpec, mapping: Path | None) -> GymEnvironment:
+    """``identity`` is a registered ID. Resets it once, with seed 0, to see that its observations fit the policy."""
+    name = f"gym:{identity}"
+    if mapping is None:
+        raise UserError(
+            f"expected a mapping file that says what {name} gives as which camera, state and instruction, found none; "
+            "give --env-mapping FILE.toml (docs/simulators.md)"
+        )
+    rules = read_mapping(GymMapping, mapping)
+    _check_rules(rules, spec, mapping)
+    env = _make(identity, rules, mapping)
+    try:
+        environment = GymEnvironment(name, env, rules)
+        observation, _ = environment.reset(seed=0)
+        # With an index any policy fits whose dimensions it names.
+        actions = environment.actions if rules.action.index is None else spec.action.dim
+        check_fits(name, observation, actions, spec, f"correct {mapping} (docs/simulators.md)")
+    except BaseException:
+        env.close()
+        raise
+    return environment
+
+
+def check(identity: str, spec: PolicySpec, mapping: Path | None) -> None:
+    """Raises UserError as ``for_policy``."""
+    for_policy(identity, spec, mapping).close()
+
+
+def _make(identity: str, rules: GymMapping, mapping: Path) -> gymnasium.Env[Any, Any]:
+    mode = {"render_mode": "rgb_array"} if RENDER in rules.cameras.values() else {}
+    try:
+        if rules.module is not None:
+            importlib.import_module(rules.module)
+        # The checker warns of style; what matters here is checked against the policy.
+        return gymnasium.make(identity, disable_env_checker=True, **(mode | rules.arguments))
+    except Exception as error:  # whatever an environment's own code raises for the arguments it was given
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"expected gym:{identity} to open, found {type(error).__name__}: {reason}; install its package, or correct "
+            f"the ID, module or arguments ({mapping})"
+        ) from None
+
+
+def _check_rules(rules: GymMapping, spec: PolicySpec, mapping: Path) -> None:
+    words, success = rules.instruction, rules.success
+    told = [key for key in ("text", "observation", "info") if getattr(words, key) is not None]
+    if len(told) > 1:
+        raise UserError(f"expected one source of the instruction in {mapping}, found {' and '.join(told)}; keep one")
+    signs = [key for key in ("info", "reward") if getattr(success, key) is not None]
+    signs += ["terminated"] * success.terminated
+    if len(signs) != 1:
+        raise UserError(
+            f"expected one of info, reward and terminated as [success] in {mapping}, found "
+            f"{' and '.join(signs) or 'none'}; keep the one that tells that the task is done"
+        )
+    if wrong := [i for i in rules.action.index or () if not 0 <= i < spec.action.dim]:
+        raise UserError(
+            f"expected action.index from 0 to {spec.action.dim - 1}, the policy's dimensions "
+            f"{', '.join(spec.action.names)}, found {wrong[0]}; correct {mapping}"
+        )
+
+
+def _told(key: str, ours: float | None, own: float | None, name: str) -> float:
+    value = own if ours is None else ours
+    if not value or value <= 0:
+        raise UserError(f"expected {key} of {name} as a number above 0, found {value}; give {key} in the mapping file")
+    return value
