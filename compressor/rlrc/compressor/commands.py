@@ -16,6 +16,7 @@ from rlrc.compressor import recipe as recipes
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.lossless import lines
 from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.prune import lines as removed
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.stages import Options, run_prune, run_quantize
 from rlrc.errors import UserError
@@ -43,6 +44,8 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
         )
     )
     for line in lines(entry.after["lossless"]) if "lossless" in entry.after else []:
+        console.print(line, soft_wrap=True, highlight=False)
+    for line in removed(entry.after["removed"]) if "removed" in entry.after else []:
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {following}")
 
