@@ -16,7 +16,7 @@ from torch import Tensor
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost, depth
 from rlrc.compressor.coupling import VISION, Group, Towers, groups
-from rlrc.compressor.importance import NEED_DATA, Scores, influence
+from rlrc.compressor.importance import Scores
 from rlrc.compressor.importance import scores as scores_of
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.prune_config import CHOICES, PruneConfig, intermediate, tower_name
@@ -97,13 +97,11 @@ def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -
 
 
 def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:
-    """What every block is worth, of the tower and of those that go with it: its influence, or its parts' scores."""
-    towers = [tower for tower in depth.units(policy.towers, name)[0]]
-    if config.score in NEED_DATA:
-        assert batches is not None
-        return {tower: influence(policy, tower, config, batches) for tower in towers}
-    every = {tower: range(len(policy.towers[tower].layers)) for tower in towers}
-    found = {tower: scores_of(policy, tower, every[tower], config) for tower in towers}
+    """What every block is worth, of the tower and of those that go with it: the sum of its parts' scores."""
+    towers = depth.units(policy.towers, name)[0]
+    found = {
+        tower: scores_of(policy, tower, range(len(policy.towers[tower].layers)), config, batches) for tower in towers
+    }
     return {tower: [sum(float(x.sum()) for x in score.each()) for score in found[tower]] for tower in towers}
 
 
