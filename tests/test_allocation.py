@@ -107,18 +107,18 @@ def place(*layers: LayerSpec, align: int = 32) -> Place:
 
 
 def test_ranking_by_hand() -> None:
-    """Width 64. A head has 4 * 64 * 32 = 8192 weights, 32 channels 3 * 64 * 32 = 6144; a block of both 16384 + 12288.
+    """Width 64. A head has 4 * 64 * 32 = 8192 weights, 32 channels 3 * 64 * 32 = 6144. The first of each two may go.
 
-    Scores a block: heads 2, 6, runs of channels 3, 9: divided by the mean 20 / 28672 they are the first block's
-    (2, 6) / 8192 and (3, 9) / 6144 in whatever unit: .35, 1.05 and .7, 2.1. The second block's scores are a thousand
-    times larger and heads 9, 3, runs 4, 4: .525 (1.575) and .933 twice. At most the first of each two may go.
+    Per 1000 weights the first block's are .244 (head) and .488 (channels); the second's .391 and 1.302, but its mean is
+    four times as large (80 and 20 in all), so they count half: .195 and .651.
     """
     channels = torch.cat([torch.full((32,), 9 / 32), torch.full((32,), 3 / 32)])
-    found = [Scores(torch.tensor([6.0, 2.0]), channels), Scores(torch.tensor([9e3, 3e3]), torch.full((64,), 4e3 / 32))]
+    others = torch.cat([torch.full((32,), 8 / 32), torch.full((32,), 32 / 32)])
+    found = [Scores(torch.tensor([6.0, 2.0]), channels), Scores(torch.tensor([36.8, 3.2]), others)]
     whole = LayerSpec(2, 2, 32, 64)
     shape = ranked(place(whole, whole), found)
     removable = 2 * (8192 + 6144)
-    order = [(0, LayerSpec(1, 1, 32, 64)), (1, LayerSpec(1, 1, 32, 64)), (0, LayerSpec(1, 1, 32, 32))]
+    order = [(1, LayerSpec(1, 1, 32, 64)), (0, LayerSpec(1, 1, 32, 64)), (0, LayerSpec(1, 1, 32, 32))]
     gone, expected = 0, [whole, whole]
     for (block, after), size in zip(order, (8192, 8192, 6144), strict=True):
         gone, expected[block] = gone + size, after

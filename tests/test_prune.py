@@ -17,7 +17,7 @@ from torch import Tensor
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.importance import Scores, scores
-from rlrc.compressor.prune import PruneConfig, check, narrowed, prune, warn
+from rlrc.compressor.prune import PruneConfig, check, lines, narrowed, prune, warn
 from rlrc.errors import UserError
 
 
@@ -140,6 +140,9 @@ def test_report_by_hand(pupil: TinyPolicy) -> None:
     assert report["bytes"]["bf16"] == 2 * report["parameters"]
     assert report["dropped"] == {}
     assert 0.5 < report["time"] < 1
+    told = lines(report)
+    assert told[0].startswith("removed 74.8% of the decoder's intermediate blocks, 37.4% of the decoder, ")
+    assert told[1] == "left: 4 blocks; heads 4, 1, 1, 4; channels 128, 32, 32, 128"
 
 
 def test_blocks_and_then_widths(pupil: TinyPolicy) -> None:
@@ -194,6 +197,8 @@ def test_other_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
         {"kind": "depth", "drop": 2, "blocks": (1,)},
         {"kind": "depth", "drop": 2, "to_bytes": "1GB"},
         {"allocation": "sensitivity"},
+        {"allocation": "global", "kind": "depth"},
+        {"allocation": "sensitivity", "sensitivity": "a.json", "kind": "both", "drop": 1},
     ],
     ids=str,
 )

@@ -3,8 +3,8 @@
 A way of allocating makes a shape from one number from 0 to 1 (see targets.py for how that is chosen):
 
 - uniform: the same part of every block's heads and channels.
-- global: all blocks' heads and runs of channels in one ranking by score per parameter. Blocks differ in the size of
-  their scores for reasons that say little about their worth, so those of a block are divided by its mean first.
+- global: all blocks' heads and runs of channels in one ranking by score per parameter. How much the blocks' scores
+  differ in size says something about their worth, but not all: those of a block are divided by the root of its mean.
 - sensitivity: a block loses a part that is inversely proportional to its measured error. If an error grows with the
   square of the part, that is where the sum of all errors is smallest.
 
@@ -95,7 +95,7 @@ def ranked(place: Place, scores: Sequence[Scores]) -> Shape:
         mean = whole / max(1, sum(group.number * size for group, size in zip(both, sizes, strict=True)))
         for kind, (group, values, size) in enumerate(zip(both, scores[i].each(), sizes, strict=True)):
             for parts, worth in _steps(group, values):
-                queue.append(Step(worth / (parts * size) / (mean or 1.0), i, kind, parts, parts * size))
+                queue.append(Step(worth / (parts * size) / (mean or 1.0) ** 0.5, i, kind, parts, parts * size))
     queue.sort(key=lambda step: step.density)  # stable: within a group the order stays
 
     def shape(x: float) -> dict[str, TowerSpec]:

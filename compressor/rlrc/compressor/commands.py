@@ -20,6 +20,7 @@ from rlrc.compressor.checkpoint import every_input
 from rlrc.compressor.compare import compare
 from rlrc.compressor.lossless import lines
 from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.prune import lines as removed
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.quantize import lines as rounding_lines
 from rlrc.compressor.sources import open_source
@@ -49,9 +50,8 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
             for key, value in shown.items()
         )
     )
-    for line in lines(entry.after["lossless"]) if "lossless" in entry.after else []:
-        console.print(line, soft_wrap=True, highlight=False)
-    for line in rounding_lines(entry.after.get("rounding", {})):
+    told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
+    for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {following}")
 

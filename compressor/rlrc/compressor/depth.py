@@ -50,7 +50,7 @@ def unit_of(towers: Towers, tower: str, block: int) -> Unit:
     for unit in droppable(towers, tower):
         if block in unit[tower]:
             return unit
-    most = max(block for unit in droppable(towers, tower) for block in unit[tower])
+    most = max((block for unit in droppable(towers, tower) for block in unit[tower]), default=-1)
     raise UserError(f"expected prune.blocks from 0 to {most} of the {tower}, found {block}; see rlrc inspect")
 
 

@@ -6,7 +6,8 @@
 - wanda: |weight| times the norm of what the weight is multiplied with (arXiv 2306.11695), over the same batches.
 - magnitude: |weight|, which needs no data; random: the control that shows what a score is worth.
 
-A block's influence is 1 - the mean cosine of the residual stream before and after it (ShortGPT, arXiv 2403.03853).
+A block is worth what all its parts are. (Its influence on the residual stream, ShortGPT's arXiv 2403.03853, chose worse
+blocks of the reference policy: docs/decisions.md.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrc.compressor.coupling import Group, groups
@@ -117,40 +117,15 @@ def _wanda(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches
     def add(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         squares[name] = squares.get(name, 0) + inputs[0].detach().float().flatten(0, -2).square().sum(0)
 
-    _observe(policy, config, batches, {name: partial(add, name) for name in pieces}, before=True)
-    _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))
-
-
-def influence(policy: Policy, tower: str, config: PruneConfig, batches: Batches) -> list[float]:
-    """Of every block of the tower."""
-    similar = dict[str, list[float]]()
-
-    def compare(name: str, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
-        after = outputs[0] if isinstance(outputs, tuple) else outputs
-        cosine = F.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
-        similar.setdefault(name, []).append(cosine.mean().item())
-
-    names = [f"{tower}.layers.{i}" for i in range(len(policy.towers[tower].layers))]
-    _observe(policy, config, batches, {name: partial(compare, name) for name in names})
-    return [1 - sum(similar[name]) / len(similar[name]) for name in names]
-
-
-def _observe(
-    policy: Policy, config: PruneConfig, batches: Batches, hooks: dict[str, Callable[..., None]], before: bool = False
-) -> None:
-    """Shows the policy the batches while modules have these hooks, called before or after each pass."""
     policy.eval()
-    modules = {name: policy.get_submodule(name) for name in hooks}
-    handles = [
-        module.register_forward_pre_hook(hooks[name]) if before else module.register_forward_hook(hooks[name])
-        for name, module in modules.items()
-    ]
+    hooks = [policy.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in pieces]
     try:
         with torch.no_grad():
             for _ in range(config.batches):
                 chunk_loss(policy, drawn(policy, batches.draw(config.batch)))
     finally:
-        _remove(handles)
+        _remove(hooks)
+    _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))
 
 
 def _remove(handles: list[Any]) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost, depth
 from rlrc.compressor.coupling import VISION, Group, Towers, groups
-from rlrc.compressor.importance import NEED_DATA, Scores, influence
+from rlrc.compressor.importance import Scores
 from rlrc.compressor.importance import scores as scores_of
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.prune_config import CHOICES, PruneConfig, intermediate, tower_name
-from rlrc.compressor.targets import Target, allocated, target
+from rlrc.compressor.targets import Target, allocated, check_possible, target
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,13 +39,11 @@ def warn(towers: Towers, config: PruneConfig) -> None:
 def check(spec: PolicySpec, towers: Mapping[str, TowerSpec], config: PruneConfig) -> None:
     """Raises UserError for what no weights can make possible, before any are read."""
     name, dense = tower_name(towers, config), cost.shape_of(spec, towers)
+    goal = target(dense, config)
     if config.kind != "width":
-        candidates = _candidates(towers, name, config)
-        dense = depth.without(
-            dense, _chosen(dense, name, candidates, target(cost.shape_of(spec, towers), config), config)
-        )
+        dense = depth.without(dense, _chosen(dense, name, _candidates(towers, name, config), goal, config))
     if config.kind != "depth":
-        allocated(dense, name, None, target(cost.shape_of(spec, towers), config), config)
+        check_possible(dense, name, goal, config)
 
 
 def _candidates(towers: Towers, name: str, config: PruneConfig) -> list[depth.Unit]:
@@ -99,13 +97,11 @@ def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -
 
 
 def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:
-    """What every block is worth, of the tower and of those that go with it: its influence, or its parts' scores."""
-    towers = [tower for tower in depth.units(policy.towers, name)[0]]
-    if config.score in NEED_DATA:
-        assert batches is not None
-        return {tower: influence(policy, tower, config, batches) for tower in towers}
-    every = {tower: range(len(policy.towers[tower].layers)) for tower in towers}
-    found = {tower: scores_of(policy, tower, every[tower], config) for tower in towers}
+    """What every block is worth, of the tower and of those that go with it: the sum of its parts' scores."""
+    towers = depth.units(policy.towers, name)[0]
+    found = {
+        tower: scores_of(policy, tower, range(len(policy.towers[tower].layers)), config, batches) for tower in towers
+    }
     return {tower: [sum(float(x.sum()) for x in score.each()) for score in found[tower]] for tower in towers}
 
 
@@ -130,6 +126,20 @@ def cut(state: dict[str, Tensor], group: Group, parts: Tensor) -> None:
                 state[name] = state[name][rows]
     for layer in group.columns:
         state[f"{layer}.weight"] = state[f"{layer}.weight"][:, columns]
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """The report for people: all three ratios, what is left, bytes and time."""
+    name, shapes = next(iter(report["shapes"].items()))
+    ratios = f"{report['intermediate']:.1%} of the {name}'s intermediate blocks, {report[name]:.1%} of the {name}"
+    size = report["bytes"]
+    return [
+        f"removed {ratios}, {report['whole']:.1%} of the whole",
+        f"left: {len(shapes)} blocks; heads {', '.join(str(heads) for heads, _, _ in shapes)}; "
+        f"channels {', '.join(str(mlp) for _, _, mlp in shapes)}",
+        f"weights: {size['int4']:,} bytes in int4, {size['bf16']:,} in bf16; by the cost model a decision takes "
+        f"{report['time']:.2f}x of the time",
+    ]
 
 
 def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit], config: PruneConfig) -> dict[str, Any]:

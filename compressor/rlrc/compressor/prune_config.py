@@ -88,6 +88,10 @@ class PruneConfig:
         number_of_bytes(self.to_bytes)
         part_of_time(self.to_latency)
         self._check_depth(goals)
+        if self.allocation != "uniform" and self.kind == "depth":
+            raise UserError(f"expected prune.allocation with kind width or both, found {self.allocation} with depth")
+        if self.allocation == "sensitivity" and self.kind == "both":  # blocks would have other numbers than in the file
+            raise UserError("expected prune.allocation sensitivity with kind width, found both; drop the blocks first")
         if (self.allocation == "sensitivity") != (self.sensitivity is not None):
             found = f"{self.allocation} {'without' if self.sensitivity is None else 'with'} one"
             raise UserError(f"expected prune.sensitivity, a file, exactly with allocation sensitivity, found {found}")

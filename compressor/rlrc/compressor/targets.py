@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rlrc.artifact import TowerSpec
+from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost
 from rlrc.compressor.allocation import Place, Shape, by_sensitivity, ranked, read_sensitivity, uniform
 from rlrc.compressor.coupling import Towers
@@ -42,11 +43,9 @@ class Target:
 def reach(shape: Shape, target: Target) -> dict[str, TowerSpec]:
     """The shape that keeps the limit with the smallest number. Raises UserError if none does."""
     low, high = 0.0, 1.0
-    before, after = shape(low), shape(high)
+    before, after = shape(low), smallest(shape, target)
     if target.met(before):
         return before
-    if not target.met(after):
-        raise target.refuse(after, "every block has a head for each key/value head and one run of channels")
     while before != after and high - low > 1e-6:
         middle = (low + high) / 2
         if target.met(tried := shape(middle)):
@@ -56,13 +55,33 @@ def reach(shape: Shape, target: Target) -> dict[str, TowerSpec]:
     return after
 
 
+def smallest(shape: Shape, target: Target) -> dict[str, TowerSpec]:
+    """Raises UserError if not even that keeps the limit."""
+    if not target.met(least := shape(1.0)):
+        raise target.refuse(least, "every block has a head for each key/value head and one run of channels")
+    return least
+
+
+def priced(spec: PolicySpec, price: Callable[[Policy], float]) -> Callable[[Towers], float]:
+    """The price of a shape, computed once."""
+    known = dict[Any, float]()
+
+    def cost_of(towers: Towers) -> float:
+        key = tuple(towers.items())
+        if key not in known:
+            known[key] = price(cost.shape_of(spec, towers))
+        return known[key]
+
+    return cost_of
+
+
 def target(dense: Policy, config: PruneConfig) -> Target | None:
     """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
     spec, name = dense.spec, tower_name(dense.towers, config)
     if config.to_bytes is not None:
         found = Target(
             "prune.to_bytes",
-            lambda towers: cost.weight_bytes(cost.shape_of(spec, towers), config.precision),
+            priced(spec, lambda policy: cost.weight_bytes(policy, config.precision)),
             number_of_bytes(config.to_bytes),
             lambda size: f"{size:,.0f} bytes",
         )
@@ -70,7 +89,7 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
         whole = cost.decision(cost.shape_of(spec, dense.towers))
         found = Target(
             "prune.to_latency",
-            lambda towers: cost.decision(cost.shape_of(spec, towers)) / whole,
+            priced(spec, lambda policy: cost.decision(policy) / whole),
             part_of_time(config.to_latency),
             lambda part: f"{part:.3f}x",
         )
@@ -79,7 +98,7 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
         before = cost.parameters(dense, prefix)
         found = Target(
             f"rest (1 - prune.ratio) of the {config.scope}'s parameters",
-            lambda towers: cost.parameters(cost.shape_of(spec, towers), prefix) / before,
+            priced(spec, lambda policy: cost.parameters(policy, prefix) / before),
             1 - config.ratio,
             lambda part: f"{part:.3f}",
         )
@@ -104,9 +123,17 @@ def allocated(
     if config.allocation == "uniform" or scores is None:
         return towers
     # As many parameters as the same part of every block would leave, at most.
-    spec = policy.spec
-    size = cost.parameters(cost.shape_of(spec, towers))
-    return reach(shape, Target("", lambda towers: cost.parameters(cost.shape_of(spec, towers)), size, str))
+    size = priced(policy.spec, cost.parameters)
+    return reach(shape, Target("number of parameters", size, size(towers), "{:,}".format))
+
+
+def check_possible(policy: Policy, name: str, goal: Target | None, config: PruneConfig) -> None:
+    """Raises UserError for what width pruning cannot reach. ``policy`` may be on the meta device."""
+    place = Place(policy, name, intermediate(policy.towers, name, config), config.align)
+    if goal is None:
+        _check_ratio(place, config)
+    else:
+        smallest(_shape(place, None, config), goal)
 
 
 def _shape(place: Place, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
