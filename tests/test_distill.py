@@ -355,7 +355,7 @@ def test_teachers_that_do_not_fit_are_refused(pupil_artifact: Path, tiny_artifac
     config = DistillConfig(teacher="TEACHER")
     check_teacher(student, student, config)
     with pytest.raises(
-        UserError, match=r"expected a teacher with the student's numbers of a chunk, \(5, 4, 16\), found"
+        UserError, match=r"expected a teacher with the student's state, 7, found 3 in TEACHER; give the"
     ):
         check_teacher(student, other, config)
     source = sources.OfficialSource(DATA / "act/checkpoint", Flags())
@@ -367,10 +367,28 @@ def test_teachers_that_do_not_fit_are_refused(pupil_artifact: Path, tiny_artifac
     }
     with pytest.raises(UserError, match=r"expected a teacher with the blocks \[0, 1, 2, 3\] .* found \[0, 1, 2\]"):
         check_teacher(student, shallow, config)
+    coarse = copy.copy(student)
+    coarse.spec = replace(student.spec, action=replace(student.spec.action, bins=8))
+    with pytest.raises(
+        UserError, match=r"the student's numbers of a chunk, \(5, 4, 16\), found \(5, 4, 8\) in TEACHER"
+    ):
+        check_teacher(student, coarse, config)
     wide = copy.copy(student)
     wide.towers = student.towers | {"decoder": replace(student.towers["decoder"], width=96)}
     with pytest.raises(UserError, match=r"expected a teacher with the student's decoder width, 64, found 96"):
         check_teacher(student, wide, config)
+
+
+def test_a_teacher_of_fixed_flow_steps_is_refused() -> None:
+    flags = Flags(DATA / "pi05/golden.json", tokenizer=DATA / "pi05/tokenizer")
+    student = sources.OfficialSource(DATA / "pi05/checkpoint", flags)
+    config, cut = DistillConfig(teacher="TEACHER"), copy.copy(student)
+    cut.towers = student.towers | {"expert": replace(student.towers["expert"], norm="steps")}
+    check_teacher(cut, student, config)
+    with pytest.raises(UserError, match=r"expected a teacher that answers at every time .* found TEACHER, cut to its"):
+        check_teacher(student, cut, config)
+    with pytest.raises(UserError, match=r"expected a policy without flow steps for distill\.cache"):
+        check_teacher(student, student, DistillConfig(cache=True, state_noise=0.0))
 
 
 def test_the_stage_and_the_recipe_s_own_teacher(

@@ -72,6 +72,7 @@ def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> No
         )
     for what, ours, its in (
         ("cameras", _cameras(student), _cameras(teacher)),
+        ("state", _state(student), _state(teacher)),
         ("numbers of a chunk", _chunk(student), _chunk(teacher)),
         *((f"{name} width", student.towers[name].width, teacher.towers[name].width) for name in _shared(student)),
     ):
@@ -80,6 +81,11 @@ def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> No
                 f"expected a teacher with the student's {what}, {ours}, found {its} in {config.teacher}; give the "
                 "policy that the student was pruned from"
             )
+    if "expert" in teacher.towers and teacher.towers["expert"].norm == "steps" != student.towers["expert"].norm:
+        raise UserError(
+            f"expected a teacher that answers at every time of the flow, found {config.teacher}, cut to its flow "
+            "steps; give what it was cut from"
+        )
     matched(student, teacher)
 
 
@@ -89,6 +95,11 @@ def _shared(source: Source) -> list[str]:
 
 def _cameras(source: Source) -> list[str]:
     return [f"{camera.name} {camera.height}x{camera.width}" for camera in source.spec.cameras]
+
+
+def _state(source: Source) -> int:
+    """How many numbers."""
+    return 0 if source.spec.state is None else len(source.spec.state.names)
 
 
 def _chunk(source: Source) -> tuple[int, int, int]:
