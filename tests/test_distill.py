@@ -89,14 +89,12 @@ def objective(student: Any, teacher: Any, **settings: Any) -> Distillation:
 
 
 def test_hidden_error_by_hand() -> None:
-    """Two blocks, 1 / 4 and (4 + 9) / (1 + 4 + 9) of the teacher's square; calls of one block count together."""
-    first = ([torch.tensor([[[1.0]]])], [torch.tensor([[[2.0]]])])
-    second = (
-        [torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0]]])],
-        [torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]])],
-    )
-    error = hidden_error([first[0], second[0]], [first[1], second[1]])
-    assert error.item() == pytest.approx((1 / 4 + 13 / 14) / 2)
+    """One block is off by 1 / 4. The other's positions by 4 / 5, by 9 / 9 in a second call, and by 1 of a million."""
+    first = [torch.tensor([[[1.0]]])], [torch.tensor([[[2.0]]])]
+    calls = torch.tensor([[[1.0, 0.0], [0.0, 999.0]]]), torch.tensor([[[0.0, 0.0]]])
+    wanted = torch.tensor([[[1.0, 2.0], [0.0, 1000.0]]]), torch.tensor([[[3.0, 0.0]]])
+    error = hidden_error([first[0], list(calls)], [first[1], list(wanted)])
+    assert error.item() == pytest.approx((1 / 4 + (4 / 5 + 1e-6 + 1) / 3) / 2)
 
 
 def test_the_loss_is_the_sum_of_its_parts(teacher: TinyPolicy, batches: SampleBatches) -> None:
@@ -110,7 +108,9 @@ def test_the_loss_is_the_sum_of_its_parts(teacher: TinyPolicy, batches: SampleBa
                 chunk_loss(policy, batch)
             states.append([calls[0].float() for calls in found])
     assert len(states[0]) == 4
-    expected = np.mean([((a - b).square().mean() / b.square().mean()).item() for a, b in zip(*states, strict=True)])
+    expected = np.mean(
+        [((a - b).square().sum(-1) / b.square().sum(-1)).mean().item() for a, b in zip(*states, strict=True)]
+    )
     assert expected > 0.01
     assert metrics["hidden"].item() == pytest.approx(expected, rel=1e-4)
     assert metrics["loss"].item() == pytest.approx(0.5 * task.item() + 3 * expected, rel=1e-4)

@@ -2,8 +2,10 @@
 
 Pruning keeps the residual width, so what the student's blocks put out is regressed on what the teacher's do, with no
 projector between (arXiv 2609.19579). The objective is ``task`` times the chunk's loss (rlrc.compressor.losses) plus
-``hidden`` times the mean over the matched blocks of the squared error, each divided by the mean square of the teacher's
-states. The teacher answers on the fly, or once for every sample: its states are then read from the run's folder.
+``hidden`` times the squared error of the hidden states, relative to the teacher's, at every position of every matched
+block alike: language models have positions whose states are hundreds of times larger than all others (arXiv
+2402.17762), and a mean over raw squares would see only those. The teacher answers on the fly, or once for every sample:
+its states are then read from the run's folder.
 """
 
 from __future__ import annotations
@@ -162,12 +164,12 @@ def recorded(policy: Policy, blocks: Sequence[str]) -> Iterator[States]:
 
 
 def hidden_error(student: States, teacher: States) -> Tensor:
-    """Mean over the blocks of the squared error, relative to the mean square of the teacher's states."""
+    """Mean over blocks and positions of |student - teacher|^2 / |teacher|^2."""
     errors = []
     for ours, its in zip(student, teacher, strict=True):
-        pairs = list(zip(ours, its, strict=True))
-        error = torch.stack([(a.float() - b.float()).square().sum() for a, b in pairs]).sum()
-        errors.append(error / torch.stack([b.float().square().sum() for b in its]).sum())
+        pairs = [(a.float(), b.float()) for a, b in zip(ours, its, strict=True)]
+        parts = [(a - b).square().sum(-1) / b.square().sum(-1).clamp(min=1e-12) for a, b in pairs]
+        errors.append(torch.cat([part.flatten() for part in parts]).mean())
     return torch.stack(errors).mean()
 
 
