@@ -89,14 +89,12 @@ def objective(student: Any, teacher: Any, **settings: Any) -> Distillation:
 
 
 def test_hidden_error_by_hand() -> None:
-    """Two blocks, 1 / 4 and (4 + 9) / (1 + 4 + 9) of the teacher's square; calls of one block count together."""
-    first = ([torch.tensor([[[1.0]]])], [torch.tensor([[[2.0]]])])
-    second = (
-        [torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0]]])],
-        [torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]])],
-    )
-    error = hidden_error([first[0], second[0]], [first[1], second[1]])
-    assert error.item() == pytest.approx((1 / 4 + 13 / 14) / 2)
+    """One block is off by 1 / 4. The other's positions by 4 / 5, by 9 / 9 in a second call, and by 1 of a million."""
+    first = [torch.tensor([[[1.0]]])], [torch.tensor([[[2.0]]])]
+    calls = torch.tensor([[[1.0, 0.0], [0.0, 999.0]]]), torch.tensor([[[0.0, 0.0]]])
+    wanted = torch.tensor([[[1.0, 2.0], [0.0, 1000.0]]]), torch.tensor([[[3.0, 0.0]]])
+    error = hidden_error([first[0], list(calls)], [first[1], list(wanted)])
+    assert error.item() == pytest.approx((1 / 4 + (4 / 5 + 1e-6 + 1) / 3) / 2)
 
 
 def test_the_loss_is_the_sum_of_its_parts(teacher: TinyPolicy, batches: SampleBatches) -> None:
@@ -110,7 +108,9 @@ def test_the_loss_is_the_sum_of_its_parts(teacher: TinyPolicy, batches: SampleBa
                 chunk_loss(policy, batch)
             states.append([calls[0].float() for calls in found])
     assert len(states[0]) == 4
-    expected = np.mean([((a - b).square().mean() / b.square().mean()).item() for a, b in zip(*states, strict=True)])
+    expected = np.mean(
+        [((a - b).square().sum(-1) / b.square().sum(-1)).mean().item() for a, b in zip(*states, strict=True)]
+    )
     assert expected > 0.01
     assert metrics["hidden"].item() == pytest.approx(expected, rel=1e-4)
     assert metrics["loss"].item() == pytest.approx(0.5 * task.item() + 3 * expected, rel=1e-4)
@@ -355,7 +355,7 @@ def test_teachers_that_do_not_fit_are_refused(pupil_artifact: Path, tiny_artifac
     config = DistillConfig(teacher="TEACHER")
     check_teacher(student, student, config)
     with pytest.raises(
-        UserError, match=r"expected a teacher with the student's numbers of a chunk, \(5, 4, 16\), found"
+        UserError, match=r"expected a teacher with the student's state, 7, found 3 in TEACHER; give the"
     ):
         check_teacher(student, other, config)
     source = sources.OfficialSource(DATA / "act/checkpoint", Flags())
@@ -367,10 +367,28 @@ def test_teachers_that_do_not_fit_are_refused(pupil_artifact: Path, tiny_artifac
     }
     with pytest.raises(UserError, match=r"expected a teacher with the blocks \[0, 1, 2, 3\] .* found \[0, 1, 2\]"):
         check_teacher(student, shallow, config)
+    coarse = copy.copy(student)
+    coarse.spec = replace(student.spec, action=replace(student.spec.action, bins=8))
+    with pytest.raises(
+        UserError, match=r"the student's numbers of a chunk, \(5, 4, 16\), found \(5, 4, 8\) in TEACHER"
+    ):
+        check_teacher(student, coarse, config)
     wide = copy.copy(student)
     wide.towers = student.towers | {"decoder": replace(student.towers["decoder"], width=96)}
     with pytest.raises(UserError, match=r"expected a teacher with the student's decoder width, 64, found 96"):
         check_teacher(student, wide, config)
+
+
+def test_a_teacher_of_fixed_flow_steps_is_refused() -> None:
+    flags = Flags(DATA / "pi05/golden.json", tokenizer=DATA / "pi05/tokenizer")
+    student = sources.OfficialSource(DATA / "pi05/checkpoint", flags)
+    config, cut = DistillConfig(teacher="TEACHER"), copy.copy(student)
+    cut.towers = student.towers | {"expert": replace(student.towers["expert"], norm="steps")}
+    check_teacher(cut, student, config)
+    with pytest.raises(UserError, match=r"expected a teacher that answers at every time .* found TEACHER, cut to its"):
+        check_teacher(student, cut, config)
+    with pytest.raises(UserError, match=r"expected a policy without flow steps for distill\.cache"):
+        check_teacher(student, student, DistillConfig(cache=True, state_noise=0.0))
 
 
 def test_the_stage_and_the_recipe_s_own_teacher(

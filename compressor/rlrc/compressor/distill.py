@@ -2,8 +2,10 @@
 
 Pruning keeps the residual width, so what the student's blocks put out is regressed on what the teacher's do, with no
 projector between (arXiv 2609.19579). The objective is ``task`` times the chunk's loss (rlrc.compressor.losses) plus
-``hidden`` times the mean over the matched blocks of the squared error, each divided by the mean square of the teacher's
-states. The teacher answers on the fly, or once for every sample: its states are then read from the run's folder.
+``hidden`` times the squared error of the hidden states, relative to the teacher's, at every position of every matched
+block alike: language models have positions whose states are hundreds of times larger than all others (arXiv
+2402.17762), and a mean over raw squares would see only those. The teacher answers on the fly, or once for every sample:
+its states are then read from the run's folder.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> No
         )
     for what, ours, its in (
         ("cameras", _cameras(student), _cameras(teacher)),
+        ("state", _state(student), _state(teacher)),
         ("numbers of a chunk", _chunk(student), _chunk(teacher)),
         *((f"{name} width", student.towers[name].width, teacher.towers[name].width) for name in _shared(student)),
     ):
@@ -80,6 +83,11 @@ def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> No
                 f"expected a teacher with the student's {what}, {ours}, found {its} in {config.teacher}; give the "
                 "policy that the student was pruned from"
             )
+    if "expert" in teacher.towers and teacher.towers["expert"].norm == "steps" != student.towers["expert"].norm:
+        raise UserError(
+            f"expected a teacher that answers at every time of the flow, found {config.teacher}, cut to its flow "
+            "steps; give what it was cut from"
+        )
     matched(student, teacher)
 
 
@@ -89,6 +97,11 @@ def _shared(source: Source) -> list[str]:
 
 def _cameras(source: Source) -> list[str]:
     return [f"{camera.name} {camera.height}x{camera.width}" for camera in source.spec.cameras]
+
+
+def _state(source: Source) -> int:
+    """How many numbers."""
+    return 0 if source.spec.state is None else len(source.spec.state.names)
 
 
 def _chunk(source: Source) -> tuple[int, int, int]:
@@ -151,12 +164,12 @@ def recorded(policy: Policy, blocks: Sequence[str]) -> Iterator[States]:
 
 
 def hidden_error(student: States, teacher: States) -> Tensor:
-    """Mean over the blocks of the squared error, relative to the mean square of the teacher's states."""
+    """Mean over blocks and positions of |student - teacher|^2 / |teacher|^2."""
     errors = []
     for ours, its in zip(student, teacher, strict=True):
-        pairs = list(zip(ours, its, strict=True))
-        error = torch.stack([(a.float() - b.float()).square().sum() for a, b in pairs]).sum()
-        errors.append(error / torch.stack([b.float().square().sum() for b in its]).sum())
+        pairs = [(a.float(), b.float()) for a, b in zip(ours, its, strict=True)]
+        parts = [(a - b).square().sum(-1) / b.square().sum(-1).clamp(min=1e-12) for a, b in pairs]
+        errors.append(torch.cat([part.flatten() for part in parts]).mean())
     return torch.stack(errors).mean()
 
 
