@@ -63,7 +63,8 @@ def test_prune_and_quantize(tmp_path: Path) -> None:
 
 def test_what_needs_them_says_what_to_install(tiny_artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for arguments in (
+    prune = ["prune", tiny_artifact, out, "--score", "random", "--ratio", "0.5"]
+    for arguments in (["sft", tiny_artifact, out], prune):
         ["sft", tiny_artifact, out],
         ["prune", tiny_artifact, out, "--score", "random", "--ratio", "0.5"],
     ):
