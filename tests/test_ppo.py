@@ -21,6 +21,7 @@ from rlrc.compressor.data import SampleBatches, Samples, ids_of_tasks
 from rlrc.compressor.losses import chunk_loss
 from rlrc.compressor.ppo import (
     Learner,
+    NotFinite,
     PPOConfig,
     Rollout,
     explained_variance,
@@ -348,3 +349,45 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     assert rows(cut) == rows(whole)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_what_is_not_finite_is_refused_before_anything_is_learned(
+    pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts
+) -> None:
+    learner, rollout, before = (
+        learner_of(pupil, lessons, rollouts, PPOConfig(warmup=0)),
+        synthetic(pupil),
+        copy_of(pupil),
+    )
+    rollout.rewards[3] = math.nan
+    with pytest.raises(NotFinite, match="finite rewards, found nan"):
+        learner.update(rollout, 0)
+    rollout.rewards[3] = 0.0
+    rollout.seen.image_tokens[5] = math.inf
+    with pytest.raises(NotFinite, match="finite log-probabilities, found nan"):
+        learner.update(rollout, 0)
+    assert changed(pupil, before) == set()
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(
+    pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pupil goes mad after its first iteration."""
+    monkeypatch.setattr(module, "Mode", partial(Mode, horizon=5))
+    config = PPOConfig(iterations=3, episodes=2, warmup=0, minibatch=4, behaviour_batch=8, demonstrations=1)
+    run = Run(tmp_path / "run")
+    run.open("rl", "parent", config)
+    run.start_clock(rollouts)
+    batches = SampleBatches(lessons, pupil.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
+
+    def poison(iteration: int, text: str) -> None:
+        with torch.no_grad():
+            pupil.decoder.layers[1].mlp.down.weight.fill_(math.nan)
+
+    with pytest.raises(
+        UserError, match=r"finite log-probabilities, found nan in iteration 2; .*run.* that of iteration 1"
+    ):
+        ppo(pupil, config, batches, rollouts, run, poison)
+    saved = torch.load(run.state_file, weights_only=True)
+    assert saved["step"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved["actor"].values())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from rlrc.compressor import distributed
 from rlrc.compressor.backbones.tiny import TinyPolicy
@@ -69,14 +70,17 @@ class Dagger:
         number = self.schedule.get(step)
         return number if number is not None and number >= self.done else None
 
-    def play(self, policy: Policy, number: int) -> dict[str, float]:
-        """Round ``number``; its scenes are drawn by the failures so far. -> what its curve tells."""
+    def play(self, policy: Policy, number: int, weights: dict[str, Tensor] | None = None) -> dict[str, float]:
+        """Round ``number``; its scenes are drawn by the failures so far. -> what its curve tells.
+
+        ``weights``: see Rollouts.run.
+        """
         assert isinstance(policy, TinyPolicy)
         told = dict[str, float]()
         with distributed.first():
             if distributed.rank() == 0:
                 asked = requests(self.config, number, self.failures.rates)
-                episodes = self.rollouts.run(asked, policy, Mode(label=True, keep="pictures"))
+                episodes = self.rollouts.run(asked, policy, Mode(label=True, keep="pictures"), weights)
                 Samples.of(episodes).save(self._file(number))
                 told = self.failures.update(asked, episodes)
         fresh = Samples.load(self._file(number))

@@ -1,4 +1,4 @@
-"""Training on several processes: those of ``accelerate launch``, or this one alone. Accelerate does the work."""
+"""Training on several processes: those of ``accelerate launch`` or torchrun, or this one alone. Accelerate does it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def _without_gpu() -> bool:
+    """Whether to compute on the CPU, and talk through gloo."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+
+
 def wait() -> None:
     """Until all processes are here."""
     if size() > 1:
         from accelerate import PartialState
 
-        PartialState(timeout=PATIENCE).wait_for_everyone()
+        PartialState(cpu=_without_gpu(), timeout=PATIENCE).wait_for_everyone()
 
 
 @contextmanager
@@ -49,10 +54,15 @@ class Team:
     def __init__(self) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        self._accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        self._accelerator = Accelerator(cpu=_without_gpu(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
         self.rank: int = self._accelerator.process_index
         self.size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        if (self.rank, self.size) != (rank(), size()):  # each would train alone, and all but one for nothing
+            raise UserError(
+                f"expected {size()} processes that talk to each other, found {self.size}; launch them with accelerate "
+                "launch --multi_gpu or with torchrun"
+            )
         if self._accelerator.distributed_type == "FSDP" and not self._accelerator.is_fsdp2:
             raise UserError("expected FSDP of version 2, found version 1; give accelerate launch --fsdp_version 2")
 
@@ -107,7 +117,9 @@ class Team:
         if self.sharded(module):
             _checkpoint().set_model_state_dict(module, whole, options=_whole(strict=not part))
         else:
-            self._accelerator.unwrap_model(module).load_state_dict(whole, strict=not part)
+            missing, unknown = self._accelerator.unwrap_model(module).load_state_dict(whole, strict=False)
+            if unknown or any(name.startswith(part) for name in missing):
+                raise RuntimeError(f"the weights do not fit: missing {missing}, unknown {unknown}")
 
     def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
         """Whole, as ``weights``; for as many processes."""
@@ -126,7 +138,10 @@ class Team:
 
     def finish(self, policy: nn.Module, weights: dict[str, Tensor]) -> None:
         """Gives the policy these weights, as plain tensors on the CPU, for evaluation."""
-        policy.load_state_dict(weights, assign=True)
+        for name, _ in list(policy.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            # load_state_dict would shard them again.
+            setattr(policy.get_submodule(parent), leaf, nn.Parameter(weights[name].detach()))
         policy.requires_grad_(True).cpu().eval()
 
 

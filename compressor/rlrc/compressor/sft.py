@@ -177,8 +177,8 @@ def optimizer(policy: nn.Module, rate: float, weight_decay: float) -> torch.opti
 class Best:
     """The weights with the lowest held-out loss so far, and for how many looks there was none lower."""
 
-    def __init__(self, objective: nn.Module, policy: nn.Module, held_out: list[Batch]) -> None:
-        self.objective, self.policy, self.held_out = objective, policy, held_out
+    def __init__(self, team: Team, objective: nn.Module, policy: nn.Module, held_out: list[Batch]) -> None:
+        self.team, self.objective, self.policy, self.held_out = team, objective, policy, held_out
         self.loss, self.step, self.looks = math.inf, 0, 0
         self.weights: dict[str, Tensor] = {}
 
@@ -190,7 +190,8 @@ class Best:
         self.looks += 1
         if loss < self.loss:
             self.loss, self.step, self.looks = loss, step, 0
-            self.weights = {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
+            weights = self.team.weights(self.objective, "policy.")
+            self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
         return loss
 
     def state(self) -> dict[str, Any]:
@@ -251,12 +252,12 @@ def sft(
         lora.adapt(policy, config.lora)
     optim = optimizer(policy, config.rate, config.weight_decay)
     objective_, optim = team.prepare(objective(policy, config.smoothing), optim)
-    best = Best(objective_, policy, [batch.to(team.device) for batch in fixed(policy, lessons.held_out)])
+    best = Best(team, objective_, policy, [batch.to(team.device) for batch in fixed(policy, lessons.held_out)])
     first = 0
     if (saved := run.load()) is not None:
         first = saved["step"]
-        policy.load_state_dict(saved["policy"])
-        optim.load_state_dict(saved["optimizer"])
+        team.load_weights(objective_, saved["policy"], "policy.")
+        team.load_optimizer(objective_, optim, saved["optimizer"])
         batches.restore(saved["batches"])
         best.restore(saved["best"])
         if dagger is not None:
@@ -269,7 +270,7 @@ def sft(
         if dagger is not None and (number := dagger.due(step)) is not None:
             progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {config.dagger_episodes} episodes")
             # A state saved after ``step`` steps does not know this round: resuming drops and repeats it.
-            run.log("dagger", step + 1, **dagger.play(policy, number))
+            run.log("dagger", step + 1, **dagger.play(policy, number, team.weights(objective_, "policy.")))
             progress(step, "training")
         policy.train()
         for group in optim.param_groups:
@@ -291,13 +292,18 @@ def sft(
             run.log(config.STAGE, step + 1, samples=len(batches), **means)
             progress(step + 1, f"loss {means['loss']:.3f} l1 {means['l1']:.4f}")
         if (step + 1) % SAVE_EVERY == 0:
-            training = {"policy": policy.state_dict(), "optimizer": optim.state_dict(), "batches": batches.state()}
-            run.save(step + 1, **training, best=best.state(), dagger=dagger.state() if dagger else {})
+            run.save(
+                step + 1,
+                policy=team.weights(objective_, "policy."),
+                optimizer=team.optimizer_state(objective_, optim),
+                batches=batches.state(),
+                best=best.state(),
+                dagger=dagger.state() if dagger else {},
+            )
     report: dict[str, Any] = {}
     if best.weights:
-        policy.load_state_dict(best.weights)
         report = {"held_out_loss": round(best.loss, 5), "best_step": best.step}
+    team.finish(policy, best.weights or team.weights(objective_, "policy."))
     if config.lora:
         lora.merge(policy)
-    policy.cpu().eval()
     return report
