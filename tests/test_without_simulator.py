@@ -65,9 +65,6 @@ def test_what_needs_them_says_what_to_install(tiny_artifact: Path, tmp_path: Pat
     out = tmp_path / "out"
     prune = ["prune", tiny_artifact, out, "--score", "random", "--ratio", "0.5"]
     for arguments in (["sft", tiny_artifact, out], prune):
-        ["sft", tiny_artifact, out],
-        ["prune", tiny_artifact, out, "--score", "random", "--ratio", "0.5"],
-    ):
         done = rlrc(*arguments)
         assert done.returncode == 2
         missing = "expected the module (gymnasium|metaworld), found none"
