@@ -213,6 +213,8 @@ COSTS: dict[str, Callable[[dict[str, TowerSpec]], float]] = {
         ("to_bytes", {"to_bytes": "3MB"}, 3e6),
         ("to_bytes", {"to_bytes": "2.5MiB"}, 2.5 * 2**20),
         ("to_latency", {"to_latency": "0.5x"}, 0.5),
+        ("to_bytes", {"to_bytes": "2.5MB", "to_latency": "0.6x"}, 2.5e6),  # the other limit is looser
+        ("to_latency", {"to_bytes": "5MB", "to_latency": "0.4x"}, 0.4),
         ("tower", {"scope": "tower", "ratio": 0.6}, 0.4),
         ("whole", {"scope": "whole", "ratio": 0.7}, 0.3),
     ],

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlrc.compressor import recipe
+from rlrc.compressor import recipe, reference
 from rlrc.compressor.ppo import PPOConfig
-from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.prune import PruneConfig, check
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.sft import SFTConfig
 from rlrc.errors import UserError
@@ -20,14 +20,23 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", [file.stem for file in recipe.BUILT_IN.glob("*.toml")])
-def test_built_in_recipes_load(name: str) -> None:
-    expected = {"reference": ["sft"]}.get(name, ["prune", "sft", "rl", "quantize"])
-    assert list(recipe.load(name)) == expected
+STAGES = {
+    "reference": ["sft"],
+    "rlrc-90": ["prune", "sft", "rl", "quantize"],
+    "rlrc-fit": ["prune", "sft", "rl", "quantize"],
+    "depth-half": ["prune", "sft", "quantize"],
+    "distill": ["prune", "distill", "quantize"],
+    "demo": ["prune", "sft", "rl", "quantize"],
+}
 
 
-def test_the_three_recipes_are_there() -> None:
-    assert {file.stem for file in recipe.BUILT_IN.glob("*.toml")} >= {"reference", "rlrc-90", "demo"}
+def test_built_in_recipes_load_and_fit_the_reference_policy() -> None:
+    assert {file.stem for file in recipe.BUILT_IN.glob("*.toml")} == set(STAGES)
+    for name, stages in STAGES.items():
+        loaded = recipe.load(name)
+        assert list(loaded) == stages, name
+        if "prune" in loaded:
+            check(reference.policy_spec(), reference.towers(), loaded["prune"])
     assert recipe.load("rlrc-90")["prune"] == PruneConfig(ratio=0.9, demonstrations=120)
 
 
@@ -89,7 +98,7 @@ def test_missing_file_and_folder_and_binary_are_refused(tmp_path: Path) -> None:
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     cases = {
-        "nowhere": "expected a recipe at nowhere or one of .*demo, .*reference, rlrc-90",
+        "nowhere": "expected a recipe at nowhere or one of demo, depth-half, distill, reference, rlrc-90, rlrc-fit",
         str(tmp_path): "expected a recipe at .*directory",
         str(binary): "expected TOML in .*binary.toml",
     }

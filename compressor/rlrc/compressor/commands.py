@@ -65,7 +65,7 @@ class StageCommand:
     out: Positional[Path]
     """artifact to write; must not exist"""
     recipe: str | None = None
-    """take this stage's settings from a recipe (a TOML file, or reference, rlrc-90, demo) instead of from flags"""
+    """take this stage's settings from a recipe (a TOML file, or the name of one of ours) instead of from flags"""
     options: OmitArgPrefixes[Options] = field(default_factory=Options)
     json: bool = False
     """print the result as JSON"""

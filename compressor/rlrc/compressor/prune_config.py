@@ -53,7 +53,8 @@ class PruneConfig:
     to_bytes: str | None = None
     """instead of a ratio: cut until the weights take no more than this (2GB, 1.5GiB, 400MB)"""
     to_latency: str | None = None
-    """instead of a ratio: cut until a decision takes no more than this part of its time (0.4x), by a cost model"""
+    """instead of a ratio: cut until a decision takes no more than this part of its time (0.4x), by a cost model; with
+    to_bytes until both hold"""
     precision: Literal["int4", "bf16"] = "int4"
     """what to_bytes counts: the weights as rlrc quantize stores them, or in 16 bits"""
     allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
@@ -82,9 +83,10 @@ class PruneConfig:
             if getattr(self, name) < least:
                 raise UserError(f"expected prune.{name} >= {least}, found {getattr(self, name)}")
         goals = [name for name in ("to_bytes", "to_latency") if getattr(self, name) is not None]
-        if len(goals) > 1 or (goals and self.scope != "layer"):
-            found = " and ".join([*goals, *(["scope"] if self.scope != "layer" else [])])
-            raise UserError(f"expected one of prune.to_bytes, to_latency and scope, found {found}; leave one")
+        if goals and self.scope != "layer":
+            raise UserError(
+                f"expected prune.scope or to_bytes and to_latency, found scope and {' and '.join(goals)}; leave one"
+            )
         number_of_bytes(self.to_bytes)
         part_of_time(self.to_latency)
         self._check_depth(goals)

@@ -22,7 +22,7 @@ from rlrc.errors import UserError
 
 
 @dataclass(frozen=True)
-class Target:
+class Limit:
     """``what``: the setting, for messages; ``told``: how a cost is written there."""
 
     what: str
@@ -38,6 +38,20 @@ class Target:
             f"expected a {self.what} of {self.told(self.cost(best))} or more, which is what is left when {how}, found "
             f"{self.told(self.limit)}; give more, or cut another tower too"
         )
+
+
+@dataclass(frozen=True)
+class Target:
+    """All of these limits."""
+
+    limits: tuple[Limit, ...]
+
+    def met(self, towers: Towers) -> bool:
+        return all(limit.met(towers) for limit in self.limits)
+
+    def refuse(self, best: Towers, how: str) -> UserError:
+        """Of the first limit that not even the best shape keeps."""
+        return next(limit for limit in self.limits if not limit.met(best)).refuse(best, how)
 
 
 def reach(shape: Shape, target: Target) -> dict[str, TowerSpec]:
@@ -77,36 +91,28 @@ def priced(spec: PolicySpec, price: Callable[[Policy], float]) -> Callable[[Towe
 
 def target(dense: Policy, config: PruneConfig) -> Target | None:
     """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
-    spec, name = dense.spec, tower_name(dense.towers, config)
+    spec, name, limits = dense.spec, tower_name(dense.towers, config), list[Limit]()
     if config.to_bytes is not None:
-        found = Target(
-            "prune.to_bytes",
-            priced(spec, lambda policy: cost.weight_bytes(policy, config.precision)),
-            number_of_bytes(config.to_bytes),
-            lambda size: f"{size:,.0f} bytes",
+        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.precision))
+        limits.append(
+            Limit("prune.to_bytes", size, number_of_bytes(config.to_bytes), lambda size: f"{size:,.0f} bytes")
         )
-    elif config.to_latency is not None:
+    if config.to_latency is not None:
         whole = cost.decision(cost.shape_of(spec, dense.towers))
-        found = Target(
-            "prune.to_latency",
-            priced(spec, lambda policy: cost.decision(policy) / whole),
-            part_of_time(config.to_latency),
-            lambda part: f"{part:.3f}x",
-        )
-    elif config.scope != "layer":
+        time = priced(spec, lambda policy: cost.decision(policy) / whole)
+        limits.append(Limit("prune.to_latency", time, part_of_time(config.to_latency), lambda part: f"{part:.3f}x"))
+    if config.scope != "layer":
         prefix = f"{name}." if config.scope == "tower" else ""
         before = cost.parameters(dense, prefix)
-        found = Target(
-            f"rest (1 - prune.ratio) of the {config.scope}'s parameters",
-            priced(spec, lambda policy: cost.parameters(policy, prefix) / before),
-            1 - config.ratio,
-            lambda part: f"{part:.3f}",
-        )
-    else:
+        rest = priced(spec, lambda policy: cost.parameters(policy, prefix) / before)
+        what = f"rest (1 - prune.ratio) of the {config.scope}'s parameters"
+        limits.append(Limit(what, rest, 1 - config.ratio, lambda part: f"{part:.3f}"))
+    if not limits:
         return None
+    found, first = Target(tuple(limits)), limits[0]
     if found.met(dense.towers):
-        now = found.told(found.cost(dense.towers))
-        raise UserError(f"expected a {found.what} below {now}, which the policy has, found {found.told(found.limit)}")
+        now = first.told(first.cost(dense.towers))
+        raise UserError(f"expected a {first.what} below {now}, which the policy has, found {first.told(first.limit)}")
     return found
 
 
@@ -124,7 +130,7 @@ def allocated(
         return towers
     # As many parameters as the same part of every block would leave, at most.
     size = priced(policy.spec, cost.parameters)
-    return reach(shape, Target("number of parameters", size, size(towers), "{:,}".format))
+    return reach(shape, Target((Limit("number of parameters", size, size(towers), "{:,}".format),)))
 
 
 def check_possible(policy: Policy, name: str, goal: Target | None, config: PruneConfig) -> None:
