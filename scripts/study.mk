@@ -21,8 +21,8 @@ short := --rate 1e-3 --steps 300
 long := --rate 1e-3 --steps 1500
 
 main := sft sft+ppo sft+sft dense+sft
-scarce := few-sft few-sft+ppo few-long few-dense+sft few-random+sft few-sft+ppo-cold few-sft+ppo-free
-names := dense pruned random $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%))
+scarce := few-sft few-sft+ppo few-random+sft few-distill few-depth+sft few-long few-dense+sft few-sft+ppo-cold few-sft+ppo-free
+names := dense pruned random depth $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%))
 
 .PHONY: all rows
 .SECONDARY:
@@ -35,6 +35,10 @@ $(out)/pruned:
 	rlrc prune $(dense) $@ --ratio 0.9 --demonstrations 120 $(job)
 $(out)/random:
 	rlrc prune $(dense) $@ --ratio 0.9 --score random $(job)
+
+# As many parameters as `pruned`: nine of the twelve blocks are gone.
+$(out)/depth:
+	rlrc prune $(dense) $@ --kind depth --scope whole --ratio 0.6885 --demonstrations 120 $(job)
 
 $(out)/sft-%: | $(out)/pruned
 	rlrc sft $(out)/pruned $@ $(sft) --seed $* $(job)
@@ -54,6 +58,10 @@ $(out)/few-dense+sft-%:
 	rlrc sft $(dense) $@ $(short) $(few) $(job)
 $(out)/few-random+sft-%: | $(out)/random
 	rlrc sft $(out)/random $@ $(short) $(few) $(job)
+$(out)/few-depth+sft-%: | $(out)/depth
+	rlrc sft $(out)/depth $@ $(short) $(few) $(job)
+$(out)/few-distill-%: | $(out)/pruned
+	rlrc distill $(out)/pruned $@ --teacher $(dense) $(short) $(few) $(job)
 $(out)/few-sft+ppo-%: | $(out)/few-sft-%
 	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) $(job)
 # Without the critic's warm-up; without the behaviour-cloning term.

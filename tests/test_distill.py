@@ -137,8 +137,6 @@ FAMILIES = {
 }
 
 
-# A torch warning about speed: under autocast a flow policy's residual stream is bfloat16, its norms are not.
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_copy_of_the_teacher_has_no_error_in_any_family(name: str) -> None:
     golden, tokenizer = DATA / name / "golden.json", FAMILIES[name]
