@@ -138,14 +138,14 @@ def test_sft_of_two_processes_is_that_of_one_with_twice_the_batch(
     alone = curve(one)
     assert [row["step"] for row in alone] == [50, 100]
     for other in (curve(two), curve(parts)):
-        for name in ("loss", "l1", "gradient_norm"):
-            assert [row[name] for row in other] == pytest.approx(
-                [row[name] for row in alone], abs=1e-4 if name != "gradient_norm" else 1e-3
-            )
-    for prefix in ("ddp", "fsdp"):
+        # l1 is that of the likeliest bins: one that flips in bfloat16 counts for 4e-4 of a step. The norm shows that
+        # gradients are averaged, which AdamW would hide: summed ones would be twice as long.
+        for name, tolerance in (("loss", 1e-4), ("l1", 2e-3), ("gradient_norm", 1e-2)):
+            assert [row[name] for row in other] == pytest.approx([row[name] for row in alone], rel=tolerance), name
+    for prefix, out in (("ddp", two), ("fsdp", parts)):
         first, second = weights(tmp_path / prefix)
         assert close(first, second, 0)
-        assert close(first, tensors(two), 5e-3)  # stored in bfloat16
+        assert close({name: tensor.bfloat16() for name, tensor in first.items()}, tensors(out), 0)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
