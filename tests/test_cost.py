@@ -20,7 +20,7 @@ from rlrc.compressor.quantize import QuantizeConfig, quantize
 
 def test_bytes_are_those_of_the_quantized_tensors(pupil: TinyPolicy) -> None:
     meta = cost.shape_of(pupil.spec, pupil.towers)
-    packed, _ = quantize(pupil.state_dict(), QuantizeConfig(search=False))
+    packed, *_ = quantize(pupil.state_dict(), QuantizeConfig(search=False))
     assert cost.weight_bytes(meta) == sum(tensor.nbytes for tensor in packed.values())
     assert cost.weight_bytes(meta, "bf16") == 2 * cost.parameters(pupil) == 2 * cost.parameters(meta)
 

@@ -187,7 +187,6 @@ def test_what_does_not_fit_is_refused_before_any_work(
         for run, config in (
             (training.run_sft, SFTConfig(data=folder)),
             (stages.run_prune, PruneConfig(0.5, data=folder)),
-            (training.run_distill, DistillConfig(data=folder, teacher=str(given))),
         ):
             with pytest.raises(UserError, match=message) as error:
                 run(given, out, config, QUIET, told)  # type: ignore[operator]

@@ -190,7 +190,7 @@ def test_other_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"to_bytes": "1GB", "to_latency": "0.4x"},
+        {"to_latency": "0.4x", "scope": "whole"},
         {"to_bytes": "1GB", "scope": "whole"},
         {"drop": 2},
         {"kind": "both"},
@@ -203,7 +203,7 @@ def test_other_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     ids=str,
 )
 def test_settings_that_contradict_each_other_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"expected prune\.|expected one of prune\."):
+    with pytest.raises(UserError, match=r"expected prune\."):
         PruneConfig(**wrong)
 
 
