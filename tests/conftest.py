@@ -12,7 +12,6 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before anything starts a thread pool; tests are about results, not speed
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -418,34 +417,14 @@ def tiny_policy(tiny_artifact: Path) -> tuple[Any, list[Any]]:
     return policy, list(checkpoint.every_input(policy.spec, raw))
 
 
-@pytest.fixture(scope="session")
-def official_flags() -> Callable[[str], Any]:
-    """What must be said about the golden checkpoint of this name in tests/data to read it."""
-    from rlrc.runtime.official import Flags
-
-    data = Path(__file__).parent / "data"
-    tokenizers = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
-
-    def flags(name: str) -> Flags:
-        golden = json.loads((data / name / "golden.json").read_text())
-        return Flags(
-            hints=data / name / "golden.json",
-            unnorm_key=golden["observations"][0].get("unnorm_key"),
-            tokenizer=None if name == "act" else data / tokenizers.get(name, "openvla/checkpoint"),
-            images={"openvla-oft-l1": 2, "openvla-oft-discrete": 1}.get(name),
-        )
-
-    return flags
-
-
 @pytest.fixture
-def official_policy(official_flags: Callable[[str], Any]) -> Callable[[str], tuple[Any, list[Any]]]:
+def official_policy() -> Callable[[str], tuple[Any, list[Any]]]:
     """The policy of the golden checkpoint of this name, and four observations as Inputs."""
+    from families import source_of
     from rlrc.compressor import checkpoint
-    from rlrc.compressor.sources import open_source
 
     def load(name: str) -> tuple[Any, list[Any]]:
-        source = open_source(Path(__file__).parent / "data" / name / "checkpoint", official_flags(name))
+        source = source_of(name)
         return source.load(), list(checkpoint.every_input(source.spec, source.observations()))
 
     return load

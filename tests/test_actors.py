@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from families import FAMILIES, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry
 from rlrc.compressor import checkpoint, observations, reference
@@ -30,25 +31,9 @@ from rlrc.compressor.run import Run
 from rlrc.compressor.sources import OfficialSource, examples
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import UserError
-from rlrc.runtime.official import Flags
 from rlrc.runtime.preprocess import prepare
 
-DATA = Path(__file__).parent / "data"
-FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
-TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
 VISION = module.VISION
-
-
-@cache
-def source_of(name: str) -> OfficialSource:
-    golden = json.loads((DATA / name / "golden.json").read_text())
-    flags = Flags(
-        hints=DATA / name / "golden.json",
-        unnorm_key=golden["observations"][0].get("unnorm_key"),
-        tokenizer=None if name == "act" else DATA / TOKENIZERS.get(name, "openvla/checkpoint"),
-        images=2 if name == "openvla-oft-l1" else 1 if name == "openvla-oft-discrete" else None,
-    )
-    return OfficialSource(DATA / name / "checkpoint", flags)
 
 
 @cache

@@ -7,8 +7,6 @@ first head that reads them; here they stay for the others.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +14,12 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from families import FAMILIES, source_of
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.coupling import Group, groups
 from rlrc.compressor.nn import decoder, detr, vit
 from rlrc.compressor.policy import Policy
-from rlrc.compressor.sources import OfficialSource
-from rlrc.runtime.official import Flags
 
-DATA = Path(__file__).parent / "data"
-FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
-TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
 Coupled = dict[tuple[str, int], list[int]]  # layer and dimension of its weight: indices
 
 
@@ -100,14 +94,7 @@ def unrotated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_groups_are_those_of_the_dependency_graph(name: str) -> None:
-    golden = json.loads((DATA / name / "golden.json").read_text())
-    flags = Flags(
-        hints=DATA / name / "golden.json",
-        unnorm_key=golden["observations"][0].get("unnorm_key"),
-        tokenizer=None if name == "act" else DATA / TOKENIZERS.get(name, "openvla/checkpoint"),
-        images=2 if name == "openvla-oft-l1" else 1 if name == "openvla-oft-discrete" else None,
-    )
-    policy = OfficialSource(DATA / name / "checkpoint", flags).load().requires_grad_(True)
+    policy = source_of(name).load().requires_grad_(True)
     assert check(policy) >= {"act": 5}.get(name, 6)
 
 

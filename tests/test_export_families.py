@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec  # noqa: E402
 from rlrc.compressor import checkpoint, reinforcement, sources, stages, training  # noqa: E402
@@ -37,32 +37,11 @@ from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters import export as exporting  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
-from rlrc.runtime.official import Flags  # noqa: E402
 from rlrc.runtime.policy import LocalPolicy  # noqa: E402
 
-DATA = Path(__file__).parent / "data"
-FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
 TOKENS = ("openvla", "openvla-oft-discrete")
 QUIET = Options(evaluate=0, workers=1, threads=1)
 CLOSE = 1e-4  # in action units; actions are of size 0.1 to 4, their errors about 1e-6
-
-
-def flags(name: str) -> Flags:
-    golden = json.loads((DATA / name / "golden.json").read_text())
-    tokenizer = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
-    return Flags(
-        hints=DATA / name / "golden.json",
-        unnorm_key=golden["observations"][0].get("unnorm_key"),
-        tokenizer=None if name == "act" else DATA / tokenizer.get(name, "openvla/checkpoint"),
-        images=2 if name == "openvla-oft-l1" else 1 if name == "openvla-oft-discrete" else None,
-    )
-
-
-@cache
-def official(name: str) -> tuple[OfficialSource, Policy]:
-    """The golden of this name and its policy, which nobody changes."""
-    source = OfficialSource(DATA / name / "checkpoint", flags(name))
-    return source, source.load()
 
 
 VISION = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")  # with two vision transformers

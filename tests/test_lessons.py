@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from families import DATA, FAMILIES, flags, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor import checkpoint, lessons, stages, training
@@ -23,24 +24,10 @@ from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.sources import OfficialSource
 from rlrc.compressor.stages import Options
 from rlrc.errors import UserError
-from rlrc.runtime.official import Flags
 from rlrc.runtime.preprocess import normalise, prepare
 
-DATA = Path(__file__).parent / "data"
-FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
-TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
 QUIET = Options(evaluate=0, workers=1, threads=1)
 TASKS = ("open the drawer", "put the red cube into the box on the left", "close it")
-
-
-def flags(name: str) -> Flags:
-    golden = json.loads((DATA / name / "golden.json").read_text())
-    return Flags(
-        hints=DATA / name / "golden.json",
-        unnorm_key=golden["observations"][0].get("unnorm_key"),
-        tokenizer=None if name == "act" else DATA / TOKENIZERS.get(name, "openvla/checkpoint"),
-        images=2 if name == "openvla-oft-l1" else 1 if name == "openvla-oft-discrete" else None,
-    )
 
 
 def record(path: Path, spec: PolicySpec, episodes: int = 3, length: int = 6) -> Path:
@@ -73,7 +60,7 @@ def record(path: Path, spec: PolicySpec, episodes: int = 3, length: int = 6) -> 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("data")
-    specs = {name: OfficialSource(DATA / name / "checkpoint", flags(name)).spec for name in FAMILIES}
+    specs = {name: source_of(name).spec for name in FAMILIES}
     return {name: str(record(folder / name, spec)) for name, spec in specs.items()}
 
 
@@ -112,7 +99,7 @@ def loss(path: Path, folder: str) -> float:
 def test_batches_by_hand(data: dict[str, str]) -> None:
     """Frame 4 of the first episode of six: two steps are there, the others repeat the last and are not real."""
     name = "pi0"
-    source = OfficialSource(DATA / name / "checkpoint", flags(name))
+    source = source_of(name)
     given = lessons.of_data(source, data[name], seed=3)
     batches = given.batches
     assert isinstance(batches, lessons.DatasetBatches)
@@ -144,7 +131,7 @@ def test_batches_by_hand(data: dict[str, str]) -> None:
 
 
 def test_held_out_episodes_are_whole_and_never_drawn(data: dict[str, str]) -> None:
-    source = OfficialSource(DATA / "act" / "checkpoint", flags("act"))
+    source = source_of("act")
     given = lessons.of_data(source, data["act"], seed=0, held_out=0.3, size=4)
     batches = given.batches
     assert isinstance(batches, lessons.DatasetBatches)

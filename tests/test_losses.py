@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,31 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from families import FAMILIES, official
 from rlrc.compressor import decode
 from rlrc.compressor.batches import Batch, collate
 from rlrc.compressor.losses import bins_of, chunk_loss, drawn, masked_mean, tokens_of
 from rlrc.compressor.policy import Policy
-from rlrc.compressor.sources import OfficialSource, examples
-from rlrc.runtime.official import Flags
+from rlrc.compressor.sources import examples
 from rlrc.runtime.preprocess import prepare, to_bins
-
-DATA = Path(__file__).parent / "data"
-FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
-TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
-
-
-@cache
-def official(name: str) -> tuple[OfficialSource, Policy]:
-    """The golden of this name and its policy, which nobody changes."""
-    golden = json.loads((DATA / name / "golden.json").read_text())
-    flags = Flags(
-        hints=DATA / name / "golden.json",
-        unnorm_key=golden["observations"][0].get("unnorm_key"),
-        tokenizer=None if name == "act" else DATA / TOKENIZERS.get(name, "openvla/checkpoint"),
-        images=2 if name == "openvla-oft-l1" else 1 if name == "openvla-oft-discrete" else None,
-    )
-    source = OfficialSource(DATA / name / "checkpoint", flags)
-    return source, source.load()
 
 
 def batch_of(name: str, rows: int = 3) -> tuple[Policy, Batch]:

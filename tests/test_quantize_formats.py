@@ -17,6 +17,7 @@ gguf = pytest.importorskip("gguf")
 
 from onnx import numpy_helper  # noqa: E402
 
+from families import flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, ArtifactError  # noqa: E402
 from rlrc.compressor import checkpoint, stages  # noqa: E402
@@ -27,7 +28,6 @@ from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.gguf_blocks import gguf_blocks  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
-from rlrc.runtime.official import Flags  # noqa: E402
 from rlrc.runtime.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.verify import read_golden  # noqa: E402
 
@@ -196,10 +196,10 @@ def test_precisions_follow_the_grid(make: Make, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["act", "openvla", "openvla-oft-l1", "pi0", "pi05", "smolvla"])
-def test_official_families_in_eight_bits(name: str, official_flags: Callable[[str], Flags], tmp_path: Path) -> None:
+def test_official_families_in_eight_bits(name: str, tmp_path: Path) -> None:
     """Embeddings included; the export verifies every graph against the torch policy."""
     config = QuantizeConfig(bits=8, embeddings=8)
-    stages.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, official_flags(name))
+    stages.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, flags(name))
     manifest = export(artifacts.load(tmp_path / "int8"), tmp_path / "exported")
     assert {graph.precision for graph in manifest.graphs} == {"w8"}
     assert manifest.quantization is not None
