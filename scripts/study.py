@@ -72,6 +72,20 @@ def recovery(history: Sequence[HistoryEntry]) -> list[Row]:
     return [{"stage": entry.stage} | {key: entry.config[key] for key in told[entry.stage]} for entry in trained]
 
 
+def curve(exported: Path, spent: float, minutes: float) -> list[Row]:
+    """Sampled success after each of PPO's iterations, which took the last ``minutes`` of the CPU-minutes ``spent``."""
+    files = sorted(exported.glob("curves/*-rl.jsonl"))
+    points = [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
+    return [
+        {
+            "cpu_minutes": round(spent - minutes + point["cpu_seconds"] / 60, 2),
+            "sampled_success": round(point["success"], 4),
+        }
+        for point in points
+        if point["stage"] == "rl"
+    ]
+
+
 def shape(manifest: Manifest) -> str:
     """The same for policies whose graphs take the same time: geometry and precision."""
     described = artifact.to_json(manifest)
@@ -85,6 +99,8 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
     (measured,) = json.loads(success.read_text())["rows"]
     arm, _, seed = name.rpartition("-")
     numbered = seed.isdigit()
+    spent = sum(entry.cpu_minutes for entry in manifest.history[DENSE:])
+    learned = [entry.cpu_minutes for entry in manifest.history if entry.stage == "rl"]
     values = {
         "name": arm if numbered else name,
         "seed": int(seed) if numbered else None,
@@ -99,7 +115,8 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
         "interval": measured["interval"],
         "hard": measured["hard"]["success"],
         "per_task": {task: played["success"] for task, played in measured["per_task"].items()},
-        "cpu_minutes": round(sum(entry.cpu_minutes for entry in manifest.history[DENSE:]), 2),
+        "cpu_minutes": round(spent, 2),
+        "curve": curve(exported, spent, sum(learned)),
         "command": f"make -f scripts/study.mk {out}",
         "outcomes": measured["outcomes"],
     }
@@ -175,7 +192,7 @@ def marked(page: str, name: str, lines: Sequence[str]) -> str:
 
 
 def draw(found: dict[str, list[Row]], file: Path) -> None:
-    """Success against CPU-minutes of recovery, a point a seed; the scarce regime apart."""
+    """Success against CPU-minutes of recovery, a point a seed; lines: PPO's sampled episodes. Scarce regime apart."""
     matplotlib.use("agg")
     figure, sides = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axes, title in zip(sides, ("Main recipe: experts can be asked", "One demonstration a task"), strict=True):
@@ -184,7 +201,12 @@ def draw(found: dict[str, list[Row]], file: Path) -> None:
             name: rows for name, rows in found.items() if rows[0]["recovery"] and name.startswith("few-") == scarce
         }
         for name, rows in shown.items():
-            axes.scatter([row["cpu_minutes"] for row in rows], [row["success"] for row in rows], label=name, s=18)
+            dots = axes.scatter(
+                [row["cpu_minutes"] for row in rows], [row["success"] for row in rows], label=name, s=18
+            )
+            for row in rows:
+                times, sampled = ([point[key] for point in row["curve"]] for key in ("cpu_minutes", "sampled_success"))
+                axes.plot(times, sampled, color=dots.get_facecolor()[0], alpha=0.3, linewidth=1)
         for name in ("dense", "pruned"):
             if name in found:
                 axes.axhline(found[name][0]["success"], color="0.6", linewidth=0.8, linestyle=":")
