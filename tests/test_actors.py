@@ -17,15 +17,17 @@ from torch import Tensor
 from families import FAMILIES, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry
-from rlrc.compressor import checkpoint, observations, reference
+from rlrc.compressor import checkpoint, learner, observations, reference
 from rlrc.compressor import ppo as module
 from rlrc.compressor.actors import NARROWEST, Actor, Noise, Seen, actor_of, chunk_noise
 from rlrc.compressor.backbones import build
 from rlrc.compressor.batches import collate
 from rlrc.compressor.data import ObservedBatches, Samples
+from rlrc.compressor.learner import Rollout, ppo_loss
 from rlrc.compressor.observations import Observer, check_playable
 from rlrc.compressor.policy import Inputs, Policy
-from rlrc.compressor.ppo import PPOConfig, Rollout, ppo, ppo_loss
+from rlrc.compressor.ppo import ppo
+from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
 from rlrc.compressor.run import Run
 from rlrc.compressor.sources import OfficialSource, examples
@@ -33,7 +35,7 @@ from rlrc.envs.metaworld import TASKS
 from rlrc.errors import UserError
 from rlrc.runtime.preprocess import prepare
 
-VISION = module.VISION
+VISION = learner.VISION
 
 
 @cache

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlrc import artifact as artifacts
 from rlrc.compressor.checkpoint import read_tensors
-from rlrc.compressor.ppo import minibatches
+from rlrc.compressor.learner import minibatches
 
 SFT = ("sft", "--steps", "100", "--demonstrations", "1", "--state-noise", "0")
 RL = ("rl", "--warmup", "1", "--demonstrations", "1", "--behaviour-batch", "4", "--minibatch", "16")

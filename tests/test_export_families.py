@@ -27,7 +27,7 @@ from rlrc.compressor.coupling import groups  # noqa: E402
 from rlrc.compressor.importance import scores as scores_of  # noqa: E402
 from rlrc.compressor.inference import TorchPolicy  # noqa: E402
 from rlrc.compressor.policy import Policy  # noqa: E402
-from rlrc.compressor.ppo import PPOConfig  # noqa: E402
+from rlrc.compressor.ppo_config import PPOConfig  # noqa: E402
 from rlrc.compressor.prune import PruneConfig, prune  # noqa: E402
 from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.sft import SFTConfig  # noqa: E402

@@ -18,18 +18,10 @@ from rlrc.compressor import ppo as module
 from rlrc.compressor.actors import Judged, Seen, sample_tokens
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.data import SampleBatches, Samples, ids_of_tasks
+from rlrc.compressor.learner import Learner, NotFinite, Rollout, explained_variance, gae, ppo_loss
 from rlrc.compressor.losses import chunk_loss
-from rlrc.compressor.ppo import (
-    Learner,
-    NotFinite,
-    PPOConfig,
-    Rollout,
-    explained_variance,
-    gae,
-    ppo,
-    ppo_loss,
-    requests,
-)
+from rlrc.compressor.ppo import ppo, requests
+from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts
 from rlrc.compressor.run import Run
 from rlrc.envs.seeds import REINFORCEMENT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlrc.compressor import recipe, reference
-from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.prune import PruneConfig, check
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.sft import SFTConfig

@@ -31,7 +31,7 @@ from rlrc.compressor import (
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.compress import compress, runner
 from rlrc.compressor.data import Samples
-from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.rollout import Mode, Rollouts

@@ -17,13 +17,13 @@ else:
     import tomli as tomllib
 
 
-# Stage: where its configuration is, imported when asked for, because those that train need the simulator's packages.
+# Stage: where its configuration is, imported when asked for, because some need torch.
 # A stage that the file does not name is left out; they run in this order.
 CONFIGS = {
     "prune": "rlrc.compressor.prune:PruneConfig",
     "sft": "rlrc.compressor.sft:SFTConfig",
     "distill": "rlrc.compressor.distill:DistillConfig",
-    "rl": "rlrc.compressor.ppo:PPOConfig",
+    "rl": "rlrc.compressor.ppo_config:PPOConfig",
     "quantize": "rlrc.compressor.quantize:QuantizeConfig",
 }
 

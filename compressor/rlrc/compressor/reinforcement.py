@@ -7,7 +7,8 @@ from pathlib import Path
 from rlrc.artifact import Manifest
 from rlrc.compressor import lessons, memory
 from rlrc.compressor.observations import check_playable
-from rlrc.compressor.ppo import PPOConfig, ppo
+from rlrc.compressor.ppo import ppo
+from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.sources import ArtifactSource, Source, shapes
 from rlrc.compressor.stages import Options, stage
 from rlrc.compressor.training import progress_bar

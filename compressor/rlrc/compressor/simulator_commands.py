@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.compressor.commands import StageCommand
-from rlrc.compressor.ppo import PPOConfig
+from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.reinforcement import run_rl
 from rlrc.compressor.untrained import new
 
