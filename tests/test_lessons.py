@@ -89,7 +89,7 @@ def loss(path: Path, folder: str) -> float:
 
     source = ArtifactSource(artifacts.load(path))
     policy = source.load()
-    batches = lessons.of_data(source, folder, 0).batches
+    batches = lessons.of_data(source, SFTConfig(data=folder)).batches
     assert isinstance(batches, lessons.DatasetBatches)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_batches_by_hand(data: dict[str, str]) -> None:
     """Frame 4 of the first episode of six: two steps are there, the others repeat the last and are not real."""
     name = "pi0"
     source = source_of(name)
-    given = lessons.of_data(source, data[name], seed=3)
+    given = lessons.of_data(source, SFTConfig(data=data[name], seed=3))
     batches = given.batches
     assert isinstance(batches, lessons.DatasetBatches)
     assert len(batches) == 18
@@ -130,9 +130,22 @@ def test_batches_by_hand(data: dict[str, str]) -> None:
     assert torch.equal(batches.draw(5).actions, first)
 
 
+def test_cameras_of_other_names_are_said(data: dict[str, str]) -> None:
+    """The wrist's pictures where the policy expects those from the top."""
+    source = source_of("openvla-oft-l1")
+    first, second = (camera.name for camera in source.spec.cameras)
+    plain = lessons.of_data(source, SFTConfig(data=data["openvla-oft-l1"])).batches
+    crossed = {first: second, second: f"observation.images.{first}"}
+    other = lessons.of_data(source, SFTConfig(data=data["openvla-oft-l1"], cameras=crossed)).batches
+    ours, theirs = (batches.draw(2).inputs.pixels for batches in (plain, other))
+    assert torch.equal(ours[0], theirs[1])
+    assert torch.equal(ours[1], theirs[0])
+    assert not torch.equal(ours[0], theirs[0])
+
+
 def test_held_out_episodes_are_whole_and_never_drawn(data: dict[str, str]) -> None:
     source = source_of("act")
-    given = lessons.of_data(source, data["act"], seed=0, held_out=0.3, size=4)
+    given = lessons.of_data(source, SFTConfig(data=data["act"]), held_out=0.3, size=4)
     batches = given.batches
     assert isinstance(batches, lessons.DatasetBatches)
     assert [len(batch) for batch in given.held_out] == [4, 2]

@@ -5,8 +5,9 @@ Only the reference family has a simulator with experts; any other brings a data 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -53,10 +54,23 @@ class DatasetBatches:
         self.rng.bit_generator.state = state
 
 
-def check(stage: str, source: Source, data: str, instead: str = "") -> None:
+class Taught(Protocol):
+    """What the configurations of all stages that learn have: see SFTConfig."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def cameras(self) -> Mapping[str, str]: ...
+    @property
+    def demonstrations(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def check(stage: str, source: Source, config: Taught, instead: str = "") -> None:
     """Before any work: raises UserError if there is nothing to learn from, or a data set that does not fit."""
-    if data:
-        open_data(data, source.spec)
+    if config.data:
+        open_data(config, source.spec)
     elif source.spec.family != REFERENCE:
         raise UserError(
             f"expected demonstrations for {stage}, found none for a policy of the family {source.spec.family}; give "
@@ -64,29 +78,29 @@ def check(stage: str, source: Source, data: str, instead: str = "") -> None:
         )
 
 
-def open_data(data: str, spec: PolicySpec) -> Matched:
+def open_data(config: Taught, spec: PolicySpec) -> Matched:
     """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
     from rlrc.compressor.datasets.fit import match
     from rlrc.compressor.datasets.lerobot import Dataset
 
-    return match(Dataset.open(Path(data)), spec)
+    return match(Dataset.open(Path(config.data)), spec, config.cameras)
 
 
-def of_data(source: Source, data: str, seed: int, held_out: float = 0.0, size: int = 128) -> Lessons:
+def of_data(source: Source, config: Taught, held_out: float = 0.0, size: int = 128) -> Lessons:
     """``held_out``: part of the episodes, whose batches have this ``size``."""
     from rlrc.compressor.datasets.fit import split
 
-    matched = open_data(data, source.spec)
-    taught, kept = split(matched.dataset, held_out, seed)
-    batches = DatasetBatches(matched, taught, source.tokenizer, seed)
+    matched = open_data(config, source.spec)
+    taught, kept = split(matched.dataset, held_out, config.seed)
+    batches = DatasetBatches(matched, taught, source.tokenizer, config.seed)
     frames = kept[np.linspace(0, len(kept) - 1, min(len(kept), HELD_OUT)).round().astype(int)] if len(kept) else kept
     return Lessons(batches, [batches.rows(frames[i : i + size]) for i in range(0, len(frames), size)])
 
 
-def demonstrations(work: Stage, data: str, episodes: int, first_seed: int, seed: int) -> Batches:
-    """Without held-out ones: of the data set, or so many of a task by the simulator's experts from a scene on."""
-    if data:
-        return of_data(work.source, data, seed).batches
+def demonstrations(work: Stage, config: Taught, first_seed: int = 0) -> Batches:
+    """Without held-out ones: of the data set, or by the simulator's experts from a scene on."""
+    if config.data:
+        return of_data(work.source, config).batches
     from rlrc.compressor.data import DemonstrationConfig
 
-    return work.simulated().batches(work.policy, DemonstrationConfig(episodes, first_seed), seed)
+    return work.simulated().batches(work.policy, DemonstrationConfig(config.demonstrations, first_seed), config.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlrc.compressor.losses import SMOOTHING
 from rlrc.envs.seeds import DEMONSTRATION
@@ -45,6 +45,8 @@ class PPOConfig:
     """an iteration's updates stop when the mean KL a token exceeds this"""
     data: str = ""
     """LeRobotDataset folder for the behaviour-cloning term; empty: the simulator's scripted experts"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """which of the data set's pictures are a camera's of the policy, where their names differ"""
     demonstrations: int = 60
     """expert episodes a task for the behaviour-cloning term"""
     first_seed: int = DEMONSTRATION.start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rlrc.compressor.coupling import ALIGN, TOWERS, VISION, Towers
@@ -36,6 +36,8 @@ class PruneConfig:
     """batches of samples for the scores"""
     data: str = ""
     """LeRobotDataset folder to draw those batches from; empty: the simulator's scripted experts (reference family)"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """which of the data set's pictures are a camera's of the policy, where their names differ"""
     demonstrations: int = 60
     """expert episodes a task"""
     seed: int = 0

@@ -30,12 +30,12 @@ def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: 
     def check(found: Source) -> None:
         playable(found)
         if config.data:
-            lessons.open_data(config.data, found.spec)
+            lessons.open_data(config, found.spec)
         memory.check_training(shapes(found), adapters=False)
 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
         policy = work.policy
-        batches = lessons.demonstrations(work, config.data, config.demonstrations, config.first_seed, config.seed)
+        batches = lessons.demonstrations(work, config, config.first_seed)
         with progress_bar("rl", config.iterations) as progress:
             ppo(policy, config, batches, work.simulated().rollouts, work.run, progress)
         return work.finish(policy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -66,6 +66,8 @@ class SFTConfig:
     """looks without a lower held-out loss after which training stops; 0: never"""
     data: str = ""
     """LeRobotDataset folder with the demonstrations; empty: the simulator's scripted experts (reference family)"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """which of the data set's pictures are a camera's of the policy, where their names differ"""
     demonstrations: int = 60
     """expert episodes a task"""
     first_seed: int = DEMONSTRATION.start

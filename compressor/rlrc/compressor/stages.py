@@ -161,7 +161,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
             return
         pruning.check(source.spec, source.towers, config)
         if config.needs_data:
-            lessons.check(f"prune.score {config.score}", source, config.data, ", or --score magnitude")
+            lessons.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
         pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
@@ -173,7 +173,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
             return work.finish(pruned, exact=True, lossless=report)
         batches: Batches | None = None
         if config.needs_data:
-            batches = lessons.demonstrations(work, config.data, config.demonstrations, 0, config.seed)
+            batches = lessons.demonstrations(work, config)
         with Console(stderr=True).status("scoring what may go"):
             pruned, removed = pruning.prune(work.policy, config, batches)
         return work.finish(pruned, exact=not work.source.quantized, removed=removed)

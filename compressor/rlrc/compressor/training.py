@@ -39,7 +39,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
     def check(found: Source) -> None:
-        lessons.check("sft", found, config.data)
+        lessons.check("sft", found, config)
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
     with stage("sft", source, out, config, options, check, flags) as work:
@@ -55,7 +55,7 @@ def run_distill(
     teacher = open_source(Path(config.teacher), flags or Flags())
 
     def check(student: Source) -> None:
-        lessons.check("distill", student, config.data)
+        lessons.check("distill", student, config)
         check_teacher(student, teacher, config)
         memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out))
 
@@ -74,7 +74,7 @@ def taught(
 ) -> dict[str, Any]:
     """Trains the stage's policy in place. -> what the history tells besides."""
     if config.data:
-        given, dagger = lessons.of_data(work.source, config.data, config.seed, config.held_out, config.batch), None
+        given, dagger = lessons.of_data(work.source, config, config.held_out, config.batch), None
     else:
         given, dagger = work.simulated().lessons(work.policy, config, work.run)
     with progress_bar(config.STAGE, config.steps) as progress:

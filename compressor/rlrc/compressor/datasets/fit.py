@@ -126,7 +126,7 @@ def _cameras(dataset: Dataset, spec: PolicySpec, mapping: Mapping[str, str]) -> 
     if names and not chosen:
         raise UserError(
             f"expected one of the cameras {', '.join(names)} in {dataset.path}, found "
-            f"{', '.join(dataset.cameras) or 'none'}; map the policy's cameras to those of the data set"
+            f"{', '.join(dataset.cameras) or 'none'}; say which is which: --cameras POLICY DATASET"
         )
     return chosen
 
