@@ -210,7 +210,9 @@ def draw(found: dict[str, list[Row]], file: Path) -> None:
         for name in ("dense", "pruned"):
             if name in found:
                 axes.axhline(found[name][0]["success"], color="0.6", linewidth=0.8, linestyle=":")
-                axes.annotate(f" {name}", (0, found[name][0]["success"]), color="0.4", fontsize=7, va="bottom")
+                axes.text(
+                    0.01, found[name][0]["success"], name, transform=axes.get_yaxis_transform(), color="0.4", fontsize=7
+                )
         axes.set(xlabel="CPU-minutes of recovery", title=title)
         axes.legend(fontsize=7)
     sides[0].set_ylabel("success, argmax, evaluation scenes")
