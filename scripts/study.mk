@@ -12,7 +12,7 @@ job := --workers 1 --threads 1 --evaluate 0
 # The main recipe: the expert can be asked (DAgger). The settings of the recipe `rlrc-90`, and, in place of PPO, training
 # that takes about as many CPU-minutes.
 sft := --rate 1e-3 --steps 1100 --demonstrations 120 --dagger-rounds 5 --dagger-episodes 260 --dagger-end 0.7
-more := --rate 5e-4 --steps 550 --demonstrations 120 --dagger-rounds 2 --dagger-episodes 260 --dagger-start 0 --dagger-end 0.7
+more := --rate 5e-4 --demonstrations 120 --dagger-rounds 2 --dagger-episodes 260 --dagger-start 0 --dagger-end 0.7
 ppo := --iterations 8 --episodes 260
 
 # The scarce regime: one demonstration a task, of another scene for every seed, and nobody to ask.
@@ -20,7 +20,7 @@ few = --demonstrations 1 --first-seed $* --seed $*
 short := --rate 1e-3 --steps 300
 long := --rate 1e-3 --steps 1500
 
-main := sft sft+ppo sft+sft dense+sft
+main := sft sft+ppo sft+sft sft+more dense+sft
 scarce := few-sft few-sft+ppo few-random+sft few-distill few-depth+sft few-long few-dense+sft few-sft+ppo-cold few-sft+ppo-free
 names := dense pruned random depth $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%))
 
@@ -46,7 +46,10 @@ $(out)/sft+ppo-%: | $(out)/sft-%
 	rlrc rl $(out)/sft-$* $@ $(ppo) --demonstrations 120 --seed $* $(job)
 # Its DAgger scenes are others than those of the SFT before it.
 $(out)/sft+sft-%: | $(out)/sft-%
-	rlrc sft $(out)/sft-$* $@ $(more) --seed 1$* $(job)
+	rlrc sft $(out)/sft-$* $@ $(more) --steps 550 --seed 1$* $(job)
+# The same for as many steps as take PPO's CPU-minutes or a little more.
+$(out)/sft+more-%: | $(out)/sft-%
+	rlrc sft $(out)/sft-$* $@ $(more) --steps 760 --seed 1$* $(job)
 $(out)/dense+sft-%: | $(out)/pruned
 	rlrc sft $(dense) $@ $(sft) --seed $* $(job)
 

@@ -27,11 +27,21 @@ from rlrc.benchmarks.stats import mcnemar, paired_difference_limit, wilson
 
 Row = dict[str, Any]
 DENSE = 2  # stages of the dense policy: new, sft
-ORDER = ["dense", "pruned", "random", "sft", "sft+sft", "sft+ppo", "dense+sft"]  # of the arms; the others after them
+ORDER = [
+    "dense",
+    "pruned",
+    "random",
+    "sft",
+    "sft+sft",
+    "sft+more",
+    "sft+ppo",
+    "dense+sft",
+]  # of the arms; the others after them
 COMPARED = (
     ("sft", "dense"),
     ("sft+ppo", "sft"),
     ("sft+ppo", "sft+sft"),
+    ("sft+ppo", "sft+more"),
     ("sft+ppo", "dense+sft"),
     ("sft+ppo", "dense"),
     ("few-sft", "pruned"),
