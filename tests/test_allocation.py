@@ -14,6 +14,7 @@ import torch
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor import cost, reference
 from rlrc.compressor.allocation import Place, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.checkpoint import parameters
 from rlrc.compressor.coupling import Group, groups
 from rlrc.compressor.importance import Scores, scores
 from rlrc.compressor.prune import PruneConfig, check, prune
@@ -142,9 +143,9 @@ def test_global_has_as_many_parameters_as_uniform(pupil: Any, ratio: float) -> N
         config = PruneConfig(ratio, "random", allocation=allocation)
         found = scores(pupil, "decoder", range(1, 3), config)
         towers = allocated(pupil, "decoder", found, None, config)
-        sizes[allocation] = cost.parameters(cost.shape_of(pupil.spec, towers))
+        sizes[allocation] = parameters(cost.shape_of(pupil.spec, towers))
         assert towers["decoder"].layers[0] == pupil.towers["decoder"].layers[0]
-    whole = cost.parameters(pupil)
+    whole = parameters(pupil)
     assert sizes["global"] <= sizes["uniform"] < whole
     assert sizes["uniform"] - sizes["global"] < 4 * 64 * 32  # less than a head
 
@@ -198,11 +199,11 @@ COSTS: dict[str, Callable[[dict[str, TowerSpec]], float]] = {
         cost.decision(cost.shape_of(SPEC, towers)) / cost.decision(cost.shape_of(SPEC, reference.towers()))
     ),
     "tower": lambda towers: (
-        cost.parameters(cost.shape_of(SPEC, towers), "decoder.")
-        / cost.parameters(cost.shape_of(SPEC, reference.towers()), "decoder.")
+        parameters(cost.shape_of(SPEC, towers), "decoder.")
+        / parameters(cost.shape_of(SPEC, reference.towers()), "decoder.")
     ),
     "whole": lambda towers: (
-        cost.parameters(cost.shape_of(SPEC, towers)) / cost.parameters(cost.shape_of(SPEC, reference.towers()))
+        parameters(cost.shape_of(SPEC, towers)) / parameters(cost.shape_of(SPEC, reference.towers()))
     ),
 }
 

@@ -13,6 +13,7 @@ from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySp
 from rlrc.compressor import cost, decode
 from rlrc.compressor.backbones import build
 from rlrc.compressor.backbones.tiny import TinyPolicy
+from rlrc.compressor.checkpoint import parameters
 from rlrc.compressor.nn.decoder import Decoder
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.compressor.quantize import QuantizeConfig, quantize
@@ -22,7 +23,7 @@ def test_bytes_are_those_of_the_quantized_tensors(pupil: TinyPolicy) -> None:
     meta = cost.shape_of(pupil.spec, pupil.towers)
     packed, *_ = quantize(pupil.state_dict(), QuantizeConfig(search=False))
     assert cost.weight_bytes(meta) == sum(tensor.nbytes for tensor in packed.values())
-    assert cost.weight_bytes(meta, "bf16") == 2 * cost.parameters(pupil) == 2 * cost.parameters(meta)
+    assert cost.weight_bytes(meta, "bf16") == 2 * parameters(pupil) == 2 * parameters(meta)
 
 
 def product(rows: int, inputs: int, outputs: int) -> float:
@@ -99,5 +100,5 @@ def test_less_costs_less(pupil: TinyPolicy, kind: str) -> None:
     layer = decoder.layers[0]
     narrow = replace(layer, heads=2, kv_heads=2) if kind == "heads" else replace(layer, mlp=64)
     towers = pupil.towers | {"decoder": replace(decoder, layers=(narrow,) * 4)}
-    for price in (cost.decision, cost.weight_bytes, cost.parameters):
+    for price in (cost.decision, cost.weight_bytes, parameters):
         assert price(cost.shape_of(pupil.spec, towers)) < price(cost.shape_of(pupil.spec, pupil.towers))

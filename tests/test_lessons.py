@@ -16,6 +16,7 @@ from families import DATA, FAMILIES, flags, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor import checkpoint, lessons, stages, training
+from rlrc.compressor.compress import compress
 from rlrc.compressor.datasets.meta import Feature
 from rlrc.compressor.datasets.writer import Recording, write
 from rlrc.compressor.distill import DistillConfig
@@ -164,6 +165,18 @@ def test_distilled_and_adapted(name: str, data: dict[str, str], tmp_path: Path) 
     assert manifest.history[-1].stage == "distill"
     policy = checkpoint.load_policy(artifacts.load(tmp_path / "out"))
     assert not any("lora" in key for key in policy.state_dict())
+
+
+def test_a_recipe_s_own_teacher_may_need_flags(data: dict[str, str], tmp_path: Path) -> None:
+    """pi0's head counts are in no tensor: the hints are those of what the recipe starts from, teacher included."""
+    recipe = {
+        "prune": PruneConfig(0.5, "magnitude"),
+        "distill": DistillConfig(steps=2, batch=2, warmup=0, data=data["pi0"]),
+    }
+    compress(DATA / "pi0" / "checkpoint", tmp_path / "out", recipe, QUIET, flags("pi0"))
+    history = artifacts.load(tmp_path / "out").manifest.history
+    assert [entry.stage for entry in history] == ["official", "prune", "distill", "export"]
+    assert history[2].config["teacher"] == str(DATA / "pi0" / "checkpoint")
 
 
 def test_what_does_not_fit_is_refused_before_any_work(

@@ -20,7 +20,7 @@ QUIET = Options(evaluate=0, workers=1, threads=1)
 def test_predictions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A billion parameters in float32: 4 GB of weights, 4 of gradients, 8 of moments, and the reserve."""
     tensors = {"a": torch.empty(1000, 999_000, device="meta"), "b": torch.empty(1_000_000, device="meta")}
-    assert memory.parameters(tensors) == 10**9
+    assert memory.numbers(tensors) == 10**9
     monkeypatch.setattr(memory, "available", lambda: 16_000_000_000)
     with pytest.raises(UserError, match=r"expected 16\.5 GB of free memory for training of all weights .*found 16\.0"):
         memory.check_training(tensors, adapters=False)
@@ -28,6 +28,8 @@ def test_predictions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"expected 20\.5 GB of free memory for training \(?.*") as error:
         memory.check_training(tensors, adapters=False, copies=2)
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"expected 22\.5 GB of free memory"):  # a teacher of 1.5 billion besides
+        memory.check_training(tensors, adapters=False, besides=1_500_000_000)
     monkeypatch.setattr(memory, "available", lambda: None)
     memory.check_training(tensors, adapters=False)
 

@@ -258,7 +258,7 @@ def test_the_command_writes_and_draws(
     report = load(out)
     assert {row.kind for row in report.modules} == set(KINDS)
     assert [path.name for path in out.parent.iterdir()] == ["s.json"]
-    assert "next: rlrc prune" in capsys.readouterr().out
+    assert "OUT --allocation sensitivity --sensitivity" in capsys.readouterr().out
     texts = {element.text for element in ET.parse(picture).iter() if element.text}
     assert {"decoder", "vision", "dropped", "50% pruned", "4 bits attention", "4 bits mlp", "head"} <= texts
     with pytest.raises(UserError, match="expected a new output"):

@@ -72,8 +72,9 @@ def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: s
             )
 
 
-def parameters(policy: Policy) -> int:
-    return sum(tensor.numel() for tensor in policy.parameters())
+def parameters(policy: Policy, prefix: str = "") -> int:
+    """How many, in all or of one module ("decoder.")."""
+    return sum(tensor.numel() for name, tensor in policy.named_parameters() if name.startswith(prefix))
 
 
 def read_observations(file: Path) -> dict[str, np.ndarray]:

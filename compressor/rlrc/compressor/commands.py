@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.artifact import Manifest
@@ -17,7 +18,7 @@ from rlrc.compressor import distributed
 from rlrc.compressor import recipe as recipes
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import every_input
-from rlrc.compressor.compare import compare
+from rlrc.compressor.compare import GRIDS, Row, compare
 from rlrc.compressor.lossless import lines
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.prune import lines as removed
@@ -80,8 +81,8 @@ class StageCommand:
         manifest = runner(self.source, self.out, config, self.options, *flags)
         if distributed.rank():  # the first process tells
             return
-        if manifest.policy.family != REFERENCE:  # nothing here trains it
-            following = "rlrc export {out} OUT"
+        if manifest.policy.family != REFERENCE:  # it has no simulated demonstrations, and may be wanted as it is
+            following = "rlrc export {out} OUT, or rlrc sft {out} OUT --data FOLDER"
         report(self.out, manifest, self.json, following.format(out=self.out))
 
 
@@ -139,7 +140,8 @@ class CompareGrids:
         unquantized_only(source, self.path)
         torch.set_num_threads(self.threads)
         policy = source.load()
-        rows = compare(policy, every_input(policy.spec, source.observations()))
+        rows: Iterable[Row] = compare(policy, every_input(policy.spec, source.observations()))
+        rows = track(rows, "compare-grids", len(GRIDS), console=Console(stderr=True))
         if self.json:
             print(json.dumps([asdict(row) for row in rows]))
             return

@@ -25,6 +25,8 @@ from rlrc.compressor.nf4 import BITS, nf4
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.compressor.quantize import QuantizeConfig, chosen_bits, finite
 
+GRIDS = ("rtn", "awq", "gptq", "nf4", "int8")  # in the order of the rows
+
 Round = Callable[[str, Tensor], Tensor]  # name, weight -> the rounded weight in float32
 
 

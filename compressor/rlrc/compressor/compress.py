@@ -48,16 +48,18 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
         check_output(out)
     folder = out.parent / f"{out.name}.stages"
     folder.mkdir(parents=True, exist_ok=True)
-    current, told = source, flags or Flags()
+    current = source
     for name, config in recipe.items():
-        if isinstance(config, DistillConfig) and not config.teacher:
+        taught = isinstance(config, DistillConfig) and not config.teacher
+        if taught:
             config = dataclasses.replace(config, teacher=str(source))
-        target = folder / name
+        target, told = folder / name, (flags if current is source else None) or Flags()
         if target.exists():
             check_same(target, name, open_source(current, told), config)
         else:
-            runner(name)(current, target, config, options, told)
-        current, told = target, Flags()
+            # What a distillation is told is told of its teacher.
+            runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
+        current = target
     if distributed.rank() == 0:
         export(artifacts.load(current), out)
 

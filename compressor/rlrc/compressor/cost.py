@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import build
+from rlrc.compressor.grid import stored_bytes
 from rlrc.compressor.policy import Policy
-from rlrc.compressor.quantize import GROUP, quantizable
+from rlrc.compressor.quantize import quantizable
 
 BALANCE = 20  # rows
 ELEMENT = 30  # multiply-adds
@@ -38,16 +39,12 @@ def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> Policy:
         return build(spec, dict(towers)).eval()
 
 
-def parameters(policy: Policy, prefix: str = "") -> int:
-    return sum(tensor.numel() for name, tensor in policy.named_parameters() if name.startswith(prefix))
-
-
 def weight_bytes(policy: Policy, precision: str = "int4") -> int:
     """Of the tensors as ``rlrc quantize`` stores them, or two for each number ("bf16"); without file headers."""
     size = 0
     for name, tensor in policy.state_dict().items():
         packed = precision == "int4" and quantizable(name, tensor)
-        size += tensor.numel() // 2 + tensor.numel() // GROUP * 2 if packed else tensor.numel() * 2
+        size += stored_bytes(tensor.numel(), 4) if packed else tensor.numel() * 2
     return size
 
 

@@ -92,7 +92,7 @@ def groups(towers: Towers, tower: str, block: int, names: Iterable[str], align: 
     channels = Group(
         tuple(f"{prefix}.mlp.{name}" for name in inputs), (f"{prefix}.mlp.down",), 0 if half else layer.mlp
     )
-    return tuple(replace(group, lot=_lot(group, align)) for group in (heads, channels))  # type: ignore[return-value]
+    return replace(heads, lot=_lot(heads, align)), replace(channels, lot=_lot(channels, align))
 
 
 def _lot(group: Group, align: int) -> int:

@@ -39,7 +39,7 @@ class Failures:
         Tasks are drawn by their failures: a mean over episodes would understate the policy, one over tasks not.
         """
         unaided = [episode for request, episode in zip(requests, episodes, strict=True) if request.handover is None]
-        for task in {episode.task for episode in unaided}:
+        for task in sorted({episode.task for episode in unaided}):
             self.rates[task] = 1 - float(np.mean([episode.success for episode in unaided if episode.task == task]))
         success = {f"success {task}": 1 - rate for task, rate in self.rates.items()}
         return {"episodes": len(unaided), "success": float(np.mean(list(success.values()))), **success}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,8 +35,9 @@ def available() -> int | None:
     return min(found) if found else None
 
 
-def parameters(tensors: Mapping[str, Tensor]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())
+def numbers(tensors: Mapping[str, Tensor]) -> int:
+    """How many there are in a state dict, which may be without data."""
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def check(needed: int, work: str) -> None:
@@ -51,8 +51,11 @@ def check(needed: int, work: str) -> None:
         )
 
 
-def check_training(tensors: Mapping[str, Tensor], adapters: bool, copies: int = 1) -> None:
-    """Weights, gradients and AdamW's moments (adapters: hardly any); ``copies`` of the weights in all."""
-    count = parameters(tensors)
+def check_training(tensors: Mapping[str, Tensor], adapters: bool, copies: int = 1, besides: int = 0) -> None:
+    """Weights, gradients and AdamW's moments (adapters: hardly any); ``copies`` of the weights in all.
+
+    ``besides``: numbers of a teacher's weights.
+    """
     advice = "" if adapters else " of all weights (adapters need less: --lora 16)"
-    check(count * (WEIGHTS * copies + (0 if adapters else ADAMW)), f"training{advice}")
+    trained = numbers(tensors) * (WEIGHTS * copies + (0 if adapters else ADAMW))
+    check(trained + besides * WEIGHTS, f"training{advice}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost, depth
+from rlrc.compressor.checkpoint import parameters
 from rlrc.compressor.coupling import VISION, Group, Towers, groups
 from rlrc.compressor.importance import Scores
 from rlrc.compressor.importance import scores as scores_of
@@ -153,11 +154,11 @@ def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit],
     new = {old: i for i, old in enumerate(depth.remaining(dense.towers, name, gone))}
     inner = range(config.keep, len(dense.towers[name].layers) - config.keep)
     for i, layer in enumerate(dense.towers[name].layers):
-        sizes = [cost.parameters(dense, f"{name}.layers.{i}."), 0]
+        sizes = [parameters(dense, f"{name}.layers.{i}."), 0]
         heads = mlp = 0
         if i in new:
             rest = pruned.towers[name].layers[new[i]]
-            heads, mlp, sizes[1] = rest.heads, rest.mlp, cost.parameters(pruned, f"{name}.layers.{new[i]}.")
+            heads, mlp, sizes[1] = rest.heads, rest.mlp, parameters(pruned, f"{name}.layers.{new[i]}.")
         layers.append(
             {"heads": removed(layer.heads, heads), "mlp": removed(layer.mlp, mlp), "parameters": removed(*sizes)}
         )
@@ -173,9 +174,9 @@ def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit],
             for tower in changed
         },
         "intermediate": removed(before, after),
-        **{tower: removed(*(cost.parameters(policy, f"{tower}.") for policy in (dense, pruned))) for tower in changed},
-        "whole": removed(cost.parameters(dense), cost.parameters(pruned)),
-        "parameters": cost.parameters(pruned),
+        **{tower: removed(*(parameters(policy, f"{tower}.") for policy in (dense, pruned))) for tower in changed},
+        "whole": removed(parameters(dense), parameters(pruned)),
+        "parameters": parameters(pruned),
         "bytes": {
             precision: cost.weight_bytes(shapes[1], precision) for precision in CHOICES["precision"] if precision
         },

@@ -31,7 +31,7 @@ def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: 
         playable(found)
         if config.data:
             lessons.open_data(config, found.spec)
-        memory.check_training(shapes(found), adapters=False)
+        memory.check(memory.numbers(shapes(found)) * (memory.WEIGHTS + memory.ADAMW), "reinforcement learning")
 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
         policy = work.policy

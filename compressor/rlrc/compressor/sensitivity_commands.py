@@ -65,7 +65,8 @@ class Sensitivity:
             print(text)
         else:
             show(report)
-            Console().print(f"next: rlrc prune {self.path} OUT --sensitivity {self.out}", soft_wrap=True)
+            flags = f"--allocation sensitivity --sensitivity {self.out}"
+            Console().print(f"next: rlrc prune {self.path} OUT {flags}", soft_wrap=True)
 
 
 def show(report: Report) -> None:

@@ -2,9 +2,9 @@
 
 Every output's history holds the stage's full configuration and the success before and after it, measured on validation
 scenes by argmax decoding. A stage that is interrupted leaves a run folder beside its output, from which the same
-command goes on. Only the reference family has a simulator and demonstrations here: policies of other families, which
-may come straight from their official folders, are pruned by their weights alone, quantized, and not evaluated. Nothing
-of the simulator is imported for them.
+command goes on. Only the reference family has simulated demonstrations: policies of other families, which may come
+straight from their official folders, learn from data sets and are not evaluated here, but by ``rl``. Nothing of the
+simulator is imported for them.
 """
 
 from __future__ import annotations
@@ -154,12 +154,13 @@ def simulation_of(source: Source, run: Run, options: Options, plays: bool) -> Ab
 
 def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
     def check(source: Source) -> None:
-        memory.check(memory.parameters(shapes(source)) * memory.REWRITTEN, "pruning")
+        memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
             if source.quantized:  # its weights would be stored as floats again
                 raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
-        pruning.check(source.spec, source.towers, config)
+        with Console(stderr=True).status("looking for a shape"):
+            pruning.check(source.spec, source.towers, config)
         if config.needs_data:
             lessons.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
         pruning.warn(source.towers, config)
@@ -185,11 +186,12 @@ def run_quantize(
     def check(found: Source) -> None:
         unquantized_only(found, source)
         check_exempt(shapes(found), config)
-        memory.check(memory.parameters(shapes(found)) * memory.REWRITTEN, "quantizing")
+        memory.check(memory.numbers(shapes(found)) * memory.REWRITTEN, "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
-        result = quantize(work.policy, config, observations)
+        with Console(stderr=True).status("rounding"):
+            result = quantize(work.policy, config, observations)
         return work.finish(work.policy, result, rounding=result.report)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost
 from rlrc.compressor.allocation import Place, Shape, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.checkpoint import parameters
 from rlrc.compressor.coupling import Towers
 from rlrc.compressor.importance import Scores
 from rlrc.compressor.policy import Policy
@@ -103,8 +104,8 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
         limits.append(Limit("prune.to_latency", time, part_of_time(config.to_latency), lambda part: f"{part:.3f}x"))
     if config.scope != "layer":
         prefix = f"{name}." if config.scope == "tower" else ""
-        before = cost.parameters(dense, prefix)
-        rest = priced(spec, lambda policy: cost.parameters(policy, prefix) / before)
+        before = parameters(dense, prefix)
+        rest = priced(spec, lambda policy: parameters(policy, prefix) / before)
         what = f"rest (1 - prune.ratio) of the {config.scope}'s parameters"
         limits.append(Limit(what, rest, 1 - config.ratio, lambda part: f"{part:.3f}"))
     if not limits:
@@ -129,7 +130,7 @@ def allocated(
     if config.allocation == "uniform" or scores is None:
         return towers
     # As many parameters as the same part of every block would leave, at most.
-    size = priced(policy.spec, cost.parameters)
+    size = priced(policy.spec, parameters)
     return reach(shape, Target((Limit("number of parameters", size, size(towers), "{:,}".format),)))
 
 

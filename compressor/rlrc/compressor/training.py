@@ -57,7 +57,8 @@ def run_distill(
     def check(student: Source) -> None:
         lessons.check("distill", student, config)
         check_teacher(student, teacher, config)
-        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out))
+        besides = memory.numbers(shapes(teacher))
+        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), besides)
 
     with stage("distill", source, out, config, options, check) as work:
         pairs, folder = matched(work.source, teacher), work.run.folder
