@@ -20,9 +20,11 @@ few = --demonstrations 1 --first-seed $* --seed $*
 short := --rate 1e-3 --steps 300
 long := --rate 1e-3 --steps 1500
 
-main := sft sft+ppo sft+sft sft+more dense+sft
-scarce := few-sft few-sft+ppo few-random+sft few-distill few-depth+sft few-long few-dense+sft few-sft+ppo-cold few-sft+ppo-free
-names := dense pruned random depth $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%))
+main := sft sft+ppo sft+sft sft+more dense+sft sft+ppo+int4 sft+ppo+int8
+once := cut50+sft cut75+sft random+sft depth+sft distill sft+ppo+awq sft+ppo+gptq
+scarce := few-sft few-sft+ppo few-random+sft few-distill few-depth+sft few-long few-dense+sft few-sft+ppo-cold few-sft+ppo-free \
+	few-sft+ppo+int4 few-sft+ppo+int8
+names := dense dense+int4 dense+int8 pruned random depth cut50 cut75 $(once:%=%-0) $(foreach arm,$(main) $(scarce),$(seeds:%=$(arm)-%))
 
 .PHONY: all rows
 .SECONDARY:
@@ -35,6 +37,10 @@ $(out)/pruned:
 	rlrc prune $(dense) $@ --ratio 0.9 --demonstrations 120 $(job)
 $(out)/random:
 	rlrc prune $(dense) $@ --ratio 0.9 --score random $(job)
+
+# Less of the same.
+$(out)/cut50 $(out)/cut75:
+	rlrc prune $(dense) $@ --ratio 0.$(@:$(out)/cut%=%) --demonstrations 120 $(job)
 
 # As many parameters as `pruned`: nine of the twelve blocks are gone.
 $(out)/depth:
@@ -52,6 +58,14 @@ $(out)/sft+more-%: | $(out)/sft-%
 	rlrc sft $(out)/sft-$* $@ $(more) --steps 760 --seed 1$* $(job)
 $(out)/dense+sft-%: | $(out)/pruned
 	rlrc sft $(dense) $@ $(sft) --seed $* $(job)
+# The same recovery of policies that were cut otherwise.
+define recovered
+$(out)/$(1)+sft-%: | $(out)/$(1)
+	rlrc sft $(out)/$(1) $$@ $(sft) --seed $$* $(job)
+endef
+$(foreach cut,cut50 cut75 random depth,$(eval $(call recovered,$(cut))))
+$(out)/distill-%: | $(out)/pruned
+	rlrc distill $(out)/pruned $@ --teacher $(dense) $(sft) --seed $* $(job)
 
 $(out)/few-sft-%: | $(out)/pruned
 	rlrc sft $(out)/pruned $@ $(short) $(few) $(job)
@@ -72,6 +86,18 @@ $(out)/few-sft+ppo-cold-%: | $(out)/few-sft-%
 	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) --warmup 0 $(job)
 $(out)/few-sft+ppo-free-%: | $(out)/few-sft-%
 	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) --behaviour-cloning 0 $(job)
+
+# The best of both, in fewer bits; AWQ and GPTQ choose the integers of int4 in the light of the golden observations.
+$(out)/dense+int4 $(out)/dense+int8:
+	rlrc quantize $(dense) $@ --bits $(@:$(out)/dense+int%=%) $(job)
+define quantized
+$(out)/$(1)+$(2)-%: | $(out)/$(1)-%
+	rlrc quantize $(out)/$(1)-$$* $$@ $(3) $(job)
+endef
+$(foreach arm,sft+ppo few-sft+ppo,$(eval $(call quantized,$(arm),int4,--bits 4)))
+$(foreach arm,sft+ppo few-sft+ppo,$(eval $(call quantized,$(arm),int8,--bits 8)))
+$(eval $(call quantized,sft+ppo,awq,--method awq))
+$(eval $(call quantized,sft+ppo,gptq,--method gptq))
 
 $(out)/graphs/dense:
 	@mkdir -p $(@D)
