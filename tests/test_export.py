@@ -300,7 +300,7 @@ def test_export_adds_verified_graphs_and_keeps_the_rest(tiny_artifact: Path, tmp
 def test_exporting_again_replaces_the_graphs(tiny_artifact: Path, tmp_path: Path) -> None:
     export(artifacts.load(tiny_artifact), tmp_path / "first")
     before = (tmp_path / "first/graphs/onnx/decoder.onnx").read_bytes()
-    export(artifacts.load(tmp_path / "first"), tmp_path / "second", "fp32")
+    export(artifacts.load(tmp_path / "first"), tmp_path / "second", precision="fp32")
     manifest = artifacts.load(tmp_path / "second").manifest
     assert [graph.precision for graph in manifest.graphs] == ["fp32", "fp32"]
     assert len(manifest.verified) == 1
@@ -311,9 +311,11 @@ def test_the_command_reports_in_json(tiny_artifact: Path, tmp_path: Path, capsys
     arguments = [str(tiny_artifact), str(tmp_path / "out"), "--to", "onnx", "--precision", "fp32", "--json"]
     assert main(["export", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["precision"] == "fp32"
-    assert result["graph_bytes"]["decoder"] == (tmp_path / "out/graphs/onnx/decoder.onnx").stat().st_size
-    assert result["verified"]["token_flips"] == 0
+    assert result["precision"] == {"onnxruntime": "fp32"}
+    assert (
+        result["graph_bytes"]["graphs/onnx/decoder.onnx"] == (tmp_path / "out/graphs/onnx/decoder.onnx").stat().st_size
+    )
+    assert result["verified"][0]["token_flips"] == 0
 
 
 def test_graphs_that_disagree_are_not_written(
@@ -328,8 +330,15 @@ def test_graphs_that_disagree_are_not_written(
         export(artifacts.load(path), tmp_path / "out")
     assert error.value.record.token_flips > 0
     assert main(["export", str(path), str(tmp_path / "out")]) == 1
-    assert "check failed" in capsys.readouterr().err
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["other"]
+    assert "the worst observation is in" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "out.worst.npz"]
+    worst = np.load(tmp_path / "out.worst.npz")
+    with np.load(tiny_artifact / "golden.npz") as golden:
+        (index,) = (i for i in range(8) if np.array_equal(golden["actions"][i], worst["found"]))
+        assert np.array_equal(golden["image.corner4"][index], worst["image.corner4"])
+        differences = np.abs(other["actions"] - golden["actions"]) / original.manifest.policy.action.norm.scale
+    np.testing.assert_allclose(worst["expected"], other["actions"][index])
+    assert differences.max((1, 2)).argmax() == index
     # Allowed, if that is what somebody wants: no error exceeds the range of the actions.
     assert main(["export", str(path), str(tmp_path / "out"), "--tolerance", "100"]) == 0
 

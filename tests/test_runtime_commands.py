@@ -29,7 +29,7 @@ def test_inspect_prints_what_an_artifact_is(toy_artifact: Path, capsys: pytest.C
         "vision │ │ width 32",
         "layers 0, 2: 4 heads of 16, MLP 128",
         "layer 1: 2 heads of 16 (1 kv), MLP 64",
-        "0 of 96 tokens flipped",
+        "0 of 96",
         "success 0.25",  # after the only stage of its history
         "next: rlrc verify",
     ):

@@ -45,7 +45,7 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
         policy = LocalPolicy.load(path)
         golden = verify.read_golden(path / "golden.npz", policy.spec)
         policy.infer(golden.observation(0, policy.spec))
-        verify.measure(policy, golden, 0.001)
+        verify.measure(policy, golden, verify.Limits(0.001))
         """,
         str(toy_artifact),
     )
@@ -95,7 +95,7 @@ def test_overhead_is_below_2_ms(
 
     # CPU time: on a machine with busy neighbours a call in a hundred loses the core for 4 ms, which is not our cost.
     in_graphs = 0.0
-    run = policy._graphs.run
+    run = policy.engine.run
 
     def timed(*arguments: Any) -> Any:
         nonlocal in_graphs
@@ -104,7 +104,7 @@ def test_overhead_is_below_2_ms(
         in_graphs += thread_time() - started
         return outputs
 
-    monkeypatch.setattr(policy._graphs, "run", timed)
+    monkeypatch.setattr(policy.engine, "run", timed)
 
     def overhead(observation: dict[str, Any]) -> float:
         nonlocal in_graphs

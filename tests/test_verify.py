@@ -31,9 +31,7 @@ def rolled(toy: Any, dimension: int, steps: int) -> Any:
 def measure(path: Path) -> VerifiedSpec:
     policy = LocalPolicy.load(path, require_verified=False)
     action = policy.spec.action
-    return verify.measure(
-        policy, verify.read_golden(path / "golden.npz", policy.spec), verify.default_tolerance(action)
-    )
+    return verify.measure(policy, verify.read_golden(path / "golden.npz", policy.spec), verify.default_limits(action))
 
 
 def test_graphs_that_agree(toy_artifact: Path) -> None:
@@ -72,7 +70,7 @@ class Answering:
     """Stands in for a policy: gives the tokens it is told, so that a flip can be put where it is wanted."""
 
     def __init__(self, spec: Any, golden: verify.Golden, tokens: np.ndarray) -> None:
-        self.spec, self.golden = spec, golden
+        self.spec, self.golden, self.backend, self.engine = spec, golden, "onnxruntime", self
         centers = (tokens + 0.5) / spec.action.bins * 2 - 1
         actions = centers * np.array(spec.action.norm.scale) + np.array(spec.action.norm.center)
         self.answers = iter([{"tokens": t, "actions": a} for t, a in zip(tokens, actions, strict=True)])
@@ -85,6 +83,9 @@ class Answering:
     def infer(self, observation: Any) -> Any:
         return next(self.answers)
 
+    def versions(self) -> dict[str, str]:
+        return {}
+
 
 @pytest.mark.parametrize(("margin", "counts"), [(0.0, False), (0.0009, False), (0.0011, True), (1.0, True)])
 def test_a_flip_counts_unless_the_reference_is_undecided(
@@ -96,7 +97,7 @@ def test_a_flip_counts_unless_the_reference_is_undecided(
     best = tokens[2, 1, 0]
     tokens[2, 1, 0] = other = (best + 5) % 32
     golden.logits[2, 1, 0, other] = golden.logits[2, 1, 0, best] - np.float32(margin)
-    record = verify.measure(Answering(spec, golden, tokens), golden, 0.000625)  # type: ignore[arg-type]
+    record = verify.measure(Answering(spec, golden, tokens), golden, verify.Limits(0.000625))  # type: ignore[arg-type]
     assert record.token_flips == 1
     error = abs(int(other) - int(best)) * 0.00125
     assert record.max_error[0] == pytest.approx(error if counts else 0, abs=1e-8)
@@ -111,12 +112,12 @@ def test_a_flip_at_a_tie_to_a_third_token_counts(toy_artifact: Path, tiny_manife
     best = tokens[0, 0, 0]
     golden.logits[0, 0, 0, (best + 1) % 32] = golden.logits[0, 0, 0, best]
     tokens[0, 0, 0] = np.argmin(golden.logits[0, 0, 0])  # neither of the two that tie
-    assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, 0.000625))  # type: ignore[arg-type]
+    assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, verify.Limits(0.000625)))  # type: ignore[arg-type]
 
 
-def test_default_tolerance_is_half_the_narrowest_bin() -> None:
+def test_the_default_limit_is_half_the_narrowest_bin() -> None:
     action = ActionSpec(1, ("a", "b"), ("delta", "delta"), ("m", "rad"), NormStats((0.0, 0.0), (0.5, 0.1)), 100)
-    assert verify.default_tolerance(action) == pytest.approx(0.001)  # 0.1 * 2 / 100 / 2
+    assert verify.default_limits(action).tolerance == pytest.approx(0.001)  # 0.1 * 2 / 100 / 2
 
 
 @pytest.mark.parametrize(
@@ -171,15 +172,36 @@ def test_another_tokenizer_is_refused(toy_artifact: Path, tiny_manifest: Manifes
     golden = verify.read_golden(toy_artifact / "golden.npz", tiny_manifest.policy)
     golden.ids[3, 0] = 6
     with pytest.raises(UserError, match=r"expected token ids \[6, .* found \[3, .*trained with"):
-        verify.measure(LocalPolicy.load(toy_artifact), golden, 1.0)
+        verify.measure(LocalPolicy.load(toy_artifact), golden, verify.Limits(1.0))
+
+
+def test_a_rounding_precision_may_miss_on_one_of_a_hundred() -> None:
+    limits = verify.default_limits(ActionSpec(1, ("a",), ("delta",), ("m",), NormStats((0.0,), (0.5,)), 0), "int8")
+    assert limits.of_range == 0.01
+    error = np.full((200, 1), 0.009)  # of a range of 1
+    error[[3, 77]] = 0.8
+    assert verify._all_but_a_hundredth(error).tolist() == [0.009]
+    error[120] = 0.02
+    assert verify._all_but_a_hundredth(error).tolist() == [0.02]
+    assert verify._all_but_a_hundredth(error[:99]).tolist() == [0.8]  # of fewer, every one counts
+    error[:3] = np.nan
+    assert np.isnan(verify._all_but_a_hundredth(error)).all()
+
+
+@pytest.mark.parametrize(("errors", "passes"), [((0.01, 0.0), True), ((0.0, 0.0101), False), ((0.0, np.nan), False)])
+def test_a_part_of_the_range_decides_where_it_is_given(
+    toy_artifact: Path, errors: tuple[float, ...], passes: bool
+) -> None:
+    record = replace(measure(toy_artifact), max_error=(9.0, 9.0), range_error=errors, range_tolerance=0.01)
+    assert (verify.failure(record) is None) == passes
 
 
 def test_command_passes(toy_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Verify(toy_artifact, json=True).run() == 0
     printed = json.loads(capsys.readouterr().out)
-    assert (printed["failure"], printed["observations"]) == (None, 8)
+    assert (printed["failures"], printed["verified"][0]["observations"]) == ([], 8)
     assert Verify(toy_artifact).run() == 0
-    assert "0 of 96 tokens" in capsys.readouterr().out
+    assert "0 of 96" in capsys.readouterr().out
 
 
 def test_command_fails_with_exit_code_1(
@@ -189,7 +211,7 @@ def test_command_fails_with_exit_code_1(
         tmp_path / "wrong", weights=rolled(toy, 0, 1)
     )  # its record says that it agrees; this machine differs
     assert Verify(path).run() == 1
-    assert "check failed: an error of" in capsys.readouterr().err
+    assert "check failed: onnxruntime: an error of" in capsys.readouterr().err
 
 
 def test_command_refuses_a_golden_with_a_wrong_hash(own_toy: Path) -> None:

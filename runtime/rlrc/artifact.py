@@ -231,7 +231,8 @@ class VerifiedSpec:
 
     ``max_error`` is per action dimension, over all tokens but flips at ties of the reference; ``token_flips`` counts
     differing tokens of ``tokens``; ``chunk_jitter`` is the largest step-to-step difference that the graphs add within
-    a chunk.
+    a chunk. ``range_error`` is per dimension and part of its range, without the worst hundredth of the observations;
+    where ``range_tolerance`` is given, that is what it is held to instead of ``tolerance``.
     """
 
     backend: str
@@ -243,6 +244,8 @@ class VerifiedSpec:
     chunk_jitter: float
     tolerance: float
     versions: dict[str, str]
+    range_error: tuple[float, ...] = ()
+    range_tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,12 @@ class Artifact:
                 f"expected {relative} in the artifact {self.path}, found {listed}; run the stage that makes it first"
             )
         return self.path / relative
+
+    def verify(self, *prefixes: str) -> None:
+        """Checks the sha256 of these files and folders. Raises ArtifactError."""
+        for relative, spec in self.manifest.files.items():
+            if any(PurePosixPath(relative).is_relative_to(prefix) for prefix in prefixes):
+                _check_file(self.path / relative, spec, hashed=True)
 
 
 def load(path: str | Path, verify: Collection[str] | None = None) -> Artifact:

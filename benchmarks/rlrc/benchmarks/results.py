@@ -16,6 +16,7 @@ from typing import Any
 
 from rlrc.artifact import Artifact, Manifest, check_output, load
 from rlrc.errors import UserError
+from rlrc.runtime import backends
 
 TOKENIZER = "tokenizer/tokenizer.json"
 BASELINE = "dense"
@@ -57,21 +58,22 @@ def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
     return opened
 
 
-def graph_files(manifest: Manifest, backend: str = "onnxruntime") -> list[str]:
-    """Files of the backend's graphs, with weights that lie beside a graph under its name (``decoder.onnx.data``)."""
+def graph_files(manifest: Manifest) -> list[str]:
+    """Files of the graphs that are run, with weights that lie beside a graph under its name (``decoder.onnx.data``)."""
+    backend = backends.choose(manifest)
     graphs = {graph.file for graph in manifest.graphs if graph.backend == backend}
     return sorted(
         file for file in manifest.files if any(file == graph or file.startswith(f"{graph}.") for graph in graphs)
     )
 
 
-def sizes(manifest: Manifest, backend: str = "onnxruntime") -> dict[str, Any]:
+def sizes(manifest: Manifest) -> dict[str, Any]:
     """Bytes of everything the runtime loads: graphs with all their weights, and the tokenizer.
 
     A policy that is not quantized counts at most 2 bytes a parameter (bf16), however its graphs are stored: fp32 files
     would flatter every ratio against it.
     """
-    graphs = sum(manifest.files[file].size for file in graph_files(manifest, backend))
+    graphs = sum(manifest.files[file].size for file in graph_files(manifest))
     tokenizer = manifest.files[TOKENIZER].size if TOKENIZER in manifest.files else 0
     as_bf16 = manifest.quantization is None and graphs > 2 * manifest.parameters
     return {
@@ -82,8 +84,9 @@ def sizes(manifest: Manifest, backend: str = "onnxruntime") -> dict[str, Any]:
     }
 
 
-def precision(manifest: Manifest, backend: str = "onnxruntime") -> str:
+def precision(manifest: Manifest) -> str:
     """What the graphs compute in: one word, or one for each graph where they differ."""
+    backend = backends.choose(manifest)
     graphs = {graph.name: graph.precision for graph in manifest.graphs if graph.backend == backend}
     if len(set(graphs.values())) == 1:
         return next(iter(graphs.values()))

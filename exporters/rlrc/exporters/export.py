@@ -1,125 +1,120 @@
-"""The export stage: an artifact in, the same artifact with graphs out, verified on its golden observations."""
+"""The export stage: an artifact in, the same artifact with graphs out, each set verified on the golden observations."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Final
-
-import onnx
-import torch
+from types import ModuleType
 
 from rlrc.artifact import Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
-from rlrc.compressor.backbones import build
-from rlrc.compressor.checkpoint import check_shapes, read_tensors
 from rlrc.errors import UserError
-from rlrc.exporters.graphs import FAMILIES
-from rlrc.exporters.onnx import DENSE, FLAVOURS, NEEDS, QUANTIZED, Builder, Weights
 from rlrc.folders import sha256
 from rlrc.runtime import verify
+from rlrc.runtime.backends import FOLDERS, TARGETS
+from rlrc.runtime.npz import write_npz
 from rlrc.runtime.policy import LocalPolicy
 
-BACKEND: Final = "onnxruntime"
-FOLDER = "graphs/onnx"
-LARGE = 2**30
+MODULES = {"onnxruntime": "rlrc.exporters.onnx_graphs"}
+"""By backend. Each chooses a precision, tells whether it is exact, and writes the graphs."""
 
 
 class Disagreement(Exception):
-    """The graphs answer otherwise than the torch policy. ``record`` says by how much."""
+    """The graphs answer otherwise than the torch policy. ``record`` says by how much.
 
-    def __init__(self, record: VerifiedSpec, reason: str) -> None:
+    ``worst``: the file with the observation that they differ on most, both answers beside it.
+    """
+
+    def __init__(self, record: VerifiedSpec, reason: str, worst: Path) -> None:
         super().__init__(reason)
-        self.record = record
+        self.record, self.worst = record, worst
 
 
-def export(parent: Artifact, out: Path, precision: str | None = None, tolerance: float | None = None) -> Manifest:
-    """Writes ``out``: the parent's files and ONNX Runtime's graphs, which replace those it may have.
+def export(
+    parent: Artifact,
+    out: Path,
+    to: Sequence[str] = ("onnx",),
+    precision: str | None = None,
+    tolerance: float | None = None,
+) -> Manifest:
+    """Writes ``out``: the parent's files and the targets' graphs, which replace those it may have.
 
-    ``tolerance`` is the largest error in action units, by default none but at ties (see rlrc.runtime.verify). Raises
-    UserError for a bad request, and Disagreement above the tolerance; nothing is written then.
+    ``tolerance`` is the largest error in action units, by default that of ``verify.limits``. Raises UserError for a bad
+    request, and Disagreement above the tolerance; nothing is written then but the worst observation.
     """
     started = time.process_time()
-    precision = choose_precision(parent, precision)
-    action = parent.manifest.policy.action
     if tolerance is not None and not tolerance > 0:
         raise UserError(f"expected a positive tolerance in action units, found {tolerance}; leave it out for none")
+    if not to or not set(to) <= set(TARGETS.values()):
+        raise UserError(f"expected targets of {', '.join(TARGETS.values())}, found {' '.join(to) or 'none'}; name some")
+    manifest = parent.manifest
+    chosen = {
+        backend: exporter(backend).choose_precision(parent, precision)
+        for backend, target in TARGETS.items()
+        if target in to
+    }
+    golden = verify.read_golden(parent.file(verify.GOLDEN), manifest.policy)
     with writing(out) as draft:
-        kept = [name for name in parent.manifest.files if not Path(name).is_relative_to(FOLDER)]
-        draft.inherit(parent, *kept)
-        graphs = write_graphs(draft, parent, precision)
-        candidate = with_graphs(parent.manifest, draft, graphs)
-        golden = verify.read_golden(parent.file(verify.GOLDEN), parent.manifest.policy)
-        policy = LocalPolicy(Artifact(draft.path, candidate, digest=""))
-        limit = verify.default_tolerance(action) if tolerance is None else tolerance
-        record = verify.measure(policy, golden, limit)
-        if reason := verify.failure(record):
-            raise Disagreement(record, reason)
-        others = tuple(other for other in parent.manifest.verified if other.backend != BACKEND)
+        replaced = [FOLDERS[backend] for backend in chosen]
+        draft.inherit(parent, *(name for name in manifest.files if not _lies_in(name, replaced)))
+        written = [
+            graph for backend in chosen for graph in exporter(backend).write_graphs(draft, parent, chosen[backend])
+        ]
+        candidate = with_graphs(manifest, draft, written)
+        exported = Artifact(draft.path, candidate, digest="")
+        records = [
+            check(exported, backend, golden, limits(manifest, backend, name, tolerance), out)
+            for backend, name in chosen.items()
+        ]
+        others = [record for record in manifest.verified if record.backend not in chosen]
+        sizes = {TARGETS[b]: sum(candidate.files[g.file].size for g in written if g.backend == b) for b in chosen}
         entry = HistoryEntry(
             stage="export",
-            config={"to": "onnx", "precision": precision, "tolerance": limit},
+            config={"to": list(sizes), "precision": list(chosen.values()), "tolerance": tolerance},
             version=metadata.version("rlrc"),
             parent=parent.digest,
             cpu_minutes=(time.process_time() - started) / 60,
-            after={"graph_bytes": sum(candidate.files[graph.file].size for graph in graphs)},
+            after={"graph_bytes": sizes},
         )
-        history = (*parent.manifest.history, entry)
-        return draft.finish(replace(candidate, verified=(*others, record), history=history))
+        history = (*manifest.history, entry)
+        return draft.finish(replace(candidate, verified=(*others, *records), history=history))
 
 
-def choose_precision(parent: Artifact, precision: str | None) -> str:
-    """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
-    quantization = parent.manifest.quantization
-    choices = DENSE if quantization is None else QUANTIZED[quantization.grid]
-    if precision is None:
-        return "fp32" if parent.manifest.dtype == "float32" else choices[0]
-    if precision not in choices:
-        raise UserError(
-            f"expected a precision of {', '.join(choices)} for weights in {parent.manifest.dtype}, found {precision}; "
-            "choose one of those"
-        )
-    return precision
+def limits(manifest: Manifest, backend: str, precision: str, tolerance: float | None) -> verify.Limits:
+    """What the graphs may differ by: what was asked for, or what this precision should keep to."""
+    if tolerance is not None:
+        return verify.Limits(tolerance)
+    exact = exporter(backend).is_exact(precision)
+    return verify.default_limits(manifest.policy.action, None if exact else precision)
 
 
-def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphSpec, ...]:
-    manifest = parent.manifest
-    if manifest.policy.family not in FAMILIES:
-        raise UserError(
-            f"expected a family of {', '.join(FAMILIES)}, found {manifest.policy.family!r}; upgrade rlrc to export it"
-        )
-    weights = read_weights(parent)
-    with torch.device("meta"):
-        check_shapes(build(manifest.policy, manifest.towers), weights.shapes(), str(parent.path))
-    specs = []
-    for name, define in FAMILIES[manifest.policy.family].items():
-        builder, file = Builder(weights, FLAVOURS[precision]), f"{FOLDER}/{name}.onnx"
-        define(builder, manifest.policy, manifest.towers)
-        write_model(builder.model(name), draft.file(file), builder.bytes())
-        inputs, outputs = tuple(builder.inputs), tuple(builder.outputs)
-        specs.append(GraphSpec(name, BACKEND, file, precision, inputs, outputs, NEEDS))
-    return tuple(specs)
+def check(exported: Artifact, backend: str, golden: verify.Golden, limits: verify.Limits, out: Path) -> VerifiedSpec:
+    """Replays the golden observations. Raises Disagreement beyond the limits, the worst observation written."""
+    policy = LocalPolicy(exported, backend=backend)
+    answers = verify.replay(policy, golden)
+    record = verify.compare(policy, answers, golden, limits)
+    if reason := verify.failure(record):
+        worst = out.with_name(f"{out.name}.worst.npz")
+        write_npz(worst, **verify.worst(policy.spec, answers, golden))
+        raise Disagreement(record, reason, worst)
+    return record
 
 
-def write_model(model: onnx.ModelProto, path: Path, size: int) -> None:
-    """One file; where ``size`` bytes of constants come near what protobuf can hold (2 GB), those in one beside it."""
-    if size < LARGE:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    else:
-        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
+def exporter(backend: str) -> ModuleType:
+    """Imported when asked for: each needs packages of its own."""
+    return import_module(MODULES[backend])
 
 
-def read_weights(artifact: Artifact) -> Weights:
-    tensors, manifest = read_tensors(artifact), artifact.manifest
-    arrays = {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in tensors.items()}
-    wide = {name for name, x in tensors.items() if x.dtype == torch.float32}
-    return Weights(arrays, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
-
-
-def with_graphs(manifest: Manifest, draft: Draft, graphs: tuple[GraphSpec, ...]) -> Manifest:
-    """The manifest with these graphs in place of the backend's, and the draft's present files."""
+def with_graphs(manifest: Manifest, draft: Draft, graphs: Sequence[GraphSpec]) -> Manifest:
+    """The manifest with these graphs in place of their backends', and the draft's present files."""
     paths = (path for path in draft.path.rglob("*") if path.is_file())
     files = {path.relative_to(draft.path).as_posix(): FileSpec(sha256(path), path.stat().st_size) for path in paths}
-    others = tuple(graph for graph in manifest.graphs if graph.backend != BACKEND)
+    written = {graph.backend for graph in graphs}
+    others = [graph for graph in manifest.graphs if graph.backend not in written]
     return replace(manifest, graphs=(*others, *graphs), files=files)
+
+
+def _lies_in(name: str, folders: Sequence[str]) -> bool:
+    return any(Path(name).is_relative_to(folder) for folder in folders)

@@ -13,12 +13,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
 from rlrc.folders import check_output
-from rlrc.runtime import loop, verify
+from rlrc.runtime import backends, loop, verify
+from rlrc.runtime.backends import Backend
 from rlrc.runtime.decode import NoAction
-from rlrc.runtime.describe import describe, folder_bytes, plain_console, print_record, trial
+from rlrc.runtime.describe import describe, folder_bytes, plain_console, records_table, trial
 from rlrc.runtime.npz import read_npz, write_npz
 from rlrc.runtime.official import Flags, is_official
-from rlrc.runtime.policy import LOADED, LocalPolicy, Policy, recorded
+from rlrc.runtime.policy import LocalPolicy, Policy, recorded
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Infer:
     """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`, maybe `noise`"""
     out: Annotated[Path, arg(metavar="ACT.npz")]
     """the .npz to write, with `actions` and `tokens`"""
+    backend: Backend | None = None
+    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
@@ -88,7 +91,7 @@ class Infer:
             from rlrc.compressor import official_commands  # imported late: the robot has no torch
 
             return official_commands.policy(self.path, self.official, self.threads)
-        return LocalPolicy.load(self.path, self.threads)
+        return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Run:
     """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
     execute: int | None = None
     """steps of every chunk to play before the next inference (default: all)"""
+    backend: Backend | None = None
+    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
@@ -118,7 +123,7 @@ class Run:
         if self.episodes < 1:
             raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
         rate = None if self.hz is None else loop.Rate(self.hz)
-        policy = LocalPolicy.load(self.path, self.threads)
+        policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
         from rlrc.envs.environment import open_environment
         from rlrc.envs.seeds import EVALUATION
 
@@ -160,29 +165,35 @@ class Verify:
 
     path: Positional[Path]
     """the artifact"""
+    backend: Backend | None = None
+    """only the graphs of this one (default: all there are)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
-    """print the measured record as JSON"""
+    """print the measured records as JSON"""
 
     def run(self) -> int:
-        artifact = artifacts.load(self.path, verify=(*LOADED, verify.GOLDEN))
-        record = recorded(artifact)
-        golden = verify.read_golden(artifact.file(verify.GOLDEN), artifact.manifest.policy)
+        artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", verify.GOLDEN))
+        manifest = artifact.manifest
+        first = backends.choose(manifest, self.backend, self.path)
+        chosen = [first] if self.backend else backends.present(manifest)
+        limits = [verify.limits_of(recorded(artifact, backend)) for backend in chosen]
+        golden = verify.read_golden(artifact.file(verify.GOLDEN), manifest.policy)
+        measured = []
         try:
-            measured = verify.measure(LocalPolicy(artifact, self.threads), golden, record.tolerance)
+            for backend, limit in zip(chosen, limits, strict=True):
+                measured.append(verify.measure(LocalPolicy(artifact, self.threads, backend), golden, limit))
         except NoAction as error:
             return check_failed(str(error))
-        reason = verify.failure(measured)
-        console = plain_console()
+        reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure(record))]
         if self.json:
-            print(json.dumps(asdict(measured) | {"failure": reason}))
+            print(json.dumps({"verified": [asdict(record) for record in measured], "failures": reasons}))
         else:
-            print_record(measured, artifact.manifest.policy, console)
-        if reason:
-            return check_failed(f"{reason}; export {self.path} again, with the versions of this machine")
+            plain_console().print(records_table(measured, manifest.policy))
+        if reasons:
+            return check_failed(f"{'; '.join(reasons)}; export {self.path} again, with the versions of this machine")
         if not self.json:
-            console.print(f"verified; next: {trial(self.path, artifact.manifest.policy)}")
+            plain_console().print(f"verified; next: {trial(self.path, manifest.policy)}")
         return 0
 
 

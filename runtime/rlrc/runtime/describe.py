@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from math import prod
 from typing import Any
@@ -36,17 +36,16 @@ def describe(artifact: Artifact, console: Console) -> None:
     }
     print_rows(rows, console)
     console.print(modules_table(module_parameters(artifact), manifest.towers))
-    for record in manifest.verified:
-        print_record(record, manifest.policy, console)
+    if manifest.verified:
+        console.print(records_table(manifest.verified, manifest.policy))
     history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
     for entry in manifest.history:
         history.add_row(
             entry.stage, entry.version, f"{entry.cpu_minutes:.1f}", scalars(entry.before), scalars(entry.after)
         )
     console.print(history)
-    graphs = any(graph.backend == "onnxruntime" for graph in manifest.graphs)
     console.print(
-        f"next: rlrc {f'verify {artifact.path}' if graphs else f'export {artifact.path} OUT'}", soft_wrap=True
+        f"next: rlrc {f'verify {artifact.path}' if manifest.graphs else f'export {artifact.path} OUT'}", soft_wrap=True
     )
 
 
@@ -176,15 +175,31 @@ def scalars(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {(integers | floats)[name]}" for name in metrics if name in integers | floats)
 
 
-def print_record(record: VerifiedSpec, policy: PolicySpec, console: Console) -> None:
-    errors = ", ".join(
-        f"{name} {error:.3g}" for name, error in zip(policy.action.names, record.max_error, strict=False)
-    )
-    tokens = f"{record.token_flips} of {record.tokens} tokens flipped, " if policy.action.bins else ""
-    console.print(
-        f"{record.backend}: {record.observations} observations, {tokens}{record.gripper_flips} gripper flips; "
-        f"largest error {errors} (tolerated {record.tolerance:.3g}); chunk jitter {record.chunk_jitter:.3g}"
-    )
+def records_table(records: Sequence[VerifiedSpec], policy: PolicySpec) -> Table:
+    """A row for every backend: how far its actions are from the torch policy's, in action units."""
+    heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
+    table = Table(*heads, title="against the torch policy, in action units", title_justify="left")
+    for record in records:
+        pairs = zip(policy.action.names, record.max_error, strict=False)
+        flips = f"{record.token_flips} of {record.tokens}" if policy.action.bins else "\u2013"
+        table.add_row(
+            record.backend,
+            str(record.observations),
+            "\n".join(f"{name} {error:.3g}" for name, error in pairs),
+            tolerated(record),
+            flips,
+            str(record.gripper_flips) if "gripper" in policy.action.meaning else "\u2013",
+            f"{record.chunk_jitter:.3g}",
+        )
+    return table
+
+
+def tolerated(record: VerifiedSpec) -> str:
+    """What the record is held to, and what that came to."""
+    if record.range_tolerance is None:
+        return f"{record.tolerance:.3g}"
+    largest = max(record.range_error, default=float("nan"))
+    return f"{record.range_tolerance:.1%} of the range\non 99 %: {largest:.2%}"
 
 
 def trial(path: object, policy: PolicySpec) -> str:

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact, GraphSpec, VerifiedSpec
 from rlrc.errors import UserError
-from rlrc.runtime import decode, preprocess
+from rlrc.runtime import backends, decode, preprocess
+from rlrc.runtime.backends import Engine
 from rlrc.runtime.interfaces import check_interface
 from rlrc.runtime.verify import failure
 
-BACKEND = "onnxruntime"
 TOKENIZER = "tokenizer/tokenizer.json"
-LOADED = ("graphs/onnx", "tokenizer")  # what a robot reads; the weights stay unread and so unhashed
 
 
 class Timing(TypedDict):
@@ -58,34 +57,38 @@ class Policy(Protocol):
 
 
 class LocalPolicy:
-    """An artifact's graphs on ONNX Runtime with ``threads`` threads.
+    """An artifact's graphs of one backend (by default the first there is), on its engine or a given one.
 
     A flow policy draws its noise from a generator of its own, which ``reset`` starts anew: an episode can be repeated
     exactly, and the chunks of one episode differ in their noise.
     """
 
-    def __init__(self, artifact: Artifact, threads: int = 1) -> None:
-        from rlrc.runtime.backends.onnxruntime import OnnxRuntime  # imported late: an engine takes time to import
-
+    def __init__(
+        self, artifact: Artifact, threads: int = 1, backend: str | None = None, engine: Engine | None = None
+    ) -> None:
         if threads < 1:
             raise UserError(f"expected at least one thread, found {threads}; give --threads 1 or more")
         self.artifact, self.spec = artifact, artifact.manifest.policy
-        _check_graphs(artifact)
-        graphs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == BACKEND}
+        self.backend = backends.choose(artifact.manifest, backend, artifact.path)
+        graphs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == self.backend}
         check_interface(artifact, graphs)
         prompt = self.spec.prompt
         self._tokenizer = None if prompt is None else preprocess.Tokenizer(artifact.file(TOKENIZER), prompt)
-        self._graphs = OnnxRuntime(artifact, threads)
+        self.engine = engine or backends.open_engine(artifact, self.backend, threads)
         self._past = _empty_past(graphs["decoder"]) if self.spec.decode == "autoregressive" else {}
         self.reset()
 
     @staticmethod
-    def load(path: Path | str, threads: int = 1, require_verified: bool = True) -> LocalPolicy:
+    def load(
+        path: Path | str, threads: int = 1, require_verified: bool = True, backend: str | None = None
+    ) -> LocalPolicy:
         """Checks the hashes of all that is read here. Refuses an artifact without verified graphs (UserError)."""
-        artifact = artifacts.load(Path(path), verify=LOADED)
-        if require_verified and (reason := failure(recorded(artifact))):
+        artifact = artifacts.load(Path(path), verify=())
+        backend = backends.choose(artifact.manifest, backend, artifact.path)
+        artifact.verify(*loaded(backend))
+        if require_verified and (reason := failure(recorded(artifact, backend))):
             raise UserError(f"expected verified graphs in {path}, found {reason}; run rlrc export")
-        return LocalPolicy(artifact, threads)
+        return LocalPolicy(artifact, threads, backend)
 
     def infer(self, observation: Mapping[str, Any]) -> Result:
         started = perf_counter()
@@ -104,7 +107,7 @@ class LocalPolicy:
         def run(graph: str, tensors: decode.Tensors) -> decode.Tensors:
             nonlocal graphs_s
             begun = perf_counter()
-            outputs = self._graphs.run(graph, tensors)
+            outputs = self.engine.run(graph, tensors)
             graphs_s += perf_counter() - begun
             return outputs
 
@@ -132,7 +135,7 @@ class LocalPolicy:
         """-> image tokens (1, N, width) of all cameras, one after the other; those of one size go in together."""
         together = len(pixels) > 1 and len({picture.shape for picture in pixels}) == 1
         batches = [np.stack(pixels)] if together else [picture[None] for picture in pixels]
-        seen = [self._graphs.run("vision", {"pixels": batch})["image_tokens"] for batch in batches]
+        seen = [self.engine.run("vision", {"pixels": batch})["image_tokens"] for batch in batches]
         tokens = [batch.reshape(1, -1, batch.shape[-1]) for batch in seen]
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens, 1)
 
@@ -159,20 +162,17 @@ def _empty_past(decoder: GraphSpec) -> dict[str, NDArray[Any]]:
     }
 
 
-def recorded(artifact: Artifact) -> VerifiedSpec:
-    """The record that the graphs agree with the torch policy. Raises UserError if there are no graphs or no record."""
-    _check_graphs(artifact)
-    records = [record for record in artifact.manifest.verified if record.backend == BACKEND]
+def loaded(backend: str) -> tuple[str, ...]:
+    """What a robot reads; the weights stay unread and so unhashed."""
+    return backends.FOLDERS[backend], "tokenizer"
+
+
+def recorded(artifact: Artifact, backend: str) -> VerifiedSpec:
+    """The record that the backend's graphs agree with the torch policy. Raises UserError if there is none."""
+    records = [record for record in artifact.manifest.verified if record.backend == backend]
     if len(records) != 1:
         raise UserError(
-            f"expected one record that the {BACKEND} graphs of {artifact.path} agree with the policy, "
+            f"expected one record that the {backend} graphs of {artifact.path} agree with the policy, "
             f"found {len(records)}; run rlrc export"
         )
     return records[0]
-
-
-def _check_graphs(artifact: Artifact) -> None:
-    if not any(graph.backend == BACKEND for graph in artifact.manifest.graphs):
-        raise UserError(
-            f"expected {BACKEND} graphs in {artifact.path}, found none; run rlrc export {artifact.path} OUT"
-        )

@@ -1,1 +1,65 @@
-"""Engines that run an artifact's graphs, one module each; imported when a policy needs it."""
+"""The engines that run an artifact's graphs, and which of an artifact's sets of graphs is run.
+
+An artifact has up to one set of graphs for every backend, each in a folder of its own. Engines are imported when they
+are opened: that takes time, and a robot has only those that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from numpy.typing import NDArray
+
+from rlrc.artifact import Artifact, Manifest
+from rlrc.errors import UserError
+
+Backend = Literal["onnxruntime", "tensorrt", "gguf"]
+FOLDERS = {"onnxruntime": "graphs/onnx", "tensorrt": "graphs/tensorrt", "gguf": "graphs/gguf"}
+TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "gguf": "gguf"}
+"""What `rlrc export --to` calls the set of graphs that a backend runs."""
+
+
+class Engine(Protocol):
+    """A set of graphs, loaded."""
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
+
+        Raises rlrc.runtime.decode.NoAction where the engine fails.
+        """
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """What a measurement on this engine depends on."""
+        ...
+
+
+def present(manifest: Manifest) -> list[str]:
+    """The backends that the artifact has graphs for, in the order in which they are preferred."""
+    return [backend for backend in FOLDERS if any(graph.backend == backend for graph in manifest.graphs)]
+
+
+def choose(manifest: Manifest, asked: str | None = None, where: object = "the artifact") -> str:
+    """The backend asked for, or the first of FOLDERS that the artifact has graphs for. Raises UserError without any."""
+    found = present(manifest)
+    if asked is None and found:
+        return found[0]
+    if asked is None or asked not in found:
+        target = TARGETS.get(asked or "onnxruntime")
+        if target is None:
+            raise UserError(f"expected a backend of {', '.join(FOLDERS)}, found {asked}; choose one of those")
+        raise UserError(
+            f"expected {asked or 'onnxruntime'} graphs in {where}, found {', '.join(found) or 'none'}; "
+            f"run rlrc export {where} OUT{'' if target == 'onnx' else f' --to {target}'}"
+        )
+    return asked
+
+
+def open_engine(artifact: Artifact, backend: str, threads: int) -> Engine:
+    """Raises UserError for graphs that the engine does not take."""
+    if backend == "onnxruntime":
+        from rlrc.runtime.backends.onnxruntime import OnnxRuntime
+
+        return OnnxRuntime(artifact, threads)
+    raise UserError(f"expected the backend onnxruntime on this machine, found {backend}; choose that one")

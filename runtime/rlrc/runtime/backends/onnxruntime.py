@@ -25,18 +25,18 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 
 
 class OnnxRuntime:
-    """One session per graph."""
+    """One session per graph of the backend's set."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    def __init__(self, artifact: Artifact, threads: int, backend: str = NAME) -> None:
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._inputs: dict[str, list[str]] = {}
         self._outputs: dict[str, list[str]] = {}
         for graph in artifact.manifest.graphs:
-            if graph.backend != NAME:
+            if graph.backend != backend:
                 continue
             if graph.name in self._sessions:
                 raise UserError(
-                    f'expected one {NAME} graph "{graph.name}" in {artifact.path}, found two; export the artifact again'
+                    f'expected one {backend} graph "{graph.name}" in {artifact.path}, found two; export it again'
                 )
             self._sessions[graph.name] = _session(artifact.file(graph.file), graph, threads)
             self._inputs[graph.name] = [tensor.name for tensor in graph.inputs]
@@ -54,10 +54,9 @@ class OnnxRuntime:
             raise NoAction(f'graph "{graph}" failed: {" ".join(str(error).split())}') from error
         return dict(zip(names, outputs, strict=True))
 
-
-def versions() -> dict[str, str]:
-    """What a measurement on this backend depends on."""
-    return {NAME: onnxruntime.__version__, "numpy": np.__version__, "machine": platform.machine()}
+    def versions(self) -> dict[str, str]:
+        """What a measurement on this engine depends on."""
+        return {NAME: onnxruntime.__version__, "numpy": np.__version__, "machine": platform.machine()}
 
 
 def _session(path: Path, graph: GraphSpec, threads: int) -> onnxruntime.InferenceSession:
