@@ -175,10 +175,12 @@ def scalars(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {(integers | floats)[name]}" for name in metrics if name in integers | floats)
 
 
-def records_table(records: Sequence[VerifiedSpec], policy: PolicySpec) -> Table:
-    """A row for every backend: how far its actions are from the torch policy's, in action units."""
+def records_table(
+    records: Sequence[VerifiedSpec], policy: PolicySpec, title: str = "against the torch policy, in action units"
+) -> Table:
+    """A row for every backend: how far its actions are from the reference's."""
     heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
-    table = Table(*heads, title="against the torch policy, in action units", title_justify="left")
+    table = Table(*heads, title=title, title_justify="left")
     for record in records:
         pairs = zip(policy.action.names, record.max_error, strict=False)
         flips = f"{record.token_flips} of {record.tokens}" if policy.action.bins else "\u2013"

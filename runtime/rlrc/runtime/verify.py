@@ -215,7 +215,9 @@ def compare(policy: LocalPolicy, answers: Answers, golden: Golden, limits: Limit
 def errors(spec: PolicySpec, answers: Answers, golden: Golden) -> NDArray[np.float64]:
     """(N, horizon, dim), zero where another token is no error."""
     error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
-    return error if answers.tokens is None else np.where(excused(answers.tokens, golden, spec), 0, error)
+    if answers.tokens is None or golden.logits is None:
+        return error
+    return np.where(excused(answers.tokens, golden, spec), 0, error)
 
 
 def worst(spec: PolicySpec, answers: Answers, golden: Golden) -> dict[str, NDArray[Any]]:
