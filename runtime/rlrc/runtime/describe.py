@@ -181,6 +181,7 @@ def records_table(
     """A row for every backend: how far its actions are from the reference's."""
     heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
     table = Table(*heads, title=title, title_justify="left")
+    table.columns[0].no_wrap = True
     for record in records:
         pairs = zip(policy.action.names, record.max_error, strict=False)
         flips = f"{record.token_flips} of {record.tokens}" if policy.action.bins else "\u2013"
