@@ -24,10 +24,12 @@ from rlrc.compressor import checkpoint  # noqa: E402
 from rlrc.compressor.backbones.tiny import TinyPolicy  # noqa: E402
 from rlrc.compressor.grid import dequantize  # noqa: E402
 from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
+from rlrc.compressor.weights import Tensors  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES  # noqa: E402
-from rlrc.exporters.onnx import FLAVOURS, Builder, Weights  # noqa: E402
+from rlrc.exporters.onnx import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.weights import Weights  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.verify import read_golden  # noqa: E402
@@ -77,7 +79,7 @@ def in_torch(policy: TinyPolicy, given: dict[str, np.ndarray]) -> np.ndarray:
 def models(manifest: Manifest, weights: Weights, precision: str) -> dict[str, Any]:
     built = {}
     for name, define in FAMILIES["tiny"].items():
-        builder = Builder(weights, FLAVOURS[precision])
+        builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
         define(builder, manifest.policy, manifest.towers)
         built[name] = builder.model(name)
     return built
@@ -98,7 +100,7 @@ def in_onnxruntime(graphs: dict[str, Any], given: dict[str, np.ndarray]) -> np.n
 
 
 def floats(policy: TinyPolicy) -> Weights:
-    return Weights({name: tensor.numpy() for name, tensor in policy.state_dict().items()}, None)
+    return Weights(Tensors("a policy", policy.state_dict()))
 
 
 def quantized(policy: TinyPolicy, exempt: tuple[str, ...] = ()) -> tuple[Weights, TinyPolicy]:
@@ -106,7 +108,7 @@ def quantized(policy: TinyPolicy, exempt: tuple[str, ...] = ()) -> tuple[Weights
     tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig(exempt))
     meant = TinyPolicy(policy.spec, policy.towers).eval()
     meant.load_state_dict(dequantize(tensors, spec))
-    return Weights({name: tensor.numpy() for name, tensor in tensors.items()}, spec), meant
+    return Weights(Tensors("its int4 weights", tensors), spec), meant
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -203,7 +205,7 @@ def test_w4a8_stores_four_bits(tiny_manifest: Manifest) -> None:
 
 def product(weights: Weights, precision: str, x: np.ndarray) -> np.ndarray:
     """x times the first block's queries, keys and values, as a graph of that one product."""
-    builder = Builder(weights, FLAVOURS[precision])
+    builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
     value = builder.input("x", "float32", ("batch", 64))
     names = [f"decoder.layers.0.attention.{part}" for part in "qkv"]
     builder.output("y", builder.linear(value, *names), "float32", ("batch", 3 * 64))
@@ -229,7 +231,7 @@ def test_files_hold_little_but_weights(tiny_manifest: Manifest) -> None:
     weights, meant = quantized(random_policy(replace(tiny_manifest, towers=towers)))
     graphs = models(replace(tiny_manifest, towers=towers), weights, "int4")
     size = sum(graph.ByteSize() for graph in graphs.values())
-    tensors = sum(array.nbytes for array in weights.tensors.values())
+    tensors = sum(weights.tensors.read(name).nbytes for name in weights.tensors)
     assert tensors < size < 1.03 * tensors
     parameters = sum(parameter.numel() for parameter in meant.parameters())
     assert size < 0.65 * parameters  # bytes: 4.5 bits for most of the parameters, against 16

@@ -34,7 +34,7 @@ from rlrc.compressor.sft import SFTConfig  # noqa: E402
 from rlrc.compressor.sources import OfficialSource, examples  # noqa: E402
 from rlrc.compressor.stages import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters import onnx_graphs  # noqa: E402
+from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.policy import LocalPolicy  # noqa: E402
@@ -359,7 +359,7 @@ def test_other_geometries(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_large_graphs_keep_their_weights_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, policy = official("pi0")
     write(tmp_path / "artifact", policy, source)
-    monkeypatch.setattr(onnx_graphs, "LARGE", 10_000)
+    monkeypatch.setattr(builder, "LARGE", 10_000)
     export(artifacts.load(tmp_path / "artifact"), tmp_path / "exported")
     files = artifacts.load(tmp_path / "exported").manifest.files
     assert files["graphs/onnx/prefix.onnx.data"].size > files["graphs/onnx/prefix.onnx"].size

@@ -17,9 +17,12 @@ from torch import Tensor, nn  # noqa: E402
 from rlrc.artifact import LayerSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.nn.decoder import Decoder, causal_mask  # noqa: E402
 from rlrc.compressor.nn.vit import VisionTransformer  # noqa: E402
+from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.exporters.builder import Builder  # noqa: E402
 from rlrc.exporters.graphs import blocks  # noqa: E402
 from rlrc.exporters.graphs.blocks import Around  # noqa: E402
-from rlrc.exporters.onnx import FLAVOURS, Builder, Weights  # noqa: E402
+from rlrc.exporters.onnx import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.weights import Weights  # noqa: E402
 
 WIDTH = 20
 SHARED = (LayerSpec(4, 2, 6, 24), LayerSpec(6, 2, 6, 33), LayerSpec(2, 2, 6, 5))  # per layer other heads and channels
@@ -41,12 +44,12 @@ class Wrapped(nn.Module):
                 parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
 
     def weights(self) -> Weights:
-        return Weights({name: tensor.numpy() for name, tensor in self.state_dict().items()}, None)
+        return Weights(Tensors("a block", self.state_dict()))
 
 
 def run(module: Wrapped, given: dict[str, Tensor], define: Callable[..., dict[str, str]]) -> dict[str, Tensor]:
     """What the graph computes that ``define(builder, **values)`` describes, all of its dimensions dynamic."""
-    b = Builder(module.weights(), FLAVOURS["fp32"])
+    b = OnnxRuntimeBuilder(module.weights(), FLAVOURS["fp32"])
     values = {}
     for name, x in given.items():
         dtype = "int64" if x.dtype == torch.int64 else "float32"
@@ -170,7 +173,7 @@ def test_an_expert_attends_to_the_prefix_and_crosses_to_it(kind: str) -> None:
 def test_nothing_is_computed_that_nobody_reads() -> None:
     """Which onnxruntime 1.18 pays for with wrong results from the second run on."""
     module = Wrapped(decoder=Decoder(LLAMA))
-    b = Builder(module.weights(), FLAVOURS["fp32"])
+    b = OnnxRuntimeBuilder(module.weights(), FLAVOURS["fp32"])
     x = b.input("x", "float32", (1, WIDTH))
     b.linear(x, "decoder.layers.0.attention.q")
     b.output("y", b.linear(x, "decoder.layers.0.mlp.up"), "float32", (1, 24))

@@ -1,7 +1,7 @@
 """The graphs of every family, one module for each group of families, from the blocks that they share.
 
 Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
-affair (rlrc.exporters.onnx). Their inputs and outputs are what the decode drivers pass (rlrc.runtime.interfaces).
+affair (rlrc.exporters.builder). Their inputs and outputs are what the decode drivers pass (rlrc.runtime.interfaces).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.errors import UserError
+from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import act, flow, openvla, tiny
-from rlrc.exporters.onnx import Builder
 
 Define = Callable[[Builder, PolicySpec, dict[str, TowerSpec]], None]
 
@@ -23,3 +24,10 @@ FAMILIES: Mapping[str, Mapping[str, Define]] = {
     "smolvla": flow.GRAPHS,
     "act": act.GRAPHS,
 }
+
+
+def graphs_of(family: str) -> Mapping[str, Define]:
+    """The family's graphs by name. Raises UserError for one that has none."""
+    if family not in FAMILIES:
+        raise UserError(f"expected a family of {', '.join(FAMILIES)}, found {family!r}; upgrade rlrc to export it")
+    return FAMILIES[family]

@@ -8,7 +8,7 @@ import torch
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.backbones.act import Geometry, sinusoidal
 from rlrc.compressor.nn.resnet import Block, ConvNorm, FrozenBatchNorm, ResNet, feature_size
-from rlrc.exporters.onnx import Builder
+from rlrc.exporters.builder import Builder
 
 Towers = dict[str, TowerSpec]
 

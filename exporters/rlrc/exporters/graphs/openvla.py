@@ -8,8 +8,8 @@ from __future__ import annotations
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.backbones.oft import STOP
 from rlrc.compressor.nn.prismatic import TRANSFORMERS, Geometry
+from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import blocks
-from rlrc.exporters.onnx import Builder
 
 Towers = dict[str, TowerSpec]
 

@@ -12,8 +12,8 @@ from math import prod
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.backbones.tiny import TinyGeometry
 from rlrc.compressor.nn.decoder import rotary_tables
+from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs.blocks import Around, decoder_block, norm, vision_block
-from rlrc.exporters.onnx import Builder
 
 Towers = dict[str, TowerSpec]
 

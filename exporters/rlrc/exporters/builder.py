@@ -1,0 +1,226 @@
+"""ONNX graphs built by hand: values, constants, the interface, moving data. What a layer becomes is a flavour's affair.
+
+By hand rather than traced by torch.onnx, which takes a minute where this takes a moment, and leaves norms, rotary
+positions, attention and 4-bit products as dozens of small operators. The graphs are written in terms of ``Builder``
+(rlrc.exporters.graphs); a flavour is a subclass that says which operators its engine runs best, and how weights are
+stored (rlrc.exporters.onnx).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from rlrc.artifact import TensorSpec
+from rlrc.exporters.weights import Weights
+
+TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
+LARGE = 2**30
+Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
+
+
+class Builder(ABC):
+    """A graph under construction. Methods take and return names of values; activations are (batch, rows, channels)."""
+
+    OPSETS: ClassVar[dict[str, int]]
+    """by domain; "" is the standard's"""
+    IR_VERSION: ClassVar[int]
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.inputs: list[TensorSpec] = []
+        self.outputs: list[TensorSpec] = []
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._values = 0
+
+    # The graph's interface
+
+    def input(self, name: str, dtype: str, shape: tuple[int | str, ...]) -> str:
+        self.inputs.append(TensorSpec(name, dtype, shape))
+        return name
+
+    def output(self, name: str, value: str, dtype: str, shape: tuple[int | str, ...]) -> None:
+        """Names a value, which other operators may read too."""
+        self.outputs.append(TensorSpec(name, dtype, shape))
+        for node in self._nodes:
+            for values in (node.input, node.output):
+                values[:] = [name if each == value else each for each in values]
+
+    def bytes(self) -> int:
+        """Of all constants."""
+        return sum(len(tensor.raw_data) for tensor in self._initializers.values())
+
+    def model(self, name: str) -> onnx.ModelProto:
+        def declared(tensors: list[TensorSpec]) -> list[onnx.ValueInfoProto]:
+            return [helper.make_tensor_value_info(spec.name, TYPES[spec.dtype], spec.shape) for spec in tensors]
+
+        nodes, initializers = self._needed()
+        graph = helper.make_graph(nodes, name, declared(self.inputs), declared(self.outputs), initializers)
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self.OPSETS.items()]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=self.IR_VERSION, producer_name="rlrc")
+
+    def write(self, name: str, path: Path) -> None:
+        """One file; where its constants come near what protobuf can hold (2 GB), those in one beside it."""
+        if self.bytes() < LARGE:
+            path.write_bytes(self.model(name).SerializeToString(deterministic=True))
+        else:
+            onnx.save_model(self.model(name), path, save_as_external_data=True, location=f"{path.name}.data")
+
+    def _needed(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """What the outputs depend on.
+
+        onnxruntime 1.18 goes wrong from the second run on if a graph computes what nobody reads.
+        """
+        nodes, read = list[onnx.NodeProto](), {tensor.name for tensor in self.outputs}
+        for node in reversed(self._nodes):
+            if not read.isdisjoint(node.output):
+                nodes.append(node)
+                read.update(node.input)
+        return nodes[::-1], [tensor for name, tensor in self._initializers.items() if name in read]
+
+    # Constants
+
+    def constant(self, array: NDArray[Any]) -> str:
+        """Stored as it is; equal ones are stored once."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._store(f"c{len(self._constants)}", array)
+        return self._constants[key]
+
+    @abstractmethod
+    def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
+        """A float32 constant stored in the flavour's precision under this name. ``of``: tensors joined in it."""
+
+    def weight(self, name: str) -> str:
+        return self.table(name, self.weights.array(name))
+
+    def integers(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def scalar(self, value: float) -> str:
+        return self.constant(np.array(value, np.float32))
+
+    # Moving data
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """0 keeps a dimension."""
+        return self._op("Reshape", x, self.integers(*shape))
+
+    def transpose(self, x: str, *axes: int) -> str:
+        return self._op("Transpose", x, perm=axes)
+
+    def concat(self, *values: str, axis: int = 1) -> str:
+        return self._op("Concat", *values, axis=axis)
+
+    def split(self, x: str, *sizes: int) -> list[str]:
+        """Parts of the last axis."""
+        outputs = [self._name() for _ in sizes]
+        self._nodes.append(helper.make_node("Split", [x, self.constant(np.array(sizes, np.int64))], outputs, axis=-1))
+        return outputs
+
+    def last_rows(self, x: str, rows: int, axis: int = 1) -> str:
+        return self.slice(x, -rows, None, axis)
+
+    def cast(self, x: str, dtype: str) -> str:
+        return self._op("Cast", x, to=TYPES[dtype])
+
+    def slice(self, x: str, start: int, end: int | None, axis: int = 1) -> str:
+        last = np.iinfo(np.int64).max if end is None else end
+        return self._op("Slice", x, *map(self.integers, (start, last, axis)))
+
+    def size(self, x: str, axis: int) -> str:
+        """How long x is along an axis, int64 (1,)."""
+        return self._op("Shape", x, start=axis, end=axis + 1)
+
+    def repeat(self, name: str, batch_of: str) -> str:
+        """A weight (rows, channels) -> (batch, rows, channels)."""
+        shape = self.concat(self.size(batch_of, 0), self.integers(1, 1), axis=0)
+        return self._op("Expand", self.weight(name), shape)
+
+    # Layers
+
+    def add(self, a: str, b: str) -> str:
+        return self._op("Add", a, b)
+
+    def multiply(self, a: str, b: str) -> str:
+        return self._op("Mul", a, b)
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Any operator of the standard."""
+        return self._op(kind, *inputs, **attributes)
+
+    def linear(self, x: str, *modules: str, bias: bool = False) -> str:
+        """Linear layers of one input as one product: their outputs side by side. ``bias`` allows a single module."""
+        y = self._product(x, *modules)
+        if bias:
+            (module,) = modules
+            y = self.add(y, self.weight(f"{module}.bias"))
+        return y
+
+    @abstractmethod
+    def embed(self, ids: str, module: str) -> str:
+        """Rows of a table, in float32."""
+
+    @abstractmethod
+    def layer_norm(self, x: str, module: str, epsilon: float) -> str: ...
+
+    @abstractmethod
+    def rms_norm(self, x: str, weight: str, epsilon: float) -> str:
+        """``weight`` is a value, not a name."""
+
+    @abstractmethod
+    def activation(self, x: str, kind: Activation) -> str: ...
+
+    @abstractmethod
+    def linear_activated(self, x: str, module: str, kind: Activation) -> str:
+        """The activation of a linear layer with bias."""
+
+    @abstractmethod
+    def linear_scaled(self, x: str, module: str, scale: str) -> str:
+        """A linear layer with bias, its outputs multiplied by a weight of the policy (LayerScale)."""
+
+    @abstractmethod
+    def rotary(self, x: str, heads: int, tables: tuple[str, str]) -> str:
+        """Rotates rows by the rows of ``tables``: cosines and sines (positions, head_dim / 2)."""
+
+    @abstractmethod
+    def attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int) -> str:
+        """Bidirectional softmax attention: q has heads * head_dim channels, k and v kv_heads * head_dim (own rows).
+
+        With a mask or a past: rlrc.exporters.graphs.blocks.
+        """
+
+    @abstractmethod
+    def _product(self, x: str, *modules: str) -> str:
+        """x times the transposed weights of these modules, side by side."""
+
+    # Operators
+
+    def _store(self, name: str, array: NDArray[Any]) -> str:
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name
+
+    def _op(self, kind: str, *inputs: str, domain: str = "", out: str | None = None, **attributes: Any) -> str:
+        value = out or self._name()
+        self._nodes.append(helper.make_node(kind, inputs, [value], domain=domain, **attributes))
+        return value
+
+    def _name(self) -> str:
+        self._values += 1
+        return f"v{self._values}"
+
+
+def joined(names: list[str]) -> str:
+    """One name for tensors of one module: a.q.weight, a.k.weight -> a.q+k.weight."""
+    first, *others = (name.removesuffix(".weight") for name in names)
+    return "+".join([first, *(other.rpartition(".")[2] for other in others)]) + ".weight"

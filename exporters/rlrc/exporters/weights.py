@@ -1,0 +1,67 @@
+"""An artifact's tensors for the exporters, read one at a time: a graph or file is written without holding them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlrc.artifact import Artifact, QuantizationSpec
+from rlrc.compressor.backbones import build
+from rlrc.compressor.checkpoint import WEIGHTS, check_shapes
+from rlrc.compressor.weights import Tensors, of_safetensors
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An artifact's tensors as stored: floats under their own names, quantized ones as NAME.q and NAME.scale."""
+
+    tensors: Tensors
+    quantization: QuantizationSpec | None = None
+    exact: frozenset[str] = frozenset()
+    """what is stored in float32 because less would change it; graphs keep it so"""
+
+    def bits(self, name: str) -> int | None:
+        """Bits of a quantized tensor, None for floats."""
+        return None if self.quantization is None else self.quantization.tensors.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of the tensor, quantized or not."""
+        if (bits := self.bits(name)) is None:
+            return self.tensors.shape(name)
+        rows, columns = self.tensors.shape(f"{name}.q")
+        return rows, columns * 8 // bits
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by the names of the policy."""
+        listed, stored = {} if self.quantization is None else self.quantization.tensors, set(self.tensors)
+        quantized = [name for name in listed if stored >= {f"{name}.q", f"{name}.scale"}]
+        packed = {f"{name}.{part}" for name in quantized for part in ("q", "scale")}
+        return {name: self.shape(name) for name in (*quantized, *(stored - packed))}
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A tensor that is not quantized."""
+        return self.tensors.read(name).float().numpy()
+
+    def packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
+        """Integers and scales of quantized tensors of the same bits, joined along the outputs."""
+        names = list(names)
+        integers, scales = (
+            np.concatenate([self.tensors.read(f"{name}.{part}").numpy() for name in names]) for part in ("q", "scale")
+        )
+        return integers, scales
+
+
+def read_weights(artifact: Artifact) -> Weights:
+    """Raises UserError for a damaged file, and for tensors that are not those of the policy."""
+    manifest = artifact.manifest
+    tensors = of_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
+    wide = {name for name in tensors if tensors.dtype(name) == torch.float32}
+    weights = Weights(tensors, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
+    with torch.device("meta"):
+        check_shapes(build(manifest.policy, manifest.towers), weights.shapes(), str(artifact.path))
+    return weights
