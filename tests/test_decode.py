@@ -65,30 +65,27 @@ def test_no_action_from_outputs_that_do_not_fit() -> None:
 
 
 class Sums:
-    """A graph "decoder" whose cache holds the numbers of all it was given, and whose token is 10 + their sum mod 6.
+    """An engine that keeps the numbers of all its graph "decoder" was given; the token is 10 + their sum mod 6.
 
     Image tokens count 100 each.
     """
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.kept = np.array([7])  # of an earlier chunk
 
     def __call__(self, graph: str, tensors: decode.Tensors) -> decode.Tensors:
         assert graph == "decoder"
         self.calls.append({name: tensor.tolist() for name, tensor in tensors.items()})
         given = np.concatenate([np.full(tensors["image_tokens"].shape[1], 100), tensors["ids"][0]])
-        keys = np.concatenate([tensors["past.0.key"], given.reshape(1, 1, -1, 1)], 2)
-        logits = np.eye(6, dtype=np.float32)[[int(keys.sum()) % 6]]
-        return {"logits": logits, "present.0.key": keys, "present.0.value": -keys}
+        self.kept = np.concatenate([self.kept[: tensors["start"][0]], given])
+        assert len(self.kept) == tensors["end"][0]
+        return {"logits": np.eye(6, dtype=np.float32)[[int(self.kept.sum()) % 6]]}
 
 
-def empty() -> dict[str, np.ndarray]:
-    return {f"past.0.{part}": np.zeros((1, 1, 0, 1)) for part in ("key", "value")}
-
-
-def test_autoregressive_feeds_back_tokens_and_cache() -> None:
+def test_autoregressive_feeds_back_tokens_and_counts_positions() -> None:
     run, ids = Sums(), np.array([[1, 2]])
-    decoded = decode.autoregressive(run, {"image_tokens": np.zeros((1, 3, 8)), "ids": ids}, VOCABULARY, empty())
+    decoded = decode.autoregressive(run, {"image_tokens": np.zeros((1, 3, 8)), "ids": ids}, VOCABULARY)
     # 303 mod 6 = 3 -> 13; 316 mod 6 = 4 -> 14; 330 mod 6 = 0 -> 10; 340 mod 6 = 4 -> 14.
     assert decoded.tokens is not None
     assert decoded.tokens.tolist() == [[[13, 14], [10, 14]]]
@@ -96,22 +93,16 @@ def test_autoregressive_feeds_back_tokens_and_cache() -> None:
     np.testing.assert_allclose(decoded.actions, [[[-0.025, 0.125], [0.075, 0.125]]], rtol=1e-6)
     assert [len(call["image_tokens"][0]) for call in run.calls] == [3, 0, 0, 0]
     assert [call["ids"] for call in run.calls] == [[[1, 2]], [[13]], [[14]], [[10]]]
-    assert [np.ravel(call["past.0.key"]).tolist() for call in run.calls] == [
-        [],
-        [100, 100, 100, 1, 2],
-        [100, 100, 100, 1, 2, 13],
-        [100, 100, 100, 1, 2, 13, 14],
-    ]
-    assert np.ravel(run.calls[2]["past.0.value"]).tolist() == [-100, -100, -100, -1, -2, -13]
+    assert [(call["start"], call["end"]) for call in run.calls] == [([0], [5]), ([5], [6]), ([6], [7]), ([7], [8])]
     assert ids.tolist() == [[1, 2]]  # what it was given is left alone
 
 
 def test_autoregressive_refuses_logits_that_are_not_finite_or_do_not_fit() -> None:
     inputs = {"image_tokens": np.zeros((1, 0, 8)), "ids": np.array([[1]])}
     with pytest.raises(NoAction, match="expected finite logits, found 6 nan"):
-        decode.autoregressive(lambda *_: {"logits": np.full((1, 6), np.nan)}, inputs, VOCABULARY, {})
+        decode.autoregressive(lambda *_: {"logits": np.full((1, 6), np.nan)}, inputs, VOCABULARY)
     with pytest.raises(NoAction, match=r"expected logits \(B, 6\), found \(1, 1, 6\)"):
-        decode.autoregressive(lambda *_: {"logits": np.zeros((1, 1, 6))}, inputs, VOCABULARY, {})
+        decode.autoregressive(lambda *_: {"logits": np.zeros((1, 1, 6))}, inputs, VOCABULARY)
 
 
 def test_flow_steps_from_noise_to_actions() -> None:

@@ -37,14 +37,10 @@ class Graphs:
         if self.policy.spec.decode == "parallel":
             decoded = self.policy.decode(given["image_tokens"], given.get("ids"), None, given.get("state"))
             return {"logits" if self.policy.spec.action.bins else "actions": decoded}
-        layers = range(len(self.policy.towers["decoder"].layers))
         image_tokens = given["image_tokens"] if given["image_tokens"].shape[1] else None
-        past = (
-            None if image_tokens is not None else [(given[f"past.{i}.key"], given[f"past.{i}.value"]) for i in layers]
-        )
-        logits, present = self.policy.step(image_tokens, given["ids"], past)
-        keys = {f"present.{i}.key": present[i][0] for i in layers}
-        return {"logits": logits} | keys | {f"present.{i}.value": present[i][1] for i in layers}
+        past = self.past if given["start"] else None
+        logits, self.past = self.policy.step(image_tokens, given["ids"], past)
+        return {"logits": logits}
 
     def prefix(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         past, _ = self.policy.prefix(given["image_tokens"], given["ids"], None, given.get("state"))
@@ -73,12 +69,7 @@ def decoded(policy: Policy, observation: dict[str, Any], tokenizer: Tokenizer | 
         return decode.flow(run, inputs, spec.action, spec.flow, noise), same
     if spec.decode == "parallel":
         return decode.parallel(run, inputs, spec.action), same
-    past = {
-        f"past.{i}.{part}": np.zeros((1, layer.kv_heads, 0, layer.head_dim), np.float32)
-        for i, layer in enumerate(policy.towers["decoder"].layers)
-        for part in ("key", "value")
-    }
-    return decode.autoregressive(run, inputs, spec.action, past), same
+    return decode.autoregressive(run, inputs, spec.action), same
 
 
 def observations(family: str, policy: Policy) -> list[dict[str, Any]]:

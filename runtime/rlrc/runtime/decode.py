@@ -1,9 +1,9 @@
 """Decode drivers: from the graphs behind "vision" to a chunk of actions.
 
 A driver is called with ``run(graph, tensors)``, which takes from the tensors what the graph has inputs for and returns
-its outputs by name. It runs one graph once (parallel), once a token (autoregressive) or a second one at every step
-(flow); it knows neither the engine nor the pictures. ``inputs`` hold ``image_tokens`` (B, N, width) and, where the
-policy has them, ``ids`` (B, L) and ``state`` (B, S).
+its outputs by name. It runs one graph once (parallel), once a token (autoregressive; the engine keeps the keys and
+values) or a second one at every step (flow); it knows neither the engine nor the pictures. ``inputs`` hold
+``image_tokens`` (B, N, width) and, where the policy has them, ``ids`` (B, L) and ``state`` (B, S).
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ def parallel(run: Run, inputs: Tensors, action: ActionSpec) -> Decoded:
     return Decoded(actions_of(tokens, action), tokens)
 
 
-def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, past: Tensors) -> Decoded:
+def autoregressive(run: Run, inputs: Tensors, action: ActionSpec) -> Decoded:
     """Greedy, a token a pass, every pass continuing the keys and values of those before (OpenVLA, arXiv 2406.09246).
 
-    ``past`` names them, ``past.<i>.key`` and ``past.<i>.value``, all empty: (B, kv_heads, 0, head_dim). The first pass
-    takes the image tokens and all ids, the others no image token and the last id. Raises NoAction as ``parallel``.
+    The engine keeps those. ``start`` and ``end``, int64 (1,), say which positions of the sequence a pass computes: from
+    0 all is new. The first pass takes the image tokens and all ids, the others no image token and the last id. Raises
+    NoAction as ``parallel``.
     """
     tokens: list[NDArray[np.int64]] = []
-    fed = dict(inputs)
+    fed, start, end = dict(inputs), 0, inputs["image_tokens"].shape[1] + inputs["ids"].shape[1]
     while len(tokens) < action.horizon * action.dim:
-        outputs = run("decoder", {**fed, **past})
+        outputs = run("decoder", {**fed, "start": np.array([start]), "end": np.array([end])})
         tokens.append(_best(_shaped(outputs, "logits", (logit_rows(action),)), action))
-        past = {name: outputs[name.replace("past", "present", 1)] for name in past}
         fed |= {"image_tokens": inputs["image_tokens"][:, :0], "ids": tokens[-1][:, None]}
+        start, end = end, end + 1
     chunk = np.stack(tokens, 1).reshape(-1, action.horizon, action.dim)
     return Decoded(actions_of(chunk, action), chunk)
 

@@ -59,7 +59,10 @@ def _expected(
         outputs: Shapes = {"logits": (*chunk, logit_rows(action))} if action.bins else {"actions": chunk}
         return expected | {"decoder": (inputs | state, outputs)}
     if spec.decode == "autoregressive":
+        # An engine that keeps keys and values itself declares none, one that counts the positions itself no start.
         past = _cache(towers["decoder"], "past.{layer}.{part}", graphs["decoder"].inputs)
+        if "start" in _shapes(graphs["decoder"].inputs):
+            inputs["start"] = ()
         present = {name.replace("past", "present"): shape for name, shape in past.items()}
         return expected | {"decoder": (inputs | state | past, {"logits": (logit_rows(action),)} | present)}
     assert spec.flow is not None

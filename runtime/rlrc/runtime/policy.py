@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, GraphSpec, VerifiedSpec
+from rlrc.artifact import Artifact, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.runtime import backends, decode, preprocess
 from rlrc.runtime.backends import Engine
@@ -75,7 +75,6 @@ class LocalPolicy:
         prompt = self.spec.prompt
         self._tokenizer = None if prompt is None else preprocess.Tokenizer(artifact.file(TOKENIZER), prompt)
         self.engine = engine or backends.open_engine(artifact, self.backend, threads)
-        self._past = _empty_past(graphs["decoder"]) if self.spec.decode == "autoregressive" else {}
         self.reset()
 
     @staticmethod
@@ -149,17 +148,8 @@ class LocalPolicy:
                 noise = self._noise.standard_normal((action.horizon, flow.width), np.float32)
             return decode.flow(run, inputs, action, flow, np.asarray(noise, np.float32)[None])
         if self.spec.decode == "autoregressive":
-            return decode.autoregressive(run, inputs, action, self._past)
+            return decode.autoregressive(run, inputs, action)
         return decode.parallel(run, inputs, action)
-
-
-def _empty_past(decoder: GraphSpec) -> dict[str, NDArray[Any]]:
-    """Keys and values of no tokens, as the graph's first pass takes them."""
-    return {
-        tensor.name: np.zeros([size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype)
-        for tensor in decoder.inputs
-        if tensor.name.startswith("past.")
-    }
 
 
 def loaded(backend: str) -> tuple[str, ...]:
