@@ -1,12 +1,13 @@
 # Every target sets up what it needs first; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
-.PHONY: help setup demo test test-all lint
+.PHONY: help setup gguf demo test test-all lint
 
 help:
 	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make gguf      llama.cpp, built for this processor: what --to gguf and its graphs need"
 	@echo "make lint      lint and types only"
 	@echo "make setup     system packages, virtual environment, Python packages"
 
@@ -15,6 +16,9 @@ setup:
 
 demo: setup
 	@bash scripts/demo.sh
+
+gguf: setup
+	@bash scripts/llama_cpp.sh
 
 lint: setup
 	$(PYTHON) -m ruff check .

@@ -17,7 +17,7 @@ from rlrc.runtime.backends import FOLDERS, TARGETS
 from rlrc.runtime.npz import write_npz
 from rlrc.runtime.policy import LocalPolicy
 
-MODULES = {"onnxruntime": "rlrc.exporters.onnx_graphs"}
+MODULES = {"onnxruntime": "rlrc.exporters.onnx_graphs", "gguf": "rlrc.exporters.gguf"}
 """By backend. Each chooses a precision, tells whether it is exact, and writes the graphs."""
 
 

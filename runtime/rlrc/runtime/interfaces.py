@@ -21,12 +21,15 @@ NAMES = {
     "autoregressive": ("vision", "decoder"),
     "flow": ("vision", "prefix", "step"),
 }
+ENDS = ("embed", "head")  # what is before and after the blocks where a decoder's file holds those alone
 
 
 def check_interface(artifact: Artifact, graphs: Mapping[str, GraphSpec]) -> None:
     """Raises UserError unless the graphs' declared names and shapes are those that the policy's description implies."""
     spec, towers = artifact.manifest.policy, artifact.manifest.towers
     names = NAMES[spec.decode]
+    if any(graph.file.endswith(".gguf") for graph in graphs.values()):
+        names += ENDS
     if set(graphs) != set(names):
         raise UserError(
             f"expected the graphs {' and '.join((', '.join(names[:-1]), names[-1]))} in {artifact.path}, "
@@ -57,14 +60,14 @@ def _expected(
     if spec.decode == "parallel":
         chunk: Shape = (action.horizon, action.dim)
         outputs: Shapes = {"logits": (*chunk, logit_rows(action))} if action.bins else {"actions": chunk}
-        return expected | {"decoder": (inputs | state, outputs)}
+        return expected | _decoder(inputs | state, outputs, graphs)
     if spec.decode == "autoregressive":
         # An engine that keeps keys and values itself declares none, one that counts the positions itself no start.
         past = _cache(towers["decoder"], "past.{layer}.{part}", graphs["decoder"].inputs)
         if "start" in _shapes(graphs["decoder"].inputs):
             inputs["start"] = ()
         present = {name.replace("past", "present"): shape for name, shape in past.items()}
-        return expected | {"decoder": (inputs | state | past, {"logits": (logit_rows(action),)} | present)}
+        return expected | _decoder(inputs | state | past, {"logits": (logit_rows(action),)} | present, graphs)
     assert spec.flow is not None
     cache = _cache(towers["decoder"], "{part}.{layer}", graphs["prefix"].outputs)
     step: Shapes = {"x": (action.horizon, spec.flow.width)}
@@ -74,6 +77,15 @@ def _expected(
     later = state if "state" in _shapes(graphs["step"].inputs) or not first else {}
     velocity: Shapes = {"velocity": (action.horizon, spec.flow.width)}
     return expected | {"prefix": (inputs | first, cache), "step": (step | later | cache, velocity)}
+
+
+def _decoder(inputs: Shapes, outputs: Shapes, graphs: Mapping[str, GraphSpec]) -> dict[str, tuple[Shapes, Shapes]]:
+    """Of the decoder; and of its ends, if the graphs have them: vectors from one end, hidden states to the other."""
+    expected = {"decoder": (inputs, outputs)}
+    if "embed" in graphs and "head" in graphs:
+        expected |= {"embed": (inputs, _shapes(graphs["embed"].outputs))}
+        expected |= {"head": (_shapes(graphs["head"].inputs), outputs)}
+    return expected
 
 
 def _pixels(spec: PolicySpec) -> Shape:

@@ -43,10 +43,8 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
     The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal.
     """
-    tower, tokens = towers["decoder"], policy.action.tokens
-    assert tokens is not None
-    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
-    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    tower = towers["decoder"]
+    x = seen_and_told(b, tower)
     past = [
         tuple(
             b.input(f"past.{i}.{part}", "float32", (1, layer.kv_heads, "past", layer.head_dim))
@@ -54,8 +52,6 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         )
         for i, layer in enumerate(tower.layers)
     ]
-    x = b.concat(b.slice(words, 0, 1), image_tokens, b.slice(words, 1, None))
-
     before, length = b.size(past[0][0], 2), b.size(x, 1)
     places = blocks.positions(b, before, length)
     mask = blocks.causal_mask(b, places, blocks.positions(b, None, b.add(before, length)))
@@ -68,14 +64,49 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         assert present is not None
         for part, cached in zip(("key", "value"), present, strict=True):
             b.output(f"present.{i}.{part}", cached, "float32", (1, layer.kv_heads, "present", layer.head_dim))
-    logits = b.linear(blocks.norm(b, x, "decoder.norm", tower)[0], "head")
-    b.output("logits", b.reshape(logits, 1, tokens.rows), "float32", (1, tokens.rows))
+    next_token(b, blocks.norm(b, x, "decoder.norm", tower)[0], policy)
+
+
+def seen_and_told(b: Builder, tower: TowerSpec) -> str:
+    """The first id's embedding, the image tokens, those of the other ids: (1, T, width)."""
+    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
+    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    return b.concat(b.slice(words, 0, 1), image_tokens, b.slice(words, 1, None))
+
+
+def next_token(b: Builder, hidden: str, policy: PolicySpec) -> None:
+    """The normalised hidden state of the last position (1, 1, width) -> ``logits``."""
+    assert policy.action.tokens is not None
+    shape = (1, policy.action.tokens.rows)
+    b.output("logits", b.reshape(b.linear(hidden, "head"), *shape), "float32", shape)
+
+
+def step_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """The step's inputs but the past -> ``x`` (1, T, width), where another engine computes the blocks."""
+    tower = towers["decoder"]
+    b.output("x", seen_and_told(b, tower), "float32", (1, "x", tower.width))
+
+
+def step_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``hidden`` (1, 1, width) of the last position, normalised -> ``logits`` (1, rows)."""
+    next_token(b, b.input("hidden", "float32", (1, 1, towers["decoder"].width)), policy)
 
 
 def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (1, N, width), ``ids`` (1, L), ``state`` (1, S) -> ``logits`` or ``actions`` of the chunk."""
-    tower, action, geometry = towers["decoder"], policy.action, Geometry.of(policy)
-    numbers = action.horizon * action.dim
+    tower = towers["decoder"]
+    x = chunk_sequence(b, policy, tower)
+    around = blocks.Around(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
+    for i, layer in enumerate(tower.layers):
+        keep = read(policy) if i == len(tower.layers) - 1 else None
+        x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
+    x = blocks.norm(b, b.slice(x, 0, policy.action.horizon * policy.action.dim), "decoder.norm", tower)[0]
+    answer(b, x, policy, tower.width)
+
+
+def chunk_sequence(b: Builder, policy: PolicySpec, tower: TowerSpec) -> str:
+    """What the decoder's blocks take: OFTPolicy.sequence, (1, T, width)."""
+    numbers = policy.action.horizon * policy.action.dim
     image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
     words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
     parts = [b.slice(words, 0, 1), image_tokens]
@@ -84,20 +115,37 @@ def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         state = b.input("state", "float32", (1, dimensions))
         parts.append(gelu_mlp(b, b.reshape(state, 1, 1, dimensions), "state", 2))
     empty = b.op("ConstantOfShape", b.integers(1, numbers, tower.width))
-    x = b.concat(*parts, b.slice(words, 1, None), empty, b.embed(b.reshape(b.integers(STOP), 1, 1), "embedding"))
+    stop = b.embed(b.reshape(b.integers(STOP), 1, 1), "embedding")
+    return b.concat(*parts, b.slice(words, 1, None), empty, stop)
 
-    around = blocks.Around(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
-    for i, layer in enumerate(tower.layers):
-        # The hidden states are those one place before the chunk's own, after which </s> follows.
-        keep = numbers + 2 if i == len(tower.layers) - 1 else None
-        x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
-    hidden = blocks.norm(b, b.slice(x, 0, numbers), "decoder.norm", tower)[0]
+
+def read(policy: PolicySpec) -> int:
+    """How many of the last positions: the chunk's hidden states are those one place before its own, then comes </s>."""
+    return policy.action.horizon * policy.action.dim + 2
+
+
+def answer(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
+    """Normalised hidden states of the chunk's numbers (1, horizon * dim, width) -> ``logits`` or ``actions``."""
+    action, geometry = policy.action, Geometry.of(policy)
     if action.tokens is not None:
         shape = (1, action.horizon, action.dim, action.tokens.rows)
         b.output("logits", b.reshape(b.linear(hidden, "head"), *shape), "float32", shape)
         return
-    x = b.reshape(hidden, 1, action.horizon, action.dim * tower.width)
+    x = b.reshape(hidden, 1, action.horizon, action.dim * width)
     b.output("actions", regression(b, x, geometry.head_blocks), "float32", (1, action.horizon, action.dim))
+
+
+def chunk_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """The chunk's inputs -> ``x`` (1, T, width), where another engine computes the blocks."""
+    tower = towers["decoder"]
+    b.output("x", chunk_sequence(b, policy, tower), "float32", (1, "x", tower.width))
+
+
+def chunk_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``hidden`` of the last positions that the chunk is read from, normalised -> ``logits`` or ``actions``."""
+    width = towers["decoder"].width
+    hidden = b.input("hidden", "float32", (1, read(policy), width))
+    answer(b, b.slice(hidden, 0, policy.action.horizon * policy.action.dim), policy, width)
 
 
 def regression(b: Builder, x: str, count: int) -> str:
@@ -111,3 +159,5 @@ def regression(b: Builder, x: str, count: int) -> str:
 
 GRAPHS = {"vision": vision, "decoder": step}
 OFT_GRAPHS = {"vision": vision, "decoder": chunk}
+ENDS = {"embed": step_embed, "head": step_head}
+OFT_ENDS = {"embed": chunk_embed, "head": chunk_head}

@@ -55,26 +55,46 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """Image tokens, ``ids`` (batch, L), normalised ``state`` (batch, S) -> ``logits`` (batch, horizon, dim, bins)."""
     tower, action = towers["decoder"], policy.action
+    x, length = sequence(b, policy, towers)
+    cos, sin = (b.constant(table.numpy()) for table in rotary_tables(length, tower.layers[0].head_dim, tower.theta))
+    around = Around((cos, sin))
+    for i, layer in enumerate(tower.layers):
+        keep = action.horizon if i == len(tower.layers) - 1 else None
+        x, _ = decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
+    answer(b, norm(b, x, "decoder.norm", tower)[0], policy)
+
+
+def sequence(b: Builder, policy: PolicySpec, towers: Towers) -> tuple[str, int]:
+    """What the decoder's blocks take (batch, T, width), and T."""
+    tower, horizon = towers["decoder"], policy.action.horizon
     assert policy.state is not None
     assert policy.prompt is not None
-    seen = prod(image_grid(policy, TinyGeometry.parse(policy.geometry)))
-    length = seen + policy.prompt.max_tokens + 1 + action.horizon
-    dimensions = len(policy.state.names)
+    seen, dimensions = prod(image_grid(policy, TinyGeometry.parse(policy.geometry))), len(policy.state.names)
 
     image_tokens = b.input("image_tokens", "float32", ("batch", seen, tower.width))
     ids = b.input("ids", "int64", ("batch", policy.prompt.max_tokens))
     state = b.input("state", "float32", ("batch", dimensions))
     felt = b.linear(b.reshape(state, 0, 1, dimensions), "state", bias=True)
     x = b.concat(image_tokens, b.embed(ids, "embedding"), felt, b.repeat("query", batch_of=ids))
+    return x, seen + policy.prompt.max_tokens + 1 + horizon
 
-    cos, sin = (b.constant(table.numpy()) for table in rotary_tables(length, tower.layers[0].head_dim, tower.theta))
-    around = Around((cos, sin))
-    for i, layer in enumerate(tower.layers):
-        keep = action.horizon if i == len(tower.layers) - 1 else None
-        x, _ = decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
-    logits = b.linear(norm(b, x, "decoder.norm", tower)[0], "head")
-    shape = (action.horizon, action.dim, action.bins)
-    b.output("logits", b.reshape(logits, 0, *shape), "float32", ("batch", *shape))
+
+def answer(b: Builder, hidden: str, policy: PolicySpec) -> None:
+    """Normalised hidden states of the chunk's steps (batch, horizon, width) -> ``logits``."""
+    shape = (policy.action.horizon, policy.action.dim, policy.action.bins)
+    b.output("logits", b.reshape(b.linear(hidden, "head"), 0, *shape), "float32", ("batch", *shape))
+
+
+def embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """The decoder's inputs -> ``x`` (batch, T, width), where another engine computes its blocks."""
+    x, length = sequence(b, policy, towers)
+    b.output("x", x, "float32", ("batch", length, towers["decoder"].width))
+
+
+def head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
+    """``hidden`` (batch, horizon, width), the last ones and normalised -> ``logits``."""
+    shape = ("batch", policy.action.horizon, towers["decoder"].width)
+    answer(b, b.input("hidden", "float32", shape), policy)
 
 
 def image_grid(policy: PolicySpec, geometry: TinyGeometry) -> tuple[int, int]:
@@ -85,3 +105,4 @@ def image_grid(policy: PolicySpec, geometry: TinyGeometry) -> tuple[int, int]:
 
 
 GRAPHS = {"vision": vision, "decoder": decoder}
+ENDS = {"embed": embed, "head": head}

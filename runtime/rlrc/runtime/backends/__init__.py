@@ -64,4 +64,8 @@ def open_engine(artifact: Artifact, backend: str, threads: int) -> Engine:
         from rlrc.runtime.backends.onnxruntime import OnnxRuntime
 
         return OnnxRuntime(artifact, threads)
-    raise UserError(f"expected the backend onnxruntime on this machine, found {backend}; choose that one")
+    if backend == "gguf":
+        from rlrc.runtime.backends.llama_cpp import LlamaCpp
+
+        return LlamaCpp(artifact, threads)
+    raise UserError(f"expected the backend onnxruntime or gguf, found {backend}; choose one of those")

@@ -26,7 +26,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 
 
 class OnnxRuntime:
-    """One session per graph of the backend's set."""
+    """One session per graph of the backend's set, but those that llama.cpp runs."""
 
     def __init__(self, artifact: Artifact, threads: int, backend: str = NAME) -> None:
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
@@ -34,7 +34,7 @@ class OnnxRuntime:
         self._outputs: dict[str, list[str]] = {}
         self._caches: dict[str, Cache] = {}
         for graph in artifact.manifest.graphs:
-            if graph.backend != backend:
+            if graph.backend != backend or graph.file.endswith(".gguf"):
                 continue
             if graph.name in self._sessions:
                 raise UserError(
@@ -69,7 +69,7 @@ class OnnxRuntime:
 
 
 def _session(path: Path, graph: GraphSpec, threads: int) -> onnxruntime.InferenceSession:
-    _check_needs(graph)
+    check_needs(graph, NAME, onnxruntime.__version__)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -114,18 +114,19 @@ def _describe(tensors: dict[str, tuple[str, tuple[int | str, ...]]]) -> str:
     )
 
 
-def _check_needs(graph: GraphSpec) -> None:
+def check_needs(graph: GraphSpec, engine: str, found: str) -> None:
+    """Raises UserError unless the engine of this version is what the graph needs."""
     for need, version in graph.needs.items():
         wanted = re.fullmatch(r">=(\d+(?:\.\d+)*)", version)
-        if need != NAME or wanted is None:
+        if need != engine or wanted is None:
             raise UserError(
-                f'expected graph "{graph.name}" to need {NAME} ">=VERSION" only, found {need} "{version}"; '
+                f'expected graph "{graph.name}" to need {engine} ">=VERSION" only, found {need} "{version}"; '
                 "upgrade rlrc or export the artifact again"
             )
-        if _numbers(onnxruntime.__version__) < _numbers(wanted[1]):
+        if _numbers(found) < _numbers(wanted[1]):
             raise UserError(
-                f'graph "{graph.name}" expected onnxruntime {version}, found {onnxruntime.__version__}; '
-                "upgrade onnxruntime or export the artifact again"
+                f'graph "{graph.name}" expected {engine} {version}, found {found}; '
+                f"upgrade {engine} or export the artifact again"
             )
 
 

@@ -1,0 +1,58 @@
+"""A set of graphs whose decoder's blocks run on llama.cpp, and the rest on ONNX Runtime.
+
+"decoder" is three: "embed" makes the vectors of the sequence, llama.cpp computes the blocks, "head" makes the answer of
+the last hidden states. The keys and values of autoregressive decoding never leave llama.cpp, which is why this
+decoder's graph takes no past and gives none: a pass with image tokens begins a sequence, one without goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from numpy.typing import NDArray
+
+from rlrc.artifact import Artifact, GraphSpec
+from rlrc.errors import UserError
+from rlrc.runtime.backends.llama_model import ENGINE, LlamaModel, library
+from rlrc.runtime.backends.onnxruntime import OnnxRuntime, check_needs
+
+NAME = "gguf"
+
+
+class LlamaCpp:
+    """The set's graphs on ``threads`` threads."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        library()  # a refusal comes before the rest is loaded
+        graphs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == NAME}
+        spec, decoder, width = artifact.manifest.policy, graphs["decoder"], artifact.manifest.towers["decoder"].width
+        check_needs(decoder, ENGINE, metadata.version(ENGINE))
+        self._rows, causal = _rows(graphs["head"], width), spec.decode == "autoregressive"
+        self._onnx = OnnxRuntime(artifact, threads, NAME)
+        self._model = LlamaModel(artifact.file(decoder.file), width, decoder.precision, causal, threads)
+        # Of the tokens that autoregressive decoding makes, all but the last are read again.
+        self._later = spec.action.horizon * spec.action.dim - 1 if causal else 0
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name. Raises NoAction where an engine fails."""
+        if graph != "decoder":
+            return self._onnx.run(graph, inputs)
+        (x,) = self._onnx.run("embed", inputs)["x"]
+        if inputs["image_tokens"].shape[1]:
+            self._model.begin(len(x) + self._later)
+        return self._onnx.run("head", {"hidden": self._model.run(x, self._rows)[None]})
+
+    def versions(self) -> dict[str, str]:
+        """What a measurement on this engine depends on."""
+        return {ENGINE: metadata.version(ENGINE), **self._onnx.versions()}
+
+
+def _rows(head: GraphSpec, width: int) -> int:
+    """How many hidden states the answer is made of."""
+    shapes = {tensor.name: tensor.shape for tensor in head.inputs}
+    rows = shapes["hidden"][1] if len(shapes.get("hidden", ())) == 3 else None
+    if not isinstance(rows, int) or shapes != {"hidden": (shapes["hidden"][0], rows, width)}:
+        raise UserError(f'expected graph "head" to take hidden (1, rows, {width}), found {shapes}; export it again')
+    return rows
