@@ -1,0 +1,317 @@
+"""The guard between policy and robot: lets through what keeps every limit of the profile, and else fails closed.
+
+    guard = Guard(profile, hz, policy.action, state.names, state.units)
+    guard.start(measured)                      # where the robot is; nothing is sent before
+    verdict = guard.step(command, measured, dt)    # each period; guard.hold(measured, dt) where there is no action
+    robot.command(verdict.command)             # None: there is nothing safe to send, use the robot's own stop
+
+``measured`` is the robot's state vector, ``dt`` the seconds since the last command. What a command breaks is clamped,
+held or stopped as the profile says. NaN, infinity, a wrong shape or type, a state that is missing, old or not finite, a
+clock that jumps or stands, and any exception in here stop. A stop latches: until ``rearm`` nothing but the hold goes
+out. Hold means the same for all meanings: every dimension is brought to rest within its acceleration limit, never in a
+jump, and kept there: an absolute stays where it came to rest, a delta and a velocity become 0, a gripper keeps its last
+value. Which commands there are, and why there is always one: rlrc.runtime.reach. Not for several threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import ActionSpec
+from rlrc.errors import UserError
+from rlrc.runtime import profile as profiles
+from rlrc.runtime import reach
+from rlrc.runtime.profile import Dimension, Position, RobotProfile
+from rlrc.runtime.verdict import Act, Event, Kind, Verdict
+
+KEPT = 1024  # events that ``Guard.events`` holds
+ROUNDING = 1e-6  # of a position (of 1 where that is larger): what float32 may add to a command without breaking a limit
+
+_ORDER: dict[str, int] = {"clamp": 0, "hold": 1, "stop": 2}
+
+
+class Guard:
+    """Raises UserError where the profile does not cover the policy's actions, or the state does not measure them.
+
+    ``names`` and ``units`` are those of the robot's state vector. ``periods``: the longest time between commands, and
+    the highest age of a state, in periods of ``hz``.
+    """
+
+    def __init__(
+        self,
+        profile: RobotProfile,
+        hz: float,
+        action: ActionSpec,
+        names: Sequence[str],
+        units: Sequence[str],
+        periods: float = 2.0,
+    ) -> None:
+        if not (math.isfinite(hz) and hz > 0):
+            raise UserError(f"expected a control rate above 0 Hz for the guard, found {hz}; give another --hz")
+        self.profile, self.period, self.longest = profile, 1 / hz, periods / hz
+        senses = profiles.senses(profile, action, names, units)
+        self._measures, self._entries = list(senses.dimensions), list(senses.entries)
+        self._factors, self._states = np.array(senses.factors), len(names)
+        dimensions, self._boxes = profile.dimensions, [profile.box(i) for i in range(len(profile.dimensions))]
+        meanings = np.array([dimension.meaning for dimension in dimensions])
+        self._is_velocity, self._is_delta = meanings == "velocity", meanings == "delta"
+        self._is_absolute = ~(self._is_velocity | self._is_delta)
+        self._is_measured = np.array([dimension.measured for dimension in dimensions])
+        # Deltas and velocities that nothing measures or bounds: where they lead is nobody's business.
+        self._is_lost = np.array([d.unbounded is not None and d.state is None for d in dimensions])
+        self.limits = _limits(profile, self._is_velocity, self.longest)
+        self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
+        self._position = np.array([dimension.rest or 0.0 for dimension in dimensions])
+        self._velocity = np.zeros(len(dimensions))
+        self._aim = self._position  # the last target, which matters for absolutes
+        self._started, self.steps = False, 0
+        self.reason: str | None = None  # why it is stopped
+        self.events: deque[Event] = deque(maxlen=KEPT)  # the last ones
+        self.counts: Counter[tuple[Kind, Act]] = Counter()  # of all
+        self._fresh: list[Event] = []  # those that no verdict has told yet
+
+    @property
+    def stopped(self) -> bool:
+        return self.reason is not None
+
+    def start(self, measured: NDArray[np.floating]) -> None:
+        """Begins at rest where the robot is. Raises UserError while stopped, and for a state that does not do."""
+        if self.reason is not None:
+            raise UserError(f"expected a guard that is not stopped, found it stopped ({self.reason}); re-arm it first")
+        try:
+            sensed = self._sense(measured, 0.0)
+        except ValueError as error:
+            raise UserError(f"expected the robot's state to start from, found {error}; check its sensors") from None
+        position = np.array([dimension.rest or 0.0 for dimension in self.profile.dimensions])
+        position[self._measures] = sensed
+        inside = np.clip(position, self.limits.low, self.limits.high)
+        for dimension, found, allowed in zip(self.profile.dimensions, position, inside, strict=True):
+            slack = 0.0 if dimension.position is None else dimension.position.slack
+            if abs(found - allowed) > slack:
+                raise UserError(
+                    f"expected the robot to start within its limits, found {dimension.name} at {found:.6g} "
+                    f"{dimension.length}, {abs(found - allowed):.3g} beyond {allowed:.6g}; move it there first, "
+                    "or give its position a slack in the profile"
+                )
+        self._position = np.where(self._is_measured, position, inside)
+        self._velocity, self._started = np.zeros(len(position)), True
+        self._aim = self._position
+        self._log("start", "start", "at rest where the robot was measured")
+
+    def step(self, command: Any, measured: Any, dt: float, age: float = 0.0) -> Verdict:
+        """What to send for the policy's ``command`` (dim,). ``age``: the seconds since ``measured`` was."""
+        return self._guarded(command, True, measured, dt, age)
+
+    def hold(self, measured: Any, dt: float, age: float = 0.0) -> Verdict:
+        """The same where there is no command: on towards rest, or staying there."""
+        return self._guarded(None, False, measured, dt, age)
+
+    def stop(self, reason: str) -> None:
+        """Latches. The next ``step`` or ``hold`` begins to brake."""
+        self._stop("stop", reason)
+
+    def rearm(self, reason: str) -> None:
+        """Lets commands through again, from the one that was held last.
+
+        If the robot has been moved since, ``start`` after it; tracking limits tell that by stopping again.
+        """
+        if self.reason is not None:
+            self._log("rearm", "rearm", f"{reason} (was stopped: {self.reason})")
+            self.reason = None
+
+    def _guarded(self, command: Any, commanded: bool, measured: Any, dt: Any, age: Any) -> Verdict:
+        self.steps += 1
+        seconds = self.period
+        try:
+            seconds = self._clock(dt)
+            if self.reason is None:
+                self._observe(measured, age)
+            if self.reason is None and commanded:
+                return self._step(command, seconds)
+            return self._brake(seconds)
+        except Exception as error:  # our own mistake: the robot must not pay for it
+            self._stop("fault", f"{type(error).__name__}: {error}")
+        try:
+            return self._brake(seconds)
+        except Exception as error:
+            self._log("fault", "stop", f"no hold either: {type(error).__name__}: {error}")
+            return Verdict(None, True, True, self._tell())
+
+    def _clock(self, dt: Any) -> float:
+        """The seconds to brake for. A clock that stands, goes back or jumps stops."""
+        seconds = float(dt) if isinstance(dt, (int, float, np.floating)) else math.nan
+        if not 0 < seconds <= self.longest:
+            self._stop("clock", f"{dt!r} s since the last command, expected more than 0 and up to {self.longest:.6g}")
+        return seconds if 0 < seconds < math.inf else self.period
+
+    def _observe(self, measured: Any, age: Any) -> None:
+        if not self._started:
+            return self._stop("measured", "no start: where the robot is was never measured")
+        try:
+            sensed = self._sense(measured, age)
+        except ValueError as error:
+            return self._stop("measured", str(error))
+        off = np.abs(sensed - self._position[self._measures])
+        for index in np.flatnonzero(off > self._tracking[self._measures]).tolist():
+            dimension = self.profile.dimensions[self._measures[index]]
+            assert dimension.tracking is not None
+            self._break("tracking", dimension.tracking.on, dimension, float(off[index]), dimension.tracking.limit)
+        position = self._position.copy()
+        position[self._measures] = sensed
+        self._position = np.where(self._is_measured, position, self._position)
+
+    def _sense(self, measured: Any, age: Any) -> NDArray[np.float64]:
+        """The measured positions, in the dimensions' units. Raises ValueError for a state that is none."""
+        seconds = float(age) if isinstance(age, (int, float, np.floating)) else math.nan
+        if not 0 <= seconds <= self.longest:
+            raise ValueError(f"a state {age!r} s old, expected up to {self.longest:.6g}")
+        if measured is None:
+            raise ValueError("no state")
+        if not isinstance(measured, np.ndarray) or measured.dtype.kind != "f" or measured.shape != (self._states,):
+            raise ValueError(f"{_form(measured)} as state, expected floats ({self._states},)")
+        sensed = measured[self._entries] * self._factors
+        if not np.isfinite(sensed).all():
+            raise ValueError(f"{sensed[~np.isfinite(sensed)][0]} in the state")
+        return sensed
+
+    def _step(self, command: Any, dt: float) -> Verdict:
+        shape = self._position.shape
+        if not isinstance(command, np.ndarray) or command.dtype.kind != "f" or command.shape != shape:
+            self._stop("command", f"{_form(command)}, expected floats {shape}")
+            return self._brake(dt)
+        values = command.astype(np.float64)
+        if not np.isfinite(values).all():
+            broken = int(np.argmin(np.isfinite(values)))
+            self._stop("command", f"{values[broken]} in {self.profile.dimensions[broken].name}")
+            return self._brake(dt)
+        if any(event.act == "hold" for event in self._fresh):
+            return self._brake(dt)
+        with np.errstate(over="ignore"):  # an absurd command may become an infinite velocity, which is then clamped
+            away = values - self._position
+            wanted = np.where(self._is_velocity, values, np.where(self._is_delta, values, away) / dt)
+        lowest, highest = reach.reachable(self._position, self._velocity, self.limits, dt)
+        safe = np.clip(wanted, lowest, highest)
+        kept = safe == wanted
+        if kept.all():
+            return self._send(safe, dt, values, kept)
+        acts = [self._explain(index, wanted, safe, dt) for index in np.flatnonzero(~kept).tolist()]
+        if "stop" in acts or "hold" in acts:
+            return self._brake(dt)
+        # A target out of reach is approached so that the robot can come to rest there, instead of running beyond; one
+        # that moves on meanwhile is followed.
+        on = np.maximum(np.copysign(1.0, away) * (values - self._aim) / dt, 0.0)
+        calm = np.copysign(np.minimum(np.abs(wanted), reach.fastest(np.abs(away), self.limits, dt) + on), wanted)
+        safe = np.where(self._is_absolute & ~kept, np.clip(calm, lowest, highest), safe)
+        return self._send(safe, dt, values, kept)
+
+    def _explain(self, index: int, wanted: Any, safe: Any, dt: float) -> Act:
+        """Logs which limits a dimension's command breaks; returns the severest thing to do about them."""
+        dimension, box = self.profile.dimensions[index], self._boxes[index]
+        position, velocity = float(self._position[index]), float(self._velocity[index])
+        speed = float(wanted[index])
+        target, rounding = position + speed * dt, ROUNDING * max(1.0, abs(position))
+        broken: list[tuple[Kind, profiles.On, float, float]] = []
+        if box is not None and (bound := _beyond(target, *box, rounding)) is not None:
+            assert self.profile.workspace is not None
+            broken.append(("workspace", self.profile.workspace.on, target, bound))
+        if (own := dimension.position) is not None:
+            bound = _beyond(target, own.low, own.high, rounding)
+            if bound is not None:
+                broken.append(("position", own.on, target, bound))
+        if (limit := dimension.velocity) is not None and (abs(speed) - limit.limit) * dt > rounding:
+            broken.append(("velocity", limit.on, speed, limit.limit))
+        change = (speed - velocity) / dt
+        if (limit := dimension.acceleration) is not None and (abs(change) - limit.limit) * dt * dt > rounding:
+            broken.append(("acceleration", limit.on, change, limit.limit))
+        if not broken and abs(speed - float(safe[index])) * dt > rounding:
+            broken.append(("braking", "clamp", speed, float(safe[index])))
+        for kind, on, found, bound in broken:
+            self._break(kind, on, dimension, found, bound)
+        return max((on for _, on, _, _ in broken), key=_ORDER.__getitem__, default="clamp")
+
+    def _brake(self, dt: float) -> Verdict:
+        """The hold: every dimension towards rest as its acceleration limit allows."""
+        if not self._started:
+            return Verdict(None, True, self.stopped, self._tell())
+        return self._send(reach.braked(self._velocity, self.limits, dt), dt)
+
+    def _send(
+        self,
+        velocity: NDArray[np.float64],
+        dt: float,
+        values: NDArray[np.float64] | None = None,
+        kept: NDArray[np.bool_] | None = None,
+    ) -> Verdict:
+        """The command of these velocities, ``values`` themselves where they are ``kept``; remembers where it leads."""
+        moved = self._position + velocity * dt
+        if values is not None and kept is not None:
+            moved = np.where(self._is_absolute & kept, values, moved)
+        target = np.where(self._is_measured, moved, np.clip(moved, self.limits.low, self.limits.high))
+        target[self._is_lost] = 0.0
+        told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, target))
+        if values is not None and kept is not None:
+            told = np.where(~self._is_absolute & kept, values, told)
+        self._position, self._velocity = target, velocity
+        self._aim = target if values is None else values
+        return Verdict(told, values is None, self.stopped, self._tell())
+
+    def _break(self, kind: Kind, on: profiles.On, dimension: Dimension, found: float, limit: float) -> None:
+        self._log(kind, on, "", dimension.name, found, limit)
+        if on == "stop" and self.reason is None:
+            self.reason = f"{kind} of {dimension.name}: {found:.6g}, limit {limit:.6g} ({dimension.unit})"
+
+    def _stop(self, kind: Kind, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._log(kind, "stop", reason)
+
+    def _log(self, kind: Kind, act: Act, reason: str, *details: Any) -> None:
+        event = Event(self.steps, kind, act, reason, *details)
+        self.events.append(event)
+        self.counts[kind, act] += 1
+        self._fresh.append(event)
+
+    def _tell(self) -> tuple[Event, ...]:
+        told, self._fresh = tuple(self._fresh), []
+        return told
+
+
+def _limits(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float) -> reach.Limits:
+    """The profile's limits as vectors; the bounds are those of position and workspace together."""
+    low, high = np.full(len(lasting), -reach.FAR), np.full(len(lasting), reach.FAR)
+    velocity, acceleration = np.full(len(lasting), math.inf), np.full(len(lasting), math.inf)
+    for index, dimension in enumerate(profile.dimensions):
+        for bounds in (_bounds(dimension.position), profile.box(index)):
+            if bounds is not None:
+                low[index], high[index] = max(low[index], bounds[0]), min(high[index], bounds[1])
+        if low[index] >= high[index]:
+            raise UserError(
+                f"expected position and workspace of {dimension.name} to overlap, found {high[index]:.6g} to "
+                f"{low[index]:.6g} between them; {profiles.REMEDY}"
+            )
+        if dimension.velocity is not None:
+            velocity[index] = dimension.velocity.limit
+        if dimension.acceleration is not None:
+            acceleration[index] = dimension.acceleration.limit
+    return reach.Limits(low, high, velocity, acceleration, lasting, longest)
+
+
+def _bounds(position: Position | None) -> tuple[float, float] | None:
+    return None if position is None else (position.low, position.high)
+
+
+def _beyond(target: float, low: float, high: float, rounding: float) -> float | None:
+    """The bound that is crossed."""
+    if target > high + rounding:
+        return high
+    return low if target < low - rounding else None
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
