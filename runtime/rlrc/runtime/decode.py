@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import ActionSpec, FlowSpec
-from rlrc.runtime.preprocess import bin_centers, unnormalise
+from rlrc.runtime.continuation import Continuation
+from rlrc.runtime.preprocess import bin_centers, normalise, to_bins, unnormalise
 
 Tensors = Mapping[str, NDArray[Any]]
 Run = Callable[[str, Tensors], Tensors]
@@ -32,47 +33,70 @@ class Decoded(NamedTuple):
     tokens: NDArray[np.int64] | None = None
 
 
-def parallel(run: Run, inputs: Tensors, action: ActionSpec) -> Decoded:
+def parallel(run: Run, inputs: Tensors, action: ActionSpec, continuation: Continuation | None = None) -> Decoded:
     """The whole chunk from one pass: tokens, or actions themselves (OpenVLA-OFT, arXiv 2502.19645, section 4).
 
-    Raises NoAction for outputs that are not finite or do not fit.
+    A continuation's frozen actions take the place of those decoded; the others do not depend on them. Raises NoAction
+    for outputs that are not finite or do not fit.
     """
     chunk = (action.horizon, action.dim)
     if not action.bins:
-        return Decoded(_raw(_shaped(run("decoder", inputs), "actions", chunk), action))
+        actions = _raw(_shaped(run("decoder", inputs), "actions", chunk), action)
+        if continuation is not None:
+            actions[:, : continuation.frozen] = continuation.sent
+        return Decoded(actions)
     tokens = _best(_shaped(run("decoder", inputs), "logits", (*chunk, logit_rows(action))), action)
+    if continuation is not None:
+        tokens[:, : continuation.frozen] = tokens_of(continuation.sent, action)
     return Decoded(actions_of(tokens, action), tokens)
 
 
-def autoregressive(run: Run, inputs: Tensors, action: ActionSpec) -> Decoded:
+def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, continuation: Continuation | None = None) -> Decoded:
     """Greedy, a token a pass, every pass continuing the keys and values of those before (OpenVLA, arXiv 2406.09246).
 
     The engine keeps those. ``start`` and ``end``, int64 (1,), say which positions of the sequence a pass computes: from
-    0 all is new. The first pass takes the image tokens and all ids, the others no image token and the last id. Raises
+    0 all is new. The first pass takes the image tokens and all ids, the others no image token and the last id. The
+    tokens of a continuation's frozen actions are not chosen but given, and those after them follow from them. Raises
     NoAction as ``parallel``.
     """
     tokens: list[NDArray[np.int64]] = []
+    given: list[int] = []
+    if continuation is not None:
+        given = tokens_of(continuation.sent, action).ravel().tolist()
     fed, start, end = dict(inputs), 0, inputs["image_tokens"].shape[1] + inputs["ids"].shape[1]
     while len(tokens) < action.horizon * action.dim:
         outputs = run("decoder", {**fed, "start": np.array([start]), "end": np.array([end])})
-        tokens.append(_best(_shaped(outputs, "logits", (logit_rows(action),)), action))
+        best = _best(_shaped(outputs, "logits", (logit_rows(action),)), action)
+        tokens.append(best if len(tokens) >= len(given) else np.full_like(best, given[len(tokens)]))
         fed |= {"image_tokens": inputs["image_tokens"][:, :0], "ids": tokens[-1][:, None]}
         start, end = end, end + 1
     chunk = np.stack(tokens, 1).reshape(-1, action.horizon, action.dim)
     return Decoded(actions_of(chunk, action), chunk)
 
 
-def flow(run: Run, inputs: Tensors, action: ActionSpec, flow: FlowSpec, noise: NDArray[np.float32]) -> Decoded:
+def flow(
+    run: Run,
+    inputs: Tensors,
+    action: ActionSpec,
+    flow: FlowSpec,
+    noise: NDArray[np.float32],
+    continuation: Continuation | None = None,
+) -> Decoded:
     """Euler steps from ``noise`` (B, horizon, width) at t = 1 to actions at t = 0 (pi0, arXiv 2410.24164, section IV).
 
     "prefix" gives the keys and values of everything but the actions, once; "step" the velocity, from them, ``x`` and
-    the time, as ``t`` (B,) or counted in steps, ``step`` (B,). Raises NoAction as ``parallel``.
+    the time, as ``t`` (B,) or counted in steps, ``step`` (B,). A continuation is painted in before every step, what has
+    been sent of it at the end as well. Raises NoAction as ``parallel``.
     """
     known, x = {**inputs, **run("prefix", inputs)}, noise
     for i in range(flow.steps):
+        if continuation is not None:
+            x = continuation.painted(x, noise, 1 - i / flow.steps, action)
         t, step = np.full(len(x), 1 - i / flow.steps, np.float32), np.full(len(x), i, np.int64)
         velocity = run("step", {**known, "x": x, "t": t, "step": step})
         x = x - _shaped(velocity, "velocity", (action.horizon, flow.width)) / np.float32(flow.steps)
+    if continuation is not None:
+        x = continuation.only_sent().painted(x, noise, 0.0, action)
     return Decoded(_raw(x[..., : action.dim], action))
 
 
@@ -90,6 +114,12 @@ def actions_of(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.fl
     """Tokens (..., dim), bins or ids of a vocabulary -> un-normalised actions of the same shape."""
     bins = tokens if action.tokens is None else np.clip(action.tokens.first - tokens, 0, action.bins - 1)
     return unnormalise(bin_centers(action.bins)[bins], action.norm)
+
+
+def tokens_of(actions: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
+    """Un-normalised actions (..., dim) -> the tokens that stand for them: the inverse of ``actions_of``."""
+    bins = to_bins(normalise(actions, action.norm), action.bins)
+    return bins if action.tokens is None else action.tokens.first - bins
 
 
 def _shaped(outputs: Tensors, name: str, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from rlrc.artifact import Artifact, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.runtime import backends, decode, preprocess
 from rlrc.runtime.backends import Engine
+from rlrc.runtime.continuation import Continuation
 from rlrc.runtime.interfaces import check_interface
 from rlrc.runtime.verify import failure
 
@@ -89,8 +90,11 @@ class LocalPolicy:
             raise UserError(f"expected verified graphs in {path}, found {reason}; run rlrc export")
         return LocalPolicy(artifact, threads, backend)
 
-    def infer(self, observation: Mapping[str, Any]) -> Result:
+    def infer(self, observation: Mapping[str, Any], continuation: Continuation | None = None) -> Result:
+        """``continuation``: what the chunk has to go on from (rlrc.runtime.continuation)."""
         started = perf_counter()
+        if continuation is not None:
+            continuation.check(self.spec.action)
         preprocess.check(observation, self.spec)
         prepared = preprocess.prepare(observation, self.spec, self._tokenizer)
         inputs: dict[str, NDArray[Any]] = {}
@@ -110,7 +114,7 @@ class LocalPolicy:
             graphs_s += perf_counter() - begun
             return outputs
 
-        decoded = self._decode(run, inputs, observation)
+        decoded = self._decode(run, inputs, observation, continuation)
         finished = perf_counter()
         timing = Timing(
             preprocess_ms=(ready - started) * 1e3,
@@ -139,17 +143,21 @@ class LocalPolicy:
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens, 1)
 
     def _decode(
-        self, run: decode.Run, inputs: dict[str, NDArray[Any]], observation: Mapping[str, Any]
+        self,
+        run: decode.Run,
+        inputs: dict[str, NDArray[Any]],
+        observation: Mapping[str, Any],
+        continuation: Continuation | None,
     ) -> decode.Decoded:
         action, flow = self.spec.action, self.spec.flow
         if flow is not None:
             noise = observation.get("noise")
             if noise is None:
                 noise = self._noise.standard_normal((action.horizon, flow.width), np.float32)
-            return decode.flow(run, inputs, action, flow, np.asarray(noise, np.float32)[None])
+            return decode.flow(run, inputs, action, flow, np.asarray(noise, np.float32)[None], continuation)
         if self.spec.decode == "autoregressive":
-            return decode.autoregressive(run, inputs, action)
-        return decode.parallel(run, inputs, action)
+            return decode.autoregressive(run, inputs, action, continuation)
+        return decode.parallel(run, inputs, action, continuation)
 
 
 def loaded(backend: str) -> tuple[str, ...]:
