@@ -11,6 +11,7 @@ import pytest
 
 from rlrc.benchmarks import latency, machine
 from rlrc.errors import UserError
+from rlrc.runtime import warmup
 from rlrc.runtime.cli import main
 
 
@@ -33,7 +34,7 @@ class Clockwork:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up of one call: these tests are about what follows."""
-    monkeypatch.setattr(latency, "warm_up", lambda call: (1, bool(call() or True)))
+    monkeypatch.setattr(latency, "warm_up", lambda call: (1, bool(call() or True), 1.0))
 
 
 @pytest.mark.usefixtures("steady")
@@ -74,12 +75,12 @@ def test_total_is_the_time_of_the_whole_call() -> None:
 def test_warm_up_stops_when_two_windows_agree() -> None:
     # Windows of 20 calls with medians 10, 5, 4.95: the third differs by 1 % from the second.
     times = iter([10.0] * 20 + [5.0] * 20 + [4.95] * 20)
-    assert latency.warm_up(lambda: next(times)) == (60, True)
+    assert warmup.warm_up(lambda: next(times))[:2] == (60, True)
 
 
 def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
     falling = (1000.0 * 0.99**i for i in range(10_000))
-    assert latency.warm_up(lambda: next(falling)) == (latency.CAP * latency.WINDOW, False)
+    assert warmup.warm_up(lambda: next(falling))[:2] == (warmup.CAP * warmup.WINDOW, False)
 
 
 def test_no_trials_are_refused() -> None:

@@ -98,8 +98,8 @@ class Workers:
             process = self.processes[connection]
             process.join(5)
             raise UserError(
-                f"expected every worker process to go on, found that one ended by {_end(process.exitcode)}; it may "
-                "have run out of memory: free some, or pass fewer --workers, and run the command again"
+                f"expected every worker process to go on, found that one ended by {how_it_ended(process.exitcode)}; "
+                "it may have run out of memory: free some, or pass fewer --workers, and run the command again"
             ) from None
         if kind == "user error":
             raise UserError(value)
@@ -114,12 +114,13 @@ def _send(connection: Connection, function: Callable[[Job], Any], job: Job) -> J
     return job
 
 
-def _end(code: int | None) -> str:
+def how_it_ended(code: int | None) -> str:
+    """The signal or exit code of a process that has ended."""
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 def _work(connection: Connection) -> None:
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     while True:
         try:
@@ -135,7 +136,7 @@ def _work(connection: Connection) -> None:
             connection.send(("error", traceback.format_exc()))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to end this worker when the process that started it dies, even by SIGKILL; it would work on alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rlrc.artifact import Artifact
 from rlrc.benchmarks.stats import percentiles
 from rlrc.errors import UserError
 from rlrc.runtime.verify import GOLDEN, read_golden
+from rlrc.runtime.warmup import warm_up
 
 if TYPE_CHECKING:
     from rlrc.runtime.policy import Policy, Result
 
 PARTS = ("preprocess", "vision", "decoder", "postprocess")
-WINDOW, TOLERANCE, CAP = 20, 0.02, 25  # warm-up: medians of two windows agree within 2 %, after at most 25 windows
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def measure(
     if trials < 1 or block < 1:
         raise UserError(f"expected at least one trial and one trial a block, found {trials} and {block}; raise them")
     calls = {name: _timed(policy, observations[name]) for name, policy in policies.items()}
-    warm = {name: warm_up(lambda call=call: call()[0]) for name, call in calls.items()}  # type: ignore[misc]
+    warm = {name: warm_up(lambda call=call: call()[0])[:2] for name, call in calls.items()}  # type: ignore[misc]
     timed: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in policies}
     for _ in range(math.ceil(trials / block)):
         for name, call in calls.items():
@@ -75,18 +73,6 @@ def measure(
         )
         for name in policies
     }
-
-
-def warm_up(call: Callable[[], float]) -> tuple[int, bool]:
-    """Call until the medians of two successive windows differ by less than 2 %: (calls made, whether that was
-    reached)."""
-    before = math.inf
-    for window in range(1, CAP + 1):
-        median = float(np.median([call() for _ in range(WINDOW)]))
-        if abs(median - before) < TOLERANCE * median:
-            return window * WINDOW, True
-        before = median
-    return CAP * WINDOW, False
 
 
 def _timed(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callable[[], tuple[float, dict[str, float]]]:

@@ -1,0 +1,121 @@
+"""A simulator in the place of a robot: it lives in a process of its own, as a robot does in a controller of its own.
+
+Every command is one step of the simulation; the picture of what came of it is there some milliseconds later. Between
+commands the simulated time stands still, so that a command that is held back costs the task nothing but steps.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import PolicySpec
+from rlrc.errors import UserError
+from rlrc.robots.robot import RobotError, Sensed
+from rlrc.runtime.child import Channel, Child, Dead
+
+PATIENCE = 120.0  # seconds for the simulator to start, or to begin an episode
+LARGEST = 64 * 2**20  # bytes of an observation
+
+
+class SimulatorRobot:
+    """Opens an environment by its name (rlrc.envs.environment). Raises UserError as that does.
+
+    ``hz`` and ``horizon`` are the environment's; ``over`` and ``success`` tell about the episode.
+    """
+
+    live_pictures = False  # a renderer draws the same scene twice alike
+
+    def __init__(self, name: str, spec: PolicySpec, mapping: Path | None = None) -> None:
+        self._child = Child(_simulate, (name, spec, mapping), f"the simulator {name}", 2**16, LARGEST)
+        values, _ = self._child.wait(PATIENCE)
+        self.name, self.hz, self.horizon = values["name"], float(values["hz"]), int(values["horizon"])
+        self.over = self.success = False
+        self._sensed: Sensed | None = None
+        self._waiting: NDArray[Any] | None = None
+        self.steps = 0
+        """simulated since the episode began"""
+
+    def reset(self, seed: int) -> None:
+        """Begin an episode, outside of the loop."""
+        if self._child.busy:
+            self._child.wait(PATIENCE)
+        self._child.ask({"do": "reset", "seed": seed})
+        self._waiting, self.steps = None, 0
+        self._take(*self._child.wait(PATIENCE))
+
+    def refresh(self) -> None:
+        """Picture the same state anew, outside of the loop: the last one has become old by waiting."""
+        self._child.ask({"do": "observe"})
+        self._take(*self._child.wait(PATIENCE))
+
+    def sense(self) -> Sensed | None:
+        try:
+            if self._child.busy and (answer := self._child.poll()) is not None:
+                self._take(*answer)
+                if self._waiting is not None and not self.over:
+                    waiting, self._waiting = self._waiting, None
+                    self._send(waiting)
+        except Dead as error:
+            raise RobotError(str(error)) from None
+        return self._sensed
+
+    def command(self, action: NDArray[Any]) -> None:
+        """While the simulation of the last one runs, this one waits; only the newest does."""
+        self.sense()
+        if self.over:
+            return
+        if self._child.busy:
+            self._waiting = action
+        else:
+            self._send(action)
+
+    def stop(self) -> None:
+        """It stands still by itself."""
+
+    def close(self) -> None:
+        self._child.kill()
+
+    def _send(self, action: NDArray[Any]) -> None:
+        try:
+            self._child.ask({"do": "advance"}, {"action": np.asarray(action, np.float32)})
+        except Dead as error:
+            raise RobotError(str(error)) from None
+        self.steps += 1
+
+    def _take(self, values: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        if "error" in values:
+            raise RobotError(values["error"])
+        observation: dict[str, Any] = dict(arrays)
+        if values["instruction"] is not None:
+            observation["instruction"] = values["instruction"]
+        stamps = {name: values["stamp"] for name in observation if name.startswith("image.")}
+        self._sensed = Sensed(observation, observation.get("state"), values["stamp"], stamps)
+        self.over, self.success = values["over"], values["success"]
+
+
+def _simulate(channel: Channel, name: str, spec: PolicySpec, mapping: Path | None) -> None:
+    from rlrc.envs.environment import open_environment
+
+    env = open_environment(name, spec, mapping)
+    channel.reply({"name": env.name, "hz": env.hz, "horizon": env.horizon})
+    success = False
+    while True:
+        values, arrays = channel.receive()
+        try:
+            if values["do"] == "reset":
+                observation, success = env.reset(seed=values["seed"])[0], False
+            else:
+                if values["do"] == "advance":
+                    success = env.advance(arrays["action"].copy()) or success
+                observation = env.observe()
+        except UserError as error:
+            channel.reply({"error": str(error)})
+            continue
+        pictures = {key: np.asarray(value) for key, value in observation.items() if key != "instruction"}
+        told = {"stamp": time.monotonic(), "over": bool(success or env.over), "success": bool(success)}
+        channel.reply(told | {"instruction": observation.get("instruction")}, pictures)
