@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all. Needs the standard library only."""
+"""Output folders and files that appear whole or not at all. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -64,6 +64,23 @@ def appearing(out: str | Path) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a new file beside ``path`` that takes its place when the block ends, and is removed when it raises.
+
+    Missing folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
+from rlrc.folders import replacing
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -32,14 +32,5 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
     """All or nothing: a file beside ``path`` takes its place when it is complete. Missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("xb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial, partial.open("xb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]

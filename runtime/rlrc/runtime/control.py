@@ -1,0 +1,216 @@
+"""The loop on the robot: at a fixed rate sense, take the action that is planned for this very step, guard it, send it.
+
+Step n is due at ``start + n / hz`` on a monotonic clock. Inference runs beside the loop (rlrc.runtime.inference); its
+chunks are joined by the time of their observations (rlrc.runtime.chunks). What cannot be sent before the next step is
+due is not sent at all: the schedule goes on without the steps that were missed, and no burst makes up for them. Where
+there is no action for a step, the guard holds the robot, and stops it if that lasts. Whatever else goes wrong stops it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlrc.artifact import PolicySpec
+from rlrc.errors import UserError
+from rlrc.robots.robot import Robot, RobotError, Sensed
+from rlrc.runtime import preprocess
+from rlrc.runtime.child import Dead
+from rlrc.runtime.chunks import Chunks, Planned
+from rlrc.runtime.guard import Guard
+from rlrc.runtime.inference import Answer
+from rlrc.runtime.telemetry import Telemetry
+from rlrc.runtime.verdict import Verdict
+from rlrc.runtime.watch import Watch
+
+
+class Thinking(Protocol):
+    """What the loop needs of rlrc.runtime.inference.Inference."""
+
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def asked(self) -> float | None: ...
+    def ask(self, observation: Any, start: int, continuation: Any = None) -> None: ...
+    def poll(self) -> Answer | None: ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """``hz`` steps a second. ``speed``: seconds of the robot's own time to one of ours, other than 1 in simulations.
+
+    ``late``: periods that a state, a picture or the loop itself may be late. ``patience``: seconds that the robot is
+    held for want of an action, until that stops it. ``hung``: seconds that inference may take.
+    """
+
+    hz: float
+    speed: float = 1.0
+    late: float = 2.0
+    patience: float = 1.0
+    hung: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.hz <= 200:
+            raise UserError(f"expected a rate from 1 to 200 Hz, found {self.hz:g}; give another --hz")
+
+    @property
+    def period(self) -> float:
+        return 1 / self.hz
+
+
+class Control:
+    """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None."""
+
+    def __init__(
+        self,
+        robot: Robot,
+        thinking: Thinking,
+        guard: Guard,
+        chunks: Chunks,
+        spec: PolicySpec,
+        timing: Timing,
+        telemetry: Telemetry,
+        stop: Callable[[], str | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.robot, self.thinking, self.guard, self.chunks = robot, thinking, guard, chunks
+        self.spec, self.timing, self.telemetry = spec, timing, telemetry
+        self._stop, self._clock, self._sleep = stop, clock, sleep
+        needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
+        self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
+        self._start = self._sent = self._planned_at = self._asked_about = 0.0
+
+    def run(self, over: Callable[[], bool] = lambda: False, steps: int | None = None) -> None:
+        """Begins at rest where the robot is. Ends when ``over``, after ``steps``, or when a stop has come to rest.
+
+        Raises UserError if the robot cannot be started from where it is.
+        """
+        self.chunks.clear()
+        self._start = self._clock()
+        self._begin()
+        step = 0
+        while steps is None or step < steps:
+            due = self._start + step * self.timing.period
+            skipped = self._wait(due)
+            step += skipped
+            self._tick(step, self._start + step * self.timing.period, skipped)
+            if over() or (self.guard.stopped and self.guard.at_rest):
+                return
+            step += 1
+
+    def _begin(self) -> None:
+        sensed = self.robot.sense()
+        if sensed is None or sensed.measured is None:
+            raise UserError("expected the robot's state to start from, found none; check its driver")
+        self.guard.start(sensed.measured)
+        self._sent = self._planned_at = self._start - self.timing.period
+
+    def _wait(self, due: float) -> int:
+        """Until the step is due; returns how many steps are too late to be begun at all."""
+        early = due - self._clock()
+        if early > 0:
+            self._sleep(early)
+            return 0
+        return int(-early / self.timing.period)
+
+    def _tick(self, step: int, due: float, skipped: int) -> None:
+        row, begun = self.telemetry.next(), self._clock()
+        row["step"], row["due"], row["skipped"] = step, due, skipped
+        row["late_ms"] = (begun - due) * 1e3
+        sensed = self._sense(begun)
+        row["sense_ms"] = _since(begun, sensing := self._clock())
+        planned = self._plan(step, row)
+        row["plan_ms"] = _since(sensing, planning := self._clock())
+        verdict = self._guarded(planned, sensed, due, row)
+        row["guard_ms"] = _since(planning, guarding := self._clock())
+        self._command(verdict)
+        self._sent = sent = self._clock()
+        row["sent"], row["command_ms"] = sent, _since(guarding, sent)
+        row["held"], row["stopped"] = verdict.held, self.guard.stopped
+        row["clamped"] = sum(event.act == "clamp" for event in verdict.events)
+        self.telemetry.commanded(verdict.command)
+        self._ask(step, sensed)
+        row["ask_ms"] = _since(sent, self._clock())
+
+    def _sense(self, now: float) -> Sensed | None:
+        if reason := self._stop():
+            self._latch(reason)
+        try:
+            sensed = self.robot.sense()
+        except RobotError as error:
+            self._latch(str(error))
+            return None
+        if fault := self._watch.fault(sensed, now):
+            self._latch(fault)
+        return sensed
+
+    def _plan(self, step: int, row: Any) -> Planned | None:
+        """The action for this step, from the chunks that have come."""
+        try:
+            answer = self.thinking.poll()
+        except Dead as error:
+            self._latch(str(error))
+            return None
+        if answer is not None:
+            row["inference_ms"] = (answer.came - answer.asked) * 1e3
+            if answer.actions is None:
+                self._latch(f"no action: {answer.error}")
+                return None
+            self.chunks.add(answer.actions, answer.start, step)
+        elif self.thinking.asked is not None and self._clock() - self.thinking.asked > self.timing.hung:
+            self._latch(f"inference has not answered for {self.timing.hung:g} s")
+        planned = self.chunks.at(step)
+        if planned is not None:
+            row["chunk"], row["place"] = planned.chunk, planned.place
+        return planned
+
+    def _guarded(self, planned: Planned | None, sensed: Sensed | None, due: float, row: Any) -> Verdict:
+        now, speed = self._clock(), self.timing.speed
+        dt = (now - self._sent) * speed
+        age = np.nan if sensed is None else max(now - sensed.stamp, 0.0)
+        row["age_ms"] = age * 1e3
+        measured = None if sensed is None else sensed.measured
+        if planned is not None:
+            self._planned_at = now
+            if now - due < self.timing.period:  # else it could not be sent before the next step is due
+                return self.guard.step(planned.action, measured, dt, age * speed)
+        elif now - self._planned_at > self.timing.patience:
+            self._latch(f"no action for {self.timing.patience:g} s")
+        return self.guard.hold(measured, dt, age * speed)
+
+    def _command(self, verdict: Verdict) -> None:
+        try:
+            if verdict.command is None:
+                self.robot.stop()
+            else:
+                self.robot.command(verdict.command)
+        except RobotError as error:
+            self._latch(str(error))
+            self.robot.stop()
+
+    def _ask(self, step: int, sensed: Sensed | None) -> None:
+        """For another chunk, whose first action is for the step after the state that it is asked about."""
+        if sensed is None or sensed.stamp == self._asked_about or self.thinking.busy or self.guard.stopped:
+            return
+        start = int((sensed.stamp - self._start) // self.timing.period) + 1
+        if not self.chunks.wants(max(start, step + 1)):
+            return
+        try:
+            preprocess.check(sensed.observation, self.spec)
+            self.thinking.ask(sensed.observation, start, self.chunks.continuation(start))
+            self._asked_about = sensed.stamp
+        except (UserError, Dead) as error:
+            self._latch(str(error))
+
+    def _latch(self, reason: str) -> None:
+        if not self.guard.stopped:
+            self.guard.stop(reason)
+
+
+def _since(before: float, now: float) -> float:
+    return (now - before) * 1e3

@@ -1,0 +1,128 @@
+"""What every step of the control loop was like: in memory that is there from the start, written when it is over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+from rlrc.folders import replacing
+
+STEP = np.dtype(
+    [
+        ("step", np.int64),
+        ("due", np.float64),  # seconds of the loop's clock
+        ("sent", np.float64),  # when the command went out
+        ("late_ms", np.float32),  # how long after it was due the step began
+        ("sense_ms", np.float32),
+        ("plan_ms", np.float32),
+        ("guard_ms", np.float32),
+        ("command_ms", np.float32),
+        ("ask_ms", np.float32),
+        ("inference_ms", np.float32),  # of the chunk that came at this step; nan: none did
+        ("chunk", np.int32),  # 0: none
+        ("place", np.int16),  # of the action in its chunk
+        ("age_ms", np.float32),  # since the state that the guard saw was measured
+        ("clamped", np.int16),  # guard events of this step, by what was done
+        ("held", np.bool_),
+        ("stopped", np.bool_),
+        ("skipped", np.int32),  # steps before this one that were not begun in time, and so left out
+    ]
+)
+PARTS = ("sense", "plan", "guard", "command", "ask")
+
+
+class Telemetry:
+    """The last ``capacity`` steps. ``commands`` are kept beside, (capacity, dim)."""
+
+    def __init__(self, capacity: int, dim: int) -> None:
+        self._rows, self._commands = np.zeros(capacity, STEP), np.zeros((capacity, dim), np.float32)
+        self._rows["sent"] = self._commands[...] = 0.0  # touched now, so that no page is missing later
+        self.steps = 0
+
+    def next(self) -> Any:
+        """The record of a new step, to be filled in."""
+        row = self._rows[self.steps % len(self._rows)]
+        row["inference_ms"], row["command_ms"] = np.nan, np.nan
+        self.steps += 1
+        return row
+
+    def commanded(self, command: NDArray[Any] | None) -> None:
+        """The command of the newest step."""
+        self._commands[(self.steps - 1) % len(self._commands)] = np.nan if command is None else command
+
+    @property
+    def rows(self) -> NDArray[Any]:
+        """Oldest first."""
+        return self._rolled(self._rows)
+
+    @property
+    def commands(self) -> NDArray[np.float32]:
+        return self._rolled(self._commands)
+
+    def _rolled(self, array: NDArray[Any]) -> NDArray[Any]:
+        if self.steps <= len(array):
+            return array[: self.steps]
+        return np.roll(array, -(self.steps % len(array)), 0)
+
+
+def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
+    """What a run was like, in seconds and milliseconds. ``late_actions``: sent when the next step was due already."""
+    rows = telemetry.rows
+    if not len(rows):
+        raise UserError("expected at least one step to sum up, found none; run longer")
+    overhead = np.sum([rows[f"{part}_ms"] for part in PARTS], 0)
+    lag = (rows["sent"] - rows["due"]) * 1e3
+    came = rows["inference_ms"][np.isfinite(rows["inference_ms"])]
+    seconds = float(rows["due"][-1] - rows["due"][0]) + period
+    return {
+        "steps": telemetry.steps,
+        "seconds": seconds,
+        "hz": len(rows) / seconds,
+        "late_actions": int((lag >= period * 1e3).sum()),
+        "held_steps": int(rows["held"].sum()),
+        "skipped_steps": int(rows["skipped"].sum()),
+        "clamped_steps": int((rows["clamped"] > 0).sum()),
+        "stopped": bool(rows["stopped"][-1]),
+        "jitter_ms_p99": jitter(rows["sent"], period),
+        "lag_ms": _percentiles(lag),
+        "overhead_ms": _percentiles(overhead),
+        **{f"{part}_ms": _percentiles(rows[f"{part}_ms"]) for part in PARTS},
+        "age_ms": _percentiles(rows["age_ms"]),
+        "inference_ms": _percentiles(came) if len(came) else None,
+        "inferences": len(came),
+    }
+
+
+def jitter(sent: NDArray[Any], period: float) -> float:
+    """How far the time between two commands is from whole periods, in milliseconds, at the 99th percentile."""
+    gaps = np.diff(sent)
+    return float(np.percentile(np.abs(gaps - np.round(gaps / period) * period), 99) * 1e3) if len(gaps) else 0.0
+
+
+def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float]:
+    p50, p99, largest = np.nanpercentile(milliseconds, (50, 99, 100)).tolist()
+    return {"p50": p50, "p99": p99, "max": largest}
+
+
+def write(telemetry: Telemetry, names: tuple[str, ...], path: Path) -> None:
+    """A row a step: JSON lines, or Parquet if the name ends so. Whole or not at all."""
+    columns: Mapping[str, Any] = {name: telemetry.rows[name] for name in STEP.names or ()}
+    columns = {**columns, **{f"command.{name}": telemetry.commands[:, i] for i, name in enumerate(names)}}
+    with replacing(path) as partial:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), partial)
+        else:
+            lists = [values.tolist() for values in columns.values()]
+            with partial.open("w", encoding="utf-8") as stream:
+                for row in zip(*lists, strict=True):
+                    known = {name: value for name, value in zip(columns, row, strict=True) if value == value}  # no nan
+                    stream.write(json.dumps(known) + "\n")

@@ -1,0 +1,46 @@
+"""What the loop looks at before every command: does everything that it depends on still answer?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.robots.robot import Sensed
+
+
+class Watch:
+    """``pictures`` are those that must be there, ``longest`` the seconds that one, or the state, may be old.
+
+    ``live``: two pictures of one camera are never equal bit by bit.
+    """
+
+    def __init__(self, pictures: frozenset[str], longest: float, live: bool) -> None:
+        self._pictures, self._longest, self._live = pictures, longest, live
+        self._last: dict[str, tuple[float, NDArray[Any]]] = {}
+
+    def fault(self, sensed: Sensed | None, now: float) -> str | None:
+        """What is wrong, in words; None if nothing is."""
+        if sensed is None:
+            return "the robot has sent no state yet"
+        if missing := self._pictures - sensed.pictures.keys():
+            return f"no picture {', '.join(sorted(missing))}"
+        for name, stamp in (("the state", sensed.stamp), *sensed.pictures.items()):
+            if not now - stamp <= self._longest:  # true for nan
+                return f"{name} is {(now - stamp) * 1e3:.0f} ms old"
+            if stamp > now + self._longest:
+                return f"{name} comes from {(stamp - now) * 1e3:.0f} ms in the future"
+        return self._repeated(sensed.observation, sensed.pictures) if self._live else None
+
+    def _repeated(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
+        for name, stamp in stamps.items():
+            before = self._last.get(name)
+            if before is not None and stamp == before[0]:
+                continue
+            picture = observation[name]
+            if before is not None and np.array_equal(picture, before[1]):
+                return f"{name} has not changed since {(stamp - before[0]) * 1e3:.0f} ms before"
+            self._last[name] = (stamp, picture)
+        return None
