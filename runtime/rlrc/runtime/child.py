@@ -113,7 +113,9 @@ class Child:
     def _polled(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
         try:
             return self.poll()
-        except Dead as error:
+        except Dead:
+            self._process.join(1)
+            error = self._death()
             raise UserError(f"expected {self.what} to go on, found: {error}; what it printed above says why") from None
 
     def kill(self) -> None:
@@ -124,8 +126,8 @@ class Child:
             self._connection.close()
 
     def _death(self) -> Dead:
-        self._process.join(1)
-        return Dead(f"{self.what} ended by {how_it_ended(self._process.exitcode)}")
+        code = self._process.exitcode
+        return Dead(f"{self.what} ended{f' by {how_it_ended(code)}' if code is not None else ''}")
 
 
 def _main(serve: Callable[..., None], connection: Connection, question: Any, answer: Any, arguments: Any) -> None:

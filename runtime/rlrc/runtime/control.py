@@ -41,15 +41,16 @@ class Thinking(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """``hz`` steps a second. ``speed``: seconds of the robot's own time to one of ours, other than 1 in simulations.
+    """``hz`` steps a second. ``speed``: seconds of the robot's own time to one of ours; not 1 in simulations.
 
-    ``late``: periods that a state, a picture or the loop itself may be late. ``patience``: seconds that the robot is
-    held for want of an action, until that stops it. ``hung``: seconds that inference may take.
+    ``late``: periods that a state or a picture may be old; between two commands there may be half of one more.
+    ``patience``: seconds that the robot is held for want of an action, until that stops it. ``hung``: seconds that
+    inference may take.
     """
 
     hz: float
     speed: float = 1.0
-    late: float = 2.0
+    late: float = 1.5
     patience: float = 1.0
     hung: float = 5.0
 
@@ -60,6 +61,11 @@ class Timing:
     @property
     def period(self) -> float:
         return 1 / self.hz
+
+    @property
+    def gap(self) -> float:
+        """Periods that two commands may be apart: rlrc.runtime.guard's."""
+        return self.late + 0.5
 
 
 class Control:
@@ -111,10 +117,13 @@ class Control:
         self._sent = self._planned_at = self._start - self.timing.period
 
     def _wait(self, due: float) -> int:
-        """Until the step is due; returns how many steps are too late to be begun at all."""
+        """Until the step is due; returns how many steps are too late to be begun at all.
+
+        Never longer than a period, whatever the clock says: the guard notices one that went back.
+        """
         early = due - self._clock()
         if early > 0:
-            self._sleep(early)
+            self._sleep(min(early, self.timing.period))
             return 0
         return int(-early / self.timing.period)
 

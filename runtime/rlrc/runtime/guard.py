@@ -80,6 +80,11 @@ class Guard:
     def stopped(self) -> bool:
         return self.reason is not None
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the last command moves nothing."""
+        return not self._velocity.any()
+
     def start(self, measured: NDArray[np.floating]) -> None:
         """Begins at rest where the robot is. Raises UserError while stopped, and for a state that does not do."""
         if self.reason is not None:

@@ -1,0 +1,138 @@
+"""The fault matrix: whatever goes wrong while the arm moves, within two periods a hold is the last command it gets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from rlrc.benchmarks import rig
+from rlrc.errors import UserError
+from rlrc.runtime.chunks import Chunks
+from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.guard import Guard
+from rlrc.runtime.hygiene import real_time
+from rlrc.runtime.inference import Inference
+from rlrc.runtime.telemetry import Telemetry
+
+BEFORE_S = 0.6  # the arm has been moving for so long
+PATIENCE_S = 0.4
+ARM: tuple[str, ...] = get_args(rig.ArmFault)
+POLICY: tuple[str, ...] = get_args(rig.PolicyFault)
+LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "stop asked for")
+FAULTS = (*ARM, *POLICY, *LOOP)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``hold_ms``: from the beginning of the fault to the first hold. ``after``: commands behind it that were none.
+
+    ``rest_ms``: until nothing moves any more. ``reason`` is the guard's, None if it was not stopped.
+    """
+
+    fault: str
+    hz: float
+    hold_ms: float
+    rest_ms: float
+    after: int
+    moving_at_end: float
+    reason: str | None
+
+
+class FaultyGuard(Guard):
+    """Fails inside once it is told to."""
+
+    broken = False
+
+    def _step(self, command: Any, dt: float) -> Any:
+        if self.broken:
+            raise ZeroDivisionError("injected")
+        return super()._step(command, dt)
+
+
+class Clock:
+    """Monotonic, but for what it is set to jump by."""
+
+    def __init__(self) -> None:
+        self.jump = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.jump
+
+
+def inject(fault: str, hz: float = 50.0) -> Outcome:
+    """Moves the arm, lets the fault happen, and looks at what is sent from then on until the arm is at rest."""
+    arm, clock, spec = rig.Arm(), Clock(), rig.spec()
+    first = arm.sense()
+    assert first is not None
+    inference = Inference(rig.Circle, (hz, fault if fault in POLICY else None), first.observation)
+    timing = Timing(hz, patience=PATIENCE_S, hung=0.5)
+    joints, units = rig.JOINTS, spec.action.units
+    guard = FaultyGuard(rig.profile(), hz, spec.action, joints, units, timing.gap)
+    telemetry = Telemetry(4096, spec.action.dim)
+    asked: list[str] = []
+    stop: Callable[[], str | None] = lambda: asked[0] if asked else None  # noqa: E731
+    control = Control(arm, inference, guard, Chunks("replace", rig.HORIZON), spec, timing, telemetry, stop, clock)
+    began: list[float] = []
+
+    def over() -> bool:
+        if not began and telemetry.steps >= BEFORE_S * hz:
+            began.append(time.monotonic())
+            _begin(fault, arm, inference, guard, clock, asked)
+        return False
+
+    try:
+        with real_time():
+            control.run(over, steps=int((BEFORE_S + 3) * hz))
+    finally:
+        inference.close()
+    if not began:
+        raise UserError(
+            f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine is "
+            "busy: run again, or at a lower rate"
+        )
+    return _outcome(fault, hz, telemetry, arm, began[0], guard)
+
+
+def _begin(fault: str, arm: rig.Arm, inference: Inference, guard: FaultyGuard, clock: Clock, asked: list[str]) -> None:
+    if fault in ARM:
+        arm.break_down(fault)  # type: ignore[arg-type]
+    elif fault in POLICY:
+        arm.mark = rig.MARK
+    elif fault == "guard exception":
+        guard.broken = True
+    elif fault in ("clock jump", "clock back"):
+        clock.jump = 10.0 if fault == "clock jump" else -10.0
+    elif fault == "inference killed":
+        os.kill(inference.pid, signal.SIGKILL)
+    else:
+        asked.append("stop asked for")
+
+
+def _outcome(fault: str, hz: float, telemetry: Telemetry, arm: rig.Arm, began: float, guard: Guard) -> Outcome:
+    """What was sent is told by the arm, which has its own clock."""
+    held = telemetry.rows["held"][len(telemetry.rows) - len(arm.sent) :]
+    times, commands = np.array([at for at, _ in arm.sent]), np.array([command for _, command in arm.sent])
+    later = np.flatnonzero((times >= began) & held)
+    if fault == "hang":  # what was planned before is sent to its end
+        last = np.flatnonzero(~held)[-1]
+        began = times[last] + 1 / hz
+    if not len(later):
+        return Outcome(fault, hz, np.inf, np.inf, 0, np.inf, guard.reason)
+    first = later[0]
+    moves = np.abs(np.diff(commands[first:], axis=0)).max(1) > 1e-9 if len(commands) > first + 1 else np.array([False])
+    rest = first + (np.flatnonzero(moves)[-1] + 1 if moves.any() else 0)
+    return Outcome(
+        fault,
+        hz,
+        float(times[first] - began) * 1e3,
+        float(times[rest] - began) * 1e3,
+        int((~held[first:]).sum()),
+        float(np.abs(commands[-1] - commands[-2]).max()),
+        guard.reason,
+    )

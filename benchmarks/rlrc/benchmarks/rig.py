@@ -1,0 +1,143 @@
+"""An arm in software, a policy that moves it, and everything that can go wrong with both: to try the control loop on.
+
+Two joints in rad follow their commands at once; a live camera shows noise. ``Arm.break_down`` begins a fault of the
+arm's; faults of the policy's begin in its own process, when it sees the mark that the arm puts into a picture.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PolicySpec, StateSpec
+from rlrc.robots.robot import RobotError, Sensed
+from rlrc.runtime.profile import Dimension, Limit, Position, RobotProfile
+
+JOINTS = ("shoulder", "elbow")
+HORIZON, SIZE = 8, 16
+RATE, SPAN = 2.0, 0.2  # the policy moves joints on a circle of this angular speed and radius, rad/s and rad
+MARK = 255  # of the first byte of a picture: now
+ArmFault = Literal["frozen camera", "repeated frame", "missing camera", "stale state", "silent robot", "lost robot"]
+PolicyFault = Literal["nan", "infinity", "wrong shape", "out of range", "velocity jump", "hang", "crash", "no action"]
+
+
+def spec() -> PolicySpec:
+    """What the arm's policy sees and does."""
+    norm, units = NormStats((0.0, 0.0), (1.0, 1.0)), ("rad", "rad")
+    camera = CameraSpec("wrist", SIZE, SIZE, "none", (0.0,) * 3, (1.0,) * 3, "HWC")
+    action = ActionSpec(HORIZON, JOINTS, ("absolute", "absolute"), units, norm, 0)
+    return PolicySpec("rig", "parallel", (camera,), StateSpec(JOINTS, units, norm), None, action, {})
+
+
+def profile() -> RobotProfile:
+    """Limits that the circle keeps; what breaks them stops."""
+    return RobotProfile(
+        "rig",
+        {"rig": "chosen"},
+        tuple(
+            Dimension(
+                name,
+                "absolute",
+                "rad",
+                Position(-1.0, 1.0, "rig", "stop"),
+                Limit(2.0, "rig", "stop"),
+                Limit(200.0, "rig", "clamp"),
+                state=name,
+            )
+            for name in JOINTS
+        ),
+    )
+
+
+class Arm:
+    """A robot of rlrc.robots.robot. ``sent``: every command, with its time."""
+
+    live_pictures = True
+
+    def __init__(self, size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wrist",)) -> None:
+        self.joints, self.mark, self.fault = np.zeros(2), 0, ""
+        self.sent: list[tuple[float, NDArray[Any]]] = []
+        self.stopped_at: float | None = None
+        self._noise = np.random.default_rng(0)
+        self._shape, self._cameras = (*size, 3), cameras
+        self._sensed = self._measure()
+
+    def break_down(self, fault: ArmFault) -> None:
+        self.fault = fault
+
+    def sense(self) -> Sensed | None:
+        if self.fault in ("lost robot", "silent robot"):
+            if self.fault == "lost robot":
+                raise RobotError("the arm does not answer")
+            return self._sensed
+        self._sensed = self._measure()
+        return self._sensed
+
+    def command(self, action: NDArray[Any]) -> None:
+        self.joints = np.array(action, float)
+        self.sent.append((time.monotonic(), self.joints))
+
+    def stop(self) -> None:
+        self.stopped_at = time.monotonic()
+
+    def close(self) -> None:
+        pass
+
+    def _measure(self) -> Sensed:
+        now = time.monotonic()
+        names = [f"image.{camera}" for camera in self._cameras]
+        pictures = {name: self._noise.integers(0, 200, self._shape, np.uint8) for name in names}
+        for picture in pictures.values():
+            picture[0, 0, 0] = self.mark
+        stamps, stamp = dict.fromkeys(names, now), now
+        if self.fault in ("frozen camera", "repeated frame"):
+            pictures = {name: self._sensed.observation[name] for name in names}
+            stamps = dict(self._sensed.pictures) if self.fault == "frozen camera" else stamps
+        if self.fault == "missing camera":
+            pictures, stamps = {}, {}
+        if self.fault == "stale state":
+            stamp = self._sensed.stamp
+        state = self.joints.astype(np.float32)
+        return Sensed({**pictures, "state": state}, state, stamp, stamps)
+
+
+class Circle:
+    """The policy: joints on a circle, from where they are, in ``seconds`` a chunk; ``fault`` once it sees the mark."""
+
+    def __init__(self, hz: float, fault: PolicyFault | None = None, seconds: float = 0.0) -> None:
+        self._angles = RATE / hz * np.arange(1, HORIZON + 1)
+        self._fault, self._seconds = fault, seconds
+
+    def reset(self) -> None:
+        pass
+
+    def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> dict[str, Any]:
+        time.sleep(self._seconds)
+        state = observation["state"].astype(float)
+        at = np.arctan2(state[1], state[0] + SPAN)  # the circle's centre is left of the origin, which lies on it
+        angles = at + self._angles
+        actions = np.stack([SPAN * np.cos(angles) - SPAN, SPAN * np.sin(angles)], 1).astype(np.float32)
+        if observation["image.wrist"][0, 0, 0] == MARK:
+            actions = self._broken(actions)
+        return {"actions": actions, "tokens": None}
+
+    def _broken(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self._fault == "hang":
+            time.sleep(1e6)
+        if self._fault == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._fault == "no action":
+            from rlrc.runtime.decode import NoAction
+
+            raise NoAction("expected finite logits, found 3 nan or inf")
+        if self._fault == "wrong shape":
+            return actions[:, :1]
+        values = {"nan": np.nan, "infinity": np.inf, "out of range": 1.5, "velocity jump": 0.9}
+        actions[:, 1] = values[str(self._fault)]
+        return actions
