@@ -1,7 +1,7 @@
 """Chunks of actions on the loop's time: which action is for which step, and how one chunk follows another.
 
-Steps are counted by the loop's schedule; the first action of a chunk is for the step after the one at which its
-observation was made. So a chunk that comes late has missed its first actions, and one that comes very late all of them:
+Steps are counted by the loop's schedule; the first action of a chunk is for the first command after its observation
+was made. So a chunk that comes late has missed its first actions, and one that comes very late all of them:
 they are never sent. Strategies:
 
 - "synchronous": the robot is held during inference, so that the chunk begins when it comes, and is played to its end;
@@ -53,7 +53,9 @@ class Chunks:
     def add(self, actions: NDArray[np.float32], start: int, step: int) -> bool:
         """A chunk for ``start`` and on, come in time for ``step``. False: all of it is late."""
         self._delays.append(max(step - start, 0))
-        first = step if self.strategy == "synchronous" else start
+        first = start
+        if self.strategy == "synchronous":
+            first, actions = step, actions[: self._least]
         self._count += 1
         if first + len(actions) <= step:
             return False

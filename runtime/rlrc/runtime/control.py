@@ -124,8 +124,7 @@ class Control:
         early = due - self._clock()
         if early > 0:
             self._sleep(min(early, self.timing.period))
-            return 0
-        return int(-early / self.timing.period)
+        return max(0, int((self._clock() - due) / self.timing.period))
 
     def _tick(self, step: int, due: float, skipped: int) -> None:
         row, begun = self.telemetry.next(), self._clock()
@@ -203,11 +202,11 @@ class Control:
             self.robot.stop()
 
     def _ask(self, step: int, sensed: Sensed | None) -> None:
-        """For another chunk, whose first action is for the step after the state that it is asked about."""
+        """For another chunk. Its first action is for the first command after the state that it is asked about."""
         if sensed is None or sensed.stamp == self._asked_about or self.thinking.busy or self.guard.stopped:
             return
-        start = int((sensed.stamp - self._start) // self.timing.period) + 1
-        if not self.chunks.wants(max(start, step + 1)):
+        start = step - int((self._sent - sensed.stamp) / self.timing.period)
+        if not self.chunks.wants(start):
             return
         try:
             preprocess.check(sensed.observation, self.spec)

@@ -1,0 +1,188 @@
+"""The control loop on a clock of our own: what is sent at which step, when inference is late, when the loop is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlrc.benchmarks import rig
+from rlrc.errors import UserError
+from rlrc.robots.robot import Sensed
+from rlrc.runtime.chunks import Chunks, Strategy
+from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.guard import Guard
+from rlrc.runtime.inference import Answer
+from rlrc.runtime.telemetry import Telemetry, summary
+
+HZ, PERIOD = 10.0, 0.1
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.delays: dict[int, float] = {}  # by the sleep's number: the machine is busy
+        self.sleeps = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.delays.get(self.sleeps, 0.0)
+        self.sleeps += 1
+
+
+class Arm(rig.Arm):
+    """Measured at the clock's time; the picture is always new."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        super().__init__()
+
+    def _measure(self) -> Sensed:
+        found = super()._measure()
+        return found._replace(stamp=self.clock.now, pictures=dict.fromkeys(found.pictures, self.clock.now))
+
+
+class Thinking:
+    """Answers after ``periods`` with a chunk that counts up from where the joints are: 0.01 rad a step."""
+
+    def __init__(self, clock: Clock, periods: float) -> None:
+        self.clock, self.seconds, self.busy, self.asked = clock, periods * PERIOD, False, None
+        self.starts: list[int] = []
+        self.continuations: list[Any] = []
+
+    def ask(self, observation: Any, start: int, continuation: Any = None) -> None:
+        self.busy, self.asked, self.start = True, self.clock.now, start
+        self.state = np.array(observation["state"], float)
+        self.starts.append(start)
+        self.continuations.append(continuation)
+
+    def poll(self) -> Answer | None:
+        if not self.busy or self.clock.now < self.asked + self.seconds - 1e-9:
+            return None
+        steps = 0.01 * np.arange(1, rig.HORIZON + 1)
+        self.busy, asked, self.asked = False, self.asked, None
+        return Answer(self.start, asked, self.clock.now, (self.state + steps[:, None]).astype(np.float32))
+
+
+def loop(
+    periods: float, strategy: Strategy = "replace", execute: int | None = None, gap: float = 2.0, **timing: Any
+) -> tuple[Control, Arm, Thinking, Clock]:
+    clock = Clock()
+    arm, thinking, spec = Arm(clock), Thinking(clock, periods), rig.spec()
+    guard = Guard(rig.profile(), HZ, spec.action, rig.JOINTS, ("rad", "rad"), gap)
+    chunks = Chunks(strategy, rig.HORIZON, execute)
+    told = Telemetry(64, 2)
+    control = Control(
+        arm,
+        thinking,
+        guard,
+        chunks,
+        spec,
+        Timing(HZ, **timing),
+        told,
+        clock=clock,
+        sleep=clock.sleep,  # type: ignore[arg-type]
+    )
+    return control, arm, thinking, clock
+
+
+def joints(arm: Arm) -> list[float]:
+    return [round(float(command[0]), 4) for _, command in arm.sent]
+
+
+def test_synchronously_the_arm_is_held_during_inference() -> None:
+    control, arm, thinking, _ = loop(2, "synchronous", execute=3)
+    control.run(steps=10)
+    # Asked at step 0, answered for step 2; when three steps have been played, asked about where the arm then is.
+    assert joints(arm) == [0, 0, 0.01, 0.02, 0.03, 0.03, 0.03, 0.04, 0.05, 0.06]
+    assert control.telemetry.rows["held"].tolist() == [True, True, *[False] * 3, True, True, *[False] * 3]
+    assert thinking.starts == [0, 5]
+
+
+def test_a_late_chunk_is_joined_by_the_time_of_its_observation() -> None:
+    control, arm, thinking, _ = loop(2, "replace")
+    control.run(steps=8)
+    # The chunk asked for at step 0 is for the steps 0, 1, 2, ...: it comes before step 2, which gets its third action.
+    # The next one is asked for before the arm has moved: 0.01 at step 2, so 0.03 at step 4. The one after that at 0.04.
+    assert joints(arm) == [0, 0, 0.03, 0.04, 0.03, 0.04, 0.07, 0.08]
+    assert thinking.starts == [0, 2, 4, 6]
+    assert control.telemetry.rows["place"].tolist()[2:] == [2, 3, 2, 3, 2, 3]
+
+
+def test_an_action_that_is_too_late_is_never_sent() -> None:
+    control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=5.0)
+    control.run(steps=24)
+    assert joints(arm) == [0] * 24
+    assert control.telemetry.rows["held"].all()
+    assert not control.guard.stopped
+
+
+def test_repeated_misses_stop() -> None:
+    control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=0.55)
+    control.run(steps=24)
+    assert control.guard.reason == "no action for 0.55 s"
+    assert len(arm.sent) == 6  # at steps 0 to 5; what is at rest need not be held any longer
+
+
+def test_inference_that_hangs_stops() -> None:
+    control, _, _, _ = loop(1000, "replace", patience=5.0, hung=0.35)
+    control.run(steps=24)
+    assert control.guard.reason == "inference has not answered for 0.35 s"
+
+
+def test_missed_steps_are_left_out_and_not_made_up_for() -> None:
+    control, arm, _, clock = loop(0, "replace", gap=3.0)
+    clock.delays[3] = 0.13  # step 4 would begin 0.13 s late, when step 5 is due: so that one is sent
+    control.run(steps=8)
+    rows = control.telemetry.rows
+    assert rows["step"].tolist() == [0, 1, 2, 3, 5, 6, 7]
+    assert rows["skipped"].tolist() == [0, 0, 0, 0, 1, 0, 0]
+    assert np.diff([at for at, _ in arm.sent]).min() >= 0  # nothing in a burst
+    assert summary(control.telemetry, PERIOD)["skipped_steps"] == 1
+
+
+def test_a_chunk_goes_on_from_the_one_before() -> None:
+    control, _, thinking, _ = loop(2, "continue")
+    control.run(steps=6)
+    assert thinking.continuations[0] is None
+    second = thinking.continuations[1]
+    # Asked at step 2: what is left of the chunk of step 0, two steps of which will be gone when the answer comes.
+    assert second.frozen == 2
+    np.testing.assert_allclose(second.previous[:, 0], 0.01 * np.arange(3, 9), rtol=1e-5)
+
+
+def test_a_command_that_breaks_a_limit_is_not_sent() -> None:
+    control, arm, thinking, _ = loop(0, "replace")
+    poll = thinking.poll
+
+    def jumping() -> Answer | None:
+        answer = poll()
+        if answer is not None and answer.start > 3:
+            assert answer.actions is not None
+            answer.actions[:] += 0.9
+        return answer
+
+    thinking.poll = jumping  # type: ignore[method-assign]
+    control.run(steps=20)
+    assert "velocity of shoulder" in str(control.guard.reason)
+    assert max(joints(arm)) < 0.1
+
+
+def test_the_summary_of_a_run() -> None:
+    control, _, _, _ = loop(1, "replace")
+    control.run(steps=20)
+    found = summary(control.telemetry, PERIOD)
+    assert (found["steps"], found["late_actions"], found["held_steps"], found["skipped_steps"]) == (20, 0, 1, 0)
+    assert found["seconds"] == pytest.approx(2.0)
+    assert found["hz"] == pytest.approx(HZ)
+    assert found["inference_ms"]["p50"] == pytest.approx(100)
+    assert found["jitter_ms_p99"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("hz", [0.5, 201, float("nan")])
+def test_a_rate_that_is_none_is_refused(hz: float) -> None:
+    with pytest.raises(UserError, match="expected a rate from 1 to 200 Hz"):
+        Timing(hz)

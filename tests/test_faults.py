@@ -1,0 +1,44 @@
+"""The fault matrix at 20 Hz, in real processes and real time: a hold within two periods, nothing but holds after."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlrc.benchmarks import faults
+
+REASONS = {
+    "frozen camera": "image.wrist is",
+    "repeated frame": "image.wrist has not changed",
+    "missing camera": "no picture image.wrist",
+    "stale state": "the state is",
+    "silent robot": "the state is",
+    "lost robot": "the arm does not answer",
+    "nan": "nan in elbow",
+    "infinity": "inf in elbow",
+    "wrong shape": "expected floats",
+    "out of range": "position of elbow",
+    "velocity jump": "velocity of elbow",
+    "hang": "inference has not answered for 0.5 s",
+    "crash": "inference ended",
+    "no action": "no action: expected finite logits",
+    "guard exception": "ZeroDivisionError: injected",
+    "clock jump": "the state is 10",
+    "clock back": "in the future",
+    "inference killed": "inference ended",
+    "stop asked for": "stop asked for",
+}
+JITTER_MS = 8.0  # a shared machine may begin a step so late
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_fault_is_held_within_two_periods(fault: str) -> None:
+    outcome = faults.inject(fault, hz=20.0)
+    assert outcome.hold_ms <= 2 * 50 + JITTER_MS
+    assert outcome.after == 0
+    assert outcome.moving_at_end == 0
+    assert outcome.rest_ms <= outcome.hold_ms + 100
+    assert REASONS[fault] in str(outcome.reason)
+
+
+def test_every_fault_has_its_row() -> None:
+    assert set(faults.FAULTS) == set(REASONS)
