@@ -157,6 +157,8 @@ def test_a_gripper_jumps_and_keeps() -> None:
     assert guard.hold(at(), DT).command == 1.0  # what it rests at until it is told something
     assert [guard.step(at(value), at(), DT).command for value in (0.0, 1.0, 0.25)] == [0.0, 1.0, 0.25]
     assert guard.hold(at(), DT).command == 0.25
+    guard.start(at())
+    assert guard.hold(at(), DT).command == 0.25  # what it grips is not dropped
     assert guard.step(at(1.5), at(), DT).command == 1.0
     assert kinds(guard) == [("position", "clamp")]
 
@@ -257,7 +259,7 @@ def test_nothing_is_sent_before_the_start() -> None:
 @pytest.mark.parametrize(
     ("measured", "message"),
     [
-        (at(1.25), "found x at 1.25 m, 0.25 beyond 1; move it there first"),
+        (at(1.25), "found x at 1.25 m, beyond 1; move it there first"),
         (at(np.nan), "found nan in the state; check its sensors"),
         (None, "found no state"),
     ],
@@ -325,6 +327,27 @@ def test_a_robot_that_does_not_follow(on: Any) -> None:
     assert verdict.stopped == (on == "stop")
     assert kinds(guard) == [("tracking", on)]
     assert guard.events[-1].found == pytest.approx(0.06)
+
+
+@pytest.mark.parametrize("on", ["clamp", "hold", "stop"])
+def test_a_robot_that_is_outside(on: Any) -> None:
+    guard = started(replace(ABSOLUTE, position=replace(NEAR, on=on, slack=0.1)), where=1.0)
+    assert guard.step(at(1.0), at(1.1), DT).held is False
+    verdict = guard.step(at(1.0), at(1.11), DT)
+    assert (verdict.held, verdict.stopped) == (on != "clamp", on == "stop")
+    assert kinds(guard) == ([] if on == "clamp" else [("position", on)])
+
+
+def test_a_robot_outside_its_workspace() -> None:
+    delta = replace(DELTA, base="measured", position=None)
+    guard = started(delta, workspace=Workspace(("x",), (-1.0,), (1.0,), "s", slack=0.1))
+    assert not guard.step(at(0.0), at(1.05), DT).held
+    assert guard.step(at(0.01), at(1.05), DT).held  # outwards
+    guard.rearm("back inwards")
+    assert play(guard, -0.01, where=1.05) == [-0.01]
+    assert not guard.stopped
+    assert guard.step(at(-0.01), at(-1.2), DT).stopped
+    assert guard.reason == "workspace of x: -1.2, limit -1 (m)"
 
 
 def test_units_of_the_state_are_converted() -> None:

@@ -233,3 +233,16 @@ def test_the_simulators_profile_covers_the_reference_policy() -> None:
         sent = guard.step(np.array(command, np.float32), state, 0.05).command
         np.testing.assert_array_equal(sent, command)
     assert len(guard.events) == 1
+
+
+def test_the_guide_lists_every_profile() -> None:
+    guide = (Path(__file__).parent.parent / "docs/robots.md").read_text()
+    assert [name for name in profiles.shipped() if f"`{name}`" not in guide] == []
+
+
+def test_the_guides_example_is_a_profile(tmp_path: Path) -> None:
+    guide = (Path(__file__).parent.parent / "docs/robots.md").read_text()
+    lines = guide[guide.index("    robot = ") : guide.index("| key of a dimension")].splitlines()
+    text = "\n".join(lines).replace('dimensions = ["x", "y", "z"]', 'dimensions = ["joint_0"]')
+    text = text.replace("[0.2, -0.3, 0.02]", "[0.2]").replace("[0.6, 0.3, 0.5]", "[0.6]")
+    assert [d.name for d in profiles.load(write(tmp_path, text)).dimensions] == ["joint_0", "gripper"]

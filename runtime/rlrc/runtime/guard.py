@@ -27,7 +27,8 @@ from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
 from rlrc.runtime import profile as profiles
 from rlrc.runtime import reach
-from rlrc.runtime.profile import Dimension, Position, RobotProfile
+from rlrc.runtime.bounds import bounds, edges, limits_of
+from rlrc.runtime.profile import Dimension, RobotProfile
 from rlrc.runtime.verdict import Act, Event, Kind, Verdict
 
 KEPT = 1024  # events that ``Guard.events`` holds
@@ -54,18 +55,21 @@ class Guard:
     ) -> None:
         if not (math.isfinite(hz) and hz > 0):
             raise UserError(f"expected a control rate above 0 Hz for the guard, found {hz}; give another --hz")
+        profiles.check(profile)
         self.profile, self.period, self.longest = profile, 1 / hz, periods / hz
         senses = profiles.senses(profile, action, names, units)
         self._measures, self._entries = list(senses.dimensions), list(senses.entries)
         self._factors, self._states = np.array(senses.factors), len(names)
-        dimensions, self._boxes = profile.dimensions, [profile.box(i) for i in range(len(profile.dimensions))]
+        dimensions = profile.dimensions
+        self._bounds = [bounds(profile, index) for index in range(len(dimensions))]
         meanings = np.array([dimension.meaning for dimension in dimensions])
         self._is_velocity, self._is_delta = meanings == "velocity", meanings == "delta"
         self._is_absolute = ~(self._is_velocity | self._is_delta)
         self._is_measured = np.array([dimension.measured for dimension in dimensions])
         # Deltas and velocities that nothing measures or bounds: where they lead is nobody's business.
         self._is_lost = np.array([d.unbounded is not None and d.state is None for d in dimensions])
-        self.limits = _limits(profile, self._is_velocity, self.longest)
+        self._edges = edges([self._bounds[index] for index in self._measures])
+        self.limits = limits_of(profile, self._is_velocity, self.longest)
         self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
         self._position = np.array([dimension.rest or 0.0 for dimension in dimensions])
         self._velocity = np.zeros(len(dimensions))
@@ -93,17 +97,17 @@ class Guard:
             sensed = self._sense(measured, 0.0)
         except ValueError as error:
             raise UserError(f"expected the robot's state to start from, found {error}; check its sensors") from None
-        position = np.array([dimension.rest or 0.0 for dimension in self.profile.dimensions])
+        position = self._position.copy()  # a gripper that nothing measures keeps what it was told
         position[self._measures] = sensed
+        for index, dimension in enumerate(self.profile.dimensions):
+            for bound in self._bounds[index]:
+                if (beyond := bound.crossed(float(position[index]), bound.slack)) is not None:
+                    raise UserError(
+                        f"expected the robot to start within its limits, found {dimension.name} at "
+                        f"{position[index]:.6g} {dimension.length}, beyond {beyond:.6g}; move it there first, or give "
+                        "the limit a slack in the profile"
+                    )
         inside = np.clip(position, self.limits.low, self.limits.high)
-        for dimension, found, allowed in zip(self.profile.dimensions, position, inside, strict=True):
-            slack = 0.0 if dimension.position is None else dimension.position.slack
-            if abs(found - allowed) > slack:
-                raise UserError(
-                    f"expected the robot to start within its limits, found {dimension.name} at {found:.6g} "
-                    f"{dimension.length}, {abs(found - allowed):.3g} beyond {allowed:.6g}; move it there first, "
-                    "or give its position a slack in the profile"
-                )
         self._position = np.where(self._is_measured, position, inside)
         self._velocity, self._started = np.zeros(len(position)), True
         self._aim = self._position
@@ -167,9 +171,18 @@ class Guard:
             dimension = self.profile.dimensions[self._measures[index]]
             assert dimension.tracking is not None
             self._break("tracking", dimension.tracking.on, dimension, float(off[index]), dimension.tracking.limit)
+        if ((sensed < self._edges[0]) | (sensed > self._edges[1])).any():
+            self._find_outside(sensed)
         position = self._position.copy()
         position[self._measures] = sensed
         self._position = np.where(self._is_measured, position, self._position)
+
+    def _find_outside(self, sensed: NDArray[np.float64]) -> None:
+        """A robot beyond bounds that hold or stop, whoever has brought it there."""
+        for index, found in zip(self._measures, sensed.tolist(), strict=True):
+            for bound in self._bounds[index]:
+                if bound.on != "clamp" and (crossed := bound.crossed(found, bound.slack)) is not None:
+                    self._break(bound.kind, bound.on, self.profile.dimensions[index], found, crossed)
 
     def _sense(self, measured: Any, age: Any) -> NDArray[np.float64]:
         """The measured positions, in the dimensions' units. Raises ValueError for a state that is none."""
@@ -201,7 +214,7 @@ class Guard:
             away = values - self._position
             wanted = np.where(self._is_velocity, values, np.where(self._is_delta, values, away) / dt)
         lowest, highest = reach.reachable(self._position, self._velocity, self.limits, dt)
-        safe = np.clip(wanted, lowest, highest)
+        safe = np.minimum(np.maximum(wanted, lowest), highest)  # three times as fast as clip
         kept = safe == wanted
         if kept.all():
             return self._send(safe, dt, values, kept)
@@ -217,18 +230,14 @@ class Guard:
 
     def _explain(self, index: int, wanted: Any, safe: Any, dt: float) -> Act:
         """Logs which limits a dimension's command breaks; returns the severest thing to do about them."""
-        dimension, box = self.profile.dimensions[index], self._boxes[index]
+        dimension = self.profile.dimensions[index]
         position, velocity = float(self._position[index]), float(self._velocity[index])
         speed = float(wanted[index])
         target, rounding = position + speed * dt, ROUNDING * max(1.0, abs(position))
         broken: list[tuple[Kind, profiles.On, float, float]] = []
-        if box is not None and (bound := _beyond(target, *box, rounding)) is not None:
-            assert self.profile.workspace is not None
-            broken.append(("workspace", self.profile.workspace.on, target, bound))
-        if (own := dimension.position) is not None:
-            bound = _beyond(target, own.low, own.high, rounding)
-            if bound is not None:
-                broken.append(("position", own.on, target, bound))
+        for bound in self._bounds[index]:
+            if (crossed := bound.crossed(target, rounding)) is not None:
+                broken.append((bound.kind, bound.on, target, crossed))
         if (limit := dimension.velocity) is not None and (abs(speed) - limit.limit) * dt > rounding:
             broken.append(("velocity", limit.on, speed, limit.limit))
         change = (speed - velocity) / dt
@@ -236,8 +245,8 @@ class Guard:
             broken.append(("acceleration", limit.on, change, limit.limit))
         if not broken and abs(speed - float(safe[index])) * dt > rounding:
             broken.append(("braking", "clamp", speed, float(safe[index])))
-        for kind, on, found, bound in broken:
-            self._break(kind, on, dimension, found, bound)
+        for kind, on, found, most in broken:
+            self._break(kind, on, dimension, found, most)
         return max((on for _, on, _, _ in broken), key=_ORDER.__getitem__, default="clamp")
 
     def _brake(self, dt: float) -> Verdict:
@@ -257,7 +266,8 @@ class Guard:
         moved = self._position + velocity * dt
         if values is not None and kept is not None:
             moved = np.where(self._is_absolute & kept, values, moved)
-        target = np.where(self._is_measured, moved, np.clip(moved, self.limits.low, self.limits.high))
+        inside = np.minimum(np.maximum(moved, self.limits.low), self.limits.high)
+        target = np.where(self._is_measured, moved, inside)
         target[self._is_lost] = 0.0
         told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, target))
         if values is not None and kept is not None:
@@ -285,37 +295,6 @@ class Guard:
     def _tell(self) -> tuple[Event, ...]:
         told, self._fresh = tuple(self._fresh), []
         return told
-
-
-def _limits(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float) -> reach.Limits:
-    """The profile's limits as vectors; the bounds are those of position and workspace together."""
-    low, high = np.full(len(lasting), -reach.FAR), np.full(len(lasting), reach.FAR)
-    velocity, acceleration = np.full(len(lasting), math.inf), np.full(len(lasting), math.inf)
-    for index, dimension in enumerate(profile.dimensions):
-        for bounds in (_bounds(dimension.position), profile.box(index)):
-            if bounds is not None:
-                low[index], high[index] = max(low[index], bounds[0]), min(high[index], bounds[1])
-        if low[index] >= high[index]:
-            raise UserError(
-                f"expected position and workspace of {dimension.name} to overlap, found {high[index]:.6g} to "
-                f"{low[index]:.6g} between them; {profiles.REMEDY}"
-            )
-        if dimension.velocity is not None:
-            velocity[index] = dimension.velocity.limit
-        if dimension.acceleration is not None:
-            acceleration[index] = dimension.acceleration.limit
-    return reach.Limits(low, high, velocity, acceleration, lasting, longest)
-
-
-def _bounds(position: Position | None) -> tuple[float, float] | None:
-    return None if position is None else (position.low, position.high)
-
-
-def _beyond(target: float, low: float, high: float, rounding: float) -> float | None:
-    """The bound that is crossed."""
-    if target > high + rounding:
-        return high
-    return low if target < low - rounding else None
 
 
 def _form(value: Any) -> str:

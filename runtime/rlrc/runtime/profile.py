@@ -35,7 +35,7 @@ _SCALES = ({"m": 1.0, "cm": 0.01, "mm": 0.001}, {"rad": 1.0, "deg": math.pi / 18
 
 @dataclass(frozen=True)
 class Position:
-    """``low`` to ``high`` in the dimension's unit. A start may be measured as much as ``slack`` outside."""
+    """``low`` to ``high`` in the dimension's unit. The robot itself may be measured as much as ``slack`` outside."""
 
     low: float
     high: float
@@ -104,6 +104,7 @@ class Workspace:
     high: tuple[float, ...]
     source: str
     on: On = "stop"
+    slack: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def _check_workspace(box: Workspace, profile: RobotProfile) -> None:
     _check(len(set(box.dimensions)) == lengths[0], "every dimension of the workspace once", list(box.dimensions))
     fits = all(low < high for low, high in zip(box.low, box.high, strict=True))
     _check(fits, "low < high at workspace", (box.low, box.high))
+    _check(box.slack >= 0, "a slack of 0 or more at workspace", box.slack)
     moving = [dimension.name for dimension in profile.dimensions if dimension.meaning != "gripper"]
     strange = [name for name in box.dimensions if name not in moving]
     _check(not strange, f"some of {', '.join(moving)} as the workspace's dimensions", ", ".join(strange))

@@ -58,7 +58,7 @@ def braked(velocity: Vector, limits: Limits, dt: float) -> Vector:
 
 def fastest(distance: Vector, limits: Limits, dt: float | Vector) -> Vector:
     """The largest velocity for the next dt after which braking still ends within ``distance``."""
-    d = np.clip(distance, 0.0, FAR)
+    d = np.minimum(np.maximum(distance, 0.0), FAR)
     return 2 * d / (dt + np.sqrt(dt * dt + 2 * d / limits.acceleration))
 
 

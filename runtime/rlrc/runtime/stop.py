@@ -1,0 +1,276 @@
+"""The switch that stops the robot: a flag that latches, set by signals, a key, a hardware button or HTTP.
+
+    with StopSwitch().listen(button=Path("/dev/input/event5"), port=8765) as switch:
+        while ...:
+            if switch.stopped:              # one attribute: no lock, well under a microsecond
+                guard.stop(switch.reason)
+            ...
+        robot.stop()                        # in here: outside, Ctrl-C ends the program again
+
+A thread of its own waits for all of them, so that the flag is set while the main thread is inside the engine: signals
+reach it through a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), not when Python code
+next runs. What the thread needs is this process and its GIL: an engine that keeps the GIL would keep the flag too.
+Inference in a process of its own may die or hang without touching anything here; start it with "spawn", for a forked
+process inherits the signal handlers.
+
+Whatever stops listening, stops: a button whose file ends, a terminal that hangs up, a failure of the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from rlrc.errors import UserError
+
+# Ctrl-C, a service manager, a terminal that is gone, Ctrl-Z (a controller must not sleep), and one for scripts.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
+LOOPBACK = "127.0.0.1"
+REQUEST_S = 2.0  # a client that says nothing for so long is dropped
+
+
+class StopSwitch:
+    """``stopped`` latches; ``reason`` is that of the first press. ``sources`` say what is listened to."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.reason = ""
+        self.sources: list[str] = []
+        self.url: str | None = None
+        self.token: str | None = None
+        self._lost: list[str] = []
+
+    def press(self, reason: str) -> None:
+        """From any thread or signal handler."""
+        if not self.stopped:
+            self.reason = reason
+            self.stopped = True  # last: who reads it finds the reason
+
+    def release(self) -> None:
+        """Lets it be pressed anew. Raises UserError if something that was listened to is gone."""
+        if self._lost:
+            raise UserError(f"expected all of {', '.join(self.sources)} to listen to, lost {self._lost[0]}; start anew")
+        self.stopped = False
+
+    @contextmanager
+    def listen(
+        self,
+        keyboard: int | None = 0,
+        button: Path | int | None = None,
+        port: int | None = None,
+        token: str | None = None,
+    ) -> Iterator[StopSwitch]:
+        """Listens until the end of the block, then puts everything back. In the main thread, for signals go there.
+
+        ``keyboard``: a file descriptor; any key stops where it is a terminal. ``button``: a descriptor, or the path of
+        a FIFO, device or socket; any byte stops, and its end. ``port`` on the loopback, 0 for any: POST /stop with
+        ``Authorization: Bearer`` and the token, which is drawn if it is not given.
+
+        Raises UserError for a button or port that cannot be opened.
+        """
+        with ExitStack() as stack:
+            selector = stack.enter_context(selectors.DefaultSelector())
+            if button is not None:
+                self._add_button(stack, selector, button)
+            if port is not None:
+                self._add_http(stack, port, token)
+            if keyboard is not None:
+                self._add_keyboard(stack, selector, keyboard)
+            self._add_signals(stack, selector)
+            self._add_thread(stack, selector)
+            yield self
+
+    def _add_thread(self, stack: ExitStack, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        stack.callback(ours.close)
+        stack.callback(theirs.close)
+        selector.register(theirs, selectors.EVENT_READ, None)
+        thread = threading.Thread(target=self._watch, args=(selector,), name="stop switch", daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(ours.send, b"x")
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        try:
+            while True:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        return
+                    if not key.data():  # it has ended; it would be ready for ever
+                        selector.unregister(key.fileobj)
+        except Exception as error:
+            self._lose(f"the thread that listens ({type(error).__name__}: {error})")
+
+    def _lose(self, what: str) -> None:
+        self._lost.append(what)
+        self.press(f"lost {what}")
+
+    def _add_signals(self, stack: ExitStack, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            stack.callback(end.close)
+            end.setblocking(False)
+
+        def arrived() -> bool:
+            for number in ours.recv(64):
+                if number in SIGNALS:  # all that have a handler come here
+                    self.press(f"signal {signal.Signals(number).name}")
+            return True
+
+        selector.register(ours, selectors.EVENT_READ, arrived)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        stack.callback(signal.set_wakeup_fd, before)
+        for number in SIGNALS:
+            old = signal.signal(number, lambda got, _: self.press(f"signal {signal.Signals(got).name}"))
+            stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
+        self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
+
+    def _add_keyboard(self, stack: ExitStack, selector: selectors.BaseSelector, descriptor: int) -> None:
+        if not _foreground(descriptor):
+            return
+        import termios  # not everywhere
+        import tty
+
+        def put_back() -> None:
+            with contextlib.suppress(termios.error):  # it may have hung up
+                termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+        before = termios.tcgetattr(descriptor)
+        tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
+        stack.callback(put_back)
+        selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal"))
+        self.sources.append("any key")
+
+    def _add_button(self, stack: ExitStack, selector: selectors.BaseSelector, button: Path | int) -> None:
+        descriptor = button if isinstance(button, int) else _open(button)
+        if not isinstance(button, int):
+            stack.callback(os.close, descriptor)
+        try:
+            selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "the button", "the button"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"expected a button that can be waited for (a FIFO, device or socket), found {button}: {error}; "
+                "give another --button"
+            ) from None
+        self.sources.append(f"button {button}")
+
+    def _reader(self, descriptor: int, what: str, whole: str) -> Callable[[], bool]:
+        def ready() -> bool:
+            """Whether it goes on."""
+            try:
+                read = os.read(descriptor, 4096)
+            except BlockingIOError:
+                return True
+            except OSError:
+                read = b""
+            if not read:
+                self._lose(whole)
+                return False
+            self.press(what)
+            return True
+
+        return ready
+
+    def _add_http(self, stack: ExitStack, port: int, token: str | None) -> None:
+        self.token = token or secrets.token_urlsafe(16)
+        try:
+            server = _Server((LOOPBACK, port), _handler(self, self.token))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"expected a free port on {LOOPBACK}, found {port}: {error}; give another") from None
+        stack.callback(server.server_close)
+        thread = threading.Thread(target=self._serve, args=(server,), name="stop over HTTP", daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(server.shutdown)
+        self.url = f"http://{LOOPBACK}:{server.server_address[1]}/stop"
+        self.sources.append(f"POST {self.url}")
+
+    def _serve(self, server: ThreadingHTTPServer) -> None:
+        try:
+            server.serve_forever(poll_interval=0.1)
+        except Exception as error:
+            self._lose(f"HTTP ({type(error).__name__}: {error})")
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away in the middle of its request is no matter of ours."""
+
+
+def _handler(switch: StopSwitch, token: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = REQUEST_S
+
+        def do_POST(self) -> None:
+            if self._allowed():
+                switch.press("HTTP")
+                self._answer(200)
+
+        def do_GET(self) -> None:
+            if self._allowed():
+                self._answer(200)
+
+        def _allowed(self) -> bool:
+            """The token keeps pages in a browser on this machine away, which may send to the loopback too."""
+            given = self.headers.get("Authorization", "")
+            if self.path != "/stop":
+                self._answer(404)
+            elif not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                self._answer(401)
+            else:
+                return True
+            return False
+
+        def _answer(self, status: int) -> None:
+            state = {"stopped": switch.stopped, "reason": switch.reason} if status == 200 else {}
+            body = json.dumps(state).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing: the terminal is the operator's."""
+
+    return Handler
+
+
+def _foreground(descriptor: int) -> bool:
+    """Whether it is a terminal that this process may read from: one in the background would be suspended."""
+    if not os.isatty(descriptor):
+        return False
+    with contextlib.suppress(OSError):  # another terminal than the one that controls us: no job control there
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    return True
+
+
+def _open(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(
+            f"expected a FIFO, device or socket as the button, found {path}: {error.strerror}; give another --button"
+        ) from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(
+            f"expected a FIFO, device or socket as the button, found the file or folder {path}, which never tells; "
+            "for a GPIO, let gpiomon write into a FIFO (docs/robots.md)"
+        )
+    return descriptor
