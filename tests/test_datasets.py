@@ -18,9 +18,9 @@ import pytest
 from rlrc.artifact import ActionSpec, CameraSpec, Manifest, NormStats, PolicySpec
 from rlrc.compressor.datasets.fit import Matched, match, split
 from rlrc.compressor.datasets.inspection import facts
-from rlrc.compressor.datasets.lerobot import Dataset
-from rlrc.compressor.datasets.meta import Feature
-from rlrc.compressor.datasets.writer import Recording, write
+from rlrc.datasets.lerobot import Dataset
+from rlrc.datasets.meta import Feature
+from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
 from rlrc.runtime import cli
 from rlrc.runtime.preprocess import check, prepare

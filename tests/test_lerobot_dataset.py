@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlrc.compressor.datasets.lerobot import Dataset
-from rlrc.compressor.datasets.meta import Feature
-from rlrc.compressor.datasets.stats import Colours, of_vectors
-from rlrc.compressor.datasets.video import Video
-from rlrc.compressor.datasets.writer import Recording, write
+from rlrc.datasets.lerobot import Dataset
+from rlrc.datasets.meta import Feature
+from rlrc.datasets.stats import Colours, of_vectors
+from rlrc.datasets.video import Video
+from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
 
 TOP = "observation.images.top"
@@ -193,7 +193,7 @@ def test_full_files_are_followed_by_others(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_full_chunk_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlrc.compressor.datasets.files.FILES_PER_CHUNK", 2)
+    monkeypatch.setattr("rlrc.datasets.files.FILES_PER_CHUNK", 2)
     write(tmp_path / "set", FPS, features(), recordings((3,) * 5), data_mb=1e-6)
     files = sorted(str(file.relative_to(tmp_path / "set")) for file in (tmp_path / "set/data").rglob("*.parquet"))
     assert files == [f"data/chunk-00{i // 2}/file-00{i % 2}.parquet" for i in range(5)]
@@ -248,7 +248,7 @@ def test_what_lerobot_names_otherwise_is_read(copied: Path) -> None:
 
 
 def test_a_video_of_few_key_frames_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlrc.compressor.datasets.video._OPTIONS", {"g": "250", "bf": "2"})
+    monkeypatch.setattr("rlrc.datasets.video._OPTIONS", {"g": "250", "bf": "2"})
     write(tmp_path / "set", 30, features("video"), recordings((60,)))
     dataset = Dataset.open(tmp_path / "set")
     for i in [0, 59, 1, 30, 31, 29, 45, 2]:
@@ -269,9 +269,9 @@ def test_going_on_decodes_each_picture_once(folders: dict[str, Path], monkeypatc
 
 
 def test_only_so_many_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlrc.compressor.datasets.lerobot._OPEN", 2)
-    monkeypatch.setattr("rlrc.compressor.datasets.lerobot._ROWS", 1)
-    monkeypatch.setattr("rlrc.compressor.datasets.lerobot._TABLES", 2)
+    monkeypatch.setattr("rlrc.datasets.lerobot._OPEN", 2)
+    monkeypatch.setattr("rlrc.datasets.lerobot._ROWS", 1)
+    monkeypatch.setattr("rlrc.datasets.lerobot._TABLES", 2)
     for kind in ("image", "video"):
         write(tmp_path / kind, FPS, features(kind), recordings((2,) * 5), data_mb=1e-6, video_mb=1e-6)
         dataset = Dataset.open(tmp_path / kind)
@@ -471,8 +471,8 @@ def test_a_killed_writer_leaves_no_data_set(tmp_path: Path) -> None:
         import os, signal, sys
         sys.path[:0] = {[path for path in sys.path if path]!r}
         import numpy as np
-        from rlrc.compressor.datasets.meta import Feature
-        from rlrc.compressor.datasets.writer import Recording, write
+        from rlrc.datasets.meta import Feature
+        from rlrc.datasets.writer import Recording, write
 
         def frames(last):
             for step in range(20):

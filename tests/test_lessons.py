@@ -17,13 +17,13 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor import checkpoint, lessons, stages, training
 from rlrc.compressor.compress import compress
-from rlrc.compressor.datasets.meta import Feature
-from rlrc.compressor.datasets.writer import Recording, write
 from rlrc.compressor.distill import DistillConfig
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.sources import OfficialSource
 from rlrc.compressor.stages import Options
+from rlrc.datasets.meta import Feature
+from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
 from rlrc.runtime.preprocess import normalise, prepare
 

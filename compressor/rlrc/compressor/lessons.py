@@ -81,7 +81,7 @@ def check(stage: str, source: Source, config: Taught, instead: str = "") -> None
 def open_data(config: Taught, spec: PolicySpec) -> Matched:
     """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
     from rlrc.compressor.datasets.fit import match
-    from rlrc.compressor.datasets.lerobot import Dataset
+    from rlrc.datasets.lerobot import Dataset
 
     return match(Dataset.open(Path(config.data)), spec, config.cameras)
 

@@ -1,1 +1,1 @@
-"""Data sets of demonstrations: LeRobotDataset v3.0 folders, read and written without lerobot. No torch here."""
+"""Data sets for the compressor: what a LeRobotDataset (rlrc.datasets) holds, and whether it fits a policy. No torch."""

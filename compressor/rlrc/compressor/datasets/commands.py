@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.datasets import inspection
-from rlrc.compressor.datasets.lerobot import Dataset
+from rlrc.datasets.lerobot import Dataset
 from rlrc.folders import check_output
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from rlrc.compressor.data import NOISE
-from rlrc.compressor.datasets.meta import ACTION, PICTURES, STATE, Feature
-from rlrc.compressor.datasets.writer import Recording, write
+from rlrc.datasets.meta import ACTION, PICTURES, STATE, Feature
+from rlrc.datasets.writer import Recording, write
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import ACTION_NAMES, HORIZON, PICTURE, STATE_NAMES, MetaWorldEnv, find_task
 from rlrc.envs.seeds import DEMONSTRATION, scene

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import CameraSpec, PolicySpec
-from rlrc.compressor.datasets.lerobot import Dataset
-from rlrc.compressor.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
+from rlrc.datasets.lerobot import Dataset
+from rlrc.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
 from rlrc.errors import UserError
 from rlrc.runtime.pictures import wrong_size
 

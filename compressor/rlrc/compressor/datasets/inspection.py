@@ -12,8 +12,8 @@ from rich.table import Table
 
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.datasets.fit import match
-from rlrc.compressor.datasets.lerobot import Dataset
-from rlrc.compressor.datasets.meta import INDICES, VERSION
+from rlrc.datasets.lerobot import Dataset
+from rlrc.datasets.meta import INDICES, VERSION
 from rlrc.errors import UserError
 from rlrc.runtime.describe import print_rows
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlrc.compressor.datasets.meta import (
+from rlrc.datasets.meta import (
     ACTION,
     STATE,
     Episode,
@@ -28,7 +28,7 @@ from rlrc.compressor.datasets.meta import (
     reading,
     to_numpy,
 )
-from rlrc.compressor.datasets.video import Video
+from rlrc.datasets.video import Video
 from rlrc.errors import UserError
 
 _OPEN = 8  # videos that stay open, each where its last picture was

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rlrc.compressor.datasets.meta import VIDEO_PATH
-from rlrc.compressor.datasets.video import VideoWriter
+from rlrc.datasets.meta import VIDEO_PATH
+from rlrc.datasets.video import VideoWriter
 
 FILES_PER_CHUNK = 1000
 

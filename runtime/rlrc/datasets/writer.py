@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlrc.compressor.datasets import video
-from rlrc.compressor.datasets.files import FILES_PER_CHUNK, Tables, Videos
-from rlrc.compressor.datasets.meta import (
+from rlrc.datasets import video
+from rlrc.datasets.files import FILES_PER_CHUNK, Tables, Videos
+from rlrc.datasets.meta import (
     CHUNK_FILE,
     DATA_PATH,
     EPISODES,
@@ -30,7 +30,7 @@ from rlrc.compressor.datasets.meta import (
     VIDEO_PATH,
     Feature,
 )
-from rlrc.compressor.datasets.stats import Colours, Stats, of_vectors
+from rlrc.datasets.stats import Colours, Stats, of_vectors
 from rlrc.errors import UserError
 from rlrc.folders import appearing, sync
 
