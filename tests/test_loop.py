@@ -11,7 +11,7 @@ import pytest
 
 from rlrc.envs import environment
 from rlrc.errors import UserError
-from rlrc.runtime import commands
+from rlrc.runtime import run
 from rlrc.runtime.loop import Episode, Rate, play, summary
 
 
@@ -184,7 +184,7 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
     robot = FakeRobot()  # its observations do not fit the policy
     monkeypatch.setattr(environment, "open_environment", lambda name, spec, mapping: robot)
     with pytest.raises(UserError, match=r"expected an observation with image\.corner4"):
-        commands.Run(toy_artifact, "fake", seed=3).run()
+        run.Run(toy_artifact, "fake", seed=3, hz=0).run()
     assert robot.closed
     assert robot.resets == [3]
 
@@ -200,17 +200,23 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
         ({}, r"expected state of shape \(3,\), found \(7,\); .* \(found in metaworld:drawer-open-v3: use a policy"),
         ({"env_mapping": Path("x.toml")}, "expected no mapping file for metaworld:drawer-open-v3, found x.toml"),
         ({"episodes": 0}, "expected at least one episode, found 0"),
-        ({"hz": -5.0}, "expected a control rate"),
+        ({"hz": -5.0}, "expected a rate from 1 to 200 Hz, found -5"),
         ({"seed": -1}, "expected a seed of 0 or more, found -1"),
+        ({"env": None}, "expected either --env or --driver, found both or neither"),
+        ({"hz": 0.0, "log": Path("/tmp/never/log.jsonl")}, "expected --env alone with --hz 0"),
+        (
+            {"env": None, "driver": "nowhere:robot", "profile": "ur5e"},
+            "expected a driver MODULE:FUNCTION, found nowhere",
+        ),
     ],
 )
 def test_run_refuses(toy_artifact: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        commands.Run(toy_artifact, **{"env": "metaworld:drawer-open-v3"} | arguments).run()
+        run.Run(toy_artifact, **{"env": "metaworld:drawer-open-v3"} | arguments).run()
 
 
 def test_run_on_the_simulator(metaworld_toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands.Run(metaworld_toy, "metaworld:drawer-open-v3", hz=0, episodes=2, seed=3_000_000, json=True).run()
+    run.Run(metaworld_toy, "metaworld:drawer-open-v3", hz=0, episodes=2, seed=3_000_000, json=True).run()
     printed = json.loads(capsys.readouterr().out)
     assert [episode["seed"] for episode in printed["played"]] == [3_000_000, 3_000_001]
     assert printed["episodes"] == 2

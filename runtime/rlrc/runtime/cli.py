@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("rlrc.exporters.commands:Export", "the graphs that the runtime loads, verified"),
     "verify": ("rlrc.runtime.commands:Verify", "replay the golden observations through every graph here"),
     "infer": ("rlrc.runtime.commands:Infer", "one observation in, one chunk of actions out"),
-    "run": ("rlrc.runtime.commands:Run", "the control loop on a simulator, at a fixed rate"),
+    "run": ("rlrc.runtime.run:Run", "the control loop on a simulator, at a fixed rate"),
     "bench latency": ("rlrc.benchmarks.commands.measure:Latency", "milliseconds an action chunk, against a baseline"),
     "bench memory": ("rlrc.benchmarks.commands.measure:Memory", "bytes on disk and in memory"),
     "bench success": (

@@ -1,4 +1,4 @@
-"""The commands of the robot side: inspect, infer, run, verify. A dataclass each; the field docstrings are the help."""
+"""The commands of the robot side but `rlrc run`: inspect, infer, verify. Dataclasses; field docstrings are the help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
-from rlrc.runtime import agreement, backends, loop, verify
+from rlrc.runtime import agreement, backends, verify
 from rlrc.runtime.backends import Backend
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import describe, folder_bytes, plain_console, records_table, trial
@@ -93,71 +93,6 @@ class Infer:
 
             return official_commands.policy(self.path, self.official, self.threads)
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Close the loop: observe, infer, act at a fixed rate, on a simulator (docs/simulators.md)."""
-
-    path: Positional[Path]
-    """the artifact"""
-    env: str
-    """what to control: metaworld:TASK, gym:ID or libero:SUITE/NUMBER, such as metaworld:drawer-open-v3"""
-    env_mapping: Path | None = None
-    """TOML file that says how the environment's values become the policy's, for gym:ID"""
-    hz: float | None = None
-    """steps a second; 0 runs as fast as possible (default: the environment's own rate)"""
-    episodes: int = 1
-    """episodes to play"""
-    seed: int | None = None
-    """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
-    execute: int | None = None
-    """steps of every chunk to play before the next inference (default: all)"""
-    backend: Backend | None = None
-    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
-    threads: int = 1
-    """threads of the engine"""
-    json: bool = False
-    """print the summary and every episode as JSON instead"""
-
-    def run(self) -> int:
-        if self.episodes < 1:
-            raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
-        rate = None if self.hz is None else loop.Rate(self.hz)
-        policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
-        from rlrc.envs.environment import open_environment
-        from rlrc.envs.seeds import EVALUATION
-
-        first = EVALUATION.start if self.seed is None else self.seed
-        if first < 0:
-            raise UserError(f"expected a seed of 0 or more, found {first}; give another --seed")
-        env = open_environment(self.env, policy.spec, self.env_mapping)
-        console, played = plain_console(stderr=self.json), []
-        try:
-            rate = rate or loop.Rate(env.hz)
-            for episode in loop.episodes(policy, env, range(first, first + self.episodes), rate, self.execute):
-                played.append(episode)
-                console.print(
-                    f"seed {episode.seed}: {'success' if episode.success else 'failure'} after {episode.steps} steps, "
-                    f"{episode.deadline_misses} deadlines missed",
-                    style="green" if episode.success else "red",
-                )
-        except NoAction as error:
-            return check_failed(str(error))
-        finally:
-            env.close()
-        totals = loop.summary(played)
-        if self.json:
-            print(json.dumps(totals | {"played": [asdict(episode) for episode in played]}))
-            return 0
-        console.print(
-            f"{totals['successes']} of {totals['episodes']} episodes succeeded; {totals['steps']} steps at "
-            f"{totals['achieved_hz']:.1f} Hz, {totals['deadline_misses']} deadlines missed; inference "
-            f"p50 {totals['inference_ms_p50']:.2f} ms, p99 {totals['inference_ms_p99']:.2f} ms, "
-            f"max {totals['inference_ms_max']:.2f} ms"
-        )
-        console.print(f"next: rlrc bench latency {self.path}")
-        return 0
 
 
 @dataclass(frozen=True)

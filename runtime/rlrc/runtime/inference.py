@@ -48,6 +48,10 @@ class Warmth:
     median_ms: float
     stable: bool
 
+    def __str__(self) -> str:
+        settled = f"stable at {self.median_ms:.1f} ms" if self.stable else f"not stable, last {self.median_ms:.1f} ms"
+        return f"{settled} after {self.calls} calls (the first took {self.first_ms:.1f} ms)"
+
 
 class Inference:
     """``open_policy(*arguments)`` gives the policy in the child. ``observation`` is one as they will come.

@@ -99,6 +99,31 @@ def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
     }
 
 
+def told(totals: Mapping[str, Any]) -> dict[str, str]:
+    """The summary in words, by heading."""
+
+    def spread(name: str) -> str:
+        found = totals[name]
+        return "none" if found is None else f"p50 {found['p50']:.2f}, p99 {found['p99']:.2f}, max {found['max']:.2f} ms"
+
+    steps = totals["steps"]
+    rows = {
+        "rate": f"{totals['hz']:g} Hz, {steps:,} steps in {totals['seconds']:.1f} s, jitter p99 "
+        f"{totals['jitter_ms_p99']:.2f} ms",
+        "misses": f"{totals['late_actions']} actions late, {totals['held_steps']} steps held, "
+        f"{totals['skipped_steps']} left out",
+        "guard": ", ".join(f"{what} {count}" for what, count in totals["guard"].items()),
+        "inference": spread("inference_ms"),
+        "age of the state": spread("age_ms"),
+        "all but inference": spread("overhead_ms"),
+        **{f"  {part}": spread(f"{part}_ms") for part in PARTS},
+        "granted": ", ".join(f"{what} {how}" for what, how in totals["granted"].items()),
+    }
+    if "successes" in totals:
+        rows["success"] = f"{totals['successes']} of {totals['episodes']} episodes"
+    return rows
+
+
 def jitter(sent: NDArray[Any], period: float) -> float:
     """How far the time between two commands is from whole periods, in milliseconds, at the 99th percentile."""
     gaps = np.diff(sent)

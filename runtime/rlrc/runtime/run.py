@@ -1,0 +1,277 @@
+"""The command that closes the loop: `rlrc run`. The field docstrings are the help."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from tyro.conf import Positional
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import Artifact, PolicySpec
+from rlrc.envs.seeds import EVALUATION
+from rlrc.errors import UserError
+from rlrc.folders import check_output
+from rlrc.robots.recorder import Recorder
+from rlrc.robots.robot import Robot
+from rlrc.robots.simulator import SimulatorRobot
+from rlrc.runtime import loop, profile, telemetry
+from rlrc.runtime.backends import Backend
+from rlrc.runtime.chunks import Chunks, Strategy
+from rlrc.runtime.commands import check_failed
+from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.decode import NoAction
+from rlrc.runtime.describe import plain_console, print_rows
+from rlrc.runtime.guard import Guard
+from rlrc.runtime.hygiene import real_time
+from rlrc.runtime.inference import Inference
+from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.stop import StopSwitch
+
+REMEMBERED = 200_000  # steps that --log holds, about an hour at 50 Hz
+SIMULATED_LATE = 5.0
+SWITCH = "asked to stop"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Close the loop at a fixed rate on a robot or a simulator: observe, infer beside the loop, guard, act.
+
+    Any key, Ctrl-C or what --button and --port bring stops the robot; so does whatever goes wrong (docs/robots.md).
+    """
+
+    path: Positional[Path]
+    """the artifact"""
+    env: str | None = None
+    """simulator to control: metaworld:TASK, gym:ID or libero:SUITE/NUMBER, such as metaworld:drawer-open-v3"""
+    env_mapping: Path | None = None
+    """TOML file that says how the environment's values become the policy's, for gym:ID"""
+    driver: str | None = None
+    """robot to control instead: MODULE:FUNCTION of yours, called with the policy's description and --instruction"""
+    instruction: str = ""
+    """what a robot is to do, in words"""
+    profile: str | None = None
+    """the robot's limits: a TOML file, or the name of one of ours (default: that of metaworld)"""
+    hz: float | None = None
+    """steps a second; 0 plays a simulator as fast as possible, in lockstep, without a guard (default: its own rate)"""
+    strategy: Strategy = "synchronous"
+    """how chunks follow each other: the robot waits for the next one; replace by the newest; ensemble, their average;
+    continue, where the newest is made to go on from what is being executed (real-time chunking)"""
+    execute: int | None = None
+    """steps of every chunk to play before the next inference (default: synchronously all, else as few as can be)"""
+    episodes: int = 1
+    """episodes to play in a simulator"""
+    seed: int | None = None
+    """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
+    steps: int | None = None
+    """steps after which to end (default: a robot's run ends when it is stopped)"""
+    late: float | None = None
+    """periods that a state or a picture may be old before that stops the robot; more for cameras slower than --hz
+    (default: 1.5; 5 for a simulator, which has to share this machine)"""
+    patience: float = Timing.patience
+    """seconds that the robot is held for want of an action before that stops it"""
+    record: Path | None = None
+    """write every step into a new LeRobotDataset"""
+    log: Path | None = None
+    """write every step's times and what the guard did: JSON lines, or .parquet"""
+    button: Path | None = None
+    """FIFO, device or socket of a stop button: any byte stops, and its end"""
+    port: int | None = None
+    """port on this machine on which POST /stop stops, with the token that is printed"""
+    pin: tuple[int, ...] = ()
+    """processors that the loop is to run on (default: any)"""
+    backend: Backend | None = None
+    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
+    threads: int = 1
+    """threads of the engine"""
+    json: bool = False
+    """print the summary and every episode as JSON instead"""
+
+    def run(self) -> int:
+        if self.episodes < 1:
+            raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
+        if self.seed is not None and self.seed < 0:
+            raise UserError(f"expected a seed of 0 or more, found {self.seed}; give another --seed")
+        if (self.env is None) == (self.driver is None):
+            raise UserError("expected either --env or --driver, found both or neither; name a simulator or a robot")
+        for out in (self.record, self.log):
+            if out is not None:
+                check_output(out)
+        if self.hz == 0:
+            return self._in_lockstep()
+        if self.hz is not None:
+            Timing(self.hz)
+        return self._in_time()
+
+    @property
+    def _seeds(self) -> range:
+        first = EVALUATION.start if self.seed is None else self.seed
+        return range(first, first + self.episodes)
+
+    # As fast as possible, without a guard: a simulator only
+
+    def _in_lockstep(self) -> int:
+        if self.env is None or self.record or self.log:
+            raise UserError("expected --env alone with --hz 0, found --driver, --record or --log; give a rate")
+        policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
+        from rlrc.envs.environment import open_environment
+
+        env = open_environment(self.env, policy.spec, self.env_mapping)
+        console, played = plain_console(stderr=self.json), []
+        try:
+            for episode in loop.episodes(policy, env, self._seeds, loop.Rate(0), self.execute):
+                played.append(episode)
+                console.print(_line(episode.seed, episode.success, episode.steps))
+        except NoAction as error:
+            return check_failed(str(error))
+        finally:
+            env.close()
+        totals = loop.summary(played)
+        if self.json:
+            print(json.dumps(totals | {"played": [asdict(episode) for episode in played]}))
+            return 0
+        console.print(
+            f"{totals['successes']} of {totals['episodes']} episodes succeeded; {totals['steps']} steps; inference "
+            f"p50 {totals['inference_ms_p50']:.2f} ms, p99 {totals['inference_ms_p99']:.2f} ms, "
+            f"max {totals['inference_ms_max']:.2f} ms"
+        )
+        console.print(f"next: rlrc bench latency {self.path}")
+        return 0
+
+    # At a fixed rate
+
+    def _in_time(self) -> int:
+        artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
+        if self.env is not None:
+            from rlrc.envs.environment import check_environment
+
+            check_environment(self.env, artifact.manifest.policy, self.env_mapping)
+        limits = profile.load(self._profile_name())
+        with ExitStack() as stack:
+            run = _Running(self, artifact, limits, stack)
+            switch = stack.enter_context(StopSwitch().listen(button=self.button, port=self.port))
+            console = plain_console(stderr=self.json)
+            console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
+            if switch.url:
+                console.print(f"curl -X POST -H 'Authorization: Bearer {switch.token}' {switch.url}", soft_wrap=True)
+            granted = stack.enter_context(real_time(self.pin))
+            for seed in self._seeds if run.simulator else range(1):
+                run.episode(seed, lambda: f"{SWITCH}: {switch.reason}" if switch.stopped else None)
+                if run.simulator:
+                    last = run.played[-1]
+                    console.print(_line(seed, last["success"], last["steps"]))
+                if run.guard.stopped:
+                    break
+        return self._report(run, granted)
+
+    def _profile_name(self) -> str:
+        if self.profile is not None:
+            return self.profile
+        if self.env is not None and self.env.startswith("metaworld:"):
+            return "metaworld"
+        raise UserError(
+            f"expected --profile with the robot's limits, one of {', '.join(profile.shipped())} or a TOML file, found "
+            "none; see docs/robots.md (a simulator can be played without one at --hz 0)"
+        )
+
+    def _report(self, run: _Running, granted: dict[str, str]) -> int:
+        totals = telemetry.summary(run.telemetry, 1 / run.timing.hz)
+        totals |= {"hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
+        totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}
+        if run.simulator:
+            totals |= {"episodes": len(run.played), "successes": sum(one["success"] for one in run.played)}
+        if self.log is not None:
+            telemetry.write(run.telemetry, run.spec.action.names, self.log)
+        if self.record is not None and run.recorder is not None:
+            totals["recorded_frames"] = run.recorder.finish()
+        if self.json:
+            print(json.dumps(totals | {"played": run.played}))
+        else:
+            print_rows(telemetry.told(totals), plain_console())
+        reason = run.guard.reason
+        if reason is not None and not reason.startswith(SWITCH):
+            return check_failed(f"stopped: {reason}")
+        if not self.json:
+            plain_console().print(f"next: rlrc bench latency {self.path}")
+        return 0
+
+
+class _Running:
+    """What `rlrc run` has open, for one episode after the other."""
+
+    def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
+        self.options, self.spec = options, artifact.manifest.policy
+        opened = self._open_robot(options, self.spec)
+        stack.callback(opened.close)
+        self.simulator = opened if isinstance(opened, SimulatorRobot) else None
+        own = self.simulator.hz if self.simulator else None
+        if options.hz is None and own is None:
+            raise UserError("expected --hz with a robot's driver, found none; give the rate of its commands")
+        hz = options.hz if options.hz is not None else float(own or 0)
+        late = options.late or (SIMULATED_LATE if own else Timing.late)
+        self.timing = Timing(hz, hz / own if own else 1.0, late, options.patience)
+        state = self.spec.state
+        names, units = ((), ()) if state is None else (state.names, state.units)
+        self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap)
+        self.chunks = Chunks(options.strategy, self.spec.action.horizon, options.execute)
+        if self.simulator:
+            self.simulator.reset(options._seeds[0])
+        self.inference = Inference(
+            LocalPolicy.load, (options.path, options.threads, True, options.backend), _first(opened)
+        )
+        stack.callback(self.inference.close)
+        self.recorder = Recorder(opened, self.spec, hz, options.record) if options.record else None
+        self.robot: Robot = self.recorder or opened
+        self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
+        self.played: list[dict[str, Any]] = []
+
+    def episode(self, seed: int, stop: Callable[[], str | None]) -> None:
+        """Of a simulator until it is over, of a robot until it is stopped."""
+        robot = self.simulator
+        self.inference.reset()
+        if robot is not None:
+            robot.reset(seed)
+        sensed = self.robot.sense()
+        if self.recorder is not None:
+            words = (sensed.observation.get("instruction") if sensed else None) or self.options.instruction
+            self.recorder.begin(words or "run")
+        control = Control(
+            self.robot, self.inference, self.guard, self.chunks, self.spec, self.timing, self.telemetry, stop
+        )
+        over = (lambda: robot.over or robot.steps >= robot.horizon) if robot is not None else (lambda: False)
+        control.run(over, self.options.steps)
+        if robot is not None:
+            self.played.append({"seed": seed, "success": robot.success, "steps": robot.steps})
+
+    @staticmethod
+    def _open_robot(options: Run, spec: PolicySpec) -> Any:
+        if options.env is not None:
+            return SimulatorRobot(options.env, spec, options.env_mapping)
+        module, _, function = str(options.driver).partition(":")
+        sys.path.insert(0, "")  # a driver may lie where the command is given
+        try:
+            return getattr(importlib.import_module(module), function)(spec, options.instruction)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"expected a driver MODULE:FUNCTION, found {options.driver}: {error}; see docs/robots.md"
+            ) from None
+
+
+def _first(robot: Robot) -> Any:
+    sensed = robot.sense()
+    if sensed is None:
+        raise UserError("expected a first state from the robot's driver, found none; let it wait for one when it opens")
+    return sensed.observation
+
+
+def _line(seed: int, success: bool, steps: int) -> Text:
+    return Text(
+        f"seed {seed}: {'success' if success else 'failure'} after {steps} steps", "green" if success else "red"
+    )
