@@ -25,7 +25,8 @@ REASONS = {
     "clock jump": "the state is 10",
     "clock back": "in the future",
     "inference killed": "inference ended",
-    "stop asked for": "stop asked for",
+    "full disk": "the recording failed: No space left on device",
+    "Ctrl-C twice": "asked to stop: signal SIGINT",
 }
 JITTER_MS = 8.0  # a shared machine may begin a step so late
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from rlrc.benchmarks import rig
 from rlrc.errors import UserError
+from rlrc.robots.recorder import Recorder
 from rlrc.runtime.chunks import Chunks
 from rlrc.runtime.control import Control, Timing
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.hygiene import real_time
 from rlrc.runtime.inference import Inference
+from rlrc.runtime.stop import StopSwitch
 from rlrc.runtime.telemetry import Telemetry
 
 BEFORE_S = 0.6  # the arm has been moving for so long
 PATIENCE_S = 0.4
 ARM: tuple[str, ...] = get_args(rig.ArmFault)
 POLICY: tuple[str, ...] = get_args(rig.PolicyFault)
-LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "stop asked for")
+LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "full disk", "Ctrl-C twice")
 FAULTS = (*ARM, *POLICY, *LOOP)
 
 
@@ -75,22 +79,26 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
     joints, units = rig.JOINTS, spec.action.units
     guard = FaultyGuard(rig.profile(), hz, spec.action, joints, units, timing.gap)
     telemetry = Telemetry(4096, spec.action.dim)
-    asked: list[str] = []
-    stop: Callable[[], str | None] = lambda: asked[0] if asked else None  # noqa: E731
-    control = Control(arm, inference, guard, Chunks("replace", rig.HORIZON), spec, timing, telemetry, stop, clock)
+    folder, switch = Path(tempfile.mkdtemp()), StopSwitch()
+    recorder = Recorder(arm, spec, hz, folder / "recorded")
+    recorder.begin("move")
+    chunks = Chunks("replace", rig.HORIZON)
+    control = Control(recorder, inference, guard, chunks, spec, timing, telemetry, switch.asked, clock)
     began: list[float] = []
 
     def over() -> bool:
         if not began and telemetry.steps >= BEFORE_S * hz:
             began.append(time.monotonic())
-            _begin(fault, arm, inference, guard, clock, asked)
+            _begin(fault, arm, inference, guard, clock, recorder)
         return False
 
     try:
-        with real_time():
+        with switch.listen(keyboard=None), real_time():
             control.run(over, steps=int((BEFORE_S + 3) * hz))
     finally:
         inference.close()
+        recorder.close()
+        shutil.rmtree(folder)
     if not began:
         raise UserError(
             f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine is "
@@ -99,7 +107,9 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
     return _outcome(fault, hz, telemetry, arm, began[0], guard)
 
 
-def _begin(fault: str, arm: rig.Arm, inference: Inference, guard: FaultyGuard, clock: Clock, asked: list[str]) -> None:
+def _begin(
+    fault: str, arm: rig.Arm, inference: Inference, guard: FaultyGuard, clock: Clock, recorder: Recorder
+) -> None:
     if fault in ARM:
         arm.break_down(fault)  # type: ignore[arg-type]
     elif fault in POLICY:
@@ -110,8 +120,11 @@ def _begin(fault: str, arm: rig.Arm, inference: Inference, guard: FaultyGuard, c
         clock.jump = 10.0 if fault == "clock jump" else -10.0
     elif fault == "inference killed":
         os.kill(inference.pid, signal.SIGKILL)
+    elif fault == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), recorder._stream.fileno())
     else:
-        asked.append("stop asked for")
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def _outcome(fault: str, hz: float, telemetry: Telemetry, arm: rig.Arm, began: float, guard: Guard) -> Outcome:

@@ -108,20 +108,21 @@ class Arm:
 
 
 class Circle:
-    """The policy: joints on a circle, from where they are, in ``seconds`` a chunk; ``fault`` once it sees the mark."""
+    """The policy: joints on a circle with the time, in ``seconds`` a chunk; ``fault`` once it sees the mark."""
 
     def __init__(self, hz: float, fault: PolicyFault | None = None, seconds: float = 0.0) -> None:
-        self._angles = RATE / hz * np.arange(1, HORIZON + 1)
+        self._ahead = RATE / hz * np.arange(HORIZON)
         self._fault, self._seconds = fault, seconds
 
     def reset(self) -> None:
-        pass
+        """The circle begins at the origin with the next observation."""
+        self._began: float | None = None
 
     def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> dict[str, Any]:
+        now = time.monotonic()
+        self._began = self._began or now
+        angles = RATE * (now - self._began) + self._ahead
         time.sleep(self._seconds)
-        state = observation["state"].astype(float)
-        at = np.arctan2(state[1], state[0] + SPAN)  # the circle's centre is left of the origin, which lies on it
-        angles = at + self._angles
         actions = np.stack([SPAN * np.cos(angles) - SPAN, SPAN * np.sin(angles)], 1).astype(np.float32)
         if observation["image.wrist"][0, 0, 0] == MARK:
             actions = self._broken(actions)

@@ -6,6 +6,7 @@ set is made of it at the end. A disk that is full or too slow stops the robot li
 
 from __future__ import annotations
 
+import io
 import queue
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ class Recorder:
         self._failure: str | None = None
         self._episodes: list[tuple[str, int]] = []  # task, frames
         self._sensed: Sensed | None = None
+        self._stream = (self._folder / "frames").open("wb", buffering=0)  # so that a failure is seen at once
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
@@ -71,6 +73,8 @@ class Recorder:
         self._robot.stop()
 
     def close(self) -> None:
+        """The frames stay beside ``out`` unless they have become a data set."""
+        self._end()
         self._robot.close()
 
     def finish(self) -> int:
@@ -78,8 +82,7 @@ class Recorder:
 
         What has been recorded until then stays beside ``out`` in that case.
         """
-        self._frames.put(None)
-        self._thread.join()
+        self._end()
         if self._failure is not None:
             raise UserError(
                 f"expected to record into {self._out}, found that {self._failure}; the frames before that are in "
@@ -109,13 +112,21 @@ class Recorder:
         shutil.rmtree(self._folder)
         return frames
 
+    def _end(self) -> None:
+        if not self._stream.closed:
+            if self._thread.is_alive():
+                self._frames.put(None)
+            self._thread.join()
+            self._stream.close()
+
     def _write(self) -> None:
         try:
-            with (self._folder / "frames").open("wb") as stream:
-                for frame in self._queued():
-                    for name, array in (*frame.items(), ("", np.zeros(0))):
-                        stream.write(name.encode() + b"\n")
-                        np.save(stream, array, allow_pickle=False)
+            for frame in self._queued():
+                whole = io.BytesIO()
+                for name, array in (*frame.items(), ("", np.zeros(0))):
+                    whole.write(name.encode() + b"\n")
+                    np.save(whole, array, allow_pickle=False)
+                self._stream.write(whole.getvalue())
         except OSError as error:
             self._failure = f"the recording failed: {error.strerror}"
 

@@ -104,8 +104,8 @@ class Control:
             due = self._start + step * self.timing.period
             skipped = self._wait(due)
             step += skipped
-            self._tick(step, self._start + step * self.timing.period, skipped)
-            if over() or (self.guard.stopped and self.guard.at_rest):
+            verdict = self._tick(step, self._start + step * self.timing.period, skipped)
+            if over() or (verdict.stopped and self.guard.at_rest):
                 return
             step += 1
 
@@ -126,7 +126,7 @@ class Control:
             self._sleep(min(early, self.timing.period))
         return max(0, int((self._clock() - due) / self.timing.period))
 
-    def _tick(self, step: int, due: float, skipped: int) -> None:
+    def _tick(self, step: int, due: float, skipped: int) -> Verdict:
         row, begun = self.telemetry.next(), self._clock()
         row["step"], row["due"], row["skipped"] = step, due, skipped
         row["late_ms"] = (begun - due) * 1e3
@@ -144,6 +144,7 @@ class Control:
         self.telemetry.commanded(verdict.command)
         self._ask(step, sensed)
         row["ask_ms"] = _since(sent, self._clock())
+        return verdict
 
     def _sense(self, now: float) -> Sensed | None:
         if reason := self._stop():

@@ -33,11 +33,10 @@ from rlrc.runtime.guard import Guard
 from rlrc.runtime.hygiene import real_time
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.stop import StopSwitch
+from rlrc.runtime.stop import ASKED, StopSwitch
 
 REMEMBERED = 200_000  # steps that --log holds, about an hour at 50 Hz
 SIMULATED_LATE = 5.0
-SWITCH = "asked to stop"
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Run:
                 console.print(f"curl -X POST -H 'Authorization: Bearer {switch.token}' {switch.url}", soft_wrap=True)
             granted = stack.enter_context(real_time(self.pin))
             for seed in self._seeds if run.simulator else range(1):
-                run.episode(seed, lambda: f"{SWITCH}: {switch.reason}" if switch.stopped else None)
+                run.episode(seed, switch.asked)
                 if run.simulator:
                     last = run.played[-1]
                     console.print(_line(seed, last["success"], last["steps"]))
@@ -196,7 +195,7 @@ class Run:
         else:
             print_rows(telemetry.told(totals), plain_console())
         reason = run.guard.reason
-        if reason is not None and not reason.startswith(SWITCH):
+        if reason is not None and not reason.startswith(ASKED):
             return check_failed(f"stopped: {reason}")
         if not self.json:
             plain_console().print(f"next: rlrc bench latency {self.path}")

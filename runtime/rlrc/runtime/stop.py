@@ -38,6 +38,7 @@ from rlrc.errors import UserError
 
 # Ctrl-C, a service manager, a terminal that is gone, Ctrl-Z (a controller must not sleep), and one for scripts.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
+ASKED = "asked to stop"
 LOOPBACK = "127.0.0.1"
 REQUEST_S = 2.0  # a client that says nothing for so long is dropped
 
@@ -58,6 +59,10 @@ class StopSwitch:
         if not self.stopped:
             self.reason = reason
             self.stopped = True  # last: who reads it finds the reason
+
+    def asked(self) -> str | None:
+        """Why to stop, None if nobody wants that."""
+        return f"{ASKED}: {self.reason}" if self.stopped else None
 
     def release(self) -> None:
         """Lets it be pressed anew. Raises UserError if something that was listened to is gone."""

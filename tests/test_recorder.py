@@ -1,0 +1,64 @@
+"""What a robot did becomes a data set, and a disk that fails stops the robot."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlrc.benchmarks import rig
+from rlrc.errors import UserError
+from rlrc.robots.recorder import Recorder
+from rlrc.robots.robot import RobotError
+
+pytest.importorskip("pyarrow")
+from rlrc.datasets.lerobot import Dataset
+
+
+def moved(recorder: Recorder, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    sent = []
+    for step in range(steps):
+        sensed = recorder.sense()
+        assert sensed is not None
+        action = np.array([0.01 * step, -0.02 * step])
+        recorder.command(action)
+        sent.append((np.array(sensed.observation["image.wrist"]), action))
+    return sent
+
+
+def test_every_step_becomes_a_frame(tmp_path: Path) -> None:
+    arm = rig.Arm()
+    recorder = Recorder(arm, rig.spec(), 50.0, tmp_path / "run")
+    assert recorder.live_pictures
+    moved(recorder, 2)  # before an episode begins
+    recorder.begin("wave")
+    first = moved(recorder, 5)
+    recorder.begin("wave back")
+    second = moved(recorder, 3)
+    assert recorder.finish() == 8
+    assert len(arm.sent) == 10
+    data = Dataset.open(tmp_path / "run")
+    assert (data.fps, len(data)) == (50, 8)
+    assert [data.task(i) for i in range(8)] == ["wave"] * 5 + ["wave back"] * 3
+    for i, (picture, action) in enumerate([*first, *second]):
+        assert np.array_equal(data.picture(i, "observation.images.wrist"), picture)
+        np.testing.assert_allclose(data.column("action")[i], action, rtol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> None:
+    arm = rig.Arm()
+    recorder = Recorder(arm, rig.spec(), 50.0, tmp_path / "run")
+    recorder.begin("wave")
+    moved(recorder, 2)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), recorder._stream.fileno())  # every write fails from now on
+    with pytest.raises(RobotError, match="the recording failed: No space left on device"):
+        for _ in range(100):
+            moved(recorder, 1)
+            time.sleep(0.01)
+    with pytest.raises(UserError, match=r"expected to record into .*run, found that the recording failed"):
+        recorder.finish()
+    assert not (tmp_path / "run").exists()
