@@ -96,27 +96,29 @@ def joints(arm: Arm) -> list[float]:
 def test_synchronously_the_arm_is_held_during_inference() -> None:
     control, arm, thinking, _ = loop(2, "synchronous", execute=3)
     control.run(steps=10)
-    # Asked at step 0, answered for step 2; when three steps have been played, asked about where the arm then is.
-    assert joints(arm) == [0, 0, 0.01, 0.02, 0.03, 0.03, 0.03, 0.04, 0.05, 0.06]
-    assert control.telemetry.rows["held"].tolist() == [True, True, *[False] * 3, True, True, *[False] * 3]
-    assert thinking.starts == [0, 5]
+    # The first chunk is waited for. When three steps of it have been played, asked about where the arm then is.
+    assert joints(arm) == [0.01, 0.02, 0.03, 0.03, 0.03, 0.04, 0.05, 0.06, 0.06, 0.06]
+    assert control.telemetry.rows["held"].tolist() == [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
+    assert thinking.starts == [0, 3, 8]
 
 
 def test_a_late_chunk_is_joined_by_the_time_of_its_observation() -> None:
     control, arm, thinking, _ = loop(2, "replace")
     control.run(steps=8)
     # The chunk asked for at step 0 is for the steps 0, 1, 2, ...: it comes before step 2, which gets its third action.
-    # The next one is asked for before the arm has moved: 0.01 at step 2, so 0.03 at step 4. The one after that at 0.04.
-    assert joints(arm) == [0, 0, 0.03, 0.04, 0.03, 0.04, 0.07, 0.08]
-    assert thinking.starts == [0, 2, 4, 6]
-    assert control.telemetry.rows["place"].tolist()[2:] == [2, 3, 2, 3, 2, 3]
+    # The next one is asked for at joint 0.02: 0.03 would be for step 2, so 0.05 is for step 4.
+    assert joints(arm) == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
+    assert thinking.starts == [0, 0, 2, 4, 6]
+    assert control.telemetry.rows["chunk"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert control.telemetry.rows["place"].tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
 
 
 def test_an_action_that_is_too_late_is_never_sent() -> None:
     control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=5.0)
     control.run(steps=24)
-    assert joints(arm) == [0] * 24
-    assert control.telemetry.rows["held"].all()
+    # Asked at step 0, come at step 10: the eight steps that it was for are over. So is the next one's time at step 20.
+    assert joints(arm) == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07] + [0.08] * 17
+    assert control.telemetry.rows["held"].tolist() == [False] * 8 + [True] * 16
     assert not control.guard.stopped
 
 
@@ -124,18 +126,34 @@ def test_repeated_misses_stop() -> None:
     control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=0.55)
     control.run(steps=24)
     assert control.guard.reason == "no action for 0.55 s"
-    assert len(arm.sent) == 6  # at steps 0 to 5; what is at rest need not be held any longer
+    assert len(arm.sent) == 14  # the last action at step 7, a stop 0.6 s later; what is at rest is held once
 
 
 def test_inference_that_hangs_stops() -> None:
-    control, _, _, _ = loop(1000, "replace", patience=5.0, hung=0.35)
+    control, _, thinking, _ = loop(0, "replace", patience=5.0, hung=0.35)
+    poll = thinking.poll
+
+    def once() -> Answer | None:
+        answer = poll()
+        thinking.seconds = 1e6
+        return answer
+
+    thinking.poll = once  # type: ignore[method-assign]
     control.run(steps=24)
     assert control.guard.reason == "inference has not answered for 0.35 s"
+    assert control.telemetry.steps == 5  # asked at step 0
+
+
+def test_without_a_first_action_nothing_moves() -> None:
+    control, arm, _, _ = loop(1000, "replace", hung=0.35)
+    control.run(steps=24)
+    assert control.guard.reason == "no first action within 0.35 s"
+    assert joints(arm) == [0]
 
 
 def test_missed_steps_are_left_out_and_not_made_up_for() -> None:
     control, arm, _, clock = loop(0, "replace", gap=3.0)
-    clock.delays[3] = 0.13  # step 4 would begin 0.13 s late, when step 5 is due: so that one is sent
+    clock.delays[4] = 0.13  # step 4 would begin 0.13 s late, when step 5 is due: so that one is sent
     control.run(steps=8)
     rows = control.telemetry.rows
     assert rows["step"].tolist() == [0, 1, 2, 3, 5, 6, 7]
@@ -147,11 +165,12 @@ def test_missed_steps_are_left_out_and_not_made_up_for() -> None:
 def test_a_chunk_goes_on_from_the_one_before() -> None:
     control, _, thinking, _ = loop(2, "continue")
     control.run(steps=6)
-    assert thinking.continuations[0] is None
-    second = thinking.continuations[1]
+    first, second, third = thinking.continuations[:3]
+    assert first is None
+    assert (second.frozen, len(second.previous)) == (0, 8)  # no chunk has been late so far
     # Asked at step 2: what is left of the chunk of step 0, two steps of which will be gone when the answer comes.
-    assert second.frozen == 2
-    np.testing.assert_allclose(second.previous[:, 0], 0.01 * np.arange(3, 9), rtol=1e-5)
+    assert third.frozen == 2
+    np.testing.assert_allclose(third.previous[:, 0], 0.01 * np.arange(3, 9), rtol=1e-5)
 
 
 def test_a_command_that_breaks_a_limit_is_not_sent() -> None:
@@ -175,7 +194,7 @@ def test_the_summary_of_a_run() -> None:
     control, _, _, _ = loop(1, "replace")
     control.run(steps=20)
     found = summary(control.telemetry, PERIOD)
-    assert (found["steps"], found["late_actions"], found["held_steps"], found["skipped_steps"]) == (20, 0, 1, 0)
+    assert (found["steps"], found["late_actions"], found["held_steps"], found["skipped_steps"]) == (20, 0, 0, 0)
     assert found["seconds"] == pytest.approx(2.0)
     assert found["hz"] == pytest.approx(HZ)
     assert found["inference_ms"]["p50"] == pytest.approx(100)

@@ -52,7 +52,8 @@ class Chunks:
 
     def add(self, actions: NDArray[np.float32], start: int, step: int) -> bool:
         """A chunk for ``start`` and on, come in time for ``step``. False: all of it is late."""
-        self._delays.append(max(step - start, 0))
+        if step:  # what is waited for before the first step is no delay
+            self._delays.append(max(step - start, 0))
         first = start
         if self.strategy == "synchronous":
             first, actions = step, actions[: self._least]

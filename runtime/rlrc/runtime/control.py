@@ -92,12 +92,10 @@ class Control:
         self._start = self._sent = self._planned_at = self._asked_about = 0.0
 
     def run(self, over: Callable[[], bool] = lambda: False, steps: int | None = None) -> None:
-        """Begins at rest where the robot is. Ends when ``over``, after ``steps``, or when a stop has come to rest.
+        """Begins at rest where the robot is, with a chunk. Ends when ``over``, after ``steps``, or at rest by a stop.
 
         Raises UserError if the robot cannot be started from where it is.
         """
-        self.chunks.clear()
-        self._start = self._clock()
         self._begin()
         step = 0
         while steps is None or step < steps:
@@ -114,7 +112,29 @@ class Control:
         if sensed is None or sensed.measured is None:
             raise UserError("expected the robot's state to start from, found none; check its driver")
         self.guard.start(sensed.measured)
+        self.chunks.clear()
+        self._asked_about = 0.0
+        self._prime(sensed)
+        self._start = self._clock()
         self._sent = self._planned_at = self._start - self.timing.period
+
+    def _prime(self, sensed: Sensed) -> None:
+        """The first chunk, waited for: the robot is at rest and has time. It counts for no estimate of delays."""
+        begun, answer = self._clock(), None
+        try:
+            preprocess.check(sensed.observation, self.spec)
+            self.thinking.ask(sensed.observation, 0)
+            while answer is None and self._clock() - begun < self.timing.hung and not self._stop():
+                self._sleep(self.timing.period / 20)
+                answer = self.thinking.poll()
+        except (UserError, Dead) as error:
+            self._latch(str(error))
+            return
+        if answer is None or answer.actions is None:
+            said = f": {answer.error}" if answer else f" within {self.timing.hung:g} s"
+            self._latch(self._stop() or f"no first action{said}")
+        else:
+            self.chunks.add(answer.actions, 0, 0)
 
     def _wait(self, due: float) -> int:
         """Until the step is due; returns how many steps are too late to be begun at all.
