@@ -27,12 +27,13 @@ ArmFault = Literal["frozen camera", "repeated frame", "missing camera", "stale s
 PolicyFault = Literal["nan", "infinity", "wrong shape", "out of range", "velocity jump", "hang", "crash", "no action"]
 
 
-def spec() -> PolicySpec:
-    """What the arm's policy sees and does."""
+def spec(size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wrist",), seen: int = SIZE) -> PolicySpec:
+    """What the arm's policy sees and does; pictures of ``size`` become squares of ``seen`` pixels."""
     norm, units = NormStats((0.0, 0.0), (1.0, 1.0)), ("rad", "rad")
-    camera = CameraSpec("wrist", SIZE, SIZE, "none", (0.0,) * 3, (1.0,) * 3, "HWC")
+    resize: Any = "none" if size == (seen, seen) else "bilinear"
+    specs = tuple(CameraSpec(name, seen, seen, resize, (0.0,) * 3, (1.0,) * 3, "HWC") for name in cameras)
     action = ActionSpec(HORIZON, JOINTS, ("absolute", "absolute"), units, norm, 0)
-    return PolicySpec("rig", "parallel", (camera,), StateSpec(JOINTS, units, norm), None, action, {})
+    return PolicySpec("rig", "parallel", specs, StateSpec(JOINTS, units, norm), None, action, {})
 
 
 def profile() -> RobotProfile:
@@ -64,8 +65,9 @@ class Arm:
         self.joints, self.mark, self.fault = np.zeros(2), 0, ""
         self.sent: list[tuple[float, NDArray[Any]]] = []
         self.stopped_at: float | None = None
-        self._noise = np.random.default_rng(0)
-        self._shape, self._cameras = (*size, 3), cameras
+        noise = np.random.default_rng(0)
+        self._frames = [noise.integers(0, 200, (*size, 3), np.uint8) for _ in range(3)]
+        self._count, self._cameras = 0, cameras
         self._sensed = self._measure()
 
     def break_down(self, fault: ArmFault) -> None:
@@ -92,9 +94,10 @@ class Arm:
     def _measure(self) -> Sensed:
         now = time.monotonic()
         names = [f"image.{camera}" for camera in self._cameras]
-        pictures = {name: self._noise.integers(0, 200, self._shape, np.uint8) for name in names}
-        for picture in pictures.values():
-            picture[0, 0, 0] = self.mark
+        self._count += 1
+        picture = self._frames[self._count % len(self._frames)]
+        picture[0, 0, 0] = self.mark
+        pictures = dict.fromkeys(names, picture)
         stamps, stamp = dict.fromkeys(names, now), now
         if self.fault in ("frozen camera", "repeated frame"):
             pictures = {name: self._sensed.observation[name] for name in names}

@@ -40,6 +40,10 @@ class SimulatorRobot:
         self.steps = 0
         """simulated since the episode began"""
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def reset(self, seed: int) -> None:
         """Begin an episode, outside of the loop."""
         if self._child.busy:

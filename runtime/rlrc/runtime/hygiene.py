@@ -7,20 +7,25 @@ import gc
 import os
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-PRIORITY = 20  # of 1 to 99: above ordinary processes, below the kernel's own
+PRIORITY, BESIDE = 20, 10  # of 1 to 99: above ordinary processes, below the kernel's own; BESIDE below the loop
 MCL_CURRENT, MCL_FUTURE = 1, 2
 
 
 @contextmanager
-def real_time(pin: Collection[int] = ()) -> Iterator[dict[str, str]]:
-    """Yields what was asked for and whether it was granted.
+def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterator[dict[str, str]]:
+    """For this thread, and a lower priority for the processes ``beside``, all threads of which get it.
+
+    Yields what was asked for and whether it was granted.
 
     No garbage collection in between, all memory kept in RAM, a real-time priority (SCHED_FIFO, which the processes
     started meanwhile do not inherit), and this thread on the processors ``pin`` only.
     """
-    granted = {"garbage collection": "off", "memory": _lock_memory(), "priority": _raise_priority()}
+    granted = {"garbage collection": "off", "memory": _lock_memory(), "priority": _raise_priority(0, PRIORITY)}
+    threads = [int(thread) for process in beside for thread in os.listdir(f"/proc/{process}/task")]
+    for thread in threads:
+        _raise_priority(thread, BESIDE)
     granted["processors"] = _pin(pin) if pin else "any"
     collecting = gc.isenabled()
     gc.collect()
@@ -34,7 +39,9 @@ def real_time(pin: Collection[int] = ()) -> Iterator[dict[str, str]]:
             gc.enable()
         if sys.platform == "linux":
             ctypes.CDLL(None).munlockall()
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            for thread in (0, *threads):
+                with suppress(OSError):  # it has ended
+                    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _lock_memory() -> str:
@@ -46,14 +53,14 @@ def _lock_memory() -> str:
     return f"not locked: {os.strerror(ctypes.get_errno())}; raise ulimit -l"
 
 
-def _raise_priority() -> str:
+def _raise_priority(thread: int, priority: int) -> str:
     if sys.platform != "linux":
         return "not raised: no Linux"
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY))
+        os.sched_setscheduler(thread, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     except OSError as error:
         return f"not raised: {error.strerror}; grant CAP_SYS_NICE or ulimit -r"
-    return f"SCHED_FIFO {PRIORITY}"
+    return f"SCHED_FIFO {priority}"
 
 
 def _pin(pin: Collection[int]) -> str:

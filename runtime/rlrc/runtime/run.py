@@ -160,7 +160,7 @@ class Run:
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if switch.url:
                 console.print(f"curl -X POST -H 'Authorization: Bearer {switch.token}' {switch.url}", soft_wrap=True)
-            granted = stack.enter_context(real_time(self.pin))
+            granted = stack.enter_context(real_time(self.pin, run.beside))
             for seed in self._seeds if run.simulator else range(1):
                 run.episode(seed, switch.asked)
                 if run.simulator:
@@ -230,6 +230,11 @@ class _Running:
         self.robot: Robot = self.recorder or opened
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self.played: list[dict[str, Any]] = []
+
+    @property
+    def beside(self) -> list[int]:
+        """The processes that the loop waits for in the end."""
+        return [self.inference.pid] + ([self.simulator.pid] if self.simulator else [])
 
     def episode(self, seed: int, stop: Callable[[], str | None]) -> None:
         """Of a simulator until it is over, of a robot until it is stopped."""

@@ -1,0 +1,328 @@
+"""What the control loop keeps to: for long under load, with slow inference, by what it costs itself, when things break.
+
+Every scenario gives rows with the same figures: steps, actions sent late, steps held, how far commands are from their
+place (jitter), the same of a bare timer that runs beside, growth of memory, and from a fault to the first hold.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc import artifact as artifacts
+from rlrc.benchmarks import faults, rig
+from rlrc.benchmarks.memory import read_process
+from rlrc.benchmarks.stats import mcnemar, wilson
+from rlrc.envs.seeds import EVALUATION
+from rlrc.errors import UserError
+from rlrc.robots.simulator import SimulatorRobot
+from rlrc.runtime import preprocess, profile
+from rlrc.runtime.chunks import STRATEGIES, Chunks, Strategy
+from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.guard import Guard
+from rlrc.runtime.hygiene import real_time
+from rlrc.runtime.inference import Inference
+from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.telemetry import Telemetry, jitter, summary
+
+HZ = 50.0
+LATE = 5.0  # the simulator shares the machine
+SETTLED_S = 30.0  # memory is compared with what it was then
+Tick = Callable[[int], None]
+
+
+class Slowed:
+    """A policy whose inference takes at least ``seconds``."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self._policy, self._seconds = LocalPolicy.load(path), seconds
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> Any:
+        begun = time.monotonic()
+        result = self._policy.infer(observation, continuation)
+        time.sleep(max(0.0, self._seconds - (time.monotonic() - begun)))
+        return result
+
+
+@dataclass
+class Played:
+    """``ended``: per episode whether it succeeded; ``reasons`` of those that a stop ended."""
+
+    telemetry: Telemetry
+    ended: list[bool]
+    reasons: list[str]
+    grown: int
+
+
+class Simulated:
+    """A policy on the simulator at a fixed rate, episode after episode."""
+
+    def __init__(self, path: Path, task: str, hz: float, strategy: Strategy, seconds: float, capacity: int) -> None:
+        self.spec = artifacts.load(path, verify=()).manifest.policy
+        self.robot = SimulatorRobot(f"metaworld:{task}", self.spec)
+        self.robot.reset(EVALUATION[0])
+        sensed = self.robot.sense()
+        assert sensed is not None
+        self.inference = Inference(Slowed, (path, seconds), sensed.observation)
+        self.timing = Timing(hz, hz / self.robot.hz, LATE, patience=5.0)
+        self.strategy = strategy
+        self.telemetry = Telemetry(capacity, self.spec.action.dim)
+
+    def episode(self, seed: int) -> tuple[bool, str | None]:
+        self.inference.reset()
+        self.robot.reset(seed)
+        state = self.spec.state
+        assert state is not None
+        guard = Guard(
+            profile.load("metaworld"), self.robot.hz, self.spec.action, state.names, state.units, self.timing.gap
+        )
+        chunks = Chunks(self.strategy, self.spec.action.horizon)
+        control = Control(self.robot, self.inference, guard, chunks, self.spec, self.timing, self.telemetry)
+        control.run(lambda: self.robot.over or self.robot.steps >= self.robot.horizon)
+        return self.robot.success, guard.reason
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        return self.inference.pid, self.robot.pid
+
+    def close(self) -> None:
+        self.inference.close()
+        self.robot.close()
+
+
+def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3") -> dict[str, Any]:
+    """The reference policy for a long time, one of the processors loaded by another process."""
+    run = Simulated(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
+    ended, settled, growth = list[bool](), 0, 0
+    try:
+        with loaded(), timer(HZ) as timed, real_time(beside=run.beside) as granted:
+            begun = time.monotonic()
+            while (passed := time.monotonic() - begun) < minutes * 60:
+                success, reason = run.episode(EVALUATION[len(ended)])
+                ended.append(success)
+                if reason is not None:
+                    raise UserError(f"expected the loop to run for {minutes:g} min, found it stopped: {reason}")
+                resident = read_process()["anonymous"]
+                settled = resident if passed < SETTLED_S else settled
+                growth = max(growth, resident - settled)
+                tick(1)
+    finally:
+        run.close()
+    beside = jitter(timed(), 1 / HZ)
+    return figures("steady", run.telemetry, HZ, beside, growth) | {
+        "episodes": len(ended),
+        "success": float(np.mean(ended)),
+        "granted": granted,
+    }
+
+
+def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick: Tick) -> Iterator[dict[str, Any]]:
+    """Inference of so many periods under every strategy, against none of it: success, and jumps where chunks meet."""
+    baseline: list[bool] = []
+    for strategy, delay in (("synchronous", 0.0), *((strategy, periods) for strategy in STRATEGIES)):
+        ended, jumps, stopped = list[bool](), list[NDArray[Any]](), list[str]()
+        told: list[Telemetry] = []
+        for task in tasks:
+            run = Simulated(path, task, HZ, strategy, delay / HZ, 500 * episodes)
+            try:
+                with real_time(beside=run.beside):
+                    for seed in EVALUATION[:episodes]:
+                        success, reason = run.episode(seed)
+                        ended.append(success)
+                        stopped += [reason] if reason else []
+                        tick(1)
+            finally:
+                run.close()
+            told.append(run.telemetry)
+            jumps.append(spliced(run.telemetry))
+        baseline = baseline or ended
+        jumped = np.concatenate(jumps)
+        pairs = list(zip(ended, baseline, strict=True))
+        only, only0 = pairs.count((True, False)), pairs.count((False, True))
+        merged = figures(f"{strategy}, {delay:g} periods", joined(told), HZ, None, 0)
+        yield merged | {
+            "strategy": strategy,
+            "delay_periods": delay,
+            "episodes": len(ended),
+            "success": float(np.mean(ended)),
+            "interval": list(wilson(sum(ended), len(ended))),
+            "mcnemar_p": mcnemar(only, only0),
+            "stopped": stopped,
+            "splice_jump": {
+                "p50": float(np.median(jumped)),
+                "p99": float(np.percentile(jumped, 99)),
+                "max": float(jumped.max()),
+                "all": [round(float(jump), 4) for jump in jumped],
+            },
+        }
+
+
+def spliced(telemetry: Telemetry) -> NDArray[np.float64]:
+    """How far the command jumps where a new chunk begins, the gripper's aside: the largest change of a dimension."""
+    rows, commands = telemetry.rows, telemetry.commands.astype(float)
+    changed = (rows["chunk"][1:] != rows["chunk"][:-1]) & (rows["step"][1:] > rows["step"][:-1])
+    return np.asarray(np.abs(np.diff(commands[:, :-1], axis=0)).max(1)[changed], np.float64)
+
+
+def joined(told: list[Telemetry]) -> Telemetry:
+    """The steps of several, one after the other."""
+    whole = Telemetry(sum(len(one.rows) for one in told), told[0].commands.shape[1])
+    at = 0
+    for one in told:
+        whole._rows[at : at + len(one.rows)], whole._commands[at : at + len(one.rows)] = one.rows, one.commands
+        at += len(one.rows)
+    whole.steps = at
+    return whole
+
+
+def overhead(seconds: float, tick: Tick) -> Iterator[dict[str, Any]]:
+    """All but the model, on the rig: one 96 px camera; two of 640 x 480 that become 224 px, preprocessing included."""
+    for name, size, cameras in (("overhead, 96 px", (96, 96), 1), ("overhead, 2 x 640 x 480", (480, 640), 2)):
+        names = ("wrist", "front")[:cameras]
+        spec = rig.spec(size, names, 96 if cameras == 1 else 224)
+        arm = rig.Arm(size, names)
+        sensed = arm.sense()
+        assert sensed is not None
+        inference = Inference(Seeing, (spec,), sensed.observation)
+        guard = Guard(rig.profile(), HZ, spec.action, rig.JOINTS, spec.action.units)
+        telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
+        control = Control(arm, inference, guard, Chunks("replace", rig.HORIZON), spec, Timing(HZ), telemetry)
+        try:
+            with real_time(beside=(inference.pid,)):
+                control.run(steps=int(seconds * HZ))
+        finally:
+            inference.close()
+        tick(1)
+        prepared = preparation(spec, sensed.observation)
+        row = figures(name, telemetry, HZ, None, 0)
+        loop_ms = np.sum([telemetry.rows[f"{part}_ms"] for part in ("sense", "plan", "guard", "command", "ask")], 0)
+        yield row | {
+            "loop_ms_p99": float(np.percentile(loop_ms, 99)),
+            "preprocess_ms_p99": float(np.percentile(prepared, 99)),
+            "stop": guard.reason,
+        }
+
+
+class Seeing(rig.Circle):
+    """The rig's policy, but that it prepares what it sees as a real one does."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__(HZ)
+        self._spec = spec
+
+    def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> dict[str, Any]:
+        preprocess.check(observation, self._spec)
+        preprocess.prepare(observation, self._spec, None)
+        return super().infer(observation, continuation)
+
+
+def preparation(spec: Any, observation: Mapping[str, Any], calls: int = 300) -> list[float]:
+    """Milliseconds of preparing an observation."""
+    spent = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        preprocess.check(observation, spec)
+        preprocess.prepare(observation, spec, None)
+        spent.append((time.perf_counter() - begun) * 1e3)
+    return spent
+
+
+def broken(tick: Tick) -> Iterator[dict[str, Any]]:
+    """The fault matrix."""
+    for fault in faults.FAULTS:
+        outcome = faults.inject(fault, HZ)
+        tick(1)
+        yield {
+            "name": f"fault: {fault}",
+            "hz": HZ,
+            "seconds": None,
+            "steps": None,
+            "late_actions": None,
+            "held_steps": None,
+            "jitter_ms_p99": None,
+            "timer_jitter_ms_p99": None,
+            "rss_growth_bytes": None,
+            "time_to_hold_ms": round(outcome.hold_ms, 3),
+            "time_to_rest_ms": round(outcome.rest_ms, 3),
+            "commands_after": outcome.after,
+            "reason": outcome.reason,
+        }
+
+
+def figures(name: str, telemetry: Telemetry, hz: float, beside: float | None, growth: int) -> dict[str, Any]:
+    found = summary(telemetry, 1 / hz)
+    return {
+        "name": name,
+        "hz": hz,
+        "seconds": round(len(telemetry.rows) / hz, 2),
+        "steps": found["steps"],
+        "late_actions": found["late_actions"],
+        "held_steps": found["held_steps"],
+        "skipped_steps": found["skipped_steps"],
+        "jitter_ms_p99": found["jitter_ms_p99"],
+        "timer_jitter_ms_p99": beside,
+        "rss_growth_bytes": growth,
+        "time_to_hold_ms": None,
+        "overhead_ms": found["overhead_ms"],
+        "inference_ms": found["inference_ms"],
+    }
+
+
+@contextmanager
+def loaded() -> Iterator[None]:
+    """Another process that keeps the last processor busy."""
+    process = multiprocessing.get_context("spawn").Process(target=_burn, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _burn() -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    while True:
+        sum(range(100_000))
+
+
+@contextmanager
+def timer(hz: float) -> Iterator[Callable[[], NDArray[np.float64]]]:
+    """A process that does nothing but wake up at this rate, at the loop's own priority: what the machine can do."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_wake, args=(theirs, hz), daemon=True)
+    process.start()
+    theirs.close()
+    ours.recv_bytes()  # it runs
+    woken: list[NDArray[np.float64]] = []
+    try:
+        yield lambda: woken[0]
+    finally:
+        ours.send(None)
+        woken.append(np.frombuffer(ours.recv_bytes(), np.float64))
+        process.join()
+
+
+def _wake(connection: Any, hz: float) -> None:
+    times, step = np.zeros(10_000_000 if hz > 100 else 1_000_000), 0
+    connection.send_bytes(b"")
+    with real_time():
+        start = time.monotonic()
+        while not connection.poll() and step < len(times):
+            time.sleep(max(0.0, start + step / hz - time.monotonic()))
+            times[step] = time.monotonic()
+            step += 1
+    connection.send_bytes(times[:step].tobytes())

@@ -1,0 +1,101 @@
+"""What the benchmark of the loop makes of its steps; the steps themselves are those of tests/test_control.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlrc.benchmarks import loop
+from rlrc.benchmarks.commands.loop import draw
+from rlrc.errors import UserError
+from rlrc.runtime import hygiene, telemetry
+from rlrc.runtime.cli import main
+from rlrc.runtime.telemetry import Telemetry
+
+
+def told(chunks: list[int], commands: list[list[float]], first: int = 0) -> Telemetry:
+    kept = Telemetry(16, len(commands[0]))
+    for step, (chunk, command) in enumerate(zip(chunks, commands, strict=True)):
+        row = kept.next()
+        row["step"], row["chunk"], row["due"], row["sent"] = first + step, chunk, 0.1 * step, 0.1 * step + 0.001
+        kept.commanded(np.array(command))
+    return kept
+
+
+def test_jumps_are_where_chunks_meet() -> None:
+    commands = [[0.0, 0.1, 1], [0.1, 0.1, 1], [0.4, 0.0, -1], [0.5, 0.0, -1], [0.5, -0.7, -1]]
+    jumps = loop.spliced(told([1, 1, 2, 2, 3], commands))
+    np.testing.assert_allclose(jumps, [0.3, 0.7], rtol=1e-5)  # the gripper does not count
+
+
+def test_episodes_are_joined_but_do_not_meet() -> None:
+    one, other = told([1, 1], [[0.0, 0], [0.1, 0]]), told([1, 2], [[5.0, 0], [5.5, 0]])
+    whole = loop.joined([one, other])
+    assert whole.rows["step"].tolist() == [0, 1, 0, 1]
+    np.testing.assert_allclose(whole.commands[:, 0], [0, 0.1, 5, 5.5], rtol=1e-6)
+    np.testing.assert_allclose(loop.spliced(whole), [0.5], rtol=1e-6)
+
+
+def test_jitter_is_the_distance_from_whole_periods() -> None:
+    sent = np.array([0.0, 0.101, 0.2, 0.4, 0.497])  # gaps 0.101, 0.099, 0.2, 0.097
+    gaps = [1.0, 1.0, 0.0, 3.0]
+    assert telemetry.jitter(sent, 0.1) == pytest.approx(np.percentile(gaps, 99))
+
+
+def test_a_log_of_the_steps(tmp_path: Path) -> None:
+    kept = told([1, 2], [[0.5, 0.0], [0.25, 1.0]])
+    telemetry.write(kept, ("dx", "grip"), tmp_path / "log.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["chunk"], row["command.dx"]) for row in rows] == [(0, 1, 0.5), (1, 2, 0.25)]
+    assert "inference_ms" not in rows[0]  # none came
+    parquet = pytest.importorskip("pyarrow.parquet")
+    telemetry.write(kept, ("dx", "grip"), tmp_path / "log.parquet")
+    assert parquet.read_table(tmp_path / "log.parquet")["command.grip"].to_pylist() == [0.0, 1.0]
+
+
+def test_the_oldest_steps_make_room() -> None:
+    kept = Telemetry(4, 1)
+    for step in range(10):
+        kept.next()["step"] = step
+        kept.commanded(np.array([float(step)]))
+    assert kept.steps == 10
+    assert kept.rows["step"].tolist() == [6, 7, 8, 9]
+    assert kept.commands.ravel().tolist() == [6, 7, 8, 9]
+
+
+def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:
+    with loop.timer(100.0) as timed, loop.loaded():
+        time.sleep(0.3)
+    woken = timed()
+    assert 5 <= len(woken) < 200
+    assert (np.diff(woken) > 0).all()
+
+
+def test_real_time_is_put_back() -> None:
+    before = os.sched_getscheduler(0)
+    with hygiene.real_time() as granted:
+        assert not hygiene.gc.isenabled()
+        assert set(granted) == {"garbage collection", "memory", "priority", "processors"}
+    assert hygiene.gc.isenabled()
+    assert os.sched_getscheduler(0) == before
+
+
+def test_the_picture_of_the_jumps(tmp_path: Path) -> None:
+    rows = [
+        {"name": "replace, 3 periods", "success": 0.9, "splice_jump": {"all": [0.1, 0.4, 0.2]}},
+        {"name": "steady"},
+    ]
+    draw(rows, tmp_path / "jumps.svg")
+    assert "replace, 3 periods: success 0.90" in (tmp_path / "jumps.svg").read_text()
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "loop", str(tmp_path / "none"), "--episodes", "0"]) == 2
+    assert "expected positive minutes, periods and episodes" in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected at least one step to sum up"):
+        telemetry.summary(Telemetry(4, 1), 0.1)
