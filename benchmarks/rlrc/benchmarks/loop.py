@@ -318,8 +318,8 @@ def timer(hz: float) -> Iterator[Callable[[], NDArray[np.float64]]]:
 
 def _wake(connection: Any, hz: float) -> None:
     times, step = np.zeros(10_000_000 if hz > 100 else 1_000_000), 0
-    connection.send_bytes(b"")
     with real_time():
+        connection.send_bytes(b"")
         start = time.monotonic()
         while not connection.poll() and step < len(times):
             time.sleep(max(0.0, start + step / hz - time.monotonic()))
