@@ -298,11 +298,16 @@ def test_weights_of_others_are_noticed(tiny_artifact: Path, tmp_path: Path, monk
         export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "fp32")
 
 
-def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llama_cpp(tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "fp32")
     monkeypatch.setattr(llama_model, "_loaded", None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"expected llama-cpp-python .*make gguf .*or pip install rlrc\[gguf\]"):
-        llama_model.library()
+    message = r"expected llama-cpp-python .*make gguf .*or pip install rlrc\[gguf\]"
+    with pytest.raises(UserError, match=message):
+        LocalPolicy.load(tmp_path / "out")
+    monkeypatch.setattr(gguf_file, "write", lambda *_: pytest.fail("work began before the refusal"))
+    with pytest.raises(UserError, match=message):
+        export(artifacts.load(tiny_artifact), tmp_path / "again", ("onnx", "gguf"))
 
 
 def test_files_and_vectors_that_do_not_fit(tmp_path: Path) -> None:
