@@ -241,6 +241,28 @@ def test_two_targets_side_by_side(tiny_artifact: Path, tmp_path: Path, capsys: p
     np.testing.assert_allclose(one.infer(observation)["actions"], other.infer(observation)["actions"], atol=CLOSE)
 
 
+def test_passes_follow_one_another(tmp_path: Path) -> None:
+    """The engine keeps what was computed, and says so to a pass that goes on from elsewhere."""
+    source, policy = official("openvla")
+    with artifacts.writing(tmp_path / "artifact") as draft:
+        source.hand_on(draft)
+        checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
+    export(artifacts.load(tmp_path / "artifact"), tmp_path / "out", ("gguf",), "fp32")
+    engine, width = LocalPolicy.load(tmp_path / "out").engine, policy.towers["decoder"].width
+    seen = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
+
+    def logits(image_tokens: np.ndarray, ids: list[int], start: int) -> np.ndarray:
+        inputs = {"image_tokens": image_tokens, "ids": np.array([ids]), "start": np.array([start])}
+        return engine.run("decoder", inputs)["logits"]
+
+    at_once = logits(seen, [1, 5, 7, 3, 9], 0)
+    logits(seen, [1, 5, 7], 0)
+    logits(seen[:, :0], [3], 7)
+    np.testing.assert_allclose(logits(seen[:, :0], [9], 8), at_once, rtol=0, atol=1e-4)
+    with pytest.raises(NoAction, match="expected a pass from position 0 or 9, found one from 8"):
+        logits(seen[:, :0], [9], 8)
+
+
 # What is refused
 
 
@@ -276,11 +298,16 @@ def test_weights_of_others_are_noticed(tiny_artifact: Path, tmp_path: Path, monk
         export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "fp32")
 
 
-def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llama_cpp(tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "fp32")
     monkeypatch.setattr(llama_model, "_loaded", None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"expected llama-cpp-python .*make gguf .*or pip install rlrc\[gguf\]"):
-        llama_model.library()
+    message = r"expected llama-cpp-python .*make gguf .*or pip install rlrc\[gguf\]"
+    with pytest.raises(UserError, match=message):
+        LocalPolicy.load(tmp_path / "out")
+    monkeypatch.setattr(gguf_file, "write", lambda *_: pytest.fail("work began before the refusal"))
+    with pytest.raises(UserError, match=message):
+        export(artifacts.load(tiny_artifact), tmp_path / "again", ("onnx", "gguf"))
 
 
 def test_files_and_vectors_that_do_not_fit(tmp_path: Path) -> None:

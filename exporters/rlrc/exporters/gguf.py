@@ -50,6 +50,7 @@ def choose_precision(parent: Artifact, precision: str | None) -> str:
         )
     if manifest.quantization is None:
         gguf_file.check_rows(manifest.towers["decoder"], precision)
+    llama_model.library()  # what is written is also run, so it had better be here
     return precision
 
 

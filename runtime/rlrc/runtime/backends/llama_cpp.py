@@ -2,7 +2,7 @@
 
 "decoder" is three: "embed" makes the vectors of the sequence, llama.cpp computes the blocks, "head" makes the answer of
 the last hidden states. The keys and values of autoregressive decoding never leave llama.cpp, which is why this
-decoder's graph takes no past and gives none: a pass with image tokens begins a sequence, one without goes on.
+decoder's graph takes no past and gives none.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rlrc.artifact import Artifact, GraphSpec
 from rlrc.errors import UserError
 from rlrc.runtime.backends.llama_model import ENGINE, LlamaModel, library
 from rlrc.runtime.backends.onnxruntime import OnnxRuntime, check_needs
+from rlrc.runtime.decode import NoAction
 
 NAME = "gguf"
 
@@ -36,11 +37,14 @@ class LlamaCpp:
         self._later = spec.action.horizon * spec.action.dim - 1 if causal else 0
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name. Raises NoAction where an engine fails."""
+        """Outputs by name: see rlrc.runtime.backends.Engine. Raises NoAction where an engine fails."""
         if graph != "decoder":
             return self._onnx.run(graph, inputs)
+        start = int(inputs["start"][0]) if "start" in inputs else 0
+        if start not in (0, self._model.length):
+            raise NoAction(f"expected a pass from position 0 or {self._model.length}, found one from {start}")
         (x,) = self._onnx.run("embed", inputs)["x"]
-        if inputs["image_tokens"].shape[1]:
+        if start == 0:
             self._model.begin(len(x) + self._later)
         return self._onnx.run("head", {"hidden": self._model.run(x, self._rows)[None]})
 

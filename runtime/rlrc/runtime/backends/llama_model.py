@@ -65,7 +65,7 @@ def reason() -> str:
 
 
 class LlamaModel:
-    """A model file and the sequence that it is at.
+    """A model file and the sequence that it is at, ``length`` positions so far.
 
     ``precision`` is the file's: in "fp32" attention is computed so too; in any other, keys and values are kept in
     float16, which rounds no more than those products do. ``causal``: positions do not see those after them.
@@ -85,14 +85,14 @@ class LlamaModel:
         if found != width:
             raise UserError(f"expected vectors of {width} in {path}, found {found}; export it again")
         self._context: Any = None
-        self._room = self._length = 0
+        self._room = self.length = 0
 
     def begin(self, length: int) -> None:
         """Forgets the sequence so far; the next one will be up to ``length`` positions long."""
         if length > self._room:
             self._open(-(-length // ROUND) * ROUND)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
-        self._length = 0
+        self.length = 0
 
     def run(self, x: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
         """Continues the sequence with x (T, width) -> normalised hidden states of the last positions (rows, width).
@@ -100,15 +100,16 @@ class LlamaModel:
         Without ``causal`` the T positions see each other, and those before. Raises NoAction where llama.cpp fails.
         """
         x = np.ascontiguousarray(x, np.float32)
-        if not 0 < len(x) <= self._room - self._length or x.shape[1] != self._width:
+        if not 0 < len(x) <= self._room - self.length or x.shape[1] != self._width:
             raise NoAction(
-                f"expected up to {self._room - self._length} vectors of {self._width} for the decoder, found {x.shape}"
+                f"expected up to {self._room - self.length} vectors of {self._width} for the decoder, found {x.shape}"
             )
         batch = self._lib.llama_batch(n_tokens=len(x), embd=x.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))
         status = self._lib.llama_decode(self._context, batch)
         if status:
+            self.length = 0  # what is kept is uncertain: the next pass would have to begin
             raise NoAction(f"llama.cpp failed with status {status}: {reason()}")
-        self._length += len(x)
+        self.length += len(x)
         hidden = self._lib.llama_get_embeddings(self._context)
         return np.ctypeslib.as_array(hidden, (len(x), self._width))[-rows:].copy()
 
