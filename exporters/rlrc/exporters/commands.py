@@ -79,5 +79,7 @@ class Export:
         for graph in written:
             console.print(f"{graph.file}: {graph.precision}, {manifest.files[graph.file].size:,} bytes")
         console.print(records_table(records, manifest.policy))
-        console.print(f"next: {trial(self.out, manifest.policy)}", soft_wrap=True)
+        on_device = f"rlrc jetson build {self.out} --engine-cache engines, on the device"
+        here = set(self.to) - {"tensorrt"}
+        console.print(f"next: {trial(self.out, manifest.policy) if here else on_device}", soft_wrap=True)
         return 0

@@ -85,9 +85,11 @@ def _build_into(
         )
     timings = file.parent / f"timings-{trt.__version__}-sm{sm}.cache"
 
-    def watched(phase: str, done: float) -> bool:
+    def watched(phase: str, done: float) -> str | None:
         watch(graph.name, phase, done)
-        return available() >= FLOOR
+        if available() >= FLOOR:
+            return None
+        return f"less than {FLOOR >> 20} MiB of memory were left; close other programs, or add swap for the build"
 
     known = timings.read_bytes() if timings.exists() else b""
     engine, measured = build_engine(trt, graph, plan, artifact.path, known, watch=watched)

@@ -13,8 +13,8 @@ from typing import Any
 from rlrc.errors import UserError
 from rlrc.jetson.build_plan import BuildPlan, GraphPlan
 
-Watch = Callable[[str, float], bool]
-"""Called with the phase of the build and the part of it that is done; False gives the build up."""
+Watch = Callable[[str, float], str | None]
+"""Called with the phase of the build and the part of it that is done; a reason as the answer gives the build up."""
 
 
 def build_engine(
@@ -24,7 +24,7 @@ def build_engine(
     folder: Path,
     timing: bytes = b"",
     target: Callable[[Any], None] = lambda config: None,
-    watch: Watch = lambda phase, done: True,
+    watch: Watch = lambda phase, done: None,
 ) -> tuple[bytes, bytes]:
     """The serialized engine of a graph of the artifact ``folder``, and the timings of kernels that were measured.
 
@@ -47,14 +47,16 @@ def build_engine(
         for name, bounds in bounds_of.items():
             profile.set_shape(name, bounds.min, bounds.opt, bounds.max)
         config.add_optimization_profile(profile)
-    cache = config.create_timing_cache(timing)
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    known = config.create_timing_cache(timing)
+    if known is None or not config.set_timing_cache(known, ignore_mismatch=False):  # damaged, or of another GPU
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     config.progress_monitor = monitor = _monitor(trt, watch)
     target(config)
     engine = builder.build_serialized_network(network, config)
+    if engine is None and monitor.stopped:
+        raise UserError(f"expected to build {graph.name}, gave up: {monitor.stopped}")
     if engine is None:
-        reason = f"given up: {monitor.stopped}" if monitor.stopped else "; ".join(log.errors[-3:])
-        raise UserError(_refused(trt, graph, plan, "builds", reason))
+        raise UserError(_refused(trt, graph, plan, "builds", "; ".join(log.errors[-3:])))
     return bytes(engine), bytes(config.get_timing_cache().serialize())
 
 
@@ -102,15 +104,15 @@ def _monitor(trt: Any, watch: Watch) -> Any:
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
-            self.stopped = ""
+            self.stopped: str | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if not self.stopped and not watch(phase_name, (step + 1) / max(1, self.steps.get(phase_name, 1))):
-                self.stopped = f"in {phase_name}"
-            return not self.stopped
+            if self.stopped is None:
+                self.stopped = watch(phase_name, (step + 1) / max(1, self.steps.get(phase_name, 1)))
+            return self.stopped is None
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)
