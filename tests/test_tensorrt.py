@@ -108,8 +108,6 @@ def test_fp32_is_torch(name: str, kind: str, exported: EXPORTED) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [each for each in ARTIFACTS if each[0] != "pi05"])
 def test_fp16_is_within_a_hundredth_of_the_range(name: str, kind: str, exported: EXPORTED) -> None:
-    if (name, kind) == ("openvla", "dense"):
-        pytest.skip("its random weights leave tokens undecided by less than float16 tells apart")
     artifact = exported(name, kind)
     (record,) = artifact.manifest.verified
     assert {graph.precision for graph in artifact.manifest.graphs} == {"fp16"}

@@ -101,7 +101,7 @@ def check(exported: Artifact, backend: str, golden: verify.Golden, limits: verif
     record = verify.compare(policy, answers, golden, limits)
     if reason := verify.failure(record):
         worst = out.with_name(f"{out.name}.worst.npz")
-        write_npz(worst, **verify.worst(policy.spec, answers, golden))
+        write_npz(worst, **verify.worst(policy.spec, answers, golden, limits))
         raise Disagreement(record, reason, worst)
     return record
 

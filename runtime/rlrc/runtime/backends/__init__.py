@@ -74,6 +74,6 @@ def open_engine(artifact: Artifact, backend: str, threads: int) -> Engine:
 
         return LlamaCpp(artifact, threads)
     raise UserError(
-        f"expected the backend {' or '.join(RUN_HERE)}, found {backend}, whose engines rlrc does not run yet; choose one "
-        f"of those, or export {artifact.path} for it"
+        f"expected the backend {' or '.join(RUN_HERE)}, found {backend}, whose engines are not run yet; choose one of "
+        f"those, or export {artifact.path} for it"
     )
