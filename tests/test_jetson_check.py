@@ -64,8 +64,9 @@ def test_nvidia_builds_the_graphs(name: str, kind: str, tmp_path: Path) -> None:
     for precision in QUANTIZED["int4"] if kind == "int4" else DENSE:
         if precision == "fp16" and parent.manifest.policy.family in OVERFLOWS:
             continue
-        export(parent, tmp_path / precision, ("tensorrt",), precision, tolerance=100.0)
-        done = rlrc("jetson", "check", str(tmp_path / precision), "--json")
+        out = tmp_path / f"to-{precision}"
+        export(parent, out, ("tensorrt",), precision, tolerance=100.0)
+        done = rlrc("jetson", "check", str(out), "--json")
         result = json.loads(done.stdout)
         assert done.returncode == 0, result
         assert all(graph["engine_bytes"] > 0 for graph in result["graphs"])
