@@ -31,6 +31,7 @@ from rlrc.compressor.sources import examples  # noqa: E402
 from rlrc.compressor.stages import Options  # noqa: E402
 from rlrc.compressor.weights import Tensors  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
+from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES as GRAPHS  # noqa: E402
 from rlrc.exporters.stand_in import StandIn, session  # noqa: E402
@@ -209,6 +210,26 @@ def test_the_plan_bounds_what_the_drivers_pass(exported: EXPORTED) -> None:
         assert used == {(graph.name, i) for graph in plan.graphs for i in range(len(graph.profiles))}
 
 
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_weights_beside_large_graphs_are_in_the_plan(
+    kind: str, of: OF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = of("pi05", "pruned")
+    if kind == "int8":
+        config = QuantizeConfig(bits=8)
+        stages.run_quantize(DATA / "pi05/checkpoint", tmp_path / "int8", config, QUIET, flags("pi05"))
+        parent = artifacts.load(tmp_path / "int8")
+    monkeypatch.setattr(builder, "LARGE", 10_000)
+    export(parent, tmp_path / "out", ("tensorrt",))
+    artifact = artifacts.load(tmp_path / "out")
+    assert {graph.precision for graph in artifact.manifest.graphs} == {"bf16"}
+    for graph in read_plan(artifact.file(PLAN)).graphs:
+        first, beside = graph.files
+        assert (first, beside) == (f"graphs/tensorrt/{graph.name}.onnx", f"graphs/tensorrt/{graph.name}.onnx.data")
+        assert graph.files == {name: artifact.manifest.files[name].sha256 for name in graph.files}
+        assert artifact.manifest.files[beside].size > 10_000
+
+
 # The reference family
 
 
@@ -222,9 +243,9 @@ def random_policy(manifest: Any) -> TinyPolicy:
 
 
 def built(define: Callable[[Any], None], weights: Weights, flavour: Flavour, path: Path) -> Any:
-    builder = TensorRTBuilder(weights, flavour)
-    define(builder)
-    builder.write("graph", path)
+    b = TensorRTBuilder(weights, flavour)
+    define(b)
+    b.write("graph", path)
     return session(path, threads=1)
 
 

@@ -39,7 +39,7 @@ class Export:
     gguf: fp16 (default), fp32, int8 or q4_k_m, and of quantized weights their own int4 or int8; there llama.cpp rounds
     activations too, unless in fp32.
     tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),
-    fp32 or int8 with static scales; int4 weights as they are (default), or widened to the others"""
+    fp32 or int8 with static scales; int4 weights as they are (default), int8 ones widened"""
     tolerance: float | None = None
     """largest error allowed, in action units (default: of fp32, fp16, int4 and w8 none, but where the reference itself
     is undecided; of the others 1 % of every dimension's range, 2 % with int4 weights, on 99 % of the observations)"""

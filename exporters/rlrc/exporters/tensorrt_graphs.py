@@ -21,7 +21,7 @@ from rlrc.runtime.verify import GOLDEN, read_golden
 TENSORRT = "10.3"  # JetPack 6's; its parser reads blocked 4-bit integers, and has no highest opset
 OVERFLOWS = ("pi05",)  # activations beyond 65504
 DENSE = ("fp16", "bf16", "fp32", "int8")  # for float weights, the default first
-QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8"), "int8": ("int8", "fp16", "bf16")}
+QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8"), "int8": ("fp16", "bf16", "int8")}
 LEAST_SM = {"fp32": 50, "fp16": 53, "bf16": 80, "int8": 72, "int4": 80}
 WORKSPACE = 2**30
 
