@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +84,13 @@ def test_profiles_that_do_not_fit_are_refused(tmp_path: Path, profile: dict[str,
 def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_plan(tmp_path / "plan.json")
+
+
+def test_the_device_side_imports_neither_torch_nor_onnx_nor_tensorrt() -> None:
+    code = "import sys, rlrc.jetson.commands; print(*{'torch', 'onnx', 'onnxruntime', 'tensorrt'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == ""
 
 
 # The device

@@ -130,7 +130,7 @@ def is_whole(file: Path) -> bool:
     return file.exists() and told.exists() and told.read_text() == sha256(file)
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes | memoryview) -> None:
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     partial.write_bytes(content)
     sync(partial)

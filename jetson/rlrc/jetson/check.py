@@ -77,7 +77,7 @@ def main(path: str, name: str, sm: str) -> None:
     (graph,) = (graph for graph in plan.graphs if graph.name == name)
     try:
         engine, _ = build_engine(trt, graph, plan, Path(path), target=target)
-        built = Built(name, len(engine))
+        built = Built(name, engine.nbytes)
     except UserError as error:
         built = Built(name, failure=str(error))
     print(json.dumps(vars(built)), flush=True)

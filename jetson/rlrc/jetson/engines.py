@@ -25,7 +25,7 @@ def build_engine(
     timing: bytes = b"",
     target: Callable[[Any], None] = lambda config: None,
     watch: Watch = lambda phase, done: None,
-) -> tuple[bytes, bytes]:
+) -> tuple[memoryview, bytes]:
     """The serialized engine of a graph of the artifact ``folder``, and the timings of kernels that were measured.
 
     ``timing`` are those of earlier builds; ``target`` sets more of the builder's configuration. Raises UserError with
@@ -34,7 +34,8 @@ def build_engine(
     check_version(trt, plan)
     log = _log(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # None: there are no others any more
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(folder / next(iter(graph.files)))):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -57,7 +58,7 @@ def build_engine(
         raise UserError(f"expected to build {graph.name}, gave up: {monitor.stopped}")
     if engine is None:
         raise UserError(_refused(trt, graph, plan, "builds", "; ".join(log.errors[-3:])))
-    return bytes(engine), bytes(config.get_timing_cache().serialize())
+    return memoryview(engine), bytes(config.get_timing_cache().serialize())
 
 
 def check_version(trt: Any, plan: BuildPlan) -> None:
