@@ -115,6 +115,15 @@ def test_a_flip_at_a_tie_to_a_third_token_counts(toy_artifact: Path, tiny_manife
     assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, verify.Limits(0.000625)))  # type: ignore[arg-type]
 
 
+def test_logits_closer_than_the_precision_can_tell_are_a_tie() -> None:
+    # Between 16 and 32 float16 counts in steps of 1/64; the spacing 2^-10 of 20 is 0.0195, bfloat16's 2^-7 0.156.
+    logits, rows = np.array([[20, 19.99, 19.9, 5]] * 3, np.float32), np.array([1, 2, 3])
+    assert verify.at_tie(logits, rows).tolist() == [False, False, False]
+    for precision, tied in {"fp16": [True, False, False], "bf16": [True, True, False], "int8": [False] * 3}.items():
+        action = ActionSpec(1, ("a",), ("delta",), ("m",), NormStats((0.0,), (1.0,)), 100)
+        assert verify.at_tie(logits, rows, verify.default_limits(action, precision).spacing).tolist() == tied
+
+
 def test_the_default_limit_is_half_the_narrowest_bin() -> None:
     action = ActionSpec(1, ("a", "b"), ("delta", "delta"), ("m", "rad"), NormStats((0.0, 0.0), (0.5, 0.1)), 100)
     assert verify.default_limits(action).tolerance == pytest.approx(0.001)  # 0.1 * 2 / 100 / 2

@@ -232,7 +232,8 @@ class VerifiedSpec:
     ``max_error`` is per action dimension, over all tokens but flips at ties of the reference; ``token_flips`` counts
     differing tokens of ``tokens``; ``chunk_jitter`` is the largest step-to-step difference that the graphs add within
     a chunk. ``range_error`` is per dimension and part of its range, without the worst hundredth of the observations;
-    where ``range_tolerance`` is given, that is what it is held to instead of ``tolerance``.
+    where ``range_tolerance`` is given, that is what it is held to instead of ``tolerance``. Logits of the reference
+    within ``spacing`` of its best, relative to that, counted as ties too.
     """
 
     backend: str
@@ -246,6 +247,7 @@ class VerifiedSpec:
     versions: dict[str, str]
     range_error: tuple[float, ...] = ()
     range_tolerance: float | None = None
+    spacing: float = 0.0
 
 
 @dataclass(frozen=True)

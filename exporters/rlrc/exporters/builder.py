@@ -32,6 +32,9 @@ class Builder(ABC):
     OPSETS: ClassVar[dict[str, int]]
     """by domain; "" is the standard's"""
     IR_VERSION: ClassVar[int]
+    MAX_DIMS: ClassVar[int] = 64
+    WIDE: ClassVar[str]
+    """the widest floats that its engine computes in"""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -166,6 +169,25 @@ class Builder(ABC):
             y = self.add(y, self.weight(f"{module}.bias"))
         return y
 
+    def attend(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, mask: str | None = None) -> str:
+        """q (B, T, heads * head_dim), keys and values (B, kv_heads, P, head_dim) -> (B, T, heads * head_dim).
+
+        Written out, as in torch: ONNX Runtime's own operators take no past of length zero, or no mask, or not both.
+        """
+        # (B, kv_heads, queries of each, T, head_dim): no key is repeated
+        q = self.reshape(q, 0, 0, kv_heads, heads // kv_heads, head_dim)
+        q = self.multiply(self.transpose(q, 0, 2, 3, 1, 4), self.scalar(head_dim**-0.5))
+        k, v = (self._op("Unsqueeze", x, self.integers(2)) for x in (k, v))
+        scores = self.matmul(q, self.transpose(k, 0, 1, 2, 4, 3))
+        if mask is not None:
+            scores = self.add(scores, mask)
+        mixed = self.matmul(self._op("Softmax", scores, axis=-1), v)
+        return self.reshape(self.transpose(mixed, 0, 3, 1, 2, 4), 0, 0, heads * head_dim)
+
+    @abstractmethod
+    def matmul(self, a: str, b: str) -> str:
+        """The product of two activations."""
+
     @abstractmethod
     def embed(self, ids: str, module: str) -> str:
         """Rows of a table, in float32."""
@@ -200,6 +222,12 @@ class Builder(ABC):
         """
 
     @abstractmethod
+    def convolution(
+        self, x: str, module: str, scale: NDArray[np.float32], bias: NDArray[np.float32], **shape: Any
+    ) -> str:
+        """A convolution (batch, channels, H, W), its outputs multiplied by ``scale`` before ``bias`` is added."""
+
+    @abstractmethod
     def _product(self, x: str, *modules: str) -> str:
         """x times the transposed weights of these modules, side by side."""
 
@@ -224,3 +252,9 @@ def joined(names: list[str]) -> str:
     """One name for tensors of one module: a.q.weight, a.k.weight -> a.q+k.weight."""
     first, *others = (name.removesuffix(".weight") for name in names)
     return "+".join([first, *(other.rpartition(".")[2] for other in others)]) + ".weight"
+
+
+def int8_columns(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights (in, out) -> integers of the same shape and a scale for every output (out,)."""
+    scale = np.maximum(np.abs(matrix).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+    return np.rint(matrix / scale).astype(np.int8), scale

@@ -29,14 +29,17 @@ class Export:
     """the artifact to export"""
     out: Positional[Path]
     """the artifact to write"""
-    to: tuple[Literal["onnx", "gguf"], ...] = ("onnx",)
-    """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime)"""
-    precision: Literal["fp16", "fp32", "int8", "int4", "w4a8", "w8", "q4_k_m"] | None = None
+    to: tuple[Literal["onnx", "gguf", "tensorrt"], ...] = ("onnx",)
+    """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime); of tensorrt,
+    rlrc jetson build makes engines on the device"""
+    precision: Literal["fp16", "bf16", "fp32", "int8", "int4", "w4a8", "w8", "q4_k_m"] | None = None
     """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default) or
     w4a8, for int8 weights w8 (default) or int8. fp16, int4 and w8 say how weights are stored, and compute in fp32; int8
     and w4a8 compute in 8 bits, which is faster but no longer exact.
     gguf: fp16 (default), fp32, int8 or q4_k_m, and of quantized weights their own int4 or int8; there llama.cpp rounds
-    activations too, unless in fp32"""
+    activations too, unless in fp32.
+    tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),
+    fp32 or int8 with static scales; int4 weights as they are (default), int8 ones widened"""
     tolerance: float | None = None
     """largest error allowed, in action units (default: of fp32, fp16, int4 and w8 none, but where the reference itself
     is undecided; of the others 1 % of every dimension's range, 2 % with int4 weights, on 99 % of the observations)"""
@@ -76,5 +79,7 @@ class Export:
         for graph in written:
             console.print(f"{graph.file}: {graph.precision}, {manifest.files[graph.file].size:,} bytes")
         console.print(records_table(records, manifest.policy))
-        console.print(f"next: {trial(self.out, manifest.policy)}", soft_wrap=True)
+        on_device = f"rlrc jetson build {self.out} --engine-cache engines, on the device"
+        here = set(self.to) - {"tensorrt"}
+        console.print(f"next: {trial(self.out, manifest.policy) if here else on_device}", soft_wrap=True)
         return 0

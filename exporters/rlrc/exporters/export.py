@@ -13,11 +13,15 @@ from rlrc.artifact import Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Ma
 from rlrc.errors import UserError
 from rlrc.folders import sha256
 from rlrc.runtime import verify
-from rlrc.runtime.backends import FOLDERS, TARGETS
+from rlrc.runtime.backends import FOLDERS, TARGETS, Engine
 from rlrc.runtime.npz import write_npz
 from rlrc.runtime.policy import LocalPolicy
 
-MODULES = {"onnxruntime": "rlrc.exporters.onnx_graphs", "gguf": "rlrc.exporters.gguf"}
+MODULES = {
+    "onnxruntime": "rlrc.exporters.onnx_graphs",
+    "tensorrt": "rlrc.exporters.tensorrt_graphs",
+    "gguf": "rlrc.exporters.gguf",
+}
 """By backend. Each chooses a precision, tells whether it is exact, and writes the graphs."""
 
 
@@ -92,14 +96,23 @@ def limits(manifest: Manifest, backend: str, precision: str, tolerance: float | 
 
 def check(exported: Artifact, backend: str, golden: verify.Golden, limits: verify.Limits, out: Path) -> VerifiedSpec:
     """Replays the golden observations. Raises Disagreement beyond the limits, the worst observation written."""
-    policy = LocalPolicy(exported, backend=backend)
+    policy = LocalPolicy(exported, backend=backend, engine=stand_in(exported, backend))
     answers = verify.replay(policy, golden)
     record = verify.compare(policy, answers, golden, limits)
     if reason := verify.failure(record):
         worst = out.with_name(f"{out.name}.worst.npz")
-        write_npz(worst, **verify.worst(policy.spec, answers, golden))
+        write_npz(worst, **verify.worst(policy.spec, answers, golden, limits))
         raise Disagreement(record, reason, worst)
     return record
+
+
+def stand_in(exported: Artifact, backend: str) -> Engine | None:
+    """The engine that replays the graphs here; None: their own. TensorRT's graphs have to be verified without a GPU."""
+    if backend != "tensorrt":
+        return None
+    from rlrc.exporters.stand_in import StandIn
+
+    return StandIn(exported)
 
 
 def exporter(backend: str) -> ModuleType:

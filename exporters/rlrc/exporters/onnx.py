@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from rlrc.errors import UserError
-from rlrc.exporters.builder import Activation, Builder, joined
+from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
 from rlrc.exporters.weights import Weights
 
 NEEDS = {"onnxruntime": ">=1.18"}
@@ -50,6 +50,7 @@ QUANTIZED = {"int4": ("int4", "w4a8"), "int8": ("w8", "int8")}  # for quantized 
 class OnnxRuntimeBuilder(Builder):
     OPSETS: ClassVar = {"": 20, CONTRIB: 1}
     IR_VERSION: ClassVar = 9
+    WIDE: ClassVar = "float64"
 
     def __init__(self, weights: Weights, flavour: Flavour) -> None:
         super().__init__(weights)
@@ -121,6 +122,15 @@ class OnnxRuntimeBuilder(Builder):
             k, v = (self._repeat_heads(x, heads, kv_heads, head_dim) for x in (k, v))
         return self._op("MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads)
 
+    def matmul(self, a: str, b: str) -> str:
+        return self._op("MatMul", a, b)
+
+    def convolution(
+        self, x: str, module: str, scale: NDArray[np.float32], bias: NDArray[np.float32], **shape: Any
+    ) -> str:
+        weight = self.multiply(self.weight(f"{module}.weight"), self.constant(scale.reshape(-1, 1, 1, 1)))
+        return self._op("Conv", x, weight, self.constant(bias), **shape)
+
     def linear_scaled(self, x: str, module: str, scale: str) -> str:
         factor, weight = self.weight(scale), f"{module}.weight"
         bias = self.multiply(self.weight(f"{module}.bias"), factor)
@@ -163,8 +173,7 @@ class OnnxRuntimeBuilder(Builder):
         return self._op("DynamicQuantizeMatMul", x, integers, scale, zero, domain=CONTRIB)
 
     def _int8(self, name: str, matrix: NDArray[np.float32]) -> tuple[str, str]:
-        scale = np.maximum(np.abs(matrix).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-        integers = np.rint(matrix / scale).astype(np.int8)
+        integers, scale = int8_columns(matrix)
         return self._store(f"{name}.q", integers), self.constant(scale)
 
     # What is computed from constants alone, ONNX Runtime computes once, at load: the file keeps the packed integers.

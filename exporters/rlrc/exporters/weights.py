@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import Artifact, QuantizationSpec
 from rlrc.compressor.backbones import build
 from rlrc.compressor.checkpoint import WEIGHTS, check_shapes
+from rlrc.compressor.grid import unpack, values_of
 from rlrc.compressor.weights import Tensors, of_safetensors
 
 
@@ -46,6 +47,13 @@ class Weights:
     def array(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized."""
         return self.tensors.read(name).float().numpy()
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """A tensor, or the weights that its integers stand for."""
+        if (bits := self.bits(name)) is None:
+            return self.array(name)
+        integers = self.tensors.read(f"{name}.q")
+        return values_of(unpack(integers) if bits == 4 else integers, self.tensors.read(f"{name}.scale")).numpy()
 
     def packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
         """Integers and scales of quantized tensors of the same bits, joined along the outputs."""

@@ -60,6 +60,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.compressor.datasets.commands:Demonstrations",
         "scripted experts in the simulator as a LeRobotDataset",
     ),
+    "jetson build": ("rlrc.jetson.commands:Build", "TensorRT engines of an artifact's graphs, on the device"),
+    "jetson check": ("rlrc.jetson.commands:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
     "report": ("rlrc.benchmarks.commands.report:Report", "results as one self-contained HTML page"),
 }
 

@@ -122,7 +122,8 @@ class Verify:
         artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", verify.GOLDEN))
         manifest = artifact.manifest
         first = backends.choose(manifest, self.backend, self.path)
-        chosen = [first] if self.backend else backends.present(manifest)
+        here = [backend for backend in backends.present(manifest) if backend in backends.RUN_HERE]
+        chosen = here if here and self.backend is None else [first]
         policies = [LocalPolicy(artifact, self.threads, backend) for backend in chosen]
         try:
             measured = self._against_torch(policies) if self.against is None else self._against_other(policies)

@@ -30,6 +30,9 @@ GOLDEN = "golden.npz"
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
 in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."""
+SPACING = {"fp16": 2.0**-10, "int4": 2.0**-10, "bf16": 2.0**-7}
+"""From one number to the next, relative to it, in what these precisions round products to: logits that are closer are a
+tie to them. On the reference policy fp16 changed tokens up to 0.0014 apart and bf16 up to 0.043, at logits of 20."""
 FINE = 256
 """Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
 
@@ -140,6 +143,8 @@ class Limits:
     """in action units, of every observation"""
     of_range: float | None = None
     """part of a dimension's range, of all but one in a hundred observations"""
+    spacing: float = 0.0
+    """relative difference of logits below which they are a tie, as those are that are closer than ``TIE``"""
 
 
 def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
@@ -148,12 +153,14 @@ def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
     Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %.
     """
     half = float(bin_widths(action).min()) / 2
-    return Limits(half, None if precision is None else 0.02 if "4" in precision else 0.01)
+    if precision is None:
+        return Limits(half)
+    return Limits(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
 
 
 def limits_of(record: VerifiedSpec) -> Limits:
     """Those that the record is held to."""
-    return Limits(record.tolerance, record.range_tolerance)
+    return Limits(record.tolerance, record.range_tolerance, record.spacing)
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ def compare(policy: LocalPolicy, answers: Answers, golden: Golden, limits: Limit
     differs from the reference's.
     """
     spec = policy.spec
-    error = errors(spec, answers, golden)
+    error = errors(spec, answers, golden, limits)
     middle = np.asarray(spec.action.norm.center)
     gripper = np.asarray([meaning == "gripper" for meaning in spec.action.meaning])
     sides = (answers.actions > middle) != (golden.actions > middle)
@@ -208,21 +215,22 @@ def compare(policy: LocalPolicy, answers: Answers, golden: Golden, limits: Limit
         chunk_jitter=float(jitter.max(initial=0)),
         tolerance=limits.tolerance,
         range_tolerance=limits.of_range,
+        spacing=limits.spacing,
         versions=policy.engine.versions(),
     )
 
 
-def errors(spec: PolicySpec, answers: Answers, golden: Golden) -> NDArray[np.float64]:
+def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -> NDArray[np.float64]:
     """(N, horizon, dim), zero where another token is no error."""
     error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
     if answers.tokens is None or golden.logits is None:
         return error
-    return np.where(excused(answers.tokens, golden, spec), 0, error)
+    return np.where(excused(answers.tokens, golden, spec, limits.spacing), 0, error)
 
 
-def worst(spec: PolicySpec, answers: Answers, golden: Golden) -> dict[str, NDArray[Any]]:
+def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -> dict[str, NDArray[Any]]:
     """The observation of the largest error, as ``rlrc infer`` reads it, with both answers to it."""
-    parts = errors(spec, answers, golden) / action_range(spec.action)
+    parts = errors(spec, answers, golden, limits) / action_range(spec.action)
     index = int(np.nan_to_num(parts, nan=np.inf).max((1, 2)).argmax())
     observation = {name: np.asarray(value) for name, value in golden.observation(index, spec).items()}
     return observation | {"expected": golden.actions[index], "found": answers.actions[index]}
@@ -244,7 +252,7 @@ def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instr
         )
 
 
-def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec) -> NDArray[np.bool_]:
+def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing: float) -> NDArray[np.bool_]:
     """Where (N, horizon, dim) another token than the reference's is no error: at ties of the reference.
 
     In autoregressive decoding also all that comes after, for it continues another sequence.
@@ -252,16 +260,20 @@ def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec) -> NDAr
     assert golden.tokens is not None
     assert golden.logits is not None
     rows = logit_row(tokens, spec.action)
-    tied = (tokens != golden.tokens) & at_tie(golden.logits, rows)
+    tied = (tokens != golden.tokens) & at_tie(golden.logits, rows, spacing)
     if spec.decode == "autoregressive":
         return np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
     return tied
 
 
-def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Reference logits (..., rows), other rows (...) -> where the reference puts them within ``TIE`` of its best."""
-    chosen = np.take_along_axis(logits, rows[..., None], -1)[..., 0]
-    return logits.max(-1) - chosen < TIE
+def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: float = 0.0) -> NDArray[np.bool_]:
+    """Reference logits (..., rows), other rows (...) -> where the reference puts them within ``TIE`` of its best.
+
+    ``spacing`` widens that to what numbers so far apart, relative to their size, cannot tell.
+    """
+    chosen, best = np.take_along_axis(logits, rows[..., None], -1)[..., 0], logits.max(-1)
+    tied: NDArray[np.bool_] = best - chosen < np.maximum(TIE, spacing * np.abs(best))
+    return tied
 
 
 def failure(record: VerifiedSpec) -> str | None:

@@ -49,10 +49,9 @@ def conv_norm(b: Builder, x: str, name: str, module: ConvNorm) -> str:
     conv, norm = module.conv, FrozenBatchNorm(module.conv.out_channels, module.norm.eps)
     norm.load_state_dict({part: torch.from_numpy(b.weights.array(f"{name}.norm.{part}")) for part in norm.state_dict()})
     scale, bias = (y.numpy() for y in norm.affine())
-    weight = b.multiply(b.weight(f"{name}.conv.weight"), b.constant(scale.reshape(-1, 1, 1, 1)))
     assert not isinstance(conv.padding, str)
     shape = {"kernel_shape": conv.kernel_size, "strides": conv.stride, "dilations": conv.dilation}
-    return b.op("Conv", x, weight, b.constant(bias), **shape, pads=conv.padding * 2)
+    return b.convolution(x, f"{name}.conv", scale, bias, **shape, pads=conv.padding * 2)
 
 
 # Transformers

@@ -173,19 +173,8 @@ def heads_first(b: Builder, k: str, v: str, layer: LayerSpec) -> KeyValue:
 
 
 def attend(b: Builder, q: str, source: KeyValue, layer: LayerSpec, mask: str | None) -> str:
-    """q (1, T, heads * head_dim), keys and values (1, kv_heads, P, head_dim) -> (1, T, heads * head_dim).
-
-    Written out, as in torch: ONNX Runtime's own operators take no past of length zero, or no mask, or not both.
-    """
-    # (1, kv_heads, queries of each, T, head_dim): no key is repeated
-    q = b.reshape(q, 0, 0, layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim)
-    q = b.multiply(b.transpose(q, 0, 2, 3, 1, 4), b.scalar(layer.head_dim**-0.5))
-    k, v = (b.op("Unsqueeze", x, b.integers(2)) for x in source)
-    scores = b.op("MatMul", q, b.transpose(k, 0, 1, 2, 4, 3))
-    if mask is not None:
-        scores = b.add(scores, mask)
-    mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), v)
-    return b.reshape(b.transpose(mixed, 0, 3, 1, 2, 4), 0, 0, layer.heads * layer.head_dim)
+    """q (1, T, heads * head_dim), keys and values (1, kv_heads, P, head_dim) -> (1, T, heads * head_dim)."""
+    return b.attend(q, *source, layer.heads, layer.kv_heads, layer.head_dim, mask)
 
 
 def branch(b: Builder, x: str, y: str, gate: str | None) -> str:
@@ -220,7 +209,7 @@ def norm(b: Builder, x: str, name: str, tower: TowerSpec, condition: str | None 
 def positions(b: Builder, start: str | None, length: str) -> str:
     """``length`` integers from ``start`` (None: 0); int64 (1,) each -> (length,)."""
     first = b.integers(0) if start is None else start
-    ends = (b.op("Squeeze", value) for value in (first, b.add(first, length), b.integers(1)))
+    ends = (b.op("Squeeze", value, b.integers(0)) for value in (first, b.add(first, length), b.integers(1)))
     return b.op("Range", *ends)
 
 

@@ -117,12 +117,12 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
 
 def sines(b: Builder, t: str, width: int, periods: tuple[float, float]) -> str:
-    """FlowPolicy.time: t (1,) -> sines and cosines (1, width), of angles in float64."""
+    """FlowPolicy.time: t (1,) -> sines and cosines (1, width), of angles in float64 where the engine has that."""
     shortest, longest = periods
     speed = 2 * math.pi / (shortest * (longest / shortest) ** np.linspace(0, 1, width // 2))
-    angle = b.multiply(b.cast(b.reshape(t, 1, 1), "float64"), b.constant(speed[None]))
+    angle = b.multiply(b.cast(b.reshape(t, 1, 1), b.WIDE), b.constant(speed[None].astype(b.WIDE)))
     # ONNX Runtime has sines of float64, but no cosines.
-    both = b.concat(angle, b.add(angle, b.constant(np.array(math.pi / 2))))
+    both = b.concat(angle, b.add(angle, b.constant(np.array(math.pi / 2, b.WIDE))))
     return b.cast(b.op("Sin", both), "float32")
 
 

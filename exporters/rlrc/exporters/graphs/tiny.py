@@ -1,7 +1,8 @@
 """Graphs of the reference family: what TinyPolicy computes, in a cheaper order.
 
-- One transposition puts the pixels in the order of their image tokens, so that every step that joins neighbours (the
-  stem's, the merged patches) is a mere reshape. Attention does not mind the order; the positions' weights move along.
+- One transposition (or, for an engine of few dimensions, one for each level) puts the pixels in the order of their
+  image tokens, so that every step that joins neighbours (the stem's, the merged patches) is a mere reshape. Attention
+  does not mind the order; the positions' weights move along.
 - The last decoder block computes the action tokens alone: the others are only keys and values there.
 """
 
@@ -26,10 +27,7 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     steps = (merge, *reversed(geometry.stem_factors))  # from an image token down to a pixel
 
     x = b.input("pixels", "float32", ("batch", camera.height, camera.width, 3))
-    x = b.reshape(x, 0, rows, *steps, columns, *steps[:-1], steps[-1] * 3)
-    depth = len(steps) + 1
-    vertical = range(1, depth + 1)
-    x = b.transpose(x, 0, *(axis for down in vertical for axis in (down, down + depth)))
+    x = tiled(b, x, (rows, columns), steps)
 
     tokens, channels = camera.height * camera.width, 3
     for i, factor in enumerate(geometry.stem_factors):
@@ -50,6 +48,22 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     x = b.reshape(x, 0, rows * columns, merge**2 * tower.width)
     shape = ("batch", rows * columns, towers["decoder"].width)
     b.output("image_tokens", b.linear(x, "projector", bias=True), "float32", shape)
+
+
+def tiled(b: Builder, x: str, grid: tuple[int, int], steps: tuple[int, ...]) -> str:
+    """Pixels (batch, H, W, 3) in the order of ``grid``'s cells, of the ``steps`` ** 2 cells in each, and so on."""
+    rows, columns = grid
+    depth = len(steps) + 1
+    if 2 * depth + 1 <= b.MAX_DIMS:
+        x = b.reshape(x, 0, rows, *steps, columns, *steps[:-1], steps[-1] * 3)
+        vertical = range(1, depth + 1)
+        return b.transpose(x, 0, *(axis for down in vertical for axis in (down, down + depth)))
+    height, width, cells = rows * prod(steps), columns * prod(steps), 1
+    for down, across in (grid, *((step, step) for step in steps[:-1])):
+        height, width = height // down, width // across
+        x = b.transpose(b.reshape(x, 0, cells, down, height, across, width * 3), 0, 1, 2, 4, 3, 5)
+        cells *= down * across
+    return x
 
 
 def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:

@@ -20,6 +20,10 @@ TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "gguf": "gguf"}
 """What `rlrc export --to` calls the set of graphs that a backend runs."""
 
 
+RUN_HERE = ("onnxruntime", "gguf")
+"""Backends that this runtime has engines for."""
+
+
 class Engine(Protocol):
     """A set of graphs, loaded."""
 
@@ -38,12 +42,13 @@ class Engine(Protocol):
 
 
 def present(manifest: Manifest) -> list[str]:
-    """The backends that the artifact has graphs for, in the order in which they are preferred."""
-    return [backend for backend in FOLDERS if any(graph.backend == backend for graph in manifest.graphs)]
+    """The backends that the artifact has graphs for, in the order in which they are preferred: first what runs here."""
+    preferred = sorted(FOLDERS, key=lambda backend: backend not in RUN_HERE)
+    return [backend for backend in preferred if any(graph.backend == backend for graph in manifest.graphs)]
 
 
 def choose(manifest: Manifest, asked: str | None = None, where: object = "the artifact") -> str:
-    """The backend asked for, or the first of FOLDERS that the artifact has graphs for. Raises UserError without any."""
+    """The backend asked for, or the first of ``present``. Raises UserError without any."""
     found = present(manifest)
     if asked is None and found:
         return found[0]
@@ -68,4 +73,7 @@ def open_engine(artifact: Artifact, backend: str, threads: int) -> Engine:
         from rlrc.runtime.backends.llama_cpp import LlamaCpp
 
         return LlamaCpp(artifact, threads)
-    raise UserError(f"expected the backend onnxruntime or gguf, found {backend}; choose one of those")
+    raise UserError(
+        f"expected the backend {' or '.join(RUN_HERE)}, found {backend}, whose engines are not run yet; choose one of "
+        f"those, or export {artifact.path} for it"
+    )

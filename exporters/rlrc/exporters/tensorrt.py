@@ -1,0 +1,182 @@
+"""ONNX graphs for TensorRT: standard operators only, opset 21, strongly typed.
+
+Products (linear layers, convolutions, attention's two) are computed in the flavour's precision, of operands cast to it;
+everything between them in float32: norms, softmax, rotary positions and the residual stream, whose large activations
+16 bits would lose. TensorRT fuses the casts with their neighbours, and what is between the products is small beside
+their weights. Quantization is explicit: blocked DequantizeLinear of the artifact's own 4-bit integers, or
+QuantizeLinear and DequantizeLinear around 8-bit products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from rlrc.errors import UserError
+from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
+from rlrc.exporters.weights import Weights
+
+Float = Literal["float32", "float16", "bfloat16"]
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    products: Float
+    keep_int4: bool = False
+    """4-bit weights as they are, else widened"""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """the step of the 8-bit input of every product that is to be computed in 8 bits, by its weights' joined name"""
+
+
+class TensorRTBuilder(Builder):
+    OPSETS: ClassVar = {"": 21}
+    IR_VERSION: ClassVar = 10
+    MAX_DIMS: ClassVar = 8
+    WIDE: ClassVar = "float32"
+
+    def __init__(self, weights: Weights, flavour: Flavour) -> None:
+        super().__init__(weights)
+        self.flavour = flavour
+        self._cast: dict[str, str] = {}
+
+    def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
+        return self._store(name, array)
+
+    def embed(self, ids: str, module: str) -> str:
+        rows = self._op("Gather", self._float(f"{module}.weight", self.weights.values(f"{module}.weight")), ids)
+        return rows if self.flavour.products == "float32" else self.cast(rows, "float32")
+
+    # Layers, in float32
+
+    def layer_norm(self, x: str, module: str, epsilon: float) -> str:
+        scale, bias = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
+        return self._op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
+
+    def rms_norm(self, x: str, weight: str, epsilon: float) -> str:
+        mean = self._op("ReduceMean", self.multiply(x, x), self.integers(-1), keepdims=1)
+        root = self._op("Sqrt", self.add(mean, self.scalar(epsilon)))
+        return self.multiply(self._op("Div", x, root), weight)
+
+    def activation(self, x: str, kind: Activation) -> str:
+        if kind == "silu":
+            return self.multiply(x, self._op("Sigmoid", x))
+        if kind == "relu":
+            return self._op("Relu", x)
+        return self._op("Gelu", x, approximate="none" if kind == "gelu" else "tanh")
+
+    def linear_activated(self, x: str, module: str, kind: Activation) -> str:
+        return self.activation(self.linear(x, module, bias=True), kind)
+
+    def linear_scaled(self, x: str, module: str, scale: str) -> str:
+        factor = self.weights.array(scale)
+        bias = self.table(f"{module}.bias:scaled", self.weights.array(f"{module}.bias") * factor)
+        return self.add(self.multiply(self._product(x, module), self.table(scale, factor)), bias)
+
+    def rotary(self, x: str, heads: int, tables: tuple[str, str]) -> str:
+        x = self.reshape(x, 0, 0, heads, 2, -1)
+        first, second = self.slice(x, 0, 1, axis=3), self.slice(x, 1, 2, axis=3)
+        cosines, sines = (self.reshape(table, 0, 1, 1, -1) for table in tables)
+        turned = (
+            self._op("Sub", self.multiply(first, cosines), self.multiply(second, sines)),
+            self.add(self.multiply(second, cosines), self.multiply(first, sines)),
+        )
+        return self.reshape(self.concat(*turned, axis=3), 0, 0, -1)
+
+    def attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int) -> str:
+        k, v = (self.transpose(self.reshape(x, 0, 0, kv_heads, head_dim), 0, 2, 1, 3) for x in (k, v))
+        return self.attend(q, k, v, heads, kv_heads, head_dim)
+
+    # Products
+
+    def matmul(self, a: str, b: str) -> str:
+        return self._widened(self._op("MatMul", self._narrowed(a), self._narrowed(b)))
+
+    def convolution(
+        self, x: str, module: str, scale: NDArray[np.float32], bias: NDArray[np.float32], **shape: Any
+    ) -> str:
+        weight = self.weights.array(f"{module}.weight") * scale.reshape(-1, 1, 1, 1)
+        names = f"{module}.weight", f"{module}.bias"
+        if self.flavour.products != "float16":  # opset 21 has no convolution in bfloat16
+            return self._op("Conv", x, self.table(names[0], weight), self.table(names[1], bias), **shape)
+        stored = self._float(names[0], weight), self._float(names[1], bias)
+        return self._widened(self._op("Conv", self._narrowed(x), *stored, **shape))
+
+    def _product(self, x: str, *modules: str) -> str:
+        names = [f"{module}.weight" for module in modules]
+        kinds = {self._in_four_bits(name) for name in names}
+        if len(kinds) > 1:  # some of the layers are stored otherwise: as many products
+            return self.concat(*(self._product(x, module) for module in modules), axis=-1)
+        if kinds == {True}:
+            return self._widened(self._op("MatMul", self._narrowed(x), self._four_bits(names)))
+        name = joined(names)
+        matrix = np.concatenate([self.weights.values(each) for each in names]).T  # (in, out)
+        if name in self.flavour.scales:
+            return self._op("MatMul", self._rounded(x, self.flavour.scales[name]), self._eight_bits(name, matrix))
+        return self._widened(self._op("MatMul", self._narrowed(x), self._float(name, matrix)))
+
+    def _in_four_bits(self, name: str) -> bool:
+        """Whether the weights go into the file as the artifact's integers. TensorRT wants pairs of outputs."""
+        return self.flavour.keep_int4 and self.weights.bits(name) == 4 and self.weights.shape(name)[0] % 2 == 0
+
+    def _four_bits(self, names: list[str]) -> str:
+        """The artifact's own integers (in, out), with a scale for every group of inputs: (in / group, out)."""
+        name, (integers, scales) = joined(names), self.weights.packed(names)
+        nibbles = np.stack([integers & 15, integers >> 4], -1).reshape(len(integers), -1).T ^ 8  # offset 8 -> signed
+        packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        self._store_as(f"{name}.q", TensorProto.INT4, nibbles.shape, packed)
+        # A group of zeros has the scale 0, which TensorRT refuses; any other says the same.
+        scale = self._float(f"{name}.scale", np.where(scales == 0, 1, scales).astype(np.float32).T)
+        # Scales may be negative, which TensorRT's parser refuses, but only of constants that it sees as such.
+        scale = self._op("Identity", scale)
+        group = self.weights.shape(names[0])[1] // scales.shape[1]
+        return self._op("DequantizeLinear", f"{name}.q", scale, axis=0, block_size=group)
+
+    def _rounded(self, x: str, step: float) -> str:
+        """x in 8 bits and back."""
+        scale, zero = self.constant(np.array(step, np.float32)), self.constant(np.zeros((), np.int8))
+        return self._op("DequantizeLinear", self._op("QuantizeLinear", x, scale, zero), scale, zero)
+
+    def _eight_bits(self, name: str, matrix: NDArray[np.float32]) -> str:
+        integers, scale = int8_columns(matrix)
+        return self._op("DequantizeLinear", self._store(f"{name}.q", integers), self.constant(scale), axis=1)
+
+    # Types
+
+    def _narrowed(self, x: str) -> str:
+        """x in the precision of products; once for all that read it."""
+        if self.flavour.products == "float32":
+            return x
+        if x not in self._cast:
+            self._cast[x] = self._op("Cast", x, to=TYPES[self.flavour.products])
+        return self._cast[x]
+
+    def _widened(self, x: str) -> str:
+        return x if self.flavour.products == "float32" else self.cast(x, "float32")
+
+    def _float(self, name: str, array: NDArray[np.float32]) -> str:
+        """A constant in the precision of products."""
+        if self.flavour.products == "bfloat16":
+            bits = torch.from_numpy(np.ascontiguousarray(array)).bfloat16().view(torch.int16).numpy()
+            return self._store_as(name, TensorProto.BFLOAT16, array.shape, bits)
+        with np.errstate(over="ignore"):
+            stored = array.astype(self.flavour.products)
+        if not np.isfinite(stored).all():
+            raise UserError(
+                f"expected {name} within float16's range, found {np.abs(array).max():.3g}; use --precision bf16"
+            )
+        return self._store(name, stored)
+
+    def _store_as(self, name: str, kind: int, shape: Iterable[int], data: NDArray[Any]) -> str:
+        """A constant of a type that numpy does not have."""
+        if name not in self._initializers:
+            raw = np.ascontiguousarray(data).tobytes()
+            self._initializers[name] = onnx.TensorProto(name=name, data_type=kind, dims=shape, raw_data=raw)
+        return name
