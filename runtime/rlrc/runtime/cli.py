@@ -59,6 +59,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.compressor.datasets.commands:Demonstrations",
         "scripted experts in the simulator as a LeRobotDataset",
     ),
+    "jetson devices": ("rlrc.jetson.commands:Devices", "the modules, their power modes, memory and throughput"),
+    "jetson plan": ("rlrc.jetson.commands:Plan", "what a policy will take on a module, before it is copied there"),
+    "jetson calibration": ("rlrc.jetson.commands:Calibration", "what the plans rest on, and how far they were off"),
     "report": ("rlrc.benchmarks.commands.report:Report", "results as one self-contained HTML page"),
 }
 
