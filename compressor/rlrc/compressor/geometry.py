@@ -2,22 +2,25 @@
 
 They go the same way as real ones (recognise, layout, build on the meta device), so memory plans and full-size
 benchmarks need no download. Statistics are those of data that is normalised already.
+
+``python -m rlrc.compressor.geometry`` writes what the readers find into rlrc/geometries.json, for who has no torch.
 """
 
 from __future__ import annotations
 
-import difflib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlrc.compressor import shapes, weights
+from rlrc import geometries
+from rlrc.compressor import official, shapes, weights
 from rlrc.compressor.official import Folder, Options
 from rlrc.compressor.shapes import Language, Vision
 from rlrc.compressor.weights import Tensors
-from rlrc.errors import UserError
+from rlrc.strict import encode
 
 DINOV2 = Vision(1024, 24, 4096, patch=14, tokens=256)  # ViT-L/14 with registers at 224 pixels
 SIGLIP = Vision(1152, 27, 4304, patch=14, tokens=256)  # SoViT-400M/14 at 224 pixels
@@ -37,11 +40,20 @@ SMOLVLM_VOCABULARY = 49280
 def folder(name: str) -> tuple[Folder, Options]:
     """The official checkpoint of a known name, and the options that it needs. Raises UserError for another name."""
     if name not in GEOMETRIES:
-        close = difflib.get_close_matches(name, GEOMETRIES, 1, 0)
-        raise UserError(
-            f"expected one of the geometries {', '.join(GEOMETRIES)}, found {name!r}; the nearest is {close[0]}"
-        )
+        geometries.geometry(name)  # refuses it
     return GEOMETRIES[name](name)
+
+
+def described(name: str) -> dict[str, Any]:
+    """An entry of rlrc/geometries.json."""
+    opened, options = folder(name)
+    module = official.recognise(opened)
+    layout = module.layout(opened, options)
+    modules: dict[str, int] = {}
+    for tensor, value in official.build(module, layout).state_dict().items():
+        part = tensor.split(".")[0]
+        modules[part] = modules.get(part, 0) + value.numel()
+    return {"policy": encode(layout.spec), "towers": encode(layout.towers), "modules": modules}
 
 
 def _openvla(name: str) -> tuple[Folder, Options]:
@@ -209,3 +221,13 @@ def _statistics(features: dict[str, Any]) -> Tensors:
         for statistic, value in values.items()
     }
     return Tensors("statistics", stored)
+
+
+def write() -> None:
+    """Writes rlrc/geometries.json: a line for every geometry."""
+    lines = (f"{json.dumps(name)}: {json.dumps(described(name))}" for name in GEOMETRIES)
+    geometries.FILE.write_text('{"geometries": {\n' + ",\n".join(lines) + "\n}}\n")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,4 +1,4 @@
-"""The commands for NVIDIA Jetson. A dataclass each; the field docstrings are the help."""
+"""The commands that build on the device, or check without one. A dataclass each; the field docstrings are the help."""
 
 from __future__ import annotations
 

@@ -1,0 +1,139 @@
+"""The table of devices, devices.toml: what a module computes and moves in a second, and which JetPack it runs."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlrc import strict
+from rlrc.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = Path(__file__).with_name("devices.toml")
+CPU = "cpu"  # this machine, measured (see probe.py)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What nvpmodel sets. ``watts``: the most that the module may draw."""
+
+    name: str
+    multiprocessors: int
+    mhz: float
+    bandwidth_gbs: float
+    watts: float
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``rates``: operations of a multiprocessor a clock, by the type that it computes in; a multiply-add is two."""
+
+    sm: str
+    rates: dict[str, int]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JetPack:
+    linux: str
+    ubuntu: str
+    python: str
+    cuda: str
+    tensorrt: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Module:
+    """``visible_gib``: what Linux has, without what firmware keeps for itself."""
+
+    title: str
+    aliases: tuple[str, ...]
+    architecture: str
+    memory_gib: float
+    visible_gib: float
+    jetpacks: tuple[str, ...]
+    modes: tuple[Mode, ...]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    architectures: dict[str, Architecture]
+    jetpacks: dict[str, JetPack]
+    devices: dict[str, Module]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A module in a mode, or this machine. ``peaks``: operations a second by type; ``bandwidth`` in bytes a second.
+
+    ``sm`` None: no CUDA device.
+    """
+
+    name: str
+    title: str
+    mode: str
+    sm: str | None
+    peaks: dict[str, float]
+    bandwidth: float
+    visible_bytes: int
+    watts: float | None
+
+
+@cache
+def table() -> Table:
+    return read_toml(Table, FILE)
+
+
+def read_toml(kind: Any, file: Path) -> Any:
+    """A TOML file as this dataclass. Raises UserError for what does not fit."""
+    try:
+        return strict.decode(kind, tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"expected {kind.__name__} in {file}, found: {error}; install rlrc again") from None
+
+
+def find(name: str) -> str:
+    """The name in the table of a device, which may be called by an alias, or with "jetson-" before it."""
+    plain = name.lower().replace("_", "-").replace(" ", "-")
+    for candidate in (plain, plain.removeprefix("jetson-")):
+        for known, module in table().devices.items():
+            if candidate == known or candidate in module.aliases:
+                return known
+    known_names = [*table().devices, CPU]
+    aliases = [alias for module in table().devices.values() for alias in module.aliases]
+    close = difflib.get_close_matches(plain, [*known_names, *aliases], 1, 0)
+    raise UserError(f"expected a device of {', '.join(known_names)}, found {name!r}; the nearest is {close[0]}")
+
+
+def device(name: str, mode: str | None = None) -> Device:
+    """A module in a mode, by default the fastest. Raises UserError for an unknown device or mode."""
+    key = find(name)
+    module = table().devices[key]
+    modes = {found.name.lower(): found for found in module.modes}
+    if mode is not None and mode.lower() not in modes:
+        raise UserError(
+            f"expected a mode of {', '.join(found.name for found in module.modes)} for {key}, found {mode!r}; "
+            "give one of those"
+        )
+    chosen = module.modes[0] if mode is None else modes[mode.lower()]
+    architecture = table().architectures[module.architecture]
+    return Device(
+        key,
+        module.title,
+        chosen.name,
+        architecture.sm,
+        {kind: rate * chosen.multiprocessors * chosen.mhz * 1e6 for kind, rate in architecture.rates.items()},
+        chosen.bandwidth_gbs * 1e9,
+        int(module.visible_gib * 2**30),
+        chosen.watts,
+    )

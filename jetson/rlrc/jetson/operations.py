@@ -1,0 +1,173 @@
+"""The operations of a policy's modules, from their geometry: what a roofline prices.
+
+An operation counts floating-point operations (two for a multiply-add), the policy's numbers that it reads (weights),
+the numbers that go in and out (activations), and the kernels that are launched for it. Attention is counted as fused:
+its scores never leave the chip. Biases, and what is computed once a sequence (masks, rotary tables), are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from rlrc.artifact import LayerSpec, TowerSpec
+
+GROUP = 32  # inputs that share a scale
+
+
+@dataclass(frozen=True)
+class Op:
+    """``side``: cube root of the multiply-adds of a single product; 0 of what is no product.
+
+    ``odd``: of the weights those that rlrc quantize leaves in 16 bits, because their inputs fill no whole groups.
+    """
+
+    flops: float
+    weights: int = 0
+    activations: int = 0
+    kernels: int = 1
+    side: float = 0.0
+    odd: int = 0
+
+
+def linear(rows: int, inputs: int, outputs: int) -> Op:
+    products, weights = rows * inputs * outputs, inputs * outputs
+    odd = weights if inputs % GROUP else 0
+    return Op(2.0 * products, weights, rows * (inputs + outputs), side=products ** (1 / 3), odd=odd)
+
+
+def elementwise(rows: int, width: int, weights: int = 0) -> Op:
+    """Norms, activations, sums: a row is read and written."""
+    return Op(5.0 * rows * width, weights, 2 * rows * width, odd=weights)
+
+
+def attention(layer: LayerSpec, rows: int, keys: int, times: int = 1) -> Op:
+    """Scores and mixture of ``rows`` queries over ``keys`` positions, in ``times`` independent sequences."""
+    queries, sources = rows * layer.heads * layer.head_dim, keys * layer.kv_heads * layer.head_dim
+    side = (rows * keys * layer.head_dim) ** (1 / 3)
+    return Op(times * 4.0 * queries * keys, 0, times * 2 * (queries + sources), side=side)
+
+
+def vision_block(tower: TowerSpec, layer: LayerSpec, rows: int, pictures: int) -> Iterator[Op]:
+    """``rows`` patches of each of so many pictures."""
+    width, heads, every = tower.width, layer.heads * layer.head_dim, rows * pictures
+    if heads:
+        yield elementwise(every, width, 2 * width)
+        yield linear(every, width, 3 * heads)
+        yield attention(layer, rows, rows, pictures)
+        yield linear(every, heads, width)
+        yield elementwise(every, width)
+    if layer.mlp:
+        yield elementwise(every, width, 2 * width)
+        yield linear(every, width, layer.mlp)
+        yield elementwise(every, layer.mlp)
+        yield linear(every, layer.mlp, width)
+        yield elementwise(every, width)
+
+
+def decoder_block(tower: TowerSpec, layer: LayerSpec, rows: int, keys: int, keep: int, source: int = 0) -> Iterator[Op]:
+    """``rows`` positions that attend to ``keys``; only the last ``keep`` go on after the keys and values are made.
+
+    A cross block makes keys and values of the prefix's, ``source`` numbers wide, once more.
+    """
+    width, heads, kv = tower.width, layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    modulation = [linear(1, width, 3 * width)] if tower.norm == "adaptive" else []
+    yield elementwise(rows, width, width)
+    yield from modulation
+    if layer.kind == "half":
+        yield linear(rows, width, 2 * kv)
+        yield elementwise(rows, kv)
+        return
+    if heads and layer.kind == "cross":
+        yield linear(keep, width, heads)
+        yield elementwise(keep, heads)
+        yield linear(keys, source, kv)
+        yield linear(keys, source, kv)
+    elif heads and keep < rows:
+        yield linear(keep, width, heads)
+        yield linear(rows, width, 2 * kv)
+        yield elementwise(rows, heads + kv)
+    elif heads:
+        yield linear(rows, width, heads + 2 * kv)
+        yield elementwise(rows, heads + kv)
+    if heads:
+        yield attention(layer, keep, keys)
+        yield linear(keep, heads, width)
+        yield elementwise(keep, width)
+    if layer.mlp:
+        yield elementwise(keep, width, width)
+        yield from modulation
+        yield linear(keep, width, 2 * layer.mlp)
+        yield elementwise(keep, 2 * layer.mlp)
+        yield linear(keep, layer.mlp, width)
+        yield elementwise(keep, width)
+
+
+def resnet(g: dict[str, Any], height: int, width: int) -> tuple[list[Op], tuple[int, int]]:
+    """Convolutions of one picture, and rows and columns of its feature map. A norm and a ReLU go with each."""
+
+    def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> Op:
+        rows, columns = -(-size[0] // stride), -(-size[1] // stride)
+        weights = inputs * outputs * kernel**2
+        moved = inputs * prod(size) + outputs * rows * columns
+        products = weights * rows * columns
+        return Op(2.0 * products, weights, moved, side=products ** (1 / 3), odd=weights)
+
+    def halved() -> tuple[int, int]:
+        return -(-size[0] // 2), -(-size[1] // 2)
+
+    size = (height, width)
+    ops, channels = [convolution(3, g["stem"], 7, 2)], g["stem"]
+    size = halved()
+    ops.append(elementwise(prod(size), channels))
+    size = halved()
+    for stage, (count, inner, out) in enumerate(zip(g["blocks"], g["widths"], g["outputs"], strict=True)):
+        for i in range(count):
+            spread = g["dilated"] and stage == len(g["blocks"]) - 1
+            stride = 2 if i == 0 and stage > 0 and not spread else 1
+            if i == 0 and (stage > 0 or channels != out):
+                ops.append(convolution(channels, out, 1, stride))
+            if g["bottleneck"]:
+                ops.append(convolution(channels, inner, 1, 1))
+                ops.append(convolution(inner, inner, 3, stride))
+            else:
+                ops.append(convolution(channels, inner, 3, stride))
+            size = halved() if stride == 2 else size
+            ops.append(convolution(inner, out, 1 if g["bottleneck"] else 3, 1))
+            ops.append(elementwise(prod(size), out))
+            channels = out
+    return ops, size
+
+
+def detr_block(tower: TowerSpec, layer: LayerSpec, rows: int, keys: int) -> Iterator[Op]:
+    width, heads = tower.width, layer.heads * layer.head_dim
+    yield elementwise(rows, width, 2 * width)
+    if heads:
+        yield linear(rows, width, heads)
+        yield linear(keys, width, heads)
+        yield linear(keys, width, heads)
+        yield attention(layer, rows, keys)
+        yield linear(rows, heads, width)
+        yield elementwise(rows, width)
+    if layer.mlp:
+        yield elementwise(rows, width, 2 * width)
+        yield linear(rows, width, layer.mlp)
+        yield elementwise(rows, layer.mlp)
+        yield linear(rows, layer.mlp, width)
+        yield elementwise(rows, width)
+
+
+def stack(tower: TowerSpec, rows: int, keys: int, keep: int) -> Iterator[Op]:
+    """All blocks of a decoder; the last computes the ``keep`` rows that are read. And the norm after them."""
+    for i, layer in enumerate(tower.layers):
+        yield from decoder_block(tower, layer, rows, keys, keep if i == len(tower.layers) - 1 else rows)
+    if tower.layers[-1].kind != "half":
+        yield elementwise(keep, tower.width, tower.width)
+
+
+def mlp(rows: int, widths: list[int]) -> list[Op]:
+    """Linear layers from width to width."""
+    return [linear(rows, a, b) for a, b in pairwise(widths)]

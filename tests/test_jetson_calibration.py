@@ -1,0 +1,70 @@
+"""The planner against published measurements that it did not see."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rlrc.jetson import calibration, roofline
+from rlrc.jetson.calibration import Row
+from rlrc.runtime import cli
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return calibration.leave_one_out()
+
+
+def errors(rows: list[Row], which: str, listed: bool) -> dict[str, float]:
+    return calibration.summary([getattr(row, which) for row in rows if row.measurement.listed or not listed])
+
+
+@pytest.mark.parametrize("which", ["own_error", "untold_error"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_unseen_measurements_are_predicted(rows: list[Row], which: str, listed: bool) -> None:
+    found = errors(rows, which, listed)
+    assert found["median_error"] < 0.25
+    assert found["worst_ratio"] < 2
+
+
+def test_the_constants_in_use_are_the_fit_to_all() -> None:
+    fitted = calibration.fit()
+    assert fitted.compiled == pytest.approx(roofline.COMPUTE["compiled"], rel=0.01)
+    assert fitted.plain == pytest.approx(roofline.COMPUTE["plain"], rel=0.01)
+    assert (fitted.side, fitted.bandwidth) == (roofline.SIDE, roofline.BANDWIDTH)
+
+
+def test_a_prediction_is_blind_to_its_own_measurement() -> None:
+    """Ten times the measured value changes the other predictions, not that one's."""
+    measured = list(calibration.measurements())
+    index = next(i for i, one in enumerate(measured) if one.program == "tensorrt")
+    before = calibration._Grid(tuple(measured)).fit(index)
+    measured[index] = replace(measured[index], ms=measured[index].ms * 10)
+    assert calibration._Grid(tuple(measured)).fit(index) == before
+
+
+def test_summaries_by_hand() -> None:
+    assert calibration.summary([0.5, -0.5, 0.1]) == {"median_error": 0.5, "worst_ratio": 2.0}
+
+
+def test_every_measurement_says_where_it_is_from() -> None:
+    measured = calibration.measurements()
+    assert sum(one.listed for one in measured) == 9
+    assert all(one.source and one.ms > 0 for one in measured)
+    keys = [(one.geometry, one.device, one.precision, one.source) for one in measured]
+    assert len(keys) == len(set(keys))
+
+
+def test_the_report_repeats_them(capsys: pytest.CaptureFixture[str], rows: list[Row]) -> None:
+    assert cli.main(["jetson", "calibration", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["rows"]) == len(rows)
+    found = np.array([row["own_error"] for row in values["rows"]])
+    assert found == pytest.approx(np.array([row.own_error for row in rows]))
+    assert cli.main(["jetson", "calibration"]) == 0
+    printed = capsys.readouterr().out
+    assert "Every prediction is by a fit without that measurement." in printed
+    assert f"all ({len(rows)})" in printed
