@@ -64,7 +64,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jetson check": ("rlrc.jetson.commands:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
     "jetson devices": ("rlrc.jetson.plan_commands:Devices", "the modules, their power modes, memory and throughput"),
     "jetson plan": ("rlrc.jetson.plan_commands:Plan", "what a policy will take on a module, before it is copied there"),
-    "jetson calibration": ("rlrc.jetson.plan_commands:Calibration", "what the plans rest on, and how far they were off"),
+    "jetson calibration": (
+        "rlrc.jetson.plan_commands:Calibration",
+        "what plans rest on, and how far they were off",
+    ),
     "report": ("rlrc.benchmarks.commands.report:Report", "results as one self-contained HTML page"),
 }
 
