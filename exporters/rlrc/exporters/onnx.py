@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from rlrc.errors import UserError
 from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
@@ -20,7 +20,7 @@ from rlrc.exporters.weights import Weights
 
 NEEDS = {"onnxruntime": ">=1.18"}
 CONTRIB = "com.microsoft"
-INT4_ACCURACY_LEVEL = 0  # products in float32: as fast as 8-bit activations (level 4) at these lengths, and exact
+ACCURACY = {"int4": 0, "int4a8": 4}  # of MatMulNBits: 0 computes in float32
 LARGE_TABLE = 2**20
 INT8_MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
 
@@ -31,8 +31,9 @@ class Flavour:
 
     store: type[np.float32] | type[np.float16]
     """float16 holds bfloat16 weights above 6e-5 exactly; a Cast, which ONNX Runtime folds at load, restores float32"""
-    products: Literal["float", "int8", "int4"]
-    """int4: in 4 bits where the weights have them (MatMulNBits), else in floats, widened at load"""
+    products: Literal["float", "int8", "int4", "int4a8"]
+    """int4: in 4 bits where the weights have them (MatMulNBits), else in floats, widened at load; int4a8: the same with
+    activations rounded to 8 bits, in blocks of 32"""
 
 
 FLAVOURS = {
@@ -40,11 +41,15 @@ FLAVOURS = {
     "fp16": Flavour(np.float16, "float"),
     "int8": Flavour(np.float16, "int8"),
     "int4": Flavour(np.float16, "int4"),
+    "int4a8": Flavour(np.float16, "int4a8"),
     "w4a8": Flavour(np.float16, "int8"),  # int4 in the file, 8 bits in memory and in products
     "w8": Flavour(np.float16, "int4"),  # 8 bits in the file, but for what has 4
 }
 DENSE = ("fp16", "fp32", "int8")  # for float weights, the default first
-QUANTIZED = {"int4": ("int4", "w4a8"), "int8": ("w8", "int8")}  # for quantized weights, by the grid of most of them
+QUANTIZED = {
+    "int4": ("int4", "int4a8", "w4a8"),
+    "int8": ("w8", "int8"),
+}  # for quantized weights, by the grid of most of them
 
 
 class OnnxRuntimeBuilder(Builder):
@@ -131,6 +136,21 @@ class OnnxRuntimeBuilder(Builder):
         weight = self.multiply(self.weight(f"{module}.weight"), self.constant(scale.reshape(-1, 1, 1, 1)))
         return self._op("Conv", x, weight, self.constant(bias), **shape)
 
+    def caches(self, head_dim: int) -> bool:
+        return head_dim % 16 == 0  # what GroupQueryAttention rotates
+
+    def cached_attention(
+        self, qkv: str, past: tuple[str, str], start: str, tables: tuple[str, str], heads: int, kv_heads: int
+    ) -> tuple[str, tuple[str, str]]:
+        total = self._op("Cast", self.add(start, self.size(qkv, 1)), to=TensorProto.INT32)
+        last = self._op("Sub", total, self.constant(np.array([1], np.int32)))
+        outputs = [self._name() for _ in range(3)]
+        inputs, sizes = [qkv, "", "", *past, last, total, *tables], {"num_heads": heads, "kv_num_heads": kv_heads}
+        self._nodes.append(
+            helper.make_node("GroupQueryAttention", inputs, outputs, domain=CONTRIB, do_rotary=1, **sizes)
+        )
+        return outputs[0], (outputs[1], outputs[2])
+
     def linear_scaled(self, x: str, module: str, scale: str) -> str:
         factor, weight = self.weight(scale), f"{module}.weight"
         bias = self.multiply(self.weight(f"{module}.bias"), factor)
@@ -144,7 +164,7 @@ class OnnxRuntimeBuilder(Builder):
     def _product(self, x: str, *modules: str) -> str:
         names = [f"{module}.weight" for module in modules]
         bits = {self.weights.bits(name) for name in names}
-        if self.flavour.products == "int4" and bits == {4}:
+        if self.flavour.products in ACCURACY and bits == {4}:
             return self._int4_product(x, names)
         if bits == {None}:
             matrix = np.concatenate([self.weights.array(name) for name in names]).T  # (in, out)
@@ -164,13 +184,26 @@ class OnnxRuntimeBuilder(Builder):
         outputs, inputs = len(integers), integers.shape[1] * 2
         blocks = self._store(f"{joined(names)}.q", integers.reshape(outputs, inputs // group, group // 2))
         scale = self.table(f"{joined(names)}.scale", scales.reshape(-1).astype(np.float32))
-        shape = {"K": inputs, "N": outputs, "bits": 4, "block_size": group, "accuracy_level": INT4_ACCURACY_LEVEL}
+        shape = {
+            "K": inputs,
+            "N": outputs,
+            "bits": 4,
+            "block_size": group,
+            "accuracy_level": ACCURACY[self.flavour.products],
+        }
         return self._op("MatMulNBits", x, blocks, scale, domain=CONTRIB, **shape)
 
     def _int8_product(self, x: str, integers: str, scale: str) -> str:
-        """Activations are quantized as they come, with one scale; weights (in, out) have one for each output."""
+        """Activations are quantized as they come, weights (in, out) have a scale for each output.
+
+        The operator has one scale for all rows, so each row is brought to a largest value of 1 before: language models
+        have rows a thousand times as large as the others (arXiv 2402.17762), whose scale would leave those nothing.
+        """
+        largest = self._op("ReduceMax", self._op("Abs", x), self.integers(-1), keepdims=1)
+        largest = self._op("Max", largest, self.constant(np.array(np.finfo(np.float32).tiny)))
         zero = self.constant(np.zeros((), np.int8))
-        return self._op("DynamicQuantizeMatMul", x, integers, scale, zero, domain=CONTRIB)
+        rows = self._op("Div", x, largest)
+        return self.multiply(self._op("DynamicQuantizeMatMul", rows, integers, scale, zero, domain=CONTRIB), largest)
 
     def _int8(self, name: str, matrix: NDArray[np.float32]) -> tuple[str, str]:
         integers, scale = int8_columns(matrix)
