@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -60,6 +61,8 @@ class OnnxRuntimeBuilder(Builder):
     def __init__(self, weights: Weights, flavour: Flavour) -> None:
         super().__init__(weights)
         self.flavour = flavour
+        self.memory = 0
+        """bytes of the products' weights once loaded: in 4 bits with their float32 scales, in 8 bits, or in float32"""
 
     def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
         if self.flavour.store is np.float32 or not self.weights.exact.isdisjoint((name, *of)):
@@ -145,10 +148,9 @@ class OnnxRuntimeBuilder(Builder):
         total = self._op("Cast", self.add(start, self.size(qkv, 1)), to=TensorProto.INT32)
         last = self._op("Sub", total, self.constant(np.array([1], np.int32)))
         outputs = [self._name() for _ in range(3)]
-        inputs, sizes = [qkv, "", "", *past, last, total, *tables], {"num_heads": heads, "kv_num_heads": kv_heads}
-        self._nodes.append(
-            helper.make_node("GroupQueryAttention", inputs, outputs, domain=CONTRIB, do_rotary=1, **sizes)
-        )
+        sizes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
+        inputs = [qkv, "", "", *past, last, total, *tables]
+        self._nodes.append(helper.make_node("GroupQueryAttention", inputs, outputs, domain=CONTRIB, **sizes))
         return outputs[0], (outputs[1], outputs[2])
 
     def linear_scaled(self, x: str, module: str, scale: str) -> str:
@@ -164,7 +166,10 @@ class OnnxRuntimeBuilder(Builder):
     def _product(self, x: str, *modules: str) -> str:
         names = [f"{module}.weight" for module in modules]
         bits = {self.weights.bits(name) for name in names}
-        if self.flavour.products in ACCURACY and bits == {4}:
+        size = sum(prod(self.weights.shape(name)) for name in names)
+        in_4_bits = self.flavour.products in ACCURACY and bits == {4}
+        self.memory += size * 5 // 8 if in_4_bits else size if self.flavour.products == "int8" else 4 * size
+        if in_4_bits:
             return self._int4_product(x, names)
         if bits == {None}:
             matrix = np.concatenate([self.weights.array(name) for name in names]).T  # (in, out)
