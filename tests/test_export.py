@@ -182,15 +182,15 @@ def test_int4_products_use_the_artifacts_weights_bit_by_bit(tiny_manifest: Manif
     assert (found == matrix(meant)).all()
 
 
-@pytest.mark.parametrize("precision", ["int8", "w4a8"])
-def test_int8_products_are_close(tiny_manifest: Manifest, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 16), ("int8", 4), ("w4a8", 4)])
+def test_int8_products_are_close(tiny_manifest: Manifest, precision: str, bits: int) -> None:
     # A row of 64 activations reaches 2.5 sigma, so a step is 5 / 255 sigma and its error 0.6 % of sigma; weights reach
     # 2.5 sigma on both sides, a step of 2.5 / 127 and an error of 0.6 %: together 0.8 % of an output, however small its
     # weights. One scale for all rows, which reach 4 sigma, would make 1.1 % of it.
     policy = random_policy(tiny_manifest)
     with torch.no_grad():
         policy.decoder.layers[0].attention.q.weight *= torch.logspace(0, -3, 64)[:, None]
-    weights, meant = (floats(policy), policy) if precision == "int8" else quantized(policy)
+    weights, meant = (floats(policy), policy) if bits == 16 else quantized(policy)
     x = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
     expected = x @ matrix(meant)
     error = np.linalg.norm(product(weights, precision, x) - expected, axis=0) / np.linalg.norm(expected, axis=0)

@@ -137,9 +137,9 @@ def test_combinations_from_the_fastest_on() -> None:
 
 def test_every_precision_is_measured(tiny_int4_artifact: Path) -> None:
     found = {(each.graph, each.precision): each for each in measure(artifacts.load(tiny_int4_artifact), 1)}
-    assert found.keys() == {(graph, name) for graph in ("vision", "decoder") for name in ("int4", "int4a8", "w4a8")}
+    assert found.keys() == {(graph, name) for graph in ("vision", "decoder") for name in ("int4", "int4a8", "int8")}
     assert all(each.ms > 0 for each in found.values())
-    assert found["decoder", "int4"].memory == found["decoder", "int4a8"].memory < found["decoder", "w4a8"].memory
+    assert found["decoder", "int4"].memory == found["decoder", "int4a8"].memory < found["decoder", "int8"].memory
 
 
 def test_the_command_keeps_to_the_tolerance_and_tells_what_it_measured(
@@ -173,5 +173,5 @@ def test_each_graph_in_its_own_precision(tiny_artifact: Path, tmp_path: Path) ->
     plan = {"vision": "fp32", "decoder": "int8"}
     manifest = export(artifacts.load(tiny_artifact), tmp_path / "out", precision=plan, tolerance=2.0)
     assert {graph.name: graph.precision for graph in manifest.graphs} == plan
-    with pytest.raises(UserError, match=r"expected a precision of .* or auto for weights in .*, found w4a8"):
+    with pytest.raises(UserError, match=r"expected a precision of .* for weights in .*, found w4a8; choose"):
         export(artifacts.load(tiny_artifact), tmp_path / "other", precision=plan | {"vision": "w4a8"})

@@ -22,6 +22,7 @@ from rlrc.artifact import Artifact, Manifest, writing
 from rlrc.errors import UserError
 from rlrc.exporters.export import Disagreement, export, with_graphs
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.onnx import FLAVOURS
 from rlrc.exporters.onnx_graphs import built, choices, write_graphs
 from rlrc.exporters.weights import read_weights
 from rlrc.runtime import verify
@@ -108,8 +109,12 @@ def fastest_first(candidates: Sequence[Candidate], budget: int | None = None) ->
 
 
 def measure(parent: Artifact, threads: int) -> list[Candidate]:
-    """Every graph in every precision of these weights, measured in turns on golden observations."""
-    manifest, weights, precisions = parent.manifest, read_weights(parent), choices(parent.manifest)
+    """Every graph in every precision of these weights, measured in turns on golden observations.
+
+    But for those that differ from another one in the file only, and need much memory to be loaded.
+    """
+    manifest, weights = parent.manifest, read_weights(parent)
+    precisions = [name for name in choices(manifest) if not FLAVOURS[name].packed]
     golden = verify.read_golden(parent.file(verify.GOLDEN), manifest.policy)
     observations = cycle(golden.observation(i, manifest.policy) for i in range(len(golden)))
     best: dict[tuple[str, str], float] = {}

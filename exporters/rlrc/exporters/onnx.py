@@ -35,6 +35,9 @@ class Flavour:
     products: Literal["float", "int8", "int4", "int4a8"]
     """int4: in 4 bits where the weights have them (MatMulNBits), else in floats, widened at load; int4a8: the same with
     activations rounded to 8 bits, in blocks of 32"""
+    packed: bool = False
+    """of int8: quantized weights are in the file as they are, and unpacked when it is loaded, which takes about 40
+    bytes a weight for a while; else in the 8 bits that are computed in"""
 
 
 FLAVOURS = {
@@ -43,12 +46,12 @@ FLAVOURS = {
     "int8": Flavour(np.float16, "int8"),
     "int4": Flavour(np.float16, "int4"),
     "int4a8": Flavour(np.float16, "int4a8"),
-    "w4a8": Flavour(np.float16, "int8"),  # int4 in the file, 8 bits in memory and in products
+    "w4a8": Flavour(np.float16, "int8", packed=True),  # int4 in the file, 8 bits in memory and in products
     "w8": Flavour(np.float16, "int4"),  # 8 bits in the file, but for what has 4
 }
 DENSE = ("fp16", "fp32", "int8")  # for float weights, the default first
 QUANTIZED = {
-    "int4": ("int4", "int4a8", "w4a8"),
+    "int4": ("int4", "int4a8", "int8", "w4a8"),
     "int8": ("w8", "int8"),
 }  # for quantized weights, by the grid of most of them
 
@@ -171,8 +174,8 @@ class OnnxRuntimeBuilder(Builder):
         self.memory += size * 5 // 8 if in_4_bits else size if self.flavour.products == "int8" else 4 * size
         if in_4_bits:
             return self._int4_product(x, names)
-        if bits == {None}:
-            matrix = np.concatenate([self.weights.array(name) for name in names]).T  # (in, out)
+        if bits == {None} or (self.flavour.products == "int8" and not self.flavour.packed):
+            matrix = np.concatenate([self.weights.values(name) for name in names]).T  # (in, out)
             if self.flavour.products == "int8" and len(matrix) >= INT8_MIN_INPUTS:
                 return self._int8_product(x, *self._int8(joined(names), matrix))
             return self._op("MatMul", x, self.table(joined(names), np.ascontiguousarray(matrix), names))

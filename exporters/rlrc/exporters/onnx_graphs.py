@@ -30,8 +30,8 @@ def choose_precision(parent: Artifact, precision: Precision | None) -> Precision
     for name in [precision] if isinstance(precision, str) else precision.values():
         if name not in known:
             raise UserError(
-                f"expected a precision of {', '.join(known)} or auto for weights in {parent.manifest.dtype}, "
-                f"found {name}; choose one of those"
+                f"expected a precision of {', '.join(known)} for weights in {parent.manifest.dtype}, found {name}; "
+                "choose one of those, or auto"
             )
     return precision
 
