@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -64,11 +65,14 @@ TOWERS = {
     "vision": TowerSpec(384, (LayerSpec(6, 6, 64, 1536),) * 6, eps=1e-6),
     "decoder": TowerSpec(1024, (LayerSpec(16, 16, 64, 2816),) * 12),
 }
-OURS = {  # name: (which weights, precision)
-    "ours fp32": ("dense", "fp32"),
-    "ours int8": ("int4", "int8"),
-    "ours int4": ("int4", "int4"),
-    "ours int4a8": ("int4", "int4a8"),
+OURS = {  # name: (which weights, target, precision)
+    "ours fp32": ("dense", "onnx", "fp32"),
+    "ours int8": ("int4", "onnx", "int8"),
+    "ours int8-rows": ("int4", "onnx", "int8-rows"),
+    "ours int4": ("int4", "onnx", "int4"),
+    "ours int4a8": ("int4", "onnx", "int4a8"),
+    "ours gguf int4": ("int4", "gguf", "int4"),
+    "ours gguf fp16": ("dense", "gguf", "fp16"),
 }
 
 
@@ -254,19 +258,19 @@ def contestants(folder: Path, threads: int, only: str) -> tuple[dict[str, Contes
     facts: dict[str, dict[str, Any]] = {}
     wanted = re.compile(only).search
     dense = artifacts.load(folder / "dense", verify=())
-    for name, (weights, precision) in OURS.items():
-        if not wanted(name):
+    for name, (weights, target, precision) in OURS.items():
+        if not wanted(name) or (target == "gguf" and find_spec("llama_cpp") is None):
             continue
         out = folder / name.replace(" ", "-")
         if not out.exists():
-            export(artifacts.load(folder / weights, verify=()), out, ("onnx",), precision, tolerance=10.0)
+            export(artifacts.load(folder / weights, verify=()), out, (target,), precision, tolerance=10.0)
         artifact = artifacts.load(out, verify=())
         found[name] = local(artifact, threads)
         sizes = {graph.name: artifact.manifest.files[graph.file].size for graph in artifact.manifest.graphs}
         facts[name] = {"file_bytes": sizes, "action_error": max(artifact.manifest.verified[-1].max_error)}
-    reference = next((artifacts.load(path, verify=()) for path in folder.glob("ours-*")), None)
     for name, int8 in (("stock fp32", False), ("stock int8", True)):
-        if wanted(name) and reference is not None:
+        if wanted(name):
+            reference = artifacts.load(folder / "ours-fp32", verify=())  # for all but the engine
             found[name] = local(reference, threads, Stock(dense, folder / name.replace(" ", "-"), int8, threads))
     for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
         for kind in ("eager", "compiled"):
@@ -281,9 +285,9 @@ def decode_bytes(name: str) -> int:
     weights = 256 * tower.width + sum(
         tower.width * (4 * layer.heads * layer.head_dim + 3 * layer.mlp) for layer in tower.layers
     )
-    width = 4.5 / 8 if "int4" in name else 1 if "8" in name.split()[1] else 2 if "bf16" in name else 4
+    width = 4.5 / 8 if "int4" in name else 1 if "int8" in name else 2 if "16" in name else 4
     cached = sum(2 * layer.kv_heads * layer.head_dim for layer in tower.layers) * (256 + WORDS + 3)
-    return int(weights * width + cached * (2 if "bf16" in name else 4))
+    return int(weights * width + cached * (2 if "bf16" in name or "gguf" in name else 4))
 
 
 def main() -> int:

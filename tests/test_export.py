@@ -182,11 +182,13 @@ def test_int4_products_use_the_artifacts_weights_bit_by_bit(tiny_manifest: Manif
     assert (found == matrix(meant)).all()
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("int8", 16), ("int8", 4), ("w4a8", 4)])
-def test_int8_products_are_close(tiny_manifest: Manifest, precision: str, bits: int) -> None:
-    # A row of 64 activations reaches 2.5 sigma, so a step is 5 / 255 sigma and its error 0.6 % of sigma; weights reach
-    # 2.5 sigma on both sides, a step of 2.5 / 127 and an error of 0.6 %: together 0.8 % of an output, however small its
-    # weights. One scale for all rows, which reach 4 sigma, would make 1.1 % of it.
+@pytest.mark.parametrize(
+    ("precision", "bits", "mean"), [("int8", 16, 1.05), ("int8", 4, 1.05), ("w4a8", 4, 1.05), ("int8-rows", 16, 0.8)]
+)
+def test_int8_products_are_close(tiny_manifest: Manifest, precision: str, bits: int, mean: float) -> None:
+    # Activations reach 4 sigma, so a step is 8 / 255 sigma and its error 0.9 % of sigma; weights reach 2.5 sigma on
+    # both sides, a step of 2.5 / 127 and an error of 0.6 %: together 1.1 % of an output, however small its weights.
+    # A row of 64 activations reaches 2.5 sigma only, which makes 0.8 %.
     policy = random_policy(tiny_manifest)
     with torch.no_grad():
         policy.decoder.layers[0].attention.q.weight *= torch.logspace(0, -3, 64)[:, None]
@@ -194,8 +196,8 @@ def test_int8_products_are_close(tiny_manifest: Manifest, precision: str, bits: 
     x = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
     expected = x @ matrix(meant)
     error = np.linalg.norm(product(weights, precision, x) - expected, axis=0) / np.linalg.norm(expected, axis=0)
-    assert 0.007 < error.mean() < 0.009
-    assert error.max() < 0.012
+    assert abs(100 * error.mean() - mean) < 0.15
+    assert error.max() < 0.016
 
 
 def test_w4a8_stores_four_bits(tiny_manifest: Manifest) -> None:

@@ -66,7 +66,7 @@ def engine(manifest: Manifest, policy: OpenVLAPolicy, precision: str, folder: Pa
     return OnnxRuntime(Artifact(folder, with_graphs(manifest, draft, write_graphs(draft, parent, precision)), ""), 1)
 
 
-@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-4), ("int8", 0.3)])
+@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-4), ("int8-rows", 0.3)])
 def test_decoding_in_place_computes_what_torch_does(
     precision: str, close: float, tiny_manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -108,7 +108,7 @@ def test_8_bit_products_keep_small_rows_beside_large_ones() -> None:
     """One scale for all rows would leave rows a thousand times smaller than the largest one or two integers."""
     random = np.random.default_rng(0)
     weight = random.standard_normal((48, 64)).astype(np.float32)
-    builder = OnnxRuntimeBuilder(Weights(Tensors("w", {"m.weight": torch.from_numpy(weight)})), FLAVOURS["int8"])
+    builder = OnnxRuntimeBuilder(Weights(Tensors("w", {"m.weight": torch.from_numpy(weight)})), FLAVOURS["int8-rows"])
     builder.output("y", builder.linear(builder.input("x", "float32", (1, "rows", 64)), "m"), "float32", (1, "rows", 48))
     session = ort.InferenceSession(builder.model("m").SerializeToString(), providers=["CPUExecutionProvider"])
     x = random.standard_normal((1, 9, 64)).astype(np.float32)
@@ -137,7 +137,9 @@ def test_combinations_from_the_fastest_on() -> None:
 
 def test_every_precision_is_measured(tiny_int4_artifact: Path) -> None:
     found = {(each.graph, each.precision): each for each in measure(artifacts.load(tiny_int4_artifact), 1)}
-    assert found.keys() == {(graph, name) for graph in ("vision", "decoder") for name in ("int4", "int4a8", "int8")}
+    assert found.keys() == {
+        (graph, name) for graph in ("vision", "decoder") for name in ("int4", "int4a8", "int8", "int8-rows")
+    }
     assert all(each.ms > 0 for each in found.values())
     assert found["decoder", "int4"].memory == found["decoder", "int4a8"].memory < found["decoder", "int8"].memory
 
@@ -156,7 +158,7 @@ def test_the_command_keeps_to_the_tolerance_and_tells_what_it_measured(
     config = manifest.history[-1].config
     assert config["precision"] == [chosen]
     assert config["auto"]["threads"] == 1
-    assert len(config["measured_ms"]) == 6
+    assert len(config["measured_ms"]) == 8
     assert config["memory_bytes"] > 0
 
 

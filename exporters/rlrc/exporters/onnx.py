@@ -38,21 +38,24 @@ class Flavour:
     packed: bool = False
     """of int8: quantized weights are in the file as they are, and unpacked when it is loaded, which takes about 40
     bytes a weight for a while; else in the 8 bits that are computed in"""
+    rows: bool = False
+    """of int8: activations have a scale for each row, not one for all"""
 
 
 FLAVOURS = {
     "fp32": Flavour(np.float32, "float"),
     "fp16": Flavour(np.float16, "float"),
     "int8": Flavour(np.float16, "int8"),
+    "int8-rows": Flavour(np.float16, "int8", rows=True),
     "int4": Flavour(np.float16, "int4"),
     "int4a8": Flavour(np.float16, "int4a8"),
     "w4a8": Flavour(np.float16, "int8", packed=True),  # int4 in the file, 8 bits in memory and in products
     "w8": Flavour(np.float16, "int4"),  # 8 bits in the file, but for what has 4
 }
-DENSE = ("fp16", "fp32", "int8")  # for float weights, the default first
+DENSE = ("fp16", "fp32", "int8", "int8-rows")  # for float weights, the default first
 QUANTIZED = {
-    "int4": ("int4", "int4a8", "int8", "w4a8"),
-    "int8": ("w8", "int8"),
+    "int4": ("int4", "int4a8", "int8", "int8-rows", "w4a8"),
+    "int8": ("w8", "int8", "int8-rows"),
 }  # for quantized weights, by the grid of most of them
 
 
@@ -204,12 +207,15 @@ class OnnxRuntimeBuilder(Builder):
     def _int8_product(self, x: str, integers: str, scale: str) -> str:
         """Activations are quantized as they come, weights (in, out) have a scale for each output.
 
-        The operator has one scale for all rows, so each row is brought to a largest value of 1 before: language models
-        have rows a thousand times as large as the others (arXiv 2402.17762), whose scale would leave those nothing.
+        The operator has one scale for all rows. Language models have rows a thousand times as large as the others
+        (arXiv 2402.17762), which would leave those nothing; with ``rows`` each is brought to a largest value of 1
+        before. That is a twelfth of the time of a long prompt, but half of that of the reference policy's 22 rows.
         """
+        zero = self.constant(np.zeros((), np.int8))
+        if not self.flavour.rows:
+            return self._op("DynamicQuantizeMatMul", x, integers, scale, zero, domain=CONTRIB)
         largest = self._op("ReduceMax", self._op("Abs", x), self.integers(-1), keepdims=1)
         largest = self._op("Max", largest, self.constant(np.array(np.finfo(np.float32).tiny)))
-        zero = self.constant(np.zeros((), np.int8))
         rows = self._op("Div", x, largest)
         return self.multiply(self._op("DynamicQuantizeMatMul", rows, integers, scale, zero, domain=CONTRIB), largest)
 
