@@ -66,6 +66,7 @@ OURS = {  # name: (which weights, target, precision)
     "ours fp32": ("dense", "onnx", "fp32"),
     "ours int8": ("int4", "onnx", "int8"),
     "ours int8-rows": ("int4", "onnx", "int8-rows"),
+    "ours int8+int4": ("int4", "onnx", "int8+int4"),
     "ours int4": ("int4", "onnx", "int4"),
     "ours int4a8": ("int4", "onnx", "int4a8"),
     "ours gguf int4": ("int4", "gguf", "int4"),

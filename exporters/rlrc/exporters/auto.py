@@ -22,6 +22,7 @@ from rlrc.artifact import Artifact, Manifest, writing
 from rlrc.errors import UserError
 from rlrc.exporters.export import Disagreement, export, with_graphs
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.mixed import MIXED
 from rlrc.exporters.onnx import FLAVOURS
 from rlrc.exporters.onnx_graphs import built, choices, write_graphs
 from rlrc.exporters.weights import read_weights
@@ -114,7 +115,7 @@ def measure(parent: Artifact, threads: int) -> list[Candidate]:
     But for those that differ from another one in the file only, and need much memory to be loaded.
     """
     manifest, weights = parent.manifest, read_weights(parent)
-    precisions = [name for name in choices(manifest) if not FLAVOURS[name].packed]
+    precisions = [name for name in choices(manifest) if name == MIXED or not FLAVOURS[name].packed]
     golden = verify.read_golden(parent.file(verify.GOLDEN), manifest.policy)
     observations = cycle(golden.observation(i, manifest.policy) for i in range(len(golden)))
     best: dict[tuple[str, str], float] = {}

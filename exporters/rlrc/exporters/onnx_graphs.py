@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.mixed import MIXED, PARTS, MixedBuilder
 from rlrc.exporters.onnx import DENSE, FLAVOURS, NEEDS, QUANTIZED, OnnxRuntimeBuilder
 from rlrc.exporters.weights import Weights, read_weights
 from rlrc.runtime.backends import FOLDERS
@@ -18,7 +19,8 @@ Precision = str | Mapping[str, str]
 def choices(manifest: Manifest) -> tuple[str, ...]:
     """The precisions that these weights can have, the default first."""
     if manifest.quantization is not None:
-        return QUANTIZED[manifest.quantization.grid]
+        mixed = (MIXED,) if manifest.quantization.grid == "int4" and manifest.policy.decode == "autoregressive" else ()
+        return (*QUANTIZED[manifest.quantization.grid], *mixed)
     return ("fp32", *(name for name in DENSE if name != "fp32")) if manifest.dtype == "float32" else DENSE
 
 
@@ -38,7 +40,7 @@ def choose_precision(parent: Artifact, precision: Precision | None) -> Precision
 
 def is_exact(precision: str) -> bool:
     """Whether only the order of floating-point sums tells the graphs' answers from torch's."""
-    return FLAVOURS[precision].products in ("float", "int4")
+    return precision != MIXED and FLAVOURS[precision].products in ("float", "int4")
 
 
 def write_graphs(draft: Draft, parent: Artifact, precision: Precision) -> tuple[GraphSpec, ...]:
@@ -55,6 +57,10 @@ def write_graphs(draft: Draft, parent: Artifact, precision: Precision) -> tuple[
 
 
 def built(weights: Weights, manifest: Manifest, graph: str, precision: str) -> OnnxRuntimeBuilder:
+    """``MIXED`` is for decoders; other graphs read their inputs at once, as a decoder its prompt."""
+    if precision == MIXED:
+        many, one = (built(weights, manifest, graph, part) for part in PARTS)
+        return MixedBuilder(many, one) if graph == "decoder" else many
     builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
     graphs_of(manifest.policy.family)[graph](builder, manifest.policy, manifest.towers)
     return builder
