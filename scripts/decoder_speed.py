@@ -219,7 +219,9 @@ def main() -> int:
             make(folder)
         found, facts = contestants(folder, arguments.threads, arguments.only)
         result = measure(found, facts, arguments.threads, arguments.rounds)
-    result["command"] = "python scripts/decoder_speed.py " + " ".join(sys.argv[1:])
+    only = f" --only '{arguments.only}'" if arguments.only else ""
+    told = f"{arguments.out.name} --threads {arguments.threads} --rounds {arguments.rounds}{only}"
+    result["command"] = f"python scripts/decoder_speed.py {told}"
     results.write(arguments.out, results.dump(result))
     print(table(result))
     return 0
