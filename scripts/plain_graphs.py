@@ -24,6 +24,13 @@ class PlainBuilder(Builder):
     def table(self, name: str, array: np.ndarray, of: Any = ()) -> str:
         return self._store(name, array)
 
+    def matmul(self, a: str, b: str) -> str:
+        return self._op("MatMul", a, b)
+
+    def convolution(self, x: str, module: str, scale: np.ndarray, bias: np.ndarray, **shape: Any) -> str:
+        weight = self.multiply(self.weight(f"{module}.weight"), self.constant(scale.reshape(-1, 1, 1, 1)))
+        return self._op("Conv", x, weight, self.constant(bias), **shape)
+
     def embed(self, ids: str, module: str) -> str:
         return self._op("Gather", self.weight(f"{module}.weight"), ids)
 

@@ -29,10 +29,13 @@ class Export:
     """the artifact to export"""
     out: Positional[Path]
     """the artifact to write"""
-    to: tuple[Literal["onnx", "gguf"], ...] = ("onnx",)
-    """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime)"""
+    to: tuple[Literal["onnx", "gguf", "tensorrt"], ...] = ("onnx",)
+    """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime); of tensorrt,
+    rlrc jetson build makes engines on the device"""
     precision: (
-        Literal["auto", "fp16", "fp32", "int8", "int8-rows", "int8+int4", "int4", "int4a8", "w4a8", "w8", "q4_k_m"]
+        Literal[
+            "auto", "fp16", "bf16", "fp32", "int8", "int8-rows", "int8+int4", "int4", "int4a8", "w4a8", "w8", "q4_k_m"
+        ]
         | None
     ) = None
     """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default),
@@ -40,7 +43,7 @@ class Export:
     compute in fp32; the others compute in 8 bits, which is faster but no longer exact: int4a8 with 4-bit weights, int8
     with 8-bit ones, w4a8 too, but the file has them in 4 bits; int8-rows is int8 for language models, some of whose
     rows are much larger than others; int8+int4 reads the prompt in int8-rows and makes its tokens one by one in int4a8,
-    with both weights in memory. auto (onnx): of each graph the fastest on this machine that keeps to the tolerance
+    with both weights in memory. auto (onnx): of each graph the fastest on this machine that keeps to the tolerance.
     gguf: fp16 (default), fp32, int8 or q4_k_m, and of quantized weights their own int4 or int8; there llama.cpp rounds
     activations too, unless in fp32.
     tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),

@@ -55,12 +55,6 @@ class Weights:
         integers = self.tensors.read(f"{name}.q")
         return values_of(unpack(integers) if bits == 4 else integers, self.tensors.read(f"{name}.scale")).numpy()
 
-        """What the tensor stands for, quantized or not."""
-        if (bits := self.bits(name)) is None:
-            return self.array(name)
-        integers, scales = (self.tensors.read(f"{name}.{part}") for part in ("q", "scale"))
-        return values_of(unpack(integers) if bits == 4 else integers, scales).numpy()
-
     def packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
         """Integers and scales of quantized tensors of the same bits, joined along the outputs."""
         names = list(names)
