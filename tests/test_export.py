@@ -182,18 +182,21 @@ def test_int4_products_use_the_artifacts_weights_bit_by_bit(tiny_manifest: Manif
     assert (found == matrix(meant)).all()
 
 
-@pytest.mark.parametrize("precision", ["int8", "w4a8"])
-def test_int8_products_are_close(tiny_manifest: Manifest, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "bits", "mean"), [("int8", 16, 1.05), ("int8", 4, 1.05), ("w4a8", 4, 1.05), ("int8-rows", 16, 0.8)]
+)
+def test_int8_products_are_close(tiny_manifest: Manifest, precision: str, bits: int, mean: float) -> None:
     # Activations reach 4 sigma, so a step is 8 / 255 sigma and its error 0.9 % of sigma; weights reach 2.5 sigma on
     # both sides, a step of 2.5 / 127 and an error of 0.6 %: together 1.1 % of an output, however small its weights.
+    # A row of 64 activations reaches 2.5 sigma only, which makes 0.8 %.
     policy = random_policy(tiny_manifest)
     with torch.no_grad():
         policy.decoder.layers[0].attention.q.weight *= torch.logspace(0, -3, 64)[:, None]
-    weights, meant = (floats(policy), policy) if precision == "int8" else quantized(policy)
+    weights, meant = (floats(policy), policy) if bits == 16 else quantized(policy)
     x = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
     expected = x @ matrix(meant)
     error = np.linalg.norm(product(weights, precision, x) - expected, axis=0) / np.linalg.norm(expected, axis=0)
-    assert 0.009 < error.mean() < 0.012
+    assert abs(100 * error.mean() - mean) < 0.15
     assert error.max() < 0.016
 
 
@@ -369,7 +372,7 @@ def test_an_unknown_family_is_refused(tiny_artifact: Path, tmp_path: Path) -> No
     parent = artifacts.load(tiny_artifact)
     spec = replace(parent.manifest.policy, family="huge")
     path = rewrite(tiny_artifact, tmp_path / "huge", {"policy": spec})
-    refuse(artifacts.load(path), tmp_path / "out", "family.*tiny.*found 'huge'")
+    refuse(artifacts.load(path), tmp_path / "out", "families tiny.*found 'huge'")
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_eight_bits_take_half_the_space_of_floats(make: Make, tiny_artifact: Pat
 
 def test_precisions_follow_the_grid(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = make(CONFIGS["int8"])
-    with pytest.raises(UserError, match="expected a precision of w8, int8 for weights in int8, found int4"):
+    with pytest.raises(UserError, match="expected a precision of w8, int8, int8-rows for weights in int8, found int4"):
         export(artifact, tmp_path / "out", precision="int4")
     assert (
         main(["export", str(artifact.path), str(tmp_path / "products"), "--precision", "int8", "--tolerance", "2"]) == 0

@@ -221,6 +221,20 @@ class Builder(ABC):
         With a mask or a past: rlrc.exporters.graphs.blocks.
         """
 
+    def caches(self, head_dim: int) -> bool:
+        """Whether ``cached_attention`` is there, for heads of this size."""
+        return False
+
+    def cached_attention(
+        self, qkv: str, past: tuple[str, str], start: str, tables: tuple[str, str], heads: int, kv_heads: int
+    ) -> tuple[str, tuple[str, str]]:
+        """Causal attention of the rows from position ``start`` (1,) to themselves and to the past.
+
+        ``qkv`` (1, T, (heads + 2 * kv_heads) * head_dim) not rotated; ``past`` keys and values (1, kv_heads, capacity,
+        head_dim), into which the rows' own are written, as ``present``. -> (1, T, heads * head_dim), present.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def convolution(
         self, x: str, module: str, scale: NDArray[np.float32], bias: NDArray[np.float32], **shape: Any

@@ -32,10 +32,18 @@ class Export:
     to: tuple[Literal["onnx", "gguf", "tensorrt"], ...] = ("onnx",)
     """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime); of tensorrt,
     rlrc jetson build makes engines on the device"""
-    precision: Literal["fp16", "bf16", "fp32", "int8", "int4", "w4a8", "w8", "q4_k_m"] | None = None
-    """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default) or
-    w4a8, for int8 weights w8 (default) or int8. fp16, int4 and w8 say how weights are stored, and compute in fp32; int8
-    and w4a8 compute in 8 bits, which is faster but no longer exact.
+    precision: (
+        Literal[
+            "auto", "fp16", "bf16", "fp32", "int8", "int8-rows", "int8+int4", "int4", "int4a8", "w4a8", "w8", "q4_k_m"
+        ]
+        | None
+    ) = None
+    """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default),
+    int4a8, int8 or w4a8, for int8 weights w8 (default) or int8. fp16, int4 and w8 say how weights are stored, and
+    compute in fp32; the others compute in 8 bits, which is faster but no longer exact: int4a8 with 4-bit weights, int8
+    with 8-bit ones, w4a8 too, but the file has them in 4 bits; int8-rows is int8 for language models, some of whose
+    rows are much larger than others; int8+int4 reads the prompt in int8-rows and makes its tokens one by one in int4a8,
+    with both weights in memory. auto (onnx): of each graph the fastest on this machine that keeps to the tolerance.
     gguf: fp16 (default), fp32, int8 or q4_k_m, and of quantized weights their own int4 or int8; there llama.cpp rounds
     activations too, unless in fp32.
     tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),
@@ -43,17 +51,25 @@ class Export:
     tolerance: float | None = None
     """largest error allowed, in action units (default: of fp32, fp16, int4 and w8 none, but where the reference itself
     is undecided; of the others 1 % of every dimension's range, 2 % with int4 weights, on 99 % of the observations)"""
+    threads: int = 1
+    """of auto's measurements: those of the robot"""
+    budget_bytes: int | None = None
+    """of auto: how many bytes the weights of all graphs may take in memory (default: any)"""
     json: bool = False
     """print the result as JSON"""
 
     def run(self) -> int:
         check_output(self.out)
         parent = artifacts.load(self.path)
-        from rlrc.exporters.export import Disagreement, export  # imported late: torch takes seconds, a refusal none
+        from rlrc.exporters.auto import export_fastest  # imported late: torch takes seconds, a refusal none
+        from rlrc.exporters.export import Disagreement, export
 
         console = Console()
         try:
-            manifest = export(parent, self.out, self.to, self.precision, self.tolerance)
+            if self.precision == "auto":
+                manifest = export_fastest(parent, self.out, self.to, self.threads, self.tolerance, self.budget_bytes)
+            else:
+                manifest = export(parent, self.out, self.to, self.precision, self.tolerance)
         except Disagreement as error:
             if self.json:
                 print(json.dumps({"verified": asdict(error.record), "failure": str(error)}, indent=1))
@@ -72,7 +88,8 @@ class Export:
         records = [record for record in manifest.verified if TARGETS[record.backend] in self.to]
         if self.json:
             graphs = {graph.file: manifest.files[graph.file].size for graph in written}
-            precisions = {graph.backend: graph.precision for graph in written}
+            names = {backend: [graph.precision for graph in written if graph.backend == backend] for backend in TARGETS}
+            precisions = {backend: ", ".join(dict.fromkeys(own)) for backend, own in names.items() if own}
             result = {"out": str(self.out), "precision": precisions, "graph_bytes": graphs}
             print(json.dumps(result | {"verified": [asdict(record) for record in records]}, indent=1))
             return 0

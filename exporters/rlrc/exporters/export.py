@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rlrc.artifact import Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
 from rlrc.errors import UserError
@@ -40,12 +41,14 @@ def export(
     parent: Artifact,
     out: Path,
     to: Sequence[str] = ("onnx",),
-    precision: str | None = None,
+    precision: str | Mapping[str, str] | None = None,
     tolerance: float | None = None,
+    reasons: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes ``out``: the parent's files and the targets' graphs, which replace those it may have.
 
-    ``tolerance`` is the largest error in action units, by default that of ``verify.limits``. Raises UserError for a bad
+    ``precision`` is one for all graphs or, of onnx, one for each; ``reasons`` for it go into the history. ``tolerance``
+    is the largest error in action units, by default that of ``verify.limits``. Raises UserError for a bad
     request, and Disagreement above the tolerance; nothing is written then but the worst observation.
     """
     started = time.process_time()
@@ -76,7 +79,7 @@ def export(
         sizes = {TARGETS[b]: sum(candidate.files[g.file].size for g in written if g.backend == b) for b in chosen}
         entry = HistoryEntry(
             stage="export",
-            config={"to": list(sizes), "precision": list(chosen.values()), "tolerance": tolerance},
+            config={"to": list(sizes), "precision": list(chosen.values()), "tolerance": tolerance, **(reasons or {})},
             version=metadata.version("rlrc"),
             parent=parent.digest,
             cpu_minutes=(time.process_time() - started) / 60,
@@ -86,12 +89,15 @@ def export(
         return draft.finish(replace(candidate, verified=(*others, *records), history=history))
 
 
-def limits(manifest: Manifest, backend: str, precision: str, tolerance: float | None) -> verify.Limits:
-    """What the graphs may differ by: what was asked for, or what this precision should keep to."""
+def limits(
+    manifest: Manifest, backend: str, precision: str | Mapping[str, str], tolerance: float | None
+) -> verify.Limits:
+    """What the graphs may differ by: what was asked for, or what this precision should keep to, the coarsest of all."""
     if tolerance is not None:
         return verify.Limits(tolerance)
-    exact = exporter(backend).is_exact(precision)
-    return verify.default_limits(manifest.policy.action, None if exact else precision)
+    names = [precision] if isinstance(precision, str) else precision.values()
+    rounding = sorted((name for name in names if not exporter(backend).is_exact(name)), key=lambda name: "4" in name)
+    return verify.default_limits(manifest.policy.action, rounding[-1] if rounding else None)
 
 
 def check(exported: Artifact, backend: str, golden: verify.Golden, limits: verify.Limits, out: Path) -> VerifiedSpec:

@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-from rlrc.artifact import Artifact, Draft, GraphSpec
+from collections.abc import Mapping
+
+from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.mixed import MIXED, PARTS, MixedBuilder
 from rlrc.exporters.onnx import DENSE, FLAVOURS, NEEDS, QUANTIZED, OnnxRuntimeBuilder
-from rlrc.exporters.weights import read_weights
+from rlrc.exporters.weights import Weights, read_weights
 from rlrc.runtime.backends import FOLDERS
 
+Precision = str | Mapping[str, str]
+"""One for all graphs, or one for each by name."""
 
-def choose_precision(parent: Artifact, precision: str | None) -> str:
+
+def choices(manifest: Manifest) -> tuple[str, ...]:
+    """The precisions that these weights can have, the default first."""
+    if manifest.quantization is not None:
+        mixed = (MIXED,) if manifest.quantization.grid == "int4" and manifest.policy.decode == "autoregressive" else ()
+        return (*QUANTIZED[manifest.quantization.grid], *mixed)
+    return ("fp32", *(name for name in DENSE if name != "fp32")) if manifest.dtype == "float32" else DENSE
+
+
+def choose_precision(parent: Artifact, precision: Precision | None) -> Precision:
     """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
-    quantization = parent.manifest.quantization
-    choices = DENSE if quantization is None else QUANTIZED[quantization.grid]
+    known = choices(parent.manifest)
     if precision is None:
-        return "fp32" if parent.manifest.dtype == "float32" else choices[0]
-    if precision not in choices:
-        raise UserError(
-            f"expected a precision of {', '.join(choices)} for weights in {parent.manifest.dtype}, found {precision}; "
-            "choose one of those"
-        )
+        return known[0]
+    for name in [precision] if isinstance(precision, str) else precision.values():
+        if name not in known:
+            raise UserError(
+                f"expected a precision of {', '.join(known)} for weights in {parent.manifest.dtype}, found {name}; "
+                "choose one of those, or auto"
+            )
     return precision
 
 
 def is_exact(precision: str) -> bool:
     """Whether only the order of floating-point sums tells the graphs' answers from torch's."""
-    return FLAVOURS[precision].products != "int8"
+    return precision != MIXED and FLAVOURS[precision].products in ("float", "int4")
 
 
-def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphSpec, ...]:
+def write_graphs(draft: Draft, parent: Artifact, precision: Precision) -> tuple[GraphSpec, ...]:
     manifest = parent.manifest
-    definitions, weights = graphs_of(manifest.policy.family), read_weights(parent)
+    weights = read_weights(parent)
     specs = []
-    for name, define in definitions.items():
-        builder, file = OnnxRuntimeBuilder(weights, FLAVOURS[precision]), f"{FOLDERS['onnxruntime']}/{name}.onnx"
-        define(builder, manifest.policy, manifest.towers)
+    for name in graphs_of(manifest.policy.family):
+        own = precision if isinstance(precision, str) else precision[name]
+        builder, file = built(weights, manifest, name, own), f"{FOLDERS['onnxruntime']}/{name}.onnx"
         builder.write(name, draft.file(file))
         inputs, outputs = tuple(builder.inputs), tuple(builder.outputs)
-        specs.append(GraphSpec(name, "onnxruntime", file, precision, inputs, outputs, NEEDS))
+        specs.append(GraphSpec(name, "onnxruntime", file, own, inputs, outputs, NEEDS))
     return tuple(specs)
+
+
+def built(weights: Weights, manifest: Manifest, graph: str, precision: str) -> OnnxRuntimeBuilder:
+    """``MIXED`` is for decoders; other graphs read their inputs at once, as a decoder its prompt."""
+    if precision == MIXED:
+        many, one = (built(weights, manifest, graph, part) for part in PARTS)
+        return MixedBuilder(many, one) if graph == "decoder" else many
+    builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
+    graphs_of(manifest.policy.family)[graph](builder, manifest.policy, manifest.towers)
+    return builder

@@ -80,12 +80,15 @@ class Around:
 
     ``rotary`` are cosines and sines (T, head_dim / 2); ``mask`` is additive, (T, P + T), or None; ``cross_rotary`` are
     those of cross blocks' queries; ``condition`` is what adaptive norms take: (1, C), or the count of the step (1,).
+    With ``start``, the first position (1,), attention is causal and in the past's own place, and the cosines and sines
+    are those of all positions.
     """
 
     rotary: tuple[str, str]
     mask: str | None = None
     cross_rotary: tuple[str, str] | None = None
     condition: str | None = None
+    start: str | None = None
 
 
 def decoder_block(
@@ -116,6 +119,11 @@ def decoder_block(
         source = reprojected(b, past, name, layer)
         q = b.rotary(b.linear(y, f"{name}.attention.q"), layer.heads, around.cross_rotary)
         mixed = attend(b, q, source, layer, None)
+    elif layer.heads and around.start is not None:
+        assert past is not None
+        qkv = b.linear(y, *(f"{name}.attention.{part}" for part in "qkv"))
+        mixed, source = b.cached_attention(qkv, past, around.start, rotary, layer.heads, layer.kv_heads)
+        mixed = mixed if keep is None else b.last_rows(mixed, keep)
     elif layer.heads:
         q, k, v = queries_keys_values(b, y, name, layer, rotary, keep)
         if past is not None or mask is not None or cached:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.backbones.oft import STOP
+from rlrc.compressor.nn.decoder import rotary_tables
 from rlrc.compressor.nn.prismatic import TRANSFORMERS, Geometry
 from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import blocks
@@ -41,29 +42,30 @@ def gelu_mlp(b: Builder, x: str, name: str, linears: int) -> str:
 def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (1, N, width), ``ids`` (1, L) and the past -> ``logits`` (1, rows) of the last position.
 
-    The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal.
+    The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal, from
+    the position ``start``. Keys and values stay in the past's place where the builder has an attention for that.
     """
     tower = towers["decoder"]
     x = seen_and_told(b, tower)
+    in_place = b.caches(tower.layers[0].head_dim)
+    lengths = {"past": "capacity", "present": "capacity"} if in_place else {"past": "past", "present": "present"}
     past = [
         tuple(
-            b.input(f"past.{i}.{part}", "float32", (1, layer.kv_heads, "past", layer.head_dim))
+            b.input(f"past.{i}.{part}", "float32", (1, layer.kv_heads, lengths["past"], layer.head_dim))
             for part in ("key", "value")
         )
         for i, layer in enumerate(tower.layers)
     ]
-    before, length = b.size(past[0][0], 2), b.size(x, 1)
-    places = blocks.positions(b, before, length)
-    mask = blocks.causal_mask(b, places, blocks.positions(b, None, b.add(before, length)))
-    around = blocks.Around(blocks.rotary_tables(b, places, tower), mask)
+    around = cached(b, policy, tower) if in_place else continued(b, tower, past[0][0], b.size(x, 1))
     for i, (layer, (key, value)) in enumerate(zip(tower.layers, past, strict=True)):
         keep = 1 if i == len(tower.layers) - 1 else None
         x, present = blocks.decoder_block(
             b, x, f"decoder.layers.{i}", tower, layer, around, (key, value), keep, cached=True
         )
         assert present is not None
-        for part, cached in zip(("key", "value"), present, strict=True):
-            b.output(f"present.{i}.{part}", cached, "float32", (1, layer.kv_heads, "present", layer.head_dim))
+        for part, kept in zip(("key", "value"), present, strict=True):
+            shape = (1, layer.kv_heads, lengths["present"], layer.head_dim)
+            b.output(f"present.{i}.{part}", kept, "float32", shape)
     next_token(b, blocks.norm(b, x, "decoder.norm", tower)[0], policy)
 
 
@@ -90,6 +92,25 @@ def step_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 def step_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``hidden`` (1, 1, width) of the last position, normalised -> ``logits`` (1, rows)."""
     next_token(b, b.input("hidden", "float32", (1, 1, towers["decoder"].width)), policy)
+
+
+def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.Around:
+    """What the blocks share that keep keys and values in place: rotations of all positions that there can be."""
+    camera, patch = policy.cameras[0], Geometry.of(policy).patch
+    assert policy.prompt is not None
+    prefix = (camera.height // patch) * (camera.width // patch) + policy.prompt.max_tokens
+    length = prefix + policy.action.horizon * policy.action.dim
+    tables = rotary_tables(length, tower.layers[0].head_dim, tower.theta)
+    cos, sin = (b.constant(table.numpy()) for table in tables)
+    return blocks.Around((cos, sin), start=b.input("start", "int64", (1,)))
+
+
+def continued(b: Builder, tower: TowerSpec, past: str, length: str) -> blocks.Around:
+    """What the blocks share that append their keys and values to the past's."""
+    before = b.size(past, 2)
+    places = blocks.positions(b, before, length)
+    mask = blocks.causal_mask(b, places, blocks.positions(b, None, b.add(before, length)))
+    return blocks.Around(blocks.rotary_tables(b, places, tower), mask)
 
 
 def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:

@@ -60,7 +60,8 @@ class Cache:
         if not self._in_place:
             self._kept = dict(zip(self._kept, outputs[len(self._outputs) :], strict=True))
         self._length = end
-        return {name: outputs[i].numpy() for i, name in enumerate(self._outputs)}
+        # Copied: in newer versions numpy() is a view of memory that the next pass takes.
+        return {name: outputs[i].numpy().copy() for i, name in enumerate(self._outputs)}
 
     def _make_room(self, start: int, end: int) -> None:
         """Buffers for ``end`` positions, the first ``start`` as they are."""

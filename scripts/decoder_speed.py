@@ -1,0 +1,324 @@
+"""Speed of a decoder of a real size on this machine: our graphs, torch, and ONNX Runtime without our graphs.
+
+    python scripts/decoder_speed.py OUT.json [--threads 2] [--rounds 15] [--only REGEX] [--work FOLDER]
+
+A random OpenVLA (decoder of 154 M parameters, 280 positions before 7 action tokens; see ``spec`` and ``TOWERS``), all
+contestants with the same weights, one action each in turn, round after round, beside the machine's read bandwidth.
+"Stock" graphs are the same computation in the standard's plain operators, as ONNX Runtime itself fuses and quantizes
+them. Torch's compiled forms have their weights frozen, which lets it pack them once. Needs torch; runtime and graphs
+do not.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads must not spin: on busy cores that costs most
+
+import argparse
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import torch
+from plain_graphs import Stock
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import (
+    ActionSpec,
+    Artifact,
+    CameraSpec,
+    HistoryEntry,
+    LayerSpec,
+    NormStats,
+    PolicySpec,
+    PromptSpec,
+    TokenSpec,
+    TowerSpec,
+)
+from rlrc.benchmarks import machine, results
+from rlrc.benchmarks.bandwidth import read_bandwidth
+from rlrc.benchmarks.stats import percentiles, ratio_interval
+from rlrc.compressor import checkpoint
+from rlrc.compressor.backbones.openvla import OpenVLAPolicy
+from rlrc.compressor.inference import TorchPolicy
+from rlrc.compressor.quantize import QuantizeConfig, quantize
+from rlrc.exporters.export import export
+from rlrc.runtime.backends import Engine
+from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.preprocess import Tokenizer as Prompts
+
+WORDS = 24
+VOCABULARY = 4096
+TOWERS = {
+    "vision": TowerSpec(384, (LayerSpec(6, 6, 64, 1536),) * 6, eps=1e-6),
+    "decoder": TowerSpec(1024, (LayerSpec(16, 16, 64, 2816),) * 12),
+}
+OURS = {  # name: (which weights, target, precision)
+    "ours fp32": ("dense", "onnx", "fp32"),
+    "ours int8": ("int4", "onnx", "int8"),
+    "ours int8-rows": ("int4", "onnx", "int8-rows"),
+    "ours int8+int4": ("int4", "onnx", "int8+int4"),
+    "ours int4": ("int4", "onnx", "int4"),
+    "ours int4a8": ("int4", "onnx", "int4a8"),
+    "ours gguf int4": ("int4", "gguf", "int4"),
+    "ours gguf fp16": ("dense", "gguf", "fp16"),
+}
+
+
+def spec() -> PolicySpec:
+    """256 patches and 24 words, then 7 tokens."""
+    names = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+    norm = NormStats((0.0,) * 7, (1.0,) * 7)
+    action = ActionSpec(
+        1, names, (*("delta",) * 6, "gripper"), ("1",) * 7, norm, 255, TokenSpec(256, VOCABULARY - 256, VOCABULARY - 1)
+    )
+    camera = CameraSpec("top", 224, 224, "bilinear", (0.5,) * 3, (0.5,) * 3, "HWC")
+    geometry = {"vocabulary": VOCABULARY, "patch": 14, "extra": [0], "scaled": [False], "projector": [1024, 1024]}
+    return PolicySpec(
+        "openvla", "autoregressive", (camera,), None, PromptSpec("{instruction}", 64, None), action, geometry
+    )
+
+
+def make(folder: Path) -> None:
+    """The artifacts ``dense``, its weights those of ``int4`` in bfloat16, and ``int4``."""
+    torch.manual_seed(0)
+    policy = OpenVLAPolicy(spec(), TOWERS).eval()
+    random = np.random.default_rng(0)
+    sentence = " ".join(f"w{i}" for i in range(WORDS))
+    observations = {
+        "image.top": random.integers(0, 256, (2, 256, 256, 3), np.uint8),
+        "instructions": np.array([sentence] * 2),
+        "ids": np.array([range(WORDS)] * 2),
+    }
+    result = quantize(policy.state_dict(), QuantizeConfig(search=False))
+    meant = checkpoint.quantized(policy, result)
+    for name, given in (("int4", (policy, result)), ("dense", (meant, None))):
+        with artifacts.writing(folder / name) as draft:
+            words = {f"w{i}": i for i in range(VOCABULARY)}
+            tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+            tokenizer.save(str(draft.file(checkpoint.TOKENIZER)))
+            history = (HistoryEntry("new", {"seed": 0}, "0", None, 0.0),)
+            checkpoint.write_policy(draft, given[0], observations, history, given[1])
+
+
+class Timed:
+    """An engine whose passes are timed: milliseconds by kind, of the last action."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.passes = engine, dict[str, list[float]]()
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        kind = "vision" if graph == "vision" else "decode" if inputs["start"][0] else "prefill"
+        return timed(self.passes, kind, lambda: self.engine.run(graph, inputs))
+
+    def versions(self) -> dict[str, str]:
+        return self.engine.versions()
+
+
+def timed(passes: dict[str, list[float]], kind: str, call: Callable[[], Any]) -> Any:
+    started = perf_counter()
+    result = call()
+    passes.setdefault(kind, []).append((perf_counter() - started) * 1e3)
+    return result
+
+
+Contestant = tuple[Callable[[dict[str, Any]], Any], dict[str, list[float]]]
+
+
+def local(artifact: Artifact, threads: int, engine: Engine | None = None) -> Contestant:
+    policy = LocalPolicy(artifact, threads, engine=engine)
+    policy.engine = Timed(policy.engine)
+    return policy.infer, policy.engine.passes
+
+
+def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contestant:
+    policy, passes = checkpoint.load_policy(artifact).to(dtype), dict[str, list[float]]()
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    see, step = policy.see, policy.step
+    if compiled:
+        torch._inductor.config.freezing = True
+        see, step = torch.compile(see), torch.compile(step, dynamic=None)
+
+    def stepped(image_tokens: Any, ids: Any, past: Any) -> Any:
+        return timed(passes, "decode" if past else "prefill", lambda: step(image_tokens, ids, past))
+
+    policy.see = lambda pixels: timed(passes, "vision", lambda: see(pixels))
+    policy.step = stepped
+    given = artifact.manifest.policy
+    assert given.prompt is not None
+    tokenizer = Prompts(artifact.file(checkpoint.TOKENIZER), given.prompt)
+    return TorchPolicy(given, tokenizer, lambda: policy).infer, passes
+
+
+def exported(folder: Path, name: str) -> Artifact:
+    """One of OURS, exported unless that was done before."""
+    (weights, target, precision), out = OURS[name], folder / name.replace(" ", "-")
+    if not out.exists():
+        # Random weights have no actions that mean anything: the error is told, not limited.
+        export(artifacts.load(folder / weights, verify=()), out, (target,), precision, tolerance=10.0)
+    return artifacts.load(out, verify=())
+
+
+def contestants(folder: Path, threads: int, only: str) -> tuple[dict[str, Contestant], dict[str, dict[str, Any]]]:
+    """By name, those whose names ``only`` finds; and what is known of each beforehand."""
+    found: dict[str, Contestant] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    wanted = re.compile(only).search
+    dense = artifacts.load(folder / "dense", verify=())
+    for name in OURS:
+        if wanted(name) and ("gguf" not in name or find_spec("llama_cpp")):
+            artifact = exported(folder, name)
+            found[name] = local(artifact, threads)
+            sizes = {graph.name: artifact.manifest.files[graph.file].size for graph in artifact.manifest.graphs}
+            facts[name] = {"file_bytes": sizes, "action_error": max(artifact.manifest.verified[-1].max_error)}
+    for name, int8 in (("stock fp32", False), ("stock int8", True)):
+        if wanted(name):
+            stock = Stock(dense, folder / name.replace(" ", "-"), int8, threads)
+            found[name] = local(exported(folder, "ours fp32"), threads, stock)
+    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
+        for kind in ("eager", "compiled"):
+            if wanted(f"{name} {kind}"):
+                found[f"{name} {kind}"] = in_torch(dense, dtype, kind == "compiled")
+    return found, facts
+
+
+def decode_bytes(name: str) -> int:
+    """What a decode step has to read: every weight of the decoder and head once, and keys and values (float32)."""
+    tower = TOWERS["decoder"]
+    weights = 256 * tower.width + sum(
+        tower.width * (4 * layer.heads * layer.head_dim + 3 * layer.mlp) for layer in tower.layers
+    )
+    width = 4.5 / 8 if "int4" in name else 1 if "int8" in name else 2 if "16" in name else 4
+    cached = sum(2 * layer.kv_heads * layer.head_dim for layer in tower.layers) * (256 + WORDS + 3)
+    return int(weights * width + cached * (2 if "bf16" in name or "gguf" in name else 4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="contestants whose names this regular expression finds")
+    parser.add_argument("--work", type=Path, help="folder for the artifacts, kept; else a temporary one")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.work or Path(temporary)
+        if not (folder / "dense").exists():
+            make(folder)
+        found, facts = contestants(folder, arguments.threads, arguments.only)
+        result = measure(found, facts, arguments.threads, arguments.rounds)
+    only = f" --only '{arguments.only}'" if arguments.only else ""
+    told = f"{arguments.out.name} --threads {arguments.threads} --rounds {arguments.rounds}{only}"
+    result["command"] = f"python scripts/decoder_speed.py {told}"
+    results.write(arguments.out, results.dump(result))
+    print(table(result))
+    return 0
+
+
+def measure(
+    found: dict[str, Contestant], facts: dict[str, dict[str, Any]], threads: int, rounds: int
+) -> dict[str, Any]:
+    random = np.random.default_rng(1)
+    sentence = " ".join(f"w{i}" for i in range(WORDS))
+    observation = {"image.top": random.integers(0, 256, (256, 256, 3), np.uint8), "instruction": sentence}
+    for name, (infer, passes) in found.items():
+        started = perf_counter()
+        for _ in range(2):
+            infer(observation)
+        print(f"{name}: warm after {perf_counter() - started:.1f} s", file=sys.stderr)
+        passes.clear()
+    totals: dict[str, list[float]] = {name: [] for name in found}
+    spent: dict[str, list[float]] = {name: [] for name in found}
+    bandwidth, load = [], []
+    for _ in range(rounds):
+        bandwidth.append(read_bandwidth(threads))
+        load.append(os.getloadavg()[0])
+        for name, (infer, _) in found.items():
+            started, before = perf_counter(), process_time()
+            infer(observation)
+            totals[name].append((perf_counter() - started) * 1e3)
+            spent[name].append((process_time() - before) * 1e3)
+    best = max(bandwidth)
+    rows = []
+    for name, (_, passes) in found.items():
+        step = percentiles(passes["decode"], (0, 50, 90))
+        rate = decode_bytes(name) / step["p50"] / 1e6
+        rows.append(
+            {
+                "name": name,
+                "action_ms": rounded(percentiles(totals[name], (0, 50, 90))),
+                "action_cpu_ms": rounded(percentiles(spent[name], (0, 50, 90))),
+                **{f"{kind}_ms": rounded(percentiles(passes[kind], (0, 50, 90))) for kind in ("vision", "prefill")},
+                "decode_ms": rounded(step),
+                "decode_gb_s": round(rate, 1),
+                "decode_share": round(rate / float(np.median(bandwidth)), 2),
+                "best_decode_share": round(decode_bytes(name) / step["p0"] / 1e6 / best, 2),
+                **facts.get(name, {}),
+                "trials_ms": [round(value, 2) for value in totals[name]],
+            }
+        )
+    described = machine.describe(threads)
+    described["versions"]["torch"] = torch.__version__
+    flags = re.search(r"flags\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    described["cpu_flags"] = sorted(set(flags[1].split()) & MATRIX_FLAGS) if flags else None
+    return {
+        "kind": "decoder speed",
+        "machine": described,
+        "load": [round(value, 2) for value in load],
+        "read_gb_s": rounded(percentiles(bandwidth, (0, 50, 100))),
+        "rows": rows,
+        "ratios": ratios(totals),
+        "cpu_ratios": ratios(spent),
+    }
+
+
+MATRIX_FLAGS = {"avx2", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm"}
+
+
+def ratios(totals: dict[str, list[float]]) -> dict[str, Any]:
+    """How many times longer everybody else takes for an action than each of ours, with 95 % intervals."""
+    return {
+        name: {
+            other: [round(value, 2) for value in (estimate.value, estimate.low, estimate.high)]
+            for other in totals
+            if other != name
+            for estimate in [ratio_interval([[x] for x in totals[other]], [[x] for x in totals[name]])]
+        }
+        for name in totals
+        if name.startswith("ours") and len(totals[name]) > 1
+    }
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in values.items()}
+
+
+KINDS = ("action_ms", "action_cpu_ms", "vision_ms", "prefill_ms")
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | action ms | CPU ms | vision | prefill | decode step | GB/s | of the bandwidth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        cells = [f"{row[key]['p50']:.1f} ({row[key]['p0']:.1f})" for key in KINDS]
+        cells += [f"{row['decode_ms']['p50']:.2f} ({row['decode_ms']['p0']:.2f})", f"{row['decode_gb_s']}"]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['decode_share']} ({row['best_decode_share']}) |")
+    return "\n".join([*lines, f"read bandwidth {result['read_gb_s']}, load {result['load']}"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
