@@ -73,9 +73,8 @@ def predict(work: Work, precision: Precision, device: Device, cameras: int, base
     live = max(part.live for part in work.parts) * precision.activation
     cache = work.cached * precision.activation
     if device.sm is None:
-        return Memory(
-            sum(sizes) + _widened(work, precision), cache, live, 0, base + SESSION, 0, 0, device.visible_bytes
-        )
+        weights, arena = sum(sizes) + _widened(work, precision), _arena(work)
+        return Memory(weights, cache, arena, 0, base + SESSION, 0, 0, device.visible_bytes)
     building = RUNTIME + WORKSPACE + BUILDING * max(sizes)
     return Memory(sum(sizes), cache, live, cameras * CAPTURE, RUNTIME, RESERVE, building, device.visible_bytes)
 
@@ -86,6 +85,12 @@ def _widened(work: Work, precision: Precision) -> int:
     if precision.widened is None:
         return 0
     return numbers * (4 if precision.widened == 32 else 1 + FOLDING)
+
+
+def _arena(work: Work) -> int:
+    """Of ONNX Runtime's activations, float32, with the scores of attention; it grows by doubling."""
+    need = 4 * max(part.live + part.scores for part in work.parts)
+    return 1 << max(need - 1, 0).bit_length()
 
 
 def assumptions(device: Device) -> list[str]:

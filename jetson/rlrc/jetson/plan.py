@@ -14,7 +14,7 @@ from rlrc.artifact import Artifact, PolicySpec, TowerSpec
 from rlrc.jetson import memory_model, roofline
 from rlrc.jetson.devices import Device
 from rlrc.jetson.memory_model import Memory, weight_bytes
-from rlrc.jetson.precision import Precision, computes, precision, refusals
+from rlrc.jetson.precision import PRECISIONS, Precision, computes, precision, refusals
 from rlrc.jetson.roofline import Stack, latencies
 from rlrc.jetson.work import Load, Work, work
 
@@ -108,7 +108,7 @@ def own_precision(artifact: Artifact, device: Device) -> str:
     manifest = artifact.manifest
     backend = "tensorrt" if device.sm else "onnxruntime"
     for graph in manifest.graphs:
-        if graph.backend == backend:
+        if graph.backend == backend and graph.precision in PRECISIONS:
             return graph.precision
     return {"float32": "fp16", "bfloat16": "bf16", "int4": "int4", "int8": "w8"}[manifest.dtype]
 
