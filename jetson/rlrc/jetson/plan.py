@@ -130,7 +130,8 @@ def predict(setting: Setting) -> Prediction:
 
 def _preprocess_seconds(setting: Setting) -> float:
     camera = setting.policy.cameras[0]
-    return HOST * setting.cameras * (CAPTURED + camera.height * camera.width)
+    own = camera.height * camera.width
+    return HOST * setting.cameras * (own + (own if camera.resize == "none" else CAPTURED))
 
 
 def plan(setting: Setting, hz: float | None = None) -> Plan:
@@ -166,7 +167,7 @@ def assumptions(setting: Setting) -> list[str]:
             f"{reached.launch * 1e6:g} us a kernel (rlrc jetson calibration)"
         )
         found.append(f"clocks of {device.mode} held, nothing else on the GPU")
-    found.append(f"pictures of {CAPTURED:,} pixels, {HOST * 1e9:g} ns of the CPU for each and each of the policy's")
+    found.append(f"{HOST * 1e9:g} ns of the CPU a pixel: the policy's, and {CAPTURED:,} of pictures to be resized")
     found += memory_model.assumptions(device)
     if setting.sequential:
         found.append(f"one engine resident at a time, all read from a disk of {DISK / 1e9:g} GB/s at every decision")
