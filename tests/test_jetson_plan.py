@@ -120,13 +120,19 @@ def test_what_fills_no_group_stays_in_16_bits() -> None:
 def test_memory_on_a_cpu_keeps_what_is_widened_at_load() -> None:
     work = Work((Part("a", (), stored=1_000_000, table=200_000, live=2_000, scores=1_000),), 0, ())
     here = replace(MACHINE, sm=None)
-    # 12,000 bytes of float32 activations and scores, in an arena that grows by doubling
-    assert memory_model.predict(work, precision.precision("fp32"), here, 1).activations == 16_384
+    # Float32 activations and scores.
+    assert memory_model.predict(work, precision.precision("fp16"), here, 1).activations == 4 * 3_000
     weights = {
         name: memory_model.predict(work, precision.precision(name), here, 1).weights for name in ("fp32", "fp16")
     }
     assert weights == {"fp32": 4_000_000, "fp16": 2_000_000 + 4 * 800_000}
     assert memory_model.predict(work, precision.precision("int4"), here, 1, base=7).runtime == 7 + memory_model.SESSION
+    # Large tensors are not kept twice: of 1,000,000 numbers of 16 bits a quarter is left once they are widened, of
+    # 100,000 all.
+    large, small = (operations.Op(0, weights=weights) for weights in (1_000_000, 100_000))
+    work = Work((Part("a", (large, small), stored=1_100_000),), 0, ())
+    found = memory_model.predict(work, precision.precision("fp16"), here, 1)
+    assert found.weights == 200_000 + 500_000 + 4_400_000
 
 
 # What vla.cpp's report says a process took, without Linux: mebibytes. (SmolVLA took 1711 or 2527 of them, by flags that
