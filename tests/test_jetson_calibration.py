@@ -38,12 +38,14 @@ def test_the_constants_in_use_are_the_fit_to_all() -> None:
 
 
 def test_a_prediction_is_blind_to_its_own_measurement() -> None:
-    """Ten times the measured value changes the other predictions, not that one's."""
-    measured = list(calibration.measurements())
-    index = next(i for i, one in enumerate(measured) if one.program == "tensorrt")
-    before = calibration._Grid(tuple(measured)).fit(index)
-    measured[index] = replace(measured[index], ms=measured[index].ms * 10)
-    assert calibration._Grid(tuple(measured)).fit(index) == before
+    """One decision measured twice, once three times as long: the fit without either is the other's."""
+    measured = calibration.measurements()
+    once = next(one for one in measured if one.program == "tensorrt")
+    plain = next(one for one in measured if one.stack == "plain")
+    grid = calibration._Grid((once, replace(once, ms=once.ms * 3), plain))
+    without_slow, without_fast = grid.fit(1), grid.fit(0)
+    assert without_slow == calibration._Grid((once, plain)).fit()
+    assert without_slow.compiled > 2 * without_fast.compiled
 
 
 def test_summaries_by_hand() -> None:

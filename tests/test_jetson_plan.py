@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from math import sqrt
@@ -91,7 +94,7 @@ def test_more_of_everything_takes_longer() -> None:
 
 
 def test_memory_by_hand() -> None:
-    part = Part("a", (), stored=1_000_000, table=200_000, live=5_000)
+    part = Part("a", (), stored=1_000_000, table=200_000, live=5_000, scores=10**9)
     shared = Part("b", (), live=50_000)
     found = memory_model.predict(Work((part, shared), 1_000, ()), precision.precision("int4"), MACHINE, cameras=2)
     assert found.weights == 800_000 * 4.5 / 8 + 200_000 * 2
@@ -115,13 +118,21 @@ def test_what_fills_no_group_stays_in_16_bits() -> None:
 
 
 def test_memory_on_a_cpu_keeps_what_is_widened_at_load() -> None:
-    work = Work((Part("a", (), stored=1_000_000, table=200_000),), 0, ())
+    work = Work((Part("a", (), stored=1_000_000, table=200_000, live=2_000, scores=1_000),), 0, ())
     here = replace(MACHINE, sm=None)
+    # Float32 activations and scores.
+    assert memory_model.predict(work, precision.precision("fp16"), here, 1).activations == 4 * 3_000
     weights = {
         name: memory_model.predict(work, precision.precision(name), here, 1).weights for name in ("fp32", "fp16")
     }
     assert weights == {"fp32": 4_000_000, "fp16": 2_000_000 + 4 * 800_000}
     assert memory_model.predict(work, precision.precision("int4"), here, 1, base=7).runtime == 7 + memory_model.SESSION
+    # Large tensors are not kept twice: of 1,000,000 numbers of 16 bits a quarter is left once they are widened, of
+    # 100,000 all.
+    large, small = (operations.Op(0, weights=weights) for weights in (1_000_000, 100_000))
+    work = Work((Part("a", (large, small), stored=1_100_000),), 0, ())
+    found = memory_model.predict(work, precision.precision("fp16"), here, 1)
+    assert found.weights == 200_000 + 500_000 + 4_400_000
 
 
 # What vla.cpp's report says a process took, without Linux: mebibytes. (SmolVLA took 1711 or 2527 of them, by flags that
@@ -329,6 +340,26 @@ def test_bad_requests_are_one_line(
     assert (code, printed) == (2, "")
     assert re.match(f"rlrc: error: {message}", complaint)
     assert complaint.count("\n") == 1
+
+
+NO_TORCH = """
+import json, sys
+from rlrc.runtime import cli
+for arguments in (["plan", "--geometry", "pi05", "--device", "thor", "--json"], ["devices"], ["calibration"]):
+    assert cli.main(["jetson", *arguments]) == 0
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def test_planning_needs_neither_torch_nor_an_engine() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "numpy" in imported
+    assert not imported & {"torch", "onnx", "onnxruntime", "transformers", "safetensors", "tensorrt"}
 
 
 # This machine

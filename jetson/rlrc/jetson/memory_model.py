@@ -19,9 +19,12 @@ BUILDING = 3  # copies of a graph's weights while its engine is built: parsed, b
 WORKSPACE = 512 * MIB  # of the engine builder
 
 # ONNX Runtime on a CPU, measured with rlrc bench memory (docs/decisions.md): what a process gains beside its weights
-# between importing the runtime and running, and bytes of each weight that folding 4-bit integers to 8 bits leaves.
+# between importing the runtime and running; bytes of each weight that folding 4-bit integers to 8 bits leaves; tensors
+# that go back to the system once they are widened, and the part of such tensors that loading leaves in the allocator.
 SESSION = 24 * MIB
 FOLDING = 34
+LARGE = MIB
+LEFT = 0.25
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,30 @@ def predict(work: Work, precision: Precision, device: Device, cameras: int, base
     live = max(part.live for part in work.parts) * precision.activation
     cache = work.cached * precision.activation
     if device.sm is None:
-        return Memory(
-            sum(sizes) + _widened(work, precision), cache, live, 0, base + SESSION, 0, 0, device.visible_bytes
-        )
+        weights = _resident(work, precision)
+        return Memory(weights, cache, _live(work), 0, base + SESSION, 0, 0, device.visible_bytes)
     building = RUNTIME + WORKSPACE + BUILDING * max(sizes)
     return Memory(sum(sizes), cache, live, cameras * CAPTURE, RUNTIME, RESERVE, building, device.visible_bytes)
 
 
-def _widened(work: Work, precision: Precision) -> int:
-    """What ONNX Runtime makes of the file's weights at load and keeps beside them."""
+def _resident(work: Work, precision: Precision) -> int:
+    """Weights on ONNX Runtime: those of the file, or what is made of them at load beside what it keeps of the file."""
+    stored = [op.weights * precision.bits / 8 for part in work.parts if part.stored for op in part.ops]
+    large = sum(size for size in stored if size > LARGE)
+    tables = [part.table * precision.other / 8 for part in work.parts]
+    file = sum(weight_bytes(part, precision) for part in work.parts)
+    left = int(LEFT * (large + sum(size for size in tables if size > LARGE)))
     numbers = sum(part.stored - part.table for part in work.parts)
     if precision.widened is None:
-        return 0
-    return numbers * (4 if precision.widened == 32 else 1 + FOLDING)
+        return file + left
+    if precision.widened == 8:
+        return file + left + numbers * (1 + FOLDING)
+    return file - int(large) + left + numbers * 4
+
+
+def _live(work: Work) -> int:
+    """Activations of ONNX Runtime, float32, with the scores of attention, which it holds."""
+    return 4 * max(part.live + part.scores for part in work.parts)
 
 
 def assumptions(device: Device) -> list[str]:

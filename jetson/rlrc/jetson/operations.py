@@ -23,6 +23,7 @@ class Op:
     """``side``: cube root of the multiply-adds of a single product; 0 of what is no product.
 
     ``odd``: of the weights those that rlrc quantize leaves in 16 bits, because their inputs fill no whole groups.
+    ``scores``: of an attention, which holds them only where its kernel is not fused.
     """
 
     flops: float
@@ -31,6 +32,7 @@ class Op:
     kernels: int = 1
     side: float = 0.0
     odd: int = 0
+    scores: int = 0
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Op:
@@ -48,7 +50,8 @@ def attention(layer: LayerSpec, rows: int, keys: int, times: int = 1) -> Op:
     """Scores and mixture of ``rows`` queries over ``keys`` positions, in ``times`` independent sequences."""
     queries, sources = rows * layer.heads * layer.head_dim, keys * layer.kv_heads * layer.head_dim
     side = (rows * keys * layer.head_dim) ** (1 / 3)
-    return Op(times * 4.0 * queries * keys, 0, times * 2 * (queries + sources), side=side)
+    scores = times * layer.heads * rows * keys
+    return Op(times * 4.0 * queries * keys, 0, times * 2 * (queries + sources), side=side, scores=scores)
 
 
 def vision_block(tower: TowerSpec, layer: LayerSpec, rows: int, pictures: int) -> Iterator[Op]:

@@ -14,7 +14,7 @@ from rlrc.artifact import Artifact, PolicySpec, TowerSpec
 from rlrc.jetson import memory_model, roofline
 from rlrc.jetson.devices import Device
 from rlrc.jetson.memory_model import Memory, weight_bytes
-from rlrc.jetson.precision import Precision, computes, precision, refusals
+from rlrc.jetson.precision import PRECISIONS, Precision, computes, precision, refusals
 from rlrc.jetson.roofline import Stack, latencies
 from rlrc.jetson.work import Load, Work, work
 
@@ -108,7 +108,7 @@ def own_precision(artifact: Artifact, device: Device) -> str:
     manifest = artifact.manifest
     backend = "tensorrt" if device.sm else "onnxruntime"
     for graph in manifest.graphs:
-        if graph.backend == backend:
+        if graph.backend == backend and graph.precision in PRECISIONS:
             return graph.precision
     return {"float32": "fp16", "bfloat16": "bf16", "int4": "int4", "int8": "w8"}[manifest.dtype]
 
@@ -130,7 +130,8 @@ def predict(setting: Setting) -> Prediction:
 
 def _preprocess_seconds(setting: Setting) -> float:
     camera = setting.policy.cameras[0]
-    return HOST * setting.cameras * (CAPTURED + camera.height * camera.width)
+    own = camera.height * camera.width
+    return HOST * setting.cameras * (own + (own if camera.resize == "none" else CAPTURED))
 
 
 def plan(setting: Setting, hz: float | None = None) -> Plan:
@@ -166,7 +167,7 @@ def assumptions(setting: Setting) -> list[str]:
             f"{reached.launch * 1e6:g} us a kernel (rlrc jetson calibration)"
         )
         found.append(f"clocks of {device.mode} held, nothing else on the GPU")
-    found.append(f"pictures of {CAPTURED:,} pixels, {HOST * 1e9:g} ns of the CPU for each and each of the policy's")
+    found.append(f"{HOST * 1e9:g} ns of the CPU a pixel: the policy's, and {CAPTURED:,} of pictures to be resized")
     found += memory_model.assumptions(device)
     if setting.sequential:
         found.append(f"one engine resident at a time, all read from a disk of {DISK / 1e9:g} GB/s at every decision")

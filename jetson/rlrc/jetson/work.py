@@ -30,7 +30,7 @@ class Part:
 
     ``stored``: numbers it keeps in memory; 0 where the weights are those of an earlier part. ``table``: numbers that
     are looked up rather than multiplied (word embeddings), among those stored; ``odd``: others of them that fill no
-    whole groups (see Op). ``live``: the most numbers that wait in memory at once.
+    whole groups (see Op). ``live``: the most numbers that wait in memory at once, without ``scores`` (see Op).
     """
 
     name: str
@@ -40,6 +40,7 @@ class Part:
     table: int = 0
     odd: int = 0
     live: int = 0
+    scores: int = 0
 
     @property
     def flops(self) -> float:
@@ -118,7 +119,8 @@ def _part(name: str, operations: Iterable[Op], times: int = 1, table: int = 0, s
     # Two operations' numbers wait at once: what one gives is what the next takes.
     live = 2 * max((op.activations for op in ops), default=0)
     odd = 0 if shared else sum(op.odd for op in ops)
-    return Part(name, ops, times, stored, table, odd, live)
+    scores = max((op.scores for op in ops), default=0)
+    return Part(name, ops, times, stored, table, odd, live, scores)
 
 
 def _seen(towers: dict[str, TowerSpec], name: str, patch: int, rows: int, pictures: int, extra: int = 0) -> list[Op]:
