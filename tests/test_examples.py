@@ -12,9 +12,8 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,25 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.artifact import Manifest, NormStats, PolicySpec, StateSpec
+from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-JOINTS, UNITS = ("shoulder", "elbow"), ("rad", "rad")
-
-
-@pytest.fixture(scope="session")
-def arm_spec(tiny_manifest: Manifest) -> PolicySpec:
-    """What the simulated arm's policy sees and does: two joints, one picture."""
-    spec, norm = tiny_manifest.policy, NormStats((0.0, 0.0), (1.0, 1.0))
-    action = replace(spec.action, names=JOINTS, meaning=("absolute",) * 2, units=UNITS, norm=norm)
-    return replace(spec, state=StateSpec(JOINTS, UNITS, norm), action=action)
-
-
-@pytest.fixture(scope="session")
-def arm_policy(make_toy: Callable[..., Path], arm_spec: PolicySpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_toy(tmp_path_factory.mktemp("artifacts") / "arm", arm_spec)
+JOINTS = ("shoulder", "elbow")
 
 
 @contextmanager
@@ -96,10 +82,10 @@ def measured(port: int) -> np.ndarray:
                 return np.frombuffer(datagram, "<f4", offset=13)
 
 
-def test_run_moves_an_arm_over_udp(arm_policy: Path, tmp_path: Path) -> None:
+def test_run_moves_an_arm_over_udp(arm_toy: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with arm() as (process, port):
-        running = run(arm_policy, port, "--steps", "20", "--json", "--log", str(log))
+        running = run(arm_toy, port, "--steps", "20", "--json", "--log", str(log))
         printed, complaints = running.communicate(timeout=120)
         assert running.returncode == 0, complaints
         assert json.loads(printed)["steps"] == 20
@@ -112,9 +98,9 @@ def test_run_moves_an_arm_over_udp(arm_policy: Path, tmp_path: Path) -> None:
         assert np.abs(measured(port) - moved[-1]).max() < 0.16
 
 
-def test_the_arm_holds_by_itself_when_the_loop_is_killed(arm_policy: Path) -> None:
+def test_the_arm_holds_by_itself_when_the_loop_is_killed(arm_toy: Path) -> None:
     with arm() as (process, port):
-        running = run(arm_policy, port)
+        running = run(arm_toy, port)
         assert running.stdout is not None
         assert running.stdout.readline().startswith("inference:")  # the loop begins
         assert line(process).startswith("hello from")
@@ -131,8 +117,8 @@ def test_the_arm_holds_by_itself_when_the_loop_is_killed(arm_policy: Path) -> No
         running.communicate()
 
 
-def test_an_arm_that_is_not_there_is_one_line(arm_policy: Path) -> None:
-    running = run(arm_policy, 9)  # nobody listens there
+def test_an_arm_that_is_not_there_is_one_line(arm_toy: Path) -> None:
+    running = run(arm_toy, 9)  # nobody listens there
     printed, complaints = running.communicate(timeout=120)
     assert (running.returncode, printed) == (2, "")
     assert complaints.startswith(
