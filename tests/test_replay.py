@@ -140,10 +140,10 @@ def test_errors_by_hand() -> None:
         "compared": 2,
         "error": {"x": {"mean": 0.25, "max": 0.5}, "y": {"mean": 2, "max": 3}},
     }
-    assert told(found, ("m", "rad")) == {
+    assert told(found, ("m", "1")) == {
         "compared": "2 of 4 frames with the recorded actions",
         "  x": "mean 0.25, max 0.5 m",
-        "  y": "mean 2, max 3 rad",
+        "  y": "mean 2, max 3",
     }
 
 

@@ -117,5 +117,5 @@ def told(found: Mapping[str, Any], units: tuple[str, ...]) -> dict[str, str]:
     """The same in words, by heading."""
     rows = {"compared": f"{found['compared']:,} of {found['frames']:,} frames with the recorded actions"}
     for (name, error), unit in zip((found["error"] or {}).items(), units, strict=False):
-        rows[f"  {name}"] = f"mean {error['mean']:.4g}, max {error['max']:.4g} {unit}"
+        rows[f"  {name}"] = f"mean {error['mean']:.4g}, max {error['max']:.4g} {'' if unit == '1' else unit}".rstrip()
     return rows

@@ -212,9 +212,8 @@ class Run:
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:
-            print_rows(telemetry.told(totals), plain_console())
-            if run.replay is not None:
-                print_rows(replay.told(totals["replay"], run.spec.action.units), plain_console())
+            compared = replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
+            print_rows(telemetry.told(totals) | compared, plain_console())
         reason = run.guard.reason
         if reason is not None and not reason.startswith(ASKED):
             return check_failed(f"stopped: {reason}")
