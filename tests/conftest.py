@@ -277,6 +277,20 @@ def metaworld_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("artifacts") / "metaworld_toy", spec)
 
 
+@pytest.fixture(scope="session")
+def arm_spec() -> PolicySpec:
+    """What the policy of a simulated arm sees and does: two joints that go where they are told, and the camera."""
+    spec, norm, joints, units = policy_spec(), NormStats((0.0, 0.0), (1.0, 1.0)), ("shoulder", "elbow"), ("rad", "rad")
+    action = replace(spec.action, names=joints, meaning=("absolute",) * 2, units=units, norm=norm)
+    return replace(spec, state=StateSpec(joints, units, norm), action=action)
+
+
+@pytest.fixture(scope="session")
+def arm_toy(arm_spec: PolicySpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy artifact that moves such an arm about."""
+    return write_toy(tmp_path_factory.mktemp("artifacts") / "arm_toy", arm_spec)
+
+
 @pytest.fixture
 def own_toy(toy_artifact: Path, tmp_path: Path) -> Path:
     """A copy of ``toy_artifact`` to damage."""

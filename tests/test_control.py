@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -205,3 +206,29 @@ def test_the_summary_of_a_run() -> None:
 def test_a_rate_that_is_none_is_refused(hz: float) -> None:
     with pytest.raises(UserError, match="expected a rate from 1 to 200 Hz"):
         Timing(hz)
+
+
+class BlindArm(Arm):
+    """Tells nothing but its picture."""
+
+    def _measure(self) -> Sensed:
+        found = super()._measure()
+        observation = {name: value for name, value in found.observation.items() if name != "state"}
+        return found._replace(observation=observation, measured=None)
+
+
+class FromNowhere(Thinking):
+    def ask(self, observation: Any, start: int, continuation: Any = None) -> None:
+        super().ask({**observation, "state": np.zeros(2)}, start, continuation)
+
+
+def test_a_policy_without_a_state_moves_by_what_nothing_measures() -> None:
+    spec, clock, told = rig.spec(), Clock(), Telemetry(64, 2)
+    spec = replace(spec, state=None, action=replace(spec.action, meaning=("delta", "delta")))
+    free = {"meaning": "delta", "state": None, "position": None, "unbounded": "rig"}
+    limits = replace(rig.profile(), dimensions=tuple(replace(one, **free) for one in rig.profile().dimensions))
+    guard, arm, thinking = Guard(limits, HZ, spec.action, (), ()), BlindArm(clock), FromNowhere(clock, 0)
+    chunks = Chunks("replace", rig.HORIZON, 8)
+    control = Control(arm, thinking, guard, chunks, spec, Timing(HZ), told, clock=clock, sleep=clock.sleep)
+    control.run(steps=3)
+    assert (guard.reason, joints(arm)) == (None, [0.01, 0.02, 0.03])

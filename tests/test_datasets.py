@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlrc.artifact import ActionSpec, CameraSpec, Manifest, NormStats, PolicySpec
-from rlrc.compressor.datasets.fit import Matched, match, split
 from rlrc.compressor.datasets.inspection import facts
+from rlrc.datasets.fit import Matched, match, split
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write

@@ -202,8 +202,13 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
         ({"episodes": 0}, "expected at least one episode, found 0"),
         ({"hz": -5.0}, "expected a rate from 1 to 200 Hz, found -5"),
         ({"seed": -1}, "expected a seed of 0 or more, found -1"),
-        ({"env": None}, "expected either --env or --driver, found both or neither"),
-        ({"hz": 0.0, "log": Path("/tmp/never/log.jsonl")}, "expected --env alone with --hz 0"),
+        ({"env": None}, "expected one of --env, --driver and --replay, found none"),
+        ({"replay": Path("set")}, "expected one of --env, --driver and --replay, found --env and --replay"),
+        (
+            {"env": None, "replay": Path("set"), "strategy": "synchronous"},
+            "expected a strategy that does not wait, as no recording does, found synchronous",
+        ),
+        ({"hz": 0.0, "log": Path("/tmp/never/log.jsonl")}, "expected --env without --record and --log at --hz 0"),
         (
             {"env": None, "driver": "nowhere:robot", "profile": "ur5e"},
             "expected a driver MODULE:FUNCTION, found nowhere",

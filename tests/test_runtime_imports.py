@@ -66,6 +66,12 @@ def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:
     assert not packages & set(NEVER)
 
 
+def test_replaying_a_data_set_never_imports_torch() -> None:
+    packages = imported("import rlrc.datasets.fit, rlrc.robots.recorder, rlrc.robots.replay, rlrc.runtime.run")
+    assert "pyarrow" in packages
+    assert not packages & set(NEVER)
+
+
 @pytest.mark.parametrize("module", ["rlrc.runtime", "rlrc.runtime.policy", "rlrc.runtime.loop", "rlrc.runtime.verify"])
 def test_import_takes_less_than_400_ms(module: str) -> None:
     code = f"""

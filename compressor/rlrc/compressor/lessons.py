@@ -21,8 +21,8 @@ from rlrc.errors import UserError
 from rlrc.runtime.preprocess import Tokenizer, normalise, prepare
 
 if TYPE_CHECKING:
-    from rlrc.compressor.datasets.fit import Matched
     from rlrc.compressor.stages import Stage
+    from rlrc.datasets.fit import Matched
 
 HELD_OUT = 512  # frames, at most: they stay in memory
 
@@ -80,7 +80,7 @@ def check(stage: str, source: Source, config: Taught, instead: str = "") -> None
 
 def open_data(config: Taught, spec: PolicySpec) -> Matched:
     """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
-    from rlrc.compressor.datasets.fit import match
+    from rlrc.datasets.fit import match
     from rlrc.datasets.lerobot import Dataset
 
     return match(Dataset.open(Path(config.data)), spec, config.cameras)
@@ -88,7 +88,7 @@ def open_data(config: Taught, spec: PolicySpec) -> Matched:
 
 def of_data(source: Source, config: Taught, held_out: float = 0.0, size: int = 128) -> Lessons:
     """``held_out``: part of the episodes, whose batches have this ``size``."""
-    from rlrc.compressor.datasets.fit import split
+    from rlrc.datasets.fit import split
 
     matched = open_data(config, source.spec)
     taught, kept = split(matched.dataset, held_out, config.seed)

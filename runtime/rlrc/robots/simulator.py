@@ -52,11 +52,6 @@ class SimulatorRobot:
         self._waiting, self.steps = None, 0
         self._take(*self._child.wait(PATIENCE))
 
-    def refresh(self) -> None:
-        """Picture the same state anew, outside of the loop: the last one has become old by waiting."""
-        self._child.ask({"do": "observe"})
-        self._take(*self._child.wait(PATIENCE))
-
     def sense(self) -> Sensed | None:
         try:
             if self._child.busy and (answer := self._child.poll()) is not None:
@@ -66,6 +61,9 @@ class SimulatorRobot:
                     self._send(waiting)
         except Dead as error:
             raise RobotError(str(error)) from None
+        if self._sensed is not None and self.steps == 0:  # until the first command nothing can have changed
+            now = time.monotonic()
+            self._sensed = self._sensed._replace(stamp=now, pictures=dict.fromkeys(self._sensed.pictures, now))
         return self._sensed
 
     def command(self, action: NDArray[Any]) -> None:
@@ -114,8 +112,7 @@ def _simulate(channel: Channel, name: str, spec: PolicySpec, mapping: Path | Non
             if values["do"] == "reset":
                 observation, success = env.reset(seed=values["seed"])[0], False
             else:
-                if values["do"] == "advance":
-                    success = env.advance(arrays["action"].copy()) or success
+                success = env.advance(arrays["action"].copy()) or success
                 observation = env.observe()
         except UserError as error:
             channel.reply({"error": str(error)})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
@@ -109,9 +110,10 @@ class Control:
 
     def _begin(self) -> None:
         sensed = self.robot.sense()
-        if sensed is None or sensed.measured is None:
+        measured = self._measured(sensed)
+        if sensed is None or measured is None:
             raise UserError("expected the robot's state to start from, found none; check its driver")
-        self.guard.start(sensed.measured)
+        self.guard.start(measured)
         self.chunks.clear()
         self._asked_about = 0.0
         self._prime(sensed)
@@ -203,7 +205,7 @@ class Control:
         dt = (now - self._sent) * speed
         age = np.nan if sensed is None else max(now - sensed.stamp, 0.0)
         row["age_ms"] = age * 1e3
-        measured = None if sensed is None else sensed.measured
+        measured = self._measured(sensed)
         if planned is not None:
             self._planned_at = now
             if now - due < self.timing.period:  # else it could not be sent before the next step is due
@@ -211,6 +213,12 @@ class Control:
         elif now - self._planned_at > self.timing.patience:
             self._latch(f"no action for {self.timing.patience:g} s")
         return self.guard.hold(measured, dt, age * speed)
+
+    def _measured(self, sensed: Sensed | None) -> NDArray[Any] | None:
+        """What the guard gets: of a policy without a state no numbers, but it wants to be told them in time."""
+        if sensed is None:
+            return None
+        return np.zeros(0) if self.spec.state is None else sensed.measured
 
     def _command(self, verdict: Verdict) -> None:
         try:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlrc.artifact import Artifact, PolicySpec
 from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.robots import replay
 from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import Robot
 from rlrc.robots.simulator import SimulatorRobot
@@ -54,15 +55,23 @@ class Run:
     """TOML file that says how the environment's values become the policy's, for gym:ID"""
     driver: str | None = None
     """robot to control instead: MODULE:FUNCTION of yours, called with the policy's description and --instruction"""
+    replay: Path | None = None
+    """LeRobotDataset to play instead: at the end the commands are compared with what was recorded"""
+    episode: int = 0
+    """episode of the data set to play"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """pairs of a camera of the policy and one of the data set, where their names differ"""
     instruction: str = ""
     """what a robot is to do, in words"""
     profile: str | None = None
     """the robot's limits: a TOML file, or the name of one of ours (default: that of metaworld)"""
     hz: float | None = None
-    """steps a second; 0 plays a simulator as fast as possible, in lockstep, without a guard (default: its own rate)"""
-    strategy: Strategy = "synchronous"
-    """how chunks follow each other: the robot waits for the next one; replace by the newest; ensemble, their average;
-    continue, where the newest is made to go on from what is being executed (real-time chunking)"""
+    """steps a second; 0 plays a simulator as fast as possible, in lockstep, without a guard (default: the simulator's
+    or the data set's own rate)"""
+    strategy: Strategy | None = None
+    """how chunks follow each other: synchronous, where the robot waits for the next one (the default); replace by the
+    newest (the default of --replay, which does not wait); ensemble, their average; continue, where the newest is made
+    to go on from what is being executed (real-time chunking)"""
     execute: int | None = None
     """steps of every chunk to play before the next inference (default: synchronously all, else as few as can be)"""
     episodes: int = 1
@@ -73,7 +82,7 @@ class Run:
     """steps after which to end (default: a robot's run ends when it is stopped)"""
     late: float | None = None
     """periods that a state or a picture may be old before that stops the robot; more for cameras slower than --hz
-    (default: 1.5; 5 for a simulator, which has to share this machine)"""
+    (default: 1.5; 5 for a simulator or a recording, which share this machine)"""
     patience: float = Timing.patience
     """seconds that the robot is held for want of an action before that stops it"""
     record: Path | None = None
@@ -98,8 +107,16 @@ class Run:
             raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
         if self.seed is not None and self.seed < 0:
             raise UserError(f"expected a seed of 0 or more, found {self.seed}; give another --seed")
-        if (self.env is None) == (self.driver is None):
-            raise UserError("expected either --env or --driver, found both or neither; name a simulator or a robot")
+        named = [name for name in ("env", "driver", "replay") if getattr(self, name) is not None]
+        if len(named) != 1:
+            found = " and ".join(f"--{name}" for name in named) or "none"
+            raise UserError(
+                f"expected one of --env, --driver and --replay, found {found}; name a simulator, a robot or a data set"
+            )
+        if self.replay is not None and self.strategy == "synchronous":
+            raise UserError(
+                "expected a strategy that does not wait, as no recording does, found synchronous; give replace"
+            )
         for out in (self.record, self.log):
             if out is not None:
                 check_output(out)
@@ -118,7 +135,7 @@ class Run:
 
     def _in_lockstep(self) -> int:
         if self.env is None or self.record or self.log:
-            raise UserError("expected --env alone with --hz 0, found --driver, --record or --log; give a rate")
+            raise UserError("expected --env without --record and --log at --hz 0, found it otherwise; give a rate")
         policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
         from rlrc.envs.environment import open_environment
 
@@ -190,10 +207,13 @@ class Run:
             telemetry.write(run.telemetry, run.spec.action.names, self.log)
         if self.record is not None and run.recorder is not None:
             totals["recorded_frames"] = run.recorder.finish()
+        if run.replay is not None:
+            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names)
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:
-            print_rows(telemetry.told(totals), plain_console())
+            compared = replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
+            print_rows(telemetry.told(totals) | compared, plain_console())
         reason = run.guard.reason
         if reason is not None and not reason.startswith(ASKED):
             return check_failed(f"stopped: {reason}")
@@ -210,7 +230,9 @@ class _Running:
         opened = self._open_robot(options, self.spec)
         stack.callback(opened.close)
         self.simulator = opened if isinstance(opened, SimulatorRobot) else None
-        own = self.simulator.hz if self.simulator else None
+        self.replay = opened if isinstance(opened, replay.ReplayRobot) else None
+        paced = self.simulator or self.replay
+        own = paced.hz if paced else None
         if options.hz is None and own is None:
             raise UserError("expected --hz with a robot's driver, found none; give the rate of its commands")
         hz = options.hz if options.hz is not None else float(own or 0)
@@ -218,8 +240,11 @@ class _Running:
         self.timing = Timing(hz, hz / own if own else 1.0, late, options.patience)
         state = self.spec.state
         names, units = ((), ()) if state is None else (state.names, state.units)
+        if self.replay:
+            limits = replay.untracked(limits)
         self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap)
-        self.chunks = Chunks(options.strategy, self.spec.action.horizon, options.execute)
+        strategy = options.strategy or ("replace" if self.replay else "synchronous")
+        self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute)
         if self.simulator:
             self.simulator.reset(options._seeds[0])
         self.inference = Inference(
@@ -237,7 +262,7 @@ class _Running:
         return [self.inference.pid] + ([self.simulator.pid] if self.simulator else [])
 
     def episode(self, seed: int, stop: Callable[[], str | None]) -> None:
-        """Of a simulator until it is over, of a robot until it is stopped."""
+        """Of a simulator or a recording until it is over, of a robot until it is stopped."""
         robot = self.simulator
         self.inference.reset()
         if robot is not None:
@@ -249,23 +274,31 @@ class _Running:
         control = Control(
             self.robot, self.inference, self.guard, self.chunks, self.spec, self.timing, self.telemetry, stop
         )
-        over = (lambda: robot.over or robot.steps >= robot.horizon) if robot is not None else (lambda: False)
-        control.run(over, self.options.steps)
+        control.run(self._over, self.options.steps)
         if robot is not None:
             self.played.append({"seed": seed, "success": robot.success, "steps": robot.steps})
+
+    def _over(self) -> bool:
+        robot = self.simulator
+        if robot is not None:
+            return robot.over or robot.steps >= robot.horizon
+        return self.replay is not None and self.replay.over
 
     @staticmethod
     def _open_robot(options: Run, spec: PolicySpec) -> Any:
         if options.env is not None:
             return SimulatorRobot(options.env, spec, options.env_mapping)
+        if options.replay is not None:
+            return replay.ReplayRobot(options.replay, options.episode, spec, options.cameras)
         module, _, function = str(options.driver).partition(":")
         sys.path.insert(0, "")  # a driver may lie where the command is given
         try:
-            return getattr(importlib.import_module(module), function)(spec, options.instruction)
+            open_robot = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
                 f"expected a driver MODULE:FUNCTION, found {options.driver}: {error}; see docs/robots.md"
             ) from None
+        return open_robot(spec, options.instruction)
 
 
 def _first(robot: Robot) -> Any:

@@ -119,6 +119,8 @@ def told(totals: Mapping[str, Any]) -> dict[str, str]:
         **{f"  {part}": spread(f"{part}_ms") for part in PARTS},
         "granted": ", ".join(f"{what} {how}" for what, how in totals["granted"].items()),
     }
+    if totals["stop"]:
+        rows["stopped"] = totals["stop"]
     if "successes" in totals:
         rows["success"] = f"{totals['successes']} of {totals['episodes']} episodes"
     return rows

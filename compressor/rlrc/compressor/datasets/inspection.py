@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.datasets.fit import match
+from rlrc.datasets.fit import match
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import INDICES, VERSION
 from rlrc.errors import UserError

@@ -50,7 +50,8 @@ class Matched:
             found[i] = self._sample(i)
         return [found[int(i)] for i in indices]
 
-    def _sample(self, i: int) -> Sample:
+    def observation(self, i: int) -> dict[str, Any]:
+        """Of frame ``i``, as a robot would give it. Raises UserError for a damaged file."""
         dataset = self.dataset
         observation: dict[str, Any] = {
             f"image.{name}": dataset.picture(i, feature) for name, feature in self.cameras.items()
@@ -60,7 +61,10 @@ class Matched:
             observation["state"] = np.concatenate(parts).astype(np.float32)
         if self.spec.prompt is not None:
             observation["instruction"] = dataset.task(i)
-        return Sample(observation, *dataset.chunk(i, self.spec.action.horizon))
+        return observation
+
+    def _sample(self, i: int) -> Sample:
+        return Sample(self.observation(i), *self.dataset.chunk(i, self.spec.action.horizon))
 
 
 def match(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None = None) -> Matched:
@@ -71,7 +75,7 @@ def match(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None 
     is that wide.
     """
     if not len(dataset):
-        raise UserError(f"expected frames to train on in {dataset.path}, found none; record some")
+        raise UserError(f"expected frames in {dataset.path}, found none; record some")
     chosen = _cameras(dataset, spec, cameras or {})
     state = _state(dataset, spec)
     _check_width(dataset, (ACTION,), spec.action.names, "action")
