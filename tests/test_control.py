@@ -65,7 +65,7 @@ class Thinking:
             return None
         steps = 0.01 * np.arange(1, rig.HORIZON + 1)
         self.busy, asked, self.asked = False, self.asked, None
-        return Answer(self.start, asked, self.clock.now, (self.state + steps[:, None]).astype(np.float32))
+        return Answer(self.start, asked, self.seconds, (self.state + steps[:, None]).astype(np.float32))
 
 
 def loop(
@@ -146,7 +146,7 @@ def test_inference_that_hangs_stops() -> None:
 
 
 def test_without_a_first_action_nothing_moves() -> None:
-    control, arm, _, _ = loop(1000, "replace", hung=0.35)
+    control, arm, _, _ = loop(1000, "replace", first=0.35)
     control.run(steps=24)
     assert control.guard.reason == "no first action within 0.35 s"
     assert joints(arm) == [0]

@@ -46,7 +46,7 @@ class Timing:
 
     ``late``: periods that a state or a picture may be old; between two commands there may be half of one more.
     ``patience``: seconds that the robot is held for want of an action, until that stops it. ``hung``: seconds that
-    inference may take.
+    inference may take, ``first`` those of an episode's first one.
     """
 
     hz: float
@@ -54,6 +54,7 @@ class Timing:
     late: float = 1.5
     patience: float = 1.0
     hung: float = 5.0
+    first: float = 60.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.hz <= 200:
@@ -126,14 +127,14 @@ class Control:
         try:
             preprocess.check(sensed.observation, self.spec)
             self.thinking.ask(sensed.observation, 0)
-            while answer is None and self._clock() - begun < self.timing.hung and not self._stop():
+            while answer is None and self._clock() - begun < self.timing.first and not self._stop():
                 self._sleep(self.timing.period / 20)
                 answer = self.thinking.poll()
         except (UserError, Dead) as error:
             self._latch(str(error))
             return
         if answer is None or answer.actions is None:
-            said = f": {answer.error}" if answer else f" within {self.timing.hung:g} s"
+            said = f": {answer.error}" if answer else f" within {self.timing.first:g} s"
             self._latch(self._stop() or f"no first action{said}")
         else:
             self.chunks.add(answer.actions, 0, 0)
@@ -188,7 +189,7 @@ class Control:
             self._latch(str(error))
             return None
         if answer is not None:
-            row["inference_ms"] = (answer.came - answer.asked) * 1e3
+            row["inference_ms"] = answer.seconds * 1e3
             if answer.actions is None:
                 self._latch(f"no action: {answer.error}")
                 return None

@@ -27,14 +27,15 @@ Open = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """A chunk (horizon, dim) whose first action is for the step ``start``; ``asked`` and ``came`` in clock seconds.
+    """A chunk (horizon, dim) whose first action is for the step ``start``; ``asked`` in clock seconds.
 
+    ``seconds``: what inference took by itself, without the time until somebody looked.
     ``error`` instead of actions: the policy gave none, and why.
     """
 
     start: int
     asked: float
-    came: float
+    seconds: float
     actions: NDArray[np.float32] | None
     error: str | None = None
 
@@ -99,7 +100,7 @@ class Inference:
             return None
         (start, asked), self._pending = self._pending, None
         values, arrays = answer
-        return Answer(start, asked, time.monotonic(), arrays.get("actions"), values.get("error"))
+        return Answer(start, asked, values.get("seconds", np.nan), arrays.get("actions"), values.get("error"))
 
     def reset(self) -> None:
         """Forget the episode so far, outside of the loop. An outstanding chunk is waited for and dropped."""
@@ -141,9 +142,10 @@ def _answer(
         observation["instruction"] = values["instruction"]
     if values["do"] == "warm":
         return _warmed(policy, observation), {}
-    if previous is None:
-        return {}, {"actions": policy.infer(observation)["actions"]}
-    return {}, {"actions": policy.infer(observation, Continuation(previous, values["frozen"]))["actions"]}
+    begun = time.perf_counter()
+    continuation = None if previous is None else Continuation(previous, values["frozen"])
+    result = policy.infer(observation) if continuation is None else policy.infer(observation, continuation)
+    return {"seconds": time.perf_counter() - begun}, {"actions": result["actions"]}
 
 
 def _warmed(policy: LocalPolicy, observation: Mapping[str, Any]) -> dict[str, Any]:

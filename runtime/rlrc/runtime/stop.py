@@ -62,7 +62,9 @@ class StopSwitch:
 
     def asked(self) -> str | None:
         """Why to stop, None if nobody wants that."""
-        return f"{ASKED}: {self.reason}" if self.stopped else None
+        if not self.stopped:
+            return None
+        return self.reason if self._lost else f"{ASKED}: {self.reason}"
 
     def release(self) -> None:
         """Lets it be pressed anew. Raises UserError if something that was listened to is gone."""

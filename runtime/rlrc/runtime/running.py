@@ -1,0 +1,114 @@
+"""What `rlrc run` has open: robot, policy, guard, recorder, for one episode after the other."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from rlrc.artifact import Artifact, PolicySpec
+from rlrc.errors import UserError
+from rlrc.robots import replay
+from rlrc.robots.recorder import Recorder
+from rlrc.robots.robot import Robot
+from rlrc.robots.simulator import SimulatorRobot
+from rlrc.runtime import profile, telemetry
+from rlrc.runtime.chunks import Chunks
+from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.guard import Guard
+from rlrc.runtime.inference import Inference
+from rlrc.runtime.policy import LocalPolicy
+
+if TYPE_CHECKING:
+    from rlrc.runtime.run import Run
+
+REMEMBERED = 200_000  # steps that --log holds, about an hour at 50 Hz
+SIMULATED_LATE = 5.0  # periods: a simulator shares this machine
+
+
+class Running:
+    """Everything is closed with ``stack``. Raises UserError for options that do not fit."""
+
+    def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
+        self.options, self.spec = options, artifact.manifest.policy
+        opened = self._open_robot(options, self.spec)
+        stack.callback(opened.close)
+        self.simulator = opened if isinstance(opened, SimulatorRobot) else None
+        self.replay = opened if isinstance(opened, replay.ReplayRobot) else None
+        paced = self.simulator or self.replay
+        own = paced.hz if paced else None
+        if options.hz is None and own is None:
+            raise UserError("expected --hz with a robot's driver, found none; give the rate of its commands")
+        hz = options.hz if options.hz is not None else float(own or 0)
+        late = options.late or (SIMULATED_LATE if own else Timing.late)
+        self.timing = Timing(hz, hz / own if own else 1.0, late, options.patience)
+        state = self.spec.state
+        names, units = ((), ()) if state is None else (state.names, state.units)
+        if self.replay:
+            limits = replay.untracked(limits)
+        self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap)
+        strategy = options.strategy or ("replace" if self.replay else "synchronous")
+        self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute)
+        if self.simulator:
+            self.simulator.reset(options.seeds[0])
+        self.inference = Inference(
+            LocalPolicy.load, (options.path, options.threads, True, options.backend), _first(opened)
+        )
+        stack.callback(self.inference.close)
+        self.recorder = Recorder(opened, self.spec, hz, options.record) if options.record else None
+        self.robot: Robot = self.recorder or opened
+        self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
+        self.played: list[dict[str, Any]] = []
+
+    @property
+    def beside(self) -> list[int]:
+        """The processes that the loop waits for in the end."""
+        return [self.inference.pid] + ([self.simulator.pid] if self.simulator else [])
+
+    def episode(self, seed: int, stop: Callable[[], str | None]) -> None:
+        """Of a simulator or a recording until it is over, of a robot until it is stopped."""
+        robot = self.simulator
+        self.inference.reset()
+        if robot is not None:
+            robot.reset(seed)
+        sensed = self.robot.sense()
+        if self.recorder is not None:
+            words = (sensed.observation.get("instruction") if sensed else None) or self.options.instruction
+            self.recorder.begin(words or "run")
+        control = Control(
+            self.robot, self.inference, self.guard, self.chunks, self.spec, self.timing, self.telemetry, stop
+        )
+        control.run(self._over, self.options.steps)
+        if robot is not None:
+            self.played.append({"seed": seed, "success": robot.success, "steps": robot.steps})
+
+    def _over(self) -> bool:
+        robot = self.simulator
+        if robot is not None:
+            return robot.over or robot.steps >= robot.horizon
+        return self.replay is not None and self.replay.over
+
+    @staticmethod
+    def _open_robot(options: Run, spec: PolicySpec) -> Any:
+        if options.env is not None:
+            return SimulatorRobot(options.env, spec, options.env_mapping)
+        if options.replay is not None:
+            return replay.ReplayRobot(options.replay, options.episode, spec, options.cameras)
+        module, _, function = str(options.driver).partition(":")
+        sys.path.insert(0, "")  # a driver may lie where the command is given
+        try:
+            open_robot = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"expected a driver MODULE:FUNCTION, found {options.driver}: {error}; see docs/robots.md"
+            ) from None
+        return open_robot(spec, options.instruction)
+
+
+def _first(robot: Robot) -> Any:
+    sensed = robot.sense()
+    if sensed is None:
+        raise UserError("expected a first state from the robot's driver, found none; let it wait for one when it opens")
+    return sensed.observation
