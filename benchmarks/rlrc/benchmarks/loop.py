@@ -35,7 +35,7 @@ from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.telemetry import Telemetry, jitter, summary
 
 HZ = 50.0
-LATE = 5.0  # the simulator shares the machine
+LATE = 10.0  # periods that a state may be old: the simulator shares the machine
 SETTLED_S = 30.0  # memory is compared with what it was then
 Tick = Callable[[int], None]
 
