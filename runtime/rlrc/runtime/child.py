@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent, how_it_ended
+from rlrc.runtime.hygiene import lock_used_memory
 
 Arrays = Mapping[str, NDArray[Any]]
 Listed = list[tuple[str, str, list[int], int]]  # name, dtype, shape, offset
@@ -133,6 +134,7 @@ class Child:
 def _main(serve: Callable[..., None], connection: Connection, question: Any, answer: Any, arguments: Any) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the loop has to brake first
+    lock_used_memory()
     channel = Channel(connection, question, answer)
     try:
         serve(channel, *arguments)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 PRIORITY, BESIDE = 20, 10  # of 1 to 99: above ordinary processes, below the kernel's own; BESIDE below the loop
-MCL_CURRENT, MCL_FUTURE = 1, 2
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
 
 @contextmanager
@@ -42,6 +42,12 @@ def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterat
             for thread in (0, *threads):
                 with suppress(OSError):  # it has ended
                     os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def lock_used_memory() -> None:
+    """What this process has touched or will touch stays in RAM, if that is granted. Of a model more may be mapped."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT)
 
 
 def _lock_memory() -> str:
