@@ -1,13 +1,14 @@
 # Every target sets up what it needs first; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
-.PHONY: help setup gguf demo test test-all lint
+.PHONY: help setup demo gguf tensorrt-check test test-all lint
 
 help:
 	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make gguf      llama.cpp, built for this processor: what --to gguf and its graphs need"
+	@echo "make tensorrt-check  whether NVIDIA's builder takes the TensorRT graphs, without a GPU"
 	@echo "make lint      lint and types only"
 	@echo "make setup     system packages, virtual environment, Python packages"
 
@@ -19,6 +20,9 @@ demo: setup
 
 gguf: setup
 	@bash scripts/llama_cpp.sh
+
+tensorrt-check: setup
+	@bash scripts/tensorrt_check.sh
 
 lint: setup
 	$(PYTHON) -m ruff check .

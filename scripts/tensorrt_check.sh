@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Asks NVIDIA's parser and builder (TensorRT-RTX, without a GPU) about the TensorRT graphs of every family, where its packages
+# install: they get an environment of their own (.venv-tensorrt, or RLRC_TENSORRT_VENV), because they bring their own versions.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${RLRC_VENV:-.venv}
+own=${RLRC_TENSORRT_VENV:-.venv-tensorrt}
+
+say() { echo "tensorrt: $*"; }
+[ -x "$venv/bin/python" ] || { echo "tensorrt: error: expected a virtual environment in $venv, found none; run make setup" >&2; exit 2; }
+
+if ! "$own/bin/python" -c 'import tensorrt_rtx_bindings, onnx, tyro' 2>/dev/null; then
+    say "installing TensorRT-RTX into $own"
+    "$venv/bin/python" -m venv "$own"
+    if ! "$own/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt \
+        numpy onnx rich tyro tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs; then
+        say "not checked: its packages do not install here"
+        exit 0
+    fi
+fi
+RLRC_TENSORRT_PYTHON=$(realpath -s "$own/bin/python") "$venv/bin/python" -m pytest -q -m "slow or not slow" tests/test_jetson_check.py
