@@ -24,7 +24,8 @@ from rlrc.compressor.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.stages import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.exporters.tensorrt_graphs import DENSE, OVERFLOWS, QUANTIZED  # noqa: E402
+from rlrc.exporters.tensorrt_graphs import DENSE, QUANTIZED  # noqa: E402
+from rlrc.jetson.precision import OVERFLOWS  # noqa: E402
 
 PYTHON = os.environ.get("RLRC_TENSORRT_PYTHON", sys.executable)
 QUIET = Options(evaluate=0, workers=1, threads=1)

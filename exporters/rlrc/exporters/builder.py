@@ -23,6 +23,7 @@ from rlrc.exporters.weights import Weights
 
 TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
 LARGE = 2**30
+INT8_MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
 Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.errors import UserError
 from rlrc.exporters.gguf_blocks import gguf_blocks
-from rlrc.exporters.weights import Weights
+from rlrc.exporters.weights import Weights, in_float16, nibbles
 
 CONTEXT = 4096  # what llama.cpp takes for the longest sequence trained on; it only warns beyond
 EMPTY = 32  # channels of zeros where a block has no MLP: llama.cpp would leave out its attention too
@@ -171,25 +171,12 @@ def data(weights: Weights, name: str, kind: Kind, order: NDArray[np.intp] | None
     rows: Any = slice(None) if order is None else order
     if bits := weights.bits(name):
         integers, scales = weights.packed([name])
-        return gguf_blocks(unpacked(integers, bits)[rows], scales[rows], bits)
+        signed = nibbles(integers).astype(np.int8) - np.int8(8) if bits == 4 else integers
+        return gguf_blocks(signed[rows], scales[rows], bits)
     values = weights.array(name)[rows]
     if kind == Kind.Q8_0:
         blocks: NDArray[Any] = gguf.quants.quantize(values, kind)
         return blocks
     if kind == Kind.F32:
         return values
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float16)
-    if not np.isfinite(narrow).all():
-        raise UserError(
-            f"expected {name} within float16's range, found {np.abs(values).max():.3g}; use --precision fp32"
-        )
-    return narrow
-
-
-def unpacked(integers: NDArray[Any], bits: int) -> NDArray[np.int8]:
-    """rlrc.compressor.grid.unpack in numpy."""
-    if bits == 8:
-        return integers
-    pairs = np.stack([integers & 15, integers >> 4], -1).reshape(len(integers), -1)
-    return pairs.astype(np.int8) - np.int8(8)
+    return in_float16(name, values, "fp32")

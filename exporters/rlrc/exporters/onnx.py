@@ -15,15 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from rlrc.errors import UserError
-from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
-from rlrc.exporters.weights import Weights
+from rlrc.exporters.builder import INT8_MIN_INPUTS, Activation, Builder, int8_columns, joined
+from rlrc.exporters.weights import Weights, in_float16
 
 NEEDS = {"onnxruntime": ">=1.18"}
 CONTRIB = "com.microsoft"
 ACCURACY = {"int4": 0, "int4a8": 4}  # of MatMulNBits: 0 computes in float32
 LARGE_TABLE = 2**20
-INT8_MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,8 @@ class OnnxRuntimeBuilder(Builder):
             return self._store(name, array)
         value = f"{name}:f"
         if name not in self._initializers:
-            self._op("Cast", self._store(name, self._narrow(name, array)), to=TensorProto.FLOAT, out=value)
+            self._op("Cast", self._store(name, in_float16(name, array, "fp32")), to=TensorProto.FLOAT, out=value)
         return value
-
-    def _narrow(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float16]:
-        with np.errstate(over="ignore"):
-            narrow = array.astype(np.float16)
-        if not np.isfinite(narrow).all():
-            raise UserError(
-                f"expected {name} within float16's range, found {np.abs(array).max():.3g}; use --precision fp32"
-            )
-        return narrow
 
     def embed(self, ids: str, module: str) -> str:
         """Rows of a table, which is widened to float32 as a whole only if it is small."""
@@ -94,7 +83,7 @@ class OnnxRuntimeBuilder(Builder):
             return self._embed_int8(ids, name)
         if self.flavour.store is np.float32 or np.prod(self.weights.shape(name)) < LARGE_TABLE:
             return self._op("Gather", self.weight(name), ids)
-        narrow = self._store(name, self._narrow(name, self.weights.array(name)))
+        narrow = self._store(name, in_float16(name, self.weights.array(name), "fp32"))
         return self.cast(self._op("Gather", narrow, ids), "float32")
 
     def _embed_int8(self, ids: str, name: str) -> str:

@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from rlrc.errors import UserError
 from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
-from rlrc.exporters.weights import Weights
+from rlrc.exporters.weights import Weights, in_float16, nibbles
 
 Float = Literal["float32", "float16", "bfloat16"]
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -129,9 +128,9 @@ class TensorRTBuilder(Builder):
     def _four_bits(self, names: list[str]) -> str:
         """The artifact's own integers (in, out), with a scale for every group of inputs: (in / group, out)."""
         name, (integers, scales) = joined(names), self.weights.packed(names)
-        nibbles = np.stack([integers & 15, integers >> 4], -1).reshape(len(integers), -1).T ^ 8  # offset 8 -> signed
-        packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-        self._store_as(f"{name}.q", TensorProto.INT4, nibbles.shape, packed)
+        signed = nibbles(integers).T ^ 8
+        packed = signed[:, 0::2] | signed[:, 1::2] << 4
+        self._store_as(f"{name}.q", TensorProto.INT4, signed.shape, packed)
         # A group of zeros has the scale 0, which TensorRT refuses; any other says the same.
         scale = self._float(f"{name}.scale", np.where(scales == 0, 1, scales).astype(np.float32).T)
         # Scales may be negative, which TensorRT's parser refuses, but only of constants that it sees as such.
@@ -166,13 +165,7 @@ class TensorRTBuilder(Builder):
         if self.flavour.products == "bfloat16":
             bits = torch.from_numpy(np.ascontiguousarray(array)).bfloat16().view(torch.int16).numpy()
             return self._store_as(name, TensorProto.BFLOAT16, array.shape, bits)
-        with np.errstate(over="ignore"):
-            stored = array.astype(self.flavour.products)
-        if not np.isfinite(stored).all():
-            raise UserError(
-                f"expected {name} within float16's range, found {np.abs(array).max():.3g}; use --precision bf16"
-            )
-        return self._store(name, stored)
+        return self._store(name, array if self.flavour.products == "float32" else in_float16(name, array, "bf16"))
 
     def _store_as(self, name: str, kind: int, shape: Iterable[int], data: NDArray[Any]) -> str:
         """A constant of a type that numpy does not have."""

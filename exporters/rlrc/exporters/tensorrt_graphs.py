@@ -15,11 +15,11 @@ from rlrc.exporters.tensorrt_profiles import Lengths, profiles
 from rlrc.exporters.weights import Weights, read_weights
 from rlrc.folders import sha256
 from rlrc.jetson.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
+from rlrc.jetson.precision import OVERFLOWS
 from rlrc.runtime.backends import FOLDERS
 from rlrc.runtime.verify import GOLDEN, read_golden
 
 TENSORRT = "10.3"  # JetPack 6's; its parser reads blocked 4-bit integers, and has no highest opset
-OVERFLOWS = ("pi05",)  # activations beyond 65504
 DENSE = ("fp16", "bf16", "fp32", "int8")  # for float weights, the default first
 QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8"), "int8": ("fp16", "bf16", "int8")}
 LEAST_SM = {"fp32": 50, "fp16": 53, "bf16": 80, "int8": 72, "int4": 80}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import Artifact, GraphSpec
-from rlrc.exporters.builder import joined
+from rlrc.exporters.builder import INT8_MIN_INPUTS, joined
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.stand_in import StandIn
 from rlrc.exporters.tensorrt import Flavour, TensorRTBuilder
@@ -21,7 +21,6 @@ from rlrc.exporters.weights import Weights
 from rlrc.runtime import verify
 from rlrc.runtime.policy import LocalPolicy
 
-MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
 MAX_ROUNDING = 0.02
 """A product whose inputs a static scale would round by more than this, relative to their size, keeps 16 bits: the few
 huge values that some blocks of a language model have would leave no steps to the others."""
@@ -33,7 +32,7 @@ class Watching(TensorRTBuilder):
 
     def _product(self, x: str, *modules: str) -> str:
         name = joined([f"{module}.weight" for module in modules])
-        if self.weights.shape(f"{modules[0]}.weight")[1] >= MIN_INPUTS:
+        if self.weights.shape(f"{modules[0]}.weight")[1] >= INT8_MIN_INPUTS:
             largest = self._op("ReduceMax", self._op("Abs", x), keepdims=0)
             square = self._op("ReduceMean", self.multiply(x, x), keepdims=0)
             both = self.concat(*(self.reshape(value, 1) for value in (largest, square)), axis=0)

@@ -15,6 +15,7 @@ from rlrc.compressor.backbones import build
 from rlrc.compressor.checkpoint import WEIGHTS, check_shapes
 from rlrc.compressor.grid import unpack, values_of
 from rlrc.compressor.weights import Tensors, of_safetensors
+from rlrc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ class Weights:
             np.concatenate([self.tensors.read(f"{name}.{part}").numpy() for name in names]) for part in ("q", "scale")
         )
         return integers, scales
+
+
+def in_float16(name: str, array: NDArray[np.float32], instead: str) -> NDArray[np.float16]:
+    """Raises UserError, with the precision to use ``instead``, for values that float16 does not reach."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float16)
+    if not np.isfinite(narrow).all():
+        found = np.abs(array).max()
+        raise UserError(f"expected {name} within float16's range, found {found:.3g}; use --precision {instead}")
+    return narrow
+
+
+def nibbles(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Packed pairs (out, in / 2), low half first -> the numbers from 0 to 15 (out, in), which stand for -8 to 7."""
+    return np.stack([integers & 15, integers >> 4], -1).reshape(len(integers), -1)
 
 
 def read_weights(artifact: Artifact) -> Weights:
