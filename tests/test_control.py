@@ -208,6 +208,39 @@ def test_a_rate_that_is_none_is_refused(hz: float) -> None:
         Timing(hz)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"late": 0.0}, "some periods, found 0; give another --late"), ({"patience": -1.0}, "patience of 0 s or more")],
+)
+def test_waits_that_are_none_are_refused(given: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Timing(HZ, **given)
+
+
+@pytest.mark.parametrize("method", ["sense", "command"])
+def test_a_drivers_own_mistake_stops_the_arm(method: str) -> None:
+    control, arm, _, _ = loop(0)
+
+    def mistaken(*_: Any) -> Any:
+        if len(arm.sent) == 5 and not control.guard.stopped:
+            raise KeyError("wrist")
+        return right(*_)
+
+    right = getattr(arm, method)
+    setattr(arm, method, mistaken)
+    control.run(steps=20)
+    assert control.guard.reason == "the driver failed: KeyError: 'wrist'"
+    assert control.telemetry.rows["held"][-1]
+
+
+def test_a_robot_that_never_answers_has_no_ages_to_sum_up() -> None:
+    control, arm, _, _ = loop(0)
+    control._begin()
+    arm.break_down("lost robot")
+    control._tick(0, 100.0, 0)
+    assert summary(control.telemetry, PERIOD)["age_ms"] is None
+
+
 class BlindArm(Arm):
     """Tells nothing but its picture."""
 

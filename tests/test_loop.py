@@ -201,6 +201,8 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
         ({"env_mapping": Path("x.toml")}, "expected no mapping file for metaworld:drawer-open-v3, found x.toml"),
         ({"episodes": 0}, "expected at least one episode, found 0"),
         ({"hz": -5.0}, "expected a rate from 1 to 200 Hz, found -5"),
+        ({"steps": 0}, "expected at least one step, found 0"),
+        ({"late": 0.0}, "give another --late"),
         ({"seed": -1}, "expected a seed of 0 or more, found -1"),
         ({"env": None}, "expected one of --env, --driver and --replay, found none"),
         ({"replay": Path("set")}, "expected one of --env, --driver and --replay, found --env and --replay"),

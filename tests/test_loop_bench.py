@@ -61,7 +61,9 @@ def test_a_log_of_the_steps(tmp_path: Path) -> None:
 def test_the_oldest_steps_make_room() -> None:
     kept = Telemetry(4, 1)
     for step in range(10):
-        kept.next()["step"] = step
+        row = kept.next()
+        assert (row["chunk"], row["place"]) == (0, 0)
+        row["step"], row["chunk"], row["place"] = step, step, step
         kept.commanded(np.array([float(step)]))
     assert kept.steps == 10
     assert kept.rows["step"].tolist() == [6, 7, 8, 9]
@@ -78,11 +80,16 @@ def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:
 
 def test_real_time_is_put_back() -> None:
     before = os.sched_getscheduler(0)
-    with hygiene.real_time() as granted:
+    allowed = os.sched_getaffinity(0)
+    with hygiene.real_time(pin=(min(allowed),), beside=(2**22 + 1,)) as granted:  # no process has this number
+        assert os.sched_getaffinity(0) == {min(allowed)}
         assert not hygiene.gc.isenabled()
         assert set(granted) == {"garbage collection", "memory", "priority", "processors"}
     assert hygiene.gc.isenabled()
     assert os.sched_getscheduler(0) == before
+    assert os.sched_getaffinity(0) == allowed
+    with hygiene.real_time(pin=(-1,)) as granted:
+        assert granted["processors"].startswith("any: ")
 
 
 def test_the_picture_of_the_jumps(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ carry the same name describe the same artifact and are joined into one row of th
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from rlrc.artifact import Artifact, Manifest, check_output, load
 from rlrc.errors import UserError
+from rlrc.folders import replacing
 from rlrc.runtime import backends
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -126,13 +126,8 @@ def check_out(out: Path | None, force: bool) -> None:
 
 def write(out: Path, text: str) -> None:
     """Whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def dump(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
+from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.runtime.backends import TARGETS
 from rlrc.runtime.decode import NoAction
@@ -60,6 +61,10 @@ class Export:
 
     def run(self) -> int:
         check_output(self.out)
+        if self.budget_bytes is not None and self.precision != "auto":
+            raise UserError(
+                f"expected --budget-bytes with --precision auto, found {self.precision or 'none'}; leave it out"
+            )
         parent = artifacts.load(self.path)
         from rlrc.exporters.auto import export_fastest  # imported late: torch takes seconds, a refusal none
         from rlrc.exporters.export import Disagreement, export

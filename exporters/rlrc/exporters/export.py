@@ -48,8 +48,8 @@ def export(
     """Writes ``out``: the parent's files and the targets' graphs, which replace those it may have.
 
     ``precision`` is one for all graphs or, of onnx, one for each; ``reasons`` for it go into the history. ``tolerance``
-    is the largest error in action units, by default that of ``verify.limits``. Raises UserError for a bad
-    request, and Disagreement above the tolerance; nothing is written then but the worst observation.
+    is the largest error in action units, by default that of ``limits``. Raises UserError for a bad request,
+    and Disagreement above the tolerance; nothing is written then but the worst observation.
     """
     started = time.process_time()
     if tolerance is not None and not tolerance > 0:

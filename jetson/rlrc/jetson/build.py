@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact
 from rlrc.errors import UserError
-from rlrc.folders import sha256, sync
+from rlrc.folders import replacing, sha256
 from rlrc.jetson.build_plan import PLAN, BuildPlan, GraphPlan, read_plan
 from rlrc.jetson.engines import build_engine, check_version
 from rlrc.runtime.backends import FOLDERS
@@ -131,10 +130,8 @@ def is_whole(file: Path) -> bool:
 
 
 def write_whole(file: Path, content: bytes | memoryview) -> None:
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    partial.write_bytes(content)
-    sync(partial)
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_bytes(content)
 
 
 def available() -> int:

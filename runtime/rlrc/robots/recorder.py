@@ -129,6 +129,8 @@ class Recorder:
                 self._stream.write(whole.getvalue())
         except OSError as error:
             self._failure = f"the recording failed: {error.strerror}"
+            for _ in self._queued():  # so that whoever ends the recording finds room in the queue
+                pass
 
     def _queued(self) -> Iterator[dict[str, NDArray[Any]]]:
         while (frame := self._frames.get()) is not None:

@@ -36,14 +36,17 @@ class Planned(NamedTuple):
     place: int
 
 
+def check_execute(execute: int | None, horizon: int) -> None:
+    """Raises UserError for a part that a chunk of this horizon does not have."""
+    if execute is not None and not 1 <= execute <= horizon:
+        raise UserError(f"expected to execute 1 to {horizon} steps of a chunk, found {execute}; give another --execute")
+
+
 class Chunks:
     """``execute``: steps of a chunk to play before the next is asked for (None: synchronously all, else none)."""
 
     def __init__(self, strategy: Strategy, horizon: int, execute: int | None = None) -> None:
-        if execute is not None and not 1 <= execute <= horizon:
-            raise UserError(
-                f"expected to execute 1 to {horizon} steps of a chunk, found {execute}; give another --execute"
-            )
+        check_execute(execute, horizon)
         self.strategy, self.horizon = strategy, horizon
         self._least = execute or (horizon if strategy == "synchronous" else 0)
         self._chunks: deque[tuple[int, int, NDArray[np.float32]]] = deque()  # number, start, actions; oldest first

@@ -81,6 +81,7 @@ EXTRAS = {
     "torch": "compress",
     "torch_pruning": "compress",
     "transformers": "compress",
+    "gguf": "export",
     "onnx": "export",
     "onnxscript": "export",
     "fast_simplification": "sim",

@@ -59,6 +59,10 @@ class Timing:
     def __post_init__(self) -> None:
         if not 1 <= self.hz <= 200:
             raise UserError(f"expected a rate from 1 to 200 Hz, found {self.hz:g}; give another --hz")
+        if not self.late > 0:
+            raise UserError(f"expected a state to be allowed some periods, found {self.late:g}; give another --late")
+        if not self.patience >= 0:
+            raise UserError(f"expected a patience of 0 s or more, found {self.patience:g}; give another --patience")
 
     @property
     def period(self) -> float:
@@ -174,10 +178,11 @@ class Control:
             self._latch(reason)
         try:
             sensed = self.robot.sense()
-        except RobotError as error:
-            self._latch(str(error))
+            fault = self._watch.fault(sensed, now)
+        except Exception as error:  # a driver's own mistakes stop the robot as well
+            self._latch(_said(error))
             return None
-        if fault := self._watch.fault(sensed, now):
+        if fault:
             self._latch(fault)
         return sensed
 
@@ -227,8 +232,8 @@ class Control:
                 self.robot.stop()
             else:
                 self.robot.command(verdict.command)
-        except RobotError as error:
-            self._latch(str(error))
+        except Exception as error:
+            self._latch(_said(error))
             self.robot.stop()
 
     def _ask(self, step: int, sensed: Sensed | None) -> None:
@@ -248,6 +253,11 @@ class Control:
     def _latch(self, reason: str) -> None:
         if not self.guard.stopped:
             self.guard.stop(reason)
+
+
+def _said(error: Exception) -> str:
+    """What a driver meant to tell, or which mistake it made."""
+    return str(error) if isinstance(error, RobotError) else f"the driver failed: {type(error).__name__}: {error}"
 
 
 def _since(before: float, now: float) -> float:

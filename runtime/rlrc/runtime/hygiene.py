@@ -23,9 +23,10 @@ def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterat
     started meanwhile do not inherit), and this thread on the processors ``pin`` only.
     """
     granted = {"garbage collection": "off", "memory": _lock_memory(), "priority": _raise_priority(0, PRIORITY)}
-    threads = [int(thread) for process in beside for thread in os.listdir(f"/proc/{process}/task")]
+    threads = [thread for process in beside for thread in _threads(process)]
     for thread in threads:
         _raise_priority(thread, BESIDE)
+    allowed = os.sched_getaffinity(0) if sys.platform == "linux" else set[int]()
     granted["processors"] = _pin(pin) if pin else "any"
     collecting = gc.isenabled()
     gc.collect()
@@ -39,6 +40,9 @@ def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterat
             gc.enable()
         if sys.platform == "linux":
             ctypes.CDLL(None).munlockall()
+            if pin:
+                with suppress(OSError):  # they may have been taken away meanwhile
+                    os.sched_setaffinity(0, allowed)
             for thread in (0, *threads):
                 with suppress(OSError):  # it has ended
                     os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
@@ -48,6 +52,13 @@ def lock_used_memory() -> None:
     """What this process has touched or will touch stays in RAM, if that is granted. Of a model more may be mapped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT)
+
+
+def _threads(process: int) -> list[int]:
+    """None of a process that has ended: the loop tells that by itself."""
+    with suppress(OSError):
+        return [int(thread) for thread in os.listdir(f"/proc/{process}/task")]
+    return []
 
 
 def _lock_memory() -> str:
@@ -74,6 +85,6 @@ def _pin(pin: Collection[int]) -> str:
         return "any: no Linux"
     try:
         os.sched_setaffinity(0, pin)
-    except OSError as error:
-        return f"any: {error.strerror}; choose some of {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
+    except (OSError, ValueError, OverflowError) as error:  # numbers below zero, or beyond any processor's
+        return f"any: {error}; choose some of {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
     return ", ".join(map(str, sorted(pin)))

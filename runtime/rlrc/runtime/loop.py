@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
+from rlrc.runtime.chunks import check_execute
 from rlrc.runtime.policy import Policy
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
             asked = rate.clock()
             actions = policy.infer(observation)["actions"]
             inference_ms.append((rate.clock() - asked) * 1e3)
-            chunk = list(actions[: steps_to_play(len(actions), execute)])
+            check_execute(execute, len(actions))
+            chunk = list(actions[:execute])
         now = rate.clock()
         if now - due >= rate.period:
             misses, due = misses + 1, now
@@ -87,12 +89,6 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
         if rate.hz and not over and (early := due - rate.clock()) > 0:
             rate.sleep(early)
     return Episode(seed, success, steps, misses, rate.clock() - start, tuple(inference_ms))
-
-
-def steps_to_play(horizon: int, execute: int | None) -> int:
-    if execute is not None and not 1 <= execute <= horizon:
-        raise UserError(f"expected to execute 1 to {horizon} steps of a chunk, found {execute}; give another --execute")
-    return horizon if execute is None else execute
 
 
 def episodes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,15 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
+from rlrc.artifact import Artifact
 from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.robots import replay
+from rlrc.robots.robot import RobotError
 from rlrc.runtime import loop, profile, telemetry
 from rlrc.runtime.backends import Backend
+from rlrc.runtime.child import Dead
 from rlrc.runtime.chunks import Strategy
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.control import Timing
@@ -24,6 +28,7 @@ from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import plain_console, print_rows
 from rlrc.runtime.hygiene import real_time
 from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
 from rlrc.runtime.stop import ASKED, StopSwitch
 
@@ -95,6 +100,8 @@ class Run:
             raise UserError(f"expected at least one episode, found {self.episodes}; give --episodes 1 or more")
         if self.seed is not None and self.seed < 0:
             raise UserError(f"expected a seed of 0 or more, found {self.seed}; give another --seed")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"expected at least one step, found {self.steps}; give --steps 1 or more")
         named = [name for name in ("env", "driver", "replay") if getattr(self, name) is not None]
         if len(named) != 1:
             found = " and ".join(f"--{name}" for name in named) or "none"
@@ -108,11 +115,19 @@ class Run:
         for out in (self.record, self.log):
             if out is not None:
                 check_output(out)
+        self._check_packages()
         if self.hz == 0:
             return self._in_lockstep()
-        if self.hz is not None:
-            Timing(self.hz)
+        # Refused now: a robot's driver or a simulator takes seconds to open.
+        Timing(self.hz or 1.0, late=Timing.late if self.late is None else self.late, patience=self.patience)
         return self._in_time()
+
+    def _check_packages(self) -> None:
+        """What is only needed when the run is over had better be here before it begins."""
+        if self.record is not None:
+            importlib.import_module("rlrc.datasets.writer")
+        if self.log is not None and self.log.suffix == ".parquet":
+            importlib.import_module("pyarrow.parquet")
 
     @property
     def seeds(self) -> range:
@@ -158,6 +173,14 @@ class Run:
 
             check_environment(self.env, artifact.manifest.policy, self.env_mapping)
         limits = profile.load(self._profile_name())
+        try:
+            run, granted = self._play(artifact, limits)
+        except (RobotError, Dead) as error:  # before or between episodes; the loop makes a stop of them
+            raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
+        return self._report(run, granted)
+
+    def _play(self, artifact: Artifact, limits: RobotProfile) -> tuple[Running, dict[str, str]]:
+        """All episodes. What was run is closed, and still tells what it was like; what Linux granted."""
         with ExitStack() as stack:
             run = Running(self, artifact, limits, stack)
             switch = stack.enter_context(StopSwitch().listen(button=self.button, port=self.port))
@@ -173,7 +196,7 @@ class Run:
                     console.print(_line(seed, last["success"], last["steps"]))
                 if run.guard.stopped:
                     break
-        return self._report(run, granted)
+        return run, granted
 
     def _profile_name(self) -> str:
         if self.profile is not None:

@@ -42,7 +42,7 @@ class Running:
         if options.hz is None and own is None:
             raise UserError("expected --hz with a robot's driver, found none; give the rate of its commands")
         hz = options.hz if options.hz is not None else float(own or 0)
-        late = options.late or (SIMULATED_LATE if own else Timing.late)
+        late = (SIMULATED_LATE if own else Timing.late) if options.late is None else options.late
         self.timing = Timing(hz, hz / own if own else 1.0, late, options.patience)
         state = self.spec.state
         names, units = ((), ()) if state is None else (state.names, state.units)

@@ -49,6 +49,7 @@ class Telemetry:
         """The record of a new step, to be filled in."""
         row = self._rows[self.steps % len(self._rows)]
         row["inference_ms"], row["command_ms"] = np.nan, np.nan
+        row["chunk"] = row["place"] = 0  # an older step's, when the capacity is used up
         self.steps += 1
         return row
 
@@ -94,7 +95,7 @@ def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
         "overhead_ms": _percentiles(overhead),
         **{f"{part}_ms": _percentiles(rows[f"{part}_ms"]) for part in PARTS},
         "age_ms": _percentiles(rows["age_ms"]),
-        "inference_ms": _percentiles(came) if len(came) else None,
+        "inference_ms": _percentiles(came),
         "inferences": len(came),
     }
 
@@ -132,8 +133,12 @@ def jitter(sent: NDArray[Any], period: float) -> float:
     return float(np.percentile(np.abs(gaps - np.round(gaps / period) * period), 99) * 1e3) if len(gaps) else 0.0
 
 
-def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float]:
-    p50, p99, largest = np.nanpercentile(milliseconds, (50, 99, 100)).tolist()
+def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float] | None:
+    """None where nothing was measured."""
+    known = milliseconds[np.isfinite(milliseconds)]
+    if not len(known):
+        return None
+    p50, p99, largest = np.percentile(known, (50, 99, 100)).tolist()
     return {"p50": p50, "p99": p99, "max": largest}
 
 
