@@ -188,6 +188,8 @@ def test_auto_refuses_what_cannot_be(tiny_artifact: Path, tmp_path: Path, capsys
     assert "expected graphs that fit into 1,000 bytes" in capsys.readouterr().err
     assert main([*auto, "--to", "gguf"]) == 2
     assert "expected --to onnx with --precision auto, found gguf" in capsys.readouterr().err
+    assert main([*auto[:-1], "fp16", "--budget-bytes", "1000"]) == 2
+    assert "expected --budget-bytes with --precision auto, found fp16" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

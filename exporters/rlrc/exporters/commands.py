@@ -50,8 +50,9 @@ class Export:
     tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),
     fp32 or int8 with static scales; int4 weights as they are (default), int8 ones widened"""
     tolerance: float | None = None
-    """largest error allowed, in action units (default: of fp32, fp16, int4 and w8 none, but where the reference itself
-    is undecided; of the others 1 % of every dimension's range, 2 % with int4 weights, on 99 % of the observations)"""
+    """largest error allowed, in action units (default: of fp32, and onnx's fp16, int4 and w8, half a bin, so that every
+    token agrees but where the reference itself is undecided; of the others 1 % of every dimension's range, 2 % with
+    int4 weights, on 99 % of the observations)"""
     threads: int = 1
     """of auto's measurements: those of the robot"""
     budget_bytes: int | None = None
