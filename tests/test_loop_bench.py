@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlrc.benchmarks import loop
+from rlrc.benchmarks.beside import loaded, timer
 from rlrc.benchmarks.commands.loop import draw
 from rlrc.errors import UserError
 from rlrc.runtime import hygiene, telemetry
@@ -71,7 +72,7 @@ def test_the_oldest_steps_make_room() -> None:
 
 
 def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:
-    with loop.timer(100.0) as timed, loop.loaded():
+    with timer(100.0) as timed, loaded():
         time.sleep(0.3)
     woken = timed()
     assert 5 <= len(woken) < 200

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from rlrc.runtime.cli import main
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 PROFILE = Path(__file__).parents[1] / "examples/udp_arm.toml"
 DRIVER = """
@@ -108,3 +110,17 @@ def test_a_button_holds_the_arm(arm_toy: Path, tmp_path: Path) -> None:
     printed, rows = running.end()
     os.close(pressing)
     check_held(printed, rows, "the button")
+
+
+def test_a_robot_that_is_not_there_is_refused(
+    arm_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "absent.py").write_text(
+        "from rlrc.robots.robot import RobotError\n"
+        "def open_robot(spec, instruction):\n"
+        "    raise RobotError('the arm is off')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["run", str(arm_toy), "--driver", "absent:open_robot", "--profile", str(PROFILE), "--hz", "20"]
+    assert main(command) == 2
+    assert "expected a robot that answers, found: the arm is off; check it" in capsys.readouterr().err

@@ -6,11 +6,8 @@ place (jitter), the same of a bare timer that runs beside, growth of memory, and
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
 from rlrc.benchmarks import faults, rig
+from rlrc.benchmarks.beside import loaded, timer
 from rlrc.benchmarks.memory import read_process
 from rlrc.benchmarks.stats import mcnemar, wilson
 from rlrc.envs.seeds import EVALUATION
@@ -275,51 +273,3 @@ def figures(name: str, telemetry: Telemetry, hz: float, beside: float | None, gr
         "overhead_ms": found["overhead_ms"],
         "inference_ms": found["inference_ms"],
     }
-
-
-@contextmanager
-def loaded() -> Iterator[None]:
-    """Another process that keeps the last processor busy."""
-    process = multiprocessing.get_context("spawn").Process(target=_burn, daemon=True)
-    process.start()
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
-
-
-def _burn() -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    while True:
-        sum(range(100_000))
-
-
-@contextmanager
-def timer(hz: float) -> Iterator[Callable[[], NDArray[np.float64]]]:
-    """A process that does nothing but wake up at this rate, at the loop's own priority: what the machine can do."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_wake, args=(theirs, hz), daemon=True)
-    process.start()
-    theirs.close()
-    ours.recv_bytes()  # it runs
-    woken: list[NDArray[np.float64]] = []
-    try:
-        yield lambda: woken[0]
-    finally:
-        ours.send(None)
-        woken.append(np.frombuffer(ours.recv_bytes(), np.float64))
-        process.join()
-
-
-def _wake(connection: Any, hz: float) -> None:
-    times, step = np.zeros(10_000_000 if hz > 100 else 1_000_000), 0
-    with real_time():
-        connection.send_bytes(b"")
-        start = time.monotonic()
-        while not connection.poll() and step < len(times):
-            time.sleep(max(0.0, start + step / hz - time.monotonic()))
-            times[step] = time.monotonic()
-            step += 1
-    connection.send_bytes(times[:step].tobytes())
