@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import subprocess
 import sys
@@ -149,3 +150,13 @@ def test_the_installed_command(tmp_path: Path) -> None:
     ended = subprocess.run([command, "inspect", tmp_path / "no"], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("rlrc: error: expected an artifact folder at")
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out")
+
+    monkeypatch.setattr("rlrc.runtime.cli.parse", full)
+    assert cli.main(["inspect", "somewhere"]) == 2
+    line = "rlrc: error: expected room on the disk for out, found: No space left on device; make some, and run it again"
+    assert capsys.readouterr().err.strip() == line

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -353,6 +354,17 @@ def refuse(parent: Artifact, out: Path, reason: str, **options: Any) -> None:
     with pytest.raises(UserError, match=reason):
         export(parent, out, **options)
     assert sorted(out.parent.iterdir()) == before
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = artifacts.load(tiny_artifact)
+    weights = parent.manifest.files["weights/model.safetensors"].size
+    free = weights + weights // 2
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    refuse(parent, tmp_path / "out", r"expected .* GB of room in .* for fp32, found .* GB", precision="fp32")
+    export(parent, tmp_path / "out", precision="fp16")  # half of that
 
 
 def test_a_tensor_of_another_shape_is_refused(tiny_artifact: Path, tmp_path: Path) -> None:

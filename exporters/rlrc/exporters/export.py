@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -63,6 +64,7 @@ def export(
         if target in to
     }
     golden = verify.read_golden(parent.file(verify.GOLDEN), manifest.policy)
+    check_room(parent, out, chosen)
     with writing(out) as draft:
         replaced = [FOLDERS[backend] for backend in chosen]
         draft.inherit(parent, *(name for name in manifest.files if not _lies_in(name, replaced)))
@@ -87,6 +89,22 @@ def export(
         )
         history = (*manifest.history, entry)
         return draft.finish(replace(candidate, verified=(*others, *records), history=history))
+
+
+def check_room(parent: Artifact, out: Path, chosen: Mapping[str, str | Mapping[str, str]]) -> None:
+    """Raises UserError where the disk has less room than the graphs may take: as much as the weights, or twice that.
+
+    Twice: in fp32, where they are stored in 16 bits; with two copies of them; and for K-quants, made of a wide file.
+    """
+    weights = sum(file.size for name, file in parent.manifest.files.items() if name.startswith("weights/"))
+    names = [name for each in chosen.values() for name in ([each] if isinstance(each, str) else set(each.values()))]
+    needed = sum(weights * (2 if name in ("fp32", "q4_k_m") or "+" in name else 1) for name in names)
+    folder = next(path for path in out.absolute().parents if path.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(
+            f"expected {needed / 1e9:.2f} GB of room in {folder} for {', '.join(names)}, found {free / 1e9:.2f} GB; "
+            "make some, or choose another place or --precision"
+        )
 
 
 def limits(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -94,6 +95,8 @@ EXTRAS = {
     "matplotlib": "report",
 }
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
@@ -117,6 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if module not in EXTRAS:
             raise  # a bug, not something to install
         return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        return _refuse(f"expected room on the disk{where}, found: {error.strerror}; make some, and run it again")
     except KeyboardInterrupt:
         print("rlrc: interrupted", file=sys.stderr)
         return 130

@@ -210,7 +210,7 @@ class Run:
 
     def _report(self, run: Running, granted: dict[str, str]) -> int:
         totals = telemetry.summary(run.telemetry, 1 / run.timing.hz)
-        totals |= {"hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
+        totals |= {"asked_hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
         totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}
         if run.simulator:
             totals |= {"episodes": len(run.played), "successes": sum(one["success"] for one in run.played)}

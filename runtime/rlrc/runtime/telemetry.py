@@ -109,8 +109,8 @@ def told(totals: Mapping[str, Any]) -> dict[str, str]:
 
     steps = totals["steps"]
     rows = {
-        "rate": f"{totals['hz']:g} Hz, {steps:,} steps in {totals['seconds']:.1f} s, jitter p99 "
-        f"{totals['jitter_ms_p99']:.2f} ms",
+        "rate": f"{totals['hz']:.4g} of {totals['asked_hz']:g} Hz, {steps:,} steps in {totals['seconds']:.1f} s, "
+        f"jitter p99 {totals['jitter_ms_p99']:.2f} ms",
         "misses": f"{totals['late_actions']} actions late, {totals['held_steps']} steps held, "
         f"{totals['skipped_steps']} left out",
         "guard": ", ".join(f"{what} {count}" for what, count in totals["guard"].items()),
