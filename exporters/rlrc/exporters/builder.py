@@ -17,12 +17,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 
 from rlrc.artifact import TensorSpec
 from rlrc.exporters.weights import Weights
 
 TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
 LARGE = 2**30
+EXTERNAL, PAGE = 1024, 4096  # bytes of a constant that goes into another file, and where it may begin there
 INT8_MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
 Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 
@@ -74,10 +76,21 @@ class Builder(ABC):
 
     def write(self, name: str, path: Path) -> None:
         """One file; where its constants come near what protobuf can hold (2 GB), those in one beside it."""
-        if self.bytes() < LARGE:
-            path.write_bytes(self.model(name).SerializeToString(deterministic=True))
-        else:
-            onnx.save_model(self.model(name), path, save_as_external_data=True, location=f"{path.name}.data")
+        if self.bytes() >= LARGE:
+            self._write_constants(path.with_name(f"{path.name}.data"))
+        path.write_bytes(self.model(name).SerializeToString(deterministic=True))
+
+    def _write_constants(self, path: Path) -> None:
+        """One after the other, each forgotten once it is written: none is ever there twice."""
+        _, tensors = self._needed()
+        with path.open("wb") as stream:
+            for tensor in tensors:
+                if (length := len(tensor.raw_data)) < EXTERNAL:
+                    continue
+                stream.seek(-(-stream.tell() // PAGE) * PAGE)  # so that it can be mapped into memory
+                set_external_data(tensor, path.name, stream.tell(), length)
+                stream.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
 
     def _needed(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         """What the outputs depend on.
