@@ -84,7 +84,6 @@ EXTRAS = {
     "transformers": "compress",
     "gguf": "export",
     "onnx": "export",
-    "onnxscript": "export",
     "fast_simplification": "sim",
     "gymnasium": "sim",
     "metaworld": "sim",
