@@ -72,6 +72,15 @@ class Child:
         assert self._process.pid is not None
         return self._process.pid
 
+    def fileno(self) -> int:
+        """Ready to be read when an answer has come, or the process has ended."""
+        return self._connection.fileno()
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that is ready to be read once the process has ended."""
+        return self._process.sentinel
+
     def ask(self, values: Mapping[str, Any], arrays: Arrays | None = None) -> None:
         """Raises Dead; RuntimeError while an answer is outstanding."""
         if self.busy:

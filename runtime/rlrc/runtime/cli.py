@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("rlrc.runtime.commands:Verify", "replay the golden observations through every graph here"),
     "infer": ("rlrc.runtime.commands:Infer", "one observation in, one chunk of actions out"),
     "run": ("rlrc.runtime.run:Run", "the control loop on a simulator, at a fixed rate"),
+    "serve": ("rlrc.runtime.serve:Serve", "the policy over the network, in protocols that robots' clients speak"),
     "bench latency": ("rlrc.benchmarks.commands.measure:Latency", "milliseconds an action chunk, against a baseline"),
     "bench memory": ("rlrc.benchmarks.commands.measure:Memory", "bytes on disk and in memory"),
     "bench success": (

@@ -121,6 +121,12 @@ class Guard:
         """The same where there is no command: on towards rest, or staying there."""
         return self._guarded(None, False, measured, dt, age)
 
+    def foreseen(self, measured: NDArray[np.floating]) -> NDArray[np.float64]:
+        """The state (S,) once the robot has done as it was told: for a chunk's later steps, which nothing measures."""
+        state = np.array(measured, np.float64)
+        state[self._entries] = self._position[self._measures] / self._factors
+        return state
+
     def stop(self, reason: str) -> None:
         """Latches. The next ``step`` or ``hold`` begins to brake."""
         self._stop("stop", reason)

@@ -55,14 +55,17 @@ class Warmth:
 
 
 class Inference:
-    """``open_policy(*arguments)`` gives the policy in the child. ``observation`` is one as they will come.
+    """``open_policy(*arguments)`` gives the policy in the child. ``observation`` is one as they will come, ``more`` the
+    bytes that others may take beyond it.
 
     Raises UserError if the policy cannot be opened or does not take it.
     """
 
-    def __init__(self, open_policy: Open, arguments: tuple[Any, ...], observation: Mapping[str, Any]) -> None:
+    def __init__(
+        self, open_policy: Open, arguments: tuple[Any, ...], observation: Mapping[str, Any], more: int = 2**16
+    ) -> None:
         size = sum(np.asarray(value).nbytes for value in _arrays(observation).values())
-        self._child = Child(_serve, (open_policy, arguments), "inference", size + 2**16, 2**20)
+        self._child = Child(_serve, (open_policy, arguments), "inference", size + more, 2**20)
         try:
             self._child.wait(OPENING_S)
             self._child.ask({"do": "warm", "instruction": observation.get("instruction")}, _arrays(observation))
@@ -75,6 +78,15 @@ class Inference:
     @property
     def pid(self) -> int:
         return self._child.pid
+
+    @property
+    def sentinel(self) -> int:
+        """Ready to be read once the process has ended."""
+        return self._child.sentinel
+
+    def fileno(self) -> int:
+        """Ready to be read when ``poll`` has something to tell."""
+        return self._child.fileno()
 
     @property
     def busy(self) -> bool:

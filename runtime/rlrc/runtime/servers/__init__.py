@@ -1,0 +1,1 @@
+"""Wire protocols that robots' clients already speak, over one policy: one file each, thin over ``session.Session``."""

@@ -1,0 +1,48 @@
+"""Chunks through the guard, where the control loop is the client's: every action before it leaves the server.
+
+The server sees the robot once a chunk. So the guard starts anew with every chunk, at rest where the observation's state
+says the robot is, and goes on as if the robot did what it is told. What it cannot see here, it cannot limit: a robot
+that did something else within the chunk, and how fast it moved when the chunk was asked for. `rlrc run` sees both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+from rlrc.runtime.guard import Guard
+
+
+class GuardedChunks:
+    """One guard, for there is one robot. Once it has stopped, no chunk comes through."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+
+    def through(self, actions: NDArray[np.float32], state: Any) -> NDArray[np.float32]:
+        """A chunk (horizon, dim) and the state (S,) that it was computed from -> what keeps every limit.
+
+        Raises UserError if the guard stops or has stopped: then nothing of the chunk is to be executed.
+        """
+        guard = self.guard
+        if guard.stopped:
+            raise self._stopped()
+        measured = np.zeros(0) if state is None else np.asarray(state, np.float64)
+        guard.start(measured)
+        kept = np.empty_like(actions)
+        for row, action in enumerate(actions):
+            verdict = guard.step(action, measured, guard.period)
+            if verdict.stopped or verdict.command is None:
+                raise self._stopped()
+            kept[row] = verdict.command
+            measured = guard.foreseen(measured)
+        return kept
+
+    def _stopped(self) -> UserError:
+        return UserError(
+            f"expected a guard that lets actions through, found it stopped ({self.guard.reason}); see to the robot, "
+            "then start rlrc serve again"
+        )

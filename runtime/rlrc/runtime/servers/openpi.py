@@ -1,0 +1,140 @@
+"""openpi's protocol (WebSocket and msgpack), as its public client openpi-client speaks it.
+
+The server's metadata come first. Then an observation in, a chunk out, one at a time: {actions (horizon, dim),
+policy_timing {infer_ms}, server_timing {infer_ms, prev_total_ms from the second on}}. What goes wrong is told in a text
+frame, which that client raises, and ends the connection with 1011. Encoding: rlrc.runtime.servers.arrays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import perf_counter
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from rlrc.errors import UserError
+from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.observations import Observations
+from rlrc.runtime.servers.ports import CLIENTS, Access, status
+from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+
+PROTOCOL = "openpi"
+SENT_S = 10.0  # longest time that a client may take to read an answer
+
+log = logging.getLogger(__name__)
+
+
+class OpenpiServer:
+    """On one port. ``start``, then ``stop`` once the session has been drained."""
+
+    def __init__(self, session: Session, observations: Observations, access: Access) -> None:
+        self._session, self._observations, self._access = session, observations, access
+        self._clients = 0
+        self._server: Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """-> the port. Raises UserError if it is taken."""
+        try:
+            self._server = await serve(
+                self._serve,
+                host,
+                port,
+                ssl=self._access.tls,
+                process_request=self._request,
+                origins=[None],  # no page in a browser, which would name its own
+                compression=None,
+                max_size=LARGEST,
+                max_queue=1,
+                logger=logging.getLogger(f"{__name__}.frames"),
+            )
+        except OSError as error:
+            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
+        return int(next(iter(self._server.sockets)).getsockname()[1])
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+
+    def _request(self, connection: ServerConnection, request: Request) -> Response | None:
+        authorization = request.headers.get("Authorization")
+        told = status(request.path, self._session, self._access, authorization)
+        if told is not None:
+            response = connection.respond(told[0], told[1])
+            response.headers = Headers({**response.headers, "Content-Type": told[2]})
+            return response
+        if not self._access.allows(authorization):
+            return connection.respond(401, "expected the header Authorization: Api-Key TOKEN\n")
+        if self._clients >= CLIENTS or self._session.draining:
+            return connection.respond(503, f"expected at most {CLIENTS} clients and no end in sight; try again later\n")
+        return None
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        self._clients += 1
+        peer = connection.remote_address[0]
+        try:
+            await self._talk(connection)
+        except (ConnectionClosed, asyncio.TimeoutError):
+            log.info("openpi client %s: gone", peer)
+        except Refused as error:
+            log.info("openpi client %s: %s", peer, error)
+            await _refuse(connection, str(error))
+        except Exception:
+            log.exception("openpi client %s", peer)
+            await _refuse(connection, "expected to answer, found a fault of the server; its log says more")
+        finally:
+            self._clients -= 1
+
+    async def _talk(self, connection: ServerConnection) -> None:
+        await self._loaded()
+        client, total_ms = self._session.client(), None
+        await connection.send(arrays.pack(self._metadata()))
+        async for message in connection:
+            begun = perf_counter()
+            with self._session.answer(PROTOCOL):
+                result = await self._result(client, message, total_ms)
+                await asyncio.wait_for(connection.send(result), SENT_S)
+            total_ms = (perf_counter() - begun) * 1e3
+
+    async def _loaded(self) -> None:
+        """A client that comes early waits for its metadata, as it would wait for a server that does not listen yet."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._session.opened, self._session.failed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _result(self, client: Client, message: str | bytes, total_ms: float | None) -> bytes:
+        begun = perf_counter()
+        if isinstance(message, str):
+            raise UserError("expected a binary frame, found text; send msgpack")
+        chunk = await client.infer(self._observations.of(arrays.unpack(message)))
+        server_timing = {"infer_ms": (perf_counter() - begun) * 1e3}
+        if total_ms is not None:
+            server_timing["prev_total_ms"] = total_ms
+        timing = {"policy_timing": {"infer_ms": chunk.seconds * 1e3}, "server_timing": server_timing}
+        return arrays.pack({"actions": chunk.actions, **timing})
+
+    def _metadata(self) -> dict[str, Any]:
+        action = self._session.spec.action
+        return {
+            "server": "rlrc",
+            "observation": self._observations.told,
+            "horizon": action.horizon,
+            "actions": [f"{name} ({unit})" for name, unit in zip(action.names, action.units, strict=True)],
+            "guarded": self._session.guarded is not None,
+        }
+
+
+async def _refuse(connection: ServerConnection, message: str) -> None:
+    try:
+        await asyncio.wait_for(connection.send(message), SENT_S)
+        await connection.close(1011, "see the text frame")
+    except (ConnectionClosed, asyncio.TimeoutError):
+        return

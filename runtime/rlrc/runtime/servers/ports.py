@@ -1,0 +1,99 @@
+"""What every protocol's port has in common: who may connect, and what is answered about the server itself."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlrc.errors import UserError
+from rlrc.runtime.servers.metrics import CONTENT_TYPE
+from rlrc.runtime.servers.session import Session
+
+CLIENTS = 32  # at once, on a port
+
+
+@dataclass(frozen=True)
+class Access:
+    """``token``: what a client has to show; ``tls``: what encrypts. None: not asked for."""
+
+    token: str | None = None
+    tls: ssl.SSLContext | None = None
+
+    def allows(self, authorization: str | None) -> bool:
+        """``authorization``: the header, "Api-Key TOKEN" (openpi's clients) or "Bearer TOKEN"."""
+        if self.token is None:
+            return True
+        scheme, _, given = (authorization or "").partition(" ")
+        right = hmac.compare_digest(given.encode(), self.token.encode())
+        return right and scheme.lower() in ("api-key", "bearer")
+
+
+def access(host: str, token: str | None, certificate: Path | None, key: Path | None, insecure: bool) -> Access:
+    """Raises UserError for files that are no certificate and key, and for an address that others reach unprotected."""
+    if token is not None and (not token.isascii() or not token.strip() or " " in token):
+        raise UserError("expected a token of ASCII characters without blanks, found another; give another --token")
+    if (certificate is None) != (key is None):
+        raise UserError("expected both --certificate and --key, found one; give the other")
+    tls = None
+    if certificate is not None and key is not None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            tls.load_cert_chain(certificate, key)
+        except OSError as error:  # of which SSLError is one
+            raise UserError(
+                f"expected a certificate and its key in PEM files, found {certificate} and {key}: {error}; give others"
+            ) from None
+    if not (_is_loopback(host) or (token is not None and tls is not None) or insecure):
+        raise UserError(
+            f"expected --token, --certificate and --key for {host}, which other machines reach, found not all of them; "
+            "give them, or --insecure to do without"
+        )
+    return Access(token, tls)
+
+
+def status(path: str, session: Session, access: Access, authorization: str | None) -> tuple[int, str, str] | None:
+    """(HTTP status, body, content type) of /healthz, /readyz and /metrics; None for other paths.
+
+    Alive is a server that answers at all; ready one whose policy is loaded, verified and warmed up, and whose guard
+    has not stopped. Only the metrics need the token.
+    """
+    path, plain = path.partition("?")[0], "text/plain; charset=utf-8"
+    if path == "/healthz":
+        return 200, "OK\n", plain
+    if path == "/readyz":
+        reason = unready(session)
+        return (200, "ready\n", plain) if reason is None else (503, f"{reason}\n", plain)
+    if path != "/metrics":
+        return None
+    if not access.allows(authorization):
+        return 401, "expected a token\n", plain
+    stopped = session.guarded is not None and session.guarded.guard.stopped
+    gauges = {
+        "rlrc_ready": float(unready(session) is None),
+        "rlrc_observations_waiting": float(session.waiting),
+        "rlrc_guard_stopped": float(stopped),
+    }
+    return 200, session.metrics.text(**gauges), CONTENT_TYPE
+
+
+def unready(session: Session) -> str | None:
+    """Why it is not ready; None if it is."""
+    if session.failure is not None:
+        return "failed"
+    if session.draining:
+        return "ending"
+    if not session.opened.is_set():
+        return "loading"
+    return "stopped by the guard" if session.guarded is not None and session.guarded.guard.stopped else None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,207 @@
+"""One policy for all clients of a server: in a process of its own, asked in turn, guarded if there is a profile.
+
+    session = Session(spec, "rlrc", guarded)
+    await session.open(LocalPolicy.load, (path,))    # loaded, verified, warmed: ``ready``
+    client = session.client()                        # one for each robot: it has the noise of its own episode
+    chunk = await client.infer(observation)          # as rlrc.runtime.policy takes them
+
+Nothing in here waits for the policy but by the event loop, so health and refusals are answered meanwhile. A policy that
+dies or hangs is not started again: ``failed`` tells, the server ends, and whoever supervises it starts it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import PolicySpec
+from rlrc.errors import UserError
+from rlrc.runtime.child import Dead
+from rlrc.runtime.inference import Inference, Open
+from rlrc.runtime.servers.guarded import GuardedChunks
+from rlrc.runtime.servers.metrics import Metrics
+
+LARGEST = 16 * 2**20  # bytes of a message, and so of an observation: four pictures of 1280 x 960 fit
+WAITING = 8  # observations that may wait for the policy, the one it works on included
+HANGS_S = 60.0  # longest inference
+
+
+class Refused(Exception):
+    """What the client is told instead of actions: one line. ``kind`` is for the counters."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Chunk(NamedTuple):
+    """``actions`` float32 (horizon, dim), un-normalised; ``seconds``: what inference took, without the queue."""
+
+    actions: NDArray[np.float32]
+    seconds: float
+
+
+class Session:
+    """``guarded``: what every chunk goes through. Of one event loop; ``close`` at the end."""
+
+    def __init__(self, spec: PolicySpec, guarded: GuardedChunks | None = None, waiting: int = WAITING) -> None:
+        self.spec, self.guarded, self.limit = spec, guarded, waiting
+        self.metrics = Metrics()
+        self.waiting = self.answering = 0
+        self.draining = False
+        self.opened, self.failed = asyncio.Event(), asyncio.Event()
+        self.failure: str | None = None
+        self._turn = asyncio.Lock()
+        self._inference: Inference | None = None
+
+    async def open(self, open_policy: Open, arguments: tuple[Any, ...]) -> None:
+        """``open_policy(*arguments)`` in the other process. Raises UserError if it cannot be opened or warmed up."""
+        self._inference = await asyncio.to_thread(Inference, open_policy, arguments, example(self.spec), LARGEST)
+        asyncio.get_running_loop().add_reader(self._inference.sentinel, self._fail, "inference ended")
+        self.opened.set()
+
+    @property
+    def warmth(self) -> str:
+        return "" if self._inference is None else str(self._inference.warmth)
+
+    @property
+    def ready(self) -> bool:
+        """Whether an observation would be taken now, but for the queue and a guard that has stopped."""
+        return self.opened.is_set() and not self.draining and self.failure is None
+
+    def client(self) -> Client:
+        return Client(self)
+
+    @contextmanager
+    def answer(self, protocol: str) -> Iterator[None]:
+        """Around all that is done for one observation: counts it, and ``drain`` waits for its end.
+
+        Whatever goes wrong in it comes out as Refused, what nobody expected without its details.
+        """
+        self.answering += 1
+        outcome = "fault"
+        try:
+            yield
+            outcome = "answered"
+        except Refused as error:
+            outcome = error.kind
+            raise
+        except UserError as error:
+            outcome = "observation"
+            raise Refused(outcome, str(error)) from None
+        finally:
+            self.answering -= 1
+            self.metrics.count("rlrc_observations_total", protocol=protocol, outcome=outcome)
+
+    async def infer(self, observation: Mapping[str, Any]) -> Chunk:
+        """Raises Refused. A client that goes away meanwhile changes nothing for the others."""
+        if self.failure is not None:
+            raise Refused("failed", f"expected a policy that runs, found: {self.failure}; start the server again")
+        if not self.ready:
+            doing = "ending" if self.draining else "loading the policy"
+            raise Refused("not ready", f"expected a server that is ready, found it {doing}; try again later")
+        if self.waiting >= self.limit:
+            raise Refused(
+                "busy", f"expected fewer than {self.limit} observations that wait, found {self.waiting}; send later"
+            )
+        return await asyncio.shield(asyncio.ensure_future(self._in_turn(observation)))
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing more, and waits until what was taken is answered."""
+        self.draining = True
+        deadline = time.monotonic() + seconds
+        while self.answering and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        if self._inference is not None:
+            asyncio.get_running_loop().remove_reader(self._inference.sentinel)
+            self._inference.close()
+
+    async def _in_turn(self, observation: Mapping[str, Any]) -> Chunk:
+        self.waiting += 1
+        begun = time.perf_counter()
+        try:
+            async with self._turn:
+                self.metrics.observe("rlrc_queue_seconds", time.perf_counter() - begun)
+                chunk = await self._ask(observation)
+                if self.guarded is None:
+                    return chunk
+                # In turn, too: the guard sees the chunks in the order in which they were computed.
+                return chunk._replace(actions=self._guard(chunk.actions, observation))
+        finally:
+            self.waiting -= 1
+
+    def _guard(self, actions: NDArray[np.float32], observation: Mapping[str, Any]) -> NDArray[np.float32]:
+        assert self.guarded is not None
+        try:
+            return self.guarded.through(actions, observation.get("state"))
+        except UserError as error:
+            raise Refused("guard", str(error)) from None
+
+    async def _ask(self, observation: Mapping[str, Any]) -> Chunk:
+        assert self._inference is not None
+        inference, loop, came = self._inference, asyncio.get_running_loop(), asyncio.Event()
+        deadline = time.monotonic() + HANGS_S
+        try:
+            inference.ask(observation, 0)
+            loop.add_reader(inference.fileno(), came.set)
+            while (answer := inference.poll()) is None:
+                await asyncio.wait_for(came.wait(), deadline - time.monotonic())
+                came.clear()
+        except Dead as error:
+            self._fail(str(error))
+        except asyncio.TimeoutError:
+            self._fail(f"inference that has not answered for {HANGS_S:g} s")
+        finally:
+            loop.remove_reader(inference.fileno())
+        if self.failure is not None or answer is None:
+            raise Refused("failed", f"expected a policy that runs, found: {self.failure}; start the server again")
+        if answer.actions is None:
+            raise Refused("policy", answer.error or "the policy gave no action")
+        self.metrics.observe("rlrc_inference_seconds", answer.seconds)
+        return Chunk(answer.actions, answer.seconds)
+
+    def _fail(self, failure: str) -> None:
+        assert self._inference is not None
+        asyncio.get_running_loop().remove_reader(self._inference.sentinel)
+        self.failure = self.failure or failure
+        self.failed.set()
+
+
+class Client:
+    """One client's episode. A flow policy's noise is drawn here: other clients do not change what this one gets."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts the generator of the noise anew, as rlrc.runtime.policy.LocalPolicy does."""
+        self._noise = np.random.default_rng(0)
+
+    async def infer(self, observation: Mapping[str, Any]) -> Chunk:
+        """Raises Refused."""
+        spec = self._session.spec
+        if spec.flow is not None and "noise" not in observation:
+            noise = self._noise.standard_normal((spec.action.horizon, spec.flow.width), np.float32)
+            observation = {**observation, "noise": noise}
+        return await self._session.infer(observation)
+
+
+def example(spec: PolicySpec) -> dict[str, Any]:
+    """An observation to warm up with: black pictures, the state that counts as zero, some words."""
+    observation: dict[str, Any] = {
+        f"image.{camera.name}": np.zeros((camera.height, camera.width, 3), np.uint8) for camera in spec.cameras
+    }
+    if spec.state is not None:
+        observation["state"] = np.array(spec.state.norm.center, np.float32)
+    if spec.prompt is not None:
+        observation["instruction"] = "warm up"
+    return observation
