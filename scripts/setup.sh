@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${RLRC_VENV:-.venv}
-extras=cpu,compress,export,sim,data,report,dev
+extras=cpu,compress,export,sim,data,serve,report,dev
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: error: $*" >&2; exit 2; }

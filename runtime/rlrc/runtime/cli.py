@@ -76,6 +76,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # Which extra brings a module that may be missing.
 EXTRAS = {
     "onnxruntime": "cpu",
+    "aiohttp": "serve",
     "accelerate": "compress",
     "huggingface_hub": "compress",
     "peft": "compress",

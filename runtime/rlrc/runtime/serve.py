@@ -32,16 +32,16 @@ from rlrc.runtime.servers.session import WAITING, Session
 
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
 DRAIN_S = 10.0
-DEFAULT_MAPPINGS = {"openpi": observations.OWN}
+DEFAULT_MAPPINGS = {"openpi": observations.OWN, "openvla": "openvla"}
 
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a policy to clients of openpi, unchanged ones, until Ctrl-C or SIGTERM (docs/serving.md)."""
+    """Serve a policy to clients of openpi, OpenVLA or OpenVLA-OFT as they are, until Ctrl-C (docs/serving.md)."""
 
     path: Positional[Path]
     """the artifact"""
-    protocol: tuple[Literal["openpi"], ...] = ("openpi",)
+    protocol: tuple[Literal["openpi", "openvla"], ...] = ("openpi",)
     """what to speak, each on a port of its own"""
     host: str = "127.0.0.1"
     """address to listen on; one that other machines reach needs --token, --certificate and --key, or --insecure"""
@@ -49,7 +49,7 @@ class Serve:
     """ports in the order of the protocols; those left out count up from the last; 0 is any free one"""
     mapping: dict[str, str] = field(default_factory=dict)
     """pairs of a protocol and what its clients' keys mean: own (the policy's names), libero, droid, aloha, openvla,
-    openvla-oft, or a TOML file (default: own)"""
+    openvla-oft, or a TOML file (default: own for openpi, openvla for openvla)"""
     instruction: str | None = None
     """what to do where a client does not say"""
     profile: str | None = None
@@ -95,12 +95,13 @@ class Serve:
     ) -> str | None:
         """-> why it ended; None: somebody asked for it."""
         console, asked = plain_console(), asyncio.Event()
+        kinds = {name: _server(name) for name in mapped}
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, asked.set)
         async with AsyncExitStack() as stack:
             stack.callback(session.close)
             for (name, mapping), port in zip(mapped.items(), ports, strict=True):
-                server = _servers()[name](session, mapping, allowed)
+                server = kinds[name](session, mapping, allowed)
                 found = await server.start(self.host, port)
                 stack.push_async_callback(server.stop)
                 scheme = ("ws" if name == "openpi" else "http") + ("s" if allowed.tls else "")
@@ -135,8 +136,12 @@ class Serve:
         return ports
 
 
-def _servers() -> dict[str, Callable[..., Any]]:
-    return {"openpi": OpenpiServer}
+def _server(name: str) -> Callable[..., Any]:
+    if name == "openpi":
+        return OpenpiServer
+    from rlrc.runtime.servers.openvla import OpenvlaServer  # the extra "serve" brings what it needs
+
+    return OpenvlaServer
 
 
 async def _first(*waits: Any) -> None:

@@ -1,0 +1,152 @@
+"""OpenVLA's REST protocol, and OpenVLA-OFT's: POST /act with JSON, in which json_numpy's maps stand for arrays.
+
+    {"__numpy__": base64 of C-order bytes, "dtype": "|u1", "shape": [224, 224, 3]}
+
+The answer is the bare action (dim,), for OFT's clients (a mapping with ``chunks``) the list of the chunk's actions, in
+the same encoding. A body whose only key is "encoded" holds all that as a JSON string, and so does its answer. Those
+clients know one error, the JSON string "error" with status 200; why is in the header X-Error and in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import math
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+from rlrc.runtime.servers.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
+from rlrc.runtime.servers.observations import Observations
+from rlrc.runtime.servers.ports import CLIENTS, Access, status
+from rlrc.runtime.servers.session import LARGEST, Refused, Session
+
+PROTOCOL = "openvla"
+BODY_S = 10.0  # longest time that a client may take to send its request
+
+log = logging.getLogger(__name__)
+
+
+class OpenvlaServer:
+    """On one port. ``start``, then ``stop`` once the session has been drained.
+
+    Raises UserError for a policy of chunks whose clients take one action. Its requests know of no episode: all clients
+    share one.
+    """
+
+    def __init__(self, session: Session, observations: Observations, access: Access) -> None:
+        horizon = session.spec.action.horizon
+        if horizon > 1 and not observations.mapping.chunks:
+            raise UserError(
+                f"expected a policy of single actions for OpenVLA's clients, found chunks of {horizon}; serve OFT's "
+                "clients with --mapping openvla openvla-oft, or set chunks = true in your own mapping"
+            )
+        self._session, self._observations, self._access = session, observations, access
+        self._client, self._busy = session.client(), 0
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """-> the port. Raises UserError if it is taken."""
+        app = web.Application(client_max_size=LARGEST)
+        app.router.add_post("/act", self._act)
+        app.router.add_get("/{path:.*}", self._status)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port, ssl_context=self._access.tls).start()
+        except OSError as error:
+            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
+        return int(self._runner.addresses[0][1])
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _status(self, request: web.Request) -> web.Response:
+        told = status(request.path, self._session, self._access, request.headers.get("Authorization"))
+        if told is None:
+            return web.Response(status=404, text="expected POST /act\n")
+        return web.Response(status=told[0], body=told[1].encode(), headers={"Content-Type": told[2]})
+
+    async def _act(self, request: web.Request) -> web.Response:
+        if "Origin" in request.headers:  # a page in a browser, which would name its own
+            return web.Response(status=403, text="expected no browser\n")
+        if not self._access.allows(request.headers.get("Authorization")):
+            return web.Response(status=401, text="expected the header Authorization: Bearer TOKEN\n")
+        if self._busy >= CLIENTS:
+            return web.Response(status=503, text=f"expected at most {CLIENTS} requests at once; try again later\n")
+        self._busy += 1
+        try:
+            body = await asyncio.wait_for(request.read(), BODY_S)
+            with self._session.answer(PROTOCOL):
+                return web.Response(text=await self._answer(body), content_type="application/json")
+        except Refused as error:
+            log.info("openvla client %s: %s", request.remote, error)
+            return _error(str(error))
+        except asyncio.TimeoutError:
+            return web.Response(status=408, text=f"expected the request within {BODY_S:g} s\n")
+        except web.HTTPException:
+            raise  # such as 413
+        except Exception:
+            log.exception("openvla client %s", request.remote)
+            return _error("expected to answer, found a fault of the server; its log says more")
+        finally:
+            self._busy -= 1
+
+    async def _answer(self, body: bytes) -> str:
+        payload, twice = _parsed(body), False
+        if isinstance(payload, dict) and payload.keys() == {"encoded"}:
+            payload, twice = _parsed(str(payload["encoded"]).encode()), True
+        # unnorm_key, which names a data set's statistics, has been chosen when the artifact was made.
+        chunk = await self._client.infer(self._observations.of(payload))
+        rows = [_encoded(action) for action in chunk.actions]
+        answer = json.dumps(rows if self._observations.mapping.chunks else rows[0])
+        return json.dumps(answer) if twice else answer
+
+
+def _parsed(body: bytes) -> Any:
+    """Raises UserError for what is no JSON, holds broken arrays, or more values than any observation has."""
+    if body.count(b"{") + body.count(b"[") > CONTAINERS or body.count(b",") > ENTRIES:
+        raise UserError(
+            f"expected up to {CONTAINERS} maps and lists, and arrays as json_numpy's, found more; send such"
+        )
+    try:
+        return json.loads(body, object_hook=_array)
+    except (ValueError, RecursionError) as error:
+        why = str(error)[:100] or type(error).__name__
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"expected JSON, found: {why}; send what json.dumps gives") from None
+
+
+def _array(values: dict[str, Any]) -> Any:
+    if "__numpy__" not in values:
+        return values
+    data, dtype, shape = values["__numpy__"], values.get("dtype"), values.get("shape")
+    if not isinstance(data, str) or not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
+        raise UserError(f"expected an array of numbers in base64, found dtype {str(dtype)[:40]!r}; send such")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > DIMENSIONS
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(shape)[:40]}; send such")
+    raw = base64.b64decode(data, validate=True)
+    if (size := math.prod(shape) * np.dtype(dtype).itemsize) != len(raw):
+        raise UserError(f"expected {size} bytes for {dtype} {tuple(shape)}, found {len(raw)}; send the whole array")
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _encoded(action: NDArray[np.float32]) -> dict[str, Any]:
+    data = base64.b64encode(action.tobytes()).decode()
+    return {"__numpy__": data, "dtype": action.dtype.str, "shape": list(action.shape)}
+
+
+def _error(why: str) -> web.Response:
+    told = "".join(character if character.isprintable() and character.isascii() else "?" for character in why)
+    return web.Response(text='"error"', content_type="application/json", headers={"X-Error": told[:500]})
