@@ -18,8 +18,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.p
 class Served:
     """On any free port of the loopback; ``ports`` by protocol. Ready at once, unless it is told not to wait."""
 
-    def __init__(self, artifact: Path, *options: str, protocols: tuple[str, ...] = ("openpi",)) -> None:
-        command = [sys.executable, "-m", "rlrc.runtime.cli", "serve", str(artifact), "--port", "0"]
+    def __init__(self, artifact: Path, *options: str, protocols: tuple[str, ...] = ("openpi",), port: int = 0) -> None:
+        command = [sys.executable, "-m", "rlrc.runtime.cli", "serve", str(artifact), "--port", str(port)]
         self.process = subprocess.Popen(
             [*command, "--protocol", *protocols, *options],
             env=ENVIRONMENT,

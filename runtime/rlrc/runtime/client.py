@@ -1,0 +1,192 @@
+"""A policy that runs elsewhere: openpi's protocol, of `rlrc serve` or of any openpi server.
+
+    with RemotePolicy("ws://10.0.0.2:8000", token="...") as policy:
+        chunk = policy.infer(observation)["actions"]       # as rlrc.runtime.policy takes observations
+        policy.latency()                                   # {"calls", "reconnects", "p50_ms", "p99_ms", "max_ms"}
+
+An answer that does not come in time never comes: the connection is given up with it, so that no later observation is
+answered by it.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic, perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from rlrc.errors import UserError
+from rlrc.runtime.decode import NoAction
+from rlrc.runtime.policy import Result, Timing
+from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.session import LARGEST
+
+KEPT = 10_000  # latencies that the statistics are over, the last ones
+
+
+class RemotePolicy:
+    """A Policy. ``timeout_s``: the longest that ``infer`` takes, a new connection included.
+
+    ``keys``: pairs of a name of ours and what the server calls it, where that is not `rlrc serve` with its own names.
+    ``authority``: a PEM file with the certificate to trust, for wss. Raises UserError if nobody answers at ``url``
+    within ``connect_s``, which a server that loads its policy may need.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout_s: float = 2.0,
+        connect_s: float = 60.0,
+        keys: Mapping[str, str] | None = None,
+        authority: Path | None = None,
+    ) -> None:
+        if not url.startswith(("ws://", "wss://")) or timeout_s <= 0:
+            raise UserError(
+                f"expected a URL ws:// or wss:// and a time above 0 s, found {url} and {timeout_s}; give such"
+            )
+        self.url, self.timeout_s, self._keys = url, timeout_s, dict(keys or {})
+        self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
+        self._tls = ssl.create_default_context(cafile=authority) if url.startswith("wss://") else None
+        self._stack = ExitStack()
+        self._connection: ClientConnection | None = None
+        self._seconds: deque[float] = deque(maxlen=KEPT)
+        self.metadata: dict[str, Any] = {}
+        self.reconnects = 0
+        try:
+            self._connect(connect_s)
+        except NoAction as error:
+            raise UserError(f"{error}; start the server, or give another URL or token") from None
+
+    def __enter__(self) -> RemotePolicy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def infer(self, observation: Mapping[str, Any]) -> Result:
+        """Raises NoAction for what the server refuses, and if it does not answer in time.
+
+        A connection that is lost is opened anew, and the observation sent once more. What the server needed counts as
+        decoder in the timing, the way there and back as postprocessing.
+        """
+        begun = perf_counter()
+        deadline = monotonic() + self.timeout_s
+        message = arrays.pack({self._keys.get(name, name): value for name, value in observation.items()})
+        packed = perf_counter()
+        try:
+            answer = self._asked(message, deadline)
+            actions = _actions(answer)
+        except BaseException:  # Ctrl-C, too: an answer to this must not be taken for one to the next
+            self.close()
+            raise
+        total = perf_counter() - begun
+        self._seconds.append(total)
+        inferred_ms = _milliseconds(answer)
+        timing = Timing(
+            preprocess_ms=(packed - begun) * 1e3,
+            vision_ms=0.0,
+            decoder_ms=inferred_ms,
+            postprocess_ms=max(0.0, (total - (packed - begun)) * 1e3 - inferred_ms),
+        )
+        return Result(actions=actions, tokens=None, timing=timing)
+
+    def reset(self) -> None:
+        """A new episode is a new connection, for the protocol has no word for it. The next ``infer`` opens it."""
+        self.close()
+
+    def close(self) -> None:
+        self._connection = None
+        self._stack.close()
+
+    def latency(self) -> dict[str, float]:
+        """Of the last calls that were answered, in milliseconds as the caller saw them."""
+        told = {"calls": float(len(self._seconds)), "reconnects": float(self.reconnects)}
+        if self._seconds:
+            p50, p99, most = np.percentile(np.array(self._seconds) * 1e3, (50, 99, 100)).tolist()
+            told |= {"p50_ms": p50, "p99_ms": p99, "max_ms": most}
+        return told
+
+    def _asked(self, message: bytes, deadline: float) -> Any:
+        again = self._connection is not None  # one that was just opened is not opened twice
+        try:
+            return self._exchanged(message, deadline)
+        except ConnectionClosed:
+            if not again:
+                raise NoAction(f"the connection to {self.url} was lost before an answer came") from None
+        self.close()
+        self.reconnects += 1
+        return self._asked(message, deadline)
+
+    def _exchanged(self, message: bytes, deadline: float) -> Any:
+        connection = self._connection or self._connect(deadline - monotonic())
+        connection.send(message)
+        try:
+            answer = connection.recv(max(0.0, deadline - monotonic()))
+        except TimeoutError:
+            raise NoAction(f"{self.url} has not answered within {self.timeout_s:g} s") from None
+        if isinstance(answer, str):
+            raise NoAction(f"{self.url} refused: {' '.join(answer.split())[:1000]}")
+        return _unpacked(answer)
+
+    def _connect(self, seconds: float) -> ClientConnection:
+        """Raises NoAction if that fails."""
+        deadline = monotonic() + seconds
+        self._stack.close()
+        try:
+            connection = self._stack.enter_context(
+                connect(
+                    self.url,
+                    ssl=self._tls,
+                    additional_headers=self._headers,
+                    compression=None,
+                    max_size=LARGEST,
+                    open_timeout=max(0.001, seconds),
+                    close_timeout=1.0,
+                    proxy=None,
+                )
+            )
+            metadata = connection.recv(max(0.0, deadline - monotonic()))
+        except (OSError, WebSocketException) as error:  # of which TimeoutError is one
+            self._stack.close()
+            raise NoAction(f"expected an openpi server at {self.url}, found: {error or 'no answer'}") from None
+        unpacked = None if isinstance(metadata, str) else _unpacked(metadata)
+        if not isinstance(unpacked, dict):
+            self._stack.close()
+            raise NoAction(f"expected an openpi server at {self.url}, found one that does not begin with its metadata")
+        self.metadata, self._connection = unpacked, connection
+        return connection
+
+
+def _unpacked(answer: bytes) -> Any:
+    try:
+        return arrays.unpack(answer)
+    except UserError as error:
+        raise NoAction(f"the server's answer: {error}") from None
+
+
+def _actions(answer: Any) -> Any:
+    actions = answer.get("actions") if isinstance(answer, dict) else None
+    if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.dtype.kind != "f":
+        raise NoAction("expected actions (horizon, dim) from the server, found none")
+    if not np.isfinite(actions).all():
+        raise NoAction("expected finite actions from the server, found nan or inf")
+    return actions.astype(np.float32)  # a copy: what was unpacked is read-only
+
+
+def _milliseconds(answer: dict[Any, Any]) -> float:
+    for name in ("policy_timing", "server_timing"):
+        timing = answer.get(name)
+        if isinstance(timing, dict) and isinstance(timing.get("infer_ms"), (int, float)):
+            return float(timing["infer_ms"])
+    return 0.0

@@ -1,0 +1,260 @@
+"""What lies under all protocols: the guard over chunks, noise by client, mappings, arrays on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from guarded import ABSOLUTE, DELTA, at, guard_of
+
+from rlrc.artifact import CameraSpec, FlowSpec, PolicySpec
+from rlrc.errors import UserError
+from rlrc.runtime import policy as policies
+from rlrc.runtime.profile import Tracking
+from rlrc.runtime.servers import arrays, observations
+from rlrc.runtime.servers.guarded import GuardedChunks
+from rlrc.runtime.servers.metrics import Metrics
+from rlrc.runtime.servers.ports import Access, access, status
+from rlrc.runtime.servers.session import Client, Session
+
+# Ten steps a second, at most 1 m/s and 2 m/s2: from rest 0.02 m in the first step, 0.04 in the second, then 0.06.
+
+
+def test_every_action_of_a_chunk_keeps_the_limits_from_where_the_robot_is() -> None:
+    chunks = GuardedChunks(guard_of(ABSOLUTE))
+    kept = chunks.through(np.full((3, 1), 50, np.float32), at(7.0))
+    np.testing.assert_allclose(kept[:, 0], [7.02, 7.06, 7.12], atol=1e-6)
+    small = np.array([[3.01], [3.02], [3.03]], np.float32)
+    assert np.array_equal(chunks.through(small, at(3.0)), small)  # what keeps them is not changed
+
+
+def test_a_chunk_does_not_lose_track_of_itself() -> None:
+    tracked = replace(ABSOLUTE, tracking=Tracking(0.05, "s"))  # less than the chunk moves in all
+    kept = GuardedChunks(guard_of(tracked)).through(np.full((3, 1), 50, np.float32), at(7.0))
+    np.testing.assert_allclose(kept[:, 0], [7.02, 7.06, 7.12], atol=1e-6)
+
+
+def test_deltas_are_limited_too() -> None:
+    kept = GuardedChunks(guard_of(DELTA)).through(np.full((3, 1), 0.5, np.float32), at(0.0))
+    np.testing.assert_allclose(kept[:, 0], [0.02, 0.04, 0.06], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("actions", "state"),
+    [([[0.01], [np.nan]], [0.0]), ([[0.01]], [np.nan]), ([[0.01]], [200.0]), ([[0.01]], None), ([[0.0, 0.0]], [0.0])],
+)
+def test_what_does_not_do_gives_no_action_at_all(actions: Any, state: Any) -> None:
+    chunks = GuardedChunks(guard_of(ABSOLUTE))
+    with pytest.raises(UserError, match="expected"):
+        chunks.through(np.array(actions, np.float32), None if state is None else at(*state))
+
+
+def test_a_stop_latches() -> None:
+    chunks = GuardedChunks(guard_of(ABSOLUTE))
+    with pytest.raises(UserError, match=r"found it stopped .*nan in x.*; see to the robot"):
+        chunks.through(np.array([[np.nan]], np.float32), at(0.0))
+    with pytest.raises(UserError, match="found it stopped"):
+        chunks.through(np.array([[0.01]], np.float32), at(0.0))
+
+
+def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: PolicySpec) -> None:
+    from rlrc.runtime import profile
+    from rlrc.runtime.guard import Guard
+    from rlrc.runtime.servers.session import Refused
+
+    assert arm_spec.state is not None
+    limits = profile.load(Path(__file__).parents[1] / "examples/udp_arm.toml")
+    guard = Guard(limits, 20, arm_spec.action, arm_spec.state.names, arm_spec.state.units)
+    picture = np.zeros((32, 32, 3), np.uint8)
+
+    async def serve() -> None:
+        session = Session(arm_spec, GuardedChunks(guard))
+        await session.open(policies.LocalPolicy.load, (arm_toy,))
+        client = session.client()
+        rest = {"image.corner4": picture, "state": np.zeros(2, np.float32), "instruction": "open the drawer"}
+        free = policies.LocalPolicy.load(arm_toy).infer(rest)["actions"]
+        chunk = await client.infer(rest)
+        # At 20 Hz and 10 rad/s2 from rest: 0.025 rad, then 0.075, then 0.15, or the policy's where that is nearer.
+        assert (np.abs(chunk.actions) <= np.array([[0.025], [0.075], [0.15]]) + 1e-6).all()
+        assert np.abs(free).max() > 0.15
+        with pytest.raises(Refused, match=r"beyond 1\.5"):
+            await client.infer({**rest, "state": np.array([2.0, 0.0], np.float32)})
+        guard.stop("the test")
+        with pytest.raises(Refused, match=r"stopped .the test."):
+            await client.infer(rest)
+        assert status("/readyz", session, Access(), None) == (
+            503,
+            "stopped by the guard\n",
+            "text/plain; charset=utf-8",
+        )
+        session.close()
+
+    asyncio.run(serve())
+
+
+def test_every_client_has_its_own_noise(tiny_manifest: Any) -> None:
+    spec = replace(tiny_manifest.policy, flow=FlowSpec(2, 4))
+    given: list[dict[str, Any]] = []
+
+    class Told(Session):
+        async def infer(self, observation: Any) -> Any:
+            given.append(observation)
+
+    async def serve() -> None:
+        session = Told(spec)
+        one, other = Client(session), Client(session)
+        for client in (one, one, other):
+            await client.infer({})
+        one.reset()
+        await one.infer({})
+        await one.infer({"noise": "mine"})
+
+    asyncio.run(serve())
+    random = np.random.default_rng(0)  # as LocalPolicy draws it
+    first, second = (random.standard_normal((3, 4), np.float32) for _ in range(2))
+    for found, expected in zip(given[:4], (first, second, first, first), strict=True):
+        assert np.array_equal(found["noise"], expected)
+    assert given[4]["noise"] == "mine"
+
+
+@pytest.fixture
+def two_cameras(tiny_manifest: Any) -> PolicySpec:
+    spec: PolicySpec = tiny_manifest.policy
+    return replace(spec, cameras=tuple(replace(spec.cameras[0], name=name) for name in ("front", "wrist")))
+
+
+HWC = np.arange(32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(32, 32, 3)
+BUILT_IN: dict[str, Callable[[], dict[str, Any]]] = {
+    "libero": lambda: {
+        "observation/image": HWC,
+        "observation/wrist_image": HWC[::-1],
+        "observation/state": np.arange(3.0),
+        "prompt": "open",
+    },
+    "droid": lambda: {
+        "observation/exterior_image_1_left": HWC,
+        "observation/wrist_image_left": HWC[::-1],
+        "observation/joint_position": np.arange(2.0),
+        "observation/gripper_position": np.array([2.0]),
+        "prompt": "open",
+    },
+    "aloha": lambda: {
+        "images": {
+            "cam_high": HWC.transpose(2, 0, 1),
+            "cam_low": "not used",
+            "cam_left_wrist": HWC[::-1].transpose(2, 0, 1),
+        },
+        "state": np.arange(3.0),
+        "prompt": "open",
+    },
+    "openvla-oft": lambda: {
+        "full_image": HWC,
+        "wrist_image": HWC[::-1],
+        "state": [0.0, 1.0, 2.0],
+        "instruction": "open",
+    },
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_mappings(two_cameras: PolicySpec, name: str) -> None:
+    found = observations.load(name, two_cameras).of(BUILT_IN[name]())
+    assert np.array_equal(found["image.front"], HWC)
+    assert np.array_equal(found["image.wrist"], HWC[::-1])
+    assert found["state"].tolist() == [0, 1, 2]
+    assert found["instruction"] == "open"
+
+
+def test_openvla_takes_one_picture_and_words(tiny_manifest: Any) -> None:
+    mapped = observations.load("openvla", replace(tiny_manifest.policy, state=None), "close")
+    found = mapped.of({"image": HWC})
+    assert found.keys() == {"image.corner4", "instruction"}
+    assert found["instruction"] == "close"
+    assert mapped.of({"image": HWC, "instruction": "open"})["instruction"] == "open"
+
+
+def test_mappings_that_do_not_fit_are_refused(tiny_manifest: Any, two_cameras: PolicySpec, tmp_path: Path) -> None:
+    spec: PolicySpec = tiny_manifest.policy
+    third = (*two_cameras.cameras, CameraSpec("third", 32, 32, "none", (0,) * 3, (1,) * 3, "HWC"))
+    cases = [
+        ("openvla", spec, "expected keys of the state in the mapping openvla, found none"),
+        (
+            "libero",
+            replace(two_cameras, cameras=third),
+            "expected a key of camera third in the mapping libero, found none",
+        ),
+        ("nothing", spec, "expected a mapping .a TOML file, or one of own, aloha, droid"),
+    ]
+    for name, wanted, told in cases:
+        with pytest.raises(UserError, match=told):
+            observations.load(name, wanted)
+    texts = {
+        'state = [["s"]]\n[[cameras]]\nkey = ["i"]\nlayout = "HWC"\ncamera = "x"': "expected cameras among corner4",
+        "cameras = []\nkeys = 1": "keys",
+        "state = ": "expected TOML in",
+    }
+    for text, told in texts.items():
+        (tmp_path / "m.toml").write_text(text)
+        with pytest.raises(UserError, match=told):
+            observations.load(tmp_path / "m.toml", spec)
+    reordered = 'state = [["s"]]\ninstruction = ["i"]\n[[cameras]]\nkey = ["w"]\nlayout = "HWC"\ncamera = "wrist"\n'
+    (tmp_path / "m.toml").write_text(reordered + '[[cameras]]\nkey = ["f"]\nlayout = "HWC"\n')
+    found = observations.load(tmp_path / "m.toml", two_cameras).of({"w": HWC[::-1], "f": HWC, "s": [1.0], "i": "open"})
+    assert np.array_equal(found["image.front"], HWC)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "|u1", "<i8", "|b1"])
+def test_arrays_survive_the_wire(dtype: str) -> None:
+    for shape in ((), (0, 3), (2, 3)):
+        array = np.ones(shape, dtype)
+        found = arrays.unpack(arrays.pack({"a": array, "n": {"s": array.dtype.type(1)}}))
+        assert found["a"].dtype == array.dtype
+        assert np.array_equal(found["a"], array)
+        assert found["a"].shape == shape
+        assert found["n"]["s"] == 1
+
+
+def test_arrays_are_written_as_openpi_does() -> None:
+    written = msgpack.unpackb(arrays.pack({"a": np.array([[1.5, np.nan]], np.float32)}))
+    assert written["a"] == {
+        b"__ndarray__": True,
+        b"data": b"\x00\x00\xc0\x3f\x00\x00\xc0\x7f",
+        b"dtype": "<f4",
+        b"shape": [1, 2],
+    }
+    for value in (np.array([object()]), np.array([1j]), np.array(["a"]), {1, 2}):
+        with pytest.raises(UserError, match="expected numbers, text and arrays"):
+            arrays.pack({"a": value})
+
+
+def test_metrics_are_prometheus_text() -> None:
+    metrics = Metrics()
+    metrics.count("n", protocol="openpi")
+    metrics.count("n", protocol="openpi")
+    metrics.observe("t", 0.003)
+    metrics.observe("t", 9.0)
+    lines = metrics.text(g=1.0).splitlines()
+    assert 'n{protocol="openpi"} 2' in lines
+    assert 't_bucket{le="0.002"} 0' in lines
+    assert 't_bucket{le="0.005"} 1' in lines
+    assert 't_bucket{le="+Inf"} 2' in lines
+    assert {"t_sum 9.003", "t_count 2", "# TYPE t histogram", "g 1"} <= set(lines)
+
+
+def test_who_may_connect() -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        access(host, None, None, None, insecure=False)
+    access("0.0.0.0", None, None, None, insecure=True)
+    for host in ("0.0.0.0", "::", "192.168.0.2", "robot.local", ""):
+        with pytest.raises(UserError, match="which other machines reach"):
+            access(host, "t", None, None, insecure=False)
+    secret = Access("t")
+    assert [secret.allows(text) for text in ("Api-Key t", "Bearer t", "Basic t", "t", "Api-Key", None)] == [
+        True, True, False, False, False, False,
+    ]  # fmt: skip
