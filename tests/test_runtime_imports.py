@@ -53,6 +53,12 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
     assert not packages & set(NEVER)
 
 
+def test_serving_and_asking_never_import_torch_nor_the_other_protocols() -> None:
+    packages = imported("import rlrc.runtime.serve, rlrc.runtime.client")
+    assert "websockets" in packages
+    assert not packages & {*NEVER, "aiohttp", "onnxruntime"}
+
+
 def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:
     packages = imported(
         """

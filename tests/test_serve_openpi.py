@@ -114,6 +114,8 @@ WRONG = {
     "small picture": observation() | {"image.corner4": np.zeros((31, 32, 3), np.uint8)},
     "instruction of bytes": observation() | {"instruction": b"open"},
     "noise": observation() | {"noise": np.zeros(3, np.float32)},
+    "noise of text": observation() | {"noise": "loud"},
+    "instruction of numbers": observation() | {"instruction": np.zeros(3)},
     "msgpack-numpy": msgpack.packb(
         observation()
         | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import msgpack
 import numpy as np
 import pytest
 from guarded import ABSOLUTE, DELTA, at, guard_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlrc.artifact import CameraSpec, FlowSpec, PolicySpec
 from rlrc.errors import UserError
@@ -121,6 +124,12 @@ def test_every_client_has_its_own_noise(tiny_manifest: Any) -> None:
     for found, expected in zip(given[:4], (first, second, first, first), strict=True):
         assert np.array_equal(found["noise"], expected)
     assert given[4]["noise"] == "mine"
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_manifest: Any) -> PolicySpec:
+    spec: PolicySpec = tiny_manifest.policy
+    return spec
 
 
 @pytest.fixture
@@ -258,3 +267,32 @@ def test_who_may_connect() -> None:
     assert [secret.allows(text) for text in ("Api-Key t", "Bearer t", "Basic t", "t", "Api-Key", None)] == [
         True, True, False, False, False, False,
     ]  # fmt: skip
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=16),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [b"__ndarray__", b"__npgeneric__", b"data", b"dtype", b"shape", b"nd", "image.corner4", "state"]
+            ),
+            inner | st.sampled_from(["<f4", "|u1", "|O", [2, 2], [-1], [2**40], True]),
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES | st.binary(max_size=64))
+def test_whatever_comes_is_an_observation_or_refused_in_words(tiny_spec: PolicySpec, value: Any) -> None:
+    message = value if isinstance(value, bytes) else msgpack.packb(value)
+    with suppress(UserError):  # any other error is one of ours
+        observations.load("own", tiny_spec).of(arrays.unpack(message))

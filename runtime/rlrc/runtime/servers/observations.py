@@ -84,7 +84,7 @@ class Observations:
         if self.spec.prompt is not None:
             observation["instruction"] = self._instruction(message)
         if "noise" in message:
-            observation["noise"] = message["noise"]
+            observation["noise"] = _noise(message["noise"])
         return observation
 
     def _state(self, message: Mapping[str, Any]) -> NDArray[np.floating]:
@@ -102,10 +102,12 @@ class Observations:
             parts.append(part)
         return np.concatenate(parts)
 
-    def _instruction(self, message: Mapping[str, Any]) -> Any:
+    def _instruction(self, message: Mapping[str, Any]) -> str:
         found = None if self.mapping.instruction is None else _at(message, self.mapping.instruction)
-        if found is not None:
+        if isinstance(found, str):
             return found
+        if found is not None:
+            raise UserError(f"expected an instruction as text, found {_form(found)}; send text")
         if self.instruction is None:
             raise UserError(
                 f"expected an instruction at {_told(self.mapping.instruction or ())}, found none; send one, or start "
@@ -193,6 +195,13 @@ def _picture(found: Any, camera: Camera) -> NDArray[np.uint8]:
             f"expected {_told(camera.key)} as uint8 {form}, found {_form(found)}; send it so, or declare another layout"
         )
     return found if camera.layout == "HWC" else np.ascontiguousarray(found.transpose(1, 2, 0))
+
+
+def _noise(found: Any) -> NDArray[np.floating]:
+    """Anything else would not even reach the policy, which checks its shape."""
+    if not isinstance(found, np.ndarray) or found.dtype.kind != "f":
+        raise UserError(f"expected noise as an array of floats, found {_form(found)}; leave it out to have it drawn")
+    return found
 
 
 def _at(message: Mapping[str, Any], key: Key) -> Any:

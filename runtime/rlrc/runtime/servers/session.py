@@ -57,7 +57,7 @@ class Session:
         self.draining = False
         self.opened, self.failed = asyncio.Event(), asyncio.Event()
         self.failure: str | None = None
-        self._turn = asyncio.Lock()
+        self._turn, self._came = asyncio.Lock(), asyncio.Event()  # whose turn it is, and that there is news for it
         self._inference: Inference | None = None
 
     async def open(self, open_policy: Open, arguments: tuple[Any, ...]) -> None:
@@ -110,14 +110,17 @@ class Session:
             raise Refused(
                 "busy", f"expected fewer than {self.limit} observations that wait, found {self.waiting}; send later"
             )
+        self.waiting += 1  # before anything else runs
         return await asyncio.shield(asyncio.ensure_future(self._in_turn(observation)))
 
     async def drain(self, seconds: float) -> None:
-        """Takes nothing more, and waits until what was taken is answered."""
+        """Takes nothing more, and waits until what was taken is answered; what is not by then fails."""
         self.draining = True
         deadline = time.monotonic() + seconds
         while self.answering and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        if self.answering and self._inference is not None:
+            self._fail(f"inference that did not answer within the {seconds:g} s before the end")
 
     def close(self) -> None:
         if self._inference is not None:
@@ -125,7 +128,6 @@ class Session:
             self._inference.close()
 
     async def _in_turn(self, observation: Mapping[str, Any]) -> Chunk:
-        self.waiting += 1
         begun = time.perf_counter()
         try:
             async with self._turn:
@@ -147,12 +149,14 @@ class Session:
 
     async def _ask(self, observation: Mapping[str, Any]) -> Chunk:
         assert self._inference is not None
-        inference, loop, came = self._inference, asyncio.get_running_loop(), asyncio.Event()
+        inference, loop, came = self._inference, asyncio.get_running_loop(), self._came
+        answer = None
         deadline = time.monotonic() + HANGS_S
         try:
-            inference.ask(observation, 0)
+            if self.failure is None:  # while it waited for its turn
+                inference.ask(observation, 0)
             loop.add_reader(inference.fileno(), came.set)
-            while (answer := inference.poll()) is None:
+            while self.failure is None and (answer := inference.poll()) is None:
                 await asyncio.wait_for(came.wait(), deadline - time.monotonic())
                 came.clear()
         except Dead as error:
@@ -173,6 +177,7 @@ class Session:
         asyncio.get_running_loop().remove_reader(self._inference.sentinel)
         self.failure = self.failure or failure
         self.failed.set()
+        self._came.set()
 
 
 class Client:
