@@ -34,12 +34,15 @@ def test_the_newest_chunk_replaces() -> None:
     assert sent(chunks, 2, 3, 4, 5) == [30, 40, 50, None]
 
 
-def test_synchronously_a_chunk_begins_when_it_comes() -> None:
+def test_synchronously_a_chunk_is_played_to_its_end() -> None:
     chunks = Chunks("synchronous", 3)
-    assert chunks.wants(0)
-    chunks.add(chunk(1, 2, 3), start=0, step=2)
+    assert chunks.wants(2)
+    chunks.add(chunk(1, 2, 3), start=2, step=2)
     assert [chunks.wants(step) for step in (2, 3, 4, 5)] == [False, False, False, True]
     assert sent(chunks, 2, 3, 4, 5) == [1, 2, 3, None]
+    some = Chunks("synchronous", 3, execute=2)
+    some.add(chunk(1, 2, 3), start=0, step=0)
+    assert sent(some, 0, 1, 2) == [1, 2, None]
 
 
 def test_the_ensemble_counts_older_chunks_more() -> None:

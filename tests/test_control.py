@@ -100,7 +100,7 @@ def test_synchronously_the_arm_is_held_during_inference() -> None:
     # The first chunk is waited for. When three steps of it have been played, asked about where the arm then is.
     assert joints(arm) == [0.01, 0.02, 0.03, 0.03, 0.03, 0.04, 0.05, 0.06, 0.06, 0.06]
     assert control.telemetry.rows["held"].tolist() == [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
-    assert thinking.starts == [0, 3, 8]
+    assert thinking.starts == [0, 3, 6]
 
 
 def test_a_late_chunk_is_joined_by_the_time_of_its_observation() -> None:
@@ -117,9 +117,10 @@ def test_a_late_chunk_is_joined_by_the_time_of_its_observation() -> None:
 def test_an_action_that_is_too_late_is_never_sent() -> None:
     control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=5.0)
     control.run(steps=24)
-    # Asked at step 0, come at step 10: the eight steps that it was for are over. So is the next one's time at step 20.
-    assert joints(arm) == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07] + [0.08] * 17
-    assert control.telemetry.rows["held"].tolist() == [False] * 8 + [True] * 16
+    # Asked at step 0, come at step 10: its eight actions have been played meanwhile, by the first chunk. The next one,
+    # asked for at step 10, is about the arm that is held, and begins when it comes.
+    assert joints(arm) == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07] + [0.08] * 13 + [0.09, 0.1, 0.11, 0.12]
+    assert control.telemetry.rows["held"].tolist() == [False] * 8 + [True] * 12 + [False] * 4
     assert not control.guard.stopped
 
 

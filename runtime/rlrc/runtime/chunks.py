@@ -1,10 +1,10 @@
 """Chunks of actions on the loop's time: which action is for which step, and how one chunk follows another.
 
-Steps are counted by the loop's schedule; the first action of a chunk is for the first command after its observation
-was made. So a chunk that comes late has missed its first actions, and one that comes very late all of them:
-they are never sent. Strategies:
+Steps count the actions that have been played: where the robot is held the plan stands still, as the robot does. The
+first action of a chunk is for the first command after its observation was made. So a chunk that comes late has missed
+its first actions, and one that comes very late all of them: they are never sent. Strategies:
 
-- "synchronous": the robot is held during inference, so that the chunk begins when it comes, and is played to its end;
+- "synchronous": a chunk is played to its end before the next is asked for, and the robot held meanwhile;
 - "replace": the newest chunk is played as soon as it is there;
 - "ensemble": the average of all chunks that have an action for the step, older ones counting more (ACT, arXiv
   2304.13705, section IV: weights exp(-0.01 i), the oldest first);
@@ -57,13 +57,12 @@ class Chunks:
         """A chunk for ``start`` and on, come in time for ``step``. False: all of it is late."""
         if step:  # what is waited for before the first step is no delay
             self._delays.append(max(step - start, 0))
-        first = start
         if self.strategy == "synchronous":
-            first, actions = step, actions[: self._least]
+            actions = actions[: self._least]
         self._count += 1
-        if first + len(actions) <= step:
+        if start + len(actions) <= step:
             return False
-        self._chunks.append((self._count, first, actions))
+        self._chunks.append((self._count, start, actions))
         return True
 
     def at(self, step: int) -> Planned | None:

@@ -9,6 +9,7 @@ there is no action for a step, the guard holds the robot, and stops it if that l
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -96,6 +97,8 @@ class Control:
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
         self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
         self._start = self._sent = self._planned_at = self._asked_about = 0.0
+        self._progress = 0  # actions that were planned and played
+        self._played: deque[float] = deque(maxlen=4 * chunks.horizon)  # when the last of them were sent
 
     def run(self, over: Callable[[], bool] = lambda: False, steps: int | None = None) -> None:
         """Begins at rest where the robot is, with a chunk. Ends when ``over``, after ``steps``, or at rest by a stop.
@@ -121,6 +124,8 @@ class Control:
         self.guard.start(measured)
         self.chunks.clear()
         self._asked_about = 0.0
+        self._progress = 0
+        self._played.clear()
         self._prime(sensed)
         self._start = self._clock()
         self._sent = self._planned_at = self._start - self.timing.period
@@ -159,17 +164,20 @@ class Control:
         row["late_ms"] = (begun - due) * 1e3
         sensed = self._sense(begun)
         row["sense_ms"] = _since(begun, sensing := self._clock())
-        planned = self._plan(step, row)
+        planned = self._plan(row)
         row["plan_ms"] = _since(sensing, planning := self._clock())
         verdict = self._guarded(planned, sensed, due, row)
         row["guard_ms"] = _since(planning, guarding := self._clock())
         self._command(verdict)
         self._sent = sent = self._clock()
+        if planned is not None:
+            self._progress += 1
+            self._played.append(sent)
         row["sent"], row["command_ms"] = sent, _since(guarding, sent)
         row["held"], row["stopped"] = verdict.held, self.guard.stopped
         row["clamped"] = sum(event.act == "clamp" for event in verdict.events)
         self.telemetry.commanded(verdict.command)
-        self._ask(step, sensed)
+        self._ask(sensed)
         row["ask_ms"] = _since(sent, self._clock())
         return verdict
 
@@ -186,7 +194,7 @@ class Control:
             self._latch(fault)
         return sensed
 
-    def _plan(self, step: int, row: Any) -> Planned | None:
+    def _plan(self, row: Any) -> Planned | None:
         """The action for this step, from the chunks that have come."""
         try:
             answer = self.thinking.poll()
@@ -198,10 +206,10 @@ class Control:
             if answer.actions is None:
                 self._latch(f"no action: {answer.error}")
                 return None
-            self.chunks.add(answer.actions, answer.start, step)
+            self.chunks.add(answer.actions, answer.start, self._progress)
         elif self.thinking.asked is not None and self._clock() - self.thinking.asked > self.timing.hung:
             self._latch(f"inference has not answered for {self.timing.hung:g} s")
-        planned = self.chunks.at(step)
+        planned = self.chunks.at(self._progress)
         if planned is not None:
             row["chunk"], row["place"] = planned.chunk, planned.place
         return planned
@@ -236,11 +244,11 @@ class Control:
             self._latch(_said(error))
             self.robot.stop()
 
-    def _ask(self, step: int, sensed: Sensed | None) -> None:
+    def _ask(self, sensed: Sensed | None) -> None:
         """For another chunk. Its first action is for the first command after the state that it is asked about."""
         if sensed is None or sensed.stamp == self._asked_about or self.thinking.busy or self.guard.stopped:
             return
-        start = step - int((self._sent - sensed.stamp) / self.timing.period)
+        start = self._progress - sum(sent >= sensed.stamp for sent in self._played)
         if not self.chunks.wants(start):
             return
         try:
