@@ -51,6 +51,8 @@ class Recorder:
         self._episodes.append((task, 0))
 
     def sense(self) -> Sensed | None:
+        if self._failure is not None:  # before another command is sent
+            raise RobotError(self._failure)
         self._sensed = self._robot.sense()
         return self._sensed
 
