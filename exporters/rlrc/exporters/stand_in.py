@@ -7,60 +7,31 @@ rounded to 16 bits, and rounded to them again: what a GPU with float32 accumulat
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from rlrc.artifact import Artifact
-from rlrc.runtime.backends.onnxruntime_cache import PAST, Cache
-from rlrc.runtime.decode import NoAction
+from rlrc.artifact import Artifact, GraphSpec
+from rlrc.runtime.backends.onnxruntime import OnnxRuntime
 
 COMPUTED = ("MatMul", "Conv", "DequantizeLinear")
 """Operators that have 16-bit operands; the others that do only move them."""
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-class StandIn:
+class StandIn(OnnxRuntime):
     """One session per graph of the backend "tensorrt"."""
 
     def __init__(self, artifact: Artifact, threads: int = 1) -> None:
-        graphs = [graph for graph in artifact.manifest.graphs if graph.backend == "tensorrt"]
-        self._sessions = {graph.name: session(artifact.path / graph.file, threads) for graph in graphs}
-        self._inputs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in graphs}
-        self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in graphs}
-        self._caches = {
-            graph.name: Cache(self._sessions[graph.name], graph)
-            for graph in graphs
-            if any(tensor.name.startswith(PAST) for tensor in graph.inputs)
-        }
+        super().__init__(artifact, threads, "tensorrt")
 
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """See rlrc.runtime.backends.Engine."""
-        names = self._outputs[graph]
-        try:
-            if graph in self._caches:
-                return self._caches[graph].run(inputs)
-            outputs = self._sessions[graph].run(names, {name: inputs[name] for name in self._inputs[graph]})
-        except NoAction:
-            raise
-        except Exception as error:  # the engine's exceptions share no base class
-            raise NoAction(f'graph "{graph}" failed: {" ".join(str(error).split())}') from error
-        return dict(zip(names, outputs, strict=True))
+    def _open(self, path: Path, graph: GraphSpec, threads: int) -> onnxruntime.InferenceSession:
+        return session(path, threads)
 
     def versions(self) -> dict[str, str]:
-        return {
-            "stand-in": "onnxruntime's CPU provider",
-            "onnxruntime": onnxruntime.__version__,
-            "numpy": np.__version__,
-            "machine": platform.machine(),
-        }
+        return {"stand-in": "onnxruntime's CPU provider", **super().versions()}
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:

@@ -43,12 +43,15 @@ class OnnxRuntime:
                 raise UserError(
                     f'expected one {backend} graph "{graph.name}" in {artifact.path}, found two; export it again'
                 )
-            self._sessions[graph.name] = _session(artifact.file(graph.file), graph, threads)
+            self._sessions[graph.name] = self._open(artifact.path / graph.file, graph, threads)
             self._inputs[graph.name] = [tensor.name for tensor in graph.inputs]
             self._outputs[graph.name] = [tensor.name for tensor in graph.outputs]
             if any(tensor.name.startswith(PAST) for tensor in graph.inputs):
                 self._caches[graph.name] = Cache(self._sessions[graph.name], graph)
         _give_back()
+
+    def _open(self, path: Path, graph: GraphSpec, threads: int) -> onnxruntime.InferenceSession:
+        return _session(path, graph, threads)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
