@@ -50,7 +50,7 @@ def test_shapes_fit_a_profile_or_not() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"precision": "fp8"}, "precision"),
+        ({"precision": "fp6"}, "precision"),
         ({"strongly_typed": False}, "strongly_typed"),
         ({"format_version": 2}, "format_version 1, found 2"),
         ({"graphs": []}, "graphs, each of another name, found none"),

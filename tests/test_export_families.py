@@ -38,6 +38,7 @@ from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.preprocess import tells_state  # noqa: E402
 
 TOKENS = ("openvla", "openvla-oft-discrete")
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -85,6 +86,22 @@ def check_same(exported: Path, policy: Policy, source: OfficialSource, rows: lis
     return np.stack(answers)
 
 
+def alike(rows: list[dict[str, Any]], spec: PolicySpec) -> list[dict[str, Any]]:
+    """With prompts of one length: all is the first row's but pictures, noise and, where it is not told, the state."""
+    own = ("image.", "noise") if tells_state(spec) else ("image.", "noise", "state")
+    return [{**rows[0], **{name: value for name, value in row.items() if name.startswith(own)}} for row in rows]
+
+
+def check_together(policy: LocalPolicy, rows: list[dict[str, Any]]) -> None:
+    """In one pass of every graph each observation is answered as alone."""
+    rows = alike(rows, policy.spec)
+    together, alone = policy.infer_batch(rows), [policy.infer(row) for row in rows]
+    for found, expected in zip(together, alone, strict=True):
+        assert (found["tokens"] is None) == (expected["tokens"] is None)
+        np.testing.assert_allclose(found["actions"], expected["actions"], rtol=0, atol=CLOSE)
+    assert np.abs(together[0]["actions"] - together[1]["actions"]).max() > CLOSE
+
+
 # From the official folder, by the commands' own functions
 
 
@@ -103,6 +120,7 @@ def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
     before = [in_torch(dense, source).infer(row) for row in rows]
     key = "actions" if before[0]["tokens"] is None else "tokens"
     assert np.abs(answers - np.stack([row[key] for row in before])).max() > 100 * CLOSE  # what went did matter
+    check_together(LocalPolicy.load(tmp_path / "exported"), rows)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

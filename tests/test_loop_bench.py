@@ -45,7 +45,24 @@ def test_episodes_are_joined_but_do_not_meet() -> None:
 def test_jitter_is_the_distance_from_whole_periods() -> None:
     sent = np.array([0.0, 0.101, 0.2, 0.4, 0.497])  # gaps 0.101, 0.099, 0.2, 0.097
     gaps = [1.0, 1.0, 0.0, 3.0]
-    assert telemetry.jitter(sent, 0.1) == pytest.approx(np.percentile(gaps, 99))
+    assert telemetry.jitter(np.diff(sent), 0.1) == pytest.approx(np.percentile(gaps, 99))
+
+
+def test_what_was_late_is_told_with_what_the_timer_did_then() -> None:
+    kept = told([1, 1, 1], [[0.0, 0]] * 3)
+    kept.rows["late"][1], kept.rows["guard_ms"][1], kept.rows["sent"][1] = True, 25.0, 0.125
+    woken = np.array([0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.16, 0.19])
+    (found,) = loop.late(kept.rows, woken)
+    assert (found["guard_ms"], found["timer_ms"]) == (25.0, 20.0)
+
+
+def test_jitter_is_that_within_episodes() -> None:
+    one, other = told([1, 1], [[0.0, 0], [0.1, 0]]), told([1, 2], [[5.0, 0], [5.5, 0]])
+    other.rows["sent"] += 7.05  # an episode begins when it begins
+    whole = loop.joined([one, other])
+    assert telemetry.summary(whole, 0.1)["jitter_ms_p99"] == pytest.approx(0, abs=1e-9)
+    whole.rows["sent"][3] += 0.02
+    assert telemetry.summary(whole, 0.1)["jitter_ms_p99"] == pytest.approx(20, rel=0.02)
 
 
 def test_a_log_of_the_steps(tmp_path: Path) -> None:
@@ -69,6 +86,18 @@ def test_the_oldest_steps_make_room() -> None:
     assert kept.steps == 10
     assert kept.rows["step"].tolist() == [6, 7, 8, 9]
     assert kept.commands.ravel().tolist() == [6, 7, 8, 9]
+
+
+def test_what_is_counted_is_counted_of_all_steps() -> None:
+    kept = Telemetry(4, 1)
+    for step in range(10):
+        row = kept.next()
+        row["due"], row["sent"] = 0.1 * step, 0.1 * step + 0.001
+        row["late"], row["held"], row["skipped"], row["clamped"] = step == 1, step % 2, 2 * (step == 3), 3 * (step > 5)
+    found = telemetry.summary(kept, 0.1)
+    assert (found["steps"], found["late_actions"], found["held_steps"]) == (10, 1, 5)
+    assert (found["skipped_steps"], found["clamped_steps"]) == (2, 4)
+    assert (found["seconds"], found["hz"]) == (pytest.approx(1.0), pytest.approx(10.0))
 
 
 def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:

@@ -23,10 +23,12 @@ WIDTH = HEADS * SIZE
 
 def in_place() -> tuple[list[Any], dict[str, np.ndarray], str]:
     nodes = [
+        helper.make_node("Shape", ["qkv"], ["batch"], start=0, end=1),
         helper.make_node("Shape", ["qkv"], ["length"], start=1, end=2),
         helper.make_node("Add", ["start", "length"], ["end"]),
         helper.make_node("Cast", ["end"], ["total"], to=TensorProto.INT32),
-        helper.make_node("Sub", ["total", "one"], ["last"]),
+        helper.make_node("Sub", ["total", "one"], ["position"]),
+        helper.make_node("Expand", ["position", "batch"], ["last"]),
         helper.make_node(
             "GroupQueryAttention",
             ["qkv", "", "", "past.0.key", "past.0.value", "last", "total"],
@@ -66,12 +68,14 @@ def longer() -> tuple[list[Any], dict[str, np.ndarray], str]:
 def cache(kind: Any, folder: Path) -> Cache:
     nodes, constants, present = kind()
     past = "capacity" if present == "capacity" else "past"
-    pasts = [TensorSpec(f"past.0.{part}", "float32", (1, HEADS, past, SIZE)) for part in ("key", "value")]
-    presents = [TensorSpec(f"present.0.{part}", "float32", (1, HEADS, present, SIZE)) for part in ("key", "value")]
-    inputs = [TensorSpec("qkv", "float32", (1, "length", 3 * WIDTH)), *pasts]
+    pasts = [TensorSpec(f"past.0.{part}", "float32", ("batch", HEADS, past, SIZE)) for part in ("key", "value")]
+    presents = [
+        TensorSpec(f"present.0.{part}", "float32", ("batch", HEADS, present, SIZE)) for part in ("key", "value")
+    ]
+    inputs = [TensorSpec("qkv", "float32", ("batch", "length", 3 * WIDTH)), *pasts]
     if kind is in_place:
         inputs.append(TensorSpec("start", "int64", (1,)))
-    outputs = [TensorSpec("mixed", "float32", (1, "length", WIDTH)), *presents]
+    outputs = [TensorSpec("mixed", "float32", ("batch", "length", WIDTH)), *presents]
 
     def declared(tensors: list[TensorSpec]) -> list[Any]:
         kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
@@ -109,6 +113,22 @@ def test_every_pass_sees_those_before_it(kind: Any, tmp_path: Path) -> None:
         rows = random.standard_normal((ends[-1], 3 * WIDTH)).astype(np.float32)
         for start, end in zip([0, *ends], ends, strict=False):
             np.testing.assert_allclose(passed(kept, rows, start, end), last_row(rows[:end]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [in_place, longer])
+def test_observations_of_a_batch_have_their_own_pasts(kind: Any, tmp_path: Path) -> None:
+    kept, rows = cache(kind, tmp_path), np.random.default_rng(0).standard_normal((3, 9, 3 * WIDTH)).astype(np.float32)
+
+    def mixed(batch: int, start: int, end: int) -> np.ndarray:
+        inputs = {"qkv": rows[:batch, start:end], "start": np.array([start]), "end": np.array([end])}
+        return kept.run(inputs)["mixed"][:, -1]
+
+    for batch in (1, 3, 2):
+        for start, end in ((0, 5), (5, 6), (6, 7)):
+            expected = np.stack([last_row(rows[i, :end]) for i in range(batch)])
+            np.testing.assert_allclose(mixed(batch, start, end), expected, atol=1e-5)
+    with pytest.raises(NoAction, match="expected 2 observations, as in the pass before, found 3"):
+        mixed(3, 7, 8)
 
 
 @pytest.mark.parametrize("kind", [in_place, longer])

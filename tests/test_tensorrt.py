@@ -159,15 +159,17 @@ def check_integers(parent: Artifact, graphs: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["act", "openvla-oft-l1", "smolvla"])
-def test_int8_is_near(name: str, exported: EXPORTED) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.2), ("fp8", 1.5)])
+def test_products_of_8_bits_are_near(name: str, precision: str, tolerance: float, exported: EXPORTED) -> None:
     """Tiny random policies are more sensitive than trained ones; but no graph is built wrongly."""
-    artifact = exported(name, "pruned", "int8", tolerance=0.2)
+    artifact = exported(name, "pruned", precision, tolerance=tolerance)
+    assert read_plan(artifact.file(PLAN)).least_sm == {"int8": 72, "fp8": 89}[precision]
     kinds = [node.op_type for model in models(artifact) for node in model.graph.node]
     assert kinds.count("QuantizeLinear") > 4
     assert kinds.count("DequantizeLinear") == 2 * kinds.count("QuantizeLinear")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4", "int8", "fp8"])
 def test_only_standard_operators_of_one_opset_and_consistent_types(precision: str, exported: EXPORTED) -> None:
     for name in ("openvla", "smolvla", "act"):
         kind = "int4" if precision == "int4" else "pruned"
@@ -189,11 +191,12 @@ def test_the_plan_bounds_what_the_drivers_pass(exported: EXPORTED) -> None:
                 self.used, self.engine, self.graphs = used, engine, graphs
 
             def run(self, graph: str, inputs: Any) -> dict[str, Any]:
-                start = int(inputs["start"][0]) if "start" in inputs else None  # how long a past the engine keeps
+                # How long a past the engine keeps, and of how many observations.
+                kept = {"past": int(inputs["start"][0]) if "start" in inputs else None, "batch": 1}
                 shapes = {
                     tensor.name: inputs[tensor.name].shape
                     if tensor.name in inputs
-                    else tuple(start if size == "past" else size for size in tensor.shape)
+                    else tuple(kept.get(size, size) for size in tensor.shape)
                     for tensor in self.graphs[graph].inputs
                 }
                 fitting = [i for i, each in enumerate(self.graphs[graph].profiles) if fits(each, shapes)]
@@ -347,6 +350,26 @@ def test_8_bit_products_are_close(tmp_path: Path) -> None:
     assert 0.008 < error < 0.014
 
 
+def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
+    state, x = layers(a=(48, 256)), np.random.default_rng(0).standard_normal((9, 256)).astype(np.float32)
+    x[3] *= 1e-4  # a row of small numbers keeps its digits
+    one = float(np.abs(x).max()) / 448
+    weights = Weights(Tensors("one", state))
+    flavour = Flavour("float16", scales={"layer.a.weight": one}, eight="fp8")
+    found = product(weights, flavour, x, tmp_path / "m.onnx", "a")
+
+    def rounded(values: torch.Tensor, one: float) -> torch.Tensor:
+        return (values / one).to(torch.float8_e4m3fn).float() * one
+
+    weight = state["layer.a.weight"].float()
+    expected = rounded(torch.from_numpy(x), one) @ rounded(weight, float(weight.abs().max()) / 448).T
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
+    exact = x @ weight.numpy().T
+    assert 0.02 < np.linalg.norm(found[:3] - exact[:3]) / np.linalg.norm(exact[:3]) < 0.05  # 3 bits of mantissa
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert stored["layer.a.weight.q"].data_type == TensorProto.FLOAT8E4M3FN
+
+
 def test_a_static_scale_is_taken_where_it_is_fine_enough() -> None:
     # 127 / 127 is a step of 1, an error of 1 / sqrt(12) = 0.289; allowed are 2 % of the root mean square.
     assert step_of(np.array([[127, 400], [60, 20]], np.float32)) == pytest.approx(1)  # rms sqrt(210) = 14.49: 1.99 %
@@ -359,11 +382,11 @@ def test_a_static_scale_is_taken_where_it_is_fine_enough() -> None:
 
 def test_precisions_that_the_weights_do_not_have_are_refused(of: OF) -> None:
     assert choose_precision(of("pi0", "dense"), None) == "fp16"
-    with pytest.raises(UserError, match=r"fp16, bf16, fp32, int8 .*bfloat16 on TensorRT, found int4"):
+    with pytest.raises(UserError, match=r"fp16, bf16, fp32, int8, fp8 .*bfloat16 on TensorRT, found int4"):
         choose_precision(of("pi0", "dense"), "int4")
-    with pytest.raises(UserError, match=r"int4, fp16, bf16, int8 .*int4 on TensorRT, found w4a8"):
+    with pytest.raises(UserError, match=r"int4, fp16, bf16, int8, fp8 .*int4 on TensorRT, found w4a8"):
         choose_precision(of("pi0", "int4"), "w4a8")
-    with pytest.raises(UserError, match=r"int4, bf16, int8 .*found fp32"):
+    with pytest.raises(UserError, match=r"int4, bf16, int8, fp8 .*found fp32"):
         choose_precision(of("pi05", "int4"), "fp32")
 
 

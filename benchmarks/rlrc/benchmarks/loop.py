@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from rlrc.runtime.guard import Guard
 from rlrc.runtime.hygiene import real_time
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.telemetry import Telemetry, jitter, summary
+from rlrc.runtime.telemetry import PARTS, Telemetry, jitter, summary
 
 HZ = 50.0
 LATE = 10.0  # periods that a state may be old: the simulator shares the machine
@@ -52,16 +51,6 @@ class Slowed:
         result = self._policy.infer(observation, continuation)
         time.sleep(max(0.0, self._seconds - (time.monotonic() - begun)))
         return result
-
-
-@dataclass
-class Played:
-    """``ended``: per episode whether it succeeded; ``reasons`` of those that a stop ended."""
-
-    telemetry: Telemetry
-    ended: list[bool]
-    reasons: list[str]
-    grown: int
 
 
 class Simulated:
@@ -116,12 +105,25 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
                 tick(1)
     finally:
         run.close()
-    beside = jitter(timed(), 1 / HZ)
+    beside = jitter(np.diff(timed()), 1 / HZ)
     return figures("steady", run.telemetry, HZ, beside, growth) | {
+        "late": late(run.telemetry.rows, timed()),
         "episodes": len(ended),
         "success": float(np.mean(ended)),
         "granted": granted,
     }
+
+
+def late(rows: NDArray[Any], woken: NDArray[np.float64]) -> list[dict[str, float]]:
+    """The steps that were sent late: what took how long, and how late the bare timer beside woke then, in ms."""
+    found = []
+    for row in rows[rows["late"]]:
+        due, sent = float(row["due"]), float(row["sent"])
+        # The first wake-up after each moment of that time, less the period that it may take.
+        gaps = np.diff(woken)[(woken[1:] > due) & (woken[:-1] < sent)]
+        took = {name: round(float(row[name]), 2) for name in ("late_ms", *(f"{part}_ms" for part in PARTS))}
+        found.append(took | {"timer_ms": round(float(gaps.max(initial=0) - 1 / HZ) * 1e3, 2)})
+    return found
 
 
 def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick: Tick) -> Iterator[dict[str, Any]]:

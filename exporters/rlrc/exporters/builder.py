@@ -158,10 +158,10 @@ class Builder(ABC):
         """How long x is along an axis, int64 (1,)."""
         return self._op("Shape", x, start=axis, end=axis + 1)
 
-    def repeat(self, name: str, batch_of: str) -> str:
-        """A weight (rows, channels) -> (batch, rows, channels)."""
+    def repeat(self, x: str, batch_of: str) -> str:
+        """The same (rows, channels) for every observation: (batch, rows, channels)."""
         shape = self.concat(self.size(batch_of, 0), self.integers(1, 1), axis=0)
-        return self._op("Expand", self.weight(name), shape)
+        return self._op("Expand", x, shape)
 
     # Layers
 
@@ -244,8 +244,8 @@ class Builder(ABC):
     ) -> tuple[str, tuple[str, str]]:
         """Causal attention of the rows from position ``start`` (1,) to themselves and to the past.
 
-        ``qkv`` (1, T, (heads + 2 * kv_heads) * head_dim) not rotated; ``past`` keys and values (1, kv_heads, capacity,
-        head_dim), into which the rows' own are written, as ``present``. -> (1, T, heads * head_dim), present.
+        ``qkv`` (B, T, (heads + 2 * kv_heads) * head_dim) not rotated; ``past`` keys and values (B, kv_heads, capacity,
+        head_dim), into which the rows' own are written, as ``present``. -> (B, T, heads * head_dim), present.
         """
         raise NotImplementedError
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from rlrc.exporters.builder import TYPES
@@ -26,7 +25,7 @@ class MixedBuilder(OnnxRuntimeBuilder):
     def __init__(self, many: OnnxRuntimeBuilder, one: OnnxRuntimeBuilder) -> None:
         super().__init__(many.weights, many.flavour)
         self.inputs, self.outputs, self.memory = many.inputs, many.outputs, many.memory + one.memory
-        several = self._op("Greater", self._op("Size", "ids"), self.constant(np.array(1)))
+        several = self._op("Greater", self.size("ids", 1), self.integers(1))
         branches = [self._branch(each, prefix) for each, prefix in zip((many, one), self.PREFIXES, strict=True)]
         outputs = [tensor.name for tensor in self.outputs]
         self._nodes.append(helper.make_node("If", [several], outputs, then_branch=branches[0], else_branch=branches[1]))

@@ -65,6 +65,8 @@ class OnnxRuntimeBuilder(Builder):
     def __init__(self, weights: Weights, flavour: Flavour) -> None:
         super().__init__(weights)
         self.flavour = flavour
+        self._ends: tuple[str, str] | None = None
+        """the last position of every observation and how many there are, the same for all blocks"""
         self.memory = 0
         """bytes of the products' weights once loaded: in 4 bits with their float32 scales, in 8 bits, or in float32"""
 
@@ -140,11 +142,13 @@ class OnnxRuntimeBuilder(Builder):
     def cached_attention(
         self, qkv: str, past: tuple[str, str], start: str, tables: tuple[str, str], heads: int, kv_heads: int
     ) -> tuple[str, tuple[str, str]]:
-        total = self._op("Cast", self.add(start, self.size(qkv, 1)), to=TensorProto.INT32)
-        last = self._op("Sub", total, self.constant(np.array([1], np.int32)))
+        if self._ends is None:
+            total = self._op("Cast", self.add(start, self.size(qkv, 1)), to=TensorProto.INT32)
+            last = self._op("Sub", total, self.constant(np.array([1], np.int32)))
+            self._ends = self._op("Expand", last, self.size(qkv, 0)), total
         outputs = [self._name() for _ in range(3)]
         sizes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1}
-        inputs = [qkv, "", "", *past, last, total, *tables]
+        inputs = [qkv, "", "", *past, *self._ends, *tables]
         self._nodes.append(helper.make_node("GroupQueryAttention", inputs, outputs, domain=CONTRIB, **sizes))
         return outputs[0], (outputs[1], outputs[2])
 

@@ -4,7 +4,8 @@ Products (linear layers, convolutions, attention's two) are computed in the flav
 everything between them in float32: norms, softmax, rotary positions and the residual stream, whose large activations
 16 bits would lose. TensorRT fuses the casts with their neighbours, and what is between the products is small beside
 their weights. Quantization is explicit: blocked DequantizeLinear of the artifact's own 4-bit integers, or
-QuantizeLinear and DequantizeLinear around 8-bit products.
+QuantizeLinear and DequantizeLinear around 8-bit products, of integers or of floats (E4M3: 4 bits of exponent, 3 of
+mantissa, arXiv 2209.05433).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
 from rlrc.exporters.weights import Weights, in_float16, nibbles
 
 Float = Literal["float32", "float16", "bfloat16"]
+Eight = Literal["int8", "fp8"]
+E4M3_MAX = 448.0
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
@@ -32,7 +35,9 @@ class Flavour:
     keep_int4: bool = False
     """4-bit weights as they are, else widened"""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """the step of the 8-bit input of every product that is to be computed in 8 bits, by its weights' joined name"""
+    """what 1 of the 8-bit input stands for, of every product that is to be computed in 8 bits, by its weights' joined
+    name"""
+    eight: Eight = "int8"
 
 
 class TensorRTBuilder(Builder):
@@ -141,9 +146,16 @@ class TensorRTBuilder(Builder):
     def _rounded(self, x: str, step: float) -> str:
         """x in 8 bits and back."""
         scale, zero = self.constant(np.array(step, np.float32)), self.constant(np.zeros((), np.int8))
+        if self.flavour.eight == "fp8":
+            zero = self._store_as("zero:e4m3", TensorProto.FLOAT8E4M3FN, (), np.zeros((), np.uint8))
         return self._op("DequantizeLinear", self._op("QuantizeLinear", x, scale, zero), scale, zero)
 
     def _eight_bits(self, name: str, matrix: NDArray[np.float32]) -> str:
+        """Integers with a scale for every output; floats have their own exponents, and one scale does."""
+        if self.flavour.eight == "fp8":
+            numbers, one = e4m3(matrix)
+            stored = self._store_as(f"{name}.q", TensorProto.FLOAT8E4M3FN, matrix.shape, numbers)
+            return self._op("DequantizeLinear", stored, self.constant(np.array(one, np.float32)))
         integers, scale = int8_columns(matrix)
         return self._op("DequantizeLinear", self._store(f"{name}.q", integers), self.constant(scale), axis=1)
 
@@ -173,3 +185,11 @@ class TensorRTBuilder(Builder):
             raw = np.ascontiguousarray(data).tobytes()
             self._initializers[name] = onnx.TensorProto(name=name, data_type=kind, dims=shape, raw_data=raw)
         return name
+
+
+def e4m3(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:
+    """Weights as 8-bit floats, in bytes of the same shape, and what 1 stands for: the largest becomes 448."""
+    one = max(float(np.abs(matrix).max()) / E4M3_MAX, float(np.finfo(np.float32).tiny))
+    numbers = torch.from_numpy(np.ascontiguousarray(matrix)) / one
+    bits: NDArray[np.uint8] = numbers.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return bits, one

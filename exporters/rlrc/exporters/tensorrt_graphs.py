@@ -20,9 +20,9 @@ from rlrc.runtime.backends import FOLDERS
 from rlrc.runtime.verify import GOLDEN, read_golden
 
 TENSORRT = "10.3"  # JetPack 6's; its parser reads blocked 4-bit integers, and has no highest opset
-DENSE = ("fp16", "bf16", "fp32", "int8")  # for float weights, the default first
-QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8"), "int8": ("fp16", "bf16", "int8")}
-LEAST_SM = {"fp32": 50, "fp16": 53, "bf16": 80, "int8": 72, "int4": 80}
+DENSE = ("fp16", "bf16", "fp32", "int8", "fp8")  # for float weights, the default first
+QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8", "fp8"), "int8": ("fp16", "bf16", "int8", "fp8")}
+LEAST_SM = {"fp32": 50, "fp16": 53, "bf16": 80, "int8": 72, "fp8": 89, "int4": 80}
 WORKSPACE = 2**30
 
 
@@ -69,8 +69,8 @@ def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphS
 
 def flavour(parent: Artifact, weights: Weights, precision: str) -> Flavour:
     half: Float = "bfloat16" if parent.manifest.policy.family in OVERFLOWS or precision == "bf16" else "float16"
-    if precision == "int8":
-        return Flavour(half, scales=scales(parent, weights))
+    if precision == "int8" or precision == "fp8":
+        return Flavour(half, scales=scales(parent, weights, precision), eight=precision)  # type: ignore[arg-type]
     return Flavour("float32" if precision == "fp32" else half, keep_int4=precision == "int4")
 
 

@@ -16,7 +16,7 @@ from rlrc.artifact import Artifact, GraphSpec
 from rlrc.exporters.builder import INT8_MIN_INPUTS, joined
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.stand_in import StandIn
-from rlrc.exporters.tensorrt import Flavour, TensorRTBuilder
+from rlrc.exporters.tensorrt import E4M3_MAX, Eight, Flavour, TensorRTBuilder
 from rlrc.exporters.weights import Weights
 from rlrc.runtime import verify
 from rlrc.runtime.policy import LocalPolicy
@@ -57,8 +57,8 @@ class Recorder:
         return self.engine.versions()
 
 
-def scales(parent: Artifact, weights: Weights) -> dict[str, float]:
-    """The step of every product's input that 8 bits suffice for, by its weights' joined name.
+def scales(parent: Artifact, weights: Weights, eight: Eight) -> dict[str, float]:
+    """What 1 stands for in every product's input that 8 bits suffice for, by its weights' joined name.
 
     Holds the policy in float32, one graph after the other on the disk and all in memory while it runs.
     """
@@ -81,7 +81,14 @@ def scales(parent: Artifact, weights: Weights) -> dict[str, float]:
         LocalPolicy(artifact, backend="tensorrt", engine=recorder),
         verify.read_golden(parent.file(verify.GOLDEN), manifest.policy),
     )
-    return {name: step for name, seen in recorder.seen.items() if (step := step_of(np.stack(seen))) is not None}
+    of = step_of if eight == "int8" else one_of
+    return {name: scale for name, seen in recorder.seen.items() if (scale := of(np.stack(seen))) is not None}
+
+
+def one_of(seen: NDArray[np.float32]) -> float | None:
+    """As ``step_of``, of 8-bit floats: they round large and small numbers alike, by 3 % at most."""
+    largest = float(seen[:, 0].max())
+    return largest / E4M3_MAX if largest > 0 else None
 
 
 def step_of(seen: NDArray[np.float32]) -> float | None:

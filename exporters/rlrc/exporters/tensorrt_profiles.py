@@ -11,7 +11,7 @@ from rlrc.jetson.build_plan import Bounds
 
 Sizes = dict[str, tuple[int, int, int]]
 """Least, usual and largest value of a dynamic dimension by its name."""
-BATCH = (1, 1, 8)  # of the reference family; other families' graphs take one observation
+BATCH = (1, 1, 1)  # a robot has one observation; memory for more would have to be there all the time
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def passes(policy: PolicySpec, graph: str, seen: list[int], prompt: Lengths) -> 
     if policy.decode == "autoregressive":
         first = {"image_tokens": (least, most, most), "length": (1, prompt.usual, prompt.largest), "past": (0, 0, 0)}
         told, longest = most + prompt.usual, most + prompt.largest + action.horizon * action.dim
-        return [first, {"image_tokens": (0, 0, 0), "length": (1, 1, 1), "past": (1, told, longest)}]
+        later = {"image_tokens": (0, 0, 0), "length": (1, 1, 1), "past": (1, told, longest)}
+        return [{**sizes, "batch": BATCH} for sizes in (first, later)]
     if graph == "step":  # the prefix's keys, among which the state may be
-        return [{"length": (least + 1, most + prompt.usual + 1, most + prompt.largest + 1)}]
+        return [{"length": (least + 1, most + prompt.usual + 1, most + prompt.largest + 1), "batch": BATCH}]
     return [
         {
             "image_tokens": (least, most, most),

@@ -48,7 +48,7 @@ class BuildPlan:
     ``int4_block``: inputs that share a scale of 4-bit weights, None without any.
     """
 
-    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
     tensorrt: str
     """the oldest release that reads the graphs, "10.3" """
     least_sm: int

@@ -174,7 +174,7 @@ class Control:
             self._progress += 1
             self._played.append(sent)
         row["sent"], row["command_ms"] = sent, _since(guarding, sent)
-        row["held"], row["stopped"] = verdict.held, self.guard.stopped
+        row["late"], row["held"], row["stopped"] = sent - due >= self.timing.period, verdict.held, self.guard.stopped
         row["clamped"] = sum(event.act == "clamp" for event in verdict.events)
         self.telemetry.commanded(verdict.command)
         self._ask(sensed)

@@ -7,7 +7,7 @@ flow policy also takes ``noise`` float (horizon, width); left out, it is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, TypedDict
@@ -92,18 +92,27 @@ class LocalPolicy:
 
     def infer(self, observation: Mapping[str, Any], continuation: Continuation | None = None) -> Result:
         """``continuation``: what the chunk has to go on from (rlrc.runtime.continuation)."""
-        started = perf_counter()
         if continuation is not None:
             continuation.check(self.spec.action)
-        preprocess.check(observation, self.spec)
-        prepared = preprocess.prepare(observation, self.spec, self._tokenizer)
-        inputs: dict[str, NDArray[Any]] = {}
-        if prepared.ids is not None:
-            inputs["ids"] = prepared.ids[None]
-        if prepared.state is not None:
-            inputs["state"] = prepared.state[None]
+        return self._infer([observation], continuation)[0]
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[Result]:
+        """A chunk for each, from one pass of every graph over all; ``timing`` is that of all.
+
+        Raises UserError as ``infer``, and unless all have the same cameras and prompts of as many tokens; NoAction from
+        engines that take one observation at a time. Precisions that scale all activations of a layer together (int8)
+        round an observation otherwise beside others than alone.
+        """
+        return self._infer(observations, None)
+
+    def _infer(self, observations: Sequence[Mapping[str, Any]], continuation: Continuation | None) -> list[Result]:
+        started = perf_counter()
+        for observation in observations:
+            preprocess.check(observation, self.spec)
+        prepared = [preprocess.prepare(observation, self.spec, self._tokenizer) for observation in observations]
+        inputs = _stacked(prepared)
         ready = perf_counter()
-        inputs["image_tokens"] = self._see(prepared.pixels)
+        inputs["image_tokens"] = self._see([each.pixels for each in prepared])
         seen = perf_counter()
         graphs_s = 0.0
 
@@ -114,7 +123,7 @@ class LocalPolicy:
             graphs_s += perf_counter() - begun
             return outputs
 
-        decoded = self._decode(run, inputs, observation, continuation)
+        decoded = self._decode(run, inputs, observations, continuation)
         finished = perf_counter()
         timing = Timing(
             preprocess_ms=(ready - started) * 1e3,
@@ -122,8 +131,10 @@ class LocalPolicy:
             decoder_ms=graphs_s * 1e3,
             postprocess_ms=(finished - seen - graphs_s) * 1e3,
         )
-        tokens = None if decoded.tokens is None else decoded.tokens[0]
-        return Result(actions=decoded.actions[0], tokens=tokens, timing=timing)
+        tokens = [None] * len(prepared) if decoded.tokens is None else decoded.tokens
+        return [
+            Result(actions=own, tokens=ids, timing=timing) for own, ids in zip(decoded.actions, tokens, strict=True)
+        ]
 
     def reset(self) -> None:
         """Starts the generator of the noise anew. Nothing else outlives a chunk."""
@@ -134,30 +145,59 @@ class LocalPolicy:
         preprocess.check(observation, self.spec)
         return preprocess.prepare(observation, self.spec, self._tokenizer).ids
 
-    def _see(self, pixels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """-> image tokens (1, N, width) of all cameras, one after the other; those of one size go in together."""
-        together = len(pixels) > 1 and len({picture.shape for picture in pixels}) == 1
-        batches = [np.stack(pixels)] if together else [picture[None] for picture in pixels]
-        seen = [self.engine.run("vision", {"pixels": batch})["image_tokens"] for batch in batches]
-        tokens = [batch.reshape(1, -1, batch.shape[-1]) for batch in seen]
+    def _see(self, pictures: list[list[NDArray[np.float32]]]) -> NDArray[np.float32]:
+        """Of every observation -> image tokens (B, N, width) of its cameras, one after the other.
+
+        All pictures go in together if they have one size, else those of each camera.
+        """
+        cameras = list(zip(*pictures, strict=True))
+        if len({picture.shape for camera in cameras for picture in camera}) == 1:
+            cameras = [tuple(picture for own in pictures for picture in own)]
+        seen = [self.engine.run("vision", {"pixels": _stack(camera)})["image_tokens"] for camera in cameras]
+        tokens = [each.reshape(len(pictures), -1, each.shape[-1]) for each in seen]
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens, 1)
 
     def _decode(
         self,
         run: decode.Run,
         inputs: dict[str, NDArray[Any]],
-        observation: Mapping[str, Any],
+        observations: Sequence[Mapping[str, Any]],
         continuation: Continuation | None,
     ) -> decode.Decoded:
         action, flow = self.spec.action, self.spec.flow
         if flow is not None:
-            noise = observation.get("noise")
-            if noise is None:
-                noise = self._noise.standard_normal((action.horizon, flow.width), np.float32)
-            return decode.flow(run, inputs, action, flow, np.asarray(noise, np.float32)[None], continuation)
+            noise = np.stack(
+                [self._noise_of(observation, (action.horizon, flow.width)) for observation in observations]
+            )
+            return decode.flow(run, inputs, action, flow, noise, continuation)
         if self.spec.decode == "autoregressive":
             return decode.autoregressive(run, inputs, action, continuation)
         return decode.parallel(run, inputs, action, continuation)
+
+    def _noise_of(self, observation: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.float32]:
+        given = observation.get("noise")
+        return self._noise.standard_normal(shape, np.float32) if given is None else np.asarray(given, np.float32)
+
+
+def _stacked(prepared: Sequence[preprocess.Prepared]) -> dict[str, NDArray[Any]]:
+    """``ids`` and ``state`` of all, as far as they have them. Raises UserError unless they fit together."""
+    kinds = {(len(each.pixels), None if each.ids is None else len(each.ids)) for each in prepared}
+    if len(kinds) != 1:
+        found = ", ".join(f"{cameras} and {ids}" for cameras, ids in sorted(kinds)) or "none"
+        raise UserError(
+            f"expected observations with as many cameras and prompt tokens each, found {found}; infer them one by one"
+        )
+    inputs: dict[str, NDArray[Any]] = {}
+    for name in ("ids", "state"):
+        values = [getattr(each, name) for each in prepared]
+        if values[0] is not None:
+            inputs[name] = _stack(values)
+    return inputs
+
+
+def _stack(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One is not copied."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def loaded(backend: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ STEP = np.dtype(
         ("place", np.int16),  # of the action in its chunk
         ("age_ms", np.float32),  # since the state that the guard saw was measured
         ("clamped", np.int16),  # guard events of this step, by what was done
+        ("late", np.bool_),  # sent when the next step was due already
         ("held", np.bool_),
         ("stopped", np.bool_),
         ("skipped", np.int32),  # steps before this one that were not begun in time, and so left out
@@ -37,21 +38,44 @@ STEP = np.dtype(
 PARTS = ("sense", "plan", "guard", "command", "ask")
 
 
+COUNTED = ("late", "held", "skipped", "clamped")
+
+
 class Telemetry:
-    """The last ``capacity`` steps. ``commands`` are kept beside, (capacity, dim)."""
+    """The last ``capacity`` steps, and ``counts`` of all. ``commands`` are kept beside, (capacity, dim)."""
 
     def __init__(self, capacity: int, dim: int) -> None:
         self._rows, self._commands = np.zeros(capacity, STEP), np.zeros((capacity, dim), np.float32)
         self._rows["sent"] = self._commands[...] = 0.0  # touched now, so that no page is missing later
         self.steps = 0
+        self._begun = 0.0  # when the first step was due, once that is forgotten
+        self._gone = dict.fromkeys(COUNTED, 0)
 
     def next(self) -> Any:
         """The record of a new step, to be filled in."""
         row = self._rows[self.steps % len(self._rows)]
+        if self.steps >= len(self._rows):
+            self._forget(row)
         row["inference_ms"], row["command_ms"] = np.nan, np.nan
         row["chunk"] = row["place"] = 0  # an older step's, when the capacity is used up
         self.steps += 1
         return row
+
+    def _forget(self, row: Any) -> None:
+        if self.steps == len(self._rows):
+            self._begun = float(row["due"])
+        for name in COUNTED:
+            self._gone[name] += int(_count(name, row[name]))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of all steps: those that were sent late, held, clamped; and how many were skipped before them."""
+        return {name: gone + int(_count(name, self.rows[name]).sum()) for name, gone in self._gone.items()}
+
+    @property
+    def begun(self) -> float:
+        """When the first step was due."""
+        return self._begun if self.steps > len(self._rows) else float(self._rows["due"][0])
 
     def commanded(self, command: NDArray[Any] | None) -> None:
         """The command of the newest step."""
@@ -72,25 +96,32 @@ class Telemetry:
         return np.roll(array, -(self.steps % len(array)), 0)
 
 
+def _count(name: str, values: Any) -> Any:
+    return values > 0 if name == "clamped" else values
+
+
 def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
-    """What a run was like, in seconds and milliseconds. ``late_actions``: sent when the next step was due already."""
+    """What a run was like, in seconds and milliseconds. ``late_actions``: sent when the next step was due already.
+
+    Percentiles are those of the steps that are still there.
+    """
     rows = telemetry.rows
     if not len(rows):
         raise UserError("expected at least one step to sum up, found none; run longer")
     overhead = np.sum([rows[f"{part}_ms"] for part in PARTS], 0)
     lag = (rows["sent"] - rows["due"]) * 1e3
     came = rows["inference_ms"][np.isfinite(rows["inference_ms"])]
-    seconds = float(rows["due"][-1] - rows["due"][0]) + period
+    seconds, counts = float(rows["due"][-1]) - telemetry.begun + period, telemetry.counts
     return {
         "steps": telemetry.steps,
         "seconds": seconds,
-        "hz": len(rows) / seconds,
-        "late_actions": int((lag >= period * 1e3).sum()),
-        "held_steps": int(rows["held"].sum()),
-        "skipped_steps": int(rows["skipped"].sum()),
-        "clamped_steps": int((rows["clamped"] > 0).sum()),
+        "hz": telemetry.steps / seconds,
+        "late_actions": counts["late"],
+        "held_steps": counts["held"],
+        "skipped_steps": counts["skipped"],
+        "clamped_steps": counts["clamped"],
         "stopped": bool(rows["stopped"][-1]),
-        "jitter_ms_p99": jitter(rows["sent"], period),
+        "jitter_ms_p99": jitter(np.diff(rows["sent"])[np.diff(rows["step"]) > 0], period),
         "lag_ms": _percentiles(lag),
         "overhead_ms": _percentiles(overhead),
         **{f"{part}_ms": _percentiles(rows[f"{part}_ms"]) for part in PARTS},
@@ -127,9 +158,8 @@ def told(totals: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def jitter(sent: NDArray[Any], period: float) -> float:
-    """How far the time between two commands is from whole periods, in milliseconds, at the 99th percentile."""
-    gaps = np.diff(sent)
+def jitter(gaps: NDArray[Any], period: float) -> float:
+    """How far the times between two commands of an episode are from whole periods, in ms, at the 99th percentile."""
     return float(np.percentile(np.abs(gaps - np.round(gaps / period) * period), 99) * 1e3) if len(gaps) else 0.0
 
 

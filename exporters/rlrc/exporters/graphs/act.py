@@ -58,27 +58,27 @@ def conv_norm(b: Builder, x: str, name: str, module: ConvNorm) -> str:
 
 
 def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (1, N, width) of all cameras, ``state`` (1, S) -> ``actions`` (1, horizon, dim)."""
+    """``image_tokens`` (batch, N, width) of all cameras, ``state`` (batch, S) -> ``actions`` (batch, horizon, dim)."""
     geometry, action, width = Geometry.of(policy), policy.action, towers["encoder"].width
     grids = [feature_size(camera.height, camera.width, geometry.dilated) for camera in policy.cameras]
     seen = sum(rows * columns for rows, columns in grids) if len(set(grids)) == 1 else "image_tokens"
-    image_tokens = b.input("image_tokens", "float32", (1, seen, width))
-    parts = [b.reshape(b.weight("latent"), 1, 1, width)]
+    image_tokens = b.input("image_tokens", "float32", ("batch", seen, width))
+    parts = [b.repeat(b.reshape(b.weight("latent"), 1, width), batch_of=image_tokens)]
     if policy.state is not None:
-        state = b.input("state", "float32", (1, geometry.state + geometry.environment))
+        state = b.input("state", "float32", ("batch", geometry.state + geometry.environment))
         start = 0
         for name, numbers in (("state", geometry.state), ("environment", geometry.environment)):
             if numbers:
                 felt = b.slice(state, start, start + numbers)
-                parts.append(b.linear(b.reshape(felt, 1, 1, numbers), name, bias=True))
+                parts.append(b.linear(b.reshape(felt, 0, 1, numbers), name, bias=True))
                 start += numbers
     tables = [sinusoidal(rows, columns, width).numpy() for rows, columns in grids]
     position = b.concat(b.weight("position"), *map(b.constant, tables), axis=0)
     memory = transformer(b, b.concat(*parts, image_tokens), "encoder", towers, geometry.pre_norm, position)
-    chunk = b.constant(np.zeros((1, action.horizon, width), np.float32))
+    chunk = b.repeat(b.op("ConstantOfShape", b.integers(action.horizon, width)), batch_of=image_tokens)
     query = b.weight("query")
     x = transformer(b, chunk, "decoder", towers, geometry.pre_norm, query, memory, b.add(memory, position))
-    b.output("actions", b.linear(x, "head", bias=True), "float32", (1, action.horizon, action.dim))
+    b.output("actions", b.linear(x, "head", bias=True), "float32", ("batch", action.horizon, action.dim))
 
 
 def transformer(
@@ -91,7 +91,7 @@ def transformer(
     memory: str | None = None,
     memory_key: str | None = None,
 ) -> str:
-    """Transformer: x (1, T, width) with positions (T, width); cross blocks attend to the memory (1, S, width)."""
+    """Transformer: x (batch, T, width), positions (T, width); cross blocks attend to the memory (batch, S, width)."""
     tower = towers[name]
     for i, layer in enumerate(tower.layers):
         block = f"{name}.layers.{i}"

@@ -32,7 +32,7 @@ def vision_transformer(
     # Added to the positions, the bias costs nothing: a sum of constants is computed at load.
     x = b.add(x, b.add(b.weight(f"{name}.position"), b.weight(f"{name}.stem.steps.0.bias")))
     if extra:
-        x = b.concat(b.repeat(f"{name}.extra", batch_of=pixels), x)
+        x = b.concat(b.repeat(b.weight(f"{name}.extra"), batch_of=pixels), x)
     for i, layer in enumerate(tower.layers):
         x = vision_block(b, x, f"{name}.layers.{i}", tower, layer, scaled)
     return b.slice(x, extra, None) if extra else x
@@ -79,7 +79,7 @@ class Around:
     """What all blocks of one pass share.
 
     ``rotary`` are cosines and sines (T, head_dim / 2); ``mask`` is additive, (T, P + T), or None; ``cross_rotary`` are
-    those of cross blocks' queries; ``condition`` is what adaptive norms take: (1, C), or the count of the step (1,).
+    those of cross blocks' queries; ``condition`` is what adaptive norms take: (batch, C), or the step's count (batch,).
     With ``start``, the first position (1,), attention is causal and in the past's own place, and the cosines and sines
     are those of all positions.
     """
@@ -102,9 +102,9 @@ def decoder_block(
     keep: int | None = None,
     cached: bool = False,
 ) -> tuple[str, KeyValue | None]:
-    """Block: x (1, T, width) -> the last ``keep`` rows of its output (None: all), and keys and values if ``cached``.
+    """Block: x (batch, T, width) -> the last ``keep`` rows of its output (None: all), keys and values if ``cached``.
 
-    A "half" block returns x. Without a mask and a past any batch will do.
+    A "half" block returns x. Observations of one batch have the same T, and the same positions.
     """
     y, gate = norm(b, x, f"{name}.norm1", tower, around.condition)
     rotary, mask, source = around.rotary, around.mask, None
@@ -157,7 +157,7 @@ def queries_keys_values(
 
 
 def keys_values(b: Builder, y: str, name: str, layer: LayerSpec, rotary: tuple[str, str]) -> KeyValue:
-    """(1, T, kv_heads * head_dim) each, keys rotated."""
+    """(batch, T, kv_heads * head_dim) each, keys rotated."""
     width = layer.kv_heads * layer.head_dim
     k, v = b.split(b.linear(y, f"{name}.attention.k", f"{name}.attention.v"), width, width)
     return b.rotary(k, layer.kv_heads, rotary), v
@@ -175,13 +175,13 @@ def reprojected(b: Builder, past: KeyValue, name: str, layer: LayerSpec) -> KeyV
 
 
 def heads_first(b: Builder, k: str, v: str, layer: LayerSpec) -> KeyValue:
-    """(1, T, kv_heads * head_dim) -> (1, kv_heads, T, head_dim), each."""
+    """(batch, T, kv_heads * head_dim) -> (batch, kv_heads, T, head_dim), each."""
     k, v = (b.transpose(b.reshape(x, 0, 0, layer.kv_heads, layer.head_dim), 0, 2, 1, 3) for x in (k, v))
     return k, v
 
 
 def attend(b: Builder, q: str, source: KeyValue, layer: LayerSpec, mask: str | None) -> str:
-    """q (1, T, heads * head_dim), keys and values (1, kv_heads, P, head_dim) -> (1, T, heads * head_dim)."""
+    """q (batch, T, heads * head_dim), keys and values (batch, kv_heads, P, head_dim) -> as q."""
     return b.attend(q, *source, layer.heads, layer.kv_heads, layer.head_dim, mask)
 
 
@@ -206,6 +206,7 @@ def norm(b: Builder, x: str, name: str, tower: TowerSpec, condition: str | None 
         modulation = b.linear(condition, f"{name}.dense", bias=True)
     else:
         modulation = b.op("Gather", b.weight(f"{name}.table"), condition)
+    modulation = b.reshape(modulation, 0, 1, 3 * tower.width)  # the same for all rows of an observation
     scale, shift, gate = b.split(modulation, tower.width, tower.width, tower.width)
     ones = b.constant(np.ones(tower.width, np.float32))
     return b.add(b.multiply(b.rms_norm(x, ones, tower.eps), b.add(scale, b.scalar(1.0))), shift), gate

@@ -37,21 +37,21 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
 
 def state_token(b: Builder, policy: PolicySpec) -> str:
-    """``state`` (1, S) -> (1, 1, width)."""
+    """``state`` (batch, S) -> (batch, 1, width)."""
     assert policy.state is not None
     numbers = policy.state.width or len(policy.state.names)
-    return b.linear(b.reshape(b.input("state", "float32", (1, numbers)), 1, 1, numbers), "state", bias=True)
+    return b.linear(b.reshape(b.input("state", "float32", ("batch", numbers)), 0, 1, numbers), "state", bias=True)
 
 
 def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (1, N, width), ``ids`` (1, L), ``state`` -> keys and values of the blocks that the expert needs.
+    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), ``state`` -> what the expert needs: keys and values.
 
-    They are ``key.<i>`` and ``value.<i>`` (1, kv_heads, P, head_dim).
+    They are ``key.<i>`` and ``value.<i>`` (batch, kv_heads, P, head_dim).
     """
     geometry, tower, stride = FlowGeometry.parse(policy.geometry), towers["decoder"], prefix_stride(towers)
     scale = b.scalar(tower.width**0.5)
-    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
-    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    image_tokens = b.input("image_tokens", "float32", ("batch", "image_tokens", tower.width))
+    words = b.embed(b.input("ids", "int64", ("batch", "length")), "embedding")
     parts = [b.multiply(image_tokens, scale) if geometry.scaled else image_tokens, b.multiply(words, scale)]
     if geometry.state == "prefix":
         parts.append(state_token(b, policy))
@@ -69,34 +69,34 @@ def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         if needed:
             assert source is not None
             for part, cached in zip(("key", "value"), source, strict=True):
-                b.output(f"{part}.{i}", cached, "float32", (1, layer.kv_heads, "length", layer.head_dim))
+                b.output(f"{part}.{i}", cached, "float32", ("batch", layer.kv_heads, "length", layer.head_dim))
 
 
 def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The prefix's keys and values, ``state``, ``x`` (1, horizon, width) and ``t`` (1,) -> its ``velocity``.
+    """The prefix's keys and values, ``state``, ``x`` (batch, horizon, width) and ``t`` (batch,) -> its ``velocity``.
 
-    An expert with norms for fixed steps takes their count ``step`` (1,) instead of ``t``.
+    An expert with norms for fixed steps takes their count ``step`` (batch,) instead of ``t``.
     """
     geometry, tower, action = FlowGeometry.parse(policy.geometry), towers["expert"], policy.action
     assert policy.flow is not None
     stride = prefix_stride(towers)
     past = [
         tuple(
-            b.input(f"{part}.{i * stride}", "float32", (1, layer.kv_heads, "length", layer.head_dim))
+            b.input(f"{part}.{i * stride}", "float32", ("batch", layer.kv_heads, "length", layer.head_dim))
             for part in ("key", "value")
         )
         for i, layer in enumerate(towers["decoder"].layers[::stride])
     ]
-    shape = (1, action.horizon, policy.flow.width)
+    shape = ("batch", action.horizon, policy.flow.width)
     x, condition = b.linear(b.input("x", "float32", shape), "action_in", bias=True), None
     if tower.norm == "steps":
-        condition = b.input("step", "int64", (1,))
+        condition = b.input("step", "int64", ("batch",))
     else:
-        time = sines(b, b.input("t", "float32", (1,)), tower.width, geometry.periods)
+        time = sines(b, b.input("t", "float32", ("batch",)), tower.width, geometry.periods)
         if tower.norm == "adaptive":
             condition = b.linear_activated(b.linear_activated(time, "time_in", "silu"), "time_out", "silu")
         else:
-            same = b.op("Expand", b.reshape(time, 1, 1, tower.width), b.integers(1, action.horizon, tower.width))
+            same = b.op("Expand", b.reshape(time, 0, 1, tower.width), b.integers(1, action.horizon, 1))
             x = b.linear(b.linear_activated(b.concat(x, same, axis=2), "time_in", "silu"), "time_out", bias=True)
     if geometry.state == "suffix":
         x = b.concat(state_token(b, policy), x)
@@ -117,10 +117,10 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
 
 def sines(b: Builder, t: str, width: int, periods: tuple[float, float]) -> str:
-    """FlowPolicy.time: t (1,) -> sines and cosines (1, width), of angles in float64 where the engine has that."""
+    """FlowPolicy.time: t (batch,) -> sines and cosines (batch, width), of angles in float64 if the engine has that."""
     shortest, longest = periods
     speed = 2 * math.pi / (shortest * (longest / shortest) ** np.linspace(0, 1, width // 2))
-    angle = b.multiply(b.cast(b.reshape(t, 1, 1), b.WIDE), b.constant(speed[None].astype(b.WIDE)))
+    angle = b.multiply(b.cast(b.reshape(t, -1, 1), b.WIDE), b.constant(speed[None].astype(b.WIDE)))
     # ONNX Runtime has sines of float64, but no cosines.
     both = b.concat(angle, b.add(angle, b.constant(np.array(math.pi / 2, b.WIDE))))
     return b.cast(b.op("Sin", both), "float32")

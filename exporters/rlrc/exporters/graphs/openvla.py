@@ -40,7 +40,7 @@ def gelu_mlp(b: Builder, x: str, name: str, linears: int) -> str:
 
 
 def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (1, N, width), ``ids`` (1, L) and the past -> ``logits`` (1, rows) of the last position.
+    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), the past -> ``logits`` (batch, rows) of the last position.
 
     The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal, from
     the position ``start``. Keys and values stay in the past's place where the builder has an attention for that.
@@ -51,7 +51,7 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     lengths = {"past": "capacity", "present": "capacity"} if in_place else {"past": "past", "present": "present"}
     past = [
         tuple(
-            b.input(f"past.{i}.{part}", "float32", (1, layer.kv_heads, lengths["past"], layer.head_dim))
+            b.input(f"past.{i}.{part}", "float32", ("batch", layer.kv_heads, lengths["past"], layer.head_dim))
             for part in ("key", "value")
         )
         for i, layer in enumerate(tower.layers)
@@ -64,34 +64,34 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         )
         assert present is not None
         for part, kept in zip(("key", "value"), present, strict=True):
-            shape = (1, layer.kv_heads, lengths["present"], layer.head_dim)
+            shape = ("batch", layer.kv_heads, lengths["present"], layer.head_dim)
             b.output(f"present.{i}.{part}", kept, "float32", shape)
     next_token(b, blocks.norm(b, x, "decoder.norm", tower)[0], policy)
 
 
 def seen_and_told(b: Builder, tower: TowerSpec) -> str:
-    """The first id's embedding, the image tokens, those of the other ids: (1, T, width)."""
-    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
-    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    """The first id's embedding, the image tokens, those of the other ids: (batch, T, width)."""
+    image_tokens = b.input("image_tokens", "float32", ("batch", "image_tokens", tower.width))
+    words = b.embed(b.input("ids", "int64", ("batch", "length")), "embedding")
     return b.concat(b.slice(words, 0, 1), image_tokens, b.slice(words, 1, None))
 
 
 def next_token(b: Builder, hidden: str, policy: PolicySpec) -> None:
-    """The normalised hidden state of the last position (1, 1, width) -> ``logits``."""
+    """The normalised hidden state of the last position (batch, 1, width) -> ``logits``."""
     assert policy.action.tokens is not None
-    shape = (1, policy.action.tokens.rows)
-    b.output("logits", b.reshape(b.linear(hidden, "head"), *shape), "float32", shape)
+    rows = policy.action.tokens.rows
+    b.output("logits", b.reshape(b.linear(hidden, "head"), 0, rows), "float32", ("batch", rows))
 
 
 def step_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The step's inputs but the past -> ``x`` (1, T, width), where another engine computes the blocks."""
+    """The step's inputs but the past -> ``x`` (batch, T, width), where another engine computes the blocks."""
     tower = towers["decoder"]
-    b.output("x", seen_and_told(b, tower), "float32", (1, "x", tower.width))
+    b.output("x", seen_and_told(b, tower), "float32", ("batch", "x", tower.width))
 
 
 def step_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``hidden`` (1, 1, width) of the last position, normalised -> ``logits`` (1, rows)."""
-    next_token(b, b.input("hidden", "float32", (1, 1, towers["decoder"].width)), policy)
+    """``hidden`` (batch, 1, width) of the last position, normalised -> ``logits`` (batch, rows)."""
+    next_token(b, b.input("hidden", "float32", ("batch", 1, towers["decoder"].width)), policy)
 
 
 def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.Around:
@@ -114,7 +114,7 @@ def continued(b: Builder, tower: TowerSpec, past: str, length: str) -> blocks.Ar
 
 
 def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (1, N, width), ``ids`` (1, L), ``state`` (1, S) -> ``logits`` or ``actions`` of the chunk."""
+    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), ``state`` (batch, S) -> ``logits`` or ``actions``."""
     tower = towers["decoder"]
     x = chunk_sequence(b, policy, tower)
     around = blocks.Around(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
@@ -126,18 +126,20 @@ def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
 
 def chunk_sequence(b: Builder, policy: PolicySpec, tower: TowerSpec) -> str:
-    """What the decoder's blocks take: OFTPolicy.sequence, (1, T, width)."""
+    """What the decoder's blocks take: OFTPolicy.sequence, (batch, T, width)."""
     numbers = policy.action.horizon * policy.action.dim
-    image_tokens = b.input("image_tokens", "float32", (1, "image_tokens", tower.width))
-    words = b.embed(b.input("ids", "int64", (1, "length")), "embedding")
+    image_tokens = b.input("image_tokens", "float32", ("batch", "image_tokens", tower.width))
+    ids = b.input("ids", "int64", ("batch", "length"))
+    words = b.embed(ids, "embedding")
     parts = [b.slice(words, 0, 1), image_tokens]
     if policy.state is not None:
         dimensions = len(policy.state.names)
-        state = b.input("state", "float32", (1, dimensions))
-        parts.append(gelu_mlp(b, b.reshape(state, 1, 1, dimensions), "state", 2))
-    empty = b.op("ConstantOfShape", b.integers(1, numbers, tower.width))
+        state = b.input("state", "float32", ("batch", dimensions))
+        parts.append(gelu_mlp(b, b.reshape(state, 0, 1, dimensions), "state", 2))
+    empty = b.op("ConstantOfShape", b.integers(numbers, tower.width))
     stop = b.embed(b.reshape(b.integers(STOP), 1, 1), "embedding")
-    return b.concat(*parts, b.slice(words, 1, None), empty, stop)
+    end = (b.repeat(rows, batch_of=ids) for rows in (empty, stop))
+    return b.concat(*parts, b.slice(words, 1, None), *end)
 
 
 def read(policy: PolicySpec) -> int:
@@ -146,26 +148,26 @@ def read(policy: PolicySpec) -> int:
 
 
 def answer(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
-    """Normalised hidden states of the chunk's numbers (1, horizon * dim, width) -> ``logits`` or ``actions``."""
+    """Normalised hidden states of the chunk's numbers (batch, horizon * dim, width) -> ``logits`` or ``actions``."""
     action, geometry = policy.action, Geometry.of(policy)
     if action.tokens is not None:
-        shape = (1, action.horizon, action.dim, action.tokens.rows)
-        b.output("logits", b.reshape(b.linear(hidden, "head"), *shape), "float32", shape)
+        shape = (action.horizon, action.dim, action.tokens.rows)
+        b.output("logits", b.reshape(b.linear(hidden, "head"), 0, *shape), "float32", ("batch", *shape))
         return
-    x = b.reshape(hidden, 1, action.horizon, action.dim * width)
-    b.output("actions", regression(b, x, geometry.head_blocks), "float32", (1, action.horizon, action.dim))
+    x = b.reshape(hidden, 0, action.horizon, action.dim * width)
+    b.output("actions", regression(b, x, geometry.head_blocks), "float32", ("batch", action.horizon, action.dim))
 
 
 def chunk_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The chunk's inputs -> ``x`` (1, T, width), where another engine computes the blocks."""
+    """The chunk's inputs -> ``x`` (batch, T, width), where another engine computes the blocks."""
     tower = towers["decoder"]
-    b.output("x", chunk_sequence(b, policy, tower), "float32", (1, "x", tower.width))
+    b.output("x", chunk_sequence(b, policy, tower), "float32", ("batch", "x", tower.width))
 
 
 def chunk_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``hidden`` of the last positions that the chunk is read from, normalised -> ``logits`` or ``actions``."""
     width = towers["decoder"].width
-    hidden = b.input("hidden", "float32", (1, read(policy), width))
+    hidden = b.input("hidden", "float32", ("batch", read(policy), width))
     answer(b, b.slice(hidden, 0, policy.action.horizon * policy.action.dim), policy, width)
 
 

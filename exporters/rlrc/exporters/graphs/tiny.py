@@ -89,7 +89,7 @@ def sequence(b: Builder, policy: PolicySpec, towers: Towers) -> tuple[str, int]:
     ids = b.input("ids", "int64", ("batch", policy.prompt.max_tokens))
     state = b.input("state", "float32", ("batch", dimensions))
     felt = b.linear(b.reshape(state, 0, 1, dimensions), "state", bias=True)
-    x = b.concat(image_tokens, b.embed(ids, "embedding"), felt, b.repeat("query", batch_of=ids))
+    x = b.concat(image_tokens, b.embed(ids, "embedding"), felt, b.repeat(b.weight("query"), batch_of=ids))
     return x, seen + policy.prompt.max_tokens + 1 + horizon
 
 

@@ -30,9 +30,9 @@ class Engine(Protocol):
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
 
-        Of a graph that decodes token by token the engine keeps the keys and values from pass to pass: ``start`` says
-        how many positions came before, ``end`` how many there are after it (int64 (1,) each). At 0 nothing is kept.
-        Raises rlrc.runtime.decode.NoAction where the engine fails.
+        All have the same number of observations. Of a graph that decodes token by token the engine keeps the keys and
+        values from pass to pass: ``start`` says how many positions came before, ``end`` how many there are after it
+        (int64 (1,) each). At 0 nothing is kept. Raises rlrc.runtime.decode.NoAction where the engine fails.
         """
         ...
 

@@ -43,7 +43,10 @@ class LlamaCpp:
         start = int(inputs["start"][0]) if "start" in inputs else 0
         if start not in (0, self._model.length):
             raise NoAction(f"expected a pass from position 0 or {self._model.length}, found one from {start}")
-        (x,) = self._onnx.run("embed", inputs)["x"]
+        together = self._onnx.run("embed", inputs)["x"]
+        if len(together) != 1:
+            raise NoAction(f"expected one observation at a time on {ENGINE}, found {len(together)}")
+        (x,) = together
         if start == 0:
             self._model.begin(len(x) + self._later)
         return self._onnx.run("head", {"hidden": self._model.run(x, self._rows)[None]})

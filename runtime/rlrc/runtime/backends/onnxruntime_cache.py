@@ -1,6 +1,6 @@
 """Keys and values of a graph that decodes token by token, kept from pass to pass as ONNX Runtime's own tensors.
 
-Nothing is copied between passes. A graph whose pasts are declared (1, kv_heads, "capacity", head_dim) writes its
+Nothing is copied between passes. A graph whose pasts are declared (batch, kv_heads, "capacity", head_dim) writes its
 presents into the buffers that it reads; they have room for more positions than a sequence has, and stay for the next
 one. Any other graph gives longer keys and values at every pass, which become the past of the next.
 """
@@ -32,7 +32,7 @@ class Cache:
         self._outputs = [tensor.name for tensor in graph.outputs if not tensor.name.startswith(PRESENT)]
         self._in_place = all(CAPACITY in past.shape for past in self._pasts)
         self._kept: dict[str, Any] = {}  # by the names of the pasts
-        self._length = self._capacity = 0
+        self._batch = self._length = self._capacity = 0
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Raises NoAction for a pass that does not follow the one before, or start anew."""
@@ -40,10 +40,13 @@ class Cache:
         if start not in (0, self._length):
             raise NoAction(f"expected a pass from position 0 or {self._length}, found one from {start}")
         self._length = 0  # until the pass has succeeded: the next one would have to start anew
+        batch = len(inputs[self._inputs[0]])
+        if start and batch != self._batch:
+            raise NoAction(f"expected {self._batch} observations, as in the pass before, found {batch}")
         if self._in_place:
-            self._make_room(start, end)
+            self._make_room(start, end, batch)
         elif start == 0:
-            self._kept = {past.name: _zeros(past, 0) for past in self._pasts}
+            self._kept = {past.name: _zeros(past, batch, 0) for past in self._pasts}
         binding = self._session.io_binding()
         for name in self._inputs:
             binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
@@ -59,16 +62,16 @@ class Cache:
         outputs = binding.get_outputs()
         if not self._in_place:
             self._kept = dict(zip(self._kept, outputs[len(self._outputs) :], strict=True))
-        self._length = end
+        self._batch, self._length = batch, end
         # Copied: in newer versions numpy() is a view of memory that the next pass takes.
         return {name: outputs[i].numpy().copy() for i, name in enumerate(self._outputs)}
 
-    def _make_room(self, start: int, end: int) -> None:
+    def _make_room(self, start: int, end: int, batch: int) -> None:
         """Buffers for ``end`` positions, the first ``start`` as they are."""
-        if end <= self._capacity:
+        if end <= self._capacity and batch == self._batch:
             return
         self._capacity = -(-(end + ROOM // 2) // ROOM) * ROOM
-        grown = {past.name: _zeros(past, self._capacity) for past in self._pasts}
+        grown = {past.name: _zeros(past, batch, self._capacity) for past in self._pasts}
         for name, buffer in grown.items() if start else ():
             array = buffer.numpy().copy()
             array[:, :, :start] = self._kept[name].numpy()[:, :, :start]
@@ -80,7 +83,6 @@ def _present(past: str) -> str:
     return PRESENT + past.removeprefix(PAST)
 
 
-def _zeros(past: TensorSpec, length: int) -> Any:
-    """For one observation."""
-    sizes = [size if isinstance(size, int) else length for size in (1, *past.shape[1:])]
+def _zeros(past: TensorSpec, batch: int, length: int) -> Any:
+    sizes = [size if isinstance(size, int) else length for size in (batch, *past.shape[1:])]
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(sizes, past.dtype))
