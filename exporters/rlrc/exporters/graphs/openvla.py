@@ -40,7 +40,7 @@ def gelu_mlp(b: Builder, x: str, name: str, linears: int) -> str:
 
 
 def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), the past -> ``logits`` (batch, rows) of the last position.
+    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), the past -> ``logits`` (batch, rows) of the last one.
 
     The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal, from
     the position ``start``. Keys and values stay in the past's place where the builder has an attention for that.
