@@ -109,7 +109,7 @@ class OpenpiServer:
                 begun = perf_counter()
                 with self._session.answer(PROTOCOL):
                     result = await self._result(client, message, total_ms, from_map)
-                    await asyncio.wait_for(connection.send(result), SENT_S)
+                    await _sent(connection, result)
                 total_ms = (perf_counter() - begun) * 1e3
 
     async def _loaded(self) -> None:
@@ -157,6 +157,15 @@ def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
         yield offered
     finally:
         offered.close()
+
+
+async def _sent(connection: ServerConnection, message: bytes) -> None:
+    """Raises ConnectionClosed if the client has not read it in time. Most often nothing has to be waited for."""
+    slow = asyncio.get_running_loop().call_later(SENT_S, connection.transport.abort)
+    try:
+        await connection.send(message)
+    finally:
+        slow.cancel()
 
 
 async def _refuse(connection: ServerConnection, message: str) -> None:

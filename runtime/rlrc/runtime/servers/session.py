@@ -74,7 +74,9 @@ class Session:
     async def open(self, open_policy: Open, arguments: tuple[Any, ...]) -> None:
         """``open_policy(*arguments)`` in the other process. Raises UserError if it cannot be opened or warmed up."""
         self._inference = await asyncio.to_thread(Inference, open_policy, arguments, example(self.spec), LARGEST)
-        asyncio.get_running_loop().add_reader(self._inference.sentinel, self._fail, "inference ended")
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._inference.sentinel, self._fail, "inference ended")
+        loop.add_reader(self._inference.fileno(), self._came.set)
         self.opened.set()
 
     @property
@@ -162,8 +164,13 @@ class Session:
 
     def close(self) -> None:
         if self._inference is not None:
-            asyncio.get_running_loop().remove_reader(self._inference.sentinel)
+            self._unlisten()
             self._inference.close()
+
+    def _unlisten(self) -> None:
+        assert self._inference is not None
+        for descriptor in (self._inference.sentinel, self._inference.fileno()):
+            asyncio.get_running_loop().remove_reader(descriptor)
 
     async def _in_turn(self, observation: Mapping[str, Any]) -> Chunk:
         begun = time.perf_counter()
@@ -212,20 +219,17 @@ class Session:
         assert self._inference is not None
         inference, loop, came = self._inference, asyncio.get_running_loop(), self._came
         answer = None
-        deadline = time.monotonic() + HANGS_S
+        hangs = loop.call_later(HANGS_S, self._fail, f"inference that has not answered for {HANGS_S:g} s")
         try:
             if self.failure is None:  # while it waited for its turn
                 inference.ask(observation, 0)
-            loop.add_reader(inference.fileno(), came.set)
             while self.failure is None and (answer := inference.poll()) is None:
-                await asyncio.wait_for(came.wait(), deadline - time.monotonic())
                 came.clear()
+                await came.wait()
         except Dead as error:
             self._fail(str(error))
-        except asyncio.TimeoutError:
-            self._fail(f"inference that has not answered for {HANGS_S:g} s")
         finally:
-            loop.remove_reader(inference.fileno())
+            hangs.cancel()
         if self.failure is not None or answer is None:
             raise Refused("failed", f"expected a policy that runs, found: {self.failure}; start the server again")
         if answer.actions is None:
@@ -234,8 +238,7 @@ class Session:
         return Chunk(answer.actions, answer.seconds)
 
     def _fail(self, failure: str) -> None:
-        assert self._inference is not None
-        asyncio.get_running_loop().remove_reader(self._inference.sentinel)
+        self._unlisten()
         self.failure = self.failure or failure
         self.failed.set()
         self._came.set()
