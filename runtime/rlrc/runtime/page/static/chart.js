@@ -109,8 +109,10 @@ export function drawJoint(canvas, values, newest, low, high, colour) {
   const x = (t) => width - ((newest - t) / WINDOW) * width;
   const y = (value) => height - 3 - ((value - bottom) / (top - bottom)) * (height - 6);
   context.fillStyle = colour.band;
-  const upper = high === null ? 0 : Math.max(0, y(high)), lower = low === null ? height : Math.min(height, y(low));
-  context.fillRect(0, upper, width, Math.max(0, lower - upper));
+  if (low !== null) {
+    const upper = Math.max(0, y(high)), lower = Math.min(height, y(low));
+    context.fillRect(0, upper, width, Math.max(0, lower - upper));
+  }
   trace(context, values, x, y, 2, colour.text, 1.4);
   trace(context, values, x, y, 1, colour.blue, 2.2);
 }

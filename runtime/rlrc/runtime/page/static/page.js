@@ -209,7 +209,7 @@ function draw() {
     drawJoint(plot.canvas, plot.values, newest, plot.low, plot.high, colour);
     const last = plot.values[plot.values.length - 1];
     const value = last ? last[2] ?? last[1] : null;
-    const text = value === null ? "–" : `${value.toFixed(3)} ${plot.unit}`.trim();
+    const text = value === null ? "–" : `${value.toFixed(3).replace(/^-(?=[0.]+$)/, "")} ${plot.unit}`.trim();
     if (plot.value.textContent !== text) plot.value.textContent = text;
   }
 }
