@@ -6,12 +6,17 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +175,40 @@ def test_stop_bench_and_rearm(browser: Browser, running: Running) -> None:
     assert "re-armed" not in str(events[0])
     assert any(act == "rearm" and "the page (cleared the table)" in text for _, act, text in events)
     assert running.process.poll() is None
+
+
+def test_who_connects_and_says_nothing_is_dropped(browser: Browser) -> None:
+    address = ("127.0.0.1", int(browser.url.rpartition(":")[2]))
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address)) for _ in range(100)]
+        silent += [stack.enter_context(socket.create_connection(address)) for _ in range(5)]
+        for one in silent[-5:]:
+            one.send(b"POST /stop HTTP/1.1\r\nHost: x\r\n")  # and nothing more
+        begun = time.monotonic()
+        assert browser.ask("/stop")[0] == 200  # meanwhile
+        for one in silent:
+            one.settimeout(20)
+            assert one.recv(1) == b""
+        assert time.monotonic() - begun < 15
+    assert browser.state["stopped"] is None
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_page_over_tls(arm_toy: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    options = ["--page", "0", "--token", "mine", "--certificate", str(certificate), "--key", str(key)]
+    with Served(arm_toy, *options) as served:
+        assert served.page is not None
+        assert served.page.startswith("https://127.0.0.1:")
+        assert served.page.endswith("/#mine")
+        headers = {"Authorization": "Bearer mine"}
+        request = urllib.request.Request(served.page.split("#")[0] + "stop", headers=headers)
+        trusted = ssl.create_default_context(cafile=certificate)
+        with urllib.request.urlopen(request, timeout=20, context=trusted) as response:
+            assert json.load(response) == {"stopped": False, "reason": ""}
 
 
 def test_a_page_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from looping import Thinking, joints, loop
+from looping import Arm, Thinking, joints, loop
 
 from rlrc.runtime.inference import Answer
 from rlrc.runtime.standstill import BENCH_CALLS, REARM_KEY, Standstill, Wish
@@ -68,6 +68,17 @@ def test_a_wish_goes_on_from_where_the_robot_is() -> None:
     told = [(event.act, event.reason) for event in run.control.guard.events]
     assert ("rearm", "the test (was stopped: asked to stop: a key)") in told
     assert not run.switch.stopped
+
+
+def test_an_arm_that_was_moved_meanwhile_goes_on_from_there() -> None:
+    run, follow = Stopped(24), Arm.command
+    # Its drives are off while it is stopped, and somebody moves it by hand.
+    run.arm.command = lambda action: None if run.control.guard.stopped else follow(run.arm, action)  # type: ignore[method-assign]
+    run.at |= {13: lambda: setattr(run.arm, "joints", np.array([0.5, 0.5])), 15: run.wish}
+    run.run()
+    assert run.answers == [{}]
+    assert run.held[16:] == [False] * 8
+    assert joints(run.arm)[-8:] == pytest.approx([0.5 + 0.01 * step for step in range(1, 9)])
 
 
 def test_it_can_be_stopped_and_rearmed_again() -> None:

@@ -55,6 +55,8 @@ NEWS_S, WRITTEN_S = 0.1, 5.0  # how often there is news, and how long a browser 
 LOOKED_S = 2.0  # after its last request for a picture nobody looks
 PICTURE_S = 2.0  # longest wait for a newer one
 VIEWERS = 16
+ASKED_S = 10.0  # longest that a connection may be there without showing the token; a browser makes another
+UNKNOWN = 64  # of such at most
 BODY = 4096  # bytes
 WORDS = 500  # characters of an instruction, or of a reason
 ANSWERED_S = 60.0
@@ -77,6 +79,7 @@ class Server:
         self._pictures: dict[int, tuple[int, Any, bytes | None]] = {}  # count, picture, as JPEG once one is wanted
         self._newer = asyncio.Condition()
         self._looked, self._viewers = 0.0, 0
+        self._known = set[Any]()  # connections that have shown the token
         self._numbers, self._asked = count(), dict[int, asyncio.Future[dict[str, Any]]]()
 
     def app(self) -> web.Application:
@@ -128,17 +131,26 @@ class Server:
         async with self._newer:
             self._newer.notify_all()
 
-    async def watch(self) -> None:
-        """For ever: pictures are only copied for those who look."""
+    async def watch(self, connected: web.Server) -> None:
+        """For ever: pictures are only copied for those who look, and who connects without asking is dropped."""
+        since: dict[Any, float] = {}
         while True:
-            self.mirror.watch(time.monotonic() - self._looked < LOOKED_S)
+            now = time.monotonic()
+            self.mirror.watch(now - self._looked < LOOKED_S)
+            self._known.intersection_update(connected.connections)
+            since = {one: since.get(one, now) for one in connected.connections if one not in self._known}
+            for one in [one for one, begun in since.items() if now - begun > ASKED_S or len(since) > UNKNOWN]:
+                one.force_close()
             await asyncio.sleep(0.2)
 
     # To the browsers
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in FILES or self._access.allows(request.headers.get("Authorization")):
+        if self._access.allows(request.headers.get("Authorization")):
+            self._known.add(request.protocol)
+            return await handler(request)
+        if request.path in FILES:
             return await handler(request)
         return web.json_response({"error": "expected the header Authorization: Bearer TOKEN"}, status=401)
 
@@ -257,7 +269,8 @@ async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str
         return
     ends.socket.send(msgpack.packb({"port": runner.addresses[0][1]}))
     asyncio.get_running_loop().add_reader(ends.socket.fileno(), server.listen)
-    watching = asyncio.ensure_future(server.watch())
+    assert runner.server is not None
+    watching = asyncio.ensure_future(server.watch(runner.server))
     await server.ended.wait()
     watching.cancel()
     await runner.cleanup()
