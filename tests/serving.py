@@ -28,9 +28,12 @@ class Served:
             text=True,
         )
         assert self.process.stdout is not None
-        lines = [self.process.stdout.readline() for _ in (*protocols, "ready")]
-        if not lines[-1].startswith("ready:"):
+        lines = [self.process.stdout.readline()]
+        while lines[-1] and not lines[-1].startswith("ready:"):
+            lines.append(self.process.stdout.readline())
+        if not lines[-1]:
             raise AssertionError((lines, self.process.communicate(timeout=30)))
+        self.page = next((line.split()[1] for line in lines if line.startswith("page:")), None)
         self.ports = {
             name: int(line.split()[1].rpartition(":")[2]) for name, line in zip(protocols, lines, strict=False)
         }

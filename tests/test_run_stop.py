@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from driven import PROFILE, Running
 
 from rlrc.runtime.cli import main
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-PROFILE = Path(__file__).parents[1] / "examples/udp_arm.toml"
-DRIVER = """
-from rlrc.benchmarks.rig import Arm
-
-class Told(Arm):
-    def sense(self):
-        sensed = super().sense()
-        return sensed._replace(observation={**sensed.observation, "instruction": "wave"})
-
-def open_robot(spec, instruction):
-    return Told((32, 32), ("corner4",))
-"""
-
-
-class Running:
-    """`rlrc run` at 20 Hz; lenient about time, since the machine is shared."""
-
-    def __init__(self, artifact: Path, folder: Path, *options: str, keyboard: int = subprocess.DEVNULL) -> None:
-        (folder / "rig_driver.py").write_text(DRIVER)
-        self.log = folder / "log.jsonl"
-        command = [sys.executable, "-m", "rlrc.runtime.cli", "run", str(artifact), "--driver", "rig_driver:open_robot"]
-        command += ["--profile", str(PROFILE), "--hz", "20", "--late", "6", "--patience", "5"]
-        self.process = subprocess.Popen(
-            [*command, "--log", str(self.log), *options],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdin=keyboard,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        self.sources = self.process.stdout.readline()
-        assert self.sources.startswith("inference:"), self.process.communicate()
-        time.sleep(1)  # it moves
-
-    def end(self) -> tuple[str, list[dict[str, Any]]]:
-        """What it has printed, and the log."""
-        printed, complaints = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, complaints
-        assert complaints == ""
-        return printed, [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
 def check_held(printed: str, rows: list[dict[str, Any]], reason: str) -> None:
@@ -100,6 +53,27 @@ def test_any_key_holds_the_arm(arm_toy: Path, tmp_path: Path, terminal: tuple[in
     assert "any key" in running.sources
     os.write(terminal[0], b" ")
     check_held(*running.end(), "a key")
+
+
+def test_a_key_re_arms_and_another_ends(arm_toy: Path, tmp_path: Path, terminal: tuple[int, int]) -> None:
+    running = Running(arm_toy, tmp_path, "--rearm", keyboard=terminal[1])
+    assert running.process.stdout is not None
+    lines = []
+    for key, told in ((b" ", "stopped: asked to stop: a key; held"), (b"R", "re-armed by a key"), (b" ", "stopped:")):
+        os.write(terminal[0], key)
+        lines.append(running.process.stdout.readline())
+        assert told in lines[-1]
+        time.sleep(1.5)
+    os.write(terminal[0], b"q")
+    printed, rows = running.end()
+    stopped = [row["stopped"] for row in rows]
+    first = stopped.index(True)
+    again = stopped.index(False, first)
+    assert stopped[again + 10 :].count(True) > 10
+    shoulder = [row["command.shoulder"] for row in rows]
+    assert shoulder[again - 1] == pytest.approx(shoulder[again - 2], abs=1e-6)  # held
+    assert len({round(value, 4) for value in shoulder[again : again + 15]}) > 3  # moves again
+    assert "asked to stop: a key" in printed
 
 
 def test_a_button_holds_the_arm(arm_toy: Path, tmp_path: Path) -> None:

@@ -66,6 +66,61 @@ def test_a_stop_latches() -> None:
         chunks.through(np.array([[0.01]], np.float32), at(0.0))
 
 
+def test_it_is_rearmed_once_the_newest_chunk_would_pass() -> None:
+    chunks = GuardedChunks(guard_of(ABSOLUTE))
+    good, bad = np.array([[0.01]], np.float32), np.array([[np.nan]], np.float32)
+    with pytest.raises(UserError):
+        chunks.through(bad, at(0.0))
+    with pytest.raises(UserError, match=r"newest chunk and state to pass the guard, found: nan in x; let the client"):
+        chunks.rearm("the test")
+    with pytest.raises(UserError, match="found it stopped"):
+        chunks.through(good, at(200.0))  # refused, but looked at
+    with pytest.raises(UserError, match=r"found: .*within its limits"):
+        chunks.rearm("the test")
+    with pytest.raises(UserError, match="found it stopped"):
+        chunks.through(good, at(0.0))
+    chunks.rearm("the test")
+    assert np.array_equal(chunks.through(good, at(0.0)), good)
+    assert ("rearm", "the test (was stopped: nan in x)") in [(one.act, one.reason) for one in chunks.guard.events]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_server_is_stopped_and_rearmed(arm_toy: Path, arm_spec: PolicySpec, guarded: bool) -> None:
+    from rlrc.runtime import profile
+    from rlrc.runtime.guard import Guard
+    from rlrc.runtime.servers.session import Refused
+
+    assert arm_spec.state is not None
+    limits = profile.load(Path(__file__).parents[1] / "examples/udp_arm.toml")
+    guard = Guard(limits, 20, arm_spec.action, arm_spec.state.names, arm_spec.state.units)
+    seen = {
+        "image.corner4": np.zeros((32, 32, 3), np.uint8),
+        "state": np.zeros(2, np.float32),
+        "instruction": "open the drawer",
+    }
+
+    async def serve() -> None:
+        session, told = Session(arm_spec, GuardedChunks(guard) if guarded else None), []
+        session.show = lambda observation, actions, *_: told.append((observation["instruction"], actions is not None))
+        await session.open(policies.LocalPolicy.load, (arm_toy,))
+        with pytest.raises(UserError, match="expected a server that is stopped, found it not"):
+            session.rearm("the test")
+        client = session.client()
+        await client.infer(seen)
+        session.stop("the test")
+        assert status("/readyz", session, Access(), None)[:2] == (503, "stopped\n")  # type: ignore[index]
+        with pytest.raises(Refused, match=r"stopped.*the test"):
+            await client.infer(seen)
+        session.rearm("the test")
+        session.instruction = "close the drawer"
+        await client.infer(seen)
+        assert told == [("open the drawer", True), ("open the drawer", False), ("close the drawer", True)]
+        assert len(await session.bench(3)) == 3
+        session.close()
+
+    asyncio.run(serve())
+
+
 def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: PolicySpec) -> None:
     from rlrc.runtime import profile
     from rlrc.runtime.guard import Guard
@@ -93,7 +148,7 @@ def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: 
             await client.infer(rest)
         assert status("/readyz", session, Access(), None) == (
             503,
-            "stopped by the guard\n",
+            "stopped\n",
             "text/plain; charset=utf-8",
         )
         session.close()

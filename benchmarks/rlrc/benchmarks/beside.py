@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +51,44 @@ def timer(hz: float) -> Iterator[Callable[[], NDArray[np.float64]]]:
         ours.send(None)
         woken.append(np.frombuffer(ours.recv_bytes(), np.float64))
         process.join()
+
+
+@contextmanager
+def viewer(link: str, cameras: int) -> Iterator[None]:
+    """A process that looks at the operator's page as a browser does: all news, every picture ten times a second."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_view, args=(theirs, *link.split("/#"), cameras), daemon=True)
+    process.start()
+    theirs.close()
+    ours.recv_bytes()  # it has asked for every picture once
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _view(connection: Any, url: str, token: str, cameras: int) -> None:
+    headers = {"Authorization": f"Bearer {token}"}
+
+    def opened(path: str) -> Any:
+        return urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=60)
+
+    def read() -> None:
+        with opened("/events") as events:
+            for _ in events:
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        for camera in range(cameras):
+            with opened(f"/camera/{camera}") as picture:
+                picture.read()
+        if connection is not None:
+            connection.send_bytes(b"")
+            connection = None
+        time.sleep(0.1)
 
 
 def _wake(connection: Any, hz: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
+from rlrc.artifact import PolicySpec
 from rlrc.benchmarks import faults, rig
-from rlrc.benchmarks.beside import loaded, timer
+from rlrc.benchmarks.beside import loaded, timer, viewer
 from rlrc.benchmarks.memory import read_process
 from rlrc.benchmarks.stats import mcnemar, wilson
 from rlrc.envs.seeds import EVALUATION
@@ -24,11 +26,15 @@ from rlrc.errors import UserError
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime import preprocess, profile
 from rlrc.runtime.chunks import STRATEGIES, Chunks, Strategy
-from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.control import Control, Show, Timing
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.hygiene import real_time
 from rlrc.runtime.inference import Inference
+from rlrc.runtime.page.hello import plotted
+from rlrc.runtime.page.looping import LoopPage
+from rlrc.runtime.page.process import Address, Page
 from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.stop import StopSwitch
 from rlrc.runtime.telemetry import PARTS, Telemetry, jitter, summary
 
 HZ = 50.0
@@ -185,9 +191,13 @@ def joined(told: list[Telemetry]) -> Telemetry:
     return whole
 
 
-def overhead(seconds: float, tick: Tick) -> Iterator[dict[str, Any]]:
-    """All but the model, on the rig: one 96 px camera; two of 640 x 480 that become 224 px, preprocessing included."""
-    for name, size, cameras in (("overhead, 96 px", (96, 96), 1), ("overhead, 2 x 640 x 480", (480, 640), 2)):
+def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[str, Any]]:
+    """All but the model, on the rig: one 96 px camera; two of 640 x 480 that become 224 px, preprocessing included.
+
+    With the operator's ``page``, and somebody who looks at it.
+    """
+    kind = "page" if page else "overhead"
+    for name, size, cameras in ((f"{kind}, 96 px", (96, 96), 1), (f"{kind}, 2 x 640 x 480", (480, 640), 2)):
         names = ("wrist", "front")[:cameras]
         spec = rig.spec(size, names, 96 if cameras == 1 else 224)
         arm = rig.Arm(size, names)
@@ -196,10 +206,12 @@ def overhead(seconds: float, tick: Tick) -> Iterator[dict[str, Any]]:
         inference = Inference(Seeing, (spec,), sensed.observation)
         guard = Guard(rig.profile(), HZ, spec.action, rig.JOINTS, spec.action.units)
         telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
-        control = Control(arm, inference, guard, Chunks("replace", rig.HORIZON), spec, Timing(HZ), telemetry)
+        chunks, timing = Chunks("replace", rig.HORIZON), Timing(HZ)
         try:
-            with real_time(beside=(inference.pid,)):
-                control.run(steps=int(seconds * HZ))
+            with paged(guard, spec, names) if page else nullcontext() as show:
+                control = Control(arm, inference, guard, chunks, spec, timing, telemetry, show=show)
+                with real_time(beside=(inference.pid,)):
+                    control.run(steps=int(seconds * HZ))
         finally:
             inference.close()
         tick(1)
@@ -210,6 +222,19 @@ def overhead(seconds: float, tick: Tick) -> Iterator[dict[str, Any]]:
             "preprocess_ms_p99": float(np.percentile(prepared, 99)),
             "stop": guard.reason,
         }
+
+
+@contextmanager
+def paged(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[Show]:
+    """The operator's page of a loop, with a viewer."""
+    hello = {"kind": "run", "name": "rig", "facts": [], "rows": plotted(spec, guard.profile), "cameras": cameras}
+    page = Page(hello, cameras, Address())
+    try:
+        show = LoopPage(page, guard, StopSwitch(), None, None).show
+        with viewer(page.link, len(cameras)):
+            yield show
+    finally:
+        page.close()
 
 
 class Seeing(rig.Circle):
@@ -274,4 +299,5 @@ def figures(name: str, telemetry: Telemetry, hz: float, beside: float | None, gr
         "time_to_hold_ms": None,
         "overhead_ms": found["overhead_ms"],
         "inference_ms": found["inference_ms"],
+        "show_ms": found["show_ms"],
     }

@@ -56,6 +56,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "success in the simulator, with confidence intervals",
     ),
     "bench loop": ("rlrc.benchmarks.commands.loop:Loop", "the control loop: steady rate, slow inference, faults"),
+    "bench overhead": (
+        "rlrc.benchmarks.commands.transport:Overhead",
+        "what serving costs beyond inference, shared memory included",
+    ),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
     "data inspect": ("rlrc.compressor.datasets.commands:Inspect", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (

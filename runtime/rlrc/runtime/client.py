@@ -28,6 +28,7 @@ from rlrc.runtime.decode import NoAction
 from rlrc.runtime.policy import Result, Timing
 from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.session import LARGEST
+from rlrc.runtime.servers.shared import HEADER, METADATA, Written
 
 KEPT = 10_000  # latencies that the statistics are over, the last ones
 
@@ -36,7 +37,8 @@ class RemotePolicy:
     """A Policy. ``timeout_s``: the longest that ``infer`` takes, a new connection included.
 
     ``keys``: pairs of a name of ours and what the server calls it, where that is not `rlrc serve` with its own names.
-    ``authority``: a PEM file with the certificate to trust, for wss. Raises UserError if nobody answers at ``url``
+    ``authority``: a PEM file with the certificate to trust, for wss. ``shared``: pictures go through shared memory, to
+    `rlrc serve` on this machine and of this user. Raises UserError if nobody answers at ``url``
     within ``connect_s``, which a server that loads its policy may need.
     """
 
@@ -48,6 +50,7 @@ class RemotePolicy:
         connect_s: float = 60.0,
         keys: Mapping[str, str] | None = None,
         authority: Path | None = None,
+        shared: bool = False,
     ) -> None:
         if not url.startswith(("ws://", "wss://")) or timeout_s <= 0:
             raise UserError(
@@ -56,9 +59,14 @@ class RemotePolicy:
         self.url, self.timeout_s, self._keys = url, timeout_s, dict(keys or {})
         self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
         self._tls = ssl.create_default_context(cafile=authority) if url.startswith("wss://") else None
+        self._asks_shared = shared
+        self._shared: Written | None = None
+        if shared:
+            self._headers[HEADER] = "1"
         self._stack = ExitStack()
         self._connection: ClientConnection | None = None
         self._seconds: deque[float] = deque(maxlen=KEPT)
+        self._packing_s = 0.0
         self.metadata: dict[str, Any] = {}
         self.reconnects = 0
         try:
@@ -82,8 +90,7 @@ class RemotePolicy:
         """
         begun = perf_counter()
         deadline = monotonic() + self.timeout_s
-        message = arrays.pack({self._keys.get(name, name): value for name, value in observation.items()})
-        packed = perf_counter()
+        message = {self._keys.get(name, name): value for name, value in observation.items()}
         try:
             answer = self._asked(message, deadline)
             actions = _actions(answer)
@@ -94,10 +101,10 @@ class RemotePolicy:
         self._seconds.append(total)
         inferred_ms = _milliseconds(answer)
         timing = Timing(
-            preprocess_ms=(packed - begun) * 1e3,
+            preprocess_ms=self._packing_s * 1e3,
             vision_ms=0.0,
             decoder_ms=inferred_ms,
-            postprocess_ms=max(0.0, (total - (packed - begun)) * 1e3 - inferred_ms),
+            postprocess_ms=max(0.0, (total - self._packing_s) * 1e3 - inferred_ms),
         )
         return Result(actions=actions, tokens=None, timing=timing)
 
@@ -117,7 +124,7 @@ class RemotePolicy:
             told |= {"p50_ms": p50, "p99_ms": p99, "max_ms": most}
         return told
 
-    def _asked(self, message: bytes, deadline: float) -> Any:
+    def _asked(self, message: Mapping[str, Any], deadline: float) -> Any:
         again = self._connection is not None  # one that was just opened is not opened twice
         try:
             return self._exchanged(message, deadline)
@@ -128,9 +135,12 @@ class RemotePolicy:
         self.reconnects += 1
         return self._asked(message, deadline)
 
-    def _exchanged(self, message: bytes, deadline: float) -> Any:
+    def _exchanged(self, message: Mapping[str, Any], deadline: float) -> Any:
         connection = self._connection or self._connect(deadline - monotonic())
-        connection.send(message)
+        begun = perf_counter()
+        packed = self._packed(message)
+        self._packing_s = perf_counter() - begun
+        connection.send(packed)
         try:
             answer = connection.recv(max(0.0, deadline - monotonic()))
         except TimeoutError:
@@ -138,6 +148,12 @@ class RemotePolicy:
         if isinstance(answer, str):
             raise NoAction(f"{self.url} refused: {' '.join(answer.split())[:1000]}")
         return _unpacked(answer)
+
+    def _packed(self, message: Mapping[str, Any]) -> bytes:
+        if self._shared is None:
+            return arrays.pack(dict(message))
+        self._shared.clear()
+        return arrays.pack(dict(message), self._shared.place)
 
     def _connect(self, seconds: float) -> ClientConnection:
         """Raises NoAction if that fails."""
@@ -165,7 +181,16 @@ class RemotePolicy:
             self._stack.close()
             raise NoAction(f"expected an openpi server at {self.url}, found one that does not begin with its metadata")
         self.metadata, self._connection = unpacked, connection
+        if self._asks_shared:
+            self._shared = self._open_shared(unpacked.get(METADATA))
         return connection
+
+    def _open_shared(self, path: Any) -> Written:
+        try:
+            return Written(path)
+        except UserError as error:
+            self.close()
+            raise NoAction(str(error)) from None
 
 
 def _unpacked(answer: bytes) -> Any:

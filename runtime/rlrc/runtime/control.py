@@ -25,9 +25,12 @@ from rlrc.runtime.child import Dead
 from rlrc.runtime.chunks import Chunks, Planned
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.inference import Answer
+from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.telemetry import Telemetry
 from rlrc.runtime.verdict import Verdict
 from rlrc.runtime.watch import Watch
+
+Show = Callable[[Sensed | None, Any, Verdict], None]  # what was sensed, the telemetry's row, what was sent
 
 
 class Thinking(Protocol):
@@ -76,7 +79,11 @@ class Timing:
 
 
 class Control:
-    """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None."""
+    """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None.
+
+    With a ``standstill`` a stop does not end the episode: the robot is held until somebody re-arms it, or ends it.
+    ``show`` gets every step when it is over.
+    """
 
     def __init__(
         self,
@@ -90,10 +97,14 @@ class Control:
         stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        standstill: Standstill | None = None,
+        show: Show | None = None,
     ) -> None:
         self.robot, self.thinking, self.guard, self.chunks = robot, thinking, guard, chunks
         self.spec, self.timing, self.telemetry = spec, timing, telemetry
         self._stop, self._clock, self._sleep = stop, clock, sleep
+        self._standstill, self._show = standstill, show
+        self._fault: str | None = None  # of the robot or its sensors, at this step
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
         self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
         self._start = self._sent = self._planned_at = self._asked_about = 0.0
@@ -112,7 +123,7 @@ class Control:
             skipped = self._wait(due)
             step += skipped
             verdict = self._tick(step, self._start + step * self.timing.period, skipped)
-            if over() or (verdict.stopped and self.guard.at_rest):
+            if over() or (verdict.stopped and self.guard.at_rest and not self._rests()):
                 return
             step += 1
 
@@ -122,10 +133,7 @@ class Control:
         if sensed is None or measured is None:
             raise UserError("expected the robot's state to start from, found none; check its driver")
         self.guard.start(measured)
-        self.chunks.clear()
-        self._asked_about = 0.0
-        self._progress = 0
-        self._played.clear()
+        self._forget()
         self._prime(sensed)
         self._start = self._clock()
         self._sent = self._planned_at = self._start - self.timing.period
@@ -164,7 +172,9 @@ class Control:
         row["late_ms"] = (begun - due) * 1e3
         sensed = self._sense(begun)
         row["sense_ms"] = _since(begun, sensing := self._clock())
-        planned = self._plan(row)
+        if self._standing:
+            self._reconsider(sensed)
+        planned = None if self._standing else self._plan(row)
         row["plan_ms"] = _since(sensing, planning := self._clock())
         verdict = self._guarded(planned, sensed, due, row)
         row["guard_ms"] = _since(planning, guarding := self._clock())
@@ -178,21 +188,56 @@ class Control:
         row["clamped"] = sum(event.act == "clamp" for event in verdict.events)
         self.telemetry.commanded(verdict.command)
         self._ask(sensed)
-        row["ask_ms"] = _since(sent, self._clock())
+        row["ask_ms"] = _since(sent, asking := self._clock())
+        if self._show is not None:
+            self._shown(sensed, row, verdict)
+            row["show_ms"] = _since(asking, self._clock())
         return verdict
+
+    def _shown(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
+        assert self._show is not None
+        try:
+            self._show(sensed, row, verdict)
+        except Exception as error:  # whoever looks is wrong about the robot: no reason to go on
+            self._show = None
+            self._latch(f"the page failed: {type(error).__name__}: {error}")
 
     def _sense(self, now: float) -> Sensed | None:
         if reason := self._stop():
             self._latch(reason)
+        sensed = None
         try:
             sensed = self.robot.sense()
-            fault = self._watch.fault(sensed, now)
+            self._fault = self._watch.fault(sensed, now)
         except Exception as error:  # a driver's own mistakes stop the robot as well
-            self._latch(_said(error))
-            return None
-        if fault:
-            self._latch(fault)
+            self._fault = _said(error)
+        if self._fault:
+            self._latch(self._fault)
         return sensed
+
+    @property
+    def _standing(self) -> bool:
+        return self._standstill is not None and self._standstill.since is not None
+
+    def _rests(self) -> bool:
+        """Stopped and at rest: whether the robot is to be held on, since somebody may re-arm it."""
+        return self._standstill is not None and self._standstill.rest(self.guard.reason)
+
+    def _reconsider(self, sensed: Sensed | None) -> None:
+        """Goes on with a new chunk, if somebody wishes so and nothing speaks against it."""
+        assert self._standstill is not None
+        measured = self._measured(sensed)
+        actions = self._standstill.step(sensed, measured, self._fault, self.guard, self.thinking, self.spec)
+        if actions is not None:
+            self._forget()
+            self.chunks.add(actions, 0, 0)
+            self._planned_at = self._clock()
+
+    def _forget(self) -> None:
+        self.chunks.clear()
+        self._asked_about = 0.0
+        self._progress = 0
+        self._played.clear()
 
     def _plan(self, row: Any) -> Planned | None:
         """The action for this step, from the chunks that have come."""

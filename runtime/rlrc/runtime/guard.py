@@ -131,14 +131,22 @@ class Guard:
         """Latches. The next ``step`` or ``hold`` begins to brake."""
         self._stop("stop", reason)
 
-    def rearm(self, reason: str) -> None:
-        """Lets commands through again, from the one that was held last.
+    def rearm(self, reason: str, measured: NDArray[np.floating] | None = None) -> None:
+        """Lets commands through again, from the one held last, or with ``measured`` from rest where the robot is.
 
-        If the robot has been moved since, ``start`` after it; tracking limits tell that by stopping again.
+        Raises UserError, and stays stopped, for a state that does not do. Without one, tracking limits tell whether
+        the robot has been moved meanwhile, by stopping again.
         """
-        if self.reason is not None:
-            self._log("rearm", "rearm", f"{reason} (was stopped: {self.reason})")
-            self.reason = None
+        stopped, self.reason = self.reason, None
+        if stopped is None:
+            return
+        self._log("rearm", "rearm", f"{reason} (was stopped: {stopped})")
+        try:
+            if measured is not None:
+                self.start(measured)
+        except UserError as error:
+            self._stop("stop", f"{stopped}; not re-armed: {error}")
+            raise
 
     def _guarded(self, command: Any, commanded: bool, measured: Any, dt: Any, age: Any) -> Verdict:
         self.steps += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import secrets
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,9 +29,14 @@ from rlrc.runtime.control import Timing
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import plain_console, print_rows
 from rlrc.runtime.hygiene import real_time
+from rlrc.runtime.page.hello import hello
+from rlrc.runtime.page.looping import LoopPage
+from rlrc.runtime.page.process import Address, Page
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
+from rlrc.runtime.servers.ports import TOKEN, Access, access
+from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import ASKED, StopSwitch
 
 
@@ -85,7 +92,19 @@ class Run:
     button: Path | None = None
     """FIFO, device or socket of a stop button: any byte stops, and its end"""
     port: int | None = None
-    """port on this machine on which POST /stop stops, with the token that is printed"""
+    """port of the operator's page, which stops too (POST /stop); 0 is any free one"""
+    host: str = "127.0.0.1"
+    """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
+    token: str | None = None
+    """what the page wants to be shown (or RLRC_TOKEN in the environment; default: one that is drawn and printed)"""
+    certificate: Path | None = None
+    """PEM file with the page's certificate, for TLS"""
+    key: Path | None = None
+    """PEM file with its key"""
+    insecure: bool = False
+    """a page for other machines without TLS: whoever listens in can stop the robot, and re-arm it"""
+    rearm: bool = False
+    """hold the robot after a stop, until somebody re-arms it (R, or the page) or ends the run (q, Ctrl-C)"""
     pin: tuple[int, ...] = ()
     """processors that the loop is to run on (default: any)"""
     backend: Backend | None = None
@@ -116,6 +135,8 @@ class Run:
             if out is not None:
                 check_output(out)
         self._check_packages()
+        if self.port is not None:
+            self._access()
         if self.hz == 0:
             return self._in_lockstep()
         # Refused now: a robot's driver or a simulator takes seconds to open.
@@ -128,6 +149,8 @@ class Run:
             importlib.import_module("rlrc.datasets.writer")
         if self.log is not None and self.log.suffix == ".parquet":
             importlib.import_module("pyarrow.parquet")
+        if self.port is not None:
+            importlib.import_module("aiohttp")
 
     @property
     def seeds(self) -> range:
@@ -137,8 +160,10 @@ class Run:
     # As fast as possible, without a guard: a simulator only
 
     def _in_lockstep(self) -> int:
-        if self.env is None or self.record or self.log:
-            raise UserError("expected --env without --record and --log at --hz 0, found it otherwise; give a rate")
+        if self.env is None or self.record or self.log or self.port is not None or self.rearm:
+            raise UserError(
+                "expected --env without --record, --log, --port and --rearm at --hz 0, found it otherwise; give a rate"
+            )
         policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
         from rlrc.envs.environment import open_environment
 
@@ -183,11 +208,18 @@ class Run:
         """All episodes. What was run is closed, and still tells what it was like; what Linux granted."""
         with ExitStack() as stack:
             run = Running(self, artifact, limits, stack)
-            switch = stack.enter_context(StopSwitch().listen(button=self.button, port=self.port))
-            console = plain_console(stderr=self.json)
+            console, switch = plain_console(stderr=self.json), StopSwitch()
+            if self.rearm:
+                run.standstill = Standstill(switch, lambda line: console.print(line, soft_wrap=True))
+            page = self._page(artifact, limits, run, stack)
+            shown = [] if page is None else [LoopPage(page, run.guard, switch, run.standstill, run.instructed)]
+            run.show = shown[0].show if shown else None
+            typed = None if run.standstill is None else run.standstill.typed
+            others = [one.source for one in shown]
+            stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
-            if switch.url:
-                console.print(f"curl -X POST -H 'Authorization: Bearer {switch.token}' {switch.url}", soft_wrap=True)
+            if page is not None:
+                console.print(f"page: {page.link}", soft_wrap=True)
             granted = stack.enter_context(real_time(self.pin, run.beside))
             for seed in self.seeds if run.simulator else range(1):
                 run.episode(seed, switch.asked)
@@ -197,6 +229,22 @@ class Run:
                 if run.guard.stopped:
                     break
         return run, granted
+
+    def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
+        if self.port is None:
+            return None
+        address = Address(self.host, self.port, self._access().token, self.certificate, self.key)
+        can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
+        facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
+        told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)
+        page = Page(told, [camera.name for camera in run.spec.cameras], address)
+        stack.callback(page.close)
+        return page
+
+    def _access(self) -> Access:
+        """Who may see the page: whoever shows the token, which is drawn if there is none."""
+        token = self.token or os.environ.get(TOKEN) or secrets.token_urlsafe(16)
+        return access(self.host, token, self.certificate, self.key, self.insecure)
 
     def _profile_name(self) -> str:
         if self.profile is not None:

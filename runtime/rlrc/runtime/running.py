@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots import replay
+from rlrc.robots.instructed import Instructed
 from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import Robot
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime import profile, telemetry
 from rlrc.runtime.chunks import Chunks
-from rlrc.runtime.control import Control, Timing
+from rlrc.runtime.control import Control, Show, Timing
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.standstill import Standstill
 
 if TYPE_CHECKING:
     from rlrc.runtime.run import Run
@@ -59,6 +61,11 @@ class Running:
         stack.callback(self.inference.close)
         self.recorder = Recorder(opened, self.spec, hz, options.record) if options.record else None
         self.robot: Robot = self.recorder or opened
+        self.instructed: Instructed | None = None
+        if self.spec.prompt is not None:
+            self.robot = self.instructed = Instructed(self.robot, self.recorder.begin if self.recorder else _nobody)
+        self.standstill: Standstill | None = None  # with --rearm
+        self.show: Show | None = None  # with --port
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self.played: list[dict[str, Any]] = []
 
@@ -78,7 +85,16 @@ class Running:
             words = (sensed.observation.get("instruction") if sensed else None) or self.options.instruction
             self.recorder.begin(words or "run")
         control = Control(
-            self.robot, self.inference, self.guard, self.chunks, self.spec, self.timing, self.telemetry, stop
+            self.robot,
+            self.inference,
+            self.guard,
+            self.chunks,
+            self.spec,
+            self.timing,
+            self.telemetry,
+            stop,
+            standstill=self.standstill,
+            show=self.show,
         )
         control.run(self._over, self.options.steps)
         if robot is not None:
@@ -105,6 +121,10 @@ class Running:
                 f"expected a driver MODULE:FUNCTION, found {options.driver}: {error}; see docs/robots.md"
             ) from None
         return open_robot(spec, options.instruction)
+
+
+def _nobody(words: str) -> None:
+    """Nobody writes down what the robot was told."""
 
 
 def _first(robot: Robot) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import PolicySpec
+from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime import profile
 from rlrc.runtime.backends import Backend
@@ -23,14 +23,13 @@ from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.servers import observations
+from rlrc.runtime.servers import logs, observations
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
-from rlrc.runtime.servers.ports import Access, access
+from rlrc.runtime.servers.ports import TOKEN, Access, access
 from rlrc.runtime.servers.session import WAITING, Session
 
-TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
 DRAIN_S = 10.0
 DEFAULT_MAPPINGS = {"openpi": observations.OWN, "openvla": "openvla"}
 
@@ -56,6 +55,10 @@ class Serve:
     """guard every action of every chunk with a robot's limits: a TOML file, or the name of one of ours; needs --hz"""
     hz: float | None = None
     """actions a second that the client executes, for the guard"""
+    page: int | None = None
+    """port of the operator's page: pictures, latency, guard, a stop, re-arming; 0 is any free one"""
+    log: Literal["text", "json"] = "text"
+    """how to write the log on stderr: for people, or an object a line"""
     token: str | None = None
     """what clients have to show (or RLRC_TOKEN in the environment): Authorization: Api-Key TOKEN, or Bearer"""
     certificate: Path | None = None
@@ -79,22 +82,32 @@ class Serve:
         if strange := sorted(self.mapping.keys() - set(self.protocol)):
             raise UserError(f"expected mappings of {', '.join(self.protocol)}, found one of {strange[0]}; leave it out")
         allowed = access(self.host, self.token or os.environ.get(TOKEN), self.certificate, self.key, self.insecure)
-        spec = artifacts.load(self.path, verify=()).manifest.policy  # the process that infers checks the graphs
+        artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
+        spec = artifact.manifest.policy
         guarded, ports = self._guarded(spec), self._ports()
         mapped: dict[str, Observations] = {
             name: observations.load(self.mapping.get(name, DEFAULT_MAPPINGS[name]), spec, self.instruction)
             for name in self.protocol
         }
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        logs.begin(self.log)
         logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # every port scan is one
-        failure = asyncio.run(self._serve(Session(spec, guarded, self.waiting), mapped, ports, allowed))
+        failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
         return 0 if failure is None else check_failed(failure)
 
     async def _serve(
-        self, session: Session, mapped: dict[str, Observations], ports: list[int], allowed: Access
+        self,
+        artifact: Artifact,
+        guarded: GuardedChunks | None,
+        mapped: dict[str, Observations],
+        ports: list[int],
+        allowed: Access,
     ) -> str | None:
         """-> why it ended; None: somebody asked for it."""
-        console, asked = plain_console(), asyncio.Event()
+        console, asked, session = (
+            plain_console(),
+            asyncio.Event(),
+            Session(artifact.manifest.policy, guarded, self.waiting),
+        )
         kinds = {name: _server(name) for name in mapped}
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, asked.set)
@@ -106,6 +119,8 @@ class Serve:
                 stack.push_async_callback(server.stop)
                 scheme = ("ws" if name == "openpi" else "http") + ("s" if allowed.tls else "")
                 console.print(f"{name}: {scheme}://{self.host}:{found}  {'; '.join(mapping.told)}", soft_wrap=True)
+            if self.page is not None:
+                await self._open_page(artifact, session, stack)
             opening = asyncio.ensure_future(
                 session.open(LocalPolicy.load, (self.path, self.threads, True, self.backend))
             )
@@ -116,6 +131,24 @@ class Serve:
                 await _first(asked.wait(), session.failed.wait())
             await session.drain(DRAIN_S)
         return session.failure
+
+    async def _open_page(self, artifact: Artifact, session: Session, stack: AsyncExitStack) -> None:
+        """In a process of its own; if that ends, the server goes on without."""
+        from rlrc.runtime.page.hello import hello
+        from rlrc.runtime.page.process import Address, Page
+        from rlrc.runtime.page.sessions import SessionPage
+
+        guard = None if session.guarded is None else session.guarded.guard
+        chunk_ms = None if self.hz is None else session.spec.action.horizon / self.hz * 1e3  # that a chunk lasts
+        can = {"stop", "rearm", "bench"} | (set() if session.spec.prompt is None else {"instruction"})
+        facts = {"protocols": ", ".join(self.protocol)}
+        told = hello("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
+        address = Address(self.host, self.page or 0, self.token or os.environ.get(TOKEN), self.certificate, self.key)
+        page = Page(told, [camera.name for camera in session.spec.cameras], address)
+        stack.callback(page.close)
+        telling = asyncio.ensure_future(SessionPage(page, session).run())
+        stack.callback(telling.cancel)
+        plain_console().print(f"page: {page.link}", soft_wrap=True)
 
     def _guarded(self, spec: PolicySpec) -> GuardedChunks | None:
         if self.profile is None:

@@ -28,11 +28,11 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlrc.errors import UserError
 
@@ -43,12 +43,23 @@ LOOPBACK = "127.0.0.1"
 REQUEST_S = 2.0  # a client that says nothing for so long is dropped
 
 
+class Source(NamedTuple):
+    """Something else to listen to: ``ready`` reads what has come and returns whether it goes on; its end stops."""
+
+    descriptor: int
+    what: str
+    ready: Callable[[], bool]
+
+
 class StopSwitch:
     """``stopped`` latches; ``reason`` is that of the first press. ``sources`` say what is listened to."""
 
     def __init__(self) -> None:
         self.stopped = False
         self.reason = ""
+        self.presses = 0
+        self.ended = False
+        """whether the program is asked to end as well: by a signal"""
         self.sources: list[str] = []
         self.url: str | None = None
         self.token: str | None = None
@@ -56,6 +67,7 @@ class StopSwitch:
 
     def press(self, reason: str) -> None:
         """From any thread or signal handler."""
+        self.presses += 1
         if not self.stopped:
             self.reason = reason
             self.stopped = True  # last: who reads it finds the reason
@@ -66,11 +78,18 @@ class StopSwitch:
             return None
         return self.reason if self._lost else f"{ASKED}: {self.reason}"
 
-    def release(self) -> None:
-        """Lets it be pressed anew. Raises UserError if something that was listened to is gone."""
+    def release(self, presses: int | None = None) -> None:
+        """Lets it be pressed anew. Raises UserError if something that was listened to is gone.
+
+        ``presses``: how many there were when somebody decided so; one more since then counts, and raises as well.
+        """
         if self._lost:
             raise UserError(f"expected all of {', '.join(self.sources)} to listen to, lost {self._lost[0]}; start anew")
+        presses = self.presses if presses is None else presses
         self.stopped = False
+        if self.presses != presses:
+            self.stopped = True
+            raise UserError("expected nobody to press stop meanwhile, found that somebody did; look again, then re-arm")
 
     @contextmanager
     def listen(
@@ -79,12 +98,15 @@ class StopSwitch:
         button: Path | int | None = None,
         port: int | None = None,
         token: str | None = None,
+        typed: Callable[[bytes], bool] | None = None,
+        others: Sequence[Source] = (),
     ) -> Iterator[StopSwitch]:
         """Listens until the end of the block, then puts everything back. In the main thread, for signals go there.
 
         ``keyboard``: a file descriptor; any key stops where it is a terminal. ``button``: a descriptor, or the path of
         a FIFO, device or socket; any byte stops, and its end. ``port`` on the loopback, 0 for any: POST /stop with
-        ``Authorization: Bearer`` and the token, which is drawn if it is not given.
+        ``Authorization: Bearer`` and the token, which is drawn if it is not given. ``typed`` gets what was typed first:
+        it does not stop where that returns True.
 
         Raises UserError for a button or port that cannot be opened.
         """
@@ -95,7 +117,9 @@ class StopSwitch:
             if port is not None:
                 self._add_http(stack, port, token)
             if keyboard is not None:
-                self._add_keyboard(stack, selector, keyboard)
+                self._add_keyboard(stack, selector, keyboard, typed)
+            for source in others:
+                self._add(selector, source)
             self._add_signals(stack, selector)
             self._add_thread(stack, selector)
             yield self
@@ -121,6 +145,16 @@ class StopSwitch:
         except Exception as error:
             self._lose(f"the thread that listens ({type(error).__name__}: {error})")
 
+    def _add(self, selector: selectors.BaseSelector, source: Source) -> None:
+        def ready() -> bool:
+            goes_on = source.ready()
+            if not goes_on:
+                self._lose(source.what)
+            return goes_on
+
+        selector.register(source.descriptor, selectors.EVENT_READ, ready)
+        self.sources.append(source.what)
+
     def _lose(self, what: str) -> None:
         self._lost.append(what)
         self.press(f"lost {what}")
@@ -134,18 +168,28 @@ class StopSwitch:
         def arrived() -> bool:
             for number in ours.recv(64):
                 if number in SIGNALS:  # all that have a handler come here
-                    self.press(f"signal {signal.Signals(number).name}")
+                    self._signal(number)
             return True
 
         selector.register(ours, selectors.EVENT_READ, arrived)
         before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         stack.callback(signal.set_wakeup_fd, before)
         for number in SIGNALS:
-            old = signal.signal(number, lambda got, _: self.press(f"signal {signal.Signals(got).name}"))
+            old = signal.signal(number, lambda got, _: self._signal(got))
             stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
         self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
 
-    def _add_keyboard(self, stack: ExitStack, selector: selectors.BaseSelector, descriptor: int) -> None:
+    def _signal(self, number: int) -> None:
+        self.press(f"signal {signal.Signals(number).name}")
+        self.ended = True
+
+    def _add_keyboard(
+        self,
+        stack: ExitStack,
+        selector: selectors.BaseSelector,
+        descriptor: int,
+        typed: Callable[[bytes], bool] | None,
+    ) -> None:
         if not _foreground(descriptor):
             return
         import termios  # not everywhere
@@ -158,7 +202,7 @@ class StopSwitch:
         before = termios.tcgetattr(descriptor)
         tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
         stack.callback(put_back)
-        selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal"))
+        selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", typed))
         self.sources.append("any key")
 
     def _add_button(self, stack: ExitStack, selector: selectors.BaseSelector, button: Path | int) -> None:
@@ -174,7 +218,9 @@ class StopSwitch:
             ) from None
         self.sources.append(f"button {button}")
 
-    def _reader(self, descriptor: int, what: str, whole: str) -> Callable[[], bool]:
+    def _reader(
+        self, descriptor: int, what: str, whole: str, typed: Callable[[bytes], bool] | None = None
+    ) -> Callable[[], bool]:
         def ready() -> bool:
             """Whether it goes on."""
             try:
@@ -186,7 +232,8 @@ class StopSwitch:
             if not read:
                 self._lose(whole)
                 return False
-            self.press(what)
+            if typed is None or not typed(read):
+                self.press(what)
             return True
 
         return ready

@@ -24,6 +24,7 @@ STEP = np.dtype(
         ("guard_ms", np.float32),
         ("command_ms", np.float32),
         ("ask_ms", np.float32),
+        ("show_ms", np.float32),  # for the operator's page
         ("inference_ms", np.float32),  # of the chunk that came at this step; nan: none did
         ("chunk", np.int32),  # 0: none
         ("place", np.int16),  # of the action in its chunk
@@ -35,7 +36,7 @@ STEP = np.dtype(
         ("skipped", np.int32),  # steps before this one that were not begun in time, and so left out
     ]
 )
-PARTS = ("sense", "plan", "guard", "command", "ask")
+PARTS = ("sense", "plan", "guard", "command", "ask", "show")
 
 
 COUNTED = ("late", "held", "skipped", "clamped")
@@ -57,7 +58,7 @@ class Telemetry:
         if self.steps >= len(self._rows):
             self._forget(row)
         row["inference_ms"], row["command_ms"] = np.nan, np.nan
-        row["chunk"] = row["place"] = 0  # an older step's, when the capacity is used up
+        row["chunk"] = row["place"] = row["show_ms"] = 0  # an older step's, when the capacity is used up
         self.steps += 1
         return row
 

@@ -18,19 +18,19 @@ from rlrc.benchmarks.results import check_out, read
 from rlrc.errors import UserError
 from rlrc.runtime.chunks import STRATEGIES
 
-Scenario = Literal["steady", "slow", "overhead", "faults"]
+Scenario = Literal["steady", "slow", "overhead", "page", "faults"]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Steady rate under load, slow inference, the loop's own cost, and everything that can break.
+    """Steady rate under load, slow inference, the loop's own cost, with the page too, and everything that can break.
 
     The first two play the reference policy's simulator, the others an arm in software.
     """
 
     path: Positional[Path]
     """the artifact"""
-    scenarios: tuple[Scenario, ...] = ("steady", "slow", "overhead", "faults")
+    scenarios: tuple[Scenario, ...] = ("steady", "slow", "overhead", "page", "faults")
     """what to measure"""
     minutes: float = 30.0
     """of the steady run"""
@@ -70,6 +70,7 @@ class Loop:
                 lambda tick: list(loop.slow(self.path, self.periods, self.episodes, self.tasks, tick)),
             ),
             "overhead": (2, lambda tick: list(loop.overhead(20.0, tick))),
+            "page": (2, lambda tick: list(loop.overhead(20.0, tick, page=True))),
             "faults": (len(faults.FAULTS), lambda tick: list(loop.broken(tick))),
         }
         total, measured = measure[scenario]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -23,21 +24,37 @@ DIMENSIONS = 8
 CONTAINERS = 1000  # maps and lists of one message: an empty one takes a byte there and many times that here
 ENTRIES = 4096  # of one map or list
 
+SHARED = b"__shared__"  # of an array that lies in shared memory: where it starts
+
 _ADVICE = "use openpi_client.msgpack_numpy"
 
 
-def pack(message: dict[str, Any]) -> bytes:
-    """Raises UserError for what is no number, text, array of numbers, or dict or list of such."""
+def pack(message: Any, place: Callable[[np.ndarray], int | None] | None = None) -> bytes:
+    """Raises UserError for what is no number, text, array of numbers, or dict or list of such.
+
+    ``place`` puts an array elsewhere and says where (rlrc.runtime.servers.shared); None: it goes with the message.
+    """
+
+    def packed_or_placed(value: Any) -> Any:
+        if isinstance(value, np.ndarray) and DTYPE.fullmatch(value.dtype.str):
+            start = None if place is None else place(value)
+            if start is not None:
+                return {SHARED: start, b"dtype": value.dtype.str, b"shape": value.shape}
+        return _packed(value)
+
     try:
-        packed: bytes = msgpack.packb(message, default=_packed)
+        packed: bytes = msgpack.packb(message, default=packed_or_placed)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"expected numbers, text and arrays to send, found: {error}; leave it out") from None
     return packed
 
 
-def unpack(message: bytes) -> Any:
-    """Raises UserError for what is not such a message, or declares more than it holds."""
-    left = CONTAINERS
+def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = None, advice: str = _ADVICE) -> Any:
+    """Raises UserError for what is not such a message, or declares more than it holds.
+
+    ``from_map``: what a map stands for in another protocol than openpi's; ``advice``: what to send there.
+    """
+    left, stands_for = CONTAINERS, from_map or _array
 
     def spend() -> None:
         nonlocal left
@@ -47,7 +64,7 @@ def unpack(message: bytes) -> Any:
 
     def on_map(values: dict[Any, Any]) -> Any:
         spend()
-        return _array(values)
+        return stands_for(values)
 
     def on_list(values: list[Any]) -> list[Any]:
         spend()
@@ -66,7 +83,24 @@ def unpack(message: bytes) -> Any:
         raise
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         why = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"expected a msgpack message, found: {why}; {_ADVICE}") from None
+        raise UserError(f"expected a msgpack message, found: {why}; {advice}") from None
+
+
+def with_memory(memory: np.ndarray) -> Callable[[dict[Any, Any]], Any]:
+    """``from_map`` for messages whose arrays may lie in a memory, uint8 (bytes,): views of it."""
+
+    def from_map(values: dict[Any, Any]) -> Any:
+        if SHARED not in values:
+            return _array(values)
+        start, shape, dtype = values[SHARED], _shape(values), _dtype(values)
+        size = math.prod(shape) * dtype.itemsize
+        if type(start) is not int or not 0 <= start <= len(memory) - size:
+            raise UserError(
+                f"expected an array within {len(memory)} bytes, found {size} at {str(start)[:20]}; send it so"
+            )
+        return np.frombuffer(memory.data, dtype, math.prod(shape), start).reshape(shape)
+
+    return from_map
 
 
 def _packed(value: Any) -> Any:

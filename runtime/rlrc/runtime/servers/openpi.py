@@ -8,7 +8,10 @@ frame, which that client raises, and ends the connection with 1011. Encoding: rl
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -19,12 +22,16 @@ from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.ports import CLIENTS, Access, status
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
 PROTOCOL = "openpi"
 SENT_S = 10.0  # longest time that a client may take to read an answer
+
+FromMap = Callable[[dict[Any, Any]], Any]
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +87,13 @@ class OpenpiServer:
         try:
             await self._talk(connection)
         except (ConnectionClosed, asyncio.TimeoutError):
-            log.info("openpi client %s: gone", peer)
+            log.info("openpi client %s: gone", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="gone"))
         except Refused as error:
-            log.info("openpi client %s: %s", peer, error)
+            told = fields(protocol=PROTOCOL, client=peer, outcome=error.kind)
+            log.info("openpi client %s: %s", peer, error, extra=told)
             await _refuse(connection, str(error))
         except Exception:
-            log.exception("openpi client %s", peer)
+            log.exception("openpi client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             await _refuse(connection, "expected to answer, found a fault of the server; its log says more")
         finally:
             self._clients -= 1
@@ -93,13 +101,16 @@ class OpenpiServer:
     async def _talk(self, connection: ServerConnection) -> None:
         await self._loaded()
         client, total_ms = self._session.client(), None
-        await connection.send(arrays.pack(self._metadata()))
-        async for message in connection:
-            begun = perf_counter()
-            with self._session.answer(PROTOCOL):
-                result = await self._result(client, message, total_ms)
-                await asyncio.wait_for(connection.send(result), SENT_S)
-            total_ms = (perf_counter() - begun) * 1e3
+        with _offered(connection) as offered:
+            shared = {} if offered is None else {METADATA: offered.path}
+            from_map = None if offered is None else arrays.with_memory(offered.memory)
+            await connection.send(arrays.pack(self._metadata() | shared))
+            async for message in connection:
+                begun = perf_counter()
+                with self._session.answer(PROTOCOL):
+                    result = await self._result(client, message, total_ms, from_map)
+                    await _sent(connection, result)
+                total_ms = (perf_counter() - begun) * 1e3
 
     async def _loaded(self) -> None:
         """A client that comes early waits for its metadata, as it would wait for a server that does not listen yet."""
@@ -110,11 +121,13 @@ class OpenpiServer:
             for wait in waits:
                 wait.cancel()
 
-    async def _result(self, client: Client, message: str | bytes, total_ms: float | None) -> bytes:
+    async def _result(
+        self, client: Client, message: str | bytes, total_ms: float | None, from_map: FromMap | None
+    ) -> bytes:
         begun = perf_counter()
         if isinstance(message, str):
             raise UserError("expected a binary frame, found text; send msgpack")
-        chunk = await client.infer(self._observations.of(arrays.unpack(message)))
+        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)))
         server_timing = {"infer_ms": (perf_counter() - begun) * 1e3}
         if total_ms is not None:
             server_timing["prev_total_ms"] = total_ms
@@ -130,6 +143,29 @@ class OpenpiServer:
             "actions": [f"{name} ({unit})" for name, unit in zip(action.names, action.units, strict=True)],
             "guarded": self._session.guarded is not None,
         }
+
+
+@contextmanager
+def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
+    """Memory for the pictures of a client that asks for it, on this machine."""
+    asked = connection.request is not None and HEADER in connection.request.headers
+    if not (asked and ipaddress.ip_address(connection.remote_address[0]).is_loopback):
+        yield None
+        return
+    offered = Offered()
+    try:
+        yield offered
+    finally:
+        offered.close()
+
+
+async def _sent(connection: ServerConnection, message: bytes) -> None:
+    """Raises ConnectionClosed if the client has not read it in time. Most often nothing has to be waited for."""
+    slow = asyncio.get_running_loop().call_later(SENT_S, connection.transport.abort)
+    try:
+        await connection.send(message)
+    finally:
+        slow.cancel()
 
 
 async def _refuse(connection: ServerConnection, message: str) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
+from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.ports import CLIENTS, Access, status
 from rlrc.runtime.servers.session import LARGEST, Refused, Session
@@ -86,14 +87,16 @@ class OpenvlaServer:
             with self._session.answer(PROTOCOL):
                 return web.Response(text=await self._answer(body), content_type="application/json")
         except Refused as error:
-            log.info("openvla client %s: %s", request.remote, error)
+            told = fields(protocol=PROTOCOL, client=request.remote, outcome=error.kind)
+            log.info("openvla client %s: %s", request.remote, error, extra=told)
             return _error(str(error))
         except asyncio.TimeoutError:
             return web.Response(status=408, text=f"expected the request within {BODY_S:g} s\n")
         except web.HTTPException:
             raise  # such as 413
         except Exception:
-            log.exception("openvla client %s", request.remote)
+            told = fields(protocol=PROTOCOL, client=request.remote, outcome="fault")
+            log.exception("openvla client %s", request.remote, extra=told)
             return _error("expected to answer, found a fault of the server; its log says more")
         finally:
             self._busy -= 1

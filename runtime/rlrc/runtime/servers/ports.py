@@ -13,6 +13,7 @@ from rlrc.runtime.servers.metrics import CONTENT_TYPE
 from rlrc.runtime.servers.session import Session
 
 CLIENTS = 32  # at once, on a port
+TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,10 @@ def status(path: str, session: Session, access: Access, authorization: str | Non
         return None
     if not access.allows(authorization):
         return 401, "expected a token\n", plain
-    stopped = session.guarded is not None and session.guarded.guard.stopped
     gauges = {
         "rlrc_ready": float(unready(session) is None),
         "rlrc_observations_waiting": float(session.waiting),
-        "rlrc_guard_stopped": float(stopped),
+        "rlrc_guard_stopped": float(session.stopped is not None),
     }
     return 200, session.metrics.text(**gauges), CONTENT_TYPE
 
@@ -87,7 +87,7 @@ def unready(session: Session) -> str | None:
         return "ending"
     if not session.opened.is_set():
         return "loading"
-    return "stopped by the guard" if session.guarded is not None and session.guarded.guard.stopped else None
+    return None if session.stopped is None else "stopped"
 
 
 def _is_loopback(host: str) -> bool:

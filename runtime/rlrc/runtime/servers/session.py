@@ -12,8 +12,9 @@ dies or hangs is not started again: ``failed`` tells, the server ends, and whoev
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,6 +31,12 @@ from rlrc.runtime.servers.metrics import Metrics
 LARGEST = 16 * 2**20  # bytes of a message, and so of an observation: four pictures of 1280 x 960 fit
 WAITING = 8  # observations that may wait for the policy, the one it works on included
 HANGS_S = 60.0  # longest inference
+
+
+# An observation that was looked at, what left (None: nothing), the seconds in the queue and of inference.
+Show = Callable[[Mapping[str, Any], "NDArray[np.float32] | None", float, "float | None"], None]
+
+log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -57,13 +64,19 @@ class Session:
         self.draining = False
         self.opened, self.failed = asyncio.Event(), asyncio.Event()
         self.failure: str | None = None
+        self.instruction: str | None = None
+        """the operator's words, which go before the clients'"""
+        self.show: Show | None = None
+        self._halted: str | None = None
         self._turn, self._came = asyncio.Lock(), asyncio.Event()  # whose turn it is, and that there is news for it
         self._inference: Inference | None = None
 
     async def open(self, open_policy: Open, arguments: tuple[Any, ...]) -> None:
         """``open_policy(*arguments)`` in the other process. Raises UserError if it cannot be opened or warmed up."""
         self._inference = await asyncio.to_thread(Inference, open_policy, arguments, example(self.spec), LARGEST)
-        asyncio.get_running_loop().add_reader(self._inference.sentinel, self._fail, "inference ended")
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._inference.sentinel, self._fail, "inference ended")
+        loop.add_reader(self._inference.fileno(), self._came.set)
         self.opened.set()
 
     @property
@@ -74,6 +87,31 @@ class Session:
     def ready(self) -> bool:
         """Whether an observation would be taken now, but for the queue and a guard that has stopped."""
         return self.opened.is_set() and not self.draining and self.failure is None
+
+    @property
+    def stopped(self) -> str | None:
+        """Why no chunk leaves, by the guard or by somebody who wanted that; None: they do."""
+        return self._halted or (None if self.guarded is None else self.guarded.guard.reason)
+
+    def stop(self, reason: str) -> None:
+        """Latches: observations are looked at, but no chunk leaves. What a client has already, it may still execute."""
+        if self.stopped is None:
+            log.warning("stopped: %s", reason)
+        self._halted = self._halted or reason
+        if self.guarded is not None and not self.guarded.guard.stopped:
+            self.guarded.guard.stop(reason)
+
+    def rearm(self, who: str) -> None:
+        """Raises UserError, and stays stopped, while what has stopped it persists."""
+        if self.stopped is None:
+            raise UserError("expected a server that is stopped, found it not; stop it first")
+        if not self.ready:
+            raise UserError(f"expected a policy that runs, found {self.failure or 'none'}; start the server again")
+        stopped = self.stopped
+        if self.guarded is not None:
+            self.guarded.rearm(who)
+        self._halted = None
+        log.warning("re-armed by %s (was stopped: %s)", who, stopped)
 
     def client(self) -> Client:
         return Client(self)
@@ -110,6 +148,8 @@ class Session:
             raise Refused(
                 "busy", f"expected fewer than {self.limit} observations that wait, found {self.waiting}; send later"
             )
+        if self.instruction is not None and self.spec.prompt is not None:
+            observation = {**observation, "instruction": self.instruction}
         self.waiting += 1  # before anything else runs
         return await asyncio.shield(asyncio.ensure_future(self._in_turn(observation)))
 
@@ -124,21 +164,49 @@ class Session:
 
     def close(self) -> None:
         if self._inference is not None:
-            asyncio.get_running_loop().remove_reader(self._inference.sentinel)
+            self._unlisten()
             self._inference.close()
+
+    def _unlisten(self) -> None:
+        assert self._inference is not None
+        for descriptor in (self._inference.sentinel, self._inference.fileno()):
+            asyncio.get_running_loop().remove_reader(descriptor)
 
     async def _in_turn(self, observation: Mapping[str, Any]) -> Chunk:
         begun = time.perf_counter()
         try:
             async with self._turn:
-                self.metrics.observe("rlrc_queue_seconds", time.perf_counter() - begun)
-                chunk = await self._ask(observation)
-                if self.guarded is None:
-                    return chunk
-                # In turn, too: the guard sees the chunks in the order in which they were computed.
-                return chunk._replace(actions=self._guard(chunk.actions, observation))
+                queued = time.perf_counter() - begun
+                self.metrics.observe("rlrc_queue_seconds", queued)
+                return await self._shown(observation, queued)
         finally:
             self.waiting -= 1
+
+    async def _shown(self, observation: Mapping[str, Any], queued: float) -> Chunk:
+        actions = seconds = None
+        try:
+            chunk = await self._ask(observation)
+            seconds = chunk.seconds
+            if self.guarded is not None:
+                # In turn, too: the guard sees the chunks in the order in which they were computed.
+                chunk = chunk._replace(actions=self._guard(chunk.actions, observation))
+            if self._halted is not None:
+                raise Refused("stopped", f"expected a server that is not stopped, found: {self._halted}; re-arm it")
+            actions = chunk.actions
+            return chunk
+        finally:
+            if self.show is not None:
+                self.show(observation, actions, queued, seconds)
+
+    async def bench(self, calls: int) -> list[float]:
+        """Milliseconds of so many inferences, each in its turn between the clients' own. Raises Refused."""
+        milliseconds = []
+        for _ in range(calls):
+            if not self.ready:
+                raise Refused("not ready", "expected a server that is ready, found it not; try again later")
+            async with self._turn:
+                milliseconds.append((await self._ask(example(self.spec))).seconds * 1e3)
+        return milliseconds
 
     def _guard(self, actions: NDArray[np.float32], observation: Mapping[str, Any]) -> NDArray[np.float32]:
         assert self.guarded is not None
@@ -151,20 +219,17 @@ class Session:
         assert self._inference is not None
         inference, loop, came = self._inference, asyncio.get_running_loop(), self._came
         answer = None
-        deadline = time.monotonic() + HANGS_S
+        hangs = loop.call_later(HANGS_S, self._fail, f"inference that has not answered for {HANGS_S:g} s")
         try:
             if self.failure is None:  # while it waited for its turn
                 inference.ask(observation, 0)
-            loop.add_reader(inference.fileno(), came.set)
             while self.failure is None and (answer := inference.poll()) is None:
-                await asyncio.wait_for(came.wait(), deadline - time.monotonic())
                 came.clear()
+                await came.wait()
         except Dead as error:
             self._fail(str(error))
-        except asyncio.TimeoutError:
-            self._fail(f"inference that has not answered for {HANGS_S:g} s")
         finally:
-            loop.remove_reader(inference.fileno())
+            hangs.cancel()
         if self.failure is not None or answer is None:
             raise Refused("failed", f"expected a policy that runs, found: {self.failure}; start the server again")
         if answer.actions is None:
@@ -173,8 +238,7 @@ class Session:
         return Chunk(answer.actions, answer.seconds)
 
     def _fail(self, failure: str) -> None:
-        assert self._inference is not None
-        asyncio.get_running_loop().remove_reader(self._inference.sentinel)
+        self._unlisten()
         self.failure = self.failure or failure
         self.failed.set()
         self._came.set()

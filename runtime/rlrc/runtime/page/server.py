@@ -1,0 +1,284 @@
+"""What the page's process answers: the page itself, what is new as server-sent events, pictures, and operators' wishes.
+
+    GET /                the page; its files have no secrets and need no token. All that follows needs it:
+    GET /events          hello (what does not change), then news ten times a second: steps, state, events
+    GET /camera/0        the newest picture as JPEG; ?after=7 waits for one newer than that
+    GET, POST /stop      {"stopped", "reason"}; POST stops
+    POST /rearm          {"reason"}: goes on, or 409 {"error": why not}
+    POST /instruction    {"text"}; null: the robot's or the client's own words again
+    POST /bench          {"calls", "p50_ms", "p99_ms", "max_ms"} of inference, or 409
+
+The token is a header (Authorization: Bearer TOKEN), which no page of somebody else's can send: neither a form nor an
+image of another site gets in, nor a name that was made to point here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import ssl
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from aiohttp import web
+from PIL import Image
+
+from rlrc.runtime.page.feed import LARGEST, Ends, Mirror
+from rlrc.runtime.page.process import Address
+from rlrc.runtime.servers.ports import Access
+
+STATIC = Path(__file__).parent / "static"
+FILES = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "chart.js", "icon.svg")}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+STEPS = 6000  # that a browser gets when it comes: half a minute at 200 Hz
+EVENTS = 200
+NEWS_S, WRITTEN_S = 0.1, 5.0  # how often there is news, and how long a browser may take to read it
+LOOKED_S = 2.0  # after its last request for a picture nobody looks
+PICTURE_S = 2.0  # longest wait for a newer one
+VIEWERS = 16
+ASKED_S = 10.0  # longest that a connection may be there without showing the token; a browser makes another
+UNKNOWN = 64  # of such at most
+BODY = 4096  # bytes
+WORDS = 500  # characters of an instruction, or of a reason
+ANSWERED_S = 60.0
+QUALITY = 80
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Of one event loop. ``hello`` is sent to every browser as it is."""
+
+    def __init__(self, ends: Ends, hello: dict[str, Any], token: str) -> None:
+        self.mirror, self.hello, self._access = Mirror(ends), hello, Access(token)
+        self.steps: deque[Any] = deque(maxlen=STEPS)
+        self.events: deque[Any] = deque(maxlen=EVENTS)
+        self.counted = {"steps": 0, "events": 0}  # all there have been
+        self.state: dict[str, Any] = {}
+        self.heard = time.monotonic()
+        self.ended = asyncio.Event()
+        self._pictures: dict[int, tuple[int, Any, bytes | None]] = {}  # count, picture, as JPEG once one is wanted
+        self._newer = asyncio.Condition()
+        self._looked, self._viewers = 0.0, 0
+        self._known = set[Any]()  # connections that have shown the token
+        self._numbers, self._asked = count(), dict[int, asyncio.Future[dict[str, Any]]]()
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=BODY, middlewares=[self._guarded])
+        for path in FILES:
+            app.router.add_get(path, _file)
+        app.router.add_get("/events", self._events)
+        app.router.add_get("/camera/{index:[0-9]{1,2}}", self._camera)
+        app.router.add_get("/stop", self._told)
+        for path in ("stop", "rearm", "instruction", "bench"):
+            app.router.add_post(f"/{path}", self._wish)
+        app.on_response_prepare.append(_prepare)
+        return app
+
+    # From the loop
+
+    def listen(self) -> None:
+        """All that has come. Its end is ours."""
+        while True:
+            try:
+                message = self.mirror.socket.recv(LARGEST)
+            except BlockingIOError:
+                return
+            except OSError:
+                message = b""
+            if not message:
+                asyncio.get_running_loop().remove_reader(self.mirror.socket.fileno())
+                return self.ended.set()
+            self._take(msgpack.unpackb(message))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        self.heard = time.monotonic()
+        if "picture" in message:
+            place = message["picture"]
+            number = self._pictures[place][0] + 1 if place in self._pictures else 1
+            self._pictures[place] = number, self.mirror.picture(message["slot"], message["shape"]), None
+            asyncio.ensure_future(self._wake())  # noqa: RUF006  it ends at once
+        if "step" in message:
+            self.steps.append(message["step"])
+            self.counted["steps"] += 1
+        for event in message.get("events", ()):
+            self.events.append(event)
+            self.counted["events"] += 1
+        self.state.update(message.get("state", {}))
+        if (waiting := self._asked.pop(message.get("id", -1), None)) is not None and not waiting.done():
+            waiting.set_result(message["answer"])
+
+    async def _wake(self) -> None:
+        async with self._newer:
+            self._newer.notify_all()
+
+    async def watch(self, connected: web.Server) -> None:
+        """For ever: pictures are only copied for those who look, and who connects without asking is dropped."""
+        since: dict[Any, float] = {}
+        while True:
+            now = time.monotonic()
+            self.mirror.watch(now - self._looked < LOOKED_S)
+            self._known.intersection_update(connected.connections)
+            since = {one: since.get(one, now) for one in connected.connections if one not in self._known}
+            for one in [one for one, begun in since.items() if now - begun > ASKED_S or len(since) > UNKNOWN]:
+                one.force_close()
+            await asyncio.sleep(0.2)
+
+    # To the browsers
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._access.allows(request.headers.get("Authorization")):
+            self._known.add(request.protocol)
+            return await handler(request)
+        if request.path in FILES:
+            return await handler(request)
+        return web.json_response({"error": "expected the header Authorization: Bearer TOKEN"}, status=401)
+
+    @contextmanager
+    def _viewing(self) -> Iterator[None]:
+        self._viewers += 1
+        try:
+            yield
+        finally:
+            self._viewers -= 1
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        if self._viewers >= VIEWERS:
+            return web.json_response({"error": f"expected at most {VIEWERS} pages, found more"}, status=503)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        with self._viewing():
+            await response.prepare(request)
+            seen = {
+                "steps": self.counted["steps"] - len(self.steps),
+                "events": self.counted["events"] - len(self.events),
+            }
+            kind, told = "hello", {**self.hello, "steps": [], "events": []}
+            while not self.ended.is_set():
+                told["state"] = {**self.state, "silent_s": round(time.monotonic() - self.heard, 2)}
+                for name, kept in (("steps", self.steps), ("events", self.events)):
+                    new = min(self.counted[name] - seen[name], len(kept))
+                    told[name] = [kept[i] for i in range(len(kept) - new, len(kept))]
+                    seen[name] = self.counted[name]
+                text = f"event: {kind}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n"
+                try:
+                    await asyncio.wait_for(response.write(text.encode()), WRITTEN_S)
+                except (OSError, asyncio.TimeoutError):
+                    break
+                kind, told = "news", {}
+                await asyncio.sleep(NEWS_S)
+        return response
+
+    async def _camera(self, request: web.Request) -> web.Response:
+        place, after = int(request.match_info["index"]), request.query.get("after", "0")
+        if place >= len(self.mirror.cameras) or not after.isdigit():
+            return web.json_response({"error": "expected a camera's number"}, status=404)
+        self._looked = time.monotonic()
+        self.mirror.watch(True)
+        async with self._newer:
+            try:
+                await asyncio.wait_for(self._newer.wait_for(lambda: self._number(place) > int(after)), PICTURE_S)
+            except asyncio.TimeoutError:
+                return web.Response(status=204)
+        number, picture, encoded = self._pictures[place]
+        if encoded is None:
+            encoded = _jpeg(picture)
+            self._pictures[place] = number, picture, encoded
+        return web.Response(body=encoded, content_type="image/jpeg", headers={"X-Number": str(number)})
+
+    def _number(self, place: int) -> int:
+        return self._pictures[place][0] if place in self._pictures else 0
+
+    async def _told(self, request: web.Request) -> web.Response:
+        reason = self.state.get("stopped")
+        return web.json_response({"stopped": reason is not None, "reason": reason or ""})
+
+    async def _wish(self, request: web.Request) -> web.Response:
+        """To the loop, and its answer back."""
+        wish: dict[str, Any] = {"do": request.path[1:], "id": next(self._numbers)}
+        if wish["do"] in ("rearm", "instruction"):
+            try:
+                given = await request.json()
+                words = given["text" if wish["do"] == "instruction" else "reason"]
+            except (ValueError, KeyError, TypeError):
+                words = 0
+            if not (words is None or (isinstance(words, str) and len(words) <= WORDS)):
+                error = f'expected JSON with a text of up to {WORDS} characters, or null: {{"reason"}} or {{"text"}}'
+                return web.json_response({"error": error}, status=400)
+            wish["words"] = None if words is None else " ".join(words.split())
+        waiting = self._asked[wish["id"]] = asyncio.get_running_loop().create_future()
+        try:
+            self.mirror.socket.send(msgpack.packb(wish))
+            answer = await asyncio.wait_for(waiting, ANSWERED_S)
+        except (OSError, asyncio.TimeoutError):
+            return web.json_response({"error": "expected an answer of the loop, found none"}, status=503)
+        finally:
+            self._asked.pop(wish["id"], None)
+        return web.json_response(answer, status=409 if "error" in answer else 200)
+
+
+async def _file(request: web.Request) -> web.Response:
+    path = STATIC / FILES[request.path]
+    return web.Response(body=path.read_bytes(), content_type=TYPES[path.suffix], charset="utf-8")
+
+
+async def _prepare(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
+    response.headers.pop("Server", None)
+
+
+def _jpeg(picture: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+def serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+    """Until the other end is closed."""
+    asyncio.run(_serve(ends, hello, address, token))
+
+
+async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+    ends.socket.setblocking(False)
+    server = Server(ends, hello, token)
+    runner = web.AppRunner(server.app(), access_log=None, handle_signals=False, shutdown_timeout=0.5)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, address.host, address.port, ssl_context=_tls(address)).start()
+    except OSError as error:
+        ends.socket.send(msgpack.packb({"error": os.strerror(error.errno or 0)}))
+        return
+    ends.socket.send(msgpack.packb({"port": runner.addresses[0][1]}))
+    asyncio.get_running_loop().add_reader(ends.socket.fileno(), server.listen)
+    assert runner.server is not None
+    watching = asyncio.ensure_future(server.watch(runner.server))
+    await server.ended.wait()
+    watching.cancel()
+    await runner.cleanup()
+
+
+def _tls(address: Address) -> ssl.SSLContext | None:
+    if address.certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(address.certificate, address.key)
+    return context
