@@ -51,12 +51,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("rlrc.runtime.serve:Serve", "the policy over the network, in protocols that robots' clients speak"),
     "bench latency": ("rlrc.benchmarks.commands.measure:Latency", "milliseconds an action chunk, against a baseline"),
     "bench memory": ("rlrc.benchmarks.commands.measure:Memory", "bytes on disk and in memory"),
+    "bench energy": ("rlrc.benchmarks.commands.resources:Energy", "joules an action, where the machine can tell"),
+    "bench throughput": (
+        "rlrc.benchmarks.commands.resources:Throughput",
+        "actions a second, one policy or more at once",
+    ),
+    "bench overhead": ("rlrc.benchmarks.commands.resources:Overhead", "what measuring itself costs a call"),
     "bench success": (
         "rlrc.benchmarks.commands.measure:Success",
         "success in the simulator, with confidence intervals",
     ),
     "bench loop": ("rlrc.benchmarks.commands.loop:Loop", "the control loop: steady rate, slow inference, faults"),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
+    "bench compare": ("rlrc.benchmarks.commands.compare:Compare", "whether new results are worse than old ones"),
     "data inspect": ("rlrc.compressor.datasets.commands:Inspect", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (
         "rlrc.compressor.datasets.commands:Demonstrations",
