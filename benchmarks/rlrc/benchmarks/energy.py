@@ -67,8 +67,8 @@ def rails(root: Path = Path("/")) -> list[Rail]:
     for label in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label")):
         channel = label.name.removeprefix("in").removesuffix("_label")
         voltage, current = label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input")
-        # Channels 4 to 7 are shunt voltages and sums, which have no current of their own.
-        if voltage.exists() and current.exists() and int(channel) <= 3:
+        # Channels beyond the third are shunt voltages and sums, which have no current of their own.
+        if voltage.exists() and current.exists():
             found.append(Rail(label.read_text().strip(), voltage, current))
     return found
 
