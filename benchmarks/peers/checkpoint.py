@@ -17,8 +17,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlrc.compressor import shapes
+from rlrc import artifact as artifacts
+from rlrc.compressor import checkpoint, shapes
 from rlrc.compressor.geometry import SMOLLM2, SMOLVLA_EXPERT, SMOLVLM_VISION, SMOLVLM_VOCABULARY
+from rlrc.compressor.lossless import lossless
+from rlrc.compressor.quantize import QuantizeConfig, quantize
+from rlrc.compressor.sources import OfficialSource
+from rlrc.runtime.official import Flags
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "smolvla"
 CAMERAS, PICTURE, SEEN, DIM, CHUNK, WIDTH = ("top", "wrist"), 256, 512, 6, 50, 32
@@ -28,20 +33,36 @@ MERGE, EVERY = 4, 2
 def write(folder: Path, seed: int = 0) -> None:
     """``folder/checkpoint``, what it needs to be read in ``folder/smolvlm`` and ``folder/hints.json``, and
     ``folder/observation.npz``."""
-    checkpoint, language = folder / "checkpoint", folder / "smolvlm"
-    shutil.copytree(DATA / "checkpoint", checkpoint)
+    official, language = folder / "checkpoint", folder / "smolvlm"
+    shutil.copytree(DATA / "checkpoint", official)
     shutil.copytree(DATA / "tiny_smolvlm", language)
     _edit(language / "config.json", _language)
-    _edit(checkpoint / "config.json", lambda config: _policy(config, language))
+    _edit(official / "config.json", lambda config: _policy(config, language))
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
-        _edit(checkpoint / name, lambda steps: _processors(steps, language))
+        _edit(official / name, lambda steps: _processors(steps, language))
     torch.manual_seed(seed)
     tensors = shapes.smolvla(SMOLVLM_VISION, MERGE, SMOLLM2, SMOLVLA_EXPERT, EVERY, SMOLVLM_VOCABULARY, WIDTH, WIDTH)
-    save_file({name: _weight(name, shape) for name, shape in tensors.items()}, checkpoint / "model.safetensors")
+    save_file({name: _weight(name, shape) for name, shape in tensors.items()}, official / "model.safetensors")
     heads = {"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64}
     hints = {"geometry": {"text": heads, "vision": {"num_attention_heads": 12}}}
     (folder / "hints.json").write_text(json.dumps(hints))
     np.savez(folder / "observation.npz", **observation(seed))
+
+
+def compress(folder: Path) -> None:
+    """The checkpoint as the artifacts ``folder/dense`` and ``folder/int4``, as `rlrc prune --lossless` and `rlrc
+    quantize` make them, but that the race's observation is their only golden one."""
+    source = OfficialSource(folder / "checkpoint", Flags(folder / "hints.json", tokenizer=folder / "smolvlm"))
+    policy, _ = lossless(source.load(), source.unread)
+    with np.load(folder / "observation.npz") as stored:
+        raw = {name: stored[name][None] for name in stored.files if name != "instruction"}
+        raw["instructions"] = stored["instruction"][None]
+    assert source.tokenizer is not None
+    raw["ids"] = source.tokenizer(str(raw["instructions"][0]), raw["state"][0])[None]
+    for name, result in (("dense", None), ("int4", quantize(policy, QuantizeConfig()))):
+        with artifacts.writing(folder / name) as draft:
+            source.hand_on(draft)
+            checkpoint.write_policy(draft, policy, raw, source.history, result)
 
 
 def observation(seed: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,17 +22,13 @@ from typing import Any
 import numpy as np
 from contestants import HERE, Contestant, Skip
 
+from rlrc import artifact as artifacts
 from rlrc.benchmarks import machine, results
 from rlrc.benchmarks.stats import percentiles, ratio_interval
 
-ANYTHING = "1e9"  # what random weights' actions may differ by: it is told, not limited
+ANYTHING = 1e9  # what random weights' actions may differ by: it is told, not limited
 WARM = 3
 Say = Callable[[str], None]
-
-
-def rlrc(*arguments: str) -> None:
-    """One of our commands, as a user types it."""
-    subprocess.run([sys.executable, "-m", "rlrc.runtime.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def smolvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[str, Any], list[Contestant]]:
@@ -43,14 +38,10 @@ def smolvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[st
         say("random weights of the official size")
         checkpoint.write(folder)
     seen, official = str(folder / "observation.npz"), str(folder / "checkpoint")
-    flags = ["--hints", str(folder / "hints.json"), "--tokenizer", str(folder / "smolvlm")]
-    if not (folder / "lossless").exists():
-        say("rlrc prune --lossless")
-        rlrc("prune", official, str(folder / "lossless"), "--lossless", *flags)
     if not (folder / "int4").exists():
-        say("rlrc quantize")
-        rlrc("quantize", str(folder / "lossless"), str(folder / "int4"))
-    ours = {"rlrc int4": ("int4", "auto"), "rlrc int4a8": ("int4", "int4a8"), "rlrc fp32": ("lossless", "fp32")}
+        say("read, without what nothing reads, and in 4 bits")
+        checkpoint.compress(folder)
+    ours = {"rlrc int4": ("int4", "auto"), "rlrc int4a8": ("int4", "int4a8"), "rlrc fp32": ("dense", "fp32")}
     told = {
         "name": "smolvla",
         "policy": "SmolVLA, 450 M parameters, two cameras, chunks of 50, 10 flow steps",
@@ -104,13 +95,20 @@ def openvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[st
 
 
 def exported(folder: Path, ours: dict[str, Any], seen: str, threads: int, say: Say) -> list[Contestant]:
+    """Of each, its weights, precision and target."""
+    from rlrc.exporters.auto import export_fastest
+    from rlrc.exporters.export import export
+
     found = []
     for name, (weights, precision, *target) in ours.items():
         out = folder / name.replace(" ", "-")
         if not out.exists():
             say(f"rlrc export --precision {precision}")
-            how = ["--to", *(target or ["onnx"]), "--precision", precision, "--tolerance", ANYTHING]
-            rlrc("export", str(folder / weights), str(out), *how, "--threads", str(threads))
+            parent = artifacts.load(folder / weights, verify=())
+            if precision == "auto":
+                export_fastest(parent, out, threads=threads, tolerance=ANYTHING)
+            else:
+                export(parent, out, target or ["onnx"], precision, ANYTHING)
         found.append(Contestant(name, sys.executable, "run_rlrc.py", [str(out), seen, str(threads)]))
     return found
 

@@ -68,10 +68,10 @@ LINES = (
     (0, (3, 1, 1, 1, 1, 1)),
 )
 MARKERS = ("o", "s", "^", "D", "*", "v", "P", "X")
-_HATCHES = ("", "////", "....", "\\\\\\\\", "", "xxxx", "----", "++++")
+_HATCHES = ("", "////", "..", "\\\\\\\\", "", "xxxx", "----", "++++")
 # Colour and hatch of each part of an inference, and of the memory of its graphs.
 PARTS = {
-    "preprocess": ("--s2", "...."),
+    "preprocess": ("--s2", ".."),
     "vision": ("--s3", "\\\\\\\\"),
     "prefix": ("--s4", ""),
     "prefill": ("--s4", ""),
@@ -81,6 +81,7 @@ PARTS = {
     "head": ("--s7", "----"),
     "postprocess": ("--s1", "////"),
 }
+STEPS = 160  # of a distribution
 METRICS = {
     "loss": "loss",
     "l1": "mean action error",
@@ -103,8 +104,13 @@ class Style:
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """The same style for the same stage in every chart; other rows take what is left, in order."""
     others = [name for name in names if name not in STAGES]
-    index = {name: STAGES.index(name) if name in STAGES else 5 + others.index(name) % 3 for name in names}
-    return {name: Style(PALETTE[f"--s{i}"], LINES[i], MARKERS[i], _HATCHES[i]) for name, i in index.items()}
+    found = {}
+    for name in names:
+        i = STAGES.index(name) if name in STAGES else len(STAGES) + others.index(name)
+        color = i if name in STAGES else 5 + others.index(name) % 3
+        # Those that share a colour differ in line, marker and hatch.
+        found[name] = Style(PALETTE[f"--s{color}"], LINES[i % 8], MARKERS[(i + i // 8) % 8], _HATCHES[i % 8])
+    return found
 
 
 def latency(trials: Mapping[str, Sequence[float]]) -> str:
@@ -114,8 +120,14 @@ def latency(trials: Mapping[str, Sequence[float]]) -> str:
         axes = figure.add_subplot()
         for name, style in styles(list(trials)).items():
             values = np.sort(trials[name])
-            share = np.arange(1, len(values) + 1) / len(values)
-            axes.step(values, share, where="post", color=style.color, linestyle=style.line, linewidth=1.8, label=name)
+            # More steps than a picture has rows would only make it larger; the slowest are all there.
+            kept = np.unique(
+                np.concatenate([np.linspace(0, len(values) - 1, STEPS), np.arange(len(values))[-20:]]).astype(int)
+            )
+            share = (kept + 1) / len(values)
+            axes.step(
+                values[kept], share, where="post", color=style.color, linestyle=style.line, linewidth=1.8, label=name
+            )
             marks = np.percentile(values, [50, 99])
             axes.plot(marks, [0.5, 0.99], style.marker, color=style.color, markersize=5)
         low, high = min(map(min, trials.values())) * 0.92, max(map(max, trials.values())) * 1.08

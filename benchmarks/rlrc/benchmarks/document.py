@@ -22,12 +22,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The row ``strong`` stands out; with ``words`` the last column is running text."""
+    """The row ``strong`` stands out; with ``words`` the last column is running text. ``folded``: see Listing."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     strong: int | None = None
     words: bool = False
+    folded: str = ""
 
 
 @dataclass(frozen=True)

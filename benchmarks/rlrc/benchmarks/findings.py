@@ -180,6 +180,38 @@ def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
+    """Of every policy whose throughput or energy was asked for; where there was no way to measure energy, why."""
+    blocks: list[Block] = []
+    found = [
+        [
+            Cell(row["name"] if not i else ""),
+            Cell(number),
+            Cell(f"{one['chunks_per_s']:.2f}", f"{one['interval'][0]:.2f} to {one['interval'][1]:.2f}"),
+            Cell(f"{one['actions_per_s']:.1f}"),
+            Cell(f"{one['cpu_s_per_chunk'] * 1e3:.2f} ms"),
+        ]
+        for row in rows
+        for i, (number, one) in enumerate((row.get("throughput") or {}).items())
+    ]
+    if found:
+        header = ("policy", "at once", "chunks a second", "actions a second", "CPU time a chunk")
+        blocks.append(Table(header, found))
+    spent = [row for row in rows if row.get("energy")]
+    if spent:
+        header = ("policy", "joules a chunk", "an action", "a chunk above idle", "watts", "idle")
+        blocks.append(Table(header, [_energy(row) for row in spent]))
+    sources = dict.fromkeys(str(result["source"]) for result in results if result.get("kind") == "energy")
+    return blocks + [Note(f"Energy: {source}.") for source in sources]
+
+
+def _energy(row: Row) -> list[Cell]:
+    energy = row["energy"]
+    joules = [energy[key] for key in ("joules_chunk", "joules_action", "joules_chunk_above_idle")]
+    told = [Cell(f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for one in joules]
+    return [Cell(row["name"]), *told, Cell(f"{energy['watts']:.2f}"), Cell(f"{energy['idle_watts']:.2f}")]
+
+
 # Recovery
 
 

@@ -154,6 +154,6 @@ def predictions(names: Sequence[str]) -> list[Block]:
     return [
         Chart("predictions", tradeoffs.predictions(panels), caption),
         Note(text),
-        Table(header, rows),
+        Table(header, rows, folded="every prediction"),
         Listing(list(assumed), "everything that is assumed"),
     ]

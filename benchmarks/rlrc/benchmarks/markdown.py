@@ -52,7 +52,7 @@ def _section(section: Section, folder: str) -> str:
 
 def _block(block: Block, folder: str) -> str:
     if isinstance(block, Table):
-        return _table(block)
+        return _folded(_table(block), block.folded)
     if isinstance(block, Chart):
         return f"![{_escaped(block.caption)}]({folder}/{block.name}.svg)\n\n{_escaped(block.caption)}"
     if isinstance(block, Charts):

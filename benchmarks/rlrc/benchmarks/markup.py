@@ -59,7 +59,7 @@ def _section(section: Section) -> str:
 
 def _block(block: Block) -> str:
     if isinstance(block, Table):
-        return _table(block)
+        return _folded(_table(block), block.folded)
     if isinstance(block, Chart):
         return _figure(block)
     if isinstance(block, Charts):

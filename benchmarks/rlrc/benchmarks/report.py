@@ -33,7 +33,7 @@ from rlrc.benchmarks.document import (
     milliseconds,
 )
 from rlrc.benchmarks.film import Strip
-from rlrc.benchmarks.results import BASELINE, OF_POLICIES, merge
+from rlrc.benchmarks.results import BASELINE, OF_POLICIES, OVERHEAD, merge
 from rlrc.errors import UserError
 
 HERO = "compressed"
@@ -75,6 +75,7 @@ def document(
         Section("Results", _table(rows)),
         Section("Memory", _memory(rows)),
         Section("Latency", _latency(rows)),
+        Section("Throughput and energy", findings.resources(own, rows)),
         Section("What the machine allows", limits.rooflines(results)),
         Section("Bytes, time and success", findings.pareto(results)),
         Section("Success", _success(rows, comparisons)),
@@ -261,6 +262,10 @@ def _film(film: Film) -> list[Block]:
 
 def _provenance(results: Sequence[Row]) -> list[Block]:
     blocks: list[Block] = []
+    for row in (row for result in results if result.get("kind") == OVERHEAD for row in result["rows"]):
+        added, whole = row["added_us"], row["whole_us"]
+        told = f"adds {added['p50']:.1f} microseconds to every latency (p99 {added['p99']:.1f}) and takes"
+        blocks.append(Note(f"The stop-watch {told} {whole['p50']:.1f} a call (p99 {whole['p99']:.1f})."))
     for result in results:
         blocks += [Heading(str(result.get("kind", "results"))), Command(str(result.get("command")))]
         machine = result.get("machine") or {}

@@ -20,10 +20,10 @@ from rlrc.runtime import backends
 
 TOKENIZER = "tokenizer/tokenizer.json"
 BASELINE = "dense"
-GEOMETRY, PEERS, STUDY = "claims of a geometry", "peers", "recovery study"
+GEOMETRY, PEERS, STUDY, OVERHEAD = "claims of a geometry", "peers", "recovery study", "overhead"
 ARMS = ("dense", "compressed", "torch")  # of a geometry's claims
-OF_POLICIES = (GEOMETRY, PEERS, STUDY)
-"""Kinds of results whose rows are not those of the one table: other runtimes', random weights', a study's arms."""
+OF_POLICIES = (GEOMETRY, PEERS, STUDY, OVERHEAD)
+"""Kinds of results whose rows are not the one table's: other runtimes, random weights, a study's arms, the harness."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlrc.benchmarks.charts import LINES, MARKERS, PALETTE, PARTS, SETTINGS, as_svg, fill, plain_log, styles
+from rlrc.benchmarks.charts import LINES, MARKERS, PALETTE, PARTS, SETTINGS, STAGES, as_svg, fill, plain_log, styles
 from rlrc.benchmarks.stats import Estimate
 
 INK, MUTED, CARD = PALETTE["--ink"], PALETTE["--muted"], PALETTE["--card"]
+MANY = 12  # policies that colours and markers can tell apart
 LOOKS = ("--s4", "--s1", "--s3", "--s5", "--s2", "--s0", "--s6", "--s7")
 
 
@@ -131,36 +132,55 @@ def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[Poin
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Estimate]) -> str:
-    """Success against bytes and against the median latency (milliseconds, with limits); the front is filled, others
-    are not."""
+    """Success against bytes and against the median latency (milliseconds, with limits); the front is filled.
+
+    Of many rows only those on the front are told apart.
+    """
     front = set(on_front(rows, {name: value.value for name, value in medians.items()}))
+    named = front if len(rows) > MANY else {row["name"] for row in rows}
+    looks = _many([row["name"] for row in rows if row["name"] in named])
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure((7.6, 3.9), layout="constrained")
+        figure = Figure((7.6, 4.3), layout="constrained")
         sides = figure.subplots(1, 2, sharey=True)
-        looks = _many([row["name"] for row in rows])
-        for row in rows:
-            name, success = row["name"], row["success"]
-            low, high = row["interval"]
-            color, marker = looks[name]
+        for row in sorted(rows, key=lambda row: row["name"] in front):
+            name, success = row["name"], _within(row["success"])
+            color, marker = looks.get(name, (PALETTE["--s0"], "o"))
+            known = name in looks
             look = {
                 "fmt": marker,
                 "color": color,
                 "markerfacecolor": color if name in front else "none",
-                "markersize": 6,
-                "elinewidth": 0.8,
-                "capsize": 1.8,
+                "markersize": 6.5 if known else 3.5,
+                "elinewidth": 0.9 if known else 0.4,
+                "capsize": 1.8 if known else 0,
             }
+            low, high = (_within(limit) for limit in row["interval"])
             yerr = [[max(0.0, success - low)], [max(0.0, high - success)]]
-            sides[0].errorbar(row["bytes"] / 1e6, success, yerr=yerr, label=name, **look)
+            sides[0].errorbar(row["bytes"] / 1e6, success, yerr=yerr, label=name if known else None, **look)
             median = medians[name]
             xerr = [[median.value - median.low], [median.high - median.value]]
             sides[1].errorbar(median.value, success, yerr=yerr, xerr=xerr, **look)
         for axes, label in zip(sides, ("megabytes to load", "milliseconds an inference, median"), strict=True):
             axes.set(xscale="log", xlabel=f"{label}, logarithmic")
             plain_log(axes, *axes.get_xlim())
+            _odds(axes)
         sides[0].set_ylabel("success, with 95 % Wilson intervals")
         figure.legend(loc="outside lower center", ncols=4)
         return as_svg(figure, "Success against bytes and latency; filled: the Pareto front")
+
+
+def _within(success: float) -> float:
+    """All and none have no place on a scale of odds."""
+    return min(max(success, 0.002), 0.998)
+
+
+def _odds(axes: Axes) -> None:
+    """A scale of success on which the failures near one can be told apart."""
+    low, high = axes.get_ylim()
+    axes.set_yscale("logit")
+    ticks = [tick for tick in (0.01, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low - 0.02 <= tick <= high + 0.02]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
 
 
 def on_front(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, float]) -> list[str]:
@@ -180,9 +200,8 @@ def on_front(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, float]) ->
 
 def _many(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker for more names than there are colours: a marker goes round slower than a colour does."""
-    known = styles(names)
-    if len({(style.color, style.marker) for style in known.values()}) == len(names):
-        return {name: (style.color, style.marker) for name, style in known.items()}
+    if any(name in STAGES for name in names):
+        return {name: (style.color, style.marker) for name, style in styles(names).items()}
     n = len(LOOKS)
     return {name: (PALETTE[LOOKS[i % n]], MARKERS[(i + i // n) % len(MARKERS)]) for i, name in enumerate(names)}
 
@@ -206,6 +225,7 @@ def recovery(panels: Mapping[str, Sequence[Arm]], levels: Mapping[str, float]) -
             for arm in arms:
                 color, marker = looks[arm.name]
                 x, y, low, high = np.array(arm.seeds).T
+                y, low, high = (np.clip(values, 0.002, 0.998) for values in (y, low, high))
                 error = np.clip([y - low, high - y], 0, None)
                 axes.errorbar(
                     x,
@@ -224,6 +244,7 @@ def recovery(panels: Mapping[str, Sequence[Arm]], levels: Mapping[str, float]) -
                 axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=":")
                 axes.annotate(name, (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                               ha="right", fontsize=8, color=MUTED)  # fmt: skip
+            _odds(axes)
             axes.set_title(title, loc="left", color=INK)
             axes.set_xlabel("CPU-minutes of recovery")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=7.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -58,7 +59,7 @@ class Compare:
             verdict = f"[{style}]{change.verdict}[/]" if style else change.verdict
             unit = f", {change.unit}" if change.unit else ""
             table.add_row(change.name, f"{change.figure}{unit}", *cells(change), verdict)
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=160)
         console.print(table)
         versions = [(result.get("machine") or {}).get("versions") or {} for result in (old, new)]
         for name in sorted(versions[0].keys() | versions[1].keys()):
