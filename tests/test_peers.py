@@ -75,6 +75,7 @@ def test_all_make_a_chunk_in_turn_and_are_compared(race: ModuleType, tmp_path: P
     assert ours["action_difference_mean"] == 0.25
     assert other["action_difference"] == 0
     assert other["peak_rss"] > 1e6
+    assert ours["cpu_ms"]["p50"] < 5  # it slept
     value, low, high = found["ratios"]["other"]
     assert 1.5 < low <= value <= high < 5
 
@@ -115,7 +116,7 @@ def test_our_artifact_as_a_contestant(toy_artifact: Path, observation: dict[str,
     np.savez(tmp_path / "seen.npz", **observation)
     one = Contestant("toy", sys.executable, "run_rlrc.py", [str(toy_artifact), str(tmp_path / "seen.npz"), "1"])
     one.start(1)
-    assert one.act() > 0
+    assert min(one.act()) > 0
     actions = np.array(one.ask("actions")["actions"])
     one.close()
     np.testing.assert_array_equal(

@@ -31,6 +31,7 @@ class Contestant:
     arguments: Sequence[str]
     told: dict[str, Any] = field(default_factory=dict)
     trials: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     process: Any = None
 
     def start(self, threads: int) -> None:
@@ -56,8 +57,15 @@ class Contestant:
             raise Skip(self._ended()) from None
         return self._answer()
 
-    def act(self) -> float:
-        return float(self.ask("act")["ms"])
+    def act(self) -> tuple[float, float]:
+        """Milliseconds of a chunk, by the clock and of all processors together."""
+        answer = self.ask("act")
+        return float(answer["ms"]), float(answer["cpu_ms"])
+
+    def trial(self) -> None:
+        milliseconds, spent = self.act()
+        self.trials.append(milliseconds)
+        self.processor.append(spent)
 
     def close(self) -> None:
         if self.process is not None:

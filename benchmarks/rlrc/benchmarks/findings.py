@@ -253,18 +253,12 @@ def peers(results: Sequence[Row]) -> list[Block]:
         caption = f"{result['policy']}: latency in multiples of {result['ours']}, all in turns in one run."
         if result.get("wanted"):
             caption += f" Dashed: {result['wanted']:g}x, what was set out for."
-        header = (
-            "runtime",
-            "precision",
-            "p50",
-            "p90",
-            "against it",
-            "peak of the process",
-            "largest action difference",
-        )
+        spent = {name: Estimate(*values) for name, values in (result.get("cpu_ratios") or {}).items()}
+        against = f"of {result['ours']}'s"
+        header = ("runtime", "precision", "p50", "p90", against, "CPU time", "peak memory", "largest difference")
         blocks += [
             Heading(str(result["policy"])),
-            Table(header, [_peer(row, ratios) for row in measured]),
+            Table(header, [_peer(row, ratios, spent) for row in measured]),
             Note(str(result["note"])),
             Chart(f"peers-{result['name']}", tradeoffs.ratios(ratios, result.get("wanted")), caption),
         ]
@@ -273,14 +267,18 @@ def peers(results: Sequence[Row]) -> list[Block]:
     return blocks
 
 
-def _peer(row: Row, ratios: Mapping[str, Estimate]) -> list[Cell]:
-    ratio = ratios.get(row["name"])
+def _peer(row: Row, ratios: Mapping[str, Estimate], spent: Mapping[str, Estimate]) -> list[Cell]:
+    def against(found: Mapping[str, Estimate]) -> Cell:
+        ratio = found.get(row["name"])
+        return Cell(f"{ratio.value:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else Cell("1")
+
     difference = row.get("action_difference")
     return [
         Cell(row["name"], row.get("version", "")),
         Cell(row["precision"]),
         *(Cell(milliseconds(row["latency_ms"][which])) for which in ("p50", "p90")),
-        Cell(f"{ratio.value:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else Cell("1"),
+        against(ratios),
+        against(spent) if spent else Cell(DASH),
         Cell(megabytes(row.get("peak_rss"))),
         Cell(DASH if difference is None else f"{difference:.2g}"),
     ]
