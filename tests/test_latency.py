@@ -83,6 +83,78 @@ def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
     assert warmup.warm_up(lambda: next(falling))[:2] == (warmup.CAP * warmup.WINDOW, False)
 
 
+class Watch:
+    """A clock that goes on when it is told to. In the place of the module time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Engine:
+    """Every pass takes its milliseconds by the watch; with a head beside it, that and the embedding take their own."""
+
+    def __init__(self, watch: Watch, milliseconds: float) -> None:
+        self.watch, self.milliseconds = watch, milliseconds
+
+    def run(self, graph: str, inputs: Any) -> Any:
+        self.watch.now += self.milliseconds / 1e3
+        if graph == "decoder" and hasattr(self, "beside"):
+            self.beside.run("embed", inputs)
+            self.beside.run("head", inputs)
+        return {}
+
+    def versions(self) -> dict[str, str]:
+        return {}
+
+
+class Driver:
+    """Runs an engine's graphs in this order, an inference."""
+
+    def __init__(self, engine: Engine, passes: list[tuple[str, Any]]) -> None:
+        self.engine, self.passes = engine, passes
+
+    def infer(self, observation: Any) -> Any:
+        for graph, inputs in self.passes:
+            self.engine.run(graph, inputs)
+        return {"timing": {"preprocess_ms": 1.0, "vision_ms": 5.0, "decoder_ms": 99.0, "postprocess_ms": 0.5}}
+
+    def reset(self) -> None: ...
+
+
+TOKENS = [("vision", {}), *(("decoder", {"start": [start]}) for start in (0, 280, 281))]
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize(
+    ("passes", "beside", "expected"),
+    [
+        (TOKENS, False, {"prefill": 2, "decode": 4}),
+        ([("vision", {}), ("decoder", {})], False, {"prefill": 2}),
+        ([("vision", {}), ("prefix", {}), *[("step", {})] * 10], False, {"prefix": 2, "steps": 20}),
+        # What comes before the blocks counts with them, the head does not.
+        (TOKENS, True, {"prefill": 3, "decode": 6, "head": 3}),
+    ],
+)
+def test_parts_of_every_way_to_decode(
+    passes: Any, beside: bool, expected: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch()
+    monkeypatch.setattr(latency, "time", watch)
+    engine = Engine(watch, 2.0)
+    if beside:
+        engine.beside = Engine(watch, 1.0)  # type: ignore[attr-defined]
+    policy = Driver(engine, passes)
+    # The pictures are the policy's own figure.
+    expected = {"preprocess": 1.0, "vision": 5.0, **expected, "postprocess": 0.5}
+    for _ in range(2):  # measured once, however often it is asked for
+        timed = latency.measure({"A": policy}, {"A": [{}]}, trials=2, block=1)["A"]
+        assert list(timed.parts) == list(expected)
+        assert {part: values[1] for part, values in timed.parts.items()} == pytest.approx(expected)
+
+
 def test_no_trials_are_refused() -> None:
     with pytest.raises(UserError, match="at least one trial"):
         latency.measure({}, {}, trials=0)
@@ -117,6 +189,45 @@ def test_bad_artifacts_are_one_line_and_exit_2(
     complaint = capsys.readouterr().err
     assert reason in complaint
     assert len(complaint.splitlines()) == 1
+
+
+def test_machine_of_a_jetson(tmp_path: Path) -> None:
+    """As its files were written down on one."""
+    files = {
+        "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+        "proc/meminfo": "MemTotal:        7802868 kB\n",
+        "proc/cpuinfo": "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "schedutil\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "729600\n",
+        "sys/devices/system/cpu/cpufreq/policy4/scaling_governor": "schedutil\n",
+        "sys/devices/system/cpu/cpufreq/policy4/scaling_cur_freq": "1510400\n",
+        "var/lib/nvpmodel/status": "pmode:0001\n",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=1 NAME=7W >\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    described = machine.describe(root=tmp_path)
+    assert described["device"] == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert (described["governor"], described["mhz"]) == ("schedutil", [730, 1510])
+    assert described["power_mode"] == "7W"
+    assert described["memory_gb"] == 7.4
+    assert machine.unified_memory(tmp_path)
+    (tmp_path / "etc/nvpmodel.conf").unlink()
+    assert machine.power_mode(tmp_path) == "mode 1"
+
+
+def test_clock_of_a_virtual_machine(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 2699.998\ncpu MHz\t\t: 2700.000\n")
+    assert machine.clocks(tmp_path) == {"governor": None, "mhz": [2700, 2700]}
+    assert machine.power_mode(tmp_path) is None
+    assert not machine.unified_memory(tmp_path)
+
+
+def test_processors_as_linux_writes_them() -> None:
+    assert machine.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert machine.ranges([]) == ""
 
 
 def test_machine_names_no_workplace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

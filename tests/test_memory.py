@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,12 +76,44 @@ def test_a_known_allocation_shows_as_anonymous_memory() -> None:
 
 
 def test_command_measures_a_fresh_process(toy_artifact: Path, capsys: Any) -> None:
-    assert main(["bench", "memory", str(toy_artifact), "--json"]) == 0
+    assert main(["bench", "memory", str(toy_artifact), "--repeats", "2", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     stages = [row["memory"][stage] for stage in memory.STAGES]
     assert [stage["peak"] for stage in stages] == sorted(stage["peak"] for stage in stages)
     assert stages[1]["rss"] > stages[0]["rss"] + 10e6  # numpy and the engine
     assert row["memory"]["own"]["pss"] < 50e6  # a policy of 0.1 MB
+    assert row["memory"]["runs"] == 2
+    low, high = row["memory"]["own_range"]["pss"]
+    assert low <= row["memory"]["own"]["pss"] <= high
+    assert list(row["memory"]["towers"]) == ["vision", "decoder"]
+    assert set(row["graph_bytes"]) == {"vision", "decoder"}
+    assert sum(row["graph_bytes"].values()) == row["file_bytes"]
+    assert 0 < row["memory"]["page_cache"] <= row["file_bytes"]
+
+
+def test_the_run_of_the_middle_and_the_spread() -> None:
+    def run(pss: int) -> dict[str, Any]:
+        stage = dict.fromkeys(("rss", "pss", "anonymous", "file", "used", "peak"), 100)
+        return {"imported": stage, "running": {**stage, "pss": 100 + pss, "peak": 130}, "towers": {}}
+
+    measured = memory.row([run(30), run(10), run(20)])["memory"]
+    assert measured["own"] == {"rss": 0, "pss": 20, "anonymous": 0, "file": 0, "used": 0, "peak": 30}
+    assert measured["own_range"]["pss"] == [10, 30]
+    assert measured["running"]["pss"] == 120
+
+
+def test_page_cache_of_a_file_that_was_dropped(tmp_path: Path) -> None:
+    file, size = tmp_path / "weights", 300 * mmap.PAGESIZE + 17
+    file.write_bytes(bytes(size))
+    assert memory.page_cache(file) == size
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if memory.page_cache(file) == size:
+        pytest.skip("this file system keeps its pages")
+    assert memory.page_cache(file) < size / 10
+    (tmp_path / "empty").touch()
+    assert memory.page_cache(tmp_path / "empty") == 0
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ PALETTE = {
     "--s6": "#7c4a2d",
     "--s7": "#4d7a1f",
 }
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
     "text.color": PALETTE["--ink"],
@@ -57,7 +57,7 @@ _SETTINGS: dict[Any, Any] = {
     "hatch.linewidth": 1.0,
 }
 STAGES = ("dense", "pruned", "pruned+sft", "pruned+sft+ppo", "compressed")
-_LINES = (
+LINES = (
     "-",
     (0, (1, 1.2)),
     (0, (4, 1.5)),
@@ -67,9 +67,21 @@ _LINES = (
     (0, (8, 2)),
     (0, (3, 1, 1, 1, 1, 1)),
 )
-_MARKERS = ("o", "s", "^", "D", "*", "v", "P", "X")
-_HATCHES = ("", "////", "....", "\\\\\\\\", "", "xxxx", "----", "++++")
-PARTS = {"preprocess": "--s2", "vision": "--s3", "decoder": "--s4", "postprocess": "--s1"}
+MARKERS = ("o", "s", "^", "D", "*", "v", "P", "X")
+_HATCHES = ("", "////", "..", "\\\\\\\\", "", "xxxx", "----", "++++")
+# Colour and hatch of each part of an inference, and of the memory of its graphs.
+PARTS = {
+    "preprocess": ("--s2", ".."),
+    "vision": ("--s3", "\\\\\\\\"),
+    "prefix": ("--s4", ""),
+    "prefill": ("--s4", ""),
+    "decoder": ("--s4", ""),
+    "decode": ("--s5", "xxxx"),
+    "steps": ("--s5", "xxxx"),
+    "head": ("--s7", "----"),
+    "postprocess": ("--s1", "////"),
+}
+STEPS = 160  # of a distribution
 METRICS = {
     "loss": "loss",
     "l1": "mean action error",
@@ -92,30 +104,41 @@ class Style:
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """The same style for the same stage in every chart; other rows take what is left, in order."""
     others = [name for name in names if name not in STAGES]
-    index = {name: STAGES.index(name) if name in STAGES else 5 + others.index(name) % 3 for name in names}
-    return {name: Style(PALETTE[f"--s{i}"], _LINES[i], _MARKERS[i], _HATCHES[i]) for name, i in index.items()}
+    found = {}
+    for name in names:
+        i = STAGES.index(name) if name in STAGES else len(STAGES) + others.index(name)
+        color = i if name in STAGES else 5 + others.index(name) % 3
+        # Those that share a colour differ in line, marker and hatch.
+        found[name] = Style(PALETTE[f"--s{color}"], LINES[i % 8], MARKERS[(i + i // 8) % 8], _HATCHES[i % 8])
+    return found
 
 
 def latency(trials: Mapping[str, Sequence[float]]) -> str:
     """Share of inferences that took at most x milliseconds, with the median and the 99th percentile marked."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure((5.6, 3.3), layout="constrained")
         axes = figure.add_subplot()
         for name, style in styles(list(trials)).items():
             values = np.sort(trials[name])
-            share = np.arange(1, len(values) + 1) / len(values)
-            axes.step(values, share, where="post", color=style.color, linestyle=style.line, linewidth=1.8, label=name)
+            # More steps than a picture has rows would only make it larger; the slowest are all there.
+            kept = np.unique(
+                np.concatenate([np.linspace(0, len(values) - 1, STEPS), np.arange(len(values))[-20:]]).astype(int)
+            )
+            share = (kept + 1) / len(values)
+            axes.step(
+                values[kept], share, where="post", color=style.color, linestyle=style.line, linewidth=1.8, label=name
+            )
             marks = np.percentile(values, [50, 99])
             axes.plot(marks, [0.5, 0.99], style.marker, color=style.color, markersize=5)
         low, high = min(map(min, trials.values())) * 0.92, max(map(max, trials.values())) * 1.08
         axes.set(xscale="log", xlim=(low, high), ylim=(0, 1.02), xlabel="milliseconds an inference, logarithmic")
         axes.set_ylabel("share of inferences")
-        _plain_log(axes, low, high)
+        plain_log(axes, low, high)
         figure.legend(loc="outside lower center", ncols=3)
-        return _svg(figure, "Distribution of the latency of an inference, by policy")
+        return as_svg(figure, "Distribution of the latency of an inference, by policy")
 
 
-def _plain_log(axes: Axes, low: float, high: float) -> None:
+def plain_log(axes: Axes, low: float, high: float) -> None:
     """Round numbers, written out: as many as fit beside each other."""
     for digits in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
         ticks = [tick for power in range(-4, 7) for digit in digits if low <= (tick := digit * 10.0**power) <= high]
@@ -127,14 +150,15 @@ def _plain_log(axes: Axes, low: float, high: float) -> None:
 
 def parts(medians: Mapping[str, Mapping[str, float]]) -> str:
     """Median of each part of an inference, stacked, a bar a policy. ``medians``: name -> part -> milliseconds."""
-    with matplotlib.rc_context(_SETTINGS | {"axes.grid.axis": "x"}):
+    with matplotlib.rc_context(SETTINGS | {"axes.grid.axis": "x"}):
         figure = Figure((5.6, 1.1 + 0.36 * len(medians)), layout="constrained")
         axes = figure.add_subplot()
         left = np.zeros(len(medians))
-        hatches = dict(zip(PARTS, ("....", "\\\\\\\\", "", "////"), strict=True))
-        for part, variable in PARTS.items():
+        found = [part for part in PARTS if any(part in row for row in medians.values())]
+        for part in found:
             widths = np.array([row.get(part, 0.0) for row in medians.values()])
-            axes.barh(list(medians), widths, 0.62, left, label=part, **_fill(PALETTE[variable], hatches[part]))
+            variable, hatch = PARTS[part]
+            axes.barh(list(medians), widths, 0.62, left, label=part, **fill(PALETTE[variable], hatch))
             left += widths
         for y, total in enumerate(left):
             axes.annotate(
@@ -143,15 +167,15 @@ def parts(medians: Mapping[str, Mapping[str, float]]) -> str:
         axes.set(xlabel="milliseconds, medians", xlim=(0, left.max() * 1.16))
         axes.invert_yaxis()
         axes.tick_params(length=0)
-        figure.legend(loc="outside lower center", ncols=4)
-        return _svg(figure, "Median time of each part of an inference, by policy")
+        figure.legend(loc="outside lower center", ncols=5)
+        return as_svg(figure, "Median time of each part of an inference, by policy")
 
 
 def success(rows: Sequence[Mapping[str, Any]]) -> str:
     """Success of every task with its 95 % interval: a group of bars a task, a bar a row."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["per_task"]))
     height = 0.8 / len(rows)
-    with matplotlib.rc_context(_SETTINGS | {"axes.grid.axis": "x"}):
+    with matplotlib.rc_context(SETTINGS | {"axes.grid.axis": "x"}):
         figure = Figure((6.4, 0.9 + len(tasks) * (0.16 + 0.12 * len(rows))), layout="constrained")
         axes = figure.add_subplot()
         for i, (row, style) in enumerate(zip(rows, styles([row["name"] for row in rows]).values(), strict=True)):
@@ -159,7 +183,7 @@ def success(rows: Sequence[Mapping[str, Any]]) -> str:
             y = np.array([y for y, _ in have]) + (i - (len(rows) - 1) / 2) * height
             rate = np.array([entry["success"] for _, entry in have])
             limits = np.array([entry["interval"] for _, entry in have])
-            axes.barh(y, rate, height * 0.86, label=row["name"], **_fill(style.color, style.hatch))
+            axes.barh(y, rate, height * 0.86, label=row["name"], **fill(style.color, style.hatch))
             error = np.clip([rate - limits[:, 0], limits[:, 1] - rate], 0, None)
             # A halo in the ground's colour: the whisker has to be seen on the bar and beside it.
             for variable, width in (("--card", 2.6), ("--ink", 0.9)):
@@ -168,7 +192,7 @@ def success(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set(xlim=(0, 1.01), ylim=(len(tasks) - 0.5, -0.5), xlabel="success rate, with 95 % Wilson intervals")
         axes.tick_params(length=0)
         figure.legend(loc="outside upper center", ncols=3)
-        return _svg(figure, "Success rate of every task with 95 % confidence intervals, by policy")
+        return as_svg(figure, "Success rate of every task with 95 % confidence intervals, by policy")
 
 
 def _task(name: str) -> str:
@@ -181,7 +205,7 @@ def curves(stage: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, flo
     """One panel a metric. ``runs``: name of the run -> metric -> (step, value)."""
     metrics = [metric for metric in METRICS if any(metric in run for run in runs.values())]
     columns = min(3, len(metrics))
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure((2.4 * columns, 0.45 + 1.7 * -(-len(metrics) // columns)), layout="constrained")
         grid = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False)
         look = dict(zip(runs, ("--s4", "--s1", "--s3", "--s5", "--s2", "--s0"), strict=False))
@@ -192,12 +216,12 @@ def curves(stage: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, flo
                 steps, values = np.array(runs[name][metric], dtype=float).T
                 smooth = _smooth(values)
                 label = name if metric == metrics[0] else None
-                few = {"marker": _MARKERS[i], "markersize": 3.5} if len(values) <= 30 else {}
+                few = {"marker": MARKERS[i], "markersize": 3.5} if len(values) <= 30 else {}
                 if smooth is not None:
                     axes.plot(steps, values, color=PALETTE[variable], linewidth=0.7, alpha=0.35)
                 drawn = values if smooth is None else smooth
                 axes.plot(
-                    steps, drawn, color=PALETTE[variable], linestyle=_LINES[(0, 2, 3, 1, 5, 6)[i]], label=label, **few
+                    steps, drawn, color=PALETTE[variable], linestyle=LINES[(0, 2, 3, 1, 5, 6)[i]], label=label, **few
                 )
             axes.set_title(METRICS[metric], loc="left", color=PALETTE["--ink"])
             axes.set_xlabel("step")
@@ -207,7 +231,7 @@ def curves(stage: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, flo
             axes.set_visible(False)
         if len(runs) > 1:
             figure.legend(loc="outside lower center", ncols=3)
-        return _svg(figure, f"Training curves of {stage}: {', '.join(METRICS[metric] for metric in metrics)}")
+        return as_svg(figure, f"Training curves of {stage}: {', '.join(METRICS[metric] for metric in metrics)}")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray | None:
@@ -220,12 +244,12 @@ def _smooth(values: np.ndarray) -> np.ndarray | None:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def _fill(color: str, hatch: str) -> dict[str, Any]:
+def fill(color: str, hatch: str) -> dict[str, Any]:
     """A solid bar, or a hatched one on an empty ground: hatches of the ground's colour would not follow a dark page."""
     return {"facecolor": "none" if hatch else color, "edgecolor": color, "hatch": hatch or None, "linewidth": 0.9}
 
 
-def _svg(figure: Figure, label: str) -> str:
+def as_svg(figure: Figure, label: str) -> str:
     """The figure as an <svg> element that scales, takes the page's font and colours, and is named by ``label``."""
     stream = io.StringIO()
     # Ids of clip paths and hatches are hashes with this salt; without it, charts on one page would share them.
@@ -243,6 +267,20 @@ def _svg(figure: Figure, label: str) -> str:
     for variable, color in PALETTE.items():
         svg = svg.replace(color, f"var({variable})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" {scale} ', 1)
+
+
+def standalone(svg: str) -> str:
+    """The same as a file of its own: light colours on a ground, its natural size."""
+    svg = svg.replace("var(--sans)", "sans-serif")
+    for variable, color in PALETTE.items():
+        svg = svg.replace(f"var({variable})", color)
+    svg = re.sub(r' style="max-width: [^"]*"', "", svg, count=1)
+    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert found is not None
+    width, height = found.groups()
+    ground = f'<rect width="{width}" height="{height}" fill="{PALETTE["--card"]}"/>'
+    svg = svg.replace("<svg ", f'<svg width="{width}pt" height="{height}pt" ', 1)
+    return re.sub(r"(<svg [^>]*>)", rf"\1\n {ground}", svg, count=1)
 
 
 def table_picture(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, strong: int | None = None) -> None:

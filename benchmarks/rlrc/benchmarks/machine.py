@@ -15,21 +15,66 @@ from typing import Any
 PACKAGES = ("rlrc", "numpy", "onnxruntime", "tokenizers", "pillow", "mujoco", "metaworld")
 
 
-def describe(threads: int | None = None) -> dict[str, Any]:
-    """Device, processor, cores, memory, frequency governor, system and versions; what cannot be read is None."""
-    memory = _match(Path("/proc/meminfo"), r"MemTotal:\s+(\d+) kB")
+def describe(threads: int | None = None, root: Path = Path("/")) -> dict[str, Any]:
+    """Device, processor, cores, memory, clocks, power mode, system and versions; what cannot be read is None.
+
+    ``root``: where the system's files are looked for.
+    """
+    memory = _match(root / "proc/meminfo", r"MemTotal:\s+(\d+) kB")
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return {
-        "device": (_read(Path("/proc/device-tree/model")) or platform.machine()).strip("\0\n "),
-        "cpu": _match(Path("/proc/cpuinfo"), r"model name\s*: (.+)") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": (_read(root / "proc/device-tree/model") or platform.machine()).strip("\0\n "),
+        "cpu": _match(root / "proc/cpuinfo", r"model name\s*: (.+)") or platform.processor() or platform.machine(),
+        "cores": len(affinity) or os.cpu_count(),
+        "affinity": ranges(affinity) or None,
         "threads": threads,
         "memory_gb": round(int(memory) / 2**20, 1) if memory else None,
-        "governor": (_read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")) or "").strip() or None,
+        **clocks(root),
+        "power_mode": power_mode(root),
         # A release such as 6.1.0-name tells who built the kernel; the first two numbers tell what matters.
         "system": " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())]),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def clocks(root: Path = Path("/")) -> dict[str, Any]:
+    """``governor`` and ``mhz`` [lowest, highest] of the processors now; a virtual machine tells its nominal clock."""
+    policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
+    governors = {governor for policy in policies if (governor := (_read(policy / "scaling_governor") or "").strip())}
+    kilohertz = [int(text) for policy in policies if (text := (_read(policy / "scaling_cur_freq") or "").strip())]
+    megahertz = [value / 1e3 for value in kilohertz]
+    if not megahertz:
+        megahertz = [float(text) for text in re.findall(r"cpu MHz\s*: ([\d.]+)", _read(root / "proc/cpuinfo") or "")]
+    return {
+        "governor": ", ".join(sorted(governors)) or None,
+        "mhz": [round(min(megahertz)), round(max(megahertz))] if megahertz else None,
+    }
+
+
+def power_mode(root: Path = Path("/")) -> str | None:
+    """What nvpmodel has set on a Jetson, by the name that it has there: "MAXN", "15W"."""
+    chosen = _match(root / "var/lib/nvpmodel/status", r"pmode:0*(\d+)")
+    if chosen is None:
+        return None
+    name = _match(root / "etc/nvpmodel.conf", rf"<\s*POWER_MODEL\s+ID={chosen}\s+NAME=(\S+)\s*>")
+    return name or f"mode {chosen}"
+
+
+def unified_memory(root: Path = Path("/")) -> bool:
+    """Whether CPU and GPU share the memory: a Jetson."""
+    return "Jetson" in (_read(root / "proc/device-tree/model") or "")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5", as Linux writes processors."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
 
 
 def command(arguments: Sequence[str] | None = None) -> str:

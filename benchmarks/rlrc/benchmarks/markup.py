@@ -1,78 +1,131 @@
-"""The few pieces of HTML that the report is made of. Every text is escaped here, except ready-made cells."""
+"""A report as one HTML page that needs nothing else. Every text is escaped here."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
 
-DASH = "\u2013"
+from rlrc.benchmarks.document import (
+    Block,
+    Cell,
+    Chart,
+    Charts,
+    Command,
+    Document,
+    Heading,
+    Listing,
+    Note,
+    Section,
+    Table,
+    Terms,
+    Tiles,
+)
 
 
-def section(title: str, body: str) -> str:
-    """Nothing for an empty body."""
-    return f"<section><h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+def page(document: Document) -> str:
+    style = (files("rlrc.benchmarks") / "report.css").read_text(encoding="utf-8")
+    sections = "".join(_section(section) for section in document.sections if section.blocks)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(document.title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+<header><h1>{escape(document.title)}</h1>
+<p>{escape(document.lead)}</p></header>
+{sections}
+<footer>Written by <code>rlrc report</code>.</footer>
+</main>
+</body>
+</html>
+"""
 
 
-def note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+def _section(section: Section) -> str:
+    body = "\n".join(_block(block) for block in section.blocks)
+    return f"<section><h2>{escape(section.title)}</h2>\n{body}\n</section>\n" if section.title else body
 
 
-def figure(svg: str, caption: str) -> str:
-    return f'<figure><div class="scroll" tabindex="0">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
+def _block(block: Block) -> str:
+    if isinstance(block, Table):
+        return _folded(_table(block), block.folded)
+    if isinstance(block, Chart):
+        return _figure(block)
+    if isinstance(block, Charts):
+        return f'<div class="charts">{"".join(_figure(chart) for chart in block.charts)}</div>'
+    if isinstance(block, Heading):
+        return f"<h3>{escape(block.text)}</h3>"
+    if isinstance(block, Note):
+        return f'<p class="note">{escape(block.text)}</p>'
+    if isinstance(block, Listing):
+        return _folded(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>", block.folded)
+    if isinstance(block, Terms):
+        return _folded(_terms(block.facts), block.folded)
+    if isinstance(block, Command):
+        return f"<pre>{escape(block.text)}</pre>"
+    if isinstance(block, Tiles):
+        tiles = (f"<div class=tile><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in block.tiles)
+        return f'<div class="tiles">{"".join(tiles)}</div>'
+    return f'<div class="film" tabindex="0">{"".join(_picture(*one) for one in block.pictures)}</div>'
 
 
-def cell(text: str, below: str = "") -> str:
-    """The inside of a table cell; ``below`` stands under it in small print."""
-    return escape(text) + (f"<small>{escape(below)}</small>" if below else "")
+def _figure(chart: Chart) -> str:
+    caption = f"<figcaption>{escape(chart.caption)}</figcaption>"
+    return f'<figure><div class="scroll" tabindex="0">{chart.svg}</div>{caption}</figure>'
 
 
-def verdict(word: str) -> str:
-    return f'<span class="{escape(word.split()[0])}">{escape(word)}</span>'
+def _cell(cell: Cell) -> str:
+    if cell.verdict:
+        return f'<span class="{escape(cell.text.split()[0])}">{escape(cell.text)}</span>'
+    return escape(cell.text) + (f"<small>{escape(cell.below)}</small>" if cell.below else "")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], strong: int | None = None, words: bool = False) -> str:
-    """``rows`` hold ready-made cells; the row ``strong`` stands out; with ``words`` the last column is running text."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in header)
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.header)
     body = ""
-    for i, (first, *others) in enumerate(rows):
+    for i, (first, *others) in enumerate(table.rows):
         kinds = ["" for _ in others]
-        if words:
+        if table.words:
             kinds[-1] = ' class="words"'
-        cells = "".join(f"<td{kind}>{text}</td>" for kind, text in zip(kinds, others, strict=True))
-        hero = ' class="hero"' if i == strong else ""
-        body += f'<tr{hero}><th scope="row">{first}</th>{cells}</tr>\n'
+        texts = "".join(f"<td{kind}>{_cell(one)}</td>" for kind, one in zip(kinds, others, strict=True))
+        hero = ' class="hero"' if i == table.strong else ""
+        body += f'<tr{hero}><th scope="row">{_cell(first)}</th>{texts}</tr>\n'
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
     )
 
 
-def terms(facts: Mapping[str, object]) -> str:
-    pairs = "".join(f"<dt>{escape(term)}</dt><dd>{escape(str(text))}</dd>" for term, text in facts.items())
+def _terms(facts: Mapping[str, object]) -> str:
+    pairs = "".join(f"<dt>{escape(term)}</dt><dd>{escape(told(text))}</dd>" for term, text in facts.items())
     return f"<dl>{pairs}</dl>"
 
 
-def picture(pixels: NDArray[np.uint8], alt: str, caption: str) -> str:
-    """uint8 (H, W, 3) as an image inside the page."""
+def told(value: object) -> str:
+    """A value as text; of a list, its items."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _folded(body: str, title: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>" if title else body
+
+
+def _picture(pixels: NDArray[np.uint8], alt: str, caption: str) -> str:
     from PIL import Image
 
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "png", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
     return f'<figure><img alt="{escape(alt)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def millions(number: int | None) -> str:
-    return DASH if number is None else f"{number / 1e6:.2f} M"
-
-
-def megabytes(number: int | None) -> str:
-    return DASH if number is None else f"{number / 1e6:.2f} MB"
-
-
-def milliseconds(number: float | None) -> str:
-    return DASH if number is None else f"{number:.2f} ms"

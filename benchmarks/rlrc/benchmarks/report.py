@@ -1,21 +1,39 @@
-"""Result files, training curves and film strips as one HTML page that needs nothing else: no network, no scripts."""
+"""Result files, training curves and film strips as one report: an HTML page that needs nothing else, or Markdown.
+
+Sections without data are left out. What compares whole runs with each other is in rlrc.benchmarks.findings.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlrc.benchmarks import charts
-from rlrc.benchmarks.claims import Check, figure
+from rlrc.benchmarks import charts, findings, limits, tradeoffs
+from rlrc.benchmarks.document import (
+    DASH,
+    Block,
+    Cell,
+    Chart,
+    Charts,
+    Command,
+    Document,
+    Heading,
+    Note,
+    Pictures,
+    Section,
+    Table,
+    Terms,
+    Tiles,
+    cells,
+    megabytes,
+    millions,
+    milliseconds,
+)
 from rlrc.benchmarks.film import Strip
-from rlrc.benchmarks.markup import DASH, cell, megabytes, millions, milliseconds, note, picture, section, terms, verdict
-from rlrc.benchmarks.markup import figure as chart
-from rlrc.benchmarks.markup import table as html_table
-from rlrc.benchmarks.results import BASELINE, merge
+from rlrc.benchmarks.results import BASELINE, OF_POLICIES, OVERHEAD, merge
 from rlrc.errors import UserError
 
 HERO = "compressed"
@@ -34,6 +52,7 @@ BARS = 5  # bars a task that can be told apart
 
 Curve = Sequence[tuple[float, float]]  # (step, value)
 Runs = Mapping[str, Mapping[str, Mapping[str, Curve]]]  # stage -> run -> metric
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,51 +62,46 @@ class Film:
     caption: str
 
 
-def page(results: Sequence[Mapping[str, Any]], curves: Runs | None = None, film: Film | None = None) -> str:
-    """The whole page. Sections without data are left out."""
-    rows = merge(results)
-    claims = [result for result in results if result.get("kind") == "claims"]
-    comparisons = [pair for result in results for pair in result.get("comparisons", ())]
+def document(
+    results: Sequence[Row], curves: Runs | None = None, film: Film | None = None, predicted: Sequence[str] = ()
+) -> Document:
+    """``predicted``: geometries to predict for the devices of `rlrc jetson devices`."""
+    own = [result for result in results if result.get("kind") not in OF_POLICIES]
+    rows = merge(own)
+    comparisons = [pair for result in own for pair in result.get("comparisons", ())]
     sections = [
-        _tiles(rows),
-        section("Results", _table(rows)),
-        *(section("Claims, all at one operating point", _claims(result)) for result in claims),
-        section("Latency", _latency(rows)),
-        section("Success", _success(rows, comparisons)),
-        *(section(TITLES.get(stage, stage), _curves(stage, runs)) for stage, runs in (curves or {}).items()),
-        section("Before and after recovery", _film(film) if film else ""),
-        section("How it was measured", _provenance(results)),
+        Section("", _tiles(rows)),
+        Section("Claims, all at one operating point", findings.claims(results)),
+        Section("Results", _table(rows)),
+        Section("Memory", _memory(rows)),
+        Section("Latency", _latency(rows)),
+        Section("Throughput and energy", findings.resources(own, rows)),
+        Section("What the machine allows", limits.rooflines(results)),
+        Section("Bytes, time and success", findings.pareto(results)),
+        Section("Success", _success(rows, comparisons)),
+        Section("Recovery", findings.recovery(results)),
+        *(Section(TITLES.get(stage, stage), [_curves(stage, runs)]) for stage, runs in (curves or {}).items()),
+        Section("What one would use instead", findings.peers(results)),
+        Section("Other devices, predicted", limits.predictions(predicted)),
+        Section("Before and after recovery", _film(film) if film else []),
+        Section("How it was measured", _provenance(results)),
     ]
-    style = (files("rlrc.benchmarks") / "report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>rlrc report</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header><h1>Compressed and recovered policies, measured</h1>
-<p>Every figure was measured by a command that is given at the end of this page. Intervals are at 95 %.</p></header>
-{"".join(part for part in sections if part)}
-<footer>Written by <code>rlrc report</code>.</footer>
-</main>
-</body>
-</html>
-"""
+    return Document(
+        "Compressed and recovered policies, measured",
+        "Every figure was measured by a command that is given at the end, on the machine named there, but for those "
+        "that are called predicted. Intervals are at 95 %.",
+        sections,
+    )
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
+def table(rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
     """Cells of HEADER's columns: (figure, what stands under it). Ratios are against the row "dense", or the first."""
     baseline = next((row for row in rows if row["name"] == BASELINE), rows[0])
 
-    def ratio(row: Mapping[str, Any], value: Any, base: Any, better: str) -> str:
+    def ratio(row: Row, value: Any, base: Any, better: str) -> str:
         return f"{base / value:.1f}x {better}" if row is not baseline and value and base else ""
 
-    def latency(row: Mapping[str, Any], which: str) -> Any:
+    def latency(row: Row, which: str) -> Any:
         return row.get("latency_ms", {}).get(which)
 
     return [
@@ -105,14 +119,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
     ]
 
 
-def table_picture(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+def table_picture(results: Sequence[Row], path: Path) -> None:
     """The table as a picture, for a README."""
-    rows = merge(results)
-    cells = [
+    rows = merge([result for result in results if result.get("kind") not in OF_POLICIES])
+    texts = [
         [f"{text} ({below})" if below and i else text for i, (text, below) in enumerate(row)] for row in table(rows)
     ]
     names = [row["name"] for row in rows]
-    charts.table_picture(HEADER, cells, path, strong=names.index(HERO) if HERO in names else None)
+    charts.table_picture(HEADER, texts, path, strong=names.index(HERO) if HERO in names else None)
 
 
 def read_curves(arguments: Sequence[str]) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:
@@ -145,10 +159,10 @@ def read_curves(arguments: Sequence[str]) -> dict[str, dict[str, dict[str, list[
     }
 
 
-def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
+def _tiles(rows: Sequence[Row]) -> list[Block]:
     by_name = {row["name"]: row for row in rows}
     if BASELINE not in by_name or HERO not in by_name:
-        return ""
+        return []
     dense, hero = by_name[BASELINE], by_name[HERO]
     tiles = []
     if dense.get("bytes") and hero.get("bytes"):
@@ -161,128 +175,109 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
         tiles.append(
             (f"{hero['success']:.1%}", f"success in {hero['episodes']} episodes; dense {dense['success']:.1%}")
         )
-    return f'<div class="tiles">{"".join(f"<div class=tile><b>{a}</b><span>{b}</span></div>" for a, b in tiles)}</div>'
+    return [Tiles(tiles)]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Sequence[Row]) -> list[Block]:
+    if not rows:
+        return []
     names = [row["name"] for row in rows]
-    cells = [[cell(*pair) for pair in row] for row in table(rows)]
-    return html_table(HEADER, cells, strong=names.index(HERO) if HERO in names else None) + note(LEGEND)
+    filled = [[Cell(*pair) for pair in row] for row in table(rows)]
+    return [Table(HEADER, filled, names.index(HERO) if HERO in names else None), Note(LEGEND)]
 
 
-def _claims(result: Mapping[str, Any]) -> str:
-    checks = [Check(**check) for check in result["checks"]]
-    rows = [
-        [
-            cell(check.claim),
-            verdict(check.verdict),
-            *(cell(figure(check, number)) for number in (check.value, check.limit, check.threshold)),
-            cell(check.reason),
-        ]
-        for check in checks
-    ]
-    point = result["operating_point"]
-    facts = {
-        "compressed": _operand(point["compressed"]),
-        "baseline": _operand(point["baseline"]),
-        "cut by pruning": ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in point["pruned"].items()),
-        "quantization": _quantization(point["quantization"]),
-        "stages": " \u2192 ".join(point["stages"]) or DASH,
-        "threads": point["threads"],
-        "versions": ", ".join(f"{name} {version}" for name, version in point["versions"].items()),
-    }
-    header = ("claim", "verdict", "measured", "lower limit", "needed", "")
-    return html_table(header, rows, words=True) + "<h3>Operating point</h3>" + terms(facts)
+def _memory(rows: Sequence[Row]) -> list[Block]:
+    sized = [row for row in rows if row.get("bytes")]
+    if not sized:
+        return []
+    caption = "Bytes that the runtime loads; a policy that is not quantized counts as bf16."
+    if any(row.get("memory") for row in sized):
+        caption += (
+            " Below, hatched: proportional set size of a fresh process, beyond one that has imported the runtime."
+        )
+    return [Chart("memory", tradeoffs.memory(sized), caption)]
 
 
-def _operand(row: Mapping[str, Any]) -> str:
-    size = f"{millions(row['parameters'])} parameters, {megabytes(row['bytes'])} ({row['counting']})"
-    return f"{row['name']}: graphs in {row['precision']}, {size}"
-
-
-def _quantization(quantization: Mapping[str, Any] | None) -> str:
-    if not quantization:
-        return "none"
-    tensors = ", ".join(f"{count} tensors at {bits} bits" for bits, count in quantization["tensors"].items())
-    return f"{quantization['grid']}, groups of {quantization['group']}; {tensors}"
-
-
-def _latency(rows: Sequence[Mapping[str, Any]]) -> str:
+def _latency(rows: Sequence[Row]) -> list[Block]:
     trials = {row["name"]: row["trials_ms"] for row in rows if row.get("trials_ms")}
     parts = {row["name"]: row["parts_ms"] for row in rows if row.get("parts_ms")}
-    body = ""
+    drawn = []
     if trials:
         counts = " or ".join(str(count) for count in sorted({len(values) for values in trials.values()}))
         caption = f"Every trial, {counts} a policy. The marks are the median and the 99th percentile."
-        body += chart(charts.latency(trials), caption)
+        drawn.append(Chart("latency", charts.latency(trials), caption))
     if parts:
         medians = {name: {part: values["p50"] for part, values in row.items()} for name, row in parts.items()}
-        body += chart(charts.parts(medians), "Where the time of an inference goes.")
-    return f'<div class="charts">{body}</div>' if body else ""
+        drawn.append(Chart("parts", charts.parts(medians), "Where the time of an inference goes."))
+    return [Charts(drawn)] if drawn else []
 
 
-def _success(rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
+def _success(rows: Sequence[Row], comparisons: Sequence[Row]) -> list[Block]:
     played = [row for row in rows if row.get("per_task")]
     if not played:
-        return ""
+        return []
     shown = sorted(played, key=lambda row: row["name"] not in charts.STAGES)[:BARS]
     hidden = [row["name"] for row in played if row not in shown]
     left_out = f" In the table only: {', '.join(hidden)}." if hidden else ""
-    body = chart(charts.success(shown), f"Closed-loop episodes, argmax decoding.{left_out}")
+    blocks: list[Block] = [Chart("success", charts.success(shown), f"Closed-loop episodes, argmax decoding.{left_out}")]
     if comparisons:
         header = ("policy", "against", "scenes", "only it", "only the other", "difference", "lower limit", "McNemar p")
-        cells = [
-            [
-                *(cell(str(pair[key])) for key in ("name", "baseline", "pairs", "only", "only_baseline")),
-                *(f"{pair[key]:+.3f}" for key in ("difference", "lower_limit")),
-                f"{pair['mcnemar_p']:.3f}",
-            ]
+        compared = [
+            cells(
+                [
+                    *(str(pair[key]) for key in ("name", "baseline", "pairs", "only", "only_baseline")),
+                    *(f"{pair[key]:+.3f}" for key in ("difference", "lower_limit")),
+                    f"{pair['mcnemar_p']:.3f}",
+                ]
+            )
             for pair in comparisons
         ]
         text = (
             "The same scenes were given to both; the columns in the middle count those that only one of them solved. "
             "The lower limit of the difference is one-sided, at 95 %."
         )
-        body += "<h3>Scene by scene</h3>" + html_table(header, cells) + note(text)
-    return body
+        blocks += [Heading("Scene by scene"), Table(header, compared), Note(text)]
+    return blocks
 
 
-def _curves(stage: str, runs: Mapping[str, Mapping[str, Curve]]) -> str:
+def _curves(stage: str, runs: Mapping[str, Mapping[str, Curve]]) -> Chart:
     drawn = charts.curves(TITLES.get(stage, stage), runs)
-    return chart(drawn, "Thin lines: as logged. Thick lines: running mean over a twentieth of the run.")
+    return Chart(
+        f"curves-{stage}", drawn, "Thin lines: as logged. Thick lines: running mean over a twentieth of the run."
+    )
 
 
-def _film(film: Film) -> str:
-    body = ""
+def _film(film: Film) -> list[Block]:
+    blocks: list[Block] = []
     for strip in film.strips:
         episode = strip.episode
         outcome = f"success after {episode.steps} steps" if episode.success else f"no success in {episode.steps} steps"
-        frames = (
-            picture(frame, f"{strip.name} at step {step}", str(step))
+        pictures = [
+            (frame, f"{strip.name} at step {step}", str(step))
             for frame, step in zip(strip.frames, strip.steps, strict=True)
-        )
-        body += (
-            f"<h3>{cell(f'{strip.name}: {outcome}')}</h3>" + f'<div class="film" tabindex="0">{"".join(frames)}</div>'
-        )
-    return body + note(f"{film.task}, {film.caption}. Under each picture: the control step.")
+        ]
+        blocks += [Heading(f"{strip.name}: {outcome}"), Pictures(pictures)]
+    return [*blocks, Note(f"{film.task}, {film.caption}. Under each picture: the control step.")]
 
 
-def _provenance(results: Sequence[Mapping[str, Any]]) -> str:
-    blocks: list[str] = []
+def _provenance(results: Sequence[Row]) -> list[Block]:
+    blocks: list[Block] = []
+    for row in (row for result in results if result.get("kind") == OVERHEAD for row in result["rows"]):
+        added, whole = row["added_us"], row["whole_us"]
+        told = f"adds {added['p50']:.1f} microseconds to every latency (p99 {added['p99']:.1f}) and takes"
+        blocks.append(Note(f"The stop-watch {told} {whole['p50']:.1f} a call (p99 {whole['p99']:.1f})."))
     for result in results:
-        blocks.append(
-            f"<h3>{cell(str(result.get('kind', 'results')))}</h3><pre>{cell(str(result.get('command')))}</pre>"
-        )
+        blocks += [Heading(str(result.get("kind", "results"))), Command(str(result.get("command")))]
         machine = result.get("machine") or {}
         facts = {key.replace("_", " "): value for key, value in machine.items() if value is not None}
         facts |= facts.pop("versions", {})
-        details = f"<details><summary>machine and versions</summary>{terms(facts)}</details>"
+        details = Terms(facts, "machine and versions")
         if facts and details not in blocks:
             blocks.append(details)
-    return "\n".join(blocks)
+    return blocks
 
 
-def _rate(row: Mapping[str, Any]) -> tuple[str, str]:
+def _rate(row: Row) -> tuple[str, str]:
     if row.get("success") is None:
         return DASH, ""
     low, high = row["interval"]

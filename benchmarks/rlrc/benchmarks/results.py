@@ -20,6 +20,10 @@ from rlrc.runtime import backends
 
 TOKENIZER = "tokenizer/tokenizer.json"
 BASELINE = "dense"
+GEOMETRY, PEERS, STUDY, OVERHEAD = "claims of a geometry", "peers", "recovery study", "overhead"
+ARMS = ("dense", "compressed", "torch")  # of a geometry's claims
+OF_POLICIES = (GEOMETRY, PEERS, STUDY, OVERHEAD)
+"""Kinds of results whose rows are not the one table's: other runtimes, random weights, a study's arms, the harness."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,21 @@ def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
 
 def graph_files(manifest: Manifest) -> list[str]:
     """Files of the graphs that are run, with weights that lie beside a graph under its name (``decoder.onnx.data``)."""
+    return sorted({file for files in _files_by_graph(manifest).values() for file in files})
+
+
+def graph_bytes(manifest: Manifest) -> dict[str, int]:
+    """What the files of each graph take: of the vision tower, of the decoder, ..."""
+    return {name: sum(manifest.files[file].size for file in files) for name, files in _files_by_graph(manifest).items()}
+
+
+def _files_by_graph(manifest: Manifest) -> dict[str, list[str]]:
     backend = backends.choose(manifest)
-    graphs = {graph.file for graph in manifest.graphs if graph.backend == backend}
-    return sorted(
-        file for file in manifest.files if any(file == graph or file.startswith(f"{graph}.") for graph in graphs)
-    )
+    return {
+        graph.name: [file for file in manifest.files if file == graph.file or file.startswith(f"{graph.file}.")]
+        for graph in manifest.graphs
+        if graph.backend == backend
+    }
 
 
 def sizes(manifest: Manifest) -> dict[str, Any]:
@@ -108,6 +122,7 @@ def facts(named: Named) -> dict[str, Any]:
         "digest": named.artifact.digest,
         "parameters": manifest.parameters,
         **sizes(manifest),
+        "graph_bytes": graph_bytes(manifest),
         "precision": precision(manifest),
         "cpu_minutes": round(recovery_minutes(manifest), 2),
     }
@@ -139,7 +154,10 @@ def dump(result: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One result file. Raises UserError unless it is JSON with named rows."""
+    """One result file. A list of rows, as a study writes it, becomes a result of the kind STUDY.
+
+    Raises UserError unless it is JSON with named rows, or the claims of a geometry.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,11 +168,20 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"expected JSON written by rlrc bench, found something else in {path}; measure again with --out"
         ) from None
-    rows = result.get("rows") if isinstance(result, dict) else None
+    if isinstance(result, list):
+        result = {"kind": STUDY, "command": f"see the rows of {path.name}", "rows": result}
+    rows = rows_of(result) if isinstance(result, dict) else None
     named = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
     if not rows or not named:
         raise UserError(f'expected "rows" with names, found none in {path}; pass files written by rlrc bench ... --out')
     return result
+
+
+def rows_of(result: Mapping[str, Any]) -> Any:
+    """The rows; of a geometry's claims, what was measured of each policy, under the geometry's name."""
+    if result.get("kind") != GEOMETRY:
+        return result.get("rows")
+    return [{"name": f"{result['geometry']} {arm}", **result[arm]} for arm in ARMS if isinstance(result.get(arm), dict)]
 
 
 def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -175,11 +202,20 @@ def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several results as one: all commands, the machine, the rows joined by name. Raises UserError for two machines."""
+    """Several results as one: all commands, the machine, the rows joined by name. Raises UserError for two machines.
+
+    Without results of OF_POLICIES.
+    """
+    results = [result for result in results if result.get("kind") not in OF_POLICIES]
     machines = [result.get("machine") or {} for result in results]
     kinds = {(machine.get("cpu"), machine.get("cores")) for machine in machines}
     if len(kinds) > 1:
         found = "; ".join(f"{cpu} with {cores} cores" for cpu, cores in sorted(kinds, key=str))
         raise UserError(f"expected results of one machine to join, found {found}; join those of each machine apart")
     commands = dict.fromkeys(str(result.get("command")) for result in results)
-    return {"kind": "results", "command": "; ".join(commands), "machine": machines[0], "rows": merge(results)}
+    return {
+        "kind": "results",
+        "command": "; ".join(commands),
+        "machine": machines[0] if machines else {},
+        "rows": merge(results),
+    }

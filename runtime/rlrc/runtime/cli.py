@@ -51,6 +51,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("rlrc.runtime.serve:Serve", "the policy over the network, in protocols that robots' clients speak"),
     "bench latency": ("rlrc.benchmarks.commands.measure:Latency", "milliseconds an action chunk, against a baseline"),
     "bench memory": ("rlrc.benchmarks.commands.measure:Memory", "bytes on disk and in memory"),
+    "bench energy": ("rlrc.benchmarks.commands.resources:Energy", "joules an action, where the machine can tell"),
+    "bench throughput": (
+        "rlrc.benchmarks.commands.resources:Throughput",
+        "actions a second, one policy or more at once",
+    ),
+    "bench overhead": ("rlrc.benchmarks.commands.resources:Overhead", "what measuring itself costs a call"),
     "bench success": (
         "rlrc.benchmarks.commands.measure:Success",
         "success in the simulator, with confidence intervals",
@@ -61,6 +67,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "what serving costs beyond inference, shared memory included",
     ),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
+    "bench compare": ("rlrc.benchmarks.commands.compare:Compare", "whether new results are worse than old ones"),
     "data inspect": ("rlrc.compressor.datasets.commands:Inspect", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (
         "rlrc.compressor.datasets.commands:Demonstrations",

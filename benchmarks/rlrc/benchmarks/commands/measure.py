@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from tyro.conf import Positional
 
-from rlrc.benchmarks import latency, memory, success
+from rlrc.benchmarks import latency, machine, memory, success
 from rlrc.benchmarks.commands.output import finish, progress, result_of
 from rlrc.benchmarks.results import Named, check_out, facts, open_artifacts
 from rlrc.errors import UserError
@@ -40,11 +40,13 @@ class Latency:
         opened = baseline_first(self.artifacts, self.baseline)
         trials = time_inferences(opened, self.trials, self.threads)
         rows = [facts(named) | latency.row(trials[named.name]) for named in opened]
-        table = Table("policy", "p50", "p90", "p99", *(f"{part} p50" for part in latency.PARTS), "ratio")
+        parts = [part for part in latency.PARTS if any(part in row["parts_ms"] for row in rows)]
+        table = Table("policy", *rows[0]["latency_ms"], *(f"{part} p50" for part in parts), "ratio")
         for row in rows:
             ratio = rows[0]["latency_ms"]["p50"] / row["latency_ms"]["p50"]
-            figures = [*row["latency_ms"].values(), *(row["parts_ms"][part]["p50"] for part in latency.PARTS)]
-            table.add_row(row["name"], *(f"{figure:.3f}" for figure in figures), f"{ratio:.2f}x")
+            figures = [f"{figure:.3f}" for figure in row["latency_ms"].values()]
+            figures += [f"{row['parts_ms'][part]['p50']:.3f}" if part in row["parts_ms"] else "" for part in parts]
+            table.add_row(row["name"], *figures, f"{ratio:.2f}x")
         unstable = [row["name"] for row in rows if not row["warmup"]["stable"]]
         note = f"the warm-up of {', '.join(unstable)} never became stable: the machine is busy" if unstable else ""
         finish(
@@ -54,12 +56,14 @@ class Latency:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the runtime loads, and the memory of a fresh process that runs the policy."""
+    """Bytes that the runtime loads, by graph, and the memory of fresh processes that run the policy."""
 
     artifacts: Positional[tuple[str, ...]]
     """artifacts, as FOLDER or NAME=FOLDER"""
     baseline: str | None = None
     """what ratios are taken against (default: the first artifact)"""
+    repeats: int = 3
+    """processes of each"""
     threads: int = 1
     """threads of the engine"""
     out: Path | None = None
@@ -72,23 +76,36 @@ class Memory:
     def run(self) -> None:
         check_out(self.out, self.force)
         opened = baseline_first(self.artifacts, self.baseline)
-        rows = [facts(named) | memory.row(memory.measure(named.artifact.path, self.threads)) for named in opened]
-        table = Table(
-            "policy", "parameters", "MB to load", "ratio", "graph files", "own pss", "own peak", "whole process"
-        )
+        if self.repeats < 1:
+            raise UserError(f"expected at least one process of each, found --repeats {self.repeats}; raise it")
+        rows = []
+        with progress("processes", len(opened) * self.repeats) as advance:
+            for named in opened:
+                runs = []
+                for _ in range(self.repeats):
+                    runs.append(memory.measure(named.artifact.path, self.threads))
+                    advance(1)
+                rows.append(facts(named) | memory.row(runs))
+        table = Table("policy", "MB to load", "ratio", "of it", "own pss", "anonymous", "mapped", "peak", "page cache")
+        shared = machine.unified_memory()
+        if shared:
+            table.add_column("system")
         for row in rows:
-            own, running = row["memory"]["own"], row["memory"]["running"]
-            sizes = (row["file_bytes"], own["pss"], own["peak"], running["pss"])
-            ratio = rows[0]["bytes"] / row["bytes"]
+            found = row["memory"]
+            own, (low, high) = found["own"], found["own_range"]["pss"]
+            graphs = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["graph_bytes"].items())
+            figures = (own["anonymous"], own["file"], own["peak"], found["page_cache"], *[own["used"]] * shared)
             table.add_row(
                 row["name"],
-                f"{row['parameters']:,}",
                 f"{row['bytes'] / 1e6:.3f}",
-                f"{ratio:.2f}x",
-                *(f"{size / 1e6:.1f}" for size in sizes),
+                f"{rows[0]['bytes'] / row['bytes']:.2f}x",
+                graphs,
+                f"{own['pss'] / 1e6:.1f} ({low / 1e6:.1f} to {high / 1e6:.1f})",
+                *(f"{size / 1e6:.1f}" for size in figures),
             )
         note = (
-            "MB of 1e6 bytes; what is not quantized counts as bf16; own: beyond a process that has imported the runtime"
+            "MB of 1e6 bytes; what is not quantized counts as bf16; own: beyond a process that has imported the "
+            "runtime; page cache: of the graphs' files, in no process"
         )
         finish(self, result_of("memory", rows, self.threads), table, note)
 

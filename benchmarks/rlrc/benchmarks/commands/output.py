@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,8 @@ def finish(command: Command, result: dict[str, Any], table: Table, note: str) ->
     if command.json:
         print(json.dumps(result))
         return
-    console = Console()
+    # Where nobody watches, a table must not lose digits to a width that nobody has.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     if note:
         console.print(note, soft_wrap=True)

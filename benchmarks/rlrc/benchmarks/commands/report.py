@@ -17,12 +17,14 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True)
 class Report:
-    """Results, training curves and a film strip as one HTML page that needs nothing else."""
+    """Results, training curves and a film strip as one HTML page that needs nothing else, or as Markdown."""
 
     results: Positional[tuple[str, ...]]
     """result files (.json) and training curves (.jsonl, or NAME=FILE.jsonl)"""
     out: Path = Path("report.html")
-    """page to write"""
+    """page to write, .html or .md; the charts of Markdown go into a folder of its name"""
+    predict: tuple[str, ...] = ()
+    """geometries to predict for the devices of rlrc jetson devices, such as openvla-7b"""
     before: str | None = None
     """artifact of the upper film strip, such as pruned=FOLDER"""
     after: str | None = None
@@ -41,9 +43,14 @@ class Report:
     """replace the page"""
 
     def run(self) -> None:
-        from rlrc.benchmarks import report
+        from rlrc import geometries
+        from rlrc.benchmarks import markdown, markup, report
 
         check_out(self.out, self.force)
+        if self.out.suffix not in (".html", ".md"):
+            raise UserError(f"expected a page that ends in .html or .md, found {self.out}; rename it")
+        for name in self.predict:
+            geometries.geometry(name)
         check_out(self.joined, self.force)
         check_out(self.picture, self.force)
         if self.picture and self.picture.suffix not in (".svg", ".png"):
@@ -59,14 +66,20 @@ class Report:
         joined = join(results) if self.joined or self.beside else {}
         curves = report.read_curves(curve_files)
         film = self._film() if self.before and self.after else None
-        write(self.out, report.page(results, curves, film))
+        document = report.document(results, curves, film, self.predict)
+        if self.out.suffix == ".md":
+            files = markdown.save(document, self.out)
+        else:
+            write(self.out, markup.page(document))
+            files = [self.out]
         if self.joined:
             write(self.joined, dump(joined))
         if self.picture:
             report.table_picture(results, self.picture)
         if earlier is not None:
             Console().print(_side_by_side(joined["rows"], earlier["rows"]))
-        print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB; open it in a browser")
+        size = sum(file.stat().st_size for file in files)
+        print(f"{self.out}: {size / 1e6:.2f} MB in {len(files)} file{'s' * (len(files) > 1)}; open it to read")
 
     def _film(self) -> Any:
         from rlrc.benchmarks import report

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import Artifact, GraphSpec
 from rlrc.errors import UserError
+from rlrc.runtime.backends import Engine
 from rlrc.runtime.backends.llama_model import ENGINE, LlamaModel, library
 from rlrc.runtime.backends.onnxruntime import OnnxRuntime, check_needs
 from rlrc.runtime.decode import NoAction
@@ -23,7 +24,7 @@ NAME = "gguf"
 
 
 class LlamaCpp:
-    """The set's graphs on ``threads`` threads."""
+    """The set's graphs on ``threads`` threads. ``beside``: the engine of those that llama.cpp does not run."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         library()  # a refusal comes before the rest is loaded
@@ -31,7 +32,7 @@ class LlamaCpp:
         spec, decoder, width = artifact.manifest.policy, graphs["decoder"], artifact.manifest.towers["decoder"].width
         check_needs(decoder, ENGINE, metadata.version(ENGINE))
         self._rows, causal = _rows(graphs["head"], width), spec.decode == "autoregressive"
-        self._onnx = OnnxRuntime(artifact, threads, NAME)
+        self.beside: Engine = OnnxRuntime(artifact, threads, NAME)
         self._model = LlamaModel(artifact.file(decoder.file), width, decoder.precision, causal, threads)
         # Of the tokens that autoregressive decoding makes, all but the last are read again.
         self._later = spec.action.horizon * spec.action.dim - 1 if causal else 0
@@ -39,21 +40,21 @@ class LlamaCpp:
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name: see rlrc.runtime.backends.Engine. Raises NoAction where an engine fails."""
         if graph != "decoder":
-            return self._onnx.run(graph, inputs)
+            return self.beside.run(graph, inputs)
         start = int(inputs["start"][0]) if "start" in inputs else 0
         if start not in (0, self._model.length):
             raise NoAction(f"expected a pass from position 0 or {self._model.length}, found one from {start}")
-        together = self._onnx.run("embed", inputs)["x"]
+        together = self.beside.run("embed", inputs)["x"]
         if len(together) != 1:
             raise NoAction(f"expected one observation at a time on {ENGINE}, found {len(together)}")
         (x,) = together
         if start == 0:
             self._model.begin(len(x) + self._later)
-        return self._onnx.run("head", {"hidden": self._model.run(x, self._rows)[None]})
+        return self.beside.run("head", {"hidden": self._model.run(x, self._rows)[None]})
 
     def versions(self) -> dict[str, str]:
         """What a measurement on this engine depends on."""
-        return {ENGINE: metadata.version(ENGINE), **self._onnx.versions()}
+        return {ENGINE: metadata.version(ENGINE), **self.beside.versions()}
 
 
 def _rows(head: GraphSpec, width: int) -> int:

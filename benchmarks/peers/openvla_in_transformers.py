@@ -1,0 +1,128 @@
+"""OpenVLA put together of transformers' own modules, with the weights of a dense artifact of one vision transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import Manifest
+from rlrc.runtime import decode, preprocess
+
+BLOCK = {
+    "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj", "attention.o": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+VISION = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attention.out": "self_attn.out_proj",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+}
+
+
+class Assembled:
+    """``see`` and ``step`` are the passes, for torch.compile to take."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        artifact = artifacts.load(folder, verify=())
+        manifest, self.spec = artifact.manifest, artifact.manifest.policy
+        state = load_file(artifact.file("weights/model.safetensors"))
+        assert self.spec.prompt is not None
+        self.tokenizer = preprocess.Tokenizer(artifact.file("tokenizer/tokenizer.json"), self.spec.prompt)
+        self.dtype = dtype
+        self.vision = _vision(manifest, state).to(dtype).eval()
+        self.projector = _projector(state).to(dtype).eval()
+        self.language = _language(manifest, state).to(dtype).eval()
+        self.head = state["head.weight"].to(dtype)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """(1, 3, H, W) -> (1, N, width of the language model). The second to last norm's features: no final norm."""
+        tower = getattr(self.vision, "vision_model", self.vision)
+        return self.projector(tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state)
+
+    def step(self, x: Tensor, cache: Any) -> Tensor:
+        """Logits (rows,) after the vectors (1, L, width)."""
+        hidden = self.language(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        return (hidden[0, -1] @ self.head.T).float()
+
+    def infer(self, observation: dict[str, Any]) -> np.ndarray:
+        prepared = preprocess.prepare(observation, self.spec, self.tokenizer)
+        assert prepared.ids is not None
+        pixels = torch.from_numpy(prepared.pixels[0]).permute(2, 0, 1)[None].to(self.dtype)
+        seen, words = self.see(pixels), self.language.embed_tokens(torch.from_numpy(prepared.ids)[None])
+        x, cache = torch.cat([words[:, :1], seen, words[:, 1:]], 1), DynamicCache()
+        action, tokens = self.spec.action, list[int]()
+        assert action.tokens is not None
+        while len(tokens) < action.horizon * action.dim:
+            tokens.append(int(self.step(x, cache).argmax()) + action.tokens.offset)
+            x = self.language.embed_tokens(torch.tensor([[tokens[-1]]]))
+        return decode.actions_of(np.array(tokens).reshape(action.horizon, action.dim), action)
+
+
+def _vision(manifest: Manifest, state: dict[str, Tensor]) -> SiglipVisionModel:
+    tower, geometry = manifest.towers["vision"], manifest.policy.geometry
+    layer, patch = tower.layers[0], int(geometry["patch"])
+    config = SiglipVisionConfig(
+        hidden_size=tower.width, intermediate_size=layer.mlp, num_hidden_layers=len(tower.layers),
+        num_attention_heads=layer.heads, image_size=manifest.policy.cameras[0].height, patch_size=patch,
+        hidden_act="gelu", layer_norm_eps=tower.eps, vision_use_head=False,
+    )  # fmt: skip
+    model = SiglipVisionModel(config)
+    stem = state["vision.stem.steps.0.weight"].unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
+    found = {
+        "embeddings.patch_embedding.weight": stem,
+        "embeddings.patch_embedding.bias": state["vision.stem.steps.0.bias"],
+        "embeddings.position_embedding.weight": state["vision.position"],
+    }
+    for i in range(len(tower.layers)):
+        for kind in ("weight", "bias"):
+            ours, theirs = f"vision.layers.{i}.", f"encoder.layers.{i}."
+            found |= {f"{theirs}{b}.{kind}": state[f"{ours}{a}.{kind}"] for a, b in VISION.items()}
+            parts = state[f"{ours}attention.qkv.{kind}"].chunk(3)
+            found |= {f"{theirs}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
+    _load(getattr(model, "vision_model", model), found, unread=("post_layernorm", "position_ids"))
+    return model
+
+
+def _language(manifest: Manifest, state: dict[str, Tensor]) -> LlamaModel:
+    tower = manifest.towers["decoder"]
+    layer = tower.layers[0]
+    config = LlamaConfig(
+        hidden_size=tower.width, intermediate_size=layer.mlp, num_hidden_layers=len(tower.layers),
+        num_attention_heads=layer.heads, num_key_value_heads=layer.kv_heads, head_dim=layer.head_dim,
+        vocab_size=len(state["embedding.weight"]), rms_norm_eps=tower.eps, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": tower.theta},
+    )  # fmt: skip
+    model = LlamaModel(config)
+    found = {"embed_tokens.weight": state["embedding.weight"], "norm.weight": state["decoder.norm.weight"]}
+    for i in range(len(tower.layers)):
+        found |= {f"layers.{i}.{b}.weight": state[f"decoder.layers.{i}.{a}.weight"] for a, b in BLOCK.items()}
+    _load(model, found)
+    return model
+
+
+def _projector(state: dict[str, Tensor]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for name in sorted(name for name in state if name.startswith("projector.") and name.endswith("weight")):
+        linear = nn.Linear(*reversed(state[name].shape))
+        linear.load_state_dict({"weight": state[name], "bias": state[name.replace("weight", "bias")]})
+        layers += [nn.GELU(), linear] if layers else [linear]
+    return nn.Sequential(*layers)
+
+
+def _load(module: nn.Module, found: dict[str, Tensor], unread: tuple[str, ...] = ()) -> None:
+    """Every tensor of both sides has its counterpart, but those of the module that nothing reads."""
+    missing, unexpected = module.load_state_dict({name: value.float() for name, value in found.items()}, strict=False)
+    missing = [name for name in missing if not any(part in name for part in unread)]
+    if missing or unexpected:
+        raise RuntimeError(f"weights that do not fit: {missing[:3]} missing, {unexpected[:3]} left over")

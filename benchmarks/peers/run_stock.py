@@ -1,0 +1,33 @@
+"""ONNX Runtime without our graphs as a contestant: run_stock.py DENSE FP32 OBSERVATION.npz THREADS.
+
+The same computation in the standard's plain operators, float32, default sessions (scripts/plain_graphs.py). DENSE: the
+artifact with the weights; FP32: the one that our pre- and post-processing is taken from.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from protocol import Opened, observation, serve
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+
+def main() -> Opened:
+    import onnxruntime
+    from plain_graphs import Stock
+
+    from rlrc import artifact as artifacts
+    from rlrc.runtime.policy import LocalPolicy
+
+    dense, exported = (artifacts.load(Path(argument), verify=()) for argument in sys.argv[1:3])
+    seen, threads = observation(sys.argv[3]), int(sys.argv[4])
+    folder = tempfile.TemporaryDirectory()
+    policy = LocalPolicy(exported, threads, engine=Stock(dense, Path(folder.name), int8=False, threads=threads))
+    policy.held = folder  # type: ignore[attr-defined]  # as long as its files are mapped
+    return Opened(lambda: policy.infer(seen)["actions"], "fp32", f"onnxruntime {onnxruntime.__version__}")
+
+
+serve(main)

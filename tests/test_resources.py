@@ -1,0 +1,71 @@
+"""Throughput by hand, and what the stop-watch itself costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlrc.benchmarks import overhead, throughput
+from rlrc.runtime.cli import main
+
+
+class Sleeper:
+    """Takes 10 ms of time and none of the processor's."""
+
+    def infer(self, observation: Any) -> Any:
+        time.sleep(0.01)
+
+    def reset(self) -> None: ...
+
+
+def test_what_sleeps_runs_at_once() -> None:
+    alone = throughput.measure([Sleeper()], [{}], 0.1, 2)
+    together = throughput.measure([Sleeper(), Sleeper()], [{}], 0.1, 2)
+    assert [len(taken) for taken in (alone, together)] == [2, 2]
+    assert 50 < alone[0][0] <= 100
+    assert together[0][0] > 1.5 * alone[0][0]
+    assert alone[0][1] < 0.005  # CPU-seconds a chunk
+
+
+def test_rates_by_hand() -> None:
+    """10 and 12 chunks a second: 11, and Student's 12.706 standard errors of 1 to both sides."""
+    row = throughput.row([(10.0, 0.1), (12.0, 0.3)], horizon=5)
+    assert row["chunks_per_s"] == 11.0
+    assert row["interval"] == pytest.approx([11 - 12.7062, 11 + 12.7062], abs=1e-3)
+    assert row["actions_per_s"] == 55.0
+    assert row["cpu_s_per_chunk"] == 0.2
+
+
+def test_command_counts_policies_at_once(toy_artifact: Path, capsys: Any) -> None:
+    command = ["bench", "throughput", str(toy_artifact), "--seconds", "0.05", "--rounds", "2", "--at-once", "1", "2"]
+    assert main([*command, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert list(row["throughput"]) == ["1", "2"]
+    one = row["throughput"]["1"]
+    assert one["actions_per_s"] == pytest.approx(3 * one["chunks_per_s"], rel=1e-3)  # chunks of 3
+    assert main(["bench", "throughput", str(toy_artifact), "--at-once", "0"]) == 2
+    assert "at once" in capsys.readouterr().err
+
+
+def test_the_stop_watch_is_cheap(capsys: Any) -> None:
+    assert main(["bench", "overhead", "--calls", "2000", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["verdict"] == "PASS"
+    (row,) = result["rows"]
+    assert 0 < row["added_us"]["p50"] < row["whole_us"]["p50"] < overhead.LIMIT_US
+
+
+def test_a_slow_stop_watch_fails(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    infer = overhead.Nothing.infer
+
+    def slow(self: Any, observation: Any) -> Any:
+        time.sleep(100e-6)
+        return infer(self, observation)
+
+    monkeypatch.setattr(overhead.Nothing, "infer", slow)
+    assert main(["bench", "overhead", "--calls", "50"]) == 1
+    assert "FAIL" in capsys.readouterr().out
