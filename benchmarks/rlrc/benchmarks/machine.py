@@ -12,11 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlrc.runtime.jetson_telemetry import power_mode
+
 PACKAGES = ("rlrc", "numpy", "onnxruntime", "tokenizers", "pillow", "mujoco", "metaworld")
 
 
 def describe(threads: int | None = None) -> dict[str, Any]:
-    """Device, processor, cores, memory, frequency governor, system and versions; what cannot be read is None."""
+    """Device, processor, cores, memory, frequency governor, system and versions; what cannot be read is None.
+
+    Of a Jetson also nvpmodel's mode.
+    """
     memory = _match(Path("/proc/meminfo"), r"MemTotal:\s+(\d+) kB")
     return {
         "device": (_read(Path("/proc/device-tree/model")) or platform.machine()).strip("\0\n "),
@@ -25,6 +30,7 @@ def describe(threads: int | None = None) -> dict[str, Any]:
         "threads": threads,
         "memory_gb": round(int(memory) / 2**20, 1) if memory else None,
         "governor": (_read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")) or "").strip() or None,
+        **({"power_mode": mode} if (mode := power_mode()) else {}),
         # A release such as 6.1.0-name tells who built the kernel; the first two numbers tell what matters.
         "system": " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())]),
         "python": platform.python_version(),

@@ -76,7 +76,9 @@ class Timing:
 
 
 class Control:
-    """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None."""
+    """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None;
+    ``beat`` is called as long as the loop turns.
+    """
 
     def __init__(
         self,
@@ -90,10 +92,11 @@ class Control:
         stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.robot, self.thinking, self.guard, self.chunks = robot, thinking, guard, chunks
         self.spec, self.timing, self.telemetry = spec, timing, telemetry
-        self._stop, self._clock, self._sleep = stop, clock, sleep
+        self._stop, self._clock, self._sleep, self._beat = stop, clock, sleep, beat
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
         self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
         self._start = self._sent = self._planned_at = self._asked_about = 0.0
@@ -112,6 +115,7 @@ class Control:
             skipped = self._wait(due)
             step += skipped
             verdict = self._tick(step, self._start + step * self.timing.period, skipped)
+            self._beat()
             if over() or (verdict.stopped and self.guard.at_rest):
                 return
             step += 1
@@ -138,6 +142,7 @@ class Control:
             self.thinking.ask(sensed.observation, 0)
             while answer is None and self._clock() - begun < self.timing.first and not self._stop():
                 self._sleep(self.timing.period / 20)
+                self._beat()
                 answer = self.thinking.poll()
         except (UserError, Dead) as error:
             self._latch(str(error))

@@ -15,11 +15,13 @@ from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import Robot
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime import profile, telemetry
+from rlrc.runtime.board import Board
 from rlrc.runtime.chunks import Chunks
 from rlrc.runtime.control import Control, Timing
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from rlrc.runtime.run import Run
@@ -33,6 +35,7 @@ class Running:
 
     def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
         self.options, self.spec = options, artifact.manifest.policy
+        self.supervisor = Supervisor.of()
         opened = self._open_robot(options, self.spec)
         stack.callback(opened.close)
         self.simulator = opened if isinstance(opened, SimulatorRobot) else None
@@ -59,6 +62,7 @@ class Running:
         stack.callback(self.inference.close)
         self.recorder = Recorder(opened, self.spec, hz, options.record) if options.record else None
         self.robot: Robot = self.recorder or opened
+        self.board = stack.enter_context(Board.watched())
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self.played: list[dict[str, Any]] = []
 
@@ -78,7 +82,15 @@ class Running:
             words = (sensed.observation.get("instruction") if sensed else None) or self.options.instruction
             self.recorder.begin(words or "run")
         control = Control(
-            self.robot, self.inference, self.guard, self.chunks, self.spec, self.timing, self.telemetry, stop
+            self.robot,
+            self.inference,
+            self.guard,
+            self.chunks,
+            self.spec,
+            self.timing,
+            self.telemetry,
+            stop,
+            beat=self.supervisor.beat,
         )
         control.run(self._over, self.options.steps)
         if robot is not None:
