@@ -64,6 +64,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "jetson build": ("rlrc.jetson.commands:Build", "TensorRT engines of an artifact's graphs, on the device"),
     "jetson check": ("rlrc.jetson.commands:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
+    "jetson doctor": (
+        "rlrc.jetson.doctor_command:Doctor",
+        "whether this board is as it should be, and an artifact on it",
+    ),
     "jetson devices": ("rlrc.jetson.plan_commands:Devices", "the modules, their power modes, memory and throughput"),
     "jetson plan": ("rlrc.jetson.plan_commands:Plan", "what a policy will take on a module, before it is copied there"),
     "jetson calibration": (
