@@ -68,6 +68,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.jetson.doctor_command:Doctor",
         "whether this board is as it should be, and an artifact on it",
     ),
+    "jetson deploy": (
+        "rlrc.jetson.deploy_commands:Deploy",
+        "an artifact onto the robot's computer by ssh, tried there",
+    ),
+    "jetson rollback": ("rlrc.jetson.deploy_commands:Rollback", "back to the last artifact that was verified there"),
     "jetson devices": ("rlrc.jetson.plan_commands:Devices", "the modules, their power modes, memory and throughput"),
     "jetson plan": ("rlrc.jetson.plan_commands:Plan", "what a policy will take on a module, before it is copied there"),
     "jetson calibration": (
