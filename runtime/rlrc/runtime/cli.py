@@ -64,6 +64,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "jetson build": ("rlrc.jetson.commands:Build", "TensorRT engines of an artifact's graphs, on the device"),
     "jetson check": ("rlrc.jetson.commands:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
+    "jetson install": ("rlrc.jetson.install_command:Install", "set a board up: JetPack, engines with CUDA, services"),
     "jetson doctor": (
         "rlrc.jetson.doctor_command:Doctor",
         "whether this board is as it should be, and an artifact on it",
