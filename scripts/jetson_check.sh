@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a Jetson is set up with, checked by the tools that judge such files: shellcheck, hadolint, systemd-analyze, logrotate,
-# and copying over ssh against a server of this machine. Tools get an environment of their own (.venv-lint, or
+# copying over ssh against a server of this machine, and, as root, the units by systemd itself in namespaces. Tools get an environment of their own (.venv-lint, or
 # RLRC_LINT_VENV), system packages are installed where that is allowed; what is missing is skipped, and told.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,4 +24,5 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             say "not here: $package"
     done
 fi
-PATH=$(realpath -s "$own/bin"):$PATH "$venv/bin/python" -m pytest -q -rs tests/test_jetson_install.py tests/test_jetson_deploy.py tests/test_supervisor.py
+PATH=$(realpath -s "$own/bin"):$PATH "$venv/bin/python" -m pytest -q -rs -m "slow or not slow" \
+    tests/test_jetson_install.py tests/test_jetson_deploy.py tests/test_supervisor.py tests/test_jetson_units.py

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +186,18 @@ def test_deployed_tried_and_back(
     assert told == {"before": second.digest[:16], "current": first.digest[:16]}
     assert place.current() == first.digest[:16]
     artifacts.load(Path(place.folder, "current"))
+
+
+def test_the_doctors_bench_comes_home(toy_artifact: Path, place: Place, tmp_path: Path) -> None:
+    """By rlrc itself on the other side; the file is one that rlrc report reads."""
+    path = os.pathsep.join(folder for folder in sys.path if folder)
+    check = f"env PYTHONPATH='{path}' {sys.executable} -m rlrc.runtime.cli jetson doctor --trials 5"
+    out = tmp_path / "board.json"
+    assert Deploy(toy_artifact, "robot", check=check, out=out).carry_out(deploy.load(toy_artifact), place) == 0
+    told = json.loads(out.read_text())
+    assert {"name": "goldens on onnxruntime", "state": "ok"}.items() <= told["findings"][-1].items()
+    assert len(told["rows"][0]["trials_ms"]) == 10  # whole blocks
+    assert main(["report", str(out), "--out", str(tmp_path / "report.html")]) == 0
 
 
 def test_without_an_earlier_one_there_is_no_way_back(toy_artifact: Path, place: Place, checks: dict[str, str]) -> None:

@@ -65,6 +65,9 @@ packages() {
 user() {
     getent passwd rlrc >/dev/null || useradd --system --user-group --home-dir /var/lib/rlrc --shell /usr/sbin/nologin rlrc
     local name
+    for name in video render dialout input; do # the units name them, so they have to be there
+        getent group "$name" >/dev/null || groupadd --system "$name"
+    done
     for name in video render dialout input gpio i2c; do
         if getent group "$name" >/dev/null; then usermod -aG "$name" rlrc; fi
     done
@@ -123,7 +126,7 @@ service() {
     place 70-rlrc.rules /etc/udev/rules.d/70-rlrc.rules
     place rlrc.logrotate /etc/logrotate.d/rlrc
     [ -e "$root/etc/rlrc/example.env" ] || place example.env /etc/rlrc/example.env
-    if [ -z "$root" ]; then
+    if [ -z "$root" ] && [ -d /run/systemd/system ]; then
         systemctl daemon-reload
         udevadm control --reload
         udevadm trigger --subsystem-match=video4linux --subsystem-match=tty
