@@ -81,6 +81,8 @@ user() {
 python() {
     if ! $own -c 'import pip' 2>/dev/null; then /usr/bin/python3 -m venv --system-site-packages $home/venv; fi
     pip install "$PACKAGE"
+    # A wheel of the same version may be another one.
+    case "$PACKAGE" in *.whl) pip install --force-reinstall --no-deps "$PACKAGE" ;; esac
 }
 
 pip() { $own -m pip --disable-pip-version-check --no-input "$@"; }
