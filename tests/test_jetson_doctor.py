@@ -33,7 +33,7 @@ def test_an_orin_nano_as_it_should_be(tmp_path: Path) -> None:
 
 
 def test_a_thor_in_trouble(tmp_path: Path) -> None:
-    found = findings(plant("thor-jp70", tmp_path))
+    found = findings(plant("thor-jp71", tmp_path))
     assert found["module"].found.startswith("thor-t5000")
     assert found["JetPack"].found.endswith("taken as JetPack 7.0")  # R38.4 is not in the table, R38.2 is
     wrong = {name: finding for name, finding in found.items() if finding.state == "fix"}
@@ -93,7 +93,7 @@ def test_a_machine_that_is_no_jetson(tmp_path: Path) -> None:
 
 
 def test_the_command_on_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = plant("thor-jp70", tmp_path / "root")
+    root = plant("thor-jp71", tmp_path / "root")
     assert main(["jetson", "doctor", "--root", str(root)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert (

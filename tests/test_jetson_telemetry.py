@@ -55,7 +55,7 @@ TOLD = {
     "agx-orin-jp6": (2.412 + 1.607 + 4.707, 0.0, 0, 1.71 / 12, 2201, 0.03, 52.562, 18207, 62841, 86),
     "orin-nano-jp6": (5.251, 0.0, 305, 0.0, 1497, 0.15, 49.312, 1343, 7620, 165),
     "agx-orin-jp7": (5.139 + 3.268 + 5.5, 0.12, 1300, 1.91 / 12, 2201, 0.03, 52.968, 20642, 62817, None),
-    "thor-jp70": (19.78, None, 314, 0.09 / 14, 972, 0.0, 38.875, 105265, 125772, None),
+    "thor-jp71": (19.78, None, 314, 0.09 / 14, 972, 0.0, 38.875, 105265, 125772, None),
     "thor-jp72": (87.426, None, None, 0.05 / 14, 972, None, 63.281, 36529, 125749, 11),
     "thor-short": (28.548, None, None, 0.13 / 14, 1890, None, 44.218, 117456, 125772, None),
 }
@@ -105,7 +105,7 @@ def test_files_of_an_orin_nano(tmp_path: Path) -> None:
 
 
 def test_files_of_a_thor_that_is_too_hot(tmp_path: Path) -> None:
-    found = read_sysfs(plant("thor-jp70", tmp_path))
+    found = read_sysfs(plant("thor-jp71", tmp_path))
     assert found.watts == pytest.approx(12.04 * 0.64 + 12.04 * 0.96 + 5.088 * 1.74)  # no VIN among the files
     assert (found.gpu_load, found.gpu_mhz) == (None, 314)  # not the video decoder's node
     assert found.throttled == ("devfreq-gpu-gpc-0", "gpu")  # the fan turns, that holds nothing back
@@ -261,7 +261,7 @@ def test_tegrastats_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.Monke
     )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    root = plant("thor-jp70", tmp_path / "root")
+    root = plant("thor-jp71", tmp_path / "root")
     with Board.watched(root, 0.1) as board:
         wait_for(board.readings)
         latest = board.latest()
@@ -308,7 +308,7 @@ def test_the_loop_tells_of_the_board(
 def test_the_bench_tells_of_the_board(
     toy_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(boards, "ROOT", plant("thor-jp70", tmp_path / "root"))
+    monkeypatch.setattr(boards, "ROOT", plant("thor-jp71", tmp_path / "root"))
     assert main(["bench", "latency", str(toy_artifact), "--trials", "300", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["board"]
     assert told["throttled"] == {"devfreq-gpu-gpc-0": 1.0, "gpu": 1.0}
