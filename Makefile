@@ -1,7 +1,7 @@
 # Every target sets up what it needs first; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
-.PHONY: help setup demo gguf page-check tensorrt-check test test-all lint
+.PHONY: help setup demo gguf page-check tensorrt-check jetson-check test test-all lint
 
 help:
 	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
@@ -10,6 +10,7 @@ help:
 	@echo "make gguf      llama.cpp, built for this processor: what --to gguf and its graphs need"
 	@echo "make tensorrt-check  whether NVIDIA's builder takes the TensorRT graphs, without a GPU"
 	@echo "make page-check  the operator's page in a real Chromium"
+	@echo "make jetson-check  the files that a Jetson is set up with, by shellcheck, hadolint, systemd-analyze"
 	@echo "make lint      lint and types only"
 	@echo "make setup     system packages, virtual environment, Python packages"
 
@@ -27,6 +28,9 @@ tensorrt-check: setup
 
 page-check: setup
 	@bash scripts/page_check.sh
+
+jetson-check: setup
+	@bash scripts/jetson_check.sh
 
 lint: setup
 	$(PYTHON) -m ruff check .

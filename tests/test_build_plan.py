@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -175,3 +176,29 @@ def test_half_an_engine_is_none(tmp_path: Path) -> None:
     file.write_bytes(b"engi")
     assert not building.is_whole(file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.engine", "decoder.sha256"]
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "swapped_mib", "reason"),
+    [
+        (4000, 0, None),
+        (4000, 64, None),  # what nobody has used for long may go
+        (4000, 65, r"the board began to swap \(65 MiB\)"),
+        (255, 0, "less than 256 MiB of memory were left"),
+    ],
+)
+def test_a_build_that_takes_too_much_is_given_up(
+    tmp_path: Path, free_mib: int, swapped_mib: int, reason: str | None
+) -> None:
+    before = 100 << 20
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(
+        f"MemTotal: 8000000 kB\nMemAvailable: {free_mib << 10} kB\nSwapTotal: 2097152 kB\n"
+        f"SwapFree: {2097152 - ((100 + swapped_mib) << 10)} kB\n"
+    )
+    found = building.short_of_memory(before, tmp_path)
+    if reason is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.match(reason, found)

@@ -14,8 +14,8 @@ from rlrc.runtime.cli import main
 def test_every_way_is_asked_as_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "TURN", 3)
     monkeypatch.setattr(transport, "WARM", 2)
-    out = tmp_path / "overhead.json"
-    assert main(["bench", "overhead", "--size", "32", "--calls", "6", "--out", str(out)]) == 0
+    out = tmp_path / "serving.json"
+    assert main(["bench", "serving", "--size", "32", "--calls", "6", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["name"] for row in result["rows"]] == [
         "minimal server, 2 x 32 x 32",
@@ -29,5 +29,5 @@ def test_every_way_is_asked_as_often(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "overhead", "--cameras", "0"]) == 2
+    assert main(["bench", "serving", "--cameras", "0"]) == 2
     assert "expected cameras" in capsys.readouterr().err

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlrc.runtime.jetson_telemetry import power_mode
+
 PACKAGES = ("rlrc", "numpy", "onnxruntime", "tokenizers", "pillow", "mujoco", "metaworld")
 
 
@@ -50,15 +52,6 @@ def clocks(root: Path = Path("/")) -> dict[str, Any]:
         "governor": ", ".join(sorted(governors)) or None,
         "mhz": [round(min(megahertz)), round(max(megahertz))] if megahertz else None,
     }
-
-
-def power_mode(root: Path = Path("/")) -> str | None:
-    """What nvpmodel has set on a Jetson, by the name that it has there: "MAXN", "15W"."""
-    chosen = _match(root / "var/lib/nvpmodel/status", r"pmode:0*(\d+)")
-    if chosen is None:
-        return None
-    name = _match(root / "etc/nvpmodel.conf", rf"<\s*POWER_MODEL\s+ID={chosen}\s+NAME=(\S+)\s*>")
-    return name or f"mode {chosen}"
 
 
 def unified_memory(root: Path = Path("/")) -> bool:

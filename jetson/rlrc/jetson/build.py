@@ -2,8 +2,9 @@
 
 An engine's file is named by a hash of all that it depends on, so that a cache may hold those of many artifacts and
 survives an upgrade. The timings of kernels are kept beside the engines, which makes the next build of a like graph
-shorter. Jetsons share one memory between CPU and GPU: a build that leaves less than ``FLOOR`` is given up, before the
-kernel's OOM killer chooses a process.
+shorter. Jetsons share one memory between CPU and GPU: a build that leaves less than ``FLOOR``, or that makes the board
+swap, is given up, before the kernel's OOM killer chooses a process. Swap is no way out: what the GPU uses cannot be
+swapped, so that everything else is, and a build of minutes takes hours.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from rlrc.folders import replacing, sha256
 from rlrc.jetson.build_plan import PLAN, BuildPlan, GraphPlan, read_plan
 from rlrc.jetson.engines import build_engine, check_version
 from rlrc.runtime.backends import FOLDERS
+from rlrc.runtime.jetson_telemetry import meminfo
 from rlrc.strict import encode
 
 FLOOR = 256 * 2**20
+SWAPPED = 64 * 2**20  # what may be swapped meanwhile: the kernel puts away what nobody has used for long
+ADVICE = "end other programs and the desktop (sudo systemctl isolate multi-user.target), or export with fewer bits"
 COPIES = 3  # of a graph's constants while it is built: as parsed, as chosen by the builder, in the engine
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -77,18 +81,17 @@ def _build_into(
     watch: Callable[[str, str, float], None],
 ) -> None:
     needed = COPIES * sum(artifact.manifest.files[name].size for name in graph.files) + plan.workspace_bytes + FLOOR
-    if (free := available()) < needed:
+    if (free := meminfo()["MemAvailable"]) < needed:
         raise UserError(
-            f"expected {needed / 2**30:.1f} GiB of free memory to build {graph.name}, found {free / 2**30:.1f}; close "
-            "other programs, or add swap for the time of the build"
+            f"expected {needed / 2**30:.1f} GiB of free memory to build {graph.name}, found {free / 2**30:.1f}; "
+            f"{ADVICE}"
         )
+    swapped = used_swap()
     timings = file.parent / f"timings-{trt.__version__}-sm{sm}.cache"
 
     def watched(phase: str, done: float) -> str | None:
         watch(graph.name, phase, done)
-        if available() >= FLOOR:
-            return None
-        return f"less than {FLOOR >> 20} MiB of memory were left; close other programs, or add swap for the build"
+        return short_of_memory(swapped)
 
     known = timings.read_bytes() if timings.exists() else b""
     engine, measured = build_engine(trt, graph, plan, artifact.path, known, watch=watched)
@@ -134,11 +137,18 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
         partial.write_bytes(content)
 
 
-def available() -> int:
-    """Bytes of memory that can be had without swapping."""
-    with open("/proc/meminfo") as lines:
-        told = dict(line.split(":", 1) for line in lines)
-    return int(told["MemAvailable"].split()[0]) * 1024
+def used_swap(root: Path = Path("/")) -> int:
+    told = meminfo(root)
+    return told["SwapTotal"] - told["SwapFree"]
+
+
+def short_of_memory(swapped: int, root: Path = Path("/")) -> str | None:
+    """Why a build has to be given up, in words; None if it may go on. ``swapped``: bytes before it began."""
+    if (more := used_swap(root) - swapped) > SWAPPED:
+        return f"the board began to swap ({more >> 20} MiB); {ADVICE}"
+    if meminfo(root)["MemAvailable"] < FLOOR:
+        return f"less than {FLOOR >> 20} MiB of memory were left; {ADVICE}"
+    return None
 
 
 # The device. The driver is asked before TensorRT is: without one, TensorRT may end the process.

@@ -43,11 +43,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class JetPack:
+    """``image``: the container to build on; ``wheels``: the package index with onnxruntime-gpu for it."""
+
     linux: str
     ubuntu: str
     python: str
     cuda: str
     tensorrt: str
+    image: str
+    wheels: str
     sources: tuple[str, ...]
 
 

@@ -62,8 +62,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "success in the simulator, with confidence intervals",
     ),
     "bench loop": ("rlrc.benchmarks.commands.loop:Loop", "the control loop: steady rate, slow inference, faults"),
-    "bench overhead": (
-        "rlrc.benchmarks.commands.transport:Overhead",
+    "bench serving": (
+        "rlrc.benchmarks.commands.serving:Serving",
         "what serving costs beyond inference, shared memory included",
     ),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
@@ -75,6 +75,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "jetson build": ("rlrc.jetson.commands:Build", "TensorRT engines of an artifact's graphs, on the device"),
     "jetson check": ("rlrc.jetson.commands:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
+    "jetson install": ("rlrc.jetson.install_command:Install", "set a board up: JetPack, engines with CUDA, services"),
+    "jetson doctor": (
+        "rlrc.jetson.doctor_command:Doctor",
+        "whether this board is as it should be, and an artifact on it",
+    ),
+    "jetson deploy": (
+        "rlrc.jetson.deploy_commands:Deploy",
+        "an artifact onto the robot's computer by ssh, tried there",
+    ),
+    "jetson rollback": ("rlrc.jetson.deploy_commands:Rollback", "back to the last artifact that was verified there"),
     "jetson devices": ("rlrc.jetson.plan_commands:Devices", "the modules, their power modes, memory and throughput"),
     "jetson plan": ("rlrc.jetson.plan_commands:Plan", "what a policy will take on a module, before it is copied there"),
     "jetson calibration": (

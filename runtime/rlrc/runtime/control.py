@@ -83,6 +83,7 @@ class Control:
 
     With a ``standstill`` a stop does not end the episode: the robot is held until somebody re-arms it, or ends it.
     ``show`` gets every step when it is over.
+    ``beat`` is called as long as the loop turns.
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class Control:
         sleep: Callable[[float], None] = time.sleep,
         standstill: Standstill | None = None,
         show: Show | None = None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.robot, self.thinking, self.guard, self.chunks = robot, thinking, guard, chunks
         self.spec, self.timing, self.telemetry = spec, timing, telemetry
-        self._stop, self._clock, self._sleep = stop, clock, sleep
+        self._stop, self._clock, self._sleep, self._beat = stop, clock, sleep, beat
         self._standstill, self._show = standstill, show
         self._fault: str | None = None  # of the robot or its sensors, at this step
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
@@ -123,6 +125,7 @@ class Control:
             skipped = self._wait(due)
             step += skipped
             verdict = self._tick(step, self._start + step * self.timing.period, skipped)
+            self._beat()
             if over() or (verdict.stopped and self.guard.at_rest and not self._rests()):
                 return
             step += 1
@@ -146,6 +149,7 @@ class Control:
             self.thinking.ask(sensed.observation, 0)
             while answer is None and self._clock() - begun < self.timing.first and not self._stop():
                 self._sleep(self.timing.period / 20)
+                self._beat()
                 answer = self.thinking.poll()
         except (UserError, Dead) as error:
             self._latch(str(error))

@@ -20,7 +20,7 @@ from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.robots import replay
 from rlrc.robots.robot import RobotError
-from rlrc.runtime import loop, profile, telemetry
+from rlrc.runtime import board, loop, profile, telemetry
 from rlrc.runtime.backends import Backend
 from rlrc.runtime.child import Dead
 from rlrc.runtime.chunks import Strategy
@@ -221,6 +221,7 @@ class Run:
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
             granted = stack.enter_context(real_time(self.pin, run.beside))
+            run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):
                 run.episode(seed, switch.asked)
                 if run.simulator:
@@ -228,6 +229,7 @@ class Run:
                     console.print(_line(seed, last["success"], last["steps"]))
                 if run.guard.stopped:
                     break
+            run.supervisor.stopping(f"stopped: {run.guard.reason}" if run.guard.stopped else "done")
         return run, granted
 
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
@@ -260,10 +262,12 @@ class Run:
         totals = telemetry.summary(run.telemetry, 1 / run.timing.hz)
         totals |= {"asked_hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
         totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}
+        if stamped := run.board.readings():
+            totals["board"] = board.summary(stamped)
         if run.simulator:
             totals |= {"episodes": len(run.played), "successes": sum(one["success"] for one in run.played)}
         if self.log is not None:
-            telemetry.write(run.telemetry, run.spec.action.names, self.log)
+            telemetry.write(run.telemetry, run.spec.action.names, self.log, stamped)
         if self.record is not None and run.recorder is not None:
             totals["recorded_frames"] = run.recorder.finish()
         if run.replay is not None:

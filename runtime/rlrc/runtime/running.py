@@ -16,12 +16,14 @@ from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import Robot
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime import profile, telemetry
+from rlrc.runtime.board import Board
 from rlrc.runtime.chunks import Chunks
 from rlrc.runtime.control import Control, Show, Timing
 from rlrc.runtime.guard import Guard
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.standstill import Standstill
+from rlrc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from rlrc.runtime.run import Run
@@ -35,6 +37,7 @@ class Running:
 
     def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
         self.options, self.spec = options, artifact.manifest.policy
+        self.supervisor = Supervisor.of()
         opened = self._open_robot(options, self.spec)
         stack.callback(opened.close)
         self.simulator = opened if isinstance(opened, SimulatorRobot) else None
@@ -66,6 +69,7 @@ class Running:
             self.robot = self.instructed = Instructed(self.robot, self.recorder.begin if self.recorder else _nobody)
         self.standstill: Standstill | None = None  # with --rearm
         self.show: Show | None = None  # with --port
+        self.board = stack.enter_context(Board.watched())
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self.played: list[dict[str, Any]] = []
 
@@ -95,6 +99,7 @@ class Running:
             stop,
             standstill=self.standstill,
             show=self.show,
+            beat=self.supervisor.beat,
         )
         control.run(self._over, self.options.steps)
         if robot is not None:

@@ -29,6 +29,7 @@ from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.ports import TOKEN, Access, access
 from rlrc.runtime.servers.session import WAITING, Session
+from rlrc.runtime.supervisor import Supervisor
 
 DRAIN_S = 10.0
 DEFAULT_MAPPINGS = {"openpi": observations.OWN, "openvla": "openvla"}
@@ -103,11 +104,8 @@ class Serve:
         allowed: Access,
     ) -> str | None:
         """-> why it ended; None: somebody asked for it."""
-        console, asked, session = (
-            plain_console(),
-            asyncio.Event(),
-            Session(artifact.manifest.policy, guarded, self.waiting),
-        )
+        console, asked, supervisor = plain_console(), asyncio.Event(), Supervisor.of()
+        session = Session(artifact.manifest.policy, guarded, self.waiting)
         kinds = {name: _server(name) for name in mapped}
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, asked.set)
@@ -128,7 +126,9 @@ class Serve:
             if not asked.is_set():
                 opening.result()
                 console.print(f"ready: {session.warmth}", soft_wrap=True)
-                await _first(asked.wait(), session.failed.wait())
+                supervisor.ready(f"serving {self.path}")
+                await _first(asked.wait(), session.failed.wait(), _beating(supervisor))
+            supervisor.stopping(session.failure or "asked to end")
             await session.drain(DRAIN_S)
         return session.failure
 
@@ -175,6 +175,14 @@ def _server(name: str) -> Callable[..., Any]:
     from rlrc.runtime.servers.openvla import OpenvlaServer  # the extra "serve" brings what it needs
 
     return OpenvlaServer
+
+
+async def _beating(supervisor: Supervisor) -> None:
+    """As long as the event loop turns. A policy that hangs is the session's matter."""
+    while supervisor.seconds is not None:
+        supervisor.beat()
+        await asyncio.sleep(supervisor.seconds / 4)
+    await asyncio.Event().wait()
 
 
 async def _first(*waits: Any) -> None:

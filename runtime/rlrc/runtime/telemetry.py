@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from rlrc.errors import UserError
 from rlrc.folders import replacing
+from rlrc.runtime import board
+from rlrc.runtime.board import Stamped
 
 STEP = np.dtype(
     [
@@ -152,11 +154,25 @@ def told(totals: Mapping[str, Any]) -> dict[str, str]:
         **{f"  {part}": spread(f"{part}_ms") for part in PARTS},
         "granted": ", ".join(f"{what} {how}" for what, how in totals["granted"].items()),
     }
+    if totals.get("board"):
+        rows["board"] = board.told(totals["board"])
     if totals["stop"]:
         rows["stopped"] = totals["stop"]
     if "successes" in totals:
         rows["success"] = f"{totals['successes']} of {totals['episodes']} episodes"
     return rows
+
+
+def _board_columns(stamped: Sequence[Stamped], sent: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+    """nan where nothing is told, which a row of JSON leaves out."""
+    told = [
+        (np.nan,) * 4
+        if reading is None
+        else (reading.watts, reading.hottest, reading.gpu_load, float(len(reading.throttled)))
+        for reading in board.at(stamped, sent.tolist())
+    ]
+    values = np.array(told, np.float32).reshape(-1, 4)  # None becomes nan
+    return {f"board.{name}": values[:, i] for i, name in enumerate(("watts", "celsius", "gpu_load", "throttled"))}
 
 
 def jitter(gaps: NDArray[Any], period: float) -> float:
@@ -173,10 +189,15 @@ def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float] | None:
     return {"p50": p50, "p99": p99, "max": largest}
 
 
-def write(telemetry: Telemetry, names: tuple[str, ...], path: Path) -> None:
-    """A row a step: JSON lines, or Parquet if the name ends so. Whole or not at all."""
+def write(telemetry: Telemetry, names: tuple[str, ...], path: Path, stamped: Sequence[Stamped] = ()) -> None:
+    """A row a step: JSON lines, or Parquet if the name ends so. Whole or not at all.
+
+    With the newest reading of the board at each step, where there are some.
+    """
     columns: Mapping[str, Any] = {name: telemetry.rows[name] for name in STEP.names or ()}
     columns = {**columns, **{f"command.{name}": telemetry.commands[:, i] for i, name in enumerate(names)}}
+    if stamped:
+        columns = {**columns, **_board_columns(stamped, telemetry.rows["sent"])}
     with replacing(path) as partial:
         if path.suffix == ".parquet":
             import pyarrow as pa

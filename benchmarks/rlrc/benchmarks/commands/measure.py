@@ -14,6 +14,8 @@ from rlrc.benchmarks import latency, machine, memory, success
 from rlrc.benchmarks.commands.output import finish, progress, result_of
 from rlrc.benchmarks.results import Named, check_out, facts, open_artifacts
 from rlrc.errors import UserError
+from rlrc.runtime import board
+from rlrc.runtime.board import Board
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Latency:
     def run(self) -> None:
         check_out(self.out, self.force)
         opened = baseline_first(self.artifacts, self.baseline)
-        trials = time_inferences(opened, self.trials, self.threads)
+        with Board.watched() as watched:
+            trials = time_inferences(opened, self.trials, self.threads)
         rows = [facts(named) | latency.row(trials[named.name]) for named in opened]
         parts = [part for part in latency.PARTS if any(part in row["parts_ms"] for row in rows)]
         table = Table("policy", *rows[0]["latency_ms"], *(f"{part} p50" for part in parts), "ratio")
@@ -49,9 +52,10 @@ class Latency:
             table.add_row(row["name"], *figures, f"{ratio:.2f}x")
         unstable = [row["name"] for row in rows if not row["warmup"]["stable"]]
         note = f"the warm-up of {', '.join(unstable)} never became stable: the machine is busy" if unstable else ""
-        finish(
-            self, result_of("latency", rows, self.threads), table, note or "milliseconds; all trials are kept in --out"
-        )
+        result = result_of("latency", rows, self.threads)
+        if (during := board.summary(watched.readings())) is not None:
+            result, note = result | {"board": during}, f"{board.told(during)}; {note}".rstrip("; ")
+        finish(self, result, table, note or "milliseconds; all trials are kept in --out")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rlrc.errors import UserError
 
 
 @dataclass(frozen=True)
-class Overhead:
+class Serving:
     """Serving beside a minimal server on the same libraries, and with pictures in shared memory; no artifact needed."""
 
     cameras: int = 2
@@ -39,7 +39,7 @@ class Overhead:
             rows = list(transport.measure((self.size, self.size), self.cameras, self.calls, advance))
         for row in rows:
             row["command"] = machine.command()
-        finish(self, result_of("overhead", rows, 1), table(rows), "milliseconds beyond inference")
+        finish(self, result_of("serving", rows, 1), table(rows), "milliseconds beyond inference")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
