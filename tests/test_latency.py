@@ -83,6 +83,14 @@ def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
     assert warmup.warm_up(lambda: next(falling))[:2] == (warmup.CAP * warmup.WINDOW, False)
 
 
+def test_warm_up_is_over_when_patience_is() -> None:
+    """A slow policy is not called forty times before its robot moves."""
+    calls, stable, median = warmup.warm_up(lambda: time.sleep(0.02) or 20.0, patience=0.05)
+    assert (stable, median) == (False, 20.0)
+    assert calls <= 3
+    assert warmup.warm_up(lambda: 20.0, patience=0)[0] == 1
+
+
 def test_no_trials_are_refused() -> None:
     with pytest.raises(UserError, match="at least one trial"):
         latency.measure({}, {}, trials=0)
