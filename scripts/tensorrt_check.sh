@@ -9,11 +9,11 @@ own=${RLRC_TENSORRT_VENV:-.venv-tensorrt}
 say() { echo "tensorrt: $*"; }
 [ -x "$venv/bin/python" ] || { echo "tensorrt: error: expected a virtual environment in $venv, found none; run make setup" >&2; exit 2; }
 
-if ! "$own/bin/python" -c 'import tensorrt_rtx_bindings, onnx, tyro' 2>/dev/null; then
+if ! "$own/bin/python" -c 'import cuda.bindings, onnx, PIL, tensorrt_rtx_bindings, tokenizers, tyro' 2>/dev/null; then
     say "installing TensorRT-RTX into $own"
     "$venv/bin/python" -m venv "$own"
     if ! "$own/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt \
-        numpy onnx rich tyro tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs; then
+        cuda-bindings numpy onnx pillow rich tokenizers tyro tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs; then
         say "not checked: its packages do not install here"
         exit 0
     fi

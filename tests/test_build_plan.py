@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from rlrc import artifact as artifacts
+from rlrc import engine_cache, nvidia
 from rlrc.artifact import GraphSpec, Manifest, TensorSpec
+from rlrc.build_plan import PLAN, Bounds, BuildPlan, GraphPlan, fits, read_plan, write_plan
 from rlrc.errors import UserError
 from rlrc.jetson import build as building
-from rlrc.jetson.build_plan import PLAN, Bounds, BuildPlan, GraphPlan, fits, read_plan, write_plan
-from rlrc.jetson.engines import check_version
+from rlrc.nvidia import check_version
 from rlrc.runtime.cli import main
 from rlrc.strict import StrictError
 
@@ -111,7 +112,7 @@ def test_without_a_driver_nothing_is_built(
     tiny_manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        building.device_sm()
+        nvidia.device_sm()
         pytest.skip("this machine has a GPU")
     except UserError:
         pass
@@ -140,9 +141,9 @@ def test_a_plan_of_another_graph_is_refused(tiny_manifest: Manifest, tmp_path: P
 
 
 def test_gpus_and_releases_too_old_are_refused() -> None:
-    building.check_sm(BUILD, 87)
+    nvidia.check_sm(BUILD, 87)
     with pytest.raises(UserError, match=r"SM 8\.0 or later for int4, found SM 7\.2"):
-        building.check_sm(BUILD, 72)
+        nvidia.check_sm(BUILD, 72)
 
     class TensorRT:
         __name__, __version__ = "tensorrt", "10.3.0.26"
@@ -156,25 +157,25 @@ def test_gpus_and_releases_too_old_are_refused() -> None:
 def test_an_engine_is_named_by_all_that_it_depends_on() -> None:
     other = replace(DECODER, files={FILE: "0" * 64}), replace(DECODER, profiles=(PREFILL,))
     keys = [
-        building.engine_key(BUILD, DECODER, "10.3.0.26", 87),
-        building.engine_key(BUILD, DECODER, "10.3.0.27", 87),
-        building.engine_key(BUILD, DECODER, "10.3.0.26", 110),
-        building.engine_key(replace(BUILD, workspace_bytes=2**29), DECODER, "10.3.0.26", 87),
-        *(building.engine_key(BUILD, graph, "10.3.0.26", 87) for graph in other),
+        engine_cache.engine_key(BUILD, DECODER, "10.3.0.26", 87),
+        engine_cache.engine_key(BUILD, DECODER, "10.3.0.27", 87),
+        engine_cache.engine_key(BUILD, DECODER, "10.3.0.26", 110),
+        engine_cache.engine_key(replace(BUILD, workspace_bytes=2**29), DECODER, "10.3.0.26", 87),
+        *(engine_cache.engine_key(BUILD, graph, "10.3.0.26", 87) for graph in other),
     ]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == building.engine_key(BUILD, DECODER, "10.3.0.26", 87)
+    assert keys[0] == engine_cache.engine_key(BUILD, DECODER, "10.3.0.26", 87)
 
 
 def test_half_an_engine_is_none(tmp_path: Path) -> None:
     file = tmp_path / "decoder.engine"
-    assert not building.is_whole(file)
+    assert not engine_cache.is_whole(file)
     building.write_whole(file, b"engine")
-    assert not building.is_whole(file)
+    assert not engine_cache.is_whole(file)
     building.write_whole(file.with_suffix(".sha256"), hashlib.sha256(b"engine").hexdigest().encode())
-    assert building.is_whole(file)
+    assert engine_cache.is_whole(file)
     file.write_bytes(b"engi")
-    assert not building.is_whole(file)
+    assert not engine_cache.is_whole(file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.engine", "decoder.sha256"]
 
 

@@ -94,6 +94,53 @@ def test_what_nvidia_refuses_is_told(tiny_artifact: Path, tmp_path: Path) -> Non
     assert decoder["failure"] is None
 
 
+API = """
+from rlrc.jetson.check import rtx
+trt = rtx()
+for owner, name, *arguments in (
+    (trt.Runtime, "deserialize_cuda_engine", "serialized_engine"),
+    (trt.ICudaEngine, "create_execution_context", "strategy"),
+    (trt.ICudaEngine, "num_optimization_profiles"),
+    (trt.ICudaEngine, "device_memory_size_v2"),
+    (trt.ExecutionContextAllocationStrategy, "USER_MANAGED"),
+    (trt.IExecutionContext, "set_device_memory", "memory", "size"),
+    (trt.IExecutionContext, "set_optimization_profile_async", "profile_index", "stream_handle"),
+    (trt.IExecutionContext, "set_input_shape", "name", "shape"),
+    (trt.IExecutionContext, "get_tensor_shape", "name"),
+    (trt.IExecutionContext, "set_tensor_address", "name", "memory"),
+    (trt.IExecutionContext, "execute_async_v3", "stream_handle"),
+):
+    told = getattr(owner, name).__doc__
+    assert all(f"{argument}:" in told for argument in arguments), told
+"""
+CUDA = """
+from rlrc.runtime.backends import cuda
+from rlrc.runtime.decode import NoAction
+try:
+    print(cuda.Cuda().stream)
+except NoAction as error:
+    print(error)
+"""
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_the_runtime_calls_what_nvidia_offers() -> None:
+    """Names and arguments of all that rlrc.runtime.backends.tensorrt calls; without a GPU it cannot be called."""
+    done = subprocess.run(
+        [PYTHON, "-c", API], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_cuda_without_a_driver_says_so() -> None:
+    done = subprocess.run(
+        [PYTHON, "-c", CUDA], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cudaStreamCreateWithFlags failed: ") or done.stdout.strip().isdigit()
+
+
 def test_without_the_wheel_one_line_says_so(tiny_artifact: Path, tmp_path: Path) -> None:
     if sys.executable != PYTHON:
         pytest.skip("it is installed there")

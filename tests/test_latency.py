@@ -155,6 +155,14 @@ def test_parts_of_every_way_to_decode(
         assert {part: values[1] for part, values in timed.parts.items()} == pytest.approx(expected)
 
 
+def test_warm_up_is_over_when_patience_is() -> None:
+    """A slow policy is not called forty times before its robot moves."""
+    calls, stable, median = warmup.warm_up(lambda: time.sleep(0.02) or 20.0, patience=0.05)
+    assert (stable, median) == (False, 20.0)
+    assert calls <= 3
+    assert warmup.warm_up(lambda: 20.0, patience=0)[0] == 1
+
+
 def test_no_trials_are_refused() -> None:
     with pytest.raises(UserError, match="at least one trial"):
         latency.measure({}, {}, trials=0)

@@ -22,6 +22,7 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, TowerSpec  # noqa: E402
+from rlrc.build_plan import PLAN, fits, read_plan  # noqa: E402
 from rlrc.compressor import checkpoint, stages  # noqa: E402
 from rlrc.compressor.backbones.tiny import TinyPolicy  # noqa: E402
 from rlrc.compressor.grid import unpack  # noqa: E402
@@ -39,7 +40,6 @@ from rlrc.exporters.tensorrt import Flavour, TensorRTBuilder  # noqa: E402
 from rlrc.exporters.tensorrt_graphs import choose_precision  # noqa: E402
 from rlrc.exporters.tensorrt_int8 import step_of  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
-from rlrc.jetson.build_plan import PLAN, fits, read_plan  # noqa: E402
 from rlrc.runtime.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.verify import read_golden  # noqa: E402
 

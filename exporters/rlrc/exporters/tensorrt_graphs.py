@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, PolicySpec
+from rlrc.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.tensorrt import Flavour, Float, TensorRTBuilder
@@ -14,7 +15,6 @@ from rlrc.exporters.tensorrt_int8 import scales
 from rlrc.exporters.tensorrt_profiles import Lengths, profiles
 from rlrc.exporters.weights import Weights, read_weights
 from rlrc.folders import sha256
-from rlrc.jetson.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.jetson.precision import OVERFLOWS
 from rlrc.runtime.backends import FOLDERS
 from rlrc.runtime.verify import GOLDEN, read_golden

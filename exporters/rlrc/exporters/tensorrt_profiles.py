@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlrc.artifact import GraphSpec, PolicySpec
+from rlrc.build_plan import Bounds
 from rlrc.compressor.backbones.act import Geometry
 from rlrc.compressor.nn.resnet import feature_size
-from rlrc.jetson.build_plan import Bounds
 
 Sizes = dict[str, tuple[int, int, int]]
 """Least, usual and largest value of a dynamic dimension by its name."""

@@ -1,18 +1,14 @@
 """Engines on the device: built once for each graph, release of TensorRT and GPU, and kept in a cache.
 
-An engine's file is named by a hash of all that it depends on, so that a cache may hold those of many artifacts and
-survives an upgrade. The timings of kernels are kept beside the engines, which makes the next build of a like graph
-shorter. Jetsons share one memory between CPU and GPU: a build that leaves less than ``FLOOR``, or that makes the board
-swap, is given up, before the kernel's OOM killer chooses a process. Swap is no way out: what the GPU uses cannot be
-swapped, so that everything else is, and a build of minutes takes hours.
+The timings of kernels are kept beside the engines, which makes the next build of a like graph shorter. Jetsons share
+one memory between CPU and GPU: a build that leaves less than ``FLOOR``, or that makes the board swap, is given up,
+before the kernel's OOM killer chooses a process. Swap is no way out: what the GPU uses cannot be swapped, so that
+everything else is, and a build of minutes takes hours.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +16,19 @@ from typing import Any
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact
+from rlrc.build_plan import PLAN, BuildPlan, GraphPlan, read_plan
+from rlrc.engine_cache import check_graphs, engine_file, is_whole
 from rlrc.errors import UserError
-from rlrc.folders import replacing, sha256
-from rlrc.jetson.build_plan import PLAN, BuildPlan, GraphPlan, read_plan
-from rlrc.jetson.engines import build_engine, check_version
+from rlrc.folders import replacing
+from rlrc.jetson.engines import build_engine
+from rlrc.nvidia import check_sm, check_version, device_sm, tensorrt
 from rlrc.runtime.backends import FOLDERS
 from rlrc.runtime.jetson_telemetry import meminfo
-from rlrc.strict import encode
 
 FLOOR = 256 * 2**20
 SWAPPED = 64 * 2**20  # what may be swapped meanwhile: the kernel puts away what nobody has used for long
 ADVICE = "end other programs and the desktop (sudo systemctl isolate multi-user.target), or export with fewer bits"
 COPIES = 3  # of a graph's constants while it is built: as parsed, as chosen by the builder, in the engine
-MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> 
     except OSError as error:
         raise UserError(f"expected to write to {cache}, found: {error.strerror}; choose another folder") from None
     for graph in plan.graphs:
-        file = cache / f"{graph.name}-{engine_key(plan, graph, trt.__version__, sm)}.engine"
+        file = engine_file(cache, plan, graph, trt.__version__, sm)
         if not is_whole(file):
             _build_into(file, trt, artifact, plan, graph, sm, watch)
             yield Engine(graph.name, file, file.stat().st_size, cached=False)
@@ -100,38 +96,6 @@ def _build_into(
     write_whole(file, engine)
 
 
-def check_graphs(artifact: Artifact, plan: BuildPlan) -> None:
-    """Raises UserError unless the plan is of the very graphs in the artifact."""
-    for graph in plan.graphs:
-        for name, expected in graph.files.items():
-            if (found := sha256(artifact.file(name))) != expected:
-                raise UserError(f"expected {name} with the sha256 {expected}, found {found}; run rlrc export again")
-
-
-def check_sm(plan: BuildPlan, sm: int) -> None:
-    if sm < plan.least_sm:
-        raise UserError(
-            f"expected a GPU of SM {_told(plan.least_sm)} or later for {plan.precision}, found SM {_told(sm)}; "
-            "export the artifact with another --precision"
-        )
-
-
-def _told(sm: int) -> str:
-    return f"{sm // 10}.{sm % 10}"
-
-
-def engine_key(plan: BuildPlan, graph: GraphPlan, version: str, sm: int) -> str:
-    """Of the graph's files, its profiles, the builder's settings, the release of TensorRT and the GPU."""
-    parts = [encode(graph), plan.precision, plan.workspace_bytes, version, sm]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_whole(file: Path) -> bool:
-    """Whether the engine is there and as it was written."""
-    told = file.with_suffix(".sha256")
-    return file.exists() and told.exists() and told.read_text() == sha256(file)
-
-
 def write_whole(file: Path, content: bytes | memoryview) -> None:
     with replacing(file) as partial:
         partial.write_bytes(content)
@@ -149,34 +113,3 @@ def short_of_memory(swapped: int, root: Path = Path("/")) -> str | None:
     if meminfo(root)["MemAvailable"] < FLOOR:
         return f"less than {FLOOR >> 20} MiB of memory were left; {ADVICE}"
     return None
-
-
-# The device. The driver is asked before TensorRT is: without one, TensorRT may end the process.
-
-
-def device_sm() -> int:
-    """Compute capability of the first GPU, 87 for 8.7. Raises UserError without a driver or a GPU."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise UserError(
-            "expected NVIDIA's driver (libcuda.so.1), found none; run rlrc jetson build on the device itself"
-        ) from None
-    if (code := driver.cuInit(0)) != 0:
-        raise UserError(f"expected a GPU that starts, found error {code} of cuInit; see nvidia-smi or dmesg")
-    numbers = [ctypes.c_int() for _ in (MAJOR, MINOR)]
-    for number, attribute in zip(numbers, (MAJOR, MINOR), strict=True):
-        if (code := driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)) != 0:
-            raise UserError(f"expected a GPU, found error {code} of cuDeviceGetAttribute; see nvidia-smi or dmesg")
-    return numbers[0].value * 10 + numbers[1].value
-
-
-def tensorrt() -> Any:
-    """TensorRT's module. Raises UserError where it cannot be imported."""
-    try:
-        return importlib.import_module("tensorrt")
-    except ImportError as error:
-        raise UserError(
-            f"expected the module tensorrt, found: {error}; JetPack brings it for the system's Python: make the "
-            "environment with --system-site-packages"
-        ) from None

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rlrc import artifact as artifacts
+from rlrc.build_plan import PLAN, read_plan
 from rlrc.errors import UserError
-from rlrc.jetson.build_plan import PLAN, read_plan
 from rlrc.jetson.engines import build_engine
 from rlrc.runtime.backends import FOLDERS
 

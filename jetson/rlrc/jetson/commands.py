@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.progress import Progress
 from tyro.conf import Positional
 
+from rlrc.engine_cache import engine_cache
 from rlrc.jetson import check as checking
 from rlrc.jetson.build import build
 from rlrc.runtime.describe import plain_console
@@ -21,8 +22,9 @@ class Build:
 
     path: Positional[Path]
     """the artifact, exported with --to tensorrt"""
-    engine_cache: Path
-    """the folder for engines, of this and other artifacts"""
+    engine_cache: Path | None = None
+    """the folder for engines, of this and other artifacts (default: the one that the runtime reads, which is
+    $RLRC_ENGINE_CACHE or rlrc/engines in the user's cache)"""
     json: bool = False
     """print the result as JSON"""
 
@@ -33,7 +35,7 @@ class Build:
             def watch(graph: str, phase: str, done: float) -> None:
                 progress.update(task, description=f"{graph}: {phase}", completed=done)
 
-            engines = list(build(self.path, self.engine_cache, watch))
+            engines = list(build(self.path, self.engine_cache or engine_cache(), watch))
         if self.json:
             rows = [asdict(engine) | {"file": str(engine.file)} for engine in engines]
             print(json.dumps({"engines": rows}, indent=1))

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlrc import nvidia
+from rlrc.build_plan import BuildPlan, GraphPlan
 from rlrc.errors import UserError
-from rlrc.jetson.build_plan import BuildPlan, GraphPlan
 
 Watch = Callable[[str, float], str | None]
 """Called with the phase of the build and the part of it that is done; a reason as the answer gives the build up."""
@@ -31,8 +31,8 @@ def build_engine(
     ``timing`` are those of earlier builds; ``target`` sets more of the builder's configuration. Raises UserError with
     TensorRT's own reason for a graph that it cannot parse or build.
     """
-    check_version(trt, plan)
-    log = _log(trt)
+    nvidia.check_version(trt, plan)
+    log = nvidia.log(trt)
     builder = trt.Builder(log)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # None: there are no others any more
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -57,22 +57,8 @@ def build_engine(
     if engine is None and monitor.stopped:
         raise UserError(f"expected to build {graph.name}, gave up: {monitor.stopped}")
     if engine is None:
-        raise UserError(_refused(trt, graph, plan, "builds", "; ".join(log.errors[-3:])))
+        raise UserError(_refused(trt, graph, plan, "builds", "; ".join(log.errors)))
     return memoryview(engine), bytes(config.get_timing_cache().serialize())
-
-
-def check_version(trt: Any, plan: BuildPlan) -> None:
-    """TensorRT-RTX counts its releases anew, from 1.0; the first reads what TensorRT 10.3 does."""
-    rtx = "rtx" in trt.__name__
-    if not rtx and numbers(trt.__version__) < numbers(plan.tensorrt):
-        raise UserError(
-            f"expected TensorRT {plan.tensorrt} or later for these graphs, found {trt.__version__}; upgrade JetPack"
-        )
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The version 10.3.0.26 -> (10, 3, 0, 26)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def _refused(trt: Any, graph: GraphPlan, plan: BuildPlan, does: str, reason: str) -> str:
@@ -81,21 +67,6 @@ def _refused(trt: Any, graph: GraphPlan, plan: BuildPlan, does: str, reason: str
         advice += f" (TensorRT's documentation has int4 blocks of 64 and 128, these are of {plan.int4_block})"
     said = " ".join(reason.split()) or "no reason"
     return f"expected a graph that TensorRT {trt.__version__} {does}, found {graph.name}: {said}; {advice}"
-
-
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):
-        """Keeps what went wrong for the one line that the user sees."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(text)
-
-    return Log()
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:

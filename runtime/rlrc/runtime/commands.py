@@ -122,7 +122,7 @@ class Verify:
         artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", verify.GOLDEN))
         manifest = artifact.manifest
         first = backends.choose(manifest, self.backend, self.path)
-        here = [backend for backend in backends.present(manifest) if backend in backends.RUN_HERE]
+        here = backends.here(manifest)
         chosen = here if here and self.backend is None else [first]
         policies = [LocalPolicy(artifact, self.threads, backend) for backend in chosen]
         try:

@@ -22,6 +22,7 @@ from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.warmup import warm_up
 
 OPENING_S, WARMING_S = 120.0, 300.0  # longest waits before the loop starts
+PATIENCE_S = 1.0  # for latency to become stable: by then clocks have risen, and the robot waits
 Open = Callable[..., Any]
 
 
@@ -167,6 +168,6 @@ def _warmed(policy: LocalPolicy, observation: Mapping[str, Any]) -> dict[str, An
         return (time.perf_counter() - begun) * 1e3
 
     first = call()
-    calls, stable, median = warm_up(call)
+    calls, stable, median = warm_up(call, PATIENCE_S)
     policy.reset()
     return {"first_ms": first, "calls": calls, "median_ms": median, "stable": stable}

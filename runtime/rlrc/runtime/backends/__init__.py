@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import Artifact, Manifest
 from rlrc.errors import UserError
+from rlrc.nvidia import runs_tensorrt
 
 Backend = Literal["onnxruntime", "tensorrt", "gguf"]
 FOLDERS = {"onnxruntime": "graphs/onnx", "tensorrt": "graphs/tensorrt", "gguf": "graphs/gguf"}
 TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "gguf": "gguf"}
 """What `rlrc export --to` calls the set of graphs that a backend runs."""
-
-
-RUN_HERE = ("onnxruntime", "gguf")
-"""Backends that this runtime has engines for."""
 
 
 class Engine(Protocol):
@@ -42,9 +39,20 @@ class Engine(Protocol):
 
 
 def present(manifest: Manifest) -> list[str]:
-    """The backends that the artifact has graphs for, in the order in which they are preferred: first what runs here."""
-    preferred = sorted(FOLDERS, key=lambda backend: backend not in RUN_HERE)
-    return [backend for backend in preferred if any(graph.backend == backend for graph in manifest.graphs)]
+    """The backends that the artifact has graphs for, in the order in which they are preferred.
+
+    TensorRT comes first where there are a GPU and TensorRT, else last.
+    """
+    found = [backend for backend in FOLDERS if any(graph.backend == backend for graph in manifest.graphs)]
+    if "tensorrt" in found:
+        found.remove("tensorrt")
+        found.insert(0 if runs_tensorrt() else len(found), "tensorrt")
+    return found
+
+
+def here(manifest: Manifest) -> list[str]:
+    """Those of ``present`` that this machine can run, given their engines."""
+    return [backend for backend in present(manifest) if backend != "tensorrt" or runs_tensorrt()]
 
 
 def choose(manifest: Manifest, asked: str | None = None, where: object = "the artifact") -> str:
@@ -73,7 +81,6 @@ def open_engine(artifact: Artifact, backend: str, threads: int) -> Engine:
         from rlrc.runtime.backends.llama_cpp import LlamaCpp
 
         return LlamaCpp(artifact, threads)
-    raise UserError(
-        f"expected the backend {' or '.join(RUN_HERE)}, found {backend}, whose engines are not run yet; choose one of "
-        f"those, or export {artifact.path} for it"
-    )
+    from rlrc.runtime.backends.tensorrt import TensorRT
+
+    return TensorRT(artifact)
