@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -26,7 +27,7 @@ ENTRIES = 4096  # of one map or list
 _ADVICE = "use openpi_client.msgpack_numpy"
 
 
-def pack(message: dict[str, Any]) -> bytes:
+def pack(message: Any) -> bytes:
     """Raises UserError for what is no number, text, array of numbers, or dict or list of such."""
     try:
         packed: bytes = msgpack.packb(message, default=_packed)
@@ -35,9 +36,12 @@ def pack(message: dict[str, Any]) -> bytes:
     return packed
 
 
-def unpack(message: bytes) -> Any:
-    """Raises UserError for what is not such a message, or declares more than it holds."""
-    left = CONTAINERS
+def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = None, advice: str = _ADVICE) -> Any:
+    """Raises UserError for what is not such a message, or declares more than it holds.
+
+    ``from_map``: what a map stands for in another protocol than openpi's; ``advice``: what to send there.
+    """
+    left, stands_for = CONTAINERS, from_map or _array
 
     def spend() -> None:
         nonlocal left
@@ -47,7 +51,7 @@ def unpack(message: bytes) -> Any:
 
     def on_map(values: dict[Any, Any]) -> Any:
         spend()
-        return _array(values)
+        return stands_for(values)
 
     def on_list(values: list[Any]) -> list[Any]:
         spend()
@@ -66,7 +70,7 @@ def unpack(message: bytes) -> Any:
         raise
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         why = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"expected a msgpack message, found: {why}; {_ADVICE}") from None
+        raise UserError(f"expected a msgpack message, found: {why}; {advice}") from None
 
 
 def _packed(value: Any) -> Any:
@@ -92,7 +96,8 @@ def _array(values: dict[Any, Any]) -> Any:
         if not isinstance(number, (bool, int, float)):
             raise UserError(f"expected a number as data of a numpy scalar, found {type(number).__name__}; {_ADVICE}")
         try:
-            return dtype.type(number)
+            with np.errstate(over="ignore"):  # to infinity, of which others tell
+                return dtype.type(number)
         except OverflowError as error:
             raise UserError(f"expected a number that {dtype} holds, found: {error}; {_ADVICE}") from None
     for key in (b"nd", "nd", b"complex", "complex"):
@@ -115,5 +120,5 @@ def _shape(values: dict[Any, Any]) -> tuple[int, ...]:
         or len(found) > DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in found)
     ):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(found)[:40]}; {_ADVICE}")
+        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(found)[:40]!a}; {_ADVICE}")
     return tuple(found)
