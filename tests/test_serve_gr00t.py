@@ -182,8 +182,8 @@ def test_a_token_is_asked_for(toy_artifact: Path) -> None:
 
 
 def connect(served: Served, sent: bytes) -> socket.socket:
-    """A peer that sends what it likes. The server's greeting and its READY are taken away."""
-    peer = socket.create_connection(("127.0.0.1", served.ports["gr00t"]), timeout=10)
+    """A peer that sends what it likes, and waits for less than the server would wait for the rest."""
+    peer = socket.create_connection(("127.0.0.1", served.ports["gr00t"]), timeout=5)
     peer.sendall(sent)
     return peer
 

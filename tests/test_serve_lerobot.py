@@ -337,9 +337,6 @@ def test_it_is_served_on_this_machine_only(toy_artifact: Path, capsys: pytest.Ca
     serve = ["serve", str(toy_artifact), "--port", "0", "--protocol", "lerobot"]
     assert cli.main([*serve, "--host", "0.0.0.0", "--insecure", "--token", "t"]) == 2
     assert "expected --host 127.0.0.1 with lerobot" in capsys.readouterr().err
-    port = ["--port", "0"]
-    assert cli.main(["serve", str(toy_artifact), *port, "--host", "0.0.0.0", "--protocol", "gr00t"]) == 2
-    assert "for 0.0.0.0, which other machines reach" in capsys.readouterr().err
 
 
 def test_sigterm_ends_it_with_a_client_that_waits(toy_artifact: Path) -> None:
