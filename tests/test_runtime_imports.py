@@ -56,7 +56,8 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
 def test_serving_and_asking_never_import_torch_nor_the_other_protocols() -> None:
     packages = imported("import rlrc.runtime.serve, rlrc.runtime.client")
     assert "websockets" in packages
-    assert not packages & {*NEVER, "aiohttp", "onnxruntime"}
+    assert not packages & {*NEVER, "aiohttp", "grpc", "onnxruntime"}
+    assert not imported("import rlrc.runtime.servers.gr00t, rlrc.runtime.servers.lerobot") & set(NEVER)
 
 
 def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:

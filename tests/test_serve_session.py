@@ -23,7 +23,7 @@ from rlrc.runtime.profile import Tracking
 from rlrc.runtime.servers import arrays, observations
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.servers.metrics import Metrics
-from rlrc.runtime.servers.ports import Access, access, status
+from rlrc.runtime.servers.ports import Access, access, check_plain, status
 from rlrc.runtime.servers.session import Client, Session
 
 # Ten steps a second, at most 1 m/s and 2 m/s2: from rest 0.02 m in the first step, 0.04 in the second, then 0.06.
@@ -322,6 +322,16 @@ def test_who_may_connect() -> None:
     assert [secret.allows(text) for text in ("Api-Key t", "Bearer t", "Basic t", "t", "Api-Key", None)] == [
         True, True, False, False, False, False,
     ]  # fmt: skip
+
+
+def test_protocols_without_tls_stay_on_this_machine() -> None:
+    check_plain("127.0.0.1", ("gr00t", "lerobot"), insecure=False)
+    check_plain("0.0.0.0", ("openpi", "openvla"), insecure=False)
+    check_plain("0.0.0.0", ("gr00t",), insecure=True)
+    with pytest.raises(UserError, match=r"expected --insecure with gr00t on 0.0.0.0, whose clients know no TLS"):
+        check_plain("0.0.0.0", ("openpi", "gr00t"), insecure=False)
+    with pytest.raises(UserError, match=r"expected --host 127.0.0.1 with lerobot"):
+        check_plain("0.0.0.0", ("lerobot",), insecure=True)
 
 
 VALUES = st.recursive(

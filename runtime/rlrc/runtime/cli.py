@@ -98,6 +98,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 EXTRAS = {
     "onnxruntime": "cpu",
     "aiohttp": "serve",
+    "grpc": "serve",
     "accelerate": "compress",
     "huggingface_hub": "compress",
     "peft": "compress",

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,21 +28,22 @@ from rlrc.runtime.servers import logs, observations
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
-from rlrc.runtime.servers.ports import TOKEN, Access, access
+from rlrc.runtime.servers.ports import TOKEN, Access, access, check_plain
 from rlrc.runtime.servers.session import WAITING, Session
 from rlrc.runtime.supervisor import Supervisor
 
 DRAIN_S = 10.0
-DEFAULT_MAPPINGS = {"openpi": observations.OWN, "openvla": "openvla"}
+DEFAULT_MAPPINGS = {"openvla": "openvla"}  # of the others: the policy's own names
+SCHEMES = {"openpi": "ws", "openvla": "http", "gr00t": "tcp", "lerobot": "grpc"}
 
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a policy to clients of openpi, OpenVLA or OpenVLA-OFT as they are, until Ctrl-C (docs/serving.md)."""
+    """Serve a policy to clients of openpi, OpenVLA, GR00T or LeRobot as they are, until Ctrl-C (docs/serving.md)."""
 
     path: Positional[Path]
     """the artifact"""
-    protocol: tuple[Literal["openpi", "openvla"], ...] = ("openpi",)
+    protocol: tuple[Literal["openpi", "openvla", "gr00t", "lerobot"], ...] = ("openpi",)
     """what to speak, each on a port of its own"""
     host: str = "127.0.0.1"
     """address to listen on; one that other machines reach needs --token, --certificate and --key, or --insecure"""
@@ -49,7 +51,7 @@ class Serve:
     """ports in the order of the protocols; those left out count up from the last; 0 is any free one"""
     mapping: dict[str, str] = field(default_factory=dict)
     """pairs of a protocol and what its clients' keys mean: own (the policy's names), libero, droid, aloha, openvla,
-    openvla-oft, or a TOML file (default: own for openpi, openvla for openvla)"""
+    openvla-oft, gr00t-libero, gr00t-droid, gr00t-so100, or a TOML file (default: own; openvla for openvla)"""
     instruction: str | None = None
     """what to do where a client does not say"""
     profile: str | None = None
@@ -83,11 +85,14 @@ class Serve:
         if strange := sorted(self.mapping.keys() - set(self.protocol)):
             raise UserError(f"expected mappings of {', '.join(self.protocol)}, found one of {strange[0]}; leave it out")
         allowed = access(self.host, self.token or os.environ.get(TOKEN), self.certificate, self.key, self.insecure)
+        check_plain(self.host, self.protocol, self.insecure)
         artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
         spec = artifact.manifest.policy
         guarded, ports = self._guarded(spec), self._ports()
         mapped: dict[str, Observations] = {
-            name: observations.load(self.mapping.get(name, DEFAULT_MAPPINGS[name]), spec, self.instruction)
+            name: observations.load(
+                self.mapping.get(name, DEFAULT_MAPPINGS.get(name, observations.OWN)), spec, self.instruction, name
+            )
             for name in self.protocol
         }
         logs.begin(self.log)
@@ -115,7 +120,7 @@ class Serve:
                 server = kinds[name](session, mapping, allowed)
                 found = await server.start(self.host, port)
                 stack.push_async_callback(server.stop)
-                scheme = ("ws" if name == "openpi" else "http") + ("s" if allowed.tls else "")
+                scheme = SCHEMES[name] + ("s" if allowed.tls and name in ("openpi", "openvla") else "")
                 console.print(f"{name}: {scheme}://{self.host}:{found}  {'; '.join(mapping.told)}", soft_wrap=True)
             if self.page is not None:
                 await self._open_page(artifact, session, stack)
@@ -170,11 +175,11 @@ class Serve:
 
 
 def _server(name: str) -> Callable[..., Any]:
+    """Only the module of a protocol that is spoken is imported: the extra "serve" brings what some need."""
     if name == "openpi":
         return OpenpiServer
-    from rlrc.runtime.servers.openvla import OpenvlaServer  # the extra "serve" brings what it needs
-
-    return OpenvlaServer
+    server: Callable[..., Any] = getattr(import_module(f"rlrc.runtime.servers.{name}"), f"{name.capitalize()}Server")
+    return server
 
 
 async def _beating(supervisor: Supervisor) -> None:

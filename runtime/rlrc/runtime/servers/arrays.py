@@ -126,7 +126,8 @@ def _array(values: dict[Any, Any]) -> Any:
         if not isinstance(number, (bool, int, float)):
             raise UserError(f"expected a number as data of a numpy scalar, found {type(number).__name__}; {_ADVICE}")
         try:
-            return dtype.type(number)
+            with np.errstate(over="ignore"):  # to infinity, of which others tell
+                return dtype.type(number)
         except OverflowError as error:
             raise UserError(f"expected a number that {dtype} holds, found: {error}; {_ADVICE}") from None
     for key in (b"nd", "nd", b"complex", "complex"):
@@ -149,5 +150,5 @@ def _shape(values: dict[Any, Any]) -> tuple[int, ...]:
         or len(found) > DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in found)
     ):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(found)[:40]}; {_ADVICE}")
+        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(found)[:40]!a}; {_ADVICE}")
     return tuple(found)

@@ -8,6 +8,10 @@
     layout = "HWC"
     camera = "base_0_rgb"                  # the policy's; left out: the policy's cameras in their order
 
+    [[actions]]                            # for GR00T's clients: how they split them, in the policy's order
+    key = "single_arm"
+    size = 5
+
 What arrives has to be as declared: nothing is transposed, scaled or filled in because it looks as if it should be.
 """
 
@@ -32,9 +36,16 @@ else:
     import tomli as tomllib
 
 SHIPPED = Path(__file__).parent / "mappings"
-OWN = "own"  # the policy's own names, as rlrc.runtime.policy takes them
+OWN = "own"  # the policy's own names, as rlrc.runtime.policy takes them or a protocol's clients would write them
+WORDS = 4096  # characters of an instruction
 
 Key = tuple[str, ...]
+
+# Where a protocol's clients put cameras (by name), the state and the instruction that are called as the policy does.
+OWN_KEYS: dict[str, tuple[Key, Key, Key]] = {
+    "gr00t": (("video", "{}"), ("state", "state"), ("language", "instruction")),
+    "lerobot": (("observation.images.{}",), ("observation.state",), ("task",)),
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,26 @@ class Camera:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """``size`` dimensions of an action, by the name that GR00T's clients know them by."""
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
 class KeyMapping:
-    """What a TOML file says. ``chunks``: whether an OpenVLA client takes a list of actions (OFT), or only one."""
+    """What a TOML file says. ``chunks``: whether an OpenVLA client takes a list of actions (OFT), or only one.
+
+    ``actions``: how GR00T's clients split them; ``generation``: which of GR00T they are of.
+    """
 
     cameras: tuple[Camera, ...]
     instruction: Key | None = None
     state: tuple[Key, ...] = ()
     chunks: bool = True
+    actions: tuple[Columns, ...] = ()
+    generation: Literal["N1.5", "N1.6"] = "N1.6"
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,7 @@ class Observations:
     def _instruction(self, message: Mapping[str, Any]) -> str:
         found = None if self.mapping.instruction is None else _at(message, self.mapping.instruction)
         if isinstance(found, str):
-            return found
+            return _words(found)
         if found is not None:
             raise UserError(f"expected an instruction as text, found {_form(found)}; send text")
         if self.instruction is None:
@@ -132,20 +156,28 @@ def shipped() -> list[str]:
     return [OWN, *sorted(path.stem for path in SHIPPED.glob("*.toml"))]
 
 
-def load(name: str | Path, spec: PolicySpec, instruction: str | None = None) -> Observations:
+def load(name: str | Path, spec: PolicySpec, instruction: str | None = None, protocol: str = "openpi") -> Observations:
     """A mapping by its name, or a TOML file, for a policy. Raises UserError if it is none or does not fit."""
-    mapping = _own(spec) if name == OWN else _read(name)
+    mapping = _own(spec, protocol) if name == OWN else _read(name)
     wired = _wired(mapping, spec, name)
     if spec.state is not None and not mapping.state:
         raise UserError(f"expected keys of the state in the mapping {name}, found none; the policy takes one: add them")
     if spec.prompt is not None and mapping.instruction is None and instruction is None:
         raise UserError(f"expected the key of the instruction in the mapping {name}, found none; give --instruction")
+    sizes = [columns.size for columns in mapping.actions]
+    if sizes and (min(sizes) < 1 or sum(sizes) != spec.action.dim):
+        raise UserError(
+            f"expected actions of {spec.action.dim} dimensions in the mapping {name}, found {sizes}; correct it"
+        )
     return Observations(mapping, wired, spec, instruction)
 
 
-def _own(spec: PolicySpec) -> KeyMapping:
-    cameras = tuple(Camera((f"image.{camera.name}",), "HWC", camera.name) for camera in spec.cameras)
-    return KeyMapping(cameras, ("instruction",), (("state",),))
+def _own(spec: PolicySpec, protocol: str) -> KeyMapping:
+    camera, state, instruction = OWN_KEYS.get(protocol, (("image.{}",), ("state",), ("instruction",)))
+    cameras = tuple(
+        Camera(tuple(part.replace("{}", one.name) for part in camera), "HWC", one.name) for one in spec.cameras
+    )
+    return KeyMapping(cameras, instruction, (state,))
 
 
 def _read(name: str | Path) -> KeyMapping:
@@ -197,6 +229,17 @@ def _picture(found: Any, camera: Camera) -> NDArray[np.uint8]:
     return found if camera.layout == "HWC" else np.ascontiguousarray(found.transpose(1, 2, 0))
 
 
+def _words(found: str) -> str:
+    """JSON can hold half characters, which no tokenizer takes; and a tokenizer takes seconds for megabytes."""
+    if len(found) > WORDS:
+        raise UserError(f"expected an instruction of up to {WORDS} characters, found {len(found)}; say less")
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise UserError("expected an instruction in Unicode, found half characters; send whole ones") from None
+    return found
+
+
 def _noise(found: Any) -> NDArray[np.floating]:
     """Anything else would not even reach the policy, which checks its shape."""
     if not isinstance(found, np.ndarray) or found.dtype.kind != "f":
@@ -213,8 +256,13 @@ def _at(message: Mapping[str, Any], key: Key) -> Any:
 
 
 def _missing(key: Key, message: Mapping[Any, Any]) -> UserError:
-    names = ", ".join(sorted(str(name)[:40] for name in message)[:12]) or "no keys"
+    names = ", ".join(sorted(told(name) for name in message)[:12]) or "no keys"
     return UserError(f"expected {_told(key)} in the observation, found {names}; send it, or use another --mapping")
+
+
+def told(name: object) -> str:
+    """A client's name for something, fit for a message of one line."""
+    return ascii(str(name)[:40])[1:-1]
 
 
 def _told(key: Key) -> str:

@@ -104,7 +104,7 @@ class OpenvlaServer:
     async def _answer(self, body: bytes) -> str:
         payload, twice = _parsed(body), False
         if isinstance(payload, dict) and payload.keys() == {"encoded"}:
-            payload, twice = _parsed(str(payload["encoded"]).encode()), True
+            payload, twice = _parsed(str(payload["encoded"]).encode(errors="surrogatepass")), True
         # unnorm_key, which names a data set's statistics, has been chosen when the artifact was made.
         chunk = await self._client.infer(self._observations.of(payload))
         rows = [_encoded(action) for action in chunk.actions]
@@ -138,7 +138,7 @@ def _array(values: dict[str, Any]) -> Any:
         or len(shape) > DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in shape)
     ):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(shape)[:40]}; send such")
+        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(shape)[:40]!a}; send such")
     raw = base64.b64decode(data, validate=True)
     if (size := math.prod(shape) * np.dtype(dtype).itemsize) != len(raw):
         raise UserError(f"expected {size} bytes for {dtype} {tuple(shape)}, found {len(raw)}; send the whole array")

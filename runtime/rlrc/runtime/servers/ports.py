@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import ssl
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def access(host: str, token: str | None, certificate: Path | None, key: Path | N
             raise UserError(
                 f"expected a certificate and its key in PEM files, found {certificate} and {key}: {error}; give others"
             ) from None
-    if not (_is_loopback(host) or (token is not None and tls is not None) or insecure):
+    if not (is_loopback(host) or (token is not None and tls is not None) or insecure):
         raise UserError(
             f"expected --token, --certificate and --key for {host}, which other machines reach, found not all of them; "
             "give them, or --insecure to do without"
@@ -90,7 +91,23 @@ def unready(session: Session) -> str | None:
     return None if session.stopped is None else "stopped"
 
 
-def _is_loopback(host: str) -> bool:
+def check_plain(host: str, protocols: Collection[str], insecure: bool) -> None:
+    """Raises UserError for protocols without TLS at an address that others reach."""
+    if is_loopback(host):
+        return
+    if "lerobot" in protocols:
+        raise UserError(
+            f"expected --host 127.0.0.1 with lerobot, whose clients show no token and trust the server with their "
+            f"machine, found {host}; serve it on the robot itself"
+        )
+    if "gr00t" in protocols and not insecure:
+        raise UserError(
+            f"expected --insecure with gr00t on {host}, whose clients know no TLS, found none; use a tunnel to "
+            "127.0.0.1, or give it"
+        )
+
+
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -1,0 +1,252 @@
+"""GR00T's protocol (ZeroMQ's request and reply, msgpack), as the clients of N1.5 and those of N1.6 and N1.7 speak it.
+
+    {"endpoint": "get_action", "data": ..., "api_token": ...} -> what was asked for, or {"error": text}
+
+An array is {"__ndarray_class__": true, "as_npy": a .npy file}. N1.6's clients send {"observation", "options"} and get
+[actions, information], everything with axes for robots and times: pictures (1, 1, H, W, 3), states (1, 1, D), actions
+(1, horizon, D). N1.5's send the observation alone and get the actions alone, without the robots' axis if they sent
+none. Keys are "video" and "front" in maps of maps, or flat: "video.front". Each is answered as it asked. The endpoint
+"kill" is not honoured.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rlrc.errors import UserError
+from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.arrays import DIMENSIONS, DTYPE
+from rlrc.runtime.servers.observations import Columns, Observations, told
+from rlrc.runtime.servers.ports import CLIENTS, Access
+from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.servers.zmtp import Answer, Replier
+
+PROTOCOL = "gr00t"
+MODALITIES = ("video", "state", "language")
+ADVICE = "send what GR00T's client does"
+
+# A .npy file of version 1.0, as numpy writes it: numpy's own reader would allocate what the header declares.
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '([^']{2,8})', 'fortran_order': (False|True), 'shape': \(([0-9, ]*)\), \} *\n",
+    re.DOTALL,
+)
+TEXT = re.compile(r"[<>=|]U[1-9][0-9]{0,3}")
+
+log = logging.getLogger(__name__)
+
+
+class Gr00tServer:
+    """On one port. ``start``, then ``stop`` once the session has been drained. An episode begins with a connection, and
+    when the client says "reset".
+
+    Raises UserError for a mapping whose keys are not those of GR00T's clients.
+    """
+
+    def __init__(self, session: Session, observations: Observations, access: Access) -> None:
+        mapping = observations.mapping
+        keys = [("video", camera.key) for camera in mapping.cameras] + [("state", key) for key in mapping.state]
+        keys += [] if mapping.instruction is None else [("language", mapping.instruction)]
+        for modality, key in keys:
+            if len(key) != 2 or key[0] != modality:
+                raise UserError(
+                    f'expected keys such as ["{modality}", "x"] in a mapping for gr00t, found {list(key)}; use own or '
+                    "another --mapping"
+                )
+        self._session, self._observations, self._access = session, observations, access
+        whole = (Columns("action", session.spec.action.dim),)
+        self._columns = observations.mapping.actions or whole
+        self._replier = Replier(self._connected, LARGEST, CLIENTS)
+
+    async def start(self, host: str, port: int) -> int:
+        """-> the port. Raises UserError if it is taken."""
+        return await self._replier.start(host, port)
+
+    async def stop(self) -> None:
+        await self._replier.stop()
+
+    def _connected(self, peer: str) -> Answer:
+        return partial(self.answer, self._session.client(), peer)
+
+    async def answer(self, client: Client, peer: str, request: bytes) -> bytes:
+        """Whatever the request is: what went wrong is an answer, too."""
+        try:
+            return _packed(await self._asked(client, request))
+        except (Refused, UserError) as error:
+            log.info("gr00t client %s: %s", peer, error)
+            return _packed({"error": str(error)})
+        except Exception:
+            log.exception("gr00t client %s", peer)
+            return _packed({"error": "expected to answer, found a fault of the server; its log says more"})
+
+    async def _asked(self, client: Client, message: bytes) -> Any:
+        request = arrays.unpack(message, _from_map, ADVICE)
+        if not isinstance(request, dict):
+            raise UserError(f"expected a request as a map, found {type(request).__name__}; {ADVICE}")
+        token = request.get("api_token")
+        if not self._access.allows(f"Bearer {token}" if isinstance(token, str) else None):
+            raise UserError("expected the server's api_token, found another or none; give it to the client")
+        endpoint = request.get("endpoint", "get_action")
+        if endpoint == "get_action":
+            with self._session.answer(PROTOCOL):
+                return await self._actions(client, request.get("data"))
+        if endpoint == "reset":
+            client.reset()
+            return {}
+        if endpoint == "get_modality_config":
+            return self._modalities()
+        if endpoint == "ping":
+            return {"status": "ok", "message": "Server is running"}
+        raise UserError(
+            f"expected get_action, reset, get_modality_config or ping, found {str(endpoint)[:40]!r}; ask for one of "
+            "them (a server is ended where it runs)"
+        )
+
+    async def _actions(self, client: Client, data: Any) -> Any:
+        newer = isinstance(data, dict) and "observation" in data
+        found = data["observation"] if newer else data
+        if not isinstance(found, dict):
+            raise UserError(f"expected an observation as a map, found {type(found).__name__}; {ADVICE}")
+        nested = any(modality in found for modality in MODALITIES)
+        message, batched = _one(found if nested else _nested(found))
+        if newer and not batched:
+            raise UserError(f"expected axes for robots and times, found one axis; {ADVICE}, or data as N1.5's")
+        chunk = await client.infer(self._observations.of(message))
+        rows = chunk.actions[None] if batched else chunk.actions  # (1, horizon, dim) or (horizon, dim)
+        ends = np.cumsum([columns.size for columns in self._columns])
+        parts = zip(self._columns, np.split(rows, ends[:-1], axis=-1), strict=True)
+        actions = {(columns.key if nested else f"action.{columns.key}"): part for columns, part in parts}
+        return [actions, {}] if newer else actions
+
+    def _modalities(self) -> dict[str, Any]:
+        """What clients may send and will get, as GR00T's ModalityConfig."""
+        mapping, spec = self._observations.mapping, self._session.spec
+        keys = {
+            "video": [camera.key[1] for camera, _ in self._observations.cameras],
+            "state": [] if spec.state is None else [key[1] for key in mapping.state],
+            "action": [columns.key for columns in self._columns],
+            "language": [] if mapping.instruction is None else [mapping.instruction[1]],
+        }
+        flat = mapping.generation == "N1.5"
+        configured = {}
+        for modality, names in keys.items():
+            times = list(range(spec.action.horizon)) if modality == "action" else [0]
+            named = [f"{modality}.{name}" for name in names] if flat and modality != "language" else names
+            config = {"delta_indices": times, "modality_keys": named}
+            if names:  # GR00T's class takes no empty list
+                as_json = json.dumps(config) if flat else config
+                configured[modality] = {"__ModalityConfig_class__": True, "as_json": as_json}
+        return configured
+
+
+def _nested(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """{"video.front": ...} -> {"video": {"front": ...}}; all that is no video nor state may be words."""
+    message: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
+    for key, value in flat.items():
+        modality, dot, name = str(key).partition(".")
+        if dot and modality in ("video", "state"):
+            message[modality][name] = value
+        else:
+            message["language"][str(key)] = value
+    return message
+
+
+def _one(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """One robot at one time: -> without those axes, and whether there was one for robots.
+
+    Raises UserError for more robots or times, and for arrays that do not agree.
+    """
+    message: dict[str, Any] = {}
+    axes = set()
+    for modality, rank in (("video", 3), ("state", 1)):
+        values = observation.get(modality, {})
+        if not isinstance(values, dict):
+            raise UserError(f"expected {modality} as a map, found {type(values).__name__}; {ADVICE}")
+        message[modality] = {}
+        for name, value in values.items():
+            message[modality][name], number = _without_axes(value, rank, f"{modality}.{told(name)}")
+            axes.add(number)
+    if len(axes) > 1:
+        raise UserError(f"expected the same axes for robots and times everywhere, found others; {ADVICE}")
+    language = observation.get("language", {})
+    if not isinstance(language, dict):
+        raise UserError(f"expected language as a map, found {type(language).__name__}; {ADVICE}")
+    message["language"] = {name: _words(value) for name, value in language.items()}
+    return message, axes == {2}
+
+
+def _without_axes(value: Any, rank: int, what: str) -> tuple[Any, int]:
+    number = value.ndim - rank if isinstance(value, np.ndarray) else -1
+    if number not in (1, 2) or any(size != 1 for size in value.shape[:number]):
+        form = value.shape if isinstance(value, np.ndarray) else type(value).__name__
+        raise UserError(
+            f"expected {what} of one robot at one time, ([1,] 1, {'height, width, 3' if rank == 3 else 'size'}), found "
+            f"{form}; send the newest alone"
+        )
+    return value.reshape(value.shape[number:]), number
+
+
+def _words(value: Any) -> Any:
+    """A text, or one in lists: of robots and times."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
+
+
+def _packed(answer: Any) -> bytes:
+    return arrays.pack(_written(answer))
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        file = io.BytesIO()
+        np.save(file, value, allow_pickle=False)
+        return {"__ndarray_class__": True, "as_npy": file.getvalue()}
+    if isinstance(value, dict):
+        return {key: _written(item) for key, item in value.items()}
+    return [_written(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_map(values: dict[Any, Any]) -> Any:
+    if "__ndarray_class__" in values:
+        return _read(values.get("as_npy"))
+    if b"__ndarray__" in values or b"nd" in values:
+        raise UserError(f"expected GR00T's encoding of arrays, found another's; {ADVICE}")
+    return values
+
+
+def _read(file: Any) -> Any:
+    """A .npy file -> the array, or the one text in it."""
+    header = NPY.match(file) if isinstance(file, bytes) else None
+    if header is None or 10 + int.from_bytes(header[1], "little") != header.end():
+        raise UserError(f"expected an array as a .npy file of version 1.0, found another; {ADVICE}")
+    kind, sizes = header[2].decode("latin-1"), [size for size in header[4].decode().split(",") if size.strip()]
+    text = TEXT.fullmatch(kind) is not None
+    if not text and not DTYPE.fullmatch(kind):
+        raise UserError(f"expected an array of numbers, found dtype {kind!r}; send floats or integers")
+    if len(sizes) > DIMENSIONS or not all(len(size.strip()) < 20 and size.strip().isdigit() for size in sizes):
+        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found another; {ADVICE}")
+    shape, dtype, raw = tuple(map(int, sizes)), np.dtype(kind), memoryview(file)[header.end() :]
+    if (size := math.prod(shape) * dtype.itemsize) != len(raw):
+        raise UserError(f"expected {size} bytes for {kind} {shape}, found {len(raw)}; {ADVICE}")
+    if text:
+        return _text(raw.tobytes(), math.prod(shape), kind)
+    return np.frombuffer(raw, dtype).reshape(shape, order="F" if header[3] == b"True" else "C")
+
+
+def _text(raw: bytes, number: int, kind: str) -> str:
+    """Not by way of numpy, which makes strings of anything."""
+    if number != 1:
+        raise UserError(f"expected one text, found {number}; send the instruction alone")
+    try:
+        return raw.decode("utf-32-be" if kind[0] == ">" else "utf-32-le").rstrip("\0")
+    except UnicodeDecodeError:
+        raise UserError(f"expected text in Unicode, found other; {ADVICE}") from None
