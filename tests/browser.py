@@ -1,6 +1,6 @@
 """What an operator does with the page, in a real Chromium. Needs playwright and nothing of ours; tells JSON.
 
-python browser.py LINK CHROMIUM FOLDER      # LINK as rlrc prints it, of a loop with --rearm; pictures into FOLDER
+Arguments: "run" (with --rearm) or "serve", the link as rlrc prints it, the browser, the folder that pictures go into.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ def axe() -> str:
     return next(str(file.locate()) for file in files if file.name == "axe.min.js")
 
 
+def overhear(page: Page, errors: list[str]) -> None:
+    """Everything that the browser's console complains about."""
+    page.on("console", lambda told: errors.append(told.text) if told.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+
+
 class Visit:
     """One browser's window. ``errors``: what its console complained about; ``found``: what axe-core did, by state."""
 
@@ -33,10 +39,7 @@ class Visit:
         self.folder = folder
         self.errors: list[str] = []
         self.found: dict[str, list[str]] = {}
-        self.page.on(
-            "console", lambda told: self.errors.append(told.text) if told.type in ("error", "warning") else None
-        )
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        overhear(self.page, self.errors)
         self.page.goto(link)
         self.until("Running")
         self.wait("document.querySelector('figure img').naturalWidth > 0")
@@ -123,6 +126,28 @@ def operate(visit: Visit) -> dict[str, Any]:
     return told
 
 
+def operate_server(visit: Visit) -> dict[str, Any]:
+    page, told = visit.page, dict[str, Any]()
+    before = visit.canvas()
+    page.wait_for_timeout(1500)
+    told["moves"] = visit.canvas() != before
+    page.click("#bench")
+    visit.wait("document.getElementById('benched').textContent.startsWith('p50')")
+    page.keyboard.press("Escape")
+    visit.until("Stopped")
+    visit.wait("Number(document.getElementById('late').textContent) > 0")  # observations are refused
+    visit.check("stopped")
+    visit.hold()
+    visit.until("Running")
+    page.fill("#text", "close it")
+    page.click("#speak-form button")
+    visit.wait("document.getElementById('words').textContent === 'close it'")
+    page.click("#own")
+    visit.wait("document.getElementById('words').textContent === 'what the client says'")
+    visit.check("running")
+    return told
+
+
 def unlock(page: Page, url: str, token: str) -> None:
     """Without the token in the link it is asked for."""
     page.goto(url)
@@ -131,18 +156,20 @@ def unlock(page: Page, url: str, token: str) -> None:
     page.wait_for_selector("#main", state="visible")
 
 
-def main(link: str, chromium: str, folder: Path) -> dict[str, Any]:
+def main(kind: str, link: str, chromium: str, folder: Path) -> dict[str, Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        desktop = Visit(browser, link, folder, viewport=DESKTOP, color_scheme="dark")
-        told = operate(desktop)
+        desktop = Visit(browser, link, folder, viewport=DESKTOP, color_scheme="dark" if kind == "run" else "light")
+        told = operate(desktop) if kind == "run" else operate_server(desktop)
         phone = {"viewport": PHONE, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
         mobile = Visit(browser, link, folder, color_scheme="light", **phone)
         mobile.page.wait_for_timeout(3000)
         mobile.check("phone")
         mobile.shoot("phone")
         told["wide"] = mobile.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-        unlock(browser.new_context(color_scheme="light").new_page(), *link.split("#"))
+        locked = browser.new_context(color_scheme="light").new_page()
+        overhear(locked, mobile.errors)
+        unlock(locked, *link.split("#"))
         visits = (desktop, mobile)
         told["errors"] = [error for visit in visits for error in visit.errors]
         told["serious"] = {state: found for visit in visits for state, found in visit.found.items() if found}
@@ -151,4 +178,4 @@ def main(link: str, chromium: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
+    print(json.dumps(main(*sys.argv[1:4], Path(sys.argv[4]))))

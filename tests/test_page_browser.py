@@ -7,10 +7,18 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from driven import Running
+from serving import Served
+
+from rlrc.runtime.client import RemotePolicy
+from rlrc.runtime.decode import NoAction
 
 PYTHON = os.environ.get("RLRC_PAGE_PYTHON")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,23 +32,28 @@ pytestmark = [
 ]
 
 
-def test_an_operator_stops_and_re_arms(arm_toy: Path, tmp_path: Path) -> None:
-    running = Running(arm_toy, tmp_path, "--port", "0", "--rearm")
-    assert running.process.stdout is not None
-    link = running.process.stdout.readline().split()[1]
-    pictures = Path(os.environ.get("RLRC_PAGE_PICTURES", tmp_path))
-    command = [str(PYTHON), str(Path(__file__).with_name("browser.py")), link, str(CHROMIUM), str(pictures)]
+def visited(kind: str, link: str, folder: Path) -> dict[str, Any]:
+    """What the browser tells, without complaints of its console and serious findings of axe-core."""
+    pictures = os.environ.get("RLRC_PAGE_PICTURES", str(folder))
+    command = [str(PYTHON), str(Path(__file__).with_name("browser.py")), kind, link, str(CHROMIUM), pictures]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    running.process.send_signal(signal.SIGTERM)
-    _, rows = running.end()
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    print(json.dumps({name: value for name, value in told.items() if name != "events"}))
+    told: dict[str, Any] = json.loads(done.stdout)
     assert told["errors"] == []
     assert told["serious"] == {}
-    assert told["moves"]
+    assert told["moves"]  # the chart
     assert told["wide"] <= 0  # nothing to scroll sideways on a phone
+    return told
 
+
+def test_an_operator_stops_and_re_arms_a_loop(arm_toy: Path, tmp_path: Path) -> None:
+    running = Running(arm_toy, tmp_path, "--port", "0", "--rearm")
+    assert running.process.stdout is not None
+    try:
+        told = visited("run", running.process.stdout.readline().split()[1], tmp_path)
+    finally:
+        running.process.send_signal(signal.SIGTERM)
+        _, rows = running.end()
     stopped = next(row for row in rows if row["stopped"])
     before = rows[rows.index(stopped) - 1]
     assert stopped["held"]
@@ -53,3 +66,26 @@ def test_an_operator_stops_and_re_arms(arm_toy: Path, tmp_path: Path) -> None:
     assert again["sent"] < told["rearmed"]
     assert not again["held"]
     assert any("rearm: the page (the browser)" in event for event in told["events"])
+
+
+def test_an_operator_stops_and_re_arms_a_server(arm_toy: Path, tmp_path: Path) -> None:
+    profile = str(Path(__file__).parents[1] / "examples/udp_arm.toml")
+    with Served(arm_toy, "--page", "0", "--profile", profile, "--hz", "20") as served:
+        over = threading.Event()
+        client = threading.Thread(target=asking, args=(served.ports["openpi"], over))
+        client.start()
+        try:
+            visited("serve", str(served.page), tmp_path)
+        finally:
+            over.set()
+            client.join()
+
+
+def asking(port: int, over: threading.Event) -> None:
+    """A robot that asks ten times a second, and does not mind refusals."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    observation = {"image.corner4": picture, "state": np.zeros(2, np.float32), "instruction": "open the drawer"}
+    with RemotePolicy(f"ws://127.0.0.1:{port}", timeout_s=20) as policy:
+        while not over.wait(0.1):
+            with suppress(NoAction):
+                policy.infer(observation)

@@ -326,4 +326,5 @@ $("bench").addEventListener("click", async () => {
   set("benched", told.error ?? figures());
 });
 
-listen();
+if (token) listen();
+else enter();
