@@ -199,8 +199,8 @@ def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
         blocks.append(Table(header, found))
     spent = [row for row in rows if row.get("energy")]
     if spent:
-        header = ("policy", "joules a chunk", "an action", "a chunk above idle", "watts", "idle")
-        blocks.append(Table(header, [_energy(row) for row in spent]))
+        heads = ("policy", "joules a chunk", "an action", "a chunk above idle", "watts", "idle")
+        blocks.append(Table(heads, [_energy(row) for row in spent]))
     sources = dict.fromkeys(str(result["source"]) for result in results if result.get("kind") == "energy")
     return blocks + [Note(f"Energy: {source}.") for source in sources]
 
