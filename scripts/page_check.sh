@@ -20,7 +20,7 @@ fi
 if ! "$own/bin/python" -c 'import playwright, axe_playwright_python' 2>/dev/null; then
     say "installing playwright into $own"
     "$venv/bin/python" -m venv "$own"
-    if ! "$own/bin/python" -m pip install --disable-pip-version-check -q 'playwright>=1.45' 'axe-playwright-python>=0.1.4'; then
+    if ! "$own/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt playwright axe-playwright-python; then
         say "not checked: playwright does not install here"
         exit 0
     fi
