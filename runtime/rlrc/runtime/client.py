@@ -13,7 +13,6 @@ from __future__ import annotations
 import ssl
 from collections import deque
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic, perf_counter
 from types import TracebackType
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, WebSocketException
-from websockets.sync.client import ClientConnection, connect
 
 from rlrc.errors import UserError
 from rlrc.runtime.decode import NoAction
@@ -29,6 +27,7 @@ from rlrc.runtime.policy import Result, Timing
 from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.session import LARGEST
 from rlrc.runtime.servers.shared import HEADER, METADATA, Written
+from rlrc.runtime.websocket import WebSocket
 
 KEPT = 10_000  # latencies that the statistics are over, the last ones
 
@@ -63,8 +62,7 @@ class RemotePolicy:
         self._shared: Written | None = None
         if shared:
             self._headers[HEADER] = "1"
-        self._stack = ExitStack()
-        self._connection: ClientConnection | None = None
+        self._connection: WebSocket | None = None
         self._seconds: deque[float] = deque(maxlen=KEPT)
         self._packing_s = 0.0
         self.metadata: dict[str, Any] = {}
@@ -113,8 +111,9 @@ class RemotePolicy:
         self.close()
 
     def close(self) -> None:
-        self._connection = None
-        self._stack.close()
+        connection, self._connection, self._shared = self._connection, None, None
+        if connection is not None:
+            connection.close()
 
     def latency(self) -> dict[str, float]:
         """Of the last calls that were answered, in milliseconds as the caller saw them."""
@@ -140,9 +139,8 @@ class RemotePolicy:
         begun = perf_counter()
         packed = self._packed(message)
         self._packing_s = perf_counter() - begun
-        connection.send(packed)
         try:
-            answer = connection.recv(max(0.0, deadline - monotonic()))
+            answer = connection.ask(packed, deadline - monotonic())
         except TimeoutError:
             raise NoAction(f"{self.url} has not answered within {self.timeout_s:g} s") from None
         if isinstance(answer, str):
@@ -155,32 +153,21 @@ class RemotePolicy:
         self._shared.clear()
         return arrays.pack(dict(message), self._shared.place)
 
-    def _connect(self, seconds: float) -> ClientConnection:
+    def _connect(self, seconds: float) -> WebSocket:
         """Raises NoAction if that fails."""
         deadline = monotonic() + seconds
-        self._stack.close()
+        self.close()
         try:
-            connection = self._stack.enter_context(
-                connect(
-                    self.url,
-                    ssl=self._tls,
-                    additional_headers=self._headers,
-                    compression=None,
-                    max_size=LARGEST,
-                    open_timeout=max(0.001, seconds),
-                    close_timeout=1.0,
-                    proxy=None,
-                )
-            )
-            metadata = connection.recv(max(0.0, deadline - monotonic()))
+            self._connection = connection = WebSocket(self.url, self._tls, self._headers, LARGEST, seconds)
+            metadata = connection.receive(deadline - monotonic())
         except (OSError, WebSocketException) as error:  # of which TimeoutError is one
-            self._stack.close()
+            self.close()
             raise NoAction(f"expected an openpi server at {self.url}, found: {error or 'no answer'}") from None
         unpacked = None if isinstance(metadata, str) else _unpacked(metadata)
         if not isinstance(unpacked, dict):
-            self._stack.close()
+            self.close()
             raise NoAction(f"expected an openpi server at {self.url}, found one that does not begin with its metadata")
-        self.metadata, self._connection = unpacked, connection
+        self.metadata = unpacked
         if self._asks_shared:
             self._shared = self._open_shared(unpacked.get(METADATA))
         return connection
