@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The committed results as a report: docs/report.md with its charts, and the same as one page, report.html, which is not
+# The committed results as a report: docs/report.md with its charts, and the same as one page, runs/report.html, which is not
 # committed. Measures nothing. Predictions are of the geometries named at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,7 +8,8 @@ results=(benchmarks/results/{reference,claims,recovery}.json)
 for file in benchmarks/results/{claims-*,resources,overhead,peers,peers-*}.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
-for out in docs/report.md report.html; do
+mkdir -p runs
+for out in docs/report.md runs/report.html; do
     rlrc report "${results[@]}" reference/compressed/curves/*.jsonl --out "$out" --force \
         --predict openvla-7b openvla-oft-7b pi0 smolvla
 done
