@@ -92,16 +92,16 @@ def test_power_is_integrated_over_the_block(tmp_path: Path) -> None:
     found, _ = energy.sources(root)
     assert found is not None
     current = found[0][0].current
+    begun = time.perf_counter()
     with energy.meter(found) as spent:
-        time.sleep(0.15)
+        time.sleep(0.3)
         current.with_suffix(".new").write_text("2000\n")
         current.with_suffix(".new").replace(current)
-        middle = spent.joules["VDD_IN"]
-        time.sleep(0.15)
-    assert middle == pytest.approx(2 * 0.15, abs=2 * 0.06)
-    expected = 2 * 0.15 + 10 * (spent.seconds - 0.15)
-    assert spent.joules["VDD_IN"] == pytest.approx(expected, abs=10 * 0.06)
-    assert threading.active_count() == 1 or not any("_sample" in str(t) for t in threading.enumerate())
+        before = time.perf_counter() - begun
+        time.sleep(0.3)
+    expected = 2 * before + 10 * (spent.seconds - before)
+    assert spent.joules["VDD_IN"] == pytest.approx(expected, abs=8 * 0.1)
+    assert not any("_sample" in thread.name for thread in threading.enumerate())
 
 
 def test_a_rail_that_goes_away_is_an_error(tmp_path: Path) -> None:
@@ -124,15 +124,23 @@ def test_joules_a_chunk_by_hand(tmp_path: Path) -> None:
 def test_calls_take_turns_and_the_idle_machine_comes_first(tmp_path: Path) -> None:
     found, _ = energy.sources(orin(tmp_path))
     assert found is not None
-    order: list[str] = []
-    calls = {name: lambda name=name: (order.append(name), time.sleep(0.02)) for name in "AB"}
+    order: list[tuple[str, float]] = []
+
+    def call(name: str) -> None:
+        begun = time.perf_counter()
+        time.sleep(0.02)
+        order.append((name, time.perf_counter() - begun))
+
+    calls = {name: lambda name=name: call(name) for name in "AB"}
     idle, taken = energy.measure(found, calls, 0.03, 2, lambda _: None)
-    assert "".join(dict.fromkeys("".join(order).replace("AA", "A").replace("BB", "B"))) == "AB"
+    turns = [name for i, (name, _) in enumerate(order) if not i or order[i - 1][0] != name]
+    assert turns == ["A", "B", "A", "B"]
     assert [len(taken[name]) for name in "AB"] == [2, 2]
     assert idle == pytest.approx(4.984 * 1.216, rel=0.3)
     joules, watts = taken["A"][0]
     assert watts == pytest.approx(4.984 * 1.216, rel=0.3)
-    assert joules == pytest.approx(watts * 0.02, rel=0.5)
+    first = [seconds for name, seconds in order if name == "A"]
+    assert min(first) * watts * 0.5 < joules < max(first) * watts * 2
 
 
 def test_command_says_that_and_why_there_is_nothing(

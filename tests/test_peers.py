@@ -59,7 +59,7 @@ def steady(folder: Path, name: str, milliseconds: float, actions: str = "[[1.0, 
 
 
 def test_all_make_a_chunk_in_turn_and_are_compared(race: ModuleType, tmp_path: Path) -> None:
-    entered = [steady(tmp_path, "ours", 5), steady(tmp_path, "other", 20, "[[1.5, 2.0]]")]
+    entered = [steady(tmp_path, "ours", 5), steady(tmp_path, "other", 60, "[[1.5, 2.0]]")]
     left_out, load = race.race(entered, 1, 4, lambda _: None)
     assert left_out == {}
     assert len(load) == 4
@@ -70,14 +70,16 @@ def test_all_make_a_chunk_in_turn_and_are_compared(race: ModuleType, tmp_path: P
     ours, other = found["rows"]
     assert len(ours["trials_ms"]) == 4
     assert (ours["version"], ours["precision"]) == ("clockwork 1", "fp32")
-    assert 5 <= ours["latency_ms"]["p50"] < 15
+    assert ours["latency_ms"]["p50"] >= 5
+    assert other["latency_ms"]["p50"] >= 60
     assert ours["action_difference"] == 0.5
     assert ours["action_difference_mean"] == 0.25
     assert other["action_difference"] == 0
     assert other["peak_rss"] > 1e6
-    assert ours["cpu_ms"]["p50"] < 5  # it slept
+    assert ours["cpu_ms"]["p50"] < ours["latency_ms"]["p50"]  # it slept
     value, low, high = found["ratios"]["other"]
-    assert 1.5 < low <= value <= high < 5
+    assert 1 < value <= 13
+    assert low <= value <= high
 
 
 RAISES = "def main():\n    def fail():\n        raise ValueError('bf16\\nis not done')\n    return Opened(fail, '', '')"

@@ -88,19 +88,22 @@ def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[Poin
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        lowest = min(0.3, *(point.intensity for point in points)) / 1.6
+        lowest = min(0.6, *(point.intensity for point in points)) / 1.6
         highest = max(2000.0, *(point.intensity for point in points)) * 1.6
         x = np.geomspace(lowest, highest, 200)
+        bottom = min(point.gops.low for point in points) / 2
         for i, (kind, peak) in enumerate(sorted(peaks.items(), key=lambda item: item[1])):
             axes.plot(x, np.minimum(bandwidth * x, peak), color=MUTED, linestyle=LINES[(0, 2, 3)[i % 3]], linewidth=1.2)
-            place = (highest, peak)
+            # Peaks that are near each other are told one beside the other.
+            at = (highest / 7 ** (i % 3), peak)
             axes.annotate(
-                f"{kind}: {peak:,.0f} Gop/s", place, (-2, 3), textcoords="offset points", ha="right", fontsize=8
+                f"{kind}: {peak:,.0f}", at, (-2, 3), textcoords="offset points", ha="right", fontsize=8, color=MUTED
             )
-        at = lowest * 2.2
+        middle = (bottom * min(peaks.values())) ** 0.5 / bandwidth
         axes.annotate(
-            f"{bandwidth:.0f} GB/s", (at, bandwidth * at), (-4, 6), textcoords="offset points", fontsize=8, rotation=38
-        )
+            f"{bandwidth:.0f} GB/s", (middle, bandwidth * middle), (-6, 0), textcoords="offset points", ha="right",
+            fontsize=8, color=MUTED,
+        )  # fmt: skip
         names = list(dict.fromkeys(point.name for point in points))
         for i, name in enumerate(names):
             for j, point in enumerate(one for one in points if one.name == name):
@@ -124,9 +127,13 @@ def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[Poin
                     fontsize=8,
                     color=INK,
                 )
-        bottom = min(point.gops.low for point in points)
-        axes.set(xscale="log", yscale="log", xlim=(lowest, highest), ylim=(bottom / 2, max(peaks.values()) * 2))
-        axes.set(xlabel="operations a byte that has to be read", ylabel="10^9 operations a second")
+        top = 2 * max(*peaks.values(), *(point.gops.high for point in points))
+        axes.set(xscale="log", yscale="log", xlim=(lowest, highest), ylim=(bottom, top))
+        axes.set(xlabel="operations a byte that has to be read", ylabel="billions of operations a second")
+        for axis, (low, high) in ((axes.xaxis, (lowest, highest)), (axes.yaxis, (bottom, top))):
+            ticks = [tick for power in range(-3, 7) for digit in (1, 3) if low <= (tick := digit * 10.0**power) <= high]
+            axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
+            axis.set_ticks([], minor=True)
         figure.legend(loc="outside lower center", ncols=3)
         return as_svg(figure, "Roofline: what each part of a decision attains of the machine's bandwidth and products")
 

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The committed results as a report: docs/report.md with its charts, and the same as one page, runs/report.html, which is not
+# committed. Measures nothing. Predictions are of the geometries named at the end.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+results=(benchmarks/results/{reference,claims,recovery}.json)
+for file in benchmarks/results/{claims-*,memory,overhead,peers,peers-*}.json; do
+    [ ! -f "$file" ] || results+=("$file")
+done
+mkdir -p runs
+for out in docs/report.md runs/report.html; do
+    rlrc report "${results[@]}" reference/compressed/curves/*.jsonl --out "$out" --force \
+        --predict openvla-7b openvla-oft-7b pi0 smolvla
+done
