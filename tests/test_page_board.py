@@ -55,6 +55,6 @@ def test_elsewhere_there_is_none() -> None:
 
 def test_the_page_has_a_place_for_every_figure() -> None:
     html, script = ((server.STATIC / name).read_text() for name in ("page.html", "page.js"))
-    for name in ("watts", "celsius", "celsius-name", "gpu", "memory", "board"):
+    for name in ("watts", "celsius", "celsius-name", "gpu", "memory", "memory-name", "board"):
         assert f'id="{name}"' in html
         assert f'"{name}"' in script

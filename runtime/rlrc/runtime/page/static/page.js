@@ -112,7 +112,8 @@ function tellBoard(board) { // {} on a machine that is no Jetson
   set("watts", figure(board.watts, "W"));
   set("celsius", figure(board.celsius, "°C"));
   set("gpu", figure(board.gpu_load, "%", 100));
-  set("memory", `${figure(board.memory[0], "GB", 1e-9)} of ${figure(board.memory[1], "GB", 1e-9)}`);
+  set("memory", figure(board.memory[0], "GB", 1e-9));
+  set("memory-name", `used of ${figure(board.memory[1], "GB", 1e-9)}`);
   set("celsius-name", board.throttled.length ? `throttled: ${board.throttled.join(", ")}` : "hottest");
   $("celsius").classList.toggle("bad", board.throttled.length > 0);
 }
