@@ -179,7 +179,13 @@ def test_deployed_tried_and_back(
     assert "check failed: goldens: a flip; " in capsys.readouterr().err
     assert (place.current(), place.verified()) == (first.digest[:16], [first.digest[:16]])
     # A second try finds it copied, works, and is what a rollback goes back from.
-    assert Deploy(two[1], "robot", check=checks["fine"]).carry_out(second, place) == 0
+    capsys.readouterr()
+    assert Deploy(two[1], "robot", check=checks["fine"], json=True).carry_out(second, place) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "before": first.digest[:16],
+        "current": second.digest[:16],
+        "removed": [],
+    }
     assert place.verified() == [first.digest[:16], second.digest[:16]]
     assert Rollback("robot", json=True).carry_out(place) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

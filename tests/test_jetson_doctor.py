@@ -149,6 +149,44 @@ def test_this_machine_and_an_artifact(toy_artifact: Path, tmp_path: Path, capsys
     assert main(["report", str(out), "--out", str(tmp_path / "report.html")]) == 0  # it came home
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "state", "found", "todo"),
+    [
+        (
+            "onnxruntime",
+            "print('1.24.0', 'CPUExecutionProvider')",
+            "advice",
+            "1.24.0 CPU, without the GPU",
+            "jp6/cu126",
+        ),
+        ("onnxruntime", "print('1.24.0', 'CUDAExecutionProvider')", "ok", "1.24.0 CUDA", ""),
+        ("llama_cpp", "print('0.3.36', 'GPU')", "ok", "0.3.36 GPU", ""),
+        ("llama_cpp", "print('0.3.36')", "advice", "0.3.36, without the GPU", "rlrc jetson install"),
+        ("tensorrt", "print('10.3.0')", "ok", "10.3.0", ""),
+        ("tensorrt", "import tensorrt_that_is_absent", "advice", "does not import: ", "--system-site-packages"),
+        (
+            "tensorrt",
+            "raise ModuleNotFoundError(\"No module named 'tensorrt'\")",
+            "advice",
+            "not installed",
+            "--system",
+        ),
+        ("llama_cpp", "import os; os._exit(3)", "advice", "does not import: exit code 3", "rlrc jetson install"),
+    ],
+)
+def test_engines_on_a_board(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str, state: str, found: str, todo: str
+) -> None:
+    """What an engine says of itself there, in a process of its own."""
+    monkeypatch.setattr(doctor_live, "ROOT", plant("orin-nano-jp62", tmp_path))
+    monkeypatch.setitem(doctor_live.ENGINES, name, code)
+    told = doctor_live.engine(name)
+    assert (told.state, told.found[: len(found)]) == (state, found)
+    assert todo in told.todo
+    monkeypatch.setattr(doctor_live, "IMPORT_S", 0.01)
+    assert doctor_live.engine(name).state == "fix"
+
+
 def test_an_artifact_that_does_not_agree_here(
     make_toy: Callable[..., Path], toy: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

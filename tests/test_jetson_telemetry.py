@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -277,6 +279,29 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
+
+
+def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path) -> None:
+    """Neither its process beside nor that one's folder."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from rlrc.runtime.board import Board
+with Board.watched(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
+    while not board.readings():
+        time.sleep(0.01)
+    print("reads", flush=True)
+    time.sleep(100)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    with process.stdout as told:
+        assert told.readline() == b"reads\n"
+        (folder,) = tmp_path.glob("rlrc-board-*")
+        process.kill()
+        process.wait()
+    wait_for(lambda: not folder.exists())
 
 
 def test_elsewhere_nothing_is_started(tmp_path: Path) -> None:

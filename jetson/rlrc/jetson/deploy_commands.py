@@ -51,6 +51,8 @@ class Deploy:
     """file to write the report from there to, as JSON; rlrc report reads it"""
     force: bool = False
     """replace that file"""
+    json: bool = False
+    """print what was and what is current, and what was removed, as JSON"""
 
     def run(self) -> int:
         if self.keep < 1:
@@ -60,7 +62,7 @@ class Deploy:
         return self.carry_out(artifact, Place(Shell.ssh(self.host, self.ssh), self.folder))
 
     def carry_out(self, artifact: Any, place: Place) -> int:
-        console, before = plain_console(), place.current()
+        console, before = plain_console(stderr=self.json), place.current()
         with _progress(artifact) as watch:
             digest = deploy.copy(artifact, place, watch)
         console.print(f"{place.shell.where}: {place.folder}/artifacts/{digest} is whole")
@@ -79,7 +81,10 @@ class Deploy:
             self._after(place)
             return check_failed(f"{self.after} failed: {failure}; back to {before}")
         gone = deploy.clear(place, self.keep)
-        console.print(f"{place.folder}/current is {digest}{f'; removed {chr(44).join(gone)}' if gone else ''}")
+        if self.json:
+            print(json.dumps({"before": before, "current": digest, "removed": gone}))
+        removed = f"; removed {', '.join(gone)}" if gone else ""
+        console.print(f"{place.folder}/current is {digest}{removed}")
         return 0
 
     def _after(self, place: Place) -> str | None:

@@ -42,13 +42,17 @@ def gpu() -> Finding:
 
 def engine(name: str) -> Finding:
     """Importable, and on a Jetson with its GPU."""
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINES[name]], capture_output=True, text=True, timeout=IMPORT_S, check=False
-    )
     board = is_jetson(ROOT)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ENGINES[name]], capture_output=True, text=True, timeout=IMPORT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(name, "fix", f"its import takes more than {IMPORT_S:.0f} s", "install it again")
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        found = "not installed" if said and "ModuleNotFoundError" in said[-1] else f"does not import: {said[-1:]}"
+        reason = said[-1] if said else f"exit code {done.returncode}"
+        found = "not installed" if f"No module named {name!r}" in reason else f"does not import: {reason}"
         todo = "rlrc jetson install" if name != "tensorrt" else "an environment with --system-site-packages"
         return Finding(name, "advice" if board else "none", found, todo if board else "")
     version, *has = done.stdout.split()

@@ -11,8 +11,10 @@ On a machine that is no Jetson nothing is started, and there are no readings.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +26,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
-from shutil import which
 from typing import IO, Any, NamedTuple
 
-from rlrc.processes import die_with_parent
 from rlrc.runtime.jetson_telemetry import Reading, of_jtop, parse_tegrastats, read_sysfs, read_text
 
 ROOT = Path("/")
@@ -58,7 +58,7 @@ class Board:
             return
         with tempfile.TemporaryDirectory(prefix="rlrc-board-") as folder:
             file = Path(folder, "readings.jsonl")
-            command = [sys.executable, "-m", "rlrc.runtime.board", str(root), str(seconds), str(file)]
+            command = [sys.executable, "-m", "rlrc.runtime.board", str(root), str(seconds), str(file), str(os.getpid())]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
             board = cls(file)
@@ -214,7 +214,7 @@ def readings(root: Path, seconds: float) -> Iterator[Reading]:
 
 def _ticks(stack: ExitStack, seconds: float) -> Iterator[str]:
     """tegrastats' lines as they come; empty ones where there is no tegrastats, and when it has ended."""
-    if which("tegrastats"):
+    if shutil.which("tegrastats"):
         command = ["tegrastats", "--interval", str(max(1, round(seconds * 1e3)))]
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         stack.callback(process.terminate)
@@ -239,8 +239,22 @@ def _jtop(stack: ExitStack, seconds: float) -> Any:
         return None
 
 
+def _end_with(parent: int, folder: Path) -> None:
+    """On SIGTERM, which Linux sends too when the parent is gone: then nobody else removes the folder."""
+
+    def ended(*_: Any) -> None:
+        if os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
+        sys.exit(0)  # and not at once, so that tegrastats is ended too
+
+    signal.signal(signal.SIGTERM, ended)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        ended()
+
+
 if __name__ == "__main__":
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that tegrastats is ended too
+    _end_with(int(sys.argv[4]), Path(sys.argv[3]).parent)
     record(readings(Path(sys.argv[1]), float(sys.argv[2])), Path(sys.argv[3]))

@@ -31,6 +31,7 @@ import msgpack
 from aiohttp import web
 from PIL import Image
 
+from rlrc.runtime.board import Board
 from rlrc.runtime.page.feed import LARGEST, Ends, Mirror
 from rlrc.runtime.page.process import Address
 from rlrc.runtime.servers.ports import Access
@@ -58,6 +59,7 @@ VIEWERS = 16
 ASKED_S = 10.0  # longest that a connection may be there without showing the token; a browser makes another
 UNKNOWN = 64  # of such at most
 BODY = 4096  # bytes
+BOARD_S = 1.0
 WORDS = 500  # characters of an instruction, or of a reason
 ANSWERED_S = 60.0
 QUALITY = 80
@@ -66,10 +68,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """Of one event loop. ``hello`` is sent to every browser as it is."""
+    """Of one event loop. ``hello`` is sent to every browser as it is; ``board`` is what a Jetson tells of itself."""
 
-    def __init__(self, ends: Ends, hello: dict[str, Any], token: str) -> None:
+    def __init__(self, ends: Ends, hello: dict[str, Any], token: str, board: Board | None = None) -> None:
         self.mirror, self.hello, self._access = Mirror(ends), hello, Access(token)
+        self._board, self._read, self._figures = board, -BOARD_S, dict[str, Any]()
         self.steps: deque[Any] = deque(maxlen=STEPS)
         self.events: deque[Any] = deque(maxlen=EVENTS)
         self.counted = {"steps": 0, "events": 0}  # all there have been
@@ -145,6 +148,21 @@ class Server:
 
     # To the browsers
 
+    def figures(self) -> dict[str, Any]:
+        """Of the board, read once a second; nothing on a machine that is no Jetson."""
+        now = time.monotonic()
+        if self._board is not None and self._board.is_there and now - self._read >= BOARD_S:
+            reading, self._read = self._board.latest(), now
+            if reading is not None:
+                self._figures = {
+                    "watts": reading.watts,
+                    "celsius": reading.hottest,
+                    "gpu_load": reading.gpu_load,
+                    "memory": [reading.memory_used, reading.memory_total],
+                    "throttled": list(reading.throttled),
+                }
+        return self._figures
+
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self._access.allows(request.headers.get("Authorization")):
@@ -175,6 +193,7 @@ class Server:
             kind, told = "hello", {**self.hello, "steps": [], "events": []}
             while not self.ended.is_set():
                 told["state"] = {**self.state, "silent_s": round(time.monotonic() - self.heard, 2)}
+                told["board"] = self.figures()
                 for name, kept in (("steps", self.steps), ("events", self.events)):
                     new = min(self.counted[name] - seen[name], len(kept))
                     told[name] = [kept[i] for i in range(len(kept) - new, len(kept))]
@@ -259,7 +278,11 @@ def serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> No
 
 async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
     ends.socket.setblocking(False)
-    server = Server(ends, hello, token)
+    with Board.watched() as board:
+        await _answer(Server(ends, hello, token, board), ends, address)
+
+
+async def _answer(server: Server, ends: Ends, address: Address) -> None:
     runner = web.AppRunner(server.app(), access_log=None, handle_signals=False, shutdown_timeout=0.5)
     await runner.setup()
     try:

@@ -101,7 +101,21 @@ function take(kind, told) {
   }
   if (told.steps.length) offset = newest - performance.now() / 1000;
   told.events.forEach(log);
+  tellBoard(told.board);
   show();
+}
+
+function tellBoard(board) { // {} on a machine that is no Jetson
+  $("board").hidden = !("watts" in board);
+  if ($("board").hidden) return;
+  const figure = (value, unit, scale = 1) => (value === null ? "–" : `${(value * scale).toFixed(unit === "GB" ? 1 : 0)} ${unit}`);
+  set("watts", figure(board.watts, "W"));
+  set("celsius", figure(board.celsius, "°C"));
+  set("gpu", figure(board.gpu_load, "%", 100));
+  set("memory", figure(board.memory[0], "GB", 1e-9));
+  set("memory-name", `used of ${figure(board.memory[1], "GB", 1e-9)}`);
+  set("celsius-name", board.throttled.length ? `throttled: ${board.throttled.join(", ")}` : "hottest");
+  $("celsius").classList.toggle("bad", board.throttled.length > 0);
 }
 
 const at = (values, index, factor) => (values === null || index === null ? null : values[index] * factor);
