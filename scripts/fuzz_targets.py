@@ -52,6 +52,9 @@ CONNECTION = b"\xff"  # a message that begins so is a whole connection of GR00T'
 OBSERVED, INSTRUCTED, CHUNKS = b"o", b"i", b"c"
 
 
+MEMORY = np.zeros(4096, np.uint8)  # as openpi's server shares it with clients of this machine
+
+
 class Still:
     """Takes what a policy takes, and does not move."""
 
@@ -122,7 +125,8 @@ class Target:
 
     async def _openpi(self, message: bytes) -> None:
         with self.session.answer(self.protocol):
-            assert arrays.unpack(await self.server._result(self._client, message, None))["actions"].shape == (5, 4)
+            answer = await self.server._result(self._client, message, None, arrays.with_memory(MEMORY))
+            assert arrays.unpack(answer)["actions"].shape == (5, 4)
 
     async def _openvla(self, message: bytes) -> None:
         with self.session.answer(self.protocol):
@@ -173,7 +177,9 @@ def seeds(protocol: str) -> list[bytes]:
     state, words = np.array([0.1, 0.6, 0.2, 0.5, 0, 0, 0], np.float32), "open the drawer"
     if protocol == "openpi":
         observation = {"image.corner4": picture, "state": state, "instruction": words}
-        return [arrays.pack(observation), arrays.pack(observation | {"noise": np.float32(1), "more": [1, None, True]})]
+        more = observation | {"noise": np.float32(1), "more": [1, None, True]}
+        shared = arrays.pack(observation, lambda array: len(MEMORY) - array.nbytes)
+        return [arrays.pack(observation), arrays.pack(more), shared]
     if protocol == "openvla":
         body = {"full_image": _json_numpy(picture), "state": _json_numpy(state), "instruction": words}
         listed = body | {"state": state.tolist(), "unnorm_key": "x"}
