@@ -96,7 +96,7 @@ def with_memory(memory: np.ndarray) -> Callable[[dict[Any, Any]], Any]:
         size = math.prod(shape) * dtype.itemsize
         if type(start) is not int or not 0 <= start <= len(memory) - size:
             raise UserError(
-                f"expected an array within {len(memory)} bytes, found {size} at {str(start)[:20]}; send it so"
+                f"expected an array within {len(memory)} bytes, found {size} at {str(start)[:20]!a}; send it so"
             )
         return np.frombuffer(memory.data, dtype, math.prod(shape), start).reshape(shape)
 

@@ -25,7 +25,8 @@ import numpy as np
 from rlrc.errors import UserError
 from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.arrays import DIMENSIONS, DTYPE
-from rlrc.runtime.servers.observations import Columns, Observations, told
+from rlrc.runtime.servers.logs import fields
+from rlrc.runtime.servers.observations import Columns, Observations, shown
 from rlrc.runtime.servers.ports import CLIENTS, Access
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.zmtp import Answer, Replier
@@ -81,10 +82,12 @@ class Gr00tServer:
         try:
             return _packed(await self._asked(client, request))
         except (Refused, UserError) as error:
-            log.info("gr00t client %s: %s", peer, error)
+            outcome = error.kind if isinstance(error, Refused) else "request"
+            told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
+            log.info("gr00t client %s: %s", peer, error, extra=told)
             return _packed({"error": str(error)})
         except Exception:
-            log.exception("gr00t client %s", peer)
+            log.exception("gr00t client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             return _packed({"error": "expected to answer, found a fault of the server; its log says more"})
 
     async def _asked(self, client: Client, message: bytes) -> Any:
@@ -172,7 +175,7 @@ def _one(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             raise UserError(f"expected {modality} as a map, found {type(values).__name__}; {ADVICE}")
         message[modality] = {}
         for name, value in values.items():
-            message[modality][name], number = _without_axes(value, rank, f"{modality}.{told(name)}")
+            message[modality][name], number = _without_axes(value, rank, f"{modality}.{shown(name)}")
             axes.add(number)
     if len(axes) > 1:
         raise UserError(f"expected the same axes for robots and times everywhere, found others; {ADVICE}")

@@ -22,7 +22,8 @@ import numpy as np
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime.servers import pickles, protobuf
-from rlrc.runtime.servers.observations import Observations, told
+from rlrc.runtime.servers.logs import fields
+from rlrc.runtime.servers.observations import Observations, shown
 from rlrc.runtime.servers.pickles import Call
 from rlrc.runtime.servers.ports import CLIENTS, Access
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
@@ -222,19 +223,22 @@ class LerobotServer:
 
         async def handler(request: Any, context: Any) -> bytes:
             peer = context.peer()
-            shown = dict(context.invocation_metadata() or ()).get("authorization")
-            if not self._access.allows(shown if isinstance(shown, str) else None):
+            token = dict(context.invocation_metadata() or ()).get("authorization")
+            if not self._access.allows(token if isinstance(token, str) else None):
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "expected authorization: Bearer TOKEN")
             try:
                 return await handle(peer, request)
             except UserError as error:
-                code, why = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+                code, why, outcome = grpc.StatusCode.INVALID_ARGUMENT, str(error), "request"
             except Refused as error:
                 code, why = CODES.get(error.kind, grpc.StatusCode.FAILED_PRECONDITION), str(error)
+                outcome = error.kind
             except Exception:
-                log.exception("lerobot client %s", peer)
-                code, why = grpc.StatusCode.INTERNAL, "expected to answer, found a fault of the server"
-            log.info("lerobot client %s: %s", peer, why)
+                log.exception("lerobot client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
+                code, outcome = grpc.StatusCode.INTERNAL, "fault"
+                why = "expected to answer, found a fault of the server; its log says more"
+            told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
+            log.info("lerobot client %s: %s", peer, why, extra=told)
             await context.abort(code, why)
             return b""
 
@@ -276,7 +280,7 @@ def _features(policy: Any) -> Features:
             pictures[key] = key.removeprefix("observation.images.")
         elif kind == "float32" and key.startswith("observation."):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise UserError(f"expected names of the numbers of {told(key)}, found none; use LeRobot's client")
+                raise UserError(f"expected names of the numbers of {shown(key)}, found none; use LeRobot's client")
             states[key] = tuple(names)
     if (count := sum(map(len, states.values()))) > NUMBERS:  # a pickle may have one list a thousand times
         raise UserError(f"expected up to {NUMBERS} numbers in a state, found {count}; use LeRobot's client")
@@ -307,5 +311,5 @@ def _number(raw: Mapping[str, Any], name: str) -> float:
         found = pickles.array(value)
         value = found.item() if found.ndim == 0 else None
     if not isinstance(value, (int, float)) or not abs(value) < 2**127:  # float32's range; and no NaN
-        raise UserError(f"expected the number {told(name)} in the observation, found another or none; send it")
+        raise UserError(f"expected the number {shown(name)} in the observation, found another or none; send it")
     return float(value)

@@ -256,11 +256,11 @@ def _at(message: Mapping[str, Any], key: Key) -> Any:
 
 
 def _missing(key: Key, message: Mapping[Any, Any]) -> UserError:
-    names = ", ".join(sorted(told(name) for name in message)[:12]) or "no keys"
+    names = ", ".join(sorted(shown(name) for name in message)[:12]) or "no keys"
     return UserError(f"expected {_told(key)} in the observation, found {names}; send it, or use another --mapping")
 
 
-def told(name: object) -> str:
+def shown(name: object) -> str:
     """A client's name for something, fit for a message of one line."""
     return ascii(str(name)[:40])[1:-1]
 

@@ -1,0 +1,222 @@
+"""Mutated messages for the servers' protocols, guided by coverage (atheris): no crash, no hang, no memory without end.
+
+    python scripts/fuzz.py [--protocol openpi openvla gr00t lerobot] [--messages 200000] [--seed 1] [--out FILE.json]
+
+Half of the mutations are of bytes (libFuzzer's), half of what the bytes stand for: maps, arrays, opcodes. A message
+that crashes the server, or takes more than 10 s or 512 MB, is left in runs/fuzz and ends that protocol's run with exit
+code 1; put it into tests/data/fuzz/PROTOCOL, from where a test gives it to the server. Needs `pip install atheris`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import pickletools
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["rlrc.runtime.servers"]):
+    import rlrc.runtime.servers.gr00t
+    import rlrc.runtime.servers.lerobot
+    import rlrc.runtime.servers.openpi
+    import rlrc.runtime.servers.openvla  # noqa: F401
+
+import msgpack
+from fuzz_targets import CONNECTION, INSTRUCTED, OBSERVED, PROTOCOLS, Target, resident, seeds
+
+from rlrc.benchmarks import machine
+
+CORPUS = Path(__file__).parents[1] / "tests/data/fuzz"
+WARM = 2000  # messages until the memory of the process is what it needs
+REPLAYED = 20_000
+EVERY = 20  # messages, one of which is traced for what Python allocates
+LONGEST = 4096  # bytes of a message
+LIMITS = ("-timeout=10", "-rss_limit_mb=512", f"-max_len={LONGEST}", "-print_final_stats=0")
+
+NUMBERS = (0, -1, 1, 255, 2**31, 2**32, 2**63 - 1, -(2**63), 2**64 - 1, 0.5, 1e308, float("nan"), float("inf"))
+OTHERS: tuple[Any, ...] = (None, True, "", "x" * 5000, "\ud800", "a\nb", b"", b"\xff" * 9, [], {}, [[[[]]]], {"a": {}})
+DTYPES = ("<f4", "<f8", "|u1", "|b1", ">i2", "|O", "|V8", "<U4", "<c8", "f4", "")
+SHAPES = ([], [0], [2**30], [2**62, 2**62], [-1], [1] * 40, [8, 8, 3], [3, 8, 8], [1, 8, 8, 3], [7], [1, 7], ["1"])
+HEADERS = (b"'<f4'", b"'|O'", b"'<U4'", b"(1, 1, 7)", b"(1073741824,)", b"(9, 9, 9)", b"()", b"True", b"False")
+OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    parser.add_argument("--messages", type=int, default=200_000, help="for each protocol")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="result file, whose rows of other protocols stay")
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # this process fuzzes, and writes its result there
+    asked = parser.parse_args()
+    if asked.row is not None:
+        fuzz(asked.protocol[0], asked.messages, asked.seed, asked.row)
+    failed = False
+    for protocol in asked.protocol:
+        row = run(protocol, asked.messages, asked.seed)
+        failed |= row["crashes"] > 0
+        print(json.dumps(row), flush=True)
+        if asked.out is not None:
+            write(asked.out, row)
+    return int(failed)
+
+
+def run(protocol: str, messages: int, seed: int) -> dict[str, Any]:
+    """In a process of its own, which libFuzzer ends."""
+    work = Path("runs/fuzz") / protocol
+    work.mkdir(parents=True, exist_ok=True)
+    row = work / "row.json"
+    row.unlink(missing_ok=True)
+    arguments = ["--protocol", protocol, "--messages", str(messages), "--seed", str(seed)]
+    subprocess.run([sys.executable, __file__, *arguments, "--row", str(row)], check=False)
+    command = f"python scripts/fuzz.py {' '.join(arguments)}"
+    if row.exists():
+        grown = {"rss_growth_bytes": replayed(protocol, work / "corpus")}
+        return {"name": protocol, **json.loads(row.read_text()), **grown, "command": command}
+    return {"name": protocol, "protocol": protocol, "crashes": 1, "command": command}
+
+
+def replayed(protocol: str, corpus: Path) -> int:
+    """Bytes by which the server grows over ``REPLAYED`` of the messages that reached something new.
+
+    In another process, since libFuzzer takes more and more memory itself.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_targets.py")), protocol, str(REPLAYED), str(corpus)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def write(path: Path, row: dict[str, Any]) -> None:
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [one for one in before if one["name"] != row["name"]] + [row]
+    told = machine.describe(1)
+    told["versions"]["atheris"] = metadata.version("atheris")
+    result = {"kind": "fuzzing", "command": "python scripts/fuzz.py", "machine": told, "rows": rows}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def fuzz(protocol: str, messages: int, seed: int, row: Path) -> None:
+    """Never returns: libFuzzer ends the process at what it finds, and we at the last message."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    target = loop.run_until_complete(Target.open(protocol))
+    begun, count = time.monotonic(), {"messages": 0, "answered": 0, "refused": 0}
+    warm_rss = peak = 0
+
+    def one(message: bytes) -> None:
+        nonlocal warm_rss, peak
+        traced = count["messages"] % EVERY == 0
+        if traced:
+            tracemalloc.start()
+        told = loop.run_until_complete(target.give(message))
+        if traced:
+            peak = max(peak, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        count["answered" if told is None else "refused"] += 1
+        count["messages"] += 1
+        if count["messages"] == min(WARM, messages):
+            warm_rss = resident()
+        if count["messages"] == messages:
+            grown = {"peak_bytes": peak, "fuzzer_rss_growth_bytes": resident() - warm_rss}
+            result = {"protocol": protocol, **count, "seconds": round(time.monotonic() - begun, 1), "crashes": 0}
+            row.write_text(json.dumps({**result, **grown, "seed": seed}))
+            loop.run_until_complete(target.close())
+            os._exit(0)
+
+    corpus = row.parent / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for number, message in enumerate(seeds(protocol)):
+        (corpus / f"seed-{number}").write_bytes(message)
+    folders = [str(path) for path in (corpus, CORPUS / protocol) if path.is_dir()]
+    options = [*LIMITS, f"-seed={seed}", f"-artifact_prefix={row.parent}/"]
+    mutated = Mutator(protocol)
+    atheris.Setup([sys.argv[0], *options, *folders], one, custom_mutator=mutated)
+    atheris.Fuzz()
+
+
+class Mutator:
+    """libFuzzer's, and one for what the bytes stand for."""
+
+    def __init__(self, protocol: str) -> None:
+        self._protocol = protocol
+
+    def __call__(self, message: bytes, size: int, seed: int) -> bytes:
+        chance = random.Random(seed)
+        if chance.random() < 0.5:
+            return bytes(atheris.Mutate(message, size))
+        try:
+            changed = self._changed(message, chance)
+        except Exception:  # it does not stand for anything, or what came out cannot be written
+            changed = b""
+        return changed[:size] or bytes(atheris.Mutate(message, size))
+
+    def _changed(self, message: bytes, chance: random.Random) -> bytes:
+        if self._protocol == "openvla":
+            body = json.loads(message)
+            if isinstance(body, dict) and isinstance(body.get("encoded"), str) and chance.random() < 0.7:
+                body["encoded"] = json.dumps(change(json.loads(body["encoded"]), chance), default=str)
+                return json.dumps(body).encode()
+            return json.dumps(change(body, chance), default=str).encode()
+        if self._protocol == "lerobot":
+            return message[:1] + opcodes(message[1:], chance) if message[:1] in (OBSERVED, INSTRUCTED) else b""
+        if message.startswith(CONNECTION):
+            return b""
+        packed: bytes = msgpack.packb(change(msgpack.unpackb(message, strict_map_key=False), chance))
+        return packed
+
+
+def change(value: Any, chance: random.Random) -> Any:
+    """A value of maps and lists with one place changed."""
+    if isinstance(value, dict) and value and chance.random() < 0.9:
+        key = chance.choice(list(value))
+        what = chance.random()
+        if what < 0.7:
+            return {**value, key: change(value[key], chance)}
+        if what < 0.8:
+            return {name: item for name, item in value.items() if name != key}
+        return {**value, chance.choice([*value, *OTHERS[2:6], b"__ndarray__", "__numpy__"]): value[key]}
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        place = chance.randrange(len(value))
+        return [*value[:place], change(value[place], chance), *value[place + 1 :]]
+    if isinstance(value, bytes) and value.startswith(b"\x93NUMPY") and chance.random() < 0.7:
+        old, new = chance.choice(HEADERS), chance.choice(HEADERS)
+        found = [part for part in (old, value[20 : 20 + chance.randrange(1, 40)]) if part in value]
+        return value.replace(found[0], new, 1)
+    if isinstance(value, (bytes, str)) and value and chance.random() < 0.5:
+        cut = chance.randrange(len(value))
+        return chance.choice([value[:cut], value[cut:] + value[:cut], value + value[:cut]])
+    return chance.choice([*NUMBERS, *OTHERS, *DTYPES, *SHAPES, [value], [value] * 3, {"a": value}])
+
+
+def opcodes(pickled: bytes, chance: random.Random) -> bytes:
+    """A pickle, alone or in protobuf's field, with an opcode left out, doubled, moved or made another."""
+    start = pickled.index(b"\x80")
+    places = [place for _, _, place in pickletools.genops(pickled[start:])]
+    parts = [pickled[start + a : start + b] for a, b in zip(places, [*places[1:], None], strict=True)]
+    for _ in range(chance.randrange(1, 4)):
+        here, there = chance.randrange(len(parts)), chance.randrange(len(parts))
+        what = chance.randrange(5)
+        if what == 0:
+            del parts[here]
+        elif what == 1:
+            parts.insert(there, parts[here])
+        elif what == 2:
+            parts[here], parts[there] = parts[there], parts[here]
+        elif what == 3:
+            parts[here] = chance.choice(OPCODES) + parts[here][1:]
+        else:
+            parts.insert(here, chance.choice(OPCODES) + chance.randbytes(chance.randrange(9)))
+    return pickled[:start] + b"".join(parts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

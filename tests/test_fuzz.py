@@ -1,0 +1,27 @@
+"""What fuzzing found once (tests/data/fuzz, by scripts/fuzz.py), and valid messages, given to the servers again."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fuzz_targets import PROTOCOLS, Target, seeds
+
+FOUND = Path(__file__).parent / "data/fuzz"
+NO_ACTIONS = {"gr00t": 1, "lerobot": 0, "openpi": 1, "openvla": 0}  # valid messages that are refused: kill, bad noise
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_was_found_is_answered_or_refused(protocol: str) -> None:
+    async def give() -> list[str | None]:
+        target = await Target.open(protocol)
+        try:
+            for path in sorted((FOUND / protocol).glob("*")):
+                await asyncio.wait_for(target.give(path.read_bytes()), 10)
+            return [await target.give(message) for message in seeds(protocol)]
+        finally:
+            await target.close()
+
+    told = asyncio.run(give())
+    assert len(told) - told.count(None) == NO_ACTIONS[protocol], told
