@@ -1,7 +1,7 @@
 # Every target sets up what it needs first; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
-.PHONY: help setup demo gguf tensorrt-check test test-all lint
+.PHONY: help setup demo gguf tensorrt-check aarch64-check test test-all lint
 
 help:
 	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
@@ -9,6 +9,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make gguf      llama.cpp, built for this processor: what --to gguf and its graphs need"
 	@echo "make tensorrt-check  whether NVIDIA's builder takes the TensorRT graphs, without a GPU"
+	@echo "make aarch64-check   whether the robot side installs and answers alike on 64-bit Arm, in an emulator"
 	@echo "make lint      lint and types only"
 	@echo "make setup     system packages, virtual environment, Python packages"
 
@@ -23,6 +24,9 @@ gguf: setup
 
 tensorrt-check: setup
 	@bash scripts/tensorrt_check.sh
+
+aarch64-check: setup
+	@bash scripts/aarch64_check.sh
 
 lint: setup
 	$(PYTHON) -m ruff check .

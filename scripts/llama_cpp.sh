@@ -11,7 +11,7 @@ fail() { echo "llama.cpp: error: $*" >&2; exit 2; }
 [ -x "$python" ] || fail "expected a virtual environment in $venv, found none; run make setup first"
 
 # The library alone.
-flags=(-DLLAVA_BUILD=OFF -DLLAMA_BUILD_{TOOLS,EXAMPLES,TESTS,SERVER}=OFF -DLLAMA_CURL=OFF)
+flags=(-DLLAVA_BUILD=OFF -DLLAMA_BUILD_{TOOLS,EXAMPLES,TESTS,SERVER}"=OFF" -DLLAMA_CURL=OFF)
 
 # On x86-64 all that the processor has but AMX, whose kernels crash in the first quantized pass (llama-cpp-python 0.3.36):
 # so instead of GGML_NATIVE every extension by its own flag.
