@@ -1,0 +1,44 @@
+"""The artifacts that aarch64_check.sh replays: the reference policy and every family's golden checkpoint, fp32, int4.
+
+    python scripts/aarch64_artifacts.py FOLDER
+
+The reference policy in int4 is the committed one, graphs included; the others are exported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from families import DATA, FAMILIES, flags, official  # noqa: E402
+from rlrc import artifact as artifacts  # noqa: E402
+from rlrc.compressor import checkpoint, stages  # noqa: E402
+from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
+from rlrc.compressor.sources import examples  # noqa: E402
+from rlrc.compressor.stages import Options  # noqa: E402
+from rlrc.exporters.export import export  # noqa: E402
+
+
+def main(folder: Path) -> None:
+    """Each is made beside its weights, which are not replayed."""
+    export(artifacts.load(ROOT / "reference/dense"), folder / "reference-fp32", precision="fp32")
+    (folder / "reference-int4").symlink_to(ROOT / "reference/compressed")
+    for name in FAMILIES:
+        weights = folder / "weights" / name
+        source, policy = official(name)
+        with artifacts.writing(weights) as draft:
+            source.hand_on(draft)
+            checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
+        export(artifacts.load(weights), folder / f"{name}-fp32", precision="fp32")
+        int4 = folder / "weights" / f"{name}-int4"
+        quiet = Options(evaluate=0, workers=1, threads=1)
+        stages.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
+        export(artifacts.load(int4), folder / f"{name}-int4", precision="int4")
+        print(f"exported {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

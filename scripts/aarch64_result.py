@@ -1,0 +1,63 @@
+"""Joins what replay.py found on both machines into one result, and exits with 1 if an artifact is beyond its limits.
+
+python scripts/aarch64_result.py X86_64 AARCH64 EMULATOR RESOLVED OUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlrc.benchmarks import results
+
+KEPT = ("max_error", "range_error", "token_flips", "gripper_flips")
+
+
+def row(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    record = ours["record"]
+    return {
+        "name": ours["name"],
+        "precision": ours["precision"],
+        "observations": ours["observations"],
+        "golden_observations": ours["of"],
+        "tolerance": record["tolerance"],
+        "range_tolerance": record["range_tolerance"],
+        "x86_64": {key: theirs["record"][key] for key in KEPT},
+        "aarch64": {key: record[key] for key in KEPT},
+        "difference": {key: value for key, value in ours["difference"].items() if key != "failure"},
+    }
+
+
+def main(native: str, emulated: str, emulator: str, resolved: str, out: str) -> int:
+    theirs, ours = (json.loads(Path(folder, "replay.json").read_text()) for folder in (native, emulated))
+    pairs = list(zip(ours["rows"], theirs["rows"], strict=True))
+    result = {
+        "kind": "aarch64",
+        "command": f"{f'RLRC_MOST={most} ' if (most := os.environ.get('RLRC_MOST')) else ''}make aarch64-check",
+        "emulator": emulator,
+        "python": {"x86_64": theirs["python"], "aarch64": ours["python"]},
+        "versions": pairs[0][0]["record"]["versions"],
+        "resolved": json.loads(Path(resolved).read_text()),
+        "rows": [row(*pair) for pair in pairs],
+    }
+    results.write(Path(out), results.dump(result))
+    failures = [
+        f"{one['name']} on {machine}: {reason}"
+        for pair in pairs
+        for machine, one, reason in (
+            ("aarch64", pair[0], pair[0]["failure"]),
+            ("aarch64 against x86-64", pair[0], pair[0]["difference"]["failure"]),
+            ("x86-64", pair[1], pair[1]["failure"]),
+        )
+        if reason
+    ]
+    for failure in failures:
+        print(f"aarch64: check failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
