@@ -57,6 +57,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench loop": ("rlrc.benchmarks.commands.loop:Loop", "the control loop: steady rate, slow inference, faults"),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
+    "bench selfcheck": (
+        "rlrc.benchmarks.commands.selfcheck:SelfCheck",
+        "whether the stop-watch finds what is there, and nothing else",
+    ),
     "data inspect": ("rlrc.compressor.datasets.commands:Inspect", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (
         "rlrc.compressor.datasets.commands:Demonstrations",
