@@ -135,6 +135,33 @@ def test_other_cameras_horizons_and_actions_are_refused(toy_artifact: Path) -> N
             claims.check_comparable(replace(dense, policy=other), dense)
 
 
+def test_other_tasks_are_refused(make_toy: Callable[..., Path], tmp_path: Path) -> None:
+    dense = artifacts.load(make_toy(tmp_path / "dense"))
+    claims.check_same_tasks(dense, dense)
+    other = make_toy(tmp_path / "other")
+    with np.load(other / "golden.npz") as arrays:
+        changed = dict(arrays)
+    changed["instructions"] = np.array(["open the drawer"] * len(changed["instructions"]))
+    np.savez(other / "golden.npz", **changed)
+    others = replace(dense, path=other)
+    with pytest.raises(UserError, match="the same tasks, found 'close the window' in the baseline only"):
+        claims.check_same_tasks(others, dense)
+    with pytest.raises(UserError, match="in the compressed one only"):
+        claims.check_same_tasks(dense, others)
+    rows = [played("compressed", "1" * 600), played("dense", "1" * 600)]
+    rows[1]["outcomes"] = {"another": rows[1]["outcomes"]["task"]}
+    with pytest.raises(UserError, match="success on the same tasks, found 'task'"):
+        claims.success(*rows, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("stored", "resident", "verdict"), [(13.0, 8.1, "PASS"), (13.0, 7.9, "FAIL"), (7.9, 9, "FAIL")]
+)
+def test_memory_is_both_what_is_stored_and_what_is_resident(stored: float, resident: float, verdict: str) -> None:
+    check = claims.memory_of_sizes(stored, resident, LIMITS)
+    assert (check.verdict, check.value, check.limit) == (verdict, stored, min(stored, resident))
+
+
 def success_file(path: Path, *rows: dict[str, Any]) -> Path:
     path.write_text(json.dumps({"kind": "success", "rows": rows}))
     return path

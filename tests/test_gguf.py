@@ -199,6 +199,13 @@ def test_quantized(name: str, bits: int, tmp_path: Path) -> None:
     assert {graph.name: graph.precision for graph in manifest.graphs}["decoder"] == f"int{bits}"
     assert manifest.verified[-1].token_flips == 0
     assert manifest.verified[-1].range_tolerance == (0.02 if bits == 4 else 0.01)
+    for precision, around in (("int4a8", "int4a8"), ("int8+int4", "int8-rows")) if bits == 4 else ():
+        manifest = export(artifact, tmp_path / precision, ("gguf",), precision, tolerance=10.0)
+        assert {graph.name: graph.precision for graph in manifest.graphs} == {
+            "vision": around, "embed": around, "head": around, "decoder": "int4"
+        }  # fmt: skip
+        assert max(manifest.verified[-1].range_error) < 0.05
+        assert LocalPolicy.load(tmp_path / precision).infer(observations(name)[0])["actions"].shape[1] == 7
 
 
 def test_the_reference_policy(tiny_artifact: Path, tiny_int4_artifact: Path, tmp_path: Path) -> None:
@@ -286,7 +293,7 @@ def test_precisions_that_the_weights_do_not_have_are_refused(
         export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "int4")
     with pytest.raises(UserError, match=r"multiples of 256 for q4_k_m, found width 64"):
         export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "q4_k_m")
-    with pytest.raises(UserError, match=r"of int4 for weights in int4, found fp16; choose one"):
+    with pytest.raises(UserError, match=r"of int4, .* for weights in int4, found fp16; choose one"):
         export(artifacts.load(tiny_int4_artifact), tmp_path / "out", ("gguf",), "fp16")
     assert not (tmp_path / "out").exists()
 

@@ -241,3 +241,32 @@ def test_quantizing_twice_is_refused(make: Make, tmp_path: Path, capsys: pytest.
         assert "expected an unquantized artifact, found int4 or int8" in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_int4a8_computes_what_has_8_bits_in_8(make: Make, tmp_path: Path) -> None:
+    """And not in floats, which would be widened at load: the projector alone among the vision graph's products."""
+    artifact = make(MIXED)
+    export(artifact, tmp_path / "out", precision="int4a8", tolerance=10.0)
+    graph = onnx.load(tmp_path / "out/graphs/onnx/vision.onnx").graph
+    products = [node for node in graph.node if "MatMul" in node.op_type]
+    kinds = {node.input[1]: node.op_type for node in products}
+    assert kinds["projector.weight.q"] == "DynamicQuantizeMatMul"
+    assert [kind for name, kind in kinds.items() if name.startswith("vision.layers")] == ["MatMulNBits"] * 4
+    policy, golden = (
+        LocalPolicy.load(tmp_path / "out"),
+        read_golden(tmp_path / "out/golden.npz", artifact.manifest.policy),
+    )
+    reference = golden.logits
+    assert reference is not None
+    found: list[np.ndarray] = []
+    run = policy.engine.run
+
+    def kept(name: str, inputs: Any) -> Any:
+        outputs = run(name, inputs)
+        found.extend(outputs[key] for key in outputs if key == "logits")
+        return outputs
+
+    policy.engine.run = kept  # type: ignore[method-assign]
+    for i in range(len(golden)):
+        policy.infer(golden.observation(i, policy.spec))
+    assert np.abs(np.concatenate(found) - reference).mean() < 0.05 * np.abs(reference).mean()

@@ -5,23 +5,27 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlrc.artifact import Manifest, TowerSpec
+from rlrc.artifact import Artifact, Manifest, TowerSpec
 from rlrc.benchmarks.latency import Trials
 from rlrc.benchmarks.results import Named, facts, sizes
-from rlrc.benchmarks.stats import difference_limit, paired_difference_limit, ratio_interval
+from rlrc.benchmarks.stats import Estimate, difference_limit, paired_difference_limit, ratio_interval
 from rlrc.benchmarks.success import compare, same_scenes
 from rlrc.errors import UserError
+from rlrc.runtime.verify import GOLDEN, read_golden
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+SAME = "compare a policy with its own dense parent"
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,23 @@ def check_comparable(compressed: Manifest, baseline: Manifest) -> None:
         ("action dimensions", ours.action.names, theirs.action.names),
     ):
         if a != b:
-            raise UserError(
-                f"expected the baseline's {what} ({b}), found {a}; compare a policy with its own dense parent"
-            )
+            raise UserError(f"expected the baseline's {what} ({b}), found {a}; {SAME}")
+
+
+def check_same_tasks(compressed: Artifact, baseline: Artifact) -> None:
+    """Raises UserError unless the golden observations of both have the same instructions: every stage hands them on."""
+    tasks = []
+    for artifact in (compressed, baseline):
+        golden = read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
+        tasks.append(set() if golden.instructions is None else set(map(str, golden.instructions)))
+    if tasks[0] != tasks[1]:
+        raise UserError(f"expected policies of the same tasks, found {_others(*tasks)}; {SAME}")
+
+
+def _others(ours: Collection[str], theirs: Collection[str]) -> str:
+    """The first of what only one of them has."""
+    only, only0 = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    return f"{only[0]!r} in the compressed one only" if only else f"{only0[0]!r} in the baseline only"
 
 
 def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> Check:
@@ -97,25 +115,39 @@ def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> Chec
     return Check("memory", _verdict(ratio >= limits.memory_ratio), ratio, None, limits.memory_ratio, reason)
 
 
+def memory_of_sizes(stored: float, resident: float, limits: Thresholds) -> Check:
+    """From the ratios of the graphs' bytes and of the processes' peaks; ``limit`` is the smaller one."""
+    least = min(stored, resident)
+    reason = f"graph files {stored:.2f}x, peak resident set {resident:.2f}x"
+    return Check("memory", _verdict(least >= limits.memory_ratio), stored, least, limits.memory_ratio, reason)
+
+
 def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> Check:
     """``limit`` is the lower end of the two-sided 95 % interval of the ratio of medians."""
-    ratio = ratio_interval(baseline.rounds(), compressed.rounds())
     reason = f"{len(compressed.total)} interleaved trials each"
     if not (compressed.stable and baseline.stable):
         reason += ", warm-up never became stable"
-    return Check(
-        "latency", _verdict(ratio.low >= limits.latency_ratio), ratio.value, ratio.low, limits.latency_ratio, reason
-    )
+    return latency_of_ratio("latency", ratio_interval(baseline.rounds(), compressed.rounds()), reason, limits)
+
+
+def latency_of_ratio(claim: str, ratio: Estimate, reason: str, limits: Thresholds) -> Check:
+    """Of medians, with its 95 % interval."""
+    verdict = _verdict(ratio.low >= limits.latency_ratio)
+    return Check(claim, verdict, ratio.value, ratio.low, limits.latency_ratio, reason)
 
 
 def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, limits: Thresholds) -> Check:
     """From two rows of success results; ``limit`` is the one-sided 95 % lower limit of the difference.
 
-    Scene by scene (Tango) where both rows hold outcomes of the same scenes, else as independent samples.
+    Scene by scene (Tango) where both rows hold outcomes of the same scenes, else as independent samples. Raises
+    UserError for other tasks.
     """
     if compressed is None or baseline is None:
         advice = "pass --success FILE.json or --episodes-per-task"
         return Check("success", "NOT MEASURED", None, None, -limits.success_margin, advice)
+    tasks = [row.get("per_task", row.get("outcomes", {})).keys() for row in (compressed, baseline)]
+    if tasks[0] != tasks[1]:
+        raise UserError(f"expected success on the same tasks, found {_others(*tasks)}; measure both in one run")
     counts = [round(row["success"] * row["episodes"]) for row in (compressed, baseline)]
     episodes = [row["episodes"] for row in (compressed, baseline)]
     difference = counts[0] / episodes[0] - counts[1] / episodes[1]

@@ -26,6 +26,7 @@ from rlrc.compressor import distributed, lessons, memory
 from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import CURVES, answers, every_input, parameters, quantized, write_policy
+from rlrc.compressor.fill import filled
 from rlrc.compressor.lossless import lossless, outside
 from rlrc.compressor.policy import Policy
 from rlrc.compressor.prune import PruneConfig
@@ -191,8 +192,9 @@ def run_quantize(
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
         with Console(stderr=True).status("rounding"):
-            result = quantize(work.policy, config, observations)
-        return work.finish(work.policy, result, rounding=result.report)
+            policy, added = filled(work.policy)
+            result = quantize(policy, config, observations)
+        return work.finish(policy, result, rounding=result.report | added)
 
 
 def unquantized_only(found: Source, path: Path) -> None:

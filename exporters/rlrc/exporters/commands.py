@@ -46,7 +46,8 @@ class Export:
     rows are much larger than others; int8+int4 reads the prompt in int8-rows and makes its tokens one by one in int4a8,
     with both weights in memory. auto (onnx): of each graph the fastest on this machine that keeps to the tolerance.
     gguf: fp16 (default), fp32, int8 or q4_k_m, and of quantized weights their own int4 or int8; there llama.cpp rounds
-    activations too, unless in fp32.
+    activations too, unless in fp32; int4a8 and int8+int4 compute what is around its blocks (pictures, heads) in 8 bits
+    as well, the latter with 8-bit weights.
     tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),
     fp32 or int8 with static scales; int4 weights as they are (default), int8 ones widened"""
     tolerance: float | None = None

@@ -32,8 +32,9 @@ OTHERS = {
 FLOATS = {"fp16": "fp16", "fp32": "fp32", "int8": "fp16", "q4_k_m": "fp16"}
 """Precisions of float weights, the default first, and the flavour of the graphs around: nothing is rounded to 8 bits or
 less there."""
-QUANTIZED = {"int4": {"int4": "int4"}, "int8": {"int8": "w8"}}
-"""The same of quantized weights, by their grid."""
+QUANTIZED = {"int4": {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows"}, "int8": {"int8": "w8"}}
+"""The same of quantized weights, by their grid. The blocks have their own integers in all, and llama.cpp rounds their
+activations to 8 bits; int4a8 and int8+int4 do so around them too, with weights in 4 or 8 bits."""
 
 
 def choose_precision(parent: Artifact, precision: str | None) -> str:
@@ -73,18 +74,23 @@ def is_exact(precision: str) -> bool:
     return precision == "fp32"
 
 
-def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphSpec, ...]:
-    manifest, folder, weights = parent.manifest, FOLDERS["gguf"], read_weights(parent)
+def write_graphs(
+    draft: Draft, parent: Artifact, precision: str, weights: Weights | None = None
+) -> tuple[GraphSpec, ...]:
+    """``weights``: other ones than the parent's."""
+    manifest, folder = parent.manifest, FOLDERS["gguf"]
+    weights = read_weights(parent) if weights is None else weights
     specs, flavour = dict[str, GraphSpec](), flavours(manifest)[precision]
+    blocks = precision if manifest.quantization is None else manifest.quantization.grid
     for name, define in FAMILIES[manifest.policy.family].items():
         builder, file = OnnxRuntimeBuilder(weights, FLAVOURS[flavour]), f"{folder}/{name}.onnx"
         define(builder, manifest.policy, manifest.towers)
         builder.write(name, draft.file(file))
         specs[name] = GraphSpec(name, "gguf", file, flavour, tuple(builder.inputs), tuple(builder.outputs), NEEDS)
     file = f"{folder}/decoder.gguf"
-    write_blocks(draft.file(file), weights, manifest.towers["decoder"], precision)
+    write_blocks(draft.file(file), weights, manifest.towers["decoder"], blocks)
     inputs, outputs = of_one(specs["embed"].inputs), of_one(specs["head"].outputs)
-    return *specs.values(), GraphSpec("decoder", "gguf", file, precision, inputs, outputs, llama_model.NEEDS)
+    return *specs.values(), GraphSpec("decoder", "gguf", file, blocks, inputs, outputs, llama_model.NEEDS)
 
 
 def of_one(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

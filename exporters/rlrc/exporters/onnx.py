@@ -32,7 +32,7 @@ class Flavour:
     """float16 holds bfloat16 weights above 6e-5 exactly; a Cast, which ONNX Runtime folds at load, restores float32"""
     products: Literal["float", "int8", "int4", "int4a8"]
     """int4: in 4 bits where the weights have them (MatMulNBits), else in floats, widened at load; int4a8: the same with
-    activations rounded to 8 bits, in blocks of 32"""
+    activations rounded to 8 bits, in blocks of 32; what the weights have in 8 bits is computed so, rows apart"""
     packed: bool = False
     """of int8: quantized weights are in the file as they are, and unpacked when it is loaded, which takes about 40
     bytes a weight for a while; else in the 8 bits that are computed in"""
@@ -167,16 +167,17 @@ class OnnxRuntimeBuilder(Builder):
         bits = {self.weights.bits(name) for name in names}
         size = sum(prod(self.weights.shape(name)) for name in names)
         in_4_bits = self.flavour.products in ACCURACY and bits == {4}
-        self.memory += size * 5 // 8 if in_4_bits else size if self.flavour.products == "int8" else 4 * size
+        in_8_bits = self.flavour.products == "int8" or (self.flavour.products == "int4a8" and bits == {8})
+        self.memory += size * 5 // 8 if in_4_bits else size if in_8_bits else 4 * size
         if in_4_bits:
             return self._int4_product(x, names)
-        if bits == {None} or (self.flavour.products == "int8" and not self.flavour.packed):
+        if bits == {None} or (in_8_bits and not self.flavour.packed):
             matrix = np.concatenate([self.weights.values(name) for name in names]).T  # (in, out)
-            if self.flavour.products == "int8" and len(matrix) >= INT8_MIN_INPUTS:
+            if in_8_bits and len(matrix) >= INT8_MIN_INPUTS:
                 return self._int8_product(x, *self._int8(joined(names), matrix))
             return self._op("MatMul", x, self.table(joined(names), np.ascontiguousarray(matrix), names))
         folded = self._op("Transpose", self.concat(*map(self._unpacked, names), axis=0), perm=(1, 0))
-        if self.flavour.products == "int8":
+        if in_8_bits:
             return self._int8_product(x, *self._folded_int8(folded))
         return self._op("MatMul", x, folded)
 
@@ -205,7 +206,7 @@ class OnnxRuntimeBuilder(Builder):
         before. That is a twelfth of the time of a long prompt, but half of that of the reference policy's 22 rows.
         """
         zero = self.constant(np.zeros((), np.int8))
-        if not self.flavour.rows:
+        if not self.flavour.rows and self.flavour.products == "int8":
             return self._op("DynamicQuantizeMatMul", x, integers, scale, zero, domain=CONTRIB)
         largest = self._op("ReduceMax", self._op("Abs", x), self.integers(-1), keepdims=1)
         largest = self._op("Max", largest, self.constant(np.array(np.finfo(np.float32).tiny)))

@@ -43,9 +43,12 @@ def is_exact(precision: str) -> bool:
     return precision != MIXED and FLAVOURS[precision].products in ("float", "int4")
 
 
-def write_graphs(draft: Draft, parent: Artifact, precision: Precision) -> tuple[GraphSpec, ...]:
+def write_graphs(
+    draft: Draft, parent: Artifact, precision: Precision, weights: Weights | None = None
+) -> tuple[GraphSpec, ...]:
+    """``weights``: other ones than the parent's."""
     manifest = parent.manifest
-    weights = read_weights(parent)
+    weights = read_weights(parent) if weights is None else weights
     specs = []
     for name in graphs_of(manifest.policy.family):
         own = precision if isinstance(precision, str) else precision[name]

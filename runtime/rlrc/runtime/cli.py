@@ -68,6 +68,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench claims": ("rlrc.benchmarks.commands.claims:Claims", "check the project's claims against the results"),
     "bench compare": ("rlrc.benchmarks.commands.compare:Compare", "whether new results are worse than old ones"),
+    "bench selfcheck": (
+        "rlrc.benchmarks.commands.selfcheck:SelfCheck",
+        "whether the stop-watch finds what is there, and nothing else",
+    ),
     "data inspect": ("rlrc.compressor.datasets.commands:Inspect", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (
         "rlrc.compressor.datasets.commands:Demonstrations",

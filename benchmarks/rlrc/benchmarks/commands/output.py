@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from rlrc.benchmarks import machine
@@ -32,6 +40,22 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda more: bar.advance(task, more)
+
+
+@contextmanager
+def stages(what: str) -> Iterator[Callable[[str], None]]:
+    """What is being done and for how long; where nobody watches, a line for each."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+
+        def step(now: str) -> None:
+            bar.update(task, description=f"{what}: {now}")
+            if not console.is_terminal:
+                console.print(f"{what}: {now}", soft_wrap=True, highlight=False)
+
+        yield step
 
 
 def result_of(kind: str, rows: list[dict[str, Any]], threads: int) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""The claims at a real size without anybody's checkpoint: latency and memory do not depend on what the weights are.
+
+A dense policy with random weights and the same, pruned and in 4 bits, are exported for one runtime and make actions in
+turns, A B A B, each in a process of its own; then the compressed one and the dense one in torch do, C B C B. Success
+means nothing here and is not measured. Needs torch and the exporters' packages to make the files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlrc.artifact import Artifact, Manifest
+from rlrc.benchmarks import arms, full_size_result, roofline
+from rlrc.benchmarks.arms import Arm
+from rlrc.benchmarks.claims import Thresholds
+from rlrc.benchmarks.full_size_result import WORDS, Trials
+from rlrc.benchmarks.operating_points import Point
+from rlrc.errors import UserError
+from rlrc.jetson.devices import CPU, Device
+from rlrc.jetson.plan import Setting, pruned
+from rlrc.jetson.precision import PRECISIONS
+
+COMPRESSED = 0.75  # bytes a parameter, most of them in 4 bits
+ROOM = 1e9  # bytes of memory beside the weights: two processes with their libraries, activations
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Both:
+    """The two artifacts' descriptions, before there are files. ``modules``: parameters of each of the dense one's."""
+
+    dense: Manifest
+    compressed: Manifest
+    modules: Mapping[str, int]
+
+
+def describe(point: Point) -> Both:
+    """Imports torch, for the families' modules; nothing has data."""
+    from rlrc.benchmarks import random_weights
+
+    spec, towers = random_weights.dense(point.geometry)
+    device = Device(CPU, "this machine", "any", None, {}, 1.0, 0, None)
+    cut = pruned(Setting(point.name, spec, towers, PRECISIONS["bf16"], device), point.prune).towers
+    return Both(
+        random_weights.manifest(spec, towers),
+        random_weights.manifest(*random_weights.compressed(spec, cut), point.eight),
+        random_weights.modules(spec, towers),
+    )
+
+
+# What there must be room for
+
+
+def check_room(point: Point, both: Both, folder: Path, in_torch: bool) -> None:
+    """Raises UserError where disk or memory are too small."""
+    numbers, left = both.dense.parameters, both.compressed.parameters  # of the latter no more than a byte each
+    disk = 1.05 * (2 * numbers + left * (2 if point.elsewhere else 1))
+    if (room := shutil.disk_usage(folder).free) < disk:
+        raise UserError(
+            f"expected {disk / 1e9:.1f} GB of room in {folder} for the graphs of {point.name}, found "
+            f"{room / 1e9:.1f} GB; make some, or choose another place with --work"
+        )
+    needed = max(resident(point, both), 2.0 * numbers if in_torch else 0.0) + COMPRESSED * left + ROOM
+    if (free := available()) < needed:
+        advice = "end other programs" if needed < total() else "use a larger machine, or another --runtime"
+        raise UserError(
+            f"expected {needed / 1e9:.1f} GB of memory for {point.name} on {point.runtime}, found {free / 1e9:.1f} GB; "
+            f"{advice}"
+        )
+
+
+def resident(point: Point, both: Both) -> float:
+    """Bytes of the dense policy's weights at work: float16 in llama.cpp, widened to float32 in ONNX Runtime.
+
+    Word embeddings stay in float16; the widened ones' files are read through the page cache, which needs no room.
+    """
+    narrow = both.modules["embedding"] + (both.modules["decoder"] if point.runtime == "gguf" else 0)
+    return 2.0 * narrow + 4.0 * (both.dense.parameters - narrow)
+
+
+def available() -> float:
+    """Bytes of memory that programs can have."""
+    return _meminfo("MemAvailable")
+
+
+def total() -> float:
+    return _meminfo("MemTotal")
+
+
+def _meminfo(key: str) -> float:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return float("inf") if found is None else 1024.0 * int(found[1])
+
+
+# Making and measuring
+
+
+def make(point: Point, both: Both, folder: Path, step: Step) -> dict[str, Artifact]:
+    """The two artifacts, and the compressed one for another runtime where it has one."""
+    from rlrc.benchmarks import random_weights
+
+    graphs: dict[str, tuple[Manifest, str, Any]] = {"compressed": (both.compressed, point.runtime, point.compressed)}
+    if point.elsewhere is not None:
+        graphs["elsewhere"] = (both.compressed, *point.elsewhere)
+    graphs["dense"] = (both.dense, point.runtime, point.dense)
+    found = {}
+    for name, (manifest, runtime, precision) in graphs.items():
+        step(f"writing graphs for {runtime}, {name} ({manifest.parameters / 1e9:.2f} billion parameters)")
+        found[name] = random_weights.write(folder / name, manifest, runtime, precision)
+    return found
+
+
+def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, tell: Sequence[str] = ()) -> Trials:
+    """Every arm one action a round, after one that is not counted; ``tell``: whose products are measured as well."""
+    with running(opened, step) as arms_:
+        trials = Trials({name: [] for name in arms_})
+        for name, arm in arms_.items():
+            step(f"first action of {name}")
+            arm.act()
+        for i in range(rounds):
+            trials.load.append(round(os.getloadavg()[0], 2))
+            for name, arm in arms_.items():
+                step(f"round {i + 1} of {rounds}: {name}")
+                trials.actions[name].append(arm.act())
+        for name, arm in arms_.items():
+            trials.memory[name] = arm.memory()
+        trials.peak = {name: arms_[name].peak() for name in tell}
+    return trials
+
+
+@contextmanager
+def running(opened: Mapping[str, Callable[[], Arm]], step: Step) -> Iterator[dict[str, Arm]]:
+    started = dict[str, Arm]()
+    try:
+        for name, start in opened.items():
+            step(f"loading {name}")
+            started[name] = start()
+        yield started
+    finally:
+        for arm in started.values():
+            arm.close()
+
+
+def starts(artifacts: Mapping[str, Artifact], threads: int) -> dict[str, Callable[[], Arm]]:
+    def start(name: str) -> Callable[[], Arm]:
+        return lambda: Arm(f"the {name} policy", arms.exported, (str(artifacts[name].path), threads, WORDS))
+
+    return {name: start(name) for name in artifacts}
+
+
+def run(
+    point: Point, folder: Path, threads: int, rounds: int, in_torch: bool, limits: Thresholds, step: Step
+) -> dict[str, Any]:
+    """Makes both in ``folder``, measures, deletes them, and gives the result. Raises UserError without room."""
+    step("shapes")
+    both = describe(point)
+    check_room(point, both, folder, in_torch)
+    try:
+        artifacts = make(point, both, folder, step)
+        step("bandwidth and products of this machine")
+        peaks = [roofline.measure(threads)]
+        opened = starts(artifacts, threads)
+        pair = turns({name: opened[name] for name in ("dense", "compressed")}, rounds, step)
+        shutil.rmtree(artifacts["dense"].path)
+        peaks.append(roofline.measure(threads))
+        other = None
+        if in_torch:
+            given = (both.dense.policy, both.dense.towers, threads, WORDS)
+            opened["torch"] = lambda: Arm("the dense policy in torch", arms.in_torch, given)
+            competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))
+            other = turns({name: opened[name] for name in competing}, rounds, step, ("torch",))
+            peaks += [roofline.measure(threads), roofline.Peaks(0.0, {"bf16": other.peak["torch"]})]
+        return full_size_result.result(point, artifacts, pair, other, roofline.best(peaks), threads, limits)
+    finally:
+        for name in ("dense", "compressed", "elsewhere"):
+            shutil.rmtree(folder / name, ignore_errors=True)

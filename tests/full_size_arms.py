@@ -1,0 +1,28 @@
+"""Policies that an Arm opens in its process: functions that another process can import."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from rlrc.benchmarks.arms import Infer, Passes, timed
+from rlrc.errors import UserError
+
+
+def clockwork(milliseconds: float) -> tuple[Infer, Passes]:
+    passes = Passes()
+
+    def infer() -> None:
+        timed(passes, "vision", lambda: time.sleep(milliseconds / 1e3))
+        for _ in range(2):
+            timed(passes, "decode", lambda: time.sleep(milliseconds / 1e3))
+
+    return infer, passes
+
+
+def refused() -> tuple[Infer, Passes]:
+    raise UserError("expected one thing, found another; do better")
+
+
+def dying() -> tuple[Infer, Passes]:
+    return lambda: os.kill(os.getpid(), 9), Passes()

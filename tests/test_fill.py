@@ -1,0 +1,69 @@
+"""Channels of zeros: the same actions, and rows that the grid takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlrc.compressor.fill import filled, filled_towers
+from rlrc.compressor.official import Options, open_folder, read, read_hints
+from rlrc.compressor.policy import Inputs, Policy
+from rlrc.compressor.quantize import QuantizeConfig, chosen_bits
+
+DATA = Path(__file__).parent / "data"
+
+
+def policy_of(name: str) -> Policy:
+    return read(open_folder(DATA / name / "checkpoint"), Options(hints=read_hints(DATA / name / "golden.json")))[0]
+
+
+def inputs_of(policy: Policy) -> Inputs:
+    spec, generator = policy.spec, torch.Generator().manual_seed(0)
+    pixels = [torch.randn(1, c.height, c.width, len(c.mean), generator=generator) for c in spec.cameras]
+    state = (
+        None if spec.state is None else torch.randn(1, spec.state.width or len(spec.state.names), generator=generator)
+    )
+    noise = None
+    if spec.flow is not None:
+        noise = torch.randn(1, spec.action.horizon, spec.flow.width, generator=generator)
+    return Inputs(pixels, torch.arange(3, 9)[None], state, noise=noise)
+
+
+def narrow(policy: Policy, channels: int) -> Policy:
+    """Every MLP with so many channels: none of them fills its groups."""
+    from rlrc.compressor.backbones import build
+
+    towers = {
+        name: replace(tower, layers=tuple(replace(layer, mlp=channels) for layer in tower.layers))
+        for name, tower in policy.towers.items()
+    }
+    torch.manual_seed(0)
+    other = build(policy.spec, towers).eval()
+    with torch.no_grad():
+        for tensor in other.parameters():
+            tensor.copy_(0.2 * torch.randn_like(tensor))
+    return other
+
+
+@pytest.mark.parametrize("name", ["openvla", "openvla-oft-l1", "pi0", "smolvla"])
+def test_same_actions_and_rows_in_4_bits(name: str) -> None:
+    policy = narrow(policy_of(name), 40)
+    wide, report = filled(policy)
+    assert {layer.mlp for tower in wide.towers.values() for layer in tower.layers} == {64}
+    depth = {tower: len(spec.layers) for tower, spec in policy.towers.items()}
+    assert report == {"channels_of_zeros": {tower: 24 * layers for tower, layers in depth.items()}}
+    with torch.no_grad():
+        before, after = policy.act(inputs_of(policy)), wide.act(inputs_of(policy))
+    assert torch.allclose(before.actions, after.actions, atol=1e-5, rtol=1e-5)
+    down = "vision.layers.0.mlp.down.weight"
+    assert down not in chosen_bits(policy.state_dict(), QuantizeConfig())
+    assert chosen_bits(wide.state_dict(), QuantizeConfig())[down] == 4
+
+
+def test_nothing_to_fill_is_the_policy_itself() -> None:
+    policy = narrow(policy_of("openvla"), 64)
+    assert filled(policy) == (policy, {})
+    assert filled_towers(policy.towers) == policy.towers
