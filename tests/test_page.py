@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def test_who_connects_and_says_nothing_is_dropped(browser: Browser) -> None:
         assert browser.ask("/stop")[0] == 200  # meanwhile
         for one in silent:
             one.settimeout(20)
-            assert one.recv(1) == b""
+            with suppress(ConnectionResetError):  # what it had sent was not read any more
+                assert one.recv(1) == b""
         assert time.monotonic() - begun < 15
     assert browser.state["stopped"] is None
 
