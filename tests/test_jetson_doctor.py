@@ -183,8 +183,12 @@ def test_engines_on_a_board(
     told = doctor_live.engine(name)
     assert (told.state, told.found[: len(found)]) == (state, found)
     assert todo in told.todo
-    monkeypatch.setattr(doctor_live, "IMPORT_S", 0.01)
-    assert doctor_live.engine(name).state == "fix"
+
+
+def test_an_engine_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor_live.ENGINES, "tensorrt", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor_live, "IMPORT_S", 0.2)
+    assert doctor_live.engine("tensorrt").state == "fix"
 
 
 def test_an_artifact_that_does_not_agree_here(

@@ -281,17 +281,24 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("thread", [False, True])
+def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path, thread: bool) -> None:
     """Neither its process beside nor that one's folder."""
     code = f"""
 import sys, time
 from pathlib import Path
+from threading import Thread
 from rlrc.runtime.board import Board
-with Board.watched(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
+def read():
+  with Board.watched(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
     while not board.readings():
         time.sleep(0.01)
     print("reads", flush=True)
     time.sleep(100)
+if {thread}:
+    Thread(target=read, daemon=True).start()
+    time.sleep(100)
+read()
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)

@@ -66,13 +66,13 @@ class Board:
                 yield board
             finally:
                 board._wait_for_one(process)
+                board._kept = board.readings()
                 process.terminate()
                 try:
                     process.wait(ENDS_S)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-                board._kept = board.readings()
 
     _kept: Sequence[Stamped] | None = None
 
@@ -240,11 +240,12 @@ def _jtop(stack: ExitStack, seconds: float) -> Any:
 
 
 def _end_with(parent: int, folder: Path) -> None:
-    """On SIGTERM, which Linux sends too when the parent is gone: then nobody else removes the folder."""
+    """On SIGTERM, which Linux sends too when the parent, or the thread of it that started us, is gone: then nobody else
+    removes the folder.
+    """
 
     def ended(*_: Any) -> None:
-        if os.getppid() != parent:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         sys.exit(0)  # and not at once, so that tegrastats is ended too
 
     signal.signal(signal.SIGTERM, ended)
