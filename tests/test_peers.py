@@ -63,7 +63,7 @@ def test_all_make_a_chunk_in_turn_and_are_compared(race: ModuleType, tmp_path: P
     left_out, load = race.race(entered, 1, 4, lambda _: None)
     assert left_out == {}
     assert len(load) == 4
-    told = {"name": "x", "policy": "x", "ours": "ours", "reference": "other", "wanted": 3.0}
+    told = {"name": "x", "policy": "x", "ours": "ours", "reference": "other", "wanted": 3.0, "note": "Clockwork."}
     found = race.result(told, entered, left_out)
     for one in entered:
         one.close()
@@ -101,7 +101,7 @@ def test_who_cannot_take_part_is_left_out_with_the_reason(
     broken = Contestant("broken", sys.executable, script(tmp_path, "broken", body), [])
     entered = [steady(tmp_path, "ours", 1), broken, Contestant("absent", "/nowhere/python", "run_lerobot.py", [])]
     left_out, _ = race.race(entered, 1, 2, lambda _: None)
-    found = race.result({"ours": "ours", "reference": "broken"}, entered, left_out)
+    found = race.result({"ours": "ours", "reference": "broken", "note": ""}, entered, left_out)
     entered[0].close()
     assert reason in left_out["broken"]
     assert "/nowhere/python cannot be run: No such file" in left_out["absent"]

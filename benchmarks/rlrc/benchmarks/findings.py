@@ -254,12 +254,13 @@ def peers(results: Sequence[Row]) -> list[Block]:
         if result.get("wanted"):
             caption += f" Dashed: {result['wanted']:g}x, what was set out for."
         spent = {name: Estimate(*values) for name, values in (result.get("cpu_ratios") or {}).items()}
+        load = f"Load of the machine: {min(result['load'])} to {max(result['load'])}." if result.get("load") else ""
         against = f"of {result['ours']}'s"
         header = ("runtime", "precision", "p50", "p90", against, "CPU time", "peak memory", "largest difference")
         blocks += [
             Heading(str(result["policy"])),
             Table(header, [_peer(row, ratios, spent) for row in measured]),
-            Note(str(result["note"])),
+            Note(f"{result['note']} {load}".strip()),
             Chart(f"peers-{result['name']}", tradeoffs.ratios(ratios, result.get("wanted")), caption),
         ]
         left_out = [f"{row['name']}: {row['skipped']}" for row in result["rows"] if row.get("skipped")]

@@ -275,7 +275,10 @@ def ratios(found: Mapping[str, Estimate], wanted: float | None = None) -> str:
         if wanted is not None:
             axes.axvline(wanted, color=PALETTE["--s1"], linewidth=1, linestyle=LINES[2])
         axes.axvline(1, color=MUTED, linewidth=1)
-        axes.set(xlabel="times the latency of ours, medians with 95 % intervals", xlim=(0, 1.15 * max(values.max(), 1)))
+        axes.set(
+            xlabel="times the latency of ours, medians with 95 % intervals",
+            xlim=(0, 1.12 * max(1.0, *(one.high for one in found.values()))),
+        )
         axes.invert_yaxis()
         axes.tick_params(length=0)
         return as_svg(figure, "Latency of other runtimes, in multiples of ours")
