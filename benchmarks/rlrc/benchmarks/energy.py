@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,47 +104,63 @@ def sources(root: Path = Path("/")) -> tuple[Sources | None, str]:
 
 
 @contextmanager
-def meter(found: Sources, clock: Callable[[], float] = time.perf_counter) -> Iterator[Spent]:
-    """Fills what it yields when the block ends."""
+def meter(found: Sources) -> Iterator[Spent]:
+    """Fills what it yields when the block ends. Raises OSError for a rail that went away in between."""
     channels, packages = found
-    spent, begun = Spent(), clock()
+    spent, integral = Spent(), _Integral(channels)
     before = [counter.microjoules() for counter in packages]
-    stop, lost = threading.Event(), list[BaseException]()
-    sampler = threading.Thread(target=_sample, args=(channels, spent, stop, lost, clock), daemon=True)
-    if channels:
-        sampler.start()
+    integral.sample()
     try:
-        yield spent
+        with _sampled(integral) if channels else nullcontext():
+            yield spent
     finally:
-        spent.seconds = clock() - begun
-        if channels:
-            stop.set()
-            sampler.join()
+        spent.seconds = integral.sample()
+        spent.joules |= integral.joules
         for counter, start in zip(packages, before, strict=True):
             more = counter.microjoules() - start
             # At most once round: a package of 100 W takes 40 minutes to fill 32 bits of 61 microjoules.
             spent.joules[counter.name] = (more if more >= 0 else more + counter.largest) / 1e6
+
+
+class _Integral:
+    """Trapezoids between samples of the power of all rails."""
+
+    def __init__(self, channels: list[Rail]) -> None:
+        self._channels, self._times = channels, list[float]()
+        self._watts: list[float] = []
+        self.joules = {rail.name: 0.0 for rail in channels}
+
+    def sample(self) -> float:
+        """-> seconds since the first."""
+        now, watts = time.perf_counter(), [rail.watts() for rail in self._channels]
+        if self._times:
+            for rail, old, new in zip(self._channels, self._watts, watts, strict=True):
+                self.joules[rail.name] += (old + new) / 2 * (now - self._times[-1])
+        self._times, self._watts = [*self._times[:1], now], watts
+        return now - self._times[0]
+
+
+@contextmanager
+def _sampled(integral: _Integral) -> Iterator[None]:
+    """Samples taken by a thread while the block runs."""
+    stop, lost = threading.Event(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            while not stop.wait(PERIOD_S):
+                integral.sample()
+        except (OSError, ValueError) as error:
+            lost.append(error)
+
+    sampler = threading.Thread(target=run, name="power rails", daemon=True)
+    sampler.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sampler.join()
     if lost:
         raise lost[0]
-
-
-def _sample(
-    channels: list[Rail], spent: Spent, stop: threading.Event, lost: list[BaseException], clock: Callable[[], float]
-) -> None:
-    """Trapezoids between samples, the last one at the end of the block."""
-    try:
-        before, watts = clock(), [rail.watts() for rail in channels]
-        for rail in channels:
-            spent.joules.setdefault(rail.name, 0.0)
-        ended = False
-        while not ended:
-            ended = stop.wait(PERIOD_S)
-            now, drawn = clock(), [rail.watts() for rail in channels]
-            for rail, old, new in zip(channels, watts, drawn, strict=True):
-                spent.joules[rail.name] += (old + new) / 2 * (now - before)
-            before, watts = now, drawn
-    except (OSError, ValueError) as error:
-        lost.append(error)
 
 
 def measure(
