@@ -195,8 +195,7 @@ def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
         for i, (number, one) in enumerate((row.get("throughput") or {}).items())
     ]
     if found:
-        header = ("policy", "at once", "chunks a second", "actions a second", "CPU time a chunk")
-        blocks.append(Table(header, found))
+        blocks.append(Table(("policy", "at once", "chunks a second", "actions a second", "CPU time a chunk"), found))
     spent = [row for row in rows if row.get("energy")]
     if spent:
         heads = ("policy", "joules a chunk", "an action", "a chunk above idle", "watts", "idle")
