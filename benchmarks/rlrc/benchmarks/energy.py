@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlrc.benchmarks.stats import Estimate, mean_interval
+from rlrc.runtime.jetson_telemetry import hwmon, of_module, read_text
 
 PERIOD_S = 0.02  # between samples of the rails; an INA3221 averages over as much
-INPUTS = ("VDD_IN", "POM_5V_IN", "VDD_IN_5V")  # rails that the whole module draws from; the others are parts of them
 RAPL = "sys/class/powercap"
 
 
@@ -53,9 +53,9 @@ class Spent:
 
     @property
     def total(self) -> float:
-        """Of the whole: a module's input rail where there is one, else all rails or packages together."""
-        whole = [joules for name, joules in self.joules.items() if name in INPUTS]
-        return sum(whole or self.joules.values())
+        """Of the module, as its rails add up to it; of an unknown board all rails, of processors all packages."""
+        whole = of_module(self.joules)
+        return sum(self.joules.values()) if whole is None else whole
 
 
 Sources = tuple[list[Rail], list[Counter]]
@@ -64,12 +64,13 @@ Sources = tuple[list[Rail], list[Counter]]
 def rails(root: Path = Path("/")) -> list[Rail]:
     """Every labelled channel of every INA3221 (Linux, Documentation/hwmon/ina3221.rst)."""
     found = []
-    for label in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label")):
-        channel = label.name.removeprefix("in").removesuffix("_label")
-        voltage, current = label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input")
+    for chip in hwmon(root, "ina3221"):
         # Channels beyond the third are shunt voltages and sums, which have no current of their own.
-        if voltage.exists() and current.exists():
-            found.append(Rail(label.read_text().strip(), voltage, current))
+        for channel in (1, 2, 3):
+            name = read_text(chip / f"in{channel}_label")
+            voltage, current = chip / f"in{channel}_input", chip / f"curr{channel}_input"
+            if name and name != "NC" and voltage.exists() and current.exists():
+                found.append(Rail(name, voltage, current))
     return found
 
 

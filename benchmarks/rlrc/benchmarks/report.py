@@ -193,7 +193,8 @@ def _memory(rows: Sequence[Row]) -> list[Block]:
     caption = "Bytes that the runtime loads; a policy that is not quantized counts as bf16."
     if any(row.get("memory") for row in sized):
         caption += (
-            " Below, hatched: proportional set size of a fresh process, beyond one that has imported the runtime."
+            " Below, hatched: proportional set size of a fresh process, beyond one that has imported the runtime; "
+            "the whisker is the range of its runs, the mark the peak."
         )
     return [Chart("memory", tradeoffs.memory(sized), caption)]
 

@@ -58,7 +58,7 @@ def _loaded(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) ->
 def _resident(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) -> float:
     own, spread = row["memory"]["own"], row["memory"].get("own_range")
     size, peak = own["pss"] / 1e6, own["peak"] / 1e6
-    label = None if "pss" in labelled else "of a process, beyond the libraries; whisker: runs, mark: peak"
+    label = None if "pss" in labelled else "of a process"
     labelled.add("pss")
     axes.barh(y, max(size, 0.0), 0.24, label=label, **fill(PALETTE["--s0"], "////"))
     if spread:

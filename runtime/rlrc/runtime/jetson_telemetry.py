@@ -55,10 +55,7 @@ class Reading:
     @property
     def watts(self) -> float | None:
         """Of the module."""
-        for names in TOTALS:
-            if all(name in self.rails for name in names):
-                return sum(self.rails[name] for name in names)
-        return None
+        return of_module(self.rails)
 
     @property
     def hottest(self) -> float | None:
@@ -69,6 +66,14 @@ class Reading:
         """What this one tells, and the other's word for the rest."""
         told = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return Reading(**{name: value if value or value == 0 else getattr(other, name) for name, value in told.items()})
+
+
+def of_module(rails: Mapping[str, float]) -> float | None:
+    """What the whole module drew, in watts or joules, of what its rails did; None where they are not all known."""
+    for names in TOTALS:
+        if all(name in rails for name in names):
+            return sum(rails[name] for name in names)
+    return None
 
 
 def parse_tegrastats(line: str) -> Reading:
