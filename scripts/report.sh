@@ -9,6 +9,7 @@ for file in benchmarks/results/{claims-*,memory,overhead,peers,peers-*}.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
 mkdir -p runs
+rm -rf docs/report # charts of before
 for out in docs/report.md runs/report.html; do
     rlrc report "${results[@]}" reference/compressed/curves/*.jsonl --out "$out" --force \
         --predict openvla-7b openvla-oft-7b pi0 smolvla

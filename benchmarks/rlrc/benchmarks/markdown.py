@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from html import unescape
 from pathlib import Path
 
 from rlrc.benchmarks.charts import standalone
@@ -54,7 +55,9 @@ def _block(block: Block, folder: str) -> str:
     if isinstance(block, Table):
         return _folded(_table(block), block.folded)
     if isinstance(block, Chart):
-        return f"![{_escaped(block.caption)}]({folder}/{block.name}.svg)\n\n{_escaped(block.caption)}"
+        label = re.search(r'aria-label="([^"]*)"', block.svg)
+        alt = unescape(label[1]) if label else block.name
+        return f"![{_escaped(alt)}]({folder}/{block.name}.svg)\n\n{_escaped(block.caption)}"
     if isinstance(block, Charts):
         return "\n\n".join(_block(chart, folder) for chart in block.charts)
     if isinstance(block, Heading):

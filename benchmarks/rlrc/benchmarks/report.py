@@ -99,7 +99,8 @@ def table(rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
     baseline = next((row for row in rows if row["name"] == BASELINE), rows[0])
 
     def ratio(row: Row, value: Any, base: Any, better: str) -> str:
-        return f"{base / value:.1f}x {better}" if row is not baseline and value and base else ""
+        told = f"{base / value:.1f}" if row is not baseline and value and base else "1.0"
+        return "" if told == "1.0" else f"{told}x {better}"
 
     def latency(row: Row, which: str) -> Any:
         return row.get("latency_ms", {}).get(which)
