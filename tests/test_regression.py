@@ -121,7 +121,8 @@ def test_success_scene_by_scene_sees_more() -> None:
 
 
 def test_what_is_gone_fails() -> None:
-    assert verdicts(latency(), {"name": "b"}) == {"p50": "MISSING", "p99": "MISSING"}
+    assert verdicts(latency(), {"name": "b"}) == {"everything": "MISSING"}
+    assert verdicts(latency(), {"name": "a"}) == {"p50": "MISSING", "p99": "MISSING"}
     assert verdicts(success(9, 10), {"name": "a"}) == {"success": "MISSING"}
 
 

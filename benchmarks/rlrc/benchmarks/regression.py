@@ -38,7 +38,12 @@ def compare_results(old: Row, new: Row, tolerance: float, margin: float = MARGIN
     """Every figure that the old result has. Raises UserError for results of machines of two classes."""
     check_machines(old.get("machine") or {}, new.get("machine") or {})
     fresh = {row["name"]: row for row in rows_of(new)}
-    return [change for row in rows_of(old) for change in _row(row, fresh.get(row["name"], {}), tolerance, margin)]
+    found: list[Change] = []
+    for row in rows_of(old):
+        changes = list(_row(row, fresh.get(row["name"], {}), tolerance, margin))
+        gone = changes and row["name"] not in fresh
+        found += [Change(row["name"], "everything", "", None, None, None, "MISSING")] if gone else changes
+    return found
 
 
 def check_machines(old: Row, new: Row) -> None:

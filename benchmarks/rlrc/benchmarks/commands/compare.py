@@ -73,7 +73,7 @@ class Compare:
 
 def cells(change: Change) -> list[str]:
     """Old, new, by how much it is worse, and that at 95 %."""
-    values = ["\u2013" if value is None else f"{value:.4g}" for value in (change.old, change.new)]
+    values = [number(value) for value in (change.old, change.new)]
     if change.change is None:
         return [*values, "", ""]
     if change.figure == "success":
@@ -81,6 +81,12 @@ def cells(change: Change) -> list[str]:
     else:
         told = [f"{value - 1:+.1%}" for value in (change.change.value, change.change.low, change.change.high)]
     return [*values, told[0], f"{told[1]} to {told[2]}"]
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "\u2013"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def fraction(text: str) -> float:
