@@ -59,11 +59,9 @@ if [ ! -e "$site/llama_cpp/lib/libllama.so" ]; then
     "$python" scripts/pip_as.py 3.11.2 aarch64 install -q --target "$site" -c constraints.txt jinja2
 fi
 
-if [ ! -e "$own/artifacts-gguf/openvla-oft-discrete-int4" ]; then
-    rm -rf "$own/artifacts-gguf"
-    mkdir -p "$own/artifacts-gguf"
-    PYTHONPATH=$sources "$python" scripts/aarch64_artifacts.py "$own/artifacts-gguf" gguf || fail "the export failed"
-fi
+rm -rf "$own/artifacts-gguf"
+mkdir -p "$own/artifacts-gguf"
+PYTHONPATH=$sources "$python" scripts/aarch64_artifacts.py "$own/artifacts-gguf" gguf || fail "the export failed"
 mapfile -t artifacts < <(find "$own/artifacts-gguf" -mindepth 1 -maxdepth 1 -not -name weights | sort)
 PYTHONPATH=$own/native:$sources "$python" scripts/replay.py "$own/x86_64-gguf" "${artifacts[@]}" --backend gguf \
     --most "$most" >/dev/null || fail "the replay on this machine failed"
