@@ -2,8 +2,9 @@
 
     python scripts/aarch64_artifacts.py FOLDER [onnx | gguf]
 
-The committed reference policy in int4 has its ONNX graphs; all others are exported here. It is left out in GGUF, where
-activations are rounded to 8 bits: two distant tokens that are nearly alike change places on one processor or another.
+The committed reference policy in int4 has its ONNX graphs; all others are exported here. In GGUF, int4 is that of
+continuous actions only: activations are rounded to 8 bits there, and where a policy finds two distant tokens nearly
+alike, that decides, on one processor or another.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def main(folder: Path, to: str = "onnx") -> None:
             source.hand_on(draft)
             checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
         export(artifacts.load(weights), folder / f"{name}-fp32", (to,), "fp32")
+        if to == "gguf" and policy.spec.action.bins:
+            continue
         int4 = folder / "weights" / f"{name}-int4"
         quiet = Options(evaluate=0, workers=1, threads=1)
         stages.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))

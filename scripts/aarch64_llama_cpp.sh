@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # llama.cpp on 64-bit Arm, in the emulator that aarch64_check.sh has set up: cross-compiled by Debian's compiler from the
-# source that pip has (some ten minutes on one core), for a Jetson Orin's processor. Then GGUF graphs (the
-# reference policy in fp32; OpenVLA and OpenVLA-OFT in fp32 and int4) answer there as here. Needs make gguf and make
-# aarch64-check. The result goes to RLRC_RESULT.
+# source that pip has (some ten minutes on one core), for a Jetson Orin's processor. Then GGUF graphs answer there as here:
+# the reference policy, OpenVLA and OpenVLA-OFT in fp32, OpenVLA-OFT with continuous actions also in int4. Needs make gguf
+# and make aarch64-check. The result goes to RLRC_RESULT.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(realpath -s "${RLRC_VENV:-.venv}")/bin/python
