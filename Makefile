@@ -1,7 +1,7 @@
 # Every target sets up what it needs first; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
-.PHONY: help setup demo gguf page-check tensorrt-check jetson-check aarch64-check test test-all lint
+.PHONY: help setup demo gguf page-check tensorrt-check jetson-check aarch64-check footprint test test-all lint
 
 help:
 	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make page-check  the operator's page in a real Chromium"
 	@echo "make jetson-check  the files that a Jetson is set up with, by shellcheck, hadolint, systemd-analyze"
 	@echo "make aarch64-check   whether the robot side installs and answers alike on 64-bit Arm, in an emulator"
+	@echo "make footprint       what the robot side takes, and how long until its first action"
 	@echo "make lint      lint and types only"
 	@echo "make setup     system packages, virtual environment, Python packages"
 
@@ -35,6 +36,9 @@ jetson-check: setup
 
 aarch64-check: setup
 	@bash scripts/aarch64_check.sh
+
+footprint: setup
+	@bash scripts/footprint.sh
 
 lint: setup
 	$(PYTHON) -m ruff check .

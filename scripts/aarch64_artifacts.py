@@ -1,8 +1,10 @@
-"""The artifacts that aarch64_check.sh replays: the reference policy and every family's golden checkpoint, fp32, int4.
+"""The artifacts that are replayed on 64-bit Arm: the reference policy and every family's golden checkpoint, fp32, int4.
 
-    python scripts/aarch64_artifacts.py FOLDER
+    python scripts/aarch64_artifacts.py FOLDER [onnx | gguf]
 
-The reference policy in int4 is the committed one, graphs included; the others are exported here.
+The committed reference policy in int4 has its ONNX graphs; all others are exported here. In GGUF, int4 is that of
+continuous actions only: activations are rounded to 8 bits there, and where a policy finds two distant tokens nearly
+alike, that decides, on one processor or another. A policy of random weights suffers more from it than a trained one.
 """
 
 from __future__ import annotations
@@ -21,24 +23,29 @@ from rlrc.compressor.sources import examples  # noqa: E402
 from rlrc.compressor.stages import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 
+IN_GGUF = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")
 
-def main(folder: Path) -> None:
+
+def main(folder: Path, to: str = "onnx") -> None:
     """Each is made beside its weights, which are not replayed."""
-    export(artifacts.load(ROOT / "reference/dense"), folder / "reference-fp32", precision="fp32")
-    (folder / "reference-int4").symlink_to(ROOT / "reference/compressed")
-    for name in FAMILIES:
+    export(artifacts.load(ROOT / "reference/dense"), folder / "reference-fp32", (to,), "fp32")
+    if to == "onnx":
+        (folder / "reference-int4").symlink_to(ROOT / "reference/compressed")
+    for name in FAMILIES if to == "onnx" else IN_GGUF:
         weights = folder / "weights" / name
         source, policy = official(name)
         with artifacts.writing(weights) as draft:
             source.hand_on(draft)
             checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
-        export(artifacts.load(weights), folder / f"{name}-fp32", precision="fp32")
+        export(artifacts.load(weights), folder / f"{name}-fp32", (to,), "fp32")
+        if to == "gguf" and policy.spec.action.bins:
+            continue
         int4 = folder / "weights" / f"{name}-int4"
         quiet = Options(evaluate=0, workers=1, threads=1)
         stages.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
-        export(artifacts.load(int4), folder / f"{name}-int4", precision="int4")
+        export(artifacts.load(int4), folder / f"{name}-int4", (to,), "int4", 0.1 if to == "gguf" else None)
         print(f"exported {name}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

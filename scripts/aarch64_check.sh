@@ -131,6 +131,6 @@ PYTHONPATH=$own/native:$sources "$python" scripts/replay.py "$own/x86_64" "${art
     >/dev/null || fail "the replay on this machine failed"
 emulated scripts/replay.py "$own/aarch64" "${artifacts[@]}" --most "${RLRC_MOST:-16}" --against "$own/x86_64" ||
     fail "the replay in the emulator failed"
-PYTHONPATH=$sources "$python" scripts/aarch64_result.py "$own/x86_64" "$own/aarch64" "$("$qemu" --version | head -n 1)" \
-    "$own/resolved.json" "$result" || exit
+PYTHONPATH=$sources "$python" scripts/aarch64_result.py "make aarch64-check" "$own/x86_64" "$own/aarch64" \
+    "$("$qemu" --version | head -n 1)" "$own/resolved.json" "$result" || exit
 say "within every artifact's limits; ${result#"$PWD/"} says by how much the machines differ"

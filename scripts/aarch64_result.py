@@ -1,6 +1,8 @@
 """Joins what replay.py found on both machines into one result, and exits with 1 if an artifact is beyond its limits.
 
-python scripts/aarch64_result.py X86_64 AARCH64 EMULATOR RESOLVED OUT
+python scripts/aarch64_result.py COMMAND X86_64 AARCH64 EMULATOR RESOLVED OUT
+
+RESOLVED: a JSON file of what else was found, or "none".
 """
 
 from __future__ import annotations
@@ -31,16 +33,16 @@ def row(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(native: str, emulated: str, emulator: str, resolved: str, out: str) -> int:
+def main(command: str, native: str, emulated: str, emulator: str, resolved: str, out: str) -> int:
     theirs, ours = (json.loads(Path(folder, "replay.json").read_text()) for folder in (native, emulated))
     pairs = list(zip(ours["rows"], theirs["rows"], strict=True))
     result = {
         "kind": "aarch64",
-        "command": f"{f'RLRC_MOST={most} ' if (most := os.environ.get('RLRC_MOST')) else ''}make aarch64-check",
+        "command": f"RLRC_MOST={most} {command}" if (most := os.environ.get("RLRC_MOST")) else command,
         "emulator": emulator,
         "python": {"x86_64": theirs["python"], "aarch64": ours["python"]},
         "versions": pairs[0][0]["record"]["versions"],
-        "resolved": json.loads(Path(resolved).read_text()),
+        "resolved": None if resolved == "none" else json.loads(Path(resolved).read_text()),
         "rows": [row(*pair) for pair in pairs],
     }
     results.write(Path(out), results.dump(result))

@@ -1,6 +1,6 @@
 """Replays the golden observations of artifacts through the runtime of this machine, and keeps the answers.
 
-    python scripts/replay.py OUT ARTIFACT ... [--against OTHER] [--most N]
+    python scripts/replay.py OUT ARTIFACT ... [--backend gguf] [--against OTHER] [--most N]
 
 OUT gets NAME.npz with the answers of each artifact and replay.json with its record against the reference's answers, as
 `rlrc verify` measures it. OTHER is such a folder, of another machine: the differences to its answers are told too.
@@ -43,10 +43,10 @@ class Watched:
         return self.engine.versions()
 
 
-def replayed(path: Path, out: Path, against: Path | None, most: int) -> dict[str, Any]:
+def replayed(path: Path, out: Path, backend: str | None, against: Path | None, most: int) -> dict[str, Any]:
     """One artifact's row. ``most`` observations at most, evenly spread."""
     artifact = artifacts.load(path, verify=("graphs", "tokenizer", GOLDEN))
-    policy = LocalPolicy(artifact)
+    policy = LocalPolicy(artifact, backend=backend)
     policy.engine = watched = Watched(policy.engine)
     whole = verify.read_golden(artifact.file(GOLDEN), policy.spec)
     golden = chosen(whole, most)
@@ -59,7 +59,7 @@ def replayed(path: Path, out: Path, against: Path | None, most: int) -> dict[str
     write_npz(out / f"{path.name}.npz", **arrays)
     row = {
         "name": path.name,
-        "precision": artifact.manifest.graphs[0].precision,
+        "precision": next(g.precision for g in artifact.manifest.graphs if g.backend == policy.backend),
         "observations": len(golden),
         "of": len(whole),
         "record": asdict(record),
@@ -99,13 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("artifacts", type=Path, nargs="+")
+    parser.add_argument("--backend")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--most", type=int, default=10**9)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for path in given.artifacts:
-        rows.append(replayed(path, given.out, given.against, given.most))
+        rows.append(replayed(path, given.out, given.backend, given.against, given.most))
         told = rows[-1].get("difference", {}).get("actions")
         print(
             f"{path.name}: {rows[-1]['observations']} observations, {rows[-1]['failure'] or 'within its limits'}"

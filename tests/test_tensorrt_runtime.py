@@ -176,7 +176,7 @@ KEY = TensorSpec("key.0", "float32", (1, 2, "length", 16))
 PREFIX = GraphSpec("prefix", "tensorrt", "p.onnx", "fp32", (SEEN,), (KEY,), {})
 STEP = GraphSpec("step", "tensorrt", "s.onnx", "fp32", (KEY, TensorSpec("x", "float32", (1, 5, 3))), (), {})
 VISION = GraphSpec("vision", "tensorrt", "v.onnx", "fp32", (), (SEEN,), {})
-PASTS = tuple(TensorSpec(f"{side}.0.key", "float32", (1, 2, side, 16)) for side in ("past", "present"))
+PASTS = tuple(TensorSpec(f"{side}.0.key", "float32", ("batch", 2, side, 16)) for side in ("past", "present"))
 DECODER = GraphSpec("decoder", "tensorrt", "d.onnx", "fp32", (SEEN, PASTS[0]), (PASTS[1],), {})
 
 

@@ -119,11 +119,14 @@ def links(graphs: Mapping[str, GraphSpec]) -> dict[tuple[str, str], str]:
 
 
 def input_shapes(graph: GraphSpec, inputs: Mapping[str, NDArray[Any]], made: Mapping[str, Shape], start: int) -> Shapes:
-    """Of every input: of what is given, of what was ``made`` on the device, of a past of ``start`` positions."""
+    """Of every input: of what is given, of what was ``made`` on the device, of a past of ``start`` positions.
+
+    The past is of one observation, as the profiles are.
+    """
     shapes: Shapes = {}
     for tensor in graph.inputs:
         if tensor.name.startswith(PAST):
-            shapes[tensor.name] = tuple(size if isinstance(size, int) else start for size in tensor.shape)
+            shapes[tensor.name] = (1, *(size if isinstance(size, int) else start for size in tensor.shape[1:]))
         elif tensor.name in made:
             shapes[tensor.name] = made[tensor.name]
         else:

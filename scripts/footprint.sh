@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# What the robot side takes: its wheel, installed with the CPU engine into an environment of its own outside of this
+# checkout (RLRC_ROBOT_VENV, or a temporary one): bytes, what can be imported, whether its files are there, and how long
+# `rlrc run` takes from the start of the process to the first action. The result goes to RLRC_RESULT, if given.
+set -euo pipefail
+unset PYTHONPATH # nothing but what is installed
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$(realpath -s "${RLRC_VENV:-.venv}")/bin/python
+most=$((300 * 1000 * 1000)) # bytes
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+robot=$(realpath -sm "${RLRC_ROBOT_VENV:-$work/venv}")
+
+say() { echo "footprint: $*"; }
+fail() { echo "footprint: error: $*" >&2; exit 1; }
+size() { du -sb "$1" | cut -f 1; }
+[ -x "$python" ] || fail "expected a virtual environment in ${RLRC_VENV:-.venv}, found none; run make setup"
+
+pip() { "$robot/bin/python" -m pip --disable-pip-version-check -q "$@"; }
+"$python" -m venv --clear "$robot"
+before=$(size "$robot")
+"$python" -m pip --disable-pip-version-check -q wheel --no-deps -w "$work" . || fail "the wheel does not build"
+pip install -c constraints.txt "$(echo "$work"/rlrc-*.whl)[cpu]" || fail "the wheel does not install"
+bytes=$(($(size "$robot") - before))
+say "rlrc[cpu] takes $((bytes / 1000000)) MB"
+[ "$bytes" -lt "$most" ] || fail "expected less than $((most / 1000000)) MB, found $((bytes / 1000000))"
+
+# From here on nothing of the checkout but the reference policy.
+cp -r reference/compressed "$work/reference-int4"
+cp scripts/first_action.py "$work/"
+result=$(realpath -sm "${RLRC_RESULT:-$work/footprint.json}")
+cd "$work"
+"$robot/bin/python" - <<'END' || fail "the installed files are not whole"
+import importlib.util, sys
+from pathlib import Path
+import rlrc.runtime.cli
+assert Path(rlrc.runtime.cli.__file__).is_relative_to(sys.prefix), rlrc.runtime.cli.__file__
+for name in ("torch", "transformers", "onnx", "safetensors", "mujoco", "scipy", "pandas"):
+    assert importlib.util.find_spec(name) is None, f"{name} is installed"
+from rlrc.runtime import profile
+from rlrc.runtime.servers import observations
+assert {"franka-panda", "metaworld"} <= {name for name in profile.shipped() if profile.load(name)}
+assert {"droid", "openvla"} <= set(observations.shipped())
+END
+rlrc=$robot/bin/rlrc
+"$rlrc" inspect reference-int4 >/dev/null || fail "rlrc inspect fails"
+"$rlrc" verify reference-int4 >/dev/null || fail "rlrc verify fails"
+"$rlrc" jetson devices >/dev/null || fail "rlrc jetson devices fails"
+"$rlrc" jetson plan reference-int4 --device orin-nano-8gb --json >/dev/null || fail "rlrc jetson plan fails"
+"$rlrc" serve --help >/dev/null || fail "rlrc serve --help fails"
+"$robot/bin/python" first_action.py "$result" reference-int4 --installed "$bytes" || fail "the first action takes too long"
