@@ -123,13 +123,24 @@ def test_on_llama_cpp(small: Point, tmp_path: Path) -> None:
 
 def test_what_there_is_no_room_for_is_refused(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = full_size.describe(small)
-    full_size.check_room(small, both, tmp_path, True)
+    full_size.check_disk(small, both, tmp_path)
+    full_size.check_memory(small, both, 1000.0)
     monkeypatch.setattr(full_size, "available", lambda: full_size.ROOM)
     with pytest.raises(UserError, match="of memory for small on onnxruntime"):
-        full_size.check_room(small, both, tmp_path, False)
+        full_size.check_memory(small, both, 1000.0)
     monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="GB of room in"):
-        full_size.check_room(small, both, tmp_path, False)
+        full_size.check_disk(small, both, tmp_path)
+
+
+def test_memory_that_others_took_meanwhile_ends_the_run_and_leaves_nothing(
+    small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([1e12, full_size.ROOM])
+    monkeypatch.setattr(full_size, "available", lambda: next(answers))
+    with pytest.raises(UserError, match="of memory for small"):
+        full_size.run(small, tmp_path, 1, 2, False, thresholds(), QUIET)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resident_by_hand(small: Point) -> None:

@@ -58,16 +58,23 @@ def describe(point: Point) -> Both:
 # What there must be room for
 
 
-def check_room(point: Point, both: Both, folder: Path, in_torch: bool) -> None:
-    """Raises UserError where disk or memory are too small."""
-    numbers, left = both.dense.parameters, both.compressed.parameters  # of the latter no more than a byte each
-    disk = 1.05 * (2 * numbers + left * (2 if point.elsewhere else 1))
-    if (room := shutil.disk_usage(folder).free) < disk:
+def check_disk(point: Point, both: Both, folder: Path) -> None:
+    """Raises UserError where the disk is too small for the graphs."""
+    left = both.compressed.parameters * (2 if point.elsewhere else 1)  # no more than a byte each
+    disk = 1.05 * (2 * both.dense.parameters + left)
+    if (free := shutil.disk_usage(folder).free) < disk:
         raise UserError(
             f"expected {disk / 1e9:.1f} GB of room in {folder} for the graphs of {point.name}, found "
-            f"{room / 1e9:.1f} GB; make some, or choose another place with --work"
+            f"{free / 1e9:.1f} GB; make some, or choose another place with --work"
         )
-    needed = max(resident(point, both), 2.0 * numbers if in_torch else 0.0) + COMPRESSED * left + ROOM
+
+
+def check_memory(point: Point, both: Both, weights: float) -> None:
+    """Raises UserError where memory is too small for a dense policy with so many bytes of weights at work.
+
+    Before the graphs are made, and again before they are loaded: others may have taken it meanwhile.
+    """
+    needed = weights + COMPRESSED * both.compressed.parameters + ROOM
     if (free := available()) < needed:
         advice = "end other programs" if needed < total() else "use a larger machine, or another --runtime"
         raise UserError(
@@ -161,17 +168,21 @@ def run(
     """Makes both in ``folder``, measures, deletes them, and gives the result. Raises UserError without room."""
     step("shapes")
     both = describe(point)
-    check_room(point, both, folder, in_torch)
+    check_disk(point, both, folder)
+    own, torchs = resident(point, both), 2.0 * both.dense.parameters
+    check_memory(point, both, max(own, torchs) if in_torch else own)
     try:
         artifacts = make(point, both, folder, step)
         step("bandwidth and products of this machine")
         peaks = [roofline.measure(threads)]
         opened = starts(artifacts, threads)
+        check_memory(point, both, own)
         pair = turns({name: opened[name] for name in ("dense", "compressed")}, rounds, step)
         shutil.rmtree(artifacts["dense"].path)
         peaks.append(roofline.measure(threads))
         other = None
         if in_torch:
+            check_memory(point, both, torchs)
             given = (both.dense.policy, both.dense.towers, threads, WORDS)
             opened["torch"] = lambda: Arm("the dense policy in torch", arms.in_torch, given)
             competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))
