@@ -124,10 +124,11 @@ def test_on_llama_cpp(small: Point, tmp_path: Path) -> None:
 def test_what_there_is_no_room_for_is_refused(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = full_size.describe(small)
     full_size.check_disk(small, both, tmp_path)
-    full_size.check_memory(small, both, 1000.0)
+    assert full_size.needed(both, 1000.0) == 1000 + 0.75 * both.compressed.parameters + full_size.ROOM
+    full_size.check_memory(small, full_size.ROOM)
     monkeypatch.setattr(full_size, "available", lambda: full_size.ROOM)
     with pytest.raises(UserError, match="of memory for small on onnxruntime"):
-        full_size.check_memory(small, both, 1000.0)
+        full_size.check_memory(small, full_size.ROOM + 1)
     monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="GB of room in"):
         full_size.check_disk(small, both, tmp_path)
@@ -136,11 +137,13 @@ def test_what_there_is_no_room_for_is_refused(small: Point, tmp_path: Path, monk
 def test_memory_that_others_took_meanwhile_ends_the_run_and_leaves_nothing(
     small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([1e12, full_size.ROOM])
-    monkeypatch.setattr(full_size, "available", lambda: next(answers))
+    answers, steps = iter([1e12]), list[str]()
+    monkeypatch.setattr(full_size, "available", lambda: next(answers, full_size.ROOM))
+    monkeypatch.setattr(full_size, "PATIENCE_S", 0.05)
     with pytest.raises(UserError, match="of memory for small"):
-        full_size.run(small, tmp_path, 1, 2, False, thresholds(), QUIET)
+        full_size.run(small, tmp_path, 1, 2, False, thresholds(), steps.append)
     assert list(tmp_path.iterdir()) == []
+    assert steps[-1] == "waiting for 1.0 GB of memory, 1.0 GB are free"
 
 
 def test_resident_by_hand(small: Point) -> None:
