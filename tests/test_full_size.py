@@ -123,13 +123,27 @@ def test_on_llama_cpp(small: Point, tmp_path: Path) -> None:
 
 def test_what_there_is_no_room_for_is_refused(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = full_size.describe(small)
-    full_size.check_room(small, both, tmp_path, True)
+    full_size.check_disk(small, both, tmp_path)
+    assert full_size.needed(both, 1000.0) == 1000 + 0.75 * both.compressed.parameters + full_size.ROOM
+    full_size.check_memory(small, full_size.ROOM)
     monkeypatch.setattr(full_size, "available", lambda: full_size.ROOM)
     with pytest.raises(UserError, match="of memory for small on onnxruntime"):
-        full_size.check_room(small, both, tmp_path, False)
+        full_size.check_memory(small, full_size.ROOM + 1)
     monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="GB of room in"):
-        full_size.check_room(small, both, tmp_path, False)
+        full_size.check_disk(small, both, tmp_path)
+
+
+def test_memory_that_others_took_meanwhile_ends_the_run_and_leaves_nothing(
+    small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, steps = iter([1e12]), list[str]()
+    monkeypatch.setattr(full_size, "available", lambda: next(answers, full_size.ROOM))
+    monkeypatch.setattr(full_size, "PATIENCE_S", 0.05)
+    with pytest.raises(UserError, match="of memory for small"):
+        full_size.run(small, tmp_path, 1, 2, False, thresholds(), steps.append)
+    assert list(tmp_path.iterdir()) == []
+    assert steps[-1] == "waiting for 1.0 GB of memory, 1.0 GB are free"
 
 
 def test_resident_by_hand(small: Point) -> None:

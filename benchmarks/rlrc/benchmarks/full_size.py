@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,12 @@ from rlrc.errors import UserError
 from rlrc.jetson.devices import CPU, Device
 from rlrc.jetson.plan import Setting, pruned
 from rlrc.jetson.precision import PRECISIONS
+from rlrc.processes import Workers
 
 COMPRESSED = 0.75  # bytes a parameter, most of them in 4 bits
 ROOM = 1e9  # bytes of memory beside the weights: two processes with their libraries, activations
+WRITING_S = 3600.0  # at most, for 15 GB
+PATIENCE_S = 1800.0  # with others that take the memory meanwhile
 Step = Callable[[str], None]
 
 
@@ -58,22 +62,42 @@ def describe(point: Point) -> Both:
 # What there must be room for
 
 
-def check_room(point: Point, both: Both, folder: Path, in_torch: bool) -> None:
-    """Raises UserError where disk or memory are too small."""
-    numbers, left = both.dense.parameters, both.compressed.parameters  # of the latter no more than a byte each
-    disk = 1.05 * (2 * numbers + left * (2 if point.elsewhere else 1))
-    if (room := shutil.disk_usage(folder).free) < disk:
+def check_disk(point: Point, both: Both, folder: Path) -> None:
+    """Raises UserError where the disk is too small for the graphs."""
+    left = both.compressed.parameters * (2 if point.elsewhere else 1)  # no more than a byte each
+    disk = 1.05 * (2 * both.dense.parameters + left)
+    if (free := shutil.disk_usage(folder).free) < disk:
         raise UserError(
             f"expected {disk / 1e9:.1f} GB of room in {folder} for the graphs of {point.name}, found "
-            f"{room / 1e9:.1f} GB; make some, or choose another place with --work"
+            f"{free / 1e9:.1f} GB; make some, or choose another place with --work"
         )
-    needed = max(resident(point, both), 2.0 * numbers if in_torch else 0.0) + COMPRESSED * left + ROOM
-    if (free := available()) < needed:
-        advice = "end other programs" if needed < total() else "use a larger machine, or another --runtime"
+
+
+def needed(both: Both, weights: float) -> float:
+    """Bytes of memory for a dense policy with so many bytes of weights at work, and the compressed one beside it."""
+    return weights + COMPRESSED * both.compressed.parameters + ROOM
+
+
+def check_memory(point: Point, size: float) -> None:
+    """Raises UserError where less memory is available."""
+    if (free := available()) < size:
+        advice = "end other programs" if size < total() else "use a larger machine, or another --runtime"
         raise UserError(
-            f"expected {needed / 1e9:.1f} GB of memory for {point.name} on {point.runtime}, found {free / 1e9:.1f} GB; "
+            f"expected {size / 1e9:.1f} GB of memory for {point.name} on {point.runtime}, found {free / 1e9:.1f} GB; "
             f"{advice}"
         )
+
+
+def wait_for_memory(point: Point, size: float, step: Step) -> None:
+    """Until so much is available: others may have taken it while the graphs were made, and may soon give it back.
+
+    Raises UserError if they do not.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while available() < size and time.monotonic() < until:
+        step(f"waiting for {size / 1e9:.1f} GB of memory, {available() / 1e9:.1f} GB are free")
+        time.sleep(min(PATIENCE_S, 10.0))
+    check_memory(point, size)
 
 
 def resident(point: Point, both: Both) -> float:
@@ -111,9 +135,11 @@ def make(point: Point, both: Both, folder: Path, step: Step) -> dict[str, Artifa
         graphs["elsewhere"] = (both.compressed, *point.elsewhere)
     graphs["dense"] = (both.dense, point.runtime, point.dense)
     found = {}
-    for name, (manifest, runtime, precision) in graphs.items():
-        step(f"writing graphs for {runtime}, {name} ({manifest.parameters / 1e9:.2f} billion parameters)")
-        found[name] = random_weights.write(folder / name, manifest, runtime, precision)
+    with Workers(1) as worker:  # what a process has freed it does not always give back
+        for name, (manifest, runtime, precision) in graphs.items():
+            step(f"writing graphs for {runtime}, {name} ({manifest.parameters / 1e9:.2f} billion parameters)")
+            job = (folder / name, manifest, runtime, precision)
+            (found[name],) = (artifact for _, artifact in worker.run(random_weights.write_job, [job], WRITING_S))
     return found
 
 
@@ -161,17 +187,21 @@ def run(
     """Makes both in ``folder``, measures, deletes them, and gives the result. Raises UserError without room."""
     step("shapes")
     both = describe(point)
-    check_room(point, both, folder, in_torch)
+    check_disk(point, both, folder)
+    own, torchs = needed(both, resident(point, both)), needed(both, 2.0 * both.dense.parameters)
+    check_memory(point, max(own, torchs) if in_torch else own)
     try:
         artifacts = make(point, both, folder, step)
         step("bandwidth and products of this machine")
         peaks = [roofline.measure(threads)]
         opened = starts(artifacts, threads)
+        wait_for_memory(point, own, step)
         pair = turns({name: opened[name] for name in ("dense", "compressed")}, rounds, step)
         shutil.rmtree(artifacts["dense"].path)
         peaks.append(roofline.measure(threads))
         other = None
         if in_torch:
+            wait_for_memory(point, torchs, step)
             given = (both.dense.policy, both.dense.towers, threads, WORDS)
             opened["torch"] = lambda: Arm("the dense policy in torch", arms.in_torch, given)
             competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))

@@ -94,6 +94,11 @@ def write(out: Path, policy: Manifest, target: str, precision: str | Mapping[str
     return artifacts.load(out, verify=())
 
 
+def write_job(job: tuple[Path, Manifest, str, str | Mapping[str, str]]) -> Artifact:
+    """``write``, of another process."""
+    return write(*job)
+
+
 def write_tokenizer(path: Path, spec: PolicySpec) -> None:
     """The word w7 is token 7."""
     words = {f"w{i}": i for i in range(min(int(spec.geometry.get("vocabulary", 1)), 1000))}
