@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrc.compressor.fill import filled, filled_towers
+from rlrc.compressor.fill import filled, filled_towers, unfilled
 from rlrc.compressor.official import Options, open_folder, read, read_hints
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.compressor.quantize import QuantizeConfig, chosen_bits
@@ -50,11 +50,11 @@ def narrow(policy: Policy, channels: int) -> Policy:
 
 @pytest.mark.parametrize("name", ["openvla", "openvla-oft-l1", "pi0", "smolvla"])
 def test_same_actions_and_rows_in_4_bits(name: str) -> None:
-    policy = narrow(policy_of(name), 40)
+    policy = narrow(policy_of(name), 60)
     wide, report = filled(policy)
     assert {layer.mlp for tower in wide.towers.values() for layer in tower.layers} == {64}
     depth = {tower: len(spec.layers) for tower, spec in policy.towers.items()}
-    assert report == {"channels_of_zeros": {tower: 24 * layers for tower, layers in depth.items()}}
+    assert report == {"channels_of_zeros": {tower: 4 * layers for tower, layers in depth.items()}}
     with torch.no_grad():
         before, after = policy.act(inputs_of(policy)), wide.act(inputs_of(policy))
     assert torch.allclose(before.actions, after.actions, atol=1e-5, rtol=1e-5)
@@ -67,3 +67,20 @@ def test_nothing_to_fill_is_the_policy_itself() -> None:
     policy = narrow(policy_of("openvla"), 64)
     assert filled(policy) == (policy, {})
     assert filled_towers(policy.towers) == policy.towers
+
+
+def test_what_is_far_from_filling_a_group_stays() -> None:
+    policy = narrow(policy_of("openvla"), 40)
+    assert filled(policy) == (policy, {})
+
+
+def test_only_zeros_are_taken_off_again() -> None:
+    policy = narrow(policy_of("openvla"), 60)
+    wide, _ = filled(policy)
+    back = unfilled(wide, policy.towers)
+    given, found = policy.state_dict(), back.state_dict()
+    assert given.keys() == found.keys()
+    assert all(torch.equal(given[name], found[name]) for name in given)
+    with torch.no_grad():
+        wide.get_parameter("decoder.layers.0.mlp.down.weight")[0, 63] = 1.0
+    assert unfilled(wide, policy.towers) is wide

@@ -210,7 +210,10 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
             {"env": None, "replay": Path("set"), "strategy": "synchronous"},
             "expected a strategy that does not wait, as no recording does, found synchronous",
         ),
-        ({"hz": 0.0, "log": Path("/tmp/never/log.jsonl")}, "expected --env without --record and --log at --hz 0"),
+        (
+            {"hz": 0.0, "log": Path("/tmp/never/log.jsonl")},
+            "expected --env without --record, --log, --port and --rearm at --hz 0",
+        ),
         (
             {"env": None, "driver": "nowhere:robot", "profile": "ur5e"},
             "expected a driver MODULE:FUNCTION, found nowhere",

@@ -1,7 +1,8 @@
 """MLPs widened by channels of zeros, so that all their rows fill the groups of the grid and can be quantized.
 
 SigLIP's MLPs have 4304 channels, which is no multiple of 32: the rows of their second layers, a third of the tower,
-would stay in 16 bits. With 16 channels more (0.4 %) they take 4 or 8. Every activation here is zero at zero and nothing
+would stay in 16 bits. With 16 channels more (0.4 %) they take 4 or 8. Where many would have to be added, those would
+take more than they save, and nothing is. Every activation here is zero at zero and nothing
 reads a channel of zeros, so the actions are the same.
 """
 
@@ -18,13 +19,21 @@ from rlrc.compressor import backbones
 from rlrc.compressor.grid import GROUP
 from rlrc.compressor.policy import Policy
 
+MOST = 1.25
+"""times as many channels: at 1.29 three layers in 8 bits take what two in 8 and one in 16 did"""
+
 
 def filled_towers(towers: dict[str, TowerSpec]) -> dict[str, TowerSpec]:
-    """The same towers, MLPs as wide as the next multiple of the groups."""
+    """The same towers, MLPs as wide as the next multiple of the groups if that is not far."""
     return {
-        name: replace(tower, layers=tuple(replace(layer, mlp=-(-layer.mlp // GROUP) * GROUP) for layer in tower.layers))
+        name: replace(tower, layers=tuple(replace(layer, mlp=_filled(layer.mlp)) for layer in tower.layers))
         for name, tower in towers.items()
     }
+
+
+def _filled(channels: int) -> int:
+    wide = -(-channels // GROUP) * GROUP
+    return wide if wide <= MOST * channels else channels
 
 
 def filled(policy: Policy) -> tuple[Policy, dict[str, Any]]:
@@ -52,3 +61,19 @@ def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Zeros after the last entry of every dimension that is to be longer."""
     missing = [wanted - found for wanted, found in zip(shape, tensor.shape, strict=True)]
     return F.pad(tensor, [size for more in reversed(missing) for size in (0, more)])
+
+
+def unfilled(policy: Policy, towers: dict[str, TowerSpec]) -> Policy:
+    """The policy that was ``filled`` from these towers, or itself where it was not: only channels of zeros go."""
+    if policy.towers == towers or policy.towers != filled_towers(towers):
+        return policy
+    with torch.device("meta"):
+        result = backbones.build(policy.spec, towers)
+    given, state = policy.state_dict(), {}
+    for name, wanted in result.state_dict().items():
+        cut = given[name][tuple(slice(size) for size in wanted.shape)]
+        if torch.count_nonzero(given[name]) != torch.count_nonzero(cut):
+            return policy  # what was added has learned something since
+        state[name] = cut
+    result.load_state_dict(state, assign=True)
+    return result.train(policy.training)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor import official, weights
+from rlrc.compressor.fill import unfilled
 from rlrc.compressor.official import Folder, Options
 from rlrc.compressor.policy import Layout, Policy
 from rlrc.compressor.weights import Tensors
@@ -29,6 +30,7 @@ def write_official(policy: Policy, like: Folder, out: Path, options: Options | N
     layout = module.layout(like, options or Options())
     expected = official.build(module, layout)
     official.check(like, layout, expected)
+    policy = unfilled(policy, expected.towers)
     _check_geometry(policy, expected, like)
     files, state = official.sources(like, layout), policy.state_dict()
     with appearing(out) as partial:

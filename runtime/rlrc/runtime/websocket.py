@@ -18,7 +18,7 @@ from time import monotonic
 from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
-from websockets.protocol import OPEN
+from websockets.protocol import CONNECTING, OPEN
 from websockets.uri import parse_uri
 
 PINGED_S = 5.0  # how often pings are looked for; servers wait for twenty seconds
@@ -83,7 +83,7 @@ class WebSocket:
         request.headers.update(headers)
         self._protocol.send_request(request)
         self._flush(deadline)
-        while self._protocol.state is not OPEN:
+        while self._protocol.state is CONNECTING:  # a server may close at once: that is told to who asks
             if self._protocol.handshake_exc is not None:
                 raise self._protocol.handshake_exc
             if self._ended:
