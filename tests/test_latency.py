@@ -34,7 +34,7 @@ class Clockwork:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up of one call: these tests are about what follows."""
-    monkeypatch.setattr(latency, "warm_up", lambda call: (1, bool(call() or True), 1.0))
+    monkeypatch.setattr(latency, "warm_up", lambda call, patience: (1, bool(call() or True), 1.0))
 
 
 @pytest.mark.usefixtures("steady")

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 PARTS = ("preprocess", "vision", "prefix", "prefill", "decode", "steps", "decoder", "head", "postprocess")
 GRAPHS = {"vision": "vision", "prefix": "prefix", "step": "steps", "decoder": "prefill", "head": "head"}
 
+PATIENCE_S = 60.0  # of a warm-up: a policy that takes seconds is not called fifty times before its first trial
+
 
 @dataclass(frozen=True)
 class Trials:
@@ -65,12 +67,14 @@ def measure(
     block: int = 10,
     tick: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Trials]:
-    """Warm up every policy, then time ``trials`` calls of each (rounded up to whole blocks). ``tick`` gets how many
-    more are done."""
+    """Warm up every policy, for a minute at most, then time ``trials`` calls of each (rounded up to whole blocks).
+
+    ``tick`` gets how many more are done.
+    """
     if trials < 1 or block < 1:
         raise UserError(f"expected at least one trial and one trial a block, found {trials} and {block}; raise them")
     calls = {name: timed(policy, observations[name]) for name, policy in policies.items()}
-    warm = {name: warm_up(lambda call=call: call()[0])[:2] for name, call in calls.items()}  # type: ignore[misc]
+    warm = {name: warm_up(lambda call=call: call()[0], PATIENCE_S)[:2] for name, call in calls.items()}  # type: ignore[misc]
     taken: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in policies}
     for _ in range(math.ceil(trials / block)):
         for name, call in calls.items():

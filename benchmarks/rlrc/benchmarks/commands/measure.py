@@ -51,7 +51,11 @@ class Latency:
             figures += [f"{row['parts_ms'][part]['p50']:.3f}" if part in row["parts_ms"] else "" for part in parts]
             table.add_row(row["name"], *figures, f"{ratio:.2f}x")
         unstable = [row["name"] for row in rows if not row["warmup"]["stable"]]
-        note = f"the warm-up of {', '.join(unstable)} never became stable: the machine is busy" if unstable else ""
+        note = (
+            f"the warm-up of {', '.join(unstable)} did not become stable: the machine is busy, or the policy slow"
+            if unstable
+            else ""
+        )
         result = result_of("latency", rows, self.threads)
         if (during := board.summary(watched.readings())) is not None:
             result, note = result | {"board": during}, f"{board.told(during)}; {note}".rstrip("; ")
