@@ -4,7 +4,7 @@
 
 The committed reference policy in int4 has its ONNX graphs; all others are exported here. In GGUF, int4 is that of
 continuous actions only: activations are rounded to 8 bits there, and where a policy finds two distant tokens nearly
-alike, that decides, on one processor or another. A policy of random weights suffers more from it than a trained one.
+alike, that decides, on one processor or another.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(folder: Path, to: str = "onnx") -> None:
         int4 = folder / "weights" / f"{name}-int4"
         quiet = Options(evaluate=0, workers=1, threads=1)
         stages.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
-        export(artifacts.load(int4), folder / f"{name}-int4", (to,), "int4", 0.1 if to == "gguf" else None)
+        export(artifacts.load(int4), folder / f"{name}-int4", (to,), "int4")
         print(f"exported {name}", flush=True)
 
 

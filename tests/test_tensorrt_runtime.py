@@ -88,6 +88,21 @@ def test_repeated_passes_are_captured_once_and_replayed(of: OF) -> None:
     assert (machine.captures, machine.launches) == (3, 3 * steps - 2 + 2)
 
 
+def test_what_cannot_be_captured_is_run_every_time(of: OF) -> None:
+    class Uncapturable(Machine):
+        def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+            super().capture(enqueue)
+            raise NoAction("cudaStreamEndCapture failed: operation not permitted when stream is capturing")
+
+    artifact, machine = of("act"), Uncapturable()
+    found = LocalPolicy(artifact, backend="tensorrt", engine=Played(artifact, machine))
+    expected = LocalPolicy(artifact, backend="tensorrt", engine=StandIn(artifact))
+    observation = observations(artifact)[0]
+    for _ in range(5):
+        np.testing.assert_array_equal(found.infer(observation)["actions"], expected.infer(observation)["actions"])
+    assert (machine.captures, machine.launches) == (2, 0)  # vision and decoder, tried once
+
+
 def test_a_prefill_is_captured_although_keys_and_values_change_places(of: OF) -> None:
     """Tokens are not: every one has a longer past. The first action's memories are too small for its last tokens."""
     artifact, machine = of("openvla"), Machine()

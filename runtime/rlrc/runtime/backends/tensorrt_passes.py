@@ -7,6 +7,7 @@ IExecutionContext that is needed. What a policy gives and gets lies in memory th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -186,11 +187,10 @@ class Passes:
         step = prepared.repeats.next((prepared.shapes, prepared.addresses))
         if step == "run":
             prepared.captured = None
-            return execute()
         if step == "capture":
-            prepared.captured = self._device.capture(execute)
-        assert prepared.captured is not None
-        prepared.captured()
+            with suppress(NoAction):  # an engine that waits within a pass cannot be captured: it is run every time
+                prepared.captured = self._device.capture(execute)
+        (prepared.captured or execute)()
 
     def _keep(self, spec: GraphSpec, outputs: Shapes) -> None:
         for (graph, output), name in self._links.items():
