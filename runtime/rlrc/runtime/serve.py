@@ -96,7 +96,8 @@ class Serve:
             for name in self.protocol
         }
         logs.begin(self.log)
-        logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # every port scan is one
+        for name in ("openpi.frames", "openvla.requests"):  # every port scan is one
+            logging.getLogger(f"rlrc.runtime.servers.{name}").setLevel(logging.CRITICAL)
         failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
         return 0 if failure is None else check_failed(failure)
 

@@ -45,6 +45,12 @@ OPTIONS = (
     ("grpc.max_receive_message_length", 4 * 2**20),
     ("grpc.max_metadata_size", 8192),
     ("grpc.max_concurrent_streams", 8),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),  # without a request
+    ("grpc.keepalive_time_ms", 30_000),  # a peer that went away without a word is noticed
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 CODES = {
     "not ready": grpc.StatusCode.UNAVAILABLE,  # upon which LeRobot's client tries again

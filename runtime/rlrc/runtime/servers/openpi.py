@@ -12,6 +12,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -22,14 +23,16 @@ from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.frames import Connection
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, Access, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, status
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
 PROTOCOL = "openpi"
 SENT_S = 10.0  # longest time that a client may take to read an answer
+CLOSED_S = 2.0  # and to say that it has seen the connection end
 
 FromMap = Callable[[dict[Any, Any]], Any]
 
@@ -41,7 +44,7 @@ class OpenpiServer:
 
     def __init__(self, session: Session, observations: Observations, access: Access) -> None:
         self._session, self._observations, self._access = session, observations, access
-        self._clients = 0
+        self._entering, self._clients = Places(CONNECTIONS - CLIENTS, 0.0), Places(CLIENTS, PATIENCE_S)
         self._server: Server | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -57,6 +60,8 @@ class OpenpiServer:
                 compression=None,
                 max_size=LARGEST,
                 max_queue=1,
+                close_timeout=CLOSED_S,
+                create_connection=partial(Connection, came=self._came, gone=self._gone),  # type: ignore[arg-type]
                 logger=logging.getLogger(f"{__name__}.frames"),
             )
         except OSError as error:
@@ -68,6 +73,13 @@ class OpenpiServer:
             self._server.close()
             await self._server.wait_closed()
 
+    def _came(self, connection: Connection) -> None:
+        self._entering.take(connection, connection.transport.abort)  # for there is always one that has to leave
+
+    def _gone(self, connection: Connection) -> None:
+        self._entering.free(connection)
+        self._clients.free(connection)
+
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         authorization = request.headers.get("Authorization")
         told = status(request.path, self._session, self._access, authorization)
@@ -77,12 +89,12 @@ class OpenpiServer:
             return response
         if not self._access.allows(authorization):
             return connection.respond(401, "expected the header Authorization: Api-Key TOKEN\n")
-        if self._clients >= CLIENTS or self._session.draining:
+        if self._session.draining or not self._clients.take(connection, connection.transport.abort):
             return connection.respond(503, f"expected at most {CLIENTS} clients and no end in sight; try again later\n")
+        self._entering.free(connection)
         return None
 
     async def _serve(self, connection: ServerConnection) -> None:
-        self._clients += 1
         peer = connection.remote_address[0]
         try:
             await self._talk(connection)
@@ -95,8 +107,6 @@ class OpenpiServer:
         except Exception:
             log.exception("openpi client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             await _refuse(connection, "expected to answer, found a fault of the server; its log says more")
-        finally:
-            self._clients -= 1
 
     async def _talk(self, connection: ServerConnection) -> None:
         await self._loaded()
@@ -110,6 +120,7 @@ class OpenpiServer:
                 with self._session.answer(PROTOCOL):
                     result = await self._result(client, message, total_ms, from_map)
                     await _sent(connection, result)
+                self._clients.answered(connection)
                 total_ms = (perf_counter() - begun) * 1e3
 
     async def _loaded(self) -> None:

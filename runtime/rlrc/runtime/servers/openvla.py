@@ -14,6 +14,7 @@ import base64
 import json
 import logging
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from rlrc.errors import UserError
 from rlrc.runtime.servers.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, Access, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, status
 from rlrc.runtime.servers.session import LARGEST, Refused, Session
 
 PROTOCOL = "openvla"
 BODY_S = 10.0  # longest time that a client may take to send its request
+IDLE_S = 75.0  # between requests, and until the first has come
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +51,29 @@ class OpenvlaServer:
             )
         self._session, self._observations, self._access = session, observations, access
         self._client, self._busy = session.client(), 0
+        self._places = Places(CONNECTIONS, 0.0)
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
         """-> the port. Raises UserError if it is taken."""
         app = web.Application(client_max_size=LARGEST)
         app.router.add_post("/act", self._act)
         app.router.add_get("/{path:.*}", self._status)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
-        await self._runner.setup()
+        self._runner = runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
+        await runner.setup()
+        assert runner.server is not None
+        loop = asyncio.get_running_loop()
+        connection = partial(Connection, self._places, runner.server, loop)
         try:
-            await web.TCPSite(self._runner, host, port, ssl_context=self._access.tls).start()
+            self._listening = await loop.create_server(connection, host, port, ssl=self._access.tls)
         except OSError as error:
             raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
-        return int(self._runner.addresses[0][1])
+        return int(self._listening.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -85,7 +94,9 @@ class OpenvlaServer:
         try:
             body = await asyncio.wait_for(request.read(), BODY_S)
             with self._session.answer(PROTOCOL):
-                return web.Response(text=await self._answer(body), content_type="application/json")
+                answer = web.Response(text=await self._answer(body), content_type="application/json")
+            self._places.answered(request.protocol)
+            return answer
         except Refused as error:
             told = fields(protocol=PROTOCOL, client=request.remote, outcome=error.kind)
             log.info("openvla client %s: %s", request.remote, error, extra=told)
@@ -94,6 +105,10 @@ class OpenvlaServer:
             return web.Response(status=408, text=f"expected the request within {BODY_S:g} s\n")
         except web.HTTPException:
             raise  # such as 413
+        except ConnectionError:
+            told = fields(protocol=PROTOCOL, client=request.remote, outcome="gone")
+            log.info("openvla client %s: gone", request.remote, extra=told)
+            raise  # there is nobody to answer
         except Exception:
             told = fields(protocol=PROTOCOL, client=request.remote, outcome="fault")
             log.exception("openvla client %s", request.remote, extra=told)
@@ -110,6 +125,27 @@ class OpenvlaServer:
         rows = [_encoded(action) for action in chunk.actions]
         answer = json.dumps(rows if self._observations.mapping.chunks else rows[0])
         return json.dumps(answer) if twice else answer
+
+
+class Connection(web.RequestHandler):
+    """With a place as long as it lasts."""
+
+    __slots__ = ("_places",)
+
+    def __init__(self, places: Places, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
+        # Every port scan would be an error in the log with its traceback; our own are in ours.
+        quiet = logging.getLogger(f"{__name__}.requests")
+        super().__init__(server, loop=loop, access_log=None, logger=quiet, keepalive_timeout=IDLE_S)  # type: ignore[arg-type]
+        self._places = places
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if not self._places.take(self, self.force_close):
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._places.free(self)
+        super().connection_lost(exc)
 
 
 def _parsed(body: bytes) -> Any:

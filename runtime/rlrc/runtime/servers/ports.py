@@ -5,7 +5,8 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import ssl
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from rlrc.runtime.servers.metrics import CONTENT_TYPE
 from rlrc.runtime.servers.session import Session
 
 CLIENTS = 32  # at once, on a port
+CONNECTIONS = 128  # at once, on a port, those included that have not said yet what they want
+PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
+PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
 
 
@@ -31,6 +35,56 @@ class Access:
         scheme, _, given = (authorization or "").partition(" ")
         right = hmac.compare_digest(given.encode(), self.token.encode())
         return right and scheme.lower() in ("api-key", "bearer")
+
+
+class Allowance:
+    """So many at once, and one more every ``seconds``: of pings, which are answered at once."""
+
+    def __init__(self, number: int, seconds: float) -> None:
+        self._number, self._seconds = number, seconds
+        self._left, self._since = float(number), time.monotonic()
+
+    def spend(self) -> bool:
+        """-> whether there was one left."""
+        now = time.monotonic()
+        self._left = min(self._number, self._left + (now - self._since) / self._seconds) - 1
+        self._since = now
+        return self._left >= 0
+
+
+class Places:
+    """For so many connections. If all are taken, the one that came first and has had no answer for ``patience_s`` since
+    then leaves: who opens connections and does nothing keeps nobody out, and takes nobody's place who works.
+    """
+
+    def __init__(self, number: int, patience_s: float) -> None:
+        self._number, self._patience_s = number, patience_s
+        self._silent: dict[object, tuple[float, Callable[[], None]]] = {}  # in the order in which they came
+        self._answered: set[object] = set()
+
+    def take(self, who: object, leave: Callable[[], None]) -> bool:
+        """-> whether there is a place. ``leave`` ends the connection."""
+        if len(self._silent) + len(self._answered) >= self._number and not self._make_room():
+            return False
+        self._silent[who] = (time.monotonic(), leave)
+        return True
+
+    def answered(self, who: object) -> None:
+        if self._silent.pop(who, None) is not None:
+            self._answered.add(who)
+
+    def free(self, who: object) -> None:
+        """It may have none."""
+        self._silent.pop(who, None)
+        self._answered.discard(who)
+
+    def _make_room(self) -> bool:
+        first = next(iter(self._silent), None)
+        if first is None or time.monotonic() - self._silent[first][0] < self._patience_s:
+            return False
+        _, leave = self._silent.pop(first)
+        leave()
+        return True
 
 
 def access(host: str, token: str | None, certificate: Path | None, key: Path | None, insecure: bool) -> Access:

@@ -14,6 +14,7 @@ from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
 
 from rlrc.errors import UserError
+from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places
 
 Answer = Callable[[bytes], Awaitable[bytes]]
 
@@ -34,7 +35,7 @@ class Replier:
     """``connected(peer)`` gives what answers this peer's requests, one after the other, and never raises."""
 
     def __init__(self, connected: Callable[[str], Answer], largest: int, peers: int) -> None:
-        self._connected, self._largest, self._peers = connected, largest, peers
+        self._connected, self._largest, self._places = connected, largest, Places(peers, SECONDS)
         self._open: dict[asyncio.Task[None], StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
@@ -58,12 +59,12 @@ class Replier:
             task.cancel()
 
     def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
-        if len(self._open) >= self._peers:
+        if not self._places.take(writer, writer.transport.abort):
             writer.close()
             return
         task = asyncio.ensure_future(self._serve(reader, writer))
         self._open[task] = writer
-        task.add_done_callback(self._open.pop)
+        task.add_done_callback(lambda task: self._places.free(self._open.pop(task)))
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         peer = str(writer.get_extra_info("peername", ("",))[0])
@@ -79,14 +80,19 @@ class Replier:
             writer.transport.abort()  # what it has not read by now it will not get
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter, answer: Answer) -> None:
+        pings = Allowance(PINGS, PING_S)
         while True:
+            await asyncio.sleep(0)  # the others' turn, even if the next request is there already
             first = await reader.readexactly(1)  # as long as it takes
             request = await asyncio.wait_for(self._request(reader, writer, first[0]), SECONDS)
             if request is None:
+                if not pings.spend():
+                    raise Broken("expected a ping a second, found more; send fewer")
                 continue
             answered = await answer(request)
             writer.write(_framed(MORE, b"") + _framed(0, answered))
             await asyncio.wait_for(writer.drain(), SECONDS)
+            self._places.answered(writer)
 
     async def _request(self, reader: StreamReader, writer: StreamWriter, flags: int) -> bytes | None:
         """Its body; None if it was a command."""

@@ -1,0 +1,272 @@
+"""Fifteen honest clients and a malicious one at `rlrc serve` with all four protocols: does it hurt the honest ones?
+
+    python scripts/load.py reference/compressed --minutes 10 --out benchmarks/results/serving_load.json
+
+Three phases: one honest client alone (a quarter of the time), the honest ones (half of it), and those beside the
+malicious one (--minutes). The honest ones ask at a rate at which the policy is busy a fifth of the time, all phases the
+same. What is asked of the server: the p99 of the honest ones beside the malicious one is at most ``ALLOWED`` of that
+without it. Against the p99 of the one alone, it tells of the queue for one policy, too, in which fifteen meet.
+Exit code 1: the server did not keep that, grew, refused an honest client, or ended.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import load_attacks
+import numpy as np
+import tyro
+from load_clients import OPEN, Client, Watch, inference_seconds, observation_of, once
+from tyro.conf import Positional
+
+from rlrc import artifact as artifacts
+from rlrc.benchmarks import machine
+from rlrc.benchmarks.commands.output import progress
+from rlrc.benchmarks.results import check_out, dump, write
+from rlrc.errors import UserError
+from rlrc.runtime.client import RemotePolicy
+from rlrc.runtime.servers import arrays
+
+HONEST = ("openpi",) * 13 + ("openvla", "gr00t")
+BUSY = 0.2  # of the policy's time
+ALLOWED = 1.5
+GROWTH_MB = 64.0  # of the server's memory after the first minute beside the malicious client, for what it keeps of it
+SETTLED_S = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """`rlrc serve` as an operator starts it, ports of the loopback that were free."""
+
+    process: subprocess.Popen[str]
+    ports: dict[str, int]
+    log: Path
+
+
+@contextmanager
+def served(artifact: Path, log: Path) -> Iterator[Server]:
+    """Raises UserError if it does not get ready."""
+    command = [sys.executable, "-m", "rlrc.runtime.cli", "serve", str(artifact), "--port", "0", "--protocol", *OPEN]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with log.open("w") as complaints:
+        process = subprocess.Popen(
+            [*command, "--mapping", "openvla", "openvla-oft", "--waiting", str(len(HONEST) + 1)],
+            env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline()]
+        while lines[-1] and not lines[-1].startswith("ready:"):
+            lines.append(process.stdout.readline())
+        if not lines[-1]:
+            raise UserError(f"expected a server that gets ready, found: {log.read_text()[-300:].strip()}; see above")
+        ports = {name: int(line.split()[1].rpartition(":")[2]) for name, line in zip(OPEN, lines, strict=False)}
+        yield Server(process, ports, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def main(
+    artifact: Positional[Path],
+    minutes: float = 10.0,
+    out: Path | None = None,
+    force: bool = False,
+) -> int:
+    """Needs the extra "serve", and pyzmq of "dev"."""
+    check_out(out, force)
+    if minutes <= 0:
+        raise UserError(f"expected minutes above 0, found {minutes:g}; give more")
+    observation = observation_of(artifacts.load(artifact, verify=()).manifest.policy)
+    seconds = minutes * 60
+    with tempfile.TemporaryDirectory() as folder, served(artifact, Path(folder) / "server.log") as server:
+        ports = server.ports
+        period_s = len(HONEST) * inference_s(ports["openpi"], observation) / BUSY
+        with progress("seconds", round(seconds * 1.75)) as tick:
+            alone = phase("alone", HONEST[:1], server, observation, period_s, seconds / 4, tick)
+            before = phase("honest", HONEST, server, observation, period_s, seconds / 2, tick)
+            with Watch(server.process.pid, ports["openpi"], observation) as watch, malicious(ports, observation) as did:
+                beside = phase("honest and malicious", HONEST, server, observation, period_s, seconds, tick)
+        rows, memory = [alone, before, beside], grown(watch.samples, seconds)
+        afterwards = after(server, observation)
+    ratios = {
+        "p99_beside_malicious_to_honest": beside["p99_ms"] / before["p99_ms"],
+        "p99_honest_to_alone": before["p99_ms"] / alone["p99_ms"],
+        "p99_beside_malicious_to_alone": beside["p99_ms"] / alone["p99_ms"],
+    }
+    failed = faults(ratios, memory, rows, watch.newcomers, afterwards)
+    result = {
+        "kind": "load",
+        "command": f"python scripts/load.py {machine.command().removeprefix('rlrc ')}",
+        "machine": machine.describe(1),
+        "compared": "p99_beside_malicious_to_honest",
+        "allowed": ALLOWED,
+        "ratios": ratios,
+        "failed": failed,
+        "period_s": period_s,
+        "rows": rows,
+        "newcomers": watch.newcomers,
+        "malicious": did,
+        "memory": memory,
+        "afterwards": afterwards,
+    }
+    if out is not None:
+        write(out, dump(result))
+    tell(result)
+    return int(bool(failed))
+
+
+def inference_s(port: int, observation: Mapping[str, Any]) -> float:
+    """What the policy needs for one."""
+    with RemotePolicy(f"ws://127.0.0.1:{port}", timeout_s=30) as policy:
+        return statistics.median(policy.infer(observation)["timing"]["decoder_ms"] for _ in range(50)) / 1e3
+
+
+def phase(
+    name: str,
+    protocols: Sequence[str],
+    server: Server,
+    observation: Mapping[str, Any],
+    period_s: float,
+    seconds: float,
+    tick: Callable[[int], None],
+) -> dict[str, Any]:
+    """So many honest clients for so long: -> a row of the result."""
+    clients = [Client(protocol) for protocol in protocols]
+    threads = [
+        threading.Thread(
+            target=client.run, args=(server.ports[client.protocol], observation, period_s, seconds, number)
+        )
+        for number, client in enumerate(clients)
+    ]
+    worked, begun, shown = inference_seconds(server.ports["openpi"]), time.monotonic(), 0
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(1.0)
+            now = min(round(time.monotonic() - begun), round(seconds))
+            tick(now - shown)
+            shown = now
+    lasted = time.monotonic() - begun
+    worked = inference_seconds(server.ports["openpi"]) - worked
+    refused = sum((client.refused for client in clients), Counter[str]())
+    return {
+        "name": name,
+        "clients": len(clients),
+        "seconds": round(lasted, 1),
+        "busy": round(worked / lasted, 3),
+        "load": os.getloadavg()[0],
+        **percentiles([value for client in clients for value in client.milliseconds]),
+        "refused": refused,
+        "skipped": sum(client.skipped for client in clients),
+        "each": [{"protocol": client.protocol, **percentiles(client.milliseconds)} for client in clients],
+    }
+
+
+def percentiles(milliseconds: list[float]) -> dict[str, float]:
+    if not milliseconds:
+        raise UserError("expected answers to an honest client, found none; look at the server's log")
+    p50, p99, most = np.percentile(milliseconds, (50, 99, 100)).round(3).tolist()
+    return {"calls": len(milliseconds), "p50_ms": p50, "p99_ms": p99, "max_ms": most}
+
+
+@contextmanager
+def malicious(ports: Mapping[str, int], observation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """In a process of its own. What it did is in the map at the end."""
+    context = multiprocessing.get_context("spawn")
+    ending, results, did = context.Event(), context.SimpleQueue(), {}
+    arguments = (dict(ports), arrays.pack(dict(observation)), ending, results)
+    process = context.Process(target=load_attacks.run, args=arguments)
+    process.start()
+    try:
+        yield did
+        ending.set()
+        did |= results.get()
+        process.join()
+    finally:
+        process.kill()
+
+
+def grown(samples: list[dict[str, float]], seconds: float) -> dict[str, Any]:
+    """What the server took beside the malicious client, in MB, and by how much more than after the first minute."""
+    settled = next(one for one in samples if one["seconds"] >= min(SETTLED_S, seconds / 2))
+    later = [one for one in samples if one["seconds"] >= settled["seconds"]]
+    return {
+        "server_growth_mb": round(max(one["server_mb"] for one in later) - settled["server_mb"], 1),
+        "inference_growth_mb": round(max(one["inference_mb"] for one in later) - settled["inference_mb"], 1),
+        "server_most_mb": max(one["server_mb"] for one in samples),
+        "most_files": max(one["files"] for one in samples),
+        "samples": [list(one.values()) for one in samples],
+        "columns": list(samples[0]),
+    }
+
+
+def after(server: Server, observation: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether every protocol still answers, and how the server ends when it is told to."""
+    answers = {name: once(name, port, observation) or "answered" for name, port in server.ports.items()}
+    server.process.send_signal(signal.SIGTERM)
+    code = server.process.wait(30)
+    log = server.log.read_text(errors="replace")
+    tracebacks = log.count("Traceback (most recent call last)")
+    if tracebacks:
+        print(log[log.index("Traceback") :][:3000], file=sys.stderr)
+    return {"answers": answers, "exit_code": code, "tracebacks": tracebacks, "log_bytes": len(log)}
+
+
+def faults(
+    ratios: Mapping[str, float],
+    memory: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    newcomers: Mapping[str, int],
+    afterwards: Mapping[str, Any],
+) -> list[str]:
+    """What the server did not keep."""
+    refused = sum(sum(row["refused"].values()) for row in rows)
+    turned_away = sum(newcomers.values()) - newcomers["answered"]
+    answers = set(afterwards["answers"].values())
+    ratio = ratios["p99_beside_malicious_to_honest"]
+    checks = {
+        f"p99 {ratio:.2f} of that without the malicious client": ratio <= ALLOWED,
+        f"{memory['server_growth_mb']} MB more after the first minute": memory["server_growth_mb"] <= GROWTH_MB,
+        f"{refused} honest observations refused": refused == 0,
+        f"{turned_away} new clients turned away": turned_away == 0,
+        f"afterwards {afterwards['answers']}": answers == {"answered"},
+        f"exit code {afterwards['exit_code']}": afterwards["exit_code"] == 0,
+        f"{afterwards['tracebacks']} tracebacks in the log": afterwards["tracebacks"] == 0,
+    }
+    return [what for what, kept in checks.items() if not kept]
+
+
+def tell(result: Mapping[str, Any]) -> None:
+    for row in result["rows"]:
+        print(f"{row['name']}: p50 {row['p50_ms']:.1f}, p99 {row['p99_ms']:.1f} ms, {row['calls']} calls, "
+              f"{sum(row['refused'].values())} refused, policy busy {row['busy']:.0%}")  # fmt: skip
+    for name, ratio in result["ratios"].items():
+        print(f"{name}: {ratio:.2f}" + (f" (allowed: {ALLOWED})" if name == result["compared"] else ""))
+    memory = {name: value for name, value in result["memory"].items() if name not in ("samples", "columns")}
+    print(f"malicious: {result['malicious']}", f"newcomers: {dict(result['newcomers'])}", memory, sep="\n")
+    print(f"afterwards: {result['afterwards']}", f"failed: {result['failed'] or 'nothing'}", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
