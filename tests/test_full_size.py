@@ -14,7 +14,7 @@ import torch
 
 from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySpec, PromptSpec, TokenSpec, TowerSpec
 from rlrc.benchmarks import full_size, operating_points, random_weights, roofline
-from rlrc.benchmarks.arms import Arm
+from rlrc.benchmarks.arms import Action, Arm
 from rlrc.benchmarks.claims import thresholds
 from rlrc.benchmarks.operating_points import Point, point
 from rlrc.benchmarks.roofline import Peaks
@@ -24,7 +24,7 @@ from rlrc.runtime.cli import main
 QUIET = lambda _: None  # noqa: E731
 WHOLE, CUT = LayerSpec(4, 4, 16, 96), LayerSpec(1, 1, 16, 32)
 TOWERS = {
-    "vision": TowerSpec(32, (LayerSpec(2, 2, 16, 40),) * 2, eps=1e-6),
+    "vision": TowerSpec(32, (LayerSpec(2, 2, 16, 120),) * 2, eps=1e-6),
     "decoder": TowerSpec(64, (WHOLE,) * 4),
 }
 NAMES = ("x", "y", "grip")
@@ -51,9 +51,9 @@ def test_what_is_compared(small: Point) -> None:
     assert both.dense.towers == TOWERS
     assert both.dense.quantization is None
     cut = both.compressed
-    # A tenth of 96 channels is one group of 32, of 4 heads one; 40 channels of vision fill two groups, 64.
+    # A tenth of 96 channels is one group of 32, of 4 heads one; 8 channels fill the last group of vision's 120.
     assert cut.towers["decoder"].layers == (WHOLE, CUT, CUT, WHOLE)
-    assert {layer.mlp for layer in cut.towers["vision"].layers} == {64}
+    assert {layer.mlp for layer in cut.towers["vision"].layers} == {128}
     assert cut.policy.action.tokens == TokenSpec(32, 64, 95)  # the head has rows for its 31 bins and one more
     assert cut.quantization is not None
     bits = cut.quantization.tensors
@@ -154,6 +154,34 @@ def test_resident_by_hand(small: Point) -> None:
     assert full_size.resident(small, both) == 2 * narrow + 4 * (numbers - narrow)
     on_gguf = replace(small, runtime="gguf")
     assert full_size.resident(on_gguf, both) == 2 * (narrow + blocks) + 4 * (numbers - narrow - blocks)
+
+
+class Short:
+    """An arm that reads weights from the disk in so many of its first actions."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.actions = times, 0
+
+    def act(self) -> Action:
+        self.actions += 1
+        return Action(float(self.actions), {"vision": 1.0}, 1.0, 5000 if self.actions <= self.times else 3)
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def test_rounds_in_which_memory_was_short_do_not_count() -> None:
+    steps: list[str] = []
+    opened: Any = {"dense": lambda: Short(3), "compressed": lambda: Short(0)}
+    trials = full_size.turns(opened, 2, steps.append)
+    # The first action of each is no trial, the second and third were in need of memory.
+    assert trials.totals("dense") == trials.totals("compressed") == [4.0, 5.0]
+    assert (trials.repeated, len(trials.load)) == (2, 2)
+    assert steps.count("round 1 is repeated: memory was short") == 2
+    with pytest.raises(UserError, match="21 rounds had to read them from the disk again"):
+        full_size.turns({"dense": lambda: Short(99)}, 2, QUIET)  # type: ignore[dict-item, return-value]
 
 
 # The operating points

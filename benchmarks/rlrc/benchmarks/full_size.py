@@ -19,7 +19,7 @@ from typing import Any
 
 from rlrc.artifact import Artifact, Manifest
 from rlrc.benchmarks import arms, full_size_result, roofline
-from rlrc.benchmarks.arms import Arm
+from rlrc.benchmarks.arms import Action, Arm
 from rlrc.benchmarks.claims import Thresholds
 from rlrc.benchmarks.full_size_result import WORDS, Trials
 from rlrc.benchmarks.operating_points import Point
@@ -33,6 +33,8 @@ COMPRESSED = 0.75  # bytes a parameter, most of them in 4 bits
 ROOM = 1e9  # bytes of memory beside the weights: two processes with their libraries, activations
 WRITING_S = 3600.0  # at most, for 15 GB
 PATIENCE_S = 1800.0  # with others that take the memory meanwhile
+FAULTS = 1000  # pages of weights that a round may read from the disk: 4 MB
+REPEATED = 20  # rounds, at most
 Step = Callable[[str], None]
 
 
@@ -144,17 +146,33 @@ def make(point: Point, both: Both, folder: Path, step: Step) -> dict[str, Artifa
 
 
 def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, tell: Sequence[str] = ()) -> Trials:
-    """Every arm one action a round, after one that is not counted; ``tell``: whose products are measured as well."""
+    """Every arm one action a round, after one that is not counted; ``tell``: whose products are measured as well.
+
+    A round in which weights had to be read from the disk again, for others needed the memory, is repeated. Raises
+    UserError if that goes on.
+    """
     with running(opened, step) as arms_:
         trials = Trials({name: [] for name in arms_})
         for name, arm in arms_.items():
             step(f"first action of {name}")
             arm.act()
-        for i in range(rounds):
-            trials.load.append(round(os.getloadavg()[0], 2))
+        while len(trials.load) < rounds:
+            load, done = round(os.getloadavg()[0], 2), dict[str, Action]()
             for name, arm in arms_.items():
-                step(f"round {i + 1} of {rounds}: {name}")
-                trials.actions[name].append(arm.act())
+                step(f"round {len(trials.load) + 1} of {rounds}: {name}")
+                done[name] = arm.act()
+            if max(action.faults for action in done.values()) > FAULTS:
+                trials.repeated += 1
+                step(f"round {len(trials.load) + 1} is repeated: memory was short")
+                if trials.repeated > REPEATED:
+                    raise UserError(
+                        f"expected memory for all weights at once, found that {trials.repeated} rounds had to read "
+                        "them from the disk again; end other programs"
+                    )
+                continue
+            trials.load.append(load)
+            for name, action in done.items():
+                trials.actions[name].append(action)
         for name, arm in arms_.items():
             trials.memory[name] = arm.memory()
         trials.peak = {name: arms_[name].peak() for name in tell}

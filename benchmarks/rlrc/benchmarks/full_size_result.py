@@ -19,12 +19,16 @@ WORDS = 20  # of the instruction: OpenVLA's prompt is about so long
 
 @dataclass
 class Trials:
-    """Actions of the arms of one interleaved run, in order, and the load average before each round."""
+    """Actions of the arms of one interleaved run, in order, and the load average before each round.
+
+    ``repeated``: how many rounds do not count, see full_size.turns.
+    """
 
     actions: dict[str, list[Action]]
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
     peak: dict[str, float] = field(default_factory=dict)
+    repeated: int = 0
 
     def totals(self, name: str) -> list[float]:
         return [action.total for action in self.actions[name]]
@@ -96,6 +100,7 @@ def result(
         "pruned": claims.pruned(manifests["compressed"].towers["decoder"], manifests["dense"].towers["decoder"])
         | {"whole_policy": round(1 - manifests["compressed"].parameters / manifests["dense"].parameters, 4)},
         "instruction_tokens": WORDS,
+        "rounds_repeated": pair.repeated + (other.repeated if other else 0),
         "load": pair.load + (other.load if other else []),
         "roofline": peaks.record(),
         "thresholds": asdict(limits),
