@@ -1,4 +1,4 @@
-"""Ours against what one would use instead: the same weights and inputs, one chunk each in turn, round after round.
+"""Ours against what one would use instead: the same weights and inputs, in turns, round after round.
 
     python benchmarks/peers/race.py smolvla OUT.json [--lerobot PYTHON] [--threads 2] [--rounds 8] [--work FOLDER]
     python benchmarks/peers/race.py openvla OUT.json ...
@@ -136,6 +136,7 @@ def race(entered: list[Contestant], threads: int, rounds: int, say: Say) -> tupl
         load.append(round(os.getloadavg()[0], 2))
         say(f"round {i + 1} of {rounds}, load {load[-1]}")
         for one in running:
+            one.act()  # while it waited, the system may have taken memory back that it reads again now
             one.trial()
     return left_out, load
 
