@@ -53,8 +53,9 @@ class Attacker:
     def round(self) -> Iterator[None]:
         """Every step at every port once."""
         steps: tuple[Callable[[str], str], ...] = (
-            self.oversized, self.large, self.slow_writing, self.slow_reading, self.half_open, self.garbage,
-            self.garbage_inside, self.many, self.half_tls, self.other_protocol, self.unfinished, self.flood,
+            self.oversized, self.large, self.slow_writing, self.hoarding, self.slow_reading, self.half_open,
+            self.garbage, self.garbage_inside, self.many, self.half_tls, self.other_protocol, self.unfinished,
+            self.flood,
         )  # fmt: skip
         for step in steps:
             for protocol in self._ports:
@@ -98,6 +99,17 @@ class Attacker:
         connection = self._opened(protocol, begun[protocol])
         self._fed.append(connection)
         return self._kept(connection)
+
+    def hoarding(self, protocol: str) -> str:
+        """Half of a message that may be as large as it says, and never the rest."""
+        size, half = 15 * 2**20, bytes(8 * 2**20)
+        begun = {
+            "openpi": UPGRADE + b"\x82\xff" + size.to_bytes(8, "big") + bytes(4) + half,
+            "openvla": b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size + half,
+            "gr00t": GREETING + READY + b"\x01\x00\x02" + size.to_bytes(8, "big") + half,
+            "lerobot": PREFACE + b"\x00\x40\x00\x01\x04\x00\x00\x00\x01" + bytes(2**13),
+        }
+        return self._kept(self._opened(protocol, begun[protocol]))
 
     def slow_reading(self, protocol: str) -> str:
         """Asks for what it never reads, with no room to receive it in: answers, pongs, the metrics again and again."""

@@ -110,3 +110,25 @@ def test_an_allowance_grows_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allowance.spend()
     now[0] = 10.0
     assert [allowance.spend() for _ in range(2)] == [True, False]
+
+
+def test_what_was_refused_or_never_finished_is_let_go(served: Served) -> None:
+    """Exceptions and parsers are parts of cycles: their messages would stay until the garbage collector comes."""
+    size = 8 * 2**20
+    post = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
+    request = GREETING + READY + b"\x01\x00\x02" + size.to_bytes(8, "big")
+    message = UPGRADE + masked(0x2, b"\x91" * size) + masked(0x8, b"\x03\xe8")  # and says that it closes
+    begun = {"openpi": message, "openvla": post + bytes(size // 2), "gr00t": request + bytes(size // 2)}
+    for protocol, sent in begun.items():
+        before = memory(served)
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", served.ports[protocol]), 8) as connection:
+                connection.sendall(sent)
+                if protocol == "openpi":  # until it has been refused
+                    while connection.recv(2**16):
+                        pass
+        wait_for(lambda before=before: memory(served) < before + 5 * size)
+
+
+def memory(served: Served) -> int:
+    return int(Path(f"/proc/{served.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

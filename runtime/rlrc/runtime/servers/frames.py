@@ -15,7 +15,7 @@ from websockets.exceptions import ProtocolError
 from websockets.frames import CTRL_OPCODES, Frame
 from websockets.server import ServerProtocol
 
-from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance
+from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, forget
 
 FRAMES = 256  # of one read: 256 KiB in the smallest fragments that libraries make are fewer
 
@@ -63,3 +63,7 @@ class Connection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone(self)
         super().connection_lost(exc)
+        # The parser's frame holds the last message, until the garbage collector comes to it.
+        self.protocol.parser.close()
+        if self.protocol.parser_exc is not None:
+            forget(self.protocol.parser_exc)

@@ -27,7 +27,7 @@ from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.arrays import DIMENSIONS, DTYPE
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Columns, Observations, shown
-from rlrc.runtime.servers.ports import CLIENTS, Access
+from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.zmtp import Answer, Replier
 
@@ -85,6 +85,7 @@ class Gr00tServer:
             outcome = error.kind if isinstance(error, Refused) else "request"
             told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
             log.info("gr00t client %s: %s", peer, error, extra=told)
+            forget(error)
             return _packed({"error": str(error)})
         except Exception:
             log.exception("gr00t client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))

@@ -25,7 +25,7 @@ from rlrc.runtime.servers import pickles, protobuf
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations, shown
 from rlrc.runtime.servers.pickles import Call
-from rlrc.runtime.servers.ports import CLIENTS, Access
+from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 
 PROTOCOL = "lerobot"
@@ -235,8 +235,10 @@ class LerobotServer:
             try:
                 return await handle(peer, request)
             except UserError as error:
+                forget(error)
                 code, why, outcome = grpc.StatusCode.INVALID_ARGUMENT, str(error), "request"
             except Refused as error:
+                forget(error)
                 code, why = CODES.get(error.kind, grpc.StatusCode.FAILED_PRECONDITION), str(error)
                 outcome = error.kind
             except Exception:

@@ -26,7 +26,7 @@ from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.frames import Connection
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, forget, status
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
@@ -98,11 +98,13 @@ class OpenpiServer:
         peer = connection.remote_address[0]
         try:
             await self._talk(connection)
-        except (ConnectionClosed, asyncio.TimeoutError):
+        except (ConnectionClosed, asyncio.TimeoutError) as error:
+            forget(error)
             log.info("openpi client %s: gone", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="gone"))
         except Refused as error:
             told = fields(protocol=PROTOCOL, client=peer, outcome=error.kind)
             log.info("openpi client %s: %s", peer, error, extra=told)
+            forget(error)
             await _refuse(connection, str(error))
         except Exception:
             log.exception("openpi client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))

@@ -25,7 +25,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.servers.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, forget, status
 from rlrc.runtime.servers.session import LARGEST, Refused, Session
 
 PROTOCOL = "openvla"
@@ -100,12 +100,16 @@ class OpenvlaServer:
         except Refused as error:
             told = fields(protocol=PROTOCOL, client=request.remote, outcome=error.kind)
             log.info("openvla client %s: %s", request.remote, error, extra=told)
+            forget(error)
             return _error(str(error))
-        except asyncio.TimeoutError:
+        except asyncio.TimeoutError as error:
+            forget(error)
             return web.Response(status=408, text=f"expected the request within {BODY_S:g} s\n")
-        except web.HTTPException:
-            raise  # such as 413
-        except ConnectionError:
+        except web.HTTPException as error:
+            forget(error)
+            return web.Response(status=error.status, text=error.text)  # such as 413
+        except ConnectionError as error:
+            forget(error)
             told = fields(protocol=PROTOCOL, client=request.remote, outcome="gone")
             log.info("openvla client %s: gone", request.remote, extra=told)
             raise  # there is nobody to answer

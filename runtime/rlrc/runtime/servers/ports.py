@@ -37,6 +37,16 @@ class Access:
         return right and scheme.lower() in ("api-key", "bearer")
 
 
+def forget(error: BaseException) -> None:
+    """Lets go of what its traceback's frames hold, such as 16 MiB of a message: asyncio's and aiohttp's exceptions are
+    part of cycles, so that this would be freed when the garbage collector comes to it, after hundreds of them.
+    """
+    chained: BaseException | None = error
+    while chained is not None:
+        chained.__traceback__ = None
+        chained = chained.__cause__ or chained.__context__
+
+
 class Allowance:
     """So many at once, and one more every ``seconds``: of pings, which are answered at once."""
 

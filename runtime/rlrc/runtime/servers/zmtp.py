@@ -14,7 +14,7 @@ from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places
+from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places, forget
 
 Answer = Callable[[bytes], Awaitable[bytes]]
 
@@ -74,7 +74,8 @@ class Replier:
             await self._talk(reader, writer, self._connected(peer))
         except Broken as error:
             log.info("zmq client %s: %s", peer, error)
-        except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError) as error:
+            forget(error)
             log.info("zmq client %s: gone", peer)
         finally:
             writer.transport.abort()  # what it has not read by now it will not get
