@@ -111,6 +111,23 @@ def test_a_longer_sequence_gets_more_room(tmp_path: Path) -> None:
         np.testing.assert_allclose(model.run(x, length), in_torch(decoder, x, causal=False), rtol=0, atol=2e-5)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_4_bits_are_not_mapped_beside_what_is_made_of_them(tmp_path: Path) -> None:
+    """Floats are computed where they lie, in the page cache."""
+    tower = TowerSpec(256, (LayerSpec(8, 4, 32, 512),) * 2)
+    decoder, weights = random_decoder(tower)
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    result = quantize(state, QuantizeConfig(search=False))
+    integers = Weights(Tensors("the test", result.tensors), result.spec)
+    for precision, given, mapped in (("int4", integers, False), ("fp16", weights, True)):
+        path = tmp_path / f"{precision}.gguf"
+        gguf_file.write(path, given, tower, precision)
+        model = LlamaModel(path, 256, precision, causal=True, threads=1)
+        assert (str(path) in Path("/proc/self/maps").read_text()) == mapped
+        model.begin(40)
+        assert np.isfinite(model.run(vectors(tower), 40)).all()
+
+
 def test_k_quants_are_llama_cpps_own(tmp_path: Path) -> None:
     """4.8 bits a weight: nearer to the floats than round-to-nearest on groups of 32 in 4.5."""
     tower = TowerSpec(256, (LayerSpec(8, 4, 32, 512), LayerSpec(8, 8, 32, 256), LayerSpec(8, 4, 32, 512)))

@@ -77,10 +77,8 @@ class LlamaModel:
         params = self._lib.llama_model_default_params()
         if precision == "q4_k_m" and platform.machine() == "x86_64":
             params.use_extra_bufts = False  # the order that suits other formats' kernels takes 1.7 times as long here
-        if precision == "int4":
-            params.use_mmap = (
-                False  # its blocks are laid out anew for the kernels: a mapped file would stay beside them
-            )
+        if precision == "int4":  # its blocks are laid out anew for the kernels: a mapped file would stay beside them
+            params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise UserError(f"expected a model that llama.cpp loads, found {path}: {reason()}; export it again")
