@@ -114,20 +114,17 @@ def test_an_allowance_grows_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_refused_or_never_finished_is_let_go(served: Served) -> None:
     """Exceptions and parsers are parts of cycles: their messages would stay until the garbage collector comes."""
-    size = 8 * 2**20
-    post = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
-    request = GREETING + READY + b"\x01\x00\x02" + size.to_bytes(8, "big")
-    message = UPGRADE + masked(0x2, b"\x91" * size) + masked(0x8, b"\x03\xe8")  # and says that it closes
-    begun = {"openpi": message, "openvla": post + bytes(size // 2), "gr00t": request + bytes(size // 2)}
-    for protocol, sent in begun.items():
+    size, number = 12 * 2**20, 20
+    post = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (size + 1)
+    request = GREETING + READY + b"\x01\x00\x02" + (size + 1).to_bytes(8, "big")
+    refused = UPGRADE + masked(0x2, b"\x91" * size)
+    for protocol, sent in {"openvla": post + bytes(size), "gr00t": request + bytes(size), "openpi": refused}.items():
         before = memory(served)
-        for _ in range(20):
-            with socket.create_connection(("127.0.0.1", served.ports[protocol]), 8) as connection:
-                connection.sendall(sent)
-                if protocol == "openpi":  # until it has been refused
-                    while connection.recv(2**16):
-                        pass
-        wait_for(lambda before=before: memory(served) < before + 5 * size)
+        with ExitStack() as stack:
+            for _ in range(number):
+                connection = socket.create_connection(("127.0.0.1", served.ports[protocol]), 8)
+                stack.enter_context(connection).sendall(sent)
+        wait_for(lambda before=before: memory(served) < before + number * size // 3)
 
 
 def memory(served: Served) -> int:
