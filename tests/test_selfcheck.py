@@ -29,7 +29,7 @@ class Busy:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm-up of one call."""
-    monkeypatch.setattr(latency, "warm_up", lambda call: (1, bool(call() or True), 1.0))
+    monkeypatch.setattr(latency, "warm_up", lambda call, patience: (1, bool(call() or True), 1.0))
 
 
 @pytest.mark.parametrize(
