@@ -347,10 +347,19 @@ def test_a_session_that_is_killed_goes_on(toy_artifact: Path, tmp_path: Path, se
 
     with pytest.raises(ConnectionLost):
         place.shell.send(f"cat >> {place.path('large')}", large, 0, watch)
-    there = (tmp_path / "robot/large").stat().st_size
+    there = _settled(tmp_path / "robot/large")
     assert 0 <= there < large.stat().st_size
     place.persistently(lambda: place.shell.send(f"cat >> {place.path('large')}", large, there, lambda more: None))
     assert (tmp_path / "robot/large").read_bytes() == large.read_bytes()
+
+
+def _settled(file: Path) -> int:
+    """Its size once the writer, which outlives its session, has written what was in its pipe."""
+    size, before = file.stat().st_size, -1
+    while size != before:
+        time.sleep(0.5)
+        size, before = file.stat().st_size, size
+    return size
 
 
 def _kill_sessions(config: Path) -> None:
