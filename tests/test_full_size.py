@@ -107,6 +107,18 @@ def test_all_of_it(small: Point, tmp_path: Path) -> None:
     assert any("round 2 of 2: torch" in step for step in steps)
 
 
+def test_a_torch_that_dies_takes_nothing_along(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel ends it for want of memory: what was measured before stays, and nothing has passed."""
+    monkeypatch.setattr(full_size.arms, "in_torch", full_size_arms.dying_with)
+    result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), QUIET)
+    assert len(result["dense"]["trials_ms"]) == len(result["compressed"]["trials_ms"]) == 2
+    assert "torch" not in result
+    (check,) = (check for check in result["checks"] if "torch" in check["claim"])
+    assert (check["verdict"], check["value"], result["verdict"]) == ("NOT MEASURED", None, "FAIL")
+    assert "SIGKILL" in check["reason"]
+    assert json.loads(json.dumps(result)) == result
+
+
 def test_on_llama_cpp(small: Point, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     on_gguf = replace(small, runtime="gguf", elsewhere=("onnxruntime", {"vision": "int8", "decoder": "int4a8"}))

@@ -217,14 +217,17 @@ def run(
         pair = turns({name: opened[name] for name in ("dense", "compressed")}, rounds, step)
         shutil.rmtree(artifacts["dense"].path)
         peaks.append(roofline.measure(threads))
-        other = None
+        other: Trials | UserError | None = None
         if in_torch:
-            wait_for_memory(point, torchs, step)
             given = (both.dense.policy, both.dense.towers, threads, WORDS)
             opened["torch"] = lambda: Arm("the dense policy in torch", arms.in_torch, given)
             competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))
-            other = turns({name: opened[name] for name in competing}, rounds, step, ("torch",))
-            peaks += [roofline.measure(threads), roofline.Peaks(0.0, {"bf16": other.peak["torch"]})]
+            try:  # what was measured before is not lost with it
+                wait_for_memory(point, torchs, step)
+                other = turns({name: opened[name] for name in competing}, rounds, step, ("torch",))
+                peaks += [roofline.measure(threads), roofline.Peaks(0.0, {"bf16": other.peak["torch"]})]
+            except UserError as error:
+                other = error
         return full_size_result.result(point, artifacts, pair, other, roofline.best(peaks), threads, limits)
     finally:
         for name in ("dense", "compressed", "elsewhere"):

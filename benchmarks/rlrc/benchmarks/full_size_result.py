@@ -13,6 +13,7 @@ from rlrc.benchmarks.claims import Thresholds
 from rlrc.benchmarks.operating_points import Point
 from rlrc.benchmarks.results import precision, sizes
 from rlrc.benchmarks.stats import Estimate, percentiles, ratio_interval
+from rlrc.errors import UserError
 
 WORDS = 20  # of the instruction: OpenVLA's prompt is about so long
 
@@ -49,12 +50,15 @@ def result(
     point: Point,
     artifacts: Mapping[str, Artifact],
     pair: Trials,
-    other: Trials | None,
+    other: Trials | UserError | None,
     peaks: roofline.Peaks,
     threads: int,
     limits: Thresholds,
 ) -> dict[str, Any]:
-    """What the result file holds; `rlrc.benchmarks.claims` has the verdicts' rules."""
+    """What the result file holds; `rlrc.benchmarks.claims` has the verdicts' rules.
+
+    ``other``: the turns with torch, why they were not finished, or None where nobody asked for them.
+    """
     manifests = {name: artifact.manifest for name, artifact in artifacts.items()}
     rows = {name: row(manifests[name], pair, name, peaks) for name in ("dense", "compressed")}
     faster = ratio(pair, "dense")
@@ -73,7 +77,11 @@ def result(
         "latency_ratio": round(faster.value, 3),
         "success": {"dense": None, "compressed": None, "episodes": 0, "interval": None},
     }
-    if other is not None:
+    if isinstance(other, UserError):
+        checks.append(
+            claims.Check("latency against torch bf16", "NOT MEASURED", None, None, limits.latency_ratio, str(other))
+        )
+    elif other is not None:
         against = ratio(other, "torch")
         checks.append(claims.latency_of_ratio("latency against torch bf16", against, turns_of(other), limits))
         found["torch"] = torch_row(manifests["dense"], other, peaks) | {
@@ -100,8 +108,8 @@ def result(
         "pruned": claims.pruned(manifests["compressed"].towers["decoder"], manifests["dense"].towers["decoder"])
         | {"whole_policy": round(1 - manifests["compressed"].parameters / manifests["dense"].parameters, 4)},
         "instruction_tokens": WORDS,
-        "rounds_repeated": pair.repeated + (other.repeated if other else 0),
-        "load": pair.load + (other.load if other else []),
+        "rounds_repeated": pair.repeated + (other.repeated if isinstance(other, Trials) else 0),
+        "load": pair.load + (other.load if isinstance(other, Trials) else []),
         "roofline": peaks.record(),
         "thresholds": asdict(limits),
         "checks": [asdict(check) for check in checks],
