@@ -49,6 +49,44 @@ def test_an_action_that_is_too_late_is_never_sent() -> None:
     assert not control.guard.stopped
 
 
+def test_a_stop_between_two_steps_does_not_wait_for_the_next() -> None:
+    control, arm, _, clock = loop(0, "replace")
+    pressed: list[float] = []
+
+    def sleep(seconds: float) -> bool:
+        """Pressed .3 of a period after the fourth step, and once more while that is dealt with."""
+        early = len(arm.sent) == 4 or len(arm.sent) == 5 and len(pressed) == 1
+        clock.sleep(0.3 * PERIOD if early else seconds)
+        if early:
+            pressed.append(clock.now)
+        return early
+
+    control._sleep, control._stop = sleep, lambda: "asked to stop" if pressed else None
+    control.run(steps=8)
+    rows = control.telemetry.rows
+    # The schedule goes on, and a second press brings no command forward.
+    assert (rows["sent"] / PERIOD).round(3).tolist()[:6] == [0, 1, 2, 3, 3.3, 4]
+    assert rows["stopped"].tolist()[:6] == [False] * 4 + [True] * 2
+    assert rows["step"].tolist()[:6] == [0, 1, 2, 3, 4, 4]
+    assert not rows["late"].any()
+    assert control.guard.reason == "asked to stop"
+
+
+def test_waking_without_a_stop_changes_nothing() -> None:
+    control, _, _, clock = loop(0, "replace")
+    woken = 0
+
+    def sleep(seconds: float) -> bool:
+        nonlocal woken
+        woken += 1
+        clock.sleep(seconds if woken % 2 else seconds / 2)
+        return woken % 2 == 0
+
+    control._sleep = sleep
+    control.run(steps=6)
+    assert (control.telemetry.rows["sent"] / PERIOD).round(3).tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_repeated_misses_stop() -> None:
     control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=0.55)
     control.run(steps=24)

@@ -56,6 +56,36 @@ def test_reading_it_takes_less_than_a_microsecond() -> None:
     assert min(times) < 1e-6
 
 
+@pytest.mark.parametrize("how", ["a signal", "another thread"])
+def test_pressing_ends_a_sleep_at_once(how: str) -> None:
+    switch = StopSwitch()
+    with switch.listen(keyboard=None):
+        assert not switch.wait(0.01)
+
+        def press() -> None:
+            time.sleep(0.05)
+            if how == "a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                switch.press("a thread")
+
+        thread = threading.Thread(target=press)
+        begun = time.perf_counter()
+        thread.start()
+        assert switch.wait(2 * PATIENCE)
+        assert time.perf_counter() - begun < PATIENCE
+        thread.join()
+        while switch.wait(0.05):  # the signal presses twice: by its handler and by the thread that listens
+            pass
+        for _ in range(100_000 if how == "another thread" else 1):  # nobody sleeps: what is written fills up, no more
+            switch.press("again")
+        assert switch.wait(PATIENCE)
+    begun = time.perf_counter()
+    assert not switch.wait(0.02)  # nobody listens any more
+    switch.press("late")
+    assert time.perf_counter() - begun >= 0.02
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signals(number: signal.Signals) -> None:
     before = signal.getsignal(number)

@@ -83,7 +83,7 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
     recorder = Recorder(arm, spec, hz, folder / "recorded")
     recorder.begin("move")
     chunks = Chunks("replace", rig.HORIZON)
-    control = Control(recorder, inference, guard, chunks, spec, timing, telemetry, switch.asked, clock)
+    control = Control(recorder, inference, guard, chunks, spec, timing, telemetry, switch.asked, clock, switch.wait)
     began: list[float] = []
 
     def over() -> bool:

@@ -4,6 +4,7 @@ Step n is due at ``start + n / hz`` on a monotonic clock. Inference runs beside 
 chunks are joined by the time of their observations (rlrc.runtime.chunks). What cannot be sent before the next step is
 due is not sent at all: the schedule goes on without the steps that were missed, and no burst makes up for them. Where
 there is no action for a step, the guard holds the robot, and stops it if that lasts. Whatever else goes wrong stops it.
+A stop that somebody wants does not wait for the next step: braking begins with a command of its own, at once.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Timing:
 class Control:
     """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None.
 
+    ``sleep`` takes seconds, and ends early with True when somebody stops (StopSwitch.wait).
     With a ``standstill`` a stop does not end the episode: the robot is held until somebody re-arms it, or ends it.
     ``show`` gets every step when it is over.
     ``beat`` is called as long as the loop turns.
@@ -97,7 +99,7 @@ class Control:
         telemetry: Telemetry,
         stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], bool | None] = time.sleep,
         standstill: Standstill | None = None,
         show: Show | None = None,
         beat: Callable[[], None] = lambda: None,
@@ -122,13 +124,16 @@ class Control:
         step = 0
         while steps is None or step < steps:
             due = self._start + step * self.timing.period
-            skipped = self._wait(due)
-            step += skipped
-            verdict = self._tick(step, self._start + step * self.timing.period, skipped)
+            if self._stopped_before(due):
+                verdict = self._tick(step, self._clock(), 0)  # the step itself is still to come
+            else:
+                skipped = max(0, int((self._clock() - due) / self.timing.period))  # too late to be begun at all
+                step += skipped
+                verdict = self._tick(step, self._start + step * self.timing.period, skipped)
+                step += 1
             self._beat()
             if over() or (verdict.stopped and self.guard.at_rest and not self._rests()):
                 return
-            step += 1
 
     def _begin(self) -> None:
         sensed = self.robot.sense()
@@ -160,15 +165,15 @@ class Control:
         else:
             self.chunks.add(answer.actions, 0, 0)
 
-    def _wait(self, due: float) -> int:
-        """Until the step is due; returns how many steps are too late to be begun at all.
+    def _stopped_before(self, due: float) -> bool:
+        """Waits until the step is due; returns whether somebody wants a stop meanwhile.
 
         Never longer than a period, whatever the clock says: the guard notices one that went back.
         """
-        early = due - self._clock()
-        if early > 0:
-            self._sleep(min(early, self.timing.period))
-        return max(0, int((self._clock() - due) / self.timing.period))
+        while (early := due - self._clock()) > 0 and self._sleep(min(early, self.timing.period)):
+            if not self.guard.stopped and self._stop() is not None:
+                return True
+        return False
 
     def _tick(self, step: int, due: float, skipped: int) -> Verdict:
         row, begun = self.telemetry.next(), self._clock()

@@ -223,7 +223,7 @@ class Run:
             granted = stack.enter_context(real_time(self.pin, run.beside))
             run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):
-                run.episode(seed, switch.asked)
+                run.episode(seed, switch)
                 if run.simulator:
                     last = run.played[-1]
                     console.print(_line(seed, last["success"], last["steps"]))

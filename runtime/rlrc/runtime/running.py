@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from rlrc.runtime.guard import Guard
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.standstill import Standstill
+from rlrc.runtime.stop import StopSwitch
 from rlrc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Running:
         """The processes that the loop waits for in the end."""
         return [self.inference.pid] + ([self.simulator.pid] if self.simulator else [])
 
-    def episode(self, seed: int, stop: Callable[[], str | None]) -> None:
+    def episode(self, seed: int, switch: StopSwitch) -> None:
         """Of a simulator or a recording until it is over, of a robot until it is stopped."""
         robot = self.simulator
         self.inference.reset()
@@ -96,7 +96,8 @@ class Running:
             self.spec,
             self.timing,
             self.telemetry,
-            stop,
+            switch.asked,
+            sleep=switch.wait,
             standstill=self.standstill,
             show=self.show,
             beat=self.supervisor.beat,

@@ -5,6 +5,7 @@
             if switch.stopped:              # one attribute: no lock, well under a microsecond
                 guard.stop(switch.reason)
             ...
+            switch.wait(seconds)            # until then, or until somebody presses
         robot.stop()                        # in here: outside, Ctrl-C ends the program again
 
 A thread of its own waits for all of them, so that the flag is set while the main thread is inside the engine: signals
@@ -23,11 +24,13 @@ import hmac
 import json
 import os
 import secrets
+import select
 import selectors
 import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,6 +67,7 @@ class StopSwitch:
         self.url: str | None = None
         self.token: str | None = None
         self._lost: list[str] = []
+        self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
 
     def press(self, reason: str) -> None:
         """From any thread or signal handler."""
@@ -71,6 +75,24 @@ class StopSwitch:
         if not self.stopped:
             self.reason = reason
             self.stopped = True  # last: who reads it finds the reason
+        if (sleeper := self._sleeper) is not None:
+            with contextlib.suppress(OSError):  # full: it will wake as it is; closed: nobody sleeps any more
+                sleeper[1].send(b"x")
+
+    def wait(self, seconds: float) -> bool:
+        """Sleeps, in one thread; -> whether somebody has pressed since the last call, which ends it at once.
+
+        No lock and no condition: those cannot be set in a signal handler, and Python 3.10 times them by the wall clock.
+        """
+        if self._sleeper is None:
+            time.sleep(seconds)
+            return False
+        reader = self._sleeper[0]
+        if not select.select([reader], (), (), seconds)[0]:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            reader.recv(4096)
+        return True
 
     def asked(self) -> str | None:
         """Why to stop, None if nobody wants that."""
@@ -111,6 +133,7 @@ class StopSwitch:
         Raises UserError for a button or port that cannot be opened.
         """
         with ExitStack() as stack:
+            self._add_sleeper(stack)
             selector = stack.enter_context(selectors.DefaultSelector())
             if button is not None:
                 self._add_button(stack, selector, button)
@@ -123,6 +146,14 @@ class StopSwitch:
             self._add_signals(stack, selector)
             self._add_thread(stack, selector)
             yield self
+
+    def _add_sleeper(self, stack: ExitStack) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            stack.callback(end.close)
+            end.setblocking(False)
+        self._sleeper = ours, theirs
+        stack.callback(setattr, self, "_sleeper", None)
 
     def _add_thread(self, stack: ExitStack, selector: selectors.BaseSelector) -> None:
         ours, theirs = socket.socketpair()
