@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -104,9 +104,11 @@ def floats(policy: TinyPolicy) -> Weights:
     return Weights(Tensors("a policy", policy.state_dict()))
 
 
-def quantized(policy: TinyPolicy, exempt: tuple[str, ...] = ()) -> tuple[Weights, TinyPolicy]:
+def quantized(
+    policy: TinyPolicy, exempt: tuple[str, ...] = (), group: Literal[32, 64, 128] = 32
+) -> tuple[Weights, TinyPolicy]:
     """Its int4 weights, and the policy that they mean."""
-    tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig(exempt))
+    tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig(exempt, group=group))
     meant = TinyPolicy(policy.spec, policy.towers).eval()
     meant.load_state_dict(dequantize(tensors, spec))
     return Weights(Tensors("its int4 weights", tensors), spec), meant
@@ -147,13 +149,13 @@ EXEMPT = ("decoder.layers.0.attention.k.weight", "decoder.layers.1.mlp.down.weig
 
 
 @pytest.mark.parametrize("exempt", [(), EXEMPT], ids=["all int4", "some int8"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "group"), [(1, 32), (3, 32), (1, 128)])
 def test_int4_graphs_compute_what_torch_does_with_the_dequantized_weights(
-    tiny_manifest: Manifest, batch: int, exempt: tuple[str, ...]
+    tiny_manifest: Manifest, batch: int, group: Literal[32, 128], exempt: tuple[str, ...]
 ) -> None:
     manifest = with_towers(tiny_manifest, *GEOMETRIES["shared keys and values"])
     dense = random_policy(manifest)
-    (weights, meant), given = quantized(dense, exempt), inputs(manifest, batch)
+    (weights, meant), given = quantized(dense, exempt, group), inputs(manifest, batch)
     expected = in_torch(meant, given)
     found = in_onnxruntime(models(manifest, weights, "int4"), given)
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -176,9 +178,12 @@ def test_int4_packing_is_the_artifacts_bit_by_bit(tiny_manifest: Manifest) -> No
 
 
 @pytest.mark.parametrize("exempt", [(), ("decoder.layers.0.attention.k.weight",)], ids=["MatMulNBits", "unpacked"])
-def test_int4_products_use_the_artifacts_weights_bit_by_bit(tiny_manifest: Manifest, exempt: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_products_use_the_artifacts_weights_bit_by_bit(
+    tiny_manifest: Manifest, group: Literal[32, 64], exempt: tuple[str, ...]
+) -> None:
     # The product with the identity is the matrix itself, through ONNX Runtime's own kernel.
-    weights, meant = quantized(random_policy(tiny_manifest), exempt)
+    weights, meant = quantized(random_policy(tiny_manifest), exempt, group)
     found = product(weights, "int4", np.eye(64, dtype=np.float32))
     assert (found == matrix(meant)).all()
 

@@ -74,13 +74,21 @@ def test_what_is_far_from_filling_a_group_stays() -> None:
     assert filled(policy) == (policy, {})
 
 
-def test_only_zeros_are_taken_off_again() -> None:
-    policy = narrow(policy_of("openvla"), 60)
-    wide, _ = filled(policy)
+def test_larger_groups_are_filled_where_they_are_near() -> None:
+    for channels, expected in ((120, 128), (90, 96), (60, 64), (40, 40)):  # 128 is 1.42 times 90, 96 is 1.07 times
+        assert {layer.mlp for layer in filled(narrow(policy_of("openvla"), channels), 128)[0].towers["decoder"].layers} == {
+            expected
+        }
+
+
+@pytest.mark.parametrize(("channels", "group"), [(60, 32), (110, 128)])
+def test_only_zeros_are_taken_off_again(channels: int, group: int) -> None:
+    policy = narrow(policy_of("openvla"), channels)
+    wide, _ = filled(policy, group)
     back = unfilled(wide, policy.towers)
     given, found = policy.state_dict(), back.state_dict()
     assert given.keys() == found.keys()
     assert all(torch.equal(given[name], found[name]) for name in given)
     with torch.no_grad():
-        wide.get_parameter("decoder.layers.0.mlp.down.weight")[0, 63] = 1.0
+        wide.get_parameter("decoder.layers.0.mlp.down.weight")[0, -1] = 1.0
     assert unfilled(wide, policy.towers) is wide

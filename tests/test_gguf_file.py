@@ -123,6 +123,19 @@ def test_integers_are_the_artifacts_own(tmp_path: Path) -> None:
     assert tensors["blk.1.ffn_up.weight"].tensor_type == KINDS.F16
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_larger_groups_are_written_with_their_scale_repeated(bits: int, tmp_path: Path) -> None:
+    state, name = state_of(UNIFORM), "decoder.layers.0.attention.o.weight"
+    integers, scale = quantize_groups(state[name], bits, True, 64)
+    stored = {f"{name}.q": pack(integers) if bits == 4 else integers, f"{name}.scale": scale}
+    weights = Weights(
+        Tensors("the test", {**state, **stored}), QuantizationSpec("int4" if bits == 4 else "int8", 64, {name: bits})
+    )
+    gguf_file.write(tmp_path / "model.gguf", weights, UNIFORM, "fp16")
+    found = values(read(tmp_path / "model.gguf")[1]["blk.0.attn_output.weight"])
+    np.testing.assert_array_equal(found, integers.numpy() * scale.numpy().astype(np.float32))  # 64 inputs, one group
+
+
 def test_eight_bits_of_floats(tmp_path: Path) -> None:
     state = state_of(UNIFORM)
     gguf_file.write(tmp_path / "model.gguf", Weights(Tensors("the test", state)), UNIFORM, "int8")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError
 from rlrc.compressor import checkpoint
-from rlrc.compressor.grid import GROUP, dequantize, pack, quantize_groups, unpack
+from rlrc.compressor.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
 from rlrc.compressor.quantize import QuantizeConfig, quantize
 from rlrc.errors import UserError
 
@@ -26,14 +26,15 @@ def weights(rows: int = 24, columns: int = 96, seed: int = 0) -> torch.Tensor:
     return w * torch.logspace(-2, 1, rows)[:, None]
 
 
-def numpy_grid(w: np.ndarray, bits: int, search: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The same rule in float64 and plain loops: integers (out, in), fp16 scale (out, in / 32)."""
+def numpy_grid(w: np.ndarray, bits: int, search: bool, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same rule in float64 and plain loops: integers (out, in), fp16 scale (out, in / size)."""
     low, high = {4: (-8, 7), 8: (-127, 127)}[bits]
     factors = np.linspace(0.7, 1.1, 17) if search else np.array([1.0])
-    integers, scales = np.zeros(w.shape, int), np.zeros((len(w), w.shape[1] // 32), np.float16)
+    integers, scales = np.zeros(w.shape, int), np.zeros((len(w), w.shape[1] // size), np.float16)
     for row in range(len(w)):
-        for g in range(w.shape[1] // 32):
-            group = w[row, 32 * g : 32 * g + 32].astype(np.float64)
+        for g in range(w.shape[1] // size):
+            members = row, slice(size * g, size * g + size)
+            group = w[members].astype(np.float64)
             extreme = max(group, key=abs)
             best = np.inf
             for factor in factors:
@@ -41,16 +42,17 @@ def numpy_grid(w: np.ndarray, bits: int, search: bool) -> tuple[np.ndarray, np.n
                 rounded = np.clip(np.rint(group / np.float64(scale)), low, high)
                 error = np.square(rounded * np.float64(scale) - group).sum()
                 if error < best:
-                    best, scales[row, g], integers[row, 32 * g : 32 * g + 32] = error, scale, rounded
+                    best, scales[row, g], integers[members] = error, scale, rounded
     return integers, scales
 
 
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integers_and_scales_are_those_of_numpy(bits: int, search: bool) -> None:
-    w = weights()
-    integers, scale = quantize_groups(w, bits, search)
-    expected, expected_scale = numpy_grid(w.numpy(), bits, search)
+@pytest.mark.parametrize("group", GROUPS)
+def test_integers_and_scales_are_those_of_numpy(group: int, bits: int, search: bool) -> None:
+    w = weights(columns=256)
+    integers, scale = quantize_groups(w, bits, search, group)
+    expected, expected_scale = numpy_grid(w.numpy(), bits, search, group)
     np.testing.assert_array_equal(scale.numpy(), expected_scale)
     np.testing.assert_array_equal(integers.numpy(), expected)
     assert integers.dtype == torch.int8
@@ -66,6 +68,19 @@ def test_one_group_by_hand() -> None:
     assert scale.tolist() == [[-0.5], [0.5]]
     assert integers[:, :4].tolist() == [[-8, 7, -1, 0], [-8, 7, -1, 0]]
     assert integers[:, 4:].abs().max() == 0
+
+
+def test_a_narrow_tensor_has_the_largest_group_that_divides_it() -> None:
+    assert [group_of(inputs, 128) for inputs in (256, 192, 96, 160)] == [128, 64, 32, 32]
+    assert group_of(256, 32) == 32
+    tensors = {"wide.weight": weights(8, 256), "narrow.weight": weights(8, 96)}
+    packed, spec, _ = quantize(tensors, QuantizeConfig(group=128))
+    assert spec.group == 128
+    assert packed["wide.weight.scale"].shape == (8, 2)
+    assert packed["narrow.weight.scale"].shape == (8, 3)
+    restored = dequantize(packed, spec)
+    for name, tensor in tensors.items():
+        assert (restored[name] - tensor).norm() < 0.2 * tensor.norm()
 
 
 def test_integers_stay_on_the_grid() -> None:

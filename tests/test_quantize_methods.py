@@ -94,7 +94,7 @@ def test_every_quantized_layer_of_every_family_is_seen(name: str, official_polic
 # GPTQ
 
 
-def brute_force(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+def brute_force(weight: np.ndarray, x: np.ndarray, group: int) -> np.ndarray:
     """The same by least squares, in float64: after every rounded column the best values of all that are left.
 
     Minimises the change of the outputs, (w' - w) (X^T X + dampening) (w' - w)^T, with the rounded columns fixed.
@@ -103,8 +103,8 @@ def brute_force(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     hessian += DAMPENING * np.diag(hessian).mean() * np.eye(len(hessian))
     columns, found = weight.shape[1], weight.copy()
     for i in range(columns):
-        if i % 32 == 0:
-            _, scale = quantize_groups(torch.from_numpy(found[:, i : i + 32]), 4, search=True)
+        if i % group == 0:
+            _, scale = quantize_groups(torch.from_numpy(found[:, i : i + group]), 4, search=True, group=group)
             step = scale.numpy().astype(np.float64)[:, 0]
         found[:, i] = np.clip(np.rint(found[:, i] / step), -8, 7) * step
         fixed, free = slice(0, i + 1), slice(i + 1, columns)
@@ -121,10 +121,11 @@ def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:
     return mixed + 0.1 * torch.randn(rows, columns, generator=generator)
 
 
-def test_error_feedback_is_the_least_squares_solution() -> None:
-    weight, x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)), correlated(300, 96)
-    found = values_of(*gptq(weight, x, 4, search=True))
-    np.testing.assert_allclose(found, brute_force(weight.double().numpy(), x.double().numpy()), atol=1e-5)
+@pytest.mark.parametrize("group", [32, 64])
+def test_error_feedback_is_the_least_squares_solution(group: int) -> None:
+    weight, x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)), correlated(300, 128)
+    found = values_of(*gptq(weight, x, 4, search=True, group=group))
+    np.testing.assert_allclose(found, brute_force(weight.double().numpy(), x.double().numpy(), group), atol=1e-5)
 
 
 def test_nothing_is_fed_back_between_independent_inputs() -> None:

@@ -328,6 +328,18 @@ def test_layers_on_other_grids_are_products_of_their_own(tmp_path: Path) -> None
     assert stored["layer.v.weight"].data_type == TensorProto.FLOAT
 
 
+def test_a_layer_keeps_its_own_group(tmp_path: Path) -> None:
+    """Of at most 128 inputs: of 160 only 32 can share a scale."""
+    tensors, spec, _ = quantize(layers(a=(8, 256), b=(8, 160)), QuantizeConfig(group=128))
+    weights = Weights(Tensors("two", tensors), spec)
+    for name, inputs, group in (("a", 256, 128), ("b", 160, 32)):
+        x, path = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32), tmp_path / f"{name}.onnx"
+        found = product(weights, Flavour("float32", keep_int4=True), x, path, name)
+        np.testing.assert_allclose(found, x @ weights.values(f"layer.{name}.weight").T, atol=1e-4)
+        (node,) = (node for node in onnx.load(path).graph.node if node.op_type == "DequantizeLinear")
+        assert {one.name: one.i for one in node.attribute} == {"axis": 0, "block_size": group}
+
+
 def test_a_group_of_zeros_gets_a_scale_that_tensorrt_takes(tmp_path: Path) -> None:
     state = layers(a=(8, 64))
     state["layer.a.weight"][2, :32] = 0

@@ -194,7 +194,8 @@ class TowerSpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """Symmetric integers, groups of ``group`` along the input dimension, fp16 scale.
+    """Symmetric integers, groups along the input dimension with an fp16 scale each: ``group`` inputs, or half of that
+    (and so on, down to 32) where the dimension is no multiple of it.
 
     ``tensors`` maps the name of every quantized tensor to its bits, 4 or 8; ``grid`` says which most of the weights
     have.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.compressor.backbones.oft import RegressionHead
-from rlrc.compressor.grid import quantize_groups, values_of
+from rlrc.compressor.grid import GROUP, quantize_groups, values_of
 from rlrc.compressor.nn import decoder, detr, vit
 from rlrc.compressor.policy import Policy
 
@@ -144,11 +144,16 @@ def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Te
 
 
 def scaled(
-    policy: Policy, tensors: Mapping[str, Tensor], bits: Mapping[str, int], inputs: Mapping[str, Tensor], search: bool
+    policy: Policy,
+    tensors: Mapping[str, Tensor],
+    bits: Mapping[str, int],
+    inputs: Mapping[str, Tensor],
+    search: bool,
+    group: int = GROUP,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors of an equal policy that loses less by rounding, and the alphas by the names of the folds' layers.
 
-    ``bits`` of the tensors that will be rounded; ``inputs`` of their layers (n, in); ``search``: see quantize_groups.
+    ``bits`` of the tensors that will be rounded; ``inputs`` of their layers (n, in); ``search``, ``group``: see quantize_groups.
     """
     result, alphas = dict(tensors), dict[str, float]()
     for fold in folds(policy):
@@ -161,15 +166,12 @@ def scaled(
         errors = {}
         for alpha in ALPHAS:
             columns = fold.per_channel(scales(fold, rows, alpha))
-            errors[alpha] = sum(_output_error(result[name], columns, few, bits[name], search) for name in names)
+            errors[alpha] = 0.0
+            for name in names:
+                rounded = values_of(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
+                errors[alpha] += float((few @ (rounded - result[name]).T).square().sum())  # of the outputs
         best = min(errors, key=lambda alpha: errors[alpha])
         alphas["+".join(fold.linears)] = best
         if best:
             result |= folded(result, fold, scales(fold, rows, best))
     return result, alphas
-
-
-def _output_error(weight: Tensor, columns: Tensor, rows: Tensor, bits: int, search: bool) -> float:
-    """Of the outputs, squared and summed, if the weight is rounded with its columns multiplied."""
-    rounded = values_of(*quantize_groups(weight * columns, bits, search)) / columns
-    return float((rows @ (rounded - weight).T).square().sum())

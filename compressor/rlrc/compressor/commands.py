@@ -102,7 +102,7 @@ class Prune(StageCommand):
 
 @dataclass(frozen=True)
 class Quantize(StageCommand):
-    """Round the weights to int4 or int8, groups of 32, fp16 scales.
+    """Round the weights to int4 or int8, groups of 32 (64, 128), fp16 scales.
 
     Calibrated methods look at the artifact's golden observations. Those of an official checkpoint are random pictures:
     what is calibrated on them says nothing about real ones.

@@ -16,29 +16,29 @@ import torch.nn.functional as F
 
 from rlrc.artifact import TowerSpec
 from rlrc.compressor import backbones
-from rlrc.compressor.grid import GROUP
+from rlrc.compressor.grid import GROUP, GROUPS
 from rlrc.compressor.policy import Policy
 
 MOST = 1.25
 """times as many channels: at 1.29 three layers in 8 bits take what two in 8 and one in 16 did"""
 
 
-def filled_towers(towers: dict[str, TowerSpec]) -> dict[str, TowerSpec]:
-    """The same towers, MLPs as wide as the next multiple of the groups if that is not far."""
+def filled_towers(towers: dict[str, TowerSpec], group: int = GROUP) -> dict[str, TowerSpec]:
+    """The same towers, MLPs as wide as the next multiple of the group if that is not far."""
     return {
-        name: replace(tower, layers=tuple(replace(layer, mlp=_filled(layer.mlp)) for layer in tower.layers))
+        name: replace(tower, layers=tuple(replace(layer, mlp=_filled(layer.mlp, group)) for layer in tower.layers))
         for name, tower in towers.items()
     }
 
 
-def _filled(channels: int) -> int:
-    wide = -(-channels // GROUP) * GROUP
-    return wide if wide <= MOST * channels else channels
+def _filled(channels: int, group: int) -> int:
+    wide = -(-channels // group) * group
+    return wide if wide <= MOST * channels else channels if group == GROUP else _filled(channels, group // 2)
 
 
-def filled(policy: Policy) -> tuple[Policy, dict[str, Any]]:
+def filled(policy: Policy, group: int = GROUP) -> tuple[Policy, dict[str, Any]]:
     """A policy with the same actions, and a report: channels added, by tower. Nothing to add: the policy itself."""
-    towers = filled_towers(policy.towers)
+    towers = filled_towers(policy.towers, group)
     added = {
         name: sum(new.mlp - old.mlp for new, old in zip(tower.layers, policy.towers[name].layers, strict=True))
         for name, tower in towers.items()
@@ -65,7 +65,7 @@ def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def unfilled(policy: Policy, towers: dict[str, TowerSpec]) -> Policy:
     """The policy that was ``filled`` from these towers, or itself where it was not: only channels of zeros go."""
-    if policy.towers == towers or policy.towers != filled_towers(towers):
+    if policy.towers == towers or policy.towers not in [filled_towers(towers, group) for group in GROUPS]:
         return policy
     with torch.device("meta"):
         result = backbones.build(policy.spec, towers)

@@ -11,29 +11,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlrc.compressor.grid import GROUP, LEVELS, integers_of, quantize_groups
+from rlrc.compressor.grid import GROUP, LEVELS, group_of, integers_of, quantize_groups
 
 DAMPENING = 0.01
 """of the mean of the diagonal, added to all of it (the paper's)"""
 
 
-def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool) -> tuple[Tensor, Tensor]:
-    """weight (out, in), inputs (n, in) -> integers int8 (out, in), scale fp16 (out, in / 32); see quantize_groups."""
-    factor = feedback(rows)
+def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """weight (out, in), inputs (n, in) -> integers int8 (out, in), scale fp16 (out, groups); see quantize_groups."""
+    factor, size = feedback(rows), group_of(weight.shape[1], group)
     if factor is None:
-        return quantize_groups(weight, bits, search)
+        return quantize_groups(weight, bits, search, size)
     low, high = LEVELS[bits]
     rest, integers, scales = weight.detach().float().clone(), list[Tensor](), list[Tensor]()
-    for start in range(0, weight.shape[1], GROUP):
-        end = start + GROUP
-        group, errors = rest[:, start:end].clone(), list[Tensor]()
-        scale = quantize_groups(group, bits, search)[1]
+    for start in range(0, weight.shape[1], size):
+        end = start + size
+        columns, errors = rest[:, start:end].clone(), list[Tensor]()
+        scale = quantize_groups(columns, bits, search, size)[1]
         step = scale[:, 0].float()
-        for i in range(GROUP):
-            rounded = integers_of(group[:, i], step, low, high)
+        for i in range(size):
+            rounded = integers_of(columns[:, i], step, low, high)
             row = factor[start + i]
-            error = (group[:, i] - rounded * step) / row[start + i]
-            group[:, i + 1 :] -= error[:, None] * row[start + i + 1 : end]
+            error = (columns[:, i] - rounded * step) / row[start + i]
+            columns[:, i + 1 :] -= error[:, None] * row[start + i + 1 : end]
             integers.append(rounded)
             errors.append(error)
         rest[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]

@@ -1,7 +1,8 @@
-"""The one grid of all backends: symmetric integers of 4 or 8 bits, groups of 32 inputs, an fp16 scale for each group.
+"""The one grid of all backends: symmetric integers of 4 or 8 bits, groups of inputs, an fp16 scale for each group.
 
-Those integers ARE GGUF's Q4_0 and Q8_0, ONNX Runtime's MatMulNBits (block 32) and TensorRT's blocked INT4
-DequantizeLinear: chosen once, exported bit-identically. How they are chosen: rlrc.compressor.quantize.
+With groups of 32 those integers ARE GGUF's Q4_0 and Q8_0, ONNX Runtime's MatMulNBits and TensorRT's blocked INT4
+DequantizeLinear: chosen once, exported bit-identically. Groups of 64 and 128 are what TensorRT documents and what CPUs
+read faster; GGUF repeats their scales. How integers are chosen: rlrc.compressor.quantize.
 """
 
 from __future__ import annotations
@@ -13,19 +14,29 @@ from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
 
-GROUP = 32
+GROUPS = (32, 64, 128)
+GROUP = GROUPS[0]  # the smallest, and the usual one: widths are multiples of it, where they are to be on the grid
 LEVELS = {4: (-8, 7), 8: (-127, 127)}
 
 
-def quantize_groups(weight: Tensor, bits: int, search: bool) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest of weight (out, in) -> integers int8 (out, in), scale fp16 (out, in / 32).
+def group_of(inputs: int, most: int) -> int:
+    """The group of a tensor that reads so many inputs, a multiple of 32: the largest up to ``most`` that divides it."""
+    while inputs % most:
+        most //= 2
+    return most
+
+
+def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """Round-to-nearest of weight (out, in) -> integers int8 (out, in), scale fp16 (out, in / group).
+
+    ``group``: the most inputs that share a scale (see ``group_of``).
 
     A group's scale maps its value of largest magnitude to the end of the grid, -8 for 4 bits (as Q4_0 does: the grid
     has one more negative level, so the sign of the scale follows that value). With ``search`` scales from 0.7 to 1.1 of
     that are tried.
     """
     low, high = LEVELS[bits]
-    groups = weight.detach().float().unflatten(1, (-1, GROUP))
+    groups = weight.detach().float().unflatten(1, (-1, group_of(weight.shape[1], group)))
     index = groups.abs().argmax(-1, keepdim=True)
     extreme = groups.gather(-1, index)
     candidates = [i / 40 for i in range(28, 45)] if search else [1.0]
@@ -50,8 +61,8 @@ def dequantized(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def values_of(integers: Tensor, scale: Tensor) -> Tensor:
-    """Integers (out, in) and scale (out, in / 32) -> the float32 weight (out, in) that they stand for."""
-    groups = integers.float().unflatten(1, (-1, GROUP))
+    """Integers (out, in) and scale (out, groups) -> the float32 weight (out, in) that they stand for."""
+    groups = integers.float().unflatten(1, (scale.shape[1], -1))
     return (groups * scale.float()[..., None]).flatten(1)
 
 
@@ -67,9 +78,9 @@ def unpack(packed: Tensor) -> Tensor:
     return nibbles.to(torch.int8) - 8
 
 
-def stored_bytes(numbers: int, bits: int) -> int:
+def stored_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
     """Of so many weights on the grid, scales included."""
-    return numbers * bits // 8 + numbers // GROUP * 2
+    return numbers * bits // 8 + numbers // group * 2
 
 
 def dequantize(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from rlrc.compressor.action_error import ActionError
 from rlrc.compressor.awq import scaled
 from rlrc.compressor.calibration import linear_inputs
 from rlrc.compressor.gptq import gptq
-from rlrc.compressor.grid import GROUP, dequantize, pack, quantize_groups, stored_bytes, values_of
+from rlrc.compressor.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, stored_bytes, values_of
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.errors import UserError
 
@@ -27,7 +27,7 @@ METHODS = ("rtn", "awq", "gptq")
 EMBEDDING = "embedding.weight"
 HEADS = ("head.", "action_out.")  # the layers that make the actions (or their logits), by family
 
-Rounded = tuple[Tensor, Tensor]  # integers int8 (out, in), scale fp16 (out, in / 32)
+Rounded = tuple[Tensor, Tensor]  # integers int8 (out, in), scale fp16 (out, groups)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,15 @@ class QuantizeConfig:
     """bits of the layers that make the actions; 16 leaves them unquantized (default: those of the others)"""
     embeddings: Literal[8, 16] = 16
     """bits of the word embeddings"""
+    group: Literal[32, 64, 128] = 32
+    """most inputs that share a scale: 32 loses least; TensorRT documents 64 and 128 for 4 bits, and CPUs read them faster
+    (prune with align of the same number, or narrow layers get smaller ones)"""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"expected quantize.method {', '.join(METHODS)}, found {self.method!r}")
-        for name, choices in (("bits", (4, 8)), ("head", (None, 4, 8, 16)), ("embeddings", (8, 16))):
+        known_choices = {"bits": (4, 8), "head": (None, 4, 8, 16), "embeddings": (8, 16), "group": GROUPS}
+        for name, choices in known_choices.items():
             if (found := getattr(self, name)) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice)
                 raise UserError(f"expected quantize.{name} {known}, found {found!r}")
@@ -100,24 +104,24 @@ def quantize(
         inputs = linear_inputs(error.policy, error.inputs, bits)
         report["unobserved"] = [name for name in bits if name not in inputs and name != EMBEDDING]
     if config.method == "awq" and error is not None:
-        tensors, alphas = scaled(error.policy, tensors, bits, inputs, config.search)
+        tensors, alphas = scaled(error.policy, tensors, bits, inputs, config.search, config.group)
         report["alphas"] = alphas
 
     def rounded(name: str, width: int) -> Rounded:
         if config.method == "gptq" and name in inputs:
-            return gptq(tensors[name], inputs[name], width, config.search)
-        return quantize_groups(tensors[name], width, config.search)
+            return gptq(tensors[name], inputs[name], width, config.search, config.group)
+        return quantize_groups(tensors[name], width, config.search, config.group)
 
     result = {name: rounded(name, width) for name, width in bits.items()}
     if config.budget and error is not None:
         without = {**tensors, **{name: values_of(*pair) for name, pair in result.items()}}
         report["action_error_without_exceptions"] = error.of(without)
-        report["exceptions"] = exceptions(error, tensors, result, bits, config.budget)
+        report["exceptions"] = exceptions(error, tensors, result, bits, config)
         for exception in report["exceptions"]:
             bits[exception["tensor"]] = 8
             result[exception["tensor"]] = rounded(exception["tensor"], 8)
     packed = stored(tensors, result, bits)
-    spec = QuantizationSpec(grid_of(bits, tensors), GROUP, bits)
+    spec = QuantizationSpec(grid_of(bits, tensors), config.group, bits)
     if error is not None:
         report["action_error"] = error.of(dequantize(packed, spec))
     report["bytes"] = sum(tensor.nbytes for tensor in packed.values())
@@ -192,7 +196,7 @@ def exceptions(
     tensors: Mapping[str, Tensor],
     rounded: Mapping[str, Rounded],
     bits: Mapping[str, int],
-    budget: float,
+    config: QuantizeConfig,
 ) -> list[dict[str, Any]]:
     """The 4-bit tensors to keep in 8 bits: by action error a byte, the largest first, until the budget is spent.
 
@@ -200,12 +204,15 @@ def exceptions(
     with its error and the bytes that it costs more.
     """
     four = [name for name, width in bits.items() if width == 4]
-    left = budget * sum(stored_bytes(tensors[name].numel(), 4) for name in four)
+
+    def size(name: str, width: int) -> int:
+        return stored_bytes(tensors[name].numel(), width, group_of(tensors[name].shape[1], config.group))
+
+    left = config.budget * sum(size(name, 4) for name in four)
     found = list[dict[str, Any]]()
     for name in four:
         alone = error.of({**tensors, name: values_of(*rounded[name])})
-        extra = stored_bytes(tensors[name].numel(), 8) - stored_bytes(tensors[name].numel(), 4)
-        found.append({"tensor": name, "action_error": alone, "bytes": extra})
+        found.append({"tensor": name, "action_error": alone, "bytes": size(name, 8) - size(name, 4)})
     chosen = list[dict[str, Any]]()
     for one in sorted(found, key=lambda one: one["action_error"] / one["bytes"], reverse=True):
         if one["bytes"] <= left:

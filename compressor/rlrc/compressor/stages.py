@@ -192,7 +192,7 @@ def run_quantize(
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
         with Console(stderr=True).status("rounding"):
-            policy, added = filled(work.policy)
+            policy, added = filled(work.policy, config.group)
             result = quantize(policy, config, observations)
         return work.finish(policy, result, rounding=result.report | added)
 

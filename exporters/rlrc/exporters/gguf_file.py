@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from rlrc.artifact import LayerSpec, TowerSpec
+from rlrc.compressor.grid import GROUP
 from rlrc.errors import UserError
 from rlrc.exporters.gguf_blocks import gguf_blocks
 from rlrc.exporters.weights import Weights, in_float16, nibbles
@@ -171,6 +172,7 @@ def data(weights: Weights, name: str, kind: Kind, order: NDArray[np.intp] | None
     rows: Any = slice(None) if order is None else order
     if bits := weights.bits(name):
         integers, scales = weights.packed([name])
+        scales = np.repeat(scales, weights.shape(name)[1] // scales.shape[1] // GROUP, axis=1)  # its groups are of 32
         signed = nibbles(integers).astype(np.int8) - np.int8(8) if bits == 4 else integers
         return gguf_blocks(signed[rows], scales[rows], bits)
     values = weights.array(name)[rows]

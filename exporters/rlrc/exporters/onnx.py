@@ -183,10 +183,9 @@ class OnnxRuntimeBuilder(Builder):
 
     def _int4_product(self, x: str, names: list[str]) -> str:
         """The artifact's own integers: MatMulNBits stores pairs in the same order, low nibble first, offset 8."""
-        assert self.weights.quantization is not None
-        group = self.weights.quantization.group
         integers, scales = self.weights.packed(names)
         outputs, inputs = len(integers), integers.shape[1] * 2
+        group = inputs // scales.shape[1]
         blocks = self._store(f"{joined(names)}.q", integers.reshape(outputs, inputs // group, group // 2))
         scale = self.table(f"{joined(names)}.scale", scales.reshape(-1).astype(np.float32))
         shape = {
