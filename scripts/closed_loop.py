@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
+from rlrc.artifact import TOKENIZER
 from rlrc.benchmarks import success
 from rlrc.benchmarks.commands.output import progress, result_of
 from rlrc.benchmarks.results import check_out, dump, write
@@ -23,7 +24,7 @@ from rlrc.compressor import checkpoint
 from rlrc.compressor.inference import TorchPolicy
 from rlrc.envs.environment import open_environment
 from rlrc.runtime import preprocess
-from rlrc.runtime.policy import TOKENIZER, LocalPolicy
+from rlrc.runtime.policy import LocalPolicy
 
 
 def policies(artifact: Path, exported: tuple[str, ...]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import (
+    TOKENIZER,
     ActionSpec,
     Artifact,
     CameraSpec,
@@ -106,7 +107,7 @@ def make(folder: Path) -> None:
             words = {f"w{i}": i for i in range(VOCABULARY)}
             tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-            tokenizer.save(str(draft.file(checkpoint.TOKENIZER)))
+            tokenizer.save(str(draft.file(TOKENIZER)))
             history = (HistoryEntry("new", {"seed": 0}, "0", None, 0.0),)
             checkpoint.write_policy(draft, given[0], observations, history, given[1])
 
@@ -157,7 +158,7 @@ def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contesta
     policy.step = stepped
     given = artifact.manifest.policy
     assert given.prompt is not None
-    tokenizer = Prompts(artifact.file(checkpoint.TOKENIZER), given.prompt)
+    tokenizer = Prompts(artifact.file(TOKENIZER), given.prompt)
     return TorchPolicy(given, tokenizer, lambda: policy).infer, passes
 
 

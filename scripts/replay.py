@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
+from rlrc.artifact import GOLDEN
 from rlrc.runtime import verify
 from rlrc.runtime.backends import Engine
 from rlrc.runtime.npz import read_npz, write_npz
 from rlrc.runtime.policy import LocalPolicy, recorded
-from rlrc.runtime.verify import GOLDEN, Golden
+from rlrc.runtime.verify import Golden
 
 
 class Watched:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 
-from rlrc.benchmarks.arms import Infer, Passes, timed
+from rlrc.benchmarks.arms import Infer, Parts, timed
 from rlrc.errors import UserError
 
 
-def clockwork(milliseconds: float) -> tuple[Infer, Passes]:
-    passes = Passes()
+def clockwork(milliseconds: float) -> tuple[Infer, Parts]:
+    passes = Parts()
 
     def infer() -> None:
         timed(passes, "vision", lambda: time.sleep(milliseconds / 1e3))
@@ -20,13 +20,13 @@ def clockwork(milliseconds: float) -> tuple[Infer, Passes]:
     return infer, passes
 
 
-def refused() -> tuple[Infer, Passes]:
+def refused() -> tuple[Infer, Parts]:
     raise UserError("expected one thing, found another; do better")
 
 
-def dying() -> tuple[Infer, Passes]:
-    return lambda: os.kill(os.getpid(), 9), Passes()
+def dying() -> tuple[Infer, Parts]:
+    return lambda: os.kill(os.getpid(), 9), Parts()
 
 
-def dying_with(*given: object) -> tuple[Infer, Passes]:
+def dying_with(*given: object) -> tuple[Infer, Parts]:
     return dying()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from families import FAMILIES, source_of
 from rlrc import artifact as artifacts
-from rlrc.artifact import HistoryEntry
+from rlrc.artifact import TOKENIZER, HistoryEntry
 from rlrc.compressor import checkpoint, learner, observations, reference
 from rlrc.compressor import ppo as module
 from rlrc.compressor.actors import NARROWEST, Actor, Noise, Seen, actor_of, chunk_noise
@@ -314,7 +314,7 @@ def test_policies_of_every_family_play_and_learn(
     config = PPOConfig(iterations=2, episodes=3, warmup=1, minibatch=4, behaviour_batch=4, demonstrations=1, noise=0.2)
     run = Run(tmp_path / "run")
     run.open("rl", "parent", config)
-    tokenizer = artifact.file(checkpoint.TOKENIZER) if policy.spec.prompt else None
+    tokenizer = artifact.file(TOKENIZER) if policy.spec.prompt else None
     with Rollouts(artifact.manifest, tokenizer, tmp_path, workers=1) as rollouts:
         run.start_clock(rollouts)
         ppo(policy, config, lessons_of(policy, rollouts), rollouts, run, lambda *_: None)

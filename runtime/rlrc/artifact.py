@@ -26,15 +26,17 @@ from rlrc.strict import StrictError, decode, encode, parse
 
 # fmt: off
 __all__ = [
-    "FORMAT_VERSION", "MANIFEST", "ActionSpec", "Artifact", "ArtifactError", "CameraSpec", "Draft", "FileSpec",
-    "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats", "PolicySpec", "PromptSpec",
-    "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec", "check_output",
-    "from_json", "load", "to_json", "writing",
+    "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "ActionSpec", "Artifact", "ArtifactError", "CameraSpec",
+    "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats", "PolicySpec",
+    "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
+    "check_output", "from_json", "load", "to_json", "writing",
 ]
 # fmt: on
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"  # observations with what the torch policy answers
+TOKENIZER = "tokenizer/tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -21,25 +21,24 @@ import numpy as np
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.benchmarks import roofline
+from rlrc.benchmarks import latency, roofline
 from rlrc.benchmarks.memory import read_process
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent, how_it_ended
-from rlrc.runtime.backends import Engine
 
 if TYPE_CHECKING:
     from rlrc.compressor.policy import Policy
 
 WAIT_S = 900.0  # for a policy of 15 GB to be read, and for an action of it on a busy machine
-Passes = dict[str, float]
+Parts = dict[str, float]
 Infer = Callable[[], object]
-Open = Callable[..., tuple[Infer, Passes]]
+Open = Callable[..., tuple[Infer, Parts]]
 
 
 @dataclass(frozen=True)
 class Action:
-    """Milliseconds: ``total`` of the whole call, ``parts`` of the passes of each kind (``pass_of``), ``cpu`` of all
-    processors together. ``faults``: pages that had to be read from the disk, as where memory is short.
+    """Milliseconds: ``total`` of the whole call, ``parts`` by ``latency.part_of``, ``cpu`` of all processors together.
+    ``faults``: pages that had to be read from the disk, as where memory is short.
     """
 
     total: float
@@ -150,44 +149,24 @@ def observation_of(spec: PolicySpec, words: int) -> dict[str, Any]:
     return seen
 
 
-def pass_of(graph: str, inputs: Mapping[str, Any]) -> str:
-    """What a run of a graph is called: as in rlrc.jetson.work."""
-    if graph == "decoder":
-        return "decode" if "start" in inputs and inputs["start"][0] else "prefill"
-    return "steps" if graph == "step" else graph
-
-
-class Timed:
-    """An engine that adds up the milliseconds of each kind of pass."""
-
-    def __init__(self, engine: Engine, passes: Passes) -> None:
-        self.engine, self.passes = engine, passes
-
-    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return timed(self.passes, pass_of(graph, inputs), lambda: self.engine.run(graph, inputs))
-
-    def versions(self) -> dict[str, str]:
-        return self.engine.versions()
-
-
-def timed(passes: Passes, kind: str, call: Callable[[], Any]) -> Any:
+def timed(passes: Parts, kind: str, call: Callable[[], Any]) -> Any:
     started = perf_counter()
     result = call()
     passes[kind] = passes.get(kind, 0.0) + (perf_counter() - started) * 1e3
     return result
 
 
-def exported(path: str, threads: int, words: int) -> tuple[Infer, Passes]:
+def exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     """An artifact's graphs, unverified ones too."""
     from rlrc.runtime.policy import LocalPolicy
 
-    policy, passes = LocalPolicy(artifacts.load(Path(path), verify=()), threads), Passes()
-    policy.engine = Timed(policy.engine, passes)
+    policy, parts = LocalPolicy(artifacts.load(Path(path), verify=()), threads), Parts()
+    policy.engine = latency.Passes(policy.engine, parts)
     observation = observation_of(policy.spec, words)
-    return lambda: policy.infer(observation), passes
+    return lambda: policy.infer(observation), parts
 
 
-def in_torch(spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int) -> tuple[Infer, Passes]:
+def in_torch(spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int) -> tuple[Infer, Parts]:
     """A policy in bfloat16 with random weights, which no file has to be read for."""
     import os
 
@@ -199,7 +178,7 @@ def in_torch(spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words
     from rlrc.runtime.preprocess import Tokenizer
 
     torch.set_num_threads(threads)
-    policy, passes = random_weights.in_torch(spec, towers, torch.bfloat16), Passes()
+    policy, passes = random_weights.in_torch(spec, towers, torch.bfloat16), Parts()
     in_turns(policy, torch.bfloat16, passes)
     tokenizer = None
     if policy.spec.prompt is not None:
@@ -209,7 +188,7 @@ def in_torch(spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words
     return lambda: runner.infer(observation), passes
 
 
-def in_turns(policy: Policy, dtype: Any, passes: Passes) -> None:
+def in_turns(policy: Policy, dtype: Any, passes: Parts) -> None:
     """Times the passes of a torch policy, and gives them what they take in the weights' type."""
 
     def narrowed(value: Any) -> Any:

@@ -11,13 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlrc.artifact import Artifact, Manifest, TowerSpec
+from rlrc.artifact import GOLDEN, Artifact, Manifest, TowerSpec
 from rlrc.benchmarks.latency import Trials
 from rlrc.benchmarks.results import Named, facts, sizes
 from rlrc.benchmarks.stats import Estimate, difference_limit, paired_difference_limit, ratio_interval
 from rlrc.benchmarks.success import compare, same_scenes
 from rlrc.errors import UserError
-from rlrc.runtime.verify import GOLDEN, read_golden
+from rlrc.runtime.verify import read_golden
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from rlrc.artifact import Artifact
+from rlrc.artifact import GOLDEN, Artifact
 from rlrc.benchmarks.stats import percentiles
 from rlrc.errors import UserError
 from rlrc.runtime.backends import Engine
-from rlrc.runtime.verify import GOLDEN, read_golden
+from rlrc.runtime.verify import read_golden
 from rlrc.runtime.warmup import warm_up
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, Manifest, PolicySpec, QuantizationSpec, TowerSpec
-from rlrc.benchmarks.results import TOKENIZER
+from rlrc.artifact import TOKENIZER, Artifact, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor import geometry, official
 from rlrc.compressor.backbones import build
 from rlrc.compressor.fill import filled_towers

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlrc.artifact import Artifact, Manifest, check_output, load
+from rlrc.artifact import TOKENIZER, Artifact, Manifest, check_output, load
 from rlrc.errors import UserError
 from rlrc.folders import replacing
 from rlrc.runtime import backends
 
-TOKENIZER = "tokenizer/tokenizer.json"
 BASELINE = "dense"
 GEOMETRY, PEERS, STUDY, OVERHEAD = "claims of a geometry", "peers", "recovery study", "overhead"
 ARMS = ("dense", "compressed", "torch")  # of a geometry's claims

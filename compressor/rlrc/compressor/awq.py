@@ -153,7 +153,8 @@ def scaled(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors of an equal policy that loses less by rounding, and the alphas by the names of the folds' layers.
 
-    ``bits`` of the tensors that will be rounded; ``inputs`` of their layers (n, in); ``search``, ``group``: see quantize_groups.
+    ``bits`` of the tensors that will be rounded; ``inputs`` of their layers (n, in); ``search`` and ``group`` are those
+    of quantize_groups.
     """
     result, alphas = dict(tensors), dict[str, float]()
     for fold in folds(policy):

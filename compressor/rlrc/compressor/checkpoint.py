@@ -17,7 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrc.artifact import Artifact, ArtifactError, Draft, HistoryEntry, Manifest, PolicySpec, TowerSpec
+from rlrc.artifact import (
+    GOLDEN,
+    Artifact,
+    ArtifactError,
+    Draft,
+    HistoryEntry,
+    Manifest,
+    PolicySpec,
+    TowerSpec,
+)
 from rlrc.compressor.backbones import build
 from rlrc.compressor.grid import dequantize
 from rlrc.compressor.policy import Inputs, Outputs, Policy
@@ -25,8 +34,6 @@ from rlrc.compressor.quantize import Quantized
 from rlrc.runtime.preprocess import prepare, unnormalise
 
 WEIGHTS = "weights/model.safetensors"
-TOKENIZER = "tokenizer/tokenizer.json"
-GOLDEN = "golden.npz"
 CURVES = "curves"
 ANSWERS = ("actions", "tokens", "logits")
 

@@ -48,8 +48,8 @@ class QuantizeConfig:
     embeddings: Literal[8, 16] = 16
     """bits of the word embeddings"""
     group: Literal[32, 64, 128] = 32
-    """most inputs that share a scale: 32 loses least; TensorRT documents 64 and 128 for 4 bits, and CPUs read them faster
-    (prune with align of the same number, or narrow layers get smaller ones)"""
+    """most inputs that share a scale: 32 loses least, TensorRT documents 64 and 128 for 4 bits (prune with align of the
+    same number, or narrow layers get smaller ones)"""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

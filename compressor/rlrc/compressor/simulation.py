@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rlrc.artifact import Artifact, HistoryEntry
+from rlrc.artifact import TOKENIZER, Artifact, HistoryEntry
 from rlrc.compressor import distributed
 from rlrc.compressor.batches import Batch, Lessons
-from rlrc.compressor.checkpoint import TOKENIZER
 from rlrc.compressor.dagger import Dagger
 from rlrc.compressor.data import DemonstrationConfig, ObservedBatches, SampleBatches, demonstrations
 from rlrc.compressor.observations import Observer

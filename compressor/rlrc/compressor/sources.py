@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
+from rlrc.artifact import GOLDEN, TOKENIZER, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
 from rlrc.compressor import hub, official, tokenizers
 from rlrc.compressor.backbones import build
-from rlrc.compressor.checkpoint import CURVES, GOLDEN, TOKENIZER, WEIGHTS, load_policy, read_observations
+from rlrc.compressor.checkpoint import CURVES, WEIGHTS, load_policy, read_observations
 from rlrc.compressor.inference import tokenizer_of
 from rlrc.compressor.lossless import Cut, never_read
 from rlrc.compressor.official import Folder

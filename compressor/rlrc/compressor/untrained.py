@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlrc.artifact import HistoryEntry, Manifest, writing
+from rlrc.artifact import TOKENIZER, HistoryEntry, Manifest, writing
 from rlrc.compressor import reference
 from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.checkpoint import TOKENIZER, write_policy
+from rlrc.compressor.checkpoint import write_policy
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import PICTURE, TASKS, make
 from rlrc.envs.seeds import VALIDATION

@@ -18,7 +18,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rlrc.artifact import Artifact, Manifest, writing
+from rlrc.artifact import GOLDEN, Artifact, Manifest, writing
 from rlrc.errors import UserError
 from rlrc.exporters.export import Disagreement, export, with_graphs
 from rlrc.exporters.graphs import graphs_of
@@ -116,7 +116,7 @@ def measure(parent: Artifact, threads: int) -> list[Candidate]:
     """
     manifest, weights = parent.manifest, read_weights(parent)
     precisions = [name for name in choices(manifest) if name == MIXED or not FLAVOURS[name].packed]
-    golden = verify.read_golden(parent.file(verify.GOLDEN), manifest.policy)
+    golden = verify.read_golden(parent.file(GOLDEN), manifest.policy)
     observations = cycle(golden.observation(i, manifest.policy) for i in range(len(golden)))
     best: dict[tuple[str, str], float] = {}
     with tempfile.TemporaryDirectory() as folder:

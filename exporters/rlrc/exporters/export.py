@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlrc.artifact import Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
+from rlrc.artifact import GOLDEN, Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
 from rlrc.errors import UserError
 from rlrc.folders import sha256
 from rlrc.runtime import verify
@@ -63,7 +63,7 @@ def export(
         for backend, target in TARGETS.items()
         if target in to
     }
-    golden = verify.read_golden(parent.file(verify.GOLDEN), manifest.policy)
+    golden = verify.read_golden(parent.file(GOLDEN), manifest.policy)
     check_room(parent, out, chosen)
     with writing(out) as draft:
         replaced = [FOLDERS[backend] for backend in chosen]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlrc.artifact import Artifact, Draft, GraphSpec, PolicySpec
+from rlrc.artifact import GOLDEN, Artifact, Draft, GraphSpec, PolicySpec
 from rlrc.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
@@ -17,7 +17,7 @@ from rlrc.exporters.weights import Weights, read_weights
 from rlrc.folders import sha256
 from rlrc.jetson.precision import OVERFLOWS
 from rlrc.runtime.backends import FOLDERS
-from rlrc.runtime.verify import GOLDEN, read_golden
+from rlrc.runtime.verify import read_golden
 
 TENSORRT = "10.3"  # JetPack 6's; its parser reads blocked 4-bit integers, and has no highest opset
 DENSE = ("fp16", "bf16", "fp32", "int8", "fp8")  # for float weights, the default first

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.artifact import Artifact, GraphSpec
+from rlrc.artifact import GOLDEN, Artifact, GraphSpec
 from rlrc.exporters.builder import INT8_MIN_INPUTS, joined
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.stand_in import StandIn
@@ -79,7 +79,7 @@ def scales(parent: Artifact, weights: Weights, eight: Eight) -> dict[str, float]
     artifact = Artifact(parent.path, replace(manifest, graphs=told), parent.digest)
     verify.replay(
         LocalPolicy(artifact, backend="tensorrt", engine=recorder),
-        verify.read_golden(parent.file(verify.GOLDEN), manifest.policy),
+        verify.read_golden(parent.file(GOLDEN), manifest.policy),
     )
     of = step_of if eight == "int8" else one_of
     return {name: scale for name, seen in recorder.seen.items() if (scale := of(np.stack(seen))) is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, VerifiedSpec
+from rlrc.artifact import GOLDEN, Artifact, VerifiedSpec
 from rlrc.benchmarks import latency
 from rlrc.benchmarks.commands.output import progress, result_of
 from rlrc.benchmarks.results import Named, facts
@@ -26,7 +26,7 @@ def try_out(path: Path, trials: int, threads: int) -> tuple[list[Finding], dict[
 
     ``trials`` inferences of each engine, in turn. Raises UserError for an artifact that is damaged or has no graphs.
     """
-    artifact = artifacts.load(path, verify=("graphs", "tokenizer", verify.GOLDEN))
+    artifact = artifacts.load(path, verify=("graphs", "tokenizer", GOLDEN))
     backends.choose(artifact.manifest, None, path)  # refuses one without graphs
     findings, policies, records = [], {}, []
     for backend in backends.present(artifact.manifest):
@@ -49,7 +49,7 @@ def _replayed(
         return Finding(name, "none", "needs TensorRT and a GPU, which are not here"), None, None
     try:
         policy = LocalPolicy(artifact, threads, backend)
-        golden = verify.read_golden(artifact.file(verify.GOLDEN), artifact.manifest.policy)
+        golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
         record = verify.measure(policy, golden, verify.limits_of(recorded(artifact, backend)))
     except ModuleNotFoundError as error:
         return Finding(name, "advice", f"the module {error.name} is not installed", "rlrc jetson install"), None, None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import VerifiedSpec
+from rlrc.artifact import GOLDEN, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.runtime import agreement, backends, verify
@@ -119,7 +119,7 @@ class Verify:
     """print the measured records as JSON"""
 
     def run(self) -> int:
-        artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", verify.GOLDEN))
+        artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", GOLDEN))
         manifest = artifact.manifest
         first = backends.choose(manifest, self.backend, self.path)
         here = backends.here(manifest)
@@ -147,7 +147,7 @@ class Verify:
             raise UserError("expected --against with --env, for the torch policy is not here, found none; give both")
         artifact = policies[0].artifact
         limits = [verify.limits_of(recorded(artifact, policy.backend)) for policy in policies]
-        golden = verify.read_golden(artifact.file(verify.GOLDEN), artifact.manifest.policy)
+        golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
         return [verify.measure(policy, golden, limit) for policy, limit in zip(policies, limits, strict=True)]
 
     def _against_other(self, policies: list[LocalPolicy]) -> list[VerifiedSpec]:
@@ -158,7 +158,7 @@ class Verify:
         if self.env:
             reference = agreement.play(other, self.env, self.env_mapping, self.episodes)
         else:
-            golden = verify.read_golden(artifact.file(verify.GOLDEN), artifact.manifest.policy)
+            golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
             reference = agreement.replay(other, golden)
         return [agreement.measure(policy, reference) for policy in policies]
 

@@ -16,15 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, VerifiedSpec
+from rlrc.artifact import TOKENIZER, Artifact, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.runtime import backends, decode, preprocess
 from rlrc.runtime.backends import Engine
 from rlrc.runtime.continuation import Continuation
 from rlrc.runtime.interfaces import check_interface
 from rlrc.runtime.verify import failure
-
-TOKENIZER = "tokenizer/tokenizer.json"
 
 
 class Timing(TypedDict):

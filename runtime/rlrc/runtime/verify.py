@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.artifact import ActionSpec, PolicySpec, VerifiedSpec
+from rlrc.artifact import GOLDEN, ActionSpec, PolicySpec, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.runtime.decode import actions_of, logit_row, logit_rows
 from rlrc.runtime.npz import read_npz
@@ -26,7 +26,6 @@ from rlrc.runtime.npz import read_npz
 if TYPE_CHECKING:
     from rlrc.runtime.policy import LocalPolicy
 
-GOLDEN = "golden.npz"
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
 in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."""
