@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads must not spin: on busy cores that costs most
+# Idle threads of torch and llama.cpp spin for some microseconds: for longer they would cost most on busy cores, and
+# llama.cpp's take 9 ms a token for 4 if they sleep between its many short parts. Read when torch loads its OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as rlrc.runtime.backends.llama_model has it
 
 import argparse
 import platform
@@ -70,6 +72,7 @@ OURS = {  # name: (which weights, target, precision)
     "ours int8+int4": ("int4", "onnx", "int8+int4"),
     "ours int4": ("int4", "onnx", "int4"),
     "ours int4a8": ("int4", "onnx", "int4a8"),
+    "ours int4a8, groups of 128": ("int4-128", "onnx", "int4a8"),
     "ours gguf int4": ("int4", "gguf", "int4"),
     "ours gguf fp16": ("dense", "gguf", "fp16"),
 }
@@ -90,7 +93,7 @@ def spec() -> PolicySpec:
 
 
 def make(folder: Path) -> None:
-    """The artifacts ``dense``, its weights those of ``int4`` in bfloat16, and ``int4``."""
+    """Artifacts ``int4``, ``int4-128`` (of larger groups), and ``dense``, its weights those of ``int4`` in bfloat16."""
     torch.manual_seed(0)
     policy = OpenVLAPolicy(spec(), TOWERS).eval()
     random = np.random.default_rng(0)
@@ -102,7 +105,8 @@ def make(folder: Path) -> None:
     }
     result = quantize(policy.state_dict(), QuantizeConfig(search=False))
     meant = checkpoint.quantized(policy, result)
-    for name, given in (("int4", (policy, result)), ("dense", (meant, None))):
+    wide = quantize(policy.state_dict(), QuantizeConfig(search=False, group=128))
+    for name, given in (("int4", (policy, result)), ("int4-128", (policy, wide)), ("dense", (meant, None))):
         with artifacts.writing(folder / name) as draft:
             words = {f"w{i}": i for i in range(VOCABULARY)}
             tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -200,7 +204,8 @@ def decode_bytes(name: str) -> int:
     weights = 256 * tower.width + sum(
         tower.width * (4 * layer.heads * layer.head_dim + 3 * layer.mlp) for layer in tower.layers
     )
-    width = 4.5 / 8 if "int4" in name else 1 if "int8" in name else 2 if "16" in name else 4
+    bits = 4.125 if "128" in name else 4.5
+    width = bits / 8 if "int4" in name else 1 if "int8" in name else 2 if "16" in name else 4
     cached = sum(2 * layer.kv_heads * layer.head_dim for layer in tower.layers) * (256 + WORDS + 3)
     return int(weights * width + cached * (2 if "bf16" in name or "gguf" in name else 4))
 

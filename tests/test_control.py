@@ -49,6 +49,25 @@ def test_an_action_that_is_too_late_is_never_sent() -> None:
     assert not control.guard.stopped
 
 
+def test_an_action_that_has_become_too_late_while_it_was_guarded_is_replaced_by_a_hold() -> None:
+    control, arm, _, clock = loop(0, "replace", gap=3.0)
+    step, seen = control.guard.step, list[Any]()
+
+    def stuck(*arguments: Any) -> Any:
+        seen.append(step(*arguments))
+        clock.now += 1.01 * PERIOD if len(seen) == 4 else 0.0
+        return seen[-1]
+
+    control.guard.step = stuck  # type: ignore[method-assign]
+    control.run(steps=4)
+    rows = control.telemetry.rows
+    assert rows["held"].tolist() == [False, False, False, True]
+    assert not rows["late"].any()
+    assert seen[-1].command.tolist() == pytest.approx([0.04, 0.04])
+    # What the arm was told before, not where the action would have led: it is braked from 0.1 rad/s within the step.
+    assert joints(arm) == [0.01, 0.02, 0.03, 0.03]
+
+
 def test_a_stop_between_two_steps_does_not_wait_for_the_next() -> None:
     control, arm, _, clock = loop(0, "replace")
     pressed: list[float] = []

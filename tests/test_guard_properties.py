@@ -147,6 +147,9 @@ def play(guard: Guard, seed: int, steps: int) -> None:
             verdict = guard.hold(robot.measured(), given)
         else:
             verdict = guard.step(commands(robot, rng, dt), robot.measured(), given)
+            if not verdict.held and rng.random() < 0.05:  # it is too late to be sent by now
+                guard.take_back()
+                verdict = guard.hold(robot.measured(), given)
         assert verdict.command is not None
         robot.obey(verdict.command, dt)
         assert verdict.stopped == guard.stopped

@@ -48,12 +48,12 @@ def test_jitter_is_the_distance_from_whole_periods() -> None:
     assert telemetry.jitter(np.diff(sent), 0.1) == pytest.approx(np.percentile(gaps, 99))
 
 
-def test_what_was_late_is_told_with_what_the_timer_did_then() -> None:
+def test_a_stall_is_told_with_what_the_timer_did_then() -> None:
     kept = told([1, 1, 1], [[0.0, 0]] * 3)
-    kept.rows["late"][1], kept.rows["guard_ms"][1], kept.rows["sent"][1] = True, 25.0, 0.125
+    kept.rows["held"][1], kept.rows["guard_ms"][1], kept.rows["sent"][1] = True, 25.0, 0.125
     woken = np.array([0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.16, 0.19])
-    (found,) = loop.late(kept.rows, woken)
-    assert (found["guard_ms"], found["timer_ms"]) == (25.0, 20.0)
+    (found,) = loop.stalls(kept.rows, woken)
+    assert (found["guard_ms"], found["held"], found["timer_ms"]) == (25.0, True, 20.0)
 
 
 def test_jitter_is_that_within_episodes() -> None:

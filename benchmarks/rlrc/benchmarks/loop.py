@@ -72,17 +72,22 @@ class Simulated:
         self.timing = Timing(hz, hz / self.robot.hz, LATE, patience=5.0)
         self.strategy = strategy
         self.telemetry = Telemetry(capacity, self.spec.action.dim)
+        self.guard = self._new_guard()
+
+    def _new_guard(self) -> Guard:
+        state = self.spec.state
+        names, units = ((), ()) if state is None else (state.names, state.units)
+        return Guard(profile.load("metaworld"), self.robot.hz, self.spec.action, names, units, self.timing.gap)
 
     def episode(self, seed: int) -> tuple[bool, str | None]:
         self.inference.reset()
         self.robot.reset(seed)
-        state = self.spec.state
-        names, units = ((), ()) if state is None else (state.names, state.units)
-        guard = Guard(profile.load("metaworld"), self.robot.hz, self.spec.action, names, units, self.timing.gap)
+        if self.guard.stopped:
+            self.guard = self._new_guard()
         chunks = Chunks(self.strategy, self.spec.action.horizon)
-        control = Control(self.robot, self.inference, guard, chunks, self.spec, self.timing, self.telemetry)
+        control = Control(self.robot, self.inference, self.guard, chunks, self.spec, self.timing, self.telemetry)
         control.run(lambda: self.robot.over or self.robot.steps >= self.robot.horizon)
-        return self.robot.success, guard.reason
+        return self.robot.success, self.guard.reason
 
     @property
     def beside(self) -> tuple[int, int]:
@@ -113,22 +118,25 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
         run.close()
     beside = jitter(np.diff(timed()), 1 / HZ)
     return figures("steady", run.telemetry, HZ, beside, growth) | {
-        "late": late(run.telemetry.rows, timed()),
+        "stalls": stalls(run.telemetry.rows, timed()),
         "episodes": len(ended),
         "success": float(np.mean(ended)),
         "granted": granted,
     }
 
 
-def late(rows: NDArray[Any], woken: NDArray[np.float64]) -> list[dict[str, float]]:
-    """The steps that were sent late: what took how long, and how late the bare timer beside woke then, in ms."""
+def stalls(rows: NDArray[Any], woken: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """Steps that were over when the next one was due: what took how long, what became of them, and how late the bare
+    timer beside woke then, in ms."""
     found = []
-    for row in rows[rows["late"]]:
+    for row in rows[rows["sent"] - rows["due"] >= 1 / HZ]:
         due, sent = float(row["due"]), float(row["sent"])
         # The first wake-up after each moment of that time, less the period that it may take.
         gaps = np.diff(woken)[(woken[1:] > due) & (woken[:-1] < sent)]
         took = {name: round(float(row[name]), 2) for name in ("late_ms", *(f"{part}_ms" for part in PARTS))}
-        found.append(took | {"timer_ms": round(float(gaps.max(initial=0) - 1 / HZ) * 1e3, 2)})
+        found.append(
+            took | {"held": bool(row["held"]), "timer_ms": round(float(gaps.max(initial=0) - 1 / HZ) * 1e3, 2)}
+        )
     return found
 
 

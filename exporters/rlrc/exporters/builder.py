@@ -183,6 +183,10 @@ class Builder(ABC):
             y = self.add(y, self.weight(f"{module}.bias"))
         return y
 
+    def linears(self, x: str, *modules: str) -> list[str]:
+        """Linear layers of one input, each with its own outputs."""
+        return [self.linear(x, module) for module in modules]
+
     def attend(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, mask: str | None = None) -> str:
         """q (B, T, heads * head_dim), keys and values (B, kv_heads, P, head_dim) -> (B, T, heads * head_dim).
 

@@ -1,10 +1,11 @@
 """The loop on the robot: at a fixed rate sense, take the action that is planned for this very step, guard it, send it.
 
 Step n is due at ``start + n / hz`` on a monotonic clock. Inference runs beside the loop (rlrc.runtime.inference); its
-chunks are joined by the time of their observations (rlrc.runtime.chunks). What cannot be sent before the next step is
-due is not sent at all: the schedule goes on without the steps that were missed, and no burst makes up for them. Where
-there is no action for a step, the guard holds the robot, and stops it if that lasts. Whatever else goes wrong stops it.
-A stop that somebody wants does not wait for the next step: braking begins with a command of its own, at once.
+chunks are joined by the time of their observations (rlrc.runtime.chunks). An action that cannot be sent before the next
+step is due is not sent at all: the robot is held, the schedule goes on without the steps that were missed, and no burst
+makes up for them. Where there is no action for a step, the guard holds the robot, and stops it if that lasts. Whatever
+else goes wrong stops it. A stop that somebody wants does not wait for the next step: braking begins with a command of
+its own, at once.
 """
 
 from __future__ import annotations
@@ -193,7 +194,8 @@ class Control:
             self._progress += 1
             self._played.append(sent)
         row["sent"], row["command_ms"] = sent, _since(guarding, sent)
-        row["late"], row["held"], row["stopped"] = sent - due >= self.timing.period, verdict.held, self.guard.stopped
+        row["late"] = not verdict.held and sent - due >= self.timing.period
+        row["held"], row["stopped"] = verdict.held, self.guard.stopped
         row["clamped"] = sum(event.act == "clamp" for event in verdict.events)
         self.telemetry.commanded(verdict.command)
         self._ask(sensed)
@@ -277,7 +279,12 @@ class Control:
         if planned is not None:
             self._planned_at = now
             if now - due < self.timing.period:  # else it could not be sent before the next step is due
-                return self.guard.step(planned.action, measured, dt, age * speed)
+                verdict = self.guard.step(planned.action, measured, dt, age * speed)
+                guarded = self._clock()
+                if verdict.held or guarded - due < self.timing.period:
+                    return verdict
+                self.guard.take_back()  # the computer has stood still meanwhile
+                dt = (guarded - self._sent) * speed
         elif now - self._planned_at > self.timing.patience:
             self._latch(f"no action for {self.timing.patience:g} s")
         return self.guard.hold(measured, dt, age * speed)

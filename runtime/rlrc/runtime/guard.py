@@ -74,6 +74,7 @@ class Guard:
         self._position = np.array([dimension.rest or 0.0 for dimension in dimensions])
         self._velocity = np.zeros(len(dimensions))
         self._aim = self._position  # the last target, which matters for absolutes
+        self._before = self._position, self._velocity, self._aim  # what ``take_back`` returns to
         self._started, self.steps = False, 0
         self.reason: str | None = None  # why it is stopped
         self.events: deque[Event] = deque(maxlen=KEPT)  # the last ones
@@ -126,6 +127,10 @@ class Guard:
         state = np.array(measured, np.float64)
         state[self._entries] = self._position[self._measures] / self._factors
         return state
+
+    def take_back(self) -> None:
+        """The last verdict has not been sent: the next one goes on from the one before."""
+        self._position, self._velocity, self._aim = self._before
 
     def stop(self, reason: str) -> None:
         """Latches. The next ``step`` or ``hold`` begins to brake."""
@@ -286,6 +291,7 @@ class Guard:
         told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, target))
         if values is not None and kept is not None:
             told = np.where(~self._is_absolute & kept, values, told)
+        self._before = self._position, self._velocity, self._aim
         self._position, self._velocity = target, velocity
         self._aim = target if values is None else values
         return Verdict(told, values is None, self.stopped, self._tell())

@@ -32,7 +32,7 @@ STEP = np.dtype(
         ("place", np.int16),  # of the action in its chunk
         ("age_ms", np.float32),  # since the state that the guard saw was measured
         ("clamped", np.int16),  # guard events of this step, by what was done
-        ("late", np.bool_),  # sent when the next step was due already
+        ("late", np.bool_),  # an action was sent when the next step was due already (a hold may be)
         ("held", np.bool_),
         ("stopped", np.bool_),
         ("skipped", np.int32),  # steps before this one that were not begun in time, and so left out
@@ -104,9 +104,10 @@ def _count(name: str, values: Any) -> Any:
 
 
 def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
-    """What a run was like, in seconds and milliseconds. ``late_actions``: sent when the next step was due already.
+    """What a run was like, in seconds and milliseconds.
 
-    Percentiles are those of the steps that are still there.
+    ``late_actions`` were sent when the next step was due already. That takes a driver that is stuck in the middle of
+    it: what is noticed before is replaced by a hold. Percentiles are those of the steps that are still there.
     """
     rows = telemetry.rows
     if not len(rows):

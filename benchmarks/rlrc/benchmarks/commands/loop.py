@@ -13,7 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlrc.benchmarks import faults, loop, machine
-from rlrc.benchmarks.commands.output import finish, progress, result_of
+from rlrc.benchmarks.commands.output import finish, plain_progress, result_of
 from rlrc.benchmarks.results import check_out, read
 from rlrc.errors import UserError
 from rlrc.runtime.chunks import STRATEGIES
@@ -74,7 +74,7 @@ class Loop:
             "faults": (len(faults.FAULTS), lambda tick: list(loop.broken(tick))),
         }
         total, measured = measure[scenario]
-        with progress(scenario, total) as advance:
+        with plain_progress(scenario, total) as advance:
             return measured(advance)
 
 

@@ -43,6 +43,23 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """``progress`` where the memory of this process is measured: a bar takes a megabyte or two more."""
+    done, end = 0, "\r" if sys.stderr.isatty() else "\n"
+
+    def advance(more: int) -> None:
+        nonlocal done
+        before, done = done, done + more
+        if sys.stderr.isatty() or 10 * before // total < 10 * done // total:
+            sys.stderr.write(f"{what} {done}/{total}{end}")
+            sys.stderr.flush()
+
+    yield advance
+    if done:
+        sys.stderr.write("\n" * sys.stderr.isatty())
+
+
+@contextmanager
 def stages(what: str) -> Iterator[Callable[[str], None]]:
     """What is being done and for how long; where nobody watches, a line for each."""
     console = Console(stderr=True)

@@ -190,8 +190,8 @@ def branch(b: Builder, x: str, y: str, gate: str | None) -> str:
 
 
 def gated_mlp(b: Builder, x: str, name: str, activation: Activation) -> str:
-    gate = b.activation(b.linear(x, f"{name}.gate"), activation)
-    return b.linear(b.multiply(gate, b.linear(x, f"{name}.up")), f"{name}.down")
+    gate, up = b.linears(x, f"{name}.gate", f"{name}.up")
+    return b.linear(b.multiply(b.activation(gate, activation), up), f"{name}.down")
 
 
 def norm(b: Builder, x: str, name: str, tower: TowerSpec, condition: str | None = None) -> tuple[str, str | None]:
