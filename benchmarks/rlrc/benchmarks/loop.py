@@ -28,7 +28,7 @@ from rlrc.runtime import preprocess, profile
 from rlrc.runtime.chunks import STRATEGIES, Chunks, Strategy
 from rlrc.runtime.control import Control, Show, Timing
 from rlrc.runtime.guard import Guard
-from rlrc.runtime.hygiene import real_time
+from rlrc.runtime.hygiene import real_time, tidy
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.page.hello import plotted
 from rlrc.runtime.page.looping import LoopPage
@@ -80,6 +80,7 @@ class Simulated:
         return Guard(profile.load("metaworld"), self.robot.hz, self.spec.action, names, units, self.timing.gap)
 
     def episode(self, seed: int) -> tuple[bool, str | None]:
+        tidy()
         self.inference.reset()
         self.robot.reset(seed)
         if self.guard.stopped:

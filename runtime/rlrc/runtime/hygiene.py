@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 PRIORITY, BESIDE = 20, 10  # of 1 to 99: above ordinary processes, below the kernel's own; BESIDE below the loop
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
 
@@ -46,6 +47,26 @@ def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterat
             for thread in (0, *threads):
                 with suppress(OSError):  # it has ended
                     os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def tidy() -> None:
+    """Between two episodes, when the robot rests: a collection, short since nothing from before the loop is looked at.
+
+    CPython's lists of freed tuples, which grow to 2,000 of each size, are given back by collections only.
+    """
+    gc.collect()
+
+
+def give_back_large_blocks() -> None:
+    """Blocks of 1 MB and more go back to the system when they are freed (glibc; elsewhere nothing).
+
+    By itself glibc takes blocks of up to 32 MB from the heap once such have been freed, and leaves gaps there that small
+    blocks keep from being given back. 16 MB at the heap's end are kept, so that usual pictures cost no page faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+        mallopt(M_TRIM_THRESHOLD, 2**24)
 
 
 def lock_used_memory() -> None:

@@ -14,7 +14,7 @@ from rlrc.robots.instructed import Instructed
 from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import Robot
 from rlrc.robots.simulator import SimulatorRobot
-from rlrc.runtime import profile, telemetry
+from rlrc.runtime import hygiene, profile, telemetry
 from rlrc.runtime.board import Board
 from rlrc.runtime.chunks import Chunks
 from rlrc.runtime.control import Control, Show, Timing
@@ -81,6 +81,7 @@ class Running:
     def episode(self, seed: int, switch: StopSwitch) -> None:
         """Of a simulator or a recording until it is over, of a robot until it is stopped."""
         robot = self.simulator
+        hygiene.tidy()
         self.inference.reset()
         if robot is not None:
             robot.reset(seed)

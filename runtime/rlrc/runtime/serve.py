@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime import profile
+from rlrc.runtime import hygiene, profile
 from rlrc.runtime.backends import Backend
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
@@ -95,6 +95,7 @@ class Serve:
             )
             for name in self.protocol
         }
+        hygiene.give_back_large_blocks()
         logs.begin(self.log)
         for name in ("openpi.frames", "openvla.requests"):  # every port scan is one
             logging.getLogger(f"rlrc.runtime.servers.{name}").setLevel(logging.CRITICAL)
