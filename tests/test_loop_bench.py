@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -136,3 +139,23 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "expected positive minutes, periods and episodes" in capsys.readouterr().err
     with pytest.raises(UserError, match="expected at least one step to sum up"):
         telemetry.summary(Telemetry(4, 1), 0.1)
+
+
+FREED = """
+from rlrc.benchmarks.memory import read_process
+from rlrc.runtime import hygiene
+
+hygiene.give_back_large_blocks()
+before, kept = read_process()["anonymous"], []
+for _ in range(8):
+    block = bytearray(24 << 20)
+    kept.append([bytearray(600) for _ in range(100)])  # they may come to lie behind it
+    del block
+print(read_process()["anonymous"] - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_large_blocks_go_back_to_the_system() -> None:
+    found = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 4 << 20  # 24 MB otherwise

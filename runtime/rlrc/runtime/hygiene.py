@@ -60,8 +60,8 @@ def tidy() -> None:
 def give_back_large_blocks() -> None:
     """Blocks of 1 MB and more go back to the system when they are freed (glibc; elsewhere nothing).
 
-    By itself glibc takes blocks of up to 32 MB from the heap once such have been freed, and leaves gaps there that small
-    blocks keep from being given back. 16 MB at the heap's end are kept, so that usual pictures cost no page faults.
+    By itself glibc takes blocks of up to 32 MB from the heap once such have been freed, and leaves gaps there that
+    small blocks keep from being given back. 16 MB at the heap's end are kept: usual pictures cost no page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
