@@ -161,7 +161,7 @@ def test_transformers_modules_compute_the_same_tokens(tmp_path: Path, monkeypatc
     from openvla_in_transformers import Assembled
 
     from rlrc import artifact as artifacts
-    from rlrc.artifact import LayerSpec, TowerSpec
+    from rlrc.artifact import TOKENIZER, LayerSpec, TowerSpec
     from rlrc.compressor import checkpoint as checkpoints
     from rlrc.compressor.inference import TorchPolicy
     from rlrc.runtime.preprocess import Tokenizer
@@ -179,7 +179,7 @@ def test_transformers_modules_compute_the_same_tokens(tmp_path: Path, monkeypatc
     policy = checkpoints.load_policy(artifact).float()
     random = np.random.default_rng(0)
     seen = {"image.top": random.integers(0, 256, (256, 256, 3), np.uint8), "instruction": "w1 w2 w3 w4"}
-    tokenizer = Tokenizer(artifact.file(checkpoints.TOKENIZER), artifact.manifest.policy.prompt)
+    tokenizer = Tokenizer(artifact.file(TOKENIZER), artifact.manifest.policy.prompt)
     expected = TorchPolicy(artifact.manifest.policy, tokenizer, lambda: policy).infer(seen)["actions"]
     with torch.inference_mode():
         actions = Assembled(tmp_path / "dense", torch.float32).infer(seen)

@@ -101,6 +101,18 @@ def test_signals(number: signal.Signals) -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_another_signal_soon_after_does_not_end_the_program() -> None:
+    """The switch listens for a moment more, in which the robot rests already."""
+    switch = StopSwitch()
+    with switch.listen(keyboard=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(lambda: switch.stopped)
+        again = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        again.start()
+    again.join()
+    assert switch.presses >= 2
+
+
 def test_a_signal_of_others_is_none_of_ours() -> None:
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     switch = StopSwitch()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import math
 import os
 import secrets
 import select
@@ -43,6 +44,7 @@ from rlrc.errors import UserError
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
 ASKED = "asked to stop"
 LOOPBACK = "127.0.0.1"
+AGAIN_S = 1.0  # who presses Ctrl-C twice wants one stop, and nothing lost of what is put away after it
 REQUEST_S = 2.0  # a client that says nothing for so long is dropped
 
 
@@ -67,6 +69,7 @@ class StopSwitch:
         self.url: str | None = None
         self.token: str | None = None
         self._lost: list[str] = []
+        self._signalled = -math.inf
         self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
 
     def press(self, reason: str) -> None:
@@ -208,9 +211,17 @@ class StopSwitch:
         for number in SIGNALS:
             old = signal.signal(number, lambda got, _: self._signal(got))
             stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
+        stack.callback(self._outlast_another)
         self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
 
+    def _outlast_another(self) -> None:
+        """Listens for a moment more after a signal: the next one would end the program."""
+        while (left := self._signalled + AGAIN_S - time.monotonic()) > 0:
+            time.sleep(left)
+
     def _signal(self, number: int) -> None:
+        if not self.ended:
+            self._signalled = time.monotonic()
         self.press(f"signal {signal.Signals(number).name}")
         self.ended = True
 
