@@ -16,6 +16,7 @@ import pytest
 from rlrc.benchmarks import loop
 from rlrc.benchmarks.beside import loaded, timer
 from rlrc.benchmarks.commands.loop import draw
+from rlrc.benchmarks.commands.output import plain_progress
 from rlrc.errors import UserError
 from rlrc.runtime import hygiene, telemetry
 from rlrc.runtime.cli import main
@@ -159,3 +160,11 @@ print(read_process()["anonymous"] - before)
 def test_large_blocks_go_back_to_the_system() -> None:
     found = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 4 << 20  # 24 MB otherwise
+
+
+def test_progress_without_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with plain_progress("steady", 20) as advance:
+        for _ in range(20):
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"steady {done}/20" for done in range(2, 21, 2)]

@@ -64,7 +64,7 @@ class Loop:
 
     def _measured(self, scenario: Scenario) -> list[dict[str, Any]]:
         measure: dict[str, tuple[int, Callable[[loop.Tick], list[dict[str, Any]]]]] = {
-            "steady": (int(self.minutes * 60 / 1.9), lambda tick: [loop.steady(self.path, self.minutes, tick)]),
+            "steady": (max(1, int(self.minutes * 60 / 1.9)), lambda tick: [loop.steady(self.path, self.minutes, tick)]),
             "slow": (
                 (1 + len(STRATEGIES)) * self.episodes * len(self.tasks),
                 lambda tick: list(loop.slow(self.path, self.periods, self.episodes, self.tasks, tick)),
