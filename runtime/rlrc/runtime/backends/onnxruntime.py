@@ -25,6 +25,7 @@ from rlrc.runtime.backends.onnxruntime_cache import PAST, Cache
 from rlrc.runtime.decode import NoAction
 
 NAME = "onnxruntime"
+SPIN_US, BOUNDS_SPINNING = "10", (1, 26)  # older engines do not know how long
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 
 
@@ -82,10 +83,12 @@ def _session(path: Path, graph: GraphSpec, threads: int) -> onnxruntime.Inferenc
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # errors
-    # Threads that spin until their next part comes save a fifth of a token. Where they are as many as the processors,
-    # they displace the control loop and everything else: measured on two busy cores, two took three times as long.
-    # Elsewhere they stop with the pass, or those of one graph would go on beside those of the next (a quarter more).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads >= _cores() else "1")
+    # Threads that spin between the parts of a pass save a sixth of a token; 10 us do as well as a millisecond, which
+    # displaces the control loop and everything else where the threads are as many as the processors (measured on two
+    # busy cores). An engine that cannot bound it sleeps there. None spins on after a pass, beside the next graph's.
+    spins = threads < _cores() or _numbers(onnxruntime.__version__) >= BOUNDS_SPINNING
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
