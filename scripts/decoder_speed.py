@@ -74,6 +74,7 @@ OURS = {  # name: (which weights, target, precision)
     "ours int4a8": ("int4", "onnx", "int4a8"),
     "ours int4a8, groups of 128": ("int4-128", "onnx", "int4a8"),
     "ours gguf int4": ("int4", "gguf", "int4"),
+    "ours gguf int8": ("dense", "gguf", "int8"),
     "ours gguf fp16": ("dense", "gguf", "fp16"),
 }
 
@@ -198,16 +199,19 @@ def contestants(folder: Path, threads: int, only: str) -> tuple[dict[str, Contes
     return found, facts
 
 
+BITS = {"groups of 128": 4.125, "int4": 4.5, "gguf int8": 8.5, "int8": 8, "16": 16, "": 32}
+"""What a weight takes, with its share of the scales, by the first part that a contestant's name has."""
+
+
 def decode_bytes(name: str) -> int:
     """What a decode step has to read: every weight of the decoder and head once, and keys and values (float32)."""
     tower = TOWERS["decoder"]
     weights = 256 * tower.width + sum(
         tower.width * (4 * layer.heads * layer.head_dim + 3 * layer.mlp) for layer in tower.layers
     )
-    bits = 4.125 if "128" in name else 4.5
-    width = bits / 8 if "int4" in name else 1 if "int8" in name else 2 if "16" in name else 4
+    bits = next(bits for part, bits in BITS.items() if part in name)
     cached = sum(2 * layer.kv_heads * layer.head_dim for layer in tower.layers) * (256 + WORDS + 3)
-    return int(weights * width + cached * (2 if "bf16" in name or "gguf" in name else 4))
+    return int(weights * bits / 8 + cached * (2 if "bf16" in name or "gguf" in name else 4))
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from rlrc.benchmarks import bandwidth
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_byte_is_read_once(threads: int) -> None:
+def test_every_byte_is_read_in_every_sweep(threads: int) -> None:
     parts = bandwidth._parts(threads)
     assert len(parts) == threads
     assert sum(part.nbytes for part in parts) == bandwidth.BYTES
