@@ -8,9 +8,7 @@ the torch policy that the graphs are held against here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -23,15 +21,15 @@ pytest.importorskip("rlrc.envs.metaworld")  # before mujoco: it chooses how to r
 from torch import Tensor, nn  # noqa: E402
 
 from rlrc import artifact as artifacts  # noqa: E402
-from rlrc.artifact import TOKENIZER  # noqa: E402
+from rlrc.artifact import TOKENIZER, VerifiedSpec  # noqa: E402
 from rlrc.compressor import checkpoint  # noqa: E402
 from rlrc.compressor.inference import TorchPolicy  # noqa: E402
 from rlrc.compressor.nn import decoder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.runtime import agreement  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy, Policy  # noqa: E402
+from rlrc.runtime.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.preprocess import Tokenizer  # noqa: E402
-from rlrc.runtime.verify import action_range, read_golden  # noqa: E402
+from rlrc.runtime.verify import read_golden  # noqa: E402
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "compressed"
 TASKS = ("drawer-open-v3", "button-press-topdown-v3", "window-open-v3", "faucet-close-v3")
@@ -67,21 +65,6 @@ def attend_in_halves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return (mixed / total[..., None]).transpose(1, 2).flatten(2)
 
 
-Answers = tuple[np.ndarray, np.ndarray]
-
-
-def ask(policy: Policy, observations: list[dict[str, Any]]) -> Answers:
-    """Actions and tokens, (N, horizon, dim) each."""
-    results = [policy.infer(observation) for observation in observations]
-    return np.stack([result["actions"] for result in results]), np.stack([result["tokens"] for result in results])
-
-
-def differences(policy: Policy, found: Answers, expected: Answers) -> tuple[np.ndarray, int]:
-    """Of each dimension's range what 99 % of the observations keep to (dim,), and how many tokens differ."""
-    error = np.sort(np.abs(found[0] - expected[0]).max(1) / action_range(policy.spec.action), 0)
-    return error[len(error) - 1 - len(error) // 100], int((found[1] != expected[1]).sum())
-
-
 @pytest.mark.slow
 def test_int4_of_the_reference_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = artifacts.load(REFERENCE)
@@ -98,18 +81,19 @@ def test_int4_of_the_reference_policy(tmp_path: Path, monkeypatch: pytest.Monkey
         for golden in (simulated, read_golden(artifact.file("golden.npz"), spec))
         for index in range(len(golden))
     ]
-    found, plain = ask(llama_cpp, observations), ask(in_torch, observations)
+
+    def measured() -> VerifiedSpec:
+        """As `rlrc verify --against` does, of torch: no tie is excused."""
+        expected = agreement.reference(observations, [in_torch.infer(observation) for observation in observations])
+        return agreement.measure(llama_cpp, expected)
+
+    plain = measured()
     for name, module in weights.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("decoder."):
             module.register_forward_pre_hook(round_inputs)
     monkeypatch.setattr(decoder, "attend", attend_in_halves)
-    rounded = ask(in_torch, observations)
-
-    from_rounded, flips = differences(in_torch, found, rounded)
-    from_plain, more = differences(in_torch, found, plain)
-    print(
-        f"{len(observations)} observations: {from_rounded} of the range, {flips} tokens; "
-        f"without the roundings {from_plain}, {more} tokens"
-    )
-    assert (from_rounded <= ALLOWED).all()
-    assert flips < more / 3
+    rounded = measured()
+    for title, record in (("as torch rounds", rounded), ("without its roundings", plain)):
+        print(f"{title}: {record.range_error} of the range, {record.token_flips} of {record.tokens} tokens")
+    assert max(rounded.range_error) <= ALLOWED
+    assert rounded.token_flips < plain.token_flips / 3

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rlrc import artifact as artifacts
+
 REFERENCE = Path(__file__).parents[1] / "reference/compressed"
 
 IDLE = """
@@ -40,3 +42,21 @@ def test_no_thread_spins_between_actions(cores: int) -> None:
         [sys.executable, "-c", IDLE, str(REFERENCE), str(cores)], capture_output=True, text=True, check=True
     )
     assert float(found.stdout) < 0.02  # of .1 s asleep, all of it where threads spin on
+
+
+@pytest.mark.parametrize(
+    ("version", "cores", "spins"), [("1.26.0", 2, "1"), ("1.25.9", 2, "0"), ("1.25.9", 3, "1"), ("1.26.0", 3, "1")]
+)
+def test_threads_that_take_all_cores_spin_where_that_is_bounded(
+    version: str, cores: int, spins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from rlrc.runtime.backends import onnxruntime as backend
+
+    found = artifacts.load(REFERENCE)
+    (graph,) = (graph for graph in found.manifest.graphs if graph.name == "vision")
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    monkeypatch.setattr(backend, "_cores", lambda: cores)
+    options = backend._session(found.file(graph.file), graph, threads=2).get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "10"
