@@ -1,7 +1,7 @@
 """4-bit weights on llama.cpp against torch that rounds as llama.cpp does: what remains is no other computation.
 
 llama.cpp rounds the inputs of 4-bit products to 8 bits, a scale for 32, and attends in float16. Those roundings alone
-take the reference policy beyond 2 % of the range on 99 % of the observations (docs/decisions.md), so they are part of
+take the reference policy beyond 2 % of the range on 99 % of the observations (docs/decisions), so they are part of
 the torch policy that the graphs are held against here.
 """
 

@@ -5,7 +5,7 @@ weights (k, n) counts max(T, BALANCE) * (k n + ELEMENT (k + n)): below BALANCE r
 weights does, and a number that goes in or comes out costs as much as ELEMENT multiply-adds, which stands for all that
 is no product (norms, activations, sums). Products of activations (attention) count their multiply-adds. One decision
 is every picture's vision, then one parallel pass, or a prompt and all its tokens one after the other, or a prefix and
-all its flow steps. docs/decisions.md says how far that is from what was measured.
+all its flow steps. docs/decisions says how far that is from what was measured.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 - magnitude: |weight|, which needs no data; random: the control that shows what a score is worth.
 
 A block is worth what all its parts are. (Its influence on the residual stream, ShortGPT's arXiv 2403.03853, chose worse
-blocks of the reference policy: docs/decisions.md.)
+blocks of the reference policy: docs/decisions.)
 """
 
 from __future__ import annotations

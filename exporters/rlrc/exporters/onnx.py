@@ -1,7 +1,7 @@
 """ONNX graphs for ONNX Runtime: its fused operators, its int4 and int8 products, how weights are stored.
 
 All choices of operators are in ``OnnxRuntimeBuilder``; each was the fastest of those measured that run on onnxruntime
-1.18 and later (docs/decisions.md).
+1.18 and later (docs/decisions).
 """
 
 from __future__ import annotations

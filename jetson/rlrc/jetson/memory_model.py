@@ -18,7 +18,7 @@ CAPTURE = 4 * 1280 * 720 * 2  # of a camera: four buffers of 1280 x 720 pixels i
 BUILDING = 3  # copies of a graph's weights while its engine is built: parsed, being optimised, serialized
 WORKSPACE = 512 * MIB  # of the engine builder
 
-# ONNX Runtime on a CPU, measured with rlrc bench memory (docs/decisions.md): what a process gains beside its weights
+# ONNX Runtime on a CPU, measured with rlrc bench memory (docs/decisions): what a process gains beside its weights
 # between importing the runtime and running; bytes of each weight that folding 4-bit integers to 8 bits leaves; tensors
 # that go back to the system once they are widened, and the part of such tensors that loading leaves in the allocator.
 SESSION = 24 * MIB

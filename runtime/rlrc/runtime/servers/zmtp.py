@@ -1,7 +1,7 @@
 """The replying side of ZeroMQ's request and reply over TCP: ZMTP 3.0 (rfc.zeromq.org/spec/23) without security.
 
 A REP or ROUTER socket of libzmq limits a frame, but neither how many frames a message may have nor how many peers may
-connect, and cannot drop a peer: whoever reaches its port fills the memory (docs/decisions.md). Here a request is one
+connect, and cannot drop a peer: whoever reaches its port fills the memory (docs/decisions). Here a request is one
 frame after the empty one that REQ sockets put before it, peers are counted, and each has seconds to send and to read.
 """
 
