@@ -36,9 +36,9 @@ tie to them. On the reference policy fp16 changed tokens up to 0.0014 apart and 
 ONE_IN = 100  # observations may be beyond a limit that is a part of the range
 FINE = 256
 """Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
-NARROW, RESOLVED = 1e-6, 2.0**-14
+NARROW, RESOLVED = 1e-5, 2.0**-14
 """A dimension with a smaller range, in action units or relative to its center, is constant. Data in which a dimension
-never moves has a deviation or range of zero there, for which normalisation puts some 1e-8. Below 2^-14 of the center
+never moves has a deviation or range of zero there, for which normalisation puts 1e-8 to 1e-6. Below 2^-14 of the center
 the bins are no wider than two steps of float32."""
 
 
