@@ -209,15 +209,11 @@ def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> di
             found = folder / "found.json"
             print(run([*command, script, str(found), *map(str, paths), *most], environment), file=sys.stderr, end="")
             told = json.loads(found.read_text())
-            classes[-1]["versions"] = told["versions"] | (
-                {} if way == "masked" else {"kernels": told["versions"]["kernels"]}
-            )
-            if way == "masked":
-                classes[-1]["versions"]["kernels"] = name
+            # A masked engine sees less than the C library, which kernels() asks.
+            classes[-1]["versions"] = told["versions"] | ({"kernels": name} if way == "masked" else {})
             for path, row in told["rows"].items():
-                rows.append(
-                    {"policy": policy, "class": name, "way": way, "precision": path.removeprefix(f"{policy}-")} | row
-                )
+                precision = path.removeprefix(f"{policy}-")
+                rows.append({"policy": policy, "class": name, "way": way, "precision": precision, **row})
     load.append(round(os.getloadavg()[0], 2))
     compare(rows)
     return {
@@ -234,9 +230,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
     own = {(row["policy"], row["precision"]): row["answers"] for row in rows if row["way"] == "this processor"}
     for row in rows:
         ours, theirs = own[row["policy"], row["precision"]], row["answers"]
-        row["other_tokens"] = (
-            sum(a != b for a, b in zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else None
-        )
+        same = len(ours) == len(theirs)
+        row["other_tokens"] = sum(a != b for a, b in zip(ours, theirs, strict=True)) if same else None
     for row in rows:
         del row["answers"]
 

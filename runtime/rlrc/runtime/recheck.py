@@ -29,7 +29,8 @@ from rlrc.runtime.decode import NoAction
 if TYPE_CHECKING:
     from rlrc.runtime.policy import LocalPolicy
 
-ENOUGH_S, TELL_S = 2.0, 3.0  # how long to replay at least, and when and how often to say so
+ENOUGH, ENOUGH_S = 4, 2.0  # observations and seconds to replay at least
+TELL_S = 3.0  # how often to say so
 ASIDE = ("numpy", "machine")  # of an engine's versions: they choose no kernels
 
 
@@ -61,7 +62,7 @@ def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
     """What is beyond the record's limits, None if nothing is.
 
     Goes through the observations in random order, and stops when more are beyond the limits than all together may be,
-    or when they have taken ``ENOUGH_S`` and no larger part of them is beyond the limits than may be.
+    or after ``ENOUGH`` of them and ``ENOUGH_S``, if no larger part of these is beyond the limits than may be.
     """
     policy.artifact.verify(GOLDEN)
     golden, spec = verify.read_golden(policy.artifact.file(GOLDEN), policy.spec), policy.spec
@@ -79,7 +80,8 @@ def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
         if beyond.max() > _allowed(len(golden), part):
             found, most = (f"{worst:.2%} of the range", f"{limit:.2%}") if part else (f"{worst:.3g}", f"{limit:.3g}")
             return f"an error of {found} where {most} is tolerated, on {beyond.max()} of {count} observations"
-        if (now := monotonic()) - started > ENOUGH_S and beyond.max() <= _allowed(count, part):
+        now = monotonic()
+        if count >= ENOUGH and now - started > ENOUGH_S and beyond.max() <= _allowed(count, part):
             return None
         if now - told > TELL_S:
             told = now
