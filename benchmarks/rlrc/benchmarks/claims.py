@@ -198,8 +198,11 @@ def operating_point(compressed: Named, baseline: Named, threads: int, versions: 
 
 
 def pruned(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
-    """The share cut of the whole policy's parameters, and of every tower that differs: its blocks, and the heads and MLP
-    channels of the blocks between the first and the last. Below zero where the baseline is the smaller one."""
+    """The share cut of the whole policy's parameters, and of every tower that differs.
+
+    Of a tower: its blocks, and the heads and MLP channels of the blocks between the first and the last. Negative where
+    the baseline is the smaller one.
+    """
     shares = {}
     for name, theirs in baseline.towers.items():
         ours = compressed.towers.get(name, replace(theirs, layers=()))
