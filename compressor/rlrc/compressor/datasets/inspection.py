@@ -30,8 +30,11 @@ def facts(dataset: Dataset) -> dict[str, Any]:
         for i in (0, len(dataset) - 1)[: len(dataset)]:
             dataset.picture(i, camera)
     own = [name for name, feature in dataset.features.items() if feature.numeric and name not in INDICES]
-    frames = Counter(dataset.column("task_index").tolist()) if len(dataset) else Counter()
-    episodes = Counter(task for episode in dataset.episodes for task in episode.tasks)
+    tasks = dataset.column("task_index") if len(dataset) else np.empty(0, np.int64)
+    frames = Counter(tasks.tolist())
+    episodes = Counter(
+        int(task) for episode in dataset.episodes for task in np.unique(tasks[episode.start : episode.end])
+    )
     return {
         "path": str(dataset.path),
         "version": VERSION,
@@ -42,7 +45,7 @@ def facts(dataset: Dataset) -> dict[str, Any]:
         "seconds": len(dataset) / dataset.fps,
         "bytes": sum(file.stat().st_size for file in dataset.path.rglob("*") if file.is_file()),
         "tasks": {
-            task: {"episodes": episodes[task], "frames": frames[index]} for index, task in enumerate(dataset.tasks)
+            task: {"episodes": episodes[index], "frames": frames[index]} for index, task in enumerate(dataset.tasks)
         },
         "features": {
             name: {"dtype": feature.dtype, "shape": list(feature.shape), "names": list(feature.names or ()) or None}
