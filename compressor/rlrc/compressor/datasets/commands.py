@@ -27,7 +27,7 @@ class Inspect:
     policy: Path | None = None
     """an artifact or an official checkpoint: does the data set fit it? exit code 1 if not"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     json: bool = False
     """print everything as JSON"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
@@ -44,7 +44,9 @@ class Inspect:
         else:
             inspection.show(found, plain_console())
         if spec is not None and not found["policy"]["fits"]:
-            return check_failed(found["policy"]["reason"])
+            for reason in found["policy"]["reasons"]:
+                check_failed(reason)
+            return 1
         return 0
 
 

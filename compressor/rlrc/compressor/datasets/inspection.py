@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrc.artifact import PolicySpec
-from rlrc.datasets.fit import match
+from rlrc.datasets.fit import match, misfits, renamed
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import INDICES, VERSION
-from rlrc.errors import UserError
 from rlrc.runtime.describe import print_rows
 
 FAR = 10  # standard deviations beyond which a value is an outlier
@@ -58,12 +57,18 @@ def facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def fit(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str]) -> dict[str, Any]:
-    """Whether a policy can be trained on it, with the mapping or the reason."""
-    try:
-        matched = match(dataset, spec, cameras)
-    except UserError as error:
-        return {"fits": False, "reason": str(error)}
-    return {"fits": True, "cameras": matched.cameras, "state": list(matched.state), "chunk": spec.action.horizon}
+    """Whether a policy can be trained on it, with the mapping, or the reasons why not."""
+    if reasons := misfits(dataset, spec, cameras):
+        return {"fits": False, "reasons": reasons}
+    matched = match(dataset, spec, cameras)
+    return {
+        "fits": True,
+        "cameras": matched.cameras,
+        "without": [camera.name for camera in spec.cameras if camera.name not in matched.cameras],
+        "state": list(matched.state),
+        "chunk": spec.action.horizon,
+        "notes": renamed(dataset, matched),
+    }
 
 
 def statistics(values: np.ndarray) -> dict[str, list[float | None]]:
@@ -103,7 +108,10 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     if found.get("policy", {}).get("fits"):
         chosen = found["policy"]
         cameras = ", ".join(f"{name} = {feature}" for name, feature in chosen["cameras"].items()) or "none"
+        cameras += f" (without {', '.join(chosen['without'])})" if chosen["without"] else ""
         state = " and ".join(chosen["state"]) or "none"
+        for line in chosen["notes"]:
+            console.print(f"note: {line}")
         console.print(f"fits the policy: cameras {cameras}; state {state}; chunks of {chosen['chunk']}", style="green")
 
 
