@@ -339,6 +339,62 @@ def test_what_looks_wrong_is_told(tmp_path: Path) -> None:
     assert facts(dataset)["statistics"][STATE]["max"][1] == pytest.approx(np.nanmax(np.float32(states[:, 1])))
 
 
+DEPTH = "observation.depth"
+
+
+def with_depth(path: Path, shape: tuple[int, int] = (48, 64)) -> Path:
+    """A data set with a tensor a frame, as lerobot stores it: 0, 1, 2, ... tenths of the frame's number."""
+    record(path)
+    rows, size = sum(LENGTHS), shape[0] * shape[1]
+    values = np.arange(rows)[:, None] + np.linspace(0, 0.1, size)
+    values[3, 5] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32(), from_pandas=False), shape[1]), shape[0]
+    )
+    pq.write_table(pq.read_table(path / DATA).append_column(DEPTH, column), path / DATA, row_group_size=5)
+    info = json.loads((path / "meta/info.json").read_text())
+    info["features"][DEPTH] = {"dtype": "float32", "shape": list(shape), "names": ["height", "width"]}
+    (path / "meta/info.json").write_text(json.dumps(info))
+    return path
+
+
+def test_large_features_are_described_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlrc.datasets.columns._BATCH", 100_000)  # four frames at a time
+    path = with_depth(tmp_path / "set")
+    dataset = Dataset.open(path)
+    found = facts(dataset)
+    values = dataset.column(DEPTH)[np.isfinite(dataset.column(DEPTH))].astype(np.float64)
+    expected = {"min": [values.min()], "max": [values.max()], "mean": [values.mean()], "std": [values.std()]}
+    for kind, numbers in expected.items():
+        assert found["statistics"][DEPTH][kind] == pytest.approx(numbers, rel=1e-6)
+    assert f"{DEPTH}: nan or inf in 1 frames" in found["warnings"]
+    code, out, _ = command(capsys, "inspect", path)
+    (line,) = [line for line in out.splitlines() if DEPTH in line and "│" in line]
+    assert (code, [cell.strip() for cell in line.split("│")[1:-1]]) == (
+        0,
+        [DEPTH, "float32", "48 x 64", "all 3,072", "0", "16.1", "8.05", "4.899"],
+    )
+    assert len(out.splitlines()) < 40
+
+
+def test_a_long_vector_is_described_by_one_line(tmp_path: Path) -> None:
+    dataset = Dataset.open(record(tmp_path / "set", features(observation__audio=Feature("int16", (4000,)))))
+    assert facts(dataset)["statistics"]["observation.audio"]["max"] == [33.0]
+
+
+def test_tables_of_inspect_are_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output is no terminal here, so 80 columns are nobody's."""
+    long = "observation." + "a_very_long_name_" * 6
+    path = record(tmp_path / "set", features(**{long.replace(".", "__"): Feature("float32", (2,), ("left", "b" * 90))}))
+    edit(path, "meta/tasks.parquet", "task", ["put " + "the red cube into the blue box and " * 5, "close it"])
+    code, out, _ = command(capsys, "inspect", path)
+    assert (code, "…" in out) == (0, False)
+    for text in (long, "b" * 90, "put " + "the red cube into the blue box and " * 5):
+        assert any(text in line for line in out.splitlines())
+
+
 def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     code = cli.main(["data", *map(str, arguments)])
     captured = capsys.readouterr()

@@ -35,9 +35,10 @@ class Inspect:
     def run(self) -> int:
         spec = None if self.policy is None else policy_spec(self.policy, self.official)
         dataset = Dataset.open(self.path)
-        found = inspection.facts(dataset)
-        if spec is not None:
-            found["policy"] = inspection.fit(dataset, spec, self.cameras)
+        with plain_console(stderr=True).status(f"reading {self.path}"):
+            found = inspection.facts(dataset)
+            if spec is not None:
+                found["policy"] = inspection.fit(dataset, spec, self.cameras)
         dataset.close()
         if self.json:
             print(json.dumps(found, indent=1))
