@@ -33,7 +33,7 @@ def duration(file: Path) -> float | None:
         container = av.open(str(file))
     with container:
         stream = _stream(container, file)
-        entries = getattr(stream, "index_entries", ())  # older versions of PyAV have none
+        entries: Any = getattr(stream, "index_entries", ())  # older versions of PyAV have none
         if len(entries) and entries[-1].pos + entries[-1].size > container.size:
             raise _broken(file, "less of it than its index says")
         if stream.duration is not None:
