@@ -324,6 +324,7 @@ MP4 = f"videos/{TOP}/chunk-000/file-000.mp4"
             "expected pictures of observation.images.top of three dim",
         ),
         (edit_info(lambda i: i.update(total_frames=30)), "expected 4 episodes of 30 frames .* found 4 of 29; copy"),
+        (edit_info(lambda i: i.update(total_episodes=2**70)), "expected 1180591620717411303424 episodes of 29 frames"),
         (edit_info(lambda i: i.update(total_episodes=5)), "expected 5 episodes of 29 frames .* found 4 of 29; copy"),
         (
             edit_info(lambda i: i.update(video_path="../{video_key}/{file_index}")),
@@ -342,8 +343,8 @@ MP4 = f"videos/{TOP}/chunk-000/file-000.mp4"
         (lambda p: (p / MP4).unlink(), "expected the file .*file-000.mp4, found none; copy"),
         (truncate(DATA, 500), "expected a readable parquet file .*file-000.parquet, found: "),
         (truncate(DATA, 0), "expected a readable parquet file .*file-000.parquet, found: "),
-        (edit_table(DATA, lambda t: t.slice(1)), "expected 29 rows with episode_index in order .* found 28 rows"),
-        (edit_table(DATA, lambda t: t.take([1, 0, *range(2, 29)])), "expected 29 rows with index in order"),
+        (edit_table(DATA, lambda t: t.slice(1)), "expected 29 rows in .*data, found 28; copy"),
+        (edit_table(DATA, lambda t: t.take([1, 0, *range(2, 29)])), "expected rows with index in order in"),
         (edit_table(ROWS, lambda t: t.slice(1)), "expected 4 episodes of 29 frames .* found 3 of 29 with gaps"),
         (truncate(MP4, 100), "expected a readable video .*mp4, found: "),
         (edit_table(ROWS, lambda t: t.drop_columns(["dataset_to_index"])), "expected the column dataset_to_index in"),

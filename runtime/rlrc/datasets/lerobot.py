@@ -89,8 +89,7 @@ class Dataset:
     def column(self, name: str) -> NDArray[Any]:
         """A numeric feature of all frames, (frames, *shape), or (frames,) for the shape (1,). Raises UserError."""
         if name not in self._columns:
-            parts = list(self.parts(name))
-            self._columns[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            self._columns[name] = np.concatenate(list(self.parts(name)) or [np.empty(0)])
         return self._columns[name]
 
     def parts(self, name: str) -> Iterator[NDArray[Any]]:
@@ -154,18 +153,22 @@ class Dataset:
 
     def _check(self) -> None:
         """Whether the rows are the frames that the episodes say, in their order."""
+        if (found := int(self._starts[-1])) != len(self):
+            raise UserError(
+                f"expected {len(self)} rows in {self.path / 'data'}, found {found}; copy or write the data set again"
+            )
+        if not self.episodes:
+            return
         for name, wanted in (
             ("episode_index", np.repeat(np.arange(len(self.episodes)), [len(e) for e in self.episodes])),
             ("index", np.arange(len(self))),
         ):
-            if self.episodes and not np.array_equal(found := self.column(name), wanted):
+            if not np.array_equal(self.column(name), wanted):
                 raise UserError(
-                    f"expected {len(self)} rows with {name} in order in {self.path / 'data'}, found {len(found)} "
-                    "rows that are not so; copy or write the data set again"
+                    f"expected rows with {name} in order in {self.path / 'data'}, found another order; write the data "
+                    "set again"
                 )
         self._columns.pop("index", None)  # it is the row's own number
-        if not self.episodes:
-            return
         least, most = self.column("task_index").min(), self.column("task_index").max()
         if least < 0 or most >= len(self.tasks):
             raise UserError(

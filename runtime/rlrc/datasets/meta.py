@@ -217,9 +217,11 @@ def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[
         rows += [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     episodes = [_episode(path, info, row, videos) for row in sorted(rows, key=lambda row: row["episode_index"])]
     ends = [0, *(episode.end for episode in episodes)]
-    total = (list(range(info.total_episodes)), info.total_frames)
-    consistent = all(episode.start == end < episode.end for episode, end in zip(episodes, ends[:-1], strict=True))
-    if not consistent or ([episode.index for episode in episodes], ends[-1]) != total:
+    consistent = all(
+        (episode.index, episode.start) == (i, end) and end < episode.end
+        for i, (episode, end) in enumerate(zip(episodes, ends[:-1], strict=True))
+    )
+    if not consistent or (len(episodes), ends[-1]) != (info.total_episodes, info.total_frames):
         raise UserError(
             f"expected {info.total_episodes} episodes of {info.total_frames} frames in all in {path / EPISODES}, found "
             f"{len(episodes)} of {ends[-1]}{'' if consistent else ' with gaps'}; copy the data set again"
