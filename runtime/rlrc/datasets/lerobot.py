@@ -25,7 +25,7 @@ from rlrc.datasets.meta import (
     read_info,
     read_tasks,
 )
-from rlrc.datasets.video import Video, duration
+from rlrc.datasets.video import Video, check_header
 from rlrc.errors import UserError
 
 _OPEN = 8  # videos that stay open, each where its last picture was
@@ -203,12 +203,8 @@ class Dataset:
                         f"{last:.3f} s and episode {other} from {start:.3f} s on; merge the data sets again "
                         "(from_timestamp in meta/episodes is wrong)"
                     )
-            last, one = max((last, index) for _, last, index in times_of)
-            if (seconds := duration(file)) is not None and seconds < last + half:
-                raise UserError(
-                    f"expected the last picture of episode {one} at {last:.3f} s in {file}, found the video's end at "
-                    f"{seconds:.3f} s; copy the data set again"
-                )
+            pictures = sum(len(self.episodes[index]) for *_, index in times_of)
+            check_header(file, pictures, max(last for _, last, _ in times_of))
 
     def _within(self, i: int) -> int:
         if not 0 <= i < len(self):

@@ -24,10 +24,10 @@ _AHEAD = 8  # pictures; what lies further ahead is sought
 _TOLERANCE = 0.25  # of a picture's duration: no other picture is as near, whatever the file's units of time
 
 
-def duration(file: Path) -> float | None:
-    """Seconds from the start of a video to its end, as its header has them, if it does.
+def check_header(file: Path, pictures: int, seconds: float) -> None:
+    """Whether a video holds so many pictures, one of them at this time, as far as its header and index tell.
 
-    Raises UserError for a file that is cut short or that cannot be decoded. No picture is decoded.
+    Raises UserError if not, and for a file that is cut short or cannot be decoded. No picture is decoded.
     """
     with _translated(file):
         container = av.open(str(file))
@@ -36,9 +36,14 @@ def duration(file: Path) -> float | None:
         entries: Any = getattr(stream, "index_entries", ())  # older versions of PyAV have none
         if len(entries) and entries[-1].pos + entries[-1].size > container.size:
             raise _broken(file, "less of it than its index says")
+        end = container.duration / av.time_base if container.duration is not None else seconds
         if stream.duration is not None:
-            return float(stream.time_base * ((stream.start_time or 0) + stream.duration))
-        return None if container.duration is None else container.duration / av.time_base
+            end = float(stream.time_base * ((stream.start_time or 0) + stream.duration))
+        if 0 < stream.frames < pictures or end < seconds - 1e-3:  # stamps are float32
+            raise UserError(
+                f"expected {pictures} pictures up to {seconds:.3f} s in {file}, as its episodes need, found "
+                f"{stream.frames or 'some'} up to {end:.3f} s; copy the data set again"
+            )
 
 
 @contextmanager
