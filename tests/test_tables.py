@@ -46,7 +46,7 @@ def test_in_a_terminal_no_number_is_cut_or_folded(width: int) -> None:
     assert "…" not in text
     for number in NUMBERS:
         assert text.count(number) == 2 * len(NAMES)
-    assert all(word in text for word in ("gripper", "left_shoulder_pan.pos", "figure"))
+    assert all(word in text for word in ("gripper", "left_shoulder_pan.pos", "feature", "figure"))
     joined = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
     assert NAMES[0] in joined
 

@@ -18,7 +18,7 @@ def print_table(table: Table, console: Console) -> None:
     """
     wide = console.options.update_width(_WIDE)
     for column in table.columns:
-        words = max((Measurement.get(console, wide, cell).minimum for cell in column.cells), default=0)
+        words = max(Measurement.get(console, wide, cell).minimum for cell in (column.header, *column.cells))
         column.overflow, column.min_width = "fold", min(words, _WORD)
     width = console.width if console.is_terminal else Measurement.get(console, wide, table).maximum
     segments = console.render(table, console.options.update_width(width))
