@@ -28,7 +28,7 @@ emulates = pytest.mark.skipif(
 def emulated(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS`` there."""
     assert QEMU is not None
-    own = {"PYTHONPATH": f"{ROOT / 'exporters'}:{ROOT / 'runtime'}", "ORT_DISABLE_TELEMETRY": "1", **environment}
+    own = {"PYTHONPATH": f"{ROOT / 'exporters'}:{ROOT / 'runtime'}", **environment}
     return subprocess.run(
         [QEMU, "-cpu", CPU, sys.executable, *arguments],
         env={**os.environ, **own},

@@ -207,20 +207,20 @@ def test_weights_of_the_full_range_are_refused_where_they_go_wrong(tmp_path: Pat
     path = exported("pi05", tmp_path, full_range=True)
     row = write_observation(path, tmp_path / "obs.npz")
     infer = ("-m", "rlrc.runtime.cli", "infer", str(path), str(row), "--out", str(tmp_path / "act.npz"))
-    done = emulated(*infer, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    done = emulated(*infer, RLRC_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert f"kernels {kernels()}, to answer alike with onnxruntime" in line
     assert f"kernels {KERNELS}, found an error of 0." in line
     assert line.endswith("export it again on this machine, or with another --precision")
     assert not (tmp_path / "act.npz").exists()
-    assert not (tmp_path / "cache/rlrc").exists()
+    assert not (tmp_path / "cache/verified").exists()
 
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """``elsewhere(kernels)``: this process believes to run on other kernels; with a cache folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RLRC_CACHE", str(tmp_path / "cache"))
     return lambda found: monkeypatch.setattr("rlrc.runtime.backends.onnxruntime.kernels", lambda: found)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from rlrc.artifact import Artifact
 from rlrc.build_plan import BuildPlan, GraphPlan
 from rlrc.errors import UserError
-from rlrc.folders import sha256, user_cache
+from rlrc.folders import sha256
+from rlrc.libraries import cache_folder
 from rlrc.strict import encode
 
 FOLDER = "RLRC_ENGINE_CACHE"
@@ -25,10 +26,7 @@ def engine_cache() -> Path:
     """The folder that engines are built into and read from unless another is given."""
     if named := os.environ.get(FOLDER):
         return Path(named)
-    cache = user_cache()
-    if cache is None:
-        raise UserError(f"expected a home folder, found none; name a folder for engines in {FOLDER}")
-    return cache / "engines"
+    return cache_folder() / "engines"
 
 
 def engine_file(cache: Path, plan: BuildPlan, graph: GraphPlan, version: str, sm: int) -> Path:

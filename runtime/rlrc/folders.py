@@ -14,16 +14,6 @@ from pathlib import Path
 from rlrc.errors import UserError
 
 
-def user_cache() -> Path | None:
-    """The user's cache folder of rlrc, which may not be there yet; None for a user without a home."""
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "rlrc"
-    try:
-        return Path.home() / ".cache" / "rlrc"
-    except RuntimeError:
-        return None
-
-
 def check_output(out: str | Path) -> None:
     """Refuses an output that exists or cannot be written, before any work is done. Raises UserError; leaves nothing."""
     out = Path(os.path.abspath(out))

@@ -21,7 +21,7 @@ import numpy as np
 
 from rlrc.artifact import GOLDEN, Artifact, VerifiedSpec
 from rlrc.errors import UserError
-from rlrc.folders import user_cache
+from rlrc.libraries import cache_folder
 from rlrc.runtime import verify
 from rlrc.runtime.backends.kernels import UNKNOWN
 from rlrc.runtime.decode import NoAction
@@ -40,7 +40,7 @@ def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
     if _relevant(record.versions) == _relevant(here) and not _is_unknown(here):
         return
     agreed = _remembered(policy.artifact, policy.backend, here)
-    if agreed is not None and os.path.exists(agreed):  # unlike Path.exists, false where it is not to be seen
+    if os.path.exists(agreed):  # unlike Path.exists, false where it is not to be seen
         return
     try:
         reason = disagreement(policy, record)
@@ -52,10 +52,9 @@ def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
             f"expected the graphs of {policy.artifact.path}, verified with {_told(record.versions)}, to answer alike "
             f"with {_told(here)}, found {reason}; export it again on this machine, or with another --precision"
         )
-    if agreed is not None:
-        with suppress(OSError):  # a cache that cannot be written: it is replayed again the next time
-            agreed.parent.mkdir(parents=True, exist_ok=True)
-            agreed.write_text(json.dumps({"artifact": str(policy.artifact.path), **here}) + "\n")
+    with suppress(OSError):  # a cache that cannot be written: they are replayed again the next time
+        agreed.parent.mkdir(parents=True, exist_ok=True)
+        agreed.write_text(json.dumps({"artifact": str(policy.artifact.path), **here}) + "\n")
 
 
 def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
@@ -99,11 +98,10 @@ def _allowed(observations: int, part: int) -> int:
     return observations // part if part else 0
 
 
-def _remembered(artifact: Artifact, backend: str, here: Mapping[str, str]) -> Path | None:
-    """The file that is there once they have agreed; None without a cache folder."""
+def _remembered(artifact: Artifact, backend: str, here: Mapping[str, str]) -> Path:
+    """The file that is there once they have agreed."""
     key = json.dumps([artifact.digest, backend, _relevant(here)], sort_keys=True)
-    cache = user_cache()
-    return None if cache is None else cache / "verified" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    return cache_folder() / "verified" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _relevant(versions: Mapping[str, str]) -> dict[str, str]:
