@@ -27,6 +27,7 @@ from rlrc.compressor.quantize import lines as rounding_lines
 from rlrc.compressor.sources import open_source
 from rlrc.compressor.stages import Options, run_prune, run_quantize, unquantized_only
 from rlrc.errors import UserError
+from rlrc.processes import cores
 from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags
 
@@ -127,8 +128,8 @@ class CompareGrids:
 
     path: Positional[Path]
     """what to round"""
-    threads: int = 2
-    """threads of torch"""
+    threads: int = field(default_factory=cores)
+    """threads of torch (default: as many cores as this process may use)"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import HistoryEntry
+from rlrc.compressor import precision
 from rlrc.compressor.batches import Batch, Batches
 from rlrc.compressor.coupling import TOWERS
 from rlrc.compressor.distributed import rank
@@ -183,7 +184,7 @@ class Live:
         """Of the blocks; the loss itself is not wanted, but it runs every tower on what the student's reads."""
         device = batch.actions.device
         self.policy.to(device)
-        with torch.no_grad(), recorded(self.policy, self.blocks) as states, torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), recorded(self.policy, self.blocks) as states, precision.autocast(device.type):
             chunk_loss(self.policy, batch, self.smoothing)
         return states
 
@@ -257,7 +258,7 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> ``loss``, with gradient; and the hidden states' part of it, and the error of the actions."""
         wanted = self.teacher(batch)
-        with torch.autocast(batch.actions.device.type, torch.bfloat16), recorded(self.policy, self.blocks) as states:
+        with precision.autocast(batch.actions.device.type), recorded(self.policy, self.blocks) as states:
             loss, error = chunk_loss(self.policy, batch, self.config.smoothing)
         hidden = hidden_error(states, wanted)
         return {"loss": self.config.task * loss + self.config.hidden * hidden, "hidden": hidden, "l1": error}

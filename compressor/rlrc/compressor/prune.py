@@ -177,8 +177,6 @@ def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit],
         **{tower: removed(*(parameters(policy, f"{tower}.") for policy in (dense, pruned))) for tower in changed},
         "whole": removed(parameters(dense), parameters(pruned)),
         "parameters": parameters(pruned),
-        "bytes": {
-            precision: cost.weight_bytes(shapes[1], precision) for precision in CHOICES["precision"] if precision
-        },
+        "bytes": {stored: cost.weight_bytes(shapes[1], stored) for stored in CHOICES["to_bytes_in"] if stored},
         "time": round(cost.decision(shapes[1]) / cost.decision(shapes[0]), 4),
     }

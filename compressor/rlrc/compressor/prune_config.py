@@ -17,7 +17,7 @@ CHOICES = {
     "tower": (*TOWERS, *VISION, None),
     "kind": ("width", "depth", "both"),
     "scope": ("layer", "tower", "whole"),
-    "precision": ("int4", "bf16"),
+    "to_bytes_in": ("int4", "bf16"),
     "allocation": ("uniform", "global", "sensitivity"),
 }
 
@@ -57,8 +57,8 @@ class PruneConfig:
     to_latency: str | None = None
     """instead of a ratio: cut until a decision takes no more than this part of its time (0.4x), by a cost model; with
     to_bytes until both hold"""
-    precision: Literal["int4", "bf16"] = "int4"
-    """what to_bytes counts: the weights as rlrc quantize stores them, or in 16 bits"""
+    to_bytes_in: Literal["int4", "bf16"] = "int4"
+    """how to_bytes counts the weights: as rlrc quantize stores them, or in 16 bits"""
     allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
     """the same part of every block, the lowest score per parameter of all blocks, or by the sensitivity file"""
     sensitivity: str | None = None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import Manifest
-from rlrc.compressor import distributed
+from rlrc.compressor import distributed, precision
 from rlrc.compressor.actors import Seen, actor_of
 from rlrc.compressor.backbones import build
 from rlrc.compressor.observations import Observer
@@ -90,7 +90,7 @@ class Driver:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), trace and actions (B, K, D)."""
         inputs = self.observer(tasks, images, state)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision.autocast("cpu"):
             seen = self.actor.look(inputs)
             actions, trace = self.actor.act(seen, self.mode.sample)
         return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
@@ -197,11 +197,17 @@ def run_episodes(
 
 
 def _work(
-    requests: list[Request], weights: str | None, manifest: Manifest, tokenizer: str | None, mode: Mode
+    requests: list[Request],
+    weights: str | None,
+    manifest: Manifest,
+    tokenizer: str | None,
+    mode: Mode,
+    products: precision.Chosen,
 ) -> tuple[list[Episode], float]:
     """In a worker: episodes and the CPU-seconds they took."""
     began = time.process_time()
     torch.set_num_threads(1)
+    precision.use(products)
     torch.manual_seed(requests[0].seed)
     driver = None
     if weights is not None:
@@ -268,7 +274,12 @@ class Rollouts:
             torch.save({"policy": weights or policy.state_dict(), "noise": noise}, file)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(
-            _work, weights=str(file) if file else None, manifest=manifest, tokenizer=self.tokenizer, mode=mode
+            _work,
+            weights=str(file) if file else None,
+            manifest=manifest,
+            tokenizer=self.tokenizer,
+            mode=mode,
+            products=precision.used(),
         )
         silence = TIMEOUT + EPISODE_TIMEOUT * len(shares[0])
         results = [result for _, result in self.workers.run(work, [share for share in shares if share], silence)]

@@ -16,6 +16,7 @@ from rlrc.compressor.sensitivity_report import KINDS, Report
 from rlrc.compressor.sources import open_source
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.processes import cores
 from rlrc.runtime.official import Flags
 
 SHOWN = 5
@@ -36,8 +37,8 @@ class Sensitivity:
     picture: Path | None = None
     """SVG to draw"""
     config: OmitArgPrefixes[SensitivityConfig] = field(default_factory=SensitivityConfig)
-    threads: int = 2
-    """threads of torch"""
+    threads: int = field(default_factory=cores)
+    """threads of torch (default: as many cores as this process may use)"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""

@@ -94,7 +94,7 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
     """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
     spec, name, limits = dense.spec, tower_name(dense.towers, config), list[Limit]()
     if config.to_bytes is not None:
-        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.precision))
+        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
         limits.append(
             Limit("prune.to_bytes", size, number_of_bytes(config.to_bytes), lambda size: f"{size:,.0f} bytes")
         )

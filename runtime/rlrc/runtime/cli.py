@@ -152,9 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         return _refuse(f"expected room on the disk{where}, found: {error.strerror}; make some, and run it again")
-    except KeyboardInterrupt:
-        print("rlrc: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"rlrc: interrupted{'; ' * bool(str(error))}{error}", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 def overview(prefix: str = "") -> str:
