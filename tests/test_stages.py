@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,8 +229,7 @@ def test_rl_says_that_it_may_play_demonstrations(
     quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    status = SimpleNamespace(status=lambda text: nullcontext(shown.append(text)))
-    monkeypatch.setattr(simulation, "Console", lambda **_: status)
+    monkeypatch.setattr(simulation, "status", lambda text, *_: nullcontext(shown.append(text)))
     monkeypatch.setattr(reinforcement, "ppo", lambda *_: None)
     reinforcement.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
     assert shown == ["playing demonstrations, unless they are in the cache"]
@@ -246,7 +244,7 @@ def test_interrupted_stage_goes_on_where_it_was(
 
     def bar(stop_at: int) -> Callable:
         @contextmanager
-        def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
             def progress(step: int, text: str) -> None:
                 seen.append(step)
                 if step == stop_at:
@@ -257,7 +255,7 @@ def test_interrupted_stage_goes_on_where_it_was(
         return progress_bar
 
     def interrupted(out: Path, stop_at: int, message: str) -> None:
-        monkeypatch.setattr(training, "progress_bar", bar(stop_at))
+        monkeypatch.setattr(training, "progress", bar(stop_at))
         with pytest.raises(Interrupted, match=message):
             training.run_sft(pupil_artifact, out, config, QUIET)
 
@@ -266,7 +264,7 @@ def test_interrupted_stage_goes_on_where_it_was(
     interrupted(tmp_path / "out", 30, "the same command goes on from step 30 of sft")
     assert listing(tmp_path) == [".out.run"]
     seen.clear()
-    monkeypatch.setattr(training, "progress_bar", bar(99))
+    monkeypatch.setattr(training, "progress", bar(99))
     training.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
     assert seen == list(range(30, 41))
     assert listing(tmp_path) == ["out"]

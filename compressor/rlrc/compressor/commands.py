@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.artifact import Manifest
@@ -28,6 +27,7 @@ from rlrc.compressor.sources import open_source
 from rlrc.compressor.stages import Options, run_prune, run_quantize, unquantized_only
 from rlrc.errors import UserError
 from rlrc.processes import cores
+from rlrc.progress import progress
 from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags
 
@@ -141,8 +141,11 @@ class CompareGrids:
         unquantized_only(source, self.path)
         torch.set_num_threads(self.threads)
         policy = source.load()
-        rows: Iterable[Row] = compare(policy, every_input(policy.spec, source.observations()))
-        rows = track(rows, "compare-grids", len(GRIDS), console=Console(stderr=True))
+        rows = list[Row]()
+        with progress("compare-grids", len(GRIDS)) as tell:
+            for row in compare(policy, every_input(policy.spec, source.observations())):
+                rows.append(row)
+                tell(len(rows), row.grid)
         if self.json:
             print(json.dumps([asdict(row) for row in rows]))
             return

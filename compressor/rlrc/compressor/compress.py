@@ -18,6 +18,7 @@ from rlrc.compressor.sources import Source, open_source
 from rlrc.compressor.stages import Options
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import status
 from rlrc.runtime.official import Flags
 
 # Stage: where its function is, imported when asked for, because that of rl needs the simulator's packages.
@@ -62,7 +63,8 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
             runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
         current = target
     if distributed.rank() == 0:
-        export(artifacts.load(current), out)
+        with status("exporting, and verifying"):
+            export(artifacts.load(current), out)
 
 
 def check_same(finished: Path, name: str, source: Source, config: Any, precision: Wanted) -> None:

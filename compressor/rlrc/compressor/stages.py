@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from rich.console import Console
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
 from rlrc.compressor import distributed, interrupts, lessons, memory, precision
@@ -36,6 +35,7 @@ from rlrc.compressor.run import Run
 from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes
 from rlrc.errors import Interrupted, UserError
 from rlrc.processes import cores
+from rlrc.progress import status
 from rlrc.runtime.official import Flags
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
             if source.quantized:  # its weights would be stored as floats again
                 raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
-        with Console(stderr=True).status("looking for a shape"):
+        with status("looking for a shape"):
             pruning.check(source.spec, source.towers, config)
         if config.needs_data:
             lessons.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
@@ -187,7 +187,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
         batches: Batches | None = None
         if config.needs_data:
             batches = lessons.demonstrations(work, config)
-        with Console(stderr=True).status("scoring what may go"):
+        with status("scoring what may go"):
             pruned, removed = pruning.prune(work.policy, config, batches)
         return work.finish(pruned, exact=not work.source.quantized, removed=removed)
 
@@ -202,7 +202,7 @@ def run_quantize(
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
-        with Console(stderr=True).status("rounding"):
+        with status("rounding"):
             policy, added = filled(work.policy, config.group)
             result = quantize(policy, config, observations)
         return work.finish(policy, result, rounding=result.report | added)
