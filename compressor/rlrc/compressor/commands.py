@@ -15,16 +15,16 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.artifact import Manifest
 from rlrc.compressor import distributed
 from rlrc.compressor import recipe as recipes
-from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import every_input
 from rlrc.compressor.compare import GRIDS, Row, compare
+from rlrc.compressor.hints import hint
 from rlrc.compressor.lossless import lines
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.prune import lines as removed
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.quantize import lines as rounding_lines
-from rlrc.compressor.sources import open_source
-from rlrc.compressor.stages import Options, run_prune, run_quantize, unquantized_only
+from rlrc.compressor.sources import open_source, unquantized_only
+from rlrc.compressor.stages import Options, run_prune, run_quantize
 from rlrc.errors import UserError
 from rlrc.processes import cores
 from rlrc.progress import progress
@@ -32,7 +32,7 @@ from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags
 
 
-def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None:
+def report(out: Path, manifest: Manifest, as_json: bool) -> None:
     entry = manifest.history[-1]
     summary = {
         "artifact": str(out),
@@ -55,7 +55,7 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
     told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
     for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"next: {following}")
+    console.print(f"next: {hint(out, manifest)}", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class StageCommand:
     json: bool = False
     """print the result as JSON"""
 
-    def _run(self, stage: str, runner: Callable[..., Manifest], config: Any, following: str, *flags: Flags) -> None:
+    def _run(self, stage: str, runner: Callable[..., Manifest], config: Any, *flags: Flags) -> None:
         if self.recipe is not None:
             if config != type(config)():
                 raise UserError(
@@ -82,9 +82,7 @@ class StageCommand:
         manifest = runner(self.source, self.out, config, self.options, *flags)
         if distributed.rank():  # the first process tells
             return
-        if manifest.policy.family != REFERENCE:  # it has no simulated demonstrations, and may be wanted as it is
-            following = "rlrc export {out} OUT, or rlrc sft {out} OUT --data FOLDER"
-        report(self.out, manifest, self.json, following.format(out=self.out))
+        report(self.out, manifest, self.json)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Prune(StageCommand):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("prune", run_prune, self.config, "rlrc sft {out} OUT --recipe rlrc-90", self.official)
+        self._run("prune", run_prune, self.config, self.official)
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Quantize(StageCommand):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("quantize", run_quantize, self.config, "rlrc export {out} OUT", self.official)
+        self._run("quantize", run_quantize, self.config, self.official)
 
 
 @dataclass(frozen=True)

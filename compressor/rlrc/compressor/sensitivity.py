@@ -29,7 +29,7 @@ from rlrc.compressor.grid import quantize_groups, values_of
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.compressor.quantize import quantizable
 from rlrc.compressor.sensitivity_report import KINDS, Kind, Measured, Report
-from rlrc.compressor.sources import Source
+from rlrc.compressor.sources import Source, unquantized_only
 from rlrc.errors import UserError
 from rlrc.progress import progress
 
@@ -175,8 +175,7 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
 
     Raises UserError for a policy whose actions are no numbers, or that is quantized already.
     """
-    if source.quantized:
-        raise UserError(f"expected an unquantized artifact, found int4 in {name}; measure its parent")
+    unquantized_only(source, name)
     policy, observations = source.load().eval(), source.observations()
     count = len(next(iter(observations.values())))
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)

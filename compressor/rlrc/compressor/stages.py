@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
-from rlrc.compressor import distributed, interrupts, lessons, memory, precision
+from rlrc.compressor import cost, distributed, interrupts, lessons, memory, precision
 from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import CURVES, answers, every_input, parameters, quantized, write_policy
@@ -32,7 +32,7 @@ from rlrc.compressor.precision import Wanted
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig, Quantized, check_exempt, quantize
 from rlrc.compressor.run import Run
-from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes
+from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes, unquantized_only
 from rlrc.errors import Interrupted, UserError
 from rlrc.processes import cores
 from rlrc.progress import status
@@ -129,6 +129,7 @@ def stage(
     used, or if ``check`` raises it about the source.
     """
     source = open_source(path, flags or Flags())
+    unquantized_only(source, path)
     check(source)
     torch.set_num_threads(options.threads)
     run = Run(out.parent / f".{out.name}.run")
@@ -168,35 +169,34 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
     def check(source: Source) -> None:
         memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
-            if source.quantized:  # its weights would be stored as floats again
-                raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
         with status("looking for a shape"):
-            pruning.check(source.spec, source.towers, config)
+            lean, _ = lossless(cost.shape_of(source.spec, source.towers))
+            pruning.check(lean.spec, lean.towers, config)
         if config.needs_data:
             lessons.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
         pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
+        lean, cuts = lossless(work.policy, work.source.unread)
+        if lean.spec.action.tokens != work.policy.spec.action.tokens:
+            whole = answers(work.policy, work.source.observations())["tokens"]
+            cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
+        report = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
         if config.lossless:
-            pruned, report = lossless(work.policy, work.source.unread)
-            if pruned.spec.action.tokens != work.policy.spec.action.tokens:
-                whole = answers(work.policy, work.source.observations())["tokens"]
-                report["outside"] = {"observations": len(whole), "changed": outside(whole, pruned.spec.action)}
-            return work.finish(pruned, exact=True, lossless=report)
+            return work.finish(lean, exact=True, **report)
         batches: Batches | None = None
         if config.needs_data:
             batches = lessons.demonstrations(work, config)
         with status("scoring what may go"):
-            pruned, removed = pruning.prune(work.policy, config, batches)
-        return work.finish(pruned, exact=not work.source.quantized, removed=removed)
+            pruned, removed = pruning.prune(lean, config, batches)
+        return work.finish(pruned, exact=True, removed=removed, **report)
 
 
 def run_quantize(
     source: Path, out: Path, config: QuantizeConfig, options: Options, flags: Flags | None = None
 ) -> Manifest:
     def check(found: Source) -> None:
-        unquantized_only(found, source)
         check_exempt(shapes(found), config)
         memory.check(memory.numbers(shapes(found)) * memory.REWRITTEN, "quantizing")
 
@@ -206,9 +206,3 @@ def run_quantize(
             policy, added = filled(work.policy, config.group)
             result = quantize(policy, config, observations)
         return work.finish(policy, result, rounding=result.report | added)
-
-
-def unquantized_only(found: Source, path: Path) -> None:
-    """Raises UserError for weights that were rounded before."""
-    if found.quantized:
-        raise UserError(f"expected an unquantized artifact, found int4 or int8 in {path}; quantize its parent")

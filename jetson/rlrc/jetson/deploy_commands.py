@@ -16,8 +16,8 @@ from rlrc.errors import UserError
 from rlrc.jetson import deploy
 from rlrc.jetson.deploy import FOLDER, KEPT, Place, TrialFailed, Watch
 from rlrc.jetson.remote import Shell
-from rlrc.runtime.commands import check_failed
 from rlrc.progress import progress
+from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
 
 CHECK = "/opt/rlrc/venv/bin/rlrc jetson doctor"
