@@ -11,6 +11,7 @@ its states are then read from the run's folder.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from rlrc.compressor.policy import Policy
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.sources import Source
 from rlrc.errors import UserError
+from rlrc.folders import storing
 
 States = list[list[Tensor]]  # of every block what it put out (B, T, width), call by call
 
@@ -228,7 +230,16 @@ class Kept:
             )
         kinds = [np.bool_, *[np.float16] * len(self.teacher.blocks)]
         made = zip(reversed(names), reversed(kinds), reversed(shapes), strict=True)  # the first one tells of the others
-        self.files = [np.lib.format.open_memmap(name, "w+", kind, shape) for name, kind, shape in made][::-1]
+        with storing(names[0].parent):
+            self.files = [_reserved(name, kind, shape) for name, kind, shape in made][::-1]
+
+
+def _reserved(file: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
+    """Zeros that have their room on the disk: a page of a sparse file that gets none would end the process."""
+    array = np.lib.format.open_memmap(file, "w+", kind, shape)
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def _halved(block: str, length: int, calls: list[Tensor]) -> np.ndarray:

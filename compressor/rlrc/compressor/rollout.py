@@ -28,6 +28,7 @@ from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Policy
 from rlrc.envs.experts import expert, relabel
 from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, Task
+from rlrc.folders import replacing
 from rlrc.processes import Workers
 from rlrc.runtime.preprocess import Tokenizer, unnormalise
 
@@ -271,7 +272,8 @@ class Rollouts:
         if policy is not None:
             manifest = replace(manifest, towers=policy.towers)
             file = self.scratch / f"rollout-weights-{distributed.rank()}.pt"
-            torch.save({"policy": weights or policy.state_dict(), "noise": noise}, file)
+            with replacing(file) as new, new.open("wb") as stream:
+                torch.save({"policy": weights or policy.state_dict(), "noise": noise}, stream)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(
             _work,
