@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlrc import processes
 from rlrc.compressor import interrupts
 from rlrc.errors import UserError
 
@@ -29,6 +30,11 @@ def size() -> int:
 def _without_gpu() -> bool:
     """Whether to compute on the CPU, and talk through gloo."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+
+
+def cores() -> int:
+    """This process's share of those that the processes of this machine may use."""
+    return max(1, processes.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def devices() -> tuple[str, ...]:

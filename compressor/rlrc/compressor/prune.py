@@ -97,8 +97,8 @@ def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -
     if config.kind != "depth":
         found = scores_of(policy, name, intermediate(policy.towers, name, config), config, batches)
         policy = narrowed(policy, name, allocated(policy, name, found, goal, config), found)
-    found = report(dense, policy, name, gone, config)
-    return policy, found | {"asked": [asdict(wish) for wish in wishes(dense, name, config, found)]}
+    told = report(dense, policy, name, gone, config)
+    return policy, told | {"asked": [asdict(wish) for wish in wishes(dense, name, config, told)]}
 
 
 def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:

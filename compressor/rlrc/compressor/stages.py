@@ -34,7 +34,6 @@ from rlrc.compressor.quantize import QuantizeConfig, Quantized, check_exempt, qu
 from rlrc.compressor.run import Run
 from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes, unquantized_only
 from rlrc.errors import Interrupted, UserError
-from rlrc.processes import cores
 from rlrc.progress import status
 from rlrc.runtime.official import Flags
 
@@ -49,10 +48,10 @@ class Options:
 
     evaluate: int = 8
     """validation episodes a task, before and after; 0 leaves them out"""
-    workers: int = field(default_factory=cores)
+    workers: int = field(default_factory=distributed.cores)
     """processes that simulate (default: as many as there are cores)"""
-    threads: int = field(default_factory=cores)
-    """threads of torch (default: as many cores as this process may use)"""
+    threads: int = field(default_factory=distributed.cores)
+    """threads of torch (default: as many cores as this process may use, of several its share)"""
     precision: Wanted = "auto"
     """what products are computed in; auto measures which one this machine is quicker at, which takes a tenth of a
     second. A run that goes on keeps its own"""
@@ -105,7 +104,7 @@ class Stage:
             cpu_minutes=round(cpu_minutes, 2),
             before=self.before,
             after=success | after,
-            precision=precision.used(),
+            precision=dict(precision.used()),
         )
         history = (*self.source.history, entry)
         return write_policy(self.draft, policy, self.source.observations(), history, quantization, exact)
@@ -182,7 +181,7 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
         if lean.spec.action.tokens != work.policy.spec.action.tokens:
             whole = answers(work.policy, work.source.observations())["tokens"]
             cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
-        report = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
+        report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
         if config.lossless:
             return work.finish(lean, exact=True, **report)
         batches: Batches | None = None
