@@ -424,6 +424,19 @@ def check_requests() -> Callable[[Callable[[int, dict[str, float]], list[Any]], 
 
 
 @pytest.fixture
+def save_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``save_at(20, 40)``: training saves its state after these steps, and not at its end."""
+    from rlrc.compressor import run
+
+    def choose(*steps: int) -> None:
+        save = run.Keeper.save
+        monkeypatch.setattr(run, "EVERY_S", 0.0)
+        monkeypatch.setattr(run.Keeper, "save", lambda keeper: save(keeper) if keeper.step in steps else None)
+
+    return choose
+
+
+@pytest.fixture
 def tiny_policy(tiny_artifact: Path) -> tuple[Any, list[Any]]:
     """The policy of ``tiny_artifact``, to change, and its golden observations as Inputs."""
     from rlrc.compressor import checkpoint
