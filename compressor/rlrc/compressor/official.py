@@ -154,7 +154,7 @@ def read(
     for name, stored in policy.state_dict().items():
         part = layout.parts[name]
         tensors = files[part.file]
-        tensor = weights.convert(part, [tensors.read(official) for official in part.official])
+        tensor = weights.convert(part, [tensors.sound(official) for official in part.official])
         wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
         _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
     return policy.eval(), layout
@@ -175,6 +175,9 @@ def check(folder: Folder, layout: Layout, policy: Policy) -> None:
         part = layout.parts[name]
         tensors = files[part.file]
         metas = [tensors.meta(official) for official in part.official]
+        for official, meta in zip(part.official, metas, strict=True):
+            if meta.dtype not in weights.FLOATS:
+                raise weights.not_floats(official, meta.dtype, tensors.origin)
         try:
             found = weights.convert(part, metas).shape
         except RuntimeError:  # they cannot be joined

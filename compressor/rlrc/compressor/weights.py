@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 THIRDS = ("query", "key", "value")  # of one official tensor
 
 
@@ -101,6 +102,35 @@ class Tensors:
         self.meta(name)
         return self._stored[name] if self._read is None else self._read(name)
 
+    def sound(self, name: str) -> Tensor:
+        """``read``, for computing. Raises UserError, naming the tensor, for nan or inf in it."""
+        tensor = self.read(name)
+        check_finite(tensor, name, self.origin)
+        return tensor
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude: nan or inf if the tensor has such a number. One pass at the speed of memory."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(abs(float(low)), abs(float(high)))
+
+
+def check_finite(
+    tensor: Tensor, name: str, origin: str, advice: str = "use an earlier checkpoint, or copy it again if it is sound"
+) -> None:
+    """Raises UserError for nan or inf in a tensor of floats."""
+    if tensor.is_floating_point() and not isfinite(found := largest(tensor)):
+        raise UserError(f"expected finite numbers in the tensor {name} of {origin}, found {found}; {advice}")
+
+
+def not_floats(name: str, found: object, origin: str) -> UserError:
+    return UserError(
+        f"expected floating-point numbers in the tensor {name} of {origin}, found {str(found).removeprefix('torch.')}: "
+        "these weights are quantized; give the checkpoint that they were quantized from (rlrc quantize comes after)"
+    )
+
 
 def wrong_shape(what: str, expected: object, found: object, origin: str) -> UserError:
     return UserError(
@@ -155,10 +185,12 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
             with safe_open(path, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (it is no dict)
                     tensor = opened.get_slice(name)
-                    dtype = DTYPES[tensor.get_dtype()]
+                    dtype = DTYPES.get(tensor.get_dtype())
+                    if dtype is None:
+                        raise not_floats(name, tensor.get_dtype(), origin)
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"expected safetensors in {path}, found: {error}; copy that file again") from None
 
     def read(name: str) -> Tensor:

@@ -67,7 +67,9 @@ class _New:
         parts = [self.layout.parts[ours] for ours in self.ours[name]]
         tensors = [self.state[ours] for ours in self.ours[name]]
         new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
-        return new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        weights.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
+        return new
 
     def _tied(self, name: str) -> str:
         """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, LayerSpec, PromptSpec, TokenSpec, TowerSpec
@@ -235,7 +236,7 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
         )
     layer = LayerSpec(heads, kv_heads, width // heads, whole(text, "intermediate_size"))
     eps, theta = text["rms_norm_eps"], text["rope_theta"]
-    if not all(isinstance(value, (int, float)) and value > 0 for value in (eps, theta)):
+    if not all(isinstance(value, (int, float)) and 0 < value < inf for value in (eps, theta)):
         raise UserError(
             f"expected positive numbers as rms_norm_eps and rope_theta of {folder.path}/config.json, found {eps!r} and "
             f"{theta!r}; correct them"
