@@ -48,7 +48,8 @@ class Case:
     @property
     def hints(self) -> dict[str, Any]:
         oft = {"num_actions_chunk": self.horizon, "num_images_in_input": self.images} if self.oft else {}
-        return {kind: {"heads": heads} for kind, heads, _ in self.vision} | oft
+        head = {"head": "discrete"} if self.oft == "tokens" else {}
+        return {kind: {"heads": heads} for kind, heads, _ in self.vision} | oft | head
 
 
 DINOV2 = ("dinov2", 2, Vision(12, 4, 20, patch=4, tokens=9))

@@ -36,7 +36,9 @@ class TorchPolicy:
     @staticmethod
     def official(folder: Folder, options: Options) -> TorchPolicy:
         """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
-        spec = official.recognise(folder).layout(folder, options).spec
+        layout = official.recognise(folder).layout(folder, options)
+        official.tell(layout)
+        spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
         return TorchPolicy(spec, tokenizer, lambda: official.read(folder, options)[0])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,12 @@ def read(
         wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
         _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
     return policy.eval(), layout
+
+
+def tell(layout: Layout) -> None:
+    """Says on stderr what was assumed."""
+    for line in layout.assumed:
+        print(f"rlrc: assumed {line}", file=sys.stderr)
 
 
 def build(module: Any, layout: Layout) -> Policy:

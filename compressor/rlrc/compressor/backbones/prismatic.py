@@ -26,7 +26,7 @@ LLAMA = "language_model.model."
 LM_HEAD = "language_model.lm_head.weight"
 PREPROCESSOR = "preprocessor_config.json"
 
-# The official backbones: pixels of a side. All their transformers have HEADS heads.
+# The official backbones: pixels of a side. Their transformers, of WIDTHS channels, have HEADS heads.
 PIXELS = {
     "dinov2-vit-l": 224,
     "siglip-vit-so400m": 224,
@@ -34,7 +34,7 @@ PIXELS = {
     "dinosiglip-vit-so-224px": 224,
     "dinosiglip-vit-so-384px": 384,
 }
-HEADS = 16
+HEADS, WIDTHS = 16, {"dinov2": 1024, "siglip": 1152}
 MEANS = {"dinov2": [0.485, 0.456, 0.406], "siglip": [0.5, 0.5, 0.5]}
 DEVIATIONS = {"dinov2": [0.229, 0.224, 0.225], "siglip": [0.5, 0.5, 0.5]}
 
@@ -61,6 +61,7 @@ PROMPT_V01 = (  # Vicuna's
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: What action should the robot take to {instruction}? ASSISTANT:"
 )
+PROMPTS = {"pure": PROMPT, "vicuna": PROMPT_V01}  # by a word of llm_backbone_id
 BLANK = 29871  # Llama's lone blank, which the official code puts at the end of every prompt
 
 
@@ -184,7 +185,8 @@ def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> To
     if depth < 2:
         raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; copy the folder again")
     hint, backbone = options.hints.get(kind), _backbone(folder)
-    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if backbone in PIXELS else None
+    official = backbone in PIXELS and width == WIDTHS[kind]
+    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if official else None
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(
             f"expected a number of attention heads that divides the {width} channels of {kind} in {folder.path}, found "
@@ -258,16 +260,27 @@ def _llama_parts(depth: int) -> dict[str, Part]:
     return parts
 
 
-def path_names(folder: Folder) -> str:
-    """What the folder is called, in small letters. A snapshot of the hub has its name two levels above."""
-    return "/".join(folder.path.absolute().parts[-3:]).lower()
-
-
-def prompt_spec(folder: Folder, others: int) -> PromptSpec:
-    """``others``: tokens of the sequence that are not the prompt's. As the official code, v0.1 is told by its name."""
-    template = PROMPT_V01 if "v01" in path_names(folder) else PROMPT
+def prompt_spec(folder: Folder, options: Options, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
+    """``others``: tokens of the sequence that are not the prompt's. Also what was assumed."""
+    kind, assumed = _prompt_kind(folder, options)
     room = whole({"llm_max_length": 2048, **folder.config}, "llm_max_length") - others
-    return PromptSpec(template, room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK})
+    return PromptSpec(PROMPTS[kind], room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK}), assumed
+
+
+def _prompt_kind(folder: Folder, options: Options) -> tuple[str, tuple[str, ...]]:
+    """A key of PROMPTS. The prompt belongs to the language model: OpenVLA v0.1 was trained from Vicuna, later ones from
+    the base Llama 2 ("pure")."""
+    said, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
+    kind = said or next((kind for kind in PROMPTS if kind in str(backbone).split("-")), None)
+    if kind in PROMPTS:
+        return str(kind), ()
+    if said is None and backbone is None:
+        return "pure", ('the prompt "In: ... Out:", for config.json has no llm_backbone_id (--hints prompt)',)
+    raise UserError(
+        f"expected a language model with a prompt of {' or '.join(PROMPTS)} as llm_backbone_id of "
+        f"{folder.path / 'config.json'}, found {said or backbone!r}; give the prompt that it was trained with as "
+        f'{{"prompt": "{next(iter(PROMPTS))}"}} with --hints'
+    )
 
 
 def action_tokens(folder: Folder) -> tuple[int, TokenSpec]:
