@@ -326,9 +326,19 @@ def test_pictures_are_normalised_as_the_processors_file_says(copied: Callable[..
     folder = copied("openvla")
     expected = layout_of(folder, hints("openvla")).spec.cameras
     values = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({**values, "means": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]})
-    )
+    other = {**values, "means": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"one set of means .*found \[\[0.1, .*\[\[0.485.* as tvf_normalize_params"):
+        layout_of(folder, hints("openvla"))
+    del other["tvf_normalize_params"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(other))
     assert layout_of(folder, hints("openvla")).spec.cameras[0].mean == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    rounded = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
+    derived = [rounded, values["tvf_normalize_params"][1]]  # openvla-7b's, in bfloat16: the official code takes these
+    (folder / "preprocessor_config.json").write_text(json.dumps({**values, "tvf_normalize_params": derived}))
+    camera = layout_of(folder, hints("openvla")).spec.cameras[0]
+    assert camera.mean == (0.484375, 0.455078125, 0.40625, 0.5, 0.5, 0.5)
+    assert camera.std == (0.228515625, 0.2236328125, 0.224609375, 0.5, 0.5, 0.5)
     (folder / "preprocessor_config.json").unlink()
-    assert layout_of(folder, hints("openvla")).spec.cameras == expected
+    for one, other in zip(layout_of(folder, hints("openvla")).spec.cameras, expected, strict=True):
+        assert (one.mean, one.std) == (pytest.approx(other.mean, abs=1e-7), pytest.approx(other.std, abs=1e-7))

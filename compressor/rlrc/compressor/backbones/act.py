@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor import decode
-from rlrc.compressor.backbones import lerobot
+from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
@@ -140,6 +140,7 @@ def layout(folder: Folder, options: Options) -> Layout:
 
     Raises UserError for what config.json lacks, for what the weights contradict and for what rlrc has no form of.
     """
+    settings.check_lerobot(folder, options)
     config, processors = folder.config, lerobot.read(folder, language=False)
     width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:

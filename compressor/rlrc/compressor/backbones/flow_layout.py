@@ -12,7 +12,7 @@ from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec, TowerSpec
-from rlrc.compressor.backbones import lerobot
+from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.backbones.flow_tensors import NAMES, Official, parts, unused
 from rlrc.compressor.backbones.lerobot import Feature, Processors, number, real
 from rlrc.compressor.policy import Layout
@@ -43,17 +43,6 @@ SMOLLM_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 KNOWN = {"pi0": {"<bos>": 2}, "pi05": {"<bos>": 2}, "smolvla": {"<|im_start|>": 1}}  # what tells the vocabulary
 STATE = {"pi0": "suffix", "pi05": "prompt", "smolvla": "prefix"}  # see FlowGeometry
-
-# Settings of config.json under which lerobot does what rlrc does not.
-UNSUPPORTED = (
-    "adapt_to_pi_aloha",
-    "add_image_special_tokens",
-    "use_delta_joint_actions_aloha",
-    "use_peft",
-    "use_proprioceptive_memory",
-    "use_relative_actions",
-    "use_visual_memory",
-)
 
 
 @dataclass(frozen=True)
@@ -94,14 +83,12 @@ def layout(folder: Folder, options: Options) -> Layout:
     the tables nor the hints tell.
     """
     family = str(folder.config["type"])
-    for name in UNSUPPORTED:
-        if folder.config.get(name):
-            raise UserError(f"expected {name} to be false in config.json, found it set; rlrc does not support it")
     if "proj_width" in folder.config:
         raise UserError(
             "expected pi0 as lerobot 0.4 and later save it, found proj_width in config.json, which is of before; "
             "convert the folder with lerobot's own scripts"
         )
+    settings.check_lerobot(folder, options)
     processors = lerobot.read(folder, language=True)
     reader = Reader(family, folder, options.hints, processors, Official(folder.tensors, family))
     vision, grid = _vision(reader)

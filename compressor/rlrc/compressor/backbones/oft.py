@@ -131,13 +131,13 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     parts, unused, geometry = dict(shared.parts), list(shared.unused), dict(shared.geometry)
     if head is None:
         action = action_spec(horizon, norm, *action_tokens(folder))
-        parts["head.weight"] = Part((LM_HEAD,))
+        parts["head.weight"] = Part((shared.head,))
     else:
         action = action_spec(horizon, norm)
         geometry["head"], geometry["head_blocks"] = dimensions(head, "model.fc1.weight", 2)[0], head.depth(BLOCKS)
         head.expect("model.fc2.weight", (action.dim, geometry["head"]))
         parts |= _head_parts(geometry["head_blocks"], head.file)
-        unused.append(LM_HEAD)
+        unused += [LM_HEAD] if LM_HEAD in folder.tensors and LM_HEAD not in unused else []
     state = None
     if proprio is not None:
         state = state_spec(normalisation(stats, "proprio", bounds, NARROWEST, clip=1.0))

@@ -17,7 +17,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import oft
 from rlrc.compressor.backbones.norm_stats import action_spec, normalisation, statistics
-from rlrc.compressor.backbones.prismatic import LM_HEAD, action_tokens, prismatic, prompt_spec
+from rlrc.compressor.backbones.prismatic import action_tokens, prismatic, prompt_spec
 from rlrc.compressor.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.nn.prismatic import PrismaticPolicy
 from rlrc.compressor.policy import Inputs, Layout, Outputs, Part, Policy
@@ -42,7 +42,7 @@ def layout(folder: Folder, options: Options) -> Layout:
     action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
     prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
-    parts = {**shared.parts, "head.weight": Part((LM_HEAD,))}
+    parts = {**shared.parts, "head.weight": Part((shared.head,))}
     return Layout(spec, shared.towers, parts, tuple(shared.unused), assumed + guessed)
 
 

@@ -13,6 +13,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, LayerSpec, PromptSpec, TokenSpec, TowerSpec
+from rlrc.compressor.backbones import prismatic_pictures, settings
 from rlrc.compressor.nn.prismatic import TRANSFORMERS
 from rlrc.compressor.policy import Part
 from rlrc.compressor.weights import Tensors, wrong_shape
@@ -23,20 +24,12 @@ if TYPE_CHECKING:
 
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")  # of TRANSFORMERS
 LLAMA = "language_model.model."
+EMBEDDING = f"{LLAMA}embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
-PREPROCESSOR = "preprocessor_config.json"
+GENERATION = "generation_config.json"
 
-# The official backbones: pixels of a side. Their transformers, of WIDTHS channels, have HEADS heads.
-PIXELS = {
-    "dinov2-vit-l": 224,
-    "siglip-vit-so400m": 224,
-    "siglip-vit-so400m-384px": 384,
-    "dinosiglip-vit-so-224px": 224,
-    "dinosiglip-vit-so-384px": 384,
-}
+# The official vision transformers, of WIDTHS channels, have HEADS heads.
 HEADS, WIDTHS = 16, {"dinov2": 1024, "siglip": 1152}
-MEANS = {"dinov2": [0.485, 0.456, 0.406], "siglip": [0.5, 0.5, 0.5]}
-DEVIATIONS = {"dinov2": [0.229, 0.224, 0.225], "siglip": [0.5, 0.5, 0.5]}
 
 # text_config is saved as what differs from LlamaConfig's defaults, which are those of transformers 4.40.1.
 DEFAULTS: dict[str, Any] = {
@@ -48,7 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 32,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
 }
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu-tanh", "relu"]] = {
     "silu": "silu",
@@ -75,10 +67,12 @@ class Prismatic:
     parts: dict[str, Part]
     unused: list[str]
     geometry: dict[str, Any]
+    head: str  # the official tensor of the language model's head
 
 
 def prismatic(folder: Folder, options: Options) -> Prismatic:
     """Raises UserError for what these families are not, and for a config.json that contradicts the weights."""
+    check_settings(folder, options)
     tensors, text = folder.tensors, text_config(folder)
     fused = any(name.startswith(FEATURIZERS[1]) for name in tensors)
     if folder.config.get("use_fused_vision_backbone") not in (None, fused):
@@ -88,12 +82,14 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
         )
     prefixes = FEATURIZERS[: 1 + fused]
     kinds = [_kind(folder, prefix) for prefix in prefixes]
-    camera = _camera(folder, options, kinds)
+    camera = prismatic_pictures.camera(folder, options, kinds)
     patch = dimensions(tensors, f"{prefixes[0]}patch_embed.proj.weight", 4)[-1]
     tokens = (camera.height // patch) ** 2
 
     towers = {"decoder": _llama(folder, text)}
     parts, unused, extra = _llama_parts(len(towers["decoder"].layers)), list[str](), list[int]()
+    head = EMBEDDING if text.get("tie_word_embeddings") else LM_HEAD
+    unused += [LM_HEAD] if head == EMBEDDING and LM_HEAD in tensors else []
     for tower, prefix, kind in zip(TRANSFORMERS, prefixes, kinds, strict=False):
         towers[tower] = _transformer(folder, options, prefix, kind)
         depth, width = len(towers[tower].layers), towers[tower].width
@@ -102,6 +98,7 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
         dead = (f"{prefix}blocks.{depth}.", f"{prefix}norm.", f"{prefix}attn_pool.")
         unused += [name for name in tensors if name.startswith(dead)]
         extra.append(1 + dimensions(tensors, f"{prefix}reg_token", 3)[1] if kind == "dinov2" else 0)
+    prismatic_pictures.check_sizes(folder, camera)
     linears = [f"projector.fc{i}" for i in range(1, 3 + fused)]
     for i, linear in enumerate(linears):
         parts |= affine(f"projector.{2 * i}", linear)
@@ -112,7 +109,16 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
         "scaled": [kind == "dinov2" for kind in kinds],
         "projector": [dimensions(tensors, f"{linear}.weight", 2)[0] for linear in linears],
     }
-    return Prismatic(camera, tokens, towers, parts, unused, geometry)
+    return Prismatic(camera, tokens, towers, parts, unused, geometry, head)
+
+
+def check_settings(folder: Folder, options: Options) -> None:
+    """Every key of the folder's configuration files. Raises UserError for those that rlrc does not support."""
+    settings.check(folder.config, settings.PRISMATIC, "config.json", options)
+    text = folder.config.get("text_config")
+    settings.check(text if isinstance(text, dict) else {}, settings.LLAMA, "text_config of config.json", options)
+    if GENERATION in folder and isinstance(values := folder.json(GENERATION), dict):
+        settings.check(values, settings.GENERATION, GENERATION, options)
 
 
 def text_config(folder: Folder) -> dict[str, Any]:
@@ -135,47 +141,8 @@ def _kind(folder: Folder, prefix: str) -> str:
     )
 
 
-def _is_three_each(values: Any, count: int) -> bool:
-    lists = isinstance(values, list) and len(values) == count and all(isinstance(value, list) for value in values)
-    return lists and all(len(value) == 3 and all(isinstance(x, (int, float)) for x in value) for value in values)
-
-
 def _backbone(folder: Folder) -> str:
     return str(folder.config.get("vision_backbone_id"))
-
-
-def _camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
-    """As PrismaticImageProcessor: resized without regard to proportions, then normalised for every transformer."""
-    processor = folder.json(PREPROCESSOR) if PREPROCESSOR in folder else {}
-    if not isinstance(processor, dict):
-        raise UserError(f"expected an object in {folder.path / PREPROCESSOR}, found another; copy that file again")
-    strategy = processor.get("image_resize_strategy", folder.config.get("image_resize_strategy", "resize-naive"))
-    methods = set(processor.get("interpolations") or ["bicubic"])
-    if strategy != "resize-naive" or methods != {"bicubic"}:
-        raise UserError(
-            f'expected image_resize_strategy "resize-naive" and interpolations "bicubic" in {folder.path}, found '
-            f"{strategy!r} and {sorted(methods)}; rlrc does not resize in that way"
-        )
-    sizes = folder.config.get("image_sizes") or PIXELS.get(_backbone(folder)) or options.hints.get("image_size")
-    found = set(sizes if isinstance(sizes, list) else [sizes])
-    size = found.pop()
-    if found or not isinstance(size, int) or size < 1:
-        raise UserError(
-            f"expected one size in pixels as image_sizes of config.json in {folder.path}, found {sizes!r}; give "
-            "image_size with --hints"
-        )
-
-    def colours(key: str, defaults: dict[str, list[float]]) -> tuple[float, ...]:
-        values = processor.get(key, [defaults[kind] for kind in kinds])
-        if not _is_three_each(values, len(kinds)):
-            raise UserError(
-                f"expected three {key} for each of {len(kinds)} vision backbones in {folder.path / PREPROCESSOR}, "
-                f"found {values}; copy that file again"
-            )
-        return tuple(float(number) for value in values for number in value)
-
-    means, deviations = colours("means", MEANS), colours("stds", DEVIATIONS)
-    return CameraSpec("image0", size, size, "bicubic", means, deviations, "HWC")
 
 
 def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> TowerSpec:
@@ -185,7 +152,7 @@ def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> To
     if depth < 2:
         raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; copy the folder again")
     hint, backbone = options.hints.get(kind), _backbone(folder)
-    official = backbone in PIXELS and width == WIDTHS[kind]
+    official = backbone in prismatic_pictures.PIXELS and width == WIDTHS[kind]
     heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if official else None
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(
@@ -218,15 +185,17 @@ def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[s
 
 def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
     activation = ACTIVATIONS.get(str(text["hidden_act"]))
-    plain = text["model_type"] == "llama" and not text.get("rope_scaling") and not text.get("attention_bias")
-    if not plain or activation is None:
+    theta = settings.rope_theta(text, f"text_config in {folder.path}/config.json")
+    if text["model_type"] != "llama" or text.get("attention_bias") or activation is None:
         raise UserError(
-            f"expected a Llama without rope_scaling and attention_bias as text_config of {folder.path}, found "
-            f"{text['model_type']!r} with hidden_act {text['hidden_act']!r}; rlrc does not read that language model"
+            f"expected a Llama without attention_bias as text_config of {folder.path}, found "
+            f"{text['model_type']!r} with hidden_act {text['hidden_act']!r} and attention_bias "
+            f"{text.get('attention_bias')!r}; rlrc does not read that language model"
         )
     width, heads, depth = (whole(text, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = heads if text.get("num_key_value_heads") is None else whole(text, "num_key_value_heads")
-    if width % heads or heads % kv_heads:
+    head_dim = width // heads if text.get("head_dim") is None else whole(text, "head_dim")
+    if (text.get("head_dim") is None and width % heads) or heads % kv_heads:
         raise UserError(
             f"expected heads that divide the hidden_size and kv heads that divide the heads in text_config of "
             f"{folder.path}, found {width}, {heads} and {kv_heads}; correct config.json"
@@ -236,8 +205,8 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
             f"expected {depth} layers in the weights of {folder.path}, as num_hidden_layers of its config.json says, "
             f"found {found}; copy both from one checkpoint"
         )
-    layer = LayerSpec(heads, kv_heads, width // heads, whole(text, "intermediate_size"))
-    eps, theta = text["rms_norm_eps"], text["rope_theta"]
+    layer = LayerSpec(heads, kv_heads, head_dim, whole(text, "intermediate_size"))
+    eps = text["rms_norm_eps"]
     if not all(isinstance(value, (int, float)) and 0 < value < inf for value in (eps, theta)):
         raise UserError(
             f"expected positive numbers as rms_norm_eps and rope_theta of {folder.path}/config.json, found {eps!r} and "
@@ -251,7 +220,7 @@ def _llama_parts(depth: int) -> dict[str, Part]:
     names |= {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
     names |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     parts = {
-        "embedding.weight": Part((f"{LLAMA}embed_tokens.weight",)),
+        "embedding.weight": Part((EMBEDDING,)),
         "decoder.norm.weight": Part((f"{LLAMA}norm.weight",)),
     }
     for i in range(depth):
