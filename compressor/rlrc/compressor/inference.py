@@ -96,10 +96,8 @@ def tokenizer_of(folder: Folder, options: Options, spec: PolicySpec) -> preproce
     source = tokenizers.of_folder(folder, options)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / tokenizers.JSON
-        if source.suffix != ".json":
-            tokenizers.write(source, target)
-            return preprocess.Tokenizer(target, spec.prompt)
-    return preprocess.Tokenizer(source, spec.prompt)
+        tokenizers.write(source, target, spec)
+        return preprocess.Tokenizer(target, spec.prompt)
 
 
 def _batch(array: np.ndarray) -> Tensor:

@@ -115,7 +115,7 @@ class OfficialSource:
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
-            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER))
+            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 
     def observations(self) -> dict[str, np.ndarray]:
         return examples(self.spec, self.tokenizer)
