@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlrc import foreign
 from rlrc.compressor import weights
-from rlrc.compressor.backbones import FAMILIES, backbone
+from rlrc.compressor.backbones import FAMILIES, NAMES, backbone
 from rlrc.compressor.policy import Layout, Part, Policy
 from rlrc.compressor.weights import Tensors
 from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 
-CONFIG = "config.json"
+CONFIG = foreign.CONFIG
+UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,17 @@ class Folder:
 def open_folder(path: Path) -> Folder:
     """Reads config.json and the headers of the weights. Raises UserError for what is missing or broken."""
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise UserError(f"expected a checkpoint's folder at {path}, found {found}; check the path")
+        raise UserError(f"expected a checkpoint's folder at {path}, found {foreign.found(path)}")
+    if foreign.is_adapter(path):
+        raise UserError(f"expected a checkpoint with its weights at {path}, found {foreign.found(path)}")
+    if not (path / CONFIG).exists():
+        missing = f"expected {path / CONFIG}, found: No such file or directory"
+        raise UserError(f"{missing}; {path} is {foreign.found(path)}")
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
-        raise UserError(f"expected an object in {path / CONFIG}, found {type(config).__name__}; copy the folder again")
-    return Folder(path, config, weights.of_model(path))
+        raise UserError(f"expected an object in {path / CONFIG}, found {type(config).__name__}; copy that file again")
+    mark, root = NAMES.get(str(config.get("type") or config.get("model_type")), ("", ""))
+    return Folder(path, config, weights.unwrapped(weights.of_model(path), mark, root))
 
 
 def read_json(path: Path) -> Any:
@@ -103,7 +110,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"expected {path}, found: {error.strerror}; copy the folder again") from None
+        raise UserError(f"expected {path}, found: {error.strerror}; copy that file too") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"expected JSON in {path}, found: {error}; copy that file again") from None
 
@@ -131,12 +138,14 @@ def recognise(folder: Folder) -> Any:
             return module
     known = [family for family in FAMILIES if family != "tiny"]
     kind = folder.config.get("type") or folder.config.get("model_type")
-    close = difflib.get_close_matches(str(kind).lower(), known, 1, 0)
-    raise UserError(
-        f"expected a checkpoint of one of the families {', '.join(known)}, found "
-        f"{repr(kind) if kind else 'neither type nor model_type'} in {folder.path / CONFIG}; "
-        + (f"the nearest is {close[0]}" if kind else "is it a policy's folder?")
-    )
+    expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
+    if not kind:
+        openpi = any(name.startswith("paligemma_with_expert.") for name in folder.tensors)
+        found = foreign.found(folder.path) if openpi else f"neither type nor model_type in {folder.path / CONFIG}"
+        raise UserError(f"{expected} {found}" + "; is it a policy's folder?" * (not openpi))
+    close = difflib.get_close_matches(str(kind).lower(), known, 1)
+    near = f"the nearest is {close[0]}" if close and kind not in UNSUPPORTED else "rlrc does not support that policy"
+    raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")
 
 
 def read(

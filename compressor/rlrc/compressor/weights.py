@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isfinite, prod
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rlrc import foreign
 from rlrc.compressor.policy import Part
 from rlrc.errors import UserError
 
@@ -33,6 +34,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+ADAPTED = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)")
+# Buffers that older versions of the training code saved and that follow from the configuration.
+BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
 THIRDS = ("query", "key", "value")  # of one official tensor
 
 
@@ -50,9 +55,10 @@ class Tensors:
         read: Callable[[str], Tensor] | None = None,
         file: str = "",
         paths: tuple[Path, ...] = (),
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """``stored``: on the meta device where ``read`` gives the data."""
-        self.origin, self.file, self.paths = origin, file, paths
+        """``stored``: on the meta device where ``read`` gives the data; ``aliases``: names in the file -> here."""
+        self.origin, self.file, self.paths, self.aliases = origin, file, paths, aliases or {}
         self._stored, self._read = stored, read
 
     def __iter__(self) -> Iterator[str]:
@@ -63,6 +69,20 @@ class Tensors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
+
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The same tensors by other names, those of the files -> new ones; all are listed. Raises UserError if two
+        get one name."""
+        files = {new: old for old, new in names.items()}
+        if len(files) < len(names):
+            twice = next(new for old, new in names.items() if files[new] != old)
+            raise UserError(
+                f"expected one tensor {twice} in {self.origin}, found it with a prefix as well; save the model alone"
+            )
+        read = self._read
+        stored = {new: self._stored[old] for new, old in files.items()}
+        inner = None if read is None else lambda name: read(files[name])
+        return Tensors(self.origin, stored, inner, self.file, self.paths, names)
 
     def meta(self, name: str) -> Tensor:
         """Its shape and dtype, without data. Raises UserError if there is no such tensor."""
@@ -151,9 +171,7 @@ def of_model(folder: Path) -> Tensors:
     if (folder / MODEL).is_file():
         return of_safetensors([folder / MODEL], str(folder))
     if not (folder / INDEX).is_file():
-        raise UserError(
-            f"expected {MODEL} or {INDEX} in {folder}, found neither; copy the folder again, or save it as safetensors"
-        )
+        raise UserError(f"expected {MODEL} or {INDEX} in {folder}, found neither: {foreign.found(folder)}")
     try:
         index = json.loads((folder / INDEX).read_bytes())
         shards = sorted(set(index["weight_map"].values()))
@@ -161,7 +179,7 @@ def of_model(folder: Path) -> Tensors:
             raise ValueError(f"expected plain names of files, found {shards}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"expected a weight_map in {folder / INDEX}, found: {error or type(error).__name__}; copy the folder again"
+            f"expected a weight_map in {folder / INDEX}, found: {error or type(error).__name__}; copy that file again"
         ) from None
     for count, shard in enumerate(shards, 1):
         if not (folder / shard).is_file():
@@ -191,6 +209,10 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:
+            if path.is_file() and foreign.is_pointer(path):
+                raise UserError(
+                    f"expected safetensors in {path}, found: a Git LFS pointer to them; run git lfs pull there"
+                ) from None
             raise UserError(f"expected safetensors in {path}, found: {error}; copy that file again") from None
 
     def read(name: str) -> Tensor:
@@ -201,8 +223,29 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
     return Tensors(origin, stored, read, file, tuple(dict.fromkeys(where.values())))
 
 
+def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
+    """The tensors by the names that the training code gives them.
+
+    Parts that wrappers put into names (DistributedDataParallel, torch.compile, FSDP) are left out, and whatever else
+    stands before all of them: ``root`` and ``mark`` are what at least one of the code's names begins with. Raises
+    UserError for the weights of an adapter that was not merged.
+    """
+    if lora := next((name for name in tensors if ADAPTED.search(name)), None):
+        raise UserError(
+            f"expected merged weights in {tensors.origin}, found those of a PEFT adapter beside them, such as {lora}; "
+            "call merge_and_unload() before saving (rlrc does not merge adapters yet)"
+        )
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
+    if mark and (first := next((name for name in names.values() if f".{name}".find(f".{mark}") >= 0), None)):
+        before = first[: f".{first}".find(f".{mark}")]
+        extra, put = (before.removesuffix(root), "") if before.endswith(root) else (before, root)
+        if (extra or put) and all(name.startswith(extra) for name in names.values()):
+            names = {old: put + new.removeprefix(extra) for old, new in names.items()}
+    return tensors if all(old == new for old, new in names.items()) else tensors.renamed(names)
+
+
 def of_pt(path: Path) -> Tensors:
-    """An official ``.pt`` of nothing but tensors; a prefix ``module.`` (DistributedDataParallel's) is left out.
+    """An official ``.pt`` of nothing but tensors, by names without wrappers.
 
     Raises UserError for anything else in it. No code of the file runs: ``weights_only`` knows tensors and plain values.
     """
@@ -226,8 +269,7 @@ def of_pt(path: Path) -> Tensors:
                 f"expected nothing but tensors in {path}, found {type(value).__name__} at {name!r}; "
                 "save the module's state_dict()"
             )
-    stored = {name.removeprefix("module."): tensor for name, tensor in values.items()}
-    return Tensors(str(path), stored, file=path.name, paths=(path,))
+    return unwrapped(Tensors(str(path), values, file=path.name, paths=(path,)))
 
 
 def convert(part: Part, tensors: list[Tensor]) -> Tensor:

@@ -61,7 +61,8 @@ class _New:
                 self.ours.setdefault(name, []).append(ours)
 
     def __call__(self, name: str) -> Tensor:
-        name = self._tied(name)
+        """``name``: as it stands in the file."""
+        name = self._tied(self.old.aliases.get(name, name))
         if name not in self.ours:
             return self.old.read(name)
         parts = [self.layout.parts[ours] for ours in self.ours[name]]
@@ -123,4 +124,4 @@ def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
 def _write_pt(source: Path, target: Path, tensors: _New) -> None:
     """The names of the source, with their prefixes."""
     old = torch.load(source, map_location="cpu", weights_only=True)
-    torch.save({name: tensors(name.removeprefix("module.")).clone() for name in old}, target)
+    torch.save({name: tensors(name).clone() for name in old}, target)

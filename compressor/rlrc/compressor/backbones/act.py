@@ -23,6 +23,7 @@ from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
 from rlrc.compressor.policy import Inputs, Layout, Outputs, Part, Policy
+from rlrc.compressor.weights import BUFFERS
 from rlrc.errors import UserError
 
 FAMILY = "act"
@@ -36,8 +37,8 @@ RESNETS = {
     "resnet152": ([3, 8, 36, 3], True),
 }
 
-# The VAE's encoder, the projection of the latent (which is zero), and what batch norms count while they are trained.
-UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight|.*\.num_batches_tracked")
+# The VAE's encoder, and the projection of the latent (which is zero).
+UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,11 @@ def layout(folder: Folder, options: Options) -> Layout:
             "decoder": TowerSpec(width, decoder, activation=activation),
         },
         dict(_parts(geometry, len(encoder), len(decoder))),
-        tuple(name for name in folder.tensors if UNUSED.fullmatch(name) or lerobot.BUFFER.fullmatch(name)),
+        tuple(
+            name
+            for name in folder.tensors
+            if UNUSED.fullmatch(name) or lerobot.BUFFER.fullmatch(name) or name.endswith(BUFFERS)
+        ),
     )
 
 

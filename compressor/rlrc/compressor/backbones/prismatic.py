@@ -16,7 +16,7 @@ from rlrc.artifact import CameraSpec, LayerSpec, PromptSpec, TokenSpec, TowerSpe
 from rlrc.compressor.backbones import prismatic_pictures, settings
 from rlrc.compressor.nn.prismatic import TRANSFORMERS
 from rlrc.compressor.policy import Part
-from rlrc.compressor.weights import Tensors, wrong_shape
+from rlrc.compressor.weights import BUFFERS, Tensors, wrong_shape
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
     parts, unused, extra = _llama_parts(len(towers["decoder"].layers)), list[str](), list[int]()
     head = EMBEDDING if text.get("tie_word_embeddings") else LM_HEAD
     unused += [LM_HEAD] if head == EMBEDDING and LM_HEAD in tensors else []
+    unused += [name for name in tensors if name.endswith(BUFFERS)]
     for tower, prefix, kind in zip(TRANSFORMERS, prefixes, kinds, strict=False):
         towers[tower] = _transformer(folder, options, prefix, kind)
         depth, width = len(towers[tower].layers), towers[tower].width
