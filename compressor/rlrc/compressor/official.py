@@ -102,7 +102,9 @@ def open_folder(path: Path) -> Folder:
     if not isinstance(config, dict):
         raise UserError(f"expected an object in {path / CONFIG}, found {type(config).__name__}; copy that file again")
     mark, root = NAMES.get(str(config.get("type") or config.get("model_type")), ("", ""))
-    return Folder(path, config, weights.unwrapped(weights.of_model(path), mark, root))
+    tensors = weights.of_model(path)
+    weights.check_merged(tensors)
+    return Folder(path, config, weights.unwrapped(tensors, mark, root))
 
 
 def read_json(path: Path) -> Any:

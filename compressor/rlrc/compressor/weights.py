@@ -223,18 +223,21 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
     return Tensors(origin, stored, read, file, tuple(dict.fromkeys(where.values())))
 
 
-def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
-    """The tensors by the names that the training code gives them.
-
-    Parts that wrappers put into names (DistributedDataParallel, torch.compile, FSDP) are left out, and whatever else
-    stands before all of them: ``root`` and ``mark`` are what at least one of the code's names begins with. Raises
-    UserError for the weights of an adapter that was not merged.
-    """
+def check_merged(tensors: Tensors) -> None:
+    """Raises UserError for the weights of an adapter that was not merged."""
     if lora := next((name for name in tensors if ADAPTED.search(name)), None):
         raise UserError(
             f"expected merged weights in {tensors.origin}, found those of a PEFT adapter beside them, such as {lora}; "
             "call merge_and_unload() before saving (rlrc does not merge adapters yet)"
         )
+
+
+def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
+    """The tensors by the names that the training code gives them.
+
+    Parts that wrappers put into names (DistributedDataParallel, torch.compile, FSDP) are left out, and whatever else
+    stands before all of them: ``root`` and ``mark`` are what at least one of the code's names begins with.
+    """
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     if mark and (first := next((name for name in names.values() if f".{name}".find(f".{mark}") >= 0), None)):
         before = first[: f".{first}".find(f".{mark}")]

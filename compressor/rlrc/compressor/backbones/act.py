@@ -146,7 +146,7 @@ def layout(folder: Folder, options: Options) -> Layout:
     width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:
         raise UserError(
-            f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; copy it again"
+            f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; correct it"
         )
     activation = config.get("feedforward_activation", "relu")
     if activation not in ("relu", "gelu"):
@@ -206,7 +206,7 @@ def _resnet(folder: Folder) -> dict[str, Any]:
     if dilated and not bottleneck:
         raise UserError(
             "expected replace_final_stride_with_dilation with bottleneck blocks only, found it with a "
-            f"{name} in config.json; copy it again"
+            f"{name} in config.json; correct it"
         )
     stem, widths, outputs = (
         [tensors.shape(f"{convolution}.weight")[0] for convolution in convolutions]

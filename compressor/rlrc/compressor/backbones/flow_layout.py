@@ -213,7 +213,7 @@ def _merge(reader: Reader, vision: TowerSpec, grid: int) -> int:
     if not merge or columns != merge**2 * vision.width or grid % merge:
         raise UserError(
             f"expected a projector of whole squares of the {grid} x {grid} patches of {vision.width} channels, found "
-            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; copy the folder again"
+            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of these weights?"
         )
     return merge
 
@@ -226,7 +226,7 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
     if size is None:
         resize = "none"
     elif not isinstance(size, list) or len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
-        raise UserError(f"expected two numbers of pixels to resize to in config.json, found {size!r}; copy it again")
+        raise UserError(f"expected two numbers of pixels to resize to in config.json, found {size!r}; correct it")
     elif smol:
         size = size[::-1]  # its order is width, height
     cameras = []
@@ -239,7 +239,7 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
             )
         cameras.append(camera)
     if not cameras:
-        raise UserError("expected a VISUAL in input_features of config.json, found none; copy the folder again")
+        raise UserError("expected a VISUAL in input_features of config.json, found none; list its cameras there")
     patch = _patch(reader)
     for camera in cameras:
         if (camera.height // patch, camera.width // patch) != (grid, grid):
@@ -262,14 +262,14 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
     if action.dim > width:
         raise UserError(
             f"expected at most max_action_dim = {width} numbers of an action in config.json, found {action.dim}; "
-            "copy the folder again"
+            "correct it"
         )
     prompt = reader.processors.prompt
     assert prompt is not None
     if (prompt.state_bins > 0) != (family == "pi05"):
         raise UserError(
             f"expected {lerobot.BEFORE} to make a prompt for {family} in {reader.folder.path}, found another family's; "
-            "copy the folder again"
+            "is that file of this policy?"
         )
     geometry: dict[str, Any] = {
         "vocabulary": official.shape(official.embedding, 2)[0],
@@ -302,7 +302,6 @@ def _state(reader: Reader) -> StateSpec:
     if len(found) != 1 or found[0].dim > width:
         listed = ", ".join(f"{feature.name} {list(feature.shape)}" for feature in found) or "none"
         raise UserError(
-            f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; "
-            "copy the folder again"
+            f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; correct it"
         )
     return reader.processors.state(found[0], None if reader.family == "pi05" else width)

@@ -77,7 +77,7 @@ def normalisation(
     if not fits:
         raise UserError(
             f"expected {' and '.join(BOUNDS[kind])} of {what}, as many numbers each, in the data set's statistics, "
-            f"found {low} and {high} with the mask {values.get('mask')}; correct them or copy the folder again"
+            f"found {low} and {high} with the mask {values.get('mask')}; correct them"
         )
     center, scale = list[float](), list[float]()
     for bottom, top, normalised in zip(low, high, mask, strict=True):

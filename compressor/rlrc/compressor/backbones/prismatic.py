@@ -151,7 +151,7 @@ def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> To
     tensors = folder.tensors
     width, depth = dimensions(tensors, f"{prefix}patch_embed.proj.weight", 4)[0], tensors.depth(f"{prefix}blocks.")
     if depth < 2:
-        raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; copy the folder again")
+        raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; is it a whole policy?")
     hint, backbone = options.hints.get(kind), _backbone(folder)
     official = backbone in prismatic_pictures.PIXELS and width == WIDTHS[kind]
     heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if official else None
