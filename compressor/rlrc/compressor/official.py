@@ -22,10 +22,17 @@ from rlrc.compressor import weights
 from rlrc.compressor.backbones import FAMILIES, NAMES, backbone
 from rlrc.compressor.policy import Layout, Part, Policy
 from rlrc.compressor.weights import Tensors
+from rlrc.consistency import check_policy
 from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 
 CONFIG = foreign.CONFIG
+HINTS = {  # what a file of hints may hold
+    *("family", "prompt", "ignore", "tokenizer"),
+    *("dinov2", "siglip", "image_size"),
+    *("head", "robot", "num_actions_chunk", "normalization", "num_images_in_input", "use_proprio"),
+    *("vision", "vlm", "expert", "text", "rms_eps", "vlm_rms_eps", "rope_theta", "rope_theta_used"),
+}
 UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
 
 
@@ -126,6 +133,12 @@ def read_hints(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"expected an object in {path}, found {type(values).__name__}; give keys with values")
     sections = [values[name] for name in ("geometry", "loader_hints", "oft") if isinstance(values.get(name), dict)]
+    if unknown := sorted(values.keys() - HINTS) if not sections else ():
+        close = difflib.get_close_matches(unknown[0], HINTS, 1)
+        raise UserError(
+            f"expected the hints {', '.join(sorted(HINTS))} in {path}, found {unknown[0]}"
+            + (f"; did you mean {close[0]}?" if close else "; leave it out")
+        )
     hints = {name: value for section in sections or [values] for name, value in section.items()}
     if isinstance(values.get("tokenizer"), str):
         hints["tokenizer"] = str(path.parent / values["tokenizer"].split(" (")[0])
@@ -185,7 +198,11 @@ def build(module: Any, layout: Layout) -> Policy:
 
 
 def check(folder: Folder, layout: Layout, policy: Policy) -> None:
-    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused."""
+    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
+
+    And a description that an artifact may have, with finite statistics.
+    """
+    check_policy(layout.spec)
     if strange := policy.state_dict().keys() ^ layout.parts.keys():
         raise RuntimeError(f"the layout of {layout.spec.family} and its module differ in {sorted(strange)}")
     files, unused = sources(folder, layout), set(layout.unused)

@@ -31,11 +31,13 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     else:
         assert path is not None
         folder, options = official.open_folder(hub.locate(path)), options_of(flags)
-    data_sets = sorted(norm_stats.data_sets(folder))
+    data_sets, shown = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
     if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
+        shown = (f"the statistics of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)",)
     module = official.recognise(folder)
     layout = module.layout(folder, options)
+    layout = replace(layout, assumed=shown + layout.assumed)
     built = official.build(module, layout)
     official.check(folder, layout, built)
     facts = record(folder, layout, built, data_sets)

@@ -181,7 +181,7 @@ def _set_ends(tokenizer: Tokenizer, settings: Settings, path: Path) -> bool:
         wanted[place] = (token,) if asked and token is not None else ()
     if tuple(wanted) == now:
         return False
-    begin, end = ([tokenizer.id_to_token(i) for i in ids] for ids in wanted)
+    begin, end = ([str(tokenizer.id_to_token(i)) for i in ids] for ids in wanted)
     used = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys((*begin, *end))]
     tokenizer.post_processor = processors.TemplateProcessing(single=[*begin, "$A", *end], special_tokens=used)
     return True

@@ -213,7 +213,8 @@ def _merge(reader: Reader, vision: TowerSpec, grid: int) -> int:
     if not merge or columns != merge**2 * vision.width or grid % merge:
         raise UserError(
             f"expected a projector of whole squares of the {grid} x {grid} patches of {vision.width} channels, found "
-            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of these weights?"
+            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of "
+            "these weights?"
         )
     return merge
 

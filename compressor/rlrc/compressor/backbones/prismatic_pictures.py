@@ -47,7 +47,7 @@ def camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
         )
     backbone = str(folder.config.get("vision_backbone_id"))
     sizes = folder.config.get("image_sizes") or PIXELS.get(backbone) or options.hints.get("image_size")
-    listed = sizes if isinstance(sizes, list) else [sizes]
+    listed: list[Any] = sizes if isinstance(sizes, list) else [sizes]
     if any(type(size) is not int or size < 1 or size != listed[0] for size in listed):
         raise UserError(
             f"expected one size in pixels as image_sizes of config.json in {folder.path}, found {sizes!r}; give "
