@@ -108,11 +108,13 @@ class OfficialSource:
         self.options = official.options_of(flags)
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
+        official.tell(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
         self.quantized = False
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}
+        given |= {"assumed": "; ".join(layout.assumed)} if layout.assumed else {}
         origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0)
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)
@@ -122,7 +124,7 @@ class OfficialSource:
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
-            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER))
+            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 
     def observations(self) -> dict[str, np.ndarray]:
         return examples(self.spec, self.tokenizer)
