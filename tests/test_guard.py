@@ -80,7 +80,10 @@ def test_a_target_that_moves_on_is_followed_at_full_speed() -> None:
     # A hundredth faster than allowed: the guard falls behind by that hundredth of the way, and not by more.
     guard = started(ABSOLUTE)
     assert play(guard, 0.02, 0.06, 0.12, 0.2, 0.3) == [0.02, 0.06, 0.12, 0.2, 0.3]
-    assert play(guard, *[0.3 + 0.101 * step for step in range(1, 11)])[-1] == 1.3
+    sent = 0.3
+    for step in range(1, 11):
+        sent = play(guard, 0.3 + 0.101 * step, where=sent)[0]
+    assert sent == 1.3
 
 
 def test_near_a_bound_there_is_room_to_stop() -> None:
@@ -129,7 +132,7 @@ def test_deltas_add_up_to_a_position() -> None:
 
 
 def test_a_delta_may_lead_on_from_where_the_robot_is() -> None:
-    guard = started(replace(DELTA, base="measured", position=NEAR), where=0.9)
+    guard = started(replace(DELTA, base="measured", position=NEAR, jump=Tracking(1.0, "s")), where=0.9)
     assert play(guard, 0.02, 0.02, where=0.5) == [0.02, 0.02]
     assert play(guard, 0.02, where=1.0) == [0.0]  # 0 m from the bound: nothing is left but to stop
     assert kinds(guard) == [("position", "clamp")]
@@ -339,7 +342,7 @@ def test_a_robot_that_is_outside(on: Any) -> None:
 
 
 def test_a_robot_outside_its_workspace() -> None:
-    delta = replace(DELTA, base="measured", position=None)
+    delta = replace(DELTA, base="measured", position=None, jump=Tracking(3.0, "s"))
     guard = started(delta, workspace=Workspace(("x",), (-1.0,), (1.0,), "s", slack=0.1))
     assert not guard.step(at(0.0), at(1.05), DT).held
     assert guard.step(at(0.01), at(1.05), DT).held  # outwards
@@ -403,7 +406,8 @@ def test_position_and_workspace_must_overlap() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    guard = started(ABSOLUTE, replace(DELTA, name="d", state="at_d"))
+    patient = {"lead": Tracking(1e9, "s")}
+    guard = started(replace(ABSOLUTE, **patient), replace(DELTA, name="d", state="at_d", **patient))
     for phase in range(2):
         if phase:
             tracemalloc.start()
