@@ -59,12 +59,11 @@ class Driver:
             raise RobotError(self.halted)
         self.call = name, time.monotonic()
         try:
-            found = plain(name, function, *arguments)
+            return plain(name, function, *arguments)
         finally:
             self.call = None
-        if self.halted is not None and name != "close":  # what it gives is as old as the call
-            raise RobotError(self.halted)
-        return found
+            if self.halted is not None and name != "close":  # what it gives, or raises, is as old as the call
+                raise RobotError(self.halted) from None
 
 
 def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -97,14 +97,14 @@ class Guard:
         for index in self._measures:
             dimension, velocity = self.profile.dimensions[index], float(self.limits.velocity[index])
             jump, lead = dimension.jump, dimension.lead
-            jumps.append(velocity * max(self.period, plausible.JITTER_S) if jump is None else jump.limit)
+            jumps.append(velocity * plausible.JITTER_S if jump is None else jump.limit)
             room = float(self.limits.high[index] - self.limits.low[index]) / 2
             implied = max(min(velocity * plausible.LEAD_S, room), velocity * self.longest)
             # Grippers are told to close on things, and do not get there.
             implied = math.inf if dimension.meaning == "gripper" else implied
             leads.append(implied if lead is None else lead.limit)
-        measures = self._measures
-        return Plausibility(self.limits.velocity[measures], np.array(jumps), np.array(leads), self._turn[measures])
+        velocities, turns = self.limits.velocity[self._measures], self._turn[self._measures]
+        return Plausibility(velocities, np.array(jumps), np.array(leads), turns, self.longest)
 
     def _reference(self) -> NDArray[np.float64]:
         """What angles are brought near to: the position where they may turn for ever, else the middle of their arc."""

@@ -4,7 +4,7 @@ Of every dimension that is measured, in its unit, with its velocity limit V:
 
 - A robot does not move faster than V. Between two states it may have moved by V times the time between them, and by
   ``jump`` more: for noise, and for stamps that jitter. Where a state has repeated itself, the time since it last
-  changed counts, up to REPEATED_S.
+  changed counts, up to ``repeated``.
 - A robot that is told to move does so, late perhaps, and perhaps by less. The commands may lead by at most ``lead``
   before the state has gone a twentieth of that in their direction. What is told back and forth cancels out.
 - A state that is the same to the last bit, while the robot is told to move at more than a tenth of V, is no new one: of
@@ -25,9 +25,9 @@ from rlrc.runtime.circle import near
 
 Vector = NDArray[np.float64]
 
-LEAD_S = 1.0  # the lead is what the robot could move in this time, if the profile says nothing else
-JITTER_S = 0.05  # the jump likewise, or in a period if that is longer
-REPEATED_S = 0.2  # longest time that a state may repeat itself before the robot is found further on
+LEAD_S = 0.5  # the lead is what the robot could move in this time, if the profile says nothing else
+JITTER_S = 0.05  # the jump likewise
+REPEATED_S = 0.2  # for so long, or two periods, a state may repeat itself before the robot is found further on
 FOLLOWED = 1 / 20  # of the lead: the robot has followed
 SLOW = 0.1  # of the velocity limit: slower commands may be lost in a servo's dead band
 
@@ -45,7 +45,8 @@ class Plausibility:
     """All (M,), inf for what is not limited; without a velocity limit neither jump nor lead is. ``periods``: those of
     rlrc.runtime.circle."""
 
-    def __init__(self, velocity: Vector, jump: Vector, lead: Vector, periods: Vector) -> None:
+    def __init__(self, velocity: Vector, jump: Vector, lead: Vector, periods: Vector, repeated: float) -> None:
+        self._repeated = max(repeated, REPEATED_S)
         self._velocity, self._jump, self._lead, self._periods = _finite(velocity), jump, lead, periods
         self._slow = SLOW * self._velocity
         self._last: Vector | None = None
@@ -69,7 +70,7 @@ class Plausibility:
 
     def _jumped(self, sensed: Vector, stamp: float) -> list[Doubt]:
         assert self._last is not None
-        passed = np.maximum(stamp - self._stamp, np.minimum(stamp - self._changed, REPEATED_S))
+        passed = np.maximum(stamp - self._stamp, np.minimum(stamp - self._changed, self._repeated))
         allowed = self._velocity * np.maximum(passed, 0.0) + self._jump
         gone = np.abs(sensed - self._last)
         return _doubts("jump", gone, allowed)

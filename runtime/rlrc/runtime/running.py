@@ -59,7 +59,7 @@ class Running:
         names, units = ((), ()) if state is None else (state.names, state.units)
         if self.replay:
             limits = replay.untracked(limits)
-        self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap)
+        self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap, self.replay is None)
         strategy = options.strategy or ("replace" if self.replay else "synchronous")
         self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute)
         if self.simulator:
