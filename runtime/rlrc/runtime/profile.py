@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlrc import strict
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
@@ -270,6 +273,11 @@ def _check_periodic(dimension: Dimension, box: tuple[float, float] | None) -> No
 
 def _check_source(source: str, where: str, profile: RobotProfile) -> None:
     _check(source in profile.sources, f"one of the sources {', '.join(profile.sources)} {where}", repr(source))
+
+
+def periods(profile: RobotProfile) -> NDArray[np.float64]:
+    """(D,): after how much a command is the same again, inf for what does not wrap; a delta does not."""
+    return np.array([d.period if d.meaning == "absolute" else math.inf for d in profile.dimensions])
 
 
 def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> Senses:

@@ -294,7 +294,7 @@ class Run:
         if self.record is not None and run.recorder is not None:
             totals["recorded_frames"] = run.recorder.finish()
         if run.replay is not None:
-            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names)
+            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:

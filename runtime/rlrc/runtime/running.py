@@ -40,6 +40,7 @@ class Running:
     def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
         self.options, self.spec = options, artifact.manifest.policy
         self.supervisor = Supervisor.of()
+        self.periods = profile.periods(limits)
         self.failures: list[str] = []
         """what failed in the robot or the loop, in words"""
         opened = self._open_robot(options, self.spec)
@@ -61,7 +62,7 @@ class Running:
             limits = replay.untracked(limits)
         self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap, self.replay is None)
         strategy = options.strategy or ("replace" if self.replay else "synchronous")
-        self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute)
+        self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute, self.periods)
         if self.simulator:
             self.simulator.reset(options.seeds[0])
         self.inference = Inference(
