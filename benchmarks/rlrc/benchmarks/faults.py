@@ -28,6 +28,7 @@ from rlrc.runtime.watchdog import Watchdog
 
 BEFORE_S = 0.6  # the arm has been moving for so long
 PATIENCE_S = 0.4
+LEAD = 0.1  # rad that commands may run ahead of the arm's state
 ARM: tuple[str, ...] = get_args(rig.ArmFault)
 POLICY: tuple[str, ...] = get_args(rig.PolicyFault)
 LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "full disk", "Ctrl-C twice")
@@ -81,7 +82,7 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
     inference = Inference(rig.Circle, (hz, fault if fault in POLICY else None), first.observation)
     timing = Timing(hz, patience=PATIENCE_S, hung=0.5)
     joints, units = rig.JOINTS, spec.action.units
-    guard = FaultyGuard(rig.profile(), hz, spec.action, joints, units, timing.gap)
+    guard = FaultyGuard(rig.profile(LEAD), hz, spec.action, joints, units, timing.gap)
     telemetry = Telemetry(4096, spec.action.dim)
     folder, switch = Path(tempfile.mkdtemp()), StopSwitch()
     driver = Driver(arm)

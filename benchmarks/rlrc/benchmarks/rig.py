@@ -24,7 +24,6 @@ JOINTS = ("shoulder", "elbow")
 HORIZON, SIZE = 8, 16
 RATE, SPAN = 2.0, 0.2  # the policy moves joints on a circle of this angular speed and radius, rad/s and rad
 MARK = 255  # of the first byte of a picture: now
-LEAD = 0.1  # rad that commands may run ahead of the arm's state
 ArmFault = Literal[
     "frozen camera",
     "repeated frame",
@@ -65,8 +64,8 @@ def spec(size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wris
     return PolicySpec("rig", "parallel", specs, StateSpec(JOINTS, units, norm), None, action, {})
 
 
-def profile() -> RobotProfile:
-    """Limits that the circle keeps; what breaks them stops."""
+def profile(lead: float | None = None) -> RobotProfile:
+    """Limits that the circle keeps; what breaks them stops. ``lead``: rad that commands may run ahead of the state."""
     return RobotProfile(
         "rig",
         {"rig": "chosen"},
@@ -79,7 +78,7 @@ def profile() -> RobotProfile:
                 Limit(2.0, "rig", "stop"),
                 Limit(200.0, "rig", "clamp"),
                 state=name,
-                lead=Tracking(LEAD, "rig"),
+                lead=None if lead is None else Tracking(lead, "rig"),
             )
             for name in JOINTS
         ),
@@ -165,9 +164,9 @@ class Arm:
         now = time.monotonic()
         names = [f"image.{camera}" for camera in self._cameras]
         self._count += 1
-        picture = self._frames[self._count % len(self._frames)]
-        picture[0, 0, 0] = self.mark
-        pictures = dict.fromkeys(names, picture)
+        pictures = {name: self._frames[(self._count + i) % len(self._frames)] for i, name in enumerate(names)}
+        for picture in pictures.values():
+            picture[0, 0, 0] = self.mark
         stamps, stamp = dict.fromkeys(names, now), now
         if self.fault in ("frozen camera", "repeated frame"):
             pictures = {name: self._sensed.observation[name] for name in names}

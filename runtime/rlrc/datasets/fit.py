@@ -14,6 +14,7 @@ from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
 from rlrc.errors import UserError
 from rlrc.runtime.pictures import wrong_size
+from rlrc.wiring import check_distinct
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def _cameras(dataset: Dataset, spec: PolicySpec, mapping: Mapping[str, str]) -> 
             )
         _check_size(dataset, camera, feature)
         chosen[camera.name] = feature
+    check_distinct(chosen, "camera of the data set", "cameras of the policy", "--cameras POLICY DATASET")
     if names and not chosen:
         raise UserError(
             f"expected one of the cameras {', '.join(names)} in {dataset.path}, found "

@@ -101,16 +101,20 @@ def untracked(profile: RobotProfile) -> RobotProfile:
 
 
 def errors(
-    recorded: NDArray[Any], telemetry: Telemetry, names: tuple[str, ...], periods: NDArray[np.float64]
+    recorded: NDArray[Any],
+    telemetry: Telemetry,
+    names: tuple[str, ...],
+    periods: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
     """How far the commands are from the recorded actions, by dimension, in its unit; the n-th is for the n-th frame.
 
-    ``periods`` (dim,): of the angles that wrap, inf for all else.
+    ``periods`` (dim,): of the angles that wrap, inf for all else; None: none does.
 
     Where the robot was held, nothing is compared: there was no command of the policy's.
     """
     first, rows = telemetry.steps - len(telemetry.rows), telemetry.rows
-    off = np.abs(shortest(telemetry.commands - recorded[first : first + len(rows)], periods))[~rows["held"]]
+    away = telemetry.commands - recorded[first : first + len(rows)]
+    off = np.abs(away if periods is None else shortest(away, periods))[~rows["held"]]
     found = {"frames": len(recorded), "compared": len(off), "error": None}
     if not len(off):
         return found
