@@ -35,7 +35,7 @@ class Driver:
 
     @property
     def live_pictures(self) -> bool:
-        return bool(self._robot.live_pictures)
+        return bool(plain("live_pictures", lambda: self._robot.live_pictures))
 
     def sense(self) -> Sensed | None:
         return checked(self._call("sense", self._robot.sense))

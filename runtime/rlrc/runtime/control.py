@@ -170,6 +170,8 @@ class Control:
                 self.robot.command(verdict.command)
                 if self.guard.at_rest:
                     break
+                with suppress(BaseException):
+                    self._beat()
                 self._sleep(self.timing.period)
         self._halt()
 

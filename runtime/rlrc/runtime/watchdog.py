@@ -12,6 +12,7 @@ GIL: an extension that hangs without releasing it hangs this thread too, and onl
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 import threading
@@ -22,12 +23,12 @@ from contextlib import contextmanager
 from rlrc.robots.driver import Driver, said
 
 GRACE = 0.25  # of the bound: a machine that has stood still lets the loop go on first
-STOPPING_S = 0.5  # that robot.stop() may take before it counts as hanging too
-RETURN_S = 2.0  # for the call to return after that
+RETURN_S = 2.0  # for the call to return after robot.stop()
 PUT_AWAY_S = 30.0  # for log and recording to be written
 CLOSING_S = 10.0  # for the driver to be closed
 
 PutAway = Callable[[str], None]  # with the reason; prints one line
+Late = Callable[[], bool]  # whether there has been no beat yet
 
 
 class Watchdog:
@@ -60,55 +61,51 @@ class Watchdog:
             yield
 
     @contextmanager
-    def _thread(self, seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    def _thread(self, seconds: float, act: Callable[[Late], None]) -> Iterator[None]:
         over = threading.Event()
         self.beat()
-        thread = threading.Thread(target=self._watch, args=(seconds, act, over), name="watchdog", daemon=True)
-        thread.start()
+        threading.Thread(target=self._watch, args=(seconds, act, over), name="watchdog", daemon=True).start()
         try:
             yield
         finally:
             over.set()
 
-    def _watch(self, seconds: float, act: Callable[[], None], over: threading.Event) -> None:
+    def _watch(self, seconds: float, act: Callable[[Late], None], over: threading.Event) -> None:
         while not over.is_set():
             seen = self._beaten
             if (left := seen + seconds - time.monotonic()) > 0:
                 time.sleep(min(left, 0.5))
                 continue
+
+            def late(seen: float = seen) -> bool:
+                return self._beaten == seen and not over.is_set()
+
             time.sleep(GRACE * seconds)
-            if self._beaten == seen and not over.is_set():
-                act()
-                if self._beaten == seen and not over.is_set() and not self._returned(seen, over):
-                    self._give_up()
-                    return
+            if late():
+                act(late)
+                while late():
+                    time.sleep(0.01)
 
-    def _returned(self, seen: float, over: threading.Event) -> bool:
-        deadline = time.monotonic() + RETURN_S
-        while self._beaten == seen and not over.is_set():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
-
-    def _halt(self) -> None:
+    def _halt(self, late: Late) -> None:
         reason = f"{self._what()}; robot.stop() was called"
-        failed: list[str] = []
+        _thread.start_new_thread(self._end_if_still, (late,))  # at once: starting a Thread waits until it runs
+        try:
+            self._driver.halt(reason)
+        except BaseException as error:
+            reason += f", and failed: {said(error)}"
+        self._tell(reason)
 
-        def halt() -> None:
-            try:
-                self._driver.halt(reason)
-            except BaseException as error:
-                failed.append(said(error))
+    def _end_if_still(self, late: Late) -> None:
+        time.sleep(RETURN_S)
+        if late():
+            self._give_up(late)
 
-        if not _within(STOPPING_S, halt):
-            failed.append(f"it has not returned for {STOPPING_S * 1e3:.0f} ms")
-        self._tell(f"{reason}{f', which failed: {failed[0]}' if failed else ''}")
-
-    def _give_up(self) -> None:
+    def _give_up(self, late: Late) -> None:
         """Log and recording, then the end: nobody can end the thread that hangs."""
         reason = self._driver.halted or self._what()
-        _within(PUT_AWAY_S, lambda: self.put_away(reason))
+        thread = threading.Thread(target=self.put_away, args=(reason,), daemon=True)
+        thread.start()
+        thread.join(PUT_AWAY_S)
         self._end(1)
 
     def _what(self) -> str:
@@ -120,11 +117,3 @@ class Watchdog:
     def _tell(self, line: str) -> None:
         """Beside this thread: a terminal may let nobody write."""
         threading.Thread(target=self._say, args=(line,), daemon=True).start()
-
-
-def _within(seconds: float, function: Callable[[], None]) -> bool:
-    """Whether it has returned in time; it goes on by itself if not."""
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
