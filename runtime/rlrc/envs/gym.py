@@ -252,7 +252,7 @@ def _check_rules(rules: GymMapping, spec: PolicySpec, mapping: Path) -> None:
         )
 
 
-def check_apart(paths: Sequence[str], mapping: Path) -> None:
+def check_apart(paths: tuple[str, ...], mapping: Path) -> None:
     """Raises UserError where a part of the state is another part, or within it: the policy would get it twice."""
     for place, path in enumerate(paths):
         for other in paths[:place] + paths[place + 1 :]:

@@ -113,8 +113,7 @@ def errors(
     Where the robot was held, nothing is compared: there was no command of the policy's.
     """
     first, rows = telemetry.steps - len(telemetry.rows), telemetry.rows
-    away = telemetry.commands - recorded[first : first + len(rows)]
-    off = np.abs(away if periods is None else shortest(away, periods))[~rows["held"]]
+    off = np.abs(shortest(telemetry.commands - recorded[first : first + len(rows)], periods))[~rows["held"]]
     found = {"frames": len(recorded), "compared": len(off), "error": None}
     if not len(off):
         return found

@@ -88,8 +88,7 @@ class Chunks:
             return Planned(actions[step - start], number, step - start)
         weights = np.exp(-DECAY * np.arange(len(covering)))
         each = np.stack([actions[step - start] for _, start, actions in covering])
-        if self._periods is not None:
-            each = near(each.astype(np.float64), each[0].astype(np.float64), self._periods)
+        each = near(each, each[0], self._periods)
         return Planned((weights @ each / weights.sum()).astype(np.float32), number, step - start)
 
     def wants(self, step: int) -> bool:

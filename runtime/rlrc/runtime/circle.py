@@ -1,4 +1,7 @@
-"""Differences of angles: 3.13 and -3.14 rad are .01 apart, where a dimension is periodic (docs/robots.md)."""
+"""Differences of angles: 3.13 and -3.14 rad are .01 apart, where a dimension is periodic (docs/robots.md).
+
+``periods`` (D,) are inf for the dimensions that are not; None: none is.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 
-def shortest(difference: Vector, periods: Vector) -> Vector:
-    """Differences (..., D) the short way round: within half a period (D,), inf where a dimension is not periodic."""
-    if np.isinf(periods).all():
+def shortest(difference: Vector, periods: Vector | None) -> Vector:
+    """Differences (..., D) the short way round: within half a period."""
+    if periods is None:
         return difference
     turns = np.rint(difference / periods)  # 0 for inf
     return difference - turns * np.where(np.isinf(periods), 0.0, periods)
 
 
-def near(values: Vector, reference: Vector, periods: Vector) -> Vector:
+def near(values: Vector, reference: Vector, periods: Vector | None) -> Vector:
     """Those of the same angles that are nearest to the reference; bit by bit the same where they are it already."""
-    if np.isinf(periods).all():
+    if periods is None:
         return values
     away = values - reference
     return np.where(np.abs(away) <= periods / 2, values, reference + shortest(away, periods))

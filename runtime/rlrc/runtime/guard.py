@@ -75,7 +75,9 @@ class Guard:
         self._edges = edges([self._bounds[index] for index in self._measures])
         self.limits = limits_of(profile, self._is_velocity, self.longest)
         self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
-        self._turn = np.array([dimension.period for dimension in dimensions])
+        periods = np.array([dimension.period for dimension in dimensions])
+        self._turn = None if np.isinf(periods).all() else periods  # usually
+        self._turn_measured = None if self._turn is None else periods[self._measures]
         self._turns = np.array([dimension.turns for dimension in dimensions])
         limits = [dimension.position for dimension in dimensions]
         self._middle = np.array([0.0 if limit is None else (limit.low + limit.high) / 2 for limit in limits])
@@ -103,8 +105,8 @@ class Guard:
             # Grippers are told to close on things, and do not get there.
             implied = math.inf if dimension.meaning == "gripper" else implied
             leads.append(implied if lead is None else lead.limit)
-        velocities, turns = self.limits.velocity[self._measures], self._turn[self._measures]
-        return Plausibility(velocities, np.array(jumps), np.array(leads), turns, self.longest)
+        velocities = self.limits.velocity[self._measures]
+        return Plausibility(velocities, np.array(jumps), np.array(leads), self._turn_measured, self.longest)
 
     def _reference(self) -> NDArray[np.float64]:
         """What angles are brought near to: the position where they may turn for ever, else the middle of their arc."""
@@ -226,8 +228,9 @@ class Guard:
             sensed = self._sense(measured, age)
         except ValueError as error:
             return self._stop("measured", str(error))
-        stamp, turn = self._sent + seconds - float(age), self._turn[self._measures]
-        sensed = near(sensed, self._reference()[self._measures], turn)
+        stamp, turn = self._sent + seconds - float(age), self._turn_measured
+        if turn is not None:
+            sensed = near(sensed, self._reference()[self._measures], turn)
         off = np.abs(shortest(sensed - self._position[self._measures], turn))
         for index in np.flatnonzero(off > self._tracking[self._measures]).tolist():
             dimension = self.profile.dimensions[self._measures[index]]
@@ -245,7 +248,7 @@ class Guard:
         """A state that cannot be true stops, unless the profile says that it holds."""
         moved, self._moved = self._moved, np.zeros(len(self._moved))
         for doubt in plausibility.doubts(sensed, stamp, moved[self._measures], seconds):
-            dimension = self.profile.dimensions[self._measures[doubt.index]]
+            dimension = self.profile.dimensions[self._measures[doubt.place]]
             limit = dimension.jump if doubt.what == "jump" else dimension.lead
             self._break(doubt.what, "stop" if limit is None else limit.on, dimension, doubt.found, doubt.limit)
 
@@ -282,7 +285,8 @@ class Guard:
             first = int(np.argmax(broken))
             self._stop("command", f"{command[first]} in {self.profile.dimensions[first].name}")
             return self._brake(dt)
-        values = np.where(self._is_absolute, near(values, self._reference(), self._turn), values)
+        if self._turn is not None:
+            values = np.where(self._is_absolute, near(values, self._reference(), self._turn), values)
         if any(event.act == "hold" for event in self._fresh):
             return self._brake(dt)
         away = values - self._position
@@ -350,7 +354,7 @@ class Guard:
         told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, self._told(target)))
         if values is not None and kept is not None:
             told = np.where(~self._is_absolute & kept, values, told)
-        if command is not None and kept is not None:
+        if command is not None and kept is not None and self._turn is not None:
             told = np.where(self._turns & self._is_absolute & kept, self._told(command), told)
         self._before = self._position, self._velocity, self._aim, self._sent
         self._moved, self._sent = velocity * dt, self._sent + dt

@@ -33,9 +33,9 @@ SLOW = 0.1  # of the velocity limit: slower commands may be lost in a servo's de
 
 
 class Doubt(NamedTuple):
-    """What is wrong with a dimension (its place among the measured ones), by how much, and what is allowed."""
+    """What is wrong with a dimension (``place`` among the measured ones), by how much, and what is allowed."""
 
-    index: int
+    place: int
     what: Literal["jump", "lead"]
     found: float
     limit: float
@@ -45,7 +45,7 @@ class Plausibility:
     """All (M,), inf for what is not limited; without a velocity limit neither jump nor lead is. ``periods``: those of
     rlrc.runtime.circle."""
 
-    def __init__(self, velocity: Vector, jump: Vector, lead: Vector, periods: Vector, repeated: float) -> None:
+    def __init__(self, velocity: Vector, jump: Vector, lead: Vector, periods: Vector | None, repeated: float) -> None:
         self._repeated = max(repeated, REPEATED_S)
         self._velocity, self._jump, self._lead, self._periods = _finite(velocity), jump, lead, periods
         self._slow = SLOW * self._velocity
@@ -97,5 +97,7 @@ def _finite(velocity: Vector) -> Vector:
 
 
 def _doubts(what: Literal["jump", "lead"], found: Vector, limits: Vector) -> list[Doubt]:
-    beyond = np.flatnonzero(found > limits)
-    return [Doubt(int(index), what, float(found[index]), float(limits[index])) for index in beyond]
+    beyond = found > limits
+    if not beyond.any():
+        return []
+    return [Doubt(int(index), what, float(found[index]), float(limits[index])) for index in np.flatnonzero(beyond)]

@@ -275,9 +275,10 @@ def _check_source(source: str, where: str, profile: RobotProfile) -> None:
     _check(source in profile.sources, f"one of the sources {', '.join(profile.sources)} {where}", repr(source))
 
 
-def periods(profile: RobotProfile) -> NDArray[np.float64]:
-    """(D,): after how much a command is the same again, inf for what does not wrap; a delta does not."""
-    return np.array([d.period if d.meaning == "absolute" else math.inf for d in profile.dimensions])
+def periods(profile: RobotProfile) -> NDArray[np.float64] | None:
+    """(D,): after how much a command is the same again, inf for what does not wrap, as a delta; None: none does."""
+    found = np.array([d.period if d.meaning == "absolute" else math.inf for d in profile.dimensions])
+    return None if np.isinf(found).all() else found
 
 
 def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> Senses:
