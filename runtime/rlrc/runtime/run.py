@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import secrets
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.robots import replay
+from rlrc.robots.driver import named, one_line
 from rlrc.robots.robot import RobotError
 from rlrc.runtime import board, loop, profile, telemetry
 from rlrc.runtime.backends import Backend
@@ -208,7 +210,8 @@ class Run:
         """All episodes. What was run is closed, and still tells what it was like; what Linux granted."""
         with ExitStack() as stack:
             run = Running(self, artifact, limits, stack)
-            console, switch = plain_console(stderr=self.json), StopSwitch()
+            console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
+            run.watchdog.put_away = lambda reason: self._put_away(run, switch, granted, reason)
             if self.rearm:
                 run.standstill = Standstill(switch, lambda line: console.print(line, soft_wrap=True))
             page = self._page(artifact, limits, run, stack)
@@ -220,10 +223,17 @@ class Run:
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
-            granted = stack.enter_context(real_time(self.pin, run.beside))
+            granted |= stack.enter_context(real_time(self.pin, run.beside))
             run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):
-                run.episode(seed, switch)
+                try:
+                    run.episode(seed, switch)
+                except BaseException as error:
+                    if not run.telemetry.steps:
+                        raise
+                    # The robot has been braked; what was logged and recorded until now is not lost.
+                    run.failures.append(one_line(error) if isinstance(error, (UserError, RobotError)) else named(error))
+                    break
                 if run.simulator:
                     last = run.played[-1]
                     console.print(_line(seed, last["success"], last["steps"]))
@@ -231,6 +241,19 @@ class Run:
                     break
             run.supervisor.stopping(f"stopped: {run.guard.reason}" if run.guard.stopped else "done")
         return run, granted
+
+    def _put_away(self, run: Running, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
+        """From the watchdog's thread, where the loop's does not go on: all that is left is to write and to report."""
+        switch.put_back()
+        run.failures.append(reason)
+        if not run.guard.stopped:
+            run.guard.stop(reason)
+        try:
+            self._report(run, granted)
+        except Exception as error:
+            print(f"rlrc: error: stopped: {reason}; {one_line(error)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
         if self.port is None:
@@ -271,15 +294,17 @@ class Run:
         if self.record is not None and run.recorder is not None:
             totals["recorded_frames"] = run.recorder.finish()
         if run.replay is not None:
-            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names)
+            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:
             compared = replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
             print_rows(telemetry.told(totals) | compared, plain_console())
         reason = run.guard.reason
-        if reason is not None and not reason.startswith(ASKED):
-            return check_failed(f"stopped: {reason}")
+        failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
+        failures += [one for one in dict.fromkeys(run.failures) if one not in str(reason)]
+        if failures:
+            return check_failed("; ".join(failures))
         if not self.json:
             plain_console().print(f"next: rlrc bench latency {self.path}")
         return 0

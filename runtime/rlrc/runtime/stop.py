@@ -70,6 +70,8 @@ class StopSwitch:
         self.token: str | None = None
         self._lost: list[str] = []
         self._signalled = -math.inf
+        self.put_back: Callable[[], None] = lambda: None
+        """the terminal as it was, where the block of ``listen`` cannot end"""
         self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
 
     def press(self, reason: str) -> None:
@@ -243,6 +245,7 @@ class StopSwitch:
 
         before = termios.tcgetattr(descriptor)
         tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
+        self.put_back = put_back
         stack.callback(put_back)
         selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", typed))
         self.sources.append("any key")
