@@ -212,19 +212,21 @@ def test_a_page_over_tls(arm_toy: Path, tmp_path: Path) -> None:
             assert json.load(response) == {"stopped": False, "reason": ""}
 
 
-def test_a_page_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "what"), [("spawn_main", "the page http"), ("stop_listener", "POST http")])
+def test_a_page_or_a_stop_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path, code: str, what: str) -> None:
     run = Running(arm_toy, tmp_path, "--port", "0")
     children = Path(f"/proc/{run.process.pid}/task").glob("*/children")
-    pages = [pid for path in children for pid in path.read_text().split() if is_page(pid)]
-    assert len(pages) == 1
-    os.kill(int(pages[0]), signal.SIGKILL)
+    pids = [pid for path in children for pid in path.read_text().split()]
+    found = [pid for pid in pids if is_listening(pid) and code in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(found) == 1
+    os.kill(int(found[0]), signal.SIGKILL)
     printed, complaints = run.process.communicate(timeout=60)
     assert run.process.returncode == 1
-    assert "stopped: lost the page http://127.0.0.1:" in complaints + printed
+    assert f"stopped: lost {what}://127.0.0.1:" in complaints + printed
 
 
-def is_page(pid: str) -> bool:
-    """Ours listens on a port; inference does not."""
+def is_listening(pid: str) -> bool:
+    """Inference does not."""
     links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
     sockets = {link[8:-1] for link in links if link.startswith("socket:[")}
     listening = {

@@ -18,6 +18,7 @@ LARGEST = 2**14  # bytes of a head; browsers send the cookies of everything that
 FIELDS = 64
 END = b"\r\n\r\n"
 
+_BEGINNING = re.compile(rb"[A-Z]{1,16}(?: |\Z)")
 _LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -50,11 +51,14 @@ class Head(NamedTuple):
         value = self.fields.get(name.encode())
         return None if value is None else value.decode("latin-1")
 
-    @property
-    def host(self) -> str | None:
-        """The name or address that the client used, without the port; None if there is none or it is malformed."""
-        host = re.sub(r":[0-9]*\Z", "", self.get("host") or "")
-        return host if _HOST.fullmatch(host) else None
+
+def begins(data: bytes) -> bool:
+    """Whether these bytes, at least one, may become a head: those of TLS and of other protocols do not."""
+    return _BEGINNING.match(data) is not None
+
+
+def no_http() -> Refusal:
+    return Refusal(400, "expected a request line of HTTP/1.1, found another")
 
 
 def parse(data: bytes) -> Head:
@@ -62,7 +66,7 @@ def parse(data: bytes) -> Head:
     first, *lines = data[: -len(END)].split(b"\r\n")
     matched = _LINE.fullmatch(first)
     if matched is None:
-        raise Refusal(400, "expected a request line of HTTP/1.1, found another")
+        raise no_http()
     if len(lines) > FIELDS:
         raise Refusal(431, f"expected up to {FIELDS} header fields, found {len(lines)}")
     fields: dict[bytes, bytes] = {}
@@ -82,6 +86,12 @@ def parse(data: bytes) -> Head:
         length=_length(fields),
         persistent=matched[3] == b"1" and fields.get(b"connection", b"").lower() != b"close",
     )
+
+
+def host(field: str) -> str | None:
+    """The name or address that a client used, of the field Host, without the port; None if it is malformed."""
+    name = re.sub(r":[0-9]*\Z", "", field)
+    return name if _HOST.fullmatch(name) else None
 
 
 def _length(fields: dict[bytes, bytes]) -> int:

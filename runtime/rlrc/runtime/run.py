@@ -92,7 +92,9 @@ class Run:
     button: Path | None = None
     """FIFO, device or socket of a stop button: any byte stops, and its end"""
     port: int | None = None
-    """port of the operator's page, which stops too (POST /stop); 0 is any free one"""
+    """port of the operator's page, which stops too; 0 is any free one"""
+    stop_port: int = 0
+    """port that stops without the page (POST /stop), whatever keeps the page's busy; 0 is any free one"""
     host: str = "127.0.0.1"
     """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
     token: str | None = None
@@ -215,7 +217,7 @@ class Run:
             shown = [] if page is None else [LoopPage(page, run.guard, switch, run.standstill, run.instructed)]
             run.show = shown[0].show if shown else None
             typed = None if run.standstill is None else run.standstill.typed
-            others = [one.source for one in shown]
+            others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
             stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
@@ -235,7 +237,7 @@ class Run:
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
         if self.port is None:
             return None
-        address = Address(self.host, self.port, self._access().token, self.certificate, self.key)
+        address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
         facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
         told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)

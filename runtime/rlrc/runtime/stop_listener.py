@@ -21,7 +21,6 @@ import selectors
 import signal
 import socket
 import ssl
-import sys
 from collections import Counter, deque
 from contextlib import suppress
 from time import monotonic
@@ -175,8 +174,12 @@ class Listener:
                 break
             data, caller.data = caller.data[: end + 4], caller.data[end + 4 :]
             self._answer(caller, data)
-        if len(caller.data) > HEAD and not (caller.closed or caller.ending):
+        if not caller.data or caller.skip or caller.closed or caller.ending:
+            return
+        if len(caller.data) > HEAD:
             self._refuse(caller, Refusal(431, f"expected a head of up to {HEAD} bytes, found more"))
+        elif not http_head.begins(caller.data):
+            self._refuse(caller, http_head.no_http())
 
     def _answer(self, caller: Caller, data: bytes) -> None:
         caller.cors = {}
@@ -225,7 +228,7 @@ class Listener:
 
     def _cors(self, head: Head) -> dict[str, str]:
         """What lets the operator's page read the answer; nothing for the pages of others."""
-        given, host = head.get("origin"), head.host
+        given, host = head.get("origin"), http_head.host(head.get("host") or "")
         scheme = "http" if self._tls is None else "https"
         if given is None or host is None or self._page is None or given != http_head.origin(scheme, host, self._page):
             return {}
@@ -282,7 +285,3 @@ def main(listening: int, wire: int) -> None:
     listener = Listener(socket.socket(fileno=listening), talk, given["token"], tls, given["page"])
     talk.send(b"ready")
     listener.run()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -2,7 +2,7 @@
 
     port = StopPort("127.0.0.1", 0)                      # the address is taken, nobody answers yet
     port.start(token)
-    while port.ready(press, state): ...                  # whenever its descriptor can be read; False: the listener ended
+    while port.ready(press, state): ...                  # when its descriptor can be read; False: the listener ended
     port.close()
 
 The address is taken first, so that others can be told where the stop is before it answers.
@@ -11,9 +11,11 @@ The address is taken first, so that others can be told where the stop is before 
 from __future__ import annotations
 
 import json
+import select
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +41,8 @@ class StopPort:
         self._host = f"[{host}]" if ":" in host else host
         self._wire, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process: subprocess.Popen[bytes] | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
         self.url = ""
 
     def start(
@@ -50,9 +54,14 @@ class StopPort:
         descriptors = self._listening.fileno(), self._theirs.fileno()
         # Isolated: neither the folder that this was started in nor the environment decides what is imported.
         root = str(Path(__file__).parents[2])
-        code = f"import sys; sys.path.insert(0, {root!r}); from rlrc.runtime.stop_listener import main; main{descriptors}"
+        code = (
+            f"import sys; sys.path.insert(0, {root!r}); from rlrc.runtime.stop_listener import main; main{descriptors}"
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", code], pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [sys.executable, "-I", "-c", code],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         self._listening.close()
         self._theirs.close()  # so that ours reports the end when the listener dies
@@ -91,7 +100,25 @@ class StopPort:
             with suppress(OSError):  # it has ended: the next recv says so
                 self._wire.send(json.dumps(state()).encode())
 
+    def watch(
+        self, press: Callable[[str], object], state: Callable[[], dict[str, Any]], lost: Callable[[], object]
+    ) -> None:
+        """``ready`` in a thread until ``close``; ``lost`` if the listener ends before."""
+
+        def listen() -> None:
+            while select.select([self._wire], (), ())[0] and self.ready(press, state):
+                pass
+            if not self._closing:
+                lost()
+
+        self._thread = threading.Thread(target=listen, name="stop port", daemon=True)
+        self._thread.start()
+
     def close(self) -> None:
+        self._closing = True
+        if self._thread is not None:
+            self._wire.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            self._thread.join()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
