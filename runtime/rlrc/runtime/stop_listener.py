@@ -29,11 +29,11 @@ from typing import Any
 from rlrc.runtime import http_head
 from rlrc.runtime.http_head import Head, Refusal
 
-UNKNOWN, UNKNOWN_S = 64, 5.0  # connections without the token, and seconds until they have to have shown it
+UNKNOWN, UNKNOWN_S = 128, 5.0  # connections without the token, and seconds until they have to have shown it
 KNOWN, KNOWN_S = 64, 60.0  # connections with it, and seconds until an idle one is closed
 HEAD = 2**13  # bytes; browsers send no cookies here
 BODY = 4096  # bytes that are skipped; what has a larger body is closed after the answer
-ACCEPTED = 64  # connections in one turn
+ACCEPTED = 32  # connections in one turn: each is looked at before others can take its place
 TURN_S = 0.01  # time in one turn for connections without the token: a TLS handshake may take milliseconds
 ANSWERED_S = 2.0
 LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
@@ -82,12 +82,12 @@ class Listener:
             for caller in callers:
                 if caller.known:
                     self._serve(caller)
-            if any(key.fileobj is self._listening for key in ready):
-                self._accept()
             until = monotonic() + TURN_S
             for caller in reversed(callers):  # under a flood the oldest ones are about to be dropped
                 if not caller.known and monotonic() < until:
                     self._serve(caller)
+            if any(key.fileobj is self._listening for key in ready):
+                self._accept()
             self._expire()
 
     # Connections

@@ -29,6 +29,7 @@ Check = Callable[[Head], None]
 UNANSWERED = 8  # requests of a connection that wait for their answers; HTTP clients wait for each
 LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
 HANDSHAKE_S = 5.0
+WAITING = 256  # connections that the kernel keeps; a client beyond them tries again after a second
 FAULTS, FAULT_S = 8, 10.0  # lines about faults of handlers at once, and seconds until one more
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        if status >= 500:
+        if status >= 500 and not isinstance(exc, ConnectionError):  # a client that has gone
             self.log_exception(exc_info=exc)
         text = (
             "expected to answer, found a fault of the server; its log says more" if status >= 500 else "expected HTTP"
@@ -171,7 +172,7 @@ async def listen(
     loop = asyncio.get_running_loop()
     connection = partial(Connection, check, places, unknown_s, idle_s, runner.server, loop)
     handshake = None if tls is None else HANDSHAKE_S
-    return await loop.create_server(connection, host, port, ssl=tls, ssl_handshake_timeout=handshake)
+    return await loop.create_server(connection, host, port, backlog=WAITING, ssl=tls, ssl_handshake_timeout=handshake)
 
 
 @web.middleware
