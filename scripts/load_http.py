@@ -174,6 +174,9 @@ class Operator:
         self._kept = self._connection(self._stop.netloc)
         self.press(self._kept)
 
+    def close(self) -> None:
+        self._kept.close()
+
     def _connection(self, address: str) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(address, timeout=TIMEOUT_S)
 
@@ -209,7 +212,8 @@ class Operator:
                     press()
                 except (OSError, http.client.HTTPException) as error:
                     failed[way][type(error).__name__] += 1
-                    self._kept = self._connection(self._stop.netloc) if way == "kept" else self._kept
+                    if way == "kept":
+                        self._kept.close()  # and the next stop opens it
                 found[way].append((time.perf_counter() - begun) * 1e3)
                 time.sleep(EVERY_S)
         return {way: told(values) | {"failed": failed[way]} for way, values in found.items()}

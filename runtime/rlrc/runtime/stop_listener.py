@@ -39,6 +39,7 @@ ANSWERED_S = 2.0
 LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
 ALIVE_S = 0.25  # how often deadlines are looked at
 
+READY = "ready"
 PRESS, STATE = b"press ", b"state"  # PRESS is followed by what stopped, for the reason
 
 
@@ -281,7 +282,11 @@ def main(listening: int, wire: int) -> None:
     tls = None
     if given["certificate"] is not None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(given["certificate"], given["key"])
+        try:
+            tls.load_cert_chain(given["certificate"], given["key"])
+        except OSError as error:
+            talk.send(str(error).encode())
+            return
     listener = Listener(socket.socket(fileno=listening), talk, given["token"], tls, given["page"])
-    talk.send(b"ready")
+    talk.send(READY.encode())
     listener.run()

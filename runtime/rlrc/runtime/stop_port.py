@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc.errors import UserError
-from rlrc.runtime.stop_listener import PRESS
+from rlrc.runtime.stop_listener import PRESS, READY
 
 OPENING_S = 60.0
 WAITING = 512  # connections that the kernel keeps until the listener accepts them
@@ -32,10 +32,13 @@ class StopPort:
     """``url`` is what to POST to. Raises UserError if the address is taken."""
 
     def __init__(self, host: str, port: int) -> None:
+        if not 0 <= port < 2**16:
+            raise UserError(f"expected a port of 0 to 65535 for the stop, found {port}; give another")
         try:
-            family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
-            self._listening: socket.socket | None = socket.create_server(address, family=family, backlog=WAITING)
-        except (OSError, OverflowError) as error:
+            family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+            where = (address[0], port, *address[2:])
+            self._listening = socket.create_server(where, family=family, backlog=WAITING)
+        except OSError as error:
             raise UserError(f"expected a free port on {host}, found {port}: {error}; give another") from None
         self.port = int(self._listening.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
@@ -49,7 +52,6 @@ class StopPort:
         self, token: str, certificate: Path | None = None, key: Path | None = None, page: int | None = None
     ) -> None:
         """``page``: the port of the operator's page, which may send stops from a browser."""
-        assert self._listening is not None
         self.url = f"{'http' if certificate is None else 'https'}://{self._host}:{self.port}/stop"
         descriptors = self._listening.fileno(), self._theirs.fileno()
         # Isolated: neither the folder that this was started in nor the environment decides what is imported.
@@ -67,13 +69,15 @@ class StopPort:
         self._theirs.close()  # so that ours reports the end when the listener dies
         given = {"token": token, "certificate": certificate and str(certificate), "key": key and str(key), "page": page}
         self._wire.settimeout(OPENING_S)
-        with suppress(OSError):
+        try:
             self._wire.send(json.dumps(given).encode())
-            if self._wire.recv(64):
-                self._wire.setblocking(False)
-                return
-        self.close()
-        raise UserError("expected the stop's listener to start, found that it did not; what it printed says why")
+            told = self._wire.recv(1024).decode()
+        except OSError as error:
+            told = str(error)
+        if told != READY:
+            self.close()
+            raise UserError(f"expected the stop's listener to start, found: {told or 'it ended'}; see above")
+        self._wire.setblocking(False)
 
     @property
     def pid(self) -> int:
@@ -122,7 +126,6 @@ class StopPort:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        if self._listening is not None:
-            self._listening.close()
+        self._listening.close()
         self._theirs.close()
         self._wire.close()

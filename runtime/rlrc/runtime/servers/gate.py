@@ -55,6 +55,7 @@ class Connection(web.RequestHandler):
             loop=loop,
             access_log=None,  # type: ignore[arg-type]
             keepalive_timeout=idle_s,
+            lingering_time=LINGER_S,
             max_line_size=http_head.LARGEST,
             max_field_size=http_head.LARGEST,
             auto_decompress=False,
@@ -90,13 +91,14 @@ class Connection(web.RequestHandler):
                 self._body -= len(part)
                 super().data_received(part)
                 continue
+            data = data if self._data else data.lstrip(b"\r\n")  # some clients end a body so
             start = max(0, len(self._data) - len(http_head.END) + 1)
             self._data += data
             end = self._data.find(http_head.END, start) + len(http_head.END)
             if end < len(http_head.END):
                 if len(self._data) > http_head.LARGEST:
                     self._refuse(_too_large())
-                elif not http_head.begins(self._data):
+                elif self._data and not http_head.begins(self._data):
                     self._refuse(http_head.no_http())
                 return
             head, data, self._data = self._data[:end], self._data[end:], b""
@@ -126,8 +128,8 @@ class Connection(web.RequestHandler):
         self._refused, self._data = True, b""
         if self.transport is None:
             return
-        if self._unanswered:  # the answer would come out of turn
-            return self.force_close()
+        if self._unanswered:  # this one would come out of turn
+            return self.close()
         self.transport.write(http_head.response(refusal.status, f"{refusal.text}\n"))
         if self.transport.can_write_eof():
             self.transport.write_eof()
