@@ -174,6 +174,26 @@ def test_no_token_and_no_byte_of_a_stranger_is_in_the_log(arm_toy: Path) -> None
     assert len(log.splitlines()) < 10, log
 
 
+def test_openpis_port_inflates_nothing(served: Served) -> None:
+    asked = (
+        b"Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nAuthorization: Api-Key hush-hush\r\n"
+        b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+    )
+    frame = b"\xc2\x8a" + bytes(4) + _zeros(-15)[:10]  # compressed, by its first bit
+    with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n" + asked)
+        answer = connection.recv(2**16)
+        connection.sendall(frame)
+        while part := connection.recv(2**16):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    assert b"Extensions" not in answer
+    assert answer.endswith(b"reserved bits must be 0")
+    encoded = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n\r\n"
+    assert say(served.ports["openpi"], encoded).startswith(b"HTTP/1.1 415 ")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -40,6 +40,7 @@ from rlrc.runtime.http_head import Head, Refusal
 from rlrc.runtime.page.feed import LARGEST, Ends, Mirror
 from rlrc.runtime.page.process import Address
 from rlrc.runtime.printable import printable
+from rlrc.runtime.servers import logs
 from rlrc.runtime.servers.gate import Connection, answering, listen
 from rlrc.runtime.servers.ports import Access, Places
 
@@ -307,6 +308,7 @@ def serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> No
 
 
 async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+    logs.begin("text")  # of faults only, and so that no library's line is written as it comes
     ends.socket.setblocking(False)
     with Board.watched() as board:
         await _answer(Server(ends, hello, token, board), ends, address)
