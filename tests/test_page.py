@@ -245,6 +245,22 @@ def test_a_stop_over_http_ends_a_run_without_rearm(arm_toy: Path, tmp_path: Path
     assert rows[-1]["stopped"]
 
 
+def test_a_frozen_page_keeps_nobody_from_stopping(arm_toy: Path, tmp_path: Path) -> None:
+    run = Running(arm_toy, tmp_path, "--port", "0")
+    assert run.process.stdout is not None
+    link = run.process.stdout.readline().split()[1]
+    browser = Browser(link)
+    own = Browser(f"http://127.0.0.1:{browser.news(1)[0][1]['stop']}/#{browser.token}")
+    children = Path(f"/proc/{run.process.pid}/task").glob("*/children")
+    pids = [pid for path in children for pid in path.read_text().split() if is_listening(pid)]
+    page = next(int(pid) for pid in pids if "stop_listener" not in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(page, signal.SIGSTOP)  # as if it were kept busy for ever
+    assert own.post("/stop") == (200, {"stopped": True, "reason": "HTTP"})
+    printed, rows = run.end()
+    assert "asked to stop: HTTP" in printed
+    assert rows[-1]["stopped"]
+
+
 def test_a_port_that_is_taken_is_told(running: Running, browser: Browser, arm_toy: Path, tmp_path: Path) -> None:
     port = browser.url.rpartition(":")[2]
     command = [sys.executable, "-m", "rlrc.runtime.cli", "serve", str(arm_toy), "--port", "0", "--page", port]
@@ -298,6 +314,12 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
             assert browser.post("/rearm", {"reason": "all clear"}) == (200, {})
             policy.infer(observation)
             wait_for(lambda: any(act == "rearm" for _, act, _ in browser.news(1)[0][1]["events"]))
+            own = Browser(f"http://127.0.0.1:{hello['stop']}/#{browser.token}")  # the stop's port, without the page
+            assert own.post("/stop", {"x": 1}) == (200, {"stopped": True, "reason": "HTTP"})
+            assert own.ask("/events")[0] == 404
+            with pytest.raises(NoAction, match=r"found it stopped .HTTP."):
+                policy.infer(observation)
+            assert browser.state["stopped"] == "HTTP"
         code, complaints = served.end()
     assert code == 0
     records = [json.loads(line) for line in complaints.splitlines()]
