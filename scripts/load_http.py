@@ -85,6 +85,12 @@ class Attack:
             one.close()
         return number
 
+    def once(self, port: int) -> socket.socket:
+        """Every message; the connection of the last one stays open."""
+        for data in self.sent[:-1]:
+            self._sent(port, data).close()
+        return self._sent(port, self.sent[-1])
+
     def _sent(self, port: int, data: bytes) -> socket.socket:
         """A server that reads no more, or hangs up, is what it is about: who attacks does not wait for it."""
         connection = socket.create_connection(("127.0.0.1", port), 1.0)
@@ -225,11 +231,11 @@ def told(milliseconds: Sequence[float]) -> dict[str, Any]:
 
 
 def stops(
-    operator: Operator, ports: Mapping[str, int], seconds: float, tick: Callable[[int], None] = lambda _: None
+    operator: Operator, ports: Mapping[str, int], seconds: float, tick: Callable[[int], None], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each attack, the first without one. ``ports``: those that are attacked, by what they are."""
+    """A row for each attack, the first without one. ``ports``: those that are attacked, by name."""
     rows: list[dict[str, Any]] = [{"attack": "none", "connections": 0, **operator.run(seconds)}]
-    for name in ATTACKS:
+    for name in names:
         tick(1)
         with attacked(name, list(ports.values())) as did:
             time.sleep(min(0.5, seconds))

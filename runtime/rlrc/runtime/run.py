@@ -222,6 +222,7 @@ class Run:
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
+                console.print(f"stop: POST {page.stop.url}", soft_wrap=True)
             granted = stack.enter_context(real_time(self.pin, run.beside))
             run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):

@@ -75,21 +75,26 @@ class Listener:
 
     def run(self) -> None:
         """Until the other process closes the wire."""
-        while True:
-            ready = [key for key, _ in self._selector.select(ALIVE_S if self._callers else None)]
-            if any(key.fileobj is self._wire for key in ready) and not self._heard():
-                return
-            callers: list[Caller] = [key.data for key in ready if key.data is not None]
-            for caller in callers:
-                if caller.known:
-                    self._serve(caller)
-            until = monotonic() + TURN_S
-            for caller in reversed(callers):  # under a flood the oldest ones are about to be dropped
-                if not caller.known and monotonic() < until:
-                    self._serve(caller)
-            if any(key.fileobj is self._listening for key in ready):
-                self._accept()
-            self._expire()
+        while self.turn(ALIVE_S if self._callers else None):
+            pass
+
+    def turn(self, seconds: float | None) -> bool:
+        """What has come, after at most so long; whether the other process goes on."""
+        ready = [key for key, _ in self._selector.select(seconds)]
+        if any(key.fileobj is self._wire for key in ready) and not self._heard():
+            return False
+        callers: list[Caller] = [key.data for key in ready if key.data is not None]
+        for caller in callers:
+            if caller.known:
+                self._serve(caller)
+        until = monotonic() + TURN_S
+        for caller in reversed(callers):  # under a flood the oldest ones are about to be dropped
+            if not caller.known and monotonic() < until:
+                self._serve(caller)
+        if any(key.fileobj is self._listening for key in ready):
+            self._accept()
+        self._expire()
+        return True
 
     # Connections
 

@@ -58,7 +58,8 @@ class Page:
             self.close()
             raise
         scheme = "http" if address.certificate is None else "https"
-        self.url = f"{scheme}://{address.host}:{self.port}"
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        self.url = f"{scheme}://{host}:{self.port}"
 
     @property
     def link(self) -> str:
