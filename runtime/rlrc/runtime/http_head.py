@@ -11,6 +11,7 @@ whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -108,13 +109,17 @@ def _length(fields: dict[bytes, bytes]) -> int:
 
 
 def response(
-    status: int, body: str = "", kind: str = "text/plain; charset=utf-8", close: bool = True, **fields: str
+    status: int,
+    body: str = "",
+    kind: str = "text/plain; charset=utf-8",
+    close: bool = True,
+    fields: Mapping[str, str] | None = None,
 ) -> bytes:
-    """A whole response. Keywords are further fields: ``access_control_max_age="60"``."""
+    """A whole response. ``fields``: further ones of the header."""
     told = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} if body else {}
-    told |= {name.replace("_", "-"): value for name, value in fields.items()}
     told |= {"Content-Length": str(len(body.encode()))} if status != 204 else {}
     told |= {"Connection": "close"} if close else {}
+    told |= fields or {}
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in told.items())]
     return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
 

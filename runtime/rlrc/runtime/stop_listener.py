@@ -39,6 +39,11 @@ ANSWERED_S = 2.0
 LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
 ALIVE_S = 0.25  # how often deadlines are looked at
 
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "authorization",
+    "Access-Control-Max-Age": "7200",
+}
 READY = "ready"
 PRESS, STATE = b"press ", b"state"  # PRESS is followed by what stopped, for the reason
 
@@ -197,9 +202,7 @@ class Listener:
             if head.method == "OPTIONS":
                 if not caller.cors:
                     raise Refusal(403, "expected the operator's page")
-                allowed = {"Access_Control_Allow_Methods": "GET, POST", "Access_Control_Allow_Headers": "authorization"}
-                self._send(caller, http_head.response(204, close=False, Access_Control_Max_Age="7200", **allowed,
-                                                      **caller.cors))  # fmt: skip
+                self._send(caller, http_head.response(204, close=False, fields=PREFLIGHT | caller.cors))
                 return
             if not hmac.compare_digest(head.fields.get(b"authorization", b""), self._bearer):
                 raise Refusal(401, "expected the header Authorization: Bearer TOKEN")
@@ -238,14 +241,14 @@ class Listener:
         scheme = "http" if self._tls is None else "https"
         if given is None or host is None or self._page is None or given != http_head.origin(scheme, host, self._page):
             return {}
-        return {"Access_Control_Allow_Origin": given, "Vary": "Origin"}
+        return {"Access-Control-Allow-Origin": given, "Vary": "Origin"}
 
     # Responses
 
     def _tell(self, caller: Caller, status: int, body: dict[str, Any]) -> None:
         caller.waiting = None
         told = http_head.response(
-            status, json.dumps(body), "application/json", close=not caller.persistent, **caller.cors
+            status, json.dumps(body), "application/json", close=not caller.persistent, fields=caller.cors
         )
         if self._send(caller, told) and not caller.persistent:
             return self._end(caller)
@@ -253,7 +256,7 @@ class Listener:
 
     def _refuse(self, caller: Caller, refusal: Refusal) -> None:
         told = http_head.response(
-            refusal.status, json.dumps({"error": refusal.text}), "application/json", **caller.cors
+            refusal.status, json.dumps({"error": refusal.text}), "application/json", fields=caller.cors
         )
         if self._send(caller, told):
             self._end(caller)

@@ -51,7 +51,7 @@ class Connection(web.RequestHandler):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(
-            server,  # type: ignore[arg-type]
+            server,
             loop=loop,
             access_log=None,  # type: ignore[arg-type]
             keepalive_timeout=idle_s,
