@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import socket
+from collections import deque
 from typing import Any
 
 from aiohttp import web
@@ -83,7 +84,7 @@ class PageTarget:
         """Raises AssertionError where the page did what it should not."""
         wire, loop, server = Wire(), asyncio.get_running_loop(), self._runner.server
         assert server is not None
-        connection = Connection(self._server.check, self._places, ASKED_S, ASKED_S, server, loop)
+        connection = Connection(self._server.check, self._places, deque(), ASKED_S, ASKED_S, server, loop)
         connection.connection_made(wire)
         for start in range(0, len(message), 1000):
             if not wire.is_closing():

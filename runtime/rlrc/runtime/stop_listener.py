@@ -36,7 +36,7 @@ BODY = 4096  # bytes that are skipped; what has a larger body is closed after th
 ACCEPTED = 32  # connections in one turn: each is looked at before others can take its place
 TURN_S = 0.01  # time in one turn for connections without the token: a TLS handshake may take milliseconds
 ANSWERED_S = 2.0
-LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
+LINGER_S, DISCARDED = 1.0, 2**16  # what a refused client still sends, seconds and bytes, or it would not see the answer
 ALIVE_S = 0.25  # how often deadlines are looked at
 
 PREFLIGHT = {
@@ -171,7 +171,10 @@ class Listener:
             return self._drop(caller)
         if not caller.ending:
             caller.data += data
-            self._read(caller)
+            return self._read(caller)
+        caller.skip += len(data)
+        if caller.skip > DISCARDED:
+            self._drop(caller)
 
     # Requests
 
@@ -275,7 +278,7 @@ class Listener:
 
     def _end(self, caller: Caller) -> None:
         caller.ending, caller.known, caller.waiting, caller.data = True, False, None, b""
-        caller.deadline = monotonic() + LINGER_S
+        caller.deadline, caller.skip = monotonic() + LINGER_S, 0
         if not isinstance(caller.socket, ssl.SSLSocket):
             with suppress(OSError):
                 caller.socket.shutdown(socket.SHUT_WR)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import ssl
 import traceback
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ Check = Callable[[Head], None]
 
 UNANSWERED = 8  # requests of a connection that wait for their answers; HTTP clients wait for each
 LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
+LINGERING = 64  # connections; then the first of them ends at once
 HANDSHAKE_S = 5.0
 WAITING = 256  # connections that the kernel keeps; a client beyond them tries again after a second
 FAULTS, FAULT_S = 8, 10.0  # lines about faults of handlers at once, and seconds until one more
@@ -39,12 +41,13 @@ _faults = Allowance(FAULTS, FAULT_S)
 class Connection(web.RequestHandler):
     """``unknown_s``: seconds until the first request has to have passed; ``idle_s``: until the next one."""
 
-    __slots__ = ("_body", "_check", "_data", "_discarded", "_places", "_refused", "_timer", "_unanswered")
+    __slots__ = ("_body", "_check", "_data", "_discarded", "_lingering", "_places", "_refused", "_timer", "_unanswered")
 
     def __init__(
         self,
         check: Check,
         places: Places,
+        lingering: deque[Connection],
         unknown_s: float,
         idle_s: float,
         server: web.Server,
@@ -60,7 +63,7 @@ class Connection(web.RequestHandler):
             max_field_size=http_head.LARGEST,
             auto_decompress=False,
         )
-        self._check, self._places = check, places
+        self._check, self._places, self._lingering = check, places, lingering
         self._timer = loop.call_later(unknown_s, self.force_close)
         self._data, self._body, self._unanswered = b"", 0, 0
         self._refused, self._discarded = False, 0
@@ -73,6 +76,8 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._timer.cancel()
         self._places.free(self)
+        if self in self._lingering:
+            self._lingering.remove(self)
         super().connection_lost(exc)
 
     def keep_place(self) -> None:
@@ -135,6 +140,10 @@ class Connection(web.RequestHandler):
             self.transport.write_eof()
         self._timer.cancel()
         self._timer = self._loop.call_later(LINGER_S, self.force_close)
+        self._places.free(self)  # for those that have not been heard yet
+        self._lingering.append(self)
+        if len(self._lingering) > LINGERING:
+            self._lingering.popleft().force_close()
 
     # What aiohttp logs by itself quotes the request, a token included.
 
@@ -172,7 +181,7 @@ async def listen(
     await runner.setup()
     assert runner.server is not None
     loop = asyncio.get_running_loop()
-    connection = partial(Connection, check, places, unknown_s, idle_s, runner.server, loop)
+    connection = partial(Connection, check, places, deque[Connection](), unknown_s, idle_s, runner.server, loop)
     handshake = None if tls is None else HANDSHAKE_S
     return await loop.create_server(connection, host, port, backlog=WAITING, ssl=tls, ssl_handshake_timeout=handshake)
 
