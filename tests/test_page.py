@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from driven import Running
 from PIL import Image
+from procfs import children, open_files
 from serving import Served, wait_for
 
 from rlrc.runtime.cli import main
@@ -215,20 +216,18 @@ def test_a_page_over_tls(arm_toy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("code", "what"), [("spawn_main", "the page http"), ("stop_listener", "POST http")])
 def test_a_page_or_a_stop_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path, code: str, what: str) -> None:
     run = Running(arm_toy, tmp_path, "--port", "0")
-    children = Path(f"/proc/{run.process.pid}/task").glob("*/children")
-    pids = [pid for path in children for pid in path.read_text().split()]
-    found = [pid for pid in pids if is_listening(pid) and code in Path(f"/proc/{pid}/cmdline").read_text()]
+    pids = [pid for pid in children(run.process.pid) if is_listening(pid)]
+    found = [pid for pid in pids if code in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(found) == 1
-    os.kill(int(found[0]), signal.SIGKILL)
+    os.kill(found[0], signal.SIGKILL)
     printed, complaints = run.process.communicate(timeout=60)
     assert run.process.returncode == 1
     assert f"stopped: lost {what}://127.0.0.1:" in complaints + printed
 
 
-def is_listening(pid: str) -> bool:
+def is_listening(pid: int) -> bool:
     """Inference does not."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    sockets = {link[8:-1] for link in links if link.startswith("socket:[")}
+    sockets = {file[8:-1] for file in open_files(pid) if file.startswith("socket:[")}
     listening = {
         line.split()[9] for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:] if " 0A " in line
     }
@@ -251,9 +250,8 @@ def test_a_frozen_page_keeps_nobody_from_stopping(arm_toy: Path, tmp_path: Path)
     link = run.process.stdout.readline().split()[1]
     browser = Browser(link)
     own = Browser(f"http://127.0.0.1:{browser.news(1)[0][1]['stop']}/#{browser.token}")
-    children = Path(f"/proc/{run.process.pid}/task").glob("*/children")
-    pids = [pid for path in children for pid in path.read_text().split() if is_listening(pid)]
-    page = next(int(pid) for pid in pids if "stop_listener" not in Path(f"/proc/{pid}/cmdline").read_text())
+    pids = [pid for pid in children(run.process.pid) if is_listening(pid)]
+    page = next(pid for pid in pids if "stop_listener" not in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(page, signal.SIGSTOP)  # as if it were kept busy for ever
     assert own.post("/stop") == (200, {"stopped": True, "reason": "HTTP"})
     printed, rows = run.end()

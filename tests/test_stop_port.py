@@ -19,6 +19,7 @@ from typing import Any
 
 import load_http
 import pytest
+from procfs import children
 
 from rlrc.errors import UserError
 from rlrc.runtime import http_head
@@ -240,8 +241,7 @@ def test_over_tls_a_handshake_that_is_not_finished_delays_nobody(tmp_path: Path)
 def test_a_listener_that_dies_stops_and_cannot_be_released() -> None:
     switch = StopSwitch()
     with switch.listen(keyboard=None, port=0):
-        children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-        pids = [int(pid) for path in children for pid in path.read_text().split()]
+        pids = children(os.getpid())
         found = [pid for pid in pids if b"stop_listener" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(found[-1], signal.SIGKILL)
         deadline = time.monotonic() + 10
