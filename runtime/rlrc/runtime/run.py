@@ -94,7 +94,9 @@ class Run:
     button: Path | None = None
     """FIFO, device or socket of a stop button: any byte stops, and its end"""
     port: int | None = None
-    """port of the operator's page, which stops too (POST /stop); 0 is any free one"""
+    """port of the operator's page, which stops too; 0 is any free one"""
+    stop_port: int = 0
+    """port that stops without the page (POST /stop), whatever keeps the page's busy; 0 is any free one"""
     host: str = "127.0.0.1"
     """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
     token: str | None = None
@@ -218,11 +220,12 @@ class Run:
             shown = [] if page is None else [LoopPage(page, run.guard, switch, run.standstill, run.instructed)]
             run.show = shown[0].show if shown else None
             typed = None if run.standstill is None else run.standstill.typed
-            others = [one.source for one in shown]
+            others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
             stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
+                console.print(f"stop: POST {page.stop.url}", soft_wrap=True)
             granted |= stack.enter_context(real_time(self.pin, run.beside))
             run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):
@@ -258,7 +261,7 @@ class Run:
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
         if self.port is None:
             return None
-        address = Address(self.host, self.port, self._access().token, self.certificate, self.key)
+        address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
         facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
         told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)

@@ -81,6 +81,8 @@ class OpenpiServer:
         self._clients.free(connection)
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.headers.get_all("Content-Encoding"):
+            return connection.respond(415, "expected a request without Content-Encoding, found one\n")
         authorization = request.headers.get("Authorization")
         told = status(request.path, self._session, self._access, authorization)
         if told is not None:

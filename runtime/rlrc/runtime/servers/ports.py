@@ -33,7 +33,7 @@ class Access:
         if self.token is None:
             return True
         scheme, _, given = (authorization or "").partition(" ")
-        right = hmac.compare_digest(given.encode(), self.token.encode())
+        right = hmac.compare_digest(given.encode(errors="surrogatepass"), self.token.encode())
         return right and scheme.lower() in ("api-key", "bearer")
 
 
