@@ -10,9 +10,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+STATE = TemporaryDirectory(prefix="rlrc-state-")
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    "XDG_STATE_HOME": STATE.name,
+}
 
 
 class Served:

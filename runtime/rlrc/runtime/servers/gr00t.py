@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -74,13 +74,15 @@ class Gr00tServer:
     async def stop(self) -> None:
         await self._replier.stop()
 
-    def _connected(self, peer: str) -> Answer:
-        return partial(self.answer, self._session.client(), peer)
+    def _connected(self, peer: str, waits: Callable[[], bool]) -> Answer:
+        return partial(self.answer, self._session.client(), peer, waits=waits)
 
-    async def answer(self, client: Client, peer: str, request: bytes) -> bytes:
+    async def answer(
+        self, client: Client, peer: str, request: bytes, waits: Callable[[], bool] = lambda: True
+    ) -> bytes:
         """Whatever the request is: what went wrong is an answer, too."""
         try:
-            return _packed(await self._asked(client, request))
+            return _packed(await self._asked(client, request, waits))
         except (Refused, UserError) as error:
             outcome = error.kind if isinstance(error, Refused) else "request"
             told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
@@ -91,7 +93,7 @@ class Gr00tServer:
             log.exception("gr00t client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             return _packed({"error": "expected to answer, found a fault of the server; its log says more"})
 
-    async def _asked(self, client: Client, message: bytes) -> Any:
+    async def _asked(self, client: Client, message: bytes, waits: Callable[[], bool]) -> Any:
         request = arrays.unpack(message, _from_map, ADVICE)
         if not isinstance(request, dict):
             raise UserError(f"expected a request as a map, found {type(request).__name__}; {ADVICE}")
@@ -101,7 +103,7 @@ class Gr00tServer:
         endpoint = request.get("endpoint", "get_action")
         if endpoint == "get_action":
             with self._session.answer(PROTOCOL):
-                return await self._actions(client, request.get("data"))
+                return await self._actions(client, request.get("data"), waits)
         if endpoint == "reset":
             client.reset()
             return {}
@@ -114,7 +116,7 @@ class Gr00tServer:
             "them (a server is ended where it runs)"
         )
 
-    async def _actions(self, client: Client, data: Any) -> Any:
+    async def _actions(self, client: Client, data: Any, waits: Callable[[], bool]) -> Any:
         newer = isinstance(data, dict) and "observation" in data
         found = data["observation"] if newer else data
         if not isinstance(found, dict):
@@ -123,7 +125,7 @@ class Gr00tServer:
         message, batched = _one(found if nested else _nested(found))
         if newer and not batched:
             raise UserError(f"expected axes for robots and times, found one axis; {ADVICE}, or data as N1.5's")
-        chunk = await client.infer(self._observations.of(message))
+        chunk = await client.infer(self._observations.of(message), waits)
         rows = chunk.actions[None] if batched else chunk.actions  # (1, horizon, dim) or (horizon, dim)
         ends = np.cumsum([columns.size for columns in self._columns])
         parts = zip(self._columns, np.split(rows, ends[:-1], axis=-1), strict=True)

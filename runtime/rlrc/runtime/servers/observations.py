@@ -18,8 +18,9 @@ What arrives has to be as declared: nothing is transposed, scaled or filled in b
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ else:
 SHIPPED = Path(__file__).parent / "mappings"
 OWN = "own"  # the policy's own names, as rlrc.runtime.policy takes them or a protocol's clients would write them
 WORDS = 4096  # characters of an instruction
+
+NAMED = 12  # names in a message
 
 Key = tuple[str, ...]
 
@@ -256,8 +259,31 @@ def _at(message: Mapping[str, Any], key: Key) -> Any:
 
 
 def _missing(key: Key, message: Mapping[Any, Any]) -> UserError:
-    names = ", ".join(sorted(shown(name) for name in message)[:12]) or "no keys"
-    return UserError(f"expected {_told(key)} in the observation, found {names}; send it, or use another --mapping")
+    found: Any = message
+    for part in key:
+        if not isinstance(found, dict) or part not in found:
+            break
+        found = found[part]
+    else:
+        return UserError(f"expected {_told(key)} in the observation, found None there; send what was measured")
+    return UserError(
+        f"expected {_told(key)} in the observation, found {listed(_paths(message))}; send it, or use another --mapping"
+    )
+
+
+def _paths(message: Mapping[Any, Any]) -> list[str]:
+    """The names in a message, those of a map in a map behind its own."""
+    paths = []
+    for name, value in message.items():
+        inner = [f"{name}.{key}" for key in value] if isinstance(value, dict) else []
+        paths += inner or [str(name)]
+    return sorted(paths)
+
+
+def listed(names: Iterable[object]) -> str:
+    """A client's names for things, fit for a message of one line: the first of many."""
+    first = list(islice(names, NAMED + 1))
+    return ", ".join(map(shown, first[:NAMED])) + (", ..." if len(first) > NAMED else "") or "none"
 
 
 def shown(name: object) -> str:

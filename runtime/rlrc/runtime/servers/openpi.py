@@ -26,7 +26,7 @@ from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.frames import Connection
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, forget, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, connected, forget, status
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
@@ -120,7 +120,8 @@ class OpenpiServer:
             async for message in connection:
                 begun = perf_counter()
                 with self._session.answer(PROTOCOL):
-                    result = await self._result(client, message, total_ms, from_map)
+                    waits = partial(connected, connection.transport)
+                    result = await self._result(client, message, total_ms, from_map, waits)
                     await _sent(connection, result)
                 self._clients.answered(connection)
                 total_ms = (perf_counter() - begun) * 1e3
@@ -135,12 +136,17 @@ class OpenpiServer:
                 wait.cancel()
 
     async def _result(
-        self, client: Client, message: str | bytes, total_ms: float | None, from_map: FromMap | None
+        self,
+        client: Client,
+        message: str | bytes,
+        total_ms: float | None,
+        from_map: FromMap | None,
+        waits: Callable[[], bool] = lambda: True,
     ) -> bytes:
         begun = perf_counter()
         if isinstance(message, str):
             raise UserError("expected a binary frame, found text; send msgpack")
-        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)))
+        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)), waits)
         server_timing = {"infer_ms": (perf_counter() - begun) * 1e3}
         if total_ms is not None:
             server_timing["prev_total_ms"] = total_ms

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
+import socket
 import ssl
 import time
 from collections.abc import Callable, Collection
@@ -18,6 +20,7 @@ CLIENTS = 32  # at once, on a port
 CONNECTIONS = 128  # at once, on a port, those included that have not said yet what they want
 PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
 PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
+CLOSED = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
 
 
@@ -35,6 +38,15 @@ class Access:
         scheme, _, given = (authorization or "").partition(" ")
         right = hmac.compare_digest(given.encode(), self.token.encode())
         return right and scheme.lower() in ("api-key", "bearer")
+
+
+def connected(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether the peer is still there: asked of the kernel, for nothing may be read from the peer at the moment."""
+    if transport is None or transport.is_closing():
+        return False
+    peer = transport.get_extra_info("socket")
+    state: int = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return state not in CLOSED
 
 
 def forget(error: BaseException) -> None:

@@ -12,9 +12,10 @@ import logging
 import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places, forget
+from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places, connected, forget
 
 Answer = Callable[[bytes], Awaitable[bytes]]
 
@@ -32,10 +33,12 @@ class Broken(Exception):
 
 
 class Replier:
-    """``connected(peer)`` gives what answers this peer's requests, one after the other, and never raises."""
+    """``answering(peer, waits)`` gives what answers this peer's requests, one after the other, and never raises;
+    ``waits()``: whether the peer is still there.
+    """
 
-    def __init__(self, connected: Callable[[str], Answer], largest: int, peers: int) -> None:
-        self._connected, self._largest, self._places = connected, largest, Places(peers, SECONDS)
+    def __init__(self, answering: Callable[[str, Callable[[], bool]], Answer], largest: int, peers: int) -> None:
+        self._answering, self._largest, self._places = answering, largest, Places(peers, SECONDS)
         self._open: dict[asyncio.Task[None], StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
@@ -71,7 +74,7 @@ class Replier:
         try:
             _keep_alive(writer)
             await asyncio.wait_for(_introduce(reader, writer), SECONDS)
-            await self._talk(reader, writer, self._connected(peer))
+            await self._talk(reader, writer, self._answering(peer, partial(connected, writer.transport)))
         except Broken as error:
             log.info("zmq client %s: %s", peer, error)
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError) as error:
