@@ -27,7 +27,6 @@ from test_serve_openpi import observation, opened
 from test_serve_openvla import OFT
 
 from rlrc.artifact import PolicySpec
-from rlrc.runtime import policy as policies
 from rlrc.runtime.servers import arrays, observations, zmtp
 from rlrc.runtime.servers.lerobot import LerobotServer
 from rlrc.runtime.servers.ports import Access
@@ -170,12 +169,12 @@ def test_a_deadline_before_its_turn_is_told_at_once(tiny_manifest: Any) -> None:
     asyncio.run(serve())
 
 
-def test_the_queue_knows_who_still_waits(toy_artifact: Path, tiny_manifest: Any) -> None:
+def test_the_queue_knows_who_still_waits(tiny_manifest: Any) -> None:
     spec: PolicySpec = tiny_manifest.policy
 
     async def ask() -> None:
         session, there = Session(spec, waiting=2), [True]
-        await session.open(policies.LocalPolicy.load, (toy_artifact,))
+        await session.open(Slow, (spec.action.horizon, spec.action.dim))
         seen: list[Any] = []
         session.show = lambda given, *_: seen.append(given["instruction"])
 
