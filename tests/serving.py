@@ -38,6 +38,7 @@ class Served:
             lines.append(self.process.stdout.readline())
         if not lines[-1]:
             raise AssertionError((lines, self.process.communicate(timeout=30)))
+        self.lines = lines
         self.page = next((line.split()[1] for line in lines if line.startswith("page:")), None)
         self.ports = {
             name: int(line.split()[1].rpartition(":")[2]) for name, line in zip(protocols, lines, strict=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import secrets
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -35,7 +34,7 @@ from rlrc.runtime.page.process import Address, Page
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
-from rlrc.runtime.servers.ports import TOKEN, Access, access
+from rlrc.runtime.servers.ports import Access, access, token
 from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import ASKED, StopSwitch
 
@@ -245,8 +244,8 @@ class Run:
 
     def _access(self) -> Access:
         """Who may see the page: whoever shows the token, which is drawn if there is none."""
-        token = self.token or os.environ.get(TOKEN) or secrets.token_urlsafe(16)
-        return access(self.host, token, self.certificate, self.key, self.insecure)
+        shown = token(self.token) or secrets.token_urlsafe(16)
+        return access(self.host, shown, self.certificate, self.key, self.insecure)
 
     def _profile_name(self) -> str:
         if self.profile is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
 from rlrc.runtime.page.feed import Ends, Feed
+from rlrc.runtime.servers.ports import url
 
 OPENING_S = 60.0
 NICE = 10  # the loop and inference go first
@@ -53,7 +54,7 @@ class Page:
             self.close()
             raise
         scheme = "http" if address.certificate is None else "https"
-        self.url = f"{scheme}://{address.host}:{self.port}"
+        self.url = url(scheme, address.host, self.port)
 
     @property
     def link(self) -> str:
