@@ -17,7 +17,6 @@ What arrives has to be as declared: nothing is transposed, scaled or filled in b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -27,14 +26,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.artifact import CameraSpec, PolicySpec
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SHIPPED = Path(__file__).parent / "mappings"
 OWN = "own"  # the policy's own names, as rlrc.runtime.policy takes them or a protocol's clients would write them
@@ -186,7 +180,7 @@ def _own(spec: PolicySpec, protocol: str) -> KeyMapping:
 def _read(name: str | Path) -> KeyMapping:
     path = SHIPPED / f"{name}.toml" if str(name) in shipped() else Path(name)
     try:
-        return strict.decode(KeyMapping, tomllib.loads(path.read_text(encoding="utf-8")))
+        return strict.decode(KeyMapping, toml.parse(path.read_bytes()))
     except OSError as error:
         raise UserError(
             f"expected a mapping (a TOML file, or one of {', '.join(shipped())}), found {str(name)!r}: "
