@@ -264,6 +264,15 @@ class Evil:
         return os.system, (f"touch {WAS_HERE}",)
 
 
+class Huge:
+    """An array without bytes, as numpy pickles it, of sizes that none can have."""
+
+    def __reduce__(self) -> Any:
+        from numpy._core.numeric import _frombuffer  # type: ignore[attr-defined]
+
+        return _frombuffer, (b"", np.dtype("u1"), (0, 2**39, 2**39), "C")
+
+
 def huge() -> bytes:
     """A picture that says it has 4 GB, with the bytes of the small one."""
     small = pickle.dumps(timed(corner4=np.zeros((64, 64, 3), np.uint8)), 4)
@@ -306,6 +315,10 @@ WRONG: dict[str, tuple[Callable[[], bytes], str]] = {
     "words of bytes": (lambda: pickle.dumps(timed(task=b"open")), "expected an instruction as text"),
     "step of text": (lambda: pickle.dumps(TimedObservation(0.0, "0", {})), "a timestep"),  # type: ignore[arg-type]
     "step too far": (lambda: pickle.dumps(TimedObservation(0.0, 2**40, {})), "a timestep"),
+    "time of nan": (lambda: pickle.dumps(TimedObservation(float("nan"), 0, {})), "a timestamp in seconds, found nan"),
+    "words of numpy": (lambda: pickle.dumps(timed(task=np.float32(1))), "expected the task as text, found what scalar"),
+    "sizes of no array": (lambda: pickle.dumps(timed(corner4=Huge())), "which numpy does not take"),
+    "a reference to nothing": (lambda: b"\x80\x02h\x07.", "found: 'a reference to nothing'"),
     "no map": (lambda: pickle.dumps(TimedObservation(0.0, 0, [])), "as a map, found list"),  # type: ignore[arg-type]
 }
 

@@ -26,7 +26,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.servers import lerobot_features, pickles, protobuf
 from rlrc.runtime.servers.lerobot_features import Features, Known, state_folder
 from rlrc.runtime.servers.logs import fields
-from rlrc.runtime.servers.observations import Observations
+from rlrc.runtime.servers.observations import Observations, brief
 from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 
@@ -334,9 +334,9 @@ def _timed(message: Any, features: Callable[[dict[str, Any]], Features], observa
     state = lerobot_features.fields(message, "TimedObservation")
     timestamp, timestep, raw = state.get("timestamp"), state.get("timestep"), state.get("observation")
     if type(timestamp) is not float or not math.isfinite(timestamp):
-        raise UserError("expected a timestamp in seconds, found another; use LeRobot's client")
+        raise UserError(f"expected a timestamp in seconds, found {brief(timestamp)}; use LeRobot's client")
     if type(timestep) is not int or not 0 <= timestep < LATEST:
-        raise UserError(f"expected a timestep from 0 to {LATEST - 1}, found another; use LeRobot's client")
+        raise UserError(f"expected a timestep from 0 to {LATEST - 1}, found {brief(timestep)}; use LeRobot's client")
     if not isinstance(raw, dict):
         raise UserError(f"expected an observation as a map, found {type(raw).__name__}; use LeRobot's client")
     observation = observations.of(features(raw).frame(raw))

@@ -22,7 +22,7 @@ from rlrc import strict
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
 from rlrc.runtime.servers import pickles
-from rlrc.runtime.servers.observations import Observations, listed, shown
+from rlrc.runtime.servers.observations import Observations, brief, listed, shown
 from rlrc.runtime.servers.pickles import Call
 
 NUMBERS = 1024  # of a robot's state
@@ -51,6 +51,8 @@ class Features:
     def frame(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """A robot's observation as LeRobot's data sets call it. Raises UserError."""
         frame: dict[str, Any] = {"task": raw["task"]} if "task" in raw else {}
+        if isinstance(frame.get("task"), Call):
+            raise UserError(f"expected the task as text, found what {frame['task'].function.name} makes; send text")
         for key, names in self.states.items():
             frame[self.name(key)] = np.array([_number(raw, name) for name in names])
         for key, name in self.pictures.items():
@@ -142,12 +144,10 @@ def read(policy: Any, observations: Observations) -> Features:
     if not isinstance(features, dict):
         raise UserError(f"expected lerobot_features as a map, found {type(features).__name__}; {CLIENT}")
     if type(actions) is not int or actions < 1:
-        raise UserError(
-            f"expected actions_per_chunk of 1 or more, found {_brief(actions)}; correct --actions_per_chunk"
-        )
+        raise UserError(f"expected actions_per_chunk of 1 or more, found {brief(actions)}; correct --actions_per_chunk")
     renamed = {} if renamed is None else renamed
     if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
-        raise UserError(f"expected a rename_map of texts, found {_brief(renamed)}; {CLIENT}")
+        raise UserError(f"expected a rename_map of texts, found {brief(renamed)}; {CLIENT}")
     states: dict[str, tuple[str, ...]] = {}
     pictures, shapes = {}, {}
     for key, feature in features.items():
@@ -159,7 +159,7 @@ def read(policy: Any, observations: Observations) -> Features:
         elif kind == "float32" and key.startswith("observation."):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise UserError(
-                    f"expected names of the numbers of {shown(key)} as a list of texts, found {_brief(names)}; {CLIENT}"
+                    f"expected names of the numbers of {shown(key)} as a list of texts, found {brief(names)}; {CLIENT}"
                 )
             states[key] = tuple(names)
     if (count := sum(map(len, states.values()))) > NUMBERS:  # a pickle may have one list a thousand times
@@ -237,6 +237,7 @@ def fields(message: Any, name: str) -> dict[str, Any]:
     if isinstance(message, Call) and message.function.name == name and isinstance(message.state, dict):
         return message.state
     found = message.function.name if isinstance(message, Call) else type(message).__name__
+    found = "one without fields" if found == name else found
     raise UserError(f"expected LeRobot's {name}, found {found}; {CLIENT}")
 
 
@@ -250,16 +251,7 @@ def _number(raw: Mapping[str, Any], name: str) -> float:
             raise UserError(f"expected {shown(name)} as a number, found an array {array.shape}; check that sensor")
         value = array.item()
     if not isinstance(value, (int, float)):
-        raise UserError(f"expected {shown(name)} as a number, found {_brief(value)}; check that sensor")
+        raise UserError(f"expected {shown(name)} as a number, found {brief(value)}; check that sensor")
     if not abs(value) < 2**127:  # float32's range; and no NaN
-        raise UserError(f"expected {shown(name)} as a finite number, found {_brief(value)}; check that sensor")
+        raise UserError(f"expected {shown(name)} as a finite number, found {brief(value)}; check that sensor")
     return float(value)
-
-
-def _brief(value: Any) -> str:
-    """A peer's value for a message: numbers as they are, of other things what they are."""
-    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64):
-        return str(value)
-    if isinstance(value, int):
-        return "an integer of more than 64 bits"
-    return f"'{shown(value)}'" if isinstance(value, str) else type(value).__name__

@@ -131,8 +131,8 @@ class Observations:
             raise UserError(f"expected an instruction as text, found {_form(found)}; send text")
         if self.instruction is None:
             raise UserError(
-                f"expected an instruction at {_told(self.mapping.instruction or ())}, found none; send one, or start "
-                "the server with --instruction"
+                f"expected an instruction at {_told(self.mapping.instruction or ())}, found "
+                f"{_found(self.mapping.instruction or (), message)}; send one, or start the server with --instruction"
             )
         return self.instruction
 
@@ -253,16 +253,19 @@ def _at(message: Mapping[str, Any], key: Key) -> Any:
 
 
 def _missing(key: Key, message: Mapping[Any, Any]) -> UserError:
+    return UserError(
+        f"expected {_told(key)} in the observation, found {_found(key, message)}; send it, or use another --mapping"
+    )
+
+
+def _found(key: Key, message: Mapping[Any, Any]) -> str:
+    """What there is instead of something that is needed."""
     found: Any = message
     for part in key:
         if not isinstance(found, dict) or part not in found:
-            break
+            return listed(_paths(message))
         found = found[part]
-    else:
-        return UserError(f"expected {_told(key)} in the observation, found None there; send what was measured")
-    return UserError(
-        f"expected {_told(key)} in the observation, found {listed(_paths(message))}; send it, or use another --mapping"
-    )
+    return f"{brief(found)} there"
 
 
 def _paths(message: Mapping[Any, Any]) -> list[str]:
@@ -283,6 +286,15 @@ def listed(names: Iterable[object]) -> str:
 def shown(name: object) -> str:
     """A client's name for something, fit for a message of one line."""
     return ascii(str(name)[:40])[1:-1]
+
+
+def brief(value: Any) -> str:
+    """A peer's value for a message: numbers as they are, of other things what they are."""
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64):
+        return str(value)
+    if isinstance(value, int):
+        return "an integer of more than 64 bits"
+    return f"'{shown(value)}'" if isinstance(value, str) else type(value).__name__
 
 
 def _told(key: Key) -> str:

@@ -8,7 +8,6 @@ frame, which that client raises, and ends the connection with 1011. Encoding: rl
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
@@ -26,7 +26,17 @@ from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.frames import Connection
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, connected, forget, status
+from rlrc.runtime.servers.ports import (
+    CLIENTS,
+    CONNECTIONS,
+    PATIENCE_S,
+    Access,
+    Places,
+    connected,
+    forget,
+    is_loopback,
+    status,
+)
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
@@ -81,7 +91,7 @@ class OpenpiServer:
         self._clients.free(connection)
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
-        authorization = request.headers.get("Authorization")
+        authorization = ", ".join(request.headers.get_all("Authorization"))  # two are none of ours
         told = status(request.path, self._session, self._access, authorization)
         if told is not None:
             response = connection.respond(told[0], told[1])
@@ -95,12 +105,14 @@ class OpenpiServer:
         return None
 
     async def _serve(self, connection: ServerConnection) -> None:
-        peer = connection.remote_address[0]
+        peer = str((connection.remote_address or ("",))[0])
         try:
             await self._talk(connection)
         except (ConnectionClosed, asyncio.TimeoutError) as error:
+            outcome, why = _ended(error)
             forget(error)
-            log.info("openpi client %s: gone", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="gone"))
+            told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
+            log.info("openpi client %s: %s", peer, why, extra=told)
         except Refused as error:
             told = fields(protocol=PROTOCOL, client=peer, outcome=error.kind)
             log.info("openpi client %s: %s", peer, error, extra=told)
@@ -164,11 +176,20 @@ class OpenpiServer:
         }
 
 
+def _ended(error: Exception) -> tuple[str, str]:
+    """What a connection ended by: the client, or something that it sent."""
+    if not isinstance(error, ConnectionClosed) or error.sent is None or error.rcvd_then_sent:
+        return "gone", "gone"
+    if error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+        return "request", f"expected a message of up to {LARGEST} bytes, found a larger one; send smaller pictures"
+    return "request", f"expected WebSocket frames, found: {error.sent.reason or error.sent.code}; use openpi-client"
+
+
 @contextmanager
 def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
     """Memory for the pictures of a client that asks for it, on this machine."""
     asked = connection.request is not None and HEADER in connection.request.headers
-    if not (asked and ipaddress.ip_address(connection.remote_address[0]).is_loopback):
+    if not (asked and is_loopback(str((connection.remote_address or ("",))[0]))):
         yield None
         return
     offered = Offered()
