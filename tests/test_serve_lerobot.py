@@ -41,7 +41,7 @@ from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.servers import observations, pickles, protobuf
 from rlrc.runtime.servers.lerobot import CLIENTS, LerobotServer, Robot, Timed
 from rlrc.runtime.servers.ports import Access
-from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.servers.session import LARGEST, Refused, Session
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 MOTORS = {"shoulder.pos": 0.1, "elbow.pos": np.float32(0.5), "gripper.pos": np.float64(1.0)}
@@ -418,8 +418,10 @@ def test_streams_that_do_not_end_well_are_refused(client: LerobotClient) -> None
         code, found = refused(lambda messages=messages: client.send(iter(messages)))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert told in found
-    code, _ = refused(lambda: client.send(iter([message(END, bytes(5 * 2**20))])))
+    code, told = refused(lambda: client.send(iter([message(END, bytes(LARGEST))])))
     assert code == grpc.StatusCode.RESOURCE_EXHAUSTED  # gRPC's own limit of a message
+    assert f"larger than max ({LARGEST + 7} vs. {LARGEST})" in told
+    assert refused(lambda: client.send(iter([message(END, bytes(5 * 2**20))])))[1].startswith("expected a pickle")
 
 
 def test_a_token_is_asked_for(toy_artifact: Path) -> None:

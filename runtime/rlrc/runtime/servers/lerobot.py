@@ -47,7 +47,7 @@ IDLE_S = 1.0  # a client that waits for nothing and has said nothing for so long
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.max_receive_message_length", LARGEST),
     ("grpc.max_metadata_size", 8192),
     ("grpc.max_concurrent_streams", 8),
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -326,7 +326,10 @@ async def whole(messages: AsyncIterable[bytes]) -> bytes:
             raise UserError(f"expected an observation of up to {LARGEST} bytes, found more; send smaller pictures")
         if state == END:
             return b"".join(parts)
-    raise UserError("expected the end of an observation, found the end of its stream; send it whole")
+    raise UserError(
+        f"expected the end of an observation, found the end of its stream: the client left, or sent a message of more "
+        f"than {LARGEST} bytes; send it whole, in chunks"
+    )
 
 
 def _timed(message: Any, features: Callable[[dict[str, Any]], Features], observations: Observations) -> Timed:

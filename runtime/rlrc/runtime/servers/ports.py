@@ -121,10 +121,11 @@ class Places:
 def token(given: str | None) -> str | None:
     """The option, or what the environment has; None if there is neither. Raises UserError for one that is no token."""
     name, found = (TOKEN, os.environ.get(TOKEN)) if given is None else ("--token", given)
-    return None if found is None else _checked(found, name)
+    return None if found is None else checked(found, name)
 
 
-def _checked(token: str, name: str) -> str:
+def checked(token: str, name: str) -> str:
+    """Raises UserError, without the token in it, for what is none; ``name``: of what it was given as."""
     if not VISIBLE.fullmatch(token):
         found = "an empty one" if not token else "one with a line end" if token != token.rstrip("\r\n") else "another"
         raise UserError(
@@ -137,7 +138,7 @@ def _checked(token: str, name: str) -> str:
 def access(host: str, token: str | None, certificate: Path | None, key: Path | None, insecure: bool) -> Access:
     """Raises UserError for files that are no certificate and key, and for an address that others reach unprotected."""
     if token is not None:
-        _checked(token, "--token")
+        checked(token, "--token")
     if (certificate is None) != (key is None):
         raise UserError("expected both --certificate and --key, found one; give the other")
     encrypted = None if certificate is None or key is None else tls(certificate, key)
