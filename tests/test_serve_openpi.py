@@ -205,7 +205,19 @@ def test_two_tokens_are_none(toy_artifact: Path) -> None:
         with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8) as connection:
             connection.sendall(sent)
             assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
-    assert "Traceback" not in served.end()[1]
+    for sent in (b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", request.replace(b"\r\n", b"\r\r\n")):
+        with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8) as connection:
+            connection.sendall(sent)
+            while connection.recv(4096):
+                pass
+    with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8):  # a port scan
+        pass
+    code, log = served.end()
+    assert code == 0
+    assert "found another token or none; send it" in log
+    assert "expected openpi's WebSocket, found: did not receive a valid HTTP request; use openpi-client" in log
+    assert "secret" not in log
+    assert "Traceback" not in log
 
 
 def test_a_page_in_a_browser_does_not_get_in(served: Served) -> None:

@@ -89,6 +89,10 @@ class OpenpiServer:
     def _gone(self, connection: Connection) -> None:
         self._entering.free(connection)
         self._clients.free(connection)
+        error = connection.protocol.handshake_exc
+        if error is not None and not isinstance(error.__cause__, EOFError):  # not of one that left before it spoke
+            # Without its cause, which quotes the request and a token in it.
+            _log(connection, "request", f"expected openpi's WebSocket, found: {str(error)[:100]}; use openpi-client")
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         authorization = ", ".join(request.headers.get_all("Authorization"))  # two are none of ours
@@ -98,27 +102,29 @@ class OpenpiServer:
             response.headers = Headers({**response.headers, "Content-Type": told[2]})
             return response
         if not self._access.allows(authorization):
-            return connection.respond(401, "expected the header Authorization: Api-Key TOKEN\n")
+            why = "expected the header Authorization: Api-Key TOKEN, found another token or none; send it"
+            _log(connection, "token", why)
+            return connection.respond(401, f"{why}\n")
         if self._session.draining or not self._clients.take(connection, connection.transport.abort):
-            return connection.respond(503, f"expected at most {CLIENTS} clients and no end in sight; try again later\n")
+            found = "it ending" if self._session.draining else "as many"
+            why = f"expected a server that goes on, with at most {CLIENTS} clients, found {found}; try again later"
+            _log(connection, "busy", why)
+            return connection.respond(503, f"{why}\n")
         self._entering.free(connection)
         return None
 
     async def _serve(self, connection: ServerConnection) -> None:
-        peer = str((connection.remote_address or ("",))[0])
         try:
             await self._talk(connection)
         except (ConnectionClosed, asyncio.TimeoutError) as error:
-            outcome, why = _ended(error)
+            _log(connection, *_ended(error))
             forget(error)
-            told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
-            log.info("openpi client %s: %s", peer, why, extra=told)
         except Refused as error:
-            told = fields(protocol=PROTOCOL, client=peer, outcome=error.kind)
-            log.info("openpi client %s: %s", peer, error, extra=told)
+            _log(connection, error.kind, str(error))
             forget(error)
             await _refuse(connection, str(error))
         except Exception:
+            peer = _peer(connection)
             log.exception("openpi client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             await _refuse(connection, "expected to answer, found a fault of the server; its log says more")
 
@@ -176,6 +182,16 @@ class OpenpiServer:
         }
 
 
+def _peer(connection: ServerConnection) -> str:
+    """Its address; one that has gone may have none."""
+    return str((connection.remote_address or ("",))[0])
+
+
+def _log(connection: ServerConnection, outcome: str, why: str) -> None:
+    peer = _peer(connection)
+    log.info("openpi client %s: %s", peer, why, extra=fields(protocol=PROTOCOL, client=peer, outcome=outcome))
+
+
 def _ended(error: Exception) -> tuple[str, str]:
     """What a connection ended by: the client, or something that it sent."""
     if not isinstance(error, ConnectionClosed) or error.sent is None or error.rcvd_then_sent:
@@ -189,7 +205,7 @@ def _ended(error: Exception) -> tuple[str, str]:
 def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
     """Memory for the pictures of a client that asks for it, on this machine."""
     asked = connection.request is not None and HEADER in connection.request.headers
-    if not (asked and is_loopback(str((connection.remote_address or ("",))[0]))):
+    if not (asked and is_loopback(_peer(connection))):
         yield None
         return
     offered = Offered()

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from rlrc.errors import UserError
+from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places, connected, forget
 
 # A request, or why there is none -> the answer.
@@ -78,10 +79,10 @@ class Replier:
             await asyncio.wait_for(_introduce(reader, writer), SECONDS)
             await self._talk(reader, writer, self._answering(peer, partial(connected, writer.transport)))
         except Broken as error:
-            log.info("zmq client %s: %s", peer, error)
+            log.info("gr00t client %s: %s", peer, error, extra=fields(protocol="gr00t", client=peer, outcome="request"))
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError) as error:
             forget(error)
-            log.info("zmq client %s: gone", peer)
+            log.info("gr00t client %s: gone", peer, extra=fields(protocol="gr00t", client=peer, outcome="gone"))
         finally:
             writer.transport.abort()  # what it has not read by now it will not get
 
