@@ -183,8 +183,8 @@ def test_every_client_has_its_own_noise(tiny_manifest: Any) -> None:
     given: list[dict[str, Any]] = []
 
     class Told(Session):
-        async def infer(self, observation: Any) -> Any:
-            given.append(observation)
+        async def infer(self, observation: Any, *_: Any) -> Any:
+            given.append(observation() if callable(observation) else observation)
 
     async def serve() -> None:
         session = Told(spec)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import secrets
 import sys
 from contextlib import ExitStack
@@ -37,7 +36,7 @@ from rlrc.runtime.page.process import Address, Page
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
-from rlrc.runtime.servers.ports import TOKEN, Access, access
+from rlrc.runtime.servers.ports import Access, access, token
 from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import ASKED, StopSwitch
 
@@ -271,8 +270,8 @@ class Run:
 
     def _access(self) -> Access:
         """Who may see the page: whoever shows the token, which is drawn if there is none."""
-        token = self.token or os.environ.get(TOKEN) or secrets.token_urlsafe(16)
-        return access(self.host, token, self.certificate, self.key, self.insecure)
+        shown = token(self.token) or secrets.token_urlsafe(16)
+        return access(self.host, shown, self.certificate, self.key, self.insecure)
 
     def _profile_name(self) -> str:
         if self.profile is not None:

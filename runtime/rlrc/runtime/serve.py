@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -28,7 +27,7 @@ from rlrc.runtime.servers import logs, observations
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
-from rlrc.runtime.servers.ports import TOKEN, Access, access, check_plain
+from rlrc.runtime.servers.ports import Access, access, check_plain, token, url
 from rlrc.runtime.servers.session import WAITING, Session
 from rlrc.runtime.supervisor import Supervisor
 
@@ -86,7 +85,7 @@ class Serve:
             raise UserError(f"expected every protocol once, found {' '.join(self.protocol) or 'none'}; name it once")
         if strange := sorted(self.mapping.keys() - set(self.protocol)):
             raise UserError(f"expected mappings of {', '.join(self.protocol)}, found one of {strange[0]}; leave it out")
-        allowed = access(self.host, self.token or os.environ.get(TOKEN), self.certificate, self.key, self.insecure)
+        allowed = access(self.host, token(self.token), self.certificate, self.key, self.insecure)
         check_plain(self.host, self.protocol, self.insecure)
         artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
         spec = artifact.manifest.policy
@@ -124,7 +123,7 @@ class Serve:
                 found = await server.start(self.host, port)
                 stack.push_async_callback(server.stop)
                 scheme = SCHEMES[name] + ("s" if allowed.tls and name in ("openpi", "openvla") else "")
-                console.print(f"{name}: {scheme}://{self.host}:{found}  {'; '.join(mapping.told)}", soft_wrap=True)
+                console.print(f"{name}: {url(scheme, self.host, found)}  {'; '.join(mapping.told)}", soft_wrap=True)
             if self.page is not None:
                 await self._open_page(artifact, session, stack)
             opening = asyncio.ensure_future(
@@ -151,8 +150,7 @@ class Serve:
         can = {"stop", "rearm", "bench"} | (set() if session.spec.prompt is None else {"instruction"})
         facts = {"protocols": ", ".join(self.protocol)}
         told = hello("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
-        token = self.token or os.environ.get(TOKEN)
-        address = Address(self.host, self.page or 0, token, self.certificate, self.key, self.stop_port)
+        address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key, self.stop_port)
         page = Page(told, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         telling = asyncio.ensure_future(SessionPage(page, session).run())

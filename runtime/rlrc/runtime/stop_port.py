@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc.errors import UserError
+from rlrc.runtime.servers.ports import url
 from rlrc.runtime.stop_listener import PRESS, READY
 
 OPENING_S = 60.0
@@ -41,7 +42,7 @@ class StopPort:
         except OSError as error:
             raise UserError(f"expected a free port on {host}, found {port}: {error}; give another") from None
         self.port = int(self._listening.getsockname()[1])
-        self._host = f"[{host}]" if ":" in host else host
+        self._host = host
         self._wire, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
@@ -52,7 +53,7 @@ class StopPort:
         self, token: str, certificate: Path | None = None, key: Path | None = None, page: int | None = None
     ) -> None:
         """``page``: the port of the operator's page, which may send stops from a browser."""
-        self.url = f"{'http' if certificate is None else 'https'}://{self._host}:{self.port}/stop"
+        self.url = url("http" if certificate is None else "https", self._host, self.port) + "/stop"
         descriptors = self._listening.fileno(), self._theirs.fileno()
         # Isolated: neither the folder that this was started in nor the environment decides what is imported.
         root = str(Path(__file__).parents[2])

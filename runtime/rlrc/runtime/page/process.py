@@ -15,6 +15,7 @@ from typing import Any
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
 from rlrc.runtime.page.feed import Ends, Feed
+from rlrc.runtime.servers.ports import url
 from rlrc.runtime.stop_port import StopPort
 
 OPENING_S = 60.0
@@ -58,8 +59,7 @@ class Page:
             self.close()
             raise
         scheme = "http" if address.certificate is None else "https"
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        self.url = f"{scheme}://{host}:{self.port}"
+        self.url = url(scheme, address.host, self.port)
 
     @property
     def link(self) -> str:

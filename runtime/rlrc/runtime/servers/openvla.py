@@ -14,6 +14,8 @@ import base64
 import json
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from rlrc.runtime.servers.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
 from rlrc.runtime.servers.gate import Connection, answering, listen
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, forget, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, connected, forget, status
 from rlrc.runtime.servers.session import LARGEST, Refused, Session
 
 PROTOCOL = "openvla"
@@ -98,8 +100,9 @@ class OpenvlaServer:
         self._busy += 1
         try:
             body = await asyncio.wait_for(request.read(), BODY_S)
+            waits = partial(connected, request.transport)
             with self._session.answer(PROTOCOL):
-                answer = web.Response(text=await self._answer(body), content_type="application/json")
+                answer = web.Response(text=await self._answer(body, waits), content_type="application/json")
             if isinstance(request.protocol, Connection):
                 request.protocol.keep_place()
             return answer
@@ -126,12 +129,12 @@ class OpenvlaServer:
         finally:
             self._busy -= 1
 
-    async def _answer(self, body: bytes) -> str:
+    async def _answer(self, body: bytes, waits: Callable[[], bool] = lambda: True) -> str:
         payload, twice = _parsed(body), False
         if isinstance(payload, dict) and payload.keys() == {"encoded"}:
             payload, twice = _parsed(str(payload["encoded"]).encode(errors="surrogatepass")), True
         # unnorm_key, which names a data set's statistics, has been chosen when the artifact was made.
-        chunk = await self._client.infer(self._observations.of(payload))
+        chunk = await self._client.infer(self._observations.of(payload), waits)
         rows = [_encoded(action) for action in chunk.actions]
         answer = json.dumps(rows if self._observations.mapping.chunks else rows[0])
         return json.dumps(answer) if twice else answer
