@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlrc.benchmarks import rig
 from rlrc.errors import UserError
 from rlrc.robots.driver import Driver, checked
 from rlrc.robots.robot import RobotError, Sensed
+from rlrc.runtime import watchdog
 from rlrc.runtime.cli import main
 from rlrc.runtime.watchdog import Watchdog
 
@@ -281,6 +283,33 @@ def test_the_watchdog_stops_within_its_bound(seconds: float) -> None:
     with pytest.raises(RobotError, match="has not returned"):  # nothing is sent any more
         driver.command(np.zeros(2))
     assert ended == []
+
+
+def test_a_robot_that_does_not_close_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "CLOSING_S", 0.05)
+    arm, said, ended = rig.Arm(), list[str](), list[int]()
+    driver, over = Driver(arm), threading.Event()
+    arm.close = over.wait  # type: ignore[method-assign, assignment]
+
+    def end(code: int) -> None:
+        ended.append(code)
+        over.set()
+
+    with Watchdog(driver, said.append, said.append, end).closing():
+        driver.close()
+    assert ended == [1]
+    assert "the driver's close has not returned for" in said[0]
+
+
+def test_a_property_that_fails_is_the_robots_fault() -> None:
+    class Arm(rig.Arm):
+        @property
+        def live_pictures(self) -> bool:  # type: ignore[override]
+            raise SystemExit(0)
+
+    with pytest.raises((RobotError, SystemExit)) as caught:
+        _ = Driver(Arm()).live_pictures
+    assert isinstance(caught.value, RobotError)
 
 
 def test_a_loop_that_cannot_be_started_is_no_failure() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guarded import ABSOLUTE, DELTA, GRIPPER, SOURCES, VELOCITY, at, guard_of
+from guarded import ABSOLUTE, DELTA, GRIPPER, SOURCES, VELOCITY, action_of, at, guard_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlrc.errors import UserError
 from rlrc.robots import replay
@@ -157,8 +159,6 @@ def test_a_state_in_other_numbers() -> None:
     """0 to 360 degrees measured, -pi to pi commanded."""
     rad = replace(RAD, state="at_yaw")
     profile = guard_of(rad).profile
-    from guarded import action_of
-
     guard = Guard(profile, 10, action_of(profile), ["at_yaw"], ["deg"])
     guard.start(at(190.0))
     assert sent(guard, math.radians(-168.0), 190.0) == math.radians(-168.0)
@@ -234,3 +234,30 @@ def test_errors_of_a_recording_are_those_on_the_circle() -> None:
     found = replay.errors(recorded, told, ("yaw", "x"), np.array([2 * math.pi, math.inf]))
     assert found["error"]["yaw"]["max"] == pytest.approx(2 * math.pi - 6.2, abs=1e-6)
     assert found["error"]["x"]["max"] == pytest.approx(6.2, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(st.floats(10, 500), st.floats(10, 5000), st.sampled_from([(-180.0, 180.0), (0.0, 360.0)]), st.integers(0, 2**32))
+def test_no_command_is_faster_than_allowed_on_the_circle(
+    velocity: float, acceleration: float, numbers: tuple[float, float], seed: int
+) -> None:
+    """Targets anywhere on the circle, in anybody's numbers; the robot is where it was told to be, in its own."""
+    rng, limits = np.random.default_rng(seed), (Limit(velocity, "s"), Limit(acceleration, "s"))
+    turning = replace(YAW, position=Position(*numbers, "s"), velocity=limits[0], acceleration=limits[1], tracking=None)
+    guard, where, before = started(turning, float(rng.uniform(*numbers))), 0.0, 0.0
+    where = float(guard._position[0])
+    target = where
+    for _ in range(150):
+        target = float(rng.uniform(-400, 400)) if rng.random() < 0.1 else target + float(rng.normal(0, velocity / 20))
+        dt = float(rng.uniform(0.02, 0.2))
+        seen = where + 360.0 * rng.integers(-1, 2)
+        verdict = guard.step(at(target), at(seen), dt) if rng.random() < 0.9 else guard.hold(at(seen), dt)
+        assert not verdict.stopped, guard.reason
+        assert verdict.command is not None
+        told = float(verdict.command[0])
+        assert numbers[0] - 1e-9 <= told <= numbers[1] + 1e-9
+        speed = shortest(at(told - where), at(360.0))[0] / dt
+        if velocity * dt < 150:  # else a step may be either way round
+            assert abs(speed) <= velocity + 1e-6
+            assert abs(speed - before) <= acceleration * dt + 1e-6
+        where, before = told, speed

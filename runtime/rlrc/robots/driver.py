@@ -24,7 +24,8 @@ class Driver:
 
     def __init__(self, robot: Robot) -> None:
         missing = [name for name in NEEDED if not callable(getattr(robot, name, None))]
-        missing += [] if hasattr(robot, "live_pictures") else ["live_pictures"]
+        known = plain("live_pictures", lambda: hasattr(robot, "live_pictures"))
+        missing += [] if known else ["live_pictures"]
         if missing:
             raise RobotError(f"a driver without {', '.join(missing)} ({type(robot).__name__}; docs/robots.md)")
         self._robot = robot

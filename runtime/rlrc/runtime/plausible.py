@@ -4,7 +4,8 @@ Of every dimension that is measured, in its unit, with its velocity limit V:
 
 - A robot does not move faster than V. Between two states it may have moved by V times the time between them, and by
   ``jump`` more: for noise, and for stamps that jitter. Where a state has repeated itself, the time since it last
-  changed counts, up to ``repeated``.
+  changed counts, up to ``repeated``; and where a step took long, that step's time, for the robot was told to go that
+  far and may do so at once.
 - A robot that is told to move does so, late perhaps, and perhaps by less. The commands may lead by at most ``lead``
   before the state has gone a twentieth of that in their direction. What is told back and forth cancels out.
 - A state that is the same to the last bit, while the robot is told to move at more than a tenth of V, is no new one: of
@@ -16,6 +17,7 @@ have run ahead by ``lead``. Noise below a twentieth of ``lead`` hides nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +30,7 @@ Vector = NDArray[np.float64]
 LEAD_S = 0.5  # the lead is what the robot could move in this time, if the profile says nothing else
 JITTER_S = 0.05  # the jump likewise
 REPEATED_S = 0.2  # for so long, or two periods, a state may repeat itself before the robot is found further on
+DELAYED = 4  # steps by which a command may reach the robot later
 FOLLOWED = 1 / 20  # of the lead: the robot has followed
 SLOW = 0.1  # of the velocity limit: slower commands may be lost in a servo's dead band
 
@@ -50,6 +53,7 @@ class Plausibility:
         self._velocity, self._jump, self._lead, self._periods = _finite(velocity), jump, lead, periods
         self._slow = SLOW * self._velocity
         self._last: Vector | None = None
+        self._steps: deque[float] = deque(maxlen=DELAYED)  # how long the last ones took
 
     def forget(self) -> None:
         """The next state is taken as it is: the robot may have been moved meanwhile."""
@@ -66,12 +70,14 @@ class Plausibility:
             self._ahead, self._origin, self._missed = np.zeros(len(sensed)), sensed, np.zeros(len(sensed))
             return []
         sensed = near(sensed, self._last, self._periods)
+        self._steps.append(seconds)
         return self._jumped(sensed, stamp) + self._left_behind(sensed, stamp, moved, seconds)
 
     def _jumped(self, sensed: Vector, stamp: float) -> list[Doubt]:
         assert self._last is not None
-        passed = np.maximum(stamp - self._stamp, np.minimum(stamp - self._changed, self._repeated))
-        allowed = self._velocity * np.maximum(passed, 0.0) + self._jump
+        passed = np.minimum(stamp - self._changed, self._repeated)
+        passed = np.maximum(passed, max(stamp - self._stamp, *self._steps, 0.0))
+        allowed = self._velocity * passed + self._jump
         gone = np.abs(sensed - self._last)
         return _doubts("jump", gone, allowed)
 
