@@ -256,7 +256,10 @@ class VerifiedSpec:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One stage: its full configuration, the tool's version, the parent's manifest hash, its cost and metrics."""
+    """One stage: its full configuration, the tool's version, the parent's manifest hash, its cost and metrics.
+
+    ``precision``: what its products were computed in, by type of device.
+    """
 
     stage: str
     config: dict[str, Any]
@@ -265,6 +268,7 @@ class HistoryEntry:
     cpu_minutes: float
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

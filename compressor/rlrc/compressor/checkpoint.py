@@ -96,8 +96,8 @@ def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: s
 
 
 def parameters(policy: Policy, prefix: str = "") -> int:
-    """How many, in all or of one module ("decoder.")."""
-    return sum(tensor.numel() for name, tensor in policy.named_parameters() if name.startswith(prefix))
+    """How many numbers are stored, in all or of one module ("decoder."): statistics of frozen norms count too."""
+    return sum(tensor.numel() for name, tensor in policy.state_dict().items() if name.startswith(prefix))
 
 
 def read_observations(file: Path) -> dict[str, np.ndarray]:

@@ -58,6 +58,15 @@ def open_source(path: Path, flags: Flags) -> Source:
     return OfficialSource(path, flags) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
 
 
+def unquantized_only(found: Source, path: str | Path) -> None:
+    """Raises UserError for weights that were rounded before: every stage would store them as floats, or round twice."""
+    if found.quantized:
+        raise UserError(
+            f"expected an unquantized artifact, found int4 or int8 in {path}; start from the one that it was quantized "
+            "from, and quantize last"
+        )
+
+
 def shapes(source: Source) -> dict[str, Tensor]:
     """The policy's tensors, without data."""
     with torch.device("meta"):

@@ -41,8 +41,13 @@ def describe(artifact: Artifact, console: Console) -> None:
         print_table(records_table(manifest.verified, manifest.policy), console)
     history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
     for entry in manifest.history:
+        products = " ".join(sorted(set(entry.precision.values())))
         history.add_row(
-            entry.stage, entry.version, f"{entry.cpu_minutes:.1f}", scalars(entry.before), scalars(entry.after)
+            f"{entry.stage} {products}",
+            entry.version,
+            f"{entry.cpu_minutes:.1f}",
+            scalars(entry.before),
+            scalars(entry.after),
         )
     print_table(history, console)
     console.print(
