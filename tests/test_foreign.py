@@ -47,6 +47,12 @@ def test_a_policy_in_a_training_run(run: Path, given: str, capsys: pytest.Captur
     assert "act" in capsys.readouterr().out
 
 
+def test_a_training_run_where_an_artifact_is_needed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run / "checkpoints/last")]) == 2
+    message = "a step of a LeRobot training run, with a checkpoint of 'act' in its training code's format; make an"
+    assert message in capsys.readouterr().err
+
+
 def pi(names: list[str], folder: Path, **config: object) -> None:
     folder.mkdir()
     save_file({name: torch.zeros(1) for name in names}, folder / MODEL)

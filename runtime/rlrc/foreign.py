@@ -109,7 +109,9 @@ def _official(path: Path) -> str | None:
 
 
 def _run(path: Path) -> str | None:
-    """A training run, or the checkpoints of one, with steps to choose from."""
+    """A training run, or the checkpoints of one, with steps to choose from; or one step."""
+    if (path / "pretrained_model").is_dir():
+        return f"a step of a LeRobot training run, with {found(path / 'pretrained_model')}"
     places = [path, path / "checkpoints"]
     steps = [step for place in places for step in sorted(place.glob("*/pretrained_model")) if step.is_dir()]
     if steps:
