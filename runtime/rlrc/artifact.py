@@ -76,7 +76,8 @@ class CameraSpec:
 class StateSpec:
     """Proprioception: the meaning of every dimension, its unit, and how it is normalised.
 
-    The policy gets ``width`` numbers, the last ones zero (None: as many as there are names).
+    The policy, or the prompt that tells the state, gets ``width`` numbers, the last ones zero (None: as many as there
+    are names).
     """
 
     names: tuple[str, ...]

@@ -27,7 +27,7 @@ from rlrc.compressor.quantize import lines as rounding_lines
 from rlrc.compressor.sources import open_source
 from rlrc.compressor.stages import Options, run_prune, run_quantize, unquantized_only
 from rlrc.errors import UserError
-from rlrc.runtime.describe import plain_console
+from rlrc.runtime.describe import normalisation_lines, plain_console
 from rlrc.runtime.official import Flags
 
 
@@ -52,6 +52,7 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
         )
     )
     told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
+    told.append((normalisation_lines, "normalisation"))
     for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {following}")

@@ -12,7 +12,7 @@ from rlrc.compressor import official
 from rlrc.compressor.coupling import TOWERS, groups
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
-from rlrc.runtime.describe import modules_table, policy_rows, print_rows
+from rlrc.runtime.describe import modules_table, normalisation_lines, policy_rows, print_rows
 from rlrc.runtime.describe import prunable as prunable_parts
 from rlrc.strict import encode
 
@@ -62,6 +62,8 @@ def record(folder: Folder, layout: Layout, policy: Policy, data_sets: list[str])
         "modules": {name: sum(tensor.numel() for tensor in tensors) for name, tensors in modules.items()},
         "prunable": prunable(layout, policy),
         "data_sets": data_sets,
+        "normalisation": encode(layout.normalisation),
+        "notes": layout.notes,
         "policy": encode(layout.spec),
         "towers": encode(layout.towers),
     }
@@ -103,6 +105,8 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     rows = {
         "checkpoint": facts["path"],
         **policy_rows(layout.spec),
+        "normalisation": "\n".join(normalisation_lines(facts["normalisation"])),
+        **layout.notes,
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors: {parts}",
         "bytes": f"{facts['bytes']:,} as {', '.join(facts['dtypes'])}",
         "data sets": ", ".join(facts["data_sets"]),

@@ -30,7 +30,7 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         folder, options = geometries.folder(geometry)
     else:
         assert path is not None
-        folder, options = official.open_folder(hub.locate(path)), options_of(flags)
+        folder, options = official.open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
     data_sets = _data_sets(folder)
     if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from rlrc.artifact import Manifest
-from rlrc.compressor import distributed, lessons, memory
+from rlrc.compressor import distributed, lessons, memory, normalisation
 from rlrc.compressor.batches import Lessons
 from rlrc.compressor.distill import DistillConfig, check_teacher, distillation, matched
 from rlrc.compressor.policy import Policy
@@ -19,6 +19,7 @@ from rlrc.compressor.sft import Objective, SFTConfig, sft
 from rlrc.compressor.sources import Source, open_source, shapes
 from rlrc.compressor.stages import Options, Stage, stage
 from rlrc.errors import UserError
+from rlrc.runtime.describe import normalisation_lines, plain_console
 from rlrc.runtime.official import Flags
 
 
@@ -38,18 +39,27 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
 
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    told: dict[str, Any] = {}
+
     def check(found: Source) -> None:
+        if take_statistics(found, config):
+            told["normalisation"] = found.normalisation
         lessons.check("sft", found, config)
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
-    with stage("sft", source, out, config, options, check, flags) as work:
-        return work.finish(work.policy, **taught(work, config, lambda lessons: Objective))
+    with stage("sft", source, out, config, options, check, flags, incomplete=True) as work:
+        return work.finish(work.policy, **told, **taught(work, config, lambda lessons: Objective))
 
 
 def run_distill(
     source: Path, out: Path, config: DistillConfig, options: Options, flags: Flags | None = None
 ) -> Manifest:
     """``flags`` are those of an official teacher."""
+    if config.statistics != "policy":
+        raise UserError(
+            f"expected distill.statistics policy, found {config.statistics}; a student has its teacher's, and rlrc sft "
+            "takes a data set's"
+        )
     if not config.teacher:
         raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
     teacher = open_source(Path(config.teacher), flags or Flags())
@@ -68,6 +78,40 @@ def run_distill(
 
         report = taught(work, config, objective)
         return work.finish(work.policy, teacher=teacher.digest, **report)
+
+
+def take_statistics(source: Source, config: SFTConfig) -> bool:
+    """Gives the source the data set's statistics where its own are missing, or for all; whether it did.
+
+    Raises UserError where there are none to take.
+    """
+    record, everything = source.normalisation, config.statistics == "data"
+    absent, own = normalisation.missing(record), normalisation.normalised(record)
+    names = own if everything else absent
+    if everything and not (names and config.data):
+        what = "an artifact that records its modes of normalisation" if config.data else "--data FOLDER"
+        raise UserError(
+            f"expected {what} with --statistics data, found none; leave --statistics out to keep the policy's"
+        )
+    if names and not config.data:
+        raise UserError(
+            f"expected statistics of {', '.join(names)}, which the policy does not have, from a data set, found none; "
+            "give --data FOLDER"
+        )
+    console = plain_console(stderr=True)
+    if names:
+        dataset = normalisation.from_data(config.data)
+        source.spec, source.normalisation = normalisation.adopted(source.spec, record, names, dataset, config.cameras)
+        dataset.close()
+    elif own and config.data and distributed.rank() == 0:
+        console.print(
+            f"normalisation: the policy's own statistics of {', '.join(own)} are kept; --statistics data takes those "
+            f"of {config.data}"
+        )
+    if names and distributed.rank() == 0:
+        for line in normalisation_lines({name: source.normalisation[name] for name in names}):
+            console.print(f"normalisation: {line}")
+    return bool(names)
 
 
 def taught(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, NormStats, StateSpec, TokenSpec
+from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def statistics(folder: Folder, options: Options) -> tuple[str, Mapping[str, Any]
     if not isinstance(found[key], dict):
         raise UserError(f"expected an object as statistics of {key!r} in {folder.path}, found another; correct them")
     return key, found[key]
+
+
+def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
+    """What ``rlrc inspect`` shows of ``normalisation``."""
+    file = STATISTICS if STATISTICS in folder else "norm_stats of config.json"
+    return (Normalisation(what, kind, f"{', '.join(BOUNDS[kind])} of {dataset}.{what} in {file}", dataset),)
 
 
 def normalisation(

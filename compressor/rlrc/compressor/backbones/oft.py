@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
-from rlrc.compressor.backbones.norm_stats import BOUNDS, NARROWEST, action_spec, normalisation, state_spec, statistics
+from rlrc.compressor.backbones.norm_stats import (
+    BOUNDS,
+    NARROWEST,
+    action_spec,
+    described,
+    normalisation,
+    state_spec,
+    statistics,
+)
 from rlrc.compressor.backbones.prismatic import (
     LM_HEAD,
     Prismatic,
@@ -80,6 +88,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     key, stats = statistics(folder, options)
     images, (horizon, bounds) = _images(folder, options, shared), _chunk(folder, options, key)
     norm = normalisation(stats, "action", bounds, NARROWEST)
+    shown = {"action": described(folder, key, "action", bounds)}
     parts, unused, geometry = dict(shared.parts), list(shared.unused), dict(shared.geometry)
     if head is None:
         action = action_spec(horizon, norm, *action_tokens(folder))
@@ -93,6 +102,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     state = None
     if proprio is not None:
         state = state_spec(normalisation(stats, "proprio", bounds, NARROWEST, clip=1.0))
+        shown["state"] = described(folder, key, "proprio", bounds)
         geometry["state"] = dimensions(proprio, "fc1.weight", 2)[0]
         proprio.expect("fc1.weight", (geometry["state"], len(state.names)))
         parts |= affine("state.0", "fc1", proprio.file) | affine("state.2", "fc2", proprio.file)
@@ -100,7 +110,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     cameras = tuple(replace(shared.camera, name=f"image{i}") for i in range(images))
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt_spec(folder, others), action, geometry)
-    return Layout(spec, shared.towers, parts, tuple(unused))
+    return Layout(spec, shared.towers, parts, tuple(unused), shown)
 
 
 def _told_images(options: Options) -> Any:

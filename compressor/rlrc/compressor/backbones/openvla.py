@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import oft
-from rlrc.compressor.backbones.norm_stats import action_spec, normalisation, statistics
+from rlrc.compressor.backbones.norm_stats import action_spec, described, normalisation, statistics
 from rlrc.compressor.backbones.prismatic import LM_HEAD, action_tokens, prismatic, prompt_spec
 from rlrc.compressor.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.nn.prismatic import PrismaticPolicy
@@ -37,12 +37,13 @@ def layout(folder: Folder, options: Options) -> Layout:
     shared = prismatic(folder, options)
     if oft.recognise(folder, options):
         return oft.layout(folder, options, shared)
-    _, stats = statistics(folder, options)
+    key, stats = statistics(folder, options)
     action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
+    shown = {"action": described(folder, key, "action", "bounds_q99")}
     prompt = prompt_spec(folder, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
     parts = {**shared.parts, "head.weight": Part((LM_HEAD,))}
-    return Layout(spec, shared.towers, parts, tuple(shared.unused))
+    return Layout(spec, shared.towers, parts, tuple(shared.unused), shown)
 
 
 def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
