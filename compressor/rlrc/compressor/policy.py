@@ -77,7 +77,8 @@ class Normalisation:
     """How one input or output is normalised, for ``rlrc inspect`` and the history of artifacts.
 
     ``feature``: its name in the statistics of its data set. ``origin``: which statistics of which file; for IDENTITY,
-    what says so. ``group``: the data set that --unnorm-key chose. ``missing``: what there is instead of statistics.
+    what says so. ``group``: the data set that --unnorm-key chose. ``missing``: what there is instead of statistics, and
+    ``groups``: the data sets that it could choose.
     """
 
     feature: str
@@ -85,6 +86,7 @@ class Normalisation:
     origin: str = ""
     group: str | None = None
     missing: str = ""
+    groups: tuple[str, ...] = ()
     eps: float = 0.0
 
 

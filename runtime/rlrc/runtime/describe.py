@@ -91,7 +91,7 @@ def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
 
     def told(one: Mapping[str, Any]) -> str:
         if one["missing"]:
-            choose = "; choose one with --unnorm-key" * ("data sets" in one["missing"])
+            choose = "; choose one with --unnorm-key" * bool(one["groups"])
             return f"{one['mode']}, but no statistics: found {one['missing']}{choose}"
         return f"{one['mode']} ({one['origin']})" if one["mode"] == "IDENTITY" else f"{one['mode']} by {one['origin']}"
 

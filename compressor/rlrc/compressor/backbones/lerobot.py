@@ -142,7 +142,7 @@ class Processors:
         norm = identity(numbers)
         for how, values in applied:
             if how.missing and not self.incomplete:
-                choose = "choose one with --unnorm-key" if "data sets" in how.missing else "copy the whole folder again"
+                choose = "choose one with --unnorm-key" if how.groups else "copy the whole folder again"
                 raise UserError(
                     f"expected statistics of {how.feature} in {self.path}, for its mode is {how.mode}, found "
                     f"{how.missing}; {choose}, or take those of your data: rlrc sft {self.path} OUT --data FOLDER"
@@ -184,19 +184,19 @@ class Processors:
         if mode == IDENTITY:
             return Normalisation(name, IDENTITY, normaliser.said), {}
         others = self.outwards if feature.kind == "ACTION" else self.inwards
-        groups: list[str] = []
+        groups: set[str] = set()
         for statistics in (normaliser.statistics, others):
             names = statistics.names(name)
             group = self.group if self.group in names else None
             if (stored := names.get(group or "")) is not None:
                 origin = f"{', '.join(MODES[mode])} of {stored} in {statistics.file}"
                 return Normalisation(name, mode, origin, group, eps=normaliser.eps), statistics.values[stored]
-            groups += [one for one in names if one not in groups]
-        file = normaliser.statistics.file
+            groups |= names.keys()
+        file, listed = normaliser.statistics.file, tuple(sorted(groups))
         missing = f"none in {file}" if file else f"no state_file of {normaliser.step}"
-        if groups:
-            missing = f"only those of the data sets {', '.join(groups)}"
-        return Normalisation(name, mode, missing=missing, eps=normaliser.eps), {}
+        if listed:
+            missing = f"only those of the data sets {', '.join(listed)}"
+        return Normalisation(name, mode, missing=missing, groups=listed, eps=normaliser.eps), {}
 
     def _by_none(
         self, feature: Feature, file: str, taught: list[str | None] | None = None
