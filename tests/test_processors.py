@@ -23,7 +23,7 @@ from rlrc.compressor.official import open_folder, options_of, recognise
 from rlrc.compressor.policy import Layout
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
-from rlrc.runtime.preprocess import Tokenizer, normalise, normalised_state, prepare
+from rlrc.runtime.preprocess import Tokenizer, normalise, prepare
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 NORMALIZER, UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
@@ -254,7 +254,6 @@ def test_every_command_that_opens_a_folder_refuses(tmp_path: Path, capsys: pytes
         ["prune", str(folder), out, "--lossless"],
         ["quantize", str(folder), out],
         ["sensitivity", str(folder), "--out", out],
-        ["write-back", str(good), out, "--like", str(folder)],
         ["sft", str(folder), out],
         ["distill", str(good), out, "--teacher", str(folder), "--data", str(tmp_path)],
     ):
@@ -461,7 +460,7 @@ def told(found: PolicySpec, state: list[float]) -> str:
     assert found.prompt is not None
     assert found.state is not None
     tokenizer = Tokenizer(DATA / TOKENIZERS["pi05"] / "tokenizer.json", found.prompt)
-    text = tokenizer.text("pick", normalised_state(np.array(state, np.float32), found.state))
+    text = tokenizer.text("pick", normalise(np.array(state, np.float32), found.state.norm))
     assert prepare({"state": np.array(state, np.float32), "instruction": "pick"}, found, tokenizer).ids is not None
     return text.removeprefix("Task: pick, State: ").removesuffix(";\nAction: ")
 

@@ -13,7 +13,7 @@ from rlrc.compressor.batches import collate
 from rlrc.compressor.policy import Inputs
 from rlrc.envs.metaworld import ACTION_NAMES, STATE_NAMES, TASKS
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import Prepared, Tokenizer, normalised_state, pictures, tells_state
+from rlrc.runtime.preprocess import Prepared, Tokenizer, given_state, normalise, pictures, tells_state
 
 
 def check_playable(spec: PolicySpec) -> None:
@@ -62,9 +62,10 @@ class Observer:
 
     def state(self, state: np.ndarray) -> Tensor | None:
         """Raw states (B, S) as the policy takes them."""
-        if self.spec.state is None or tells_state(self.spec):
+        if self.spec.state is None:
             return None
-        return torch.from_numpy(normalised_state(state, self.spec.state))
+        given = given_state(normalise(state, self.spec.state.norm), self.spec)
+        return None if given is None else torch.from_numpy(given)
 
     def words(self, tasks: Sequence[str], state: np.ndarray) -> Inputs:
         """Prompts of tasks in raw states (B, S): only ids and mask (B, L)."""
@@ -76,7 +77,7 @@ class Observer:
         assert self.tokenizer is not None
         if tells_state(self.spec):
             assert self.spec.state is not None
-            return self.tokenizer(TASKS[task].instruction, normalised_state(state, self.spec.state))
+            return self.tokenizer(TASKS[task].instruction, normalise(state, self.spec.state.norm))
         if task not in self._prompts:
             self._prompts[task] = self.tokenizer(TASKS[task].instruction)
         return self._prompts[task]

@@ -44,7 +44,10 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     else:
         describe(facts, layout, console := plain_console())
         if geometry is None:
-            console.print(f"next: rlrc infer {path} OBS.npz --out ACT.npz, or rlrc prune {path} OUT")
+            following = f"rlrc infer {path} OBS.npz --out ACT.npz, or rlrc prune {path} OUT"
+            if any(how.missing for steps in layout.normalisation.values() for how in steps):
+                following = f"rlrc sft {path} OUT --data FOLDER, which takes the statistics of your data"
+            console.print(f"next: {following}")
 
 
 def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:

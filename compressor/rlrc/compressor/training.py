@@ -12,6 +12,7 @@ from torch import nn
 
 from rlrc.artifact import Manifest
 from rlrc.compressor import distributed, lessons, memory, normalisation
+from rlrc.compressor.backbones.normaliser import MODES
 from rlrc.compressor.batches import Lessons
 from rlrc.compressor.distill import DistillConfig, check_teacher, distillation, matched
 from rlrc.compressor.policy import Policy
@@ -88,16 +89,13 @@ def take_statistics(source: Source, config: SFTConfig) -> bool:
     record, everything = source.normalisation, config.statistics == "data"
     absent, own = normalisation.missing(record), normalisation.normalised(record)
     names = own if everything else absent
-    if everything and not (names and config.data):
-        what = "an artifact that records its modes of normalisation" if config.data else "--data FOLDER"
+    if everything and not names:
         raise UserError(
-            f"expected {what} with --statistics data, found none; leave --statistics out to keep the policy's"
+            f"expected a policy that is normalised as LeRobot does ({', '.join(MODES)}) with --statistics data, found "
+            f"{source.spec.family} without a record of it; leave --statistics out to keep the policy's"
         )
     if names and not config.data:
-        raise UserError(
-            f"expected statistics of {', '.join(names)}, which the policy does not have, from a data set, found none; "
-            "give --data FOLDER"
-        )
+        raise UserError(f"expected a data set for the statistics of {', '.join(names)}, found none; give --data FOLDER")
     console = plain_console(stderr=True)
     if names:
         dataset = normalisation.from_data(config.data)

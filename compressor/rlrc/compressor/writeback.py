@@ -106,7 +106,7 @@ def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -
 
     def by_part(spec: PolicySpec) -> dict[str, object]:
         pictures = {f"image.{camera.name}": (camera.mean, camera.std) for camera in spec.cameras}
-        return pictures | {"state": spec.state and (spec.state.norm, spec.state.width), "action": spec.action.norm}
+        return pictures | {"state": spec.state and spec.state.norm, "action": spec.action.norm}
 
     own, theirs = by_part(spec), by_part(expected)
     if other := [part for part, values in own.items() if theirs.get(part) != values]:

@@ -76,11 +76,13 @@ def policy_rows(spec: PolicySpec) -> dict[str, str]:
 
 
 def padding(spec: PolicySpec) -> str:
-    """What is said of a state that is wider than its names."""
-    if spec.state is None or (width := spec.state.width or 0) <= len(spec.state.names):
-        return ""
-    told = spec.prompt is not None and spec.prompt.state_bins > 0
-    return f"; padded with zeros to {width} numbers{' in the prompt' * told}"
+    """What is said of a state that is padded for the policy or its prompt."""
+    names = () if spec.state is None else spec.state.names
+    if spec.prompt is not None and spec.prompt.state_bins:
+        width, place = spec.prompt.state_width, " in the prompt"
+    else:
+        width, place = (spec.state and spec.state.width) or 0, ""
+    return f"; padded with zeros to {width} numbers{place}" if width > len(names) else ""
 
 
 def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

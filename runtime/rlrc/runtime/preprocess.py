@@ -38,16 +38,17 @@ def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokeniz
         for camera in spec.cameras
         if f"image.{camera.name}" in observation
     ]
-    state = None if spec.state is None else normalised_state(observation["state"], spec.state)
+    state = None if spec.state is None else normalise(observation["state"], spec.state.norm)
     ids = None if tokenizer is None else tokenizer(observation["instruction"], state)
-    return Prepared(pixels, ids, None if tells_state(spec) else state)
+    return Prepared(pixels, ids, None if state is None else given_state(state, spec))
 
 
-def normalised_state(state: ArrayLike, spec: StateSpec) -> NDArray[np.float32]:
-    """Raw (..., names) -> what the policy, or its prompt, gets: (..., width), zeros behind."""
-    normalised = normalise(state, spec.norm)
-    more = (spec.width or 0) - len(spec.names)
-    return np.pad(normalised, [(0, 0)] * (normalised.ndim - 1) + [(0, more)]) if more > 0 else normalised
+def given_state(state: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32] | None:
+    """What the policy gets of a normalised state (..., names): (..., width), zeros behind; None if its prompt tells."""
+    if spec.state is None or tells_state(spec):
+        return None
+    more = (spec.state.width or 0) - len(spec.state.names)
+    return np.pad(state, [(0, 0)] * (state.ndim - 1) + [(0, more)]) if more > 0 else state
 
 
 def tells_state(spec: PolicySpec) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import oft
-from rlrc.compressor.backbones.norm_stats import action_spec, described, normalisation, statistics
+from rlrc.compressor.backbones.norm_stats import action_spec, described, described_pictures, normalisation, statistics
 from rlrc.compressor.backbones.prismatic import LM_HEAD, action_tokens, prismatic, prompt_spec
 from rlrc.compressor.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.nn.prismatic import PrismaticPolicy
@@ -39,7 +39,7 @@ def layout(folder: Folder, options: Options) -> Layout:
         return oft.layout(folder, options, shared)
     key, stats = statistics(folder, options)
     action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
-    shown = {"action": described(folder, key, "action", "bounds_q99")}
+    shown = described_pictures([shared.camera]) | {"action": described(folder, key, "action", "bounds_q99")}
     prompt = prompt_spec(folder, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
     parts = {**shared.parts, "head.weight": Part((LM_HEAD,))}

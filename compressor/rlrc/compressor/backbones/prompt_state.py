@@ -19,7 +19,7 @@ TRAINED = "train_config.json"  # how LeRobot was started
 def with_prompt_state(
     folder: Folder, processors: Processors, spec: PolicySpec, given: str | None
 ) -> tuple[PolicySpec, dict[str, str]]:
-    """The spec with the state as wide as its prompt tells it, and the note for ``rlrc inspect``. ``given``: the rule.
+    """The spec whose prompt tells the state as in training, and the note for ``rlrc inspect``. ``given``: the rule.
 
     Raises UserError where that makes a difference and neither the folder nor the user says which it was.
     """
@@ -40,7 +40,8 @@ def with_prompt_state(
             f"--prompt-state unpadded (0.5 and later: its {numbers})"
         )
     if rule == "padded":
-        spec = replace(spec, state=replace(spec.state, width=most))
+        assert spec.prompt is not None
+        spec = replace(spec, prompt=replace(spec.prompt, state_width=most))
     return spec, {"prompt state": f"{rule}, as {why} says"}
 
 
