@@ -254,7 +254,6 @@ def test_every_command_that_opens_a_folder_refuses(tmp_path: Path, capsys: pytes
         ["prune", str(folder), out, "--lossless"],
         ["quantize", str(folder), out],
         ["sensitivity", str(folder), "--out", out],
-        ["sft", str(folder), out],
         ["distill", str(good), out, "--teacher", str(folder), "--data", str(tmp_path)],
     ):
         assert main(command) == 2, command

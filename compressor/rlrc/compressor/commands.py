@@ -51,6 +51,7 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
             for key, value in shown.items()
         )
     )
+    told: list[tuple[Callable[[Any], list[str]], str]]
     told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
     told.append((normalisation_lines, "normalisation"))
     for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
