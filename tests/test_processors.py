@@ -531,3 +531,21 @@ def test_width_of_the_statistics_where_the_config_has_the_padded_one(tmp_path: P
     )
     with pytest.raises(UserError, match=r"expected 9 finite floating-point numbers as mean of action .*, found 6"):
         spec(short, "smolvla")
+
+
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [
+        ("openvla", "action: bounds_q99 by q01, q99 of bridge_orig.action in norm_stats of config.json"),
+        (
+            "openvla-oft-l1",
+            "state: bounds_q99 by q01, q99 of libero_spatial_no_noops.proprio in dataset_statistics.json",
+        ),
+    ],
+)
+def test_inspect_shows_the_statistics_of_openvla(family: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    images = ["--images", "2"] if family == "openvla-oft-l1" else []
+    assert main(["inspect", str(DATA / family / "checkpoint"), *given(family), *images]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert line in shown
+    assert "image.image0: MEAN_STD by means, stds of preprocessor_config.json" in shown

@@ -47,11 +47,13 @@ def with_prompt_state(
 
 def _trained_with(folder: Folder) -> tuple[str | None, str]:
     """The rule of the LeRobot that trained a pi0.5, and what tells."""
-    if RELATIVE in step_names(folder, BEFORE) or "use_relative_actions" in folder.config:
-        return "unpadded", f"{RELATIVE}, which LeRobot has since 0.5.1,"
+    if RELATIVE in step_names(folder, BEFORE):
+        return "unpadded", f"{RELATIVE} in {BEFORE}, which LeRobot has since 0.5.1,"
+    if "use_relative_actions" in folder.config:
+        return "unpadded", "use_relative_actions in config.json, which LeRobot has since 0.5.1,"
     trained = folder.json(TRAINED) if TRAINED in folder else None
     if not isinstance(trained, dict) or not {"policy", "dataset"} <= trained.keys():
         return None, ""
     if "cudnn_deterministic" in trained:
-        return "unpadded", f"cudnn_deterministic of {TRAINED}, which LeRobot has since 0.5,"
+        return "unpadded", f"cudnn_deterministic in {TRAINED}, which LeRobot has since 0.5,"
     return "padded", f"{TRAINED} without cudnn_deterministic, so of LeRobot 0.4,"
