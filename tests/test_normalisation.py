@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from families import DATA, flags
 from rlrc import artifact as artifacts
+from rlrc.artifact import NormStats
 from rlrc.compressor import training
+from rlrc.compressor.compress import compress
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
 from rlrc.datasets.meta import Feature
@@ -146,7 +148,7 @@ def test_statistics_of_the_policy_are_kept_unless_the_datas_are_wanted(
     six = tuple(f"m{i}" for i in range(6))
     data = record(tmp_path / "data", SIZES["smolvla"], 6, six)
     kept = train(folder, tmp_path / "kept", data, "smolvla")
-    assert "the policy's own statistics of state, action are kept; --statistics data" in capsys.readouterr().err
+    assert "the policy's own statistics of state, action are kept; --statistics data takes" in capsys.readouterr().err
     tensors = load_file(next(folder.glob("policy_post*.safetensors")))
     assert kept.policy.action.norm.center == tuple(tensors["action.mean"].double().tolist())
     assert kept.policy.action.names[0] == "joint_0"
@@ -251,3 +253,32 @@ def test_what_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["write-back", str(tmp_path / "out"), str(tmp_path / "back"), "--like", str(folder), *given]) == 2
     assert "found other statistics of image.top, state, action in the artifact" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+def test_a_base_whose_modes_are_identity_takes_the_widths(tmp_path: Path) -> None:
+    folder = base("pi0", tmp_path)
+    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        values = json.loads((folder / file).read_text())
+        for step in values["steps"]:
+            if "norm_map" in step["config"]:
+                step["config"]["norm_map"] = dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY")
+        (folder / file).write_text(json.dumps(values))
+    manifest = train(folder, tmp_path / "out", record(tmp_path / "data", SIZES["pi0"], 5, NAMES), "pi0")
+    assert manifest.policy.action.norm == NormStats((0.0,) * 4, (1.0,) * 4)
+    assert manifest.policy.action.names == NAMES
+    assert manifest.policy.state is not None
+    assert (len(manifest.policy.state.names), manifest.policy.state.width) == (5, 32)
+
+
+def test_a_recipe_goes_on_after_the_fine_tuning_of_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlrc.exporters.export.export", lambda artifact, out: exported.append(artifact.path))
+    exported: list[Path] = []
+    data = record(tmp_path / "data", SIZES["act"], 6, tuple(f"m{i}" for i in range(6)))
+    recipe = {"sft": SFTConfig(steps=1, batch=2, warmup=0, data=str(data))}
+    for _ in range(2):
+        compress(base_once(tmp_path), tmp_path / "out", recipe, QUIET, flags("act"))
+    assert exported == [tmp_path / "out.stages/sft"] * 2
+
+
+def base_once(path: Path) -> Path:
+    return path / "act-base" if (path / "act-base").exists() else base("act", path, width=None)

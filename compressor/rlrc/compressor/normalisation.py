@@ -16,7 +16,7 @@ import torch
 
 from rlrc.artifact import ActionSpec, HistoryEntry, NormStats, PolicySpec, StateSpec
 from rlrc.compressor.backbones.lerobot import dimension_names, meanings
-from rlrc.compressor.backbones.normaliser import MODES, Values, affine
+from rlrc.compressor.backbones.normaliser import IDENTITY, MODES, Values, affine, identity
 from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 from rlrc.strict import encode, parse
@@ -47,6 +47,17 @@ def normalised(record: Recorded) -> list[str]:
     return [name for name, steps in record.items() if any(step["mode"] in MODES for step in steps)]
 
 
+def undecided(spec: PolicySpec, record: Recorded) -> list[str]:
+    """What is the data set's to say: what lacks statistics, and what is as wide as a base declares and has IDENTITY."""
+    wide = [
+        name
+        for name in ("state", "action")
+        if spec.flow is not None and all(step["mode"] == IDENTITY for step in record.get(name, [{"mode": ""}]))
+        if len(set(_range(spec, name))) == 1
+    ]
+    return missing(record) + wide
+
+
 def adopted(
     spec: PolicySpec, record: Recorded, names: Collection[str], dataset: Dataset, cameras: Mapping[str, str]
 ) -> tuple[PolicySpec, Recorded]:
@@ -69,6 +80,10 @@ def adopted(
             spec = _with_picture(spec, name.removeprefix("image."), affine(mode, values, 3, eps, feature))
         else:
             width = _width(dataset, feature, spec, name)
+            if mode == IDENTITY:
+                if width != _range(spec, name)[0]:
+                    spec = _with_numbers(spec, name, identity(width), dataset.features[feature].names)
+                continue
             values, origin = _of_numbers(dataset, feature, mode)
             norm = affine(mode, values, width, eps, f"{feature} in {dataset.path}", inverse=name == "action")
             spec = _with_numbers(spec, name, norm, dataset.features[feature].names)

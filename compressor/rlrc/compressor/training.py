@@ -86,30 +86,34 @@ def take_statistics(source: Source, config: SFTConfig) -> bool:
 
     Raises UserError where there are none to take.
     """
-    record, everything = source.normalisation, config.statistics == "data"
+    spec, record, everything = source.spec, source.normalisation, config.statistics == "data"
     absent, own = normalisation.missing(record), normalisation.normalised(record)
-    names = own if everything else absent
-    if everything and not names:
+    if everything and not own:
         raise UserError(
             f"expected a policy that is normalised as LeRobot does ({', '.join(MODES)}) with --statistics data, found "
-            f"{source.spec.family} without a record of it; leave --statistics out to keep the policy's"
+            f"{spec.family} without a record of it; leave --statistics out to keep the policy's"
         )
-    if names and not config.data:
-        raise UserError(f"expected a data set for the statistics of {', '.join(names)}, found none; give --data FOLDER")
-    console = plain_console(stderr=True)
-    if names:
+    if (absent or everything) and not config.data:
+        raise UserError(
+            f"expected a data set for the statistics of {', '.join(absent or own)}, found none; give --data FOLDER"
+        )
+    names = own if everything else []
+    names += [name for name in normalisation.undecided(spec, record) if name not in names]
+    if names and config.data:
         dataset = normalisation.from_data(config.data)
-        source.spec, source.normalisation = normalisation.adopted(source.spec, record, names, dataset, config.cameras)
+        source.spec, source.normalisation = normalisation.adopted(spec, record, names, dataset, config.cameras)
         dataset.close()
-    elif own and config.data and distributed.rank() == 0:
-        console.print(
-            f"normalisation: the policy's own statistics of {', '.join(own)} are kept; --statistics data takes those "
-            f"of {config.data}"
-        )
-    if names and distributed.rank() == 0:
-        for line in normalisation_lines({name: source.normalisation[name] for name in names}):
+    changed = source.normalisation != record
+    if distributed.rank() == 0 and config.data:
+        console = plain_console(stderr=True)
+        for line in normalisation_lines({name: source.normalisation[name] for name in names}) if changed else ():
             console.print(f"normalisation: {line}")
-    return bool(names)
+        if kept := [name for name in own if name not in names]:
+            console.print(
+                f"normalisation: the policy's own statistics of {', '.join(kept)} are kept; --statistics data takes "
+                f"those of {config.data}"
+            )
+    return changed
 
 
 def taught(

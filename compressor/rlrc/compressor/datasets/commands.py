@@ -92,8 +92,8 @@ def policy_spec(path: Path, flags: Flags, dataset: Dataset, cameras: Mapping[str
         from rlrc.compressor.sources import open_source
 
         source = open_source(path, flags, incomplete=True)
-        absent = normalisation.missing(source.normalisation)
+        names = normalisation.undecided(source.spec, source.normalisation)
         with suppress(UserError):  # what does not fit, the match tells
-            return normalisation.adopted(source.spec, source.normalisation, absent, dataset, cameras)[0]
+            return normalisation.adopted(source.spec, source.normalisation, names, dataset, cameras)[0]
         return source.spec
     return artifacts.load(path, verify=()).manifest.policy
