@@ -17,6 +17,7 @@ from rlrc.compressor.checkpoint import load_policy
 from rlrc.compressor.describe import describe, record
 from rlrc.compressor.inference import TorchPolicy
 from rlrc.compressor.official import Folder, options_of
+from rlrc.compressor.policy import Normalisation
 from rlrc.compressor.writeback import write_official
 from rlrc.errors import UserError
 from rlrc.folders import check_output
@@ -32,10 +33,13 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         assert path is not None
         folder, options = official.open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
     data_sets = _data_sets(folder)
-    if len(data_sets) > 1 and options.unnorm_key is None:
+    undecided = len(data_sets) > 1 and options.unnorm_key is None
+    if undecided:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
     module = official.recognise(folder)
     layout = module.layout(folder, options)
+    if undecided:
+        layout = replace(layout, normalisation=_unchosen(layout.normalisation, data_sets))
     built = official.build(module, layout)
     official.check(folder, layout, built)
     facts = record(folder, layout, built, data_sets)
@@ -44,8 +48,10 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     else:
         describe(facts, layout, console := plain_console())
         if geometry is None:
-            following = f"rlrc infer {path} OBS.npz --out ACT.npz, or rlrc prune {path} OUT"
-            if any(how.missing for steps in layout.normalisation.values() for how in steps):
+            missing = [how for steps in layout.normalisation.values() for how in steps if how.missing]
+            key = " --unnorm-key KEY" if missing else ""
+            following = f"rlrc infer {path} OBS.npz --out ACT.npz{key}, or rlrc prune {path} OUT{key}"
+            if not all(how.groups for how in missing):
                 following = f"rlrc sft {path} OUT --data FOLDER, which takes the statistics of your data"
             console.print(f"next: {following}")
 
@@ -75,6 +81,20 @@ class WriteBack:
         folder = official.open_folder(hub.locate(self.like))
         write_official(load_policy(artifacts.load(self.path)), folder, self.out, options_of(self.flags))
         print(f"{self.out}: the weights of {self.path} in the format of {folder.path}; next: rlrc inspect {self.out}")
+
+
+def _unchosen(
+    normalisation: dict[str, tuple[Normalisation, ...]], data_sets: list[str]
+) -> dict[str, tuple[Normalisation, ...]]:
+    """What is normalised by the statistics of one of several data sets, before one is chosen."""
+    missing = f"only those of the data sets {', '.join(data_sets)}"
+    return {
+        name: tuple(
+            replace(how, origin="", group=None, missing=missing, groups=tuple(data_sets)) if how.group else how
+            for how in steps
+        )
+        for name, steps in normalisation.items()
+    }
 
 
 def _data_sets(folder: Folder) -> list[str]:

@@ -184,15 +184,13 @@ class Processors:
         if mode == IDENTITY:
             return Normalisation(name, IDENTITY, normaliser.said), {}
         others = self.outwards if feature.kind == "ACTION" else self.inwards
-        groups: set[str] = set()
-        for statistics in (normaliser.statistics, others):
-            names = statistics.names(name)
-            group = self.group if self.group in names else None
-            if (stored := names.get(group or "")) is not None:
-                origin = f"{', '.join(MODES[mode])} of {stored} in {statistics.file}"
-                return Normalisation(name, mode, origin, group, eps=normaliser.eps), statistics.values[stored]
-            groups |= names.keys()
-        file, listed = normaliser.statistics.file, tuple(sorted(groups))
+        found = [(statistics, statistics.names(name)) for statistics in (normaliser.statistics, others)]
+        for group in (self.group, None):  # what names no data set is everybody's
+            for statistics, names in found:
+                if (stored := names.get(group or "")) is not None:
+                    origin = f"{', '.join(MODES[mode])} of {stored} in {statistics.file}"
+                    return Normalisation(name, mode, origin, group, eps=normaliser.eps), statistics.values[stored]
+        file, listed = normaliser.statistics.file, tuple(sorted({group for _, names in found for group in names}))
         missing = f"none in {file}" if file else f"no state_file of {normaliser.step}"
         if listed:
             missing = f"only those of the data sets {', '.join(listed)}"
