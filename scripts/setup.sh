@@ -36,6 +36,7 @@ install_system_packages() {
     for package in libegl1 libgl1 libgl1-mesa-dri libgles2 libosmesa6; do # headless rendering: EGL or OSMesa
         dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || packages+=("$package")
     done
+    command -v strace >/dev/null || packages+=(strace) # a test watches whom commands talk to
     if ! command -v cc >/dev/null || ! command -v c++ >/dev/null || ! command -v make >/dev/null; then
         packages+=(build-essential)
     fi

@@ -103,7 +103,7 @@ def test_all_of_it(small: Point, tmp_path: Path) -> None:
         assert len(arm["pages_read"]) == 2
     assert [check["claim"] for check in result["checks"]] == ["memory", "latency", "latency against torch bf16"]
     assert result["verdict"] == "FAIL"  # Python itself is larger than these policies
-    assert result["pruned"]["intermediate_heads"] == 0.75
+    assert result["pruned"]["decoder_intermediate_heads"] == 0.75
     assert any("round 2 of 2: torch" in step for step in steps)
 
 

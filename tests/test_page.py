@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from driven import Running
 from PIL import Image
+from procfs import children, open_files
 from serving import Served, wait_for
 
 from rlrc.runtime.cli import main
@@ -214,19 +215,17 @@ def test_a_page_over_tls(arm_toy: Path, tmp_path: Path) -> None:
 
 def test_a_page_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path) -> None:
     run = Running(arm_toy, tmp_path, "--port", "0")
-    children = Path(f"/proc/{run.process.pid}/task").glob("*/children")
-    pages = [pid for path in children for pid in path.read_text().split() if is_page(pid)]
+    pages = [pid for pid in children(run.process.pid) if is_page(pid)]
     assert len(pages) == 1
-    os.kill(int(pages[0]), signal.SIGKILL)
+    os.kill(pages[0], signal.SIGKILL)
     printed, complaints = run.process.communicate(timeout=60)
     assert run.process.returncode == 1
     assert "stopped: lost the page http://127.0.0.1:" in complaints + printed
 
 
-def is_page(pid: str) -> bool:
+def is_page(pid: int) -> bool:
     """Ours listens on a port; inference does not."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    sockets = {link[8:-1] for link in links if link.startswith("socket:[")}
+    sockets = {file[8:-1] for file in open_files(pid) if file.startswith("socket:[")}
     listening = {
         line.split()[9] for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:] if " 0A " in line
     }

@@ -105,8 +105,7 @@ def result(
         "machine": machine.describe(threads),
         "peak_rss_ratio": round(resident_, 3),
         "latency_ratio_interval": [round(faster.low, 3), round(faster.high, 3)],
-        "pruned": claims.pruned(manifests["compressed"].towers["decoder"], manifests["dense"].towers["decoder"])
-        | {"whole_policy": round(1 - manifests["compressed"].parameters / manifests["dense"].parameters, 4)},
+        "pruned": claims.pruned(manifests["compressed"], manifests["dense"]),
         "instruction_tokens": WORDS,
         "rounds_repeated": pair.repeated + (other.repeated if isinstance(other, Trials) else 0),
         "load": pair.load + (other.load if isinstance(other, Trials) else []),

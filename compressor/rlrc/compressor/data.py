@@ -21,8 +21,8 @@ from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Inputs
 from rlrc.compressor.rollout import Episode, Mode, Request, Rollouts
 from rlrc.envs.metaworld import TASKS
-from rlrc.envs.render import cache_folder
 from rlrc.envs.seeds import DEMONSTRATION
+from rlrc.libraries import cache_folder
 from rlrc.runtime.preprocess import Tokenizer, normalise, pictures
 
 VERSION = 2  # of the experts and of how samples are made: part of the cache's key

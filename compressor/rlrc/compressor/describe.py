@@ -14,6 +14,7 @@ from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
 from rlrc.runtime.describe import modules_table, normalisation_lines, policy_rows, print_rows
 from rlrc.runtime.describe import prunable as prunable_parts
+from rlrc.runtime.tables import print_table
 from rlrc.strict import encode
 
 # Parts of official files that people have names for; what is in none of them is "other".
@@ -115,7 +116,7 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
         "can be pruned": prunable_parts(layout.towers),
     }
     print_rows({name: value for name, value in rows.items() if value}, console)
-    console.print(modules_table(facts["modules"], layout.towers))
+    print_table(modules_table(facts["modules"], layout.towers), console)
 
 
 def short(parameters: int) -> str:

@@ -37,7 +37,7 @@ class PruneConfig:
     data: str = ""
     """LeRobotDataset folder to draw those batches from; empty: the simulator's scripted experts (reference family)"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """which of the data set's pictures are a camera's of the policy, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     demonstrations: int = 60
     """expert episodes a task"""
     seed: int = 0

@@ -67,7 +67,7 @@ class SFTConfig:
     data: str = ""
     """LeRobotDataset folder with the demonstrations; empty: the simulator's scripted experts (reference family)"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """which of the data set's pictures are a camera's of the policy, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     statistics: Literal["policy", "data"] = "policy"
     """whose statistics normalise: the policy's, and the data set's for what it has none of; or the data set's for all,
     as LeRobot's training does"""

@@ -41,14 +41,20 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
     told: dict[str, Any] = {}
+    lines: list[str] = []
 
     def check(found: Source) -> None:
-        if take_statistics(found, config):
+        before = found.normalisation
+        lines.extend(take_statistics(found, config))
+        if found.normalisation != before:
             told["normalisation"] = found.normalisation
         lessons.check("sft", found, config)
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
     with stage("sft", source, out, config, options, check, flags, incomplete=True) as work:
+        if distributed.rank() == 0:
+            for line in lines:
+                plain_console(stderr=True).print(f"normalisation: {line}")
         return work.finish(work.policy, **told, **taught(work, config, lambda lessons: Objective))
 
 
@@ -81,8 +87,8 @@ def run_distill(
         return work.finish(work.policy, teacher=teacher.digest, **report)
 
 
-def take_statistics(source: Source, config: SFTConfig) -> bool:
-    """Gives the source the data set's statistics where its own are missing, or for all; whether it did.
+def take_statistics(source: Source, config: SFTConfig) -> list[str]:
+    """Gives the source the data set's statistics where its own are missing, or for all; what to say of it.
 
     Raises UserError where there are none to take.
     """
@@ -103,17 +109,14 @@ def take_statistics(source: Source, config: SFTConfig) -> bool:
         dataset = normalisation.from_data(config.data)
         source.spec, source.normalisation = normalisation.adopted(spec, record, names, dataset, config.cameras)
         dataset.close()
-    changed = source.normalisation != record
-    if distributed.rank() == 0 and config.data:
-        console = plain_console(stderr=True)
-        for line in normalisation_lines({name: source.normalisation[name] for name in names}) if changed else ():
-            console.print(f"normalisation: {line}")
-        if kept := [name for name in own if name not in names]:
-            console.print(
-                f"normalisation: the policy's own statistics of {', '.join(kept)} are kept; --statistics data takes "
-                f"those of {config.data}"
-            )
-    return changed
+    taken = {name: how for name, how in source.normalisation.items() if how != record[name]}
+    kept = [name for name in own if name not in names]
+    if not kept or not config.data:
+        return normalisation_lines(taken)
+    return [
+        *normalisation_lines(taken),
+        f"the policy's own statistics of {', '.join(kept)} are kept; --statistics data takes those of {config.data}",
+    ]
 
 
 def taught(

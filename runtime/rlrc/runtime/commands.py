@@ -21,6 +21,7 @@ from rlrc.runtime.describe import describe, folder_bytes, plain_console, records
 from rlrc.runtime.npz import read_npz, write_npz
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.policy import LocalPolicy, Policy, recorded
+from rlrc.runtime.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Verify:
             print(json.dumps({"verified": [asdict(record) for record in measured], "failures": reasons}))
         else:
             reference = f"against {self.against or 'the torch policy'}, in action units"
-            plain_console().print(records_table(measured, manifest.policy, reference))
+            print_table(records_table(measured, manifest.policy, reference), plain_console())
         if reasons:
             remedy = f"export {self.path} again, with the versions of this machine"
             return check_failed(f"{'; '.join(reasons)}; {'choose another precision' if self.against else remedy}")

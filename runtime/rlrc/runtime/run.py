@@ -60,7 +60,7 @@ class Run:
     episode: int = 0
     """episode of the data set to play"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     instruction: str = ""
     """what a robot is to do, in words"""
     profile: str | None = None

@@ -17,6 +17,7 @@ from rlrc.benchmarks.commands.measure import forget_episodes, play_episodes, tim
 from rlrc.benchmarks.commands.output import finish, result_of, stages
 from rlrc.benchmarks.results import Named, check_out, facts, open_artifacts, read
 from rlrc.errors import UserError
+from rlrc.runtime.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Claims:
         )
         finish(self, result, table_of([claims.Check(**check) for check in result["checks"]]), note)
         if not self.json:
-            Console().print(parts_table(result))
+            print_table(parts_table(result), Console())
         return 0 if result["verdict"] == "PASS" else 1
 
     def _success(self, opened: Sequence[Named]) -> dict[str, dict[str, Any] | None]:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from rlrc.benchmarks import machine
 from rlrc.benchmarks.results import dump, write
+from rlrc.runtime.tables import print_table
 
 
 class Command(Protocol):
@@ -85,9 +86,8 @@ def finish(command: Command, result: dict[str, Any], table: Table, note: str) ->
     if command.json:
         print(json.dumps(result))
         return
-    # Where nobody watches, a table must not lose digits to a width that nobody has.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
+    console = Console()
+    print_table(table, console)
     if note:
         console.print(note, soft_wrap=True)
     if command.out:

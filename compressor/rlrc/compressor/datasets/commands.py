@@ -30,7 +30,7 @@ class Inspect:
     policy: Path | None = None
     """an artifact or an official checkpoint: does the data set fit it? exit code 1 if not"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     json: bool = False
     """print everything as JSON"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
@@ -38,16 +38,19 @@ class Inspect:
     def run(self) -> int:
         dataset = Dataset.open(self.path)
         spec = None if self.policy is None else policy_spec(self.policy, self.official, dataset, self.cameras)
-        found = inspection.facts(dataset)
-        if spec is not None:
-            found["policy"] = inspection.fit(dataset, spec, self.cameras)
+        with plain_console(stderr=True).status(f"reading {self.path}"):
+            found = inspection.facts(dataset)
+            if spec is not None:
+                found["policy"] = inspection.fit(dataset, spec, self.cameras)
         dataset.close()
         if self.json:
             print(json.dumps(found, indent=1))
         else:
             inspection.show(found, plain_console())
         if spec is not None and not found["policy"]["fits"]:
-            return check_failed(found["policy"]["reason"])
+            for reason in found["policy"]["reasons"]:
+                check_failed(reason)
+            return 1
         return 0
 
 
