@@ -478,7 +478,7 @@ def test_whether_the_state_is_padded_must_be_known(tmp_path: Path, capsys: pytes
     assert main(["inspect", str(folder), *given("pi05"), "--prompt-state", "padded"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "padded with zeros to 32 numbers in the prompt" in shown
-    assert "prompt state padded, as --prompt-state says" in shown
+    assert "assumed the prompt tells the state padded (--prompt-state)" in shown
 
 
 def test_what_tells_whether_the_state_is_padded(tmp_path: Path) -> None:
@@ -514,7 +514,7 @@ def test_an_artifact_keeps_the_padding_and_shows_its_normalisation(
     assert "padded with zeros to 32 numbers in the prompt" in shown
     assert "state: QUANTILES by q01, q99 of observation.state in policy_preprocessor_step_3_normalizer_" in shown
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["history"][0]["after"]["notes"]["prompt state"].startswith("padded, as train_config.json without")
+    assert "tells the state padded (train_config.json without" in manifest["history"][0]["config"]["assumed"]
 
 
 def test_width_of_the_statistics_where_the_config_has_the_padded_one(tmp_path: Path) -> None:

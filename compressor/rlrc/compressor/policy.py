@@ -98,6 +98,6 @@ class Layout:
     towers: dict[str, TowerSpec]
     parts: dict[str, Part] = field(default_factory=dict)  # by the name of the policy's tensor
     unused: tuple[str, ...] = ()  # official tensors that no action depends on
+    assumed: tuple[str, ...] = ()  # what the folder does not say and was concluded from its contents, and the flag
     # How inputs ("image.top", "state") and the action are normalised, first what is nearest to the raw values.
     normalisation: dict[str, tuple[Normalisation, ...]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)  # what was chosen or derived, for rlrc inspect

@@ -120,9 +120,9 @@ class OfficialSource:
         self.digest: str | None = None
         self.quantized = False
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}
+        given |= {"assumed": "; ".join(layout.assumed)} if layout.assumed else {}
         self.normalisation: Recorded = encode(layout.normalisation)
-        told = {"normalisation": self.normalisation, "notes": dict(layout.notes)}
-        told = {name: value for name, value in told.items() if value}
+        told = {"normalisation": self.normalisation} if self.normalisation else {}
         origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=told)
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)

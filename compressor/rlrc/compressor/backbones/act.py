@@ -169,7 +169,7 @@ def layout(folder: Folder, options: Options) -> Layout:
         },
         dict(_parts(geometry, len(encoder), len(decoder))),
         tuple(name for name in folder.tensors if UNUSED.fullmatch(name) or BUFFER.fullmatch(name)),
-        processors.normalisation([*processors.inputs("VISUAL"), *felt]),
+        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *felt]),
     )
 
 

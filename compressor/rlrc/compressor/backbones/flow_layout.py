@@ -111,10 +111,10 @@ def layout(folder: Folder, options: Options) -> Layout:
     decoder, expert = _decoders(reader)
     towers = {"vision": vision, "decoder": decoder, "expert": expert}
     spec = _spec(reader, _cameras(reader, grid), _merge(reader, vision, grid))
-    spec, notes = with_prompt_state(folder, processors, spec, options.prompt_state)
+    spec, assumed = with_prompt_state(folder, processors, spec, options.prompt_state)
     taken = parts(reader.official, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
     shown = processors.normalisation([*processors.inputs("VISUAL"), _state_feature(reader)])
-    return Layout(spec, towers, taken, unused(reader.official, towers, taken), shown, notes)
+    return Layout(spec, towers, taken, unused(reader.official, towers, taken), assumed, shown)
 
 
 def _vision(reader: Reader) -> tuple[TowerSpec, int]:

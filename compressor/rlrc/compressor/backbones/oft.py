@@ -111,7 +111,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     cameras = tuple(replace(shared.camera, name=f"image{i}") for i in range(images))
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt_spec(folder, others), action, geometry)
-    return Layout(spec, shared.towers, parts, tuple(unused), described_pictures(cameras) | shown)
+    return Layout(spec, shared.towers, parts, tuple(unused), normalisation=described_pictures(cameras) | shown)
 
 
 def _told_images(options: Options) -> Any:

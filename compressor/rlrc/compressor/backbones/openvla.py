@@ -43,7 +43,7 @@ def layout(folder: Folder, options: Options) -> Layout:
     prompt = prompt_spec(folder, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
     parts = {**shared.parts, "head.weight": Part((LM_HEAD,))}
-    return Layout(spec, shared.towers, parts, tuple(shared.unused), shown)
+    return Layout(spec, shared.towers, parts, tuple(shared.unused), normalisation=shown)
 
 
 def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
