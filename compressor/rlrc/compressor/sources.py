@@ -71,6 +71,15 @@ def respecified(policy: Policy, spec: PolicySpec) -> Policy:
     return policy_of(spec, policy.towers, policy.state_dict(), "the policy")
 
 
+def unquantized_only(found: Source, path: str | Path) -> None:
+    """Raises UserError for weights that were rounded before: every stage would store them as floats, or round twice."""
+    if found.quantized:
+        raise UserError(
+            f"expected an unquantized artifact, found int4 or int8 in {path}; start from the one that it was quantized "
+            "from, and quantize last"
+        )
+
+
 def shapes(source: Source) -> dict[str, Tensor]:
     """The policy's tensors, without data."""
     with torch.device("meta"):
@@ -115,6 +124,7 @@ class OfficialSource:
         self.options = dataclasses.replace(official.options_of(flags), incomplete=incomplete)
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
+        official.tell(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
@@ -132,7 +142,7 @@ class OfficialSource:
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
-            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER))
+            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 
     def observations(self) -> dict[str, np.ndarray]:
         return examples(self.spec, self.tokenizer)

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import status
 from rlrc.runtime.backends import TARGETS
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import records_table, trial
@@ -74,10 +75,13 @@ class Export:
 
         console = Console()
         try:
-            if self.precision == "auto":
-                manifest = export_fastest(parent, self.out, self.to, self.threads, self.tolerance, self.budget_bytes)
-            else:
-                manifest = export(parent, self.out, self.to, self.precision, self.tolerance)
+            with status(f"exporting to {', '.join(self.to)}, and verifying"):
+                if self.precision == "auto":
+                    manifest = export_fastest(
+                        parent, self.out, self.to, self.threads, self.tolerance, self.budget_bytes
+                    )
+                else:
+                    manifest = export(parent, self.out, self.to, self.precision, self.tolerance)
         except Disagreement as error:
             if self.json:
                 print(json.dumps({"verified": asdict(error.record), "failure": str(error)}, indent=1))

@@ -126,7 +126,7 @@ class VideoWriter:
     def __init__(self, file: Path, fps: float, height: int, width: int) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.rate = Fraction(fps).limit_denominator(1001)
-        self.pictures, self.bytes = 0, 0
+        self.pictures, self.bytes, self._failed = 0, 0, False
         self._container: Any = av.open(str(file), "w", options={"movflags": "faststart"})
         self._stream = self._container.add_stream(CODEC, rate=self.rate, options=dict(_OPTIONS))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, PIXELS
@@ -146,14 +146,17 @@ class VideoWriter:
 
     def close(self) -> None:
         try:
-            self._write(self._stream.encode())
+            if not self._failed:
+                self._write(self._stream.encode())
         finally:
             self._container.close()
 
     def _write(self, packets: list[Any]) -> None:
+        self._failed = True  # libavformat crashes when it is given another packet after one that it could not write
         for packet in packets:
             self.bytes += packet.size
             self._container.mux(packet)
+        self._failed = False
 
 
 def description(fps: float, height: int, width: int) -> dict[str, Any]:

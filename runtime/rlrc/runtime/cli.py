@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import importlib.metadata
 import io
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlrc.errors import UserError
+from rlrc.folders import refused
 
 # Name: where its dataclass is, and what it does. The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -124,8 +124,6 @@ EXTRAS = {
     "matplotlib": "report",
 }
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
@@ -153,14 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
     except BrokenPipeError:  # as in `rlrc sft --help | head`
         return _reader_has_gone()
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        if (told := refused(error, getattr(error, "filename", None) or "a file")) is None:
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        return _refuse(f"expected room on the disk{where}, found: {error.strerror}; make some, and run it again")
-    except KeyboardInterrupt:
-        print("rlrc: interrupted", file=sys.stderr)
-        return 130
+        return _refuse(told)
+    except KeyboardInterrupt as error:
+        print(f"rlrc: interrupted{'; ' * bool(str(error))}{error}", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 def overview(prefix: str = "") -> str:

@@ -14,6 +14,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import status
 from rlrc.runtime import agreement, backends, verify
 from rlrc.runtime.backends import Backend
 from rlrc.runtime.decode import NoAction
@@ -127,7 +128,8 @@ class Verify:
         chosen = here if here and self.backend is None else [first]
         policies = [LocalPolicy(artifact, self.threads, backend) for backend in chosen]
         try:
-            measured = self._against_torch(policies) if self.against is None else self._against_other(policies)
+            with status("verifying"):
+                measured = self._against_torch(policies) if self.against is None else self._against_other(policies)
         except NoAction as error:
             return check_failed(str(error))
         reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure(record))]

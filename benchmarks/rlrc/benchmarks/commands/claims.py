@@ -30,7 +30,8 @@ class Claims:
     """its dense parent"""
     geometry: Literal["openvla-7b", "openvla-oft-7b", "pi0", "smolvla-450m"] | None = None
     """instead of artifacts: a policy of this size with random weights, dense in 16 bits against 90 % pruned in 4 bits,
-    also against torch in bfloat16; both are made, measured and deleted. Latency and memory only"""
+    also against torch in the quicker of float32 and bfloat16; both are made, measured and deleted. Latency and memory
+    only"""
     runtime: Literal["gguf", "onnxruntime"] | None = None
     """of --geometry (default: gguf where llama.cpp computes the policy)"""
     rounds: int = 8

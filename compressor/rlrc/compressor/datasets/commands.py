@@ -16,6 +16,7 @@ from rlrc.compressor.datasets import inspection
 from rlrc.datasets.lerobot import Dataset
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import progress
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags, is_official
@@ -74,13 +75,13 @@ class Demonstrations:
         from rlrc.compressor.datasets.demonstrations import record  # imported late: it needs the simulator
         from rlrc.envs.metaworld import TASKS
 
-        tasks, console, played = self.tasks or tuple(TASKS), plain_console(stderr=True), []
+        tasks, played = self.tasks or tuple(TASKS), list[bool]()
 
         def report(task: str, steps: int, success: bool) -> None:
             played.append(success)
-            status.update(f"{len(played)} of {len(tasks) * self.episodes_per_task} episodes, {task}: {steps} steps")
+            tell(len(played), f"{task}: {steps} steps")
 
-        with console.status("starting the simulator") as status:
+        with progress("episodes", len(tasks) * self.episodes_per_task) as tell:
             record(self.out, tasks, self.episodes_per_task, self.size, self.video, report=report)
         print(f"{self.out}: {len(played)} episodes, {sum(played)} successful; next: rlrc data inspect {self.out}")
 
