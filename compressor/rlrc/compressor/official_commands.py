@@ -30,7 +30,7 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         folder, options = geometries.folder(geometry)
     else:
         assert path is not None
-        folder, options = official.open_folder(hub.locate(path)), options_of(flags)
+        folder, options = official.open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
     data_sets, shown = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
     if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
@@ -46,7 +46,12 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     else:
         describe(facts, layout, console := plain_console())
         if geometry is None:
-            console.print(f"next: rlrc infer {path} OBS.npz --out ACT.npz, or rlrc prune {path} OUT")
+            missing = [how for steps in layout.normalisation.values() for how in steps if how.missing]
+            key = " --unnorm-key KEY" if missing else ""
+            following = f"rlrc infer {path} OBS.npz --out ACT.npz{key}, or rlrc prune {path} OUT{key}"
+            if not all(how.groups for how in missing):
+                following = f"rlrc sft {path} OUT --data FOLDER, which takes the statistics of your data"
+            console.print(f"next: {following}")
 
 
 def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
