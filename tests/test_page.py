@@ -318,6 +318,13 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
             with pytest.raises(NoAction, match=r"found it stopped .HTTP."):
                 policy.infer(observation)
             assert browser.state["stopped"] == "HTTP"
+            assert browser.post("/rearm", {"reason": "again"}) == (200, {})
+            listener = [pid for pid in children(served.process.pid) if b"stop_listener" in read(f"/proc/{pid}/cmdline")]
+            os.kill(listener[0], signal.SIGKILL)
+            wait_for(lambda: str(browser.state["stopped"]).startswith("lost POST http://127.0.0.1:"))
+            with pytest.raises(NoAction, match="lost POST"):
+                policy.infer(observation)
+            assert "expected every way to stop to work" in browser.post("/rearm", {"reason": "x"})[1]["error"]
         code, complaints = served.end()
     assert code == 0
     records = [json.loads(line) for line in complaints.splitlines()]
@@ -325,6 +332,10 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
     assert "re-armed by the page (all clear) (was stopped: the page)" in [one["message"] for one in records]
     refused = next(one for one in records if one.get("outcome") == "guard")
     assert (refused["protocol"], refused["client"]) == ("openpi", "127.0.0.1")
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 # The feed between the processes
