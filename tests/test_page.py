@@ -273,6 +273,7 @@ def test_a_port_that_is_taken_is_told(running: Running, browser: Browser, arm_to
         (["--port", "0", "--host", "0.0.0.0"], "expected --token, --certificate and --key for 0.0.0.0"),
         (["--port", "0", "--token", "a b"], "a token of ASCII characters without blanks"),
         (["--port", "0", "--certificate", "c.pem"], "expected both --certificate and --key"),
+        (["--stop-port", "8766"], "expected --port with --stop-port"),
     ],
 )
 def test_a_page_for_others_is_protected(
@@ -280,6 +281,11 @@ def test_a_page_for_others_is_protected(
 ) -> None:
     assert main(["run", str(arm_toy), "--env", "metaworld:drawer-open-v3", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stop_port_without_a_page_is_refused(arm_toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(arm_toy), "--stop-port", "8766"]) == 2
+    assert "expected --page with --stop-port" in capsys.readouterr().err
 
 
 def test_the_page_of_a_server(arm_toy: Path) -> None:
