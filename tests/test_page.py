@@ -273,6 +273,7 @@ def test_a_port_that_is_taken_is_told(running: Running, browser: Browser, arm_to
         (["--port", "0", "--host", "0.0.0.0"], "expected --token, --certificate and --key for 0.0.0.0"),
         (["--port", "0", "--token", "a b"], "a token of ASCII characters without blanks"),
         (["--port", "0", "--certificate", "c.pem"], "expected both --certificate and --key"),
+        (["--stop-port", "8766"], "expected --port with --stop-port"),
     ],
 )
 def test_a_page_for_others_is_protected(
@@ -280,6 +281,11 @@ def test_a_page_for_others_is_protected(
 ) -> None:
     assert main(["run", str(arm_toy), "--env", "metaworld:drawer-open-v3", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stop_port_without_a_page_is_refused(arm_toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(arm_toy), "--stop-port", "8766"]) == 2
+    assert "expected --page with --stop-port" in capsys.readouterr().err
 
 
 def test_the_page_of_a_server(arm_toy: Path) -> None:
@@ -318,6 +324,13 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
             with pytest.raises(NoAction, match=r"found it stopped .HTTP."):
                 policy.infer(observation)
             assert browser.state["stopped"] == "HTTP"
+            assert browser.post("/rearm", {"reason": "again"}) == (200, {})
+            listener = [pid for pid in children(served.process.pid) if b"stop_listener" in read(f"/proc/{pid}/cmdline")]
+            os.kill(listener[0], signal.SIGKILL)
+            wait_for(lambda: str(browser.state["stopped"]).startswith("lost POST http://127.0.0.1:"))
+            with pytest.raises(NoAction, match="lost POST"):
+                policy.infer(observation)
+            assert "expected every way to stop to work" in browser.post("/rearm", {"reason": "x"})[1]["error"]
         code, complaints = served.end()
     assert code == 0
     records = [json.loads(line) for line in complaints.splitlines()]
@@ -325,6 +338,10 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
     assert "re-armed by the page (all clear) (was stopped: the page)" in [one["message"] for one in records]
     refused = next(one for one in records if one.get("outcome") == "guard")
     assert (refused["protocol"], refused["client"]) == ("openpi", "127.0.0.1")
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 # The feed between the processes

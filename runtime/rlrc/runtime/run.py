@@ -94,8 +94,8 @@ class Run:
     """FIFO, device or socket of a stop button: any byte stops, and its end"""
     port: int | None = None
     """port of the operator's page, which stops too; 0 is any free one"""
-    stop_port: int = 0
-    """port that stops without the page (POST /stop), whatever keeps the page's busy; 0 is any free one"""
+    stop_port: int | None = None
+    """port that stops without the page (POST /stop), whatever keeps the page's busy (default: any free one)"""
     host: str = "127.0.0.1"
     """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
     token: str | None = None
@@ -140,6 +140,8 @@ class Run:
         self._check_packages()
         if self.port is not None:
             self._access()
+        elif self.stop_port is not None:
+            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free one")
         if self.hz == 0:
             return self._in_lockstep()
         # Refused now: a robot's driver or a simulator takes seconds to open.
@@ -260,7 +262,7 @@ class Run:
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
         if self.port is None:
             return None
-        address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port)
+        address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
         facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
         told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)

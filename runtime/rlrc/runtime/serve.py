@@ -59,8 +59,8 @@ class Serve:
     """actions a second that the client executes, for the guard"""
     page: int | None = None
     """port of the operator's page: pictures, latency, guard, a stop, re-arming; 0 is any free one"""
-    stop_port: int = 0
-    """port that stops without the page (POST /stop), whatever keeps other ports busy; 0 is any free one"""
+    stop_port: int | None = None
+    """port that stops without the page (POST /stop), whatever keeps other ports busy (default: any free one)"""
     log: Literal["text", "json"] = "text"
     """how to write the log on stderr: for people, or an object a line"""
     token: str | None = None
@@ -83,6 +83,8 @@ class Serve:
             raise UserError(f"expected room for an observation, found --waiting {self.waiting}; give 1 or more")
         if not self.protocol or len(set(self.protocol)) != len(self.protocol):
             raise UserError(f"expected every protocol once, found {' '.join(self.protocol) or 'none'}; name it once")
+        if self.stop_port is not None and self.page is None:
+            raise UserError("expected --page with --stop-port, found none; give --page 0 for one on any free port")
         if strange := sorted(self.mapping.keys() - set(self.protocol)):
             raise UserError(f"expected mappings of {', '.join(self.protocol)}, found one of {strange[0]}; leave it out")
         allowed = access(self.host, token(self.token), self.certificate, self.key, self.insecure)
@@ -150,7 +152,7 @@ class Serve:
         can = {"stop", "rearm", "bench"} | (set() if session.spec.prompt is None else {"instruction"})
         facts = {"protocols": ", ".join(self.protocol)}
         told = hello("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
-        address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key, self.stop_port)
+        address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key, self.stop_port or 0)
         page = Page(told, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         telling = asyncio.ensure_future(SessionPage(page, session).run())

@@ -45,8 +45,8 @@ class Page:
         import aiohttp  # noqa: F401  the extra "serve": better missing here than in the other process
 
         self.token = address.token or secrets.token_urlsafe(16)
-        self.feed = Feed(cameras)
         self.stop = StopPort(address.host, address.stop)
+        self.feed = Feed(cameras)
         context = multiprocessing.get_context("spawn")
         arguments = (self.feed.ends, {**hello, "stop": self.stop.port}, address, self.token)
         self._process = context.Process(target=_main, args=arguments, name="operator's page", daemon=True)
