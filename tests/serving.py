@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 
+from procfs import children
+
 STATE = TemporaryDirectory(prefix="rlrc-state-")
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
@@ -70,8 +72,7 @@ class Served:
 
     def worker(self) -> int:
         """The process that infers."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        found = [int(pid) for path in children for pid in path.read_text().split()]
+        found = children(self.process.pid)
         workers = [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(workers) == 1
         return workers[0]

@@ -91,7 +91,7 @@ def test_infer_draws_the_noise_that_is_not_given(tmp_path: Path, capsys: pytest.
 def test_weights_that_give_no_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(DATA / "act/checkpoint", tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.action_head.bias": torch.full((6,), torch.nan)}, folder / "model.safetensors")
+    save_file({**tensors, "model.action_head.weight": torch.full((6, 32), 3e38)}, folder / "model.safetensors")
     np.savez(tmp_path / "obs.npz", **observation("act", 0))
     assert main(["infer", str(folder), str(tmp_path / "obs.npz"), "--out", str(tmp_path / "act.npz")]) == 1
     assert "check failed: expected finite actions, found nan or inf" in capsys.readouterr().err

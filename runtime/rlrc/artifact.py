@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from rlrc import foreign
 from rlrc.consistency import check_consistent, is_inside
 from rlrc.errors import UserError
 from rlrc.folders import appearing, check_output, sha256, sync
@@ -255,7 +256,10 @@ class VerifiedSpec:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One stage: its full configuration, the tool's version, the parent's manifest hash, its cost and metrics."""
+    """One stage: its full configuration, the tool's version, the parent's manifest hash, its cost and metrics.
+
+    ``precision``: what its products were computed in, by type of device.
+    """
 
     stage: str
     config: dict[str, Any]
@@ -264,6 +268,7 @@ class HistoryEntry:
     cpu_minutes: float
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -323,12 +328,14 @@ def load(path: str | Path, verify: Collection[str] | None = None) -> Artifact:
     path = Path(path)
     verify = (verify,) if isinstance(verify, str) else verify
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise ArtifactError(f"expected an artifact folder at {path}, found {found}; check the path")
+        raise ArtifactError(f"expected an artifact folder at {path}, found {foreign.found(path)}")
     try:
         text = (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        missing = f"expected {path / MANIFEST}, found: No such file or directory"
+        raise ArtifactError(f"{missing}; {path} is {foreign.found(path)}") from None
     except OSError as error:
-        raise ArtifactError(f"expected {path / MANIFEST}, found: {error.strerror}; {path} is no artifact") from None
+        raise ArtifactError(f"expected {path / MANIFEST}, found: {error.strerror}; make it readable") from None
     try:
         manifest = from_json(parse(text))
         for relative, spec in manifest.files.items():

@@ -93,7 +93,10 @@ def sizes(manifest: Manifest) -> dict[str, Any]:
         "bytes": (2 * manifest.parameters if as_bf16 else graphs) + tokenizer,
         "file_bytes": graphs,
         "tokenizer_bytes": tokenizer,
-        "counting": "2 bytes a parameter (bf16) + tokenizer" if as_bf16 else "graph files + tokenizer",
+        "counting": f"as bf16, 2 bytes a parameter, + tokenizer; the {precision(manifest)} graph files take "
+        f"{graphs / 1e6:.2f} MB"
+        if as_bf16
+        else "graph files + tokenizer",
     }
 
 

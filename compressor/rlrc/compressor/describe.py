@@ -14,6 +14,7 @@ from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
 from rlrc.runtime.describe import modules_table, policy_rows, print_rows
 from rlrc.runtime.describe import prunable as prunable_parts
+from rlrc.runtime.tables import print_table
 from rlrc.strict import encode
 
 # Parts of official files that people have names for; what is in none of them is "other".
@@ -62,6 +63,7 @@ def record(folder: Folder, layout: Layout, policy: Policy, data_sets: list[str])
         "modules": {name: sum(tensor.numel() for tensor in tensors) for name, tensors in modules.items()},
         "prunable": prunable(layout, policy),
         "data_sets": data_sets,
+        "assumed": list(layout.assumed),
         "policy": encode(layout.spec),
         "towers": encode(layout.towers),
     }
@@ -109,9 +111,10 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
         "never read": f"{short(facts['unused']['parameters'])} parameters in {facts['unused']['tensors']} tensors: "
         "no action depends on them",
         "can be pruned": prunable_parts(layout.towers),
+        "assumed": "; ".join(facts["assumed"]),
     }
     print_rows({name: value for name, value in rows.items() if value}, console)
-    console.print(modules_table(facts["modules"], layout.towers))
+    print_table(modules_table(facts["modules"], layout.towers), console)
 
 
 def short(parameters: int) -> str:

@@ -80,3 +80,4 @@ class Layout:
     towers: dict[str, TowerSpec]
     parts: dict[str, Part] = field(default_factory=dict)  # by the name of the policy's tensor
     unused: tuple[str, ...] = ()  # official tensors that no action depends on
+    assumed: tuple[str, ...] = ()  # what the folder does not say and was concluded from its contents, and the flag

@@ -58,6 +58,15 @@ def open_source(path: Path, flags: Flags) -> Source:
     return OfficialSource(path, flags) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
 
 
+def unquantized_only(found: Source, path: str | Path) -> None:
+    """Raises UserError for weights that were rounded before: every stage would store them as floats, or round twice."""
+    if found.quantized:
+        raise UserError(
+            f"expected an unquantized artifact, found int4 or int8 in {path}; start from the one that it was quantized "
+            "from, and quantize last"
+        )
+
+
 def shapes(source: Source) -> dict[str, Tensor]:
     """The policy's tensors, without data."""
     with torch.device("meta"):
@@ -99,11 +108,13 @@ class OfficialSource:
         self.options = official.options_of(flags)
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
+        official.tell(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
         self.quantized = False
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}
+        given |= {"assumed": "; ".join(layout.assumed)} if layout.assumed else {}
         origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0)
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)
@@ -113,7 +124,7 @@ class OfficialSource:
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
-            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER))
+            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 
     def observations(self) -> dict[str, np.ndarray]:
         return examples(self.spec, self.tokenizer)

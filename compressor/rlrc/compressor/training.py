@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from rlrc.artifact import Manifest
@@ -19,22 +17,8 @@ from rlrc.compressor.sft import Objective, SFTConfig, sft
 from rlrc.compressor.sources import Source, open_source, shapes
 from rlrc.compressor.stages import Options, Stage, stage
 from rlrc.errors import UserError
+from rlrc.progress import progress
 from rlrc.runtime.official import Flags
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    # Of several processes the first one tells.
-    with Progress(*columns, TextColumn("{task.fields[text]}"), disable=distributed.rank() > 0) as progress:
-        bar = progress.add_task(title, total=total, text="")
-        yield lambda done, text: progress.update(bar, completed=done, text=text)
 
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
@@ -78,5 +62,5 @@ def taught(
         given, dagger = lessons.of_data(work.source, config, config.held_out, config.batch), None
     else:
         given, dagger = work.simulated().lessons(work.policy, config, work.run)
-    with progress_bar(config.STAGE, config.steps) as progress:
-        return sft(work.policy, config, given, work.run, progress, dagger, objective(given))
+    with progress(config.STAGE, config.steps, distributed.rank() == 0) as tell:
+        return sft(work.policy, config, given, work.run, tell, dagger, objective(given))

@@ -61,13 +61,16 @@ class _New:
                 self.ours.setdefault(name, []).append(ours)
 
     def __call__(self, name: str) -> Tensor:
-        name = self._tied(name)
+        """``name``: as it stands in the file."""
+        name = self._tied(self.old.aliases.get(name, name))
         if name not in self.ours:
             return self.old.read(name)
         parts = [self.layout.parts[ours] for ours in self.ours[name]]
         tensors = [self.state[ours] for ours in self.ours[name]]
         new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
-        return new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        weights.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
+        return new
 
     def _tied(self, name: str) -> str:
         """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""
@@ -121,4 +124,4 @@ def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
 def _write_pt(source: Path, target: Path, tensors: _New) -> None:
     """The names of the source, with their prefixes."""
     old = torch.load(source, map_location="cpu", weights_only=True)
-    torch.save({name: tensors(name.removeprefix("module.")).clone() for name in old}, target)
+    torch.save({name: tensors(name).clone() for name in old}, target)

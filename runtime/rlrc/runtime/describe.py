@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrc.artifact import Artifact, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
+from rlrc.runtime.tables import print_table
 
 
 def plain_console(stderr: bool = False) -> Console:
@@ -35,15 +36,20 @@ def describe(artifact: Artifact, console: Console) -> None:
         "graphs": "; ".join(f"{g.backend} {g.name} ({g.precision})" for g in manifest.graphs) or "none",
     }
     print_rows(rows, console)
-    console.print(modules_table(module_parameters(artifact), manifest.towers))
+    print_table(modules_table(module_parameters(artifact), manifest.towers), console)
     if manifest.verified:
-        console.print(records_table(manifest.verified, manifest.policy))
+        print_table(records_table(manifest.verified, manifest.policy), console)
     history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
     for entry in manifest.history:
+        products = " ".join(sorted(set(entry.precision.values())))
         history.add_row(
-            entry.stage, entry.version, f"{entry.cpu_minutes:.1f}", scalars(entry.before), scalars(entry.after)
+            f"{entry.stage} {products}",
+            entry.version,
+            f"{entry.cpu_minutes:.1f}",
+            scalars(entry.before),
+            scalars(entry.after),
         )
-    console.print(history)
+    print_table(history, console)
     console.print(
         f"next: rlrc {f'verify {artifact.path}' if manifest.graphs else f'export {artifact.path} OUT'}", soft_wrap=True
     )
@@ -165,7 +171,7 @@ def print_rows(rows: Mapping[str, str], console: Console) -> None:
     table.add_column()
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
+    print_table(table, console)
 
 
 def scalars(metrics: dict[str, Any]) -> str:
@@ -181,7 +187,6 @@ def records_table(
     """A row for every backend: how far its actions are from the reference's."""
     heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
     table = Table(*heads, title=title, title_justify="left")
-    table.columns[0].no_wrap = True
     for record in records:
         pairs = zip(policy.action.names, record.max_error, strict=False)
         flips = f"{record.token_flips} of {record.tokens}" if policy.action.bins else "\u2013"

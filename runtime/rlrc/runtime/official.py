@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlrc import foreign
 from rlrc.artifact import MANIFEST
 from rlrc.errors import UserError
+from rlrc.foreign import CONFIG
 
 # A name on the Hugging Face hub: owner/name or owner/name@revision.
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -27,8 +29,17 @@ class Flags:
     """how many pictures an OpenVLA-OFT checkpoint sees"""
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """The policy's folder: what the path names, or what holds a file of it, or lies in LeRobot's checkpoints/STEP."""
+    if path.is_file() and (path.name == CONFIG or path.suffix == ".safetensors") and (path.parent / CONFIG).is_file():
+        return path.parent
+    inner = path / "pretrained_model"
+    return inner if not (path / CONFIG).exists() and inner.is_dir() else path
+
+
 def is_official(path: Path, flags: Flags) -> bool:
     """Whether it is an official folder or a repository of the hub. Raises UserError for flags that do not fit."""
+    path = checkpoint_folder(path)
     if (path / MANIFEST).exists():
         if flags != Flags():
             raise UserError(
@@ -36,4 +47,7 @@ def is_official(path: Path, flags: Flags) -> bool:
                 f"the artifact {path}; its manifest says all that"
             )
         return False
-    return (path / "config.json").exists() or (not path.exists() and REPOSITORY.fullmatch(str(path)) is not None)
+    if (path / CONFIG).exists() or foreign.is_adapter(path):
+        return True
+    missing = not path.exists() and not path.is_symlink()
+    return missing and REPOSITORY.fullmatch(str(path)) is not None

@@ -59,6 +59,8 @@ class Serve:
     """actions a second that the client executes, for the guard"""
     page: int | None = None
     """port of the operator's page: pictures, latency, guard, a stop, re-arming; 0 is any free one"""
+    stop_port: int = 0
+    """port that stops without the page (POST /stop), whatever keeps other ports busy; 0 is any free one"""
     log: Literal["text", "json"] = "text"
     """how to write the log on stderr: for people, or an object a line"""
     token: str | None = None
@@ -96,8 +98,7 @@ class Serve:
         }
         hygiene.give_back_large_blocks()
         logs.begin(self.log)
-        for name in ("openpi.frames", "openvla.requests"):  # every port scan is one
-            logging.getLogger(f"rlrc.runtime.servers.{name}").setLevel(logging.CRITICAL)
+        logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # every port scan is one
         failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
         return 0 if failure is None else check_failed(failure)
 
@@ -149,12 +150,13 @@ class Serve:
         can = {"stop", "rearm", "bench"} | (set() if session.spec.prompt is None else {"instruction"})
         facts = {"protocols": ", ".join(self.protocol)}
         told = hello("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
-        address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key)
+        address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key, self.stop_port)
         page = Page(told, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         telling = asyncio.ensure_future(SessionPage(page, session).run())
-        stack.callback(telling.cancel)
+        stack.push_async_callback(_ended, telling)  # before the page is closed, whose socket it listens to
         plain_console().print(f"page: {page.link}", soft_wrap=True)
+        plain_console().print(f"stop: POST {page.stop.url}", soft_wrap=True)
 
     def _guarded(self, spec: PolicySpec) -> GuardedChunks | None:
         if self.profile is None:
@@ -189,6 +191,11 @@ async def _beating(supervisor: Supervisor) -> None:
         supervisor.beat()
         await asyncio.sleep(supervisor.seconds / 4)
     await asyncio.Event().wait()
+
+
+async def _ended(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _first(*waits: Any) -> None:

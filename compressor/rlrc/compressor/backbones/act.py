@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor import decode
-from rlrc.compressor.backbones import lerobot
+from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
 from rlrc.compressor.policy import Inputs, Layout, Outputs, Part, Policy
+from rlrc.compressor.weights import BUFFERS
 from rlrc.errors import UserError
 
 FAMILY = "act"
@@ -36,8 +37,8 @@ RESNETS = {
     "resnet152": ([3, 8, 36, 3], True),
 }
 
-# The VAE's encoder, the projection of the latent (which is zero), and what batch norms count while they are trained.
-UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight|.*\.num_batches_tracked")
+# The VAE's encoder, and the projection of the latent (which is zero).
+UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,12 @@ def layout(folder: Folder, options: Options) -> Layout:
 
     Raises UserError for what config.json lacks, for what the weights contradict and for what rlrc has no form of.
     """
+    settings.check_lerobot(folder, options)
     config, processors = folder.config, lerobot.read(folder, language=False)
     width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:
         raise UserError(
-            f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; copy it again"
+            f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; correct it"
         )
     activation = config.get("feedforward_activation", "relu")
     if activation not in ("relu", "gelu"):
@@ -166,7 +168,11 @@ def layout(folder: Folder, options: Options) -> Layout:
             "decoder": TowerSpec(width, decoder, activation=activation),
         },
         dict(_parts(geometry, len(encoder), len(decoder))),
-        tuple(name for name in folder.tensors if UNUSED.fullmatch(name) or lerobot.BUFFER.fullmatch(name)),
+        tuple(
+            name
+            for name in folder.tensors
+            if UNUSED.fullmatch(name) or lerobot.BUFFER.fullmatch(name) or name.endswith(BUFFERS)
+        ),
     )
 
 
@@ -200,7 +206,7 @@ def _resnet(folder: Folder) -> dict[str, Any]:
     if dilated and not bottleneck:
         raise UserError(
             "expected replace_final_stride_with_dilation with bottleneck blocks only, found it with a "
-            f"{name} in config.json; copy it again"
+            f"{name} in config.json; correct it"
         )
     stem, widths, outputs = (
         [tensors.shape(f"{convolution}.weight")[0] for convolution in convolutions]

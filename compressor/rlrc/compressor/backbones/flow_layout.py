@@ -12,7 +12,7 @@ from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec, TowerSpec
-from rlrc.compressor.backbones import lerobot
+from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.backbones.flow_tensors import NAMES, Official, parts, unused
 from rlrc.compressor.backbones.lerobot import Feature, Processors, number, real
 from rlrc.compressor.policy import Layout
@@ -43,17 +43,6 @@ SMOLLM_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 KNOWN = {"pi0": {"<bos>": 2}, "pi05": {"<bos>": 2}, "smolvla": {"<|im_start|>": 1}}  # what tells the vocabulary
 STATE = {"pi0": "suffix", "pi05": "prompt", "smolvla": "prefix"}  # see FlowGeometry
-
-# Settings of config.json under which lerobot does what rlrc does not.
-UNSUPPORTED = (
-    "adapt_to_pi_aloha",
-    "add_image_special_tokens",
-    "use_delta_joint_actions_aloha",
-    "use_peft",
-    "use_proprioceptive_memory",
-    "use_relative_actions",
-    "use_visual_memory",
-)
 
 
 @dataclass(frozen=True)
@@ -94,14 +83,12 @@ def layout(folder: Folder, options: Options) -> Layout:
     the tables nor the hints tell.
     """
     family = str(folder.config["type"])
-    for name in UNSUPPORTED:
-        if folder.config.get(name):
-            raise UserError(f"expected {name} to be false in config.json, found it set; rlrc does not support it")
     if "proj_width" in folder.config:
         raise UserError(
             "expected pi0 as lerobot 0.4 and later save it, found proj_width in config.json, which is of before; "
             "convert the folder with lerobot's own scripts"
         )
+    settings.check_lerobot(folder, options)
     processors = lerobot.read(folder, language=True)
     reader = Reader(family, folder, options.hints, processors, Official(folder.tensors, family))
     vision, grid = _vision(reader)
@@ -226,7 +213,8 @@ def _merge(reader: Reader, vision: TowerSpec, grid: int) -> int:
     if not merge or columns != merge**2 * vision.width or grid % merge:
         raise UserError(
             f"expected a projector of whole squares of the {grid} x {grid} patches of {vision.width} channels, found "
-            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; copy the folder again"
+            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of "
+            "these weights?"
         )
     return merge
 
@@ -239,7 +227,7 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
     if size is None:
         resize = "none"
     elif not isinstance(size, list) or len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
-        raise UserError(f"expected two numbers of pixels to resize to in config.json, found {size!r}; copy it again")
+        raise UserError(f"expected two numbers of pixels to resize to in config.json, found {size!r}; correct it")
     elif smol:
         size = size[::-1]  # its order is width, height
     cameras = []
@@ -252,7 +240,7 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
             )
         cameras.append(camera)
     if not cameras:
-        raise UserError("expected a VISUAL in input_features of config.json, found none; copy the folder again")
+        raise UserError("expected a VISUAL in input_features of config.json, found none; list its cameras there")
     patch = _patch(reader)
     for camera in cameras:
         if (camera.height // patch, camera.width // patch) != (grid, grid):
@@ -275,14 +263,14 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
     if action.dim > width:
         raise UserError(
             f"expected at most max_action_dim = {width} numbers of an action in config.json, found {action.dim}; "
-            "copy the folder again"
+            "correct it"
         )
     prompt = reader.processors.prompt
     assert prompt is not None
     if (prompt.state_bins > 0) != (family == "pi05"):
         raise UserError(
             f"expected {lerobot.BEFORE} to make a prompt for {family} in {reader.folder.path}, found another family's; "
-            "copy the folder again"
+            "is that file of this policy?"
         )
     geometry: dict[str, Any] = {
         "vocabulary": official.shape(official.embedding, 2)[0],
@@ -315,7 +303,6 @@ def _state(reader: Reader) -> StateSpec:
     if len(found) != 1 or found[0].dim > width:
         listed = ", ".join(f"{feature.name} {list(feature.shape)}" for feature in found) or "none"
         raise UserError(
-            f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; "
-            "copy the folder again"
+            f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; correct it"
         )
     return reader.processors.state(found[0], None if reader.family == "pi05" else width)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from rlrc import strict, toml
 from rlrc.artifact import CameraSpec, PolicySpec
 from rlrc.errors import UserError
+from rlrc.wiring import check_distinct
 
 SHIPPED = Path(__file__).parent / "mappings"
 OWN = "own"  # the policy's own names, as rlrc.runtime.policy takes them or a protocol's clients would write them
@@ -208,6 +209,10 @@ def _wired(mapping: KeyMapping, spec: PolicySpec, name: str | Path) -> tuple[tup
             wired.append((camera, unnamed.pop(0)))
     if len({one.name for _, one in wired}) != len(wired):
         raise UserError(f"expected every camera once in the mapping {name}, found one twice; correct it")
+    source, where = "key of the client", f"the mapping {name}"
+    check_distinct({one.name: camera.key for camera, one in wired}, source, "cameras of the policy", where)
+    for what, keys in (("state", mapping.state), ("actions", tuple((one.key,) for one in mapping.actions))):
+        check_distinct({f"part {place + 1}": key for place, key in enumerate(keys)}, source, f"parts of {what}", where)
     if lacking := [one.name for one in spec.cameras if not one.optional and one not in [spec for _, spec in wired]]:
         raise UserError(
             f"expected a key of camera {lacking[0]} in the mapping {name}, found none; write your own mapping"

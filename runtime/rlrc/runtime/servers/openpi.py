@@ -95,6 +95,8 @@ class OpenpiServer:
             _log(connection, "request", f"expected openpi's WebSocket, found: {str(error)[:100]}; use openpi-client")
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.headers.get_all("Content-Encoding"):
+            return connection.respond(415, "expected a request without Content-Encoding, found one\n")
         authorization = ", ".join(request.headers.get_all("Authorization"))  # two are none of ours
         told = status(request.path, self._session, self._access, authorization)
         if told is not None:

@@ -88,7 +88,10 @@ class Session:
         self.instruction: str | None = None
         """the operator's words, which go before the clients'"""
         self.show: Show | None = None
+        self.lost: str | None = None
+        """a way to stop that is gone: then nothing re-arms any more"""
         self._halted: str | None = None
+        self._halts = 0
         self._requests: list[_Request] = []  # in their turn, the one that the policy works on included
         self._tasks: set[asyncio.Task[None]] = set()
         self._seconds = 0.0  # of the last inference
@@ -122,11 +125,16 @@ class Session:
         """Why no chunk leaves, by the guard or by somebody who wanted that; None: they do."""
         return self._halted or (None if self.guarded is None else self.guarded.guard.reason)
 
-    def stop(self, reason: str) -> None:
-        """Latches: observations are looked at, but no chunk leaves. What a client has already, it may still execute."""
+    def halt(self, reason: str) -> None:
+        """From any thread: no chunk leaves from now on. ``stop`` has to follow, in the event loop."""
+        self._halts += 1
         if self.stopped is None:
             log.warning("stopped: %s", reason)
         self._halted = self._halted or reason
+
+    def stop(self, reason: str) -> None:
+        """Latches: observations are looked at, but no chunk leaves. What a client has already, it may still execute."""
+        self.halt(reason)
         if self.guarded is not None and not self.guarded.guard.stopped:
             self.guarded.guard.stop(reason)
 
@@ -136,10 +144,15 @@ class Session:
             raise UserError("expected a server that is stopped, found it not; stop it first")
         if not self.ready:
             raise UserError(f"expected a policy that runs, found {self.failure or 'none'}; start the server again")
-        stopped = self.stopped
+        if self.lost is not None:
+            raise UserError(f"expected every way to stop to work, found {self.lost} lost; start the server again")
+        stopped, halts = self.stopped, self._halts
         if self.guarded is not None:
             self.guarded.rearm(who)
         self._halted = None
+        if self._halts != halts:  # from another thread
+            self.stop(stopped)
+            raise UserError("expected nobody to press stop meanwhile, found that somebody did; look again, then re-arm")
         log.warning("re-armed by %s (was stopped: %s)", who, stopped)
 
     def client(self) -> Client:
