@@ -89,6 +89,8 @@ class Known:
             log.warning("expected the features of LeRobot's clients in %s, found: %s; it is written anew", file, error)
 
     def add(self, features: Features) -> None:
+        if next(reversed(self._clients.values()), None) == features:
+            return
         self._clients.pop(features.sensors, None)
         self._clients[features.sensors] = features
         while len(self._clients) > REMEMBERED:
