@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 import decoder_speed
 import numpy as np
 import onnx
-import onnxruntime
+from masked_engine import MASKS, hidden, masked_engine
 from onnx import TensorProto, helper, numpy_helper
 
 from rlrc import artifact as artifacts
@@ -44,19 +43,6 @@ from rlrc.runtime.npz import read_npz
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("fp32", "int8", "w4a8", "int4a8", "int4")
-AVX512 = {"HIDE_7_EBX": 0xDC230000, "HIDE_7_ECX": 0x5842}
-VNNI = {"HIDE_7_ECX": 0x800}
-AVX_VNNI = {"HIDE_71_EAX": 0x10}
-REST = {
-    "HIDE_7_EDX": 0x3C0010C,
-    "HIDE_71_EAX": 0x800020,
-    "HIDE_71_EDX": 0x80430,
-}  # bf16, fp16, AMX, newer 8-bit products
-MASKS = {  # by class, what is hidden to get there
-    "x86-64 avx512": (VNNI, AVX_VNNI, REST),
-    "x86-64 avx2-vnni": (AVX512, VNNI, REST),
-    "x86-64 avx2": (AVX512, VNNI, AVX_VNNI, REST),
-}
 HASWELL = "Haswell,-hle,-rtm,-invpcid,-pcid,-x2apic,-tsc-deadline"  # less what QEMU warns that it has not
 CONTROL = """
 import sys, numpy, onnxruntime
@@ -116,42 +102,6 @@ def write_control(folder: Path) -> list[str]:
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), folder / "control.onnx")
     return ["-c", CONTROL, str(folder / "control.onnx"), str(folder / "control.npz")]
-
-
-def masked_engine(folder: Path) -> dict[str, str]:
-    """A copy of the engine without `cpuid`; -> the variables that a process needs to use it."""
-    site, library = folder / "site", folder / "masked_cpuid.so"
-    if not library.exists():
-        shutil.rmtree(site, ignore_errors=True)
-        shutil.copytree(Path(onnxruntime.__file__).parent, site / "onnxruntime")
-        for path in (site / "onnxruntime/capi").glob("onnxruntime_pybind11_state*.so"):
-            replace_cpuid(path)
-        source = str(ROOT / "scripts/masked_cpuid.c")
-        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(library), source], check=True)
-    return {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-
-
-def replace_cpuid(path: Path) -> None:
-    """By `ud2`, which is as long."""
-    text = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True
-    ).stdout
-    headers = subprocess.run(["readelf", "-lW", path], capture_output=True, text=True, check=True).stdout
-    segments = re.findall(r"LOAD\s+0x(\w+) 0x(\w+) 0x\w+ 0x(\w+)", headers)
-    content = bytearray(path.read_bytes())
-    for address in (int(found, 16) for found in re.findall(r"^\s*(\w+):\s+cpuid\s*$", text, re.MULTILINE)):
-        for offset, start, size in ((int(number, 16) for number in numbers) for numbers in segments):
-            if start <= address < start + size:
-                content[address - start + offset : address - start + offset + 2] = b"\x0f\x0b"
-    path.write_bytes(content)
-
-
-def hidden(parts: Sequence[Mapping[str, int]]) -> dict[str, str]:
-    values: dict[str, int] = {}
-    for part in parts:
-        for name, bits in part.items():
-            values[name] = values.get(name, 0) | bits
-    return {name: f"{bits:x}" for name, bits in values.items()}
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> str:
