@@ -120,7 +120,8 @@ class Control:
         self._ending = False  # the steps are over: to rest
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
         self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
-        self._start = self._sent = self._planned_at = self._asked_about = 0.0
+        self._start = self._planned_at = self._asked_about = 0.0
+        self._chosen = 0.0  # when the last command was; sending it may take most of a period
         self._progress = 0  # actions that were planned and played
         self._played: deque[float] = deque(maxlen=4 * chunks.horizon)  # when the last of them were sent
 
@@ -137,8 +138,10 @@ class Control:
             self._play(over, steps, rest)
         except BaseException as error:
             if self.guard.started:
-                self._fail(_why(error, "the loop"))
-                self._abandon()
+                try:
+                    self._fail(_why(error, "the loop"))
+                finally:
+                    self._abandon()
             raise
 
     def _play(self, over: Callable[[], bool], steps: int | None, rest: bool) -> None:
@@ -191,7 +194,7 @@ class Control:
         self._forget()
         self._prime(sensed)
         self._start = self._clock()
-        self._sent = self._planned_at = self._start - self.timing.period
+        self._chosen = self._planned_at = self._start - self.timing.period
 
     def _prime(self, sensed: Sensed) -> None:
         """The first chunk, waited for: the robot is at rest and has time. It counts for no estimate of delays."""
@@ -235,7 +238,7 @@ class Control:
         verdict = self._guarded(planned, sensed, due, row)
         row["guard_ms"] = _since(planning, guarding := self._clock())
         self._command(verdict)
-        self._sent = sent = self._clock()
+        sent = self._clock()
         if planned is not None:
             self._progress += 1
             self._played.append(sent)
@@ -319,7 +322,8 @@ class Control:
 
     def _guarded(self, planned: Planned | None, sensed: Sensed | None, due: float, row: Any) -> Verdict:
         now, speed = self._clock(), self.timing.speed
-        dt = (now - self._sent) * speed
+        dt, before = (now - self._chosen) * speed, self._chosen
+        self._chosen = now
         age = np.nan if sensed is None else max(now - sensed.stamp, 0.0)
         row["age_ms"] = age * 1e3
         measured = self._measured(sensed)
@@ -331,7 +335,7 @@ class Control:
                 if verdict.held or guarded - due < self.timing.period:
                     return verdict
                 self.guard.take_back()  # the computer has stood still meanwhile
-                dt = (guarded - self._sent) * speed
+                dt, self._chosen = (guarded - before) * speed, guarded
         elif now - self._planned_at > self.timing.patience and not self._ending:
             self._latch(f"no action for {self.timing.patience:g} s")
         return self.guard.hold(measured, dt, age * speed)
