@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -112,6 +113,49 @@ def test_another_signal_soon_after_does_not_end_the_program() -> None:
         again.start()
     assert time.monotonic() - begun > 0.5
     assert not again.is_alive()  # the second one has come, and pytest goes on
+
+
+def take_in_c() -> None:
+    """As a library in C does, of which Python knows nothing: SIG_IGN."""
+    ctypes.CDLL(None).signal(int(signal.SIGINT), ctypes.c_void_p(1))
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        lambda: signal.set_wakeup_fd(-1),
+        take_in_c,
+    ],
+)
+def test_signals_that_a_library_has_taken_are_taken_again(take: Callable[[], object]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    switch = StopSwitch()
+    with switch.listen(keyboard=None):
+        take()
+        switch.keep()
+        os.kill(os.getpid(), signal.SIGINT)
+        wait(lambda: switch.stopped)
+        assert switch.reason == "signal SIGINT"
+    assert signal.getsignal(signal.SIGINT) is before
+    switch.keep()  # nobody listens any more
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_descriptors_that_a_library_has_closed_do_not_keep_the_block() -> None:
+    """In a process of its own: it closes all there are."""
+    code = """
+import os, time
+from rlrc.runtime.stop import StopSwitch
+try:
+    with StopSwitch().listen(keyboard=None):
+        time.sleep(0.3)  # the thread waits
+        os.closerange(3, 100)
+except OSError:
+    os._exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 7
 
 
 def test_a_signal_of_others_is_none_of_ours() -> None:

@@ -114,16 +114,17 @@ class Running:
             sleep=switch.wait,
             standstill=self.standstill,
             show=self.show,
-            beat=self._beat,
+            beat=lambda: self._beat(switch),
         )
         try:
             control.run(self._over, self.options.steps, rest=self.simulator is None and self.replay is None)
         finally:
             self.failures += control.failures
 
-    def _beat(self) -> None:
+    def _beat(self, switch: StopSwitch) -> None:
         self.watchdog.beat()
         self.supervisor.beat()
+        switch.keep()
 
     def _close(self) -> None:
         """A driver that cannot be closed does not cost the log."""

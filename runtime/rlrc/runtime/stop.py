@@ -42,6 +42,7 @@ from rlrc.runtime.stop_port import StopPort
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
 ASKED = "asked to stop"
 LOOPBACK = "127.0.0.1"
+JOINED_S = 2.0
 AGAIN_S = 1.0  # who presses Ctrl-C twice wants one stop, and nothing lost of what is put away after it
 
 
@@ -69,6 +70,8 @@ class StopSwitch:
         self._signalled = -math.inf
         self.put_back: Callable[[], None] = lambda: None
         """the terminal as it was, where the block of ``listen`` cannot end"""
+        self.keep: Callable[[], object] = _nothing
+        """takes the signals again, which a driver's library may have taken meanwhile; in the main thread, 10 us"""
         self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
 
     def press(self, reason: str) -> None:
@@ -164,7 +167,7 @@ class StopSwitch:
         selector.register(theirs, selectors.EVENT_READ, None)
         thread = threading.Thread(target=self._watch, args=(selector,), name="stop switch", daemon=True)
         thread.start()
-        stack.callback(thread.join)
+        stack.callback(thread.join, JOINED_S)  # a driver may have closed the descriptors that it waits for
         stack.callback(ours.send, b"x")
 
     def _watch(self, selector: selectors.BaseSelector) -> None:
@@ -205,11 +208,17 @@ class StopSwitch:
             return True
 
         selector.register(ours, selectors.EVENT_READ, arrived)
-        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+        def take() -> dict[signal.Signals, Any]:
+            signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            return {number: signal.signal(number, lambda got, _: self._signal(got)) for number in SIGNALS}
+
+        before = signal.set_wakeup_fd(-1)
         stack.callback(signal.set_wakeup_fd, before)
-        for number in SIGNALS:
-            old = signal.signal(number, lambda got, _: self._signal(got))
+        for number, old in take().items():
             stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
+        self.keep = take
+        stack.callback(setattr, self, "keep", _nothing)
         stack.callback(self._outlast_another)
         self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
 
@@ -295,6 +304,10 @@ class StopSwitch:
             return {"stopped": self.stopped, "reason": self.reason}
 
         return Source(stop.fileno(), f"POST {stop.url}", lambda: stop.ready(self.press, state))
+
+
+def _nothing() -> None:
+    """While nobody listens."""
 
 
 def _foreground(descriptor: int) -> bool:
