@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from rlrc.benchmarks import rig
 from rlrc.errors import UserError
 from rlrc.robots.recorder import Recorder
-from rlrc.robots.robot import RobotError
+from rlrc.robots.robot import RobotError, Sensed
 
 pytest.importorskip("pyarrow")
 from rlrc.datasets.lerobot import Dataset
@@ -47,6 +48,27 @@ def test_every_step_becomes_a_frame(tmp_path: Path) -> None:
         assert np.array_equal(data.picture(i, "observation.images.wrist"), picture)
         np.testing.assert_allclose(data.column("action")[i], action, rtol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_driver_may_fill_the_same_arrays_again_and_again(tmp_path: Path) -> None:
+    class Thrifty(rig.Arm):
+        kept = np.zeros((rig.SIZE, rig.SIZE, 3), np.uint8)
+
+        def sense(self) -> Sensed:
+            sensed = super().sense()
+            self.kept[...] = len(self.sent)
+            return sensed._replace(observation={**sensed.observation, "image.wrist": self.kept})  # type: ignore[no-any-return]
+
+    recorder = Recorder(Thrifty(), rig.spec(), 50.0, tmp_path / "run")
+    recorder.begin("wave")
+    write, going = recorder._frames.put_nowait, list[Any]()
+    recorder._frames.put_nowait = going.append  # type: ignore[method-assign]
+    moved(recorder, 5)
+    for frame in going:  # the disk is late
+        write(frame)
+    recorder.finish()
+    data = Dataset.open(tmp_path / "run")
+    assert [data.picture(i, "observation.images.wrist").max() for i in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> None:

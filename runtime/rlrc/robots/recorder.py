@@ -62,9 +62,9 @@ class Recorder:
             return
         if self._failure is not None:
             raise RobotError(self._failure)
-        kept = {name: np.asarray(value) for name, value in self._sensed.observation.items() if name != "instruction"}
+        kept = {name: np.array(value) for name, value in self._sensed.observation.items() if name != "instruction"}
         try:
-            self._frames.put_nowait({**kept, "action": np.asarray(action, np.float32)})
+            self._frames.put_nowait({**kept, "action": np.array(action, np.float32)})
         except queue.Full:
             self._failure = f"the recording is {WAITING} frames behind: the disk is too slow"
             raise RobotError(self._failure) from None

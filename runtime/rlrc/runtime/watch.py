@@ -56,5 +56,5 @@ class Watch:
             picture = observation[name]
             if before is not None and np.array_equal(picture, before[1]):
                 return f"{name} has not changed since {(stamp - before[0]) * 1e3:.0f} ms before"
-            self._last[name] = (stamp, picture)
+            self._last[name] = (stamp, np.array(picture))  # a copy: some drivers fill one array again and again
         return None
