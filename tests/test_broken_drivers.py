@@ -9,21 +9,24 @@ import signal
 import termios
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from driven import DRIVER, PROFILE, Running
-from looping import HZ, loop
+from looping import HZ, PERIOD, loop
 
 from rlrc.benchmarks import rig
 from rlrc.errors import UserError
-from rlrc.robots.driver import Driver, checked
+from rlrc.robots.driver import Driver, checked, one_line, said
 from rlrc.robots.robot import RobotError, Sensed
 from rlrc.runtime import watchdog
 from rlrc.runtime.cli import main
-from rlrc.runtime.watchdog import Watchdog
+from rlrc.runtime.commands import check_failed
+from rlrc.runtime.watch import Watch
+from rlrc.runtime.watchdog import Watchdog, leave
 
 BROKEN = (
     DRIVER
@@ -254,6 +257,173 @@ def test_an_asynchronous_command_is_refused() -> None:
 
     with pytest.raises(RobotError, match="the driver's command is a coroutine"):
         Driver(Arm()).command(np.zeros(2))
+
+
+def test_an_asynchronous_generator_for_a_command_is_refused() -> None:
+    class Arm(rig.Arm):
+        async def command(self, action: Any) -> Any:  # type: ignore[override]
+            self.joints = action
+            yield
+
+    with pytest.raises(RobotError, match="the driver's command is an asynchronous generator"):
+        Driver(Arm()).command(np.zeros(2))
+
+
+class Unreadable(Exception):
+    """Says nothing of itself, and of that nothing either."""
+
+    def __str__(self) -> str:
+        raise Unreadable
+
+
+class Number(BaseException):
+    def __str__(self) -> str:
+        return 5  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("error", [Unreadable, Number])
+@pytest.mark.parametrize("call", ["sense", "command", "stop"])
+def test_a_message_that_cannot_be_read_ends_in_a_hold(error: type[BaseException], call: str) -> None:
+    control, arm, _, _ = loop(0)
+    given = getattr(arm, call)
+
+    def broken(*arguments: Any) -> Any:
+        if len(arm.sent) > 4:
+            raise error
+        return given(*arguments)
+
+    setattr(arm, call, broken)
+    if call == "stop":
+        arm.command = lambda action: arm.sent.append((0.0, action)) if len(arm.sent) < 5 else broken()  # type: ignore
+    control.run(steps=20)
+    assert control.guard.stopped
+    assert f"the driver failed: {error.__name__}: a message that cannot be read" in "; ".join(control.failures)
+    np.testing.assert_allclose(arm.sent[-1][1], arm.sent[-2][1], atol=0.011 if call != "sense" else 1e-9)
+
+
+def test_nothing_keeps_the_loop_from_braking(monkeypatch: pytest.MonkeyPatch) -> None:
+    control, arm, _, _ = loop(0)
+
+    def over() -> bool:
+        if len(arm.sent) < 5:
+            return False
+        raise OSError("gone")
+
+    monkeypatch.setattr(control, "_fail", lambda reason: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        control.run(over, steps=20)
+    assert arm.stopped_at is not None
+    np.testing.assert_allclose(arm.sent[-1][1], arm.sent[-2][1], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a\x1b[2J\x07 title\x00", "a?[2J? title?"),
+        ("two\nlines\u202e \udcff", "two lines? ?"),
+        ("x" * 10**6, "x" * 1000 + "..."),
+    ],
+)
+def test_what_a_driver_says_is_one_line_that_can_be_printed(message: str, line: str) -> None:
+    assert one_line(OSError(message)) == line
+    assert said(type("A\x1b[31m", (Exception,), {})(message)) == f"the driver failed: A?[31m: {line}"
+
+
+def test_a_reason_is_printed_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    check_failed("no picture image.\x1b[31mfront")
+    assert capsys.readouterr().err == "rlrc: check failed: no picture image.?[31mfront\n"
+
+
+class Lazy(Mapping[str, Any]):
+    """Decodes its pictures when somebody asks for them, and cannot."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+
+    def __getitem__(self, name: str) -> Any:
+        raise SystemExit(0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda s: s._replace(observation=Lazy(s.observation)), lambda s: s._replace(stamp=10**400)]
+)
+def test_what_fails_while_it_is_checked_is_the_drivers_fault(wrong: Any) -> None:
+    arm = rig.Arm()
+    given = arm.sense
+    arm.sense = lambda: wrong(given())  # type: ignore[method-assign]
+    with pytest.raises(RobotError, match=r"the driver failed: (SystemExit: 0|OverflowError)"):
+        Driver(arm).sense()
+
+
+def test_a_robot_that_fails_when_it_is_looked_at_is_refused() -> None:
+    class Proxy:
+        def __getattr__(self, name: str) -> Any:
+            raise SystemExit(0)
+
+    class Arm(rig.Arm):
+        live_pictures = np.array([True, False])  # type: ignore[assignment]
+
+    with pytest.raises(RobotError, match="the driver failed: SystemExit: 0"):
+        Driver(Proxy())  # type: ignore[arg-type]
+    with pytest.raises(RobotError, match="the driver failed: ValueError"):
+        _ = Driver(Arm()).live_pictures
+
+
+def test_a_driver_may_convert_a_command_in_place(tmp_path: Path) -> None:
+    class Arm(rig.Arm):
+        def command(self, action: Any) -> None:
+            action *= 180 / np.pi
+            super().command(action)
+
+    command = np.array([0.1, 0.2])
+    Driver(Arm()).command(command)
+    assert command.tolist() == [0.1, 0.2]
+
+
+def test_a_driver_may_fill_one_picture_again_and_again() -> None:
+    watch, picture, noise = Watch(frozenset({"image.wrist"}), 1.0, live=True), np.zeros((4, 4, 3), np.uint8), good()
+    for step in range(3):
+        picture[...] = step
+        sensed = noise._replace(observation={"image.wrist": picture}, stamp=step, pictures={"image.wrist": step})
+        assert watch.fault(sensed, step) is None
+    sensed = sensed._replace(pictures={"image.wrist": 3})
+    assert "image.wrist has not changed" in str(watch.fault(sensed, 3))
+
+
+@pytest.mark.parametrize("share", [0.95, 0.98])
+def test_a_command_that_takes_its_time_is_sent_as_far_as_one_that_does_not(share: float) -> None:
+    control, arm, _, clock = loop(0)
+    follow = arm.command
+
+    def command(action: Any) -> None:
+        clock.now += share * PERIOD
+        follow(action)
+
+    arm.command = command  # type: ignore[method-assign]
+    control.run(steps=5, rest=True)
+    np.testing.assert_allclose([sent[0] for _, sent in arm.sent], [0.01, 0.02, 0.03, 0.04, 0.05, 0.05], atol=1e-6)
+    assert set(control.guard.counts) == {("start", "start")}  # nothing was clamped
+
+
+def test_threads_that_a_driver_leaves_do_not_keep_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "RETURN_S", 0.1)
+    known, over, ended = set(threading.enumerate()), threading.Event(), list[int]()
+    brief = threading.Thread(target=time.sleep, args=(0.02,))
+    brief.start()
+    assert (leave(known, 1, ended.append), ended) == (1, [])
+    threading.Thread(target=over.wait, name="reader").start()
+    leave(known, 1, ended.append)
+    over.set()
+    assert ended == [1]
+    assert "the driver's close has left threads that go on: reader" in capsys.readouterr().err
 
 
 def test_the_watchdog_waits_for_a_loop_that_is_slow_but_goes_on() -> None:

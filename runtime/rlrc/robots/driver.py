@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.robots.robot import Robot, RobotError, Sensed
+from rlrc.runtime.printable import printable
 
 NEEDED = ("sense", "command", "stop", "close")
+LONGEST = 1000  # characters of an exception's message: some hold a whole array
 
 
 class Driver:
@@ -23,8 +24,8 @@ class Driver:
     """
 
     def __init__(self, robot: Robot) -> None:
-        missing = [name for name in NEEDED if not callable(getattr(robot, name, None))]
-        known = plain("live_pictures", lambda: hasattr(robot, "live_pictures"))
+        missing = [name for name in NEEDED if not callable(plain(name, getattr, robot, name, None))]
+        known = plain("live_pictures", hasattr, robot, "live_pictures")
         missing += [] if known else ["live_pictures"]
         if missing:
             raise RobotError(f"a driver without {', '.join(missing)} ({type(robot).__name__}; docs/robots.md)")
@@ -36,13 +37,14 @@ class Driver:
 
     @property
     def live_pictures(self) -> bool:
-        return bool(plain("live_pictures", lambda: self._robot.live_pictures))
+        return bool(plain("live_pictures", lambda: bool(self._robot.live_pictures)))
 
     def sense(self) -> Sensed | None:
-        return checked(self._call("sense", self._robot.sense))
+        found: Sensed | None = plain("sense", checked, self._call("sense", self._robot.sense))
+        return found
 
     def command(self, action: NDArray[Any]) -> None:
-        self._call("command", self._robot.command, action)
+        self._call("command", self._robot.command, action.copy())  # some convert it in place
 
     def stop(self) -> None:
         plain("stop", self._robot.stop)
@@ -75,10 +77,12 @@ def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except BaseException as error:  # SystemExit too: a driver is not to end the program while the robot moves
         raise RobotError(said(error)) from error
-    if inspect.isgenerator(found) or inspect.iscoroutine(found):
-        found.close()
+    if isinstance(found, (Coroutine, Generator, AsyncGenerator)):
+        if not isinstance(found, AsyncGenerator):
+            found.close()
+        kind = "asynchronous generator" if isinstance(found, AsyncGenerator) else type(found).__name__
         raise RobotError(
-            f"the driver's {name} is a {type(found).__name__}, expected a plain function: nothing of it ran"
+            f"the driver's {name} is {'a' if kind[0] != 'a' else 'an'} {kind}, expected a plain function: nothing of it ran"
         )
     return found
 
@@ -104,7 +108,8 @@ def checked(found: Any) -> Sensed | None:
     for name in seen:
         if not isinstance(observation[name], np.ndarray):
             raise _wrong(f"{name} as an array", observation[name])
-    return found
+    # A mapping of the driver's own may compute, and fail, whenever it is asked.
+    return found if type(observation) is dict else found._replace(observation=dict(observation))
 
 
 def said(error: BaseException) -> str:
@@ -114,11 +119,16 @@ def said(error: BaseException) -> str:
 
 def named(error: BaseException) -> str:
     """The exception's class, and its message if it has one; one line."""
-    return f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    return f"{printable(type(error).__name__)}: {one_line(error)}".removesuffix(": ")
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Its message as one line of up to LONGEST printable characters. Raises nothing, whatever ``__str__`` does."""
+    try:
+        text = printable(" ".join(str(error).split()))
+    except BaseException:  # a driver's own class of exceptions
+        return "a message that cannot be read"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _wrong(expected: str, found: Any) -> RobotError:

@@ -20,6 +20,7 @@ from typing import Any
 
 from rlrc.errors import UserError
 from rlrc.folders import refused
+from rlrc.runtime.printable import printable
 
 # Name: where its dataclass is, and what it does. The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -241,7 +242,7 @@ def _unbox(text: str) -> str:
 
 
 def _refuse(message: str) -> int:
-    print("rlrc: error: " + " ".join(message.split()), file=sys.stderr)
+    print("rlrc: error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
 
 

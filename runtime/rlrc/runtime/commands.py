@@ -22,6 +22,7 @@ from rlrc.runtime.describe import describe, folder_bytes, plain_console, records
 from rlrc.runtime.npz import read_npz, write_npz
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.policy import LocalPolicy, Policy, recorded
+from rlrc.runtime.printable import printable
 from rlrc.runtime.tables import print_table
 
 
@@ -168,7 +169,7 @@ class Verify:
 
 def check_failed(reason: str) -> int:
     """Exit code 1, with the reason on stderr so that --json stays JSON."""
-    print(f"rlrc: check failed: {reason}", file=sys.stderr)
+    print("rlrc: check failed: " + printable(reason, keep="\n"), file=sys.stderr)
     return 1
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import secrets
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from rlrc.runtime.running import Running
 from rlrc.runtime.servers.ports import Access, access, token
 from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import ASKED, StopSwitch
+from rlrc.runtime.watchdog import leave
 
 
 @dataclass(frozen=True)
@@ -202,12 +204,12 @@ class Run:
             from rlrc.envs.environment import check_environment
 
             check_environment(self.env, artifact.manifest.policy, self.env_mapping)
-        limits = profile.load(self._profile_name())
+        limits, threads = profile.load(self._profile_name()), set(threading.enumerate())
         try:
             run, granted = self._play(artifact, limits)
         except (RobotError, Dead) as error:  # before or between episodes; the loop makes a stop of them
             raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
-        return self._report(run, granted)
+        return leave(threads, self._report(run, granted))
 
     def _play(self, artifact: Artifact, limits: RobotProfile) -> tuple[Running, dict[str, str]]:
         """All episodes. What was run is closed, and still tells what it was like; what Linux granted."""

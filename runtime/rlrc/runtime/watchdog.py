@@ -17,10 +17,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 from rlrc.robots.driver import Driver, said
+from rlrc.runtime.printable import printable
 
 GRACE = 0.25  # of the bound: a machine that has stood still lets the loop go on first
 RETURN_S = 2.0  # for the call to return after robot.stop()
@@ -117,3 +118,19 @@ class Watchdog:
     def _tell(self, line: str) -> None:
         """Beside this thread: a terminal may let nobody write."""
         threading.Thread(target=self._say, args=(line,), daemon=True).start()
+
+
+def leave(known: Set[threading.Thread], code: int, end: Callable[[int], object] = os._exit) -> int:
+    """The exit code of a program that is over. Threads beside the ``known`` ones that Python would wait for, which a
+    driver has started and not ended, end with the process."""
+    deadline = time.monotonic() + RETURN_S
+    left = [one for one in threading.enumerate() if not one.daemon and one not in known]
+    for thread in left:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    names = ", ".join(printable(thread.name) for thread in left if thread.is_alive())
+    if names:
+        print(f"rlrc: the driver's close has left threads that go on: {names}; let it end them", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end(code)
+    return code
