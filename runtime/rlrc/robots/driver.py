@@ -80,10 +80,8 @@ def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     if isinstance(found, (Coroutine, Generator, AsyncGenerator)):
         if not isinstance(found, AsyncGenerator):
             found.close()
-        kind = "asynchronous generator" if isinstance(found, AsyncGenerator) else type(found).__name__
-        raise RobotError(
-            f"the driver's {name} is {'a' if kind[0] != 'a' else 'an'} {kind}, expected a plain function: nothing of it ran"
-        )
+        kind = "an asynchronous generator" if isinstance(found, AsyncGenerator) else f"a {type(found).__name__}"
+        raise RobotError(f"the driver's {name} is {kind}, expected a plain function: nothing of it ran")
     return found
 
 
