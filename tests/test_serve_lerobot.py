@@ -365,6 +365,14 @@ def test_wrong_instructions_are_refused(client: LerobotClient) -> None:
             "numbers (x, y, grip), found 4 (shoulder.pos, elbow.pos, gripper.pos, wrist.pos); use the robot",
         ),
         (
+            replace(config, lerobot_features=features(["a.pos", "b.pos", "a.pos"], {"corner4": (32, 32, 3)})),
+            "expected every number of the client for one of the entries of the state, found a.pos for x and grip",
+        ),
+        (
+            replace(config, lerobot_features=features(["grip", "x", "y"], {"corner4": (32, 32, 3)})),
+            "expected the state in the policy's order, x, y, grip, found grip, x, y",
+        ),
+        (
             replace(config, lerobot_features=features([], {"corner4": (32, 32, 3)})),
             "expected a state of 3 numbers",
         ),

@@ -24,6 +24,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.servers import pickles
 from rlrc.runtime.servers.observations import Observations, brief, listed, shown
 from rlrc.runtime.servers.pickles import Call
+from rlrc.wiring import check_distinct
 
 NUMBERS = 1024  # of a robot's state
 SENSORS = 32  # cameras, and parts of a state
@@ -210,6 +211,13 @@ def check(features: Features, observations: Observations) -> None:
         raise UserError(
             f"expected a state of {len(spec.names)} numbers ({listed(spec.names)}), found {len(numbers)} "
             f"({listed(numbers)}); use the robot that the policy was trained on, or its policy"
+        )
+    wires = dict(zip(spec.names, numbers, strict=True))
+    check_distinct(wires, "number of the client", "entries of the state", "the robot's motors")
+    if set(numbers) == set(spec.names) and tuple(numbers) != spec.names:
+        raise UserError(
+            f"expected the state in the policy's order, {', '.join(map(shown, spec.names))}, found "
+            f"{', '.join(map(shown, numbers))}; give the robot's motors in that order"
         )
 
 
