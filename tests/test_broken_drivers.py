@@ -33,6 +33,7 @@ BROKEN = (
     + """
 import os, time
 from pathlib import Path
+from rlrc.robots.robot import RobotError
 
 class Broken(Told):
     asked = 0
@@ -44,6 +45,8 @@ class Broken(Told):
             time.sleep(1e6)
         if self.moves("exit"):
             raise SystemExit(0)
+        if self.moves("fault"):
+            raise RobotError("the arm is off")
         return super().sense()
     def command(self, action):
         if self.moves("command"):
@@ -58,6 +61,9 @@ class Broken(Told):
     def close(self):
         if os.environ["BROKEN"] == "close":
             raise SystemExit(7)
+        if os.environ["BROKEN"] == "fault":
+            Path("closing").touch()
+            time.sleep(1)
 
 def open_robot(spec, instruction):
     return Broken((32, 32), ("corner4",))
@@ -125,6 +131,18 @@ def test_a_driver_does_not_end_the_program(
     rows = [json.loads(line) for line in running.log.read_text().splitlines()]
     commands = [[row["command.shoulder"], row["command.elbow"]] for row in rows]
     assert commands[-1] == pytest.approx(commands[-2], abs=1e-6)
+
+
+def test_ctrl_c_after_a_fault_loses_no_log(arm_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = run(arm_toy, tmp_path, monkeypatch, "fault")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "closing").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(running.process.pid, signal.SIGINT)
+    _, complaints = running.process.communicate(timeout=30)
+    assert (running.process.returncode, complaints) == (1, "rlrc: check failed: stopped: the arm is off\n")
+    assert len(running.log.read_text().splitlines()) > 5
 
 
 @pytest.mark.parametrize(

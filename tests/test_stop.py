@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.runtime.stop import SIGNALS, StopSwitch
+from rlrc.runtime.stop import SIGNALS, StopSwitch, uninterrupted
 
 PATIENCE = 5.0  # seconds that a busy machine may take
 
@@ -113,6 +113,18 @@ def test_another_signal_soon_after_does_not_end_the_program() -> None:
         again.start()
     assert time.monotonic() - begun > 0.5
     assert not again.is_alive()  # the second one has come, and pytest goes on
+
+
+def test_what_is_put_away_is_interrupted_by_the_second_signal_only() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        with StopSwitch().listen(keyboard=None):
+            pass
+        signal.raise_signal(signal.SIGINT)
+        written = True
+        signal.raise_signal(signal.SIGINT)
+    assert written
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def take_in_c() -> None:

@@ -39,7 +39,7 @@ from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
 from rlrc.runtime.servers.ports import Access, access, token
 from rlrc.runtime.standstill import Standstill
-from rlrc.runtime.stop import ASKED, StopSwitch
+from rlrc.runtime.stop import ASKED, StopSwitch, uninterrupted
 from rlrc.runtime.watchdog import leave
 
 
@@ -205,14 +205,18 @@ class Run:
 
             check_environment(self.env, artifact.manifest.policy, self.env_mapping)
         limits, threads = profile.load(self._profile_name()), set(threading.enumerate())
-        try:
-            run, granted = self._play(artifact, limits)
-        except (RobotError, Dead) as error:  # before or between episodes; the loop makes a stop of them
-            raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
-        return leave(threads, self._report(run, granted))
+        with ExitStack() as after:
+            try:
+                run, granted = self._play(artifact, limits, after)
+            except (RobotError, Dead) as error:  # before or between episodes; the loop makes a stop of them
+                raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
+            return leave(threads, self._report(run, granted))
 
-    def _play(self, artifact: Artifact, limits: RobotProfile) -> tuple[Running, dict[str, str]]:
-        """All episodes. What was run is closed, and still tells what it was like; what Linux granted."""
+    def _play(self, artifact: Artifact, limits: RobotProfile, after: ExitStack) -> tuple[Running, dict[str, str]]:
+        """All episodes. What was run is closed, and still tells what it was like; what Linux granted.
+
+        Until ``after`` ends, Ctrl-C does not interrupt what is put away.
+        """
         with ExitStack() as stack:
             run = Running(self, artifact, limits, stack)
             console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
@@ -224,6 +228,7 @@ class Run:
             run.show = shown[0].show if shown else None
             typed = None if run.standstill is None else run.standstill.typed
             others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
+            after.enter_context(uninterrupted())
             stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:

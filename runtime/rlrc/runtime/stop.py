@@ -306,6 +306,24 @@ class StopSwitch:
         return Source(stop.fileno(), f"POST {stop.url}", lambda: stop.ready(self.press, state))
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """The first Ctrl-C in this block does nothing: whoever sees a robot stop by a fault presses it, and would lose log
+    and recording. The second one interrupts. In the main thread."""
+    pressed = list[int]()
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
 def _nothing() -> None:
     """While nobody listens."""
 
