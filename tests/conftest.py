@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from rlrc.artifact import (
     TowerSpec,
     VerifiedSpec,
 )
+from rlrc.runtime.backends.kernels import kernels
 
 WORDS = ("[PAD]", "[UNK]", "open", "close", "the", "drawer", "window")
 TOKENIZER, GOLDEN = "tokenizer/tokenizer.json", "golden.npz"
@@ -241,7 +243,8 @@ def write_toy(out: Path, spec: PolicySpec | None = None, weights: Toy | None = N
     tokens, action = logits.argmax(-1), spec.action
     centers = ((tokens + 0.5) / action.bins * 2 - 1).astype(np.float32)
     actions = (centers * np.array(action.norm.scale) + np.array(action.norm.center)).astype(np.float32)
-    record = VerifiedSpec("onnxruntime", len(tokens), tokens.size, 0, 0, (0.0,) * action.dim, 0.0, 0.000625, {})
+    here = {"onnxruntime": version("onnxruntime"), "kernels": kernels()}
+    record = VerifiedSpec("onnxruntime", len(tokens), tokens.size, 0, 0, (0.0,) * action.dim, 0.0, 0.000625, here)
     described = replace(manifest(), policy=spec, graphs=toy_graphs(spec), verified=(record,))
     with artifacts.writing(out) as draft:
         (weights or toy).write(draft.file(VISION), draft.file(DECODER), spec)
@@ -418,6 +421,19 @@ def check_requests() -> Callable[[Callable[[int, dict[str, float]], list[Any]], 
         return drawn
 
     return check
+
+
+@pytest.fixture
+def save_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``save_at(20, 40)``: training saves its state after these steps, and not at its end."""
+    from rlrc.compressor import run
+
+    def choose(*steps: int) -> None:
+        save = run.Keeper.save
+        monkeypatch.setattr(run, "EVERY_S", 0.0)
+        monkeypatch.setattr(run.Keeper, "save", lambda keeper: save(keeper) if keeper.step in steps else None)
+
+    return choose
 
 
 @pytest.fixture

@@ -10,9 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+from procfs import children
+
+STATE = TemporaryDirectory(prefix="rlrc-state-")
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    "XDG_STATE_HOME": STATE.name,
+}
 
 
 class Served:
@@ -33,6 +40,7 @@ class Served:
             lines.append(self.process.stdout.readline())
         if not lines[-1]:
             raise AssertionError((lines, self.process.communicate(timeout=30)))
+        self.lines = lines
         self.page = next((line.split()[1] for line in lines if line.startswith("page:")), None)
         self.ports = {
             name: int(line.split()[1].rpartition(":")[2]) for name, line in zip(protocols, lines, strict=False)
@@ -64,8 +72,7 @@ class Served:
 
     def worker(self) -> int:
         """The process that infers."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        found = [int(pid) for path in children for pid in path.read_text().split()]
+        found = children(self.process.pid)
         workers = [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(workers) == 1
         return workers[0]

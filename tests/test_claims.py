@@ -57,6 +57,7 @@ def test_memory_is_against_bf16(manifest: Callable[..., Manifest], size: int, ve
     check = claims.memory(quantized, manifest(4000, 1000), LIMITS)
     assert check.verdict == verdict
     assert check.value == pytest.approx(ratio)
+    assert "(as bf16, 2 bytes a parameter, + tokenizer; the float32 graph files take 0.00 MB)" in check.reason
 
 
 def trials(milliseconds: float, stable: bool = True, noise: float = 0.02) -> Trials:
@@ -110,16 +111,39 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert claims.success(None, None, LIMITS).verdict == "NOT MEASURED"
 
 
-def test_cut_by_hand() -> None:
-    block = LayerSpec(heads=10, kv_heads=10, head_dim=32, mlp=640)
-    cut = LayerSpec(heads=1, kv_heads=1, head_dim=32, mlp=64)
-    dense, ours = TowerSpec(256, (block,) * 12), TowerSpec(256, (block, *(cut,) * 10, block))
-    # A block: 256 * (4 * 320 + 3 * 640) = 819200 weights; cut: a tenth. 12 blocks against 2 + 10 / 10 = 3.
+def test_cut_by_hand(tiny_manifest: Manifest) -> None:
+    block, cut = LayerSpec(heads=10, kv_heads=10, head_dim=32, mlp=640), LayerSpec(1, 1, 32, 128)
+    towers = {"vision": TowerSpec(64, (block,) * 2), "decoder": TowerSpec(256, (block,) * 12)}
+    dense = replace(tiny_manifest, towers=towers, parameters=1000)
+    ours = replace(dense, towers={**towers, "decoder": TowerSpec(256, (block, *(cut,) * 10, block))}, parameters=250)
     assert claims.pruned(ours, dense) == {
-        "intermediate_heads": 0.9,
-        "intermediate_channels": 0.9,
-        "language_model": 0.75,
+        "decoder_intermediate_heads": 0.9,
+        "decoder_intermediate_channels": 0.8,
+        "whole_policy": 0.75,
     }
+    assert claims.pruned(dense, dense) == {"whole_policy": 0.0}
+
+
+def test_every_tower_that_was_cut_is_named(tiny_manifest: Manifest) -> None:
+    """ACT's large tower is its encoder; a policy without its last prefix block; a tower of two blocks."""
+    block, cut = LayerSpec(8, 8, 64, 3200), LayerSpec(4, 4, 64, 800)
+    towers = {"encoder": TowerSpec(512, (block,) * 4), "decoder": TowerSpec(512, (block,)), "vision": TowerSpec(64, ())}
+    dense = replace(tiny_manifest, towers=towers, parameters=100)
+    encoder = replace(dense, towers={**towers, "encoder": TowerSpec(512, (block, cut, cut, block))}, parameters=60)
+    assert claims.pruned(encoder, dense) == {
+        "encoder_intermediate_heads": 0.5,
+        "encoder_intermediate_channels": 0.75,
+        "whole_policy": 0.4,
+    }
+    shorter = replace(dense, towers={**towers, "encoder": TowerSpec(512, (block,) * 3)}, parameters=75)
+    assert claims.pruned(shorter, dense) == {
+        "encoder_blocks": 0.25,
+        "encoder_intermediate_heads": 0.5,
+        "encoder_intermediate_channels": 0.5,
+        "whole_policy": 0.25,
+    }
+    two = replace(dense, towers={**towers, "decoder": TowerSpec(512, (cut,))})
+    assert claims.pruned(two, dense)["decoder_intermediate_heads"] == 0.5
 
 
 def test_other_cameras_horizons_and_actions_are_refused(toy_artifact: Path) -> None:
@@ -180,7 +204,7 @@ def test_command_measures_states_the_operating_point_and_fails(toy_artifact: Pat
     assert result["verdict"] == "FAIL"
     assert "operating point: compressed (float32) against dense (float32), 1 thread" in printed
     point = result["operating_point"]
-    assert (point["threads"], point["pruned"]["language_model"]) == (1, 0.0)
+    assert (point["threads"], point["pruned"]["whole_policy"]) == (1, 0.0)
     assert {row["name"] for row in result["rows"]} == {"dense", "compressed"}
 
     easy = tmp_path / "easy.toml"

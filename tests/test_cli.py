@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -100,8 +102,10 @@ def test_a_bug_is_not_disguised() -> None:
         (["bench"], None),  # prints the benchmarks
         (["bench", "fakes", "here"], "found 'bench fakes'; did you mean bench fake?"),
         (["fake"], "run rlrc fake --help"),
-        (["fake", "here", "--bogus", "1"], "--bogus"),
-        (["fake", "here", "--step", "1"], "Perhaps you meant: --steps"),
+        (["fake", "here", "--bogus", "1"], "expected an option of rlrc fake, found --bogus; run rlrc fake --help"),
+        (["fake", "here", "--step", "1"], "expected an option of rlrc fake, found --step; the nearest is --steps;"),
+        (["fake", "--stpes=1"], "expected an option of rlrc fake, found --stpes; the nearest is --steps;"),
+        (["bench", "fake", "--knid", "a", "here"], "found --knid; the nearest is --kind; run rlrc bench fake --help"),
         (["fake", "here", "--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
         (["fake", "here", "--kind", "c"], "invalid choice 'c' for argument '--kind'. Expected one of ('a', 'b')"),
         (["fake", "here", "there"], "Unrecognized options: there"),
@@ -152,11 +156,23 @@ def test_the_installed_command(tmp_path: Path) -> None:
     assert ended.stderr.startswith("rlrc: error: expected an artifact folder at")
 
 
+@pytest.mark.parametrize("arguments", [["sft", "--help"], ["jetson", "devices"], ["--help"]])
+def test_a_reader_that_goes_is_no_error(arguments: list[str]) -> None:
+    """What `rlrc ... | head` does, with a reader that takes nothing."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "import sys; from rlrc.runtime.cli import main; sys.exit(main())", *arguments]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert ended.stderr == ""
+    assert ended.returncode in (128 + signal.SIGPIPE, 1)  # 1 is rich's
+
+
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "out")
 
     monkeypatch.setattr("rlrc.runtime.cli.parse", full)
     assert cli.main(["inspect", "somewhere"]) == 2
-    line = "rlrc: error: expected room on the disk for out, found: No space left on device; make some, and run it again"
-    assert capsys.readouterr().err.strip() == line
+    line = "expected to write out, found: No space left on device; make room there, and run the same command again"
+    assert capsys.readouterr().err.strip() == f"rlrc: error: {line}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from families import DATA as DATA_FOLDER
+from families import source_of
 from rlrc.artifact import ActionSpec, CameraSpec, Manifest, NormStats, PolicySpec
-from rlrc.compressor.datasets.inspection import facts
+from rlrc.compressor.datasets.inspection import facts, fit
 from rlrc.datasets.fit import Matched, match, split
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
@@ -114,23 +117,93 @@ def test_cameras_by_another_name(folder: Path, spec: PolicySpec) -> None:
     dataset = Dataset.open(folder)
     for name in ("corner4", CAMERA):
         assert match(dataset, other, {"image0": name}).cameras == {"image0": CAMERA}
-    with pytest.raises(UserError, match=r"expected the camera image0 in .*, found corner4; map .*\(image0\)"):
+    assert match(dataset, other, {"observation.images.image0": "corner4"}).cameras == {"image0": CAMERA}
+    with pytest.raises(
+        UserError, match=r"camera image0 in .*, found corner4; say which is which: --cameras image0 NAME$"
+    ):
         match(dataset, other)
-    with pytest.raises(UserError, match=r"expected the camera top in .*, found corner4"):
+    with pytest.raises(UserError, match=r"expected the policy's camera image0 as top in .*, found corner4"):
         match(dataset, other, {"image0": "top"})
+    with pytest.raises(UserError, match=r"expected the policy's camera image0 in .*, found corner4"):
+        match(dataset, other, {"image0": "none"})  # it needs this one
     with pytest.raises(UserError, match=r"expected cameras of the policy \(image0\) to be mapped, found image1"):
         match(dataset, other, {"image1": "corner4"})
 
 
-def test_optional_cameras_may_be_missing(folder: Path, spec: PolicySpec) -> None:
-    camera = spec.cameras[0]
-    wrist = replace(camera, name="wrist", optional=True)
+def several(spec: PolicySpec, *names: str) -> PolicySpec:
+    """A policy of these cameras, all of which may be missing, as pi0's and SmolVLA's may."""
+    return replace(spec, cameras=tuple(replace(spec.cameras[0], name=name, optional=True) for name in names))
+
+
+def test_optional_cameras_are_left_out_only_if_that_is_asked_for(folder: Path, spec: PolicySpec) -> None:
     dataset = Dataset.open(folder)
-    matched = match(dataset, replace(spec, cameras=(wrist, camera)))
+    two = several(spec, "wrist", "corner4")
+    with pytest.raises(
+        UserError,
+        match=r"the policy's camera wrist in .*, found corner4; .* --cameras wrist NAME, or --cameras wrist none",
+    ):
+        match(dataset, two)
+    matched = match(dataset, two, {"wrist": "none"})
     assert matched.cameras == {"corner4": CAMERA}
     assert set(matched.samples([0])[0].observation) == {"image.corner4", "state", "instruction"}
-    with pytest.raises(UserError, match=r"expected one of the cameras wrist in .*, found observation.images.corner4"):
-        match(dataset, replace(spec, cameras=(wrist,)))
+    with pytest.raises(UserError, match=r"expected the policy's cameras left, right as hand in .*, found corner4"):
+        match(dataset, several(spec, "left", "corner4", "right"), {"right": "hand"})
+    with pytest.raises(UserError, match=r"expected one of the cameras wrist in .*, found corner4"):
+        match(dataset, several(spec, "wrist"), {"wrist": "none"})
+
+
+def test_lerobots_empty_cameras_are_meant_to_be_missing(folder: Path, spec: PolicySpec) -> None:
+    matched = match(Dataset.open(folder), several(spec, "corner4", "empty_camera_0", "empty_camera_1"))
+    assert matched.cameras == {"corner4": CAMERA}
+
+
+def test_two_cameras_of_a_policy_are_not_the_same_one(folder: Path, tmp_path: Path, spec: PolicySpec) -> None:
+    with pytest.raises(UserError, match=f"found {CAMERA} for wrist and corner4; correct --cameras POLICY DATASET"):
+        match(Dataset.open(folder), several(spec, "wrist", "corner4"), {"wrist": "corner4"})
+    dataset = Dataset.open(
+        record(tmp_path / "set", features(**{WRIST.replace(".", "__"): Feature("image", (SIZE, SIZE, 3))}))
+    )
+    with pytest.raises(UserError, match=f"found {WRIST} for left and right"):
+        match(dataset, several(spec, "left", "right"), {"left": "wrist", "right": WRIST})
+    swapped = match(dataset, several(spec, "wrist", "corner4"), {"wrist": "corner4", "corner4": "wrist"})
+    assert swapped.cameras == {"wrist": CAMERA, "corner4": WRIST}
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "found"),
+    [
+        ("observation__state", ("y", "x", "grip"), "state (x, y, grip) in .*, found y, x, grip; write"),
+        ("observation__state", ("grip", "a", "b"), "state (x, y, grip) in .*, found grip, a, b; write"),
+        ("action", ("gripper", "dx", "dy", "dz"), "action (dx, dy, dz, gripper) in .*, found gripper, dx, dy, dz"),
+    ],
+)
+def test_dimensions_in_another_order_are_refused(
+    tmp_path: Path, spec: PolicySpec, name: str, names: tuple[str, ...], found: str
+) -> None:
+    dataset = Dataset.open(record(tmp_path / "set", features(**{name: Feature("float32", (len(names),), names)})))
+    pattern = found.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(UserError, match=f"in the order of the policy's {pattern}"):
+        match(dataset, spec)
+
+
+def test_dimensions_of_other_names_are_noted(tmp_path: Path, spec: PolicySpec) -> None:
+    """Whether they are the same is for a person to judge; names that only count say nothing."""
+    own = features(observation__state=Feature("float32", (3,), ("x", "y", "hand")))
+    own[WRIST] = Feature("image", (SIZE, SIZE, 3))
+    dataset = Dataset.open(record(tmp_path / "set", own))
+    found = fit(dataset, spec, {})
+    assert found["fits"]
+    assert found["notes"] == [
+        "the policy's state (x, y, grip) is taken in this order from observation.state (x, y, hand)",
+        f"{WRIST} is not used: the policy does not take it",
+    ]
+    assert spec.state is not None
+    counted = replace(spec, state=replace(spec.state, names=("joint_0", "joint_1", "joint_2")))
+    assert [note for note in fit(dataset, counted, {})["notes"] if "order" in note] == []
+    own = features(observation__state=Feature("float32", (3,), ("joint_1", "joint_2", "joint_3")))
+    assert fit(Dataset.open(record(tmp_path / "counted", own)), counted, {})["fits"]
+    blind = fit(dataset, replace(spec, state=None), {})
+    assert (blind["state"], f"{STATE} is not used: the policy does not take it" in blind["notes"]) == ([], True)
 
 
 def test_pictures_of_another_size_where_the_policy_resizes(tmp_path: Path, spec: PolicySpec) -> None:
@@ -163,7 +236,7 @@ def test_the_state_of_the_environment_follows_the_robots(tmp_path: Path, spec: P
             r"expected action of shape \(4,\) in .* \(dx, dy, dz, gripper\), found float32 \(7,\); choose",
         ),
         ({"action": None}, r"expected action of shape \(4,\) in .*, found none"),
-        ({CAMERA.replace(".", "__"): None}, "expected the camera corner4 in .*, found none"),
+        ({CAMERA.replace(".", "__"): None}, "expected the policy's camera corner4 in .*, found none"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -264,6 +337,62 @@ def test_what_looks_wrong_is_told(tmp_path: Path) -> None:
     assert facts(dataset)["statistics"][STATE]["max"][1] == pytest.approx(np.nanmax(np.float32(states[:, 1])))
 
 
+DEPTH = "observation.depth"
+
+
+def with_depth(path: Path, shape: tuple[int, int] = (48, 64)) -> Path:
+    """A data set with a tensor a frame, as lerobot stores it: 0, 1, 2, ... tenths of the frame's number."""
+    record(path)
+    rows, size = sum(LENGTHS), shape[0] * shape[1]
+    values = np.arange(rows)[:, None] + np.linspace(0, 0.1, size)
+    values[3, 5] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32(), from_pandas=False), shape[1]), shape[0]
+    )
+    pq.write_table(pq.read_table(path / DATA).append_column(DEPTH, column), path / DATA, row_group_size=5)
+    info = json.loads((path / "meta/info.json").read_text())
+    info["features"][DEPTH] = {"dtype": "float32", "shape": list(shape), "names": ["height", "width"]}
+    (path / "meta/info.json").write_text(json.dumps(info))
+    return path
+
+
+def test_large_features_are_described_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlrc.datasets.columns._BATCH", 100_000)  # four frames at a time
+    path = with_depth(tmp_path / "set")
+    dataset = Dataset.open(path)
+    found = facts(dataset)
+    values = dataset.column(DEPTH)[np.isfinite(dataset.column(DEPTH))].astype(np.float64)
+    expected = {"min": [values.min()], "max": [values.max()], "mean": [values.mean()], "std": [values.std()]}
+    for kind, numbers in expected.items():
+        assert found["statistics"][DEPTH][kind] == pytest.approx(numbers, rel=1e-6)
+    assert f"{DEPTH}: nan or inf in 1 frames" in found["warnings"]
+    code, out, _ = command(capsys, "inspect", path)
+    (line,) = [line for line in out.splitlines() if DEPTH in line and "│" in line]
+    assert (code, [cell.strip() for cell in line.split("│")[1:-1]]) == (
+        0,
+        [DEPTH, "float32", "48 x 64", "all 3,072", "0", "16.1", "8.05", "4.899"],
+    )
+    assert len(out.splitlines()) < 40
+
+
+def test_a_long_vector_is_described_by_one_line(tmp_path: Path) -> None:
+    dataset = Dataset.open(record(tmp_path / "set", features(observation__audio=Feature("int16", (4000,)))))
+    assert facts(dataset)["statistics"]["observation.audio"]["max"] == [33.0]
+
+
+def test_tables_of_inspect_are_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output is no terminal here, so 80 columns are nobody's."""
+    long = "observation." + "a_very_long_name_" * 6
+    path = record(tmp_path / "set", features(**{long.replace(".", "__"): Feature("float32", (2,), ("left", "b" * 90))}))
+    edit(path, "meta/tasks.parquet", "task", ["put " + "the red cube into the blue box and " * 5, "close it"])
+    code, out, _ = command(capsys, "inspect", path)
+    assert (code, "…" in out) == (0, False)
+    for text in (long, "b" * 90, "put " + "the red cube into the blue box and " * 5):
+        assert any(text in line for line in out.splitlines())
+
+
 def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     code = cli.main(["data", *map(str, arguments)])
     captured = capsys.readouterr()
@@ -284,14 +413,45 @@ def test_inspect_says_whether_a_policy_fits(
     assert (code, json.loads(out)["policy"]["fits"], err.count("\n")) == (1, False, 1)
     assert "expected action of shape (4,)" in err
     code, out, err = command(capsys, "inspect", narrow, "--policy", toy_artifact, "--cameras", "corner4", "top")
-    assert "expected the camera top" in err
+    assert (code, err.count("\n")) == (1, 2)  # everything that does not fit is said
+    assert "expected the policy's camera corner4 as top in" in err
+    assert "expected action of shape (4,)" in err
+
+
+def test_inspect_and_training_refuse_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pi0 of two cameras, of which one may be missing at run time, and a data set that names one otherwise."""
+    checkpoint = Path(shutil.copytree(DATA_FOLDER / "pi0/checkpoint", tmp_path / "pi0"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["input_features"]["observation.images.wrist"] = config["input_features"]["observation.images.top"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    named = ["--hints", DATA_FOLDER / "pi0/golden.json", "--tokenizer", DATA_FOLDER / "pi0/tokenizer"]
+    spec = source_of("pi0").spec
+    assert spec.state is not None
+    own = {f"observation.images.{name}": Feature("image", (SIZE, SIZE, 3)) for name in ("top", "hand")}
+    own |= {STATE: Feature("float32", (len(spec.state.names),)), ACTION: Feature("float32", (spec.action.dim,))}
+    path = record(tmp_path / "set", own)
+    said = (
+        f"expected the policy's camera wrist in {path}, found top, hand; say which is which: --cameras wrist NAME, or"
+    )
+    code, out, err = command(capsys, "inspect", path, "--policy", checkpoint, *named)
+    assert (code, "fits the policy" in out, said in err) == (1, False, True)
+    arguments = ["sft", checkpoint, tmp_path / "out", "--data", path, "--steps", "1", *named]
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert (said in captured.err, captured.err.count("\n"), (tmp_path / "out").exists()) == (True, 1, False)
+    for other, told in (
+        ("hand", "top, wrist = observation.images.hand; state"),
+        ("none", "top (without wrist); state"),
+    ):
+        code, out, err = command(capsys, "inspect", path, "--policy", checkpoint, *named, "--cameras", "wrist", other)
+        assert (code, err, told in out) == (0, "", True)
 
 
 def test_inspect_of_an_official_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = Path(__file__).parent / "data/act/checkpoint"
     code, _, err = command(capsys, "inspect", folder, "--policy", checkpoint)
     assert code == 1
-    assert "expected the camera top" in err
+    assert "expected the policy's camera top in" in err
 
 
 def test_inspect_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,7 @@ def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Point)
 
 def test_all_of_it(small: Point, tmp_path: Path) -> None:
     steps: list[str] = []
+    kind = full_size.arms.quicker_in_torch(1)
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), steps.append)
     assert list(tmp_path.iterdir()) == []
     assert "elsewhere" not in result
@@ -90,7 +91,7 @@ def test_all_of_it(small: Point, tmp_path: Path) -> None:
     assert {*asked, "verdict", "command", "machine", "load", "roofline"} <= result.keys()
     assert result["success"] == {"dense": None, "compressed": None, "episodes": 0, "interval": None}
     dense, compressed, in_torch = (result[name] for name in ("dense", "compressed", "torch"))
-    assert (dense["precision"], compressed["precision"], in_torch["precision"]) == ("fp16", "int4a8", "bf16")
+    assert (dense["precision"], compressed["precision"], in_torch["precision"]) == ("fp16", "int4a8", kind)
     assert dense["bytes"] > 2 * dense["parameters"] * 0.99
     assert result["memory_ratio"] == round(dense["bytes"] / compressed["bytes"], 3)
     for arm in (dense, compressed, in_torch):
@@ -101,9 +102,9 @@ def test_all_of_it(small: Point, tmp_path: Path) -> None:
         assert arm["peak_rss"] > 20e6
         assert arm["cpu_ms"]["p50"] > 0
         assert len(arm["pages_read"]) == 2
-    assert [check["claim"] for check in result["checks"]] == ["memory", "latency", "latency against torch bf16"]
+    assert [check["claim"] for check in result["checks"]] == ["memory", "latency", f"latency against torch {kind}"]
     assert result["verdict"] == "FAIL"  # Python itself is larger than these policies
-    assert result["pruned"]["intermediate_heads"] == 0.75
+    assert result["pruned"]["decoder_intermediate_heads"] == 0.75
     assert any("round 2 of 2: torch" in step for step in steps)
 
 
@@ -156,6 +157,21 @@ def test_memory_that_others_took_meanwhile_ends_the_run_and_leaves_nothing(
         full_size.run(small, tmp_path, 1, 2, False, thresholds(), steps.append)
     assert list(tmp_path.iterdir()) == []
     assert steps[-1] == "waiting for 1.0 GB of memory, 1.0 GB are free"
+
+
+@pytest.mark.parametrize(
+    ("quicker", "room", "kind", "width"),
+    [("bf16", 0, "bf16", 2), ("fp32", 0, "fp32", 4), ("fp32", -1, "bf16", 2)],  # bytes beyond what float32 needs
+)
+def test_torch_competes_in_its_quicker_type_that_fits(
+    small: Point, monkeypatch: pytest.MonkeyPatch, quicker: str, room: int, kind: str, width: int
+) -> None:
+    both, steps = full_size.describe(small), list[str]()
+    monkeypatch.setattr(full_size.Workers, "run", lambda *_: iter([(1, quicker)]))
+    monkeypatch.setattr(full_size, "total", lambda: full_size.needed(both, 4 * both.dense.parameters) + room)
+    needed = full_size.needed(both, width * both.dense.parameters)
+    assert full_size.strongest(both, 1, steps.append) == (kind, needed)
+    assert len(steps) == (quicker != kind)
 
 
 def test_resident_by_hand(small: Point) -> None:
@@ -306,7 +322,8 @@ def test_products_of_8_bits_and_floats_are_measured() -> None:
     assert best == Peaks(2.0, {"fp32": 3.0, "int8": 4.0, "bf16": 5.0})
 
 
-def test_torch_policies_of_flows_take_bfloat16() -> None:
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     """Pictures, states and noise come in float32."""
     from rlrc.benchmarks import arms
     from rlrc.compressor import geometry, official
@@ -319,7 +336,8 @@ def test_torch_policies_of_flows_take_bfloat16() -> None:
     assert flow is not None
     small = replace(random_weights.spoken_to(layout.spec), cameras=cameras, flow=replace(flow, steps=2))
     threads = torch.get_num_threads()
-    infer, passes = arms.in_torch(replace(small, geometry=small.geometry | {"vocabulary": 64}), towers, threads, 5)
+    small = replace(small, geometry=small.geometry | {"vocabulary": 64})
+    infer, passes = arms.in_torch(small, towers, threads, 5, kind)
     result: Any = infer()
     assert result["actions"].shape == (50, 6)
     assert np.isfinite(result["actions"]).all()

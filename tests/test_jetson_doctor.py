@@ -67,6 +67,14 @@ def test_a_thor_in_trouble(tmp_path: Path) -> None:
         ({"usr__bin__python3": None}, "system's Python", "none", "none at"),
         ({"usr__local__cuda__version.json": None}, "CUDA", "fix", "none at /usr/local/cuda, expected 12.6"),
         ({"usr__local__cuda__version.json": "{"}, "CUDA", "fix", "none at /usr/local/cuda, expected 12.6"),
+        ({"usr__local__cuda__version.json": "[1, 2]"}, "CUDA", "fix", "none at /usr/local/cuda, expected 12.6"),
+        ({"usr__local__cuda__version.json": '{"cuda": ["12.6"]}'}, "CUDA", "fix", "none at /usr/local/cuda, expected"),
+        ({"usr__local__cuda__version.json": '{"cuda": {"version": 12.6}}'}, "CUDA", "fix", "none at /usr/local/cuda"),
+        ({"usr__local__cuda__version.json": "[" * 100_000}, "CUDA", "fix", "none at /usr/local/cuda, expected 12.6"),
+        ({"proc__swaps": "Filename\n/dev/zram0\n"}, "swap", "ok", "none"),
+        ({"proc__meminfo": "MemAvailable: 904800 kB\nCmaTotal: 1024 kB\n"}, "memory", "none", "does not tell"),
+        ({"proc__meminfo": "CmaTotal: 1024 kB\n"}, "CMA", "none", "no contiguous memory"),
+        ({"var__lib__dpkg__status": "Status: install ok installed\nVersion: 1\n"}, "TensorRT", "fix", "not installed"),
         ({"usr__local__cuda__version.json": '{"cuda": {"version": "12.60"}}'}, "CUDA", "fix", "12.60, expected 12.6"),
         ({"var__lib__nvpmodel__status": "pmode:0003\n"}, "power mode", "advice", "7W, MAXN_SUPER is faster"),
         ({"sys__class__thermal__thermal_zone8__temp": "91000\n"}, "heat", "advice", "91.0 °C"),
@@ -84,6 +92,47 @@ def test_one_thing_that_is_otherwise(
     assert found.state == state
     assert said in found.found
     assert bool(found.todo) == (state in ("advice", "fix"))
+
+
+def test_links_of_a_card_lead_to_the_card(tmp_path: Path) -> None:
+    """Absolute ones, as Debian makes them, would lead to this machine's files. The same files, behind links."""
+    whole = findings(plant("orin-nano-jp62", tmp_path / "whole"))
+    card = plant("orin-nano-jp62", tmp_path / "card")
+    for path, kept in (
+        ("usr/local/cuda", "usr/local/cuda-12.6"),
+        ("usr/bin/python3", "usr/bin/python3.10"),
+        ("etc/nvpmodel.conf", "etc/nvpmodel/nvpmodel_p3767_0003_super.conf"),
+        ("usr/lib/aarch64-linux-gnu/libcudnn.so.9", "usr/lib/aarch64-linux-gnu/libcudnn.so.9.3.0"),
+        ("etc/os-release", "usr/lib/os-release"),
+        ("usr/lib/aarch64-linux-gnu/nvidia", "opt/nvidia/libraries"),
+        ("var/lib/dpkg", "data/dpkg"),
+    ):
+        (card / kept).parent.mkdir(parents=True, exist_ok=True)
+        alternative = card / "etc/alternatives" / Path(path).name
+        alternative.parent.mkdir(exist_ok=True)
+        if (card / path).is_symlink():
+            (card / path).unlink()
+            (card / kept).touch()
+        else:
+            (card / path).rename(card / kept)
+        alternative.symlink_to(f"/{kept}")
+        (card / path).symlink_to(f"/etc/alternatives/{alternative.name}")
+    assert findings(card) == whole
+    assert whole["system's Python"] == Finding("system's Python", "ok", "3.10")
+
+
+def test_links_that_lead_nowhere_or_in_a_ring_are_as_nothing(tmp_path: Path) -> None:
+    card = plant("orin-nano-jp62", tmp_path, usr__local__cuda__version="-> version")
+    (card / "usr/local/cuda/version.json").unlink()
+    (card / "usr/local/cuda/version.json").symlink_to("version.json")
+    library = card / "usr/lib/aarch64-linux-gnu/libcudnn.so.9"
+    library.unlink()
+    library.symlink_to(f"/usr/lib/aarch64-linux-gnu/{library.name}")
+    (card / "etc/os-release").unlink()
+    (card / "etc/os-release").symlink_to("/../../../../../../../../etc/passwd")  # above a root is the root
+    found = findings(card)
+    assert (found["CUDA"].state, found["system"].found.split(",")[0]) == ("fix", "unknown")
+    assert found["libraries"].found == "missing libcudnn.so.9"
 
 
 def test_a_machine_that_is_no_jetson(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from rlrc.envs import environment
 from rlrc.errors import UserError
 from rlrc.runtime import run
+from rlrc.runtime.inference import Warmth
 from rlrc.runtime.loop import Episode, Rate, play, summary
 
 
@@ -231,3 +232,10 @@ def test_run_on_the_simulator(metaworld_toy: Path, capsys: pytest.CaptureFixture
     assert [episode["seed"] for episode in printed["played"]] == [3_000_000, 3_000_001]
     assert printed["episodes"] == 2
     assert printed["inferences"] == sum(-(-episode["steps"] // 3) for episode in printed["played"])
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_warming_up_is_said_as_milliseconds_first(stable: bool) -> None:
+    text = str(Warmth(first_ms=12.34, calls=60, median_ms=5.56, stable=stable))
+    changing = "" if stable else ", still changing after 1 s of warming up"
+    assert text == f"5.6 ms an action after 60 calls (the first took 12.3 ms){changing}"

@@ -113,7 +113,7 @@ def test_every_command_brings_the_next_frame(folder: Path, spec: PolicySpec) -> 
     [
         (2, {"corner4": "top"}, "expected an episode from 0 to 1 of .*set, found 2"),
         (-1, {"corner4": "top"}, "expected an episode from 0 to 1 of .*set, found -1"),
-        (0, {}, "expected the camera corner4 in .*set, found top"),
+        (0, {}, "expected the policy's camera corner4 in .*set, found top"),
     ],
 )
 def test_what_does_not_fit_is_refused(

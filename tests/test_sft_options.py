@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from rlrc.compressor import lora, sft
+from rlrc.compressor import interrupts, lora, sft
+from rlrc.compressor import run as run_module
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.batches import Batch, Lessons
 from rlrc.compressor.data import SampleBatches, Samples
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.compressor.run import Run
 from rlrc.compressor.sft import SFTConfig
-from rlrc.errors import UserError
+from rlrc.errors import Interrupted, UserError
 
 
 def samples(number: int, size: int = 32) -> Samples:
@@ -137,29 +139,90 @@ def test_the_weights_with_the_lowest_held_out_loss_are_kept(
 
 
 def test_resumed_run_remembers_its_best_and_its_adapters(
-    make_pupil: Callable[[], TinyPolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_pupil: Callable[[], TinyPolicy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_at: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(sft, "LOG_EVERY", 10)
-    monkeypatch.setattr(sft, "SAVE_EVERY", 20)
+    save_at(20)
     config = SFTConfig(steps=40, batch=8, rate=2e-2, warmup=0, held_out=0.2, check_every=10, lora=2)
     straight, resumed, taught = make_pupil(), make_pupil(), lambda: lessons(straight, held_out=8)
     whole = train(straight, config, tmp_path / "whole", taught())
 
     def interrupt(step: int, text: str) -> None:
         if step == 30:
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="killed"):
         train(make_pupil(), config, tmp_path / "cut", taught(), progress=interrupt)
     assert train(resumed, config, tmp_path / "cut", taught()) == whole
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_a_loss_that_is_none_stops_and_keeps_the_last_state(
-    pupil: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [0, 9, 20, 23])
+def test_a_signal_in_the_middle_of_a_step_loses_nothing_but_that_step(
+    make_pupil: Callable[[], TinyPolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
+    """It comes when a batch and its noise are drawn; the state is that before they were. Step 20 was looked at."""
+    monkeypatch.setattr(sft, "LOG_EVERY", 7)
+    config = SFTConfig(steps=30, batch=8, rate=2e-2, warmup=0, held_out=0.2, check_every=10, lora=2)
+    straight, resumed, given = make_pupil(), make_pupil(), lambda: lessons(straight, held_out=8)
+    whole = train(straight, config, tmp_path / "whole", given())
+    real, calls = sft.gradients, []
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        found = real(*arguments)
+        calls.append(found)
+        if len(calls) == step + 1:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(sft, "gradients", interrupted)
+    with interrupts.raising(), pytest.raises(Interrupted):
+        train(make_pupil(), config, tmp_path / "cut", given())
+    assert (tmp_path / "cut" / "state.pt").exists() == (step > 0)
+    assert train(resumed, config, tmp_path / "cut", given()) == whole
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    rows = [
+        [{name: value for name, value in json.loads(line).items() if name != "cpu_seconds"} for line in text]
+        for text in ((tmp_path / name / "curve.jsonl").read_text().splitlines() for name in ("whole", "cut"))
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_state_is_saved_by_time_and_less_often_where_that_takes_long(
+    make_pupil: Callable[[], TinyPolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step begins at 50 s, and each takes as long. Saving takes 1 s: every third; 20 s: every fourth."""
+    clock, real, saved = [0.0], Run.save, list[int]()
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+
+    def trained(folder: Path, seconds: float) -> list[int]:
+        saved.clear()
+
+        def save(run: Run, step: int, **state: Any) -> None:
+            real(run, step, **state)
+            saved.append(step)
+            clock[0] += seconds
+
+        def progress(step: int, text: str) -> None:
+            clock[0] += 50
+
+        monkeypatch.setattr(Run, "save", save)
+        train(make_pupil(), SFTConfig(steps=10, batch=4), folder, lessons(make_pupil()), progress=progress)
+        return list(saved)
+
+    assert trained(tmp_path / "quick", 1.0) == [4, 7, 10]
+    assert trained(tmp_path / "slow", 20.0) == [4, 8, 10]
+
+
+def test_a_loss_that_is_none_stops_and_keeps_the_last_state(
+    pupil: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_at: Callable[..., None]
+) -> None:
+    save_at(2)
     config = SFTConfig(steps=10, batch=4, warmup=0)
     taught = lessons(pupil)
     draw, drawn = taught.batches.draw, []
@@ -172,7 +235,7 @@ def test_a_loss_that_is_none_stops_and_keeps_the_last_state(
         return batch
 
     monkeypatch.setattr(taught.batches, "draw", poisoned)
-    with pytest.raises(UserError, match=r"expected a finite loss, found nan at step 4; .* keeps the last good state"):
+    with pytest.raises(UserError, match=r"expected a finite loss, found nan at step 4; .* keeps the state of step 2"):
         train(pupil, config, tmp_path / "run", taught)
     kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert kept["step"] == 2

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ from rlrc.compressor.run import Run
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
 from rlrc.envs.metaworld import TASKS
-from rlrc.errors import UserError
+from rlrc.errors import Interrupted, UserError
 from rlrc.runtime.official import Flags
 
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -230,8 +229,7 @@ def test_rl_says_that_it_may_play_demonstrations(
     quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    status = SimpleNamespace(status=lambda text: nullcontext(shown.append(text)))
-    monkeypatch.setattr(simulation, "Console", lambda **_: status)
+    monkeypatch.setattr(simulation, "status", lambda text, *_: nullcontext(shown.append(text)))
     monkeypatch.setattr(reinforcement, "ppo", lambda *_: None)
     reinforcement.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
     assert shown == ["playing demonstrations, unless they are in the cache"]
@@ -241,36 +239,34 @@ def test_interrupted_stage_goes_on_where_it_was(
     quick: None, pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "LOG_EVERY", 10)
-    monkeypatch.setattr(sft, "SAVE_EVERY", 20)
     config = SFTConfig(steps=40, batch=8, demonstrations=1)
     seen: list[int] = []
 
     def bar(stop_at: int) -> Callable:
         @contextmanager
-        def progress_bar(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
             def progress(step: int, text: str) -> None:
-                if text.startswith("loss"):
-                    seen.append(step)
-                    if step == stop_at:
-                        raise KeyboardInterrupt
+                seen.append(step)
+                if step == stop_at:
+                    raise KeyboardInterrupt
 
             yield progress
 
         return progress_bar
 
-    def interrupted(out: Path, stop_at: int) -> None:
-        monkeypatch.setattr(training, "progress_bar", bar(stop_at))
-        with pytest.raises(KeyboardInterrupt):
+    def interrupted(out: Path, stop_at: int, message: str) -> None:
+        monkeypatch.setattr(training, "progress", bar(stop_at))
+        with pytest.raises(Interrupted, match=message):
             training.run_sft(pupil_artifact, out, config, QUIET)
 
-    interrupted(tmp_path / "early", 10)
-    assert listing(tmp_path) == []  # nothing was saved yet, so nothing is left
-    interrupted(tmp_path / "out", 30)
+    interrupted(tmp_path / "early", 0, "the same command begins it anew")
+    assert listing(tmp_path) == []  # no step was done, so nothing is left
+    interrupted(tmp_path / "out", 30, "the same command goes on from step 30 of sft")
     assert listing(tmp_path) == [".out.run"]
     seen.clear()
-    monkeypatch.setattr(training, "progress_bar", bar(0))
+    monkeypatch.setattr(training, "progress", bar(99))
     training.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
-    assert seen == [30, 40]
+    assert seen == list(range(30, 41))
     assert listing(tmp_path) == ["out"]
     rows = artifacts.load(tmp_path / "out").file("curves/1-sft.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [10, 20, 30, 40]

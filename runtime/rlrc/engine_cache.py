@@ -15,6 +15,7 @@ from rlrc.artifact import Artifact
 from rlrc.build_plan import BuildPlan, GraphPlan
 from rlrc.errors import UserError
 from rlrc.folders import sha256
+from rlrc.libraries import cache_folder
 from rlrc.strict import encode
 
 FOLDER = "RLRC_ENGINE_CACHE"
@@ -25,8 +26,7 @@ def engine_cache() -> Path:
     """The folder that engines are built into and read from unless another is given."""
     if named := os.environ.get(FOLDER):
         return Path(named)
-    caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "rlrc" / "engines"
+    return cache_folder() / "engines"
 
 
 def engine_file(cache: Path, plan: BuildPlan, graph: GraphPlan, version: str, sm: int) -> Path:

@@ -1,8 +1,16 @@
-"""The one error a user can cause. The command line prints it in one line and exits with code 2."""
+"""What ends a command in one line: an error that a user can cause, and a signal."""
 
 
 class UserError(ValueError):
-    """Something the user can get wrong.
+    """Something the user can get wrong. The command line prints it in one line and exits with code 2.
 
     The message is one line that says what was expected, what was found and what to do about it.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command. The message says what goes on from where."""
+
+    def __init__(self, message: str = "", code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,10 +1,16 @@
-"""Output folders and files that appear whole or not at all. Needs the standard library only."""
+"""Output folders and files that appear whole or not at all. Needs the standard library only.
+
+Writers say in many ways that a disk is full: an OSError with or without its number, or a library's own exception with
+the system's words in it. ``storage_failure`` knows them, and outputs turn them into one line (``storing``).
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +18,52 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlrc.errors import UserError
+
+# What a disk says that does not take what is written, and what to do about it.
+STORAGE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or have the quota raised",
+    errno.EFBIG: "choose a disk, or a limit (ulimit -f), that takes larger files",
+    errno.EROFS: "choose a place that can be written",
+    errno.EIO: "check the disk",
+}
+NUMBERED = r"\(os error (\d+)\)"  # Rust: safetensors, tokenizers
+UNNUMBERED = r"PytorchStreamWriter|inline_container\.cc|\d+ requested and \d+ written"  # torch, numpy's tofile
+
+
+def storage_failure(error: BaseException | None) -> int | None:
+    """The system's number (see STORAGE) where a disk did not take what was written; None for any other error."""
+    guess = None
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if found := re.search(NUMBERED, str(error)):
+            number = int(found[1])
+        if number in STORAGE:
+            return number
+        if re.search(UNNUMBERED, str(error)):
+            guess = errno.ENOSPC  # unless what it came from says more
+        error = error.__cause__ or error.__context__
+    return guess
+
+
+def refused(error: BaseException, path: object) -> str | None:
+    """What to tell where the disk did not take what was written into ``path``; None for any other error."""
+    if (number := storage_failure(error)) is None:
+        return None
+    return f"expected to write {path}, found: {os.strerror(number)}; {STORAGE[number]}, and run the same command again"
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Raises UserError where the disk does not take what is written into ``path`` within the context."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (told := refused(error, path)) is None:
+            raise
+        raise UserError(told) from None
 
 
 def check_output(out: str | Path) -> None:
@@ -36,7 +88,8 @@ def appearing(out: str | Path) -> Iterator[Path]:
     """Yields a new folder that becomes ``out`` in one rename when the block ends, and is removed when the block raises.
 
     It lies at ``.NAME.partial-PID`` beside ``out``, locked while its writer lives; what a killed writer left is removed
-    by the next one. The block syncs its own files. Raises UserError if ``out`` exists or cannot be written.
+    by the next one. The block syncs its own files. Raises UserError if ``out`` exists or cannot be written, and where
+    the disk is full.
     """
     out = Path(os.path.abspath(out))
     check_output(out)
@@ -54,8 +107,9 @@ def appearing(out: str | Path) -> Iterator[Path]:
     try:
         with suppress(OSError):  # a disk without locks: stale folders stay there, nothing else is lost
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
-        _publish(partial, out)
+        with storing(out):
+            yield partial
+            _publish(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in created:
@@ -70,14 +124,15 @@ def appearing(out: str | Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a new file beside ``path`` that takes its place when the block ends, and is removed when it raises.
 
-    Missing folders are made.
+    Missing folders are made. Raises UserError where the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

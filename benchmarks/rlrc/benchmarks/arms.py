@@ -74,9 +74,9 @@ class Arm:
         """Bytes: see rlrc.benchmarks.memory. What is ``file`` can be dropped and read again."""
         return self._asked("memory")
 
-    def peak(self) -> float:
-        """Operations a second of products in the policy's type, where its library was asked for that (``in_torch``)."""
-        return float(self._asked("peak")["peak"])
+    def peak(self, kind: str) -> float:
+        """Operations a second of products in this type by torch, where that is the policy's library (``in_torch``)."""
+        return float(self._asked(f"peak {kind}")["peak"])
 
     def close(self) -> None:
         self._process.kill()
@@ -124,8 +124,8 @@ def _main(connection: Connection, open_policy: Open, arguments: tuple[Any, ...])
             asked = connection.recv_bytes().decode()
             if asked == "memory":
                 reply(read_process())
-            elif asked == "peak":
-                reply({"peak": products_in_torch()})
+            elif asked.startswith("peak "):
+                reply({"peak": products_in_torch(asked.removeprefix("peak "))})
             else:
                 passes.clear()
                 faults, spent, started = _faults(), process_time(), perf_counter()
@@ -166,8 +166,20 @@ def exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     return lambda: policy.infer(observation), parts
 
 
-def in_torch(spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int) -> tuple[Infer, Parts]:
-    """A policy in bfloat16 with random weights, which no file has to be read for."""
+def quicker_in_torch(threads: int) -> str:
+    """The type, "fp32" or "bf16", in which torch multiplies by weights more quickly on this processor."""
+    import torch
+
+    from rlrc.compressor import precision
+
+    torch.set_num_threads(threads)
+    return {"float32": "fp32", "bfloat16": "bf16"}[precision.quicker_of_weights(threads)]
+
+
+def in_torch(
+    spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int, kind: str
+) -> tuple[Infer, Parts]:
+    """A policy in "fp32" or "bf16" with random weights, which no file has to be read for."""
     import os
 
     os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads must not spin: others may have the processor
@@ -178,8 +190,9 @@ def in_torch(spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words
     from rlrc.runtime.preprocess import Tokenizer
 
     torch.set_num_threads(threads)
-    policy, passes = random_weights.in_torch(spec, towers, torch.bfloat16), Parts()
-    in_turns(policy, torch.bfloat16, passes)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    policy, passes = random_weights.in_torch(spec, towers, dtype), Parts()
+    in_turns(policy, dtype, passes)
     tokenizer = None
     if policy.spec.prompt is not None:
         with random_weights.tokenizer_file(policy.spec) as file:
@@ -213,9 +226,10 @@ def in_turns(policy: Policy, dtype: Any, passes: Parts) -> None:
         wrap("velocity", lambda _: "steps", times_stay=4)
 
 
-def products_in_torch() -> float:
-    """Operations a second of a large product in bfloat16 on the threads that torch has: the best of several."""
+def products_in_torch(kind: str) -> float:
+    """Operations a second of a large product in "fp32" or "bf16" on torch's threads: the best of several."""
     import torch
 
-    a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((512, 4096), (4096, 4096)))
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    a, b = (torch.ones(shape, dtype=dtype) for shape in ((512, 4096), (4096, 4096)))
     return roofline.fastest(lambda: a @ b.T, 2.0 * 512 * 4096**2, torch.get_num_threads())

@@ -3,27 +3,21 @@ FAIL."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlrc.artifact import GOLDEN, Artifact, Manifest, TowerSpec
+from rlrc import toml
+from rlrc.artifact import GOLDEN, Artifact, Manifest
 from rlrc.benchmarks.latency import Trials
 from rlrc.benchmarks.results import Named, facts, sizes
 from rlrc.benchmarks.stats import Estimate, difference_limit, paired_difference_limit, ratio_interval
 from rlrc.benchmarks.success import compare, same_scenes
 from rlrc.errors import UserError
 from rlrc.runtime.verify import read_golden
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 SAME = "compare a policy with its own dense parent"
 
@@ -52,14 +46,13 @@ def thresholds(path: Path | None = None) -> Thresholds:
     """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
     where = str(path or "claims.toml")
     try:
-        text = (path or files("rlrc.benchmarks") / "claims.toml").read_text(encoding="utf-8")
-        table = tomllib.loads(text)
+        table = toml.parse((path or files("rlrc.benchmarks") / "claims.toml").read_bytes())
         flat = {f"{section}_{key}": value for section, entries in table.items() for key, value in entries.items()}
     except OSError as error:
         raise UserError(
             f"expected thresholds in {where}, found that it cannot be read ({error.strerror}); check --thresholds"
         ) from None
-    except (tomllib.TOMLDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims.toml"
         ) from None
@@ -183,8 +176,7 @@ def operating_point(compressed: Named, baseline: Named, threads: int, versions: 
     return {
         "compressed": facts(compressed),
         "baseline": facts(baseline),
-        "pruned": pruned(ours.towers["decoder"], theirs.towers["decoder"])
-        | {"whole_policy": _cut(ours.parameters, theirs.parameters)},
+        "pruned": pruned(ours, theirs),
         "stages": [entry.stage for entry in ours.history],
         "prune": [entry.config for entry in ours.history if entry.stage == "prune"],
         "quantization": quantization
@@ -198,21 +190,24 @@ def operating_point(compressed: Named, baseline: Named, threads: int, versions: 
     }
 
 
-def pruned(ours: TowerSpec, theirs: TowerSpec) -> dict[str, float]:
-    """Share cut of the intermediate blocks' heads and channels, and of the weights of the language model's blocks."""
-    inner, inner0 = ours.layers[1:-1], theirs.layers[1:-1]
-    return {
-        "intermediate_heads": _cut(sum(layer.heads for layer in inner), sum(layer.heads for layer in inner0)),
-        "intermediate_channels": _cut(sum(layer.mlp for layer in inner), sum(layer.mlp for layer in inner0)),
-        "language_model": _cut(_weights(ours), _weights(theirs)),
-    }
+def pruned(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
+    """The share cut of the whole policy's parameters, and of every tower that differs.
 
-
-def _weights(tower: TowerSpec) -> int:
-    """Weights of the blocks: q and o, k and v, and the three matrices of a gated MLP."""
-    return sum(
-        tower.width * (2 * layer.head_dim * (layer.heads + layer.kv_heads) + 3 * layer.mlp) for layer in tower.layers
-    )
+    Of a tower: its blocks, and the heads and MLP channels of the blocks between the first and the last. Negative where
+    the baseline is the smaller one.
+    """
+    shares = {}
+    for name, theirs in baseline.towers.items():
+        ours = compressed.towers.get(name, replace(theirs, layers=()))
+        inner, inner0 = (tower.layers[1:-1] if len(theirs.layers) > 2 else tower.layers for tower in (ours, theirs))
+        for what, now, before in (
+            ("blocks", len(ours.layers), len(theirs.layers)),
+            ("intermediate_heads", sum(layer.heads for layer in inner), sum(layer.heads for layer in inner0)),
+            ("intermediate_channels", sum(layer.mlp for layer in inner), sum(layer.mlp for layer in inner0)),
+        ):
+            if now != before:
+                shares[f"{name}_{what}"] = _cut(now, before)
+    return shares | {"whole_policy": _cut(compressed.parameters, baseline.parameters)}
 
 
 def _cut(ours: int, theirs: int) -> float:

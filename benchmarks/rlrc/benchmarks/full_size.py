@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,20 @@ def resident(point: Point, both: Both) -> float:
     return 2.0 * narrow + 4.0 * (both.dense.parameters - narrow)
 
 
+def strongest(both: Both, threads: int, step: Step) -> tuple[str, float]:
+    """The type of the dense policy in torch, "fp32" or "bf16", and the bytes that it needs: the quicker one here.
+
+    Float32 that this machine has no memory for cannot compete: bfloat16 is then the strongest that runs.
+    """
+    with Workers(1) as worker:
+        ((_, kind),) = worker.run(arms.quicker_in_torch, [threads])
+    wide = needed(both, 4.0 * both.dense.parameters)
+    if kind == "fp32" and wide > total():
+        step(f"torch is quicker in fp32 here, but that needs {wide / 1e9:.1f} GB: it is measured in bf16")
+        kind = "bf16"
+    return kind, wide if kind == "fp32" else needed(both, 2.0 * both.dense.parameters)
+
+
 def available() -> float:
     """Bytes of memory that programs can have."""
     return _meminfo("MemAvailable")
@@ -145,8 +159,8 @@ def make(point: Point, both: Both, folder: Path, step: Step) -> dict[str, Artifa
     return found
 
 
-def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, tell: Sequence[str] = ()) -> Trials:
-    """Every arm one action a round, after one that is not counted; ``tell``: whose products are measured as well.
+def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, in_torch: str = "") -> Trials:
+    """Every arm one action a round, after one that is not counted; ``in_torch``: the type that torch computes in.
 
     A round in which weights had to be read from the disk again, for others needed the memory, is repeated. Raises
     UserError if that goes on.
@@ -175,7 +189,8 @@ def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, tell
                 trials.actions[name].append(action)
         for name, arm in arms_.items():
             trials.memory[name] = arm.memory()
-        trials.peak = {name: arms_[name].peak() for name in tell}
+        if in_torch:
+            trials.peak = arms_["torch"].peak(in_torch)
     return trials
 
 
@@ -206,8 +221,8 @@ def run(
     step("shapes")
     both = describe(point)
     check_disk(point, both, folder)
-    own, torchs = needed(both, resident(point, both)), needed(both, 2.0 * both.dense.parameters)
-    check_memory(point, max(own, torchs) if in_torch else own)
+    own, (kind, torchs) = needed(both, resident(point, both)), strongest(both, threads, step) if in_torch else ("", 0.0)
+    check_memory(point, max(own, torchs))
     try:
         artifacts = make(point, both, folder, step)
         step("bandwidth and products of this machine")
@@ -219,16 +234,16 @@ def run(
         peaks.append(roofline.measure(threads))
         other: Trials | UserError | None = None
         if in_torch:
-            given = (both.dense.policy, both.dense.towers, threads, WORDS)
+            given = (both.dense.policy, both.dense.towers, threads, WORDS, kind)
             opened["torch"] = lambda: Arm("the dense policy in torch", arms.in_torch, given)
             competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))
             try:  # what was measured before is not lost with it
                 wait_for_memory(point, torchs, step)
-                other = turns({name: opened[name] for name in competing}, rounds, step, ("torch",))
-                peaks += [roofline.measure(threads), roofline.Peaks(0.0, {"bf16": other.peak["torch"]})]
+                other = turns({name: opened[name] for name in competing}, rounds, step, kind)
+                peaks += [roofline.measure(threads), roofline.Peaks(0.0, {kind: other.peak})]
             except UserError as error:
                 other = error
-        return full_size_result.result(point, artifacts, pair, other, roofline.best(peaks), threads, limits)
+        return full_size_result.result(point, artifacts, pair, other, kind, roofline.best(peaks), threads, limits)
     finally:
         for name in ("dense", "compressed", "elsewhere"):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -28,7 +28,7 @@ class Trials:
     actions: dict[str, list[Action]]
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
-    peak: dict[str, float] = field(default_factory=dict)
+    peak: float = 0.0  # operations a second of torch's products, where it takes part
     repeated: int = 0
 
     def totals(self, name: str) -> list[float]:
@@ -51,13 +51,15 @@ def result(
     artifacts: Mapping[str, Artifact],
     pair: Trials,
     other: Trials | UserError | None,
+    kind: str,
     peaks: roofline.Peaks,
     threads: int,
     limits: Thresholds,
 ) -> dict[str, Any]:
     """What the result file holds; `rlrc.benchmarks.claims` has the verdicts' rules.
 
-    ``other``: the turns with torch, why they were not finished, or None where nobody asked for them.
+    ``other``: the turns with torch, why they were not finished, or None where nobody asked for them; ``kind``: the type
+    that torch computed in.
     """
     manifests = {name: artifact.manifest for name, artifact in artifacts.items()}
     rows = {name: row(manifests[name], pair, name, peaks) for name in ("dense", "compressed")}
@@ -77,14 +79,13 @@ def result(
         "latency_ratio": round(faster.value, 3),
         "success": {"dense": None, "compressed": None, "episodes": 0, "interval": None},
     }
+    claim = f"latency against torch {kind}"
     if isinstance(other, UserError):
-        checks.append(
-            claims.Check("latency against torch bf16", "NOT MEASURED", None, None, limits.latency_ratio, str(other))
-        )
+        checks.append(claims.Check(claim, "NOT MEASURED", None, None, limits.latency_ratio, str(other)))
     elif other is not None:
         against = ratio(other, "torch")
-        checks.append(claims.latency_of_ratio("latency against torch bf16", against, turns_of(other), limits))
-        found["torch"] = torch_row(manifests["dense"], other, peaks) | {
+        checks.append(claims.latency_of_ratio(claim, against, turns_of(other), limits))
+        found["torch"] = torch_row(manifests["dense"], other, kind, peaks) | {
             "compressed_ms": rounded(other.totals("compressed")),
             "latency_ratio": round(against.value, 3),
             "latency_ratio_interval": [round(against.low, 3), round(against.high, 3)],
@@ -105,8 +106,7 @@ def result(
         "machine": machine.describe(threads),
         "peak_rss_ratio": round(resident_, 3),
         "latency_ratio_interval": [round(faster.low, 3), round(faster.high, 3)],
-        "pruned": claims.pruned(manifests["compressed"].towers["decoder"], manifests["dense"].towers["decoder"])
-        | {"whole_policy": round(1 - manifests["compressed"].parameters / manifests["dense"].parameters, 4)},
+        "pruned": claims.pruned(manifests["compressed"], manifests["dense"]),
         "instruction_tokens": WORDS,
         "rounds_repeated": pair.repeated + (other.repeated if isinstance(other, Trials) else 0),
         "load": pair.load + (other.load if isinstance(other, Trials) else []),
@@ -134,11 +134,11 @@ def row(manifest: Manifest, trials: Trials, name: str, peaks: roofline.Peaks) ->
     }
 
 
-def torch_row(dense: Manifest, trials: Trials, peaks: roofline.Peaks) -> dict[str, Any]:
+def torch_row(dense: Manifest, trials: Trials, kind: str, peaks: roofline.Peaks) -> dict[str, Any]:
     memory, timed = trials.memory["torch"], trials.parts("torch")
-    graphs = dict.fromkeys(roofline.GRAPHS.values(), "torch bf16")
+    graphs = dict.fromkeys(roofline.GRAPHS.values(), f"torch {kind}")
     return {
-        "precision": "bf16",
+        "precision": kind,
         "peak_rss": memory["peak"],
         "latency_ms": percentiled(trials.totals("torch")),
         "parts_ms": {part: percentiled(times) for part, times in timed.items()},

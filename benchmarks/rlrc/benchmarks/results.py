@@ -93,7 +93,10 @@ def sizes(manifest: Manifest) -> dict[str, Any]:
         "bytes": (2 * manifest.parameters if as_bf16 else graphs) + tokenizer,
         "file_bytes": graphs,
         "tokenizer_bytes": tokenizer,
-        "counting": "2 bytes a parameter (bf16) + tokenizer" if as_bf16 else "graph files + tokenizer",
+        "counting": f"as bf16, 2 bytes a parameter, + tokenizer; the {precision(manifest)} graph files take "
+        f"{graphs / 1e6:.2f} MB"
+        if as_bf16
+        else "graph files + tokenizer",
     }
 
 
@@ -158,7 +161,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises UserError unless it is JSON with named rows, or the claims of a geometry.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"expected a result file, found that {path} cannot be read ({error.strerror}); check the path"

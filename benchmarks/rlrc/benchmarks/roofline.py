@@ -30,6 +30,7 @@ KERNELS: dict[str, Precision] = {
     "fp32": replace(PRECISIONS["fp32"], compute=("fp32",)),
     "fp16": replace(PRECISIONS["fp16"], compute=("fp32",)),
     "llama.cpp fp16": replace(PRECISIONS["fp16"], compute=("fp32",), widened=None),
+    "torch fp32": replace(PRECISIONS["fp32"], compute=("fp32",)),
     "torch bf16": replace(PRECISIONS["bf16"], compute=("bf16",), widened=None),
     "int8": replace(PRECISIONS["int8"], compute=("int8",)),
     "int8-rows": replace(PRECISIONS["int8"], compute=("int8",)),

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.artifact import Manifest
 from rlrc.compressor import distributed
 from rlrc.compressor import recipe as recipes
-from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import every_input
 from rlrc.compressor.compare import GRIDS, Row, compare
+from rlrc.compressor.hints import hint
 from rlrc.compressor.lossless import lines
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.prune import lines as removed
 from rlrc.compressor.quantize import QuantizeConfig
 from rlrc.compressor.quantize import lines as rounding_lines
-from rlrc.compressor.sources import open_source
-from rlrc.compressor.stages import Options, run_prune, run_quantize, unquantized_only
+from rlrc.compressor.sources import open_source, unquantized_only
+from rlrc.compressor.stages import Options, run_prune, run_quantize
 from rlrc.errors import UserError
-from rlrc.runtime.describe import plain_console
+from rlrc.processes import cores
+from rlrc.progress import progress
+from rlrc.runtime.describe import normalisation_lines, plain_console
 from rlrc.runtime.official import Flags
 
 
-def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None:
+def report(out: Path, manifest: Manifest, as_json: bool) -> None:
     entry = manifest.history[-1]
     summary = {
         "artifact": str(out),
@@ -51,10 +52,12 @@ def report(out: Path, manifest: Manifest, as_json: bool, following: str) -> None
             for key, value in shown.items()
         )
     )
+    told: list[tuple[Callable[[Any], list[str]], str]]
     told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
+    told.append((normalisation_lines, "normalisation"))
     for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"next: {following}")
+    console.print(f"next: {hint(out, manifest)}", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class StageCommand:
     json: bool = False
     """print the result as JSON"""
 
-    def _run(self, stage: str, runner: Callable[..., Manifest], config: Any, following: str, *flags: Flags) -> None:
+    def _run(self, stage: str, runner: Callable[..., Manifest], config: Any, *flags: Flags) -> None:
         if self.recipe is not None:
             if config != type(config)():
                 raise UserError(
@@ -81,9 +84,7 @@ class StageCommand:
         manifest = runner(self.source, self.out, config, self.options, *flags)
         if distributed.rank():  # the first process tells
             return
-        if manifest.policy.family != REFERENCE:  # it has no simulated demonstrations, and may be wanted as it is
-            following = "rlrc export {out} OUT, or rlrc sft {out} OUT --data FOLDER"
-        report(self.out, manifest, self.json, following.format(out=self.out))
+        report(self.out, manifest, self.json)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Prune(StageCommand):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("prune", run_prune, self.config, "rlrc sft {out} OUT --recipe rlrc-90", self.official)
+        self._run("prune", run_prune, self.config, self.official)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Quantize(StageCommand):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("quantize", run_quantize, self.config, "rlrc export {out} OUT", self.official)
+        self._run("quantize", run_quantize, self.config, self.official)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class CompareGrids:
 
     path: Positional[Path]
     """what to round"""
-    threads: int = 2
-    """threads of torch"""
+    threads: int = field(default_factory=cores)
+    """threads of torch (default: as many cores as this process may use)"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
@@ -140,8 +141,11 @@ class CompareGrids:
         unquantized_only(source, self.path)
         torch.set_num_threads(self.threads)
         policy = source.load()
-        rows: Iterable[Row] = compare(policy, every_input(policy.spec, source.observations()))
-        rows = track(rows, "compare-grids", len(GRIDS), console=Console(stderr=True))
+        rows = list[Row]()
+        with progress("compare-grids", len(GRIDS)) as tell:
+            for row in compare(policy, every_input(policy.spec, source.observations())):
+                rows.append(row)
+                tell(len(rows), row.grid)
         if self.json:
             print(json.dumps([asdict(row) for row in rows]))
             return

@@ -13,10 +13,12 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.compressor import distributed
 from rlrc.compressor.distill import DistillConfig
+from rlrc.compressor.precision import Wanted
 from rlrc.compressor.sources import Source, open_source
 from rlrc.compressor.stages import Options
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import status
 from rlrc.runtime.official import Flags
 
 # Stage: where its function is, imported when asked for, because that of rl needs the simulator's packages.
@@ -55,21 +57,23 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
             config = dataclasses.replace(config, teacher=str(source))
         target, told = folder / name, (flags if current is source else None) or Flags()
         if target.exists():
-            check_same(target, name, open_source(current, told), config)
+            check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
         else:
             # What a distillation is told is told of its teacher.
             runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
         current = target
     if distributed.rank() == 0:
-        export(artifacts.load(current), out)
+        with status("exporting, and verifying"):
+            export(artifacts.load(current), out)
 
 
-def check_same(finished: Path, name: str, source: Source, config: Any) -> None:
+def check_same(finished: Path, name: str, source: Source, config: Any, precision: Wanted) -> None:
     """Refuse a finished stage that is not what the recipe would do now."""
     *earlier, entry = artifacts.load(finished).manifest.history
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     # An official folder has no digest; but the history says which one it was.
     same = [(e.stage, e.config) for e in earlier] == [(e.stage, e.config) for e in source.history]
+    same &= precision == "auto" or {precision}.issuperset(entry.precision.values())
     if not same or (entry.stage, entry.parent, json.loads(json.dumps(entry.config))) != (name, source.digest, wanted):
         raise UserError(
             f"expected {finished} to be stage {name} of this recipe and input, found another one; remove it"

@@ -89,7 +89,7 @@ class Dagger:
         return {"fresh": len(fresh), **told}
 
     def state(self) -> dict[str, Any]:
-        return {"failures": self.failures.rates, "rounds": self.done}
+        return {"failures": dict(self.failures.rates), "rounds": self.done}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Reads the samples of the rounds before the saved state again."""

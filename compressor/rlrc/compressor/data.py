@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,9 @@ from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Inputs
 from rlrc.compressor.rollout import Episode, Mode, Request, Rollouts
 from rlrc.envs.metaworld import TASKS
-from rlrc.envs.render import cache_folder
 from rlrc.envs.seeds import DEMONSTRATION
+from rlrc.folders import replacing
+from rlrc.libraries import cache_folder
 from rlrc.runtime.preprocess import Tokenizer, normalise, pictures
 
 VERSION = 2  # of the experts and of how samples are made: part of the cache's key
@@ -73,9 +73,8 @@ class Samples:
         )
 
     def save(self, file: Path) -> None:
-        partial = file.with_suffix(".partial.npz")
-        np.savez(partial, **dataclasses.asdict(self))
-        os.replace(partial, file)
+        with replacing(file) as partial, partial.open("wb") as stream:
+            np.savez(stream, **dataclasses.asdict(self))
 
     @staticmethod
     def load(file: Path) -> Samples:

@@ -11,6 +11,7 @@ its states are then read from the run's folder.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import HistoryEntry
+from rlrc.compressor import precision
 from rlrc.compressor.batches import Batch, Batches
 from rlrc.compressor.coupling import TOWERS
 from rlrc.compressor.distributed import rank
@@ -31,6 +33,7 @@ from rlrc.compressor.policy import Policy
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.sources import Source
 from rlrc.errors import UserError
+from rlrc.folders import storing
 
 States = list[list[Tensor]]  # of every block what it put out (B, T, width), call by call
 
@@ -183,7 +186,7 @@ class Live:
         """Of the blocks; the loss itself is not wanted, but it runs every tower on what the student's reads."""
         device = batch.actions.device
         self.policy.to(device)
-        with torch.no_grad(), recorded(self.policy, self.blocks) as states, torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), recorded(self.policy, self.blocks) as states, precision.autocast(device.type):
             chunk_loss(self.policy, batch, self.smoothing)
         return states
 
@@ -227,7 +230,16 @@ class Kept:
             )
         kinds = [np.bool_, *[np.float16] * len(self.teacher.blocks)]
         made = zip(reversed(names), reversed(kinds), reversed(shapes), strict=True)  # the first one tells of the others
-        self.files = [np.lib.format.open_memmap(name, "w+", kind, shape) for name, kind, shape in made][::-1]
+        with storing(names[0].parent):
+            self.files = [_reserved(name, kind, shape) for name, kind, shape in made][::-1]
+
+
+def _reserved(file: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
+    """Zeros that have their room on the disk: a page of a sparse file that gets none would end the process."""
+    array = np.lib.format.open_memmap(file, "w+", kind, shape)
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def _halved(block: str, length: int, calls: list[Tensor]) -> np.ndarray:
@@ -257,7 +269,7 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> ``loss``, with gradient; and the hidden states' part of it, and the error of the actions."""
         wanted = self.teacher(batch)
-        with torch.autocast(batch.actions.device.type, torch.bfloat16), recorded(self.policy, self.blocks) as states:
+        with precision.autocast(batch.actions.device.type), recorded(self.policy, self.blocks) as states:
             loss, error = chunk_loss(self.policy, batch, self.config.smoothing)
         hidden = hidden_error(states, wanted)
         return {"loss": self.config.task * loss + self.config.hidden * hidden, "hidden": hidden, "l1": error}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlrc import processes
+from rlrc.compressor import interrupts
 from rlrc.errors import UserError
 
 PATIENCE = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait
@@ -28,6 +30,17 @@ def size() -> int:
 def _without_gpu() -> bool:
     """Whether to compute on the CPU, and talk through gloo."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+
+
+def cores() -> int:
+    """This process's share of those that the processes of this machine may use."""
+    return max(1, processes.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def devices() -> tuple[str, ...]:
+    """Types of what this process computes on: simulations and what is no training stay on the CPU."""
+    accelerator = None if _without_gpu() else torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def wait() -> None:
@@ -65,6 +78,10 @@ class Team:
             )
         if self._accelerator.distributed_type == "FSDP" and not self._accelerator.is_fsdp2:
             raise UserError("expected FSDP of version 2, found version 1; give accelerate launch --fsdp_version 2")
+
+    def together(self) -> AbstractContextManager[None]:
+        """Of several processes none ends at a signal before the others do: see rlrc.compressor.run.Keeper."""
+        return interrupts.held() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Both as the processes share them: on the device, gradients averaged over the processes in backward."""

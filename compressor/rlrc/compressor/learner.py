@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlrc.compressor import precision
 from rlrc.compressor.actors import Actor, Judged, Seen, actor_of
 from rlrc.compressor.batches import Batch, Batches
 from rlrc.compressor.distributed import Team
@@ -109,7 +110,7 @@ def minibatches(counts: Sequence[int], rank: int, size: int, order: Tensor) -> I
 
 
 class Objective(nn.Module):
-    """What the actor minimises, under bfloat16 autocast. A module, so that DDP and FSDP can wrap it."""
+    """What the actor minimises, in the precision of this process. A module, so that DDP and FSDP can wrap it."""
 
     def __init__(self, actor: Actor, config: PPOConfig) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Objective(nn.Module):
     ) -> Any:
         """-> loss and metrics; without an old policy to compare with, what ``Actor.evaluate`` says."""
         config = self.config
-        with torch.autocast(trace.device.type, torch.bfloat16):
+        with precision.autocast(trace.device.type):
             judged = self.actor.evaluate(seen, trace)
             if old_log_prob is None:
                 return judged

@@ -24,6 +24,7 @@ from rlrc.compressor.policy import Policy
 from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.rollout import Driver, Mode, Request, Rollouts
 from rlrc.compressor.run import Run
+from rlrc.compressor.sft import interruptible
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import REINFORCEMENT, scene
 from rlrc.errors import UserError
@@ -62,6 +63,8 @@ def ppo(
         first, failures = saved["step"], saved["failures"]
         learner.load_state_dict(saved)
         batches.restore(saved["batches"])
+    if team.size == 1:
+        interruptible(learner.actor.parameters())
     for iteration in range(first, config.iterations):
         weights, noise = (team.weights(learner.objective, f"actor.{part}.") for part in ("policy", "noise"))
         asked = requests(config, iteration, failures)

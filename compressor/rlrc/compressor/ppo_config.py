@@ -46,7 +46,7 @@ class PPOConfig:
     data: str = ""
     """LeRobotDataset folder for the behaviour-cloning term; empty: the simulator's scripted experts"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """which of the data set's pictures are a camera's of the policy, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     demonstrations: int = 60
     """expert episodes a task for the behaviour-cloning term"""
     first_seed: int = DEMONSTRATION.start

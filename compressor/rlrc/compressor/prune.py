@@ -8,6 +8,7 @@ last blocks are kept, and what is kept stays in its order. Blocks that go with o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost, depth
+from rlrc.compressor.asked import lines as asked_lines
+from rlrc.compressor.asked import wishes
 from rlrc.compressor.checkpoint import parameters
 from rlrc.compressor.coupling import VISION, Group, Towers, groups
 from rlrc.compressor.importance import Scores
@@ -61,7 +64,7 @@ def _chosen(
     if config.blocks:
         units = [depth.unit_of(towers, name, block) for block in config.blocks]
         return [unit for i, unit in enumerate(units) if unit not in units[:i]]
-    count = config.drop or (round(config.ratio * len(candidates)) if goal is None else 0)
+    count = config.drop or (round(config.part * len(candidates)) if goal is None and not config.drop else 0)
     if goal is not None and config.kind == "depth":
         for i in range(len(candidates) + 1):
             if goal.met(depth.dropped(towers, candidates[:i])):
@@ -94,7 +97,8 @@ def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -
     if config.kind != "depth":
         found = scores_of(policy, name, intermediate(policy.towers, name, config), config, batches)
         policy = narrowed(policy, name, allocated(policy, name, found, goal, config), found)
-    return policy, report(dense, policy, name, gone, config)
+    told = report(dense, policy, name, gone, config)
+    return policy, told | {"asked": [asdict(wish) for wish in wishes(dense, name, config, told)]}
 
 
 def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:
@@ -135,6 +139,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     ratios = f"{report['intermediate']:.1%} of the {name}'s intermediate blocks, {report[name]:.1%} of the {name}"
     size = report["bytes"]
     return [
+        *(line for wish in report.get("asked", ()) for line in asked_lines(wish)),
         f"removed {ratios}, {report['whole']:.1%} of the whole",
         f"left: {len(shapes)} blocks; heads {', '.join(str(heads) for heads, _, _ in shapes)}; "
         f"channels {', '.join(str(mlp) for _, _, mlp in shapes)}",
@@ -177,8 +182,6 @@ def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit],
         **{tower: removed(*(parameters(policy, f"{tower}.") for policy in (dense, pruned))) for tower in changed},
         "whole": removed(parameters(dense), parameters(pruned)),
         "parameters": parameters(pruned),
-        "bytes": {
-            precision: cost.weight_bytes(shapes[1], precision) for precision in CHOICES["precision"] if precision
-        },
+        "bytes": {stored: cost.weight_bytes(shapes[1], stored) for stored in CHOICES["to_bytes_in"] if stored},
         "time": round(cost.decision(shapes[1]) / cost.decision(shapes[0]), 4),
     }

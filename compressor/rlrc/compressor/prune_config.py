@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
 
 from rlrc.compressor.coupling import ALIGN, TOWERS, VISION, Towers
 from rlrc.compressor.importance import NEED_DATA
 from rlrc.errors import UserError
 
+RATIO = 0.9  # of the paper
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 CHOICES = {
     "score": ("taylor", "magnitude", "random", "wanda"),
     "tower": (*TOWERS, *VISION, None),
     "kind": ("width", "depth", "both"),
     "scope": ("layer", "tower", "whole"),
-    "precision": ("int4", "bf16"),
+    "to_bytes_in": ("int4", "bf16"),
     "allocation": ("uniform", "global", "sensitivity"),
 }
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    ratio: float = 0.9
-    """part that goes: see scope"""
+    ratio: float | None = None
+    """part that goes: see scope (default: 0.9, unless a target or the blocks that go are given)"""
     score: Literal["taylor", "magnitude", "random", "wanda"] = "taylor"
     """taylor and wanda need demonstrations, magnitude none; random is the control that shows what a score is worth"""
     tower: Literal["decoder", "expert", "encoder", "vision", "vision2"] | None = None
@@ -37,12 +38,12 @@ class PruneConfig:
     data: str = ""
     """LeRobotDataset folder to draw those batches from; empty: the simulator's scripted experts (reference family)"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """which of the data set's pictures are a camera's of the policy, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     demonstrations: int = 60
     """expert episodes a task"""
     seed: int = 0
     lossless: bool = False
-    """cut nothing but what no action depends on; the other settings do not matter then"""
+    """cut nothing but what no action depends on, which goes in any pruning"""
     kind: Literal["width", "depth", "both"] = "width"
     """heads and channels, whole blocks, or blocks first and heads and channels of the others then"""
     drop: int = 0
@@ -57,8 +58,8 @@ class PruneConfig:
     to_latency: str | None = None
     """instead of a ratio: cut until a decision takes no more than this part of its time (0.4x), by a cost model; with
     to_bytes until both hold"""
-    precision: Literal["int4", "bf16"] = "int4"
-    """what to_bytes counts: the weights as rlrc quantize stores them, or in 16 bits"""
+    to_bytes_in: Literal["int4", "bf16"] = "int4"
+    """how to_bytes counts the weights: as rlrc quantize stores them, or in 16 bits"""
     allocation: Literal["uniform", "global", "sensitivity"] = "uniform"
     """the same part of every block, the lowest score per parameter of all blocks, or by the sensitivity file"""
     sensitivity: str | None = None
@@ -69,7 +70,7 @@ class PruneConfig:
     """samples of a batch"""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
+        if self.ratio is not None and not 0 < self.ratio < 1:
             raise UserError(f"expected prune.ratio between 0 and 1 (excluded), found {self.ratio}")
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
@@ -91,6 +92,7 @@ class PruneConfig:
             )
         number_of_bytes(self.to_bytes)
         part_of_time(self.to_latency)
+        self._check_lossless()
         self._check_depth(goals)
         if self.allocation != "uniform" and self.kind == "depth":
             raise UserError(f"expected prune.allocation with kind width or both, found {self.allocation} with depth")
@@ -110,10 +112,34 @@ class PruneConfig:
             )
         if self.kind == "depth" and told and (goals or self.scope != "layer"):
             raise UserError("expected prune.drop or blocks, or a target, with kind depth, found both; leave one")
+        instead = [*goals, *(name for name in ("drop", "blocks") if self.kind == "depth" and getattr(self, name))]
+        if self.ratio is not None and instead:
+            raise UserError(
+                f"expected prune.ratio or {' and '.join(instead)}, found both: one of them says how much goes; leave "
+                "the other out"
+            )
+
+    def _check_lossless(self) -> None:
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "lossless"}
+        others = [one.name for one in fields(self) if one.name in own and own[one.name] != default_of(one)]
+        if self.lossless and others:
+            raise UserError(
+                f"expected prune.lossless alone, found {', '.join(others)} with it, which it has no use for; leave "
+                "lossless out to prune, which makes the lossless cuts too"
+            )
+
+    @property
+    def part(self) -> float:
+        """The ratio, where neither a target nor blocks say how much goes."""
+        return RATIO if self.ratio is None else self.ratio
 
     @property
     def needs_data(self) -> bool:
         return self.score in NEED_DATA and not self.lossless and not (self.kind == "depth" and self.blocks)
+
+
+def default_of(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def number_of_bytes(text: str | None) -> float:

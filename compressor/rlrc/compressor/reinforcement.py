@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlrc.artifact import Manifest
-from rlrc.compressor import lessons, memory
+from rlrc.compressor import distributed, lessons, memory
 from rlrc.compressor.observations import check_playable
 from rlrc.compressor.ppo import ppo
 from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.sources import ArtifactSource, Source, shapes
 from rlrc.compressor.stages import Options, stage
-from rlrc.compressor.training import progress_bar
 from rlrc.errors import UserError
+from rlrc.progress import progress
 from rlrc.runtime.official import Flags
 
 
@@ -36,6 +36,6 @@ def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
         policy = work.policy
         batches = lessons.demonstrations(work, config, config.first_seed)
-        with progress_bar("rl", config.iterations) as progress:
-            ppo(policy, config, batches, work.simulated().rollouts, work.run, progress)
+        with progress("rl", config.iterations, distributed.rank() == 0) as tell:
+            ppo(policy, config, batches, work.simulated().rollouts, work.run, tell)
         return work.finish(policy)

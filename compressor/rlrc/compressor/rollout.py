@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import Manifest
-from rlrc.compressor import distributed
+from rlrc.compressor import distributed, precision
 from rlrc.compressor.actors import Seen, actor_of
 from rlrc.compressor.backbones import build
+from rlrc.compressor.decode import check_sound
 from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Policy
 from rlrc.envs.experts import expert, relabel
 from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, Task
+from rlrc.folders import replacing
 from rlrc.processes import Workers
 from rlrc.runtime.preprocess import Tokenizer, unnormalise
 
@@ -90,9 +92,10 @@ class Driver:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), trace and actions (B, K, D)."""
         inputs = self.observer(tasks, images, state)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision.autocast("cpu"):
             seen = self.actor.look(inputs)
             actions, trace = self.actor.act(seen, self.mode.sample)
+        check_sound(actions, "actions")
         return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
 
     def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> Seen:
@@ -197,11 +200,17 @@ def run_episodes(
 
 
 def _work(
-    requests: list[Request], weights: str | None, manifest: Manifest, tokenizer: str | None, mode: Mode
+    requests: list[Request],
+    weights: str | None,
+    manifest: Manifest,
+    tokenizer: str | None,
+    mode: Mode,
+    products: precision.Chosen,
 ) -> tuple[list[Episode], float]:
     """In a worker: episodes and the CPU-seconds they took."""
     began = time.process_time()
     torch.set_num_threads(1)
+    precision.use(products)
     torch.manual_seed(requests[0].seed)
     driver = None
     if weights is not None:
@@ -265,10 +274,16 @@ class Rollouts:
         if policy is not None:
             manifest = replace(manifest, towers=policy.towers)
             file = self.scratch / f"rollout-weights-{distributed.rank()}.pt"
-            torch.save({"policy": weights or policy.state_dict(), "noise": noise}, file)
+            with replacing(file) as new, new.open("wb") as stream:
+                torch.save({"policy": weights or policy.state_dict(), "noise": noise}, stream)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(
-            _work, weights=str(file) if file else None, manifest=manifest, tokenizer=self.tokenizer, mode=mode
+            _work,
+            weights=str(file) if file else None,
+            manifest=manifest,
+            tokenizer=self.tokenizer,
+            mode=mode,
+            products=precision.used(),
         )
         silence = TIMEOUT + EPISODE_TIMEOUT * len(shares[0])
         results = [result for _, result in self.workers.run(work, [share for share in shares if share], silence)]

@@ -19,8 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from rlrc import strict
@@ -31,8 +29,9 @@ from rlrc.compressor.grid import quantize_groups, values_of
 from rlrc.compressor.policy import Inputs, Policy
 from rlrc.compressor.quantize import quantizable
 from rlrc.compressor.sensitivity_report import KINDS, Kind, Measured, Report
-from rlrc.compressor.sources import Source
+from rlrc.compressor.sources import Source, unquantized_only
 from rlrc.errors import UserError
+from rlrc.progress import progress
 
 BATCH = 16  # observations in one pass
 WHOLE = 2.0  # the range of a normalised action: what an answer that is no number counts as
@@ -176,8 +175,7 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
 
     Raises UserError for a policy whose actions are no numbers, or that is quantized already.
     """
-    if source.quantized:
-        raise UserError(f"expected an unquantized artifact, found int4 in {name}; measure its parent")
+    unquantized_only(source, name)
     policy, observations = source.load().eval(), source.observations()
     count = len(next(iter(observations.values())))
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)
@@ -187,13 +185,13 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
         return [soft_actions(policy, policy.act(inputs)) for inputs in batches]
 
     report = Report("sensitivity", name, source.digest, config.ratio, config.bits, len(rows), ())
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("sensitivity", len(todo := changes(policy, config))) as tell:
         whole = answers()
         if not all(actions.isfinite().all() for actions in whole):
             raise UserError(f"expected finite actions of {name}, found nan or inf; are these weights sound?")
         found = _begun(journal, report)
-        todo = changes(policy, config)
-        for change in track(todo, "sensitivity", console=Console(stderr=True)):
+        for number, change in enumerate(todo):
+            tell(number, change.module)
             if (change.module, change.kind) in found:
                 continue
             with applied(policy, change):

@@ -15,7 +15,8 @@ from rlrc.compressor.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.sensitivity_report import KINDS, Report
 from rlrc.compressor.sources import open_source
 from rlrc.errors import UserError
-from rlrc.folders import check_output
+from rlrc.folders import check_output, replacing
+from rlrc.processes import cores
 from rlrc.runtime.official import Flags
 
 SHOWN = 5
@@ -36,8 +37,8 @@ class Sensitivity:
     picture: Path | None = None
     """SVG to draw"""
     config: OmitArgPrefixes[SensitivityConfig] = field(default_factory=SensitivityConfig)
-    threads: int = 2
-    """threads of torch"""
+    threads: int = field(default_factory=cores)
+    """threads of torch (default: as many cores as this process may use)"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
@@ -55,11 +56,13 @@ class Sensitivity:
         journal = self.out.with_name(f".{self.out.name}.run")
         report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
         text = json.dumps(strict.encode(report), indent=1)
-        self.out.write_text(text + "\n")
+        with replacing(self.out) as partial:
+            partial.write_text(text + "\n")
         if self.picture is not None:
             from rlrc.compressor.sensitivity_chart import draw
 
-            draw(report, self.picture)
+            with replacing(self.picture) as partial:
+                draw(report, partial)
         journal.unlink()
         if self.json:
             print(text)

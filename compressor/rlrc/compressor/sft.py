@@ -8,7 +8,7 @@ by seed for a given number of threads, workers and processes, resumed runs inclu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlrc.compressor import lora
+from rlrc.compressor import interrupts, lora, precision
 from rlrc.compressor.batches import Batch, Lessons
 from rlrc.compressor.distributed import Team
 from rlrc.compressor.losses import SMOOTHING, chunk_loss, drawn
 from rlrc.compressor.policy import Policy
-from rlrc.compressor.run import Run
+from rlrc.compressor.run import Keeper, Run
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
     from rlrc.compressor.dagger import Dagger
 
-LOG_EVERY, SAVE_EVERY = 50, 500  # steps; the second is a multiple of the first
+LOG_EVERY = 50  # steps
 EMBEDDINGS = ("embedding", "query", "latent", "position", "vision.position", "vision2.position")
 Progress = Callable[[int, str], None]
 
@@ -67,7 +67,10 @@ class SFTConfig:
     data: str = ""
     """LeRobotDataset folder with the demonstrations; empty: the simulator's scripted experts (reference family)"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """which of the data set's pictures are a camera's of the policy, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
+    statistics: Literal["policy", "data"] = "policy"
+    """whose statistics normalise: the policy's, and the data set's for what it has none of; or the data set's for all,
+    as LeRobot's training does"""
     demonstrations: int = 60
     """expert episodes a task"""
     first_seed: int = DEMONSTRATION.start
@@ -152,7 +155,7 @@ class SFTConfig:
 
 
 class Objective(nn.Module):
-    """What is minimised: the chunk's loss under bfloat16 autocast. A module, so that DDP and FSDP can wrap it."""
+    """What is minimised: the chunk's loss, in this process's precision. A module, so that DDP and FSDP can wrap it."""
 
     def __init__(self, policy: Policy, smoothing: float) -> None:
         super().__init__()
@@ -160,7 +163,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> ``loss``, with gradient, and what the curve shows besides."""
-        with torch.autocast(batch.actions.device.type, torch.bfloat16):
+        with precision.autocast(batch.actions.device.type):
             loss, error = chunk_loss(self.policy, batch, self.smoothing)
         return {"loss": loss, "l1": error}
 
@@ -177,11 +180,16 @@ def optimizer(policy: nn.Module, rate: float, weight_decay: float) -> torch.opti
 
 
 class Best:
-    """The weights with the lowest held-out loss so far, and for how many looks there was none lower."""
+    """The weights with the lowest held-out loss so far, and for how many looks there was none lower.
+
+    ``seen``: the step of the last look.
+    """
+
+    _KEPT = ("loss", "step", "looks", "seen", "weights")
 
     def __init__(self, team: Team, objective: nn.Module, policy: nn.Module, held_out: list[Batch]) -> None:
         self.team, self.objective, self.policy, self.held_out = team, objective, policy, held_out
-        self.loss, self.step, self.looks = math.inf, 0, 0
+        self.loss, self.step, self.looks, self.seen = math.inf, 0, 0, 0
         self.weights: dict[str, Tensor] = {}
 
     def look(self, step: int) -> float:
@@ -189,7 +197,7 @@ class Best:
         with torch.no_grad():
             losses = [(self.objective(batch)["loss"].item(), len(batch)) for batch in self.held_out]
         loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-        self.looks += 1
+        self.looks, self.seen = self.looks + 1, step
         if loss < self.loss:
             self.loss, self.step, self.looks = loss, step, 0
             weights = self.team.weights(self.objective, "policy.")
@@ -197,10 +205,12 @@ class Best:
         return loss
 
     def state(self) -> dict[str, Any]:
-        return {"loss": self.loss, "step": self.step, "looks": self.looks, "weights": self.weights}
+        """By value: what is trained on does not change it."""
+        return {name: getattr(self, name) for name in self._KEPT}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        self.loss, self.step, self.looks, self.weights = (saved[key] for key in ("loss", "step", "looks", "weights"))
+        for name in self._KEPT:
+            setattr(self, name, saved[name])
 
 
 def fixed(policy: Policy, held_out: list[Batch]) -> list[Batch]:
@@ -210,19 +220,19 @@ def fixed(policy: Policy, held_out: list[Batch]) -> list[Batch]:
         return [drawn(policy, batch) for batch in held_out]
 
 
-def check_finite(loss: float, step: int, run: Run) -> None:
-    """Raises UserError for a loss that is none: nothing after it would make sense."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"expected a finite loss, found {loss} at step {step}; lower --rate or look for outliers with rlrc data "
-            f"inspect, then remove {run.folder}, which keeps the last good state"
-        )
+def check_finite(metrics: dict[str, float], step: int, run: Run) -> None:
+    """Raises UserError for a loss or a gradient that is none, before it spoils the weights."""
+    for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
+        if not math.isfinite(metrics[name]):
+            kept = "" if run.saved is None else f", then remove {run.folder}, which keeps the state of step {run.saved}"
+            raise UserError(
+                f"expected a finite {what}, found {metrics[name]} at step {step}; lower --rate or look for outliers "
+                f"with rlrc data inspect{kept}"
+            )
 
 
-def train_step(
-    team: Team, objective: nn.Module, optim: torch.optim.Optimizer, batches: list[Batch]
-) -> dict[str, float]:
-    """One optimiser step on the mean of these batches, which are of one size."""
+def gradients(team: Team, objective: nn.Module, batches: list[Batch]) -> dict[str, float]:
+    """Of the mean of these batches, which are of one size. -> means of the metrics, and the gradients' norm."""
     sums: dict[str, float] = {}
     for batch in batches:
         metrics = objective(batch)
@@ -230,9 +240,17 @@ def train_step(
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + team.mean(value.detach()) / len(batches)
     sums["gradient_norm"] = team.clip(objective, 1.0)
-    optim.step()
-    optim.zero_grad()
     return sums
+
+
+def interruptible(parameters: Iterable[nn.Parameter]) -> None:
+    """A signal ends a backward pass between two layers: their hooks give Python its turn."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_nothing)
+
+
+def _nothing(_: Tensor) -> None: ...
 
 
 def sft(
@@ -246,7 +264,8 @@ def sft(
 ) -> dict[str, Any]:
     """Train ``policy`` in place; ``progress(step, text)`` now and then. A run folder with a saved state is resumed.
 
-    -> what the history tells besides. Raises UserError when the loss is no longer finite.
+    -> what the history tells besides. Raises UserError when the loss is no longer finite; Interrupted, with the last
+    step saved, within a layer's time of a signal.
     """
     torch.manual_seed(config.seed)
     team, batches = Team(), lessons.batches
@@ -255,53 +274,67 @@ def sft(
     optim = optimizer(policy, config.rate, config.weight_decay)
     objective_, optim = team.prepare(objective(policy, config.smoothing), optim)
     best = Best(team, objective_, policy, [batch.to(team.device) for batch in fixed(policy, lessons.held_out)])
-    first = 0
+    first, sums = 0, dict[str, float]()
     if (saved := run.load()) is not None:
-        first = saved["step"]
+        first, sums = saved["step"], saved["sums"]
         team.load_weights(objective_, saved["policy"], "policy.")
         team.load_optimizer(objective_, optim, saved["optimizer"])
         batches.restore(saved["batches"])
         best.restore(saved["best"])
         if dagger is not None:
             dagger.restore(saved["dagger"])
+    if team.size == 1:
+        interruptible(policy.parameters())
 
-    progress(first, "training")
-    sums = dict[str, float]()
+    def weights() -> dict[str, Any]:
+        return {
+            "policy": team.weights(objective_, "policy."),
+            "optimizer": team.optimizer_state(objective_, optim),
+        }
+
+    def keep(step: int) -> None:
+        rounds = dagger.state() if dagger else {}
+        keeper(step, batches=batches.state(), best=best.state(), dagger=rounds, sums=dict(sums))
+
+    progress(first, text := "training")
     size = config.batch // config.accumulate
-    for step in range(first, config.steps):
-        if dagger is not None and (number := dagger.due(step)) is not None:
-            progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {config.dagger_episodes} episodes")
-            # A state saved after ``step`` steps does not know this round: resuming drops and repeats it.
-            run.log("dagger", step + 1, **dagger.play(policy, number, team.weights(objective_, "policy.")))
-            progress(step, "training")
-        policy.train()
-        for group in optim.param_groups:
-            group["lr"] = config.rate_at(step)
-        # Everything random is drawn for all processes alike; each takes its share.
-        whole = drawn(policy, batches.draw(team.size * config.batch).noisy(config.state_noise)).to(team.device)
-        mine = range(team.rank * config.batch, (team.rank + 1) * config.batch, size)
-        share = [whole.part(slice(i, i + size)) for i in mine]
-        for name, value in train_step(team, objective_, optim, share).items():
-            sums[name] = sums.get(name, 0.0) + value
-        check_finite(sums["loss"], step + 1, run)
-        if best.held_out and ((step + 1) % config.check_every == 0 or step + 1 == config.steps):
-            run.log("held-out", step + 1, loss=best.look(step + 1))
-            if config.patience and best.looks >= config.patience:
+    with Keeper(run, team, weights) as keeper, team.together():
+        keep(first)
+        for step in range(first, config.steps + 1):
+            if best.held_out and step > best.seen and (step % config.check_every == 0 or step == config.steps):
+                loss = best.look(step)
+                with interrupts.held():
+                    run.log("held-out", step, loss=loss)
+                    keep(step)
+            if step == config.steps or (config.patience and best.looks >= config.patience):
                 break
-        if (step + 1) % LOG_EVERY == 0:
-            means = {name: value / LOG_EVERY for name, value in sums.items()}
-            sums.clear()
-            run.log(config.STAGE, step + 1, samples=len(batches), **means)
-            progress(step + 1, f"loss {means['loss']:.3f} l1 {means['l1']:.4f}")
-        if (step + 1) % SAVE_EVERY == 0:
-            run.save(
-                step + 1,
-                policy=team.weights(objective_, "policy."),
-                optimizer=team.optimizer_state(objective_, optim),
-                batches=batches.state(),
-                best=best.state(),
-                dagger=dagger.state() if dagger else {},
-            )
+            if dagger is not None and (number := dagger.due(step)) is not None:
+                episodes = f"{config.dagger_episodes} episodes"
+                progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {episodes}")
+                found = dagger.play(policy, number, team.weights(objective_, "policy."))
+                with interrupts.held():
+                    run.log("dagger", step + 1, **found)
+                    keep(step)
+            policy.train()
+            for group in optim.param_groups:
+                group["lr"] = config.rate_at(step)
+            # Everything random is drawn for all processes alike; each takes its share.
+            whole = drawn(policy, batches.draw(team.size * config.batch).noisy(config.state_noise)).to(team.device)
+            mine = range(team.rank * config.batch, (team.rank + 1) * config.batch, size)
+            metrics = gradients(team, objective_, [whole.part(slice(i, i + size)) for i in mine])
+            check_finite(metrics, step + 1, run)
+            with interrupts.held():
+                optim.step()
+                optim.zero_grad()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if (step + 1) % LOG_EVERY == 0:
+                    means = {name: value / LOG_EVERY for name, value in sums.items()}
+                    sums.clear()
+                    run.log(config.STAGE, step + 1, samples=len(batches), **means)
+                    text = f"loss {means['loss']:.3f} l1 {means['l1']:.4f}"
+                keep(step + 1)
+            progress(step + 1, text)
     report: dict[str, Any] = {}
     if best.weights:
         report = {"held_out_loss": round(best.loss, 5), "best_step": best.step}

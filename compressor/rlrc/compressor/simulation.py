@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from rlrc.artifact import TOKENIZER, Artifact, HistoryEntry
 from rlrc.compressor import distributed
@@ -23,6 +22,7 @@ from rlrc.compressor.run import Run
 from rlrc.compressor.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import VALIDATION
+from rlrc.progress import status
 
 
 @contextmanager
@@ -44,7 +44,7 @@ class Simulation:
         if self.episodes == 0:
             return {}
         requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
-        with Console(stderr=True).status(f"playing {len(requests)} validation episodes"):
+        with status(f"playing {len(requests)} validation episodes"):
             results = self.rollouts.run(requests, policy, Mode())
         per_task = {task: float(np.mean([r.success for r in results if r.task == task])) for task in TASKS}
         return {
@@ -62,8 +62,8 @@ class Simulation:
         return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
 
     def batches(self, policy: Policy, config: DemonstrationConfig, seed: int) -> SampleBatches:
-        console = Console(stderr=True, quiet=distributed.rank() > 0)
-        with console.status("playing demonstrations, unless they are in the cache"), distributed.first():
+        what = "playing demonstrations, unless they are in the cache"
+        with status(what, distributed.rank() == 0), distributed.first():
             samples = demonstrations(config, self.rollouts)
         return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.compressor.commands import StageCommand
+from rlrc.compressor.hints import hint
 from rlrc.compressor.ppo_config import PPOConfig
 from rlrc.compressor.reinforcement import run_rl
 from rlrc.compressor.untrained import new
@@ -23,8 +24,7 @@ class New:
     seed: int = 0
 
     def run(self) -> None:
-        new(self.out, self.seed)
-        Console().print(f"next: rlrc sft {self.out} OUT --recipe reference")
+        Console().print(f"next: {hint(self.out, new(self.out, self.seed))}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class RL(StageCommand):
     config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
 
     def run(self) -> None:
-        self._run("rl", run_rl, self.config, "rlrc quantize {out} OUT")
+        self._run("rl", run_rl, self.config)

@@ -13,27 +13,28 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from rich.console import Console
 
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
-from rlrc.compressor import distributed, lessons, memory
+from rlrc.compressor import cost, distributed, interrupts, lessons, memory, precision
 from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import CURVES, answers, every_input, parameters, quantized, write_policy
 from rlrc.compressor.fill import filled
 from rlrc.compressor.lossless import lossless, outside
 from rlrc.compressor.policy import Policy
+from rlrc.compressor.precision import Wanted
 from rlrc.compressor.prune import PruneConfig
 from rlrc.compressor.quantize import QuantizeConfig, Quantized, check_exempt, quantize
 from rlrc.compressor.run import Run
-from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes
-from rlrc.errors import UserError
+from rlrc.compressor.sources import ArtifactSource, Source, open_source, shapes, unquantized_only
+from rlrc.errors import Interrupted, UserError
+from rlrc.progress import status
 from rlrc.runtime.official import Flags
 
 if TYPE_CHECKING:
@@ -47,15 +48,20 @@ class Options:
 
     evaluate: int = 8
     """validation episodes a task, before and after; 0 leaves them out"""
-    workers: int = 2
-    """processes that simulate"""
-    threads: int = 2
-    """threads of torch"""
+    workers: int = field(default_factory=distributed.cores)
+    """processes that simulate (default: as many as there are cores)"""
+    threads: int = field(default_factory=distributed.cores)
+    """threads of torch (default: as many cores as this process may use, of several its share)"""
+    precision: Wanted = "auto"
+    """what products are computed in; auto measures which one this machine is quicker at, which takes a tenth of a
+    second. A run that goes on keeps its own"""
 
     def __post_init__(self) -> None:
         for name, least in (("evaluate", 0), ("workers", 1), ("threads", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"expected --{name} >= {least}, found {getattr(self, name)}")
+        if self.precision not in (choices := get_args(Wanted)):
+            raise UserError(f"expected --precision {', '.join(choices)}, found {self.precision!r}")
 
 
 @dataclass
@@ -98,6 +104,7 @@ class Stage:
             cpu_minutes=round(cpu_minutes, 2),
             before=self.before,
             after=success | after,
+            precision=dict(precision.used()),
         )
         history = (*self.source.history, entry)
         return write_policy(self.draft, policy, self.source.observations(), history, quantization, exact)
@@ -113,22 +120,24 @@ def stage(
     check: Callable[[Source], object] = lambda source: None,
     flags: Flags | None = None,
     plays: bool = False,
+    incomplete: bool = False,
 ) -> Iterator[Stage]:
     """Everything around a stage's own work.
 
-    ``plays``: it needs the simulator, whatever the family. Of several processes (see rlrc.compressor.distributed) all
-    do the work, and the first one evaluates and writes. Raises UserError before any work if input or output cannot be
-    used, or if ``check`` raises it about the source.
+    ``plays``: it needs the simulator, whatever the family. ``incomplete``: ``check`` supplies missing statistics. Of
+    several processes (see rlrc.compressor.distributed) all do the work, and the first one evaluates and writes. Raises
+    UserError before any work if input or output cannot be used, or if ``check`` raises it about the source.
     """
-    source = open_source(path, flags or Flags())
+    source = open_source(path, flags or Flags(), incomplete)
+    unquantized_only(source, path)
     check(source)
     torch.set_num_threads(options.threads)
     run = Run(out.parent / f".{out.name}.run")
-    with writing(out) if distributed.rank() == 0 else nullcontext() as draft:
+    with interrupts.raising(), writing(out) if distributed.rank() == 0 else nullcontext() as draft:
         if draft is not None:
             source.hand_on(draft)
         policy = source.load()
-        run.open(name, source.digest or str(path), config)
+        run.open(name, source.digest or str(path), config, options.precision)
         try:
             with simulation_of(source, run, options, plays) as simulation:
                 before: dict[str, Any] = {}
@@ -136,9 +145,12 @@ def stage(
                     before = simulation.inherited(source.history) or simulation.evaluate(policy)
                 run.start_clock(None if simulation is None else simulation.rollouts)
                 yield Stage(name, source, draft, policy, simulation, run, config, before)
-        except BaseException:
+        except BaseException as error:
             if run.folder.exists() and not run.state_file.exists():  # nothing to go on with
                 run.remove()
+            if isinstance(error, KeyboardInterrupt) and not distributed.rank():
+                code = error.code if isinstance(error, Interrupted) else 130
+                raise Interrupted(run.continuation(name), code) from None
             raise
     run.remove()
     distributed.wait()  # the artifact is there for whatever comes next
@@ -157,47 +169,40 @@ def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, fl
     def check(source: Source) -> None:
         memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
-            if source.quantized:  # its weights would be stored as floats again
-                raise UserError("expected an unquantized artifact, found int4 or int8; cut its parent, then quantize")
             return
-        with Console(stderr=True).status("looking for a shape"):
-            pruning.check(source.spec, source.towers, config)
+        with status("looking for a shape"):
+            lean, _ = lossless(cost.shape_of(source.spec, source.towers))
+            pruning.check(lean.spec, lean.towers, config)
         if config.needs_data:
             lessons.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
         pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
+        lean, cuts = lossless(work.policy, work.source.unread)
+        if lean.spec.action.tokens != work.policy.spec.action.tokens:
+            whole = answers(work.policy, work.source.observations())["tokens"]
+            cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
+        report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
         if config.lossless:
-            pruned, report = lossless(work.policy, work.source.unread)
-            if pruned.spec.action.tokens != work.policy.spec.action.tokens:
-                whole = answers(work.policy, work.source.observations())["tokens"]
-                report["outside"] = {"observations": len(whole), "changed": outside(whole, pruned.spec.action)}
-            return work.finish(pruned, exact=True, lossless=report)
+            return work.finish(lean, exact=True, **report)
         batches: Batches | None = None
         if config.needs_data:
             batches = lessons.demonstrations(work, config)
-        with Console(stderr=True).status("scoring what may go"):
-            pruned, removed = pruning.prune(work.policy, config, batches)
-        return work.finish(pruned, exact=not work.source.quantized, removed=removed)
+        with status("scoring what may go"):
+            pruned, removed = pruning.prune(lean, config, batches)
+        return work.finish(pruned, exact=True, removed=removed, **report)
 
 
 def run_quantize(
     source: Path, out: Path, config: QuantizeConfig, options: Options, flags: Flags | None = None
 ) -> Manifest:
     def check(found: Source) -> None:
-        unquantized_only(found, source)
         check_exempt(shapes(found), config)
         memory.check(memory.numbers(shapes(found)) * memory.REWRITTEN, "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
-        with Console(stderr=True).status("rounding"):
+        with status("rounding"):
             policy, added = filled(work.policy, config.group)
             result = quantize(policy, config, observations)
         return work.finish(policy, result, rounding=result.report | added)
-
-
-def unquantized_only(found: Source, path: Path) -> None:
-    """Raises UserError for weights that were rounded before."""
-    if found.quantized:
-        raise UserError(f"expected an unquantized artifact, found int4 or int8 in {path}; quantize its parent")

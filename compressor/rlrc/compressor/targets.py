@@ -94,7 +94,7 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
     """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
     spec, name, limits = dense.spec, tower_name(dense.towers, config), list[Limit]()
     if config.to_bytes is not None:
-        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.precision))
+        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
         limits.append(
             Limit("prune.to_bytes", size, number_of_bytes(config.to_bytes), lambda size: f"{size:,.0f} bytes")
         )
@@ -107,7 +107,7 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
         before = parameters(dense, prefix)
         rest = priced(spec, lambda policy: parameters(policy, prefix) / before)
         what = f"rest (1 - prune.ratio) of the {config.scope}'s parameters"
-        limits.append(Limit(what, rest, 1 - config.ratio, lambda part: f"{part:.3f}"))
+        limits.append(Limit(what, rest, 1 - config.part, lambda part: f"{part:.3f}"))
     if not limits:
         return None
     found, first = Target(tuple(limits)), limits[0]
@@ -126,7 +126,7 @@ def allocated(
     if goal is not None:
         return reach(shape, goal)
     _check_ratio(place, config)
-    towers = even(config.ratio)
+    towers = even(config.part)
     if config.allocation == "uniform" or scores is None:
         return towers
     # As many parameters as the same part of every block would leave, at most.
@@ -154,7 +154,7 @@ def _check_ratio(place: Place, config: PruneConfig) -> None:
     """Raises UserError where the ratio leaves less than half a head or channel of a block."""
     for i, both in place.groups().items():
         for what, group in zip(("head", "channel"), both, strict=True):
-            if group.number and group.number * (1 - config.ratio) < 0.5:
+            if group.number and group.number * (1 - config.part) < 0.5:
                 most = 1 - 0.5 / group.number
                 raise UserError(
                     f"expected prune.ratio up to {int(most * 1000) / 1000}, which leaves a {what} of "

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
+from rlrc import artifact as artifacts
+from rlrc.compressor import distributed
 from rlrc.compressor.commands import StageCommand
 from rlrc.compressor.compress import compress
 from rlrc.compressor.distill import DistillConfig
@@ -15,6 +17,7 @@ from rlrc.compressor.recipe import load
 from rlrc.compressor.sft import SFTConfig
 from rlrc.compressor.stages import Options
 from rlrc.compressor.training import run_distill, run_sft
+from rlrc.runtime.describe import trial
 from rlrc.runtime.official import Flags
 
 
@@ -29,8 +32,7 @@ class SFT(StageCommand):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        following = "rlrc prune {out} OUT, or rlrc rl {out} OUT if it is pruned already"
-        self._run("sft", run_sft, self.config, following, self.official)
+        self._run("sft", run_sft, self.config, self.official)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Distill(StageCommand):
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("distill", run_distill, self.config, "rlrc rl {out} OUT, or rlrc quantize {out} OUT", self.official)
+        self._run("distill", run_distill, self.config, self.official)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Compress:
 
     def run(self) -> None:
         compress(self.source, self.out, load(self.recipe), self.options, self.official)
-        Console().print(
-            f"next: rlrc run {self.out} --env metaworld:drawer-open-v3 --hz 20, "
-            f"or rlrc bench claims {self.out} --baseline ..."
-        )
+        if distributed.rank() == 0:
+            spec = artifacts.load(self.out, verify=()).manifest.policy
+            told = f"next: {trial(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
+            Console().print(told, soft_wrap=True)

@@ -14,9 +14,11 @@ from tyro.conf import Positional
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import status
 from rlrc.runtime.backends import TARGETS
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import records_table, trial
+from rlrc.runtime.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,18 @@ class Export:
 
         console = Console()
         try:
-            if self.precision == "auto":
-                manifest = export_fastest(parent, self.out, self.to, self.threads, self.tolerance, self.budget_bytes)
-            else:
-                manifest = export(parent, self.out, self.to, self.precision, self.tolerance)
+            with status(f"exporting to {', '.join(self.to)}, and verifying"):
+                if self.precision == "auto":
+                    manifest = export_fastest(
+                        parent, self.out, self.to, self.threads, self.tolerance, self.budget_bytes
+                    )
+                else:
+                    manifest = export(parent, self.out, self.to, self.precision, self.tolerance)
         except Disagreement as error:
             if self.json:
                 print(json.dumps({"verified": asdict(error.record), "failure": str(error)}, indent=1))
             else:
-                console.print(records_table([error.record], parent.manifest.policy))
+                print_table(records_table([error.record], parent.manifest.policy), console)
             print(
                 f"rlrc: check failed: {error}; {self.out} was not written, the worst observation is in {error.worst}; "
                 "allow it with --tolerance or choose another --precision",
@@ -102,7 +107,7 @@ class Export:
             return 0
         for graph in written:
             console.print(f"{graph.file}: {graph.precision}, {manifest.files[graph.file].size:,} bytes")
-        console.print(records_table(records, manifest.policy))
+        print_table(records_table(records, manifest.policy), console)
         on_device = f"rlrc jetson build {self.out} --engine-cache engines, on the device"
         here = set(self.to) - {"tensorrt"}
         console.print(f"next: {trial(self.out, manifest.policy) if here else on_device}", soft_wrap=True)

@@ -7,12 +7,12 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.progress import Progress
 from tyro.conf import Positional
 
 from rlrc.engine_cache import engine_cache
 from rlrc.jetson import check as checking
 from rlrc.jetson.build import build
+from rlrc.progress import progress
 from rlrc.runtime.describe import plain_console
 
 
@@ -29,11 +29,10 @@ class Build:
     """print the result as JSON"""
 
     def run(self) -> int:
-        with Progress(console=plain_console(stderr=True), transient=True) as progress:
-            task = progress.add_task("building", total=1.0)
+        with progress("building, %", 100) as tell:
 
             def watch(graph: str, phase: str, done: float) -> None:
-                progress.update(task, description=f"{graph}: {phase}", completed=done)
+                tell(round(100 * done), f"{graph}: {phase}")
 
             engines = list(build(self.path, self.engine_cache or engine_cache(), watch))
         if self.json:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from tyro.conf import Positional
 
 from rlrc.benchmarks.results import check_out, dump, write
@@ -17,6 +16,7 @@ from rlrc.errors import UserError
 from rlrc.jetson import deploy
 from rlrc.jetson.deploy import FOLDER, KEPT, Place, TrialFailed, Watch
 from rlrc.jetson.remote import Shell
+from rlrc.progress import progress
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
 
@@ -127,13 +127,12 @@ class Rollback:
 
 @contextmanager
 def _progress(artifact: Any) -> Iterator[Watch]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=plain_console(stderr=True), transient=True) as bar:
-        task = bar.add_task("copying", total=sum(spec.size for spec in artifact.manifest.files.values()))
+    total = sum(spec.size for spec in artifact.manifest.files.values())
+    with progress("copying, MB", round(total / 1e6, 1)) as tell:
         there: dict[str, int] = {}
 
         def watch(name: str, size: int) -> None:
             there[name] = size
-            bar.update(task, description=name, completed=sum(there.values()))
+            tell(round(sum(there.values()) / 1e6, 1), name)
 
         yield watch

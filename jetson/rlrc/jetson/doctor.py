@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from rlrc.jetson import devices
 from rlrc.jetson.devices import JetPack
 from rlrc.runtime.board import is_jetson
 from rlrc.runtime.jetson_telemetry import (
+    below,
     gpu_node,
     meminfo,
     power_mode,
@@ -84,7 +85,7 @@ def examine(root: Path = Path("/")) -> list[Finding]:
 
 
 def board(root: Path) -> Finding:
-    model = read_text(root / "proc/device-tree/model")
+    model = read_text(below(root, "proc/device-tree/model"))
     if is_jetson(root):
         return Finding("board", "ok", model or "a Jetson without a name")
     return Finding("board", "none", f"no Jetson{f': {model}' if model else ''}")
@@ -99,13 +100,13 @@ def module(root: Path) -> Finding:
 
 def device(root: Path) -> str | None:
     """The module's name in rlrc jetson devices."""
-    compatible = read_text(root / "proc/device-tree/compatible") or ""
+    compatible = read_text(below(root, "proc/device-tree/compatible")) or ""
     return next((name for number, name in MODULES.items() if number in compatible), None)
 
 
 def release(root: Path) -> str | None:
     """Jetson Linux's, as R36.4.4."""
-    told = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", read_text(root / "etc/nv_tegra_release") or "")
+    told = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", read_text(below(root, "etc/nv_tegra_release")) or "")
     return None if told is None else f"R{told[1]}.{told[2]}"
 
 
@@ -133,8 +134,8 @@ def jetpack(root: Path) -> Finding:
 
 
 def ubuntu(root: Path) -> Finding:
-    told = re.search(r'VERSION_ID="?([\d.]+)', read_text(root / "etc/os-release") or "")
-    name = re.search(r'^NAME="?([^"\n]+)', read_text(root / "etc/os-release") or "", re.MULTILINE)
+    told = re.search(r'VERSION_ID="?([\d.]+)', read_text(below(root, "etc/os-release")) or "")
+    name = re.search(r'^NAME="?([^"\n]+)', read_text(below(root, "etc/os-release")) or "", re.MULTILINE)
     found = f"{name[1] if name else 'unknown'} {told[1] if told else ''}".strip()
     known = known_jetpack(root)
     if known is None:
@@ -143,8 +144,9 @@ def ubuntu(root: Path) -> Finding:
 
 
 def python(root: Path) -> Finding:
-    link = root / "usr/bin/python3"
-    found = re.search(r"3\.\d+", link.readlink().name) if link.is_symlink() else None
+    found = re.search(
+        r"3\.\d+", below(root, "usr/bin/python3").name
+    )  # python3 -> (/etc/alternatives/... ->) python3.10
     known = known_jetpack(root)
     if found is None:
         return Finding("system's Python", "none", "none at /usr/bin/python3")
@@ -155,16 +157,23 @@ def python(root: Path) -> Finding:
 
 
 def cuda(root: Path) -> Finding:
-    try:
-        told = json.loads(read_text(root / "usr/local/cuda/version.json") or "{}")
-    except ValueError:
-        told = {}
-    version = told.get("cuda", {}).get("version")
+    version = _cuda_version(read_text(below(root, "usr/local/cuda/version.json")) or "")
     known = known_jetpack(root)
     if known is None:
         return Finding("CUDA", "none" if version is None else "ok", version or "none at /usr/local/cuda")
     todo = "sudo apt-get install nvidia-jetpack"
     return _expected("CUDA", version or "none at /usr/local/cuda", known[1].cuda, todo)
+
+
+def _cuda_version(text: str) -> str | None:
+    """Of a version.json: {"cuda": {"version": "12.6.11"}}; None for anything else."""
+    try:
+        found = json.loads(text)
+        for key in ("cuda", "version"):
+            found = found.get(key) if isinstance(found, dict) else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def tensorrt(root: Path) -> Finding:
@@ -191,24 +200,20 @@ def libraries(root: Path) -> Finding:
     runtime, engine = known[1].cuda.partition(".")[0], known[1].tensorrt.partition(".")[0]
     wanted = ["libcuda.so.1", f"libcudart.so.{runtime}", f"libcublas.so.{runtime}", "libcudnn.so.9"]
     wanted += [f"libnvinfer.so.{engine}", f"libnvonnxparser.so.{engine}"]
-    places = [root / place for place in (*LIBRARIES, "usr/local/cuda/lib64", *_targets(root))]
-    missing = [name for name in wanted if not any((place / name).exists() for place in places)]
+    targets = below(root, "usr/local/cuda/targets").glob("*")
+    places = [*LIBRARIES, "usr/local/cuda/lib64", *(f"usr/local/cuda/targets/{one.name}/lib" for one in targets)]
+    missing = [name for name in wanted if not any(below(root, f"{place}/{name}").exists() for place in places)]
     if missing:
         return Finding("libraries", "fix", f"missing {', '.join(missing)}", "sudo apt-get install nvidia-jetpack")
     return Finding("libraries", "ok", ", ".join(wanted))
 
 
-def _targets(root: Path) -> Iterator[str]:
-    for folder in root.glob("usr/local/cuda/targets/*/lib"):
-        yield str(folder.relative_to(root))
-
-
 def packages(root: Path) -> dict[str, str]:
     """Installed Debian packages and their versions."""
     found = {}
-    for entry in (read_text(root / "var/lib/dpkg/status") or "").split("\n\n"):
+    for entry in (read_text(below(root, "var/lib/dpkg/status")) or "").split("\n\n"):
         fields = dict(re.findall(r"^(Package|Status|Version): (.*)$", entry, re.MULTILINE))
-        if fields.get("Status", "").endswith(" installed"):
+        if "Package" in fields and fields.get("Status", "").endswith(" installed"):
             found[fields["Package"]] = fields.get("Version", "")
     return found
 
@@ -277,7 +282,7 @@ def supply(root: Path) -> Finding:
 
 def memory(root: Path) -> Finding:
     told = meminfo(root)
-    if "MemAvailable" not in told:
+    if not {"MemAvailable", "MemTotal"} <= told.keys():
         return Finding("memory", "none", "/proc/meminfo does not tell")
     found = f"{told['MemAvailable'] / GIB:.1f} of {told['MemTotal'] / GIB:.1f} GiB free"
     if told["MemAvailable"] < LEAST_MEMORY:
@@ -289,11 +294,11 @@ def memory(root: Path) -> Finding:
 
 def swap(root: Path) -> Finding:
     """The loop's memory is locked and its service may not swap; what does swap is a sign that memory is short."""
-    lines = (read_text(root / "proc/swaps") or "").splitlines()[1:]
-    if not lines:
+    rows = re.findall(r"^(\S+)\s+\S+\s+\d+\s+(\d+)", read_text(below(root, "proc/swaps")) or "", re.MULTILINE)
+    if not rows:
         return Finding("swap", "ok", "none")
-    used = sum(int(line.split()[3]) for line in lines) * 1024
-    told = f"{used / GIB:.1f} GiB used on {', '.join(line.split()[0] for line in lines)}"
+    used = sum(int(size) for _, size in rows) * 1024
+    told = f"{used / GIB:.1f} GiB used on {', '.join(name for name, _ in rows)}"
     if not used:
         return Finding("swap", "ok", told)
     return Finding("swap", "advice", told, "end other programs, then sudo swapoff -a")
@@ -301,7 +306,7 @@ def swap(root: Path) -> Finding:
 
 def cma(root: Path) -> Finding:
     told = meminfo(root)
-    if not told.get("CmaTotal"):
+    if not told.get("CmaTotal") or "CmaFree" not in told:
         return Finding("CMA", "none", "no contiguous memory is set aside")
     found = f"{told['CmaFree'] >> 20} of {told['CmaTotal'] >> 20} MiB free"
     if told["CmaFree"] < LEAST_CMA and is_jetson(root):

@@ -20,6 +20,7 @@ from rlrc.jetson.roofline import BANDWIDTH, COMPUTE, SIDE, Stack
 from rlrc.jetson.suggest import shortfall, suggest
 from rlrc.jetson.work import Load
 from rlrc.runtime.describe import plain_console, print_rows
+from rlrc.runtime.tables import print_table
 
 KINDS = ("fp32", "fp16", "int8", "fp8", "fp4")
 
@@ -157,7 +158,7 @@ class Calibration:
                 "yes" if one.listed else "",
             )
         console = plain_console()
-        console.print(table)
+        print_table(table, console)
         console.print("Every prediction is by a fit without that measurement.")
         for name, both in summaries.items():
             told = "; ".join(
@@ -210,8 +211,8 @@ def describe(found: Planned, suggestions: list[str], hz: float | None, console: 
     parts.columns[1].justify = "right"
     for name, size in memory.record().items():
         parts.add_row(name, f"{size / 1e9:,.3f}")
-    console.print(table)
-    console.print(parts)
+    print_table(table, console)
+    print_table(parts, console)
     for heading, lines in (
         ("refused", found.refusals),
         ("to change", tuple(suggestions)),

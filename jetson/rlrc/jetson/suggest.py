@@ -98,7 +98,7 @@ def _pruning(found: Plan, hz: float | None) -> Iterator[Suggestion]:
         bits = "" if setting is found.setting else " and int4"
         yield Suggestion(
             f"prune {ratio:.0%} of the heads and channels of the intermediate blocks{bits}: rlrc prune ART OUT "
-            f"--to-bytes {stored / 1e9:.2f}GB --precision {counted}, then rlrc sft (weights {size / 1e9:.2f} GB)",
+            f"--to-bytes {stored / 1e9:.2f}GB --to-bytes-in {counted}, then rlrc sft (weights {size / 1e9:.2f} GB)",
             cut,
         )
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from rlrc.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
 from rlrc.errors import UserError
 from rlrc.runtime.pictures import wrong_size
 from rlrc.wiring import check_distinct
+
+NONE = "none"  # instead of a camera's name: to do without it
+EMPTY = re.compile(r"empty_camera_\d+")  # what lerobot calls places for cameras that are not there
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,55 @@ def match(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None 
     """Raises UserError, which names the feature, what was expected and what was found, if the data set does not fit.
 
     A camera of the policy is the data set's of the same name behind ``observation.images.``, unless ``cameras`` maps it
-    to another. The state is ``observation.state``, and ``observation.environment_state`` behind it where the policy's
-    is that wide.
+    to another, or to "none": an optional camera may be missing, but only if that is asked for. (lerobot's
+    ``empty_camera_0`` and so on are meant to be missing.) The state is ``observation.state``, and
+    ``observation.environment_state`` behind it where the policy's is that wide.
     """
-    if not len(dataset):
-        raise UserError(f"expected frames in {dataset.path}, found none; record some")
-    chosen = _cameras(dataset, spec, cameras or {})
-    state = _state(dataset, spec)
-    _check_width(dataset, (ACTION,), spec.action.names, "action")
-    for name in (*state, ACTION):
-        _check_finite(dataset, name)
-    if spec.prompt is not None:
-        _check_tasks(dataset)
-    return Matched(dataset, spec, chosen, state)
+    _check_frames(dataset)
+    matched = Matched(dataset, spec, _cameras(dataset, spec, cameras or {}), _state(dataset, spec))
+    _check_action(dataset, spec)
+    _check_tasks(dataset, spec)
+    return matched
+
+
+def misfits(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None = None) -> list[str]:
+    """A line for each reason of ``match`` to refuse."""
+    lines = []
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: _check_frames(dataset),
+        lambda: _cameras(dataset, spec, cameras or {}),
+        lambda: _state(dataset, spec),
+        lambda: _check_action(dataset, spec),
+        lambda: _check_tasks(dataset, spec),
+    )
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            lines.append(str(error))
+            if not len(dataset):
+                break
+    return lines
+
+
+def renamed(dataset: Dataset, matched: Matched) -> list[str]:
+    """What fits by its place only, because policy and data set name it differently, and what is not used: a line each.
+
+    Whether it is the same is for a person to judge.
+    """
+    spec, lines = matched.spec, []
+    state = spec.state.names if spec.state is not None else ()
+    for what, features, names in (("state", matched.state, state), ("action", (ACTION,), spec.action.names)):
+        found = _dimensions(dataset, features)
+        if found and found != names and not _numbered(names) and not _numbered(found):
+            lines.append(
+                f"the policy's {what} ({', '.join(names)}) is taken in this order from {' and '.join(features)} "
+                f"({', '.join(found)})"
+            )
+    own = (STATE, ENVIRONMENT)
+    unused = [name for name in dataset.cameras if name not in matched.cameras.values()]
+    unused += [name for name in own if name in dataset.features and name not in matched.state]
+    return lines + [f"{name} is not used: the policy does not take it" for name in unused]
 
 
 def split(dataset: Dataset, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -107,32 +148,43 @@ def split(dataset: Dataset, held_out: float, seed: int) -> tuple[NDArray[np.int6
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def _check_frames(dataset: Dataset) -> None:
+    if not len(dataset):
+        raise UserError(f"expected frames in {dataset.path}, found none; record some")
+
+
 def _cameras(dataset: Dataset, spec: PolicySpec, mapping: Mapping[str, str]) -> dict[str, str]:
-    names = [camera.name for camera in spec.cameras]
+    """The feature of every camera of the policy that is not left out on purpose."""
+    mapping = {name.removeprefix(PICTURES): other for name, other in mapping.items()}
+    names = {camera.name: camera for camera in spec.cameras}
+    there = ", ".join(name.removeprefix(PICTURES) for name in dataset.cameras) or "none"
     for name in mapping:
         if name not in names:
             raise UserError(
-                f"expected cameras of the policy ({', '.join(names)}) to be mapped, found {name}; correct it"
+                f"expected cameras of the policy ({', '.join(names)}) to be mapped, found {name}; correct it "
+                "(--cameras POLICY DATASET)"
             )
-    chosen = {}
-    for camera in spec.cameras:
-        wanted = mapping.get(camera.name, camera.name)
+    chosen, lacking = dict[str, str](), dict[str, str]()
+    for name, camera in names.items():
+        wanted = mapping.get(name, NONE if camera.optional and EMPTY.fullmatch(name) else name)
         feature = _camera(dataset, wanted)
-        if feature is None:
-            if camera.optional and camera.name not in mapping:
-                continue
-            there = ", ".join(name.removeprefix(PICTURES) for name in dataset.cameras) or "none"
-            raise UserError(
-                f"expected the camera {wanted} in {dataset.path}, found {there}; map the policy's cameras "
-                f"({', '.join(names)}) to those of the data set"
-            )
-        _check_size(dataset, camera, feature)
-        chosen[camera.name] = feature
+        if feature is not None:
+            _check_size(dataset, camera, feature)
+            chosen[name] = feature
+        elif wanted != NONE or not camera.optional:
+            lacking[name] = name if wanted in (name, NONE) else f"{name} as {wanted}"
+    if lacking:
+        first = next(iter(lacking))
+        without = f", or --cameras {first} {NONE} to do without it" if names[first].optional else ""
+        raise UserError(
+            f"expected the policy's camera{'s' * (len(lacking) > 1)} {', '.join(lacking.values())} in {dataset.path}, "
+            f"found {there}; say which is which: --cameras {first} NAME{without}"
+        )
     check_distinct(chosen, "camera of the data set", "cameras of the policy", "--cameras POLICY DATASET")
     if names and not chosen:
         raise UserError(
-            f"expected one of the cameras {', '.join(names)} in {dataset.path}, found "
-            f"{', '.join(dataset.cameras) or 'none'}; say which is which: --cameras POLICY DATASET"
+            f"expected one of the cameras {', '.join(names)} in {dataset.path}, found {there}; say which is which: "
+            f"--cameras {next(iter(names))} NAME"
         )
     return chosen
 
@@ -151,30 +203,54 @@ def _check_size(dataset: Dataset, camera: CameraSpec, feature: str) -> None:
 def _state(dataset: Dataset, spec: PolicySpec) -> tuple[str, ...]:
     if spec.state is None:
         return ()
-    features = tuple(name for name in (STATE, ENVIRONMENT) if name in dataset.features)
-    if len(features) == 2 and _width(dataset, features) == len(spec.state.names):
-        return features
-    alone = features[:1] or (STATE,)
-    _check_width(dataset, alone, spec.state.names, "state")
-    return alone
+    found = [name for name in (STATE, ENVIRONMENT) if name in dataset.features and dataset.features[name].numeric]
+    both = len(found) == 2 and sum(prod(dataset.features[name].shape) for name in found) == len(spec.state.names)
+    features = tuple(found if both else found[:1] or (STATE,))
+    _check_numbers(dataset, features, spec.state.names, "state")
+    return features
 
 
-def _width(dataset: Dataset, features: Sequence[str]) -> int:
-    return sum(dataset.features[name].shape[0] for name in features)
+def _check_action(dataset: Dataset, spec: PolicySpec) -> None:
+    _check_numbers(dataset, (ACTION,), spec.action.names, "action")
 
 
-def _check_width(dataset: Dataset, features: Sequence[str], names: Sequence[str], what: str) -> None:
-    (name,) = features
-    feature = dataset.features.get(name)
-    if feature is not None and feature.numeric and feature.shape == (len(names),):
-        return
-    found = "none" if feature is None else f"{feature.dtype} {feature.shape}"
-    if feature is not None and feature.names:
-        found += f": {', '.join(feature.names)}"
-    raise UserError(
-        f"expected {name} of shape ({len(names)},) in {dataset.path}, the policy's {what} ({', '.join(names)}), "
-        f"found {found}; choose a data set of the same robot"
-    )
+def _check_numbers(dataset: Dataset, features: tuple[str, ...], names: tuple[str, ...], what: str) -> None:
+    """Whether features, one behind the other, have the policy's width and none of its names at another place."""
+    found = [dataset.features.get(name) for name in features]
+    widths = [
+        feature.shape[0] if feature and feature.numeric and len(feature.shape) == 1 else None for feature in found
+    ]
+    dimensions = _dimensions(dataset, features)
+    if None in widths or sum(width or 0 for width in widths) != len(names):
+        text = " and ".join(f"{feature.dtype} {feature.shape}" if feature else "none" for feature in found)
+        text += f": {', '.join(dimensions)}" if dimensions else ""
+        raise UserError(
+            f"expected {' and '.join(features)} of shape ({len(names)},) in {dataset.path}, the policy's {what} "
+            f"({', '.join(names)}), found {text}; choose a data set of the same robot"
+        )
+    if dimensions and not _numbered(names) and not _numbered(dimensions):
+        for i, name in enumerate(names):
+            if name in dimensions and dimensions.index(name) != i:
+                raise UserError(
+                    f"expected {' and '.join(features)} in the order of the policy's {what} ({', '.join(names)}) in "
+                    f"{dataset.path}, found {', '.join(dimensions)}; write the data set in the policy's order"
+                )
+    for feature_name in features:
+        _check_finite(dataset, feature_name)
+
+
+def _dimensions(dataset: Dataset, features: Sequence[str]) -> tuple[str, ...]:
+    """The names of the features' dimensions, or nothing unless all have names."""
+    found = [dataset.features[name].names or () if name in dataset.features else () for name in features]
+    return tuple(name for names in found for name in names) if all(found) else ()
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    """Names that only count (joint_0, joint_1, ...), as those that rlrc gives where a checkpoint has none."""
+    found = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    heads = {match[1] for match in found if match}
+    numbers = [int(match[2]) for match in found if match]
+    return None not in found and len(heads) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def _check_finite(dataset: Dataset, name: str) -> None:
@@ -189,7 +265,9 @@ def _check_finite(dataset: Dataset, name: str) -> None:
         )
 
 
-def _check_tasks(dataset: Dataset) -> None:
+def _check_tasks(dataset: Dataset, spec: PolicySpec) -> None:
+    if spec.prompt is None:
+        return
     for index in np.unique(dataset.column("task_index")):
         if not dataset.tasks[index].strip():
             raise UserError(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
+from rlrc.datasets import columns
+from rlrc.datasets.images import Pictures
 from rlrc.datasets.meta import (
     ACTION,
     STATE,
@@ -23,17 +23,12 @@ from rlrc.datasets.meta import (
     read_episodes,
     read_features,
     read_info,
-    read_table,
     read_tasks,
-    reading,
-    to_numpy,
 )
-from rlrc.datasets.video import Video
+from rlrc.datasets.video import Video, check_header
 from rlrc.errors import UserError
 
 _OPEN = 8  # videos that stay open, each where its last picture was
-_TABLES = 64  # data files that stay open
-_ROWS = 64 << 20  # bytes of encoded pictures that are kept
 
 
 @dataclass(frozen=True)
@@ -60,13 +55,14 @@ class Dataset:
         self, path: Path, info: Info, features: dict[str, Feature], tasks: list[str], episodes: list[Episode]
     ) -> None:
         self.path, self.info, self.features, self.tasks, self.episodes = path, info, features, tasks, episodes
-        # The first frame of each data file, in the order of their frames.
-        self._files: dict[Path, int] = {}
-        for episode in episodes:
-            self._files.setdefault(episode.data, episode.start)
+        # All that are there, in the order of their names: lerobot reads them so, whatever meta/episodes says.
+        self._files = sorted((path / "data").glob("*/*.parquet"))
+        if episodes and not self._files:
+            raise UserError(f"expected data/*/*.parquet in {path}, found none; copy the data set again")
+        self._starts = np.cumsum([0, *map(columns.rows, self._files)])  # the first frame of each file, and the end
         self._columns: dict[str, NDArray[Any]] = {}
         self._videos: OrderedDict[Path, Video] = OrderedDict()
-        self._pictures = _Pictures()
+        self._pictures = Pictures()
 
     @staticmethod
     def open(path: str | Path) -> Dataset:
@@ -93,15 +89,19 @@ class Dataset:
     def column(self, name: str) -> NDArray[Any]:
         """A numeric feature of all frames, (frames, *shape), or (frames,) for the shape (1,). Raises UserError."""
         if name not in self._columns:
-            feature = self.features.get(name)
-            if feature is None or not feature.numeric:
-                raise UserError(
-                    f"expected the feature {name} with numbers in {self.path}, found "
-                    f"{', '.join(self.features) if feature is None else feature.dtype}; choose another data set"
-                )
-            parts = [self._numbers(file, name, feature) for file in self._files]
-            self._columns[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            self._columns[name] = np.concatenate(list(self.parts(name)) or [np.empty(0)])
         return self._columns[name]
+
+    def parts(self, name: str) -> Iterator[NDArray[Any]]:
+        """The same in pieces, none of which stays in memory."""
+        feature = self.features.get(name)
+        if feature is None or not feature.numeric:
+            raise UserError(
+                f"expected the feature {name} with numbers in {self.path}, found "
+                f"{', '.join(self.features) if feature is None else feature.dtype}; choose another data set"
+            )
+        for file in self._files:
+            yield from columns.parts(file, name, feature.dtype, feature.shape)
 
     def frame(self, i: int) -> Frame:
         """Everything of one frame; IndexError beyond the last one."""
@@ -136,7 +136,8 @@ class Dataset:
             place = episode.places[camera]
             picture = self._video(place.file).at(place.start + float(self.column("timestamp")[i]))
         else:
-            picture = self._pictures.picture(episode.data, camera, i - self._files[episode.data])
+            number = int(np.searchsorted(self._starts, i, side="right")) - 1
+            picture = self._pictures.picture(self._files[number], camera, i - int(self._starts[number]))
         if picture.shape[:2] != feature.size:
             raise UserError(
                 f"expected pictures of {camera} of {feature.size[0]} x {feature.size[1]} pixels in {self.path}, found "
@@ -148,43 +149,62 @@ class Dataset:
         """Closes the files; the data set can still be read, and opens them again."""
         while self._videos:
             self._videos.popitem()[1].close()
-        self._pictures = _Pictures()
-
-    def _numbers(self, file: Path, name: str, feature: Feature) -> NDArray[Any]:
-        column = read_table(file, [name])[name]
-        try:
-            if column.null_count:
-                raise ValueError(f"{column.null_count} empty rows")
-            return to_numpy(column, feature)
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"expected {feature.dtype} {feature.shape} in every row of {name} in {file}, found: {error}; "
-                "write the data set again"
-            ) from None
+        self._pictures = Pictures()
 
     def _check(self) -> None:
         """Whether the rows are the frames that the episodes say, in their order."""
+        if (found := int(self._starts[-1])) != len(self):
+            raise UserError(
+                f"expected {len(self)} rows in {self.path / 'data'}, found {found}; copy or write the data set again"
+            )
+        if not self.episodes:
+            return
         for name, wanted in (
             ("episode_index", np.repeat(np.arange(len(self.episodes)), [len(e) for e in self.episodes])),
             ("index", np.arange(len(self))),
         ):
-            if self.episodes and not np.array_equal(found := self.column(name), wanted):
+            if not np.array_equal(self.column(name), wanted):
                 raise UserError(
-                    f"expected {len(self)} rows with {name} in order in {self.path / 'data'}, found {len(found)} "
-                    "rows that are not so; copy or write the data set again"
+                    f"expected rows with {name} in order in {self.path / 'data'}, found another order; write the data "
+                    "set again"
                 )
         self._columns.pop("index", None)  # it is the row's own number
-        for file in dict.fromkeys(place.file for episode in self.episodes for place in episode.places.values()):
-            if not file.is_file():
-                raise UserError(f"expected the file {file}, found none; copy the data set again")
-        if not self.episodes:
-            return
         least, most = self.column("task_index").min(), self.column("task_index").max()
         if least < 0 or most >= len(self.tasks):
             raise UserError(
                 f"expected task_index below {len(self.tasks)}, the number of tasks of {self.path}, found {least} to "
                 f"{most}; write the data set again"
             )
+        for name, feature in self.cameras.items():
+            if feature.dtype == "video":
+                self._check_videos(name)
+
+    def _check_videos(self, camera: str) -> None:
+        """Whether every episode has its own part of a video, which is long enough."""
+        stamps = np.asarray(self.column("timestamp"), np.float64)
+        if not np.isfinite(stamps).all():
+            i = int(np.argmin(np.isfinite(stamps)))
+            raise UserError(
+                f"expected a finite timestamp of every frame in {self.path / 'data'}, found {stamps[i]} at frame {i}; "
+                "write the data set again"
+            )
+        half = 0.5 / self.fps
+        parts: dict[Path, list[tuple[float, float, int]]] = {}
+        for episode in self.episodes:
+            place, own = episode.places[camera], stamps[episode.start : episode.end]
+            times = (place.start + own.min(), place.start + own.max(), episode.index)
+            parts.setdefault(place.file, []).append(times)
+        for file, times_of in parts.items():
+            times_of.sort()
+            for (first, last, one), (start, _, other) in pairwise(times_of):
+                if start < last + half:
+                    raise UserError(
+                        f"expected a part of {file} for every episode, found episode {one} from {first:.3f} to "
+                        f"{last:.3f} s and episode {other} from {start:.3f} s on; merge the data sets again "
+                        "(from_timestamp in meta/episodes is wrong)"
+                    )
+            pictures = sum(len(self.episodes[index]) for *_, index in times_of)
+            check_header(file, pictures, max(last for _, last, _ in times_of))
 
     def _within(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -197,52 +217,6 @@ class Dataset:
         if len(self._videos) > _OPEN:
             self._videos.popitem(last=False)[1].close()
         return video
-
-
-class _Pictures:
-    """Pictures in data files. A row group is the least that can be read; the ones read last are kept, as bytes."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, tuple[pq.ParquetFile, NDArray[np.int64]]] = {}
-        self._groups: OrderedDict[tuple[Path, str, int], pa.StructArray] = OrderedDict()
-        self._bytes = 0
-
-    def picture(self, file: Path, camera: str, row: int) -> NDArray[np.uint8]:
-        with reading(file):
-            parquet, ends = self._open(file)
-            group = int(np.searchsorted(ends, row, side="right"))
-            column = self._group(file, parquet, camera, group)
-        encoded = column[row - int(ends[group - 1] if group else 0)].as_py()
-        try:
-            data = encoded["bytes"] if isinstance(encoded, dict) else None
-            with Image.open(io.BytesIO(data or b"")) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, KeyError) as error:
-            raise UserError(
-                f"expected the bytes of a picture in {camera} of {file}, row {row}, found: {error}; write it again"
-            ) from None
-
-    def _open(self, file: Path) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
-        if file not in self._files:
-            if len(self._files) == _TABLES:
-                self._files.pop(next(iter(self._files)))[0].close()
-            parquet = pq.ParquetFile(file, memory_map=True)
-            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-            self._files[file] = (parquet, np.cumsum(sizes))
-        return self._files[file]
-
-    def _group(self, file: Path, parquet: pq.ParquetFile, camera: str, group: int) -> pa.StructArray:
-        key = (file, camera, group)
-        column = self._groups.pop(key, None)
-        if column is None:
-            if camera not in parquet.schema_arrow.names:
-                raise UserError(f"expected the column {camera} in {file}, found none; write the data set again")
-            column = parquet.read_row_group(group, columns=[camera])[camera].combine_chunks()
-            self._bytes += column.nbytes
-        self._groups[key] = column
-        while self._bytes > _ROWS and len(self._groups) > 1:
-            self._bytes -= self._groups.popitem(last=False)[1].nbytes
-        return column
 
 
 def _floats(values: NDArray[Any]) -> NDArray[np.float32]:

@@ -13,17 +13,16 @@ The layout is that of lerobot's ``lerobot.datasets`` (0.4 to 0.6, codebase versi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rlrc.consistency import is_inside
+from rlrc.datasets import columns
 from rlrc.errors import UserError
 from rlrc.strict import StrictError, decode, parse
 
@@ -84,17 +83,15 @@ class Info:
     total_episodes: int
     total_frames: int
     robot_type: str | None = None
-    data_path: str = DATA_PATH
     video_path: str | None = VIDEO_PATH
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an episode is in the videos of a camera, in seconds from the start of the file."""
+    """Where an episode begins in the videos of a camera, in seconds from the start of the file."""
 
     file: Path
     start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,6 @@ class Episode:
     index: int
     start: int
     end: int
-    tasks: tuple[str, ...]
-    data: Path
     places: dict[str, Place] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -144,11 +139,19 @@ def read_info(path: Path) -> Info:
 
 def read_features(info: Info, path: Path) -> dict[str, Feature]:
     features = {name: _feature(name, values, path) for name, values in info.features.items()}
-    for name in INDICES:
+    for name, index in INDICES.items():
         if name not in features:
             raise UserError(
                 f"expected the feature {name} in {path / INFO}, found {', '.join(features)}; write it again"
             )
+        found = features[name]
+        if found.shape != (1,) or not found.numeric:
+            raise UserError(
+                f"expected the feature {name} of {index.dtype} and shape (1,) in {path / INFO}, found {found.dtype} "
+                f"{found.shape}; correct it"
+            )
+        if index.dtype == "int64":
+            features[name] = index
     return features
 
 
@@ -159,9 +162,9 @@ def _feature(name: str, values: dict[str, Any], path: Path) -> Feature:
             f"expected a dtype and a shape of the feature {name} in {path / INFO}, found dtype {dtype!r} and shape "
             f"{shape!r}; write it again"
         )
-    more = values.get("info") or values.get("video_info") or {}
-    depth = bool(more.get("is_depth_map") or more.get("video.is_depth_map"))
-    feature = Feature(dtype, tuple(shape), _names(values.get("names")), depth)
+    more = [part for part in (values.get("info"), values.get("video_info")) if isinstance(part, dict)]
+    depth = any(part.get("is_depth_map") or part.get("video.is_depth_map") for part in more)
+    feature = Feature(dtype, tuple(shape) or (1,), _names(values.get("names")), depth)
     if feature.camera and len(shape) != 3:
         raise UserError(
             f"expected pictures of {name} of three dimensions in {path / INFO}, found shape {shape}; correct it"
@@ -179,17 +182,22 @@ def _names(names: Any) -> tuple[str, ...] | None:
 
 def read_tasks(path: Path) -> list[str]:
     """The sentences by task_index. lerobot writes them as the index of a pandas table, which may have no name."""
-    table = read_table(path / TASKS)
-    names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
-    if not names or "task_index" not in table.column_names:
+    file = path / TASKS
+    with columns.opened(file, ()) as parquet:
+        found = parquet.schema_arrow.names
+    names = [name for name in ("task", "__index_level_0__") if name in found]
+    if not names or "task_index" not in found:
         raise UserError(
-            f"expected the columns task and task_index in {path / TASKS}, found {', '.join(table.column_names)}; "
-            "write the data set again"
+            f"expected the columns task and task_index in {file}, found {', '.join(found)}; write the data set again"
         )
-    pairs = dict(zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True))
-    if sorted(pairs) != list(range(len(pairs))):
-        raise UserError(f"expected task_index 0, 1, ... in {path / TASKS}, found {sorted(pairs)[:5]}; write it again")
-    return [str(pairs[index] or "") for index in range(len(pairs))]
+    table = columns.read(file, ("task_index", names[0]))
+    indices = columns.numbers(table["task_index"], "task_index", file, "int64")
+    if sorted(indices.tolist()) != list(range(len(indices))):
+        raise UserError(
+            f"expected task_index 0, 1, ... in {file}, found {sorted(indices.tolist())[:5]}; write it again"
+        )
+    tasks = columns.texts(table[names[0]], names[0], file)
+    return [tasks[i] or "" for i in np.argsort(indices)]
 
 
 def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[Episode]:
@@ -198,22 +206,22 @@ def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[
     if not files:
         raise UserError(f"expected {EPISODES}/*/*.parquet in {path}, found none; copy the data set again")
     videos = [name for name, feature in features.items() if feature.dtype == "video"]
-    columns = [
-        "episode_index",
-        "tasks",
-        "dataset_from_index",
-        "dataset_to_index",
-        "data/chunk_index",
-        "data/file_index",
-    ]
-    at = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    columns += [f"videos/{name}/{part}" for name in videos for part in at]
-    rows = [row for file in files for row in read_table(file, columns).to_pylist()]
+    wanted = {name: "int64" for name in ("episode_index", "dataset_from_index", "dataset_to_index")}
+    for name in videos:
+        wanted |= {f"videos/{name}/{part}": "int64" for part in ("chunk_index", "file_index")}
+        wanted[f"videos/{name}/from_timestamp"] = "float64"
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        table = columns.read(file, tuple(wanted))
+        values = {name: columns.numbers(table[name], name, file, dtype).tolist() for name, dtype in wanted.items()}
+        rows += [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     episodes = [_episode(path, info, row, videos) for row in sorted(rows, key=lambda row: row["episode_index"])]
     ends = [0, *(episode.end for episode in episodes)]
-    wanted = (list(range(info.total_episodes)), info.total_frames)
-    consistent = all(episode.start == end < episode.end for episode, end in zip(episodes, ends[:-1], strict=True))
-    if not consistent or ([episode.index for episode in episodes], ends[-1]) != wanted:
+    consistent = all(
+        (episode.index, episode.start) == (i, end) and end < episode.end
+        for i, (episode, end) in enumerate(zip(episodes, ends[:-1], strict=True))
+    )
+    if not consistent or (len(episodes), ends[-1]) != (info.total_episodes, info.total_frames):
         raise UserError(
             f"expected {info.total_episodes} episodes of {info.total_frames} frames in all in {path / EPISODES}, found "
             f"{len(episodes)} of {ends[-1]}{'' if consistent else ' with gaps'}; copy the data set again"
@@ -222,64 +230,26 @@ def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[
 
 
 def _episode(path: Path, info: Info, row: dict[str, Any], videos: Sequence[str]) -> Episode:
-    def file(template: str | None, kind: str, key: str = "") -> Path:
-        numbers = {name: row[f"{kind}/{name}"] for name in ("chunk_index", "file_index")}
+    def file(name: str) -> Path:
+        numbers = {part: row[f"videos/{name}/{part}"] for part in ("chunk_index", "file_index")}
         try:
-            relative = (template or "").format(**numbers, video_key=key)
+            relative = (info.video_path or "").format(**numbers, video_key=name)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError):
             relative = ""
         if not is_inside(relative):
             raise UserError(
-                f"expected a path inside of the data set from the template {template!r} in {path / INFO}, "
+                f"expected a path inside of the data set from the template {info.video_path!r} in {path / INFO}, "
                 f"found {relative!r}; correct it"
             )
         return path / relative
 
     places = {}
     for name in videos:
-        start, end = (float(row[f"videos/{name}/{part}_timestamp"]) for part in ("from", "to"))
-        places[name] = Place(file(info.video_path, f"videos/{name}", name), start, end)
-    return Episode(
-        row["episode_index"],
-        row["dataset_from_index"],
-        row["dataset_to_index"],
-        tuple(row["tasks"] or ()),
-        file(info.data_path, "data"),
-        places,
-    )
-
-
-def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """These columns of a parquet file. Raises UserError for a broken file and for a column that is missing."""
-    with reading(file), pq.ParquetFile(file, memory_map=True) as parquet:
-        if columns is None:
-            return parquet.read()
-        found = parquet.schema_arrow.names
-        for column in columns:
-            if column not in found:
-                raise UserError(f"expected the column {column} in {file}, found none; write the data set again")
-        # pyarrow takes a name for a path into nested columns, so "a.b" also brings a column "a.b.c".
-        return parquet.read(columns=list(columns)).select(list(columns))
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Around the reading of a parquet file: what goes wrong becomes a UserError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"expected the file {file}, found none; copy the data set again") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"expected a readable parquet file {file}, found: {reason}; copy the data set again") from None
-
-
-def to_numpy(column: pa.ChunkedArray, feature: Feature) -> np.ndarray:
-    """A numeric column as (rows, *shape), or (rows,) for the shape (1,), which is stored as plain numbers."""
-    rows, dtype = len(column), np.dtype(feature.dtype)
-    array: Any = column.combine_chunks()
-    for _ in feature.shape:
-        if pa.types.is_nested(array.type):
-            array = array.flatten()
-    values = array.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
-    return values.reshape(rows) if feature.shape == (1,) else values.reshape(rows, *feature.shape)
+        start = row[f"videos/{name}/from_timestamp"]
+        if not (isfinite(start) and start >= 0):
+            raise UserError(
+                f"expected a from_timestamp of 0 or more for {name} in {path / EPISODES}, found {start:g} in episode "
+                f"{row['episode_index']}; write the data set again"
+            )
+        places[name] = Place(file(name), start)
+    return Episode(row["episode_index"], row["dataset_from_index"], row["dataset_to_index"], places)

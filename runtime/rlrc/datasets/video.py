@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -23,16 +24,65 @@ _AHEAD = 8  # pictures; what lies further ahead is sought
 _TOLERANCE = 0.25  # of a picture's duration: no other picture is as near, whatever the file's units of time
 
 
+def check_header(file: Path, pictures: int, seconds: float) -> None:
+    """Whether a video holds so many pictures, one of them at this time, as far as its header and index tell.
+
+    Raises UserError if not, and for a file that is cut short or cannot be decoded. No picture is decoded.
+    """
+    with _translated(file):
+        container = av.open(str(file))
+    with container:
+        stream = _stream(container, file)
+        entries: Any = getattr(stream, "index_entries", ())  # older versions of PyAV have none
+        if len(entries) and entries[-1].pos + entries[-1].size > container.size:
+            raise _broken(file, "less of it than its index says")
+        end = container.duration / av.time_base if container.duration is not None else seconds
+        if stream.duration is not None:
+            end = float(stream.time_base * ((stream.start_time or 0) + stream.duration))
+        if 0 < stream.frames < pictures or end < seconds - 1e-3:  # stamps are float32
+            raise UserError(
+                f"expected {pictures} pictures up to {seconds:.3f} s in {file}, as its episodes need, found "
+                f"{stream.frames or 'some'} up to {end:.3f} s; copy the data set again"
+            )
+
+
+@contextmanager
+def _translated(file: Path) -> Iterator[None]:
+    """What PyAV raises becomes a UserError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"expected the file {file}, found none; copy the data set again") from None
+    except (av.FFmpegError, OSError, ValueError, EOFError) as error:  # ValueError: pictures that cannot be converted
+        if isinstance(error, UserError):
+            raise
+        raise _broken(file, getattr(error, "strerror", None) or str(error)) from None
+
+
+def _broken(file: Path, reason: str) -> UserError:
+    return UserError(f"expected a readable video {file}, found: {reason}; copy the data set again")
+
+
+def _stream(container: Any, file: Path) -> Any:
+    """The video of a container. Raises UserError if it has none, or none that can be decoded."""
+    streams = container.streams.video
+    if not streams:
+        raise _broken(file, "no video in it")
+    if streams[0].codec_context is None:
+        raise UserError(
+            f"expected a video in {file} that PyAV's FFmpeg decodes, found an unknown codec; encode it as H.264 or AV1"
+        )
+    return streams[0]
+
+
 class Video:
     """Pictures of one file by their time. Going on from picture to picture decodes each once; anything else seeks."""
 
     def __init__(self, file: Path, fps: float) -> None:
         self.file, self.fps = file, fps
-        try:
+        with _translated(file):
             self._container = av.open(str(file))
-            self._stream: Any = self._container.streams.video[0]
-        except (av.FFmpegError, OSError, IndexError) as error:
-            raise self._broken(error) from None
+        self._stream = _stream(self._container, file)
         self._stream.codec_context.thread_count = 1  # several threads hold pictures back, which makes each seek slower
         self._frames: Iterator[Any] = iter(())
         self._last: Any = None  # the frame decoded last
@@ -40,7 +90,7 @@ class Video:
     def at(self, seconds: float) -> NDArray[np.uint8]:
         """The picture (H, W, 3) at this time. Raises UserError if the file has none there."""
         slack = _TOLERANCE / self.fps
-        try:
+        with _translated(self.file):
             if self._last is None or not -slack <= seconds - self._last.time <= _AHEAD / self.fps:
                 self._seek(max(0.0, seconds - slack))
             while self._last is not None and self._last.time < seconds - slack:
@@ -53,8 +103,6 @@ class Video:
                 )
             picture: NDArray[np.uint8] = self._last.to_ndarray(format="rgb24")
             return picture
-        except (av.FFmpegError, OSError) as error:
-            raise self._broken(error) from None
 
     def close(self) -> None:
         self._container.close()
@@ -71,10 +119,6 @@ class Video:
     def _next(self) -> None:
         self._last = next((frame for frame in self._frames if frame.pts is not None), None)
 
-    def _broken(self, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or str(error)
-        return UserError(f"expected a readable video {self.file}, found: {reason}; copy the data set again")
-
 
 class VideoWriter:
     """One file, to which pictures are appended. ``seconds`` is what is in it, ``bytes`` what has been encoded of it."""
@@ -82,7 +126,7 @@ class VideoWriter:
     def __init__(self, file: Path, fps: float, height: int, width: int) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.rate = Fraction(fps).limit_denominator(1001)
-        self.pictures, self.bytes = 0, 0
+        self.pictures, self.bytes, self._failed = 0, 0, False
         self._container: Any = av.open(str(file), "w", options={"movflags": "faststart"})
         self._stream = self._container.add_stream(CODEC, rate=self.rate, options=dict(_OPTIONS))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, PIXELS
@@ -102,14 +146,17 @@ class VideoWriter:
 
     def close(self) -> None:
         try:
-            self._write(self._stream.encode())
+            if not self._failed:
+                self._write(self._stream.encode())
         finally:
             self._container.close()
 
     def _write(self, packets: list[Any]) -> None:
+        self._failed = True  # libavformat crashes when it is given another packet after one that it could not write
         for packet in packets:
             self.bytes += packet.size
             self._container.mux(packet)
+        self._failed = False
 
 
 def description(fps: float, height: int, width: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ multisampling, shadows are 4096 wide, and the arm has 68,000 triangles. A buffer
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 import tempfile
 from functools import cache
@@ -21,15 +20,12 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from rlrc.libraries import cache_folder
+
 STOCK_ASSETS = Path(metaworld.__file__).parent / "assets"
 CAMERA = "corner4"
 _FACES, _FACES_BASE = 800, 400  # triangles a mesh may keep; the stationary base of the arm needs fewer
 _SMALL_FILE = 50_000  # bytes; such meshes are coarse already
-
-
-def cache_folder() -> Path:
-    """Where rlrc keeps what it can make again: $RLRC_CACHE, else ~/.cache/rlrc."""
-    return Path(os.environ.get("RLRC_CACHE", Path.home() / ".cache" / "rlrc"))
 
 
 @cache

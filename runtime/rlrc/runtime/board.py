@@ -28,7 +28,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from rlrc.runtime.jetson_telemetry import Reading, of_jtop, parse_tegrastats, read_sysfs, read_text
+from rlrc.runtime.jetson_telemetry import Reading, below, of_jtop, parse_tegrastats, read_sysfs, read_text
 
 ROOT = Path("/")
 SECONDS = 1.0
@@ -101,8 +101,8 @@ class Board:
 
 
 def is_jetson(root: Path = ROOT) -> bool:
-    named = read_text(root / "proc/device-tree/compatible") or ""
-    return "tegra" in named or (root / "etc/nv_tegra_release").exists()
+    named = read_text(below(root, "proc/device-tree/compatible")) or ""
+    return "tegra" in named or below(root, "etc/nv_tegra_release").exists()
 
 
 def _older(file: Path) -> Path:

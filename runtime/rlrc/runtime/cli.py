@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import importlib.metadata
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rlrc.errors import UserError
+from rlrc.folders import refused
 
 # Name: where its dataclass is, and what it does. The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -122,8 +124,6 @@ EXTRAS = {
     "matplotlib": "report",
 }
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
@@ -139,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(overview(f"{arguments[0]} "))
             return 0
         name, rest = choose(arguments)
-        return parse(name, rest).run() or 0
+        code: int = parse(name, rest).run() or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be answered
+        return code
     except UserError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -147,14 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if module not in EXTRAS:
             raise  # a bug, not something to install
         return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
-    except OSError as error:
-        if error.errno not in FULL:
+    except BrokenPipeError:  # as in `rlrc sft --help | head`
+        return _reader_has_gone()
+    except Exception as error:
+        if (told := refused(error, getattr(error, "filename", None) or "a file")) is None:
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        return _refuse(f"expected room on the disk{where}, found: {error.strerror}; make some, and run it again")
-    except KeyboardInterrupt:
-        print("rlrc: interrupted", file=sys.stderr)
-        return 130
+        return _refuse(told)
+    except KeyboardInterrupt as error:
+        print(f"rlrc: interrupted{'; ' * bool(str(error))}{error}", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 def overview(prefix: str = "") -> str:
@@ -193,8 +196,34 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             return tyro.cli(command, prog=f"rlrc {name}", args=list(arguments))
     except SystemExit as exit_:
         if not exit_.code:
+            sys.stdout.flush()
             raise  # --help
+        _refuse_unknown_options(name, command, arguments)
         raise UserError(f"{_unbox(complaint.getvalue())}; run rlrc {name} --help") from None
+
+
+def _refuse_unknown_options(name: str, command: Any, arguments: Sequence[str]) -> None:
+    """Raises UserError for an option that the command has not: tyro may complain of something else first, such as a
+    positional argument that the misspelt option leaves without a value."""
+    import tyro
+
+    page = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
+        tyro.cli(command, args=["--help"])
+    lines = (line.strip(" │|") for line in page.getvalue().splitlines())
+    known = {option for line in lines if line.startswith("-") for option in re.findall(r"--[a-z][a-z0-9-]*", line)}
+    for given in arguments:
+        option = given.split("=")[0].replace("_", "-")
+        if option.startswith("--") and option != "--" and option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            nearest = f"; the nearest is {close[0]}" if close else ""
+            raise UserError(f"expected an option of rlrc {name}, found {option}{nearest}; run rlrc {name} --help")
+
+
+def _reader_has_gone() -> int:
+    """The exit code of a program that SIGPIPE ends. What is left to print goes nowhere, or Python would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _unbox(text: str) -> str:

@@ -14,6 +14,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import status
 from rlrc.runtime import agreement, backends, verify
 from rlrc.runtime.backends import Backend
 from rlrc.runtime.decode import NoAction
@@ -21,6 +22,7 @@ from rlrc.runtime.describe import describe, folder_bytes, plain_console, records
 from rlrc.runtime.npz import read_npz, write_npz
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.policy import LocalPolicy, Policy, recorded
+from rlrc.runtime.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class Verify:
         chosen = here if here and self.backend is None else [first]
         policies = [LocalPolicy(artifact, self.threads, backend) for backend in chosen]
         try:
-            measured = self._against_torch(policies) if self.against is None else self._against_other(policies)
+            with status("verifying"):
+                measured = self._against_torch(policies) if self.against is None else self._against_other(policies)
         except NoAction as error:
             return check_failed(str(error))
         reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure(record))]
@@ -134,7 +137,7 @@ class Verify:
             print(json.dumps({"verified": [asdict(record) for record in measured], "failures": reasons}))
         else:
             reference = f"against {self.against or 'the torch policy'}, in action units"
-            plain_console().print(records_table(measured, manifest.policy, reference))
+            print_table(records_table(measured, manifest.policy, reference), plain_console())
         if reasons:
             remedy = f"export {self.path} again, with the versions of this machine"
             return check_failed(f"{'; '.join(reasons)}; {'choose another precision' if self.against else remedy}")

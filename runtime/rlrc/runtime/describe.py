@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlrc.artifact import Artifact, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
+from rlrc.artifact import Artifact, HistoryEntry, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
+from rlrc.runtime.tables import print_table
 
 
 def plain_console(stderr: bool = False) -> Console:
@@ -29,24 +30,36 @@ def describe(artifact: Artifact, console: Console) -> None:
     rows = {
         "artifact": f"{artifact.path} ({artifact.digest[:12]})",
         **policy_rows(manifest.policy),
+        **normalisation_rows(manifest.history),
         "parameters": f"{manifest.parameters:,} stored as {stored}",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
         "can be pruned": prunable(manifest.towers),
         "graphs": "; ".join(f"{g.backend} {g.name} ({g.precision})" for g in manifest.graphs) or "none",
     }
     print_rows(rows, console)
-    console.print(modules_table(module_parameters(artifact), manifest.towers))
+    print_table(modules_table(module_parameters(artifact), manifest.towers), console)
     if manifest.verified:
-        console.print(records_table(manifest.verified, manifest.policy))
+        print_table(records_table(manifest.verified, manifest.policy), console)
     history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
     for entry in manifest.history:
+        products = " ".join(sorted(set(entry.precision.values())))
         history.add_row(
-            entry.stage, entry.version, f"{entry.cpu_minutes:.1f}", scalars(entry.before), scalars(entry.after)
+            f"{entry.stage} {products}",
+            entry.version,
+            f"{entry.cpu_minutes:.1f}",
+            scalars(entry.before),
+            scalars(entry.after),
         )
-    console.print(history)
+    print_table(history, console)
     console.print(
         f"next: rlrc {f'verify {artifact.path}' if manifest.graphs else f'export {artifact.path} OUT'}", soft_wrap=True
     )
+
+
+def normalisation_rows(history: Sequence[HistoryEntry]) -> dict[str, str]:
+    """What the last stage that changed it recorded; nothing of artifacts without any record."""
+    records = [entry.after["normalisation"] for entry in history if "normalisation" in entry.after]
+    return {"normalisation": "\n".join(normalisation_lines(records[-1]))} if records else {}
 
 
 def policy_rows(spec: PolicySpec) -> dict[str, str]:
@@ -62,10 +75,36 @@ def policy_rows(spec: PolicySpec) -> dict[str, str]:
             f"{camera.name} {camera.height} x {camera.width}, resize {camera.resize}{', optional' * camera.optional}"
             for camera in spec.cameras
         ),
-        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units),
+        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units) + padding(spec),
         "prompt": "none" if prompt is None else f"{prompt.template!r}, at most {prompt.max_tokens} tokens",
         "actions": f"{together(action.names, kinds)}; chunks of {action.horizon}, {answers}",
     }
+
+
+def padding(spec: PolicySpec) -> str:
+    """What is said of a state that is padded for the policy or its prompt."""
+    names = () if spec.state is None else spec.state.names
+    prompt, width = spec.prompt, (spec.state and spec.state.width) or 0
+    if prompt is None or not prompt.state_bins:
+        return f"; padded with zeros to {width} numbers" * (width > len(names))
+    if prompt.state_width > len(names):
+        return f"; padded with zeros to {prompt.state_width} numbers in the prompt"
+    return "; unpadded in the prompt"
+
+
+def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """How each input and the action are normalised and by which statistics: "action: MEAN_STD by action in FILE".
+
+    ``recorded``: rlrc.compressor.policy.Normalisation as JSON values, by rlrc's names, nearest to raw values first.
+    """
+
+    def told(one: Mapping[str, Any]) -> str:
+        if one["missing"]:
+            choose = "; choose one with --unnorm-key" * bool(one["groups"])
+            return f"{one['mode']}, but no statistics: found {one['missing']}{choose}"
+        return f"{one['mode']} ({one['origin']})" if one["mode"] == "IDENTITY" else f"{one['mode']} by {one['origin']}"
+
+    return [f"{name}: {', then '.join(map(told, steps))}" for name, steps in recorded.items()]
 
 
 def together(names: Iterable[str], kinds: Iterable[str]) -> str:
@@ -165,7 +204,7 @@ def print_rows(rows: Mapping[str, str], console: Console) -> None:
     table.add_column()
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
+    print_table(table, console)
 
 
 def scalars(metrics: dict[str, Any]) -> str:
@@ -181,7 +220,6 @@ def records_table(
     """A row for every backend: how far its actions are from the reference's."""
     heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
     table = Table(*heads, title=title, title_justify="left")
-    table.columns[0].no_wrap = True
     for record in records:
         pairs = zip(policy.action.names, record.max_error, strict=False)
         flips = f"{record.token_flips} of {record.tokens}" if policy.action.bins else "\u2013"

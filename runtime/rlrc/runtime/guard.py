@@ -75,7 +75,7 @@ class Guard:
         self._edges = edges([self._bounds[index] for index in self._measures])
         self.limits = limits_of(profile, self._is_velocity, self.longest)
         self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
-        turn = np.array([dimension.period for dimension in dimensions])
+        turn: NDArray[np.float64] = np.array([dimension.period for dimension in dimensions])
         self._turn = None if np.isinf(turn).all() else turn  # usually
         self._turn_measured = None if self._turn is None else turn[self._measures]
         self._turns = np.array([dimension.turns for dimension in dimensions])

@@ -51,8 +51,9 @@ class Warmth:
     stable: bool
 
     def __str__(self) -> str:
-        settled = f"stable at {self.median_ms:.1f} ms" if self.stable else f"not stable, last {self.median_ms:.1f} ms"
-        return f"{settled} after {self.calls} calls (the first took {self.first_ms:.1f} ms)"
+        changing = "" if self.stable else f", still changing after {PATIENCE_S:g} s of warming up"
+        after = f"after {self.calls} calls (the first took {self.first_ms:.1f} ms)"
+        return f"{self.median_ms:.1f} ms an action {after}{changing}"
 
 
 class Inference:

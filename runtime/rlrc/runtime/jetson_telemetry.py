@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MB = 2**20
@@ -185,21 +185,42 @@ def overcurrent(root: Path) -> dict[str, int]:
 
 def meminfo(root: Path = Path("/")) -> dict[str, int]:
     """/proc/meminfo in bytes, by name."""
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", read_text(root / "proc/meminfo") or "", re.MULTILINE)
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", read_text(below(root, "proc/meminfo")) or "", re.MULTILINE)
     return {name: int(size) * 1024 for name, size in found}
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
     """nvpmodel's mode by its name."""
     modes = power_modes(root)
-    chosen = re.search(r"pmode:0*(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
+    chosen = re.search(r"pmode:0*(\d+)", read_text(below(root, "var/lib/nvpmodel/status")) or "")
     return None if chosen is None else modes.get(int(chosen[1]), f"mode {chosen[1]}")
 
 
 def power_modes(root: Path = Path("/")) -> dict[int, str]:
     """Names of the modes that this board has, by number. The largest number is not the fastest."""
-    text = read_text(root / "etc/nvpmodel.conf") or ""
+    text = read_text(below(root, "etc/nvpmodel.conf")) or ""
     return {int(number): name for number, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", text)}
+
+
+def below(root: Path, path: str) -> Path:
+    """Where ``path`` leads on the machine whose root directory is ``root``, such as a card that is mounted here.
+
+    Links are followed as that machine follows them: an absolute one begins at its root, not at ours.
+    """
+    found, left = root, list(reversed(PurePosixPath(path).parts))
+    for _ in range(1000):  # steps, so that a ring of links ends
+        if not left:
+            break
+        part = left.pop()
+        if part == "..":
+            found = found if found == root else found.parent
+        elif part == "/":
+            found = root
+        elif (found / part).is_symlink():
+            left += reversed(PurePosixPath((found / part).readlink()).parts)
+        else:
+            found /= part
+    return root / path if left else found
 
 
 def read_number(file: Path) -> int | None:

@@ -8,7 +8,6 @@ Nothing has a default that would loosen a limit: what is missing is refused.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "correct the profile (docs/robots.md)"
@@ -168,7 +162,7 @@ def load(profile: str | Path) -> RobotProfile:
     """A profile of ours by its name, or a TOML file. Raises UserError for what is none, or contradicts itself."""
     path = SHIPPED / f"{profile}.toml" if str(profile) in shipped() else Path(profile)
     try:
-        found = strict.decode(RobotProfile, tomllib.loads(path.read_text(encoding="utf-8")))
+        found = strict.decode(RobotProfile, toml.parse(path.read_bytes()))
         check(found)
         return found
     except OSError as error:

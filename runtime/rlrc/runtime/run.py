@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import secrets
 import sys
 from contextlib import ExitStack
@@ -37,7 +36,7 @@ from rlrc.runtime.page.process import Address, Page
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
-from rlrc.runtime.servers.ports import TOKEN, Access, access
+from rlrc.runtime.servers.ports import Access, access, token
 from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import ASKED, StopSwitch
 
@@ -62,7 +61,7 @@ class Run:
     episode: int = 0
     """episode of the data set to play"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     instruction: str = ""
     """what a robot is to do, in words"""
     profile: str | None = None
@@ -94,7 +93,9 @@ class Run:
     button: Path | None = None
     """FIFO, device or socket of a stop button: any byte stops, and its end"""
     port: int | None = None
-    """port of the operator's page, which stops too (POST /stop); 0 is any free one"""
+    """port of the operator's page, which stops too; 0 is any free one"""
+    stop_port: int | None = None
+    """port that stops without the page (POST /stop), whatever keeps the page's busy (default: any free one)"""
     host: str = "127.0.0.1"
     """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
     token: str | None = None
@@ -139,6 +140,8 @@ class Run:
         self._check_packages()
         if self.port is not None:
             self._access()
+        elif self.stop_port is not None:
+            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free one")
         if self.hz == 0:
             return self._in_lockstep()
         # Refused now: a robot's driver or a simulator takes seconds to open.
@@ -218,11 +221,12 @@ class Run:
             shown = [] if page is None else [LoopPage(page, run.guard, switch, run.standstill, run.instructed)]
             run.show = shown[0].show if shown else None
             typed = None if run.standstill is None else run.standstill.typed
-            others = [one.source for one in shown]
+            others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
             stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
+                console.print(f"stop: POST {page.stop.url}", soft_wrap=True)
             granted |= stack.enter_context(real_time(self.pin, run.beside))
             run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):
@@ -258,7 +262,7 @@ class Run:
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
         if self.port is None:
             return None
-        address = Address(self.host, self.port, self._access().token, self.certificate, self.key)
+        address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
         facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
         told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)
@@ -268,8 +272,8 @@ class Run:
 
     def _access(self) -> Access:
         """Who may see the page: whoever shows the token, which is drawn if there is none."""
-        token = self.token or os.environ.get(TOKEN) or secrets.token_urlsafe(16)
-        return access(self.host, token, self.certificate, self.key, self.insecure)
+        shown = token(self.token) or secrets.token_urlsafe(16)
+        return access(self.host, shown, self.certificate, self.key, self.insecure)
 
     def _profile_name(self) -> str:
         if self.profile is not None:

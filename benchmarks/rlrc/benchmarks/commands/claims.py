@@ -17,6 +17,7 @@ from rlrc.benchmarks.commands.measure import forget_episodes, play_episodes, tim
 from rlrc.benchmarks.commands.output import finish, result_of, stages
 from rlrc.benchmarks.results import Named, check_out, facts, open_artifacts, read
 from rlrc.errors import UserError
+from rlrc.runtime.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Claims:
     """its dense parent"""
     geometry: Literal["openvla-7b", "openvla-oft-7b", "pi0", "smolvla-450m"] | None = None
     """instead of artifacts: a policy of this size with random weights, dense in 16 bits against 90 % pruned in 4 bits,
-    also against torch in bfloat16; both are made, measured and deleted. Latency and memory only"""
+    also against torch in the quicker of float32 and bfloat16; both are made, measured and deleted. Latency and memory
+    only"""
     runtime: Literal["gguf", "onnxruntime"] | None = None
     """of --geometry (default: gguf where llama.cpp computes the policy)"""
     rounds: int = 8
@@ -119,7 +121,7 @@ class Claims:
         )
         finish(self, result, table_of([claims.Check(**check) for check in result["checks"]]), note)
         if not self.json:
-            Console().print(parts_table(result))
+            print_table(parts_table(result), Console())
         return 0 if result["verdict"] == "PASS" else 1
 
     def _success(self, opened: Sequence[Named]) -> dict[str, dict[str, Any] | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlrc.benchmarks import regression
 from rlrc.benchmarks.regression import Change
 from rlrc.benchmarks.results import read
 from rlrc.errors import UserError
+from rlrc.runtime.tables import print_table
 
 STYLES = {"REGRESSION": "red", "MISSING": "red", "unclear": "yellow", "better": "green"}
 
@@ -59,8 +59,8 @@ class Compare:
             verdict = f"[{style}]{change.verdict}[/]" if style else change.verdict
             unit = f", {change.unit}" if change.unit else ""
             table.add_row(change.name, f"{change.figure}{unit}", *cells(change), verdict)
-        console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(table)
+        console = Console()
+        print_table(table, console)
         versions = [(result.get("machine") or {}).get("versions") or {} for result in (old, new)]
         for name in sorted(versions[0].keys() | versions[1].keys()):
             before, after = (version.get(name, "none") for version in versions)

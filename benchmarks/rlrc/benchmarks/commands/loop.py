@@ -16,6 +16,7 @@ from rlrc.benchmarks import faults, loop, machine
 from rlrc.benchmarks.commands.output import finish, plain_progress, result_of
 from rlrc.benchmarks.results import check_out, read
 from rlrc.errors import UserError
+from rlrc.folders import replacing
 from rlrc.runtime.chunks import STRATEGIES
 
 Scenario = Literal["steady", "slow", "overhead", "page", "faults"]
@@ -108,4 +109,5 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.set(xlabel="jump of the command, action units", ylabel="share of splices above", yscale="log")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    with replacing(file) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})

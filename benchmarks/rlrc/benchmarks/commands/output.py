@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from rlrc.benchmarks import machine
 from rlrc.benchmarks.results import dump, write
+from rlrc.progress import EVERY_S, interactive, status
+from rlrc.progress import progress as progress_of
+from rlrc.runtime.tables import print_table
 
 
 class Command(Protocol):
@@ -34,23 +29,30 @@ class Command(Protocol):
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda more: bar.advance(task, more)
+    """``advance(more)``, of so many in all."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        tell(done, "")
+
+    with progress_of(what, total) as tell:
+        tell(0, "")
+        yield advance
 
 
 @contextmanager
 def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``progress`` where the memory of this process is measured: a bar takes a megabyte or two more."""
-    done, end = 0, "\r" if sys.stderr.isatty() else "\n"
+    """``progress`` where the memory and the time of this process are measured: a bar takes a megabyte or two more, and
+    this prints in no thread of its own."""
+    done, end, last = 0, "\r" if sys.stderr.isatty() else "\n", time.monotonic()
 
     def advance(more: int) -> None:
-        nonlocal done
-        before, done = done, done + more
-        if sys.stderr.isatty() or 10 * before // total < 10 * done // total:
+        nonlocal done, last
+        before, done, now = done, done + more, time.monotonic()
+        if sys.stderr.isatty() or 10 * before // total < 10 * done // total or now - last >= EVERY_S:
+            last = now
             sys.stderr.write(f"{what} {done}/{total}{end}")
             sys.stderr.flush()
 
@@ -62,15 +64,12 @@ def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def stages(what: str) -> Iterator[Callable[[str], None]]:
     """What is being done and for how long; where nobody watches, a line for each."""
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what)
+    with status(what) as tell:
 
         def step(now: str) -> None:
-            bar.update(task, description=f"{what}: {now}")
-            if not console.is_terminal:
-                console.print(f"{what}: {now}", soft_wrap=True, highlight=False)
+            tell(f"{what}: {now}")
+            if not interactive():
+                print(f"{what}: {now}", file=sys.stderr, flush=True)
 
         yield step
 
@@ -85,9 +84,8 @@ def finish(command: Command, result: dict[str, Any], table: Table, note: str) ->
     if command.json:
         print(json.dumps(result))
         return
-    # Where nobody watches, a table must not lose digits to a width that nobody has.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
+    console = Console()
+    print_table(table, console)
     if note:
         console.print(note, soft_wrap=True)
     if command.out:

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from rlrc.benchmarks.results import check_out, dump, join, open_artifacts, read, write
 from rlrc.errors import UserError
+from rlrc.runtime.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Report:
         if self.picture:
             report.table_picture(results, self.picture)
         if earlier is not None:
-            Console().print(_side_by_side(joined["rows"], earlier["rows"]))
+            print_table(_side_by_side(joined["rows"], earlier["rows"]), Console())
         size = sum(file.stat().st_size for file in files)
         print(f"{self.out}: {size / 1e6:.2f} MB in {len(files)} file{'s' * (len(files) > 1)}; open it to read")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.datasets import inspection
 from rlrc.datasets.lerobot import Dataset
+from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.progress import progress
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags, is_official
@@ -27,24 +31,27 @@ class Inspect:
     policy: Path | None = None
     """an artifact or an official checkpoint: does the data set fit it? exit code 1 if not"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ"""
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     json: bool = False
     """print everything as JSON"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
-        spec = None if self.policy is None else policy_spec(self.policy, self.official)
         dataset = Dataset.open(self.path)
-        found = inspection.facts(dataset)
-        if spec is not None:
-            found["policy"] = inspection.fit(dataset, spec, self.cameras)
+        spec = None if self.policy is None else policy_spec(self.policy, self.official, dataset, self.cameras)
+        with plain_console(stderr=True).status(f"reading {self.path}"):
+            found = inspection.facts(dataset)
+            if spec is not None:
+                found["policy"] = inspection.fit(dataset, spec, self.cameras)
         dataset.close()
         if self.json:
             print(json.dumps(found, indent=1))
         else:
             inspection.show(found, plain_console())
         if spec is not None and not found["policy"]["fits"]:
-            return check_failed(found["policy"]["reason"])
+            for reason in found["policy"]["reasons"]:
+                check_failed(reason)
+            return 1
         return 0
 
 
@@ -68,21 +75,29 @@ class Demonstrations:
         from rlrc.compressor.datasets.demonstrations import record  # imported late: it needs the simulator
         from rlrc.envs.metaworld import TASKS
 
-        tasks, console, played = self.tasks or tuple(TASKS), plain_console(stderr=True), []
+        tasks, played = self.tasks or tuple(TASKS), list[bool]()
 
         def report(task: str, steps: int, success: bool) -> None:
             played.append(success)
-            status.update(f"{len(played)} of {len(tasks) * self.episodes_per_task} episodes, {task}: {steps} steps")
+            tell(len(played), f"{task}: {steps} steps")
 
-        with console.status("starting the simulator") as status:
+        with progress("episodes", len(tasks) * self.episodes_per_task) as tell:
             record(self.out, tasks, self.episodes_per_task, self.size, self.video, report=report)
         print(f"{self.out}: {len(played)} episodes, {sum(played)} successful; next: rlrc data inspect {self.out}")
 
 
-def policy_spec(path: Path, flags: Flags) -> PolicySpec:
-    """Of an artifact, or of an official checkpoint, of which no weights are read."""
-    if is_official(path, flags):
-        from rlrc.compressor.sources import open_source  # imported late: it needs torch
+def policy_spec(path: Path, flags: Flags, dataset: Dataset, cameras: Mapping[str, str]) -> PolicySpec:
+    """Of an artifact, or of an official checkpoint, of which no weights are read.
 
-        return open_source(path, flags).spec
+    A base checkpoint without statistics is what ``rlrc sft`` makes of it with this data set.
+    """
+    if is_official(path, flags):
+        from rlrc.compressor import normalisation  # imported late: it needs torch
+        from rlrc.compressor.sources import open_source
+
+        source = open_source(path, flags, incomplete=True)
+        names = normalisation.undecided(source.spec, source.normalisation)
+        with suppress(UserError):  # what does not fit, the match tells
+            return normalisation.adopted(source.spec, source.normalisation, names, dataset, cameras)[0]
+        return source.spec
     return artifacts.load(path, verify=()).manifest.policy

@@ -1,0 +1,69 @@
+"""SIGINT and SIGTERM while a stage works: both raise Interrupted, but not where a state would be left half changed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from rlrc.errors import Interrupted
+
+_holding = 0
+_pending: int | None = None  # the signal that came while it was held
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Within it both signals raise Interrupted in the main thread; in another thread it does nothing."""
+    global _pending
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _pending = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A signal that comes within it raises when it ends. May be nested."""
+    global _holding
+    _holding += 1
+    try:
+        yield
+    finally:
+        _holding -= 1
+    check()
+
+
+def pending() -> bool:
+    """Whether a signal came that is still held."""
+    return _pending is not None
+
+
+def check() -> None:
+    """Raises Interrupted for a signal that came and is no longer held."""
+    global _pending
+    if _pending is not None and not _holding:
+        number, _pending = _pending, None
+        raise Interrupted(code=128 + number)
+
+
+def stop() -> NoReturn:
+    """Raises Interrupted, held or not: all processes of a team end together, whichever of them had the signal."""
+    global _pending
+    number, _pending = _pending or signal.SIGINT, None
+    raise Interrupted(code=128 + number)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _pending
+    _pending = number
+    check()

@@ -1,0 +1,158 @@
+"""Columns of parquet files as numpy arrays and texts. Types that say the same are converted, others refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+
+_BATCH = 32 << 20  # bytes of numbers that ``parts`` reads at a time
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Around the reading of a parquet file: what pyarrow raises becomes a UserError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"expected the file {file}, found none; copy the data set again") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"expected a readable parquet file {file}, found: {reason}; copy the data set again") from None
+
+
+@contextmanager
+def opened(file: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """An open parquet file. Raises UserError for a broken one, and unless it has each of these columns once."""
+    with reading(file), pq.ParquetFile(file, memory_map=True) as parquet:
+        check_columns(parquet, file, columns)
+        yield parquet
+
+
+def check_columns(parquet: pq.ParquetFile, file: Path, columns: Sequence[str]) -> None:
+    names = parquet.schema_arrow.names
+    for name in columns:
+        if (found := names.count(name)) != 1:
+            raise UserError(f"expected the column {name} in {file}, found {found or 'none'}; write the data set again")
+
+
+def rows(file: Path) -> int:
+    with opened(file, ()) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def read(file: Path, columns: Sequence[str]) -> pa.Table:
+    with opened(file, columns) as parquet:
+        # pyarrow takes a name for a path into nested columns, so "a.b" also brings a column "a.b.c".
+        return parquet.read(columns=list(columns)).select(list(columns))
+
+
+def parts(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    """A column of numbers in pieces of some megabytes, as ``numbers`` gives them."""
+    size = max(1, _BATCH // (prod(shape) * 8))
+    with opened(file, [name]) as parquet:
+        for batch in parquet.iter_batches(size, columns=[name]):
+            yield numbers(pa.chunked_array([batch.column(batch.schema.names.index(name))]), name, file, dtype, shape)
+
+
+def numbers(column: pa.ChunkedArray, name: str, file: Path, dtype: str, shape: tuple[int, ...] = (1,)) -> NDArray[Any]:
+    """A column of numbers as (rows, *shape), or (rows,) for the shape (1,).
+
+    Any numeric type, decimal and bool among them, is converted to ``dtype`` if no value changes but by rounding to a
+    float's precision; lists of any kind may be nested as the shape is, or flat. Raises UserError, which names file and
+    column, for other types, other lengths, empty values and numbers that ``dtype`` cannot hold.
+    """
+    try:
+        pieces = [_converted(_flat(chunk, shape), np.dtype(dtype)) for chunk in column.chunks]
+    except _Unfit as unfit:
+        wanted = dtype if shape == (1,) else f"{dtype} {shape}"
+        raise _refused(wanted, name, file, str(unfit)) from None
+    values = np.concatenate(pieces) if pieces else np.empty(0, dtype)
+    return values.reshape(len(column), *(() if shape == (1,) else shape))
+
+
+def texts(column: pa.ChunkedArray, name: str, file: Path) -> list[str | None]:
+    """A column of strings. Raises UserError, which names file and column, for another type."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise _refused("strings", name, file, str(kind))
+    try:
+        found: list[str | None] = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise _refused("strings in UTF-8", name, file, str(error)) from None
+    return found
+
+
+class _Unfit(Exception):
+    """What was found instead of the numbers expected."""
+
+
+def _refused(expected: str, name: str, file: Path, found: str) -> UserError:
+    return UserError(
+        f"expected {expected} in every row of the column {name} in {file}, found {found}; write the data set again"
+    )
+
+
+def _flat(array: pa.Array, shape: tuple[int, ...]) -> pa.Array:
+    """The numbers of all rows, one after the other."""
+    lengths: list[int] = []
+    count = len(array)
+    while True:
+        kind = array.type
+        if isinstance(kind, pa.BaseExtensionType):  # tensors, which are stored as lists
+            if getattr(kind, "permutation", None) not in (None, list(range(len(shape)))):
+                raise _Unfit(str(kind))
+            array = array.storage
+        elif pa.types.is_dictionary(kind):
+            array = array.dictionary_decode()
+        elif not (_is_list(kind) or _is_number(kind)):
+            raise _Unfit("empty values only" if pa.types.is_null(kind) else f"the type {kind}")
+        elif array.null_count:
+            raise _Unfit(f"{array.null_count} empty values")
+        elif _is_list(kind):
+            if len(array):
+                found = pc.min_max(pc.list_value_length(array)).as_py()
+                if found["min"] != found["max"]:
+                    raise _Unfit(f"lists of {found['min']} to {found['max']} values")
+                lengths.append(found["min"])
+            array = array.flatten()
+        else:
+            break
+    same = len(lengths) <= 1 or [n for n in lengths if n != 1] == [n for n in shape if n != 1]
+    if count and (prod(lengths) != prod(shape) or not same):
+        raise _Unfit(f"lists of {' x '.join(map(str, lengths))} values" if lengths else "single numbers")
+    return array
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(one(kind) for one in (types.is_list, types.is_large_list, types.is_fixed_size_list))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(one(kind) for one in (types.is_boolean, types.is_integer, types.is_floating, types.is_decimal))
+
+
+def _converted(array: pa.Array, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if pa.types.is_decimal(array.type):
+        array = array.cast(pa.float64())
+    values = array.to_numpy(zero_copy_only=False)
+    if values.dtype == dtype:
+        return values
+    with np.errstate(all="ignore"):
+        converted = values.astype(dtype)
+        changed = np.isfinite(values) & ~np.isfinite(converted) if dtype.kind == "f" else converted != values
+    if changed.any():
+        raise _Unfit(f"the {array.type} {values[changed][0]}")
+    return converted
