@@ -92,7 +92,8 @@ class PromptSpec:
 
     ``edits``, in order: "lower" case; "strip" blanks at both ends; "blanks" for underscores and line ends; "newline" at
     the end if there is none. ``{instruction}`` and ``{state}`` in the template are replaced, the latter by the
-    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state).
+    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state), after
+    zeros behind it have made it ``state_width`` numbers long (0: as many as it has).
     ``suffix`` is appended unless the ids already end with it. Beyond ``max_tokens`` a prompt is cut (``truncate``) or
     refused.
     ``pad_id`` None: not padded. ``known`` are pieces whose ids tell that the vocabulary is the right one.
@@ -104,6 +105,7 @@ class PromptSpec:
     edits: tuple[Literal["lower", "strip", "blanks", "newline"], ...] = ()
     suffix: tuple[int, ...] = ()
     state_bins: int = 0
+    state_width: int = 0
     truncate: bool = False
     known: dict[str, int] = field(default_factory=dict)
 

@@ -92,6 +92,9 @@ def _check_prompt(prompt: PromptSpec, policy: PolicySpec) -> None:
     bins = prompt.state_bins
     _check(bins >= 0 and told == (bins > 0), "policy.prompt.state_bins exactly where the template has {state}", bins)
     _check(not told or policy.state is not None, "a policy.state for the prompt's {state}", None)
+    least = len(policy.state.names) if told and policy.state is not None else 1
+    fits = not prompt.state_width or (told and prompt.state_width >= least)
+    _check(fits, f"0 or at least {least}, with {{state}}, at policy.prompt.state_width", prompt.state_width)
 
 
 def _check_action(action: ActionSpec, policy: PolicySpec) -> None:

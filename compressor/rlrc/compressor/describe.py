@@ -12,7 +12,7 @@ from rlrc.compressor import official
 from rlrc.compressor.coupling import TOWERS, groups
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
-from rlrc.runtime.describe import modules_table, policy_rows, print_rows
+from rlrc.runtime.describe import modules_table, normalisation_lines, policy_rows, print_rows
 from rlrc.runtime.describe import prunable as prunable_parts
 from rlrc.runtime.tables import print_table
 from rlrc.strict import encode
@@ -64,6 +64,7 @@ def record(folder: Folder, layout: Layout, policy: Policy, data_sets: list[str])
         "prunable": prunable(layout, policy),
         "data_sets": data_sets,
         "assumed": list(layout.assumed),
+        "normalisation": encode(layout.normalisation),
         "policy": encode(layout.spec),
         "towers": encode(layout.towers),
     }
@@ -105,6 +106,7 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     rows = {
         "checkpoint": facts["path"],
         **policy_rows(layout.spec),
+        "normalisation": "\n".join(normalisation_lines(facts["normalisation"])),
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors: {parts}",
         "bytes": f"{facts['bytes']:,} as {', '.join(facts['dtypes'])}",
         "data sets": ", ".join(facts["data_sets"]),

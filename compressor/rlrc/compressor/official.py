@@ -41,19 +41,22 @@ class Options:
     """What a folder may not say itself.
 
     ``hints``: geometry that shapes cannot tell (see ``read_hints``); ``unnorm_key``: which data set's statistics;
-    ``images``: how many pictures OpenVLA-OFT sees; ``tokenizer``: a file, or a folder that holds one.
+    ``images``: how many pictures OpenVLA-OFT sees; ``tokenizer``: a file, or a folder that holds one; ``prompt_state``:
+    how pi0.5's prompt tells the state. ``incomplete``: statistics may be missing, for they are not used.
     """
 
     hints: Mapping[str, Any] = field(default_factory=dict)
     unnorm_key: str | None = None
     images: int | None = None
     tokenizer: Path | None = None
+    prompt_state: str | None = None
+    incomplete: bool = False
 
 
 def options_of(flags: Flags) -> Options:
     """What the command line says. Raises UserError for a file of hints that is missing or broken."""
     hints = {} if flags.hints is None else read_hints(flags.hints)
-    return Options(hints, flags.unnorm_key, flags.images, flags.tokenizer)
+    return Options(hints, flags.unnorm_key, flags.images, flags.tokenizer, flags.prompt_state)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rlrc.artifact import PolicySpec
 from rlrc.compressor import official, weights
 from rlrc.compressor.fill import unfilled
 from rlrc.compressor.official import Folder, Options
@@ -27,11 +29,12 @@ def write_official(policy: Policy, like: Folder, out: Path, options: Options | N
     that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
     """
     module = official.recognise(like)
-    layout = module.layout(like, options or Options())
+    layout = module.layout(like, replace(options or Options(), incomplete=True))
     expected = official.build(module, layout)
     official.check(like, layout, expected)
     policy = unfilled(policy, expected.towers)
     _check_geometry(policy, expected, like)
+    _check_normalisation(policy.spec, expected.spec, like)
     files, state = official.sources(like, layout), policy.state_dict()
     with appearing(out) as partial:
         written = {path: tensors for tensors in files.values() for path in tensors.paths}
@@ -99,6 +102,22 @@ def _check_geometry(policy: Policy, expected: Policy, like: Folder) -> None:
     for name in wanted | found:
         if name not in wanted or name not in found or wanted[name].shape != found[name].shape:
             raise _other_geometry(name, like)
+
+
+def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -> None:
+    """Raises UserError for statistics that are not those of ``like``, whose files are copied as they are."""
+
+    def by_part(spec: PolicySpec) -> dict[str, object]:
+        pictures = {f"image.{camera.name}": (camera.mean, camera.std) for camera in spec.cameras}
+        return pictures | {"state": spec.state and spec.state.norm, "action": spec.action.norm}
+
+    own, theirs = by_part(spec), by_part(expected)
+    if other := [part for part, values in own.items() if theirs.get(part) != values]:
+        raise UserError(
+            f"expected the normalisation of {like.path}, whose files are copied, found other statistics of "
+            f"{', '.join(other)} in the artifact (see rlrc inspect); give the folder with these statistics as --like, "
+            "or export the artifact (rlrc export)"
+        )
 
 
 def _other_geometry(where: str, like: Folder) -> UserError:

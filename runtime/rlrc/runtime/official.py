@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rlrc import foreign
 from rlrc.artifact import MANIFEST
@@ -27,6 +28,9 @@ class Flags:
     """tokenizer.json, a sentencepiece model, or a folder with one of them, where an official folder has none"""
     images: int | None = None
     """how many pictures an OpenVLA-OFT checkpoint sees"""
+    prompt_state: Literal["padded", "unpadded"] | None = None
+    """how pi0.5's prompt tells the state: padded to max_state_dim numbers, as LeRobot 0.4 trained it, or unpadded, as
+    later versions do, where an official folder does not tell"""
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -43,8 +47,8 @@ def is_official(path: Path, flags: Flags) -> bool:
     if (path / MANIFEST).exists():
         if flags != Flags():
             raise UserError(
-                "expected --hints, --unnorm-key, --tokenizer and --images with an official checkpoint only, found "
-                f"the artifact {path}; its manifest says all that"
+                "expected --hints, --unnorm-key, --tokenizer, --images and --prompt-state with an official checkpoint "
+                f"only, found the artifact {path}; its manifest says all that"
             )
         return False
     if (path / CONFIG).exists() or foreign.is_adapter(path):

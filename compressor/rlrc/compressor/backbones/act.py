@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import lerobot, settings
+from rlrc.compressor.backbones.buffers import BUFFER
 from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
@@ -142,7 +143,7 @@ def layout(folder: Folder, options: Options) -> Layout:
     Raises UserError for what config.json lacks, for what the weights contradict and for what rlrc has no form of.
     """
     settings.check_lerobot(folder, options)
-    config, processors = folder.config, lerobot.read(folder, language=False)
+    config, processors = folder.config, lerobot.read(folder, False, options)
     width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:
         raise UserError(
@@ -156,7 +157,8 @@ def layout(folder: Folder, options: Options) -> Layout:
     cameras = tuple(processors.camera(feature) for feature in processors.inputs("VISUAL"))
     if not cameras:
         raise UserError(f"expected a camera in input_features of {folder.path}, found none; rlrc needs one")
-    state, own, environment = _state(processors)
+    felt = _felt(processors)
+    state, own, environment = _state(processors, felt)
     geometry = Geometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
     alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
     encoder = (whole,) * lerobot.number(config, "n_encoder_layers", 4)
@@ -171,15 +173,21 @@ def layout(folder: Folder, options: Options) -> Layout:
         tuple(
             name
             for name in folder.tensors
-            if UNUSED.fullmatch(name) or lerobot.BUFFER.fullmatch(name) or name.endswith(BUFFERS)
+            if UNUSED.fullmatch(name) or BUFFER.fullmatch(name) or name.endswith(BUFFERS)
         ),
+        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *felt]),
     )
 
 
-def _state(processors: lerobot.Processors) -> tuple[StateSpec | None, int, int]:
-    """The robot's state and its environment's as one vector, and how many numbers each has."""
-    own = [processors.state(feature) for feature in processors.inputs("STATE") if feature.name == "observation.state"]
-    other = [processors.state(feature) for feature in processors.inputs("ENV")[:1]]
+def _felt(processors: lerobot.Processors) -> list[lerobot.Feature]:
+    """The robot's state and its environment's, as far as there are any."""
+    own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
+    return own + processors.inputs("ENV")[:1]
+
+
+def _state(processors: lerobot.Processors, felt: list[lerobot.Feature]) -> tuple[StateSpec | None, int, int]:
+    """Both as one vector, and how many numbers each has."""
+    own, other = ([processors.state(one) for one in felt if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]
     if not any(sizes):
         return None, 0, 0

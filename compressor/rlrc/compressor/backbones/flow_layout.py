@@ -15,6 +15,9 @@ from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec
 from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.backbones.flow_tensors import NAMES, Official, parts, unused
 from rlrc.compressor.backbones.lerobot import Feature, Processors, number, real
+from rlrc.compressor.backbones.normaliser import IDENTITY
+from rlrc.compressor.backbones.processor_steps import BEFORE
+from rlrc.compressor.backbones.prompt_state import with_prompt_state
 from rlrc.compressor.policy import Layout
 from rlrc.errors import UserError
 
@@ -89,14 +92,16 @@ def layout(folder: Folder, options: Options) -> Layout:
             "convert the folder with lerobot's own scripts"
         )
     settings.check_lerobot(folder, options)
-    processors = lerobot.read(folder, language=True)
+    processors = lerobot.read(folder, True, options)
     reader = Reader(family, folder, options.hints, processors, Official(folder.tensors, family))
     vision, grid = _vision(reader)
     decoder, expert = _decoders(reader)
     towers = {"vision": vision, "decoder": decoder, "expert": expert}
     spec = _spec(reader, _cameras(reader, grid), _merge(reader, vision, grid))
+    spec, assumed = with_prompt_state(folder, processors, spec, options.prompt_state)
     taken = parts(reader.official, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
-    return Layout(spec, towers, taken, unused(reader.official, towers, taken))
+    shown = processors.normalisation([*processors.inputs("VISUAL"), _state_feature(reader)])
+    return Layout(spec, towers, taken, unused(reader.official, towers, taken), assumed, shown)
 
 
 def _vision(reader: Reader) -> tuple[TowerSpec, int]:
@@ -232,13 +237,13 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
         size = size[::-1]  # its order is width, height
     cameras = []
     for feature in reader.processors.inputs("VISUAL"):
-        camera = reader.processors.camera(feature, resize, size and tuple(size), 0.5, 0.5, optional=True)
-        if (camera.mean, camera.std) != ((0.5,) * 3, (0.5,) * 3):
-            raise UserError(
-                f"expected pictures normalised by IDENTITY, found statistics for {feature.name} in the processors of "
-                f"{reader.folder.path}; rlrc does not support it with padding"
-            )
-        cameras.append(camera)
+        for how, _ in reader.processors.applied(feature):
+            if how.mode != IDENTITY:
+                raise UserError(
+                    f"expected pictures normalised by IDENTITY, found {how.mode} for {feature.name} in the processors "
+                    f"of {reader.folder.path}; rlrc does not support it with padding"
+                )
+        cameras.append(reader.processors.camera(feature, resize, size and tuple(size), 0.5, 0.5, optional=True))
     if not cameras:
         raise UserError("expected a VISUAL in input_features of config.json, found none; list its cameras there")
     patch = _patch(reader)
@@ -259,7 +264,7 @@ def _patch(reader: Reader) -> int:
 def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> PolicySpec:
     config, family, official = reader.config, reader.family, reader.official
     width = number(config, "max_action_dim", 32)
-    action = reader.processors.action(None if reader.smol else width)
+    action = reader.processors.action(None if reader.smol else width, padded=width)
     if action.dim > width:
         raise UserError(
             f"expected at most max_action_dim = {width} numbers of an action in config.json, found {action.dim}; "
@@ -269,7 +274,7 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
     assert prompt is not None
     if (prompt.state_bins > 0) != (family == "pi05"):
         raise UserError(
-            f"expected {lerobot.BEFORE} to make a prompt for {family} in {reader.folder.path}, found another family's; "
+            f"expected {BEFORE} to make a prompt for {family} in {reader.folder.path}, found another family's; "
             "is that file of this policy?"
         )
     geometry: dict[str, Any] = {
@@ -295,7 +300,7 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
     )
 
 
-def _state(reader: Reader) -> StateSpec:
+def _state_feature(reader: Reader) -> Feature:
     width = number(reader.config, "max_state_dim", 32)
     found = reader.processors.inputs("STATE")
     if not found and not reader.smol:
@@ -305,4 +310,9 @@ def _state(reader: Reader) -> StateSpec:
         raise UserError(
             f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; correct it"
         )
-    return reader.processors.state(found[0], None if reader.family == "pi05" else width)
+    return found[0]
+
+
+def _state(reader: Reader) -> StateSpec:
+    width = number(reader.config, "max_state_dim", 32)
+    return reader.processors.state(_state_feature(reader), None if reader.family == "pi05" else width, padded=width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlrc.artifact import TowerSpec
-from rlrc.compressor.backbones.lerobot import BUFFER
+from rlrc.compressor.backbones.buffers import BUFFER
 from rlrc.compressor.policy import Part
 from rlrc.compressor.weights import BUFFERS, Tensors, wrong_shape
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, NormStats, StateSpec, TokenSpec
+from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ def statistics(folder: Folder, options: Options) -> tuple[str, Mapping[str, Any]
     if not isinstance(found[key], dict):
         raise UserError(f"expected an object as statistics of {key!r} in {folder.path}, found another; correct them")
     return key, found[key]
+
+
+def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
+    """What ``rlrc inspect`` shows of ``normalisation``."""
+    file = STATISTICS if STATISTICS in folder else "norm_stats of config.json"
+    name = what if dataset == UNNAMED else f"{dataset}.{what}"
+    return (Normalisation(what, kind, f"{', '.join(BOUNDS[kind])} of {name} in {file}", dataset),)
 
 
 def normalisation(

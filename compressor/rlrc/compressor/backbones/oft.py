@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
+from rlrc.compressor.backbones import prismatic_pictures
 from rlrc.compressor.backbones.norm_stats import (
     BOUNDS,
     NARROWEST,
     STATISTICS,
     action_spec,
     data_sets,
+    described,
     normalisation,
     state_spec,
     statistics,
@@ -128,6 +130,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     key, stats = statistics(folder, options)
     images, (horizon, bounds, assumed) = _images(folder, options, shared), _chunk(folder, options, key)
     norm = normalisation(stats, "action", bounds, NARROWEST)
+    shown = {"action": described(folder, key, "action", bounds)}
     parts, unused, geometry = dict(shared.parts), list(shared.unused), dict(shared.geometry)
     if head is None:
         action = action_spec(horizon, norm, *action_tokens(folder))
@@ -141,6 +144,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     state = None
     if proprio is not None:
         state = state_spec(normalisation(stats, "proprio", bounds, NARROWEST, clip=1.0))
+        shown["state"] = described(folder, key, "proprio", bounds)
         geometry["state"] = dimensions(proprio, "fc1.weight", 2)[0]
         proprio.expect("fc1.weight", (geometry["state"], len(state.names)))
         parts |= affine("state.0", "fc1", proprio.file) | affine("state.2", "fc2", proprio.file)
@@ -149,7 +153,8 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     prompt, guessed = prompt_spec(folder, options, others)
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt, action, geometry)
-    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed)
+    shown |= prismatic_pictures.described(folder, cameras)
+    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, shown)
 
 
 def _check_head(folder: Folder, options: Options, found: bool) -> None:
