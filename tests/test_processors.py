@@ -478,7 +478,8 @@ def test_whether_the_state_is_padded_must_be_known(tmp_path: Path, capsys: pytes
     assert main(["inspect", str(folder), *given("pi05"), "--prompt-state", "padded"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "padded with zeros to 32 numbers in the prompt" in shown
-    assert "assumed the prompt tells the state padded (--prompt-state)" in shown
+    assert main(["inspect", str(folder), *given("pi05"), "--prompt-state", "unpadded"]) == 0
+    assert "joint_0 to joint_6 (1); unpadded in the prompt" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_tells_whether_the_state_is_padded(tmp_path: Path) -> None:
@@ -514,7 +515,9 @@ def test_an_artifact_keeps_the_padding_and_shows_its_normalisation(
     assert "padded with zeros to 32 numbers in the prompt" in shown
     assert "state: QUANTILES by q01, q99 of observation.state in policy_preprocessor_step_3_normalizer_" in shown
     manifest = json.loads((out / "manifest.json").read_text())
-    assert "tells the state padded (train_config.json without" in manifest["history"][0]["config"]["assumed"]
+    assert manifest["history"][0]["config"]["assumed"].startswith(
+        "the prompt tells the state padded: train_config.json"
+    )
 
 
 def test_width_of_the_statistics_where_the_config_has_the_padded_one(tmp_path: Path) -> None:
@@ -548,4 +551,4 @@ def test_inspect_shows_the_statistics_of_openvla(family: str, line: str, capsys:
     assert main(["inspect", str(DATA / family / "checkpoint"), *given(family), *images]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert line in shown
-    assert "image.image0: MEAN_STD by tvf_normalize_params of preprocessor_config.json" in shown
+    assert "image.image0: MEAN_STD by means, stds of preprocessor_config.json" in shown

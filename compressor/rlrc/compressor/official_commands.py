@@ -17,7 +17,6 @@ from rlrc.compressor.checkpoint import load_policy
 from rlrc.compressor.describe import describe, record
 from rlrc.compressor.inference import TorchPolicy
 from rlrc.compressor.official import options_of
-from rlrc.compressor.policy import Normalisation
 from rlrc.compressor.writeback import write_official
 from rlrc.errors import UserError
 from rlrc.folders import check_output
@@ -32,16 +31,13 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     else:
         assert path is not None
         folder, options = official.open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
-    data_sets = sorted(norm_stats.data_sets(folder))
-    undecided = len(data_sets) > 1 and options.unnorm_key is None
-    if undecided:
+    data_sets, shown = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
+    if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
+        shown = (f"the statistics of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)",)
     module = official.recognise(folder)
     layout = module.layout(folder, options)
-    if undecided:
-        form = f"the dimensions of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)"
-        unchosen = _unchosen(layout.normalisation, data_sets)
-        layout = replace(layout, normalisation=unchosen, assumed=(form, *layout.assumed))
+    layout = replace(layout, assumed=shown + layout.assumed)
     built = official.build(module, layout)
     official.check(folder, layout, built)
     facts = record(folder, layout, built, data_sets)
@@ -83,17 +79,3 @@ class WriteBack:
         folder = official.open_folder(hub.locate(self.like))
         write_official(load_policy(artifacts.load(self.path)), folder, self.out, options_of(self.flags))
         print(f"{self.out}: the weights of {self.path} in the format of {folder.path}; next: rlrc inspect {self.out}")
-
-
-def _unchosen(
-    normalisation: dict[str, tuple[Normalisation, ...]], data_sets: list[str]
-) -> dict[str, tuple[Normalisation, ...]]:
-    """What is normalised by the statistics of one of several data sets, before one is chosen."""
-    missing = f"only those of the data sets {', '.join(data_sets)}"
-    return {
-        name: tuple(
-            replace(how, origin="", group=None, missing=missing, groups=tuple(data_sets)) if how.group else how
-            for how in steps
-        )
-        for name, steps in normalisation.items()
-    }

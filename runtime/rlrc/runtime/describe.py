@@ -84,11 +84,12 @@ def policy_rows(spec: PolicySpec) -> dict[str, str]:
 def padding(spec: PolicySpec) -> str:
     """What is said of a state that is padded for the policy or its prompt."""
     names = () if spec.state is None else spec.state.names
-    if spec.prompt is not None and spec.prompt.state_bins:
-        width, place = spec.prompt.state_width, " in the prompt"
-    else:
-        width, place = (spec.state and spec.state.width) or 0, ""
-    return f"; padded with zeros to {width} numbers{place}" if width > len(names) else ""
+    prompt, width = spec.prompt, (spec.state and spec.state.width) or 0
+    if prompt is None or not prompt.state_bins:
+        return f"; padded with zeros to {width} numbers" * (width > len(names))
+    if prompt.state_width > len(names):
+        return f"; padded with zeros to {prompt.state_width} numbers in the prompt"
+    return "; unpadded in the prompt"
 
 
 def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

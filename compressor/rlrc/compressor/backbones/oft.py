@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
-from rlrc.compressor.backbones import prismatic_pictures
 from rlrc.compressor.backbones.norm_stats import (
     BOUNDS,
     NARROWEST,
@@ -29,6 +28,7 @@ from rlrc.compressor.backbones.norm_stats import (
     action_spec,
     data_sets,
     described,
+    described_pictures,
     normalisation,
     state_spec,
     statistics,
@@ -153,8 +153,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     prompt, guessed = prompt_spec(folder, options, others)
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt, action, geometry)
-    shown |= prismatic_pictures.described(folder, cameras)
-    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, shown)
+    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, described_pictures(cameras) | shown)
 
 
 def _check_head(folder: Folder, options: Options, found: bool) -> None:

@@ -7,12 +7,11 @@ official code, and those of published checkpoints are the settings rounded to bf
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlrc.artifact import CameraSpec
 from rlrc.compressor.backbones import settings
-from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,15 +55,6 @@ def camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
         )
     means, deviations = (_colours(processor, *keys, kinds) for keys in (("means", "mean"), ("stds", "std")))
     return CameraSpec("image0", listed[0], listed[0], "bicubic", means, deviations, "HWC")
-
-
-def described(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
-    """How the pictures are normalised, for Layout."""
-    processor = _processor(folder)
-    keys = ("tvf_normalize_params",) if processor.get("tvf_normalize_params") else ("means", "stds")
-    given = [key for key in keys if key in processor]
-    origin = f"{', '.join(given)} of {PREPROCESSOR}" if given else f"the vision backbones, for {PREPROCESSOR} has none"
-    return {f"image.{c.name}": (Normalisation(c.name, "MEAN_STD", origin),) for c in cameras}
 
 
 def check_sizes(folder: Folder, seen: CameraSpec) -> None:

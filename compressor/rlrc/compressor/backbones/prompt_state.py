@@ -32,29 +32,26 @@ def with_prompt_state(
     most = effect.padded or number(folder.config, "max_state_dim", 32)
     if most <= numbers and given is None:  # the same by both rules
         return spec, ()
-    rule, why = (given, "") if given else _trained_with(folder)
+    rule, assumed = (given, "") if given else _trained_with(folder)
     if rule is None:
         raise UserError(
             f"expected what tells which LeRobot trained {folder.path}, found neither {TRAINED} nor {RELATIVE}; "
             f"give --prompt-state padded (0.4: the prompt tells {most} numbers of the state, zeros behind) or "
             f"--prompt-state unpadded (0.5 and later: its {numbers})"
         )
-    why += "; " * bool(why)
     if rule == "padded":
         assert spec.prompt is not None
         spec = replace(spec, prompt=replace(spec.prompt, state_width=most))
-    return spec, (f"the prompt tells the state {rule} ({why}--prompt-state)",)
+    return spec, (assumed,) if assumed else ()
 
 
 def _trained_with(folder: Folder) -> tuple[str | None, str]:
-    """The rule of the LeRobot that trained a pi0.5, and what tells."""
-    if RELATIVE in step_names(folder, BEFORE):
-        return "unpadded", f"{RELATIVE} in {BEFORE}, which LeRobot has since 0.5.1"
-    if "use_relative_actions" in folder.config:
-        return "unpadded", "use_relative_actions in config.json, which LeRobot has since 0.5.1"
+    """The rule of the LeRobot that trained a pi0.5, and what was concluded from a file beside the policy."""
+    if RELATIVE in step_names(folder, BEFORE) or "use_relative_actions" in folder.config:  # since 0.5.1
+        return "unpadded", ""
     trained = folder.json(TRAINED) if TRAINED in folder else None
     if not isinstance(trained, dict) or not {"policy", "dataset"} <= trained.keys():
         return None, ""
-    if "cudnn_deterministic" in trained:
-        return "unpadded", f"cudnn_deterministic in {TRAINED}, which LeRobot has since 0.5"
-    return "padded", f"{TRAINED} without cudnn_deterministic, so of LeRobot 0.4"
+    later = "cudnn_deterministic" in trained  # since 0.5.0
+    rule, version = ("unpadded", "0.5 or later") if later else ("padded", "0.4")
+    return rule, f"the prompt tells the state {rule}: {TRAINED} is of LeRobot {version} (--prompt-state)"
