@@ -1,12 +1,13 @@
 # Every target sets up what it needs first; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
-.PHONY: help setup demo gguf page-check tensorrt-check jetson-check aarch64-check footprint test test-all lint
+.PHONY: help setup demo gguf page-check tensorrt-check jetson-check aarch64-check footprint test test-all test-avx2 lint
 
 help:
 	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-avx2 the fast tests as on a processor without AVX-512, VNNI and bfloat16"
 	@echo "make gguf      llama.cpp, built for this processor: what --to gguf and its graphs need"
 	@echo "make tensorrt-check  whether NVIDIA's builder takes the TensorRT graphs, without a GPU"
 	@echo "make page-check  the operator's page in a real Chromium"
@@ -50,3 +51,6 @@ test: lint
 
 test-all: lint
 	$(PYTHON) -m pytest
+
+test-avx2: setup
+	$(PYTHON) scripts/masked_engine.py .masked "x86-64 avx2" $(PYTHON) -m pytest -m "not slow"

@@ -121,7 +121,7 @@ once wheels pyproject.toml constraints.txt scripts/pip_as.py scripts/aarch64_che
 export_artifacts() {
     rm -rf "$own/artifacts"
     mkdir -p "$own/artifacts"
-    say "exporting the reference policy and every family's goldens, fp32 and int4"
+    say "exporting the reference policy and every family's goldens, fp32, int4 and int8"
     PYTHONPATH=$sources "$python" scripts/aarch64_artifacts.py "$own/artifacts" || fail "the export failed"
 }
 once artifacts compressor exporters runtime reference tests/data tests/families.py scripts/aarch64_artifacts.py -- \

@@ -1,6 +1,7 @@
 """Mutated messages for the servers' protocols, guided by coverage (atheris): no crash, no hang, no memory without end.
 
-    python scripts/fuzz.py [--protocol openpi openvla gr00t lerobot] [--messages 200000] [--seed 1] [--out FILE.json]
+    python scripts/fuzz.py [--protocol openpi openvla gr00t lerobot stop page] [--messages 200000] [--seed 1]
+        [--out FILE.json]
 
 Half of the mutations are of bytes (libFuzzer's), half of what the bytes stand for: maps, arrays, opcodes. A message
 that crashes the server, or takes more than 10 s or 512 MB, is left in runs/fuzz and ends that protocol's run with exit
@@ -25,14 +26,17 @@ from typing import Any
 
 import atheris
 
-with atheris.instrument_imports(include=["rlrc.runtime.servers"]):
+with atheris.instrument_imports(
+    include=["rlrc.runtime.servers", "rlrc.runtime.http_head", "rlrc.runtime.stop_listener"]
+):
     import rlrc.runtime.servers.gr00t
     import rlrc.runtime.servers.lerobot
     import rlrc.runtime.servers.openpi
-    import rlrc.runtime.servers.openvla  # noqa: F401
+    import rlrc.runtime.servers.openvla
+    import rlrc.runtime.stop_listener  # noqa: F401
 
 import msgpack
-from fuzz_targets import CONNECTION, INSTRUCTED, OBSERVED, PROTOCOLS, Target, resident, seeds
+from fuzz_targets import CONNECTION, HTTP, INSTRUCTED, OBSERVED, PROTOCOLS, Target, resident, seeds
 
 from rlrc.benchmarks import machine
 
@@ -48,6 +52,13 @@ OTHERS: tuple[Any, ...] = (None, True, "", "x" * 5000, "\ud800", "a\nb", b"", b"
 DTYPES = ("<f4", "<f8", "|u1", "|b1", ">i2", "|O", "|V8", "<U4", "<c8", "f4", "")
 SHAPES = ([], [0], [2**30], [2**62, 2**62], [-1], [1] * 40, [8, 8, 3], [3, 8, 8], [1, 8, 8, 3], [7], [1, 7], ["1"])
 HEADERS = (b"'<f4'", b"'|O'", b"'<U4'", b"(1, 1, 7)", b"(1073741824,)", b"(9, 9, 9)", b"()", b"True", b"False")
+FIELDS = (
+    b"Content-Encoding: gzip", b"Transfer-Encoding: chunked", b"Content-Length: 0", b"Content-Length: 99999999999999",
+    b"Expect: 100-continue", b"Upgrade: websocket", b"Connection: Upgrade", b"Connection: close", b" folded", b"x",
+    b":", b"Host: [::1]:1", b"Origin: null", b"OPTIONS /stop HTTP/1.1", b"GET /camera/0?after=9 HTTP/1.0",
+    b"x: " + b"y" * 3000,
+)  # fmt: skip
+ENDS = (b"\r", b"\n", b"\0", b"\xb2", b"\xff", b" ", b"\t", b":", b"9")
 OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 
 
@@ -160,6 +171,8 @@ class Mutator:
         return changed[:size] or bytes(atheris.Mutate(message, size))
 
     def _changed(self, message: bytes, chance: random.Random) -> bytes:
+        if self._protocol in HTTP:
+            return lines(message, chance)
         if self._protocol == "openvla":
             body = json.loads(message)
             if isinstance(body, dict) and isinstance(body.get("encoded"), str) and chance.random() < 0.7:
@@ -195,6 +208,25 @@ def change(value: Any, chance: random.Random) -> Any:
         cut = chance.randrange(len(value))
         return chance.choice([value[:cut], value[cut:] + value[:cut], value + value[:cut]])
     return chance.choice([*NUMBERS, *OTHERS, *DTYPES, *SHAPES, [value], [value] * 3, {"a": value}])
+
+
+def lines(request: bytes, chance: random.Random) -> bytes:
+    """A request with a line left out, doubled, moved, or made one that libraries act upon."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    parts = head.split(b"\r\n")
+    here, there = chance.randrange(len(parts)), chance.randrange(len(parts))
+    what = chance.randrange(5)
+    if what == 0:
+        del parts[here]
+    elif what == 1:
+        parts.insert(there, parts[here])
+    elif what == 2:
+        parts[here], parts[there] = parts[there], parts[here]
+    elif what == 3:
+        parts.insert(here, chance.choice(FIELDS))
+    else:
+        parts[here] = chance.choice([parts[here] + chance.choice(ENDS), *FIELDS])
+    return b"\r\n".join(parts) + b"\r\n\r\n" + body
 
 
 def opcodes(pickled: bytes, chance: random.Random) -> bytes:

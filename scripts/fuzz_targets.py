@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fuzz_http
 import msgpack
 import numpy as np
 
@@ -42,8 +43,9 @@ from rlrc.runtime.servers.openvla import OpenvlaServer
 from rlrc.runtime.servers.ports import Access
 from rlrc.runtime.servers.session import Refused, Session
 
+HTTP = ("stop", "page")  # see fuzz_http.py
 REFERENCE = Path(__file__).parents[1] / "reference/compressed"
-PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot")
+PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot", *HTTP)
 SIZE = 8  # pixels, so that mutations seldom fall into the picture
 READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"
 CONNECTION = b"\xff"  # a message that begins so is a whole connection of GR00T's; no msgpack map does
@@ -90,7 +92,9 @@ class Target:
         self._port = 0
 
     @staticmethod
-    async def open(protocol: str) -> Target:
+    async def open(protocol: str) -> Target | fuzz_http.StopTarget | fuzz_http.PageTarget:
+        if protocol in HTTP:
+            return fuzz_http.StopTarget() if protocol == "stop" else await fuzz_http.PageTarget.open()
         logging.getLogger("rlrc.runtime.servers").setLevel(logging.WARNING)  # a line for every refusal is too much
         artifact = artifacts.load(REFERENCE, verify=())
         spec = artifact.manifest.policy
@@ -173,6 +177,8 @@ async def _chunks(content: bytes) -> AsyncIterator[bytes]:
 
 def seeds(protocol: str) -> list[bytes]:
     """Valid messages of every form that the protocol has."""
+    if protocol in HTTP:
+        return fuzz_http.seeds(protocol)
     picture = np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(SIZE, SIZE, 3)
     state, words = np.array([0.1, 0.6, 0.2, 0.5, 0, 0, 0], np.float32), "open the drawer"
     if protocol == "openpi":

@@ -1,11 +1,17 @@
-"""Fifteen honest clients and a malicious one at `rlrc serve` with all four protocols: does it hurt the honest ones?
+"""Fifteen honest clients and a malicious one at `rlrc serve` with all four protocols: does it hurt the honest ones, and
+does an operator's stop arrive?
 
-    python scripts/load.py reference/compressed --minutes 10 --out benchmarks/results/serving_load.json
+    python scripts/load.py reference/compressed --minutes 10 --stop-seconds 20 --out serving_load.json
 
 Three phases: one honest client alone (a quarter of the time), the honest ones (half of it), and those beside the
 malicious one (--minutes). The honest ones ask at a rate at which the policy is busy a fifth of the time, all phases the
 same. What is asked of the server: the p99 of the honest ones beside the malicious one is at most ``ALLOWED`` of that
 without it. Against the p99 of the one alone, it tells of the queue for one policy, too, in which fifteen meet.
+
+Then stops are sent while one attack after the other (load_http.py, --stop-seconds for each) floods every port that
+speaks HTTP, that of the stop itself included: to another `rlrc serve --page`, and to `rlrc run --port`. Asked:
+``STOP_MS`` at the 99th percentile on the stop's own port, and none that fails. How long stops take that go through the
+page's port is told, not asked.
 Exit code 1: the server did not keep that, grew, refused an honest client, or ended.
 """
 
@@ -26,8 +32,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import load_attacks
+import load_http
 import numpy as np
 import tyro
 from load_clients import OPEN, Client, Watch, inference_seconds, observation_of, once
@@ -46,36 +54,66 @@ BUSY = 0.2  # of the policy's time
 ALLOWED = 1.5
 GROWTH_MB = 64.0  # of the server's memory after the first minute beside the malicious client, for what it keeps of it
 SETTLED_S = 60.0
+STOP_MS = 100.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """`rlrc serve` as an operator starts it, ports of the loopback that were free."""
+    """`rlrc serve` or `rlrc run` as an operator starts it, ports of the loopback that were free.
+
+    ``ports``: by protocol, and of the page and its stop; ``page``: the link; ``stop``: where to POST.
+    """
 
     process: subprocess.Popen[str]
     ports: dict[str, int]
     log: Path
+    page: str
+    stop: str
+
+    def operator(self) -> load_http.Operator:
+        url, token = self.page.split("/#")
+        return load_http.Operator(self.stop, url, token)
 
 
 @contextmanager
 def served(artifact: Path, log: Path) -> Iterator[Server]:
     """Raises UserError if it does not get ready."""
-    command = [sys.executable, "-m", "rlrc.runtime.cli", "serve", str(artifact), "--port", "0", "--protocol", *OPEN]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    options = ["--port", "0", "--protocol", *OPEN, "--mapping", "openvla", "openvla-oft", "--page", "0"]
+    with started("serve", artifact, log, [*options, "--waiting", str(len(HONEST) + 1)], "ready:") as server:
+        yield server
+
+
+@contextmanager
+def running(artifact: Path, log: Path, profile: str) -> Iterator[Server]:
+    """A loop at 20 Hz that holds the robot after a stop, and goes on."""
+    options = ["--driver", "load_robot:open_robot", "--instruction", "open the drawer", "--profile", profile]
+    with started(
+        "run", artifact, log, [*options, "--hz", "20", "--late", "10", "--rearm", "--port", "0"], "stop:"
+    ) as server:
+        yield server
+
+
+@contextmanager
+def started(what: str, artifact: Path, log: Path, options: Sequence[str], last: str) -> Iterator[Server]:
+    """Once it has printed a line that begins with ``last``."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     with log.open("w") as complaints:
         process = subprocess.Popen(
-            [*command, "--mapping", "openvla", "openvla-oft", "--waiting", str(len(HONEST) + 1)],
-            env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True,
+            [sys.executable, "-m", "rlrc.runtime.cli", what, str(artifact), *options],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True,
         )  # fmt: skip
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline()]
-        while lines[-1] and not lines[-1].startswith("ready:"):
+        while lines[-1] and not lines[-1].startswith(last):
             lines.append(process.stdout.readline())
         if not lines[-1]:
-            raise UserError(f"expected a server that gets ready, found: {log.read_text()[-300:].strip()}; see above")
-        ports = {name: int(line.split()[1].rpartition(":")[2]) for name, line in zip(OPEN, lines, strict=False)}
-        yield Server(process, ports, log)
+            raise UserError(f"expected rlrc {what} to get ready, found: {log.read_text()[-300:].strip()}; see above")
+        words = {line.split()[0].rstrip(":"): line.split() for line in lines}
+        ports = {name: int(words[name][1].rpartition(":")[2]) for name in OPEN if name in words}
+        page, stop = words["page"][1], words["stop"][2]
+        ports |= {"page": urlsplit(page).port or 0, "stop": urlsplit(stop).port or 0}
+        yield Server(process, ports, log, page, stop)
     finally:
         if process.poll() is None:
             process.kill()
@@ -85,13 +123,22 @@ def served(artifact: Path, log: Path) -> Iterator[Server]:
 def main(
     artifact: Positional[Path],
     minutes: float = 10.0,
+    stop_seconds: float = 20.0,
+    attacks: tuple[str, ...] = (),
+    profile: str = "metaworld",
     out: Path | None = None,
     force: bool = False,
 ) -> int:
-    """Needs the extra "serve", and pyzmq of "dev"."""
+    """Needs the extra "serve", and pyzmq of "dev".
+
+    ``stop_seconds``: for each attack; ``attacks``: beside which stops are sent (default: all of load_http.py);
+    ``profile``: the limits of `rlrc run`'s robot, which have to fit the policy.
+    """
     check_out(out, force)
-    if minutes <= 0:
-        raise UserError(f"expected minutes above 0, found {minutes:g}; give more")
+    if unknown := set(attacks) - set(load_http.ATTACKS):
+        raise UserError(f"expected attacks of {', '.join(load_http.ATTACKS)}, found {unknown.pop()}; choose of those")
+    if minutes <= 0 or stop_seconds <= 0:
+        raise UserError(f"expected minutes and seconds above 0, found {minutes:g} and {stop_seconds:g}; give more")
     observation = observation_of(artifacts.load(artifact, verify=()).manifest.policy)
     seconds = minutes * 60
     with tempfile.TemporaryDirectory() as folder, served(artifact, Path(folder) / "server.log") as server:
@@ -104,12 +151,13 @@ def main(
                 beside = phase("honest and malicious", HONEST, server, observation, period_s, seconds, tick)
         rows, memory = [alone, before, beside], grown(watch.samples, seconds)
         afterwards = after(server, observation)
+    stopped = stops(artifact, stop_seconds, profile, attacks or tuple(load_http.ATTACKS))
     ratios = {
         "p99_beside_malicious_to_honest": beside["p99_ms"] / before["p99_ms"],
         "p99_honest_to_alone": before["p99_ms"] / alone["p99_ms"],
         "p99_beside_malicious_to_alone": beside["p99_ms"] / alone["p99_ms"],
     }
-    failed = faults(ratios, memory, rows, watch.newcomers, afterwards)
+    failed = faults(ratios, memory, rows, watch.newcomers, afterwards) + late(stopped)
     result = {
         "kind": "load",
         "command": f"python scripts/load.py {machine.command().removeprefix('rlrc ')}",
@@ -124,11 +172,45 @@ def main(
         "malicious": did,
         "memory": memory,
         "afterwards": afterwards,
+        "stop_allowed_ms": STOP_MS,
+        "stops": stopped,
     }
     if out is not None:
         write(out, dump(result))
     tell(result)
     return int(bool(failed))
+
+
+def stops(artifact: Path, seconds: float, profile: str, attacks: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """How long stops take beside each attack, by the program that is to stop."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, progress("attacks", 2 * len(attacks)) as tick:
+        log = Path(folder) / "log"
+        for name, start in (("serve", served(artifact, log)), ("run", running(artifact, log, profile))):
+            with start as server:
+                attacked = {name: server.ports[name] for name in load_attacks.HTTP if name in server.ports}
+                operator = server.operator()
+                try:
+                    found[name] = load_http.stops(operator, attacked, seconds, tick, attacks)
+                finally:
+                    operator.close()
+                if server.process.poll() is not None:
+                    raise UserError(
+                        f"expected rlrc {name} to go on, found: {log.read_text()[-300:].strip()}; see above"
+                    )
+    return found
+
+
+def late(stopped: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Stops on their own port that took too long or failed."""
+    found = []
+    for program, rows in stopped.items():
+        for row in rows:
+            for way in ("kept", "new"):
+                if row[way]["p99_ms"] > STOP_MS or row[way]["failed"]:
+                    told = f"{row[way]['p99_ms']:.0f} ms, failed {dict(row[way]['failed'])}"
+                    found.append(f"stop of rlrc {program} beside {row['attack']} ({way} connection): p99 {told}")
+    return found
 
 
 def inference_s(port: int, observation: Mapping[str, Any]) -> float:
@@ -219,7 +301,7 @@ def grown(samples: list[dict[str, float]], seconds: float) -> dict[str, Any]:
 
 def after(server: Server, observation: Mapping[str, Any]) -> dict[str, Any]:
     """Whether every protocol still answers, and how the server ends when it is told to."""
-    answers = {name: once(name, port, observation) or "answered" for name, port in server.ports.items()}
+    answers = {name: once(name, server.ports[name], observation) or "answered" for name in OPEN}
     server.process.send_signal(signal.SIGTERM)
     code = server.process.wait(30)
     log = server.log.read_text(errors="replace")
@@ -259,6 +341,12 @@ def tell(result: Mapping[str, Any]) -> None:
               f"{sum(row['refused'].values())} refused, policy busy {row['busy']:.0%}")  # fmt: skip
     for name, ratio in result["ratios"].items():
         print(f"{name}: {ratio:.2f}" + (f" (allowed: {ALLOWED})" if name == result["compared"] else ""))
+    for program, stopped in result["stops"].items():
+        for way in ("kept", "new", "page"):
+            worst = max(stopped, key=lambda row: row[way]["p99_ms"])
+            print(
+                f"stops of rlrc {program}, {way}: p99 at most {worst[way]['p99_ms']:.1f} ms, beside {worst['attack']}"
+            )
     memory = {name: value for name, value in result["memory"].items() if name not in ("samples", "columns")}
     print(f"malicious: {result['malicious']}", f"newcomers: {dict(result['newcomers'])}", memory, sep="\n")
     print(f"afterwards: {result['afterwards']}", f"failed: {result['failed'] or 'nothing'}", sep="\n")

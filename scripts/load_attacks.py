@@ -1,7 +1,8 @@
 """What the malicious client of scripts/load.py does: one step after the other, against all of a server's ports.
 
 Every step is a connection that breaks a rule: bytes that are nobody's, another protocol's beginning, frames that
-declare or hold more than is allowed, connections that are never finished, never read or fed a byte at a time. Those
+declare or hold more than is allowed, connections that are never finished, never read or fed a byte at a time. Ports
+that speak HTTP get those of load_http.py, too. Those
 that are left open stay open, up to ``HELD``, and the oldest go. It works at a lower priority than the server, as if it
 were elsewhere: what it makes the server do is what counts.
 """
@@ -15,8 +16,10 @@ import struct
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import load_http
 import msgpack
 
 from rlrc.processes import die_with_parent
@@ -35,17 +38,19 @@ READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and empty settings
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # how TLS begins
 OPENINGS = (UPGRADE, b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", GREETING + READY, PREFACE, HELLO)
+HTTP = ("openvla", "page", "stop")
 INTRODUCED = {"openpi": UPGRADE, "openvla": b"", "gr00t": GREETING + READY, "lerobot": PREFACE}
 
 
 class Attacker:
-    """``ports`` by protocol; ``slow``: an observation that openpi's server answers.
+    """``ports`` by protocol, and of the page and its stop; ``slow``: an observation that openpi's server answers.
 
     ``done``: (step, outcome) -> times.
     """
 
     def __init__(self, ports: Mapping[str, int], slow: bytes, seed: int) -> None:
         self._ports, self._slow, self._random = ports, slow, random.Random(seed)
+        self._http = {name: make() for name, make in load_http.ATTACKS.items()}
         self._held: deque[socket.socket] = deque()
         self._fed: deque[socket.socket] = deque(maxlen=16)  # of those, the ones that get a byte now and then
         self.done: Counter[tuple[str, str]] = Counter()
@@ -58,15 +63,22 @@ class Attacker:
             self.flood,
         )  # fmt: skip
         for step in steps:
-            for protocol in self._ports:
-                try:
-                    outcome = step(protocol)
-                except OSError as error:  # the server has closed it: what was sent goes nowhere
-                    outcome = "timed out" if isinstance(error, TimeoutError) else "closed"
-                self.done[step.__name__.replace("_", " "), outcome] += 1
-                self._feed()
-                time.sleep(PAUSE_S)
+            for protocol in INTRODUCED:
+                self._do(step.__name__.replace("_", " "), partial(step, protocol))
                 yield
+        for name, attack in self._http.items():
+            for port in [port for protocol, port in self._ports.items() if protocol in HTTP]:
+                self._do(name, lambda attack=attack, port=port: self._kept(attack.once(port)))  # type: ignore[misc]
+                yield
+
+    def _do(self, name: str, step: Callable[[], str]) -> None:
+        try:
+            outcome = step()
+        except OSError as error:  # the server has closed it: what was sent goes nowhere
+            outcome = "timed out" if isinstance(error, TimeoutError) else "closed"
+        self.done[name, outcome] += 1
+        self._feed()
+        time.sleep(PAUSE_S)
 
     def oversized(self, protocol: str) -> str:
         """Declares more than 4 GB, and sends a little of it."""

@@ -89,11 +89,7 @@ def replayed(path: Path, out: Path, backend: str | None, against: Path | None, m
 
 
 def chosen(golden: Golden, most: int) -> Golden:
-    if len(golden) <= most:
-        return golden
-    rows = np.linspace(0, len(golden) - 1, most).astype(int)
-    arrays = {name: value[rows] for name, value in vars(golden).items() if isinstance(value, np.ndarray)}
-    return replace(golden, images={name: image[rows] for name, image in golden.images.items()}, **arrays)
+    return golden if len(golden) <= most else golden.rows(np.linspace(0, len(golden) - 1, most).astype(int))
 
 
 def main() -> None:

@@ -97,6 +97,11 @@ def operate(visit: Visit) -> dict[str, Any]:
     page.locator("#stop").dispatch_event("pointerdown")
     visit.until("Stopped")
     told["seen"] = time.monotonic()
+    page.wait_for_timeout(500)
+    told["stops"] = page.evaluate(
+        "performance.getEntriesByType('resource').filter((one) => new URL(one.name).pathname === '/stop')"
+        ".map((one) => [new URL(one.name).origin === location.origin, one.responseStatus])"
+    )
     page.wait_for_selector("#rearm", state="visible")
     visit.check("stopped")
     page.click("#bench")

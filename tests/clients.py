@@ -170,6 +170,14 @@ class LerobotClient:
     def __exit__(self, *_: object) -> None:
         self.channel.close()
 
+    def channel_is_there(self) -> bool:
+        """After a lost connection the channel connects anew by itself, in its time."""
+        try:
+            grpc.channel_ready_future(self.channel).result(timeout=1)
+        except grpc.FutureTimeoutError:
+            return False
+        return True
+
     def start(self, features: dict[str, Any], actions_per_chunk: int = 50) -> None:
         self.stub_ready(MESSAGES["Empty"](), timeout=30, metadata=self.metadata)
         config = RemotePolicyConfig("act", "user/model", features, actions_per_chunk, "cpu")

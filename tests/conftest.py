@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from rlrc.artifact import (
     TowerSpec,
     VerifiedSpec,
 )
+from rlrc.runtime.backends.kernels import kernels
 
 WORDS = ("[PAD]", "[UNK]", "open", "close", "the", "drawer", "window")
 TOKENIZER, GOLDEN = "tokenizer/tokenizer.json", "golden.npz"
@@ -241,7 +243,8 @@ def write_toy(out: Path, spec: PolicySpec | None = None, weights: Toy | None = N
     tokens, action = logits.argmax(-1), spec.action
     centers = ((tokens + 0.5) / action.bins * 2 - 1).astype(np.float32)
     actions = (centers * np.array(action.norm.scale) + np.array(action.norm.center)).astype(np.float32)
-    record = VerifiedSpec("onnxruntime", len(tokens), tokens.size, 0, 0, (0.0,) * action.dim, 0.0, 0.000625, {})
+    here = {"onnxruntime": version("onnxruntime"), "kernels": kernels()}
+    record = VerifiedSpec("onnxruntime", len(tokens), tokens.size, 0, 0, (0.0,) * action.dim, 0.0, 0.000625, here)
     described = replace(manifest(), policy=spec, graphs=toy_graphs(spec), verified=(record,))
     with artifacts.writing(out) as draft:
         (weights or toy).write(draft.file(VISION), draft.file(DECODER), spec)

@@ -28,8 +28,10 @@ def open_robot(spec, instruction):
 class Running:
     """`rlrc run` at 20 Hz; lenient about time, since the machine is shared."""
 
-    def __init__(self, artifact: Path, folder: Path, *options: str, keyboard: int = subprocess.DEVNULL) -> None:
-        (folder / "rig_driver.py").write_text(DRIVER)
+    def __init__(
+        self, artifact: Path, folder: Path, *options: str, keyboard: int = subprocess.DEVNULL, driver: str = DRIVER
+    ) -> None:
+        (folder / "rig_driver.py").write_text(driver)
         self.log = folder / "log.jsonl"
         command = [sys.executable, "-m", "rlrc.runtime.cli", "run", str(artifact), "--driver", "rig_driver:open_robot"]
         command += ["--profile", str(PROFILE), "--hz", "20", "--late", "6", "--patience", "5"]

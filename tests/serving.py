@@ -10,11 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
 from procfs import children
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+STATE = TemporaryDirectory(prefix="rlrc-state-")
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    "XDG_STATE_HOME": STATE.name,
+}
 
 
 class Served:
@@ -35,6 +40,7 @@ class Served:
             lines.append(self.process.stdout.readline())
         if not lines[-1]:
             raise AssertionError((lines, self.process.communicate(timeout=30)))
+        self.lines = lines
         self.page = next((line.split()[1] for line in lines if line.startswith("page:")), None)
         self.ports = {
             name: int(line.split()[1].rpartition(":")[2]) for name, line in zip(protocols, lines, strict=False)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,34 @@ def test_it_is_the_policy_elsewhere(toy_artifact: Path) -> None:
         policy.timeout_s = 20
         # The late answer, to another state, is not taken for that of this one.
         np.testing.assert_allclose(policy.infer(OBSERVATION)["actions"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "told"),
+    [
+        ("http://127.0.0.1:8000", {}, "expected a URL ws:// or wss:// and a time above 0 s"),
+        ("ws://127.0.0.1:8000", {"timeout_s": float("nan")}, "found ws://127.0.0.1:8000 and nan"),
+        ("ws://[::1", {}, "expected an openpi server at ws://[::1, found: "),
+        ("ws://127.0.0.1:99999", {}, "expected an openpi server at ws://127.0.0.1:99999, found: "),
+        (
+            "ws://127.0.0.1:8000",
+            {"token": "geheim\u00e4"},
+            "expected a token of ASCII characters without blanks in token",
+        ),
+        (
+            "ws://127.0.0.1:8000",
+            {"token": "x\r\nHost: y"},
+            "expected a token of ASCII characters without blanks in token",
+        ),
+        ("wss://127.0.0.1:8000", {"authority": Path("no.pem")}, "at no.pem, found: No such file"),
+        ("wss://127.0.0.1:8000", {"authority": Path(__file__)}, "test_client.py, found: no certificate"),
+    ],
+)
+def test_what_it_cannot_connect_with_is_told_in_one_line(url: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as refused:
+        RemotePolicy(url, connect_s=1, **options)
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_server_that_was_started_again_is_found(toy_artifact: Path) -> None:

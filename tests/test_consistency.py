@@ -83,6 +83,11 @@ def test_prompt(parallel: Manifest) -> None:
     refused(f"{exactly} 0", parallel, prompt=replace(prompt, state_bins=0))
     refused(f"{exactly} 256", parallel, prompt=replace(prompt, template="{instruction}"))
     refused("a policy.state for the prompt's {state}, found None", parallel, prompt=prompt, state=None)
+    check(parallel, prompt=replace(prompt, state_width=3))
+    width = "with {state}, at policy.prompt.state_width, found"
+    refused(f"0 or at least 3, {width} 2", parallel, prompt=replace(prompt, state_width=2))
+    silent = replace(prompt, template="{instruction}", state_bins=0)
+    refused(f"0 or at least 1, {width} 5", parallel, prompt=replace(silent, state_width=5))
 
 
 def test_tokens(parallel: Manifest, autoregressive: Manifest) -> None:

@@ -158,9 +158,7 @@ def test_lerobots_empty_cameras_are_meant_to_be_missing(folder: Path, spec: Poli
 
 
 def test_two_cameras_of_a_policy_are_not_the_same_one(folder: Path, tmp_path: Path, spec: PolicySpec) -> None:
-    with pytest.raises(
-        UserError, match=f"found {CAMERA} for wrist and corner4; give another one: --cameras corner4 NAME"
-    ):
+    with pytest.raises(UserError, match=f"found {CAMERA} for wrist and corner4; correct --cameras POLICY DATASET"):
         match(Dataset.open(folder), several(spec, "wrist", "corner4"), {"wrist": "corner4"})
     dataset = Dataset.open(
         record(tmp_path / "set", features(**{WRIST.replace(".", "__"): Feature("image", (SIZE, SIZE, 3))}))

@@ -155,6 +155,37 @@ def test_products_of_8_bits_are_near(name: str, tmp_path: Path) -> None:
     export(artifacts.load(tmp_path / "artifact"), tmp_path / "exported", precision="int8", tolerance=0.5)
 
 
+CONSTANT = {  # center and scale that normalisation by each makes of a dimension that never moves
+    "deviation": (0.3, 1e-8),
+    "range": (-1.2, 5e-9),
+    "quantiles": (0.5, 5e-7),
+}
+
+
+@pytest.mark.parametrize("constant", CONSTANT)
+@pytest.mark.parametrize(
+    ("name", "precision"), [("act", "fp32"), ("act", "int8"), ("openvla", "fp32"), ("pi0", "fp16")]
+)
+def test_a_policy_with_a_constant_dimension(name: str, precision: str, constant: str, tmp_path: Path) -> None:
+    """The others are held to what they would be without it."""
+    source, policy = official(name)
+    center, scale = (list(values) for values in (policy.spec.action.norm.center, policy.spec.action.norm.scale))
+    center[1], scale[1] = CONSTANT[constant]
+    action = replace(
+        policy.spec.action, norm=replace(policy.spec.action.norm, center=tuple(center), scale=tuple(scale))
+    )
+    still = checkpoint.policy_of(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
+    write(tmp_path / "artifact", still, source)
+    tolerance = 0.1 if precision == "int8" else None
+    (record,) = export(
+        artifacts.load(tmp_path / "artifact"), tmp_path / "out", precision=precision, tolerance=tolerance
+    ).verified
+    others = [width for i, width in enumerate(scale) if i != 1]
+    assert record.tolerance == pytest.approx(tolerance or min(others) / (action.bins or 256))
+    actions = LocalPolicy.load(tmp_path / "out").infer(observations(source)[0])["actions"]
+    np.testing.assert_allclose(actions[:, 1], CONSTANT[constant][0], atol=1e-5)
+
+
 def test_the_commands_go_from_a_folder_to_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, out = DATA / "pi0", str(tmp_path / "pruned")
     options = ["--hints", str(given / "golden.json"), "--tokenizer", str(given / "tokenizer")]

@@ -282,7 +282,7 @@ def test_old_folder_with_statistics_among_the_weights(family: str, tmp_path: Pat
     assert torch.equal(act(policy, family), act(read_golden(family)[0], family))
 
     save_file(load_file(DATA / family / "checkpoint" / "model.safetensors"), path / "model.safetensors")
-    with pytest.raises(UserError, match=r"expected policy_preprocessor.json in .* statistics of observation.state"):
+    with pytest.raises(UserError, match=r"expected statistics of action in .* MEAN_STD, found none in the weights"):
         read_folder(path, family)
 
 

@@ -80,6 +80,8 @@ class Case:
             "type": self.family,
             "input_features": seen | {"observation.state": {"type": "STATE", "shape": [self.state]}},
             "output_features": {"action": {"type": "ACTION", "shape": [self.action]}},
+            "normalization_mapping": dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY"),
+            **({} if smol else {"use_relative_actions": False}),
             "chunk_size": self.horizon,
             "max_state_dim": self.width,
             "max_action_dim": self.width,

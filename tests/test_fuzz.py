@@ -9,7 +9,8 @@ import pytest
 from fuzz_targets import PROTOCOLS, Target, seeds
 
 FOUND = Path(__file__).parent / "data/fuzz"
-NO_ACTIONS = {"gr00t": 1, "lerobot": 0, "openpi": 1, "openvla": 0}  # valid messages that are refused: kill, bad noise
+# Valid messages that are refused: kill, bad noise, another token, an encoded body.
+NO_ACTIONS = {"gr00t": 1, "lerobot": 0, "openpi": 1, "openvla": 0, "stop": 2, "page": 2}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -6,9 +6,10 @@ import tracemalloc
 from dataclasses import replace
 from typing import Any
 
+import guarded
 import numpy as np
 import pytest
-from guarded import ABSOLUTE, DELTA, GRIPPER, VELOCITY, action_of, at, guard_of
+from guarded import GRIPPER, action_of, at, guard_of
 
 from rlrc.errors import UserError
 from rlrc.runtime import reach
@@ -16,6 +17,10 @@ from rlrc.runtime.guard import KEPT, Guard
 from rlrc.runtime.profile import Limit, Position, RobotProfile, Tracking, Workspace
 
 DT = 0.1
+# Most robots here stay where they were, whatever they are told (tests/test_plausible.py has others).
+ABSOLUTE, DELTA, VELOCITY = (
+    replace(dimension, lead=Tracking(1e3, "s")) for dimension in (guarded.ABSOLUTE, guarded.DELTA, guarded.VELOCITY)
+)
 NEAR = Position(-1.0, 1.0, "s")
 
 
@@ -129,7 +134,7 @@ def test_deltas_add_up_to_a_position() -> None:
 
 
 def test_a_delta_may_lead_on_from_where_the_robot_is() -> None:
-    guard = started(replace(DELTA, base="measured", position=NEAR), where=0.9)
+    guard = started(replace(DELTA, base="measured", position=NEAR, jump=Tracking(1.0, "s")), where=0.9)
     assert play(guard, 0.02, 0.02, where=0.5) == [0.02, 0.02]
     assert play(guard, 0.02, where=1.0) == [0.0]  # 0 m from the bound: nothing is left but to stop
     assert kinds(guard) == [("position", "clamp")]
@@ -339,7 +344,7 @@ def test_a_robot_that_is_outside(on: Any) -> None:
 
 
 def test_a_robot_outside_its_workspace() -> None:
-    delta = replace(DELTA, base="measured", position=None)
+    delta = replace(DELTA, base="measured", position=None, jump=Tracking(3.0, "s"))
     guard = started(delta, workspace=Workspace(("x",), (-1.0,), (1.0,), "s", slack=0.1))
     assert not guard.step(at(0.0), at(1.05), DT).held
     assert guard.step(at(0.01), at(1.05), DT).held  # outwards
@@ -403,7 +408,7 @@ def test_position_and_workspace_must_overlap() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    guard = started(ABSOLUTE, replace(DELTA, name="d", state="at_d"))
+    guard = started(ABSOLUTE, replace(DELTA, name="d", state="at_d", lead=Tracking(1e9, "s")))
     for phase in range(2):
         if phase:
             tracemalloc.start()

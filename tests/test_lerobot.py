@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,28 @@ import torch
 
 from rlrc.artifact import NormStats
 from rlrc.compressor.backbones import lerobot
-from rlrc.compressor.backbones.lerobot import Feature, Normaliser
+from rlrc.compressor.backbones.lerobot import Feature
+from rlrc.compressor.backbones.normaliser import Statistics, affine
 from rlrc.compressor.official import Folder
 from rlrc.compressor.weights import Tensors
 from rlrc.errors import UserError
 from rlrc.runtime.preprocess import normalise, unnormalise
 
-STATE = Feature("observation.state", "STATE", (2,))
 STATISTICS = {
-    "observation.state": {
-        "mean": (1.0, -2.0),
-        "std": (0.5, 0.0),
-        "min": (0.0, 3.0),
-        "max": (4.0, 3.0),
-        "q01": (-1.0, 0.0),
-        "q99": (1.0, 8.0),
-        "q10": (2.0, 2.0),
-        "q90": (3.0, 6.0),
-    }
+    "mean": [1.0, -2.0],
+    "std": [0.5, 0.0],
+    "min": [0.0, 3.0],
+    "max": [4.0, 3.0],
+    "q01": [-1.0, 0.0],
+    "q99": [1.0, 8.0],
+    "q10": [2.0, 2.0],
+    "q90": [3.0, 6.0],
 }
 
 
-def normaliser(mode: str, **changes: Any) -> Normaliser:
-    return Normaliser({"STATE": mode}, changes.pop("statistics", STATISTICS), 1e-8, **changes)
+def norm(mode: str, inverse: bool = False, eps: float = 1e-8, **changes: Any) -> NormStats:
+    values = {name: torch.tensor(numbers) for name, numbers in (STATISTICS | changes).items() if numbers is not None}
+    return affine(mode, values, 2, eps, "state", inverse)
 
 
 @pytest.mark.parametrize(
@@ -45,42 +43,63 @@ def normaliser(mode: str, **changes: Any) -> Normaliser:
         ("QUANTILES", [0.0, 2.0], [0.0, -0.5]),
         ("QUANTILES", [2.0, 0.0], [2.0, -1.0]),  # not clipped
         ("QUANTILE10", [2.25, 6.0], [-0.5, 1.0]),
-        ("IDENTITY", [2.0, -2.0], [2.0, -2.0]),
     ],
 )
 def test_modes(mode: str, raw: list[float], expected: list[float]) -> None:
-    assert normalise(raw, normaliser(mode).affine(STATE, 2)).tolist() == pytest.approx(expected, abs=1e-6)
-    back = normaliser(mode).affine(STATE, 2, inverse=True)
-    assert unnormalise(expected, back).tolist() == pytest.approx(raw, abs=1e-6)
+    assert normalise(raw, norm(mode)).tolist() == pytest.approx(expected, abs=1e-6)
+    assert unnormalise(expected, norm(mode, inverse=True)).tolist() == pytest.approx(raw, abs=1e-6)
 
 
 def test_eps_is_added_on_the_way_in_only() -> None:
     """And keeps a deviation of zero invertible."""
-    assert normaliser("MEAN_STD").affine(STATE, 2).scale == (0.5 + 1e-8, 1e-8)
-    assert normaliser("MEAN_STD").affine(STATE, 2, inverse=True).scale == (0.5, 1e-8)
-    wide = replace(normaliser("MEAN_STD"), eps=0.25)
-    assert wide.affine(STATE, 2).scale == (0.75, 0.25)
-
-
-def test_what_has_no_statistics_or_is_not_listed_is_left_alone() -> None:
-    same = NormStats((0.0, 0.0), (1.0, 1.0))
-    assert normaliser("MEAN_STD", statistics={}).affine(STATE, 2) == same
-    assert normaliser("MEAN_STD", only=frozenset({"action"})).affine(STATE, 2) == same
-    assert normaliser("MEAN_STD").affine(replace(STATE, kind="ENV"), 2) == same
+    assert norm("MEAN_STD").scale == (0.5 + 1e-8, 1e-8)
+    assert norm("MEAN_STD", inverse=True).scale == (0.5, 1e-8)
+    assert norm("MEAN_STD", eps=0.25).scale == (0.75, 0.25)
 
 
 @pytest.mark.parametrize(
-    ("mode", "statistics", "message"),
+    ("mode", "changes", "message"),
     [
-        ("ROBUST", STATISTICS["observation.state"], "expected one of the normalisation modes IDENTITY, MEAN_STD"),
-        ("QUANTILES", {"mean": (0.0, 0.0)}, "expected 2 finite numbers as q01 .* found none"),
-        ("MIN_MAX", {"min": (0.0,), "max": (1.0,)}, r"expected 2 finite numbers as min .* found \[0.0\]"),
-        ("MEAN_STD", {"mean": (float("inf"),) * 2, "std": (float("inf"),) * 2}, "expected 2 finite numbers as mean"),
+        (
+            "QUANTILES",
+            dict.fromkeys(("q01", "q99")),
+            "expected 2 finite .* as q01 of state, which QUANTILES takes, found",
+        ),
+        ("QUANTILE10", {"q90": None}, "as q90 of state, .* found only mean, std, min"),
+        ("MEAN_STD", {"std": None}, "as std of state"),
+        ("MIN_MAX", {"min": [0.0], "max": [1.0]}, r"as min of state, which MIN_MAX takes, found 1: \[0.0\]"),
+        ("MEAN_STD", {"std": [1.0, 1.0, 1.0]}, "as std of state, which MEAN_STD takes, found 3"),
+        ("MEAN_STD", {"mean": [float("inf")] * 2}, r"as mean of state, .* found \[inf, inf\]"),
+        ("QUANTILES", {"q99": [float("nan"), 1.0]}, "as q99 of state"),
+        ("MEAN_STD", {"std": [1, 2]}, "as std of state, which MEAN_STD takes, found int64 numbers"),
+        ("MEAN_STD", {"mean": [True, False]}, "as mean of state, which MEAN_STD takes, found bool numbers"),
+        ("MEAN_STD", {"std": [1.0, -0.5]}, "expected std of at least 0 in .* state, found -2 and -0.5 .* dimension 1"),
+        ("MIN_MAX", {"min": [9.0, 3.0]}, "expected min of at most max in .* state, found 9 and 4 .* dimension 0"),
     ],
 )
-def test_statistics_that_do_not_fit(mode: str, statistics: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        normaliser(mode, statistics={"observation.state": statistics}).affine(STATE, 2)
+def test_statistics_that_do_not_fit(mode: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        norm(mode, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "feature", "groups"),
+    [
+        ("action", "action", {"": "action"}),
+        ("buffer_observation_images_wrist_left", "observation.images.wrist_left", {"": None}),
+        ("observation.images.wrist.left", "observation.images.wrist_left", {"": None}),  # as LeRobot migrates it
+        ("so100.buffer.action", "action", {"so100": None}),
+        ("so100-red_buffer_observation_state", "observation.state", {"so100-red": None}),
+        ("aloha.observation.state", "observation.state", {"aloha": None}),
+        ("lab/arm/action", "action", {"lab/arm": None}),
+        ("observation.environment_state", "observation.state", {}),
+        ("reaction", "action", {}),
+    ],
+)
+def test_groups_of_statistics(stored: str, feature: str, groups: dict[str, str | None]) -> None:
+    found = Statistics("file", {stored: {}}).names(feature)
+    assert found == {group: name or stored for group, name in groups.items()}
 
 
 def step(name: str, **config: Any) -> dict[str, Any]:
@@ -99,6 +118,7 @@ def folder(
         "input_features": features,
         "output_features": {"action": {"type": "ACTION", "shape": [2]}},
         "chunk_size": 7,
+        "normalization_mapping": dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY"),
         **config,
     }
     virtual = {
@@ -120,7 +140,9 @@ def test_processor_files() -> None:
         "action.max": [2.0, 5.0],
     }
     modes = {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MIN_MAX"}
-    listed = {name: {"type": "any"} for name in ("observation.images.front", "observation.state")}
+    listed = {"observation.images.front": {"type": "VISUAL"}, "observation.state": {"type": "STATE"}}
+    listed["observation.image"] = {"type": "VISUAL"}
+    some = {"normalize_observation_keys": ["observation.images.front", "observation.state"]}
     norm = {"eps": 0.0, "norm_map": modes, "features": listed}
     opened = folder(
         [
@@ -129,7 +151,7 @@ def test_processor_files() -> None:
             step("smolvla_new_line_processor"),
             step("tokenizer_processor", max_length=12, padding_side="right", padding="longest", truncation=True),
             step("relative_actions_processor", enabled=False),
-            {**step("normalizer_processor", **norm), "state_file": "stats.safetensors"},
+            {**step("normalizer_processor", **norm, **some), "state_file": "stats.safetensors"},
         ],
         [{**step("unnormalizer_processor", **norm), "state_file": "stats.safetensors"}, step("device_processor")],
         state,

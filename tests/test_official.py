@@ -349,10 +349,13 @@ def test_hints_are_sections_of_a_file_or_the_whole_of_it(tmp_path: Path) -> None
         '{"geometry": {"a": 1}, "loader_hints": {"b": 2}, "oft": {"c": 3}, "d": 4, "tokenizer": "t/ (it)"}'
     )
     assert read_hints(hints) == {"a": 1, "b": 2, "c": 3, "tokenizer": str(tmp_path / "t")}
-    for text in ("[]", "{"):
+    for text in ("[]", "{", '{"num_action_chunks": 8}', '{"dinov2": {"heads": 3}, "x": 1}'):
         hints.write_text(text)
         with pytest.raises(UserError, match=f"expected .* in {hints}"):
             read_hints(hints)
+    hints.write_text('{"num_action_chunks": 8}')
+    with pytest.raises(UserError, match=r"found num_action_chunks; did you mean num_actions_chunk\?"):
+        read_hints(hints)
 
 
 def test_head_counts_must_be_told_where_no_table_has_them() -> None:

@@ -91,7 +91,7 @@ def test_infer_draws_the_noise_that_is_not_given(tmp_path: Path, capsys: pytest.
 def test_weights_that_give_no_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(DATA / "act/checkpoint", tmp_path / "folder")
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.action_head.bias": torch.full((6,), torch.nan)}, folder / "model.safetensors")
+    save_file({**tensors, "model.action_head.weight": torch.full((6, 32), 3e38)}, folder / "model.safetensors")
     np.savez(tmp_path / "obs.npz", **observation("act", 0))
     assert main(["infer", str(folder), str(tmp_path / "obs.npz"), "--out", str(tmp_path / "act.npz")]) == 1
     assert "check failed: expected finite actions, found nan or inf" in capsys.readouterr().err
@@ -208,7 +208,9 @@ def test_inspect_does_not_need_to_know_the_data_set(tmp_path: Path, capsys: pyte
     (stats,) = config["norm_stats"].values()
     (folder / "config.json").write_text(json.dumps({**config, "norm_stats": {"b": stats, "a": stats}}))
     assert main(["inspect", str(folder), *flags("openvla")]) == 0
-    assert "data sets a, b" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "data sets a, b" in shown
+    assert "action: bounds_q99 by q01, q99 of a.action in norm_stats of config.json" in shown
     np.savez(tmp_path / "obs.npz", **observation("openvla", 0))
     command = ["infer", str(folder), str(tmp_path / "obs.npz"), "--out", str(tmp_path / "act.npz"), *flags("openvla")]
     assert main(command) == 2

@@ -7,7 +7,7 @@ of one.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,23 @@ class Case:
     vocabulary: int = 200
     bins: int = 40
     shards: int = 1
+    text: dict[str, Any] = field(default_factory=dict)  # more of text_config
 
     @property
     def hints(self) -> dict[str, Any]:
         oft = {"num_actions_chunk": self.horizon, "num_images_in_input": self.images} if self.oft else {}
-        return {kind: {"heads": heads} for kind, heads, _ in self.vision} | oft
+        head = {"head": "discrete"} if self.oft == "tokens" else {}
+        return {kind: {"heads": heads} for kind, heads, _ in self.vision} | oft | head
 
 
 DINOV2 = ("dinov2", 2, Vision(12, 4, 20, patch=4, tokens=9))
 SIGLIP = ("siglip", 3, Vision(18, 3, 28, patch=4, tokens=9))
 CASES = {
     "grouped queries": Case((DINOV2, SIGLIP), Language(24, 3, 4, 2, 6, 40), pixels=12, dim=7),
+    "rotary positions as of transformers 5": Case(
+        (SIGLIP,), Language(24, 2, 3, 1, 8, 40), 12, 4, text={"rope_parameters": {"rope_theta": 90.0}, "head_dim": 8}
+    ),
+    "heads of another size": Case((SIGLIP,), Language(24, 2, 3, 1, 12, 40), 12, 4, text={"head_dim": 12}),
     "SigLIP alone, pixels left over": Case((SIGLIP,), Language(24, 2, 3, 1, 8, 40), pixels=15, dim=4, shards=3),
     "DINOv2 alone": Case((DINOV2,), Language(16, 2, 2, 2, 8, 24), pixels=12, dim=5),
     "three pictures, state": Case(
@@ -116,7 +122,7 @@ def write(path: Path, case: Case) -> None:
         "image_sizes": [case.pixels] * len(case.vision),
         "n_action_bins": case.bins,
         "pad_to_multiple_of": 8,
-        "text_config": text | {"model_type": "llama", "vocab_size": case.vocabulary, "rms_norm_eps": 3e-5},
+        "text_config": text | case.text | {"model_type": "llama", "vocab_size": case.vocabulary, "rms_norm_eps": 3e-5},
         "norm_stats": {"mine": {"action": bounds(case.dim), "proprio": bounds(case.state)}},
     }
     (path / "config.json").write_text(json.dumps(config))

@@ -73,19 +73,100 @@ def test_chunk_and_bounds_by_the_data_sets_name(copied: Callable[..., Path]) -> 
     assert norm.clip == 1
 
 
+def fine_tuned(folder: Path, felt: bool) -> None:
+    """dataset_statistics.json as both official codes save it: OpenVLA's has zeros for a state that it did not load."""
+    (stats,) = json.loads((folder / "config.json").read_text())["norm_stats"].values()
+    if not felt:
+        stats["proprio"] = {name: [0.0] * len(values) for name, values in stats["proprio"].items()}
+    (folder / "dataset_statistics.json").write_text(json.dumps({"libero_goal": stats}))
+
+
+PLACES = ("openvla-oft/runs/plain", "openvla-7b-oft-finetuned-libero", "aloha/openvla-v01-7b", "anything")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("saved", ["published", "fine-tuned", "with a state of the action's length"])
+def test_no_folders_name_makes_an_openvla_another_policy(tmp_path: Path, place: str, saved: str) -> None:
+    folder = shutil.copytree(DATA / "openvla/checkpoint", tmp_path / place)
+    if saved != "published":
+        fine_tuned(folder, felt=saved != "fine-tuned")
+    layout = layout_of(folder, hints("openvla"))
+    assert (layout.spec.family, layout.spec.action.horizon) == ("openvla", 1)
+    assert layout.spec.prompt is not None
+    assert layout.spec.prompt.template.startswith("In: ")
+    assert ["--hints family" in line for line in layout.assumed] == [True] * (saved != "published")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_folders_name_tells_the_length_of_a_chunk(tmp_path: Path, place: str) -> None:
+    folder = shutil.copytree(DATA / "openvla-oft-l1/checkpoint", tmp_path / place)
+    layout = layout_of(folder, hints("openvla-oft-l1", *SAID))
+    assert layout.spec.action.horizon == 8
+    assert [line.split(" (")[0] for line in layout.assumed] == [
+        "chunks of 8 actions, by the name of its data set, 'libero_spatial_no_noops'",
+        "normalisation by bounds_q99, by the name of its data set, 'libero_spatial_no_noops'",
+    ]
+    statistics = folder / "dataset_statistics.json"
+    for name in ("kitchen", "cambridge", "libero_to_aloha"):  # no robot, none as a word, two
+        statistics.write_text(json.dumps({name: next(iter(json.loads(statistics.read_text()).values()))}))
+        with pytest.raises(UserError, match="give num_actions_chunk"):
+            layout_of(folder, hints("openvla-oft-l1", *SAID))
+
+
 @pytest.mark.parametrize(
-    ("tell", "called", "family"),
+    ("told", "family"),
     [
-        ({}, "finetuned", "openvla"),  # every file is as OpenVLA's own
-        ({"num_actions_chunk": 3}, "finetuned", "openvla-oft"),
-        ({"num_images_in_input": 2}, "finetuned", "openvla-oft"),
-        ({}, "openvla-7b-oft-finetuned", "openvla-oft"),
-        ({}, "models--somebody--loft/snapshots/openvla", "openvla"),
+        ({"num_actions_chunk": 3, "head": "discrete"}, "openvla-oft"),
+        ({"num_images_in_input": 2, "head": "discrete"}, "openvla-oft"),
+        ({"family": "openvla-oft", "head": "discrete"}, "openvla-oft"),
+        ({"family": "openvla"}, "openvla"),
     ],
 )
-def test_which_of_the_two_families(tmp_path: Path, tell: dict[str, Any], called: str, family: str) -> None:
-    shutil.copytree(DATA / "openvla-oft-discrete" / "checkpoint", tmp_path / called)
-    assert layout_of(tmp_path / called, hints("openvla-oft-discrete", *SAID, **tell)).spec.family == family
+def test_which_of_the_two_families(copied: Callable[..., Path], told: dict[str, Any], family: str) -> None:
+    folder = copied("openvla-oft-discrete")
+    given = hints("openvla-oft-discrete", *SAID) | ({} if family == "openvla" else {"num_actions_chunk": 5}) | told
+    assert layout_of(folder, given).spec.family == family
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({}, r"expected action_head--\*.pt in .*found none; .*\"head\": \"discrete\".*--hints"),
+        ({"num_actions_chunk": 8}, r"expected action_head--\*.pt in .*found none; .*discrete"),
+        ({"num_images_in_input": 2}, r"expected action_head--\*.pt in .*found none; .*discrete"),
+        ({"family": "openvla-oft"}, r"expected action_head--\*.pt in .*found none; .*discrete"),
+        ({"family": "openvla", "num_actions_chunk": 8}, r"as the hint family says openvla, found num_actions_chunk"),
+        ({"family": "pi0"}, r"hint family to be one of openvla, openvla-oft, found 'pi0'"),
+        ({"head": "diffusion"}, r"hint head to be one of l1, discrete, found 'diffusion'"),
+        ({"head": "discrete", "robot": "panda", "num_images_in_input": 1}, r"robot to be one of libero.*found 'panda'"),
+    ],
+)
+@pytest.mark.parametrize("left", ["no files", "the projector"])
+def test_without_its_head_an_oft_is_no_policy_of_tokens(
+    copied: Callable[..., Path], told: dict[str, Any], message: str, left: str
+) -> None:
+    """The weights of both kinds are alike: decoded as tokens, those of an L1 policy give any action."""
+    folder = copied("openvla-oft-l1")
+    for path in folder.glob("action_head*" if left == "the projector" else "*.pt"):
+        path.unlink()
+    given = {**hints("openvla-oft-l1", *SAID, "use_proprio", "num_images_in_input"), **told}
+    with pytest.raises(UserError, match=message.replace("found num", "found .*num")) as caught:
+        layout_of(folder, given)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_of_one_step(copied: Callable[..., Path]) -> None:
+    folder = copied("openvla-oft-l1")
+    projector = folder / "proprio_projector--111_checkpoint.pt"
+    other = projector.rename(folder / "proprio_projector--222_checkpoint.pt")
+    message = r"one training step in .*, found action_head--111_checkpoint.pt and proprio_projector--222_checkpoint.pt"
+    with pytest.raises(UserError, match=message):
+        layout_of(folder, hints("openvla-oft-l1"))
+    other.rename(folder / "proprio_projector--latest_checkpoint.pt")
+    with pytest.raises(UserError, match="one training step"):
+        layout_of(folder, hints("openvla-oft-l1"))
+    (folder / "action_head--111_checkpoint.pt").rename(folder / "action_head--latest_checkpoint.pt")
+    layout_of(folder, hints("openvla-oft-l1"))
 
 
 def test_pictures_are_told_by_the_option_first(copied: Callable[..., Path]) -> None:
@@ -114,10 +195,12 @@ def test_statistics_of_several_data_sets(copied: Callable[..., Path], where: str
             layout_of(folder, hints("openvla"), unnorm_key=key)
 
 
-@pytest.mark.parametrize("name", ["openvla-v01-7b", "models--openvla--openvla-7b-v01/snapshots/47a0ec7f"])
-def test_first_version_has_vicunas_prompt(tmp_path: Path, name: str) -> None:
-    shutil.copytree(DATA / "openvla" / "checkpoint", tmp_path / name)
-    prompt = layout_of(tmp_path / name, hints("openvla")).spec.prompt
+@pytest.mark.parametrize(
+    ("backbone", "told"), [("vicuna-v15-7b", {}), ("vicuna-v15-13b", {}), ("llama2-7b-pure", {"prompt": "vicuna"})]
+)
+def test_first_version_has_vicunas_prompt(copied: Callable[..., Path], backbone: str, told: dict[str, Any]) -> None:
+    """Which is that of its language model, whatever the folder is called."""
+    prompt = layout_of(copied("openvla", llm_backbone_id=backbone), hints("openvla", **told)).spec.prompt
     assert prompt is not None
     assert prompt.template == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -127,6 +210,19 @@ def test_first_version_has_vicunas_prompt(tmp_path: Path, name: str) -> None:
     tokenizer = preprocess.Tokenizer(TOKENIZER, prompt)
     assert tokenizer("Close The Drawer").tolist() == tokenizer("close the drawer").tolist()
     assert tokenizer("close the drawer")[-1] == 29871
+
+
+def test_a_prompt_that_the_language_model_does_not_tell(copied: Callable[..., Path]) -> None:
+    folder = copied("openvla", llm_backbone_id=None)
+    layout = layout_of(folder, hints("openvla"))
+    assert layout.spec.prompt is not None
+    assert layout.spec.prompt.template.startswith("In: ")
+    assert [line for line in layout.assumed if "--hints prompt" in line]
+    config = json.loads((folder / "config.json").read_text())
+    for backbone, told in (("llama2-7b-chat", {}), ("llama2-7b-pure", {"prompt": "chat"})):
+        (folder / "config.json").write_text(json.dumps({**config, "llm_backbone_id": backbone}))
+        with pytest.raises(UserError, match=r"a prompt of pure or vicuna .* found '.*chat'; .*--hints"):
+            layout_of(folder, hints("openvla", **told))
 
 
 TEXT = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 44, "num_attention_heads": 2,
@@ -230,9 +326,19 @@ def test_pictures_are_normalised_as_the_processors_file_says(copied: Callable[..
     folder = copied("openvla")
     expected = layout_of(folder, hints("openvla")).spec.cameras
     values = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({**values, "means": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]})
-    )
+    other = {**values, "means": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"one set of means .*found \[\[0.1, .*\[\[0.485.* as tvf_normalize_params"):
+        layout_of(folder, hints("openvla"))
+    del other["tvf_normalize_params"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(other))
     assert layout_of(folder, hints("openvla")).spec.cameras[0].mean == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    rounded = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
+    derived = [rounded, values["tvf_normalize_params"][1]]  # openvla-7b's, in bfloat16: the official code takes these
+    (folder / "preprocessor_config.json").write_text(json.dumps({**values, "tvf_normalize_params": derived}))
+    camera = layout_of(folder, hints("openvla")).spec.cameras[0]
+    assert camera.mean == (0.484375, 0.455078125, 0.40625, 0.5, 0.5, 0.5)
+    assert camera.std == (0.228515625, 0.2236328125, 0.224609375, 0.5, 0.5, 0.5)
     (folder / "preprocessor_config.json").unlink()
-    assert layout_of(folder, hints("openvla")).spec.cameras == expected
+    for one, other in zip(layout_of(folder, hints("openvla")).spec.cameras, expected, strict=True):
+        assert (one.mean, one.std) == (pytest.approx(other.mean, abs=1e-7), pytest.approx(other.std, abs=1e-7))

@@ -213,18 +213,20 @@ def test_a_page_over_tls(arm_toy: Path, tmp_path: Path) -> None:
             assert json.load(response) == {"stopped": False, "reason": ""}
 
 
-def test_a_page_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "what"), [("spawn_main", "the page http"), ("stop_listener", "POST http")])
+def test_a_page_or_a_stop_that_is_killed_stops_the_robot(arm_toy: Path, tmp_path: Path, code: str, what: str) -> None:
     run = Running(arm_toy, tmp_path, "--port", "0")
-    pages = [pid for pid in children(run.process.pid) if is_page(pid)]
-    assert len(pages) == 1
-    os.kill(pages[0], signal.SIGKILL)
+    pids = [pid for pid in children(run.process.pid) if is_listening(pid)]
+    found = [pid for pid in pids if code in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(found) == 1
+    os.kill(found[0], signal.SIGKILL)
     printed, complaints = run.process.communicate(timeout=60)
     assert run.process.returncode == 1
-    assert "stopped: lost the page http://127.0.0.1:" in complaints + printed
+    assert f"stopped: lost {what}://127.0.0.1:" in complaints + printed
 
 
-def is_page(pid: int) -> bool:
-    """Ours listens on a port; inference does not."""
+def is_listening(pid: int) -> bool:
+    """Inference does not."""
     sockets = {file[8:-1] for file in open_files(pid) if file.startswith("socket:[")}
     listening = {
         line.split()[9] for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:] if " 0A " in line
@@ -242,6 +244,21 @@ def test_a_stop_over_http_ends_a_run_without_rearm(arm_toy: Path, tmp_path: Path
     assert rows[-1]["stopped"]
 
 
+def test_a_frozen_page_keeps_nobody_from_stopping(arm_toy: Path, tmp_path: Path) -> None:
+    run = Running(arm_toy, tmp_path, "--port", "0")
+    assert run.process.stdout is not None
+    link = run.process.stdout.readline().split()[1]
+    browser = Browser(link)
+    own = Browser(f"http://127.0.0.1:{browser.news(1)[0][1]['stop']}/#{browser.token}")
+    pids = [pid for pid in children(run.process.pid) if is_listening(pid)]
+    page = next(pid for pid in pids if "stop_listener" not in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(page, signal.SIGSTOP)  # as if it were kept busy for ever
+    assert own.post("/stop") == (200, {"stopped": True, "reason": "HTTP"})
+    printed, rows = run.end()
+    assert "asked to stop: HTTP" in printed
+    assert rows[-1]["stopped"]
+
+
 def test_a_port_that_is_taken_is_told(running: Running, browser: Browser, arm_toy: Path, tmp_path: Path) -> None:
     port = browser.url.rpartition(":")[2]
     command = [sys.executable, "-m", "rlrc.runtime.cli", "serve", str(arm_toy), "--port", "0", "--page", port]
@@ -256,6 +273,7 @@ def test_a_port_that_is_taken_is_told(running: Running, browser: Browser, arm_to
         (["--port", "0", "--host", "0.0.0.0"], "expected --token, --certificate and --key for 0.0.0.0"),
         (["--port", "0", "--token", "a b"], "a token of ASCII characters without blanks"),
         (["--port", "0", "--certificate", "c.pem"], "expected both --certificate and --key"),
+        (["--stop-port", "8766"], "expected --port with --stop-port"),
     ],
 )
 def test_a_page_for_others_is_protected(
@@ -263,6 +281,11 @@ def test_a_page_for_others_is_protected(
 ) -> None:
     assert main(["run", str(arm_toy), "--env", "metaworld:drawer-open-v3", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stop_port_without_a_page_is_refused(arm_toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(arm_toy), "--stop-port", "8766"]) == 2
+    assert "expected --page with --stop-port" in capsys.readouterr().err
 
 
 def test_the_page_of_a_server(arm_toy: Path) -> None:
@@ -295,6 +318,19 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
             assert browser.post("/rearm", {"reason": "all clear"}) == (200, {})
             policy.infer(observation)
             wait_for(lambda: any(act == "rearm" for _, act, _ in browser.news(1)[0][1]["events"]))
+            own = Browser(f"http://127.0.0.1:{hello['stop']}/#{browser.token}")  # the stop's port, without the page
+            assert own.post("/stop", {"x": 1}) == (200, {"stopped": True, "reason": "HTTP"})
+            assert own.ask("/events")[0] == 404
+            with pytest.raises(NoAction, match=r"found it stopped .HTTP."):
+                policy.infer(observation)
+            assert browser.state["stopped"] == "HTTP"
+            assert browser.post("/rearm", {"reason": "again"}) == (200, {})
+            listener = [pid for pid in children(served.process.pid) if b"stop_listener" in read(f"/proc/{pid}/cmdline")]
+            os.kill(listener[0], signal.SIGKILL)
+            wait_for(lambda: str(browser.state["stopped"]).startswith("lost POST http://127.0.0.1:"))
+            with pytest.raises(NoAction, match="lost POST"):
+                policy.infer(observation)
+            assert "expected every way to stop to work" in browser.post("/rearm", {"reason": "x"})[1]["error"]
         code, complaints = served.end()
     assert code == 0
     records = [json.loads(line) for line in complaints.splitlines()]
@@ -302,6 +338,10 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
     assert "re-armed by the page (all clear) (was stopped: the page)" in [one["message"] for one in records]
     refused = next(one for one in records if one.get("outcome") == "guard")
     assert (refused["protocol"], refused["client"]) == ("openpi", "127.0.0.1")
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 # The feed between the processes

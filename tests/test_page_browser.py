@@ -60,6 +60,8 @@ def test_an_operator_stops_and_re_arms_a_loop(arm_toy: Path, tmp_path: Path) -> 
     assert before["sent"] < told["pressed"] + DELIVERED_S
     assert told["pressed"] < stopped["sent"] < told["pressed"] + PERIOD_S + DELIVERED_S
     print(f"from the press to the hold: {(stopped['sent'] - told['pressed']) * 1e3:.1f} ms at 20 Hz")
+    assert [False, 200] in told["stops"]  # by the stop's own port, which is asked again and again
+    assert [True, 200] in told["stops"]  # and by the page's
     assert told["tapped"] == "Stopped"  # a tap re-arms nothing
     assert told["bench"].startswith("p50")
     again = next(row for row in rows if row["sent"] > stopped["sent"] and not row["stopped"])

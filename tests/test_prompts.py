@@ -72,6 +72,10 @@ def test_state_in_the_prompt(tokenizer_file: Path) -> None:
     numbers = "-1 0 0 1 2 2 3 3 3"
     assert digits(state, 4) == numbers
     assert Tokenizer(tokenizer_file, prompt).text("go {state}", state) == f"go {{state}}, State: {numbers};"
+    # Padded with zeros, whose bin is 2, but never cut.
+    wide = replace(prompt, state_width=11)
+    assert Tokenizer(tokenizer_file, wide).text("go", state) == f"go, State: {numbers} 2 2;"
+    assert Tokenizer(tokenizer_file, replace(prompt, state_width=9)).text("go", state) == f"go, State: {numbers};"
 
 
 def test_ids_follow_the_state(tokenizer_file: Path, tmp_path: Path) -> None:

@@ -62,3 +62,21 @@ def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"expected to record into .*run, found that the recording failed"):
         recorder.finish()
     assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_written_stops_the_robot_too(tmp_path: Path) -> None:
+    class Odd(rig.Arm):
+        def sense(self) -> object:
+            sensed = super().sense()
+            return sensed._replace(observation={**sensed.observation, "note": np.array([None], object)})
+
+    recorder = Recorder(Odd(), rig.spec(), 50.0, tmp_path / "run")
+    recorder.begin("wave")
+    recorder.sense()
+    recorder.command(np.zeros(2))
+    deadline = time.monotonic() + 10
+    with pytest.raises(RobotError, match="the recording failed: ValueError"):
+        while time.monotonic() < deadline:
+            recorder.sense()
+            time.sleep(0.01)
+    recorder.close()

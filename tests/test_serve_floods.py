@@ -74,7 +74,7 @@ def test_what_is_broken_leaves_no_traceback(served: Served) -> None:
     with socket.create_connection(("127.0.0.1", served.ports["openvla"]), 8) as connection:
         connection.sendall(half)
         wait_for(lambda: served.get("/healthz", "openvla")[0] == 200)
-    assert told(served.ports["openvla"], b"\x16\x03\x01" + bytes(100)).startswith(b"HTTP/1.0 400")
+    assert told(served.ports["openvla"], b"\x16\x03\x01" + bytes(100)).startswith(b"HTTP/1.1 400")
     code, log = served.end()
     assert code == 0
     assert "openvla client 127.0.0.1: gone" in log

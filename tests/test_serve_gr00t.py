@@ -23,7 +23,8 @@ from rlrc.errors import UserError
 from rlrc.runtime import cli
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.servers import gr00t, observations, zmtp
-from rlrc.runtime.servers.session import LARGEST
+from rlrc.runtime.servers.ports import Access
+from rlrc.runtime.servers.session import LARGEST, Session
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (32, 32, 3), np.uint8)
@@ -144,7 +145,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "state of integers": (asked(state={"state": np.zeros((1, 1, 3), int)}), "as a row of floats"),
     "no words": (asked(language={"instruction": [["open", "close"]]}), "expected an instruction as text"),
     "video of numbers": (asked(video=3), "expected video as a map"),
-    "names of lines": (asked(video={"a\nb": 3}), r"expected video.a\nb of one robot"),
+    "names of lines": (asked(video={"a\nb": 3}), r"expected video.a\nb as an array, found 3"),
     "4 GB": (asked(state={"state": npy((2**30,))}), "expected 4294967296 bytes"),
     "many bytes": (asked(state={"state": npy((10**30,))}), "expected an array's shape"),
     "objects": (asked(state={"state": npy((1,), "|O", bytes(8))}), "found dtype '|O'"),
@@ -154,6 +155,21 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "half a text": (asked(language={"instruction": npy((1,), "<U1", b"\xff\xff\xff\xff")}), "expected text in Unicode"),
     "long words": (asked(language={"instruction": "open " * 1000}), "up to 4096 characters"),
     "nested": (b"\x91" * 100_000, "expected a msgpack message"),
+    # Names that the mapping does not have are named.
+    "another camera": (
+        asked(video={"front": PICTURE[None, None]}),
+        "expected video.corner4 in the observation, found language.instruction, state.state, video.front; send it",
+    ),
+    "other states": (
+        asked(state={"arm": STATE[None, None], "gripper": STATE[None, None]}),
+        "expected state.state in the observation, found language.instruction, state.arm, state.gripper, video.corner4",
+    ),
+    "no number": (asked(state={"state": None}), "expected state.state as an array, found None; send what was measured"),
+    "a picture of bytes": (asked(video={"corner4": b"\xff"}), "expected video.corner4 as an array, found bytes"),
+    "words of nothing": (asked(language={"instruction": None}), "at language.instruction, found None there; send one"),
+    "an array for an endpoint": (gr00t_packed({"endpoint": STATE}), "found ndarray; ask for one of them"),
+    "an endpoint of maps": (gr00t_packed({"endpoint": {"get_action": 1}}), "found dict; ask for one of them"),
+    "too large": (b"\0" * (LARGEST + 1), "expected a request of up to 16777216 bytes, found a larger one; send less"),
 }
 
 
@@ -168,6 +184,18 @@ def test_what_is_wrong_is_told_in_one_line(served: Served, name: str) -> None:
         assert "\n" not in found["error"]
         actions, _ = client.get_action(NESTED)  # the connection goes on
         assert actions["action"].shape == (1, 3, 4)
+
+
+def test_a_camera_that_is_called_otherwise_is_not_dropped(tiny_manifest: Any) -> None:
+    """Not even where the policy does without it."""
+    spec: PolicySpec = tiny_manifest.policy
+    cameras = (spec.cameras[0], replace(spec.cameras[0], name="wrist", optional=True))
+    mapped = observations.load("own", replace(spec, cameras=cameras), None, "gr00t")
+    server = gr00t.Gr00tServer(Session(spec), mapped, Access())
+    server._check_cameras({"corner4": PICTURE})
+    server._check_cameras({"corner4": PICTURE, "wrist": PICTURE, "more": PICTURE})
+    with pytest.raises(UserError, match=r"cameras corner4, wrist in video, found wrst and no wrist; rename it"):
+        server._check_cameras({"corner4": PICTURE, "wrst": PICTURE})
 
 
 def test_a_token_is_asked_for(toy_artifact: Path) -> None:
@@ -199,7 +227,7 @@ HOSTILE = {
     "one frame": HELLO + b"\x00\x05hello",
     "a body before the request": HELLO + b"\x01\x05hello",
     "frames without end": HELLO + b"\x01\x00" + b"\x01\x05hello",
-    "a frame that is too large": HELLO + b"\x01\x00\x02" + (LARGEST + 1).to_bytes(8, "big"),
+    "a frame that is too large": HELLO + b"\x01\x00\x02" + (zmtp.DISCARDED * LARGEST + 1).to_bytes(8, "big"),
     "a command that is too large": HELLO + b"\x06" + (2**20).to_bytes(8, "big"),
 }
 

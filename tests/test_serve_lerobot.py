@@ -32,7 +32,7 @@ from clients import (
     features,
     lerobot,
 )
-from serving import Served
+from serving import Served, wait_for
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
@@ -41,7 +41,7 @@ from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.servers import observations, pickles, protobuf
 from rlrc.runtime.servers.lerobot import CLIENTS, LerobotServer, Robot, Timed
 from rlrc.runtime.servers.ports import Access
-from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.servers.session import LARGEST, Refused, Session
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 MOTORS = {"shoulder.pos": 0.1, "elbow.pos": np.float32(0.5), "gripper.pos": np.float64(1.0)}
@@ -176,21 +176,101 @@ def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 
 def test_what_comes_too_early_is_told(served: Served) -> None:
     with LerobotClient(served.ports["lerobot"]) as client:
-        code, told = refused(client.get_actions)
-        assert (code, told.split(";")[0]) == (
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "expected Ready first, found none from this connection",
+        assert client.get_actions() == b""  # of a client that may have been here before: it is asked to go on
+        strange = TimedObservation(1700000000.0, 0, {"wheel.vel": 1.0, "task": WORDS})
+        code, told = refused(lambda: client.send_observation(strange))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert told == (
+            "expected SendPolicyInstructions before observations, found none from a client with such sensors; start "
+            "the client again"
         )
-        client.stub_ready(MESSAGES["Empty"]())
-        assert (
-            "expected SendPolicyInstructions before observations"
-            in refused(lambda: client.send_observation(timed()))[1]
-        )
+
+
+MORE = features([*MOTORS][::-1], {"corner4": (32, 32, 3), "wrist": (32, 32, 3)})
+
+
+def test_a_client_goes_on_after_its_connection_was_lost(served: Served, expected: np.ndarray) -> None:
+    with LerobotClient(served.ports["lerobot"]) as first:
+        first.start(FEATURES)
+        first.send_observation(timed(3))
+        assert len(pickle.loads(first.get_actions())) == 3
+    with LerobotClient(served.ports["lerobot"]) as other:  # another robot, which has more
+        other.start(MORE, actions_per_chunk=1)
+    with LerobotClient(served.ports["lerobot"]) as again:  # no Ready, no SendPolicyInstructions
+        again.send_observation(timed(3))
+        found = np.stack([action.action for action in pickle.loads(again.get_actions())])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    with LerobotClient(served.ports["lerobot"]) as other:
+        other.send_observation(timed(9, wrist=PICTURE))
+        found = np.stack([action.action for action in pickle.loads(other.get_actions())])
+        assert found.shape == (1, 4)
+        assert np.abs(found - expected[:1]).max() > 1e-3  # its motors are in another order
+
+
+def test_a_client_goes_on_after_a_restart_of_the_server(toy_artifact: Path, expected: np.ndarray) -> None:
+    with Served(toy_artifact, protocols=("lerobot",)) as free:
+        port = free.ports["lerobot"]
+    with LerobotClient(port) as client:  # one connection object, as LeRobot's client keeps it
+        for number in range(2):
+            with Served(toy_artifact, protocols=("lerobot",), port=port):
+                if not number:
+                    client.start(FEATURES, actions_per_chunk=2)
+                wait_for(lambda: client.channel_is_there())
+                client.send_observation(timed(7 * number))
+                found = np.stack([action.action for action in pickle.loads(client.get_actions())])
+                np.testing.assert_allclose(found, expected[:2], rtol=0, atol=1e-6)
+
+
+def test_clients_that_cannot_be_told_apart_are_not_mixed_up(served: Served) -> None:
+    turned = features([*MOTORS][::-1], {"corner4": (32, 32, 3)})
+    with (
+        LerobotClient(served.ports["lerobot"]) as one,
+        LerobotClient(served.ports["lerobot"]) as other,
+        LerobotClient(served.ports["lerobot"]) as again,
+    ):
+        one.start(FEATURES)
+        other.start(turned)
+        assert "found two clients with such sensors" in refused(lambda: again.send_observation(timed()))[1]
+        other.start(FEATURES)
+
+
+def test_who_is_refused_again_and_again_is_made_to_pause(toy_artifact: Path) -> None:
+    served = Served(toy_artifact, "--token", "secret", protocols=("lerobot",))
+    with LerobotClient(served.ports["lerobot"]) as client:  # whose loop has no pause of its own
+        begun, calls = time.monotonic(), 0
+        while time.monotonic() - begun < 2.5:
+            refused(client.get_actions)
+            calls += 1
+        assert calls <= 4
+    with LerobotClient(served.ports["lerobot"], ("authorization", "Bearer secret")) as client:
+        client.start(FEATURES)
+        wrong = timed(**{"elbow.pos": np.nan})
+        begun = time.monotonic()
+        for _ in range(2):
+            refused(lambda: client.send_observation(wrong))  # one or two broken ones do not hold up its robot
+        assert time.monotonic() - begun < 0.5
+        begun, calls = time.monotonic(), 0
+        while time.monotonic() - begun < 2.5:
+            refused(lambda: client.send_observation(wrong))
+            calls += 1
+        assert calls <= 4
+    code, log = served.end()
+    assert code == 0
+    assert len(log.splitlines()) < 10
 
 
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, (f"touch {WAS_HERE}",)
+
+
+class Huge:
+    """An array without bytes, as numpy pickles it, of sizes that none can have."""
+
+    def __reduce__(self) -> Any:
+        from numpy._core.numeric import _frombuffer  # type: ignore[attr-defined]
+
+        return _frombuffer, (b"", np.dtype("u1"), (0, 2**39, 2**39), "C")
 
 
 def huge() -> bytes:
@@ -221,10 +301,13 @@ WRONG: dict[str, tuple[Callable[[], bytes], str]] = {
     "colliding keys": (lambda: pickle.dumps({k * (2**61 - 1): 0 for k in range(9)}), "a key that is a int"),
     "half words": (lambda: b"\x80\x02X\x03\0\0\0\xed\xa0\x80.", "expected a pickle"),
     "no motor": (lambda: pickle.dumps(timed(**{"elbow.pos": None})), "expected the number elbow.pos"),
-    "motor of text": (lambda: pickle.dumps(timed(**{"elbow.pos": "0"})), "expected the number elbow.pos"),
-    "motor of nan": (lambda: pickle.dumps(timed(**{"elbow.pos": np.nan})), "expected the number elbow.pos"),
-    "motor of a huge number": (lambda: pickle.dumps(timed(**{"elbow.pos": 10**400})), "expected the number elbow.pos"),
-    "two motors": (lambda: pickle.dumps(timed(**{"elbow.pos": np.zeros(2)})), "expected the number elbow.pos"),
+    "motor of text": (lambda: pickle.dumps(timed(**{"elbow.pos": "0"})), "expected elbow.pos as a number, found '0'"),
+    "motor of nan": (lambda: pickle.dumps(timed(**{"elbow.pos": np.nan})), "elbow.pos as a finite number, found nan"),
+    "motor of a huge number": (
+        lambda: pickle.dumps(timed(**{"elbow.pos": 10**400})),
+        "found an integer of more than 64",
+    ),
+    "two motors": (lambda: pickle.dumps(timed(**{"elbow.pos": np.zeros(2)})), "as a number, found an array (2,)"),
     "no picture": (lambda: pickle.dumps(timed(corner4=None)), "expected observation.images.corner4"),
     "objects": (lambda: pickle.dumps(timed(corner4=np.array([None]))), "found dtype '|O8'"),
     "transposed": (lambda: pickle.dumps(timed(corner4=PICTURE.transpose(2, 0, 1))), "found uint8 (3, 32, 32)"),
@@ -232,6 +315,10 @@ WRONG: dict[str, tuple[Callable[[], bytes], str]] = {
     "words of bytes": (lambda: pickle.dumps(timed(task=b"open")), "expected an instruction as text"),
     "step of text": (lambda: pickle.dumps(TimedObservation(0.0, "0", {})), "a timestep"),  # type: ignore[arg-type]
     "step too far": (lambda: pickle.dumps(TimedObservation(0.0, 2**40, {})), "a timestep"),
+    "time of nan": (lambda: pickle.dumps(TimedObservation(float("nan"), 0, {})), "a timestamp in seconds, found nan"),
+    "words of numpy": (lambda: pickle.dumps(timed(task=np.float32(1))), "expected the task as text, found what scalar"),
+    "sizes of no array": (lambda: pickle.dumps(timed(corner4=Huge())), "which numpy does not take"),
+    "a reference to nothing": (lambda: b"\x80\x02h\x07.", "found: 'a reference to nothing'"),
     "no map": (lambda: pickle.dumps(TimedObservation(0.0, 0, [])), "as a map, found list"),  # type: ignore[arg-type]
 }
 
@@ -260,14 +347,47 @@ def test_wrong_instructions_are_refused(client: LerobotClient) -> None:
     cases: list[tuple[Any, str]] = [
         (Evil(), "found 'posix.system'"),
         (timed(), "expected LeRobot's RemotePolicyConfig"),
-        (replace(config, lerobot_features=[]), "expected lerobot_features and actions_per_chunk"),
-        (replace(config, actions_per_chunk=0), "expected lerobot_features and actions_per_chunk"),
+        (replace(config, lerobot_features=[]), "expected lerobot_features as a map, found list"),
+        (replace(config, actions_per_chunk=0), "expected actions_per_chunk of 1 or more, found 0"),
         (replace(config, rename_map={"a": 1}), "expected a rename_map of texts"),
         (
             replace(config, lerobot_features={"observation.state": {"dtype": "float32", "names": "xyz"}}),
             "expected names of the numbers of observation.state",
         ),
         (replace(config, lerobot_features=features(list("x" * 2000), {})), "expected up to 1024 numbers"),
+        # What can never fit is refused here, not at the first observation.
+        (
+            replace(config, lerobot_features=features(list(MOTORS), {"front": (32, 32, 3)})),
+            "expected the cameras observation.images.corner4, found observation.images.front; name",
+        ),
+        (
+            replace(config, lerobot_features=features([*MOTORS, "wrist.pos"], {"corner4": (32, 32, 3)})),
+            "numbers (x, y, grip), found 4 (shoulder.pos, elbow.pos, gripper.pos, wrist.pos); use the robot",
+        ),
+        (
+            replace(config, lerobot_features=features([], {"corner4": (32, 32, 3)})),
+            "expected a state of 3 numbers",
+        ),
+        (
+            replace(config, lerobot_features={"observation.images.corner4": {"dtype": "image", "shape": (32, 32, 3)}}),
+            "expected the state observation.state, found none",
+        ),
+        (
+            replace(config, lerobot_features=features(list(MOTORS), {"corner4": (480, 640, 3)})),
+            "expected observation.images.corner4 of shape (32, 32, 3), found (480, 640, 3)",
+        ),
+        (
+            replace(config, lerobot_features=features(list(MOTORS), {"corner4": (32, 32, 1)})),
+            "found (32, 32, 1)",
+        ),
+        (
+            replace(
+                config,
+                lerobot_features=features(list(MOTORS), {"corner4": (32, 32, 3), "b": (32, 32, 3)}),
+                rename_map={"observation.images.b": "observation.images.corner4"},
+            ),
+            "found two as observation.images.corner4; correct --rename_map",
+        ),
     ]
     for wrong, told in cases:
         assert told in refused(lambda wrong=wrong: client.instruct(pickle.dumps(wrong)))[1]
@@ -298,8 +418,10 @@ def test_streams_that_do_not_end_well_are_refused(client: LerobotClient) -> None
         code, found = refused(lambda messages=messages: client.send(iter(messages)))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert told in found
-    code, _ = refused(lambda: client.send(iter([message(END, bytes(5 * 2**20))])))
+    code, told = refused(lambda: client.send(iter([message(END, bytes(LARGEST))])))
     assert code == grpc.StatusCode.RESOURCE_EXHAUSTED  # gRPC's own limit of a message
+    assert f"larger than max ({LARGEST + 7} vs. {LARGEST})" in told
+    assert refused(lambda: client.send(iter([message(END, bytes(5 * 2**20))])))[1].startswith("expected a pickle")
 
 
 def test_a_token_is_asked_for(toy_artifact: Path) -> None:
@@ -326,8 +448,7 @@ def test_a_client_that_waits_keeps_its_place(tiny_manifest: Any) -> None:
         await asyncio.sleep(1.1)
         await server.ready("more", b"")  # in the place of one that does nothing
         assert await waiting == b""
-        with pytest.raises(UserError, match="expected Ready first"):
-            await server.actions("1", b"")
+        assert await server.actions("1", b"") == b""  # it comes back, in the place of another that does nothing
         assert await server.actions("0", b"") == b""
 
     asyncio.run(connect())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from load_attacks import UPGRADE
 from serving import Served, wait_for
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -127,6 +129,11 @@ WRONG = {
     "objects": msgpack.packb({"state": {b"__ndarray__": True, b"data": b"\0" * 8, b"dtype": "|O", b"shape": [1]}}),
     "declared list of 4 G": b"\xdd\xff\xff\xff\xff",
     "nested": b"\x91" * 100_000,
+    "no state": observation() | {"state": None},
+    "a number that is none": msgpack.packb({"state": {b"__npgeneric__": True, b"data": float("nan"), b"dtype": "<i4"}}),
+    "sizes of no array": msgpack.packb(
+        {"state": {b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [0, 2**62, 2**62]}}
+    ),
     "many maps": b"\xdc\x01\x00" + (b"\xdc\x10\x00" + b"\x80" * 4096) * 256,
 }
 
@@ -169,12 +176,48 @@ def test_garbage_leaves_the_server_as_it_was(served: Served) -> None:
     assert served.get("/readyz") == (200, "ready\n")
 
 
-def test_a_message_that_is_too_large_is_refused_unread(served: Served) -> None:
+def test_a_message_that_is_too_large_is_refused_unread(toy_artifact: Path) -> None:
+    served = Served(toy_artifact)
     with opened(served) as connection, pytest.raises(ConnectionClosedError) as closed:
         connection.send(b"\0" * (LARGEST + 1))
         connection.recv(30)
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1009
+    with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8) as broken:
+        broken.sendall(UPGRADE)
+        broken.recv(4096)
+        broken.sendall(b"\xc3\x80\0\0\0\0")  # which are none
+        while broken.recv(4096):
+            pass
+    with opened(served):
+        pass
+    code, log = served.end()
+    assert code == 0
+    assert "expected a message of up to 16777216 bytes, found a larger one; send smaller pictures" in log
+    assert "expected WebSocket frames, found: invalid opcode; use openpi-client" in log
+    assert ": gone" not in log  # that is said of clients that left in the middle of something
+
+
+def test_two_tokens_are_none(toy_artifact: Path) -> None:
+    request = UPGRADE.replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer secret\r\nAuthorization: Bearer x\r\n\r\n")
+    served = Served(toy_artifact, "--token", "secret")
+    for sent in (request, request.replace(b"Bearer x", b"Bearer \xff\xe9"), UPGRADE):
+        with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8) as connection:
+            connection.sendall(sent)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
+    for sent in (b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", request.replace(b"\r\n", b"\r\r\n")):
+        with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8) as connection:
+            connection.sendall(sent)
+            while connection.recv(4096):
+                pass
+    with socket.create_connection(("127.0.0.1", served.ports["openpi"]), 8):  # a port scan
+        pass
+    code, log = served.end()
+    assert code == 0
+    assert "found another token or none; send it" in log
+    assert "expected openpi's WebSocket, found: did not receive a valid HTTP request; use openpi-client" in log
+    assert "secret" not in log
+    assert "Traceback" not in log
 
 
 def test_a_page_in_a_browser_does_not_get_in(served: Served) -> None:

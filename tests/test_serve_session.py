@@ -121,6 +121,28 @@ def test_a_server_is_stopped_and_rearmed(arm_toy: Path, arm_spec: PolicySpec, gu
     asyncio.run(serve())
 
 
+def test_a_stop_from_another_thread_is_not_lost_in_a_rearm(tiny_spec: PolicySpec) -> None:
+    """It comes while the guard is asked whether the newest chunk would pass."""
+
+    async def play() -> None:
+        class Slow(GuardedChunks):
+            def rearm(self, reason: str) -> None:
+                super().rearm(reason)
+                session.halt("HTTP")
+
+        session = Session(tiny_spec, Slow(guard_of(ABSOLUTE)))
+        session.opened.set()
+        session.stop("the page")
+        with pytest.raises(UserError, match="expected nobody to press stop meanwhile"):
+            session.rearm("the test")
+        assert session.stopped == "the page"
+        session.lost = "POST http://127.0.0.1:1/stop"
+        with pytest.raises(UserError, match="expected every way to stop to work, found POST http"):
+            session.rearm("the test")
+
+    asyncio.run(play())
+
+
 def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: PolicySpec) -> None:
     from rlrc.runtime import profile
     from rlrc.runtime.guard import Guard
@@ -161,8 +183,8 @@ def test_every_client_has_its_own_noise(tiny_manifest: Any) -> None:
     given: list[dict[str, Any]] = []
 
     class Told(Session):
-        async def infer(self, observation: Any) -> Any:
-            given.append(observation)
+        async def infer(self, observation: Any, *_: Any) -> Any:
+            given.append(observation() if callable(observation) else observation)
 
     async def serve() -> None:
         session = Told(spec)
@@ -322,6 +344,11 @@ def test_who_may_connect() -> None:
     assert [secret.allows(text) for text in ("Api-Key t", "Bearer t", "Basic t", "t", "Api-Key", None)] == [
         True, True, False, False, False, False,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ["Bearer \udcff", "Bearer \ud800x", "Bearer \xe9", "Bearer", "", "Bearer  secret"])
+def test_a_token_of_other_characters_is_another_token(given: str) -> None:
+    assert not Access("secret").allows(given)
 
 
 def test_protocols_without_tls_stay_on_this_machine() -> None:

@@ -229,3 +229,59 @@ def test_command_refuses_a_golden_with_a_wrong_hash(own_toy: Path) -> None:
     (own_toy / "golden.npz").write_bytes(damaged)
     with pytest.raises(artifacts.ArtifactError, match="expected sha256"):
         Verify(own_toy).run()
+
+
+# Dimensions that never move in the data: a deviation or range of zero, of which normalisation makes some 1e-8
+
+
+def acting(center: tuple[float, ...], scale: tuple[float, ...], bins: int = 0) -> ActionSpec:
+    names = tuple(f"joint_{i}" for i in range(len(center)))
+    return ActionSpec(2, names, ("absolute",) * len(names), ("rad",) * len(names), NormStats(center, scale), bins)
+
+
+@pytest.mark.parametrize("constant", [5e-9, 1e-8, 5e-7, 1e-6])
+@pytest.mark.parametrize("bins", [0, 100])
+def test_a_constant_dimension_has_no_say_in_the_limit(constant: float, bins: int) -> None:
+    spec = acting((0.0, 0.3, 0.0), (0.5, constant, 0.1), bins)
+    assert verify.default_limits(spec).tolerance == pytest.approx(0.1 / (bins or 256))  # half of 0.2 / bins
+
+
+def test_a_dimension_of_steps_that_float32_does_not_resolve_is_constant() -> None:
+    # Between 2048 and 4096 float32 counts in steps of 0.00024.
+    assert verify.default_limits(acting((2500.0, 0.0), (0.001, 0.1))).tolerance == pytest.approx(0.1 / 256)
+    assert verify.default_limits(acting((2500.0, 0.0), (1.0, 2.0))).tolerance == pytest.approx(1 / 256)
+
+
+def test_a_narrow_dimension_is_not_constant() -> None:
+    # A tenth of a millimetre beside whole turns: what is right for the others would hide all that it does.
+    assert verify.default_limits(acting((0.0, 0.0), (180.0, 5e-5))).tolerance == pytest.approx(5e-5 / 256)
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_constant_dimensions_hide_nothing(precision: str | None, toy_artifact: Path) -> None:
+    policy = LocalPolicy.load(toy_artifact)
+    spec = replace(policy.spec, action=acting((0.0, 0.3, 2.0), (0.5, 1e-8, 0.1)), prompt=None)
+    random = np.random.default_rng(0)
+    normalised = random.uniform(-1, 1, (8, 2, 3))
+    right = (normalised * spec.action.norm.scale + spec.action.norm.center).astype(np.float32)
+    golden, limits = verify.Golden({}, right), verify.default_limits(spec.action, precision)
+
+    def record(actions: np.ndarray) -> VerifiedSpec:
+        answering = Answering(spec, golden, np.zeros((0, 2, 3)))
+        return verify.compare(answering, verify.Answers(actions.astype(np.float64), None), golden, limits)  # type: ignore[arg-type]
+
+    rounded = ((normalised + 1e-4) * spec.action.norm.scale + spec.action.norm.center).astype(np.float32)
+    assert verify.failure(record(rounded)) is None
+    steps = right.copy()
+    steps[..., 1] = np.nextafter(steps[..., 1], np.float32(1))  # the last bit of a float32
+    assert verify.failure(record(steps)) is None
+    for dimension, part in ((0, 0.03), (2, 0.03)):
+        wrong = right.copy()
+        wrong[3, 1, dimension] += part * 2 * spec.action.norm.scale[dimension]
+        assert verify.failure(record(wrong)) is not None
+    lost = right.copy()
+    lost[2, 0, 1] = np.nan
+    assert verify.failure(record(lost)) is not None
+    elsewhere = right.copy()
+    elsewhere[2, 0, 1] = 0.0
+    assert verify.failure(record(elsewhere)) is not None

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from rlrc import foreign
 from rlrc.consistency import check_consistent, is_inside
 from rlrc.errors import UserError
 from rlrc.folders import appearing, check_output, sha256, sync
@@ -91,7 +92,8 @@ class PromptSpec:
 
     ``edits``, in order: "lower" case; "strip" blanks at both ends; "blanks" for underscores and line ends; "newline" at
     the end if there is none. ``{instruction}`` and ``{state}`` in the template are replaced, the latter by the
-    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state).
+    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state), after
+    zeros behind it have made it ``state_width`` numbers long (0: as many as it has).
     ``suffix`` is appended unless the ids already end with it. Beyond ``max_tokens`` a prompt is cut (``truncate``) or
     refused.
     ``pad_id`` None: not padded. ``known`` are pieces whose ids tell that the vocabulary is the right one.
@@ -103,6 +105,7 @@ class PromptSpec:
     edits: tuple[Literal["lower", "strip", "blanks", "newline"], ...] = ()
     suffix: tuple[int, ...] = ()
     state_bins: int = 0
+    state_width: int = 0
     truncate: bool = False
     known: dict[str, int] = field(default_factory=dict)
 
@@ -327,12 +330,14 @@ def load(path: str | Path, verify: Collection[str] | None = None) -> Artifact:
     path = Path(path)
     verify = (verify,) if isinstance(verify, str) else verify
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise ArtifactError(f"expected an artifact folder at {path}, found {found}; check the path")
+        raise ArtifactError(f"expected an artifact folder at {path}, found {foreign.found(path)}")
     try:
         text = (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        missing = f"expected {path / MANIFEST}, found: No such file or directory"
+        raise ArtifactError(f"{missing}; {path} is {foreign.found(path)}") from None
     except OSError as error:
-        raise ArtifactError(f"expected {path / MANIFEST}, found: {error.strerror}; {path} is no artifact") from None
+        raise ArtifactError(f"expected {path / MANIFEST}, found: {error.strerror}; make it readable") from None
     try:
         manifest = from_json(parse(text))
         for relative, spec in manifest.files.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf, isfinite
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,10 @@ def check_policy(policy: PolicySpec) -> None:
 
 
 def _check_camera(camera: CameraSpec) -> None:
-    fits = camera.height > 0 and camera.width > 0 and all(std > 0 for std in camera.std)
+    fits = camera.height > 0 and camera.width > 0 and all(0 < std < inf for std in camera.std)
     found = (camera.height, camera.width, camera.std)
-    _check(fits, f"a positive height, width and std of camera {camera.name}", found)
+    _check(fits, f"a positive height, width and finite std of camera {camera.name}", found)
+    _check(all(map(isfinite, camera.mean)), f"finite numbers at mean of camera {camera.name}", camera.mean)
     lengths = (len(camera.mean), len(camera.std))
     fits = lengths[0] == lengths[1] > 0 and lengths[0] % 3 == 0
     _check(fits, f"three numbers for every encoder at mean and std of camera {camera.name}", lengths)
@@ -79,7 +81,9 @@ def _check_camera(camera: CameraSpec) -> None:
 def _check_vector(part: ActionSpec | StateSpec, where: str) -> None:
     lengths = [len(part.names), len(part.units), len(part.norm.center), len(part.norm.scale)]
     _check(len(set(lengths)) == 1, f"names, units, norm.center and norm.scale of one length at {where}", lengths)
-    _check(all(scale > 0 for scale in part.norm.scale), f"positive numbers at {where}.norm.scale", part.norm.scale)
+    _check(all(map(isfinite, part.norm.center)), f"finite numbers at {where}.norm.center", part.norm.center)
+    fits = all(0 < scale < inf for scale in part.norm.scale)
+    _check(fits, f"positive numbers at {where}.norm.scale", part.norm.scale)
 
 
 def _check_prompt(prompt: PromptSpec, policy: PolicySpec) -> None:
@@ -88,6 +92,9 @@ def _check_prompt(prompt: PromptSpec, policy: PolicySpec) -> None:
     bins = prompt.state_bins
     _check(bins >= 0 and told == (bins > 0), "policy.prompt.state_bins exactly where the template has {state}", bins)
     _check(not told or policy.state is not None, "a policy.state for the prompt's {state}", None)
+    least = len(policy.state.names) if told and policy.state is not None else 1
+    fits = not prompt.state_width or (told and prompt.state_width >= least)
+    _check(fits, f"0 or at least {least}, with {{state}}, at policy.prompt.state_width", prompt.state_width)
 
 
 def _check_action(action: ActionSpec, policy: PolicySpec) -> None:
@@ -105,7 +112,7 @@ def _check_action(action: ActionSpec, policy: PolicySpec) -> None:
 
 
 def _check_tower(name: str, tower: TowerSpec, policy: PolicySpec) -> None:
-    fits = tower.width > 0 and tower.eps > 0 and tower.theta > 0
+    fits = tower.width > 0 and 0 < tower.eps < inf and 0 < tower.theta < inf
     _check(fits, f"a positive width, eps and theta at towers.{name}", (tower.width, tower.eps, tower.theta))
     plain = tower.norm == "rms"
     _check(plain or not tower.norm_offset, f"a norm_offset with norm rms only at towers.{name}", tower.norm)

@@ -3,7 +3,6 @@ FAIL."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rlrc import toml
 from rlrc.artifact import GOLDEN, Artifact, Manifest
 from rlrc.benchmarks.latency import Trials
 from rlrc.benchmarks.results import Named, facts, sizes
@@ -18,12 +18,6 @@ from rlrc.benchmarks.stats import Estimate, difference_limit, paired_difference_
 from rlrc.benchmarks.success import compare, same_scenes
 from rlrc.errors import UserError
 from rlrc.runtime.verify import read_golden
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 SAME = "compare a policy with its own dense parent"
 
@@ -52,14 +46,13 @@ def thresholds(path: Path | None = None) -> Thresholds:
     """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
     where = str(path or "claims.toml")
     try:
-        text = (path or files("rlrc.benchmarks") / "claims.toml").read_text(encoding="utf-8")
-        table = tomllib.loads(text)
+        table = toml.parse((path or files("rlrc.benchmarks") / "claims.toml").read_bytes())
         flat = {f"{section}_{key}": value for section, entries in table.items() for key, value in entries.items()}
     except OSError as error:
         raise UserError(
             f"expected thresholds in {where}, found that it cannot be read ({error.strerror}); check --thresholds"
         ) from None
-    except (tomllib.TOMLDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims.toml"
         ) from None

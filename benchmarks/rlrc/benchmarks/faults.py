@@ -15,6 +15,7 @@ import numpy as np
 
 from rlrc.benchmarks import rig
 from rlrc.errors import UserError
+from rlrc.robots.driver import Driver
 from rlrc.robots.recorder import Recorder
 from rlrc.runtime.chunks import Chunks
 from rlrc.runtime.control import Control, Timing
@@ -23,9 +24,11 @@ from rlrc.runtime.hygiene import real_time
 from rlrc.runtime.inference import Inference
 from rlrc.runtime.stop import StopSwitch
 from rlrc.runtime.telemetry import Telemetry
+from rlrc.runtime.watchdog import Watchdog
 
 BEFORE_S = 0.6  # the arm has been moving for so long
 PATIENCE_S = 0.4
+LEAD = 0.1  # rad that commands may run ahead of the arm's state
 ARM: tuple[str, ...] = get_args(rig.ArmFault)
 POLICY: tuple[str, ...] = get_args(rig.PolicyFault)
 LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "full disk", "Ctrl-C twice")
@@ -34,9 +37,10 @@ FAULTS = (*ARM, *POLICY, *LOOP)
 
 @dataclass(frozen=True)
 class Outcome:
-    """``hold_ms``: from the beginning of the fault to the first hold. ``after``: commands behind it that were none.
+    """``hold_ms``: from the beginning of the fault to the first hold, or to ``robot.stop()`` if that comes first.
 
-    ``rest_ms``: until nothing moves any more. ``reason`` is the guard's, None if it was not stopped.
+    ``after``: commands behind it that were no holds. ``stopped``: whether ``robot.stop()`` was called. ``rest_ms``:
+    until nothing moves any more. ``reason`` is the guard's, None if it was not stopped.
     """
 
     fault: str
@@ -46,6 +50,7 @@ class Outcome:
     after: int
     moving_at_end: float
     reason: str | None
+    stopped: bool = False
 
 
 class FaultyGuard(Guard):
@@ -77,13 +82,27 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
     inference = Inference(rig.Circle, (hz, fault if fault in POLICY else None), first.observation)
     timing = Timing(hz, patience=PATIENCE_S, hung=0.5)
     joints, units = rig.JOINTS, spec.action.units
-    guard = FaultyGuard(rig.profile(), hz, spec.action, joints, units, timing.gap)
+    guard = FaultyGuard(rig.profile(LEAD), hz, spec.action, joints, units, timing.gap)
     telemetry = Telemetry(4096, spec.action.dim)
     folder, switch = Path(tempfile.mkdtemp()), StopSwitch()
-    recorder = Recorder(arm, spec, hz, folder / "recorded")
+    driver = Driver(arm)
+    watchdog = Watchdog(driver, say=lambda line: None)
+    recorder = Recorder(driver, spec, hz, folder / "recorded")
     recorder.begin("move")
     chunks = Chunks("replace", rig.HORIZON)
-    control = Control(recorder, inference, guard, chunks, spec, timing, telemetry, switch.asked, clock, switch.wait)
+    control = Control(
+        recorder,
+        inference,
+        guard,
+        chunks,
+        spec,
+        timing,
+        telemetry,
+        switch.asked,
+        clock,
+        switch.wait,
+        beat=watchdog.beat,
+    )
     began: list[float] = []
 
     def over() -> bool:
@@ -93,7 +112,7 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
         return False
 
     try:
-        with switch.listen(keyboard=None), real_time():
+        with switch.listen(keyboard=None), real_time(), watchdog.watching(timing.gap / hz):
             control.run(over, steps=int((BEFORE_S + 3) * hz))
     finally:
         inference.close()
@@ -129,14 +148,23 @@ def _begin(
 
 def _outcome(fault: str, hz: float, telemetry: Telemetry, arm: rig.Arm, began: float, guard: Guard) -> Outcome:
     """What was sent is told by the arm, which has its own clock."""
-    held = telemetry.rows["held"][len(telemetry.rows) - len(arm.sent) :]
     times, commands = np.array([at for at, _ in arm.sent]), np.array([command for _, command in arm.sent])
+    held = telemetry.rows["held"][arm.calls]
     later = np.flatnonzero((times >= began) & held)
-    if fault == "hang":  # what was planned before is sent to its end
+    if fault in ("hang", "frozen state"):  # what was planned before, or leads by little, is sent to its end
         last = np.flatnonzero(~held)[-1]
-        began = times[last] + 1 / hz
-    if not len(later):
-        return Outcome(fault, hz, np.inf, np.inf, 0, np.inf, guard.reason)
+        began = times[last] + (1 / hz if fault == "hang" else 0.0)
+    if fault in rig.HANGS:
+        began = arm.hung_at
+    stop = arm.stopped_at
+    if not len(later) or (stop is not None and stop < times[later[0]]):
+        if stop is None:
+            return Outcome(fault, hz, np.inf, np.inf, 0, np.inf, guard.reason)
+        beyond = commands[times > stop]
+        after = int((~held[times > stop]).sum())
+        moving = float(np.abs(np.diff(beyond, axis=0)).max()) if len(beyond) > 1 else 0.0
+        halted = float(stop - began) * 1e3
+        return Outcome(fault, hz, halted, halted, after, moving, guard.reason, True)
     first = later[0]
     moves = np.abs(np.diff(commands[first:], axis=0)).max(1) > 1e-9 if len(commands) > first + 1 else np.array([False])
     rest = first + (np.flatnonzero(moves)[-1] + 1 if moves.any() else 0)
@@ -148,4 +176,5 @@ def _outcome(fault: str, hz: float, telemetry: Telemetry, arm: rig.Arm, began: f
         int((~held[first:]).sum()),
         float(np.abs(commands[-1] - commands[-2]).max()),
         guard.reason,
+        stop is not None,
     )

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from dataclasses import dataclass
 from importlib.resources import files
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RUNTIMES = ("gguf", "onnxruntime")
 FILE = "operating_points.toml"
@@ -53,7 +47,7 @@ class _Entry:
 
 def point(name: str, runtime: str | None = None) -> Point:
     """``runtime`` None: the first that the geometry has. Raises UserError for an unknown name or runtime."""
-    known = tomllib.loads((files("rlrc.benchmarks") / FILE).read_text(encoding="utf-8"))
+    known = toml.parse((files("rlrc.benchmarks") / FILE).read_bytes())
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0)
         raise UserError(f"expected a geometry of {', '.join(known)}, found {name!r}; the nearest is {close[0]}")

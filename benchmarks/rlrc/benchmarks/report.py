@@ -141,7 +141,7 @@ def read_curves(arguments: Sequence[str]) -> dict[str, dict[str, dict[str, list[
         path = Path(file)
         name = name or (path.parent.name if path.stem == "curve" else path.stem)
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             entries = [(STAGES.get(line["stage"], str(line["stage"])), float(line["step"]), line) for line in lines]
         except OSError as error:
             raise UserError(f"expected training curves in {path}, found: {error.strerror}; check the path") from None

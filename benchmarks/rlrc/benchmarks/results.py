@@ -161,7 +161,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises UserError unless it is JSON with named rows, or the claims of a geometry.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"expected a result file, found that {path} cannot be read ({error.strerror}); check the path"

@@ -117,7 +117,7 @@ class Parallel(Actor):
     def act(self, seen: Seen, sample: bool) -> tuple[Tensor, Tensor]:
         action, logits = self.policy.spec.action, self._logits(seen)
         outputs = decode.of_logits(logits, action)
-        if sample:
+        if sample and outputs.actions.isfinite().all():  # nothing is drawn of logits that are not
             drawn = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation)
             outputs = decode.of_rows(drawn, action)
         assert outputs.tokens is not None
@@ -141,6 +141,7 @@ class Autoregressive(Actor):
 
         def choose(logits: Tensor) -> Tensor:
             """(B, rows) -> (B, 1)."""
+            decode.check_sound(logits, "logits")
             if not sample:
                 return logits.argmax(-1, keepdim=True)
             return torch.multinomial(torch.softmax(logits / self.temperature, -1), 1)

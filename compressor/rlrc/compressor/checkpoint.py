@@ -31,10 +31,13 @@ from rlrc.compressor.backbones import build
 from rlrc.compressor.grid import dequantize
 from rlrc.compressor.policy import Inputs, Outputs, Policy
 from rlrc.compressor.quantize import Quantized
+from rlrc.compressor.weights import check_finite
+from rlrc.errors import UserError
 from rlrc.runtime.preprocess import prepare, unnormalise
 
 WEIGHTS = "weights/model.safetensors"
 CURVES = "curves"
+UNSOUND = "nothing was written: start from sound weights, or train with a lower --rate"
 ANSWERS = ("actions", "tokens", "logits")
 
 
@@ -54,17 +57,30 @@ def load_policy(artifact: Artifact) -> Policy:
     return policy_of(manifest.policy, manifest.towers, tensors, str(artifact.path))
 
 
-def policy_of(spec: PolicySpec, towers: dict[str, TowerSpec], tensors: Mapping[str, Tensor], origin: str) -> Policy:
-    """A policy with these weights in float32, in evaluation mode. Raises ArtifactError for one that does not fit."""
+def policy_of(
+    spec: PolicySpec,
+    towers: dict[str, TowerSpec],
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    advice: str = "make it again from sound weights",
+) -> Policy:
+    """A policy with these weights in float32, in evaluation mode.
+
+    Raises ArtifactError for a tensor that does not fit, and UserError with the ``advice`` for nan or inf in one.
+    """
     with torch.device("meta"):
         policy = build(spec, towers)
-    load_tensors(policy, tensors, origin)
+    load_tensors(policy, tensors, origin, advice)
     return policy.eval()
 
 
-def load_tensors(policy: Policy, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Gives the policy these weights, in float32. Raises ArtifactError for one that does not fit."""
+def load_tensors(
+    policy: Policy, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
+) -> None:
+    """Gives the policy these weights, in float32. Raises as ``policy_of``."""
     check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, origin, advice)
     policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
 
 
@@ -113,7 +129,13 @@ def answers(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str,
     spec = policy.eval().spec
     with torch.inference_mode():
         outputs = [policy.act(inputs) for inputs in every_input(spec, observations)]
-    found = {"actions": unnormalise(_stacked(outputs, "actions"), spec.action.norm)}
+    with np.errstate(over="ignore"):  # it becomes infinite, which is refused
+        found = {"actions": unnormalise(_stacked(outputs, "actions"), spec.action.norm)}
+    if broken := [row for row, actions in enumerate(found["actions"]) if not np.isfinite(actions).all()]:
+        raise UserError(
+            f"expected finite actions of the policy, found nan or inf for {len(broken)} of {len(outputs)} golden "
+            f"observations; {UNSOUND}"
+        )
     return found | {name: _stacked(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
 
 
@@ -129,7 +151,7 @@ def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
 def quantized(policy: Policy, result: Quantized) -> Policy:
     """The policy with the weights that the result's integers stand for, in float32."""
     tensors = dequantize(result.tensors, result.spec)
-    return policy_of(policy.spec, policy.towers, tensors, "the quantized weights")
+    return policy_of(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
 
 
 def write_policy(
@@ -151,8 +173,8 @@ def write_policy(
         tensors = {name: narrowed(tensor, exact) for name, tensor in state.items()}
     else:
         tensors, spec = quantization.tensors, quantization.spec
+    stored = policy_of(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact", UNSOUND)
     save_file(tensors, draft.file(WEIGHTS))
-    stored = policy_of(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact")
     np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
     wide = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float32)
     return draft.finish(

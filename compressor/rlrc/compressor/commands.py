@@ -28,7 +28,7 @@ from rlrc.compressor.stages import Options, run_prune, run_quantize
 from rlrc.errors import UserError
 from rlrc.processes import cores
 from rlrc.progress import progress
-from rlrc.runtime.describe import plain_console
+from rlrc.runtime.describe import normalisation_lines, plain_console
 from rlrc.runtime.official import Flags
 
 
@@ -52,7 +52,9 @@ def report(out: Path, manifest: Manifest, as_json: bool) -> None:
             for key, value in shown.items()
         )
     )
+    told: list[tuple[Callable[[Any], list[str]], str]]
     told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
+    told.append((normalisation_lines, "normalisation"))
     for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {hint(out, manifest)}", soft_wrap=True, highlight=False)

@@ -57,7 +57,7 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
             config = dataclasses.replace(config, teacher=str(source))
         target, told = folder / name, (flags if current is source else None) or Flags()
         if target.exists():
-            check_same(target, name, open_source(current, told), config, options.precision)
+            check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
         else:
             # What a distillation is told is told of its teacher.
             runner(name)(current, target, config, options, (flags or Flags()) if taught else told)

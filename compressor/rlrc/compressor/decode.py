@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlrc.artifact import ActionSpec, PolicySpec
 from rlrc.compressor.policy import Inputs, Outputs
+from rlrc.errors import UserError
 from rlrc.runtime.preprocess import bin_centers
 
 
@@ -129,8 +130,19 @@ def flow(policy: Flow, inputs: Inputs) -> Outputs:
 
 
 def of_logits(logits: Tensor, action: ActionSpec) -> Outputs:
-    """Logits (B, horizon, dim, rows) -> the likeliest token of each, the first of equals, and its bin's centre."""
-    return replace(of_rows(logits.argmax(-1), action), logits=logits.float())
+    """Logits (B, horizon, dim, rows) -> the likeliest token of each, the first of equals, and its bin's centre.
+
+    An action whose logits are not all finite is nan: ``argmax`` alone would make a token of them.
+    """
+    outputs = of_rows(logits.argmax(-1), action)
+    actions = outputs.actions.masked_fill(~logits.isfinite().all(-1), float("nan"))
+    return replace(outputs, actions=actions, logits=logits.float())
+
+
+def check_sound(values: Tensor, name: str) -> None:
+    """Raises UserError for nan or inf in what a policy gave: no action can be made of it."""
+    if not values.isfinite().all():
+        raise UserError(f"expected finite {name} of the policy, found nan or inf; start from sound weights")
 
 
 def of_rows(rows: Tensor, action: ActionSpec) -> Outputs:

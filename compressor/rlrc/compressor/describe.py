@@ -12,7 +12,7 @@ from rlrc.compressor import official
 from rlrc.compressor.coupling import TOWERS, groups
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
-from rlrc.runtime.describe import modules_table, policy_rows, print_rows
+from rlrc.runtime.describe import modules_table, normalisation_lines, policy_rows, print_rows
 from rlrc.runtime.describe import prunable as prunable_parts
 from rlrc.runtime.tables import print_table
 from rlrc.strict import encode
@@ -63,6 +63,8 @@ def record(folder: Folder, layout: Layout, policy: Policy, data_sets: list[str])
         "modules": {name: sum(tensor.numel() for tensor in tensors) for name, tensors in modules.items()},
         "prunable": prunable(layout, policy),
         "data_sets": data_sets,
+        "assumed": list(layout.assumed),
+        "normalisation": encode(layout.normalisation),
         "policy": encode(layout.spec),
         "towers": encode(layout.towers),
     }
@@ -104,12 +106,14 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     rows = {
         "checkpoint": facts["path"],
         **policy_rows(layout.spec),
+        "normalisation": "\n".join(normalisation_lines(facts["normalisation"])),
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors: {parts}",
         "bytes": f"{facts['bytes']:,} as {', '.join(facts['dtypes'])}",
         "data sets": ", ".join(facts["data_sets"]),
         "never read": f"{short(facts['unused']['parameters'])} parameters in {facts['unused']['tensors']} tensors: "
         "no action depends on them",
         "can be pruned": prunable_parts(layout.towers),
+        "assumed": "; ".join(facts["assumed"]),
     }
     print_rows({name: value for name, value in rows.items() if value}, console)
     print_table(modules_table(facts["modules"], layout.towers), console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlrc.errors import UserError
-from rlrc.runtime.official import REPOSITORY
+from rlrc.runtime.official import REPOSITORY, checkpoint_folder
 
 # Never *.py, optimizer states or other formats of the same weights; the second takes away what lies in subfolders.
 NEEDED = ["*.json", "*.safetensors", "*--*checkpoint.pt", "tokenizer.model"]
@@ -13,13 +13,13 @@ NOT_NEEDED = ["*/*"]
 
 
 def locate(given: str | Path) -> Path:
-    """The path itself if it exists; else the snapshot of the repository ``owner/name[@revision]``, downloaded.
+    """The policy's folder at the path if that exists; else the snapshot of the repository ``owner/name[@revision]``.
 
-    Shows progress and resumes where it was interrupted. Raises UserError if there is neither.
+    Downloads. Shows progress and resumes where it was interrupted. Raises UserError if there is neither.
     """
     path, match = Path(given), REPOSITORY.fullmatch(str(given))
-    if path.exists() or match is None:
-        return path  # whoever opens it says what is missing
+    if path.exists() or path.is_symlink() or match is None:
+        return checkpoint_folder(path)  # whoever opens it says what is missing
     try:
         from huggingface_hub import errors, snapshot_download
     except ModuleNotFoundError:

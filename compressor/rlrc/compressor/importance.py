@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rlrc.compressor.coupling import Group, groups
 from rlrc.compressor.losses import chunk_loss, drawn
 from rlrc.compressor.policy import Policy
+from rlrc.compressor.weights import check_finite
 
 if TYPE_CHECKING:
     from rlrc.compressor.batches import Batches
@@ -64,6 +65,8 @@ def scores(
     else:
         assert batches is not None
         (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
+    for name, (_, total) in pieces.items():
+        check_finite(total, f"scores of {name}", f"--score {config.score}", "score by magnitude, or check the data")
     return found
 
 

@@ -36,7 +36,9 @@ class TorchPolicy:
     @staticmethod
     def official(folder: Folder, options: Options) -> TorchPolicy:
         """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
-        spec = official.recognise(folder).layout(folder, options).spec
+        layout = official.recognise(folder).layout(folder, options)
+        official.tell(layout)
+        spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
         return TorchPolicy(spec, tokenizer, lambda: official.read(folder, options)[0])
 
@@ -94,10 +96,8 @@ def tokenizer_of(folder: Folder, options: Options, spec: PolicySpec) -> preproce
     source = tokenizers.of_folder(folder, options)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / tokenizers.JSON
-        if source.suffix != ".json":
-            tokenizers.write(source, target)
-            return preprocess.Tokenizer(target, spec.prompt)
-    return preprocess.Tokenizer(source, spec.prompt)
+        tokenizers.write(source, target, spec)
+        return preprocess.Tokenizer(target, spec.prompt)
 
 
 def _batch(array: np.ndarray) -> Tensor:

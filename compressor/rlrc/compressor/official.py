@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlrc import foreign
 from rlrc.compressor import weights
-from rlrc.compressor.backbones import FAMILIES, backbone
+from rlrc.compressor.backbones import FAMILIES, NAMES, backbone
 from rlrc.compressor.policy import Layout, Part, Policy
 from rlrc.compressor.weights import Tensors
+from rlrc.consistency import check_policy
 from rlrc.errors import UserError
 from rlrc.runtime.official import Flags
 
-CONFIG = "config.json"
+CONFIG = foreign.CONFIG
+HINTS = {  # what a file of hints may hold
+    *("family", "prompt", "ignore", "tokenizer"),
+    *("dinov2", "siglip", "image_size"),
+    *("head", "robot", "num_actions_chunk", "normalization", "num_images_in_input", "use_proprio"),
+    *("vision", "vlm", "expert", "text", "rms_eps", "vlm_rms_eps", "rope_theta", "rope_theta_used"),
+}
+UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
 
 
 @dataclass(frozen=True)
@@ -31,19 +41,22 @@ class Options:
     """What a folder may not say itself.
 
     ``hints``: geometry that shapes cannot tell (see ``read_hints``); ``unnorm_key``: which data set's statistics;
-    ``images``: how many pictures OpenVLA-OFT sees; ``tokenizer``: a file, or a folder that holds one.
+    ``images``: how many pictures OpenVLA-OFT sees; ``tokenizer``: a file, or a folder that holds one; ``prompt_state``:
+    how pi0.5's prompt tells the state. ``incomplete``: statistics may be missing, for they are not used.
     """
 
     hints: Mapping[str, Any] = field(default_factory=dict)
     unnorm_key: str | None = None
     images: int | None = None
     tokenizer: Path | None = None
+    prompt_state: str | None = None
+    incomplete: bool = False
 
 
 def options_of(flags: Flags) -> Options:
     """What the command line says. Raises UserError for a file of hints that is missing or broken."""
     hints = {} if flags.hints is None else read_hints(flags.hints)
-    return Options(hints, flags.unnorm_key, flags.images, flags.tokenizer)
+    return Options(hints, flags.unnorm_key, flags.images, flags.tokenizer, flags.prompt_state)
 
 
 @dataclass(frozen=True)
@@ -89,12 +102,19 @@ class Folder:
 def open_folder(path: Path) -> Folder:
     """Reads config.json and the headers of the weights. Raises UserError for what is missing or broken."""
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise UserError(f"expected a checkpoint's folder at {path}, found {found}; check the path")
+        raise UserError(f"expected a checkpoint's folder at {path}, found {foreign.found(path)}")
+    if foreign.is_adapter(path):
+        raise UserError(f"expected a checkpoint with its weights at {path}, found {foreign.found(path)}")
+    if not (path / CONFIG).exists():
+        missing = f"expected {path / CONFIG}, found: No such file or directory"
+        raise UserError(f"{missing}; {path} is {foreign.found(path)}")
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
-        raise UserError(f"expected an object in {path / CONFIG}, found {type(config).__name__}; copy the folder again")
-    return Folder(path, config, weights.of_model(path))
+        raise UserError(f"expected an object in {path / CONFIG}, found {type(config).__name__}; copy that file again")
+    mark, root = NAMES.get(str(config.get("type") or config.get("model_type")), ("", ""))
+    tensors = weights.of_model(path)
+    weights.check_merged(tensors)
+    return Folder(path, config, weights.unwrapped(tensors, mark, root))
 
 
 def read_json(path: Path) -> Any:
@@ -102,7 +122,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"expected {path}, found: {error.strerror}; copy the folder again") from None
+        raise UserError(f"expected {path}, found: {error.strerror}; copy that file too") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"expected JSON in {path}, found: {error}; copy that file again") from None
 
@@ -116,6 +136,12 @@ def read_hints(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"expected an object in {path}, found {type(values).__name__}; give keys with values")
     sections = [values[name] for name in ("geometry", "loader_hints", "oft") if isinstance(values.get(name), dict)]
+    if unknown := sorted(values.keys() - HINTS) if not sections else ():
+        close = difflib.get_close_matches(unknown[0], HINTS, 1)
+        raise UserError(
+            f"expected the hints {', '.join(sorted(HINTS))} in {path}, found {unknown[0]}"
+            + (f"; did you mean {close[0]}?" if close else "; leave it out")
+        )
     hints = {name: value for section in sections or [values] for name, value in section.items()}
     if isinstance(values.get("tokenizer"), str):
         hints["tokenizer"] = str(path.parent / values["tokenizer"].split(" (")[0])
@@ -130,12 +156,14 @@ def recognise(folder: Folder) -> Any:
             return module
     known = [family for family in FAMILIES if family != "tiny"]
     kind = folder.config.get("type") or folder.config.get("model_type")
-    close = difflib.get_close_matches(str(kind).lower(), known, 1, 0)
-    raise UserError(
-        f"expected a checkpoint of one of the families {', '.join(known)}, found "
-        f"{repr(kind) if kind else 'neither type nor model_type'} in {folder.path / CONFIG}; "
-        + (f"the nearest is {close[0]}" if kind else "is it a policy's folder?")
-    )
+    expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
+    if not kind:
+        openpi = any(name.startswith("paligemma_with_expert.") for name in folder.tensors)
+        found = foreign.found(folder.path) if openpi else f"neither type nor model_type in {folder.path / CONFIG}"
+        raise UserError(f"{expected} {found}" + "; is it a policy's folder?" * (not openpi))
+    close = difflib.get_close_matches(str(kind).lower(), known, 1)
+    near = f"the nearest is {close[0]}" if close and kind not in UNSUPPORTED else "rlrc does not support that policy"
+    raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")
 
 
 def read(
@@ -154,10 +182,16 @@ def read(
     for name, stored in policy.state_dict().items():
         part = layout.parts[name]
         tensors = files[part.file]
-        tensor = weights.convert(part, [tensors.read(official) for official in part.official])
+        tensor = weights.convert(part, [tensors.sound(official) for official in part.official])
         wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
         _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
     return policy.eval(), layout
+
+
+def tell(layout: Layout) -> None:
+    """Says on stderr what was assumed."""
+    for line in layout.assumed:
+        print(f"rlrc: assumed {line}", file=sys.stderr)
 
 
 def build(module: Any, layout: Layout) -> Policy:
@@ -167,7 +201,11 @@ def build(module: Any, layout: Layout) -> Policy:
 
 
 def check(folder: Folder, layout: Layout, policy: Policy) -> None:
-    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused."""
+    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
+
+    And a description that an artifact may have, with finite statistics.
+    """
+    check_policy(layout.spec)
     if strange := policy.state_dict().keys() ^ layout.parts.keys():
         raise RuntimeError(f"the layout of {layout.spec.family} and its module differ in {sorted(strange)}")
     files, unused = sources(folder, layout), set(layout.unused)
@@ -175,6 +213,9 @@ def check(folder: Folder, layout: Layout, policy: Policy) -> None:
         part = layout.parts[name]
         tensors = files[part.file]
         metas = [tensors.meta(official) for official in part.official]
+        for official, meta in zip(part.official, metas, strict=True):
+            if meta.dtype not in weights.FLOATS:
+                raise weights.not_floats(official, meta.dtype, tensors.origin)
         try:
             found = weights.convert(part, metas).shape
         except RuntimeError:  # they cannot be joined

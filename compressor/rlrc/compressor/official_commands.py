@@ -12,11 +12,11 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc import artifact as artifacts
 from rlrc.compressor import geometry as geometries
 from rlrc.compressor import hub, official
-from rlrc.compressor.backbones.norm_stats import STATISTICS
+from rlrc.compressor.backbones import norm_stats
 from rlrc.compressor.checkpoint import load_policy
 from rlrc.compressor.describe import describe, record
 from rlrc.compressor.inference import TorchPolicy
-from rlrc.compressor.official import Folder, options_of
+from rlrc.compressor.official import options_of
 from rlrc.compressor.writeback import write_official
 from rlrc.errors import UserError
 from rlrc.folders import check_output
@@ -30,12 +30,14 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         folder, options = geometries.folder(geometry)
     else:
         assert path is not None
-        folder, options = official.open_folder(hub.locate(path)), options_of(flags)
-    data_sets = _data_sets(folder)
+        folder, options = official.open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
+    data_sets, shown = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
     if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
+        shown = (f"the statistics of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)",)
     module = official.recognise(folder)
     layout = module.layout(folder, options)
+    layout = replace(layout, assumed=shown + layout.assumed)
     built = official.build(module, layout)
     official.check(folder, layout, built)
     facts = record(folder, layout, built, data_sets)
@@ -44,7 +46,12 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     else:
         describe(facts, layout, console := plain_console())
         if geometry is None:
-            console.print(f"next: rlrc infer {path} OBS.npz --out ACT.npz, or rlrc prune {path} OUT")
+            missing = [how for steps in layout.normalisation.values() for how in steps if how.missing]
+            key = " --unnorm-key KEY" if missing else ""
+            following = f"rlrc infer {path} OBS.npz --out ACT.npz{key}, or rlrc prune {path} OUT{key}"
+            if not all(how.groups for how in missing):
+                following = f"rlrc sft {path} OUT --data FOLDER, which takes the statistics of your data"
+            console.print(f"next: {following}")
 
 
 def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
@@ -72,9 +79,3 @@ class WriteBack:
         folder = official.open_folder(hub.locate(self.like))
         write_official(load_policy(artifacts.load(self.path)), folder, self.out, options_of(self.flags))
         print(f"{self.out}: the weights of {self.path} in the format of {folder.path}; next: rlrc inspect {self.out}")
-
-
-def _data_sets(folder: Folder) -> list[str]:
-    """The data sets whose statistics an OpenVLA folder has."""
-    found = folder.json(STATISTICS) if STATISTICS in folder else folder.config.get("norm_stats")
-    return sorted(found) if isinstance(found, dict) else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from rlrc.compressor.calibration import linear_inputs
 from rlrc.compressor.gptq import gptq
 from rlrc.compressor.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, stored_bytes, values_of
 from rlrc.compressor.policy import Inputs, Policy
+from rlrc.compressor.weights import largest
 from rlrc.errors import UserError
 
 METHODS = ("rtn", "awq", "gptq")
@@ -175,11 +177,11 @@ def check_exempt(tensors: Mapping[str, Tensor], config: QuantizeConfig) -> None:
 
 def finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor. Raises UserError for what the grid's float16 scales and the tensors stored in float16 cannot hold."""
-    if not tensor.isfinite().all():
+    found = largest(tensor)
+    if not isfinite(found):
         raise UserError(f"expected finite weights, found NaN or infinity in {name}; repair the checkpoint")
-    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-    if largest > torch.finfo(torch.float16).max:
-        raise UserError(f"expected {name} within float16's range, found {largest:.3g}; repair the checkpoint")
+    if found > torch.finfo(torch.float16).max:
+        raise UserError(f"expected {name} within float16's range, found {found:.3g}; repair the checkpoint")
     return tensor
 
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 # Stage: where its configuration is, imported when asked for, because some need torch.
 # A stage that the file does not name is left out; they run in this order.
@@ -39,7 +32,7 @@ def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]
     built_in = BUILT_IN / f"{recipe}.toml"
     file = built_in if built_in.exists() else Path(recipe)
     try:
-        tables = tomllib.loads(file.read_text())
+        tables = toml.parse(file.read_bytes())
         strict.check_keys(tables, CONFIGS)
         chosen = [stage for stage in CONFIGS if stage in tables and stage in wanted]
         return {stage: strict.decode(config_of(stage), tables[stage], stage) for stage in chosen}

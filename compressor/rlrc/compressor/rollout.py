@@ -24,6 +24,7 @@ from rlrc.artifact import Manifest
 from rlrc.compressor import distributed, precision
 from rlrc.compressor.actors import Seen, actor_of
 from rlrc.compressor.backbones import build
+from rlrc.compressor.decode import check_sound
 from rlrc.compressor.observations import Observer
 from rlrc.compressor.policy import Policy
 from rlrc.envs.experts import expert, relabel
@@ -94,6 +95,7 @@ class Driver:
         with torch.inference_mode(), precision.autocast("cpu"):
             seen = self.actor.look(inputs)
             actions, trace = self.actor.act(seen, self.mode.sample)
+        check_sound(actions, "actions")
         return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
 
     def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> Seen:

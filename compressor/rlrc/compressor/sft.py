@@ -68,6 +68,9 @@ class SFTConfig:
     """LeRobotDataset folder with the demonstrations; empty: the simulator's scripted experts (reference family)"""
     cameras: dict[str, str] = field(default_factory=dict)
     """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
+    statistics: Literal["policy", "data"] = "policy"
+    """whose statistics normalise: the policy's, and the data set's for what it has none of; or the data set's for all,
+    as LeRobot's training does"""
     demonstrations: int = 60
     """expert episodes a task"""
     first_seed: int = DEMONSTRATION.start

@@ -15,14 +15,16 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, TOKENIZER, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
 from rlrc.compressor import hub, official, tokenizers
 from rlrc.compressor.backbones import build
-from rlrc.compressor.checkpoint import CURVES, WEIGHTS, load_policy, read_observations
+from rlrc.compressor.checkpoint import CURVES, WEIGHTS, load_policy, policy_of, read_observations
 from rlrc.compressor.inference import tokenizer_of
 from rlrc.compressor.lossless import Cut, never_read
+from rlrc.compressor.normalisation import Recorded, recorded
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
 from rlrc.errors import UserError
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.preprocess import Tokenizer, prepare
+from rlrc.strict import encode
 
 INSTRUCTIONS = ("pick up the red cube", "close the drawer", "put the spoon on the towel", "open the box on the left")
 EXAMPLES = len(INSTRUCTIONS)
@@ -36,6 +38,7 @@ class Source(Protocol):
     digest: str | None
     history: tuple[HistoryEntry, ...]
     quantized: bool
+    normalisation: Recorded  # how inputs and actions are normalised, as far as it is known
     unread: list[Cut]  # what an official folder has that no action depends on
 
     def load(self) -> Policy: ...
@@ -53,9 +56,19 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, flags: Flags) -> Source:
-    """Reads no weights yet. Raises UserError for what a stage cannot start from."""
-    return OfficialSource(path, flags) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
+def open_source(path: Path, flags: Flags, incomplete: bool = False) -> Source:
+    """Reads no weights yet. ``incomplete``: statistics may be missing, for the caller supplies them.
+
+    Raises UserError for what a stage cannot start from.
+    """
+    return OfficialSource(path, flags, incomplete) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
+
+
+def respecified(policy: Policy, spec: PolicySpec) -> Policy:
+    """The policy's weights under another description of what it sees and does."""
+    if policy.spec == spec:
+        return policy
+    return policy_of(spec, policy.towers, policy.state_dict(), "the policy")
 
 
 def unquantized_only(found: Source, path: str | Path) -> None:
@@ -85,15 +98,18 @@ class ArtifactSource:
         self.digest: str | None = artifact.digest
         self.history: tuple[HistoryEntry, ...] = artifact.manifest.history
         self.quantized = artifact.manifest.quantization is not None
+        self.normalisation = recorded(self.history)
         self.unread: list[Cut] = []
 
     def load(self) -> Policy:
-        return load_policy(self.artifact)
+        return respecified(load_policy(self.artifact), self.spec)
 
     def hand_on(self, draft: Draft) -> None:
         draft.inherit(self.artifact, TOKENIZER, CURVES)
 
     def observations(self) -> dict[str, np.ndarray]:
+        if widths(self.spec) != widths(self.artifact.manifest.policy):
+            return examples(self.spec, self.tokenizer)
         return read_observations(self.artifact.file(GOLDEN))
 
     @property
@@ -104,28 +120,37 @@ class ArtifactSource:
 class OfficialSource:
     """An official folder, or a repository of the hub, which is downloaded."""
 
-    def __init__(self, path: Path, flags: Flags) -> None:
-        self.options = official.options_of(flags)
+    def __init__(self, path: Path, flags: Flags, incomplete: bool = False) -> None:
+        self.options = dataclasses.replace(official.options_of(flags), incomplete=incomplete)
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
+        official.tell(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
         self.quantized = False
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}
-        origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0)
+        given |= {"assumed": "; ".join(layout.assumed)} if layout.assumed else {}
+        self.normalisation: Recorded = encode(layout.normalisation)
+        told = {"normalisation": self.normalisation} if self.normalisation else {}
+        origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=told)
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)
 
     def load(self) -> Policy:
-        return official.read(self.folder, self.options)[0]
+        return respecified(official.read(self.folder, self.options)[0], self.spec)
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
-            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER))
+            tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 
     def observations(self) -> dict[str, np.ndarray]:
         return examples(self.spec, self.tokenizer)
+
+
+def widths(spec: PolicySpec) -> tuple[int, int]:
+    """Numbers of the state and of an action."""
+    return 0 if spec.state is None else len(spec.state.names), spec.action.dim
 
 
 def examples(spec: PolicySpec, tokenizer: Tokenizer | None, seed: int = 0) -> dict[str, np.ndarray]:

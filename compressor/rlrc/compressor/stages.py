@@ -120,14 +120,15 @@ def stage(
     check: Callable[[Source], object] = lambda source: None,
     flags: Flags | None = None,
     plays: bool = False,
+    incomplete: bool = False,
 ) -> Iterator[Stage]:
     """Everything around a stage's own work.
 
-    ``plays``: it needs the simulator, whatever the family. Of several processes (see rlrc.compressor.distributed) all
-    do the work, and the first one evaluates and writes. Raises UserError before any work if input or output cannot be
-    used, or if ``check`` raises it about the source.
+    ``plays``: it needs the simulator, whatever the family. ``incomplete``: ``check`` supplies missing statistics. Of
+    several processes (see rlrc.compressor.distributed) all do the work, and the first one evaluates and writes. Raises
+    UserError before any work if input or output cannot be used, or if ``check`` raises it about the source.
     """
-    source = open_source(path, flags or Flags())
+    source = open_source(path, flags or Flags(), incomplete)
     unquantized_only(source, path)
     check(source)
     torch.set_num_threads(options.threads)

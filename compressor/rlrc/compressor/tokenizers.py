@@ -1,22 +1,21 @@
 """The tokenizer of an official folder as one ``tokenizers`` file: tokenizer.json, or a sentencepiece model converted.
 
-Offline always. A sentencepiece model is a protocol buffer (sentencepiece_model.proto); the few fields needed are read
-here, so that the sentencepiece package is not.
+Offline always. transformers completes a tokenizer.json by the settings beside it (begin and end tokens, added tokens),
+so the file alone may give other ids than the policy was trained with: it is completed here in the same way.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from struct import error as StructError
-from struct import unpack_from
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
+from rlrc.artifact import PolicySpec
+from rlrc.compressor.sentencepiece import BPE, CONTROL, NORMAL, UNIGRAM, UNKNOWN, UNUSED, USER_DEFINED, parse
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,23 +23,8 @@ if TYPE_CHECKING:
 
 JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
+BEGIN = {"openvla": "<s>", "openvla-oft": "<s>", "pi0": "<bos>", "pi05": "<bos>"}  # families whose prompts have one
 BLANK = "\u2581"  # sentencepiece's visible blank
-
-# sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-UNIGRAM, BPE = 1, 2
-
-
-@dataclass(frozen=True)
-class Sentencepiece:
-    pieces: list[tuple[str, float, int]]  # text, score, type
-    algorithm: int
-    bos: int
-    eos: int
-    byte_fallback: bool
-    characters: bytes  # normalisation rules, compiled; empty: none
-    add_prefix: bool  # a blank before the text
-    collapse: bool  # several blanks are one, none at the ends
 
 
 def of_folder(folder: Folder, options: Options) -> Path:
@@ -73,20 +57,166 @@ def _processor(folder: Folder) -> object:
         return None
 
 
-def write(source: Path, target: Path) -> None:
-    """Writes what ``of_folder`` found as a ``tokenizers`` file. Raises UserError for a file that is neither kind."""
-    if source.suffix == ".json":
-        shutil.copyfile(source, target)
+def write(source: Path, target: Path, spec: PolicySpec | None = None) -> None:
+    """Writes what ``of_folder`` found as a ``tokenizers`` file, a whole one as it is.
+
+    Raises UserError for a file that is neither kind, and as ``complete`` and ``check``.
+    """
+    settings = settings_of(source)
+    changed, tokenizer = source.suffix != ".json", convert(source) if source.suffix != ".json" else _load(source)
+    if not changed:
+        changed = complete(tokenizer, settings, source)
+    if spec is not None:
+        check(tokenizer, settings, source, spec)
+    if changed:
+        tokenizer.save(str(target))
     else:
-        convert(source).save(str(target))
+        shutil.copyfile(source, target)
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"expected a tokenizers file, found {path}: {error}; copy it again from its source") from None
+    # The prompt has rules of its own for these.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tokenizer_config.json says, which rules over tokenizer.json (transformers' tokenization_utils_fast.py).
+
+    ``begin``, ``end``: whether a text gets these tokens (None: not said); ``tokens``: their text by "bos" and "eos";
+    ``added``: tokens by their id; ``left``: too long prompts lose their beginning.
+    """
+
+    begin: bool | None = None
+    end: bool | None = None
+    tokens: dict[str, str] = field(default_factory=dict)
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    left: bool = False
+    rules: bool = False  # a class that takes its begin and end from here whatever tokenizer.json says
+
+
+def settings_of(source: Path) -> Settings:
+    """Of the files beside a tokenizer's; nothing is said where there are none."""
+    config = _object(source.parent / "tokenizer_config.json")
+    special = _object(source.parent / "special_tokens_map.json") | config
+    texts = {name: _text(special.get(f"{name}_token")) for name in ("bos", "eos")}
+    listed = config.get("added_tokens_decoder")
+    added = {
+        int(index): AddedToken(
+            token["content"],
+            **{key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")},
+        )
+        for index, token in (listed.items() if isinstance(listed, dict) else ())
+        if index.isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
+    more = _object(source.parent / "added_tokens.json")
+    known = {token.content for token in added.values()}
+    added |= {i: AddedToken(text, normalized=False) for text, i in more.items() if type(i) is int and text not in known}
+    kind = str(config.get("tokenizer_class"))
+    rules = any(family in kind for family in ("Llama", "Gemma"))  # whose defaults are True and False
+    begin, end = (config.get(f"add_{name}_token") for name in ("bos", "eos"))
+    return Settings(
+        begin if isinstance(begin, bool) else True if rules else None,
+        end if isinstance(end, bool) else False if rules else None,
+        {name: text for name, text in texts.items() if text},
+        dict(sorted(added.items())),
+        config.get("truncation_side") == "left",
+        rules,
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _text(token: Any) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def complete(tokenizer: Tokenizer, settings: Settings, path: Path) -> bool:
+    """Adds what the settings ask for and the file lacks; whether anything was.
+
+    Raises UserError where the two contradict each other.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    missing = {index: token for index, token in settings.added.items() if token.content not in added}
+    tokenizer.add_tokens(list(missing.values()))
+    for index, token in settings.added.items():
+        if (found := tokenizer.token_to_id(token.content)) != index:
+            raise UserError(
+                f"expected the added token {token.content!r} to be {index}, as tokenizer_config.json says, found "
+                f"{found} in {path}; copy both from one tokenizer"
+            )
+    return _set_ends(tokenizer, settings, path) or bool(missing)
+
+
+def _set_ends(tokenizer: Tokenizer, settings: Settings, path: Path) -> bool:
+    now = ends(tokenizer)
+    wanted = list(now)
+    for place, (name, asked) in enumerate((("bos", settings.begin), ("eos", settings.end))):
+        token = tokenizer.token_to_id(settings.tokens[name]) if name in settings.tokens else None
+        if asked is None or bool(now[place]) == asked:
+            continue
+        if asked and token is None:
+            raise UserError(
+                f"expected {name}_token, which tokenizer_config.json asks for, among the tokens of {path}, found none; "
+                "copy both from one tokenizer"
+            )
+        if not asked and not settings.rules:
+            raise UserError(
+                f"expected a tokenizer without {name}_token, as tokenizer_config.json says, found one that "
+                f"{path} adds; copy both from one tokenizer"
+            )
+        wanted[place] = (token,) if asked and token is not None else ()
+    if tuple(wanted) == now:
+        return False
+    begin, end = ([str(tokenizer.id_to_token(i)) for i in ids] for ids in wanted)
+    used = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys((*begin, *end))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=[*begin, "$A", *end], special_tokens=used)
+    return True
+
+
+def ends(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+
+
+def check(tokenizer: Tokenizer, settings: Settings, source: Path, spec: PolicySpec) -> None:
+    """Raises UserError for prompts without a begin token where nothing says that it is left out, and for a tokenizer
+    that cuts long prompts at their beginning."""
+    begin = BEGIN.get(spec.family)
+    if begin is not None and settings.begin is None and not ends(tokenizer)[0]:
+        raise UserError(
+            f"expected prompts that begin with {begin}, as {spec.family}'s do, found that {source} adds nothing; copy "
+            "its tokenizer_config.json beside it"
+        )
+    if settings.left and spec.prompt is not None and spec.prompt.truncate:
+        raise UserError(
+            f"expected truncation_side right in the tokenizer_config.json beside {source}, found left; rlrc cuts long "
+            "prompts at their end"
+        )
 
 
 def convert(path: Path) -> Tokenizer:
-    """A sentencepiece model as a Tokenizer, with the begin and end tokens that tokenizer_config.json asks for.
+    """A sentencepiece model as a Tokenizer, with the tokens that tokenizer_config.json asks for.
 
     Without that file the text begins with <s> (or <bos>) and does not end with </s>, as for Llama and Gemma.
     """
-    model = parse(path)
+    model, settings = parse(path), settings_of(path)
     pieces = model.pieces
     vocabulary = {text: index for index, (text, _, _) in enumerate(pieces)}
     unknown = next((index for index, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
@@ -124,12 +254,9 @@ def convert(path: Path) -> Tokenizer:
             if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ]
     )
-    begin, end = _ends(path, model)
-    if begin or end:
-        single = [*begin, "$A", *end]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(text, vocabulary[text]) for text in (*begin, *end)]
-        )
+    own = {name: pieces[i][0] for name, i in (("bos", model.bos), ("eos", model.eos)) if 0 <= i < len(pieces)}
+    begin = bool(own.get("bos")) if settings.begin is None else settings.begin
+    complete(tokenizer, replace(settings, begin=begin, end=bool(settings.end), tokens=own | settings.tokens), path)
     return tokenizer
 
 
@@ -144,79 +271,3 @@ def sorted_merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]
         if text[:cut] in ranks and text[cut:] in ranks
     ]
     return [(text[:cut], text[cut:]) for *_, text, cut in sorted(merges)]
-
-
-def _ends(path: Path, model: Sentencepiece) -> tuple[list[str], list[str]]:
-    try:
-        config = json.loads((path.parent / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        config = {}
-    config = config if isinstance(config, dict) else {}
-    wanted = ((model.bos, config.get("add_bos_token", True)), (model.eos, config.get("add_eos_token", False)))
-    begin, end = ([model.pieces[i][0]] if asked and 0 <= i < len(model.pieces) else [] for i, asked in wanted)
-    return begin, end
-
-
-def parse(path: Path) -> Sentencepiece:
-    """Raises UserError for a file that is no sentencepiece model."""
-    try:
-        model = list(fields(path.read_bytes()))
-        trainer, normalizer = (
-            dict(fields(next((value for number, value in model if number == wanted), b""))) for wanted in (2, 3)
-        )
-        pieces = []
-        for number, value in model:
-            if number == 1:
-                piece = dict(fields(value))
-                score = unpack_from("<f", piece[2])[0] if 2 in piece else 0.0
-                pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-        if not pieces:
-            raise ValueError("no pieces")
-        return Sentencepiece(
-            pieces,
-            algorithm=trainer.get(3, UNIGRAM),
-            bos=_signed(trainer.get(41, 1)),
-            eos=_signed(trainer.get(42, 2)),
-            byte_fallback=bool(trainer.get(35, False)),
-            characters=normalizer.get(2, b""),
-            add_prefix=bool(normalizer.get(3, True)),
-            collapse=bool(normalizer.get(4, True)),
-        )
-    except OSError as error:
-        raise UserError(f"expected {path}, found: {error.strerror}; copy that file again") from None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, StructError) as error:
-        raise UserError(f"expected a sentencepiece model in {path}, found: {error!r}; copy that file again") from None
-
-
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer's fields: varints as integers, everything else as its bytes."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while position < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"wire type {wire}")
-        length = {1: 8, 5: 4}.get(wire) or varint()
-        if position + length > len(message):
-            raise ValueError("the end in the middle")
-        yield number, message[position : position + length]
-        position += length
-
-
-def _signed(value: int) -> int:
-    """Negative numbers are stored as 64-bit two's complement."""
-    return value - (1 << 64) if value >> 63 else value

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from rlrc.artifact import Manifest
-from rlrc.compressor import distributed, lessons, memory
+from rlrc.compressor import distributed, lessons, memory, normalisation
+from rlrc.compressor.backbones.normaliser import MODES
 from rlrc.compressor.batches import Lessons
 from rlrc.compressor.distill import DistillConfig, check_teacher, distillation, matched
 from rlrc.compressor.policy import Policy
@@ -18,22 +19,38 @@ from rlrc.compressor.sources import Source, open_source, shapes
 from rlrc.compressor.stages import Options, Stage, stage
 from rlrc.errors import UserError
 from rlrc.progress import progress
+from rlrc.runtime.describe import normalisation_lines, plain_console
 from rlrc.runtime.official import Flags
 
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    told: dict[str, Any] = {}
+    lines: list[str] = []
+
     def check(found: Source) -> None:
+        before = found.normalisation
+        lines.extend(take_statistics(found, config))
+        if found.normalisation != before:
+            told["normalisation"] = found.normalisation
         lessons.check("sft", found, config)
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
-    with stage("sft", source, out, config, options, check, flags) as work:
-        return work.finish(work.policy, **taught(work, config, lambda lessons: Objective))
+    with stage("sft", source, out, config, options, check, flags, incomplete=True) as work:
+        if distributed.rank() == 0:
+            for line in lines:
+                plain_console(stderr=True).print(f"normalisation: {line}")
+        return work.finish(work.policy, **told, **taught(work, config, lambda lessons: Objective))
 
 
 def run_distill(
     source: Path, out: Path, config: DistillConfig, options: Options, flags: Flags | None = None
 ) -> Manifest:
     """``flags`` are those of an official teacher."""
+    if config.statistics != "policy":
+        raise UserError(
+            f"expected distill.statistics policy, found {config.statistics}; a student has its teacher's, and rlrc sft "
+            "takes a data set's"
+        )
     if not config.teacher:
         raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
     teacher = open_source(Path(config.teacher), flags or Flags())
@@ -52,6 +69,38 @@ def run_distill(
 
         report = taught(work, config, objective)
         return work.finish(work.policy, teacher=teacher.digest, **report)
+
+
+def take_statistics(source: Source, config: SFTConfig) -> list[str]:
+    """Gives the source the data set's statistics where its own are missing, or for all; what to say of it.
+
+    Raises UserError where there are none to take.
+    """
+    spec, record, everything = source.spec, source.normalisation, config.statistics == "data"
+    absent, own = normalisation.missing(record), normalisation.normalised(record)
+    if everything and not own:
+        raise UserError(
+            f"expected a policy that is normalised as LeRobot does ({', '.join(MODES)}) with --statistics data, found "
+            f"{spec.family} without a record of it; leave --statistics out to keep the policy's"
+        )
+    if (absent or everything) and not config.data:
+        raise UserError(
+            f"expected a data set for the statistics of {', '.join(absent or own)}, found none; give --data FOLDER"
+        )
+    names = own if everything else []
+    names += [name for name in normalisation.undecided(spec, record) if name not in names]
+    if names and config.data:
+        dataset = normalisation.from_data(config.data)
+        source.spec, source.normalisation = normalisation.adopted(spec, record, names, dataset, config.cameras)
+        dataset.close()
+    taken = {name: how for name, how in source.normalisation.items() if how != record[name]}
+    kept = [name for name in own if name not in names]
+    if not kept or not config.data:
+        return normalisation_lines(taken)
+    return [
+        *normalisation_lines(taken),
+        f"the policy's own statistics of {', '.join(kept)} are kept; --statistics data takes those of {config.data}",
+    ]
 
 
 def taught(

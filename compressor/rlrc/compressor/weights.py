@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rlrc import foreign
 from rlrc.compressor.policy import Part
 from rlrc.errors import UserError
 
@@ -32,6 +33,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+ADAPTED = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)")
+# Buffers that older versions of the training code saved and that follow from the configuration.
+BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
 THIRDS = ("query", "key", "value")  # of one official tensor
 
 
@@ -49,9 +55,10 @@ class Tensors:
         read: Callable[[str], Tensor] | None = None,
         file: str = "",
         paths: tuple[Path, ...] = (),
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """``stored``: on the meta device where ``read`` gives the data."""
-        self.origin, self.file, self.paths = origin, file, paths
+        """``stored``: on the meta device where ``read`` gives the data; ``aliases``: names in the file -> here."""
+        self.origin, self.file, self.paths, self.aliases = origin, file, paths, aliases or {}
         self._stored, self._read = stored, read
 
     def __iter__(self) -> Iterator[str]:
@@ -62,6 +69,20 @@ class Tensors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
+
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The same tensors by other names, those of the files -> new ones; all are listed. Raises UserError if two
+        get one name."""
+        files = {new: old for old, new in names.items()}
+        if len(files) < len(names):
+            twice = next(new for old, new in names.items() if files[new] != old)
+            raise UserError(
+                f"expected one tensor {twice} in {self.origin}, found it with a prefix as well; save the model alone"
+            )
+        read = self._read
+        stored = {new: self._stored[old] for new, old in files.items()}
+        inner = None if read is None else lambda name: read(files[name])
+        return Tensors(self.origin, stored, inner, self.file, self.paths, names)
 
     def meta(self, name: str) -> Tensor:
         """Its shape and dtype, without data. Raises UserError if there is no such tensor."""
@@ -101,6 +122,35 @@ class Tensors:
         self.meta(name)
         return self._stored[name] if self._read is None else self._read(name)
 
+    def sound(self, name: str) -> Tensor:
+        """``read``, for computing. Raises UserError, naming the tensor, for nan or inf in it."""
+        tensor = self.read(name)
+        check_finite(tensor, name, self.origin)
+        return tensor
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude: nan or inf if the tensor has such a number. One pass at the speed of memory."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(abs(float(low)), abs(float(high)))
+
+
+def check_finite(
+    tensor: Tensor, name: str, origin: str, advice: str = "use an earlier checkpoint, or copy it again if it is sound"
+) -> None:
+    """Raises UserError for nan or inf in a tensor of floats."""
+    if tensor.is_floating_point() and not isfinite(found := largest(tensor)):
+        raise UserError(f"expected finite numbers in the tensor {name} of {origin}, found {found}; {advice}")
+
+
+def not_floats(name: str, found: object, origin: str) -> UserError:
+    return UserError(
+        f"expected floating-point numbers in the tensor {name} of {origin}, found {str(found).removeprefix('torch.')}: "
+        "these weights are quantized; give the checkpoint that they were quantized from (rlrc quantize comes after)"
+    )
+
 
 def wrong_shape(what: str, expected: object, found: object, origin: str) -> UserError:
     return UserError(
@@ -121,9 +171,7 @@ def of_model(folder: Path) -> Tensors:
     if (folder / MODEL).is_file():
         return of_safetensors([folder / MODEL], str(folder))
     if not (folder / INDEX).is_file():
-        raise UserError(
-            f"expected {MODEL} or {INDEX} in {folder}, found neither; copy the folder again, or save it as safetensors"
-        )
+        raise UserError(f"expected {MODEL} or {INDEX} in {folder}, found neither: {foreign.found(folder)}")
     try:
         index = json.loads((folder / INDEX).read_bytes())
         shards = sorted(set(index["weight_map"].values()))
@@ -131,7 +179,7 @@ def of_model(folder: Path) -> Tensors:
             raise ValueError(f"expected plain names of files, found {shards}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"expected a weight_map in {folder / INDEX}, found: {error or type(error).__name__}; copy the folder again"
+            f"expected a weight_map in {folder / INDEX}, found: {error or type(error).__name__}; copy that file again"
         ) from None
     for count, shard in enumerate(shards, 1):
         if not (folder / shard).is_file():
@@ -155,10 +203,16 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
             with safe_open(path, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (it is no dict)
                     tensor = opened.get_slice(name)
-                    dtype = DTYPES[tensor.get_dtype()]
+                    dtype = DTYPES.get(tensor.get_dtype())
+                    if dtype is None:
+                        raise not_floats(name, tensor.get_dtype(), origin)
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError) as error:
+            if path.is_file() and foreign.is_pointer(path):
+                raise UserError(
+                    f"expected safetensors in {path}, found: a Git LFS pointer to them; run git lfs pull there"
+                ) from None
             raise UserError(f"expected safetensors in {path}, found: {error}; copy that file again") from None
 
     def read(name: str) -> Tensor:
@@ -169,8 +223,32 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
     return Tensors(origin, stored, read, file, tuple(dict.fromkeys(where.values())))
 
 
+def check_merged(tensors: Tensors) -> None:
+    """Raises UserError for the weights of an adapter that was not merged."""
+    if lora := next((name for name in tensors if ADAPTED.search(name)), None):
+        raise UserError(
+            f"expected merged weights in {tensors.origin}, found those of a PEFT adapter beside them, such as {lora}; "
+            "call merge_and_unload() before saving (rlrc does not merge adapters yet)"
+        )
+
+
+def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
+    """The tensors by the names that the training code gives them.
+
+    Parts that wrappers put into names (DistributedDataParallel, torch.compile, FSDP) are left out, and whatever else
+    stands before all of them: ``root`` and ``mark`` are what at least one of the code's names begins with.
+    """
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
+    if mark and (first := next((name for name in names.values() if f".{name}".find(f".{mark}") >= 0), None)):
+        before = first[: f".{first}".find(f".{mark}")]
+        extra, put = (before.removesuffix(root), "") if before.endswith(root) else (before, root)
+        if (extra or put) and all(name.startswith(extra) for name in names.values()):
+            names = {old: put + new.removeprefix(extra) for old, new in names.items()}
+    return tensors if all(old == new for old, new in names.items()) else tensors.renamed(names)
+
+
 def of_pt(path: Path) -> Tensors:
-    """An official ``.pt`` of nothing but tensors; a prefix ``module.`` (DistributedDataParallel's) is left out.
+    """An official ``.pt`` of nothing but tensors, by names without wrappers.
 
     Raises UserError for anything else in it. No code of the file runs: ``weights_only`` knows tensors and plain values.
     """
@@ -194,8 +272,7 @@ def of_pt(path: Path) -> Tensors:
                 f"expected nothing but tensors in {path}, found {type(value).__name__} at {name!r}; "
                 "save the module's state_dict()"
             )
-    stored = {name.removeprefix("module."): tensor for name, tensor in values.items()}
-    return Tensors(str(path), stored, file=path.name, paths=(path,))
+    return unwrapped(Tensors(str(path), values, file=path.name, paths=(path,)))
 
 
 def convert(part: Part, tensors: list[Tensor]) -> Tensor:

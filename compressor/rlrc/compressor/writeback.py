@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rlrc.artifact import PolicySpec
 from rlrc.compressor import official, weights
 from rlrc.compressor.fill import unfilled
 from rlrc.compressor.official import Folder, Options
@@ -27,11 +29,12 @@ def write_official(policy: Policy, like: Folder, out: Path, options: Options | N
     that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
     """
     module = official.recognise(like)
-    layout = module.layout(like, options or Options())
+    layout = module.layout(like, replace(options or Options(), incomplete=True))
     expected = official.build(module, layout)
     official.check(like, layout, expected)
     policy = unfilled(policy, expected.towers)
     _check_geometry(policy, expected, like)
+    _check_normalisation(policy.spec, expected.spec, like)
     files, state = official.sources(like, layout), policy.state_dict()
     with appearing(out) as partial:
         written = {path: tensors for tensors in files.values() for path in tensors.paths}
@@ -61,13 +64,16 @@ class _New:
                 self.ours.setdefault(name, []).append(ours)
 
     def __call__(self, name: str) -> Tensor:
-        name = self._tied(name)
+        """``name``: as it stands in the file."""
+        name = self._tied(self.old.aliases.get(name, name))
         if name not in self.ours:
             return self.old.read(name)
         parts = [self.layout.parts[ours] for ours in self.ours[name]]
         tensors = [self.state[ours] for ours in self.ours[name]]
         new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
-        return new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        weights.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
+        return new
 
     def _tied(self, name: str) -> str:
         """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""
@@ -98,6 +104,22 @@ def _check_geometry(policy: Policy, expected: Policy, like: Folder) -> None:
             raise _other_geometry(name, like)
 
 
+def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -> None:
+    """Raises UserError for statistics that are not those of ``like``, whose files are copied as they are."""
+
+    def by_part(spec: PolicySpec) -> dict[str, object]:
+        pictures = {f"image.{camera.name}": (camera.mean, camera.std) for camera in spec.cameras}
+        return pictures | {"state": spec.state and spec.state.norm, "action": spec.action.norm}
+
+    own, theirs = by_part(spec), by_part(expected)
+    if other := [part for part, values in own.items() if theirs.get(part) != values]:
+        raise UserError(
+            f"expected the normalisation of {like.path}, whose files are copied, found other statistics of "
+            f"{', '.join(other)} in the artifact (see rlrc inspect); give the folder with these statistics as --like, "
+            "or export the artifact (rlrc export)"
+        )
+
+
 def _other_geometry(where: str, like: Folder) -> UserError:
     return UserError(
         f"expected the geometry of {like.path}, found another one in {where}; the official format cannot hold a pruned "
@@ -121,4 +143,4 @@ def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
 def _write_pt(source: Path, target: Path, tensors: _New) -> None:
     """The names of the source, with their prefixes."""
     old = torch.load(source, map_location="cpu", weights_only=True)
-    torch.save({name: tensors(name.removeprefix("module.")).clone() for name in old}, target)
+    torch.save({name: tensors(name).clone() for name in old}, target)

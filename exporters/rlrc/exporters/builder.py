@@ -286,7 +286,13 @@ def joined(names: list[str]) -> str:
     return "+".join([first, *(other.rpartition(".")[2] for other in others)]) + ".weight"
 
 
-def int8_columns(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Weights (in, out) -> integers of the same shape and a scale for every output (out,)."""
-    scale = np.maximum(np.abs(matrix).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+def int8_columns(
+    matrix: NDArray[np.float32], largest: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights (in, out) -> integers of the same shape and a scale for every output (out,).
+
+    ``largest`` (out,): what becomes 127, by default the largest weight of each output.
+    """
+    largest = np.abs(matrix).max(0) if largest is None else largest
+    scale = np.maximum(largest / 127, np.finfo(np.float32).tiny).astype(np.float32)
     return np.rint(matrix / scale).astype(np.int8), scale

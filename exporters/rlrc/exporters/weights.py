@@ -47,20 +47,20 @@ class Weights:
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized."""
-        return self.tensors.read(name).float().numpy()
+        return self.tensors.sound(name).float().numpy()
 
     def values(self, name: str) -> NDArray[np.float32]:
         """A tensor, or the weights that its integers stand for."""
         if (bits := self.bits(name)) is None:
             return self.array(name)
         integers = self.tensors.read(f"{name}.q")
-        return values_of(unpack(integers) if bits == 4 else integers, self.tensors.read(f"{name}.scale")).numpy()
+        return values_of(unpack(integers) if bits == 4 else integers, self.tensors.sound(f"{name}.scale")).numpy()
 
     def packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
         """Integers and scales of quantized tensors of the same bits, joined along the outputs."""
         names = list(names)
         integers, scales = (
-            np.concatenate([self.tensors.read(f"{name}.{part}").numpy() for name in names]) for part in ("q", "scale")
+            np.concatenate([self.tensors.sound(f"{name}.{part}").numpy() for name in names]) for part in ("q", "scale")
         )
         return integers, scales
 

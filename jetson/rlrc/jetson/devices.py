@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILE = Path(__file__).with_name("devices.toml")
 CPU = "cpu"  # this machine, measured (see probe.py)
@@ -101,7 +95,7 @@ def table() -> Table:
 def read_toml(kind: Any, file: Path) -> Any:
     """A TOML file as this dataclass. Raises UserError for what does not fit."""
     try:
-        return strict.decode(kind, tomllib.loads(file.read_text(encoding="utf-8")))
+        return strict.decode(kind, toml.parse(file.read_bytes()))
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"expected {kind.__name__} in {file}, found: {error}; install rlrc again") from None
 

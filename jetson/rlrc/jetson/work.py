@@ -107,7 +107,7 @@ def _words(policy: PolicySpec, given: int | None) -> tuple[int, list[str]]:
         return given, [f"{given} prompt tokens, as asked"]
     if prompt.pad_id is not None:
         return prompt.max_tokens, [f"{prompt.max_tokens} prompt tokens, padded"]
-    told = STATE_TOKENS * len(policy.state.names) if prompt.state_bins and policy.state else 0
+    told = STATE_TOKENS * max(len(policy.state.names), prompt.state_width) if prompt.state_bins and policy.state else 0
     tokens = min(PROMPT + told, prompt.max_tokens)
     state = f", {told} of them for the state" if told else ""
     return tokens, [f"{tokens} prompt tokens{state} (assumed; --prompt-tokens)"]

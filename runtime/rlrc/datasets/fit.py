@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import prod
 from typing import Any
 
@@ -17,6 +16,7 @@ from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
 from rlrc.errors import UserError
 from rlrc.runtime.pictures import wrong_size
+from rlrc.wiring import check_distinct
 
 NONE = "none"  # instead of a camera's name: to do without it
 EMPTY = re.compile(r"empty_camera_\d+")  # what lerobot calls places for cameras that are not there
@@ -180,12 +180,7 @@ def _cameras(dataset: Dataset, spec: PolicySpec, mapping: Mapping[str, str]) -> 
             f"expected the policy's camera{'s' * (len(lacking) > 1)} {', '.join(lacking.values())} in {dataset.path}, "
             f"found {there}; say which is which: --cameras {first} NAME{without}"
         )
-    for name, other in combinations(chosen, 2):
-        if chosen[name] == chosen[other]:
-            raise UserError(
-                f"expected another camera of the data set for each of the policy's, found {chosen[name]} for {name} "
-                f"and {other}; give another one: --cameras {other} NAME"
-            )
+    check_distinct(chosen, "camera of the data set", "cameras of the policy", "--cameras POLICY DATASET")
     if names and not chosen:
         raise UserError(
             f"expected one of the cameras {', '.join(names)} in {dataset.path}, found {there}; say which is which: "

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,15 +13,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime import preprocess
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -115,7 +109,7 @@ def check_fits(name: str, observation: Mapping[str, Any], actions: int, spec: Po
 def read_mapping(kind: type[T], path: Path) -> T:
     """A TOML file as the frozen dataclass ``kind``. Raises UserError for a file that is none, or has unknown keys."""
     try:
-        return strict.decode(kind, tomllib.loads(path.read_text(encoding="utf-8")))
+        return strict.decode(kind, toml.parse(path.read_bytes()))
     except OSError as error:
         raise UserError(
             f"expected a mapping file at {path}, found: {error.strerror}; correct --env-mapping (docs/simulators.md)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.envs.environment import check_fits, read_mapping
 from rlrc.errors import UserError
+from rlrc.wiring import check_distinct
 
 RENDER, WHOLE = "render", "."  # paths of what has no key: the rendered picture, an observation that is no dict
 REMEDY = "correct the mapping file (docs/simulators.md)"
@@ -241,11 +242,36 @@ def _check_rules(rules: GymMapping, spec: PolicySpec, mapping: Path) -> None:
             f"expected one of info, reward and terminated as [success] in {mapping}, found "
             f"{' and '.join(signs) or 'none'}; keep the one that tells that the task is done"
         )
+    check_distinct(rules.cameras, "observation of the environment", "cameras of the policy", str(mapping))
+    check_apart(rules.state, mapping)
+    _check_fan_out(rules.action.index or (), spec, mapping)
     if wrong := [i for i in rules.action.index or () if not 0 <= i < spec.action.dim]:
         raise UserError(
             f"expected action.index from 0 to {spec.action.dim - 1}, the policy's dimensions "
             f"{', '.join(spec.action.names)}, found {wrong[0]}; correct {mapping}"
         )
+
+
+def check_apart(paths: tuple[str, ...], mapping: Path) -> None:
+    """Raises UserError where a part of the state is another part, or within it: the policy would get it twice."""
+    for place, path in enumerate(paths):
+        for other in paths[:place] + paths[place + 1 :]:
+            if other in (path, WHOLE) or path.startswith(f"{other}."):
+                raise UserError(
+                    f"expected every part of the observation once as state in {mapping}, found {path!r} "
+                    f"{'twice' if other == path else f'and {other!r}, which holds it'}; keep one"
+                )
+
+
+def _check_fan_out(index: Sequence[int], spec: PolicySpec, mapping: Path) -> None:
+    """One dimension of the policy's for several actuators is meant for the fingers of a gripper only."""
+    names, meanings = spec.action.names, spec.action.meaning
+    for place in sorted(set(index)):
+        if list(index).count(place) > 1 and 0 <= place < spec.action.dim and meanings[place] != "gripper":
+            raise UserError(
+                f"expected every dimension of the policy once at action.index (a gripper's may drive several fingers), "
+                f"found {names[place]} for {list(index).count(place)} of the environment's; correct {mapping}"
+            )
 
 
 def _told(key: str, ours: float | None, own: float | None, name: str) -> float:

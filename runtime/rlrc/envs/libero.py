@@ -22,6 +22,7 @@ from rlrc.envs.gl import working_backend
 from rlrc.envs.libero_worker import pack, unpacked_array
 from rlrc.envs.peer import Peer
 from rlrc.errors import UserError
+from rlrc.wiring import check_distinct
 
 PYTHON = "RLRC_LIBERO_PYTHON"
 INITIAL_STATES = 50  # of every task: so many different episodes there are
@@ -133,6 +134,7 @@ def _task(text: str, spec: PolicySpec, mapping: Path | None) -> Task:
             f"expected libero:SUITE/NUMBER, found 'libero:{text}'; give libero:libero_spatial/0, for instance"
         )
     rules = read_mapping(LiberoMapping, mapping) if mapping else LiberoMapping()
+    check_distinct(rules.cameras, "camera of LIBERO", "cameras of the policy", str(mapping))
     if not 1 <= rules.size <= 1024:
         raise UserError(f"expected size as 1 to 1024 pixels, found {rules.size}; correct {mapping}")
     task = Task(

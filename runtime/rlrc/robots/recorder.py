@@ -129,8 +129,9 @@ class Recorder:
                     whole.write(name.encode() + b"\n")
                     np.save(whole, array, allow_pickle=False)
                 self._stream.write(whole.getvalue())
-        except OSError as error:
-            self._failure = f"the recording failed: {error.strerror}"
+        except Exception as error:
+            why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            self._failure = f"the recording failed: {why}"
             for _ in self._queued():  # so that whoever ends the recording finds room in the queue
                 pass
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.robot import RobotError, Sensed
+from rlrc.runtime.circle import shortest
 
 if TYPE_CHECKING:
     from rlrc.runtime.profile import RobotProfile
@@ -99,13 +100,20 @@ def untracked(profile: RobotProfile) -> RobotProfile:
     return replace(profile, dimensions=tuple(replace(one, tracking=None) for one in profile.dimensions))
 
 
-def errors(recorded: NDArray[Any], telemetry: Telemetry, names: tuple[str, ...]) -> dict[str, Any]:
+def errors(
+    recorded: NDArray[Any],
+    telemetry: Telemetry,
+    names: tuple[str, ...],
+    periods: NDArray[np.float64] | None = None,
+) -> dict[str, Any]:
     """How far the commands are from the recorded actions, by dimension, in its unit; the n-th is for the n-th frame.
+
+    ``periods`` (dim,): of the angles that wrap, inf for all else; None: none does.
 
     Where the robot was held, nothing is compared: there was no command of the policy's.
     """
     first, rows = telemetry.steps - len(telemetry.rows), telemetry.rows
-    off = np.abs(telemetry.commands - recorded[first : first + len(rows)])[~rows["held"]]
+    off = np.abs(shortest(telemetry.commands - recorded[first : first + len(rows)], periods))[~rows["held"]]
     found = {"frames": len(recorded), "compared": len(off), "error": None}
     if not len(off):
         return found

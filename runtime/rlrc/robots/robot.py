@@ -39,7 +39,10 @@ class Robot(Protocol):
         ...
 
     def stop(self) -> None:
-        """The robot's own stop, where no command is known to be safe. Raises nothing."""
+        """The robot's own stop, where no command is known to be safe. Raises nothing, and may be called twice.
+
+        It has to work from another thread while ``sense`` or ``command`` hangs: it takes no lock that they hold.
+        """
         ...
 
     def close(self) -> None: ...

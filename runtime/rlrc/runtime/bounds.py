@@ -33,6 +33,8 @@ class Bound(NamedTuple):
 def bounds(profile: RobotProfile, index: int) -> list[Bound]:
     """Those of a dimension: its position limits and the workspace's, none or both."""
     own, axis, box, found = profile.dimensions[index].position, profile.box(index), profile.workspace, list[Bound]()
+    if profile.dimensions[index].turns:
+        return []  # every angle is within its limits
     if axis is not None and box is not None:
         found.append(Bound("workspace", box.on, *axis, box.slack))
     if own is not None:

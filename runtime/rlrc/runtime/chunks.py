@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
+from rlrc.runtime.circle import near
 from rlrc.runtime.continuation import Continuation
 
 Strategy = Literal["synchronous", "replace", "ensemble", "continue"]
@@ -43,11 +44,21 @@ def check_execute(execute: int | None, horizon: int) -> None:
 
 
 class Chunks:
-    """``execute``: steps of a chunk to play before the next is asked for (None: synchronously all, else none)."""
+    """``execute``: steps of a chunk to play before the next is asked for (None: synchronously all, else none).
 
-    def __init__(self, strategy: Strategy, horizon: int, execute: int | None = None) -> None:
+    ``periods`` (dim,): of the angles that wrap, inf for all else (rlrc.runtime.circle).
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        horizon: int,
+        execute: int | None = None,
+        periods: NDArray[np.float64] | None = None,
+    ) -> None:
         check_execute(execute, horizon)
         self.strategy, self.horizon = strategy, horizon
+        self._periods = periods
         self._least = execute or (horizon if strategy == "synchronous" else 0)
         self._chunks: deque[tuple[int, int, NDArray[np.float32]]] = deque()  # number, start, actions; oldest first
         self._delays: deque[int] = deque(maxlen=REMEMBERED)
@@ -77,6 +88,7 @@ class Chunks:
             return Planned(actions[step - start], number, step - start)
         weights = np.exp(-DECAY * np.arange(len(covering)))
         each = np.stack([actions[step - start] for _, start, actions in covering])
+        each = near(each, each[0], self._periods)
         return Planned((weights @ each / weights.sum()).astype(np.float32), number, step - start)
 
     def wants(self, step: int) -> bool:

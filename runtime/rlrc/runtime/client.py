@@ -25,6 +25,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.policy import Result, Timing
 from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.ports import checked
 from rlrc.runtime.servers.session import LARGEST
 from rlrc.runtime.servers.shared import HEADER, METADATA, Written
 from rlrc.runtime.websocket import WebSocket
@@ -51,13 +52,13 @@ class RemotePolicy:
         authority: Path | None = None,
         shared: bool = False,
     ) -> None:
-        if not url.startswith(("ws://", "wss://")) or timeout_s <= 0:
+        if not url.startswith(("ws://", "wss://")) or not timeout_s > 0:
             raise UserError(
                 f"expected a URL ws:// or wss:// and a time above 0 s, found {url} and {timeout_s}; give such"
             )
         self.url, self.timeout_s, self._keys = url, timeout_s, dict(keys or {})
-        self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
-        self._tls = ssl.create_default_context(cafile=authority) if url.startswith("wss://") else None
+        self._headers = {} if token is None else {"Authorization": f"Api-Key {checked(token, 'token')}"}
+        self._tls = _trusting(authority) if url.startswith("wss://") else None
         self._asks_shared = shared
         self._shared: Written | None = None
         if shared:
@@ -160,7 +161,7 @@ class RemotePolicy:
         try:
             self._connection = connection = WebSocket(self.url, self._tls, self._headers, LARGEST, seconds)
             metadata = connection.receive(deadline - monotonic())
-        except (OSError, WebSocketException) as error:  # of which TimeoutError is one
+        except (OSError, WebSocketException, ValueError) as error:  # a time-out and a URL of nothing among them
             self.close()
             raise NoAction(f"expected an openpi server at {self.url}, found: {error or 'no answer'}") from None
         unpacked = None if isinstance(metadata, str) else _unpacked(metadata)
@@ -178,6 +179,14 @@ class RemotePolicy:
         except UserError as error:
             self.close()
             raise NoAction(str(error)) from None
+
+
+def _trusting(authority: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except OSError as error:
+        why = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else "no certificate"
+        raise UserError(f"expected a PEM file with a certificate at {authority}, found: {why}; give another") from None
 
 
 def _unpacked(answer: bytes) -> Any:

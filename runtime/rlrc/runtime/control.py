@@ -5,7 +5,8 @@ chunks are joined by the time of their observations (rlrc.runtime.chunks). An ac
 step is due is not sent at all: the robot is held, the schedule goes on without the steps that were missed, and no burst
 makes up for them. Where there is no action for a step, the guard holds the robot, and stops it if that lasts. Whatever
 else goes wrong stops it. A stop that somebody wants does not wait for the next step: braking begins with a command of
-its own, at once.
+its own, at once. Whatever ends a step ends in a hold: an exception that no part of the loop deals with is raised again
+only after the robot has been braked and its own stop called.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.robots.robot import Robot, RobotError, Sensed
+from rlrc.robots.driver import checked, named, one_line, plain, said
+from rlrc.robots.robot import Robot, Sensed
 from rlrc.runtime import preprocess
 from rlrc.runtime.child import Dead
 from rlrc.runtime.chunks import Chunks, Planned
@@ -31,6 +34,8 @@ from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.telemetry import Telemetry
 from rlrc.runtime.verdict import Verdict
 from rlrc.runtime.watch import Watch
+
+BRAKING_S = 10.0  # longest time of braking after the loop itself has failed
 
 Show = Callable[[Sensed | None, Any, Verdict], None]  # what was sensed, the telemetry's row, what was sent
 
@@ -110,20 +115,35 @@ class Control:
         self._stop, self._clock, self._sleep, self._beat = stop, clock, sleep, beat
         self._standstill, self._show = standstill, show
         self._fault: str | None = None  # of the robot or its sensors, at this step
+        self.failures: list[str] = []
+        """what failed in the robot or the loop, in words; after a stop too, whose reason the guard keeps"""
+        self._ending = False  # the steps are over: to rest
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
         self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
         self._start = self._sent = self._planned_at = self._asked_about = 0.0
         self._progress = 0  # actions that were planned and played
         self._played: deque[float] = deque(maxlen=4 * chunks.horizon)  # when the last of them were sent
 
-    def run(self, over: Callable[[], bool] = lambda: False, steps: int | None = None) -> None:
+    def run(self, over: Callable[[], bool] = lambda: False, steps: int | None = None, rest: bool = False) -> None:
         """Begins at rest where the robot is, with a chunk. Ends when ``over``, after ``steps``, or at rest by a stop.
 
-        Raises UserError if the robot cannot be started from where it is.
+        With ``rest`` the robot is brought to rest after the last step, instead of being left with its last command.
+
+        Raises UserError if the robot cannot be started from where it is, and whatever else ends a step unforeseen, once
+        the robot has been braked.
         """
-        self._begin()
+        try:
+            self._begin()
+            self._play(over, steps, rest)
+        except BaseException as error:
+            if self.guard.started:
+                self._fail(_why(error, "the loop"))
+                self._abandon()
+            raise
+
+    def _play(self, over: Callable[[], bool], steps: int | None, rest: bool) -> None:
         step = 0
-        while steps is None or step < steps:
+        while True:
             due = self._start + step * self.timing.period
             if self._stopped_before(due):
                 verdict = self._tick(step, self._clock(), 0)  # the step itself is still to come
@@ -133,11 +153,37 @@ class Control:
                 verdict = self._tick(step, self._start + step * self.timing.period, skipped)
                 step += 1
             self._beat()
-            if over() or (verdict.stopped and self.guard.at_rest and not self._rests()):
+            if over() or (steps is not None and step >= steps):
+                self._ending = True
+            if self._ending and (not rest or self.guard.at_rest):
+                return
+            if verdict.stopped and self.guard.at_rest and not self._rests():
                 return
 
+    def _abandon(self) -> None:
+        """Brakes with nothing but the guard and the robot, then the robot's own stop. Raises nothing."""
+        with suppress(BaseException):
+            for _ in range(max(1, int(BRAKING_S * self.timing.hz))):
+                verdict = self.guard.hold(None, self.timing.period * self.timing.speed, np.nan)
+                if verdict.command is None:
+                    break
+                self.robot.command(verdict.command)
+                if self.guard.at_rest:
+                    break
+                with suppress(BaseException):
+                    self._beat()
+                self._sleep(self.timing.period)
+        self._halt()
+
+    def _halt(self) -> None:
+        """The robot's own stop, which is not to raise."""
+        try:
+            plain("stop", self.robot.stop)
+        except BaseException as error:
+            self._fail(f"robot.stop() failed: {said(error)}")
+
     def _begin(self) -> None:
-        sensed = self.robot.sense()
+        sensed = checked(plain("sense", self.robot.sense))
         measured = self._measured(sensed)
         if sensed is None or measured is None:
             raise UserError("expected the robot's state to start from, found none; check its driver")
@@ -157,8 +203,8 @@ class Control:
                 self._sleep(self.timing.period / 20)
                 self._beat()
                 answer = self.thinking.poll()
-        except (UserError, Dead) as error:
-            self._latch(str(error))
+        except Exception as error:
+            self._latch(_why(error, "inference"))
             return
         if answer is None or answer.actions is None:
             said = f": {answer.error}" if answer else f" within {self.timing.first:g} s"
@@ -184,7 +230,7 @@ class Control:
         row["sense_ms"] = _since(begun, sensing := self._clock())
         if self._standing:
             self._reconsider(sensed)
-        planned = None if self._standing else self._plan(row)
+        planned = None if self._standing or self._ending else self._plan(row)
         row["plan_ms"] = _since(sensing, planning := self._clock())
         verdict = self._guarded(planned, sensed, due, row)
         row["guard_ms"] = _since(planning, guarding := self._clock())
@@ -209,19 +255,20 @@ class Control:
         assert self._show is not None
         try:
             self._show(sensed, row, verdict)
-        except Exception as error:  # whoever looks is wrong about the robot: no reason to go on
+        except BaseException as error:  # whoever looks is wrong about the robot: no reason to go on
             self._show = None
-            self._latch(f"the page failed: {type(error).__name__}: {error}")
+            self._fail(_why(error, "the page"))
 
     def _sense(self, now: float) -> Sensed | None:
         if reason := self._stop():
             self._latch(reason)
         sensed = None
         try:
-            sensed = self.robot.sense()
+            sensed = checked(plain("sense", self.robot.sense))
             self._fault = self._watch.fault(sensed, now)
-        except Exception as error:  # a driver's own mistakes stop the robot as well
-            self._fault = _said(error)
+        except BaseException as error:  # a driver's own mistakes stop the robot as well
+            self._fault = said(error)
+            self._fail(self._fault)
         if self._fault:
             self._latch(self._fault)
         return sensed
@@ -254,8 +301,8 @@ class Control:
         """The action for this step, from the chunks that have come."""
         try:
             answer = self.thinking.poll()
-        except Dead as error:
-            self._latch(str(error))
+        except Exception as error:
+            self._latch(_why(error, "inference"))
             return None
         if answer is not None:
             row["inference_ms"] = answer.seconds * 1e3
@@ -285,7 +332,7 @@ class Control:
                     return verdict
                 self.guard.take_back()  # the computer has stood still meanwhile
                 dt = (guarded - self._sent) * speed
-        elif now - self._planned_at > self.timing.patience:
+        elif now - self._planned_at > self.timing.patience and not self._ending:
             self._latch(f"no action for {self.timing.patience:g} s")
         return self.guard.hold(measured, dt, age * speed)
 
@@ -296,14 +343,13 @@ class Control:
         return np.zeros(0) if self.spec.state is None else sensed.measured
 
     def _command(self, verdict: Verdict) -> None:
+        if verdict.command is None:
+            return self._halt()
         try:
-            if verdict.command is None:
-                self.robot.stop()
-            else:
-                self.robot.command(verdict.command)
-        except Exception as error:
-            self._latch(_said(error))
-            self.robot.stop()
+            plain("command", self.robot.command, verdict.command)
+        except BaseException as error:
+            self._fail(said(error))
+            self._halt()
 
     def _ask(self, sensed: Sensed | None) -> None:
         """For another chunk. Its first action is for the first command after the state that it is asked about."""
@@ -316,17 +362,23 @@ class Control:
             preprocess.check(sensed.observation, self.spec)
             self.thinking.ask(sensed.observation, start, self.chunks.continuation(start))
             self._asked_about = sensed.stamp
-        except (UserError, Dead) as error:
-            self._latch(str(error))
+        except Exception as error:
+            self._latch(_why(error, "inference"))
 
     def _latch(self, reason: str) -> None:
         if not self.guard.stopped:
             self.guard.stop(reason)
 
+    def _fail(self, reason: str) -> None:
+        """A stop whose reason is not lost where the guard has been stopped before."""
+        if reason not in self.failures:
+            self.failures.append(reason)
+        self._latch(reason)
 
-def _said(error: Exception) -> str:
-    """What a driver meant to tell, or which mistake it made."""
-    return str(error) if isinstance(error, RobotError) else f"the driver failed: {type(error).__name__}: {error}"
+
+def _why(error: BaseException, part: str) -> str:
+    """What went wrong in a part of the loop; errors of ours say it themselves."""
+    return one_line(error) if isinstance(error, (UserError, Dead)) else f"{part} failed: {named(error)}"
 
 
 def _since(before: float, now: float) -> float:

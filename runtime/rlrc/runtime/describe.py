@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlrc.artifact import Artifact, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
+from rlrc.artifact import Artifact, HistoryEntry, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
 from rlrc.runtime.tables import print_table
 
 
@@ -30,6 +30,7 @@ def describe(artifact: Artifact, console: Console) -> None:
     rows = {
         "artifact": f"{artifact.path} ({artifact.digest[:12]})",
         **policy_rows(manifest.policy),
+        **normalisation_rows(manifest.history),
         "parameters": f"{manifest.parameters:,} stored as {stored}",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
         "can be pruned": prunable(manifest.towers),
@@ -55,6 +56,12 @@ def describe(artifact: Artifact, console: Console) -> None:
     )
 
 
+def normalisation_rows(history: Sequence[HistoryEntry]) -> dict[str, str]:
+    """What the last stage that changed it recorded; nothing of artifacts without any record."""
+    records = [entry.after["normalisation"] for entry in history if "normalisation" in entry.after]
+    return {"normalisation": "\n".join(normalisation_lines(records[-1]))} if records else {}
+
+
 def policy_rows(spec: PolicySpec) -> dict[str, str]:
     """What the policy is, sees and does, by heading; dimensions of one meaning and unit are told together."""
     prompt, action, flow = spec.prompt, spec.action, spec.flow
@@ -68,10 +75,36 @@ def policy_rows(spec: PolicySpec) -> dict[str, str]:
             f"{camera.name} {camera.height} x {camera.width}, resize {camera.resize}{', optional' * camera.optional}"
             for camera in spec.cameras
         ),
-        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units),
+        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units) + padding(spec),
         "prompt": "none" if prompt is None else f"{prompt.template!r}, at most {prompt.max_tokens} tokens",
         "actions": f"{together(action.names, kinds)}; chunks of {action.horizon}, {answers}",
     }
+
+
+def padding(spec: PolicySpec) -> str:
+    """What is said of a state that is padded for the policy or its prompt."""
+    names = () if spec.state is None else spec.state.names
+    prompt, width = spec.prompt, (spec.state and spec.state.width) or 0
+    if prompt is None or not prompt.state_bins:
+        return f"; padded with zeros to {width} numbers" * (width > len(names))
+    if prompt.state_width > len(names):
+        return f"; padded with zeros to {prompt.state_width} numbers in the prompt"
+    return "; unpadded in the prompt"
+
+
+def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """How each input and the action are normalised and by which statistics: "action: MEAN_STD by action in FILE".
+
+    ``recorded``: rlrc.compressor.policy.Normalisation as JSON values, by rlrc's names, nearest to raw values first.
+    """
+
+    def told(one: Mapping[str, Any]) -> str:
+        if one["missing"]:
+            choose = "; choose one with --unnorm-key" * bool(one["groups"])
+            return f"{one['mode']}, but no statistics: found {one['missing']}{choose}"
+        return f"{one['mode']} ({one['origin']})" if one["mode"] == "IDENTITY" else f"{one['mode']} by {one['origin']}"
+
+    return [f"{name}: {', then '.join(map(told, steps))}" for name, steps in recorded.items()]
 
 
 def together(names: Iterable[str], kinds: Iterable[str]) -> str:

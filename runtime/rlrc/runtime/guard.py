@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
+from rlrc.runtime import plausible, reach
 from rlrc.runtime import profile as profiles
-from rlrc.runtime import reach
 from rlrc.runtime.bounds import bounds, edges, limits_of
-from rlrc.runtime.profile import Dimension, RobotProfile
+from rlrc.runtime.circle import near, shortest
+from rlrc.runtime.plausible import Plausibility
+from rlrc.runtime.profile import Dimension, RobotProfile, Tracking
 from rlrc.runtime.verdict import Act, Event, Kind, Verdict
 
 KEPT = 1024  # events that ``Guard.events`` holds
@@ -41,7 +43,8 @@ class Guard:
     """Raises UserError where the profile does not cover the policy's actions, or the state does not measure them.
 
     ``names`` and ``units`` are those of the robot's state vector. ``periods``: the longest time between commands, and
-    the highest age of a state, in periods of ``hz``.
+    the highest age of a state, in periods of ``hz``. ``follows``: whether what is measured comes of the commands; a
+    recording's does not.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Guard:
         names: Sequence[str],
         units: Sequence[str],
         periods: float = 2.0,
+        follows: bool = True,
     ) -> None:
         if not (math.isfinite(hz) and hz > 0):
             raise UserError(f"expected a control rate above 0 Hz for the guard, found {hz}; give another --hz")
@@ -71,15 +75,47 @@ class Guard:
         self._edges = edges([self._bounds[index] for index in self._measures])
         self.limits = limits_of(profile, self._is_velocity, self.longest)
         self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
+        turn: NDArray[np.float64] = np.array([dimension.period for dimension in dimensions])
+        self._turn = None if np.isinf(turn).all() else turn  # usually
+        self._turn_measured = None if self._turn is None else turn[self._measures]
+        self._turns = np.array([dimension.turns for dimension in dimensions])
+        limits = [dimension.position for dimension in dimensions]
+        self._middle = np.array([0.0 if limit is None else (limit.low + limit.high) / 2 for limit in limits])
+        self._plausible = self._plausibility() if follows else None
         self._position = np.array([dimension.rest or 0.0 for dimension in dimensions])
         self._velocity = np.zeros(len(dimensions))
         self._aim = self._position  # the last target, which matters for absolutes
-        self._before = self._position, self._velocity, self._aim  # what ``take_back`` returns to
-        self._started, self.steps = False, 0
+        self._sent, self._moved = 0.0, np.zeros(len(dimensions))  # when, and by how much: the last command
+        self._before = self._position, self._velocity, self._aim, self._sent  # what ``take_back`` returns to
+        self.started, self.steps = False, 0
         self.reason: str | None = None  # why it is stopped
         self.events: deque[Event] = deque(maxlen=KEPT)  # the last ones
         self.counts: Counter[tuple[Kind, Act]] = Counter()  # of all
         self._fresh: list[Event] = []  # those that no verdict has told yet
+
+    def _plausibility(self) -> Plausibility:
+        """With what the profile says of its dimensions, and else what its limits and the rate imply."""
+        jumps, leads, stills = list[float](), list[float](), list[float]()
+        for index in self._measures:
+            dimension, velocity = self.profile.dimensions[index], float(self.limits.velocity[index])
+            room = float(self.limits.high[index] - self.limits.low[index]) / 2
+            implied = max(min(velocity * plausible.LEAD_S, room), velocity * self.longest)
+            # Grippers are told to close on things, and do not get there.
+            implied = math.inf if dimension.meaning == "gripper" else implied
+            lead = implied if dimension.lead is None else dimension.lead.limit
+            jumps.append(velocity * plausible.JITTER_S if dimension.jump is None else dimension.jump.limit)
+            leads.append(lead)
+            stills.append(lead if dimension.still is None else dimension.still.limit)
+        limits = (self.limits.velocity[self._measures], np.array(jumps), np.array(leads), np.array(stills))
+        return Plausibility(*limits, self._turn_measured, self.longest)
+
+    def _reference(self) -> NDArray[np.float64]:
+        """What angles are brought near to: the position where they may turn for ever, else the middle of their arc."""
+        return np.where(self._turns, self._position, self._middle)
+
+    def _told(self, position: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Positions as the robot and the policy count them."""
+        return near(position.astype(np.float64), self._middle, self._turn)
 
     @property
     def stopped(self) -> bool:
@@ -100,6 +136,7 @@ class Guard:
             raise UserError(f"expected the robot's state to start from, found {error}; check its sensors") from None
         position = self._position.copy()  # a gripper that nothing measures keeps what it was told
         position[self._measures] = sensed
+        position = near(position, self._middle, self._turn)
         for index, dimension in enumerate(self.profile.dimensions):
             for bound in self._bounds[index]:
                 if (beyond := bound.crossed(float(position[index]), bound.slack)) is not None:
@@ -110,8 +147,12 @@ class Guard:
                     )
         inside = np.clip(position, self.limits.low, self.limits.high)
         self._position = np.where(self._is_measured, position, inside)
-        self._velocity, self._started = np.zeros(len(position)), True
+        self._velocity, self.started = np.zeros(len(position)), True
         self._aim = self._position
+        if self._plausible is not None:
+            self._plausible.forget()
+            self._plausible.doubts(position[self._measures], self._sent, self._moved[self._measures], 0.0)
+        self._moved = np.zeros(len(position))
         self._log("start", "start", "at rest where the robot was measured")
 
     def step(self, command: Any, measured: Any, dt: float, age: float = 0.0) -> Verdict:
@@ -125,12 +166,13 @@ class Guard:
     def foreseen(self, measured: NDArray[np.floating]) -> NDArray[np.float64]:
         """The state (S,) once the robot has done as it was told: for a chunk's later steps, which nothing measures."""
         state = np.array(measured, np.float64)
-        state[self._entries] = self._position[self._measures] / self._factors
+        state[self._entries] = self._told(self._position)[self._measures] / self._factors
         return state
 
     def take_back(self) -> None:
         """The last verdict has not been sent: the next one goes on from the one before."""
-        self._position, self._velocity, self._aim = self._before
+        self._position, self._velocity, self._aim, self._sent = self._before
+        self._moved = np.zeros(len(self._position))
 
     def stop(self, reason: str) -> None:
         """Latches. The next ``step`` or ``hold`` begins to brake."""
@@ -145,6 +187,8 @@ class Guard:
         stopped, self.reason = self.reason, None
         if stopped is None:
             return
+        if self._plausible is not None:
+            self._plausible.forget()
         self._log("rearm", "rearm", f"{reason} (was stopped: {stopped})")
         try:
             if measured is not None:
@@ -159,7 +203,7 @@ class Guard:
         try:
             seconds = self._clock(dt)
             if self.reason is None:
-                self._observe(measured, age)
+                self._observe(measured, age, seconds)
             if self.reason is None and commanded:
                 return self._step(command, seconds)
             return self._brake(seconds)
@@ -178,23 +222,36 @@ class Guard:
             self._stop("clock", f"{dt!r} s since the last command, expected more than 0 and up to {self.longest:.6g}")
         return seconds if 0 < seconds < math.inf else self.period
 
-    def _observe(self, measured: Any, age: Any) -> None:
-        if not self._started:
+    def _observe(self, measured: Any, age: Any, seconds: float) -> None:
+        if not self.started:
             return self._stop("measured", "no start: where the robot is was never measured")
         try:
             sensed = self._sense(measured, age)
         except ValueError as error:
             return self._stop("measured", str(error))
-        off = np.abs(sensed - self._position[self._measures])
+        stamp, turn = self._sent + seconds - float(age), self._turn_measured
+        if turn is not None:
+            sensed = near(sensed, self._reference()[self._measures], turn)
+        off = np.abs(shortest(sensed - self._position[self._measures], turn))
         for index in np.flatnonzero(off > self._tracking[self._measures]).tolist():
             dimension = self.profile.dimensions[self._measures[index]]
             assert dimension.tracking is not None
             self._break("tracking", dimension.tracking.on, dimension, float(off[index]), dimension.tracking.limit)
+        if self._plausible is not None:
+            self._doubt(self._plausible, sensed, stamp, seconds)
         if ((sensed < self._edges[0]) | (sensed > self._edges[1])).any():
             self._find_outside(sensed)
         position = self._position.copy()
         position[self._measures] = sensed
         self._position = np.where(self._is_measured, position, self._position)
+
+    def _doubt(self, plausibility: Plausibility, sensed: NDArray[np.float64], stamp: float, seconds: float) -> None:
+        """A state that cannot be true stops, unless the profile says that it holds."""
+        moved, self._moved = self._moved, np.zeros(len(self._moved))
+        for doubt in plausibility.doubts(sensed, stamp, moved[self._measures], seconds):
+            dimension = self.profile.dimensions[self._measures[doubt.place]]
+            limit: Tracking | None = getattr(dimension, doubt.what)
+            self._break(doubt.what, "stop" if limit is None else limit.on, dimension, doubt.found, doubt.limit)
 
     def _find_outside(self, sensed: NDArray[np.float64]) -> None:
         """A robot beyond bounds that hold or stop, whoever has brought it there."""
@@ -212,9 +269,10 @@ class Guard:
             raise ValueError("no state")
         if not isinstance(measured, np.ndarray) or measured.dtype.kind != "f" or measured.shape != (self._states,):
             raise ValueError(f"{_form(measured)} as state, expected floats ({self._states},)")
-        sensed = measured[self._entries] * self._factors
-        if not np.isfinite(sensed).all():
-            raise ValueError(f"{sensed[~np.isfinite(sensed)][0]} in the state")
+        with np.errstate(over="ignore", invalid="ignore"):
+            sensed = measured[self._entries].astype(np.float64) * self._factors
+        if (broken := ~(np.abs(sensed) <= reach.FAR)).any():  # NaN too
+            raise ValueError(f"{measured[self._entries][broken][0]} in the state")
         return sensed
 
     def _step(self, command: Any, dt: float) -> Verdict:
@@ -222,21 +280,23 @@ class Guard:
         if not isinstance(command, np.ndarray) or command.dtype.kind != "f" or command.shape != shape:
             self._stop("command", f"{_form(command)}, expected floats {shape}")
             return self._brake(dt)
-        values = command.astype(np.float64)
-        if not np.isfinite(values).all():
-            broken = int(np.argmin(np.isfinite(values)))
-            self._stop("command", f"{values[broken]} in {self.profile.dimensions[broken].name}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = command.astype(np.float64)
+        if (broken := ~(np.abs(values) <= reach.FAR)).any():  # NaN too
+            first = int(np.argmax(broken))
+            self._stop("command", f"{command[first]} in {self.profile.dimensions[first].name}")
             return self._brake(dt)
+        if self._turn is not None:
+            values = np.where(self._is_absolute, near(values, self._reference(), self._turn), values)
         if any(event.act == "hold" for event in self._fresh):
             return self._brake(dt)
-        with np.errstate(over="ignore"):  # an absurd command may become an infinite velocity, which is then clamped
-            away = values - self._position
-            wanted = np.where(self._is_velocity, values, np.where(self._is_delta, values, away) / dt)
+        away = values - self._position
+        wanted = np.where(self._is_velocity, values, np.where(self._is_delta, values, away) / dt)
         lowest, highest = reach.reachable(self._position, self._velocity, self.limits, dt)
         safe = np.minimum(np.maximum(wanted, lowest), highest)  # three times as fast as clip
         kept = safe == wanted
         if kept.all():
-            return self._send(safe, dt, values, kept)
+            return self._send(safe, dt, values, kept, command)
         acts = [self._explain(index, wanted, safe, dt) for index in np.flatnonzero(~kept).tolist()]
         if "stop" in acts or "hold" in acts:
             return self._brake(dt)
@@ -245,7 +305,7 @@ class Guard:
         on = np.maximum(np.copysign(1.0, away) * (values - self._aim) / dt, 0.0)
         calm = np.copysign(np.minimum(np.abs(wanted), reach.fastest(np.abs(away), self.limits, dt) + on), wanted)
         safe = np.where(self._is_absolute & ~kept, np.clip(calm, lowest, highest), safe)
-        return self._send(safe, dt, values, kept)
+        return self._send(safe, dt, values, kept, command)
 
     def _explain(self, index: int, wanted: Any, safe: Any, dt: float) -> Act:
         """Logs which limits a dimension's command breaks; returns the severest thing to do about them."""
@@ -270,7 +330,7 @@ class Guard:
 
     def _brake(self, dt: float) -> Verdict:
         """The hold: every dimension towards rest as its acceleration limit allows."""
-        if not self._started:
+        if not self.started:
             return Verdict(None, True, self.stopped, self._tell())
         return self._send(reach.braked(self._velocity, self.limits, dt), dt)
 
@@ -280,18 +340,25 @@ class Guard:
         dt: float,
         values: NDArray[np.float64] | None = None,
         kept: NDArray[np.bool_] | None = None,
+        command: NDArray[np.floating] | None = None,
     ) -> Verdict:
-        """The command of these velocities, ``values`` themselves where they are ``kept``; remembers where it leads."""
+        """The command of these velocities, the policy's itself where it is ``kept``; remembers where it leads.
+
+        ``values`` are the policy's ``command`` with angles as near to the position as whole turns bring them.
+        """
         moved = self._position + velocity * dt
         if values is not None and kept is not None:
             moved = np.where(self._is_absolute & kept, values, moved)
         inside = np.minimum(np.maximum(moved, self.limits.low), self.limits.high)
         target = np.where(self._is_measured, moved, inside)
         target[self._is_lost] = 0.0
-        told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, target))
+        told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, self._told(target)))
         if values is not None and kept is not None:
             told = np.where(~self._is_absolute & kept, values, told)
-        self._before = self._position, self._velocity, self._aim
+        if command is not None and kept is not None and self._turn is not None:
+            told = np.where(self._turns & self._is_absolute & kept, self._told(command), told)
+        self._before = self._position, self._velocity, self._aim, self._sent
+        self._moved, self._sent = velocity * dt, self._sent + dt
         self._position, self._velocity = target, velocity
         self._aim = target if values is None else values
         return Verdict(told, values is None, self.stopped, self._tell())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from rlrc import foreign
 from rlrc.artifact import MANIFEST
 from rlrc.errors import UserError
+from rlrc.foreign import CONFIG
 
 # A name on the Hugging Face hub: owner/name or owner/name@revision.
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -25,15 +28,30 @@ class Flags:
     """tokenizer.json, a sentencepiece model, or a folder with one of them, where an official folder has none"""
     images: int | None = None
     """how many pictures an OpenVLA-OFT checkpoint sees"""
+    prompt_state: Literal["padded", "unpadded"] | None = None
+    """how pi0.5's prompt tells the state: padded to max_state_dim numbers, as LeRobot 0.4 trained it, or unpadded, as
+    later versions do, where an official folder does not tell"""
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The policy's folder: what the path names, or what holds a file of it, or lies in LeRobot's checkpoints/STEP."""
+    if path.is_file() and (path.name == CONFIG or path.suffix == ".safetensors") and (path.parent / CONFIG).is_file():
+        return path.parent
+    inner = path / "pretrained_model"
+    return inner if not (path / CONFIG).exists() and inner.is_dir() else path
 
 
 def is_official(path: Path, flags: Flags) -> bool:
     """Whether it is an official folder or a repository of the hub. Raises UserError for flags that do not fit."""
+    path = checkpoint_folder(path)
     if (path / MANIFEST).exists():
         if flags != Flags():
             raise UserError(
-                "expected --hints, --unnorm-key, --tokenizer and --images with an official checkpoint only, found "
-                f"the artifact {path}; its manifest says all that"
+                "expected --hints, --unnorm-key, --tokenizer, --images and --prompt-state with an official checkpoint "
+                f"only, found the artifact {path}; its manifest says all that"
             )
         return False
-    return (path / "config.json").exists() or (not path.exists() and REPOSITORY.fullmatch(str(path)) is not None)
+    if (path / CONFIG).exists() or foreign.is_adapter(path):
+        return True
+    missing = not path.exists() and not path.is_symlink()
+    return missing and REPOSITORY.fullmatch(str(path)) is not None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, Artifact, VerifiedSpec
 from rlrc.errors import UserError
-from rlrc.runtime import backends, decode, preprocess
+from rlrc.runtime import backends, decode, preprocess, recheck
 from rlrc.runtime.backends import Engine
 from rlrc.runtime.continuation import Continuation
 from rlrc.runtime.interfaces import check_interface
@@ -80,13 +80,19 @@ class LocalPolicy:
     def load(
         path: Path | str, threads: int = 1, require_verified: bool = True, backend: str | None = None
     ) -> LocalPolicy:
-        """Checks the hashes of all that is read here. Refuses an artifact without verified graphs (UserError)."""
+        """Checks the hashes of all that is read here, and on kernels that the graphs were not verified on their answers
+        (rlrc.runtime.recheck). Refuses an artifact without verified graphs (UserError)."""
         artifact = artifacts.load(Path(path), verify=())
         backend = backends.choose(artifact.manifest, backend, artifact.path)
         artifact.verify(*loaded(backend))
-        if require_verified and (reason := failure(recorded(artifact, backend))):
+        if not require_verified:
+            return LocalPolicy(artifact, threads, backend)
+        record = recorded(artifact, backend)
+        if reason := failure(record):
             raise UserError(f"expected verified graphs in {path}, found {reason}; run rlrc export")
-        return LocalPolicy(artifact, threads, backend)
+        policy = LocalPolicy(artifact, threads, backend)
+        recheck.check(policy, record)
+        return policy
 
     def infer(self, observation: Mapping[str, Any], continuation: Continuation | None = None) -> Result:
         """``continuation``: what the chunk has to go on from (rlrc.runtime.continuation)."""

@@ -32,7 +32,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokenizer | None) -> Prepared:
-    """An observation that ``check`` accepts, prepared. ``tokenizer`` is that of the policy's prompt, if it has one."""
+    """An observation that ``check`` accepts, prepared. ``tokenizer`` is that of the policy's prompt, if it has one.
+
+    Raises UserError for an instruction that does not fit, and for tokens that the policy does not have.
+    """
     pixels = [
         pictures(observation[f"image.{camera.name}"], camera)
         for camera in spec.cameras
@@ -40,7 +43,19 @@ def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokeniz
     ]
     state = None if spec.state is None else normalise(observation["state"], spec.state.norm)
     ids = None if tokenizer is None else tokenizer(observation["instruction"], state)
+    if ids is not None:
+        _check_ids(ids, spec)
     return Prepared(pixels, ids, None if state is None else given_state(state, spec))
+
+
+def _check_ids(ids: NDArray[np.int64], spec: PolicySpec) -> None:
+    """Raises UserError for a token that the policy's embedding has no row of: engines read beyond the table or fail."""
+    rows = spec.geometry.get("vocabulary")
+    if isinstance(rows, int) and ids.size and (largest := int(ids.max())) >= rows:
+        raise UserError(
+            f"expected tokens below {rows}, the rows of the policy's embedding, found token {largest} in the prompt; "
+            "use the tokenizer that the policy was trained with, or leave its special words out of the instruction"
+        )
 
 
 def given_state(state: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32] | None:

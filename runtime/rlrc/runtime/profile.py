@@ -8,20 +8,17 @@ Nothing has a default that would loosen a limit: what is missing is refused.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rlrc import strict
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc import strict, toml
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "correct the profile (docs/robots.md)"
@@ -30,6 +27,8 @@ On = Literal["clamp", "hold", "stop"]  # the mildest first
 Meaning = Literal["absolute", "delta", "velocity", "gripper"]
 
 # How many of the base unit one of each is; units of one table convert into each other, all others only into themselves.
+TURNS = {"rad": 2 * math.pi, "deg": 360.0}  # a whole turn
+WHOLE = 0.99  # of a turn between position limits counts as all of it: 3.14 for pi
 _SCALES = ({"m": 1.0, "cm": 0.01, "mm": 0.001}, {"rad": 1.0, "deg": math.pi / 180})
 
 
@@ -55,7 +54,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Tracking:
-    """How far the measured position may be from the commanded one: a collision, a cable, a robot that is off."""
+    """How far the measured position may be from the commanded one: a collision, a cable, a robot that is off.
+
+    As ``jump``: how much further from the one measured before than the velocity limit explains. As ``lead``: how far
+    the commands may run ahead before the robot has moved at all; as ``still``, the same while the state is exactly
+    the same (rlrc.runtime.plausible).
+    """
 
     limit: float
     source: str
@@ -70,6 +74,7 @@ class Dimension:
     observed state that measures the position, in the same unit or one that converts into it. ``base``: what the robot
     adds a delta to, its last command or where it is. ``rest``: what a gripper without ``state`` is told until the
     policy has told it something. ``unbounded``: the source that says why a delta or velocity has no position limits.
+    ``periodic``: an angle that is the same after a whole turn.
     """
 
     name: str
@@ -83,6 +88,21 @@ class Dimension:
     base: Literal["command", "measured"] = "command"
     rest: float | None = None
     unbounded: str | None = None
+    jump: Tracking | None = None
+    lead: Tracking | None = None
+    still: Tracking | None = None
+    periodic: bool = False
+
+    @property
+    def period(self) -> float:
+        """A turn in the unit of its position, inf if it is not periodic."""
+        return TURNS.get(self.length, math.inf) if self.periodic else math.inf
+
+    @property
+    def turns(self) -> bool:
+        """Whether it is periodic and may take every angle: its position limits are where its numbers begin and end."""
+        limit = self.position
+        return self.periodic and (limit is None or limit.high - limit.low >= WHOLE * self.period)
 
     @property
     def length(self) -> str:
@@ -142,7 +162,7 @@ def load(profile: str | Path) -> RobotProfile:
     """A profile of ours by its name, or a TOML file. Raises UserError for what is none, or contradicts itself."""
     path = SHIPPED / f"{profile}.toml" if str(profile) in shipped() else Path(profile)
     try:
-        found = strict.decode(RobotProfile, tomllib.loads(path.read_text(encoding="utf-8")))
+        found = strict.decode(RobotProfile, toml.parse(path.read_bytes()))
         check(found)
         return found
     except OSError as error:
@@ -162,11 +182,23 @@ def check(profile: RobotProfile) -> None:
     _check(0 < len(set(names)) == len(names), "at least one dimension, and every one once", names)
     empty = [name for name, text in profile.sources.items() if not text.strip()]
     _check(not empty, "words at every entry of sources", f"none at {', '.join(empty)}")
+    wired = [dimension.state for dimension in profile.dimensions if dimension.state is not None]
+    if shared := [state for state in wired if wired.count(state) > 1]:
+        both = " and ".join(dimension.name for dimension in profile.dimensions if dimension.state == shared[0])
+        _check(False, "every entry of the state to measure one dimension", f"{shared[0]} for {both}")
     if profile.workspace is not None:
         _check_workspace(profile.workspace, profile)
     for index, dimension in enumerate(profile.dimensions):
         _check_dimension(dimension, profile.box(index))
-        limits = (dimension.position, dimension.velocity, dimension.acceleration, dimension.tracking)
+        limits = (
+            dimension.position,
+            dimension.velocity,
+            dimension.acceleration,
+            dimension.tracking,
+            dimension.jump,
+            dimension.lead,
+            dimension.still,
+        )
         sources = [dimension.unbounded, *(limit.source for limit in limits if limit is not None)]
         for source in sources:
             if source is not None:
@@ -192,7 +224,8 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
     if position is not None:
         _check(position.low < position.high, f"low < high at position of {name}", (position.low, position.high))
         _check(position.slack >= 0, f"a slack of 0 or more at position of {name}", position.slack)
-    for limit in (dimension.velocity, dimension.acceleration, dimension.tracking):
+    plausible = {"jump": dimension.jump, "lead": dimension.lead, "still": dimension.still}
+    for limit in (dimension.velocity, dimension.acceleration, dimension.tracking, *plausible.values()):
         _check(limit is None or limit.limit > 0, f"positive limits of {name}", limit)
     bounded = position is not None or box is not None
     if meaning == "gripper":
@@ -216,10 +249,34 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
     _check(meaning != "velocity" or dimension.unit.endswith("/s"), f"a unit per second of {name}", dimension.unit)
     tracked = dimension.state is not None and not dimension.measured
     _check(dimension.tracking is None or tracked, f"no tracking of {name}, whose commands are not followed", "one")
+    limited = dimension.state is not None and dimension.velocity is not None
+    for key, limit in plausible.items():
+        _check(limit is None or limited, f"a state and a velocity limit beside the {key} of {name}", None)
+    if dimension.periodic:
+        _check_periodic(dimension, box)
+
+
+def _check_periodic(dimension: Dimension, box: tuple[float, float] | None) -> None:
+    name, position, period = dimension.name, dimension.position, dimension.period
+    _check(dimension.unit in TURNS, f"a periodic {name} in {' or '.join(TURNS)}", dimension.unit)
+    _check(
+        dimension.meaning in ("absolute", "delta"), f"absolutes and deltas as periodic, not {name}", dimension.meaning
+    )
+    _check(dimension.state is not None, f"the state that measures the periodic {name}", None)
+    _check(box is None, f"no workspace bounds of the periodic {name}", box)
+    if position is not None:
+        fits = (position.high - position.low) * WHOLE <= period
+        _check(fits, f"position limits of the periodic {name} within a turn", (position.low, position.high))
 
 
 def _check_source(source: str, where: str, profile: RobotProfile) -> None:
     _check(source in profile.sources, f"one of the sources {', '.join(profile.sources)} {where}", repr(source))
+
+
+def periods(profile: RobotProfile) -> NDArray[np.float64] | None:
+    """(D,): after how much a command is the same again, inf for what does not wrap, as a delta; None: none does."""
+    found = np.array([d.period if d.meaning == "absolute" else math.inf for d in profile.dimensions])
+    return None if np.isinf(found).all() else found
 
 
 def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> Senses:
@@ -238,6 +295,8 @@ def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], unit
     for dimension, meaning, unit in zip(profile.dimensions, action.meaning, action.units, strict=True):
         found = f"{dimension.meaning} in {dimension.unit}"
         _check(found == f"{meaning} in {unit}", f"{dimension.name} as {meaning} in {unit}, as the policy gives", found)
+    twice = [name for name in names if names.count(name) > 1]
+    _check(not twice, "every entry of the state once", ", ".join(names), "rename them where the artifact was made")
     known, wired = dict(zip(names, zip(range(len(names)), units, strict=True), strict=True)), []
     for index, dimension in enumerate(profile.dimensions):
         if dimension.state is None:

@@ -57,6 +57,7 @@ class Tokenizer:
         values = {"{instruction}": instruction}
         if self.prompt.state_bins:
             assert state is not None
+            state = np.pad(state, (0, max(self.prompt.state_width - len(state), 0)))
             values["{state}"] = digits(state, self.prompt.state_bins)
         # In one pass: an instruction may itself hold "{state}".
         return re.sub(r"\{instruction\}|\{state\}", lambda match: values.get(match[0], match[0]), self.prompt.template)

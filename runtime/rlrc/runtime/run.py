@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import secrets
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.robots import replay
+from rlrc.robots.driver import named, one_line
 from rlrc.robots.robot import RobotError
 from rlrc.runtime import board, loop, profile, telemetry
 from rlrc.runtime.backends import Backend
@@ -35,7 +36,7 @@ from rlrc.runtime.page.process import Address, Page
 from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.profile import RobotProfile
 from rlrc.runtime.running import Running
-from rlrc.runtime.servers.ports import TOKEN, Access, access
+from rlrc.runtime.servers.ports import Access, access, token
 from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import ASKED, StopSwitch
 
@@ -92,7 +93,9 @@ class Run:
     button: Path | None = None
     """FIFO, device or socket of a stop button: any byte stops, and its end"""
     port: int | None = None
-    """port of the operator's page, which stops too (POST /stop); 0 is any free one"""
+    """port of the operator's page, which stops too; 0 is any free one"""
+    stop_port: int | None = None
+    """port that stops without the page (POST /stop), whatever keeps the page's busy (default: any free one)"""
     host: str = "127.0.0.1"
     """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
     token: str | None = None
@@ -137,6 +140,8 @@ class Run:
         self._check_packages()
         if self.port is not None:
             self._access()
+        elif self.stop_port is not None:
+            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free one")
         if self.hz == 0:
             return self._in_lockstep()
         # Refused now: a robot's driver or a simulator takes seconds to open.
@@ -208,22 +213,31 @@ class Run:
         """All episodes. What was run is closed, and still tells what it was like; what Linux granted."""
         with ExitStack() as stack:
             run = Running(self, artifact, limits, stack)
-            console, switch = plain_console(stderr=self.json), StopSwitch()
+            console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
+            run.watchdog.put_away = lambda reason: self._put_away(run, switch, granted, reason)
             if self.rearm:
                 run.standstill = Standstill(switch, lambda line: console.print(line, soft_wrap=True))
             page = self._page(artifact, limits, run, stack)
             shown = [] if page is None else [LoopPage(page, run.guard, switch, run.standstill, run.instructed)]
             run.show = shown[0].show if shown else None
             typed = None if run.standstill is None else run.standstill.typed
-            others = [one.source for one in shown]
+            others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
             stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
             console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
-            granted = stack.enter_context(real_time(self.pin, run.beside))
+                console.print(f"stop: POST {page.stop.url}", soft_wrap=True)
+            granted |= stack.enter_context(real_time(self.pin, run.beside))
             run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
             for seed in self.seeds if run.simulator else range(1):
-                run.episode(seed, switch)
+                try:
+                    run.episode(seed, switch)
+                except BaseException as error:
+                    if not run.telemetry.steps:
+                        raise
+                    # The robot has been braked; what was logged and recorded until now is not lost.
+                    run.failures.append(one_line(error) if isinstance(error, (UserError, RobotError)) else named(error))
+                    break
                 if run.simulator:
                     last = run.played[-1]
                     console.print(_line(seed, last["success"], last["steps"]))
@@ -232,10 +246,23 @@ class Run:
             run.supervisor.stopping(f"stopped: {run.guard.reason}" if run.guard.stopped else "done")
         return run, granted
 
+    def _put_away(self, run: Running, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
+        """From the watchdog's thread, where the loop's does not go on: all that is left is to write and to report."""
+        switch.put_back()
+        run.failures.append(reason)
+        if not run.guard.stopped:
+            run.guard.stop(reason)
+        try:
+            self._report(run, granted)
+        except Exception as error:
+            print(f"rlrc: error: stopped: {reason}; {one_line(error)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+
     def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
         if self.port is None:
             return None
-        address = Address(self.host, self.port, self._access().token, self.certificate, self.key)
+        address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
         facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
         told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)
@@ -245,8 +272,8 @@ class Run:
 
     def _access(self) -> Access:
         """Who may see the page: whoever shows the token, which is drawn if there is none."""
-        token = self.token or os.environ.get(TOKEN) or secrets.token_urlsafe(16)
-        return access(self.host, token, self.certificate, self.key, self.insecure)
+        shown = token(self.token) or secrets.token_urlsafe(16)
+        return access(self.host, shown, self.certificate, self.key, self.insecure)
 
     def _profile_name(self) -> str:
         if self.profile is not None:
@@ -271,15 +298,17 @@ class Run:
         if self.record is not None and run.recorder is not None:
             totals["recorded_frames"] = run.recorder.finish()
         if run.replay is not None:
-            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names)
+            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:
             compared = replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
             print_rows(telemetry.told(totals) | compared, plain_console())
         reason = run.guard.reason
-        if reason is not None and not reason.startswith(ASKED):
-            return check_failed(f"stopped: {reason}")
+        failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
+        failures += [one for one in dict.fromkeys(run.failures) if one not in str(reason)]
+        if failures:
+            return check_failed("; ".join(failures))
         if not self.json:
             plain_console().print(f"next: rlrc bench latency {self.path}")
         return 0

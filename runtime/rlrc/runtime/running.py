@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots import replay
+from rlrc.robots.driver import Driver, named, said
 from rlrc.robots.instructed import Instructed
 from rlrc.robots.recorder import Recorder
-from rlrc.robots.robot import Robot
+from rlrc.robots.robot import Robot, RobotError
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime import hygiene, profile, telemetry
 from rlrc.runtime.board import Board
@@ -24,6 +25,7 @@ from rlrc.runtime.policy import LocalPolicy
 from rlrc.runtime.standstill import Standstill
 from rlrc.runtime.stop import StopSwitch
 from rlrc.runtime.supervisor import Supervisor
+from rlrc.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from rlrc.runtime.run import Run
@@ -38,8 +40,13 @@ class Running:
     def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
         self.options, self.spec = options, artifact.manifest.policy
         self.supervisor = Supervisor.of()
+        self.periods = profile.periods(limits)
+        self.failures: list[str] = []
+        """what failed in the robot or the loop, in words"""
         opened = self._open_robot(options, self.spec)
-        stack.callback(opened.close)
+        self.driver = Driver(opened)
+        self.watchdog = Watchdog(self.driver)
+        stack.callback(self._close)
         self.simulator = opened if isinstance(opened, SimulatorRobot) else None
         self.replay = opened if isinstance(opened, replay.ReplayRobot) else None
         paced = self.simulator or self.replay
@@ -53,17 +60,17 @@ class Running:
         names, units = ((), ()) if state is None else (state.names, state.units)
         if self.replay:
             limits = replay.untracked(limits)
-        self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap)
+        self.guard = Guard(limits, own or hz, self.spec.action, names, units, self.timing.gap, self.replay is None)
         strategy = options.strategy or ("replace" if self.replay else "synchronous")
-        self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute)
+        self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute, self.periods)
         if self.simulator:
             self.simulator.reset(options.seeds[0])
         self.inference = Inference(
-            LocalPolicy.load, (options.path, options.threads, True, options.backend), _first(opened)
+            LocalPolicy.load, (options.path, options.threads, True, options.backend), _first(self.driver)
         )
         stack.callback(self.inference.close)
-        self.recorder = Recorder(opened, self.spec, hz, options.record) if options.record else None
-        self.robot: Robot = self.recorder or opened
+        self.recorder = Recorder(self.driver, self.spec, hz, options.record) if options.record else None
+        self.robot: Robot = self.recorder or self.driver
         self.instructed: Instructed | None = None
         if self.spec.prompt is not None:
             self.robot = self.instructed = Instructed(self.robot, self.recorder.begin if self.recorder else _nobody)
@@ -85,6 +92,12 @@ class Running:
         self.inference.reset()
         if robot is not None:
             robot.reset(seed)
+        with self.watchdog.watching(self.timing.gap * self.timing.period):
+            self._controlled(switch)
+        if robot is not None:
+            self.played.append({"seed": seed, "success": robot.success, "steps": robot.steps})
+
+    def _controlled(self, switch: StopSwitch) -> None:
         sensed = self.robot.sense()
         if self.recorder is not None:
             words = (sensed.observation.get("instruction") if sensed else None) or self.options.instruction
@@ -101,11 +114,24 @@ class Running:
             sleep=switch.wait,
             standstill=self.standstill,
             show=self.show,
-            beat=self.supervisor.beat,
+            beat=self._beat,
         )
-        control.run(self._over, self.options.steps)
-        if robot is not None:
-            self.played.append({"seed": seed, "success": robot.success, "steps": robot.steps})
+        try:
+            control.run(self._over, self.options.steps, rest=self.simulator is None and self.replay is None)
+        finally:
+            self.failures += control.failures
+
+    def _beat(self) -> None:
+        self.watchdog.beat()
+        self.supervisor.beat()
+
+    def _close(self) -> None:
+        """A driver that cannot be closed does not cost the log."""
+        try:
+            with self.watchdog.closing():
+                self.driver.close()
+        except BaseException as error:
+            self.failures.append(f"closing the robot failed: {said(error)}")
 
     def _over(self) -> bool:
         robot = self.simulator
@@ -123,11 +149,20 @@ class Running:
         sys.path.insert(0, "")  # a driver may lie where the command is given
         try:
             open_robot = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a module does when it is imported
             raise UserError(
-                f"expected a driver MODULE:FUNCTION, found {options.driver}: {error}; see docs/robots.md"
+                f"expected a driver MODULE:FUNCTION, found {options.driver}: {named(error)}; see docs/robots.md"
             ) from None
-        return open_robot(spec, options.instruction)
+        try:
+            return open_robot(spec, options.instruction)
+        except (UserError, RobotError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise UserError(
+                f"expected the driver {options.driver} to open, found: {named(error)}; correct it (docs/robots.md)"
+            ) from None
 
 
 def _nobody(words: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -28,7 +27,7 @@ from rlrc.runtime.servers import logs, observations
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
-from rlrc.runtime.servers.ports import TOKEN, Access, access, check_plain
+from rlrc.runtime.servers.ports import Access, access, check_plain, token, url
 from rlrc.runtime.servers.session import WAITING, Session
 from rlrc.runtime.supervisor import Supervisor
 
@@ -60,6 +59,8 @@ class Serve:
     """actions a second that the client executes, for the guard"""
     page: int | None = None
     """port of the operator's page: pictures, latency, guard, a stop, re-arming; 0 is any free one"""
+    stop_port: int | None = None
+    """port that stops without the page (POST /stop), whatever keeps other ports busy (default: any free one)"""
     log: Literal["text", "json"] = "text"
     """how to write the log on stderr: for people, or an object a line"""
     token: str | None = None
@@ -82,9 +83,11 @@ class Serve:
             raise UserError(f"expected room for an observation, found --waiting {self.waiting}; give 1 or more")
         if not self.protocol or len(set(self.protocol)) != len(self.protocol):
             raise UserError(f"expected every protocol once, found {' '.join(self.protocol) or 'none'}; name it once")
+        if self.stop_port is not None and self.page is None:
+            raise UserError("expected --page with --stop-port, found none; give --page 0 for one on any free port")
         if strange := sorted(self.mapping.keys() - set(self.protocol)):
             raise UserError(f"expected mappings of {', '.join(self.protocol)}, found one of {strange[0]}; leave it out")
-        allowed = access(self.host, self.token or os.environ.get(TOKEN), self.certificate, self.key, self.insecure)
+        allowed = access(self.host, token(self.token), self.certificate, self.key, self.insecure)
         check_plain(self.host, self.protocol, self.insecure)
         artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
         spec = artifact.manifest.policy
@@ -97,8 +100,7 @@ class Serve:
         }
         hygiene.give_back_large_blocks()
         logs.begin(self.log)
-        for name in ("openpi.frames", "openvla.requests"):  # every port scan is one
-            logging.getLogger(f"rlrc.runtime.servers.{name}").setLevel(logging.CRITICAL)
+        logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # every port scan is one
         failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
         return 0 if failure is None else check_failed(failure)
 
@@ -123,7 +125,7 @@ class Serve:
                 found = await server.start(self.host, port)
                 stack.push_async_callback(server.stop)
                 scheme = SCHEMES[name] + ("s" if allowed.tls and name in ("openpi", "openvla") else "")
-                console.print(f"{name}: {scheme}://{self.host}:{found}  {'; '.join(mapping.told)}", soft_wrap=True)
+                console.print(f"{name}: {url(scheme, self.host, found)}  {'; '.join(mapping.told)}", soft_wrap=True)
             if self.page is not None:
                 await self._open_page(artifact, session, stack)
             opening = asyncio.ensure_future(
@@ -150,12 +152,13 @@ class Serve:
         can = {"stop", "rearm", "bench"} | (set() if session.spec.prompt is None else {"instruction"})
         facts = {"protocols": ", ".join(self.protocol)}
         told = hello("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
-        address = Address(self.host, self.page or 0, self.token or os.environ.get(TOKEN), self.certificate, self.key)
+        address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key, self.stop_port or 0)
         page = Page(told, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         telling = asyncio.ensure_future(SessionPage(page, session).run())
-        stack.callback(telling.cancel)
+        stack.push_async_callback(_ended, telling)  # before the page is closed, whose socket it listens to
         plain_console().print(f"page: {page.link}", soft_wrap=True)
+        plain_console().print(f"stop: POST {page.stop.url}", soft_wrap=True)
 
     def _guarded(self, spec: PolicySpec) -> GuardedChunks | None:
         if self.profile is None:
@@ -190,6 +193,11 @@ async def _beating(supervisor: Supervisor) -> None:
         supervisor.beat()
         await asyncio.sleep(supervisor.seconds / 4)
     await asyncio.Event().wait()
+
+
+async def _ended(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _first(*waits: Any) -> None:

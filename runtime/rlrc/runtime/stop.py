@@ -20,8 +20,6 @@ Whatever stops listening, stops: a button whose file ends, a terminal that hangs
 from __future__ import annotations
 
 import contextlib
-import hmac
-import json
 import math
 import os
 import secrets
@@ -34,18 +32,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlrc.errors import UserError
+from rlrc.runtime.stop_port import StopPort
 
 # Ctrl-C, a service manager, a terminal that is gone, Ctrl-Z (a controller must not sleep), and one for scripts.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
 ASKED = "asked to stop"
 LOOPBACK = "127.0.0.1"
 AGAIN_S = 1.0  # who presses Ctrl-C twice wants one stop, and nothing lost of what is put away after it
-REQUEST_S = 2.0  # a client that says nothing for so long is dropped
 
 
 class Source(NamedTuple):
@@ -70,6 +67,8 @@ class StopSwitch:
         self.token: str | None = None
         self._lost: list[str] = []
         self._signalled = -math.inf
+        self.put_back: Callable[[], None] = lambda: None
+        """the terminal as it was, where the block of ``listen`` cannot end"""
         self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
 
     def press(self, reason: str) -> None:
@@ -141,7 +140,7 @@ class StopSwitch:
             if button is not None:
                 self._add_button(stack, selector, button)
             if port is not None:
-                self._add_http(stack, port, token)
+                self._add_http(stack, selector, port, token)
             if keyboard is not None:
                 self._add_keyboard(stack, selector, keyboard, typed)
             for source in others:
@@ -243,6 +242,7 @@ class StopSwitch:
 
         before = termios.tcgetattr(descriptor)
         tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
+        self.put_back = put_back
         stack.callback(put_back)
         selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", typed))
         self.sources.append("any key")
@@ -280,71 +280,21 @@ class StopSwitch:
 
         return ready
 
-    def _add_http(self, stack: ExitStack, port: int, token: str | None) -> None:
+    def _add_http(self, stack: ExitStack, selector: selectors.BaseSelector, port: int, token: str | None) -> None:
         self.token = token or secrets.token_urlsafe(16)
-        try:
-            server = _Server((LOOPBACK, port), _handler(self, self.token))
-        except (OSError, OverflowError) as error:
-            raise UserError(f"expected a free port on {LOOPBACK}, found {port}: {error}; give another") from None
-        stack.callback(server.server_close)
-        thread = threading.Thread(target=self._serve, args=(server,), name="stop over HTTP", daemon=True)
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(server.shutdown)
-        self.url = f"http://{LOOPBACK}:{server.server_address[1]}/stop"
-        self.sources.append(f"POST {self.url}")
+        stop = StopPort(LOOPBACK, port)
+        stack.callback(stop.close)
+        stop.start(self.token)
+        self.url = stop.url
+        self._add(selector, self.over(stop))
 
-    def _serve(self, server: ThreadingHTTPServer) -> None:
-        try:
-            server.serve_forever(poll_interval=0.1)
-        except Exception as error:
-            self._lose(f"HTTP ({type(error).__name__}: {error})")
+    def over(self, stop: StopPort) -> Source:
+        """What ``listen`` listens to for another StopPort: the operator's page has one."""
 
+        def state() -> dict[str, Any]:
+            return {"stopped": self.stopped, "reason": self.reason}
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away in the middle of its request is no matter of ours."""
-
-
-def _handler(switch: StopSwitch, token: str) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        timeout = REQUEST_S
-
-        def do_POST(self) -> None:
-            if self._allowed():
-                switch.press("HTTP")
-                self._answer(200)
-
-        def do_GET(self) -> None:
-            if self._allowed():
-                self._answer(200)
-
-        def _allowed(self) -> bool:
-            """The token keeps pages in a browser on this machine away, which may send to the loopback too."""
-            given = self.headers.get("Authorization", "")
-            if self.path != "/stop":
-                self._answer(404)
-            elif not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                self._answer(401)
-            else:
-                return True
-            return False
-
-        def _answer(self, status: int) -> None:
-            state = {"stopped": switch.stopped, "reason": switch.reason} if status == 200 else {}
-            body = json.dumps(state).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing: the terminal is the operator's."""
-
-    return Handler
+        return Source(stop.fileno(), f"POST {stop.url}", lambda: stop.ready(self.press, state))
 
 
 def _foreground(descriptor: int) -> bool:

@@ -11,7 +11,8 @@ to a part of each dimension's range on 99 % of the observations instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,13 @@ in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."
 SPACING = {"fp16": 2.0**-10, "int4": 2.0**-10, "bf16": 2.0**-7}
 """From one number to the next, relative to it, in what these precisions round products to: logits that are closer are a
 tie to them. On the reference policy fp16 changed tokens up to 0.0014 apart and bf16 up to 0.043, at logits of 20."""
+ONE_IN = 100  # observations may be beyond a limit that is a part of the range
 FINE = 256
 """Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
+NARROW, RESOLVED = 1e-5, 2.0**-14
+"""A dimension with a smaller range, in action units or relative to its center, is constant. Data in which a dimension
+never moves has a deviation or range of zero there, for which normalisation puts 1e-8 to 1e-6. Below 2^-14 of the center
+the bins are no wider than two steps of float32."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Golden:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def rows(self, indices: Sequence[int] | NDArray[np.integer]) -> Golden:
+        """Those observations with their answers."""
+        arrays = {name: array[indices] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        return replace(self, images={name: pictures[indices] for name, pictures in self.images.items()}, **arrays)
 
     def observation(self, index: int, spec: PolicySpec) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -130,8 +141,16 @@ def bin_widths(action: ActionSpec) -> NDArray[np.float64]:
 
 
 def action_range(action: ActionSpec) -> NDArray[np.float64]:
-    """From -1 to 1 in normalised units, in action units, per dimension."""
+    """From -1 to 1 in normalised units, in action units, per dimension; at least what float32 resolves there."""
+    return np.maximum(_nominal_range(action), _narrowest_range(action))
+
+
+def _nominal_range(action: ActionSpec) -> NDArray[np.float64]:
     return 2 * np.abs(np.asarray(action.norm.scale, np.float64))
+
+
+def _narrowest_range(action: ActionSpec) -> NDArray[np.float64]:
+    return np.maximum(NARROW, RESOLVED * np.abs(np.asarray(action.norm.center, np.float64)))
 
 
 @dataclass(frozen=True)
@@ -149,9 +168,11 @@ class Limits:
 def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
     """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
 
-    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %.
+    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions have
+    no say in the narrowest bin, unless all are: graphs cannot move them by more than their own range.
     """
-    half = float(bin_widths(action).min()) / 2
+    moving = _nominal_range(action) >= _narrowest_range(action)
+    half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2
     if precision is None:
         return Limits(half)
     return Limits(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
@@ -238,7 +259,7 @@ def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) ->
 def _all_but_a_hundredth(error: NDArray[np.float64]) -> NDArray[np.float64]:
     """The largest of each dimension (N, dim) -> (dim,), the worst N // 100 observations of it left out."""
     ranked: NDArray[np.float64] = np.sort(error, 0)  # nan comes last
-    return ranked[len(ranked) - 1 - len(ranked) // 100]
+    return ranked[len(ranked) - 1 - len(ranked) // ONE_IN]
 
 
 def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instruction: str) -> None:

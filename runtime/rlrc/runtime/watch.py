@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ class Watch:
     def __init__(self, pictures: frozenset[str], longest: float, live: bool) -> None:
         self._pictures, self._longest, self._live = pictures, longest, live
         self._last: dict[str, tuple[float, NDArray[Any]]] = {}
+        self._compared = False  # the cameras with each other
 
     def fault(self, sensed: Sensed | None, now: float) -> str | None:
         """What is wrong, in words; None if nothing is."""
@@ -32,7 +34,19 @@ class Watch:
                 return f"{name} is {(now - stamp) * 1e3:.0f} ms old"
             if stamp > now + self._longest:
                 return f"{name} comes from {(stamp - now) * 1e3:.0f} ms in the future"
-        return self._repeated(sensed.observation, sensed.pictures) if self._live else None
+        if not self._live:
+            return None
+        return self._shared(sensed.observation, sensed.pictures) or self._repeated(sensed.observation, sensed.pictures)
+
+    def _shared(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
+        """Two cameras of the policy that are one of the robot's; looked for once."""
+        if self._compared:
+            return None
+        for one, other in combinations(sorted(stamps), 2):
+            if np.array_equal(observation[one], observation[other]):
+                return f"{one} and {other} are the same picture: two cameras of the policy are wired to one"
+        self._compared = True
+        return None
 
     def _repeated(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
         for name, stamp in stamps.items():

@@ -25,6 +25,16 @@ FAMILIES = {
 }
 
 
+# By type or model_type of config.json: what a family's names of tensors have, and what stands before it.
+NAMES = {
+    "openvla": ("language_model.", ""),
+    "pi0": ("paligemma_with_expert.", "model."),
+    "pi05": ("paligemma_with_expert.", "model."),
+    "smolvla": ("vlm_with_expert.", "model."),
+    "act": ("action_head.", "model."),
+}
+
+
 def backbone(family: str) -> ModuleType:
     """The module of a family, imported now. Raises UserError for an unknown one."""
     if family not in FAMILIES:

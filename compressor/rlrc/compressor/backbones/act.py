@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor import decode
-from rlrc.compressor.backbones import lerobot
+from rlrc.compressor.backbones import lerobot, settings
+from rlrc.compressor.backbones.buffers import BUFFER
 from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
 from rlrc.compressor.policy import Inputs, Layout, Outputs, Part, Policy
+from rlrc.compressor.weights import BUFFERS
 from rlrc.errors import UserError
 
 FAMILY = "act"
@@ -36,8 +38,8 @@ RESNETS = {
     "resnet152": ([3, 8, 36, 3], True),
 }
 
-# The VAE's encoder, the projection of the latent (which is zero), and what batch norms count while they are trained.
-UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight|.*\.num_batches_tracked")
+# The VAE's encoder, and the projection of the latent (which is zero).
+UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,12 @@ def layout(folder: Folder, options: Options) -> Layout:
 
     Raises UserError for what config.json lacks, for what the weights contradict and for what rlrc has no form of.
     """
-    config, processors = folder.config, lerobot.read(folder, language=False)
+    settings.check_lerobot(folder, options)
+    config, processors = folder.config, lerobot.read(folder, False, options)
     width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:
         raise UserError(
-            f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; copy it again"
+            f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; correct it"
         )
     activation = config.get("feedforward_activation", "relu")
     if activation not in ("relu", "gelu"):
@@ -154,7 +157,8 @@ def layout(folder: Folder, options: Options) -> Layout:
     cameras = tuple(processors.camera(feature) for feature in processors.inputs("VISUAL"))
     if not cameras:
         raise UserError(f"expected a camera in input_features of {folder.path}, found none; rlrc needs one")
-    state, own, environment = _state(processors)
+    felt = _felt(processors)
+    state, own, environment = _state(processors, felt)
     geometry = Geometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
     alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
     encoder = (whole,) * lerobot.number(config, "n_encoder_layers", 4)
@@ -166,14 +170,24 @@ def layout(folder: Folder, options: Options) -> Layout:
             "decoder": TowerSpec(width, decoder, activation=activation),
         },
         dict(_parts(geometry, len(encoder), len(decoder))),
-        tuple(name for name in folder.tensors if UNUSED.fullmatch(name) or lerobot.BUFFER.fullmatch(name)),
+        tuple(
+            name
+            for name in folder.tensors
+            if UNUSED.fullmatch(name) or BUFFER.fullmatch(name) or name.endswith(BUFFERS)
+        ),
+        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *felt]),
     )
 
 
-def _state(processors: lerobot.Processors) -> tuple[StateSpec | None, int, int]:
-    """The robot's state and its environment's as one vector, and how many numbers each has."""
-    own = [processors.state(feature) for feature in processors.inputs("STATE") if feature.name == "observation.state"]
-    other = [processors.state(feature) for feature in processors.inputs("ENV")[:1]]
+def _felt(processors: lerobot.Processors) -> list[lerobot.Feature]:
+    """The robot's state and its environment's, as far as there are any."""
+    own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
+    return own + processors.inputs("ENV")[:1]
+
+
+def _state(processors: lerobot.Processors, felt: list[lerobot.Feature]) -> tuple[StateSpec | None, int, int]:
+    """Both as one vector, and how many numbers each has."""
+    own, other = ([processors.state(one) for one in felt if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]
     if not any(sizes):
         return None, 0, 0
@@ -200,7 +214,7 @@ def _resnet(folder: Folder) -> dict[str, Any]:
     if dilated and not bottleneck:
         raise UserError(
             "expected replace_final_stride_with_dilation with bottleneck blocks only, found it with a "
-            f"{name} in config.json; copy it again"
+            f"{name} in config.json; correct it"
         )
     stem, widths, outputs = (
         [tensors.shape(f"{convolution}.weight")[0] for convolution in convolutions]

@@ -12,9 +12,12 @@ from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec, TowerSpec
-from rlrc.compressor.backbones import lerobot
+from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.backbones.flow_tensors import NAMES, Official, parts, unused
 from rlrc.compressor.backbones.lerobot import Feature, Processors, number, real
+from rlrc.compressor.backbones.normaliser import IDENTITY
+from rlrc.compressor.backbones.processor_steps import BEFORE
+from rlrc.compressor.backbones.prompt_state import with_prompt_state
 from rlrc.compressor.policy import Layout
 from rlrc.errors import UserError
 
@@ -43,17 +46,6 @@ SMOLLM_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 KNOWN = {"pi0": {"<bos>": 2}, "pi05": {"<bos>": 2}, "smolvla": {"<|im_start|>": 1}}  # what tells the vocabulary
 STATE = {"pi0": "suffix", "pi05": "prompt", "smolvla": "prefix"}  # see FlowGeometry
-
-# Settings of config.json under which lerobot does what rlrc does not.
-UNSUPPORTED = (
-    "adapt_to_pi_aloha",
-    "add_image_special_tokens",
-    "use_delta_joint_actions_aloha",
-    "use_peft",
-    "use_proprioceptive_memory",
-    "use_relative_actions",
-    "use_visual_memory",
-)
 
 
 @dataclass(frozen=True)
@@ -94,22 +86,22 @@ def layout(folder: Folder, options: Options) -> Layout:
     the tables nor the hints tell.
     """
     family = str(folder.config["type"])
-    for name in UNSUPPORTED:
-        if folder.config.get(name):
-            raise UserError(f"expected {name} to be false in config.json, found it set; rlrc does not support it")
     if "proj_width" in folder.config:
         raise UserError(
             "expected pi0 as lerobot 0.4 and later save it, found proj_width in config.json, which is of before; "
             "convert the folder with lerobot's own scripts"
         )
-    processors = lerobot.read(folder, language=True)
+    settings.check_lerobot(folder, options)
+    processors = lerobot.read(folder, True, options)
     reader = Reader(family, folder, options.hints, processors, Official(folder.tensors, family))
     vision, grid = _vision(reader)
     decoder, expert = _decoders(reader)
     towers = {"vision": vision, "decoder": decoder, "expert": expert}
     spec = _spec(reader, _cameras(reader, grid), _merge(reader, vision, grid))
+    spec, assumed = with_prompt_state(folder, processors, spec, options.prompt_state)
     taken = parts(reader.official, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
-    return Layout(spec, towers, taken, unused(reader.official, towers, taken))
+    shown = processors.normalisation([*processors.inputs("VISUAL"), _state_feature(reader)])
+    return Layout(spec, towers, taken, unused(reader.official, towers, taken), assumed, shown)
 
 
 def _vision(reader: Reader) -> tuple[TowerSpec, int]:
@@ -226,7 +218,8 @@ def _merge(reader: Reader, vision: TowerSpec, grid: int) -> int:
     if not merge or columns != merge**2 * vision.width or grid % merge:
         raise UserError(
             f"expected a projector of whole squares of the {grid} x {grid} patches of {vision.width} channels, found "
-            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; copy the folder again"
+            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of "
+            "these weights?"
         )
     return merge
 
@@ -239,20 +232,20 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
     if size is None:
         resize = "none"
     elif not isinstance(size, list) or len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
-        raise UserError(f"expected two numbers of pixels to resize to in config.json, found {size!r}; copy it again")
+        raise UserError(f"expected two numbers of pixels to resize to in config.json, found {size!r}; correct it")
     elif smol:
         size = size[::-1]  # its order is width, height
     cameras = []
     for feature in reader.processors.inputs("VISUAL"):
-        camera = reader.processors.camera(feature, resize, size and tuple(size), 0.5, 0.5, optional=True)
-        if (camera.mean, camera.std) != ((0.5,) * 3, (0.5,) * 3):
-            raise UserError(
-                f"expected pictures normalised by IDENTITY, found statistics for {feature.name} in the processors of "
-                f"{reader.folder.path}; rlrc does not support it with padding"
-            )
-        cameras.append(camera)
+        for how, _ in reader.processors.applied(feature):
+            if how.mode != IDENTITY:
+                raise UserError(
+                    f"expected pictures normalised by IDENTITY, found {how.mode} for {feature.name} in the processors "
+                    f"of {reader.folder.path}; rlrc does not support it with padding"
+                )
+        cameras.append(reader.processors.camera(feature, resize, size and tuple(size), 0.5, 0.5, optional=True))
     if not cameras:
-        raise UserError("expected a VISUAL in input_features of config.json, found none; copy the folder again")
+        raise UserError("expected a VISUAL in input_features of config.json, found none; list its cameras there")
     patch = _patch(reader)
     for camera in cameras:
         if (camera.height // patch, camera.width // patch) != (grid, grid):
@@ -271,18 +264,18 @@ def _patch(reader: Reader) -> int:
 def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> PolicySpec:
     config, family, official = reader.config, reader.family, reader.official
     width = number(config, "max_action_dim", 32)
-    action = reader.processors.action(None if reader.smol else width)
+    action = reader.processors.action(None if reader.smol else width, padded=width)
     if action.dim > width:
         raise UserError(
             f"expected at most max_action_dim = {width} numbers of an action in config.json, found {action.dim}; "
-            "copy the folder again"
+            "correct it"
         )
     prompt = reader.processors.prompt
     assert prompt is not None
     if (prompt.state_bins > 0) != (family == "pi05"):
         raise UserError(
-            f"expected {lerobot.BEFORE} to make a prompt for {family} in {reader.folder.path}, found another family's; "
-            "copy the folder again"
+            f"expected {BEFORE} to make a prompt for {family} in {reader.folder.path}, found another family's; "
+            "is that file of this policy?"
         )
     geometry: dict[str, Any] = {
         "vocabulary": official.shape(official.embedding, 2)[0],
@@ -307,7 +300,7 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
     )
 
 
-def _state(reader: Reader) -> StateSpec:
+def _state_feature(reader: Reader) -> Feature:
     width = number(reader.config, "max_state_dim", 32)
     found = reader.processors.inputs("STATE")
     if not found and not reader.smol:
@@ -315,7 +308,11 @@ def _state(reader: Reader) -> StateSpec:
     if len(found) != 1 or found[0].dim > width:
         listed = ", ".join(f"{feature.name} {list(feature.shape)}" for feature in found) or "none"
         raise UserError(
-            f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; "
-            "copy the folder again"
+            f"expected one STATE of at most max_state_dim = {width} numbers in config.json, found {listed}; correct it"
         )
-    return reader.processors.state(found[0], None if reader.family == "pi05" else width)
+    return found[0]
+
+
+def _state(reader: Reader) -> StateSpec:
+    width = number(reader.config, "max_state_dim", 32)
+    return reader.processors.state(_state_feature(reader), None if reader.family == "pi05" else width, padded=width)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlrc.artifact import TowerSpec
-from rlrc.compressor.backbones.lerobot import BUFFER
+from rlrc.compressor.backbones.buffers import BUFFER
 from rlrc.compressor.policy import Part
-from rlrc.compressor.weights import Tensors, wrong_shape
+from rlrc.compressor.weights import BUFFERS, Tensors, wrong_shape
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def unused(official: Official, towers: dict[str, TowerSpec], taken: dict[str, Pa
         begins += ["state_proj.", f"{where.expert}.norm.weight"]
         for i in range(len(towers["expert"].layers)):
             begins += [f"{where.expert}.layers.{i}.{theirs}.weight" for theirs in NORMS.values()]
-    ends = ("lm_head.weight", "rotary_emb.inv_freq")
+    ends = ("lm_head.weight", *BUFFERS)
     return tuple(
         stored
         for plain, stored in official.names.items()

@@ -1,44 +1,37 @@
-"""What the folders of lerobot's policies share: features, processor steps, normalisation, prompts.
+"""What the folders of lerobot's policies share: features, normalisation, prompts.
 
-Since lerobot 0.4 a folder has policy_preprocessor.json and policy_postprocessor.json, lists of steps whose statistics
-are in safetensors of their own (huggingface/lerobot, src/lerobot/processor). Older folders have none of these files and
-keep the statistics among the weights.
+Since lerobot 0.4 a folder has two pipelines of processor steps: see processor_steps.py. Older folders have none and
+keep their statistics among the weights. What normalises an input or the action is never left out in silence: statistics
+that a mode needs and that are not there are refused, unless ``Options.incomplete`` says that somebody supplies them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
+from rlrc.compressor.backbones.buffers import among_weights, of_config
+from rlrc.compressor.backbones.normaliser import IDENTITY, MODES, Statistics, Values, affine, after, identity
+from rlrc.compressor.backbones.processor_steps import (
+    ACTION,
+    AFTER,
+    BEFORE,
+    Effect,
+    Normaliser,
+    chain,
+    check_mode,
+    prompt_of,
+    read_steps,
+)
+from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.official import Folder
-
-BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
-
-Edits = tuple[Literal["lower", "strip", "blanks", "newline"], ...]
-Statistics = dict[str, dict[str, tuple[float, ...]]]  # of a feature, by the statistic's name
-
-# The two statistics that a mode of normalisation takes.
-MODES = {
-    "MEAN_STD": ("mean", "std"),
-    "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"),
-    "QUANTILE10": ("q10", "q90"),
-}
-
-IGNORED = {"to_batch_processor", "device_processor"}  # they move data, and change none of it
-NEWLINES = {"smolvla_new_line_processor", "pi0_new_line_processor"}
-TELLS_STATE = "pi05_prepare_state_tokenizer_processor_step"
-RELATIVE = {"relative_actions_processor", "absolute_actions_processor"}
-
-# Statistics of lerobot before 0.4, such as normalize_inputs.buffer_observation_state.mean.
-BUFFER = re.compile(r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_(\w+)\.(\w+)")
+    from rlrc.compressor.official import Folder, Options
 
 
 @dataclass(frozen=True)
@@ -60,59 +53,25 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Normaliser:
-    """A normalizer_processor or unnormalizer_processor: modes by kind of feature, statistics by feature."""
-
-    modes: Mapping[str, str]
-    statistics: Statistics
-    eps: float
-    only: frozenset[str] | None = None  # features that are normalised (None: all)
-
-    def affine(self, feature: Feature, numbers: int, inverse: bool = False) -> NormStats:
-        """Of a feature with so many numbers (three of a picture's colours).
-
-        lerobot adds eps to the deviation on the way in and not on the way out (``inverse``), and puts eps in the place
-        of a range of zero; a feature without statistics is left alone. Raises UserError for statistics that do not fit.
-        """
-        mode = self.modes.get(feature.kind, "IDENTITY")
-        skipped = self.only is not None and feature.name not in self.only
-        if mode == "IDENTITY" or skipped or feature.name not in self.statistics:
-            return NormStats((0.0,) * numbers, (1.0,) * numbers)
-        if mode not in MODES:
-            raise UserError(
-                f"expected one of the normalisation modes IDENTITY, {', '.join(MODES)} for {feature.name}, "
-                f"found {mode!r}; upgrade rlrc"
-            )
-        found = self.statistics[feature.name]
-        for name in MODES[mode]:
-            values = found.get(name, ())
-            if len(values) != numbers or not all(map(isfinite, values)):
-                raise UserError(
-                    f"expected {numbers} finite numbers as {name} of {feature.name}, which is normalised by {mode}, "
-                    f"found {list(values) or 'none'}; copy the folder again or add the data set's statistics"
-                )
-        first, second = (found[name] for name in MODES[mode])
-        if mode == "MEAN_STD":
-            # Where nothing varies, eps keeps the way out invertible; it moves an action by less than float32 can tell.
-            return NormStats(first, tuple((std or self.eps) if inverse else std + self.eps for std in second))
-        ranges = tuple(high - low or self.eps for low, high in zip(first, second, strict=True))
-        centers = tuple(low + width / 2 for low, width in zip(first, ranges, strict=True))
-        return NormStats(centers, tuple(width / 2 for width in ranges))
-
-
-@dataclass(frozen=True)
 class Processors:
-    """What lerobot does to observations before the policy and to actions after it.
+    """What lerobot does to observations before the policy and to actions after it, in the order of the steps.
 
-    ``renamed``: names of the policy's features -> the robot's. ``prompt``: how an instruction becomes ids, but for the
-    vocabulary; None without language.
+    ``prompt``: how an instruction becomes ids, but for the vocabulary; None without language. ``told``: the place in
+    ``before`` where the state is put into the prompt. ``inwards``, ``outwards``: statistics among the weights.
+    ``group``: the data set whose statistics are meant where they are stored by data set. ``incomplete``: statistics
+    that are missing are not refused; the feature then has those of data that is normalised already.
     """
 
+    path: Path
     config: dict[str, Any]
-    before: Normaliser
-    after: Normaliser
-    renamed: dict[str, str]
+    before: list[Effect]
+    after: list[Effect]
     prompt: PromptSpec | None
+    told: int | None
+    inwards: Statistics
+    outwards: Statistics
+    group: str | None = None
+    incomplete: bool = False
 
     def inputs(self, kind: str) -> list[Feature]:
         """The features of a kind that the policy sees, in the config's order."""
@@ -120,8 +79,7 @@ class Processors:
 
     def called(self, feature: Feature) -> str:
         """The robot's name of a feature: "front" of "observation.images.front"."""
-        name = self.renamed.get(feature.name, feature.name)
-        return name.removeprefix("observation.").removeprefix("images.")
+        return short(chain(self.before, feature.name)[0])
 
     def camera(
         self,
@@ -142,36 +100,145 @@ class Processors:
                 f"{list(feature.shape)}; rlrc takes RGB pictures"
             )
         height, width = size or feature.shape[1:]
-        norm = self.before.affine(feature, 3)
-        mean = tuple(c + s * centre for c, s in zip(norm.center, norm.scale, strict=True))
-        std = tuple(s * spread for s in norm.scale)
-        return CameraSpec(self.called(feature), height, width, resize, mean, std, "HWC", optional)
+        norm = after(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
+        return CameraSpec(self.called(feature), height, width, resize, norm.center, norm.scale, "HWC", optional)
 
-    def state(self, feature: Feature, width: int | None = None) -> StateSpec:
-        """Names are joint_0, joint_1, ... and the unit is "1": config.json has neither."""
-        names = tuple(f"joint_{i}" for i in range(feature.dim))
-        return StateSpec(names, ("1",) * feature.dim, self.before.affine(feature, feature.dim), width)
+    def state(self, feature: Feature, width: int | None = None, padded: int | None = None) -> StateSpec:
+        """Names are joint_0, joint_1, ... and the unit is "1": config.json has neither. ``padded``: see ``norm``."""
+        norm = self.norm(feature, feature.dim, padded)
+        dim = len(norm.center)
+        return StateSpec(tuple(f"joint_{i}" for i in range(dim)), ("1",) * dim, norm, width)
 
-    def action(self, default: int | None = None) -> ActionSpec:
+    def action(self, default: int | None = None, padded: int | None = None) -> ActionSpec:
         """A chunk of ``chunk_size`` continuous actions; ``default``: its dimensions where config.json has none.
 
         Assumed, for config.json does not say: actions are absolute positions in the robot's own units ("1"), but for
-        those named as the gripper's (action_feature_names; else they are joint_0, joint_1, ...).
+        those named as the gripper's (action_feature_names; else they are joint_0, joint_1, ...). ``padded``: see
+        ``norm``.
         """
-        found = [feature for feature in features(self.config, "output_features") if feature.kind == "ACTION"]
+        found = self._outputs()
         if not found and default is not None:
-            found = [Feature("action", "ACTION", (default,))]
+            found = [Feature(ACTION, "ACTION", (default,))]
         if len(found) != 1:
             raise UserError(
                 f"expected one ACTION in output_features of config.json, found {len(found)}; copy the folder again"
             )
-        dim = found[0].dim
-        names = self.config.get("action_feature_names") or ()
-        if len(names) != dim or len(set(names)) != dim or not all(isinstance(name, str) for name in names):
-            names = [f"joint_{i}" for i in range(dim)]
-        meaning: list[Literal["absolute", "gripper"]] = ["gripper" if "gripper" in n else "absolute" for n in names]
-        norm = self.after.affine(found[0], dim, inverse=True)
-        return ActionSpec(number(self.config, "chunk_size"), tuple(names), tuple(meaning), ("1",) * dim, norm, bins=0)
+        norm = self.norm(found[0], found[0].dim, padded)
+        dim = len(norm.center)
+        names = dimension_names(self.config.get("action_feature_names"), dim)
+        return ActionSpec(number(self.config, "chunk_size"), names, meanings(names), ("1",) * dim, norm, bins=0)
+
+    def norm(self, feature: Feature, numbers: int, padded: int | None = None) -> NormStats:
+        """Of an input, or of the action on its way out, with so many numbers (three of a picture's colours).
+
+        A feature as wide as ``padded``, the widest that the policy takes, has as many numbers as its statistics: the
+        base policies declare their padded width, and lerobot keeps it in what was trained from them. Raises UserError
+        for statistics that are missing or do not fit.
+        """
+        applied = self.applied(feature)
+        if numbers == padded:
+            widths = {len(values[one]) for how, values in applied for one in MODES.get(how.mode, ()) if one in values}
+            numbers = min(numbers, *widths) if len(widths) == 1 else numbers
+        norm = identity(numbers)
+        for how, values in applied:
+            if how.missing and not self.incomplete:
+                choose = "choose one with --unnorm-key" if how.groups else "copy the whole folder again"
+                raise UserError(
+                    f"expected statistics of {how.feature} in {self.path}, for its mode is {how.mode}, found "
+                    f"{how.missing}; {choose}, or take those of your data: rlrc sft {self.path} OUT --data FOLDER"
+                )
+            if how.mode != IDENTITY and not how.missing:
+                what = f"{how.feature} ({how.origin})"
+                one = affine(how.mode, values, numbers, how.eps, what, inverse=feature.kind == "ACTION")
+                norm = after(norm, one)
+        return norm
+
+    def normalisation(self, inputs: Iterable[Feature]) -> dict[str, tuple[Normalisation, ...]]:
+        """Of these inputs and of the action by rlrc's names: "image.top", "state", "environment_state", "action"."""
+        found = {}
+        for feature in (*inputs, Feature(ACTION, "ACTION", ())):
+            name = {"STATE": "state", "ENV": "environment_state", "ACTION": ACTION}.get(feature.kind)
+            found[name or f"image.{self.called(feature)}"] = tuple(how for how, _ in self.applied(feature))
+        return found
+
+    def applied(self, feature: Feature) -> list[tuple[Normalisation, Values]]:
+        """How a feature is normalised, and by which statistics; first what is nearest to the raw values."""
+        inwards = [(effect, ACTION) for effect in self.before if isinstance(effect, Normaliser)]
+        if feature.kind != "ACTION":
+            until = self.told if feature.kind == "STATE" else None  # what comes after the prompt does not reach it
+            _, inwards = chain(self.before[:until], feature.name)
+            return [self._by(*pair, feature) for pair in inwards] or [self._by_none(feature, BEFORE)]
+        outwards = [(effect, ACTION) for effect in reversed(self.after) if isinstance(effect, Normaliser)]
+        taught, done = ([one.mode(ACTION, "ACTION") for one, _ in pairs] for pairs in (inwards, outwards))
+        if outwards and inwards and taught != done:
+            raise UserError(
+                f"expected the same modes of normalisation for {ACTION} in {BEFORE} and {AFTER} of {self.path}, found "
+                f"{', '.join(map(str, taught))} and {', '.join(map(str, done))}; copy both files from one folder"
+            )
+        return [self._by(*pair, feature) for pair in outwards] or [self._by_none(feature, AFTER, taught)]
+
+    def _by(self, normaliser: Normaliser, name: str, feature: Feature) -> tuple[Normalisation, Values]:
+        mode = normaliser.mode(name, feature.kind)
+        if mode is None:
+            return Normalisation(name, IDENTITY, f"not in normalize_observation_keys of {normaliser.step}"), {}
+        if mode == IDENTITY:
+            return Normalisation(name, IDENTITY, normaliser.said), {}
+        others = self.outwards if feature.kind == "ACTION" else self.inwards
+        found = [(statistics, statistics.names(name)) for statistics in (normaliser.statistics, others)]
+        for group in (self.group, None):  # what names no data set is everybody's
+            for statistics, names in found:
+                if (stored := names.get(group or "")) is not None:
+                    origin = f"{', '.join(MODES[mode])} of {stored} in {statistics.file}"
+                    return Normalisation(name, mode, origin, group, eps=normaliser.eps), statistics.values[stored]
+        file, listed = normaliser.statistics.file, tuple(sorted({group for _, names in found for group in names}))
+        missing = f"none in {file}" if file else f"no state_file of {normaliser.step}"
+        if listed:
+            missing = f"only those of the data sets {', '.join(listed)}"
+        return Normalisation(name, mode, missing=missing, groups=listed, eps=normaliser.eps), {}
+
+    def _by_none(
+        self, feature: Feature, file: str, taught: list[str | None] | None = None
+    ) -> tuple[Normalisation, Values]:
+        """Of a feature that no step normalises: right only if config.json, or the way in, says IDENTITY."""
+        mapping = self.config.get("normalization_mapping")
+        said = [mode or IDENTITY for mode in taught or ()]
+        where = BEFORE if said else "normalization_mapping of config.json"
+        if not said:
+            mode = mapping.get(feature.kind) if isinstance(mapping, dict) else None
+            mode = mode or (IDENTITY if feature.kind == "ENV" else None)
+            if mode is not None:
+                check_mode(feature.kind, mode, where)
+                said = [mode]
+        step = "an unnormalizer_processor" if file == AFTER else "a normalizer_processor"
+        early = " before the state is put into the prompt" * (feature.kind == "STATE" and self.told is not None)
+        if not said:
+            raise UserError(
+                f"expected {step} in {self.path / file}{early}, or a mode for {feature.kind} as normalization_mapping "
+                f"of config.json, found neither; add {IDENTITY} there if {feature.name} is not normalised"
+            )
+        needed = [mode for mode in said if mode != IDENTITY]
+        if not needed:
+            return Normalisation(feature.name, IDENTITY, where), {}
+        return Normalisation(feature.name, needed[0], missing=f"no {step.split()[1]} in {file}{early}", eps=1e-8), {}
+
+    def _outputs(self) -> list[Feature]:
+        return [feature for feature in features(self.config, "output_features") if feature.kind == "ACTION"]
+
+
+def short(name: str) -> str:
+    """ "front" of "observation.images.front", "state" of "observation.state"."""
+    return name.removeprefix("observation.").removeprefix("images.")
+
+
+def dimension_names(names: Any, dim: int) -> tuple[str, ...]:
+    """The given names if they are so many different ones, else joint_0, joint_1, ..."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
+        names = ()
+    return tuple(names) if len(set(names)) == len(names) == dim else tuple(f"joint_{i}" for i in range(dim))
+
+
+def meanings(names: tuple[str, ...]) -> tuple[Literal["absolute", "gripper"], ...]:
+    return tuple("gripper" if "gripper" in name else "absolute" for name in names)
 
 
 def features(config: dict[str, Any], which: Literal["input_features", "output_features"]) -> list[Feature]:
@@ -204,106 +271,49 @@ def real(values: Mapping[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def read(folder: Folder, language: bool) -> Processors:
+def read(folder: Folder, language: bool, options: Options | None = None) -> Processors:
     """Reads the folder's processors. ``language``: whether the policy takes an instruction.
 
-    Raises UserError for steps that rlrc does not know, or that do what it cannot.
+    Raises UserError for steps and settings that rlrc does not know or that do what it cannot, and for an
+    ``Options.unnorm_key`` that is no group of the statistics.
     """
+    inwards, outwards = among_weights(folder)
     if BEFORE not in folder and AFTER not in folder:
-        return _of_old(folder, language)
-    renamed: dict[str, str] = {}
-    edits, template, bins, tokens = list[Literal["strip", "blanks", "newline"]](), "{instruction}", 0, None
-    before = after = Normaliser({}, {}, 0.0)
-    for name, config, state in _steps(folder, BEFORE):
-        if name == "rename_observations_processor":
-            renamed = {new: old for old, new in dict(config.get("rename_map") or {}).items()}
-        elif name == "normalizer_processor":
-            before = _normaliser(folder, config, state)
-        elif name in NEWLINES:
-            edits.append("newline")
-        elif name == TELLS_STATE:
-            edits += ["strip", "blanks"]
-            template, bins = "Task: {instruction}, State: {state};\nAction: ", 256
-        elif name == "tokenizer_processor":
-            tokens = number(config, "max_length", 512), bool(config.get("truncation", True))
-        else:
-            _accept(name, config, BEFORE)
-    for name, config, state in _steps(folder, AFTER):
-        if name == "unnormalizer_processor":
-            after = _normaliser(folder, config, state)
-        else:
-            _accept(name, config, AFTER)
-    if language and tokens is None:
-        raise UserError(f"expected a tokenizer_processor in {folder.path / BEFORE}, found none; copy the folder again")
-    prompt = None
-    if language and tokens is not None:
-        prompt = PromptSpec(template, tokens[0], None, tuple(edits), state_bins=bins, truncate=tokens[1])
-    return Processors(folder.config, before, after, renamed, prompt)
-
-
-def _steps(folder: Folder, file: str) -> list[tuple[str, dict[str, Any], str | None]]:
-    """Name, configuration and file of statistics of every step."""
-    values = folder.json(file)
-    try:
-        return [
-            (step.get("registry_name") or step["class"], dict(step.get("config") or {}), step.get("state_file"))
-            for step in values["steps"]
-        ]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"expected steps in {folder.path / file}, found: {error!r}; copy that file again") from None
-
-
-def _accept(name: str, config: dict[str, Any], file: str) -> None:
-    """Refuses a step that would change what the policy sees or does."""
-    if name in RELATIVE:
-        if config.get("enabled"):
+        kinds = {feature.name: feature.kind for feature in features(folder.config, "input_features")}
+        before, after = of_config(folder.config, kinds, inwards), of_config(folder.config, kinds, outwards)
+        # Before 0.4 an instruction ended with a newline and was not cut.
+        longest = number(folder.config, "tokenizer_max_length", 48)
+        found: Any = (PromptSpec("{instruction}", longest, None, ("newline",)), None)
+    else:
+        before, after = (read_steps(folder, file) for file in (BEFORE, AFTER))
+        if (made := prompt_of(before)) is None and language:
             raise UserError(
-                f"expected absolute actions, found an enabled {name} in {file}; rlrc does not add the state to actions"
+                f"expected a tokenizer_processor in {folder.path / BEFORE}, found none; copy the folder again"
             )
-    elif name not in IGNORED:
-        raise UserError(f"expected processor steps that rlrc knows in {file}, found {name!r}; upgrade rlrc")
+        found = made or (None, None)
+    prompt, told = found if language else (None, None)
+    processors = Processors(folder.path, folder.config, before, after, prompt, told, inwards, outwards)
+    if options is None:
+        return processors
+    check_group(processors, options.unnorm_key)
+    return replace(processors, group=options.unnorm_key, incomplete=options.incomplete)
 
 
-def _normaliser(folder: Folder, config: dict[str, Any], state: str | None) -> Normaliser:
-    statistics: Statistics = {}
-    if state is not None:
-        stored = folder.safetensors(state)
-        for name in stored:
-            feature, _, statistic = name.rpartition(".")
-            statistics.setdefault(feature, {})[statistic] = tuple(stored.read(name).double().flatten().tolist())
-    # The way out ignores the list of features, as lerobot does: its only feature is the action.
-    listed = {"action", *dict(config.get("features") or {})}
-    keys = config.get("normalize_observation_keys")
-    only = frozenset(listed if keys is None else {"action", *keys} & listed)
-    return Normaliser(dict(config.get("norm_map") or {}), statistics, float(config.get("eps", 1e-8)), only)
-
-
-def _of_old(folder: Folder, language: bool) -> Processors:
-    """Of a folder of lerobot before 0.4: modes from config.json, statistics from the weights.
-
-    Those versions add eps to every range on the way in, which is less than float32 can tell. They end an instruction
-    with a newline and do not cut it.
-    """
-    config = folder.config
-    modes = dict(config.get("normalization_mapping") or {})
-    inwards, outwards = Statistics(), Statistics()
-    for name in folder.tensors:
-        if (match := BUFFER.fullmatch(name)) and match[1] != "normalize_targets":
-            into = inwards if match[1] == "normalize_inputs" else outwards
-            values = tuple(folder.tensors.read(name).double().flatten().tolist())
-            into.setdefault(match[2], {})[match[3]] = values
-    known = [*features(config, "input_features"), *features(config, "output_features")]
-    statistics = Statistics()
-    for feature in known:
-        found = (outwards if feature.kind == "ACTION" else inwards).get(feature.name.replace(".", "_"))
-        if found is not None:
-            statistics[feature.name] = found
-        elif modes.get(feature.kind, "IDENTITY") != "IDENTITY":
-            raise UserError(
-                f"expected {BEFORE} in {folder.path}, or among the weights the statistics of {feature.name}, found "
-                "neither; copy the folder again"
-            )
-    normaliser = Normaliser(modes, statistics, 1e-8)
-    edits: Edits = ("newline",)
-    prompt = PromptSpec("{instruction}", number(config, "tokenizer_max_length", 48), None, edits) if language else None
-    return Processors(config, normaliser, normaliser, {}, prompt)
+def check_group(processors: Processors, key: str | None) -> None:
+    """Raises UserError for a key that is no group of the statistics."""
+    steps = [effect.statistics for effect in (*processors.before, *processors.after) if isinstance(effect, Normaliser)]
+    config = processors.config
+    known = [*features(config, "input_features"), *features(config, "output_features"), Feature(ACTION, "ACTION", ())]
+    every = (*steps, processors.inwards, processors.outwards)
+    groups = sorted({group for one in every for feature in known for group in one.names(feature.name) if group})
+    if key is None or key in groups:
+        return
+    if not groups:
+        raise UserError(
+            f"expected no --unnorm-key for {processors.path}, whose statistics name no data set, found {key!r}; "
+            "leave it out"
+        )
+    raise UserError(
+        f"expected one of the data sets {', '.join(groups)} of {processors.path}, found {key!r}; give another "
+        "--unnorm-key"
+    )

@@ -7,16 +7,18 @@ dataset_statistics.json of a fine-tuned checkpoint, else as norm_stats of config
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlrc.artifact import ActionSpec, NormStats, StateSpec, TokenSpec
+from rlrc.artifact import ActionSpec, CameraSpec, NormStats, StateSpec, TokenSpec
+from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
     from rlrc.compressor.official import Folder, Options
 
 STATISTICS = "dataset_statistics.json"
+UNNAMED = "(unnamed)"
 BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
 NARROWEST = 1e-8  # what OpenVLA-OFT adds to a range, so that one of no width can be divided by
 
@@ -31,13 +33,22 @@ ARMS = tuple(f"{side}_{name}" for side in ("left", "right") for name in ARM)
 ARMS_UNITS = (*("rad",) * 6, "1") * 2
 
 
+def data_sets(folder: Folder) -> dict[str, Any]:
+    """Statistics by data set, empty if there are none. Some files have those of one data set without its name."""
+    found = folder.json(STATISTICS) if STATISTICS in folder else folder.config.get("norm_stats")
+    if not isinstance(found, dict):
+        return {}
+    alone = isinstance(action := found.get("action"), dict) and "action" not in action
+    return {UNNAMED: found} if alone else found
+
+
 def statistics(folder: Folder, options: Options) -> tuple[str, Mapping[str, Any]]:
     """The data set's name and its statistics. Raises UserError where it is not clear which are meant."""
-    found = folder.json(STATISTICS) if STATISTICS in folder else folder.config.get("norm_stats")
-    if not isinstance(found, dict) or not found:
+    found = data_sets(folder)
+    if not found:
         raise UserError(
             f"expected statistics of a data set in {STATISTICS} or as norm_stats of config.json in {folder.path}, "
-            "found none; copy the folder again"
+            f"found none; copy {STATISTICS} from the training run"
         )
     key, names = options.unnorm_key, ", ".join(sorted(found))
     if key is None and len(found) > 1:
@@ -50,6 +61,18 @@ def statistics(folder: Folder, options: Options) -> tuple[str, Mapping[str, Any]
     if not isinstance(found[key], dict):
         raise UserError(f"expected an object as statistics of {key!r} in {folder.path}, found another; correct them")
     return key, found[key]
+
+
+def described_pictures(cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
+    """What ``rlrc inspect`` shows of the pictures of a prismatic policy."""
+    origin = "means, stds of preprocessor_config.json (its vision backbones' own where it has none)"
+    return {f"image.{c.name}": (Normalisation(c.name, "MEAN_STD", origin),) for c in cameras}
+
+
+def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
+    """What ``rlrc inspect`` shows of ``normalisation``."""
+    file = STATISTICS if STATISTICS in folder else "norm_stats of config.json"
+    return (Normalisation(what, kind, f"{', '.join(BOUNDS[kind])} of {dataset}.{what} in {file}", dataset),)
 
 
 def normalisation(
@@ -67,7 +90,7 @@ def normalisation(
     if not fits:
         raise UserError(
             f"expected {' and '.join(BOUNDS[kind])} of {what}, as many numbers each, in the data set's statistics, "
-            f"found {low} and {high} with the mask {values.get('mask')}; correct them or copy the folder again"
+            f"found {low} and {high} with the mask {values.get('mask')}; correct them"
         )
     center, scale = list[float](), list[float]()
     for bottom, top, normalised in zip(low, high, mask, strict=True):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import oft
-from rlrc.compressor.backbones.norm_stats import action_spec, normalisation, statistics
-from rlrc.compressor.backbones.prismatic import LM_HEAD, action_tokens, prismatic, prompt_spec
+from rlrc.compressor.backbones.norm_stats import action_spec, described, described_pictures, normalisation, statistics
+from rlrc.compressor.backbones.prismatic import action_tokens, prismatic, prompt_spec
 from rlrc.compressor.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.nn.prismatic import PrismaticPolicy
 from rlrc.compressor.policy import Inputs, Layout, Outputs, Part, Policy
@@ -35,14 +35,16 @@ def recognise(folder: Folder) -> bool:
 def layout(folder: Folder, options: Options) -> Layout:
     """Raises UserError for what these families are not, and for what neither the folder nor the options tell."""
     shared = prismatic(folder, options)
-    if oft.recognise(folder, options):
+    is_oft, assumed = oft.recognise(folder, options)
+    if is_oft:
         return oft.layout(folder, options, shared)
-    _, stats = statistics(folder, options)
+    key, stats = statistics(folder, options)
     action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
-    prompt = prompt_spec(folder, shared.tokens + action.dim)
+    shown = described_pictures([shared.camera]) | {"action": described(folder, key, "action", "bounds_q99")}
+    prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
-    parts = {**shared.parts, "head.weight": Part((LM_HEAD,))}
-    return Layout(spec, shared.towers, parts, tuple(shared.unused))
+    parts = {**shared.parts, "head.weight": Part((shared.head,))}
+    return Layout(spec, shared.towers, parts, tuple(shared.unused), assumed + guessed, shown)
 
 
 def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, LayerSpec, PromptSpec, TokenSpec, TowerSpec
+from rlrc.compressor.backbones import prismatic_pictures, settings
 from rlrc.compressor.nn.prismatic import TRANSFORMERS
 from rlrc.compressor.policy import Part
-from rlrc.compressor.weights import Tensors, wrong_shape
+from rlrc.compressor.weights import BUFFERS, Tensors, wrong_shape
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,20 +24,12 @@ if TYPE_CHECKING:
 
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")  # of TRANSFORMERS
 LLAMA = "language_model.model."
+EMBEDDING = f"{LLAMA}embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
-PREPROCESSOR = "preprocessor_config.json"
+GENERATION = "generation_config.json"
 
-# The official backbones: pixels of a side. All their transformers have HEADS heads.
-PIXELS = {
-    "dinov2-vit-l": 224,
-    "siglip-vit-so400m": 224,
-    "siglip-vit-so400m-384px": 384,
-    "dinosiglip-vit-so-224px": 224,
-    "dinosiglip-vit-so-384px": 384,
-}
-HEADS = 16
-MEANS = {"dinov2": [0.485, 0.456, 0.406], "siglip": [0.5, 0.5, 0.5]}
-DEVIATIONS = {"dinov2": [0.229, 0.224, 0.225], "siglip": [0.5, 0.5, 0.5]}
+# The official vision transformers, of WIDTHS channels, have HEADS heads.
+HEADS, WIDTHS = 16, {"dinov2": 1024, "siglip": 1152}
 
 # text_config is saved as what differs from LlamaConfig's defaults, which are those of transformers 4.40.1.
 DEFAULTS: dict[str, Any] = {
@@ -47,7 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 32,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
 }
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu-tanh", "relu"]] = {
     "silu": "silu",
@@ -60,6 +53,7 @@ PROMPT_V01 = (  # Vicuna's
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: What action should the robot take to {instruction}? ASSISTANT:"
 )
+PROMPTS = {"pure": PROMPT, "vicuna": PROMPT_V01}  # by a word of llm_backbone_id
 BLANK = 29871  # Llama's lone blank, which the official code puts at the end of every prompt
 
 
@@ -73,10 +67,12 @@ class Prismatic:
     parts: dict[str, Part]
     unused: list[str]
     geometry: dict[str, Any]
+    head: str  # the official tensor of the language model's head
 
 
 def prismatic(folder: Folder, options: Options) -> Prismatic:
     """Raises UserError for what these families are not, and for a config.json that contradicts the weights."""
+    check_settings(folder, options)
     tensors, text = folder.tensors, text_config(folder)
     fused = any(name.startswith(FEATURIZERS[1]) for name in tensors)
     if folder.config.get("use_fused_vision_backbone") not in (None, fused):
@@ -86,12 +82,15 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
         )
     prefixes = FEATURIZERS[: 1 + fused]
     kinds = [_kind(folder, prefix) for prefix in prefixes]
-    camera = _camera(folder, options, kinds)
+    camera = prismatic_pictures.camera(folder, options, kinds)
     patch = dimensions(tensors, f"{prefixes[0]}patch_embed.proj.weight", 4)[-1]
     tokens = (camera.height // patch) ** 2
 
     towers = {"decoder": _llama(folder, text)}
     parts, unused, extra = _llama_parts(len(towers["decoder"].layers)), list[str](), list[int]()
+    head = EMBEDDING if text.get("tie_word_embeddings") else LM_HEAD
+    unused += [LM_HEAD] if head == EMBEDDING and LM_HEAD in tensors else []
+    unused += [name for name in tensors if name.endswith(BUFFERS)]
     for tower, prefix, kind in zip(TRANSFORMERS, prefixes, kinds, strict=False):
         towers[tower] = _transformer(folder, options, prefix, kind)
         depth, width = len(towers[tower].layers), towers[tower].width
@@ -100,6 +99,7 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
         dead = (f"{prefix}blocks.{depth}.", f"{prefix}norm.", f"{prefix}attn_pool.")
         unused += [name for name in tensors if name.startswith(dead)]
         extra.append(1 + dimensions(tensors, f"{prefix}reg_token", 3)[1] if kind == "dinov2" else 0)
+    prismatic_pictures.check_sizes(folder, camera)
     linears = [f"projector.fc{i}" for i in range(1, 3 + fused)]
     for i, linear in enumerate(linears):
         parts |= affine(f"projector.{2 * i}", linear)
@@ -110,7 +110,16 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
         "scaled": [kind == "dinov2" for kind in kinds],
         "projector": [dimensions(tensors, f"{linear}.weight", 2)[0] for linear in linears],
     }
-    return Prismatic(camera, tokens, towers, parts, unused, geometry)
+    return Prismatic(camera, tokens, towers, parts, unused, geometry, head)
+
+
+def check_settings(folder: Folder, options: Options) -> None:
+    """Every key of the folder's configuration files. Raises UserError for those that rlrc does not support."""
+    settings.check(folder.config, settings.PRISMATIC, "config.json", options)
+    text = folder.config.get("text_config")
+    settings.check(text if isinstance(text, dict) else {}, settings.LLAMA, "text_config of config.json", options)
+    if GENERATION in folder and isinstance(values := folder.json(GENERATION), dict):
+        settings.check(values, settings.GENERATION, GENERATION, options)
 
 
 def text_config(folder: Folder) -> dict[str, Any]:
@@ -133,47 +142,8 @@ def _kind(folder: Folder, prefix: str) -> str:
     )
 
 
-def _is_three_each(values: Any, count: int) -> bool:
-    lists = isinstance(values, list) and len(values) == count and all(isinstance(value, list) for value in values)
-    return lists and all(len(value) == 3 and all(isinstance(x, (int, float)) for x in value) for value in values)
-
-
 def _backbone(folder: Folder) -> str:
     return str(folder.config.get("vision_backbone_id"))
-
-
-def _camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
-    """As PrismaticImageProcessor: resized without regard to proportions, then normalised for every transformer."""
-    processor = folder.json(PREPROCESSOR) if PREPROCESSOR in folder else {}
-    if not isinstance(processor, dict):
-        raise UserError(f"expected an object in {folder.path / PREPROCESSOR}, found another; copy that file again")
-    strategy = processor.get("image_resize_strategy", folder.config.get("image_resize_strategy", "resize-naive"))
-    methods = set(processor.get("interpolations") or ["bicubic"])
-    if strategy != "resize-naive" or methods != {"bicubic"}:
-        raise UserError(
-            f'expected image_resize_strategy "resize-naive" and interpolations "bicubic" in {folder.path}, found '
-            f"{strategy!r} and {sorted(methods)}; rlrc does not resize in that way"
-        )
-    sizes = folder.config.get("image_sizes") or PIXELS.get(_backbone(folder)) or options.hints.get("image_size")
-    found = set(sizes if isinstance(sizes, list) else [sizes])
-    size = found.pop()
-    if found or not isinstance(size, int) or size < 1:
-        raise UserError(
-            f"expected one size in pixels as image_sizes of config.json in {folder.path}, found {sizes!r}; give "
-            "image_size with --hints"
-        )
-
-    def colours(key: str, defaults: dict[str, list[float]]) -> tuple[float, ...]:
-        values = processor.get(key, [defaults[kind] for kind in kinds])
-        if not _is_three_each(values, len(kinds)):
-            raise UserError(
-                f"expected three {key} for each of {len(kinds)} vision backbones in {folder.path / PREPROCESSOR}, "
-                f"found {values}; copy that file again"
-            )
-        return tuple(float(number) for value in values for number in value)
-
-    means, deviations = colours("means", MEANS), colours("stds", DEVIATIONS)
-    return CameraSpec("image0", size, size, "bicubic", means, deviations, "HWC")
 
 
 def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> TowerSpec:
@@ -181,9 +151,10 @@ def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> To
     tensors = folder.tensors
     width, depth = dimensions(tensors, f"{prefix}patch_embed.proj.weight", 4)[0], tensors.depth(f"{prefix}blocks.")
     if depth < 2:
-        raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; copy the folder again")
+        raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; is it a whole policy?")
     hint, backbone = options.hints.get(kind), _backbone(folder)
-    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if backbone in PIXELS else None
+    official = backbone in prismatic_pictures.PIXELS and width == WIDTHS[kind]
+    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if official else None
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(
             f"expected a number of attention heads that divides the {width} channels of {kind} in {folder.path}, found "
@@ -215,15 +186,17 @@ def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[s
 
 def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
     activation = ACTIVATIONS.get(str(text["hidden_act"]))
-    plain = text["model_type"] == "llama" and not text.get("rope_scaling") and not text.get("attention_bias")
-    if not plain or activation is None:
+    theta = settings.rope_theta(text, f"text_config in {folder.path}/config.json")
+    if text["model_type"] != "llama" or text.get("attention_bias") or activation is None:
         raise UserError(
-            f"expected a Llama without rope_scaling and attention_bias as text_config of {folder.path}, found "
-            f"{text['model_type']!r} with hidden_act {text['hidden_act']!r}; rlrc does not read that language model"
+            f"expected a Llama without attention_bias as text_config of {folder.path}, found "
+            f"{text['model_type']!r} with hidden_act {text['hidden_act']!r} and attention_bias "
+            f"{text.get('attention_bias')!r}; rlrc does not read that language model"
         )
     width, heads, depth = (whole(text, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = heads if text.get("num_key_value_heads") is None else whole(text, "num_key_value_heads")
-    if width % heads or heads % kv_heads:
+    head_dim = width // heads if text.get("head_dim") is None else whole(text, "head_dim")
+    if (text.get("head_dim") is None and width % heads) or heads % kv_heads:
         raise UserError(
             f"expected heads that divide the hidden_size and kv heads that divide the heads in text_config of "
             f"{folder.path}, found {width}, {heads} and {kv_heads}; correct config.json"
@@ -233,9 +206,9 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
             f"expected {depth} layers in the weights of {folder.path}, as num_hidden_layers of its config.json says, "
             f"found {found}; copy both from one checkpoint"
         )
-    layer = LayerSpec(heads, kv_heads, width // heads, whole(text, "intermediate_size"))
-    eps, theta = text["rms_norm_eps"], text["rope_theta"]
-    if not all(isinstance(value, (int, float)) and value > 0 for value in (eps, theta)):
+    layer = LayerSpec(heads, kv_heads, head_dim, whole(text, "intermediate_size"))
+    eps = text["rms_norm_eps"]
+    if not all(isinstance(value, (int, float)) and 0 < value < inf for value in (eps, theta)):
         raise UserError(
             f"expected positive numbers as rms_norm_eps and rope_theta of {folder.path}/config.json, found {eps!r} and "
             f"{theta!r}; correct them"
@@ -248,7 +221,7 @@ def _llama_parts(depth: int) -> dict[str, Part]:
     names |= {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
     names |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     parts = {
-        "embedding.weight": Part((f"{LLAMA}embed_tokens.weight",)),
+        "embedding.weight": Part((EMBEDDING,)),
         "decoder.norm.weight": Part((f"{LLAMA}norm.weight",)),
     }
     for i in range(depth):
@@ -257,16 +230,27 @@ def _llama_parts(depth: int) -> dict[str, Part]:
     return parts
 
 
-def path_names(folder: Folder) -> str:
-    """What the folder is called, in small letters. A snapshot of the hub has its name two levels above."""
-    return "/".join(folder.path.absolute().parts[-3:]).lower()
-
-
-def prompt_spec(folder: Folder, others: int) -> PromptSpec:
-    """``others``: tokens of the sequence that are not the prompt's. As the official code, v0.1 is told by its name."""
-    template = PROMPT_V01 if "v01" in path_names(folder) else PROMPT
+def prompt_spec(folder: Folder, options: Options, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
+    """``others``: tokens of the sequence that are not the prompt's. Also what was assumed."""
+    kind, assumed = _prompt_kind(folder, options)
     room = whole({"llm_max_length": 2048, **folder.config}, "llm_max_length") - others
-    return PromptSpec(template, room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK})
+    return PromptSpec(PROMPTS[kind], room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK}), assumed
+
+
+def _prompt_kind(folder: Folder, options: Options) -> tuple[str, tuple[str, ...]]:
+    """A key of PROMPTS. The prompt belongs to the language model: OpenVLA v0.1 was trained from Vicuna, later ones from
+    the base Llama 2 ("pure")."""
+    said, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
+    kind = said or next((kind for kind in PROMPTS if kind in str(backbone).split("-")), None)
+    if kind in PROMPTS:
+        return str(kind), ()
+    if said is None and backbone is None:
+        return "pure", ('the prompt "In: ... Out:", for config.json has no llm_backbone_id (--hints prompt)',)
+    raise UserError(
+        f"expected a language model with a prompt of {' or '.join(PROMPTS)} as llm_backbone_id of "
+        f"{folder.path / 'config.json'}, found {said or backbone!r}; give the prompt that it was trained with as "
+        f'{{"prompt": "{next(iter(PROMPTS))}"}} with --hints'
+    )
 
 
 def action_tokens(folder: Folder) -> tuple[int, TokenSpec]:

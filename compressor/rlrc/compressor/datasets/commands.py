@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.datasets import inspection
 from rlrc.datasets.lerobot import Dataset
+from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import progress
 from rlrc.runtime.commands import check_failed
@@ -34,8 +37,8 @@ class Inspect:
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
-        spec = None if self.policy is None else policy_spec(self.policy, self.official)
         dataset = Dataset.open(self.path)
+        spec = None if self.policy is None else policy_spec(self.policy, self.official, dataset, self.cameras)
         with plain_console(stderr=True).status(f"reading {self.path}"):
             found = inspection.facts(dataset)
             if spec is not None:
@@ -83,10 +86,18 @@ class Demonstrations:
         print(f"{self.out}: {len(played)} episodes, {sum(played)} successful; next: rlrc data inspect {self.out}")
 
 
-def policy_spec(path: Path, flags: Flags) -> PolicySpec:
-    """Of an artifact, or of an official checkpoint, of which no weights are read."""
-    if is_official(path, flags):
-        from rlrc.compressor.sources import open_source  # imported late: it needs torch
+def policy_spec(path: Path, flags: Flags, dataset: Dataset, cameras: Mapping[str, str]) -> PolicySpec:
+    """Of an artifact, or of an official checkpoint, of which no weights are read.
 
-        return open_source(path, flags).spec
+    A base checkpoint without statistics is what ``rlrc sft`` makes of it with this data set.
+    """
+    if is_official(path, flags):
+        from rlrc.compressor import normalisation  # imported late: it needs torch
+        from rlrc.compressor.sources import open_source
+
+        source = open_source(path, flags, incomplete=True)
+        names = normalisation.undecided(source.spec, source.normalisation)
+        with suppress(UserError):  # what does not fit, the match tells
+            return normalisation.adopted(source.spec, source.normalisation, names, dataset, cameras)[0]
+        return source.spec
     return artifacts.load(path, verify=()).manifest.policy

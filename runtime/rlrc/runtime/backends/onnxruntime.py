@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import Artifact, GraphSpec, TensorSpec
 from rlrc.errors import UserError
+from rlrc.runtime.backends.kernels import kernels
 from rlrc.runtime.backends.onnxruntime_cache import PAST, Cache
 from rlrc.runtime.decode import NoAction
 
@@ -73,7 +74,8 @@ class OnnxRuntime:
 
     def versions(self) -> dict[str, str]:
         """What a measurement on this engine depends on."""
-        return {NAME: onnxruntime.__version__, "numpy": np.__version__, "machine": platform.machine()}
+        versions = {NAME: onnxruntime.__version__, "numpy": np.__version__, "machine": platform.machine()}
+        return versions | {"kernels": kernels()}
 
 
 def _session(path: Path, graph: GraphSpec, threads: int) -> onnxruntime.InferenceSession:

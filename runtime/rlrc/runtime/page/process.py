@@ -15,6 +15,8 @@ from typing import Any
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
 from rlrc.runtime.page.feed import Ends, Feed
+from rlrc.runtime.servers.ports import url
+from rlrc.runtime.stop_port import StopPort
 
 OPENING_S = 60.0
 NICE = 10  # the loop and inference go first
@@ -22,38 +24,42 @@ NICE = 10  # the loop and inference go first
 
 @dataclass(frozen=True)
 class Address:
-    """Where the page is, and who may see it: rlrc.runtime.servers.ports.access has checked that."""
+    """Ports of the page and of its stop, and who may use them: rlrc.runtime.servers.ports.access has checked that."""
 
     host: str = "127.0.0.1"
     port: int = 0
     token: str | None = None
     certificate: Path | None = None
     key: Path | None = None
+    stop: int = 0
 
 
 class Page:
     """``hello`` is what does not change: see server.py. Raises UserError if the port is taken.
 
-    ``url`` has the token behind ``#``, which a browser does not send; it is drawn if there is none.
+    ``link`` has the token behind ``#``, which a browser does not send; it is drawn if there is none. ``stop`` is the
+    port that the page sends its stops to first; somebody has to listen to it (StopSwitch.over, or its ``watch``).
     """
 
     def __init__(self, hello: Mapping[str, Any], cameras: Sequence[str], address: Address) -> None:
         import aiohttp  # noqa: F401  the extra "serve": better missing here than in the other process
 
         self.token = address.token or secrets.token_urlsafe(16)
+        self.stop = StopPort(address.host, address.stop)
         self.feed = Feed(cameras)
         context = multiprocessing.get_context("spawn")
-        arguments = (self.feed.ends, dict(hello), address, self.token)
+        arguments = (self.feed.ends, {**hello, "stop": self.stop.port}, address, self.token)
         self._process = context.Process(target=_main, args=arguments, name="operator's page", daemon=True)
         self._process.start()
         self.feed.ends.socket.close()  # so that ours reports the end when it dies
         try:
             self.port = self._opened(address)
+            self.stop.start(self.token, address.certificate, address.key, self.port)
         except BaseException:
             self.close()
             raise
         scheme = "http" if address.certificate is None else "https"
-        self.url = f"{scheme}://{address.host}:{self.port}"
+        self.url = url(scheme, address.host, self.port)
 
     @property
     def link(self) -> str:
@@ -65,6 +71,7 @@ class Page:
         return self._process.pid
 
     def close(self) -> None:
+        self.stop.close()
         self._process.kill()
         self._process.join()
         self.feed.close()

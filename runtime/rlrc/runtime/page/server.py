@@ -3,7 +3,8 @@
     GET /                the page; its files have no secrets and need no token. All that follows needs it:
     GET /events          hello (what does not change), then news ten times a second: steps, state, events
     GET /camera/0        the newest picture as JPEG; ?after=7 waits for one newer than that
-    GET, POST /stop      {"stopped", "reason"}; POST stops
+    GET, POST /stop      {"stopped", "reason"}; POST stops. The second way: the first is a port and a process of its own
+                         (rlrc.runtime.stop_port), which the page uses as well
     POST /rearm          {"reason"}: goes on, or 409 {"error": why not}
     POST /instruction    {"text"}; null: the robot's or the client's own words again
     POST /bench          {"calls", "p50_ms", "p99_ms", "max_ms"} of inference, or 409
@@ -18,6 +19,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import ssl
 import time
 from collections import deque
@@ -31,19 +33,25 @@ import msgpack
 from aiohttp import web
 from PIL import Image
 
+from rlrc.errors import UserError
+from rlrc.runtime import http_head
 from rlrc.runtime.board import Board
+from rlrc.runtime.http_head import Head, Refusal
 from rlrc.runtime.page.feed import LARGEST, Ends, Mirror
 from rlrc.runtime.page.process import Address
-from rlrc.runtime.servers.ports import Access
+from rlrc.runtime.printable import printable
+from rlrc.runtime.servers import logs
+from rlrc.runtime.servers.gate import Connection, answering, listen
+from rlrc.runtime.servers.ports import Access, Places
 
 STATIC = Path(__file__).parent / "static"
 FILES = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "chart.js", "icon.svg")}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'{stop}; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
 HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -56,10 +64,11 @@ NEWS_S, WRITTEN_S = 0.1, 5.0  # how often there is news, and how long a browser 
 PICTURE_S = 2.0  # longest wait for a newer picture
 LOOKED_S = PICTURE_S + 2.0  # after its last request for one, which may have waited so long, nobody looks
 VIEWERS = 16
-ASKED_S = 10.0  # longest that a connection may be there without showing the token; a browser makes another
-UNKNOWN = 64  # of such at most
-BODY = 4096  # bytes
+ASKED_S, IDLE_S = 10.0, 75.0  # longest until a connection's first request, and until the next one
+CONNECTIONS = 64 + 6 * VIEWERS  # one that has not shown the token makes room for a new one
+BODY, BODY_S = 4096, 5.0  # bytes, and seconds that a client may take to send them
 BOARD_S = 1.0
+CURSOR = re.compile("[0-9]{1,15}")
 WORDS = 500  # characters of an instruction, or of a reason
 ANSWERED_S = 60.0
 QUALITY = 80
@@ -82,11 +91,10 @@ class Server:
         self._pictures: dict[int, tuple[int, Any, bytes | None]] = {}  # count, picture, as JPEG once one is wanted
         self._newer = asyncio.Condition()
         self._looked, self._viewers = 0.0, 0
-        self._known = set[Any]()  # connections that have shown the token
         self._numbers, self._asked = count(), dict[int, asyncio.Future[dict[str, Any]]]()
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=BODY, middlewares=[self._guarded])
+        app = web.Application(client_max_size=BODY, middlewares=[answering, _known])
         for path in FILES:
             app.router.add_get(path, _file)
         app.router.add_get("/events", self._events)
@@ -94,8 +102,27 @@ class Server:
         app.router.add_get("/stop", self._told)
         for path in ("stop", "rearm", "instruction", "bench"):
             app.router.add_post(f"/{path}", self._wish)
-        app.on_response_prepare.append(_prepare)
+        app.on_response_prepare.append(self._prepare)
         return app
+
+    def check(self, head: Head) -> None:
+        """Raises Refusal for a request without the token, but for the page's files, and for one that is too large."""
+        if not (is_file(head.method, head.path) or self._access.allows(head.get("authorization"))):
+            raise Refusal(401, "expected the header Authorization: Bearer TOKEN")
+        if head.length > (BODY if head.method == "POST" else 0):
+            raise Refusal(413, f"expected a body of up to {BODY} bytes in a POST, found {head.length} bytes")
+
+    async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(HEADERS)
+        response.headers["Content-Security-Policy"] = POLICY.format(stop=self._stop_source(request))
+        response.headers.pop("Server", None)
+
+    def _stop_source(self, request: web.Request) -> str:
+        """The stop's own port, where the page may send a stop: on the host that the browser knows this one by."""
+        port, host = self.hello.get("stop"), http_head.host(request.headers.get("Host", ""))
+        if port is None or host is None:
+            return ""
+        return f" {request.scheme}://{'*' if host.startswith('[') else host}:{port}"  # a policy knows no IPv6 addresses
 
     # From the loop
 
@@ -134,16 +161,10 @@ class Server:
         async with self._newer:
             self._newer.notify_all()
 
-    async def watch(self, connected: web.Server) -> None:
-        """For ever: pictures are only copied for those who look, and who connects without asking is dropped."""
-        since: dict[Any, float] = {}
+    async def watch(self) -> None:
+        """For ever: pictures are only copied for those who look."""
         while True:
-            now = time.monotonic()
-            self.mirror.watch(now - self._looked < LOOKED_S)
-            self._known.intersection_update(connected.connections)
-            since = {one: since.get(one, now) for one in connected.connections if one not in self._known}
-            for one in [one for one, begun in since.items() if now - begun > ASKED_S or len(since) > UNKNOWN]:
-                one.force_close()
+            self.mirror.watch(time.monotonic() - self._looked < LOOKED_S)
             await asyncio.sleep(0.2)
 
     # To the browsers
@@ -162,15 +183,6 @@ class Server:
                     "throttled": list(reading.throttled),
                 }
         return self._figures
-
-    @web.middleware
-    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._access.allows(request.headers.get("Authorization")):
-            self._known.add(request.protocol)
-            return await handler(request)
-        if request.path in FILES:
-            return await handler(request)
-        return web.json_response({"error": "expected the header Authorization: Bearer TOKEN"}, status=401)
 
     @contextmanager
     def _viewing(self) -> Iterator[None]:
@@ -209,8 +221,8 @@ class Server:
 
     async def _camera(self, request: web.Request) -> web.Response:
         place, after = int(request.match_info["index"]), request.query.get("after", "0")
-        if place >= len(self.mirror.cameras) or not after.isdigit():
-            return web.json_response({"error": "expected a camera's number"}, status=404)
+        if place >= len(self.mirror.cameras) or not CURSOR.fullmatch(after):
+            return web.json_response({"error": "expected the numbers of a camera and of a picture"}, status=404)
         self._looked = time.monotonic()
         self.mirror.watch(True)
         async with self._newer:
@@ -236,14 +248,12 @@ class Server:
         wish: dict[str, Any] = {"do": request.path[1:], "id": next(self._numbers)}
         if wish["do"] in ("rearm", "instruction"):
             try:
-                given = await request.json()
-                words = given["text" if wish["do"] == "instruction" else "reason"]
-            except (ValueError, KeyError, TypeError):
-                words = 0
-            if not (words is None or (isinstance(words, str) and len(words) <= WORDS)):
-                error = f'expected JSON with a text of up to {WORDS} characters, or null: {{"reason"}} or {{"text"}}'
-                return web.json_response({"error": error}, status=400)
-            wish["words"] = None if words is None else " ".join(words.split())
+                body = await asyncio.wait_for(request.read(), BODY_S)
+                wish["words"] = words(body, "text" if wish["do"] == "instruction" else "reason")
+            except UserError as error:
+                return web.json_response({"error": str(error)}, status=400)
+            except asyncio.TimeoutError:
+                return web.json_response({"error": f"expected the body within {BODY_S:g} s"}, status=408)
         waiting = self._asked[wish["id"]] = asyncio.get_running_loop().create_future()
         try:
             self.mirror.socket.send(msgpack.packb(wish))
@@ -260,9 +270,30 @@ async def _file(request: web.Request) -> web.Response:
     return web.Response(body=path.read_bytes(), content_type=TYPES[path.suffix], charset="utf-8")
 
 
-async def _prepare(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
-    response.headers.pop("Server", None)
+def is_file(method: str, path: str) -> bool:
+    return method == "GET" and path in FILES
+
+
+def words(body: bytes, key: str) -> str | None:
+    """``{"KEY": "some words"}`` -> those words in one line, without control characters. Raises UserError."""
+    expected = f'expected {{"{key}": TEXT}} in JSON, with up to {WORDS} characters or null'
+    try:
+        text = json.loads(body)[key]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{expected}, found no such text; send one") from None
+    if text is None:
+        return None
+    if not isinstance(text, str) or len(text) > WORDS:
+        raise UserError(f"{expected}, found another value; send such a text")
+    return printable(" ".join(text.split()))
+
+
+@web.middleware
+async def _known(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """``Server.check`` has let it through: whoever asks for more than the page's files has shown the token."""
+    if not is_file(request.method, request.path) and isinstance(request.protocol, Connection):
+        request.protocol.keep_place()
+    return await handler(request)
 
 
 def _jpeg(picture: Any) -> bytes:
@@ -277,25 +308,27 @@ def serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> No
 
 
 async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+    logs.begin("text")  # of faults only, and so that no library's line is written as it comes
     ends.socket.setblocking(False)
     with Board.watched() as board:
         await _answer(Server(ends, hello, token, board), ends, address)
 
 
 async def _answer(server: Server, ends: Ends, address: Address) -> None:
-    runner = web.AppRunner(server.app(), access_log=None, handle_signals=False, shutdown_timeout=0.5)
-    await runner.setup()
+    runner = web.AppRunner(server.app(), handle_signals=False, shutdown_timeout=0.5)
+    places, tls = Places(CONNECTIONS, 0.0), _tls(address)
     try:
-        await web.TCPSite(runner, address.host, address.port, ssl_context=_tls(address)).start()
+        listening = await listen(runner, server.check, places, address.host, address.port, tls, ASKED_S, IDLE_S)
     except OSError as error:
-        ends.socket.send(msgpack.packb({"error": os.strerror(error.errno or 0)}))
+        told = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # asyncio's is longer
+        ends.socket.send(msgpack.packb({"error": told}))
         return
-    ends.socket.send(msgpack.packb({"port": runner.addresses[0][1]}))
+    ends.socket.send(msgpack.packb({"port": listening.sockets[0].getsockname()[1]}))
     asyncio.get_running_loop().add_reader(ends.socket.fileno(), server.listen)
-    assert runner.server is not None
-    watching = asyncio.ensure_future(server.watch(runner.server))
+    watching = asyncio.ensure_future(server.watch())
     await server.ended.wait()
     watching.cancel()
+    listening.close()
     await runner.cleanup()
 
 

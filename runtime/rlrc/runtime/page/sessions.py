@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class SessionPage:
         """Tells the state twice a second, and takes wishes as they come."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._page.feed.fileno(), self._ready)
+        self._page.stop.watch(partial(self._press, loop), self._latched, partial(self._lose, loop))
         try:
             while not self.ended.is_set():
                 self._tell({})
@@ -57,6 +59,27 @@ class SessionPage:
             {"step": (round(time.monotonic(), 4), round(total, 3), infer, actions is None, 0, command, measured)}
         )
         self._page.feed.picture(observation)
+
+    # From the stop port's thread: what clients keep the event loop busy with delays no stop.
+
+    def _press(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
+        self._session.halt(reason)
+        loop.call_soon_threadsafe(self._stop, reason)
+
+    def _latched(self) -> dict[str, Any]:
+        reason = self._session.stopped
+        return {"stopped": reason is not None, "reason": reason or ""}
+
+    def _lose(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._session.lost = f"POST {self._page.stop.url}"
+        self._press(loop, f"lost {self._session.lost}")
+
+    # In the event loop
+
+    def _stop(self, reason: str) -> None:
+        self._session.stop(reason)
+        if self._session.guarded is None:
+            self._page.feed.show({}, [(time.monotonic(), "stop", f"stop: {reason}")])
 
     def _tell(self, message: dict[str, Any]) -> None:
         session = self._session
@@ -94,8 +117,8 @@ class SessionPage:
         answer: dict[str, Any] = {}
         who = f"the page ({words})" if words else "the page"
         if what == "stop":
-            self._session.stop("the page")
-            answer = {"stopped": True, "reason": self._session.stopped}
+            self._stop("the page")
+            answer = self._latched()
         elif what == "instruction" and self._session.spec.prompt is None:
             answer = {"error": "expected a policy that takes an instruction, found one of a single task"}
         elif what == "instruction":
@@ -105,7 +128,7 @@ class SessionPage:
                 self._session.rearm(who)
             except UserError as error:
                 answer = {"error": str(error)}
-        if self._session.guarded is None and what in ("stop", "rearm") and "error" not in answer:
+        if self._session.guarded is None and what == "rearm" and "error" not in answer:
             self._page.feed.show({}, [(time.monotonic(), what, f"{what}: {who}")])
         self._page.feed.send({"id": number, "answer": answer})
 

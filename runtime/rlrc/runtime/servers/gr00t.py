@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,14 @@ from rlrc.errors import UserError
 from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.arrays import DIMENSIONS, DTYPE
 from rlrc.runtime.servers.logs import fields
-from rlrc.runtime.servers.observations import Columns, Observations, shown
+from rlrc.runtime.servers.observations import Columns, Observations, brief, listed, shown
 from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.zmtp import Answer, Replier
 
 PROTOCOL = "gr00t"
 MODALITIES = ("video", "state", "language")
+ENDPOINTS = ("get_action", "reset", "get_modality_config", "ping")
 ADVICE = "send what GR00T's client does"
 
 # A .npy file of version 1.0, as numpy writes it: numpy's own reader would allocate what the header declares.
@@ -74,13 +75,17 @@ class Gr00tServer:
     async def stop(self) -> None:
         await self._replier.stop()
 
-    def _connected(self, peer: str) -> Answer:
-        return partial(self.answer, self._session.client(), peer)
+    def _connected(self, peer: str, waits: Callable[[], bool]) -> Answer:
+        return partial(self.answer, self._session.client(), peer, waits=waits)
 
-    async def answer(self, client: Client, peer: str, request: bytes) -> bytes:
+    async def answer(
+        self, client: Client, peer: str, request: bytes | UserError, waits: Callable[[], bool] = lambda: True
+    ) -> bytes:
         """Whatever the request is: what went wrong is an answer, too."""
         try:
-            return _packed(await self._asked(client, request))
+            if isinstance(request, UserError):
+                raise request
+            return _packed(await self._asked(client, request, waits))
         except (Refused, UserError) as error:
             outcome = error.kind if isinstance(error, Refused) else "request"
             told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
@@ -91,7 +96,7 @@ class Gr00tServer:
             log.exception("gr00t client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             return _packed({"error": "expected to answer, found a fault of the server; its log says more"})
 
-    async def _asked(self, client: Client, message: bytes) -> Any:
+    async def _asked(self, client: Client, message: bytes, waits: Callable[[], bool]) -> Any:
         request = arrays.unpack(message, _from_map, ADVICE)
         if not isinstance(request, dict):
             raise UserError(f"expected a request as a map, found {type(request).__name__}; {ADVICE}")
@@ -99,22 +104,22 @@ class Gr00tServer:
         if not self._access.allows(f"Bearer {token}" if isinstance(token, str) else None):
             raise UserError("expected the server's api_token, found another or none; give it to the client")
         endpoint = request.get("endpoint", "get_action")
+        if not isinstance(endpoint, str) or endpoint not in ENDPOINTS:
+            raise UserError(
+                f"expected the endpoint {', '.join(ENDPOINTS[:-1])} or {ENDPOINTS[-1]}, found {brief(endpoint)}; ask "
+                "for one of them (a server is ended where it runs)"
+            )
         if endpoint == "get_action":
             with self._session.answer(PROTOCOL):
-                return await self._actions(client, request.get("data"))
+                return await self._actions(client, request.get("data"), waits)
         if endpoint == "reset":
             client.reset()
             return {}
         if endpoint == "get_modality_config":
             return self._modalities()
-        if endpoint == "ping":
-            return {"status": "ok", "message": "Server is running"}
-        raise UserError(
-            f"expected get_action, reset, get_modality_config or ping, found {str(endpoint)[:40]!r}; ask for one of "
-            "them (a server is ended where it runs)"
-        )
+        return {"status": "ok", "message": "Server is running"}
 
-    async def _actions(self, client: Client, data: Any) -> Any:
+    async def _actions(self, client: Client, data: Any, waits: Callable[[], bool]) -> Any:
         newer = isinstance(data, dict) and "observation" in data
         found = data["observation"] if newer else data
         if not isinstance(found, dict):
@@ -123,12 +128,23 @@ class Gr00tServer:
         message, batched = _one(found if nested else _nested(found))
         if newer and not batched:
             raise UserError(f"expected axes for robots and times, found one axis; {ADVICE}, or data as N1.5's")
-        chunk = await client.infer(self._observations.of(message))
+        self._check_cameras(message["video"])
+        chunk = await client.infer(self._observations.of(message), waits)
         rows = chunk.actions[None] if batched else chunk.actions  # (1, horizon, dim) or (horizon, dim)
         ends = np.cumsum([columns.size for columns in self._columns])
         parts = zip(self._columns, np.split(rows, ends[:-1], axis=-1), strict=True)
         actions = {(columns.key if nested else f"action.{columns.key}"): part for columns, part in parts}
         return [actions, {}] if newer else actions
+
+    def _check_cameras(self, video: Mapping[Any, Any]) -> None:
+        """Raises UserError if a camera that may be missing is, and there is another, which may be it."""
+        keys = {camera.key[1]: spec for camera, spec in self._observations.cameras}
+        strange = sorted(str(name) for name in video.keys() - keys.keys())
+        if strange and (lacking := [key for key, spec in keys.items() if spec.optional and key not in video]):
+            raise UserError(
+                f"expected the cameras {listed(keys)} in video, found {listed(strange)} and no {listed(lacking)}; "
+                "rename it, or leave it out"
+            )
 
     def _modalities(self) -> dict[str, Any]:
         """What clients may send and will get, as GR00T's ModalityConfig."""
@@ -188,12 +204,13 @@ def _one(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def _without_axes(value: Any, rank: int, what: str) -> tuple[Any, int]:
-    number = value.ndim - rank if isinstance(value, np.ndarray) else -1
+    if not isinstance(value, np.ndarray):
+        raise UserError(f"expected {what} as an array, found {brief(value)}; send what was measured")
+    number = value.ndim - rank
     if number not in (1, 2) or any(size != 1 for size in value.shape[:number]):
-        form = value.shape if isinstance(value, np.ndarray) else type(value).__name__
         raise UserError(
             f"expected {what} of one robot at one time, ([1,] 1, {'height, width, 3' if rank == 3 else 'size'}), found "
-            f"{form}; send the newest alone"
+            f"{value.shape}; send the newest alone"
         )
     return value.reshape(value.shape[number:]), number
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.servers import pickles, protobuf
+from rlrc.runtime.servers import lerobot_features, pickles, protobuf
+from rlrc.runtime.servers.lerobot_features import Features, Known, state_folder
 from rlrc.runtime.servers.logs import fields
-from rlrc.runtime.servers.observations import Observations, shown
-from rlrc.runtime.servers.pickles import Call
+from rlrc.runtime.servers.observations import Observations, brief
 from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 
@@ -37,12 +39,15 @@ STEP_S = 1 / 30  # between the time stamps of a chunk's actions, which the clien
 # Normalised: the distance at which LeRobot's server leaves an observation out, 1 of joints that go from -100 to 100.
 SIMILAR = 0.01
 LATEST = 2**31 - 2**16  # step that the client may be at
-NUMBERS = 1024  # of a robot's state
+PAUSE_S = 1.0  # before a refusal of a client that is unknown, or was refused so many times in a row
+REFUSALS = 2
+PAUSING = 16  # such answers at once; more are sent at once
+RETURNS_S = 60.0  # since a client was last heard of: it may come back by another connection
 IDLE_S = 1.0  # a client that waits for nothing and has said nothing for so long makes room for another
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.max_receive_message_length", LARGEST),
     ("grpc.max_metadata_size", 8192),
     ("grpc.max_concurrent_streams", 8),
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -53,11 +58,15 @@ OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 CODES = {
+    "token": grpc.StatusCode.UNAUTHENTICATED,
     "not ready": grpc.StatusCode.UNAVAILABLE,  # upon which LeRobot's client tries again
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "observation": grpc.StatusCode.INVALID_ARGUMENT,
     "policy": grpc.StatusCode.INVALID_ARGUMENT,
 }
+
+# Connection, request and the seconds that the client will wait -> answer.
+Handle = Callable[[str, Any, "float | None"], Awaitable[bytes]]
 
 log = logging.getLogger(__name__)
 
@@ -72,32 +81,13 @@ class Timed(NamedTuple):
     observation: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Features:
-    """What the client calls its sensors: state -> its numbers, pictures; and how many actions it wants of a chunk."""
-
-    states: dict[str, tuple[str, ...]]
-    pictures: dict[str, str]
-    renamed: dict[str, str]
-    actions: int
-
-    def frame(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """A robot's observation as LeRobot's data sets call it. Raises UserError."""
-        frame: dict[str, Any] = {"task": raw["task"]} if "task" in raw else {}
-        for key, names in self.states.items():
-            frame[key] = np.array([_number(raw, name) for name in names])
-        for key, name in self.pictures.items():
-            if name in raw:
-                frame[key] = pickles.array(raw[name])
-        return {self.renamed.get(key, key): value for key, value in frame.items()}
-
-
 class Robot:
     """A client, from one Ready to the next."""
 
     def __init__(self, client: Client, spec: PolicySpec) -> None:
         self.client, self._spec = client, spec
         self.seen, self.asking = time.monotonic(), 0  # and how many of its requests for actions are not answered yet
+        self.refused: Counter[str] = Counter()  # of each request, one after the other
         self.features: Features | None = None
         self._waiting: Timed | None = None
         self._came = asyncio.Event()
@@ -116,12 +106,16 @@ class Robot:
         self._came.set()
         return True
 
-    async def newest(self) -> Timed | None:
-        """The observation that waits, or comes within 2 s."""
+    async def comes(self) -> bool:
+        """Whether an observation waits, or comes within 2 s."""
         try:
             await asyncio.wait_for(self._came.wait(), AWAITED_S)
         except asyncio.TimeoutError:
-            return None
+            return False
+        return True
+
+    def newest(self) -> Timed | None:
+        """The observation that waits, which is then to be answered."""
         self._came.clear()
         timed, self._waiting = self._waiting, None
         return timed
@@ -129,6 +123,11 @@ class Robot:
     def answered(self, timed: Timed) -> None:
         self._answered.append(timed.timestep)
         self._last = timed
+
+    def unanswered(self) -> None:
+        """The client has nothing for an observation that was taken: the next one is not left out, whatever it is."""
+        self._answered.clear()
+        self._last = None
 
     def _similar(self, timed: Timed) -> bool:
         if self._last is None or self._spec.state is None:
@@ -145,17 +144,19 @@ class LerobotServer:
 
     def __init__(self, session: Session, observations: Observations, access: Access) -> None:
         self._session, self._observations, self._access = session, observations, access
-        self._robots: dict[str, Robot] = {}
+        self._robots: dict[str, Robot] = {}  # by connection
+        self._known = Known()
+        self._pausing = 0
         self._server: Any = None
 
     async def start(self, host: str, port: int) -> int:
         """-> the port. Raises UserError if it is taken."""
         unary, streamed = grpc.unary_unary_rpc_method_handler, grpc.stream_unary_rpc_method_handler
         handlers = {
-            "Ready": unary(self._told(self.ready)),
-            "SendPolicyInstructions": unary(self._told(self.instruct)),
-            "SendObservations": streamed(self._told(self._observed)),
-            "GetActions": unary(self._told(self.actions)),
+            "Ready": unary(self._told("Ready", self.ready)),
+            "SendPolicyInstructions": unary(self._told("SendPolicyInstructions", self.instruct)),
+            "SendObservations": streamed(self._told("SendObservations", self._observed)),
+            "GetActions": unary(self._told("GetActions", self.actions)),
         }
         self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=2 * CLIENTS)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -163,6 +164,8 @@ class LerobotServer:
             found = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError:
             raise UserError(f"expected a free port on {host}, found {port} taken; give another") from None
+        if port:  # and so the same after a restart
+            self._known.open(state_folder() / f"lerobot-{port}.json")
         await self._server.start()
         return int(found)
 
@@ -170,46 +173,61 @@ class LerobotServer:
         if self._server is not None:
             await self._server.stop(1.0)
 
-    async def ready(self, peer: str, message: bytes) -> bytes:
+    async def ready(self, peer: str, message: bytes, within: float | None = None) -> bytes:
         """An episode begins."""
-        if peer not in self._robots and len(self._robots) >= CLIENTS:
-            idle = next((one for one, robot in self._robots.items() if robot.idle), None)
-            if idle is None:
-                raise Refused("busy", f"expected at most {CLIENTS} clients, found as many; try again later")
-            del self._robots[idle]
-        self._robots[peer] = Robot(self._session.client(), self._session.spec)
+        self._robots.pop(peer, None)
+        self._admit(peer)
         return b""
 
-    async def instruct(self, peer: str, message: bytes) -> bytes:
-        self._robot(peer).features = _features(pickles.read(protobuf.data(message)))
+    async def instruct(self, peer: str, message: bytes, within: float | None = None) -> bytes:
+        features = lerobot_features.read(pickles.read(protobuf.data(message)), self._observations)
+        self._robot(peer).features = features
+        self._known.add(features)
         return b""
 
     async def observe(self, peer: str, pickled: bytes) -> bytes:
         robot = self._robot(peer)
-        if robot.features is None:
-            raise UserError("expected SendPolicyInstructions before observations, found none; use LeRobot's client")
-        timed = _timed(pickles.read(pickled), robot.features, self._observations)
+        timed = _timed(pickles.read(pickled), partial(self._features, robot), self._observations)
         if not robot.offer(timed):
             self._session.metrics.count("rlrc_observations_total", protocol=PROTOCOL, outcome="left out")
         return b""
 
-    async def actions(self, peer: str, message: bytes) -> bytes:
+    async def actions(self, peer: str, message: bytes, within: float | None = None) -> bytes:
         robot = self._robot(peer)
         robot.asking += 1
         try:
-            timed = await robot.newest()
-            if timed is None or robot.features is None:
+            if not await robot.comes() or robot.features is None:
                 return b""  # LeRobot's client asks again
-            with self._session.answer(PROTOCOL):
-                chunk = await robot.client.infer(timed.observation)
+            return await self._chunk(robot, robot.features.actions, within)
         finally:
             robot.asking -= 1
             robot.seen = time.monotonic()
-        robot.answered(timed)
-        rows = chunk.actions[: robot.features.actions]
+
+    async def _chunk(self, robot: Robot, number: int, within: float | None) -> bytes:
+        first = robot.newest()
+        if first is None:  # another request of this client has taken it
+            return b""
+        timed: Timed = first
+
+        def newest() -> dict[str, Any]:
+            nonlocal timed
+            timed = robot.newest() or timed  # one that came while this waited for its turn
+            return timed.observation
+
+        answered = False
+        try:
+            with self._session.answer(PROTOCOL):
+                # gRPC cancels this when the client goes away, or its deadline is over.
+                chunk = await robot.client.infer(newest, within=within)
+            robot.answered(timed)
+            answered = True
+        finally:
+            if not answered:
+                robot.unanswered()
+        rows = chunk.actions[:number]
         return protobuf.with_data(pickles.timed_actions(timed.module, timed.timestamp, STEP_S, timed.timestep, rows))
 
-    async def _observed(self, peer: str, messages: AsyncIterable[bytes]) -> bytes:
+    async def _observed(self, peer: str, messages: AsyncIterable[bytes], within: float | None = None) -> bytes:
         try:
             return await self.observe(peer, await asyncio.wait_for(whole(messages), SENT_S))
         except asyncio.TimeoutError:
@@ -219,21 +237,42 @@ class LerobotServer:
             raise
 
     def _robot(self, peer: str) -> Robot:
-        if (robot := self._robots.get(peer)) is None:
-            raise UserError("expected Ready first, found none from this connection; start the client again")
+        """Also of a client that has introduced itself by another connection, or to an earlier server."""
+        robot = self._robots.get(peer) or self._admit(peer)
         robot.seen = time.monotonic()
         return robot
 
-    def _told(self, handle: Callable[[str, Any], Awaitable[bytes]]) -> Callable[[Any, Any], Awaitable[bytes]]:
+    def _admit(self, peer: str) -> Robot:
+        if len(self._robots) >= CLIENTS:
+            idle = next((one for one, robot in self._robots.items() if robot.idle), None)
+            if idle is None:
+                raise Refused("busy", f"expected at most {CLIENTS} clients, found as many; try again later")
+            del self._robots[idle]
+        self._robots[peer] = Robot(self._session.client(), self._session.spec)
+        return self._robots[peer]
+
+    def _features(self, robot: Robot, raw: Mapping[str, Any]) -> Features:
+        """Raises UserError for a client that has introduced itself to nobody, and sends this."""
+        if robot.features is None:
+            others = [one for one in self._robots.values() if time.monotonic() - one.seen < RETURNS_S]
+            features = self._known.find(raw, [one.features for one in others if one.features is not None])
+            lerobot_features.check(features, self._observations)
+            robot.features = features
+        return robot.features
+
+    def _told(self, name: str, handle: Handle) -> Callable[[Any, Any], Awaitable[bytes]]:
         """With what went wrong as gRPC's status."""
 
         async def handler(request: Any, context: Any) -> bytes:
             peer = context.peer()
             token = dict(context.invocation_metadata() or ()).get("authorization")
-            if not self._access.allows(token if isinstance(token, str) else None):
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "expected authorization: Bearer TOKEN")
             try:
-                return await handle(peer, request)
+                if not self._access.allows(token if isinstance(token, str) else None):
+                    raise Refused("token", "expected authorization: Bearer TOKEN, found another or none; send it")
+                answer = await handle(peer, request, context.time_remaining())
+                if (robot := self._robots.get(peer)) is not None:
+                    robot.refused.pop(name, None)
+                return answer
             except UserError as error:
                 forget(error)
                 code, why, outcome = grpc.StatusCode.INVALID_ARGUMENT, str(error), "request"
@@ -242,15 +281,33 @@ class LerobotServer:
                 code, why = CODES.get(error.kind, grpc.StatusCode.FAILED_PRECONDITION), str(error)
                 outcome = error.kind
             except Exception:
-                log.exception("lerobot client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
+                log.exception("lerobot client %s", peer, extra=_extra(peer, "fault"))
                 code, outcome = grpc.StatusCode.INTERNAL, "fault"
                 why = "expected to answer, found a fault of the server; its log says more"
-            told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
-            log.info("lerobot client %s: %s", peer, why, extra=told)
+            if outcome != "fault":
+                log.info("lerobot client %s: %s", peer, why, extra=_extra(peer, outcome))
+            await self._pause(name, self._robots.get(peer))
             await context.abort(code, why)
             return b""
 
         return handler
+
+    async def _pause(self, name: str, robot: Robot | None) -> None:
+        """LeRobot's client asks again at once, whatever it is told: for actions, and with observations at its rate."""
+        if robot is not None:
+            robot.refused[name] += 1
+        if (robot is None or robot.refused[name] > REFUSALS) and self._pausing < PAUSING:
+            self._pausing += 1
+            try:
+                await asyncio.sleep(PAUSE_S)
+            finally:
+                self._pausing -= 1
+
+
+def _extra(peer: str, outcome: str) -> dict[str, Any]:
+    """``peer`` as gRPC writes it: ipv4:127.0.0.1:50312, ipv6:%5B::1%5D:50312."""
+    host = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+    return fields(protocol=PROTOCOL, client=host, outcome=outcome)
 
 
 async def whole(messages: AsyncIterable[bytes]) -> bytes:
@@ -269,55 +326,21 @@ async def whole(messages: AsyncIterable[bytes]) -> bytes:
             raise UserError(f"expected an observation of up to {LARGEST} bytes, found more; send smaller pictures")
         if state == END:
             return b"".join(parts)
-    raise UserError("expected the end of an observation, found the end of its stream; send it whole")
+    raise UserError(
+        f"expected the end of an observation, found the end of its stream: the client left, or sent a message of more "
+        f"than {LARGEST} bytes; send it whole, in chunks"
+    )
 
 
-def _features(policy: Any) -> Features:
-    """Of a RemotePolicyConfig. Raises UserError."""
-    state = _fields(policy, "RemotePolicyConfig")
-    features, actions = state.get("lerobot_features"), state.get("actions_per_chunk")
-    renamed = state.get("rename_map", {})
-    if not isinstance(features, dict) or type(actions) is not int or actions < 1:
-        raise UserError("expected lerobot_features and actions_per_chunk, found others; use LeRobot's client")
-    if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
-        raise UserError("expected a rename_map of texts, found another; use LeRobot's client")
-    states, pictures = {}, {}
-    for key, feature in features.items():
-        kind, names = (feature.get("dtype"), feature.get("names")) if isinstance(feature, dict) else (None, None)
-        if kind in ("image", "video") and key.startswith("observation.images."):
-            pictures[key] = key.removeprefix("observation.images.")
-        elif kind == "float32" and key.startswith("observation."):
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise UserError(f"expected names of the numbers of {shown(key)}, found none; use LeRobot's client")
-            states[key] = tuple(names)
-    if (count := sum(map(len, states.values()))) > NUMBERS:  # a pickle may have one list a thousand times
-        raise UserError(f"expected up to {NUMBERS} numbers in a state, found {count}; use LeRobot's client")
-    return Features(states, pictures, renamed, actions)
-
-
-def _timed(message: Any, features: Features, observations: Observations) -> Timed:
-    """Of a TimedObservation. Raises UserError."""
-    state = _fields(message, "TimedObservation")
+def _timed(message: Any, features: Callable[[dict[str, Any]], Features], observations: Observations) -> Timed:
+    """Of a TimedObservation; ``features`` of the client that sends this. Raises UserError."""
+    state = lerobot_features.fields(message, "TimedObservation")
     timestamp, timestep, raw = state.get("timestamp"), state.get("timestep"), state.get("observation")
-    if type(timestamp) is not float or type(timestep) is not int or not 0 <= timestep < LATEST:
-        raise UserError("expected a timestamp and a timestep, found others; use LeRobot's client")
+    if type(timestamp) is not float or not math.isfinite(timestamp):
+        raise UserError(f"expected a timestamp in seconds, found {brief(timestamp)}; use LeRobot's client")
+    if type(timestep) is not int or not 0 <= timestep < LATEST:
+        raise UserError(f"expected a timestep from 0 to {LATEST - 1}, found {brief(timestep)}; use LeRobot's client")
     if not isinstance(raw, dict):
         raise UserError(f"expected an observation as a map, found {type(raw).__name__}; use LeRobot's client")
-    observation = observations.of(features.frame(raw))
+    observation = observations.of(features(raw).frame(raw))
     return Timed(message.function.module, timestamp, timestep, state.get("must_go") is True, observation)
-
-
-def _fields(message: Any, name: str) -> dict[str, Any]:
-    if not isinstance(message, Call) or message.function.name != name or not isinstance(message.state, dict):
-        raise UserError(f"expected LeRobot's {name}, found something else; use LeRobot's client")
-    return message.state
-
-
-def _number(raw: Mapping[str, Any], name: str) -> float:
-    value = raw.get(name)
-    if isinstance(value, Call):
-        found = pickles.array(value)
-        value = found.item() if found.ndim == 0 else None
-    if not isinstance(value, (int, float)) or not abs(value) < 2**127:  # float32's range; and no NaN
-        raise UserError(f"expected the number {shown(name)} in the observation, found another or none; send it")
-    return float(value)

@@ -17,27 +17,25 @@ What arrives has to be as declared: nothing is transposed, scaled or filled in b
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict
+from rlrc import strict, toml
 from rlrc.artifact import CameraSpec, PolicySpec
 from rlrc.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from rlrc.wiring import check_distinct
 
 SHIPPED = Path(__file__).parent / "mappings"
 OWN = "own"  # the policy's own names, as rlrc.runtime.policy takes them or a protocol's clients would write them
 WORDS = 4096  # characters of an instruction
+
+NAMED = 12  # names in a message
 
 Key = tuple[str, ...]
 
@@ -134,8 +132,8 @@ class Observations:
             raise UserError(f"expected an instruction as text, found {_form(found)}; send text")
         if self.instruction is None:
             raise UserError(
-                f"expected an instruction at {_told(self.mapping.instruction or ())}, found none; send one, or start "
-                "the server with --instruction"
+                f"expected an instruction at {_told(self.mapping.instruction or ())}, found "
+                f"{_found(self.mapping.instruction or (), message)}; send one, or start the server with --instruction"
             )
         return self.instruction
 
@@ -183,7 +181,7 @@ def _own(spec: PolicySpec, protocol: str) -> KeyMapping:
 def _read(name: str | Path) -> KeyMapping:
     path = SHIPPED / f"{name}.toml" if str(name) in shipped() else Path(name)
     try:
-        return strict.decode(KeyMapping, tomllib.loads(path.read_text(encoding="utf-8")))
+        return strict.decode(KeyMapping, toml.parse(path.read_bytes()))
     except OSError as error:
         raise UserError(
             f"expected a mapping (a TOML file, or one of {', '.join(shipped())}), found {str(name)!r}: "
@@ -211,6 +209,10 @@ def _wired(mapping: KeyMapping, spec: PolicySpec, name: str | Path) -> tuple[tup
             wired.append((camera, unnamed.pop(0)))
     if len({one.name for _, one in wired}) != len(wired):
         raise UserError(f"expected every camera once in the mapping {name}, found one twice; correct it")
+    source, where = "key of the client", f"the mapping {name}"
+    check_distinct({one.name: camera.key for camera, one in wired}, source, "cameras of the policy", where)
+    for what, keys in (("state", mapping.state), ("actions", tuple((one.key,) for one in mapping.actions))):
+        check_distinct({f"part {place + 1}": key for place, key in enumerate(keys)}, source, f"parts of {what}", where)
     if lacking := [one.name for one in spec.cameras if not one.optional and one not in [spec for _, spec in wired]]:
         raise UserError(
             f"expected a key of camera {lacking[0]} in the mapping {name}, found none; write your own mapping"
@@ -256,13 +258,48 @@ def _at(message: Mapping[str, Any], key: Key) -> Any:
 
 
 def _missing(key: Key, message: Mapping[Any, Any]) -> UserError:
-    names = ", ".join(sorted(shown(name) for name in message)[:12]) or "no keys"
-    return UserError(f"expected {_told(key)} in the observation, found {names}; send it, or use another --mapping")
+    return UserError(
+        f"expected {_told(key)} in the observation, found {_found(key, message)}; send it, or use another --mapping"
+    )
+
+
+def _found(key: Key, message: Mapping[Any, Any]) -> str:
+    """What there is instead of something that is needed."""
+    found: Any = message
+    for part in key:
+        if not isinstance(found, dict) or part not in found:
+            return listed(_paths(message))
+        found = found[part]
+    return f"{brief(found)} there"
+
+
+def _paths(message: Mapping[Any, Any]) -> list[str]:
+    """The names in a message, those of a map in a map behind its own."""
+    paths = []
+    for name, value in message.items():
+        inner = [f"{name}.{key}" for key in value] if isinstance(value, dict) else []
+        paths += inner or [str(name)]
+    return sorted(paths)
+
+
+def listed(names: Iterable[object]) -> str:
+    """A client's names for things, fit for a message of one line: the first of many."""
+    first = list(islice(names, NAMED + 1))
+    return ", ".join(map(shown, first[:NAMED])) + (", ..." if len(first) > NAMED else "") or "none"
 
 
 def shown(name: object) -> str:
     """A client's name for something, fit for a message of one line."""
     return ascii(str(name)[:40])[1:-1]
+
+
+def brief(value: Any) -> str:
+    """A peer's value for a message: numbers as they are, of other things what they are."""
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64):
+        return str(value)
+    if isinstance(value, int):
+        return "an integer of more than 64 bits"
+    return f"'{shown(value)}'" if isinstance(value, str) else type(value).__name__
 
 
 def _told(key: Key) -> str:

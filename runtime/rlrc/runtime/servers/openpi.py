@@ -8,7 +8,6 @@ frame, which that client raises, and ends the connection with 1011. Encoding: rl
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
@@ -26,7 +26,17 @@ from rlrc.runtime.servers import arrays
 from rlrc.runtime.servers.frames import Connection
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, PATIENCE_S, Access, Places, forget, status
+from rlrc.runtime.servers.ports import (
+    CLIENTS,
+    CONNECTIONS,
+    PATIENCE_S,
+    Access,
+    Places,
+    connected,
+    forget,
+    is_loopback,
+    status,
+)
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
@@ -79,34 +89,44 @@ class OpenpiServer:
     def _gone(self, connection: Connection) -> None:
         self._entering.free(connection)
         self._clients.free(connection)
+        error = connection.protocol.handshake_exc
+        if error is not None and not isinstance(error.__cause__, EOFError):  # not of one that left before it spoke
+            # Without its cause, which quotes the request and a token in it.
+            _log(connection, "request", f"expected openpi's WebSocket, found: {str(error)[:100]}; use openpi-client")
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
-        authorization = request.headers.get("Authorization")
+        if request.headers.get_all("Content-Encoding"):
+            return connection.respond(415, "expected a request without Content-Encoding, found one\n")
+        authorization = ", ".join(request.headers.get_all("Authorization"))  # two are none of ours
         told = status(request.path, self._session, self._access, authorization)
         if told is not None:
             response = connection.respond(told[0], told[1])
             response.headers = Headers({**response.headers, "Content-Type": told[2]})
             return response
         if not self._access.allows(authorization):
-            return connection.respond(401, "expected the header Authorization: Api-Key TOKEN\n")
+            why = "expected the header Authorization: Api-Key TOKEN, found another token or none; send it"
+            _log(connection, "token", why)
+            return connection.respond(401, f"{why}\n")
         if self._session.draining or not self._clients.take(connection, connection.transport.abort):
-            return connection.respond(503, f"expected at most {CLIENTS} clients and no end in sight; try again later\n")
+            found = "it ending" if self._session.draining else "as many"
+            why = f"expected a server that goes on, with at most {CLIENTS} clients, found {found}; try again later"
+            _log(connection, "busy", why)
+            return connection.respond(503, f"{why}\n")
         self._entering.free(connection)
         return None
 
     async def _serve(self, connection: ServerConnection) -> None:
-        peer = connection.remote_address[0]
         try:
             await self._talk(connection)
         except (ConnectionClosed, asyncio.TimeoutError) as error:
+            _log(connection, *_ended(error))
             forget(error)
-            log.info("openpi client %s: gone", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="gone"))
         except Refused as error:
-            told = fields(protocol=PROTOCOL, client=peer, outcome=error.kind)
-            log.info("openpi client %s: %s", peer, error, extra=told)
+            _log(connection, error.kind, str(error))
             forget(error)
             await _refuse(connection, str(error))
         except Exception:
+            peer = _peer(connection)
             log.exception("openpi client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
             await _refuse(connection, "expected to answer, found a fault of the server; its log says more")
 
@@ -120,7 +140,8 @@ class OpenpiServer:
             async for message in connection:
                 begun = perf_counter()
                 with self._session.answer(PROTOCOL):
-                    result = await self._result(client, message, total_ms, from_map)
+                    waits = partial(connected, connection.transport)
+                    result = await self._result(client, message, total_ms, from_map, waits)
                     await _sent(connection, result)
                 self._clients.answered(connection)
                 total_ms = (perf_counter() - begun) * 1e3
@@ -135,12 +156,17 @@ class OpenpiServer:
                 wait.cancel()
 
     async def _result(
-        self, client: Client, message: str | bytes, total_ms: float | None, from_map: FromMap | None
+        self,
+        client: Client,
+        message: str | bytes,
+        total_ms: float | None,
+        from_map: FromMap | None,
+        waits: Callable[[], bool] = lambda: True,
     ) -> bytes:
         begun = perf_counter()
         if isinstance(message, str):
             raise UserError("expected a binary frame, found text; send msgpack")
-        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)))
+        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)), waits)
         server_timing = {"infer_ms": (perf_counter() - begun) * 1e3}
         if total_ms is not None:
             server_timing["prev_total_ms"] = total_ms
@@ -158,11 +184,30 @@ class OpenpiServer:
         }
 
 
+def _peer(connection: ServerConnection) -> str:
+    """Its address; one that has gone may have none."""
+    return str((connection.remote_address or ("",))[0])
+
+
+def _log(connection: ServerConnection, outcome: str, why: str) -> None:
+    peer = _peer(connection)
+    log.info("openpi client %s: %s", peer, why, extra=fields(protocol=PROTOCOL, client=peer, outcome=outcome))
+
+
+def _ended(error: Exception) -> tuple[str, str]:
+    """What a connection ended by: the client, or something that it sent."""
+    if not isinstance(error, ConnectionClosed) or error.sent is None or error.rcvd_then_sent:
+        return "gone", "gone"
+    if error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+        return "request", f"expected a message of up to {LARGEST} bytes, found a larger one; send smaller pictures"
+    return "request", f"expected WebSocket frames, found: {error.sent.reason or error.sent.code}; use openpi-client"
+
+
 @contextmanager
 def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
     """Memory for the pictures of a client that asks for it, on this machine."""
     asked = connection.request is not None and HEADER in connection.request.headers
-    if not (asked and ipaddress.ip_address(connection.remote_address[0]).is_loopback):
+    if not (asked and is_loopback(_peer(connection))):
         yield None
         return
     offered = Offered()

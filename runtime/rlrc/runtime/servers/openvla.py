@@ -14,6 +14,7 @@ import base64
 import json
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,12 @@ from aiohttp import web
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
+from rlrc.runtime.http_head import Head, Refusal
 from rlrc.runtime.servers.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
+from rlrc.runtime.servers.gate import Connection, answering, listen
 from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, forget, status
+from rlrc.runtime.servers.ports import CLIENTS, CONNECTIONS, Access, Places, connected, forget, status
 from rlrc.runtime.servers.session import LARGEST, Refused, Session
 
 PROTOCOL = "openvla"
@@ -57,16 +60,14 @@ class OpenvlaServer:
 
     async def start(self, host: str, port: int) -> int:
         """-> the port. Raises UserError if it is taken."""
-        app = web.Application(client_max_size=LARGEST)
+        app = web.Application(client_max_size=LARGEST, middlewares=[answering])
         app.router.add_post("/act", self._act)
         app.router.add_get("/{path:.*}", self._status)
-        self._runner = runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
-        await runner.setup()
-        assert runner.server is not None
-        loop = asyncio.get_running_loop()
-        connection = partial(Connection, self._places, runner.server, loop)
+        self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
         try:
-            self._listening = await loop.create_server(connection, host, port, ssl=self._access.tls)
+            self._listening = await listen(
+                self._runner, self._check, self._places, host, port, self._access.tls, IDLE_S, IDLE_S
+            )
         except OSError as error:
             raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
         return int(self._listening.sockets[0].getsockname()[1])
@@ -77,6 +78,16 @@ class OpenvlaServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
+    def _check(self, head: Head) -> None:
+        """Raises Refusal."""
+        if head.path == "/act":
+            if head.get("origin") is not None:  # a page in a browser, which names its own
+                raise Refusal(403, "expected no browser")
+            if not self._access.allows(head.get("authorization")):
+                raise Refusal(401, "expected the header Authorization: Bearer TOKEN")
+        if head.length > (LARGEST if head.path == "/act" else 0):
+            raise Refusal(413, f"expected a body of up to {LARGEST} bytes at /act, found {head.length} bytes")
+
     async def _status(self, request: web.Request) -> web.Response:
         told = status(request.path, self._session, self._access, request.headers.get("Authorization"))
         if told is None:
@@ -84,18 +95,16 @@ class OpenvlaServer:
         return web.Response(status=told[0], body=told[1].encode(), headers={"Content-Type": told[2]})
 
     async def _act(self, request: web.Request) -> web.Response:
-        if "Origin" in request.headers:  # a page in a browser, which would name its own
-            return web.Response(status=403, text="expected no browser\n")
-        if not self._access.allows(request.headers.get("Authorization")):
-            return web.Response(status=401, text="expected the header Authorization: Bearer TOKEN\n")
         if self._busy >= CLIENTS:
             return web.Response(status=503, text=f"expected at most {CLIENTS} requests at once; try again later\n")
         self._busy += 1
         try:
             body = await asyncio.wait_for(request.read(), BODY_S)
+            waits = partial(connected, request.transport)
             with self._session.answer(PROTOCOL):
-                answer = web.Response(text=await self._answer(body), content_type="application/json")
-            self._places.answered(request.protocol)
+                answer = web.Response(text=await self._answer(body, waits), content_type="application/json")
+            if isinstance(request.protocol, Connection):
+                request.protocol.keep_place()
             return answer
         except Refused as error:
             told = fields(protocol=PROTOCOL, client=request.remote, outcome=error.kind)
@@ -120,36 +129,15 @@ class OpenvlaServer:
         finally:
             self._busy -= 1
 
-    async def _answer(self, body: bytes) -> str:
+    async def _answer(self, body: bytes, waits: Callable[[], bool] = lambda: True) -> str:
         payload, twice = _parsed(body), False
         if isinstance(payload, dict) and payload.keys() == {"encoded"}:
             payload, twice = _parsed(str(payload["encoded"]).encode(errors="surrogatepass")), True
         # unnorm_key, which names a data set's statistics, has been chosen when the artifact was made.
-        chunk = await self._client.infer(self._observations.of(payload))
+        chunk = await self._client.infer(self._observations.of(payload), waits)
         rows = [_encoded(action) for action in chunk.actions]
         answer = json.dumps(rows if self._observations.mapping.chunks else rows[0])
         return json.dumps(answer) if twice else answer
-
-
-class Connection(web.RequestHandler):
-    """With a place as long as it lasts."""
-
-    __slots__ = ("_places",)
-
-    def __init__(self, places: Places, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
-        # Every port scan would be an error in the log with its traceback; our own are in ours.
-        quiet = logging.getLogger(f"{__name__}.requests")
-        super().__init__(server, loop=loop, access_log=None, logger=quiet, keepalive_timeout=IDLE_S)  # type: ignore[arg-type]
-        self._places = places
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        if not self._places.take(self, self.force_close):
-            self.force_close()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._places.free(self)
-        super().connection_lost(exc)
 
 
 def _parsed(body: bytes) -> Any:

@@ -110,6 +110,8 @@ class _Machine:
         elif opcode in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
             self._memo[len(self._memo) if argument is None else argument] = stack[-1]
         elif opcode in ("BINGET", "LONG_BINGET"):
+            if argument not in self._memo:
+                raise ValueError("a reference to nothing")
             stack.append(self._memo[argument])
         elif opcode in ("GLOBAL", "STACK_GLOBAL"):
             module, name = argument.split(" ") if opcode == "GLOBAL" else self._pop(2)
@@ -192,7 +194,10 @@ def _array(raw: Any, dtype: np.dtype[Any], shape: Any, order: Any) -> NDArray[An
         raise UserError(f"expected an array in C's order or Fortran's, found another; {ADVICE}")
     if (size := math.prod(sizes) * dtype.itemsize) != len(raw):
         raise UserError(f"expected {size} bytes for {dtype} {sizes}, found {len(raw)}; {ADVICE}")
-    return np.frombuffer(raw, dtype).reshape(sizes, order=order)
+    try:
+        return np.frombuffer(raw, dtype).reshape(sizes, order=order)
+    except ValueError:  # nothing, of sizes that no array has
+        raise UserError(f"expected an array's shape, found {sizes}, which numpy does not take; {ADVICE}") from None
 
 
 def _dtype(value: Any) -> np.dtype[Any]:

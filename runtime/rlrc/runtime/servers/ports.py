@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
+import logging
+import os
+import re
+import socket
 import ssl
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers.metrics import CONTENT_TYPE
@@ -18,7 +24,13 @@ CLIENTS = 32  # at once, on a port
 CONNECTIONS = 128  # at once, on a port, those included that have not said yet what they want
 PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
 PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
+CLOSED = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
+
+
+VISIBLE = re.compile("[!-~]+")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,17 @@ class Access:
         if self.token is None:
             return True
         scheme, _, given = (authorization or "").partition(" ")
-        right = hmac.compare_digest(given.encode(), self.token.encode())
+        right = hmac.compare_digest(given.encode(errors="surrogatepass"), self.token.encode())
         return right and scheme.lower() in ("api-key", "bearer")
+
+
+def connected(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether the peer is still there: asked of the kernel, for nothing may be read from the peer at the moment."""
+    if transport is None or transport.is_closing():
+        return False
+    peer = transport.get_extra_info("socket")
+    state: int = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return state not in CLOSED
 
 
 def forget(error: BaseException) -> None:
@@ -97,27 +118,83 @@ class Places:
         return True
 
 
+def token(given: str | None) -> str | None:
+    """The option, or what the environment has; None if there is neither. Raises UserError for one that is no token."""
+    name, found = (TOKEN, os.environ.get(TOKEN)) if given is None else ("--token", given)
+    return None if found is None else checked(found, name)
+
+
+def checked(token: str, name: str) -> str:
+    """Raises UserError, without the token in it, for what is none; ``name``: of what it was given as."""
+    if not VISIBLE.fullmatch(token):
+        found = "an empty one" if not token else "one with a line end" if token != token.rstrip("\r\n") else "another"
+        raise UserError(
+            f"expected a token of ASCII characters without blanks in {name}, found {found}; give another"
+            + (", or unset it" if name == TOKEN else "")
+        )
+    return token
+
+
 def access(host: str, token: str | None, certificate: Path | None, key: Path | None, insecure: bool) -> Access:
     """Raises UserError for files that are no certificate and key, and for an address that others reach unprotected."""
-    if token is not None and (not token.isascii() or not token.strip() or " " in token):
-        raise UserError("expected a token of ASCII characters without blanks, found another; give another --token")
+    if token is not None:
+        checked(token, "--token")
     if (certificate is None) != (key is None):
         raise UserError("expected both --certificate and --key, found one; give the other")
-    tls = None
-    if certificate is not None and key is not None:
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            tls.load_cert_chain(certificate, key)
-        except OSError as error:  # of which SSLError is one
-            raise UserError(
-                f"expected a certificate and its key in PEM files, found {certificate} and {key}: {error}; give others"
-            ) from None
-    if not (is_loopback(host) or (token is not None and tls is not None) or insecure):
+    encrypted = None if certificate is None or key is None else tls(certificate, key)
+    if not (is_loopback(host) or (token is not None and encrypted is not None) or insecure):
         raise UserError(
             f"expected --token, --certificate and --key for {host}, which other machines reach, found not all of them; "
             "give them, or --insecure to do without"
         )
-    return Access(token, tls)
+    return Access(token, encrypted)
+
+
+def tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    """For a server, which logs the handshakes that fail. Raises UserError for files that are not as they should be."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = _Handshake
+
+    def password() -> NoReturn:  # without it OpenSSL asks on the terminal
+        raise UserError(
+            f"expected a private key without a password, found an encrypted one in {key}; write one that only you can "
+            f"read: openssl pkey -in {key} -out FILE"
+        )
+
+    for path in (certificate, key):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise UserError(f"expected a PEM file at {path}, found: {error.strerror}; give another") from None
+    try:
+        context.load_cert_chain(certificate, key, password)
+    except OSError as error:  # of which SSLError is one
+        why = (getattr(error, "reason", None) or "no PEM file").replace("_", " ").lower()
+        raise UserError(
+            f"expected a certificate and its key in PEM files, found {certificate} and {key}: {why}; give others"
+        ) from None
+    return context
+
+
+class _Handshake(ssl.SSLObject):
+    """asyncio drops connections whose handshake fails without a word."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            found = (error.reason or "another message").replace("_", " ").lower()
+            plain = error.reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG")
+            advice = "a client without TLS: let it use wss:// or https://" if plain else "see to its certificates"
+            log.info("expected a TLS handshake, found: %s; %s", found, advice, extra={"fields": {"outcome": "tls"}})
+            raise
+
+
+def url(scheme: str, host: str, port: int) -> str:
+    """With brackets around an IPv6 address."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def status(path: str, session: Session, access: Access, authorization: str | None) -> tuple[int, str, str] | None:

@@ -1,6 +1,6 @@
 """One policy for all clients of a server: in a process of its own, asked in turn, guarded if there is a profile.
 
-    session = Session(spec, "rlrc", guarded)
+    session = Session(spec, guarded)
     await session.open(LocalPolicy.load, (path,))    # loaded, verified, warmed: ``ready``
     client = session.client()                        # one for each robot: it has the noise of its own episode
     chunk = await client.infer(observation)          # as rlrc.runtime.policy takes them
@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ WAITING = 8  # observations that may wait for the policy, the one it works on in
 HANGS_S = 60.0  # longest inference
 
 
+# What a client sent, or what gives it when its turn comes, and so the newest there is by then.
+Given = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+
 # An observation that was looked at, what left (None: nothing), the seconds in the queue and of inference.
 Show = Callable[[Mapping[str, Any], "NDArray[np.float32] | None", float, "float | None"], None]
 
@@ -47,11 +51,28 @@ class Refused(Exception):
         self.kind = kind
 
 
+class Gone(Refused):
+    """The client left before its turn came: nothing is computed for it, and there is nobody to answer."""
+
+    def __init__(self) -> None:
+        super().__init__("gone", "expected a client that waits for its answer, found it gone")
+
+
 class Chunk(NamedTuple):
     """``actions`` float32 (horizon, dim), un-normalised; ``seconds``: what inference took, without the queue."""
 
     actions: NDArray[np.float32]
     seconds: float
+
+
+@dataclass(eq=False)
+class _Request:
+    """``waits``: whether the client is still there; ``answer``: the chunk, or why there is none."""
+
+    observation: Given
+    waits: Callable[[], bool]
+    answer: asyncio.Future[Chunk]
+    begun: bool = False
 
 
 class Session:
@@ -60,14 +81,20 @@ class Session:
     def __init__(self, spec: PolicySpec, guarded: GuardedChunks | None = None, waiting: int = WAITING) -> None:
         self.spec, self.guarded, self.limit = spec, guarded, waiting
         self.metrics = Metrics()
-        self.waiting = self.answering = 0
+        self.answering = 0
         self.draining = False
         self.opened, self.failed = asyncio.Event(), asyncio.Event()
         self.failure: str | None = None
         self.instruction: str | None = None
         """the operator's words, which go before the clients'"""
         self.show: Show | None = None
+        self.lost: str | None = None
+        """a way to stop that is gone: then nothing re-arms any more"""
         self._halted: str | None = None
+        self._halts = 0
+        self._requests: list[_Request] = []  # in their turn, the one that the policy works on included
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._seconds = 0.0  # of the last inference
         self._turn, self._came = asyncio.Lock(), asyncio.Event()  # whose turn it is, and that there is news for it
         self._inference: Inference | None = None
 
@@ -89,15 +116,25 @@ class Session:
         return self.opened.is_set() and not self.draining and self.failure is None
 
     @property
+    def waiting(self) -> int:
+        """Observations that wait for the policy, the one it works on included; of clients that are still there."""
+        return sum(request.waits() for request in self._requests)
+
+    @property
     def stopped(self) -> str | None:
         """Why no chunk leaves, by the guard or by somebody who wanted that; None: they do."""
         return self._halted or (None if self.guarded is None else self.guarded.guard.reason)
 
-    def stop(self, reason: str) -> None:
-        """Latches: observations are looked at, but no chunk leaves. What a client has already, it may still execute."""
+    def halt(self, reason: str) -> None:
+        """From any thread: no chunk leaves from now on. ``stop`` has to follow, in the event loop."""
+        self._halts += 1
         if self.stopped is None:
             log.warning("stopped: %s", reason)
         self._halted = self._halted or reason
+
+    def stop(self, reason: str) -> None:
+        """Latches: observations are looked at, but no chunk leaves. What a client has already, it may still execute."""
+        self.halt(reason)
         if self.guarded is not None and not self.guarded.guard.stopped:
             self.guarded.guard.stop(reason)
 
@@ -107,10 +144,15 @@ class Session:
             raise UserError("expected a server that is stopped, found it not; stop it first")
         if not self.ready:
             raise UserError(f"expected a policy that runs, found {self.failure or 'none'}; start the server again")
-        stopped = self.stopped
+        if self.lost is not None:
+            raise UserError(f"expected every way to stop to work, found {self.lost} lost; start the server again")
+        stopped, halts = self.stopped, self._halts
         if self.guarded is not None:
             self.guarded.rearm(who)
         self._halted = None
+        if self._halts != halts:  # from another thread
+            self.stop(stopped)
+            raise UserError("expected nobody to press stop meanwhile, found that somebody did; look again, then re-arm")
         log.warning("re-armed by %s (was stopped: %s)", who, stopped)
 
     def client(self) -> Client:
@@ -137,21 +179,45 @@ class Session:
             self.answering -= 1
             self.metrics.count("rlrc_observations_total", protocol=protocol, outcome=outcome)
 
-    async def infer(self, observation: Mapping[str, Any]) -> Chunk:
-        """Raises Refused. A client that goes away meanwhile changes nothing for the others."""
+    async def infer(
+        self, observation: Given, waits: Callable[[], bool] = lambda: True, within: float | None = None
+    ) -> Chunk:
+        """Raises Refused. ``waits``: whether the client is still there, asked before anything is computed for it;
+        ``within``: seconds for which it will wait, if it said so.
+
+        A client that goes away meanwhile changes nothing for the others.
+        """
         if self.failure is not None:
             raise Refused("failed", f"expected a policy that runs, found: {self.failure}; start the server again")
         if not self.ready:
             doing = "ending" if self.draining else "loading the policy"
             raise Refused("not ready", f"expected a server that is ready, found it {doing}; try again later")
-        if self.waiting >= self.limit:
+        self._drop_gone()
+        if (ahead := len(self._requests)) >= self.limit:
+            raise Refused("busy", f"expected fewer than {self.limit} observations that wait, found {ahead}; send later")
+        if within is not None and ahead * self._seconds > within:
             raise Refused(
-                "busy", f"expected fewer than {self.limit} observations that wait, found {self.waiting}; send later"
+                "busy",
+                f"expected time for the {ahead} observations that wait, about {ahead * self._seconds:.2g} s, found a "
+                f"deadline in {within:.2g} s; give a later one, or send later",
             )
-        if self.instruction is not None and self.spec.prompt is not None:
-            observation = {**observation, "instruction": self.instruction}
-        self.waiting += 1  # before anything else runs
-        return await asyncio.shield(asyncio.ensure_future(self._in_turn(observation)))
+        request = _Request(observation, waits, asyncio.get_running_loop().create_future())
+        self._requests.append(request)  # before anything else runs
+        task = asyncio.ensure_future(self._in_turn(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await request.answer
+        except asyncio.CancelledError:  # whoever asked is gone; what is being computed is computed to its end
+            request.waits = lambda: False
+            raise
+
+    def _drop_gone(self) -> None:
+        """Before their turn, so that they take no place and no memory."""
+        for request in list(self._requests):
+            if not request.begun and not request.waits():
+                self._requests.remove(request)
+                _end(request, Gone())
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing more, and waits until what was taken is answered; what is not by then fails."""
@@ -172,15 +238,25 @@ class Session:
         for descriptor in (self._inference.sentinel, self._inference.fileno()):
             asyncio.get_running_loop().remove_reader(descriptor)
 
-    async def _in_turn(self, observation: Mapping[str, Any]) -> Chunk:
+    async def _in_turn(self, request: _Request) -> None:
         begun = time.perf_counter()
-        try:
-            async with self._turn:
+        async with self._turn:
+            if request not in self._requests:
+                return
+            request.begun = True
+            try:
+                if not request.waits():
+                    raise Gone
                 queued = time.perf_counter() - begun
                 self.metrics.observe("rlrc_queue_seconds", queued)
-                return await self._shown(observation, queued)
-        finally:
-            self.waiting -= 1
+                observation = _given(request.observation)
+                if self.instruction is not None and self.spec.prompt is not None:
+                    observation = {**observation, "instruction": self.instruction}
+                _end(request, await self._shown(observation, queued))
+            except Exception as error:
+                _end(request, error)
+            finally:
+                self._requests.remove(request)
 
     async def _shown(self, observation: Mapping[str, Any], queued: float) -> Chunk:
         actions = seconds = None
@@ -234,6 +310,7 @@ class Session:
             raise Refused("failed", f"expected a policy that runs, found: {self.failure}; start the server again")
         if answer.actions is None:
             raise Refused("policy", answer.error or "the policy gave no action")
+        self._seconds = answer.seconds
         self.metrics.observe("rlrc_inference_seconds", answer.seconds)
         return Chunk(answer.actions, answer.seconds)
 
@@ -242,6 +319,22 @@ class Session:
         self.failure = self.failure or failure
         self.failed.set()
         self._came.set()
+
+
+def _given(observation: Given) -> Mapping[str, Any]:
+    return observation() if callable(observation) else observation
+
+
+def _end(request: _Request, answer: Chunk | Exception) -> None:
+    """Lets go of the observation, too."""
+    request.observation = {}
+    if request.answer.done():  # nobody waits for it
+        return
+    if isinstance(answer, Exception):
+        request.answer.set_exception(answer)
+        request.answer.exception()  # asyncio complains about one that nobody asks for
+    else:
+        request.answer.set_result(answer)
 
 
 class Client:
@@ -255,13 +348,19 @@ class Client:
         """Starts the generator of the noise anew, as rlrc.runtime.policy.LocalPolicy does."""
         self._noise = np.random.default_rng(0)
 
-    async def infer(self, observation: Mapping[str, Any]) -> Chunk:
-        """Raises Refused."""
+    async def infer(
+        self, observation: Given, waits: Callable[[], bool] = lambda: True, within: float | None = None
+    ) -> Chunk:
+        """As ``Session.infer``. Raises Refused."""
         spec = self._session.spec
-        if spec.flow is not None and "noise" not in observation:
-            noise = self._noise.standard_normal((spec.action.horizon, spec.flow.width), np.float32)
-            observation = {**observation, "noise": noise}
-        return await self._session.infer(observation)
+        if spec.flow is None or (not callable(observation) and "noise" in observation):
+            return await self._session.infer(observation, waits, within)
+        noise = self._noise.standard_normal((spec.action.horizon, spec.flow.width), np.float32)
+
+        def with_noise() -> Mapping[str, Any]:
+            return {"noise": noise, **_given(observation)}
+
+        return await self._session.infer(with_noise, waits, within)
 
 
 def example(spec: PolicySpec) -> dict[str, Any]:

@@ -12,17 +12,21 @@ import logging
 import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places, forget
+from rlrc.runtime.servers.logs import fields
+from rlrc.runtime.servers.ports import PING_S, PINGS, Allowance, Places, connected, forget
 
-Answer = Callable[[bytes], Awaitable[bytes]]
+# A request, or why there is none -> the answer.
+Answer = Callable[["bytes | UserError"], Awaitable[bytes]]
 
 SECONDS = 10.0  # longest time to introduce oneself, to send a request that has begun, to read an answer
 MORE, LONG, COMMAND = 1, 2, 4  # flags of a frame
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x05READY" + b"\x0bSocket-Type" + (3).to_bytes(4, "big") + b"REP"
 LARGEST_COMMAND = 2048
+DISCARDED = 8  # times the largest request: what is larger than that is not even read to its end
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +36,12 @@ class Broken(Exception):
 
 
 class Replier:
-    """``connected(peer)`` gives what answers this peer's requests, one after the other, and never raises."""
+    """``answering(peer, waits)`` gives what answers this peer's requests, one after the other, and never raises;
+    ``waits()``: whether the peer is still there.
+    """
 
-    def __init__(self, connected: Callable[[str], Answer], largest: int, peers: int) -> None:
-        self._connected, self._largest, self._places = connected, largest, Places(peers, SECONDS)
+    def __init__(self, answering: Callable[[str, Callable[[], bool]], Answer], largest: int, peers: int) -> None:
+        self._answering, self._largest, self._places = answering, largest, Places(peers, SECONDS)
         self._open: dict[asyncio.Task[None], StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
@@ -71,12 +77,12 @@ class Replier:
         try:
             _keep_alive(writer)
             await asyncio.wait_for(_introduce(reader, writer), SECONDS)
-            await self._talk(reader, writer, self._connected(peer))
+            await self._talk(reader, writer, self._answering(peer, partial(connected, writer.transport)))
         except Broken as error:
-            log.info("zmq client %s: %s", peer, error)
+            log.info("gr00t client %s: %s", peer, error, extra=fields(protocol="gr00t", client=peer, outcome="request"))
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError) as error:
             forget(error)
-            log.info("zmq client %s: gone", peer)
+            log.info("gr00t client %s: gone", peer, extra=fields(protocol="gr00t", client=peer, outcome="gone"))
         finally:
             writer.transport.abort()  # what it has not read by now it will not get
 
@@ -95,8 +101,8 @@ class Replier:
             await asyncio.wait_for(writer.drain(), SECONDS)
             self._places.answered(writer)
 
-    async def _request(self, reader: StreamReader, writer: StreamWriter, flags: int) -> bytes | None:
-        """Its body; None if it was a command."""
+    async def _request(self, reader: StreamReader, writer: StreamWriter, flags: int) -> bytes | UserError | None:
+        """Its body, or why it was not kept; None if it was a command."""
         frame = await _frame(reader, flags, LARGEST_COMMAND if flags & COMMAND else 0)
         if flags & COMMAND:
             if frame[:5] == b"\x04PING":  # and two bytes of how long it waits
@@ -108,7 +114,12 @@ class Replier:
         flags = (await reader.readexactly(1))[0]
         if flags & (MORE | COMMAND):
             raise Broken("expected a request of one frame, found more; use a REQ socket")
-        return await _frame(reader, flags, self._largest)
+        size = await _size(reader, flags, DISCARDED * self._largest)
+        if size <= self._largest:
+            return await reader.readexactly(size)
+        while size:  # or the client would wait for an answer, which would never come
+            size -= len(await reader.readexactly(min(size, 2**16)))
+        return UserError(f"expected a request of up to {self._largest} bytes, found a larger one; send less")
 
 
 async def _introduce(reader: StreamReader, writer: StreamWriter) -> None:
@@ -127,12 +138,16 @@ async def _introduce(reader: StreamReader, writer: StreamWriter) -> None:
 
 
 async def _frame(reader: StreamReader, flags: int, largest: int) -> bytes:
+    return await reader.readexactly(await _size(reader, flags, largest))
+
+
+async def _size(reader: StreamReader, flags: int, largest: int) -> int:
     if flags & ~(MORE | LONG | COMMAND):
         raise Broken(f"expected a frame, found flags {flags:#x}; use ZeroMQ")
     size = int.from_bytes(await reader.readexactly(8 if flags & LONG else 1), "big")
     if size > largest:
         raise Broken(f"expected a frame of up to {largest} bytes, found {size}; send less, from a REQ socket")
-    return await reader.readexactly(size)
+    return size
 
 
 def _framed(flags: int, body: bytes) -> bytes:

@@ -6,13 +6,14 @@ const HOLD_MS = 2000;      // to re-arm
 const SILENT_MS = 2500;    // without news there is no connection
 const LOOP_SILENT_S = 2;   // the page's own process answers, the loop does not
 const PICTURE_MS = 100;
+const STOP_MS = 1500;      // the stop's own port is asked so often whether it is there, and given so long to answer
 const EVENTS = 60;
 
 const $ = (id) => document.getElementById(id);
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 let token = location.hash.slice(1) || sessionStorage.getItem("token") || "";
-let hello = null, state = {}, heard = 0, refused = false, connecting = null;
+let hello = null, state = {}, heard = 0, greeted = 0, refused = false, connecting = null;
 let steps = [], offset = 0, late = 0, plots = [], colour = colours();
 
 if (location.hash) history.replaceState(null, "", location.pathname); // not for those who look over a shoulder
@@ -23,9 +24,9 @@ function ask(path, options = {}) {
   return fetch(path, { ...options, headers: { Authorization: `Bearer ${token}`, ...options.headers }, cache: "no-store" });
 }
 
-async function post(path, body = {}) {
+async function post(path, body = {}, options = {}) {
   try {
-    const response = await ask(path, { method: "POST", body: JSON.stringify(body) });
+    const response = await ask(path, { ...options, method: "POST", body: JSON.stringify(body) });
     return await response.json();
   } catch {
     return { error: "no connection" };
@@ -81,6 +82,27 @@ $("entry-form").addEventListener("submit", (event) => {
   listen();
 });
 
+// The stop's own port: no other request keeps it busy. Asked again and again, its connection stays open, so that a stop
+// has to wait for none.
+
+let stopHeard = 0;
+
+const stopUrl = () => `${location.protocol}//${location.hostname}:${hello.stop}/stop`;
+
+async function askStop(method) {
+  const response = await ask(stopUrl(), { method, signal: AbortSignal.timeout(STOP_MS) });
+  const told = await response.json();
+  if (response.ok) stopHeard = performance.now();
+  return told;
+}
+
+async function keepStopOpen() {
+  for (;;) {
+    if (hello && !refused) await askStop("GET").catch(() => null);
+    await sleep(STOP_MS);
+  }
+}
+
 // What came
 
 function take(kind, told) {
@@ -122,6 +144,7 @@ const at = (values, index, factor) => (values === null || index === null ? null 
 
 function greet(told) {
   hello = told;
+  greeted = performance.now();
   sessionStorage.setItem("token", token);
   steps = [];
   late = 0;
@@ -177,6 +200,9 @@ function judged() {
   if (state.silent_s > LOOP_SILENT_S) return ["lost", "No answer", `the loop has said nothing for ${state.silent_s.toFixed(0)} s`];
   if (state.stopped) return ["stopped", "Stopped", state.stopped];
   if (state.unready) return ["waiting", "Not ready", state.unready];
+  if (performance.now() - stopHeard > 4 * STOP_MS && performance.now() - greeted > 4 * STOP_MS) {
+    return ["lost", "No stop", `port ${hello.stop}, which stops the robot, does not answer; a stop goes through this page`];
+  }
   if (hello.kind === "run" && !steps.length) return ["waiting", "Starting", ""];
   if (hello.kind === "run" && waits()) return ["held", "Held", "waiting for an action"];
   return ["running", "Running", hello.kind === "serve" && state.waiting ? `${state.waiting} waiting` : ""];
@@ -273,11 +299,17 @@ async function watch(name, index) {
 async function stop() {
   set("answer", "");
   for (let attempt = 1; attempt <= 20; attempt++) {
-    const told = await post("/stop");
+    const told = await Promise.any([confirmed(askStop("POST")), confirmed(post("/stop", {}, { signal: AbortSignal.timeout(2 * STOP_MS) }))]).catch((all) => all.errors[1]);
     if (told.stopped) return set("answer", "");
-    set("answer", `The stop was not confirmed (${told.error}): trying again. Use the robot's own stop.`);
+    set("answer", `The stop was not confirmed (${told.message}): trying again. Use the robot's own stop.`);
     await sleep(250);
   }
+}
+
+async function confirmed(asked) {
+  const told = await asked;
+  if (!told.stopped) throw new Error(told.error ?? "not stopped");
+  return told;
 }
 
 $("stop").addEventListener("pointerdown", stop); // not click: that waits for the finger to rise
@@ -340,5 +372,6 @@ $("bench").addEventListener("click", async () => {
   set("benched", told.error ?? figures());
 });
 
+keepStopOpen();
 if (token) listen();
 else enter();

@@ -1,0 +1,135 @@
+"""A driver that somebody else has written, with its promises checked (rlrc.robots.robot)."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.robots.robot import Robot, RobotError, Sensed
+
+NEEDED = ("sense", "command", "stop", "close")
+
+
+class Driver:
+    """Is a robot and holds one. Its calls raise RobotError for whatever the robot's raise, Ctrl-C aside, or get wrong.
+
+    ``halt`` is for another thread, while a call of the robot's hangs. From then on nothing is sent any more.
+    """
+
+    def __init__(self, robot: Robot) -> None:
+        missing = [name for name in NEEDED if not callable(getattr(robot, name, None))]
+        known = plain("live_pictures", lambda: hasattr(robot, "live_pictures"))
+        missing += [] if known else ["live_pictures"]
+        if missing:
+            raise RobotError(f"a driver without {', '.join(missing)} ({type(robot).__name__}; docs/robots.md)")
+        self._robot = robot
+        self.call: tuple[str, float] | None = None
+        """which call has not returned yet, and when it began (time.monotonic)"""
+        self.halted: str | None = None
+        """why ``halt`` was called"""
+
+    @property
+    def live_pictures(self) -> bool:
+        return bool(plain("live_pictures", lambda: self._robot.live_pictures))
+
+    def sense(self) -> Sensed | None:
+        return checked(self._call("sense", self._robot.sense))
+
+    def command(self, action: NDArray[Any]) -> None:
+        self._call("command", self._robot.command, action)
+
+    def stop(self) -> None:
+        plain("stop", self._robot.stop)
+
+    def close(self) -> None:
+        self._call("close", self._robot.close)
+
+    def halt(self, reason: str) -> None:
+        """The robot's own stop, from any thread. Raises RobotError if it fails."""
+        self.halted = reason
+        self.stop()
+
+    def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.halted is not None and name != "close":
+            raise RobotError(self.halted)
+        self.call = name, time.monotonic()
+        try:
+            return plain(name, function, *arguments)
+        finally:
+            self.call = None
+            if self.halted is not None and name != "close":  # what it gives, or raises, is as old as the call
+                raise RobotError(self.halted) from None
+
+
+def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a driver's function returns. Raises RobotError for all else that it may do, except KeyboardInterrupt."""
+    try:
+        found = function(*arguments)
+    except (RobotError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit too: a driver is not to end the program while the robot moves
+        raise RobotError(said(error)) from error
+    if inspect.isgenerator(found) or inspect.iscoroutine(found):
+        found.close()
+        raise RobotError(
+            f"the driver's {name} is a {type(found).__name__}, expected a plain function: nothing of it ran"
+        )
+    return found
+
+
+def checked(found: Any) -> Sensed | None:
+    """What ``sense`` gave. Raises RobotError unless its parts are what the loop computes with."""
+    if found is None:
+        return None
+    if not isinstance(found, Sensed):
+        raise _wrong("Sensed or None", found)
+    observation, measured, stamp, pictures = found
+    if not isinstance(observation, Mapping) or not all(isinstance(name, str) for name in observation):
+        raise _wrong("an observation with names", observation)
+    if not (measured is None or isinstance(measured, np.ndarray)):
+        raise _wrong("measured as an array", measured)
+    if not _is_time(stamp):
+        raise _wrong("a stamp in seconds", stamp)
+    if not isinstance(pictures, Mapping) or not all(_is_time(at) for at in pictures.values()):
+        raise _wrong("stamps of pictures in seconds", pictures)
+    seen = {name for name in observation if name.startswith("image.")}
+    if seen != set(pictures):
+        raise RobotError(f"the driver's sense gave stamps of {_names(pictures)} for the pictures {_names(seen)}")
+    for name in seen:
+        if not isinstance(observation[name], np.ndarray):
+            raise _wrong(f"{name} as an array", observation[name])
+    return found
+
+
+def said(error: BaseException) -> str:
+    """What a driver meant to say, or which mistake it made; one line."""
+    return one_line(error) if isinstance(error, RobotError) else f"the driver failed: {named(error)}"
+
+
+def named(error: BaseException) -> str:
+    """The exception's class, and its message if it has one; one line."""
+    return f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _wrong(expected: str, found: Any) -> RobotError:
+    shown = f" {found!r}" if found is None or isinstance(found, (str, float)) else ""
+    return RobotError(f"the driver's sense gave {type(found).__name__}{shown[:40]}, expected {expected}")
+
+
+def _is_time(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _names(names: Any) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"

@@ -1,0 +1,203 @@
+"""What each precision errs by and how long it takes on every class of kernels that this machine can be made to use.
+
+    python scripts/kernel_classes.py OUT.json [--threads 1] [--rounds 31] [--work FOLDER] [--aarch64 FOLDER]
+
+The reference policy and a decoder of 154 M parameters (scripts/decoder_speed.py), int4 weights, in fp32, int8, w4a8,
+int4a8 and int4. Three ways to other classes than this processor's own (x86-64, Linux):
+
+- masked: a copy of the engine whose `cpuid` instructions are answered without some instruction sets (masked_cpuid.c).
+  The kernels of the lesser class run on this processor, so their latency is real, for this processor.
+- emulated, x86-64 with AVX2 only, by QEMU: instructions of other classes do not exist there. No latency; the reference.
+- emulated, 64-bit Arm: with FOLDER of scripts/aarch64_check.sh. No latency; the reference.
+
+The control is a product with signed weights of all 8 bits: it is wrong where kernels saturate. Needs a C compiler and
+objdump for the masked ones; what cannot be made is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import decoder_speed
+import numpy as np
+import onnx
+from masked_engine import MASKS, hidden, masked_engine
+from onnx import TensorProto, helper, numpy_helper
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import GOLDEN, HistoryEntry
+from rlrc.benchmarks import machine, results
+from rlrc.compressor import checkpoint
+from rlrc.exporters.export import export
+from rlrc.runtime.backends.kernels import kernels
+from rlrc.runtime.npz import read_npz
+
+ROOT = Path(__file__).parents[1]
+PRECISIONS = ("fp32", "int8", "w4a8", "int4a8", "int4")
+HASWELL = "Haswell,-hle,-rtm,-invpcid,-pcid,-x2apic,-tsc-deadline"  # less what QEMU warns that it has not
+CONTROL = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+given = numpy.load(sys.argv[2])
+found = session.run(None, {"x": given["x"]})[0]
+print(float(numpy.abs(found - given["y"]).max() / numpy.abs(given["y"]).max()))
+"""
+
+
+def make(folder: Path) -> dict[str, list[Path]]:
+    """The artifacts of both policies, exported in every precision unless that was done before."""
+    if not (folder / "int4").exists():
+        decoder_speed.make(folder)
+    if not (folder / "reference-dense").exists():
+        parent = artifacts.load(ROOT / "reference/compressed")
+        policy, arrays = checkpoint.load_policy(parent), read_npz(parent.file(GOLDEN))
+        observations = {name: array for name, array in arrays.items() if name not in ("tokens", "logits", "actions")}
+        with artifacts.writing(folder / "reference-dense") as draft:
+            draft.inherit(parent, "tokenizer")
+            history = (HistoryEntry("new", {}, "0", None, 0.0),)
+            checkpoint.write_policy(draft, policy, observations, history, exact=True)
+    parents = {
+        "reference": (ROOT / "reference/compressed", folder / "reference-dense"),
+        "decoder": (folder / "int4", folder / "dense"),
+    }
+    found: dict[str, list[Path]] = {}
+    for policy_name, (int4, dense) in parents.items():
+        for precision in PRECISIONS:
+            out = folder / f"{policy_name}-{precision}"
+            if not out.exists():
+                print(f"exporting {out.name}", file=sys.stderr)
+                given = artifacts.load(dense if precision == "fp32" else int4, verify=())
+                export(given, out, precision=precision, tolerance=10.0)  # errors are told here, not limited
+            found.setdefault(policy_name, []).append(out)
+    return found
+
+
+def write_control(folder: Path) -> list[str]:
+    """A product whose weights use all 8 bits with a sign, and what it should give."""
+    random = np.random.default_rng(0)
+    x, weights = (
+        random.uniform(0, 1, (8, 512)).astype(np.float32),
+        random.integers(-127, 128, (512, 64)).astype(np.int8),
+    )
+    rounded = np.rint(x / (x.max() / np.float32(255))).astype(np.int64)
+    y = (rounded @ weights.astype(np.int64)) * (x.max() / np.float32(255))
+    np.savez(folder / "control.npz", x=x, y=y)
+    constants = {"w": weights, "scale": np.ones((), np.float32), "zero": np.zeros((), np.int8)}
+    node = helper.make_node("DynamicQuantizeMatMul", ["x", *constants], ["y"], domain="com.microsoft")
+    shapes = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", [8, 512]), ("y", [8, 64]))
+    ]
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph([node], "control", shapes[:1], shapes[1:], tensors)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), folder / "control.onnx")
+    return ["-c", CONTROL, str(folder / "control.onnx"), str(folder / "control.npz")]
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument(
+        "--work", type=Path, help="folder for the artifacts and the masked engine, kept; else a temporary one"
+    )
+    parser.add_argument("--aarch64", type=Path, help="folder of scripts/aarch64_check.sh")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (given.work or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        result = measure(folder, given.threads, given.rounds, given.aarch64)
+    more = " --aarch64 FOLDER" if given.aarch64 else ""
+    result["command"] = (
+        f"python scripts/kernel_classes.py {given.out.name} --threads {given.threads} --rounds {given.rounds}{more}"
+    )
+    results.write(given.out, results.dump(result))
+    print(table(result))
+    return 0
+
+
+def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> dict[str, Any]:
+    policies, control, load = make(folder), write_control(folder), [round(os.getloadavg()[0], 2)]
+    python, script = [sys.executable], str(ROOT / "scripts/kernel_class.py")
+    ways: list[tuple[str, str, list[str], dict[str, str]]] = [(kernels(), "this processor", python, {})]
+    if kernels().startswith("x86-64 avx512") and shutil.which("cc") and shutil.which("objdump"):
+        masked = masked_engine(folder)
+        ways += [(name, "masked", python, masked | hidden(parts)) for name, parts in MASKS.items() if name != kernels()]
+    qemu = shutil.which("qemu-x86_64-static")
+    if qemu and kernels().startswith("x86-64"):
+        ways.append(("x86-64 avx2", "emulated", [qemu, "-cpu", HASWELL, *python], {}))
+    arm = shutil.which("qemu-aarch64-static")
+    if arm and aarch64 is not None:
+        inside = [arm, "-L", str(aarch64 / "root"), "-E", f"PYTHONPATH={aarch64 / 'site'}:{ROOT / 'runtime'}"]
+        ways.append(("aarch64", "emulated", [*inside, str(aarch64 / "root/usr/bin/python3")], {}))
+    rows, classes = [], []
+    for name, way, command, environment in ways:
+        print(f"{name}, {way}", file=sys.stderr)
+        emulated = way == "emulated"
+        error = float(run([*command, *control], environment))
+        classes.append({"class": name, "way": way, "saturates": error > 0.01, "control_error": error})
+        for policy, paths in policies.items():
+            if emulated and policy != "reference":
+                continue
+            most = ["--most", "16"] if emulated else ["--threads", str(threads), "--rounds", str(rounds)]
+            found = folder / "found.json"
+            print(run([*command, script, str(found), *map(str, paths), *most], environment), file=sys.stderr, end="")
+            told = json.loads(found.read_text())
+            # A masked engine sees less than the C library, which kernels() asks.
+            classes[-1]["versions"] = told["versions"] | ({"kernels": name} if way == "masked" else {})
+            for path, row in told["rows"].items():
+                precision = path.removeprefix(f"{policy}-")
+                rows.append({"policy": policy, "class": name, "way": way, "precision": precision, **row})
+    load.append(round(os.getloadavg()[0], 2))
+    compare(rows)
+    return {
+        "kind": "kernel classes",
+        "machine": machine.describe(threads),
+        "load": load,
+        "classes": classes,
+        "rows": rows,
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """``other_tokens``: how many differ from this processor's own; None where not all observations were replayed."""
+    own = {(row["policy"], row["precision"]): row["answers"] for row in rows if row["way"] == "this processor"}
+    for row in rows:
+        ours, theirs = own[row["policy"], row["precision"]], row["answers"]
+        same = len(ours) == len(theirs)
+        row["other_tokens"] = sum(a != b for a, b in zip(ours, theirs, strict=True)) if same else None
+    for row in rows:
+        del row["answers"]
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| policy | class | way | precision | logits' error | wrong tokens | ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        ms = "not measured" if row["latency_ms"] is None else f"{row['latency_ms']['p50']} ({row['latency_ms']['p0']})"
+        flips = f"{row['token_flips']} of {row['tokens']}"
+        cells = [row["policy"], row["class"], row["way"], row["precision"], f"{row['logits_error']:.2%}", flips, ms]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
