@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `rlrc sft --help | head`
         return _reader_has_gone()
     except Exception as error:
-        if (told := refused(error, getattr(error, "filename", None) or "a file")) is None:
+        names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
+        if (told := refused(error, next(filter(None, names), "a file"))) is None:
             raise
         return _refuse(told)
     except KeyboardInterrupt as error:
