@@ -286,6 +286,13 @@ def test_what_cannot_be_read_is_not_passed_over(name: str, family: str, tmp_path
         spec(copied(family, tmp_path, change), family)
 
 
+@pytest.mark.parametrize(("shortest", "longest"), [(0.0, 4.0), (-1.0, 4.0), (5.0, 4.0)])
+def test_waves_of_the_time_that_cannot_be(shortest: float, longest: float, tmp_path: Path) -> None:
+    change = edited("config.json", lambda values: values.update(min_period=shortest, max_period=longest))
+    with pytest.raises(UserError, match=r"expected 0 < min_period <= max_period in config\.json, found"):
+        spec(copied("smolvla", tmp_path, change), "smolvla")
+
+
 def test_pi05_without_processors(tmp_path: Path) -> None:
     """It came with LeRobot 0.4, so it never had another way to keep them."""
     folder = copied("pi05", tmp_path, lambda path: [(path / file).unlink() for file in (PRE, POST)])

@@ -285,7 +285,7 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
         "scaled": reader.smol,
         "state": STATE[family],
         "causal": reader.smol,
-        "periods": [real(config, "min_period", 4e-3), real(config, "max_period", 4.0)],
+        "periods": _periods(config),
     }
     steps = number(config, "num_steps" if reader.smol else "num_inference_steps", 10)
     return PolicySpec(
@@ -298,6 +298,16 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
         geometry,
         FlowSpec(steps, width),
     )
+
+
+def _periods(config: Mapping[str, Any]) -> list[float]:
+    """The shortest and the longest wave that tells the time."""
+    found = [real(config, "min_period", 4e-3), real(config, "max_period", 4.0)]
+    if not 0 < found[0] <= found[1]:
+        raise UserError(
+            f"expected 0 < min_period <= max_period in config.json, found {found[0]:g} and {found[1]:g}; correct it"
+        )
+    return found
 
 
 def _state_feature(reader: Reader) -> Feature:
