@@ -134,13 +134,20 @@ def _decoders(reader: Reader) -> tuple[TowerSpec, TowerSpec]:
     def tower(prefix: str, model: tuple[str, str, str], kinds: list[Kind], adaptive: bool) -> TowerSpec:
         heads = _heads(reader, prefix, *model)
         gates = [official.shape(f"{prefix}.layers.{i}.mlp.gate_proj.weight", 2) for i in range(len(kinds))]
+        eps = real(reader.hints, "rms_eps", 1e-5) if smol else real(reader.hints, "vlm_rms_eps", 1e-6)
+        # SmolVLA's base is 10,000 whatever the configuration of its language model says.
+        theta = real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0)
+        if min(eps, theta) <= 0:
+            raise UserError(
+                f"expected positive numbers as eps and rope_theta of {prefix}, found {eps:g} and {theta:g}; correct the "
+                "hints"
+            )
         return TowerSpec(
             width=gates[0][1],
             layers=tuple(LayerSpec(*heads, mlp, kind) for (mlp, _), kind in zip(gates, kinds, strict=True)),
-            eps=real(reader.hints, "rms_eps", 1e-5) if smol else real(reader.hints, "vlm_rms_eps", 1e-6),
+            eps=eps,
             activation="silu" if smol else "gelu-tanh",
-            # SmolVLA's is 10,000 whatever the configuration of its language model says.
-            theta=real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0),
+            theta=theta,
             norm="adaptive" if adaptive else "rms",
             norm_offset=0.0 if smol or adaptive else 1.0,
         )
