@@ -46,8 +46,11 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# Two processes; then, by themselves, the tests that measure time.
+PYTEST := -m pytest 
 test: lint
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) $(PYTEST) -m "not slow and not timing" -n 2 --dist loadfile
+	$(PYTHON) $(PYTEST) -m "timing and not slow"
 
 test-all: lint
 	$(PYTHON) -m pytest
