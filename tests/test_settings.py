@@ -53,7 +53,7 @@ def test_a_key_that_nobody_knows(tmp_path: Path, family: str) -> None:
     [("pi0", {"rope_theta": 0}), ("pi05", {"vlm_rms_eps": -1e-6}), ("smolvla", {"rope_theta_used": -1.0})],
 )
 def test_hints_that_cannot_be(family: str, hint: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="expected positive numbers as eps and rope_theta of .*; correct the hints"):
+    with pytest.raises(UserError, match=r"expected positive numbers as eps and rope_theta of .*; correct the hints"):
         layout_of(DATA / family / "checkpoint", family, **hint)
 
 

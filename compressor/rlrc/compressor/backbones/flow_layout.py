@@ -139,8 +139,8 @@ def _decoders(reader: Reader) -> tuple[TowerSpec, TowerSpec]:
         theta = real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0)
         if min(eps, theta) <= 0:
             raise UserError(
-                f"expected positive numbers as eps and rope_theta of {prefix}, found {eps:g} and {theta:g}; correct the "
-                "hints"
+                f"expected positive numbers as eps and rope_theta of {prefix}, found {eps:g} and {theta:g}; correct "
+                "the hints"
             )
         return TowerSpec(
             width=gates[0][1],
