@@ -200,7 +200,10 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             sys.stdout.flush()
             raise  # --help
         _refuse_unknown_options(name, command, arguments)
-        raise UserError(f"{_unbox(complaint.getvalue())}; run rlrc {name} --help") from None
+        found = _unbox(complaint.getvalue())
+        own = re.fullmatch(r"Value error; Error parsing \S+: (expected .*)", found)  # a configuration's UserError
+        told = own[1] if own else found
+        raise UserError(told if own and ";" in told else f"{told}; run rlrc {name} --help") from None
 
 
 def _refuse_unknown_options(name: str, command: Any, arguments: Sequence[str]) -> None:
