@@ -88,14 +88,13 @@ def test_run_moves_an_arm_over_udp(arm_toy: Path, tmp_path: Path) -> None:
         running = run(arm_toy, port, "--steps", "20", "--json", "--log", str(log))
         printed, complaints = running.communicate(timeout=120)
         assert running.returncode == 0, complaints
-        assert json.loads(printed)["steps"] >= 20
+        assert 20 <= json.loads(printed)["steps"] <= 30  # it is brought to rest after the last one
         assert line(process).startswith("hello from 127.0.0.1")
         assert line(process).startswith("held, told to stop")
         rows = [json.loads(row) for row in log.read_text().splitlines()]
         moved = np.array([[row[f"command.{name}"] for name in JOINTS] for row in rows])
         assert np.abs(moved).max() > 0.05
-        # Then it comes to rest: from 1.5 rad/s at 10 rad/s², three steps or four.
-        assert all(row["held"] for row in rows[20:])
+        assert np.abs(moved[-1] - moved[-2]).max() < 1e-6  # to rest
         # The arm is on its way to the last command, at most a step's 1.5 rad/s away.
         assert np.abs(measured(port) - moved[-1]).max() < 0.16
 

@@ -26,6 +26,7 @@ from rlrc.compressor.backbones import build  # noqa: E402
 from rlrc.compressor.coupling import groups  # noqa: E402
 from rlrc.compressor.importance import scores as scores_of  # noqa: E402
 from rlrc.compressor.inference import TorchPolicy  # noqa: E402
+from rlrc.compressor.lossless import lossless  # noqa: E402
 from rlrc.compressor.policy import Policy  # noqa: E402
 from rlrc.compressor.ppo_config import PPOConfig  # noqa: E402
 from rlrc.compressor.prune import PruneConfig, prune  # noqa: E402
@@ -259,9 +260,10 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
-    """The same as the dense policy whose blocks return what they are given."""
-    source, dense = official(name)
-    settings = config(name, kind="depth", drop=1, score="random")
+    """The same as the dense policy, less what no action depends on, whose blocks return what they are given."""
+    source, whole_policy = official(name)
+    dense, _ = lossless(whole_policy)
+    settings = config(name, ratio=None, kind="depth", drop=1, score="random")
     stages.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
     artifact = artifacts.load(tmp_path / "pruned")
     pruned, gone = checkpoint.load_policy(artifact), artifact.manifest.history[-1].after["removed"]["dropped"]

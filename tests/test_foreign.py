@@ -161,7 +161,7 @@ def test_a_link_to_nothing_is_no_repository(tmp_path: Path, monkeypatch: pytest.
 def test_weights_that_git_has_not_fetched(tmp_path: Path) -> None:
     folder = shutil.copytree(DATA / "act/checkpoint", tmp_path / "folder")
     (folder / MODEL).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match="a Git LFS pointer to them; run git lfs pull there"):
+    with pytest.raises(UserError, match="a Git LFS pointer to it; run git lfs pull there"):
         open_folder(folder)
 
 

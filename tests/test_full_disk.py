@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,8 +54,11 @@ def test_a_stage_ends_in_one_line_and_leaves_nothing(tmp_path: Path, name: str, 
     """By the library whose file is the first that is too large; both have exceptions of their own."""
     code, complaint = limited(size, "prune", DATA / name / "checkpoint", tmp_path / "out", "--lossless", *QUIET, *flags)
     assert code == 2, complaint
-    line = f"rlrc: error: expected to write {tmp_path / 'out'}, found: File too large; choose a disk, or a limit"
-    assert complaint.startswith(line)
+    # The tokenizer of an official folder is first converted in the system's folder for temporary files.
+    place = re.escape(str(tmp_path / "out")) if name == "act" else "/[^,]*/tokenizer.json"
+    line = f"rlrc: error: expected to write {place}, found: File too large; choose a disk, or a limit"
+    assert re.match(line, complaint)
+    assert str(DATA) not in complaint  # it is only read
     assert len(complaint.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -176,6 +176,22 @@ def test_lossless_takes_no_settings_in_silence(settings: dict[str, Any], named: 
 
 
 @pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--ratio", "1.5"], "expected prune.ratio between 0 and 1 (excluded), found 1.5; run rlrc prune --help"),
+        (["--lossless", "--ratio", "0.5"], "expected prune.lossless alone, found ratio with it, which it has no use"),
+    ],
+)
+def test_what_a_configuration_refuses_is_said_as_it_stands(
+    options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "here", "there", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rlrc: error: {line}")
+    assert ("--help" in error) == (len(options) == 2)  # what has advice of its own gets no other
+
+
+@pytest.mark.parametrize(
     "settings",
     [{"to_bytes": "2GB"}, {"to_latency": "0.4x"}, {"kind": "depth", "drop": 2}, {"kind": "depth", "blocks": (1,)}],
 )

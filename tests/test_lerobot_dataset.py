@@ -298,6 +298,10 @@ def truncate(relative: str, size: int) -> Callable[[Path], None]:
     return lambda path: os.truncate(path / relative, size)
 
 
+def pointer(relative: str) -> Callable[[Path], object]:
+    return lambda path: (path / relative).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
 DATA, ROWS = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
 MP4 = f"videos/{TOP}/chunk-000/file-000.mp4"
 
@@ -347,6 +351,8 @@ MP4 = f"videos/{TOP}/chunk-000/file-000.mp4"
         (edit_table(DATA, lambda t: t.take([1, 0, *range(2, 29)])), "expected rows with index in order in"),
         (edit_table(ROWS, lambda t: t.slice(1)), "expected 4 episodes of 29 frames .* found 3 of 29 with gaps"),
         (truncate(MP4, 100), "expected a readable video .*mp4, found: "),
+        (pointer(MP4), "expected a readable video .*mp4, found: a Git LFS pointer to it; run git lfs pull there"),
+        (pointer(DATA), "readable parquet file .*0.parquet, found: a Git LFS pointer to it; run git lfs pull there"),
         (edit_table(ROWS, lambda t: t.drop_columns(["dataset_to_index"])), "expected the column dataset_to_index in"),
         (edit_table("meta/tasks.parquet", lambda t: t.slice(0, 1)), "expected task_index below 1, .* found 0 to 1"),
         (edit_table("meta/tasks.parquet", lambda t: t.slice(1)), r"expected task_index 0, 1, ... in .* found \[1\]"),

@@ -125,6 +125,40 @@ def test_a_base_takes_the_data_sets_statistics_and_widths(
         assert abs(golden["actions"].mean() - 42) < 12
 
 
+def unlisted(folder: Path) -> Path:
+    """As lerobot/pi0_base and pi05_base are published: the normalizers list no features, config.json has no modes."""
+    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        values = json.loads((folder / file).read_text())
+        for step in values["steps"]:
+            step["config"].update({"features": {}} if "normalizer" in step["registry_name"] else {})
+        (folder / file).write_text(json.dumps(values))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("normalization_mapping")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["pi05", "act"])
+def test_a_base_that_lists_no_features_takes_the_data_sets_statistics(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = NAMES if family != "act" else tuple(f"m{i}" for i in range(6))
+    data = record(tmp_path / "data", SIZES[family], 6, names)
+    folder = unlisted(base(family, tmp_path, 32 if family != "act" else None))
+    hints = ["--hints", str(flags(family).hints)]
+    assert main(["inspect", str(folder), *hints]) == 0
+    assert f"next: rlrc sft {folder} OUT --data FOLDER" in capsys.readouterr().out
+    assert main(["quantize", str(folder), str(tmp_path / "out"), *hints]) == 2
+    assert f"or take those of your data: rlrc sft {folder} OUT --data FOLDER" in capsys.readouterr().err
+    policy = train(folder, tmp_path / "out", data, family).policy
+    felt, done = columns(data)
+    assert policy.state is not None
+    for norm, values in ((policy.state.norm, felt), (policy.action.norm, done)):
+        low, high = np.quantile(values, [0.01, 0.99], axis=0)
+        center = (low + high) / 2 if family == "pi05" else values.mean(0)
+        np.testing.assert_allclose(norm.center, center, rtol=1e-4)
+
+
 def test_act_takes_imagenets_for_pictures_and_its_own_widths(tmp_path: Path) -> None:
     folder = base("act", tmp_path, width=None)
     six = tuple(f"m{i}" for i in range(6))

@@ -207,6 +207,13 @@ def test_settings_that_contradict_the_file(llama: Path, config: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_broken_settings_are_not_none(llama: Path, file: str) -> None:
+    (llama / file).write_text('{"add_bos_token": tru')
+    with pytest.raises(UserError, match=f"expected JSON in .*{file}, found: .*; copy that file again"):
+        opened(llama)
+
+
 def test_a_prompt_needs_its_begin_token(llama: Path, tmp_path: Path) -> None:
     edited(llama / "tokenizer.json", post_processor=None)
     (llama / "tokenizer_config.json").unlink()

@@ -155,6 +155,17 @@ def test_without_its_head_an_oft_is_no_policy_of_tokens(
     assert "\n" not in str(caught.value)
 
 
+def test_a_state_that_is_left_out_is_said(copied: Callable[..., Path]) -> None:
+    """Whether an L1 policy feels is told by its projector alone, which may have been forgotten."""
+    folder = copied("openvla-oft-l1")
+    assert not [line for line in layout_of(folder, hints("openvla-oft-l1")).assumed if "state" in line]
+    next(folder.glob("proprio_projector--*.pt")).unlink()
+    layout = layout_of(folder, hints("openvla-oft-l1", "use_proprio"))
+    assert layout.spec.state is None
+    assert "no state, for it has no proprio_projector--*.pt (--hints use_proprio)" in layout.assumed
+    assert not layout_of(folder, hints("openvla-oft-l1", use_proprio=False)).assumed
+
+
 def test_heads_of_one_step(copied: Callable[..., Path]) -> None:
     folder = copied("openvla-oft-l1")
     projector = folder / "proprio_projector--111_checkpoint.pt"
@@ -250,6 +261,12 @@ TEXT = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 44, "num_
         ("openvla", {"norm_stats": {"a": {"action": {"q01": [0], "q99": [1, 2]}}}}, None, "q01 and q99 of action"),
         ("openvla", {"norm_stats": {"a": {"action": {"q01": [2], "q99": [1]}}}}, None, "q01 and q99 of action"),
         ("openvla", {"norm_stats": {"a": {"action": {"q01": 1, "q99": "x"}}}}, None, "q01 and q99 of action"),
+        ("openvla", {"norm_stats": {"a": {"action": {"q01": [False], "q99": [True]}}}}, None, r"q01 .* \[\] and"),
+        ("openvla", {"norm_stats": {"a": {"action": {"q01": [1], "q99": [2], "mask": ["no"]}}}}, None, "mask of"),
+        ("openvla", {"text_config": {**TEXT, "rope_theta": True}}, None, "rope_theta of .* 1e-06 and True"),
+        ("openvla", {"text_config": {**TEXT, "num_hidden_layers": True}}, None, "as num_hidden_layers .* found True"),
+        ("openvla", {"llm_max_length": 20}, None, "llm_max_length of more than the 23 tokens beside the prompt"),
+        ("openvla-oft-l1", {"llm_max_length": 90}, None, "llm_max_length of more than the 90 tokens .* found 90"),
         ("openvla", {"norm_stats": {"a": 3}}, None, "an object as statistics of 'a'"),
         ("openvla", {"text_config": {**TEXT, "rms_norm_eps": "1e-5"}}, None, "positive numbers as rms_norm_eps"),
         ("openvla-oft-l1", {}, ("num_images_in_input",), "number of pictures .*weights do not tell.*--images"),

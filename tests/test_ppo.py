@@ -376,9 +376,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(
         with torch.no_grad():
             pupil.decoder.layers[1].mlp.down.weight.fill_(math.nan)
 
-    with pytest.raises(
-        UserError, match=r"finite log-probabilities, found nan in iteration 2; .*run.* that of iteration 1"
-    ):
+    with pytest.raises(UserError, match=r"finite weights, found nan in iteration 2; .*run.* that of iteration 1"):
         ppo(pupil, config, batches, rollouts, run, poison)
     saved = torch.load(run.state_file, weights_only=True)
     assert saved["step"] == 1

@@ -225,7 +225,10 @@ MISSING = {
         edited(POST, lambda values: step(values, UNNORMALIZER)["config"]["norm_map"].update(ACTION="IDENTITY")),
         "expected the same modes of normalisation for action .*, found [A-Z_]+ and IDENTITY",
     ),
-    "not among the features": (setting(PRE, NORMALIZER, features={}), "expected observation.* among the features of"),
+    "not among the features": (
+        setting(PRE, NORMALIZER, features={}),
+        "expected statistics of observation.*, found no observation.* among the features of normalizer_processor",
+    ),
     "half of the statistics": (only_mean, "finite floating-point numbers as std of action .*, found only "),
 }
 
@@ -243,6 +246,58 @@ def test_a_mode_without_statistics_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rlrc: error: expected ")
     assert not (tmp_path / "act.npz").exists()
+
+
+def feature(which: str, kind: str, **values: Any) -> Change:
+    def change(config: Any) -> None:
+        next(one for one in config[which].values() if one["type"] == kind).update(values)
+
+    return edited("config.json", change)
+
+
+UNREADABLE = {
+    "a kind in lower case": (feature("input_features", "STATE", type="state"), "as the type of observation.state in"),
+    "a camera of another kind": (feature("input_features", "VISUAL", type="IMAGE"), "found 'IMAGE'; correct it"),
+    "a shape in words": (
+        feature("input_features", "STATE", shape="6"),
+        "whole numbers as the shape of obs.*'6'",
+    ),
+    "a negative shape": (
+        feature("output_features", "ACTION", shape=[-3]),
+        r"shape of action in .*\[-3\]; correct",
+    ),
+    "another's state file": (
+        edited(POST, lambda values: step(values, UNNORMALIZER).update(state_file="../other.safetensors")),
+        "a state_file outside of the folder: ../other.safetensors",
+    ),
+    "a class of its own": (
+        edited(PRE, lambda values: values["steps"].append({"class": "my_robot.steps.Flip", "config": {}})),
+        "found 'my_robot.steps.Flip'; rlrc runs no code of a checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["act", "pi0"])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_not_passed_over(name: str, family: str, tmp_path: Path) -> None:
+    """An entry of an unknown kind used to be left out: pi0 then took a state of the default width."""
+    change, message = UNREADABLE[name]
+    with pytest.raises(UserError, match=message):
+        spec(copied(family, tmp_path, change), family)
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(0.0, 4.0), (-1.0, 4.0), (5.0, 4.0)])
+def test_waves_of_the_time_that_cannot_be(shortest: float, longest: float, tmp_path: Path) -> None:
+    change = edited("config.json", lambda values: values.update(min_period=shortest, max_period=longest))
+    with pytest.raises(UserError, match=r"expected 0 < min_period <= max_period in config\.json, found"):
+        spec(copied("smolvla", tmp_path, change), "smolvla")
+
+
+def test_pi05_without_processors(tmp_path: Path) -> None:
+    """It came with LeRobot 0.4, so it never had another way to keep them."""
+    folder = copied("pi05", tmp_path, lambda path: [(path / file).unlink() for file in (PRE, POST)])
+    with pytest.raises(UserError, match=f"expected .*{PRE}, found: No such file"):
+        spec(folder, "pi05")
 
 
 def test_every_command_that_opens_a_folder_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

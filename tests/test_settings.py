@@ -43,6 +43,18 @@ def test_a_key_that_nobody_knows(tmp_path: Path, family: str) -> None:
     assert layout_of(folder, family, ignore=["use_sigmoid_attention"]) == layout_of(
         DATA / family / "checkpoint", family
     )
+    for ignored in ("use_sigmoid_attention", "no_use_sigmoid_attention", {"use_sigmoid_attention": True}):
+        with pytest.raises(UserError, match="expected a list of names of settings as the hint ignore, found"):
+            layout_of(folder, family, ignore=ignored)
+
+
+@pytest.mark.parametrize(
+    ("family", "hint"),
+    [("pi0", {"rope_theta": 0}), ("pi05", {"vlm_rms_eps": -1e-6}), ("smolvla", {"rope_theta_used": -1.0})],
+)
+def test_hints_that_cannot_be(family: str, hint: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"expected positive numbers as eps and rope_theta of .*; correct the hints"):
+        layout_of(DATA / family / "checkpoint", family, **hint)
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,8 @@ def test_engines_that_were_not_built_are_asked_for(of: OF, tmp_path: Path, monke
 
 
 def test_the_cache_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(engine_cache.FOLDER, raising=False)
+    for name in (engine_cache.FOLDER, "RLRC_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert engine_cache.engine_cache() == Path("/caches/rlrc/engines")
     monkeypatch.setenv(engine_cache.FOLDER, "/elsewhere")

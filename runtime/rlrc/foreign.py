@@ -1,6 +1,6 @@
 """What a path is that is not what was expected, and what can be done about it, for error messages.
 
-Told by the names of files and a few keys. Nothing is unpickled. Needs the standard library only.
+Told by the names of files and a few keys. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rlrc.errors import UserError
 
 CONFIG, MODEL, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 ADAPTERS = ("adapter_config.json", "lora_adapter/adapter_config.json")  # PEFT's, and OpenVLA-OFT's place for it
@@ -48,8 +50,18 @@ def found(path: Path) -> str:
 
 def is_pointer(path: Path) -> bool:
     """Whether a file stands for a large one that Git LFS has not fetched."""
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
+
+
+def unreadable(expected: str, path: Path, reason: object, advice: str) -> UserError:
+    """Of a file that a library cannot read; a pointer of Git LFS gets the reason and the advice that it needs."""
+    if is_pointer(path):
+        reason, advice = "a Git LFS pointer to it", "run git lfs pull there"
+    return UserError(f"expected {expected} {path}, found: {reason}; {advice}")
 
 
 def is_adapter(path: Path) -> bool:

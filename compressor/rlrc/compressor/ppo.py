@@ -11,7 +11,8 @@ averaged over all decisions of a step. Everything random is drawn for all proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,18 @@ def requests(config: PPOConfig, iteration: int, failures: dict[str, float]) -> l
     tasks = rng.choice(list(TASKS), config.episodes, p=weight / weight.sum())
     first = config.seed * 100_000 + iteration * config.episodes
     return [Request(str(task), scene(REINFORCEMENT, first + i)) for i, task in enumerate(tasks)]
+
+
+@contextmanager
+def _kept(run: Run, iteration: int) -> Iterator[None]:
+    """Raises UserError for numbers that are not finite: what to change, and which state was saved."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(
+            f"expected {error} in iteration {iteration + 1}; lower --rate or --noise, then remove {run.folder}, "
+            f"which keeps the last good state, that of iteration {iteration}"
+        ) from None
 
 
 def ppo(
@@ -68,6 +81,8 @@ def ppo(
     for iteration in range(first, config.iterations):
         weights, noise = (team.weights(learner.objective, f"actor.{part}.") for part in ("policy", "noise"))
         asked = requests(config, iteration, failures)
+        with _kept(run, iteration):  # no episode can be played with weights that are nan
+            learner.check("weights", torch.stack([tensor.abs().max().float() for tensor in weights.values()]))
         shares = [asked[rank :: team.size] for rank in range(team.size)]
         episodes = rollouts.run(shares[team.rank], policy, mode, weights, noise)
         outcomes = team.gather(torch.tensor([float(episode.success) for episode in episodes])).numpy()
@@ -75,13 +90,8 @@ def ppo(
         for task in sorted(set(tasks.tolist())):
             rate = 1 - float(np.mean(outcomes[tasks == task]))
             failures[task] = 0.5 * failures.get(task, rate) + 0.5 * rate
-        try:
+        with _kept(run, iteration):
             metrics: dict[str, Any] = learner.update(Rollout.of(episodes, driver), iteration)
-        except NotFinite as error:
-            raise UserError(
-                f"expected {error} in iteration {iteration + 1}; lower --rate or --noise, then remove {run.folder}, "
-                f"which keeps the last good state, that of iteration {iteration}"
-            ) from None
         steps = torch.tensor(sum(episode.steps for episode in episodes) / rollouts.seconds, device=team.device)
         # Tasks are drawn by their failures: a mean over episodes would fall as the policy improves, one over tasks not.
         metrics |= {"success": 1 - float(np.mean(list(failures.values())))}

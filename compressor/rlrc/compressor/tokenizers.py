@@ -132,10 +132,13 @@ def settings_of(source: Path) -> Settings:
 
 
 def _object(path: Path) -> dict[str, Any]:
+    """Empty if there is no such file. Raises UserError for a broken one."""
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except OSError:
         return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"expected JSON in {path}, found: {error}; copy that file again") from None
     return values if isinstance(values, dict) else {}
 
 

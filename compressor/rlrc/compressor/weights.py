@@ -209,11 +209,7 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:
-            if path.is_file() and foreign.is_pointer(path):
-                raise UserError(
-                    f"expected safetensors in {path}, found: a Git LFS pointer to them; run git lfs pull there"
-                ) from None
-            raise UserError(f"expected safetensors in {path}, found: {error}; copy that file again") from None
+            raise foreign.unreadable("safetensors in", path, error, "copy that file again") from None
 
     def read(name: str) -> Tensor:
         # Opened anew for every tensor: the mapping, and with it what was read of the file, goes with the tensor.

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
+from rlrc.foreign import unreadable
 
 _BATCH = 32 << 20  # bytes of numbers that ``parts`` reads at a time
 
@@ -28,7 +29,7 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"expected the file {file}, found none; copy the data set again") from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"expected a readable parquet file {file}, found: {reason}; copy the data set again") from None
+        raise unreadable("a readable parquet file", file, reason, "copy the data set again") from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from av.video.frame import PictureType
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
+from rlrc.foreign import unreadable
 
 CODEC: Final = "h264"
 PIXELS = "yuv420p"
@@ -60,7 +61,7 @@ def _translated(file: Path) -> Iterator[None]:
 
 
 def _broken(file: Path, reason: str) -> UserError:
-    return UserError(f"expected a readable video {file}, found: {reason}; copy the data set again")
+    return unreadable("a readable video", file, reason, "copy the data set again")
 
 
 def _stream(container: Any, file: Path) -> Any:

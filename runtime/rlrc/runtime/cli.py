@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `rlrc sft --help | head`
         return _reader_has_gone()
     except Exception as error:
-        if (told := refused(error, getattr(error, "filename", None) or "a file")) is None:
+        names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
+        if (told := refused(error, next(filter(None, names), "a file"))) is None:
             raise
         return _refuse(told)
     except KeyboardInterrupt as error:
@@ -200,7 +201,10 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
             sys.stdout.flush()
             raise  # --help
         _refuse_unknown_options(name, command, arguments)
-        raise UserError(f"{_unbox(complaint.getvalue())}; run rlrc {name} --help") from None
+        found = _unbox(complaint.getvalue())
+        own = re.fullmatch(r"Value error; Error parsing \S+: (expected .*)", found)  # a configuration's UserError
+        told = own[1] if own else found
+        raise UserError(told if own and ";" in told else f"{told}; run rlrc {name} --help") from None
 
 
 def _refuse_unknown_options(name: str, command: Any, arguments: Sequence[str]) -> None:

@@ -134,13 +134,20 @@ def _decoders(reader: Reader) -> tuple[TowerSpec, TowerSpec]:
     def tower(prefix: str, model: tuple[str, str, str], kinds: list[Kind], adaptive: bool) -> TowerSpec:
         heads = _heads(reader, prefix, *model)
         gates = [official.shape(f"{prefix}.layers.{i}.mlp.gate_proj.weight", 2) for i in range(len(kinds))]
+        eps = real(reader.hints, "rms_eps", 1e-5) if smol else real(reader.hints, "vlm_rms_eps", 1e-6)
+        # SmolVLA's base is 10,000 whatever the configuration of its language model says.
+        theta = real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0)
+        if min(eps, theta) <= 0:
+            raise UserError(
+                f"expected positive numbers as eps and rope_theta of {prefix}, found {eps:g} and {theta:g}; correct "
+                "the hints"
+            )
         return TowerSpec(
             width=gates[0][1],
             layers=tuple(LayerSpec(*heads, mlp, kind) for (mlp, _), kind in zip(gates, kinds, strict=True)),
-            eps=real(reader.hints, "rms_eps", 1e-5) if smol else real(reader.hints, "vlm_rms_eps", 1e-6),
+            eps=eps,
             activation="silu" if smol else "gelu-tanh",
-            # SmolVLA's is 10,000 whatever the configuration of its language model says.
-            theta=real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0),
+            theta=theta,
             norm="adaptive" if adaptive else "rms",
             norm_offset=0.0 if smol or adaptive else 1.0,
         )
@@ -285,7 +292,7 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
         "scaled": reader.smol,
         "state": STATE[family],
         "causal": reader.smol,
-        "periods": [real(config, "min_period", 4e-3), real(config, "max_period", 4.0)],
+        "periods": _periods(config),
     }
     steps = number(config, "num_steps" if reader.smol else "num_inference_steps", 10)
     return PolicySpec(
@@ -298,6 +305,16 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
         geometry,
         FlowSpec(steps, width),
     )
+
+
+def _periods(config: Mapping[str, Any]) -> list[float]:
+    """The shortest and the longest wave that tells the time."""
+    found = [real(config, "min_period", 4e-3), real(config, "max_period", 4.0)]
+    if not 0 < found[0] <= found[1]:
+        raise UserError(
+            f"expected 0 < min_period <= max_period in config.json, found {found[0]:g} and {found[1]:g}; correct it"
+        )
+    return found
 
 
 def _state_feature(reader: Reader) -> Feature:

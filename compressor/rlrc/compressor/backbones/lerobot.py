@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
 from rlrc.compressor.backbones.buffers import among_weights, of_config
-from rlrc.compressor.backbones.normaliser import IDENTITY, MODES, Statistics, Values, affine, after, identity
+from rlrc.compressor.backbones.normaliser import IDENTITY, KINDS, MODES, Statistics, Values, affine, after, identity
 from rlrc.compressor.backbones.processor_steps import (
     ACTION,
     AFTER,
@@ -183,6 +183,8 @@ class Processors:
             return Normalisation(name, IDENTITY, f"not in normalize_observation_keys of {normaliser.step}"), {}
         if mode == IDENTITY:
             return Normalisation(name, IDENTITY, normaliser.said), {}
+        if unlisted := normaliser.unlisted(name):
+            return Normalisation(name, mode, missing=unlisted, eps=normaliser.eps), {}
         others = self.outwards if feature.kind == "ACTION" else self.inwards
         found = [(statistics, statistics.names(name)) for statistics in (normaliser.statistics, others)]
         for group in (self.group, None):  # what names no data set is everybody's
@@ -247,11 +249,22 @@ def features(config: dict[str, Any], which: Literal["input_features", "output_fe
     try:
         if not isinstance(entries, dict):
             raise TypeError(entries)
-        found = [Feature(name, entry["type"], tuple(map(int, entry["shape"]))) for name, entry in entries.items()]
-    except (KeyError, TypeError, ValueError):
+        found = [Feature(name, entry["type"], tuple(entry["shape"])) for name, entry in entries.items()]
+    except (KeyError, TypeError):
         raise UserError(
             f"expected names with type and shape as {which} in config.json, found {entries!r:.80}; copy it again"
         ) from None
+    for one in found:
+        if one.kind not in KINDS:
+            raise UserError(
+                f"expected {', '.join(KINDS)} as the type of {one.name} in {which} of config.json, found {one.kind!r}; "
+                "correct it"
+            )
+        if not all(type(size) is int and size > 0 for size in one.shape):
+            raise UserError(
+                f"expected positive whole numbers as the shape of {one.name} in {which} of config.json, found "
+                f"{config[which][one.name]['shape']!r:.80}; correct it"
+            )
     return found
 
 
@@ -278,7 +291,7 @@ def read(folder: Folder, language: bool, options: Options | None = None) -> Proc
     ``Options.unnorm_key`` that is no group of the statistics.
     """
     inwards, outwards = among_weights(folder)
-    if BEFORE not in folder and AFTER not in folder:
+    if BEFORE not in folder and AFTER not in folder and folder.config.get("type") != "pi05":  # which 0.4 brought
         kinds = {feature.name: feature.kind for feature in features(folder.config, "input_features")}
         before, after = of_config(folder.config, kinds, inwards), of_config(folder.config, kinds, outwards)
         # Before 0.4 an instruction ended with a newline and was not cut.

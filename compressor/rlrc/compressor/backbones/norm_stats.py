@@ -82,10 +82,12 @@ def normalisation(
     low, high = (_numbers(values.get(name)) for name in BOUNDS[kind])
     mask = values.get("mask") or [True] * len(low)
     fits = low and len(low) == len(high) == len(mask) and all(a <= b for a, b in zip(low, high, strict=True))
-    if not fits:
+    if not fits or not all(one in (True, False) for one in mask):
+        least, most = BOUNDS[kind]
         raise UserError(
-            f"expected {' and '.join(BOUNDS[kind])} of {what}, as many numbers each, in the data set's statistics, "
-            f"found {low} and {high} with the mask {values.get('mask')}; correct them"
+            f"expected {least} and {most} of {what}, as many numbers each and no {least} above its {most}, and a mask "
+            f"of as many true and false in the data set's statistics, found {low} and {high} with the mask "
+            f"{values.get('mask')}; correct them"
         )
     center, scale = list[float](), list[float]()
     for bottom, top, normalised in zip(low, high, mask, strict=True):
@@ -98,7 +100,7 @@ def normalisation(
 
 def _numbers(values: Any) -> list[float]:
     """Finite ones; empty for anything else."""
-    numbers = isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    numbers = isinstance(values, list) and all(type(x) in (int, float) and math.isfinite(x) for x in values)
     return values if numbers else []
 
 

@@ -149,6 +149,9 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
         proprio.expect("fc1.weight", (geometry["state"], len(state.names)))
         parts |= affine("state.0", "fc1", proprio.file) | affine("state.2", "fc2", proprio.file)
 
+    elif options.hints.get("use_proprio") is None and _felt(stats):
+        assumed = (*assumed, f"no state, for it has no {PROPRIO} (--hints use_proprio)")
+
     cameras = tuple(replace(shared.camera, name=f"image{i}") for i in range(images))
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     prompt, guessed = prompt_spec(folder, options, others)

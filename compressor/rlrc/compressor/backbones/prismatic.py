@@ -208,7 +208,7 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
         )
     layer = LayerSpec(heads, kv_heads, head_dim, whole(text, "intermediate_size"))
     eps = text["rms_norm_eps"]
-    if not all(isinstance(value, (int, float)) and 0 < value < inf for value in (eps, theta)):
+    if not all(type(value) in (int, float) and 0 < value < inf for value in (eps, theta)):
         raise UserError(
             f"expected positive numbers as rms_norm_eps and rope_theta of {folder.path}/config.json, found {eps!r} and "
             f"{theta!r}; correct them"
@@ -233,7 +233,12 @@ def _llama_parts(depth: int) -> dict[str, Part]:
 def prompt_spec(folder: Folder, options: Options, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
     """``others``: tokens of the sequence that are not the prompt's. Also what was assumed."""
     kind, assumed = _prompt_kind(folder, options)
-    room = whole({"llm_max_length": 2048, **folder.config}, "llm_max_length") - others
+    room = (longest := whole({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
+    if room < 1:
+        raise UserError(
+            f"expected an llm_max_length of more than the {others} tokens beside the prompt in config.json of "
+            f"{folder.path}, found {longest}; correct it, or --images"
+        )
     return PromptSpec(PROMPTS[kind], room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK}), assumed
 
 
@@ -276,6 +281,6 @@ def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:
 def whole(values: Mapping[str, Any], key: str) -> int:
     """Raises UserError unless it is there and a positive whole number."""
     value = values.get(key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise UserError(f"expected a positive whole number as {key} of config.json, found {value!r}; correct it")
     return value

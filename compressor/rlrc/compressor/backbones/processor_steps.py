@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -75,12 +76,13 @@ class Normaliser:
                 f"expected a mode for {kind} as {self.said}, found {', '.join(self.modes) or 'none'}; "
                 f"add one, {IDENTITY} if {name} is not normalised"
             )
-        if name != ACTION and name not in self.kinds and mode != IDENTITY:
-            raise UserError(
-                f"expected {name} among the features of {self.step}, which says {mode} for {kind}, found "
-                f"{', '.join(self.kinds) or 'none'}; list it, or name what is normalised in normalize_observation_keys"
-            )
         return mode
+
+    def unlisted(self, name: str) -> str:
+        """Why LeRobot leaves an input alone that has a mode: published bases list no features. Empty if it does not."""
+        if name == ACTION or name in self.kinds:
+            return ""
+        return f"no {name} among the features of {self.step} (list it there if training normalised it)"
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ def _steps(folder: Folder, file: str) -> list[tuple[str, dict[str, Any], str | N
         ]
         if not all(isinstance(name, str) and isinstance(state, (str, type(None))) for name, _, state in steps):
             raise TypeError("a name that is no string")
+        if outside := [state for _, _, state in steps if state is not None and Path(state).name != state]:
+            raise ValueError(f"a state_file outside of the folder: {outside[0]}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"expected steps in {folder.path / file}, found: {error!r}; copy that file again") from None
     return steps
@@ -204,7 +208,8 @@ def _effect(folder: Folder, name: str, settings: Settings, state: str | None, be
             raise settings.refused("max_length", None, "a positive whole number")
         return Tokenize(longest, settings.one_of("truncation", (True, False), True))
     else:
-        raise UserError(f"expected processor steps that rlrc knows in {settings.file}, found {name!r}; upgrade rlrc")
+        advice = "rlrc runs no code of a checkpoint" if "." in name else "upgrade rlrc"
+        raise UserError(f"expected processor steps that rlrc knows in {settings.file}, found {name!r}; {advice}")
     return None
 
 

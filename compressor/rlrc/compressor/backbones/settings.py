@@ -38,7 +38,9 @@ def _words(text: str) -> frozenset[str]:
 
 def check(values: Mapping[str, Any], keys: Keys, where: object, options: Options) -> None:
     """Raises UserError for a key that is in neither list, or has a value that is not supported."""
-    ignored = options.hints.get("ignore") or ()
+    ignored = options.hints.get("ignore") or []
+    if not isinstance(ignored, list):
+        raise UserError(f"expected a list of names of settings as the hint ignore, found {ignored!r:.80}; correct it")
     for key, value in values.items():
         if value is None or any(fnmatchcase(key, pattern) for pattern in keys.known):
             continue
