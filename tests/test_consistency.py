@@ -61,7 +61,7 @@ def test_cameras(parallel: Manifest) -> None:
     refused(rf"{three} \(6, 3\)", parallel, cameras=camera(policy, mean=(0.5,) * 6))
     refused(rf"{three} \(4, 4\)", parallel, cameras=camera(policy, mean=(0.5,) * 4, std=(0.5,) * 4))
     refused(rf"{three} \(0, 0\)", parallel, cameras=camera(policy, mean=(), std=()))
-    refused("positive height, width and std", parallel, cameras=camera(policy, std=(0.5, 0.0, 0.5)))
+    refused("positive height, width and finite std", parallel, cameras=camera(policy, std=(0.5, 0.0, 0.5)))
     refused(r"at least one camera, .* found \[\]", parallel, cameras=())
     refused(r"every one once, .* found \['corner4', 'corner4'\]", parallel, cameras=policy.cameras * 2)
 

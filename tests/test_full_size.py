@@ -82,7 +82,7 @@ def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Point)
 
 def test_all_of_it(small: Point, tmp_path: Path) -> None:
     steps: list[str] = []
-    kind = full_size.arms.quicker_in_torch(1)
+    kind = full_size.arms.quicker_in_torch()
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), steps.append)
     assert list(tmp_path.iterdir()) == []
     assert "elsewhere" not in result
@@ -170,7 +170,7 @@ def test_torch_competes_in_its_quicker_type_that_fits(
     monkeypatch.setattr(full_size.Workers, "run", lambda *_: iter([(1, quicker)]))
     monkeypatch.setattr(full_size, "total", lambda: full_size.needed(both, 4 * both.dense.parameters) + room)
     needed = full_size.needed(both, width * both.dense.parameters)
-    assert full_size.strongest(both, 1, steps.append) == (kind, needed)
+    assert full_size.strongest(both, steps.append) == (kind, needed)
     assert len(steps) == (quicker != kind)
 
 

@@ -211,6 +211,7 @@ def test_inspect_does_not_need_to_know_the_data_set(tmp_path: Path, capsys: pyte
     shown = " ".join(capsys.readouterr().out.split())
     assert "data sets a, b" in shown
     assert "action: bounds_q99 by q01, q99 of a.action in norm_stats of config.json" in shown
+    assert f"next: rlrc infer {folder} OBS.npz --out ACT.npz --unnorm-key KEY, or rlrc prune" in shown
     np.savez(tmp_path / "obs.npz", **observation("openvla", 0))
     command = ["infer", str(folder), str(tmp_path / "obs.npz"), "--out", str(tmp_path / "act.npz"), *flags("openvla")]
     assert main(command) == 2

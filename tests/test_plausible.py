@@ -130,8 +130,8 @@ def test_noise_does_not_hide_that_a_state_is_frozen(mode: str) -> None:
 def test_what_is_told_back_and_forth_is_found_too(mode: str) -> None:
     guard = guard_of(MODES[mode])
     body = Body(guard, [0.0])
-    assert play(guard, body, waving(0.5), frozen_from(20), 2000) < 200
-    assert "lead of x" in str(guard.reason)
+    assert play(guard, body, waving(0.5, period=20), frozen_from(20), 2000) < 200
+    assert "still of x" in str(guard.reason)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -202,7 +202,7 @@ def test_the_profile_may_say_how_far() -> None:
     assert guard.events[-1].kind == "lead"
 
 
-@pytest.mark.parametrize("key", ["jump", "lead"])
+@pytest.mark.parametrize("key", ["jump", "lead", "still"])
 def test_what_nothing_measures_has_neither(key: str) -> None:
     free = replace(DELTA, position=None, unbounded="s", state=None)
     with pytest.raises(UserError, match=f"a state and a velocity limit beside the {key} of x"):

@@ -551,4 +551,28 @@ def test_inspect_shows_the_statistics_of_openvla(family: str, line: str, capsys:
     assert main(["inspect", str(DATA / family / "checkpoint"), *given(family), *images]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert line in shown
-    assert "image.image0: MEAN_STD by means, stds of preprocessor_config.json" in shown
+    assert "image.image0: MEAN_STD by tvf_normalize_params of preprocessor_config.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("left", "origin"),
+    [
+        (("means", "stds"), "means, stds of preprocessor_config.json"),
+        ((), "the vision backbones, for preprocessor_config.json has none"),
+    ],
+)
+def test_inspect_shows_which_means_of_pictures_are_taken(
+    left: tuple[str, ...], origin: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fewer(values: Any) -> None:
+        for key in {"tvf_normalize_params", "means", "stds"} - set(left):
+            values.pop(key, None)
+
+    def unnamed(values: Any) -> None:
+        (values["norm_stats"],) = values["norm_stats"].values()
+
+    changes = edited("preprocessor_config.json", fewer), edited("config.json", unnamed)
+    assert main(["inspect", str(copied("openvla", tmp_path, *changes)), *given("openvla")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"image.image0: MEAN_STD by {origin}" in shown
+    assert "action: bounds_q99 by q01, q99 of action in norm_stats of config.json" in shown

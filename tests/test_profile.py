@@ -200,7 +200,7 @@ def test_shipped_profiles_make_guards(name: str) -> None:
     assert set(profile.sources) == {
         limit.source
         for d in profile.dimensions
-        for limit in (d.position, d.velocity, d.acceleration, d.tracking, d.jump, d.lead)
+        for limit in (d.position, d.velocity, d.acceleration, d.tracking, d.jump, d.lead, d.still)
         if limit is not None
     } | {d.unbounded for d in profile.dimensions if d.unbounded} | (
         {profile.workspace.source} if profile.workspace else set()

@@ -166,14 +166,11 @@ def exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     return lambda: policy.infer(observation), parts
 
 
-def quicker_in_torch(threads: int) -> str:
+def quicker_in_torch(_: object = None) -> str:
     """The type, "fp32" or "bf16", in which torch multiplies by weights more quickly on this processor."""
-    import torch
-
     from rlrc.compressor import precision
 
-    torch.set_num_threads(threads)
-    return {"float32": "fp32", "bfloat16": "bf16"}[precision.quicker_of_weights(threads)]
+    return {"float32": "fp32", "bfloat16": "bf16"}[precision.quicker_of_weights()]
 
 
 def in_torch(

@@ -111,13 +111,13 @@ def resident(point: Point, both: Both) -> float:
     return 2.0 * narrow + 4.0 * (both.dense.parameters - narrow)
 
 
-def strongest(both: Both, threads: int, step: Step) -> tuple[str, float]:
+def strongest(both: Both, step: Step) -> tuple[str, float]:
     """The type of the dense policy in torch, "fp32" or "bf16", and the bytes that it needs: the quicker one here.
 
     Float32 that this machine has no memory for cannot compete: bfloat16 is then the strongest that runs.
     """
     with Workers(1) as worker:
-        ((_, kind),) = worker.run(arms.quicker_in_torch, [threads])
+        ((_, kind),) = worker.run(arms.quicker_in_torch, [None])
     wide = needed(both, 4.0 * both.dense.parameters)
     if kind == "fp32" and wide > total():
         step(f"torch is quicker in fp32 here, but that needs {wide / 1e9:.1f} GB: it is measured in bf16")
@@ -221,7 +221,7 @@ def run(
     step("shapes")
     both = describe(point)
     check_disk(point, both, folder)
-    own, (kind, torchs) = needed(both, resident(point, both)), strongest(both, threads, step) if in_torch else ("", 0.0)
+    own, (kind, torchs) = needed(both, resident(point, both)), strongest(both, step) if in_torch else ("", 0.0)
     check_memory(point, max(own, torchs))
     try:
         artifacts = make(point, both, folder, step)

@@ -47,7 +47,7 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         describe(facts, layout, console := plain_console())
         if geometry is None:
             missing = [how for steps in layout.normalisation.values() for how in steps if how.missing]
-            key = " --unnorm-key KEY" if missing else ""
+            key = " --unnorm-key KEY" if missing or shown else ""
             following = f"rlrc infer {path} OBS.npz --out ACT.npz{key}, or rlrc prune {path} OUT{key}"
             if not all(how.groups for how in missing):
                 following = f"rlrc sft {path} OUT --data FOLDER, which takes the statistics of your data"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Literal
 
 import torch
@@ -43,7 +43,7 @@ def used() -> Chosen:
 
 def choose(wanted: Wanted, *devices: str) -> Chosen:
     """For these types of device ("cpu", "cuda"): what was wanted, or the quicker one."""
-    return {device: quicker(device, torch.get_num_threads()) if wanted == "auto" else wanted for device in devices}
+    return {device: quicker(device) if wanted == "auto" else wanted for device in devices}
 
 
 def autocast(device: str) -> torch.autocast:
@@ -54,8 +54,8 @@ def autocast(device: str) -> torch.autocast:
 
 
 @cache
-def quicker(device: str, threads: int) -> Precision:
-    """For training: a layer forwards and backwards, by autocast, on as many ``threads`` as torch has."""
+def quicker(device: str) -> Precision:
+    """For training: a layer forwards and backwards, by autocast."""
     rows, inputs, outputs = TRAINING
     with torch.inference_mode(False):
         x = torch.ones(rows, inputs, device=device)
@@ -69,11 +69,11 @@ def quicker(device: str, threads: int) -> Precision:
         weight.grad.sum().item()  # type: ignore[attr-defined]  # waits for an accelerator
 
     with torch.inference_mode(False), torch.enable_grad():
-        return _quicker([product])
+        return _quicker([product], device)
 
 
 @cache
-def quicker_of_weights(threads: int) -> Precision:
+def quicker_of_weights() -> Precision:
     """For inference with weights stored in it: one row, as a decoder's step has, and a prompt's, through a layer that
     no cache holds in float32."""
     weights = {dtype: torch.ones(4096, 4096, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -85,18 +85,27 @@ def quicker_of_weights(threads: int) -> Precision:
         return _quicker([rows(1), rows(64)])
 
 
-def _quicker(products: Sequence[Callable[[torch.dtype], object]]) -> Precision:
-    """By the sum of the least times of all products, in turns."""
+def _quicker(products: Sequence[Callable[[torch.dtype], object]], device: str = "cpu") -> Precision:
+    """By the sum of the least times of all products, in turns.
+
+    On the CPU in one thread and by that thread's own time: other programs that want the processor change wall time by
+    more than the two types differ, and several threads wait for each other.
+    """
     types: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     best = {dtype: [float("inf")] * len(products) for dtype in types}
-    for turn in range(ROUNDS):
-        for dtype, times in best.items():
-            for i, product in enumerate(products):
-                started = perf_counter()
-                product(dtype)
-                if turn:
-                    times[i] = min(times[i], perf_counter() - started)
-        totals = {dtype: sum(times) for dtype, times in best.items()}
-        if turn and totals[torch.bfloat16] > HOPELESS * totals[torch.float32]:
-            break
+    clock, threads = thread_time if device == "cpu" else perf_counter, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for turn in range(ROUNDS):
+            for dtype, times in best.items():
+                for i, product in enumerate(products):
+                    started = clock()
+                    product(dtype)
+                    if turn:
+                        times[i] = min(times[i], clock() - started)
+            totals = {dtype: sum(times) for dtype, times in best.items()}
+            if turn and totals[torch.bfloat16] > HOPELESS * totals[torch.float32]:
+                break
+    finally:
+        torch.set_num_threads(threads)
     return "bfloat16" if totals[torch.bfloat16] < GAIN * totals[torch.float32] else "float32"

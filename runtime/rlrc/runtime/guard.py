@@ -30,7 +30,7 @@ from rlrc.runtime import profile as profiles
 from rlrc.runtime.bounds import bounds, edges, limits_of
 from rlrc.runtime.circle import near, shortest
 from rlrc.runtime.plausible import Plausibility
-from rlrc.runtime.profile import Dimension, RobotProfile
+from rlrc.runtime.profile import Dimension, RobotProfile, Tracking
 from rlrc.runtime.verdict import Act, Event, Kind, Verdict
 
 KEPT = 1024  # events that ``Guard.events`` holds
@@ -95,18 +95,19 @@ class Guard:
 
     def _plausibility(self) -> Plausibility:
         """With what the profile says of its dimensions, and else what its limits and the rate imply."""
-        jumps, leads = list[float](), list[float]()
+        jumps, leads, stills = list[float](), list[float](), list[float]()
         for index in self._measures:
             dimension, velocity = self.profile.dimensions[index], float(self.limits.velocity[index])
-            jump, lead = dimension.jump, dimension.lead
-            jumps.append(velocity * plausible.JITTER_S if jump is None else jump.limit)
             room = float(self.limits.high[index] - self.limits.low[index]) / 2
             implied = max(min(velocity * plausible.LEAD_S, room), velocity * self.longest)
             # Grippers are told to close on things, and do not get there.
             implied = math.inf if dimension.meaning == "gripper" else implied
-            leads.append(implied if lead is None else lead.limit)
-        velocities = self.limits.velocity[self._measures]
-        return Plausibility(velocities, np.array(jumps), np.array(leads), self._turn_measured, self.longest)
+            lead = implied if dimension.lead is None else dimension.lead.limit
+            jumps.append(velocity * plausible.JITTER_S if dimension.jump is None else dimension.jump.limit)
+            leads.append(lead)
+            stills.append(lead if dimension.still is None else dimension.still.limit)
+        limits = (self.limits.velocity[self._measures], np.array(jumps), np.array(leads), np.array(stills))
+        return Plausibility(*limits, self._turn_measured, self.longest)
 
     def _reference(self) -> NDArray[np.float64]:
         """What angles are brought near to: the position where they may turn for ever, else the middle of their arc."""
@@ -249,7 +250,7 @@ class Guard:
         moved, self._moved = self._moved, np.zeros(len(self._moved))
         for doubt in plausibility.doubts(sensed, stamp, moved[self._measures], seconds):
             dimension = self.profile.dimensions[self._measures[doubt.place]]
-            limit = dimension.jump if doubt.what == "jump" else dimension.lead
+            limit: Tracking | None = getattr(dimension, doubt.what)
             self._break(doubt.what, "stop" if limit is None else limit.on, dimension, doubt.found, doubt.limit)
 
     def _find_outside(self, sensed: NDArray[np.float64]) -> None:

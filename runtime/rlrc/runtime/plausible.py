@@ -8,8 +8,8 @@ Of every dimension that is measured, in its unit, with its velocity limit V:
   far and may do so at once.
 - A robot that is told to move does so, late perhaps, and perhaps by less. The commands may lead by at most ``lead``
   before the state has gone a twentieth of that in their direction. What is told back and forth cancels out.
-- A state that is the same to the last bit, while the robot is told to move at more than a tenth of V, is no new one: of
-  such a way it may miss ``lead`` at most, back and forth counted twice.
+- A state that is the same to the last bit under a new stamp, while the robot is told to move at more than a tenth of V,
+  is no new one: of such a way it may miss ``still`` at most, back and forth counted twice.
 
 So a state that stays the same is true for a robot that rests, and a robot that is blocked is stopped once its commands
 have run ahead by ``lead``. Noise below a twentieth of ``lead`` hides nothing.
@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from rlrc.runtime.circle import near
 
 Vector = NDArray[np.float64]
+What = Literal["jump", "lead", "still"]
 
 LEAD_S = 0.5  # the lead is what the robot could move in this time, if the profile says nothing else
 JITTER_S = 0.05  # the jump likewise
 REPEATED_S = 0.2  # for so long, or two periods, a state may repeat itself before the robot is found further on
+ROUNDING_S = 1e-6  # stamps as near as that are one
 DELAYED = 4  # steps by which a command may reach the robot later
 FOLLOWED = 1 / 20  # of the lead: the robot has followed
 SLOW = 0.1  # of the velocity limit: slower commands may be lost in a servo's dead band
@@ -39,7 +41,7 @@ class Doubt(NamedTuple):
     """What is wrong with a dimension (``place`` among the measured ones), by how much, and what is allowed."""
 
     place: int
-    what: Literal["jump", "lead"]
+    what: What
     found: float
     limit: float
 
@@ -48,9 +50,12 @@ class Plausibility:
     """All (M,), inf for what is not limited; without a velocity limit neither jump nor lead is. ``periods``: those of
     rlrc.runtime.circle."""
 
-    def __init__(self, velocity: Vector, jump: Vector, lead: Vector, periods: Vector | None, repeated: float) -> None:
+    def __init__(
+        self, velocity: Vector, jump: Vector, lead: Vector, still: Vector, periods: Vector | None, repeated: float
+    ) -> None:
         self._repeated = max(repeated, REPEATED_S)
-        self._velocity, self._jump, self._lead, self._periods = _finite(velocity), jump, lead, periods
+        self._velocity, self._periods = _finite(velocity), periods
+        self._jump, self._lead, self._still = jump, lead, still
         self._slow = SLOW * self._velocity
         self._last: Vector | None = None
         self._steps: deque[float] = deque(maxlen=DELAYED)  # how long the last ones took
@@ -82,7 +87,7 @@ class Plausibility:
         return _doubts("jump", gone, allowed)
 
     def _left_behind(self, sensed: Vector, stamp: float, moved: Vector, seconds: float) -> list[Doubt]:
-        same = sensed == self._last
+        fresh, same = stamp - self._stamp > ROUNDING_S, sensed == self._last
         self._last, self._stamp = sensed, stamp
         self._changed = np.where(same, self._changed, stamp)
         ahead = self._ahead + moved
@@ -93,8 +98,8 @@ class Plausibility:
         self._ahead = np.where(followed, 0.0, ahead)
         self._origin = np.where(followed, sensed, origin)
         told = np.maximum(np.abs(moved) - self._slow * seconds, 0.0)
-        self._missed = np.where(same, self._missed + told, 0.0)
-        return _doubts("lead", np.maximum(np.abs(self._ahead), self._missed), self._lead)
+        self._missed = np.where(same, self._missed + (told if fresh else 0.0), 0.0)
+        return _doubts("lead", np.abs(self._ahead), self._lead) or _doubts("still", self._missed, self._still)
 
 
 def _finite(velocity: Vector) -> Vector:
@@ -102,7 +107,7 @@ def _finite(velocity: Vector) -> Vector:
     return np.where(np.isinf(velocity), 0.0, velocity)
 
 
-def _doubts(what: Literal["jump", "lead"], found: Vector, limits: Vector) -> list[Doubt]:
+def _doubts(what: What, found: Vector, limits: Vector) -> list[Doubt]:
     beyond = found > limits
     if not beyond.any():
         return []

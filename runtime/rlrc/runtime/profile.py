@@ -57,7 +57,8 @@ class Tracking:
     """How far the measured position may be from the commanded one: a collision, a cable, a robot that is off.
 
     As ``jump``: how much further from the one measured before than the velocity limit explains. As ``lead``: how far
-    the commands may run ahead before the robot has moved at all (rlrc.runtime.plausible).
+    the commands may run ahead before the robot has moved at all; as ``still``, the same while the state is exactly
+    the same (rlrc.runtime.plausible).
     """
 
     limit: float
@@ -89,6 +90,7 @@ class Dimension:
     unbounded: str | None = None
     jump: Tracking | None = None
     lead: Tracking | None = None
+    still: Tracking | None = None
     periodic: bool = False
 
     @property
@@ -195,6 +197,7 @@ def check(profile: RobotProfile) -> None:
             dimension.tracking,
             dimension.jump,
             dimension.lead,
+            dimension.still,
         )
         sources = [dimension.unbounded, *(limit.source for limit in limits if limit is not None)]
         for source in sources:
@@ -221,7 +224,8 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
     if position is not None:
         _check(position.low < position.high, f"low < high at position of {name}", (position.low, position.high))
         _check(position.slack >= 0, f"a slack of 0 or more at position of {name}", position.slack)
-    for limit in (dimension.velocity, dimension.acceleration, dimension.tracking, dimension.jump, dimension.lead):
+    plausible = {"jump": dimension.jump, "lead": dimension.lead, "still": dimension.still}
+    for limit in (dimension.velocity, dimension.acceleration, dimension.tracking, *plausible.values()):
         _check(limit is None or limit.limit > 0, f"positive limits of {name}", limit)
     bounded = position is not None or box is not None
     if meaning == "gripper":
@@ -246,8 +250,8 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
     tracked = dimension.state is not None and not dimension.measured
     _check(dimension.tracking is None or tracked, f"no tracking of {name}, whose commands are not followed", "one")
     limited = dimension.state is not None and dimension.velocity is not None
-    extra = "jump" if dimension.jump is not None else "lead" if dimension.lead is not None else None
-    _check(extra is None or limited, f"a state and a velocity limit beside the {extra} of {name}", None)
+    for key, limit in plausible.items():
+        _check(limit is None or limited, f"a state and a velocity limit beside the {key} of {name}", None)
     if dimension.periodic:
         _check_periodic(dimension, box)
 

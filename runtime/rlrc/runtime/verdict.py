@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What a command broke, what was wrong with a step, and what was done with the guard.
-Broken = Literal["workspace", "position", "velocity", "acceleration", "braking", "tracking", "jump", "lead"]
+Broken = Literal["workspace", "position", "velocity", "acceleration", "braking", "tracking", "jump", "lead", "still"]
 Wrong = Literal["command", "measured", "clock", "fault"]
 Kind = Literal[Broken, Wrong, "start", "stop", "rearm"]
 Act = Literal["clamp", "hold", "stop", "start", "rearm"]

@@ -7,10 +7,10 @@ dataset_statistics.json of a fine-tuned checkpoint, else as norm_stats of config
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlrc.artifact import ActionSpec, CameraSpec, NormStats, StateSpec, TokenSpec
+from rlrc.artifact import ActionSpec, NormStats, StateSpec, TokenSpec
 from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
@@ -63,16 +63,11 @@ def statistics(folder: Folder, options: Options) -> tuple[str, Mapping[str, Any]
     return key, found[key]
 
 
-def described_pictures(cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
-    """What ``rlrc inspect`` shows of the pictures of a prismatic policy."""
-    origin = "means, stds of preprocessor_config.json (its vision backbones' own where it has none)"
-    return {f"image.{c.name}": (Normalisation(c.name, "MEAN_STD", origin),) for c in cameras}
-
-
 def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
     """What ``rlrc inspect`` shows of ``normalisation``."""
     file = STATISTICS if STATISTICS in folder else "norm_stats of config.json"
-    return (Normalisation(what, kind, f"{', '.join(BOUNDS[kind])} of {dataset}.{what} in {file}", dataset),)
+    name = what if dataset == UNNAMED else f"{dataset}.{what}"
+    return (Normalisation(what, kind, f"{', '.join(BOUNDS[kind])} of {name} in {file}", dataset),)
 
 
 def normalisation(

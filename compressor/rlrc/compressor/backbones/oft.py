@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
+from rlrc.compressor.backbones import prismatic_pictures
 from rlrc.compressor.backbones.norm_stats import (
     BOUNDS,
     NARROWEST,
@@ -28,7 +29,6 @@ from rlrc.compressor.backbones.norm_stats import (
     action_spec,
     data_sets,
     described,
-    described_pictures,
     normalisation,
     state_spec,
     statistics,
@@ -153,7 +153,8 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     prompt, guessed = prompt_spec(folder, options, others)
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt, action, geometry)
-    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, described_pictures(cameras) | shown)
+    shown |= prismatic_pictures.described(folder, cameras)
+    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, shown)
 
 
 def _check_head(folder: Folder, options: Options, found: bool) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import decode
-from rlrc.compressor.backbones import oft
-from rlrc.compressor.backbones.norm_stats import action_spec, described, described_pictures, normalisation, statistics
+from rlrc.compressor.backbones import oft, prismatic_pictures
+from rlrc.compressor.backbones.norm_stats import action_spec, described, normalisation, statistics
 from rlrc.compressor.backbones.prismatic import action_tokens, prismatic, prompt_spec
 from rlrc.compressor.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.nn.prismatic import PrismaticPolicy
@@ -40,7 +40,8 @@ def layout(folder: Folder, options: Options) -> Layout:
         return oft.layout(folder, options, shared)
     key, stats = statistics(folder, options)
     action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
-    shown = described_pictures([shared.camera]) | {"action": described(folder, key, "action", "bounds_q99")}
+    shown = {"action": described(folder, key, "action", "bounds_q99")}
+    shown |= prismatic_pictures.described(folder, [shared.camera])
     prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
     parts = {**shared.parts, "head.weight": Part((shared.head,))}

@@ -7,11 +7,12 @@ official code, and those of published checkpoints are the settings rounded to bf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlrc.artifact import CameraSpec
 from rlrc.compressor.backbones import settings
+from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ def camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
         )
     means, deviations = (_colours(processor, *keys, kinds) for keys in (("means", "mean"), ("stds", "std")))
     return CameraSpec("image0", listed[0], listed[0], "bicubic", means, deviations, "HWC")
+
+
+def described(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
+    """What ``rlrc inspect`` shows of how these pictures are normalised."""
+    processor = _processor(folder)
+    keys = ("tvf_normalize_params",) if processor.get("tvf_normalize_params") else ("means", "stds")
+    given = [key for key in keys if key in processor]
+    origin = f"{', '.join(given)} of {PREPROCESSOR}" if given else f"the vision backbones, for {PREPROCESSOR} has none"
+    return {f"image.{camera.name}": (Normalisation(camera.name, "MEAN_STD", origin),) for camera in cameras}
 
 
 def check_sizes(folder: Folder, seen: CameraSpec) -> None:
