@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from rlrc import artifact as artifacts
-from rlrc.compressor import interrupts
+from rlrc import interrupts
 from rlrc.compressor.checkpoint import read_tensors
+from rlrc.compressor.compress import compress
 from rlrc.compressor.sft import interruptible
+from rlrc.compressor.stages import Options
 from rlrc.errors import Interrupted
 
 AT_ONCE = 5.0  # seconds: two on a machine of its own, but tests share theirs
@@ -153,3 +155,41 @@ def test_hooks_let_a_signal_into_a_backward_pass() -> None:
     with interrupts.raising(), pytest.raises(Interrupted):
         layers(torch.ones(1, 4)).sum().backward()
     assert layers[0].weight.grad is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_no_stage_leaves_nothing_either(
+    tiny_artifact: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "rlrc.runtime.cli", "export", str(tiny_artifact), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert ended(process, 60) == (128 + number, "rlrc: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts.raising():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupted_compression_says_what_goes_on(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise Interrupted(code=143)
+
+    monkeypatch.setattr("rlrc.exporters.export.export", interrupted)
+    with pytest.raises(Interrupted, match=r"^the same command goes on with the export$") as caught:
+        compress(tiny_artifact, tmp_path / "out", {}, Options(evaluate=0))
+    assert caught.value.code == 143

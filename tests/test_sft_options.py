@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlrc.compressor import interrupts, lora, sft
+from rlrc import interrupts
+from rlrc.compressor import lora, sft
 from rlrc.compressor import run as run_module
 from rlrc.compressor.backbones.tiny import TinyPolicy
 from rlrc.compressor.batches import Batch, Lessons

@@ -16,7 +16,7 @@ from rlrc.compressor.distill import DistillConfig
 from rlrc.compressor.precision import Wanted
 from rlrc.compressor.sources import Source, open_source
 from rlrc.compressor.stages import Options
-from rlrc.errors import UserError
+from rlrc.errors import Interrupted, UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
 from rlrc.runtime.official import Flags
@@ -44,6 +44,19 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
     ``flags`` are those of an official source, which is also the teacher of a distillation that names none. A stage that
     an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
     """
+    doing = ["the first stage"]
+    try:
+        _compress(source, out, recipe, options, flags, doing)
+    except KeyboardInterrupt as error:
+        if str(error):  # a stage says more
+            raise
+        code = error.code if isinstance(error, Interrupted) else 130
+        raise Interrupted(f"the same command goes on with {doing[-1]}", code) from None
+
+
+def _compress(
+    source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None, doing: list[str]
+) -> None:
     from rlrc.exporters.export import export  # imported late: only this function goes all the way
 
     if distributed.rank() == 0:
@@ -52,6 +65,7 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
     folder.mkdir(parents=True, exist_ok=True)
     current = source
     for name, config in recipe.items():
+        doing.append(name)
         taught = isinstance(config, DistillConfig) and not config.teacher
         if taught:
             config = dataclasses.replace(config, teacher=str(source))
@@ -62,6 +76,7 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
             # What a distillation is told is told of its teacher.
             runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
         current = target
+    doing.append("the export")
     if distributed.rank() == 0:
         with status("exporting, and verifying"):
             export(artifacts.load(current), out)

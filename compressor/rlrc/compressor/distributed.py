@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrc import processes
-from rlrc.compressor import interrupts
+from rlrc import interrupts, processes
 from rlrc.errors import UserError
 
 PATIENCE = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlrc.compressor import distributed, interrupts, precision
+from rlrc import interrupts
+from rlrc.compressor import distributed, precision
 from rlrc.errors import UserError
 from rlrc.folders import replacing
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlrc.compressor import interrupts, lora, precision
+from rlrc import interrupts
+from rlrc.compressor import lora, precision
 from rlrc.compressor.batches import Batch, Lessons
 from rlrc.compressor.distributed import Team
 from rlrc.compressor.losses import SMOOTHING, chunk_loss, drawn

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from rlrc import interrupts
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
-from rlrc.compressor import cost, distributed, interrupts, lessons, memory, precision
+from rlrc.compressor import cost, distributed, lessons, memory, precision
 from rlrc.compressor import prune as pruning
 from rlrc.compressor.backbones.tiny import FAMILY as REFERENCE
 from rlrc.compressor.checkpoint import CURVES, answers, every_input, parameters, quantized, write_policy

@@ -1,7 +1,8 @@
 """The command ``rlrc``: finds the command's dataclass, lets tyro fill it from the arguments, and runs it.
 
 Only the chosen command's module is imported, so that the robot side never pays for torch. Exit codes: 0 done; 1 a check
-or claim failed; 2 wrong usage or bad input, with one line on stderr; 130 interrupted.
+or claim failed; 2 wrong usage or bad input, with one line on stderr; 128 + the
+signal's number where it was interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rlrc import interrupts
 from rlrc.errors import UserError
 from rlrc.folders import refused
 from rlrc.runtime.printable import printable
@@ -129,6 +131,11 @@ EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with interrupts.raising():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM while a stage works: both raise Interrupted, but not where a state would be left half changed."""
+"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says what goes on.
+
+``held`` puts that off where a state would be left half changed. Needs the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,24 @@ from typing import NoReturn
 
 from rlrc.errors import Interrupted
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _holding = 0
 _pending: int | None = None  # the signal that came while it was held
 
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within it both signals raise Interrupted in the main thread; in another thread it does nothing."""
+    """Within it the signals raise Interrupted in the main thread; in another thread it does nothing.
+
+    One that is ignored stays so: nohup ignores SIGHUP, and shells ignore SIGINT for what a script starts with ``&``.
+    """
     global _pending
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _on_signal) for number in heeded}
     try:
         yield
     finally:
