@@ -240,17 +240,20 @@ def _wider(layer: LayerSpec) -> LayerSpec:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"to_bytes": "10kB"}, r"prune\.to_bytes of 1,\d\d\d,\d\d\d bytes or more.*found 10,000 bytes"),
+        ({"to_bytes": "10kB"}, r"prune\.to_bytes of 1,\d\d\d,\d\d\d bytes in int4 or more.*found 10,000 bytes in int4"),
         (
             {"to_bytes": "2GB"},
-            r"prune\.to_bytes below 6,\d\d\d,\d\d\d bytes, which the policy has.*2,000,000,000",
+            r"prune\.to_bytes below 6,\d\d\d,\d\d\d bytes in int4, which the policy has uncut.*2,000,000,000 bytes in",
         ),
         ({"to_latency": "0.1x"}, r"prune\.to_latency of 0\.\d\d\dx or more.*found 0\.100x"),
         (
             {"scope": "whole", "ratio": 0.95},
             r"rest \(1 - prune\.ratio\) of the whole's .* of 0\.\d+ or more.*0\.050",
         ),
-        ({"kind": "depth", "to_bytes": "10kB"}, r"prune\.to_bytes of 1,\d\d\d,\d\d\d bytes or more.*no intermediate"),
+        (
+            {"kind": "depth", "to_bytes": "10kB"},
+            r"prune\.to_bytes of 1,\d\d\d,\d\d\d bytes in int4 or more.*no intermediate",
+        ),
         ({"kind": "depth", "drop": 11}, r"1 to 10 of the decoder's blocks, found 11"),
         ({"kind": "depth", "ratio": 0.01}, r"1 to 10 of the decoder's blocks, found 0"),
         ({"kind": "both", "blocks": (12,)}, r"prune\.blocks from 0 to 11 of the decoder, found 12"),

@@ -196,3 +196,12 @@ def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> No
     assert storage_failure(error) is None
     with pytest.raises(type(error)), storing(tmp_path):
         raise error
+
+
+def test_the_journal_of_a_sensitivity(small_disk: Path, tiny_artifact: Path) -> None:
+    (small_disk / "filling").write_bytes(b"x" * 65_536)
+    out = small_disk / "out.json"
+    command = [sys.executable, "-m", "rlrc.runtime.cli", "sensitivity", str(tiny_artifact), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"rlrc: error: expected to write {out}, found: No space left on device" in done.stderr

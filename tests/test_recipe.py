@@ -67,6 +67,8 @@ def test_an_empty_table_means_the_defaults(tmp_path: Path) -> None:
             "[train]\nsteps = 3\n",
             r"expected the keys prune, sft, distill, rl, quantize .*found train, which is unknown",
         ),
+        ("", r"expected at least one of the tables prune, .*found none"),
+        ("# [prune]\n# ratio = 0.9\n", r"expected at least one of the tables prune, .*found none"),
         ("steps = 3\n", r"expected the keys prune, .*found steps, which is unknown"),
         ("prune = 0.9\n", r"expected an object with the keys of PruneConfig at prune, found 0\.9"),
         ("[sft]\nstep = 3\n", r"expected the keys steps, .* at sft, found sft\.step, which is unknown"),

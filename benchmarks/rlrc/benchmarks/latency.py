@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PARTS = ("preprocess", "vision", "prefix", "prefill", "decode", "steps", "decoder", "head", "postprocess")
 GRAPHS = {"vision": "vision", "prefix": "prefix", "step": "steps", "decoder": "prefill", "head": "head"}
 
+BLOCK = 10  # trials of one policy before it is another's turn
 PATIENCE_S = 60.0  # of a warm-up: a policy that takes seconds is not called fifty times before its first trial
 
 
@@ -64,7 +65,7 @@ def measure(
     policies: Mapping[str, Policy],
     observations: Mapping[str, Sequence[dict[str, Any]]],
     trials: int = 500,
-    block: int = 10,
+    block: int = BLOCK,
     tick: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Trials]:
     """Warm up every policy, for a minute at most, then time ``trials`` calls of each (rounded up to whole blocks).

@@ -34,11 +34,13 @@ def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]
     try:
         tables = toml.parse(file.read_bytes())
         strict.check_keys(tables, CONFIGS)
+        if not tables:
+            raise UserError(f"expected at least one of the tables {', '.join(CONFIGS)}, found none")
         chosen = [stage for stage in CONFIGS if stage in tables and stage in wanted]
         return {stage: strict.decode(config_of(stage), tables[stage], stage) for stage in chosen}
     except OSError as error:
         names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.toml")))
-        raise UserError(f"expected a recipe at {file} or one of {names}; found {error.strerror}") from None
+        raise UserError(f"expected a recipe at {file} or one of {names}; found: {error.strerror}; correct it") from None
     except UserError as error:
         raise UserError(f"{error}; correct {file}") from None
     except ValueError as error:

@@ -15,7 +15,7 @@ from rlrc.compressor.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.sensitivity_report import KINDS, Report
 from rlrc.compressor.sources import open_source
 from rlrc.errors import UserError
-from rlrc.folders import check_output, replacing
+from rlrc.folders import check_output, replacing, storing
 from rlrc.processes import cores
 from rlrc.runtime.official import Flags
 
@@ -54,7 +54,8 @@ class Sensitivity:
         torch.set_num_threads(self.threads)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         journal = self.out.with_name(f".{self.out.name}.run")
-        report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
+        with storing(self.out):
+            report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
         text = json.dumps(strict.encode(report), indent=1)
         with replacing(self.out) as partial:
             partial.write_text(text + "\n")

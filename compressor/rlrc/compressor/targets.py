@@ -96,7 +96,12 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
     if config.to_bytes is not None:
         size = priced(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
         limits.append(
-            Limit("prune.to_bytes", size, number_of_bytes(config.to_bytes), lambda size: f"{size:,.0f} bytes")
+            Limit(
+                "prune.to_bytes",
+                size,
+                number_of_bytes(config.to_bytes),
+                lambda size: f"{size:,.0f} bytes in {config.to_bytes_in}",
+            )
         )
     if config.to_latency is not None:
         whole = cost.decision(cost.shape_of(spec, dense.towers))
@@ -113,7 +118,10 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
     found, first = Target(tuple(limits)), limits[0]
     if found.met(dense.towers):
         now = first.told(first.cost(dense.towers))
-        raise UserError(f"expected a {first.what} below {now}, which the policy has, found {first.told(first.limit)}")
+        raise UserError(
+            f"expected a {first.what} below {now}, which the policy has uncut, found {first.told(first.limit)}; "
+            "ask for less"
+        )
     return found
 
 

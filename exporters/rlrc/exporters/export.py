@@ -102,7 +102,7 @@ def check_room(parent: Artifact, out: Path, chosen: Mapping[str, str | Mapping[s
     folder = next(path for path in out.absolute().parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise UserError(
-            f"expected {needed / 1e9:.2f} GB of room in {folder} for {', '.join(names)}, found {free / 1e9:.2f} GB; "
+            f"expected {needed:,} bytes of room in {folder} for {', '.join(names)}, found {free:,}; "
             "make some, or choose another place or --precision"
         )
 

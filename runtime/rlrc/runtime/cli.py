@@ -159,6 +159,10 @@ def _main(arguments: list[str]) -> int:
         return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
     except BrokenPipeError:  # as in `rlrc sft --help | head`
         return _reader_has_gone()
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, BrokenPipeError):  # rich's answer, with 1: here that is a failed check
+            return _reader_has_gone()
+        raise
     except Exception as error:
         names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
         if (told := refused(error, next(filter(None, names), "a file"))) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,8 @@ def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[
 
     policies = {named.name: LocalPolicy.load(named.artifact.path, threads) for named in opened}
     observations = {named.name: latency.observations(named.artifact) for named in opened}
-    with progress("inferences", trials * len(opened)) as advance:
+    whole_blocks = math.ceil(trials / latency.BLOCK) * latency.BLOCK
+    with progress("inferences", whole_blocks * len(opened)) as advance:
         return latency.measure(policies, observations, trials, tick=advance)
 
 
