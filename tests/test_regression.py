@@ -153,3 +153,9 @@ def test_command_is_a_gate(tmp_path: Path, capsys: Any) -> None:
     assert json.loads(capsys.readouterr().out)["verdict"] == "PASS"
     assert main(["bench", "compare", str(files["old"]), str(files["same"]), "--tolerance", "some"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_is_no_result_file(tmp_path: Path, force: bool) -> None:
+    with pytest.raises(UserError, match=r"expected a file, found the folder .*; name a file in it"):
+        results.check_out(tmp_path, force)

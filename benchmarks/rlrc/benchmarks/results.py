@@ -134,6 +134,8 @@ def check_out(out: Path | None, force: bool) -> None:
     """Refuse, before any work is done, an output that exists (unless forced) or cannot be written. Raises UserError."""
     if out is None or (force and out.is_file()):
         return
+    if out.is_dir():
+        raise UserError(f"expected a file, found the folder {out}; name a file in it with --out")
     if out.exists():
         raise UserError(
             f"expected a new file, found {out} already there; choose another --out, or pass --force to replace it"
