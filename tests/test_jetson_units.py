@@ -24,10 +24,12 @@ ROOT = Path(__file__).parents[1]
 SYSTEMD = Path("/lib/systemd/systemd")
 CGROUPS = Path("/sys/fs/cgroup")
 SECONDS = 40
+NAMES = ("freezes", "hangs", "stops", "runs")
 
-# What happens three seconds after the first state: nothing, a state that never comes, an arm that is gone.
+# What happens three seconds after the first state: nothing; a call that hangs, as Python can see or holding the
+# interpreter's lock; an arm that is gone.
 DRIVER = """
-import json, os, time
+import ctypes, json, os, time
 from pathlib import Path
 from rlrc.benchmarks.rig import Arm
 
@@ -42,7 +44,7 @@ class Told(Arm):
         if NAME != "runs" and time.monotonic() - self.begun > 3:
             if NAME == "stops":
                 raise OSError("the arm is gone")
-            time.sleep(1000)
+            (ctypes.PyDLL(None).sleep if NAME == "freezes" else time.sleep)(1000)
         sensed = super().sense()
         return sensed._replace(observation={**sensed.observation, "instruction": "wave"})
 
@@ -100,7 +102,7 @@ def test_the_units_by_systemd(arm_toy: Path, tmp_path: Path, own_cgroup: tuple[P
     drivers, out = tmp_path / "drivers", tmp_path / "out"
     out.mkdir()
     drivers.mkdir()
-    for name in ("hangs", "stops", "runs"):
+    for name in NAMES:
         (drivers / f"{name}.py").write_text(DRIVER)
     for folder in (drivers, out):
         folder.chmod(0o755)
@@ -143,11 +145,12 @@ def check_installed(out: Path) -> None:
 
 
 def check_services(out: Path) -> None:
-    starts = {name: (out / f"{name}.starts").read_text().splitlines() for name in ("hangs", "stops", "runs")}
-    # Killed by the watchdog and started again; stopped by the guard and left alone; alive and left alone.
-    assert len(starts["hangs"]) >= 2
-    assert len(starts["stops"]) == 1
-    assert len(starts["runs"]) == 1
+    starts = {name: (out / f"{name}.starts").read_text().splitlines() for name in NAMES}
+    # Killed by systemd's watchdog and started again; stopped by the run's own watchdog or by the guard, or alive, and
+    # left alone.
+    assert len(starts["freezes"]) >= 2
+    assert [len(starts[name]) for name in ("hangs", "stops", "runs")] == [1, 1, 1]
+    assert "stopped: " in (out / "hangs.err").read_text()
     assert "stopped: the driver failed: OSError: the arm is gone" in (out / "stops.err").read_text()
     assert "ready:" in (out / "serves.out").read_text()
     assert (out / "serves.out").read_text().count("openpi:") == 1

@@ -39,7 +39,7 @@ chmod 755 /opt/rlrc/venv/bin/rlrc
 cp -r "$ARTIFACT" /var/lib/rlrc/current
 cp "$PROFILE" /etc/rlrc/arm.toml
 chown -R rlrc:rlrc /var/lib/rlrc
-for name in hangs stops runs; do
+for name in freezes hangs stops runs; do
     echo "RLRC_ARGS=run /var/lib/rlrc/current --driver $name:open_robot --profile /etc/rlrc/arm.toml --hz 20 --late 10 --patience 10" >"/etc/rlrc/$name.env"
 done
 echo "RLRC_ARGS=serve /var/lib/rlrc/current --port 0" >/etc/rlrc/serves.env
@@ -47,6 +47,6 @@ echo "RLRC_ARGS=serve /var/lib/rlrc/current --port 0" >/etc/rlrc/serves.env
 for target in sysinit basic shutdown multi-user; do printf '[Unit]\nDefaultDependencies=no\n' >"/run/check/$target.target"; done
 cp /etc/systemd/system/rlrc-*@.service /run/check/
 sed -i 's#^StandardOutput=.*#StandardOutput=append:/opt/out/%i.out#; s#^StandardError=.*#StandardError=append:/opt/out/%i.err#; /^ProtectSystem=/a ReadWritePaths=/opt/out' /run/check/rlrc-*@.service
-printf '[Unit]\nDefaultDependencies=no\nWants=rlrc-run@hangs.service rlrc-run@stops.service rlrc-run@runs.service rlrc-serve@serves.service\n' >/run/check/check.target
+printf '[Unit]\nDefaultDependencies=no\nWants=rlrc-run@freezes.service rlrc-run@hangs.service rlrc-run@stops.service rlrc-run@runs.service rlrc-serve@serves.service\n' >/run/check/check.target
 exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=check SYSTEMD_UNIT_PATH=/run/check SYSTEMD_LOG_TARGET=null \
     /lib/systemd/systemd --system --unit=check.target --show-status=no
