@@ -47,13 +47,12 @@ lint: setup
 	$(PYTHON) -m mypy
 
 # Two processes; then, by themselves, the tests that measure time.
-PYTEST := -m pytest 
 test: lint
-	$(PYTHON) $(PYTEST) -m "not slow and not timing" -n 2 --dist loadfile
-	$(PYTHON) $(PYTEST) -m "timing and not slow"
+	$(PYTHON) -m pytest -m "not slow and not timing" -n 2 --dist loadfile
+	$(PYTHON) -m pytest -m "timing and not slow"
 
 test-all: lint
 	$(PYTHON) -m pytest
 
 test-avx2: setup
-	$(PYTHON) scripts/masked_engine.py .masked "x86-64 avx2" $(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) scripts/masked_engine.py .masked "x86-64 avx2" $(PYTHON) -m pytest -m "not slow and not timing" -n 2 --dist loadfile

@@ -244,6 +244,7 @@ def test_a_stop_over_http_ends_a_run_without_rearm(arm_toy: Path, tmp_path: Path
     assert rows[-1]["stopped"]
 
 
+@pytest.mark.timing
 def test_a_frozen_page_keeps_nobody_from_stopping(arm_toy: Path, tmp_path: Path) -> None:
     run = Running(arm_toy, tmp_path, "--port", "0")
     assert run.process.stdout is not None

@@ -79,6 +79,7 @@ def test_replaying_a_data_set_never_imports_torch() -> None:
     assert not packages & set(NEVER)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("module", ["rlrc.runtime", "rlrc.runtime.policy", "rlrc.runtime.loop", "rlrc.runtime.verify"])
 def test_import_takes_less_than_400_ms(module: str) -> None:
     code = f"""
@@ -91,6 +92,7 @@ def test_import_takes_less_than_400_ms(module: str) -> None:
     assert seconds < 0.4, f"{module} took {seconds:.3f} s"
 
 
+@pytest.mark.timing
 def test_overhead_is_below_2_ms(
     make_toy: Callable[..., Path], tiny_manifest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ print(spent)
 """
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("cores", [2, 8])  # threads as many as these, and fewer
 def test_no_thread_spins_between_actions(cores: int) -> None:
     pytest.importorskip("onnxruntime")
@@ -44,6 +45,7 @@ def test_no_thread_spins_between_actions(cores: int) -> None:
     assert float(found.stdout) < 0.02  # of .1 s asleep, all of it where threads spin on
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("version", "cores", "spins"), [("1.26.0", 2, "1"), ("1.25.9", 2, "0"), ("1.25.9", 3, "1"), ("1.26.0", 3, "1")]
 )

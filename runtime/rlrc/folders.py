@@ -73,14 +73,16 @@ def check_output(out: str | Path) -> None:
         raise UserError(f"expected a new output, found {out} already there; choose another name or remove it")
     parent = next(folder for folder in out.parents if os.path.lexists(folder))
     try:
-        # Really writing is the only honest probe: root passes every permission check, and fails on a read-only disk.
-        probe = tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent)
+        # Really writing is the only honest probe: root passes every permission check, and fails on a read-only disk. A
+        # file without a name leaves nothing, whatever ends this process.
+        with suppress(FileNotFoundError):
+            os.lstat(parent / f".{out.name}.partial-00000000")  # too long a name?
+        with tempfile.TemporaryFile(dir=parent):
+            pass
     except OSError as error:
         raise UserError(
             f"expected to write to {parent}, found: {error.strerror}; choose another place for {out.name}"
         ) from None
-    with suppress(OSError):  # another writer of this output may have cleared it already
-        os.rmdir(probe)
 
 
 @contextmanager
