@@ -54,5 +54,6 @@ test: lint
 test-all: lint
 	$(PYTHON) -m pytest
 
+# The masked engine answers SIGILL itself, which pytest would take.
 test-avx2: setup
-	$(PYTHON) scripts/masked_engine.py .masked "x86-64 avx2" $(PYTHON) -m pytest -m "not slow and not timing" -n 2 --dist loadfile
+	$(PYTHON) scripts/masked_engine.py .masked "x86-64 avx2" $(PYTHON) -m pytest -p no:faulthandler -m "not slow and not timing" -n 2 --dist loadfile
