@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
-from rlrc.runtime import plausible, reach
+from rlrc.runtime import reach
 from rlrc.runtime import profile as profiles
 from rlrc.runtime.bounds import bounds, edges, limits_of
-from rlrc.runtime.circle import near, shortest
+from rlrc.runtime.circle import Angles, shortest
 from rlrc.runtime.plausible import Plausibility
 from rlrc.runtime.profile import Dimension, RobotProfile, Tracking
 from rlrc.runtime.verdict import Act, Event, Kind, Verdict
@@ -75,13 +75,10 @@ class Guard:
         self._edges = edges([self._bounds[index] for index in self._measures])
         self.limits = limits_of(profile, self._is_velocity, self.longest)
         self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
-        turn: NDArray[np.float64] = np.array([dimension.period for dimension in dimensions])
-        self._turn = None if np.isinf(turn).all() else turn  # usually
-        self._turn_measured = None if self._turn is None else turn[self._measures]
-        self._turns = np.array([dimension.turns for dimension in dimensions])
-        limits = [dimension.position for dimension in dimensions]
-        self._middle = np.array([0.0 if limit is None else (limit.low + limit.high) / 2 for limit in limits])
-        self._plausible = self._plausibility() if follows else None
+        measured = [dimensions[index] for index in self._measures]
+        self._angles, self._measured_angles = Angles(dimensions), Angles(measured)
+        own = reach.Limits(*(limit[self._measures] for limit in self.limits[:-1]), self.longest)
+        self._plausible = Plausibility(measured, own, self._measured_angles.periods) if follows else None
         self._position = np.array([dimension.rest or 0.0 for dimension in dimensions])
         self._velocity = np.zeros(len(dimensions))
         self._aim = self._position  # the last target, which matters for absolutes
@@ -92,30 +89,6 @@ class Guard:
         self.events: deque[Event] = deque(maxlen=KEPT)  # the last ones
         self.counts: Counter[tuple[Kind, Act]] = Counter()  # of all
         self._fresh: list[Event] = []  # those that no verdict has told yet
-
-    def _plausibility(self) -> Plausibility:
-        """With what the profile says of its dimensions, and else what its limits and the rate imply."""
-        jumps, leads, stills = list[float](), list[float](), list[float]()
-        for index in self._measures:
-            dimension, velocity = self.profile.dimensions[index], float(self.limits.velocity[index])
-            room = float(self.limits.high[index] - self.limits.low[index]) / 2
-            implied = max(min(velocity * plausible.LEAD_S, room), velocity * self.longest)
-            # Grippers are told to close on things, and do not get there.
-            implied = math.inf if dimension.meaning == "gripper" else implied
-            lead = implied if dimension.lead is None else dimension.lead.limit
-            jumps.append(velocity * plausible.JITTER_S if dimension.jump is None else dimension.jump.limit)
-            leads.append(lead)
-            stills.append(lead if dimension.still is None else dimension.still.limit)
-        limits = (self.limits.velocity[self._measures], np.array(jumps), np.array(leads), np.array(stills))
-        return Plausibility(*limits, self._turn_measured, self.longest)
-
-    def _reference(self) -> NDArray[np.float64]:
-        """What angles are brought near to: the position where they may turn for ever, else the middle of their arc."""
-        return np.where(self._turns, self._position, self._middle)
-
-    def _told(self, position: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Positions as the robot and the policy count them."""
-        return near(position.astype(np.float64), self._middle, self._turn)
 
     @property
     def stopped(self) -> bool:
@@ -136,7 +109,7 @@ class Guard:
             raise UserError(f"expected the robot's state to start from, found {error}; check its sensors") from None
         position = self._position.copy()  # a gripper that nothing measures keeps what it was told
         position[self._measures] = sensed
-        position = near(position, self._middle, self._turn)
+        position = self._angles.wrapped(position)
         for index, dimension in enumerate(self.profile.dimensions):
             for bound in self._bounds[index]:
                 if (beyond := bound.crossed(float(position[index]), bound.slack)) is not None:
@@ -166,7 +139,7 @@ class Guard:
     def foreseen(self, measured: NDArray[np.floating]) -> NDArray[np.float64]:
         """The state (S,) once the robot has done as it was told: for a chunk's later steps, which nothing measures."""
         state = np.array(measured, np.float64)
-        state[self._entries] = self._told(self._position)[self._measures] / self._factors
+        state[self._entries] = self._angles.wrapped(self._position)[self._measures] / self._factors
         return state
 
     def take_back(self) -> None:
@@ -229,16 +202,15 @@ class Guard:
             sensed = self._sense(measured, age)
         except ValueError as error:
             return self._stop("measured", str(error))
-        stamp, turn = self._sent + seconds - float(age), self._turn_measured
-        if turn is not None:
-            sensed = near(sensed, self._reference()[self._measures], turn)
-        off = np.abs(shortest(sensed - self._position[self._measures], turn))
+        expected, angles = self._position[self._measures], self._measured_angles
+        sensed = angles.unwrapped(sensed, expected)
+        off = np.abs(shortest(sensed - expected, angles.periods))
         for index in np.flatnonzero(off > self._tracking[self._measures]).tolist():
             dimension = self.profile.dimensions[self._measures[index]]
             assert dimension.tracking is not None
             self._break("tracking", dimension.tracking.on, dimension, float(off[index]), dimension.tracking.limit)
         if self._plausible is not None:
-            self._doubt(self._plausible, sensed, stamp, seconds)
+            self._doubt(self._plausible, sensed, self._sent + seconds - float(age), seconds)
         if ((sensed < self._edges[0]) | (sensed > self._edges[1])).any():
             self._find_outside(sensed)
         position = self._position.copy()
@@ -286,8 +258,8 @@ class Guard:
             first = int(np.argmax(broken))
             self._stop("command", f"{command[first]} in {self.profile.dimensions[first].name}")
             return self._brake(dt)
-        if self._turn is not None:
-            values = np.where(self._is_absolute, near(values, self._reference(), self._turn), values)
+        if self._angles.periods is not None:
+            values = np.where(self._is_absolute, self._angles.unwrapped(values, self._position), values)
         if any(event.act == "hold" for event in self._fresh):
             return self._brake(dt)
         away = values - self._position
@@ -352,11 +324,13 @@ class Guard:
         inside = np.minimum(np.maximum(moved, self.limits.low), self.limits.high)
         target = np.where(self._is_measured, moved, inside)
         target[self._is_lost] = 0.0
-        told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, self._told(target)))
+        absolute = self._angles.wrapped(target)
+        told = np.where(self._is_velocity, velocity, np.where(self._is_delta, velocity * dt, absolute))
         if values is not None and kept is not None:
             told = np.where(~self._is_absolute & kept, values, told)
-        if command is not None and kept is not None and self._turn is not None:
-            told = np.where(self._turns & self._is_absolute & kept, self._told(command), told)
+        if command is not None and kept is not None and self._angles.periods is not None:
+            exact = self._angles.wrapped(command.astype(np.float64))  # without the rounding of a turn there and back
+            told = np.where(self._angles.turns & self._is_absolute & kept, exact, told)
         self._before = self._position, self._velocity, self._aim, self._sent
         self._moved, self._sent = velocity * dt, self._sent + dt
         self._position, self._velocity = target, velocity

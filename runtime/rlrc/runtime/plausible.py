@@ -1,15 +1,15 @@
-"""Whether a measured state can be true, given the limits and what the robot was told.
+"""Whether a measured state can be true, given the limits and the commands that were sent.
 
 Of every dimension that is measured, in its unit, with its velocity limit V:
 
 - A robot does not move faster than V. Between two states it may have moved by V times the time between them, and by
   ``jump`` more: for noise, and for stamps that jitter. Where a state has repeated itself, the time since it last
-  changed counts, up to ``repeated``; and where a step took long, that step's time, for the robot was told to go that
-  far and may do so at once.
-- A robot that is told to move does so, late perhaps, and perhaps by less. The commands may lead by at most ``lead``
-  before the state has gone a twentieth of that in their direction. What is told back and forth cancels out.
-- A state that is the same to the last bit under a new stamp, while the robot is told to move at more than a tenth of V,
-  is no new one: of such a way it may miss ``still`` at most, back and forth counted twice.
+  changed counts, up to ``REPEATED_S``; and where a step took long, that step's time, for its command was so far and the
+  robot may follow it at once.
+- A robot follows its commands, late perhaps, and perhaps by less. The commands may lead by at most ``lead`` before the
+  state has gone a twentieth of that in their direction. Commands back and forth cancel out.
+- A state that is the same to the last bit under a new stamp, while the commands are faster than a tenth of V, is no new
+  one: of such a way it may miss ``still`` at most, back and forth counted twice.
 
 So a state that stays the same is true for a robot that rests, and a robot that is blocked is stopped once its commands
 have run ahead by ``lead``. Noise below a twentieth of ``lead`` hides nothing.
@@ -18,12 +18,15 @@ have run ahead by ``lead``. Noise below a twentieth of ``lead`` hides nothing.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.runtime.circle import near
+from rlrc.runtime.profile import Dimension, Tracking
+from rlrc.runtime.reach import Limits
 
 Vector = NDArray[np.float64]
 What = Literal["jump", "lead", "still"]
@@ -47,16 +50,22 @@ class Doubt(NamedTuple):
 
 
 class Plausibility:
-    """All (M,), inf for what is not limited; without a velocity limit neither jump nor lead is. ``periods``: those of
-    rlrc.runtime.circle."""
+    """Of M measured dimensions: with what their profile says, and else what their limits imply.
 
-    def __init__(
-        self, velocity: Vector, jump: Vector, lead: Vector, still: Vector, periods: Vector | None, repeated: float
-    ) -> None:
-        self._repeated = max(repeated, REPEATED_S)
-        self._velocity, self._periods = _finite(velocity), periods
-        self._jump, self._lead, self._still = jump, lead, still
-        self._slow = SLOW * self._velocity
+    Without a velocity limit neither jump nor lead is limited. ``periods`` (M,): those of rlrc.runtime.circle.
+    """
+
+    def __init__(self, dimensions: Sequence[Dimension], limits: Limits, periods: Vector | None) -> None:
+        velocity, room = limits.velocity, (limits.high - limits.low) / 2
+        implied = np.maximum(np.minimum(velocity * LEAD_S, room), velocity * limits.longest)
+        # Grippers close on things, and do not get where they were sent.
+        grippers = np.array([dimension.meaning == "gripper" for dimension in dimensions], bool)
+        self._jump = _limits([dimension.jump for dimension in dimensions], velocity * JITTER_S)
+        self._lead = _limits([dimension.lead for dimension in dimensions], np.where(grippers, np.inf, implied))
+        self._still = _limits([dimension.still for dimension in dimensions], self._lead)
+        self._repeated = max(limits.longest, REPEATED_S)
+        self._velocity = np.where(np.isinf(velocity), 0.0, velocity)  # jump and lead are infinite there
+        self._slow, self._periods = SLOW * self._velocity, periods
         self._last: Vector | None = None
         self._steps: deque[float] = deque(maxlen=DELAYED)  # how long the last ones took
 
@@ -65,7 +74,7 @@ class Plausibility:
         self._last = None
 
     def doubts(self, sensed: Vector, stamp: float, moved: Vector, seconds: float) -> list[Doubt]:
-        """``sensed`` was measured at ``stamp``; since the last call the robot was told to move by ``moved``.
+        """``sensed`` was measured at ``stamp``; since the last call the commands went ``moved`` (M,) further.
 
         ``seconds`` is the time that this took. Empty: it can be true.
         """
@@ -97,14 +106,14 @@ class Plausibility:
         followed = (sensed - origin) * np.sign(ahead) >= FOLLOWED * self._lead
         self._ahead = np.where(followed, 0.0, ahead)
         self._origin = np.where(followed, sensed, origin)
-        told = np.maximum(np.abs(moved) - self._slow * seconds, 0.0)
-        self._missed = np.where(same, self._missed + (told if fresh else 0.0), 0.0)
+        way = np.maximum(np.abs(moved) - self._slow * seconds, 0.0)
+        self._missed = np.where(same, self._missed + (way if fresh else 0.0), 0.0)
         return _doubts("lead", np.abs(self._ahead), self._lead) or _doubts("still", self._missed, self._still)
 
 
-def _finite(velocity: Vector) -> Vector:
-    """Zero where there is no limit: jump and lead are infinite there."""
-    return np.where(np.isinf(velocity), 0.0, velocity)
+def _limits(given: Sequence[Tracking | None], implied: Vector) -> Vector:
+    """(M,): those of the profile, and the implied ones where it says nothing."""
+    return np.array([one if limit is None else limit.limit for limit, one in zip(given, implied, strict=True)], float)
 
 
 def _doubts(what: What, found: Vector, limits: Vector) -> list[Doubt]:

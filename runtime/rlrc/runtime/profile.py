@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rlrc import strict, toml
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
+from rlrc.wiring import check_distinct
 
 SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "correct the profile (docs/robots.md)"
@@ -26,9 +27,9 @@ REMEDY = "correct the profile (docs/robots.md)"
 On = Literal["clamp", "hold", "stop"]  # the mildest first
 Meaning = Literal["absolute", "delta", "velocity", "gripper"]
 
-# How many of the base unit one of each is; units of one table convert into each other, all others only into themselves.
 TURNS = {"rad": 2 * math.pi, "deg": 360.0}  # a whole turn
 WHOLE = 0.99  # of a turn between position limits counts as all of it: 3.14 for pi
+# How many of the base unit one of each is; units of one table convert into each other, all others only into themselves.
 _SCALES = ({"m": 1.0, "cm": 0.01, "mm": 0.001}, {"rad": 1.0, "deg": math.pi / 180})
 
 
@@ -182,10 +183,8 @@ def check(profile: RobotProfile) -> None:
     _check(0 < len(set(names)) == len(names), "at least one dimension, and every one once", names)
     empty = [name for name, text in profile.sources.items() if not text.strip()]
     _check(not empty, "words at every entry of sources", f"none at {', '.join(empty)}")
-    wired = [dimension.state for dimension in profile.dimensions if dimension.state is not None]
-    if shared := [state for state in wired if wired.count(state) > 1]:
-        both = " and ".join(dimension.name for dimension in profile.dimensions if dimension.state == shared[0])
-        _check(False, "every entry of the state to measure one dimension", f"{shared[0]} for {both}")
+    wires = {dimension.name: dimension.state for dimension in profile.dimensions if dimension.state is not None}
+    check_distinct(wires, "entry of the state", "dimensions", "the profile (docs/robots.md)")
     if profile.workspace is not None:
         _check_workspace(profile.workspace, profile)
     for index, dimension in enumerate(profile.dimensions):
