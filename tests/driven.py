@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -29,7 +31,13 @@ class Running:
     """`rlrc run` at 20 Hz; lenient about time, since the machine is shared."""
 
     def __init__(
-        self, artifact: Path, folder: Path, *options: str, keyboard: int = subprocess.DEVNULL, driver: str = DRIVER
+        self,
+        artifact: Path,
+        folder: Path,
+        *options: str,
+        keyboard: int = subprocess.DEVNULL,
+        driver: str = DRIVER,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         (folder / "rig_driver.py").write_text(driver)
         self.log = folder / "log.jsonl"
@@ -38,7 +46,7 @@ class Running:
         self.process = subprocess.Popen(
             [*command, "--log", str(self.log), *options],
             cwd=folder,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | variables,
             stdin=keyboard,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

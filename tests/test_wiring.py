@@ -36,9 +36,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> None:
     ],
 )
 def test_two_dimensions_of_a_profile(dimensions: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"every entry of the state for one of the dimensions, found at_. for . and"
-    ) as error:
+    with pytest.raises(UserError, match=r"entry of the state for one of .*, found at_. for . and") as error:
         profiles.check(RobotProfile("r", SOURCES, dimensions))
     one_line(error)
 

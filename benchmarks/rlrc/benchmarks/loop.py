@@ -288,6 +288,7 @@ def broken(tick: Tick) -> Iterator[dict[str, Any]]:
             "time_to_hold_ms": round(outcome.hold_ms, 3),
             "time_to_rest_ms": round(outcome.rest_ms, 3),
             "commands_after": outcome.after,
+            "robot_stop": outcome.stopped,
             "reason": outcome.reason,
         }
 

@@ -141,14 +141,14 @@ class Arm:
         if self.fault == f"KeyboardInterrupt in {call}":
             raise KeyboardInterrupt
 
-    def _given(self, sensed: Sensed) -> Any:
-        """What a broken driver makes of it."""
+    def _given(self, sensed: Any) -> Any:
+        """What a broken driver makes of a ``Sensed``: Any, for some of its fields get values of wrong types."""
         if self.fault == "sense gives a tuple":
             return tuple(sensed)
         if self.fault == "sense gives no stamp":
-            return sensed._replace(stamp=None)  # type: ignore[arg-type]
+            return sensed._replace(stamp=None)
         if self.fault == "sense gives a list":
-            return sensed._replace(observation=list(sensed.observation))  # type: ignore[arg-type]
+            return sensed._replace(observation=list(sensed.observation))
         if self.fault == "sense is a generator":
             return (one for one in (sensed,))
         if self.fault == "state of objects":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
+from rlrc.robots.driver import named
 from rlrc.robots.robot import Robot, RobotError, Sensed
 
 WAITING = 256  # frames that the disk may be behind
@@ -130,7 +131,7 @@ class Recorder:
                     np.save(whole, array, allow_pickle=False)
                 self._stream.write(whole.getvalue())
         except Exception as error:
-            why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            why = error.strerror if isinstance(error, OSError) else named(error)
             self._failure = f"the recording failed: {why}"
             for _ in self._queued():  # so that whoever ends the recording finds room in the queue
                 pass

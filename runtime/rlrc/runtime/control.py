@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.robots.driver import checked, named, one_line, plain, said
-from rlrc.robots.robot import Robot, Sensed
+from rlrc.robots.driver import named, one_line, said
+from rlrc.robots.robot import Robot, RobotError, Sensed
 from rlrc.runtime import preprocess
 from rlrc.runtime.child import Dead
 from rlrc.runtime.chunks import Chunks, Planned
@@ -88,6 +88,7 @@ class Timing:
 class Control:
     """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None.
 
+    A ``robot`` of somebody else's comes as a Driver, which checks what its calls give.
     ``sleep`` takes seconds, and ends early with True when somebody stops (StopSwitch.wait).
     With a ``standstill`` a stop does not end the episode: the robot is held until somebody re-arms it, or ends it.
     ``show`` gets every step when it is over.
@@ -139,7 +140,7 @@ class Control:
         except BaseException as error:
             if self.guard.started:
                 try:
-                    self._fail(_why(error, "the loop"))
+                    self._fail(why(error, "the loop"))
                 finally:
                     self._abandon()
             raise
@@ -181,12 +182,12 @@ class Control:
     def _halt(self) -> None:
         """The robot's own stop, which is not to raise."""
         try:
-            plain("stop", self.robot.stop)
+            self.robot.stop()
         except BaseException as error:
             self._fail(f"robot.stop() failed: {said(error)}")
 
     def _begin(self) -> None:
-        sensed = checked(plain("sense", self.robot.sense))
+        sensed = self.robot.sense()
         measured = self._measured(sensed)
         if sensed is None or measured is None:
             raise UserError("expected the robot's state to start from, found none; check its driver")
@@ -207,7 +208,7 @@ class Control:
                 self._beat()
                 answer = self.thinking.poll()
         except Exception as error:
-            self._latch(_why(error, "inference"))
+            self._latch(why(error, "inference"))
             return
         if answer is None or answer.actions is None:
             said = f": {answer.error}" if answer else f" within {self.timing.first:g} s"
@@ -258,16 +259,16 @@ class Control:
         assert self._show is not None
         try:
             self._show(sensed, row, verdict)
-        except BaseException as error:  # whoever looks is wrong about the robot: no reason to go on
+        except BaseException as error:  # the operator no longer sees the robot: no reason to go on
             self._show = None
-            self._fail(_why(error, "the page"))
+            self._fail(why(error, "the page"))
 
     def _sense(self, now: float) -> Sensed | None:
         if reason := self._stop():
             self._latch(reason)
         sensed = None
         try:
-            sensed = checked(plain("sense", self.robot.sense))
+            sensed = self.robot.sense()
             self._fault = self._watch.fault(sensed, now)
         except BaseException as error:  # a driver's own mistakes stop the robot as well
             self._fault = said(error)
@@ -305,7 +306,7 @@ class Control:
         try:
             answer = self.thinking.poll()
         except Exception as error:
-            self._latch(_why(error, "inference"))
+            self._latch(why(error, "inference"))
             return None
         if answer is not None:
             row["inference_ms"] = answer.seconds * 1e3
@@ -350,7 +351,7 @@ class Control:
         if verdict.command is None:
             return self._halt()
         try:
-            plain("command", self.robot.command, verdict.command)
+            self.robot.command(verdict.command)
         except BaseException as error:
             self._fail(said(error))
             self._halt()
@@ -367,7 +368,7 @@ class Control:
             self.thinking.ask(sensed.observation, start, self.chunks.continuation(start))
             self._asked_about = sensed.stamp
         except Exception as error:
-            self._latch(_why(error, "inference"))
+            self._latch(why(error, "inference"))
 
     def _latch(self, reason: str) -> None:
         if not self.guard.stopped:
@@ -380,9 +381,9 @@ class Control:
         self._latch(reason)
 
 
-def _why(error: BaseException, part: str) -> str:
-    """What went wrong in a part of the loop; errors of ours say it themselves."""
-    return one_line(error) if isinstance(error, (UserError, Dead)) else f"{part} failed: {named(error)}"
+def why(error: BaseException, part: str) -> str:
+    """What went wrong in a part of the loop, as one line; expected errors say it themselves."""
+    return one_line(error) if isinstance(error, (UserError, RobotError, Dead)) else f"{part} failed: {named(error)}"
 
 
 def _since(before: float, now: float) -> float:

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
-from rlrc.runtime import reach
 from rlrc.runtime import profile as profiles
+from rlrc.runtime import reach
 from rlrc.runtime.bounds import bounds, edges, limits_of
 from rlrc.runtime.circle import Angles, shortest
 from rlrc.runtime.plausible import Plausibility

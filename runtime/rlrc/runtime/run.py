@@ -20,14 +20,14 @@ from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.robots import replay
-from rlrc.robots.driver import named, one_line
+from rlrc.robots.driver import one_line
 from rlrc.robots.robot import RobotError
 from rlrc.runtime import board, loop, profile, telemetry
 from rlrc.runtime.backends import Backend
 from rlrc.runtime.child import Dead
 from rlrc.runtime.chunks import Strategy
 from rlrc.runtime.commands import check_failed
-from rlrc.runtime.control import Timing
+from rlrc.runtime.control import Timing, why
 from rlrc.runtime.decode import NoAction
 from rlrc.runtime.describe import plain_console, print_rows
 from rlrc.runtime.hygiene import real_time
@@ -243,7 +243,7 @@ class Run:
                     if not run.telemetry.steps:
                         raise
                     # The robot has been braked; what was logged and recorded until now is not lost.
-                    run.failures.append(one_line(error) if isinstance(error, (UserError, RobotError)) else named(error))
+                    run.failures.append(why(error, "the loop"))
                     break
                 if run.simulator:
                     last = run.played[-1]
