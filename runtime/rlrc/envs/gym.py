@@ -243,16 +243,16 @@ def _check_rules(rules: GymMapping, spec: PolicySpec, mapping: Path) -> None:
             f"{' and '.join(signs) or 'none'}; keep the one that tells that the task is done"
         )
     check_distinct(rules.cameras, "observation of the environment", "cameras of the policy", str(mapping))
-    check_apart(rules.state, mapping)
-    _check_fan_out(rules.action.index or (), spec, mapping)
+    _check_apart(rules.state, mapping)
     if wrong := [i for i in rules.action.index or () if not 0 <= i < spec.action.dim]:
         raise UserError(
             f"expected action.index from 0 to {spec.action.dim - 1}, the policy's dimensions "
             f"{', '.join(spec.action.names)}, found {wrong[0]}; correct {mapping}"
         )
+    _check_fan_out(rules.action.index or (), spec, mapping)
 
 
-def check_apart(paths: tuple[str, ...], mapping: Path) -> None:
+def _check_apart(paths: tuple[str, ...], mapping: Path) -> None:
     """Raises UserError where a part of the state is another part, or within it: the policy would get it twice."""
     for place, path in enumerate(paths):
         for other in paths[:place] + paths[place + 1 :]:
@@ -264,10 +264,10 @@ def check_apart(paths: tuple[str, ...], mapping: Path) -> None:
 
 
 def _check_fan_out(index: Sequence[int], spec: PolicySpec, mapping: Path) -> None:
-    """One dimension of the policy's for several actuators is meant for the fingers of a gripper only."""
+    """Raises UserError where a dimension of the policy that is no gripper's drives several of the environment's."""
     names, meanings = spec.action.names, spec.action.meaning
     for place in sorted(set(index)):
-        if list(index).count(place) > 1 and 0 <= place < spec.action.dim and meanings[place] != "gripper":
+        if list(index).count(place) > 1 and meanings[place] != "gripper":
             raise UserError(
                 f"expected every dimension of the policy once at action.index (a gripper's may drive several fingers), "
                 f"found {names[place]} for {list(index).count(place)} of the environment's; correct {mapping}"

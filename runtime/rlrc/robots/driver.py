@@ -1,4 +1,4 @@
-"""A driver that somebody else has written, with its promises checked (rlrc.robots.robot)."""
+"""A user's driver, with its promises checked (rlrc.robots.robot)."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Timing:
 class Control:
     """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None.
 
-    A ``robot`` of somebody else's comes as a Driver, which checks what its calls give.
+    A user's ``robot`` comes as a Driver, which checks what its calls give.
     ``sleep`` takes seconds, and ends early with True when somebody stops (StopSwitch.wait).
     With a ``standstill`` a stop does not end the episode: the robot is held until somebody re-arms it, or ends it.
     ``show`` gets every step when it is over.

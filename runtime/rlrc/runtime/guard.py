@@ -77,8 +77,9 @@ class Guard:
         self._tracking = np.array([math.inf if d.tracking is None else d.tracking.limit for d in dimensions])
         measured = [dimensions[index] for index in self._measures]
         self._angles, self._measured_angles = Angles(dimensions), Angles(measured)
-        own = reach.Limits(*(limit[self._measures] for limit in self.limits[:-1]), self.longest)
-        self._plausible = Plausibility(measured, own, self._measured_angles.periods) if follows else None
+        self._plausible: Plausibility | None = None
+        if follows:
+            self._plausible = Plausibility(measured, self.limits.of(self._measures), self._measured_angles.periods)
         self._position = np.array([dimension.rest or 0.0 for dimension in dimensions])
         self._velocity = np.zeros(len(dimensions))
         self._aim = self._position  # the last target, which matters for absolutes

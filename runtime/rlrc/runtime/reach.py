@@ -49,6 +49,11 @@ class Limits(NamedTuple):
     lasting: NDArray[np.bool_]
     longest: float
 
+    def of(self, dimensions: list[int]) -> Limits:
+        """Those of some dimensions only."""
+        low, high, velocity, acceleration = (limit[dimensions] for limit in self[:4])
+        return Limits(low, high, velocity, acceleration, self.lasting[dimensions], self.longest)
+
 
 def braked(velocity: Vector, limits: Limits, dt: float) -> Vector:
     """The velocities after braking for dt seconds: towards zero, and never beyond."""

@@ -254,7 +254,7 @@ class Run:
         return run, granted
 
     def _put_away(self, run: Running, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
-        """From the watchdog's thread, where the loop's does not go on: all that is left is to write and to report."""
+        """Writes and reports what there is, in the watchdog's thread, where the loop's does not go on."""
         switch.put_back()
         run.failures.append(reason)
         if not run.guard.stopped:

@@ -308,8 +308,8 @@ class StopSwitch:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """The first Ctrl-C in this block does nothing: whoever sees a robot stop by a fault presses it, and would lose log
-    and recording. The second one interrupts. In the main thread."""
+    """The first Ctrl-C in this block does nothing: an operator who sees a robot stop by a fault presses it, and would
+    lose log and recording. The second one interrupts. In the main thread."""
     pressed = list[int]()
 
     def handle(number: int, frame: Any) -> None:
@@ -325,7 +325,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """While nobody listens."""
+    """Outside the block of ``listen``."""
 
 
 def _foreground(descriptor: int) -> bool:

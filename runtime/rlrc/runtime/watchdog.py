@@ -1,4 +1,4 @@
-"""What watches the loop's thread: a driver's call that hangs would keep every way to stop from working.
+"""A thread that watches the loop's: a driver's call that hangs would keep every way to stop from working.
 
     dog = Watchdog(driver, put_away)
     with dog.watching(seconds):         # around the loop, which calls ``dog.beat`` at every step
@@ -102,7 +102,7 @@ class Watchdog:
             self._give_up(late)
 
     def _give_up(self, late: Late) -> None:
-        """Log and recording, then the end: nobody can end the thread that hangs."""
+        """Log and recording, then the end: a thread that hangs cannot be ended alone."""
         reason = self._driver.halted or self._what()
         thread = threading.Thread(target=self.put_away, args=(reason,), daemon=True)
         thread.start()
@@ -116,13 +116,13 @@ class Watchdog:
         return f"{name} has not returned for {(now - since) * 1e3:.0f} ms"
 
     def _tell(self, line: str) -> None:
-        """Beside this thread: a terminal may let nobody write."""
+        """In another thread: a terminal may block its writers."""
         threading.Thread(target=self._say, args=(line,), daemon=True).start()
 
 
 def leave(known: Set[threading.Thread], code: int, end: Callable[[int], object] = os._exit) -> int:
-    """The exit code of a program that is over. Threads beside the ``known`` ones that Python would wait for, which a
-    driver has started and not ended, end with the process."""
+    """The exit code of a program that is over. Threads that a driver has started and not ended, for which Python would
+    wait, end with the process; those ``known`` before do not count."""
     deadline = time.monotonic() + RETURN_S
     left = [one for one in threading.enumerate() if not one.daemon and one not in known]
     for thread in left:
