@@ -207,8 +207,9 @@ def test_a_failure_after_a_stop_is_not_lost() -> None:
     assert arm.stopped_at is not None
 
 
-def test_the_last_step_of_a_run_may_come_to_rest() -> None:
-    control, arm, _, _ = loop(0)
+@pytest.mark.parametrize("patience", [1.0, 0.0])  # no action is missing while the robot is brought to rest
+def test_the_last_step_of_a_run_may_come_to_rest(patience: float) -> None:
+    control, arm, _, _ = loop(0, patience=patience)
     control.run(steps=5, rest=True)
     sent = np.array([command[0] for _, command in arm.sent])
     np.testing.assert_allclose(sent, [0.01, 0.02, 0.03, 0.04, 0.05, 0.05], atol=1e-6)

@@ -68,6 +68,26 @@ def test_an_action_that_has_become_too_late_while_it_was_guarded_is_replaced_by_
     assert joints(arm) == [0.01, 0.02, 0.03, 0.03]
 
 
+def test_the_time_since_a_hold_that_came_late_counts_from_that_hold() -> None:
+    control, arm, _, clock = loop(0, "replace", gap=3.0)
+    step, sense, spans = control.guard.step, arm.sense, list[float]()
+
+    def stuck(command: Any, measured: Any, dt: float, age: float) -> Any:
+        spans.append(dt)
+        clock.now += 1.5 * PERIOD if len(spans) == 4 else 0.0
+        return step(command, measured, dt, age)
+
+    def slow() -> Any:
+        sensed = sense()
+        clock.now += 0.3 * PERIOD if len(spans) == 4 else 0.0
+        return sensed
+
+    control.guard.step, arm.sense = stuck, slow  # type: ignore[method-assign]
+    control.run(steps=5)
+    assert control.telemetry.rows["held"][3]
+    assert spans == pytest.approx([PERIOD] * 4 + [0.3 * PERIOD])
+
+
 def test_a_stop_between_two_steps_does_not_wait_for_the_next() -> None:
     control, arm, _, clock = loop(0, "replace")
     pressed: list[float] = []

@@ -262,7 +262,8 @@ def test_commands_too_small_for_a_servo_are_no_lead(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_states_that_come_at_a_third_of_the_rate(mode: str) -> None:
+@pytest.mark.parametrize("speed", [0.4, 0.7])  # 0.7 m/s: 0.2 m from state to state, where one step explains 0.15
+def test_states_that_come_at_a_third_of_the_rate(mode: str, speed: float) -> None:
     guard, seen = guard_of(MODES[mode], hz=20.0), list[np.ndarray]()
     body = Body(guard, [0.0])
 
@@ -271,7 +272,22 @@ def test_states_that_come_at_a_third_of_the_rate(mode: str) -> None:
             seen.append(state)
         return seen[-1]
 
-    assert play(guard, body, waving(0.5), sensor, 300) == 300, guard.reason
+    assert play(guard, body, waving(speed), sensor, 300) == 300, guard.reason
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_of_a_long_step_may_be_followed_at_once(mode: str) -> None:
+    guard = guard_of(MODES[mode])
+    guard.start(at(0.0))
+    where = 0.0
+    for dt in (*[DT] * 10, 2 * DT, DT, DT):
+        command = {"absolute": where + dt, "velocity": 1.0}.get(mode, dt)  # at 1 m/s, the velocity limit
+        sent = guard.step(at(command), at(where), dt).command
+        assert sent is not None
+        moved = {"absolute": sent[0] - where, "velocity": sent[0] * dt}.get(mode, sent[0])
+        where += moved
+    assert moved == pytest.approx(DT)
+    assert not guard.stopped, guard.reason  # 0.2 m within 0.1 s, where the velocity limit and jitter explain 0.15
 
 
 def test_a_gripper_on_an_object_is_no_lie() -> None:
