@@ -76,7 +76,7 @@ def make(folder: Path) -> dict[str, list[Path]]:
             if not out.exists():
                 print(f"exporting {out.name}", file=sys.stderr)
                 given = artifacts.load(dense if precision == "fp32" else int4, verify=())
-                export(given, out, precision=precision, tolerance=10.0)  # errors are told here, not limited
+                export(given, out, precision=precision, tolerance=10.0)  # errors are reported here, not limited
             found.setdefault(policy_name, []).append(out)
     return found
 
@@ -158,10 +158,10 @@ def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> di
             most = ["--most", "16"] if emulated else ["--threads", str(threads), "--rounds", str(rounds)]
             found = folder / "found.json"
             print(run([*command, script, str(found), *map(str, paths), *most], environment), file=sys.stderr, end="")
-            told = json.loads(found.read_text())
+            measured = json.loads(found.read_text())
             # A masked engine sees less than the C library, which kernels() asks.
-            classes[-1]["versions"] = told["versions"] | ({"kernels": name} if way == "masked" else {})
-            for path, row in told["rows"].items():
+            classes[-1]["versions"] = measured["versions"] | ({"kernels": name} if way == "masked" else {})
+            for path, row in measured["rows"].items():
                 precision = path.removeprefix(f"{policy}-")
                 rows.append({"policy": policy, "class": name, "way": way, "precision": precision, **row})
     load.append(round(os.getloadavg()[0], 2))

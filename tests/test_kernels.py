@@ -344,10 +344,10 @@ def test_as_many_observations_may_be_off_as_in_the_record(
     assert seen == [1] * 5
 
 
-def test_what_takes_long_is_told(
+def test_a_long_replay_reports_progress(
     toy_artifact: Path, elsewhere: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recheck, "TELL_S", 0.0)
+    monkeypatch.setattr(recheck, "REPORT_S", 0.0)
     elsewhere("x86-64 avx2-test")
     LocalPolicy.load(toy_artifact)
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What rlrc sets for the libraries that it imports: none sends anything, all keep their caches in rlrc's folder.
+"""Environment variables for the libraries that rlrc imports: no telemetry, and caches in rlrc's own folder.
 
 Libraries read these variables when they are imported or make their first session, so every package of rlrc calls
 ``keep_local`` in its ``__init__``. Child processes inherit them. Needs the standard library only.
@@ -19,7 +19,7 @@ CACHES = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa"}
 
 
 def keep_local() -> None:
-    """Sets the variables that are not set yet: who wants another value sets it before Python starts."""
+    """Sets the variables that are not set yet. To use another value, set it before Python starts."""
     for name, value in SILENT.items():
         os.environ.setdefault(name, value)
     for name, folder in CACHES.items():
@@ -27,7 +27,7 @@ def keep_local() -> None:
 
 
 def cache_folder() -> Path:
-    """Where rlrc keeps what it can make again: RLRC_CACHE, else ``rlrc`` in XDG_CACHE_HOME or ~/.cache."""
+    """The folder of files that rlrc can make again: RLRC_CACHE, else ``rlrc`` in XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get("RLRC_CACHE"):
         return Path(named)
     caches = os.environ.get("XDG_CACHE_HOME")

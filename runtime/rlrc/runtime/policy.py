@@ -80,8 +80,8 @@ class LocalPolicy:
     def load(
         path: Path | str, threads: int = 1, require_verified: bool = True, backend: str | None = None
     ) -> LocalPolicy:
-        """Checks the hashes of all that is read here, and on kernels that the graphs were not verified on their answers
-        (rlrc.runtime.recheck). Refuses an artifact without verified graphs (UserError)."""
+        """Checks the hashes of all files that are read. On kernels other than those of the record, also checks the
+        graphs' answers (rlrc.runtime.recheck). Raises UserError for an artifact without verified graphs."""
         artifact = artifacts.load(Path(path), verify=())
         backend = backends.choose(artifact.manifest, backend, artifact.path)
         artifact.verify(*loaded(backend))

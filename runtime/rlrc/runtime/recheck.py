@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rlrc.runtime.policy import LocalPolicy
 
 ENOUGH, ENOUGH_S = 4, 2.0  # observations and seconds to replay at least
-TELL_S = 3.0  # how often to say so
-ASIDE = ("numpy", "machine")  # of an engine's versions: they choose no kernels
+REPORT_S = 3.0  # between two lines of progress
+IRRELEVANT = ("numpy", "machine")  # entries of an engine's versions that choose no kernels
 
 
 def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
@@ -40,7 +40,7 @@ def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
     if _relevant(record.versions) == _relevant(here) and not _is_unknown(here):
         return
     agreed = _remembered(policy.artifact, policy.backend, here)
-    if os.path.exists(agreed):  # unlike Path.exists, false where it is not to be seen
+    if os.path.exists(agreed):  # unlike Path.exists, false for a folder without permission
         return
     try:
         reason = disagreement(policy, record)
@@ -49,8 +49,8 @@ def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
     policy.reset()
     if reason is not None:
         raise UserError(
-            f"expected the graphs of {policy.artifact.path}, verified with {_told(record.versions)}, to answer alike "
-            f"with {_told(here)}, found {reason}; export it again on this machine, or with another --precision"
+            f"expected the graphs of {policy.artifact.path}, verified with {_named(record.versions)}, to answer alike "
+            f"with {_named(here)}, found {reason}; export it again on this machine, or with another --precision"
         )
     with suppress(OSError):  # a cache that cannot be written: they are replayed again the next time
         agreed.parent.mkdir(parents=True, exist_ok=True)
@@ -58,10 +58,10 @@ def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
 
 
 def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
-    """What is beyond the record's limits, None if nothing is.
+    """How far the answers are beyond the record's limits; None if they are within them.
 
-    Goes through the observations in random order, and stops when more are beyond the limits than all together may be,
-    or after ``ENOUGH`` of them and ``ENOUGH_S``, if no larger part of these is beyond the limits than may be.
+    Replays the observations in random order. Stops when more of them are beyond the limits than the record allows for
+    the whole set, or after ``ENOUGH`` observations and ``ENOUGH_S`` seconds if no larger share than that is beyond.
     """
     policy.artifact.verify(GOLDEN)
     golden, spec = verify.read_golden(policy.artifact.file(GOLDEN), policy.spec), policy.spec
@@ -70,7 +70,7 @@ def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
     if limits.of_range is not None:
         scale, limit, part = verify.action_range(spec.action), limits.of_range, verify.ONE_IN
     beyond, worst = np.zeros(spec.action.dim, int), 0.0
-    started = told = monotonic()
+    started = reported = monotonic()
     for count, index in enumerate(np.random.default_rng(0).permutation(len(golden)), 1):
         one = golden.rows([index])
         error = verify.errors(spec, verify.replay(policy, one), one, limits).max((0, 1)) / scale
@@ -82,8 +82,8 @@ def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
         now = monotonic()
         if count >= ENOUGH and now - started > ENOUGH_S and beyond.max() <= _allowed(count, part):
             return None
-        if now - told > TELL_S:
-            told = now
+        if now - reported > REPORT_S:
+            reported = now
             print(
                 f"rlrc: {policy.artifact.path} was verified on other kernels: {count} of up to {len(golden)} golden "
                 "observations replayed here",
@@ -99,19 +99,19 @@ def _allowed(observations: int, part: int) -> int:
 
 
 def _remembered(artifact: Artifact, backend: str, here: Mapping[str, str]) -> Path:
-    """The file that is there once they have agreed."""
+    """The file that records an agreement."""
     key = json.dumps([artifact.digest, backend, _relevant(here)], sort_keys=True)
     return cache_folder() / "verified" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _relevant(versions: Mapping[str, str]) -> dict[str, str]:
-    return {name: version for name, version in versions.items() if name not in ASIDE}
+    return {name: version for name, version in versions.items() if name not in IRRELEVANT}
 
 
 def _is_unknown(here: Mapping[str, str]) -> bool:
     return here.get("kernels", "").endswith(UNKNOWN)
 
 
-def _told(versions: Mapping[str, str]) -> str:
+def _named(versions: Mapping[str, str]) -> str:
     """Such as "onnxruntime 1.32.0, kernels x86-64 avx2"."""
     return ", ".join(f"{name} {version}" for name, version in _relevant(versions).items()) or "an engine not recorded"

@@ -38,7 +38,7 @@ FINE = 256
 """Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
 NARROW, RESOLVED = 1e-5, 2.0**-14
 """A dimension with a smaller range, in action units or relative to its center, is constant. Data in which a dimension
-never moves has a deviation or range of zero there, for which normalisation puts 1e-8 to 1e-6. Below 2^-14 of the center
+never moves has a deviation or range of zero, which normalisation replaces by 1e-8 to 1e-6. Below 2^-14 of the center
 the bins are no wider than two steps of float32."""
 
 
@@ -62,7 +62,7 @@ class Golden:
         return len(self.actions)
 
     def rows(self, indices: Sequence[int] | NDArray[np.integer]) -> Golden:
-        """Those observations with their answers."""
+        """The golden set of these observations only."""
         arrays = {name: array[indices] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
         return replace(self, images={name: pictures[indices] for name, pictures in self.images.items()}, **arrays)
 
@@ -168,8 +168,8 @@ class Limits:
 def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
     """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
 
-    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions have
-    no say in the narrowest bin, unless all are: graphs cannot move them by more than their own range.
+    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions do
+    not count for the narrowest bin, unless all are constant: graphs cannot move them by more than their own range.
     """
     moving = _nominal_range(action) >= _narrowest_range(action)
     half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2

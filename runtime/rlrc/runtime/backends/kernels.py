@@ -1,7 +1,7 @@
 """The class of this processor: the instruction sets by which engines choose the kernels of their matrix products.
 
-Read as an engine does, from the processor itself (by way of the C library) and not from /proc/cpuinfo, so that an
-emulated processor is told from the one below it. ONNX Runtime and llama.cpp choose 8-bit kernels by these sets, and not
+Read as an engine does, from the processor itself (through the C library) and not from /proc/cpuinfo, which under an
+emulator describes the host. ONNX Runtime and llama.cpp choose 8-bit kernels by these sets, and not
 all kernels give the same answer (docs/export.md).
 """
 
@@ -60,7 +60,7 @@ def arm_class(found: set[str]) -> str:
 
 
 def _x86() -> set[str] | None:
-    """Those that the system lets programs use; None where that is not to be known."""
+    """The sets that the system lets programs use; None if they cannot be found out."""
     try:
         leaf = ctypes.CDLL("libc.so.6").__x86_get_cpuid_feature_leaf  # glibc 2.33 and later
     except (AttributeError, OSError):
