@@ -47,7 +47,7 @@ class StopTarget:
                 pressed += self._answer()
                 found += received(connection)
         assert self._listener.turn(0)
-        assert not pressed or b"Bearer " + TOKEN.encode() in message
+        assert not pressed or TOKEN.encode() in message
         return told(found)
 
     def _answer(self) -> int:

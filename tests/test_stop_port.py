@@ -93,6 +93,13 @@ def test_a_stop_and_what_is_asked_about_it(pressed: Pressed) -> None:
     assert pressed.reasons == ["HTTP"]
 
 
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Api-Key"])
+def test_the_token_is_taken_as_on_every_port(pressed: Pressed, scheme: str) -> None:
+    assert b"200 OK" in pressed.say(request().replace(b"Bearer", scheme.encode()))
+    assert b"401 Unauthorized" in pressed.say(request().replace(b"Bearer", b"Basic"))
+    assert pressed.reasons == ["HTTP"]
+
+
 @pytest.mark.parametrize(
     ("sent", "status"),
     [

@@ -10,6 +10,7 @@ whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
 
 from __future__ import annotations
 
+import hmac
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -87,6 +88,13 @@ def parse(data: bytes) -> Head:
         length=_length(fields),
         persistent=matched[3] == b"1" and fields.get(b"connection", b"").lower() != b"close",
     )
+
+
+def shows(authorization: str | None, token: str) -> bool:
+    """``authorization``: the field, "Bearer TOKEN" or "Api-Key TOKEN" (openpi's clients)."""
+    scheme, _, given = (authorization or "").partition(" ")
+    right = hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())
+    return right and scheme.lower() in ("api-key", "bearer")
 
 
 def host(field: str) -> str | None:

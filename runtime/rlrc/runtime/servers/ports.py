@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlrc.errors import UserError
+from rlrc.runtime import http_head
 from rlrc.runtime.servers.metrics import CONTENT_TYPE
 from rlrc.runtime.servers.session import Session
 
@@ -26,7 +26,6 @@ PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
 PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
 CLOSED = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
-
 
 VISIBLE = re.compile("[!-~]+")
 
@@ -41,12 +40,8 @@ class Access:
     tls: ssl.SSLContext | None = None
 
     def allows(self, authorization: str | None) -> bool:
-        """``authorization``: the header, "Api-Key TOKEN" (openpi's clients) or "Bearer TOKEN"."""
-        if self.token is None:
-            return True
-        scheme, _, given = (authorization or "").partition(" ")
-        right = hmac.compare_digest(given.encode(errors="surrogatepass"), self.token.encode())
-        return right and scheme.lower() in ("api-key", "bearer")
+        """``authorization``: the header."""
+        return self.token is None or http_head.shows(authorization, self.token)
 
 
 def connected(transport: asyncio.BaseTransport | None) -> bool:
