@@ -113,6 +113,7 @@ def test_the_token_is_taken_as_on_every_port(pressed: Pressed, scheme: str) -> N
         (request("OPTIONS"), 403),
         (request("POST", TOKEN, "Content-Encoding: gzip", "Content-Length: 9"), 415),
         (request("POST", TOKEN, "Content-Encoding: zstd"), 415),
+        (request("POST", TOKEN, "Content-Encoding: gzip", "Content-Encoding: identity"), 400),
         (request("POST", TOKEN, "Transfer-Encoding: chunked"), 411),
         (request("POST", TOKEN, "Upgrade: h2c"), 400),
         (request("POST", TOKEN, "Content-Length: 1", "Content-Length: 2"), 400),

@@ -1,11 +1,11 @@
 """The head of an HTTP/1.1 request, parsed strictly and before any library sees it.
 
-    head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 505)
+    head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 431)
     head.method, head.path, head.length, head.get("authorization")
 
-HTTP allows more than rlrc's clients use. What is not needed is refused here: folded and repeated fields, chunked and
-compressed bodies, upgrades, control characters. A compressed body would have to be inflated before anybody knows
-whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
+HTTP allows more than rlrc's clients use. What is not needed is refused here: folded fields, those of ``_ONCE`` given
+twice, chunked and compressed bodies, upgrades, control characters. A compressed body would have to be inflated before
+it is known whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _LENGTH = re.compile(rb"[0-9]{1,12}")
+_ONCE = (b"host", b"content-length", b"content-encoding", b"authorization", b"origin")
 _HOST = re.compile(r"[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -78,7 +79,7 @@ def parse(data: bytes) -> Head:
         if not colon or not _NAME.fullmatch(name) or _CONTROL.search(value):
             raise Refusal(400, "expected header fields as name: value, found another line")
         name = name.lower()
-        if name in fields and name in (b"host", b"content-length", b"authorization", b"origin"):
+        if name in fields and name in _ONCE:
             raise Refusal(400, f"expected {name.decode()} once, found it again")
         fields[name] = value
     return Head(
@@ -124,11 +125,11 @@ def response(
     fields: Mapping[str, str] | None = None,
 ) -> bytes:
     """A whole response. ``fields``: further ones of the header."""
-    told = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} if body else {}
-    told |= {"Content-Length": str(len(body.encode()))} if status != 204 else {}
-    told |= {"Connection": "close"} if close else {}
-    told |= fields or {}
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in told.items())]
+    header = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} if body else {}
+    header |= {"Content-Length": str(len(body.encode()))} if status != 204 else {}
+    header |= {"Connection": "close"} if close else {}
+    header |= fields or {}
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in header.items())]
     return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
 
 

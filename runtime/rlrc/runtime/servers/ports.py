@@ -45,7 +45,7 @@ class Access:
 
 
 def connected(transport: asyncio.BaseTransport | None) -> bool:
-    """Whether the peer is still there: asked of the kernel, for nothing may be read from the peer at the moment."""
+    """Whether the peer is still there, from the kernel: while a request is answered, nothing is read from the peer."""
     if transport is None or transport.is_closing():
         return False
     peer = transport.get_extra_info("socket")
@@ -172,7 +172,7 @@ def tls(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 class _Handshake(ssl.SSLObject):
-    """asyncio drops connections whose handshake fails without a word."""
+    """Logs a failed handshake: asyncio drops the connection without a line."""
 
     def do_handshake(self) -> None:
         try:
