@@ -116,6 +116,8 @@ def test_the_token_is_taken_as_on_every_port(pressed: Pressed, scheme: str) -> N
         (request("POST", TOKEN, "Content-Encoding: gzip", "Content-Encoding: identity"), 400),
         (request("POST", TOKEN, "Transfer-Encoding: chunked"), 411),
         (request("POST", TOKEN, "Upgrade: h2c"), 400),
+        (request("POST", TOKEN, "Expect: 100-co\x9dtinue"), 417),
+        (request("POST", TOKEN, "Expect: 200-ok"), 417),
         (request("POST", TOKEN, "Content-Length: 1", "Content-Length: 2"), 400),
         (request("POST", TOKEN, "Content-Length: -1"), 400),
         (request("POST", TOKEN, "Content-Length: \xb2"), 400),

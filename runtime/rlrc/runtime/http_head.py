@@ -1,6 +1,6 @@
 """The head of an HTTP/1.1 request, parsed strictly and before any library sees it.
 
-    head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 431)
+    head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 417, 431)
     head.method, head.path, head.length, head.get("authorization")
 
 HTTP allows more than rlrc's clients use. What is not needed is refused here: folded fields, those of ``_ONCE`` given
@@ -111,6 +111,8 @@ def _length(fields: dict[bytes, bytes]) -> int:
         raise Refusal(411, "expected a body with Content-Length, found Transfer-Encoding; send it in one piece")
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
         raise Refusal(415, "expected a body without Content-Encoding, found an encoded one; send it as it is")
+    if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise Refusal(417, "expected 100-continue in Expect, found another; leave the field out")
     length = fields.get(b"content-length", b"0")
     if not _LENGTH.fullmatch(length):
         raise Refusal(400, "expected Content-Length in digits, found another")
