@@ -20,25 +20,18 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import atheris
-
-with atheris.instrument_imports(
-    include=["rlrc.runtime.servers", "rlrc.runtime.http_head", "rlrc.runtime.stop_listener"]
-):
-    import rlrc.runtime.servers.gr00t
-    import rlrc.runtime.servers.lerobot
-    import rlrc.runtime.servers.openpi
-    import rlrc.runtime.servers.openvla
-    import rlrc.runtime.stop_listener  # noqa: F401
-
 import msgpack
-from fuzz_targets import CONNECTION, HTTP, INSTRUCTED, OBSERVED, PROTOCOLS, Target, resident, seeds
 
-from rlrc.benchmarks import machine
+with atheris.instrument_imports(include=["rlrc"]):  # names of packages; those of modules include their package
+    from fuzz_targets import CONNECTION, HTTP, INSTRUCTED, OBSERVED, PROTOCOLS, Target, resident, seeds
+
+    from rlrc.benchmarks import machine
 
 CORPUS = Path(__file__).parents[1] / "tests/data/fuzz"
 WARM = 2000  # messages until the memory of the process is what it needs
@@ -214,18 +207,12 @@ def lines(request: bytes, chance: random.Random) -> bytes:
     """A request with a line left out, doubled, moved, or made one that libraries act upon."""
     head, _, body = request.partition(b"\r\n\r\n")
     parts = head.split(b"\r\n")
-    here, there = chance.randrange(len(parts)), chance.randrange(len(parts))
-    what = chance.randrange(5)
-    if what == 0:
-        del parts[here]
-    elif what == 1:
-        parts.insert(there, parts[here])
-    elif what == 2:
-        parts[here], parts[there] = parts[there], parts[here]
-    elif what == 3:
-        parts.insert(here, chance.choice(FIELDS))
-    else:
-        parts[here] = chance.choice([parts[here] + chance.choice(ENDS), *FIELDS])
+    edit(
+        parts,
+        chance,
+        changed=lambda part: chance.choice([part + chance.choice(ENDS), *FIELDS]),
+        new=lambda: chance.choice(FIELDS),
+    )
     return b"\r\n".join(parts) + b"\r\n\r\n" + body
 
 
@@ -235,19 +222,31 @@ def opcodes(pickled: bytes, chance: random.Random) -> bytes:
     places = [place for _, _, place in pickletools.genops(pickled[start:])]
     parts = [pickled[start + a : start + b] for a, b in zip(places, [*places[1:], None], strict=True)]
     for _ in range(chance.randrange(1, 4)):
-        here, there = chance.randrange(len(parts)), chance.randrange(len(parts))
-        what = chance.randrange(5)
-        if what == 0:
-            del parts[here]
-        elif what == 1:
-            parts.insert(there, parts[here])
-        elif what == 2:
-            parts[here], parts[there] = parts[there], parts[here]
-        elif what == 3:
-            parts[here] = chance.choice(OPCODES) + parts[here][1:]
-        else:
-            parts.insert(here, chance.choice(OPCODES) + chance.randbytes(chance.randrange(9)))
+        edit(
+            parts,
+            chance,
+            changed=lambda part: chance.choice(OPCODES) + part[1:],
+            new=lambda: chance.choice(OPCODES) + chance.randbytes(chance.randrange(9)),
+        )
     return pickled[:start] + b"".join(parts)
+
+
+def edit(
+    parts: list[bytes], chance: random.Random, changed: Callable[[bytes], bytes], new: Callable[[], bytes]
+) -> None:
+    """One part left out, doubled, moved, changed, or a new one put in."""
+    here, there = chance.randrange(len(parts)), chance.randrange(len(parts))
+    what = chance.randrange(5)
+    if what == 0:
+        del parts[here]
+    elif what == 1:
+        parts.insert(there, parts[here])
+    elif what == 2:
+        parts[here], parts[there] = parts[there], parts[here]
+    elif what == 3:
+        parts[here] = changed(parts[here])
+    else:
+        parts.insert(here, new())
 
 
 if __name__ == "__main__":

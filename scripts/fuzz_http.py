@@ -47,8 +47,8 @@ class StopTarget:
                 pressed += self._answer()
                 found += received(connection)
         assert self._listener.turn(0)
-        assert not pressed or b"Bearer " + TOKEN.encode() in message
-        return told(found)
+        assert not pressed or TOKEN.encode() in message
+        return refusal(found)
 
     def _answer(self) -> int:
         pressed = 0
@@ -93,7 +93,7 @@ class PageTarget:
             await asyncio.sleep(0)
         connection.connection_lost(None)
         await asyncio.sleep(0)
-        return told(wire.written)
+        return refusal(wire.written)
 
     async def close(self) -> None:
         self._server.ended.set()
@@ -146,7 +146,7 @@ def received(connection: socket.socket) -> bytes:
         return b""
 
 
-def told(found: bytes) -> str | None:
+def refusal(found: bytes) -> str | None:
     """Why the first request was refused; None: it was answered."""
     if not found:
         return "expected a whole request, found a part"

@@ -10,8 +10,9 @@ without it. Against the p99 of the one alone, it tells of the queue for one poli
 
 Then stops are sent while one attack after the other (load_http.py, --stop-seconds for each) floods every port that
 speaks HTTP, that of the stop itself included: to another `rlrc serve --page`, and to `rlrc run --port`. Asked:
-``STOP_MS`` at the 99th percentile on the stop's own port, and none that fails. How long stops take that go through the
-page's port is told, not asked.
+``STOP_MS`` at the 99th percentile on the stop's own port, and none that fails. The times of stops through the page's
+port are reported without a limit.
+
 Exit code 1: the server did not keep that, grew, refused an honest client, or ended.
 """
 
@@ -188,10 +189,10 @@ def stops(artifact: Path, seconds: float, profile: str, attacks: Sequence[str]) 
         log = Path(folder) / "log"
         for name, start in (("serve", served(artifact, log)), ("run", running(artifact, log, profile))):
             with start as server:
-                attacked = {name: server.ports[name] for name in load_attacks.HTTP if name in server.ports}
+                ports = [server.ports[speaker] for speaker in load_attacks.HTTP if speaker in server.ports]
                 operator = server.operator()
                 try:
-                    found[name] = load_http.stops(operator, attacked, seconds, tick, attacks)
+                    found[name] = load_http.stops(operator, ports, seconds, tick, attacks)
                 finally:
                     operator.close()
                 if server.process.poll() is not None:
@@ -208,8 +209,8 @@ def late(stopped: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         for row in rows:
             for way in ("kept", "new"):
                 if row[way]["p99_ms"] > STOP_MS or row[way]["failed"]:
-                    told = f"{row[way]['p99_ms']:.0f} ms, failed {dict(row[way]['failed'])}"
-                    found.append(f"stop of rlrc {program} beside {row['attack']} ({way} connection): p99 {told}")
+                    took = f"{row[way]['p99_ms']:.0f} ms, failed {dict(row[way]['failed'])}"
+                    found.append(f"stop of rlrc {program} beside {row['attack']} ({way} connection): p99 {took}")
     return found
 
 

@@ -2,9 +2,8 @@
 
 Every step is a connection that breaks a rule: bytes that are nobody's, another protocol's beginning, frames that
 declare or hold more than is allowed, connections that are never finished, never read or fed a byte at a time. Ports
-that speak HTTP get those of load_http.py, too. Those
-that are left open stay open, up to ``HELD``, and the oldest go. It works at a lower priority than the server, as if it
-were elsewhere: what it makes the server do is what counts.
+that speak HTTP get those of load_http.py, too. Those that are left open stay open, up to ``HELD``, and the oldest go.
+It works at a lower priority than the server, as if it were elsewhere: what it makes the server do is what counts.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Attacker:
                 yield
         for name, attack in self._http.items():
             for port in [port for protocol, port in self._ports.items() if protocol in HTTP]:
-                self._do(name, lambda attack=attack, port=port: self._kept(attack.once(port)))  # type: ignore[misc]
+                self._do(name, partial(self._once, attack, port))
                 yield
 
     def _do(self, name: str, step: Callable[[], str]) -> None:
@@ -79,6 +78,9 @@ class Attacker:
         self.done[name, outcome] += 1
         self._feed()
         time.sleep(PAUSE_S)
+
+    def _once(self, attack: load_http.Attack, port: int) -> str:
+        return self._kept(attack.once(port))
 
     def oversized(self, protocol: str) -> str:
         """Declares more than 4 GB, and sends a little of it."""

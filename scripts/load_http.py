@@ -18,7 +18,7 @@ import struct
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,7 +92,7 @@ class Attack:
         return self._sent(port, self.sent[-1])
 
     def _sent(self, port: int, data: bytes) -> socket.socket:
-        """A server that reads no more, or hangs up, is what it is about: who attacks does not wait for it."""
+        """Does not wait for a server that stops reading or hangs up, which is what the attack is for."""
         connection = socket.create_connection(("127.0.0.1", port), 1.0)
         connection.settimeout(0.2)
         try:
@@ -187,11 +187,12 @@ class Operator:
         return http.client.HTTPConnection(address, timeout=TIMEOUT_S)
 
     def press(self, connection: http.client.HTTPConnection) -> None:
-        """Raises AssertionError where it does not stop."""
+        """Raises HTTPException for an answer that does not confirm the stop."""
         connection.request("POST", "/stop", headers={"Authorization": f"Bearer {self._token}"})
         with connection.getresponse() as response:
-            told = json.loads(response.read())
-        assert told["stopped"], told
+            answer = response.read()
+        if response.status != 200 or not json.loads(answer)["stopped"]:
+            raise http.client.HTTPException(f"expected a stop, found {response.status} {answer[:200]!r}")
 
     def run(self, seconds: float) -> dict[str, dict[str, Any]]:
         """Milliseconds of the stops of so long, by the way that they went."""
@@ -222,22 +223,22 @@ class Operator:
                         self._kept.close()  # and the next stop opens it
                 found[way].append((time.perf_counter() - begun) * 1e3)
                 time.sleep(EVERY_S)
-        return {way: told(values) | {"failed": failed[way]} for way, values in found.items()}
+        return {way: summary(values) | {"failed": failed[way]} for way, values in found.items()}
 
 
-def told(milliseconds: Sequence[float]) -> dict[str, Any]:
+def summary(milliseconds: Sequence[float]) -> dict[str, Any]:
     p50, p99, most = np.percentile(milliseconds, (50, 99, 100)).round(2).tolist()
     return {"stops": len(milliseconds), "p50_ms": p50, "p99_ms": p99, "max_ms": most}
 
 
 def stops(
-    operator: Operator, ports: Mapping[str, int], seconds: float, tick: Callable[[int], None], names: Sequence[str]
+    operator: Operator, ports: Sequence[int], seconds: float, tick: Callable[[int], None], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each attack, the first without one. ``ports``: those that are attacked, by name."""
+    """A row for each attack, the first without one. ``ports``: those that are attacked."""
     rows: list[dict[str, Any]] = [{"attack": "none", "connections": 0, **operator.run(seconds)}]
     for name in names:
         tick(1)
-        with attacked(name, list(ports.values())) as did:
+        with attacked(name, ports) as did:
             time.sleep(min(0.5, seconds))
             row = operator.run(seconds)
         rows.append({"attack": name, **did, **row})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,21 @@ class Served:
         workers = [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(workers) == 1
         return workers[0]
+
+
+def said(port: int, first: bytes, then: bytes = b"", seconds: float = 20.0) -> bytes:
+    """All that comes until the server closes the connection. ``then`` is sent after the answer to ``first``."""
+    found = b""
+    with socket.create_connection(("127.0.0.1", port), seconds) as connection:
+        try:
+            connection.sendall(first)
+            found += connection.recv(2**16)
+            connection.sendall(then)
+            while part := connection.recv(2**16):
+                found += part
+        except ConnectionError:
+            pass
+    return found
 
 
 def wait_for(condition: object, seconds: float = 20.0) -> None:

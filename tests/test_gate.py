@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from load_http import _zeros, _zstd
-from serving import Served, wait_for
+from serving import Served, said, wait_for
 
 from rlrc.errors import UserError
 from rlrc.runtime.printable import printable
@@ -34,19 +34,6 @@ def served(arm_toy: Path) -> Iterator[Served]:
 def ports(served: Served) -> dict[str, int]:
     assert served.page is not None
     return {"/act": served.ports["openvla"], "/stop": int(served.page.split("/#")[0].rpartition(":")[2])}
-
-
-def say(port: int, sent: bytes, seconds: float = 20.0) -> bytes:
-    """All that comes back until the other end hangs up."""
-    found = b""
-    with socket.create_connection(("127.0.0.1", port), seconds) as connection:
-        try:
-            connection.sendall(sent)
-            while part := connection.recv(2**16):
-                found += part
-        except ConnectionError:
-            pass
-    return found
 
 
 def post(path: str, body: bytes, *fields: str, token: str = TOKEN) -> bytes:
@@ -72,7 +59,7 @@ def test_encoded_bodies_are_refused_with_the_token_and_without(
 ) -> None:
     for token in (TOKEN, "wrong"):
         begun = time.monotonic()
-        answer = say(ports(served)[path], post(path, body, f"Content-Encoding: {coding}", token=token))
+        answer = said(ports(served)[path], post(path, body, f"Content-Encoding: {coding}", token=token))
         assert answer.startswith(b"HTTP/1.1 415 "), answer
         assert answer.endswith(
             b"\r\n\r\nexpected a body without Content-Encoding, found an encoded one; send it as it is\n"
@@ -88,7 +75,7 @@ def test_the_stop_beside_encoded_bodies(served: Served) -> None:
         for connection in connections:
             connection.sendall(post("/", body, "Content-Encoding: gzip", token="none"))
         begun = time.monotonic()
-        answer = say(port, b"GET /stop HTTP/1.0\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n\r\n")
+        answer = said(port, b"GET /stop HTTP/1.0\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n\r\n")
         assert b'{"stopped": false' in answer
         assert time.monotonic() - begun < SLOW_S
     finally:
@@ -119,7 +106,7 @@ def test_the_stop_beside_encoded_bodies(served: Served) -> None:
     ],
 )
 def test_what_is_no_proper_request_is_refused(served: Served, path: str, sent: bytes, status: int | None) -> None:
-    answer = say(ports(served)[path], sent.replace(b"{}", path.encode()))
+    answer = said(ports(served)[path], sent.replace(b"{}", path.encode()))
     if status is not None:
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer
         body = answer.partition(b"\r\n\r\n")[2]
@@ -134,17 +121,17 @@ def test_the_page_takes_what_it_can_take(served: Served) -> None:
     port = ports(served)["/stop"]
     deep = b'{"text": ' + b"[" * 1900 + b"]" * 1900 + b"}"
     for body in (b'{"text": "\\ud800"}', b'{"text": "a\\u001b[31mb\\u0000"}', b'{"text": null}'):
-        assert say(port, post("/instruction", body)).startswith(b"HTTP/1.1 200 ")
+        assert said(port, post("/instruction", body)).startswith(b"HTTP/1.1 200 ")
     for body in (deep, b'{"text": 5}', b"\xff", b"", b"[1]", b'{"text": "%s"}' % (b"x" * 501)):
-        assert say(port, post("/instruction", body)).startswith(b"HTTP/1.1 400 "), body[:20]
+        assert said(port, post("/instruction", body)).startswith(b"HTTP/1.1 400 "), body[:20]
     for cursor in ("\u00b2".encode(), b"9" * 400, b"-1", b"%C2%B2", b"1e3", b"%D9%A3"):
         asked = b"GET /camera/0?after=%s HTTP/1.0\r\nAuthorization: Bearer %s\r\n\r\n" % (cursor, TOKEN.encode())
-        assert say(port, asked)[9:12] in (b"400", b"404"), cursor
+        assert said(port, asked)[9:12] in (b"400", b"404"), cursor
 
 
 def test_bodies_that_never_come_are_not_waited_for(served: Served) -> None:
     begun = time.monotonic()
-    answer = say(ports(served)["/stop"], post("/rearm", b"{}")[:-1])
+    answer = said(ports(served)["/stop"], post("/rearm", b"{}")[:-1])
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert time.monotonic() - begun < 20
 
@@ -163,8 +150,8 @@ def test_no_token_and_no_byte_of_a_stranger_is_in_the_log(arm_toy: Path) -> None
     with Served(arm_toy, *options, protocols=("openpi", "openvla")) as served:
         for port in ports(served).values():
             for one in sent * 5:
-                say(port, one)
-        say(served.ports["openpi"], sent[0])
+                said(port, one)
+        said(served.ports["openpi"], sent[0])
         wait_for(lambda: served.get("/readyz")[0] == 200)
         code, log = served.end(signal.SIGINT)
     assert code == 0
@@ -191,11 +178,11 @@ def test_openpis_port_inflates_nothing(served: Served) -> None:
     assert b"Extensions" not in answer
     assert answer.endswith(b"reserved bits must be 0")
     encoded = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n\r\n"
-    assert say(served.ports["openpi"], encoded).startswith(b"HTTP/1.1 415 ")
+    assert said(served.ports["openpi"], encoded).startswith(b"HTTP/1.1 415 ")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "printed"),
     [
         ("close\nit", "close it"),
         (" a \x1b[2Jb\x9b", "a ?[2Jb?"),
@@ -204,9 +191,9 @@ def test_openpis_port_inflates_nothing(served: Served) -> None:
         ("é 手", "é 手"),
     ],
 )
-def test_words_are_one_line_that_can_be_printed(text: str, told: str) -> None:
-    assert words(json.dumps({"reason": text}).encode(), "reason") == told
-    assert printable(told) == told
+def test_words_are_one_line_that_can_be_printed(text: str, printed: str) -> None:
+    assert words(json.dumps({"reason": text}).encode(), "reason") == printed
+    assert printable(printed) == printed
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"reason": []}', b'{"reason": 1}', b'{"reason"', b"[" * 10**5, b"null"])

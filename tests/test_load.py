@@ -60,7 +60,7 @@ def test_a_late_or_failed_stop_is_said() -> None:
     rows = [{"attack": "none", "kept": good, "new": good, "page": late}]
     assert load.late({"run": rows}) == []
     rows = [{"attack": "x", "kept": late, "new": failed, "page": good}]
-    assert [told.split(":")[0] for told in load.late({"run": rows})] == [
+    assert [line.split(":")[0] for line in load.late({"run": rows})] == [
         "stop of rlrc run beside x (kept connection)", "stop of rlrc run beside x (new connection)"
     ]  # fmt: skip
 

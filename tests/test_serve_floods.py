@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from load_attacks import GREETING, READY, UPGRADE, masked
-from serving import Served, wait_for
+from serving import Served, said, wait_for
 from test_serve_openpi import asked, observation, opened
 
 from rlrc.runtime.servers import ports
 from rlrc.runtime.servers.ports import CONNECTIONS, Allowance, Places
 
 PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot")
+SECONDS = 8.0  # of a connection: less than any other limit that would end it
 FLOODS = {
     "pings": ("openpi", UPGRADE, masked(0x9, b"") * 1000, b"too many pings"),
     "pongs": ("openpi", UPGRADE, masked(0xA, b"") * 1000, b"too many pings"),
@@ -31,25 +32,10 @@ def served(toy_artifact: Path) -> Iterator[Served]:
         yield running
 
 
-def told(port: int, first: bytes, then: bytes = b"") -> bytes:
-    """All that came until the server closed. ``then`` is sent after the answer to ``first``."""
-    found = b""
-    with socket.create_connection(("127.0.0.1", port), 8) as connection:  # less than what else would end it
-        try:
-            connection.sendall(first)
-            found += connection.recv(2**16)
-            connection.sendall(then)
-            while more := connection.recv(2**16):
-                found += more
-        except ConnectionError:
-            pass
-    return found
-
-
 def test_who_floods_is_cut_off(served: Served) -> None:
     with opened(served) as beside:
         for name, (protocol, opening, flood, expected) in FLOODS.items():
-            found = told(served.ports[protocol], opening, flood)
+            found = said(served.ports[protocol], opening, flood, SECONDS)
             assert expected in found, name
             assert len(found) < 5000, name  # no answer to every one
             assert "actions" in asked(beside, observation())
@@ -74,7 +60,7 @@ def test_what_is_broken_leaves_no_traceback(served: Served) -> None:
     with socket.create_connection(("127.0.0.1", served.ports["openvla"]), 8) as connection:
         connection.sendall(half)
         wait_for(lambda: served.get("/healthz", "openvla")[0] == 200)
-    assert told(served.ports["openvla"], b"\x16\x03\x01" + bytes(100)).startswith(b"HTTP/1.1 400")
+    assert said(served.ports["openvla"], b"\x16\x03\x01" + bytes(100), seconds=SECONDS).startswith(b"HTTP/1.1 400")
     code, log = served.end()
     assert code == 0
     assert "openvla client 127.0.0.1: gone" in log

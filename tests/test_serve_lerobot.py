@@ -10,7 +10,6 @@ import time
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -26,13 +25,12 @@ from clients import (
     MESSAGES,
     MIDDLE,
     LerobotClient,
-    RemotePolicyConfig,
     TimedObservation,
     chunks,
     features,
     lerobot,
 )
-from serving import Served, wait_for
+from serving import Served
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
@@ -61,12 +59,16 @@ def _classes() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def expected(toy_artifact: Path) -> np.ndarray:
+def actions_of(artifact: Path) -> np.ndarray:
     state = np.array([0.1, 0.5, 1.0], np.float32)
     given = {"image.corner4": PICTURE, "state": state, "instruction": WORDS}
-    actions: np.ndarray = LocalPolicy.load(toy_artifact).infer(given)["actions"]
+    actions: np.ndarray = LocalPolicy.load(artifact).infer(given)["actions"]
     return actions
+
+
+@pytest.fixture(scope="module")
+def expected(toy_artifact: Path) -> np.ndarray:
+    return actions_of(toy_artifact)
 
 
 @pytest.fixture(scope="module")
@@ -174,66 +176,6 @@ def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
     return found.code(), found.details()
 
 
-def test_what_comes_too_early_is_told(served: Served) -> None:
-    with LerobotClient(served.ports["lerobot"]) as client:
-        assert client.get_actions() == b""  # of a client that may have been here before: it is asked to go on
-        strange = TimedObservation(1700000000.0, 0, {"wheel.vel": 1.0, "task": WORDS})
-        code, told = refused(lambda: client.send_observation(strange))
-        assert code == grpc.StatusCode.INVALID_ARGUMENT
-        assert told == (
-            "expected SendPolicyInstructions before observations, found none from a client with such sensors; start "
-            "the client again"
-        )
-
-
-MORE = features([*MOTORS][::-1], {"corner4": (32, 32, 3), "wrist": (32, 32, 3)})
-
-
-def test_a_client_goes_on_after_its_connection_was_lost(served: Served, expected: np.ndarray) -> None:
-    with LerobotClient(served.ports["lerobot"]) as first:
-        first.start(FEATURES)
-        first.send_observation(timed(3))
-        assert len(pickle.loads(first.get_actions())) == 3
-    with LerobotClient(served.ports["lerobot"]) as other:  # another robot, which has more
-        other.start(MORE, actions_per_chunk=1)
-    with LerobotClient(served.ports["lerobot"]) as again:  # no Ready, no SendPolicyInstructions
-        again.send_observation(timed(3))
-        found = np.stack([action.action for action in pickle.loads(again.get_actions())])
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    with LerobotClient(served.ports["lerobot"]) as other:
-        other.send_observation(timed(9, wrist=PICTURE))
-        found = np.stack([action.action for action in pickle.loads(other.get_actions())])
-        assert found.shape == (1, 4)
-        assert np.abs(found - expected[:1]).max() > 1e-3  # its motors are in another order
-
-
-def test_a_client_goes_on_after_a_restart_of_the_server(toy_artifact: Path, expected: np.ndarray) -> None:
-    with Served(toy_artifact, protocols=("lerobot",)) as free:
-        port = free.ports["lerobot"]
-    with LerobotClient(port) as client:  # one connection object, as LeRobot's client keeps it
-        for number in range(2):
-            with Served(toy_artifact, protocols=("lerobot",), port=port):
-                if not number:
-                    client.start(FEATURES, actions_per_chunk=2)
-                wait_for(lambda: client.channel_is_there())
-                client.send_observation(timed(7 * number))
-                found = np.stack([action.action for action in pickle.loads(client.get_actions())])
-                np.testing.assert_allclose(found, expected[:2], rtol=0, atol=1e-6)
-
-
-def test_clients_that_cannot_be_told_apart_are_not_mixed_up(served: Served) -> None:
-    turned = features([*MOTORS][::-1], {"corner4": (32, 32, 3)})
-    with (
-        LerobotClient(served.ports["lerobot"]) as one,
-        LerobotClient(served.ports["lerobot"]) as other,
-        LerobotClient(served.ports["lerobot"]) as again,
-    ):
-        one.start(FEATURES)
-        other.start(turned)
-        assert "found two clients with such sensors" in refused(lambda: again.send_observation(timed()))[1]
-        other.start(FEATURES)
-
-
 def test_who_is_refused_again_and_again_is_made_to_pause(toy_artifact: Path) -> None:
     served = Served(toy_artifact, "--token", "secret", protocols=("lerobot",))
     with LerobotClient(served.ports["lerobot"]) as client:  # whose loop has no pause of its own
@@ -339,73 +281,6 @@ def test_what_is_wrong_is_refused_in_one_line(client: LerobotClient, name: str) 
     assert "\n" not in told
     assert not WAS_HERE.exists()
     client.send_observation(timed(must_go=True))
-    assert len(pickle.loads(client.get_actions())) == 3
-
-
-def test_wrong_instructions_are_refused(client: LerobotClient) -> None:
-    config = RemotePolicyConfig("act", "user/model", FEATURES, 50)
-    cases: list[tuple[Any, str]] = [
-        (Evil(), "found 'posix.system'"),
-        (timed(), "expected LeRobot's RemotePolicyConfig"),
-        (replace(config, lerobot_features=[]), "expected lerobot_features as a map, found list"),
-        (replace(config, actions_per_chunk=0), "expected actions_per_chunk of 1 or more, found 0"),
-        (replace(config, rename_map={"a": 1}), "expected a rename_map of texts"),
-        (
-            replace(config, lerobot_features={"observation.state": {"dtype": "float32", "names": "xyz"}}),
-            "expected names of the numbers of observation.state",
-        ),
-        (replace(config, lerobot_features=features(list("x" * 2000), {})), "expected up to 1024 numbers"),
-        # What can never fit is refused here, not at the first observation.
-        (
-            replace(config, lerobot_features=features(list(MOTORS), {"front": (32, 32, 3)})),
-            "expected the cameras observation.images.corner4, found observation.images.front; name",
-        ),
-        (
-            replace(config, lerobot_features=features([*MOTORS, "wrist.pos"], {"corner4": (32, 32, 3)})),
-            "numbers (x, y, grip), found 4 (shoulder.pos, elbow.pos, gripper.pos, wrist.pos); use the robot",
-        ),
-        (
-            replace(config, lerobot_features=features(["a.pos", "b.pos", "a.pos"], {"corner4": (32, 32, 3)})),
-            "expected every number of the client for one of the entries of the state, found a.pos for x and grip",
-        ),
-        (
-            replace(config, lerobot_features=features(["grip", "x", "y"], {"corner4": (32, 32, 3)})),
-            "expected the state in the policy's order, x, y, grip, found grip, x, y",
-        ),
-        (
-            replace(config, lerobot_features=features([], {"corner4": (32, 32, 3)})),
-            "expected a state of 3 numbers",
-        ),
-        (
-            replace(config, lerobot_features={"observation.images.corner4": {"dtype": "image", "shape": (32, 32, 3)}}),
-            "expected the state observation.state, found none",
-        ),
-        (
-            replace(config, lerobot_features=features(list(MOTORS), {"corner4": (480, 640, 3)})),
-            "expected observation.images.corner4 of shape (32, 32, 3), found (480, 640, 3)",
-        ),
-        (
-            replace(config, lerobot_features=features(list(MOTORS), {"corner4": (32, 32, 1)})),
-            "found (32, 32, 1)",
-        ),
-        (
-            replace(
-                config,
-                lerobot_features=features(list(MOTORS), {"corner4": (32, 32, 3), "b": (32, 32, 3)}),
-                rename_map={"observation.images.b": "observation.images.corner4"},
-            ),
-            "found two as observation.images.corner4; correct --rename_map",
-        ),
-    ]
-    for wrong, told in cases:
-        assert told in refused(lambda wrong=wrong: client.instruct(pickle.dumps(wrong)))[1]
-
-
-def test_pictures_are_renamed_as_the_client_says(client: LerobotClient) -> None:
-    told = features(list(MOTORS), {"laptop": (32, 32, 3)})
-    renamed = {"observation.images.laptop": "observation.images.corner4"}
-    client.instruct(pickle.dumps(RemotePolicyConfig("act", "m", told, 50, "cpu", renamed)))
-    client.send_observation(timed(corner4=None, laptop=PICTURE))
     assert len(pickle.loads(client.get_actions())) == 3
 
 

@@ -133,7 +133,7 @@ def test_a_stop_from_another_thread_is_not_lost_in_a_rearm(tiny_spec: PolicySpec
         session = Session(tiny_spec, Slow(guard_of(ABSOLUTE)))
         session.opened.set()
         session.stop("the page")
-        with pytest.raises(UserError, match="expected nobody to press stop meanwhile"):
+        with pytest.raises(UserError, match="expected no stop during re-arming"):
             session.rearm("the test")
         assert session.stopped == "the page"
         session.lost = "POST http://127.0.0.1:1/stop"

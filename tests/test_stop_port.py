@@ -93,6 +93,13 @@ def test_a_stop_and_what_is_asked_about_it(pressed: Pressed) -> None:
     assert pressed.reasons == ["HTTP"]
 
 
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Api-Key"])
+def test_the_token_is_taken_as_on_every_port(pressed: Pressed, scheme: str) -> None:
+    assert b"200 OK" in pressed.say(request().replace(b"Bearer", scheme.encode()))
+    assert b"401 Unauthorized" in pressed.say(request().replace(b"Bearer", b"Basic"))
+    assert pressed.reasons == ["HTTP"]
+
+
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
@@ -106,8 +113,11 @@ def test_a_stop_and_what_is_asked_about_it(pressed: Pressed) -> None:
         (request("OPTIONS"), 403),
         (request("POST", TOKEN, "Content-Encoding: gzip", "Content-Length: 9"), 415),
         (request("POST", TOKEN, "Content-Encoding: zstd"), 415),
+        (request("POST", TOKEN, "Content-Encoding: gzip", "Content-Encoding: identity"), 400),
         (request("POST", TOKEN, "Transfer-Encoding: chunked"), 411),
         (request("POST", TOKEN, "Upgrade: h2c"), 400),
+        (request("POST", TOKEN, "Expect: 100-co\x9dtinue"), 417),
+        (request("POST", TOKEN, "Expect: 200-ok"), 417),
         (request("POST", TOKEN, "Content-Length: 1", "Content-Length: 2"), 400),
         (request("POST", TOKEN, "Content-Length: -1"), 400),
         (request("POST", TOKEN, "Content-Length: \xb2"), 400),

@@ -161,7 +161,7 @@ class RemotePolicy:
         try:
             self._connection = connection = WebSocket(self.url, self._tls, self._headers, LARGEST, seconds)
             metadata = connection.receive(deadline - monotonic())
-        except (OSError, WebSocketException, ValueError) as error:  # a time-out and a URL of nothing among them
+        except (OSError, WebSocketException, ValueError) as error:  # time-outs and malformed URLs among them
             self.close()
             raise NoAction(f"expected an openpi server at {self.url}, found: {error or 'no answer'}") from None
         unpacked = None if isinstance(metadata, str) else _unpacked(metadata)

@@ -1,15 +1,16 @@
 """The head of an HTTP/1.1 request, parsed strictly and before any library sees it.
 
-    head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 505)
+    head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 417, 431)
     head.method, head.path, head.length, head.get("authorization")
 
-HTTP allows more than rlrc's clients use. What is not needed is refused here: folded and repeated fields, chunked and
-compressed bodies, upgrades, control characters. A compressed body would have to be inflated before anybody knows
-whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
+HTTP allows more than rlrc's clients use. What is not needed is refused here: folded fields, those of ``_ONCE`` given
+twice, chunked and compressed bodies, upgrades, control characters. A compressed body would have to be inflated before
+it is known whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
 """
 
 from __future__ import annotations
 
+import hmac
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -24,6 +25,7 @@ _LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _LENGTH = re.compile(rb"[0-9]{1,12}")
+_ONCE = (b"host", b"content-length", b"content-encoding", b"authorization", b"origin")
 _HOST = re.compile(r"[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -77,7 +79,7 @@ def parse(data: bytes) -> Head:
         if not colon or not _NAME.fullmatch(name) or _CONTROL.search(value):
             raise Refusal(400, "expected header fields as name: value, found another line")
         name = name.lower()
-        if name in fields and name in (b"host", b"content-length", b"authorization", b"origin"):
+        if name in fields and name in _ONCE:
             raise Refusal(400, f"expected {name.decode()} once, found it again")
         fields[name] = value
     return Head(
@@ -87,6 +89,13 @@ def parse(data: bytes) -> Head:
         length=_length(fields),
         persistent=matched[3] == b"1" and fields.get(b"connection", b"").lower() != b"close",
     )
+
+
+def shows(authorization: str | None, token: str) -> bool:
+    """``authorization``: the field, "Bearer TOKEN" or "Api-Key TOKEN" (openpi's clients)."""
+    scheme, _, given = (authorization or "").partition(" ")
+    right = hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())
+    return right and scheme.lower() in ("api-key", "bearer")
 
 
 def host(field: str) -> str | None:
@@ -102,6 +111,8 @@ def _length(fields: dict[bytes, bytes]) -> int:
         raise Refusal(411, "expected a body with Content-Length, found Transfer-Encoding; send it in one piece")
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
         raise Refusal(415, "expected a body without Content-Encoding, found an encoded one; send it as it is")
+    if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise Refusal(417, "expected 100-continue in Expect, found another; leave the field out")
     length = fields.get(b"content-length", b"0")
     if not _LENGTH.fullmatch(length):
         raise Refusal(400, "expected Content-Length in digits, found another")
@@ -116,11 +127,11 @@ def response(
     fields: Mapping[str, str] | None = None,
 ) -> bytes:
     """A whole response. ``fields``: further ones of the header."""
-    told = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} if body else {}
-    told |= {"Content-Length": str(len(body.encode()))} if status != 204 else {}
-    told |= {"Connection": "close"} if close else {}
-    told |= fields or {}
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in told.items())]
+    header = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} if body else {}
+    header |= {"Content-Length": str(len(body.encode()))} if status != 204 else {}
+    header |= {"Connection": "close"} if close else {}
+    header |= fields or {}
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in header.items())]
     return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
 
 

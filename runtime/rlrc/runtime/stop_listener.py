@@ -1,6 +1,6 @@
 """The process that answers POST /stop, and nothing else.
 
-No event loop, engine or library is shared with anything that a stranger can make busy: one thread, non-blocking
+No event loop, engine or library is shared with anything that other requests can keep busy: one thread, non-blocking
 sockets, heads parsed by rlrc.runtime.http_head. Started and listened to by rlrc.runtime.stop_port.
 
     POST /stop       {"stopped", "reason"}, once the other process has latched the stop; the body is ignored
@@ -10,12 +10,11 @@ sockets, heads parsed by rlrc.runtime.http_head. Started and listened to by rlrc
 All but OPTIONS need ``Authorization: Bearer TOKEN``. Before a connection has shown the token, it gets a head's bytes,
 ``UNKNOWN_S`` seconds and one of ``UNKNOWN`` places. The oldest connection of the address that has most of them makes
 room for a new one. A connection that has shown the token is served first and keeps its place, so a page that
-stays connected does not compete with anybody.
+stays connected does not compete with other clients.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import selectors
 import signal
@@ -28,6 +27,7 @@ from typing import Any
 
 from rlrc.runtime import http_head
 from rlrc.runtime.http_head import Head, Refusal
+from rlrc.runtime.packets import LARGEST, receive
 
 UNKNOWN, UNKNOWN_S = 128, 5.0  # connections without the token, and seconds until they have to have shown it
 KNOWN, KNOWN_S = 64, 60.0  # connections with it, and seconds until an idle one is closed
@@ -70,7 +70,7 @@ class Listener:
         self, listening: socket.socket, wire: socket.socket, token: str, tls: ssl.SSLContext | None, page: int | None
     ) -> None:
         self._listening, self._wire, self._tls, self._page = listening, wire, tls, page
-        self._bearer = f"Bearer {token}".encode()
+        self._token = token
         self._callers: dict[Caller, None] = {}  # in the order in which they came
         self._asked: deque[tuple[Caller, object, float]] = deque()  # the wire's answers come in this order
         self._selector = selectors.DefaultSelector()
@@ -207,7 +207,7 @@ class Listener:
                     raise Refusal(403, "expected the operator's page")
                 self._send(caller, http_head.response(204, close=False, fields=PREFLIGHT | caller.cors))
                 return
-            if not hmac.compare_digest(head.fields.get(b"authorization", b""), self._bearer):
+            if not http_head.shows(head.get("authorization"), self._token):
                 raise Refusal(401, "expected the header Authorization: Bearer TOKEN")
             if head.method not in ("GET", "POST"):
                 raise Refusal(405, "expected GET or POST")
@@ -225,18 +225,11 @@ class Listener:
 
     def _heard(self) -> bool:
         """Answers of the other process, in the order of the questions; whether it goes on."""
-        while True:
-            try:
-                message = self._wire.recv(2**16)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not message:
-                return False
+        while message := receive(self._wire):
             caller, mark, _ = self._asked.popleft()
             if caller.waiting is mark and not caller.closed:
                 self._tell(caller, 200, json.loads(message))
+        return message is None
 
     def _cors(self, head: Head) -> dict[str, str]:
         """What lets the operator's page read the answer; nothing for the pages of others."""
@@ -250,22 +243,22 @@ class Listener:
 
     def _tell(self, caller: Caller, status: int, body: dict[str, Any]) -> None:
         caller.waiting = None
-        told = http_head.response(
+        response = http_head.response(
             status, json.dumps(body), "application/json", close=not caller.persistent, fields=caller.cors
         )
-        if self._send(caller, told) and not caller.persistent:
+        if self._send(caller, response) and not caller.persistent:
             return self._end(caller)
         self._read(caller)
 
     def _refuse(self, caller: Caller, refusal: Refusal) -> None:
-        told = http_head.response(
+        response = http_head.response(
             refusal.status, json.dumps({"error": refusal.text}), "application/json", fields=caller.cors
         )
-        if self._send(caller, told):
+        if self._send(caller, response):
             self._end(caller)
 
     def _send(self, caller: Caller, data: bytes) -> bool:
-        """Whether it is on its way: who does not read what is so small is dropped."""
+        """Whether it is on its way. A client that does not read so few bytes is dropped."""
         if caller.closed:
             return False
         try:
@@ -287,9 +280,9 @@ class Listener:
 def main(listening: int, wire: int) -> None:
     """With what it needs as the wire's first message; then says that it is ready."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_IGN)  # whoever started this process ends it, when the robot is at rest
+        signal.signal(number, signal.SIG_IGN)  # the process that started this one ends it, when the robot is at rest
     talk = socket.socket(fileno=wire)
-    given = json.loads(talk.recv(2**16))
+    given = json.loads(talk.recv(LARGEST))
     tls = None
     if given["certificate"] is not None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

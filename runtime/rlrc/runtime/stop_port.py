@@ -1,11 +1,11 @@
 """A port for POST /stop: its listener is a process of its own (rlrc.runtime.stop_listener), this is its other end.
 
-    port = StopPort("127.0.0.1", 0)                      # the address is taken, nobody answers yet
+    port = StopPort("127.0.0.1", 0)                      # takes the address; requests wait
     port.start(token)
     while port.ready(press, state): ...                  # when its descriptor can be read; False: the listener ended
     port.close()
 
-The address is taken first, so that others can be told where the stop is before it answers.
+The address is taken first, so that the operator's page can be given the port before the listener answers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc.errors import UserError
+from rlrc.runtime.packets import receive
 from rlrc.runtime.servers.ports import url
 from rlrc.runtime.stop_listener import PRESS, READY
 
@@ -72,12 +73,12 @@ class StopPort:
         self._wire.settimeout(OPENING_S)
         try:
             self._wire.send(json.dumps(given).encode())
-            told = self._wire.recv(1024).decode()
+            answer = self._wire.recv(1024).decode()
         except OSError as error:
-            told = str(error)
-        if told != READY:
+            answer = str(error)
+        if answer != READY:
             self.close()
-            raise UserError(f"expected the stop's listener to start, found: {told or 'it ended'}; see above")
+            raise UserError(f"expected the stop's listener to start, found: {answer or 'it ended'}; see above")
         self._wire.setblocking(False)
 
     @property
@@ -91,19 +92,12 @@ class StopPort:
     def ready(self, press: Callable[[str], object], state: Callable[[], dict[str, Any]]) -> bool:
         """Takes what has come: ``press(reason)`` for each stop, then the ``state`` as the answer. -> whether the
         listener goes on."""
-        while True:
-            try:
-                message = self._wire.recv(64)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not message:
-                return False
+        while message := receive(self._wire):
             if message.startswith(PRESS):
                 press(message.removeprefix(PRESS).decode())
-            with suppress(OSError):  # it has ended: the next recv says so
+            with suppress(OSError):  # it has ended: the next ``receive`` reports that
                 self._wire.send(json.dumps(state()).encode())
+        return message is None
 
     def watch(
         self, press: Callable[[str], object], state: Callable[[], dict[str, Any]], lost: Callable[[], object]

@@ -18,9 +18,10 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from rlrc.runtime.packets import receive
+
 SLOT = 2**20  # bytes of a picture; a larger one is thinned out
 PICTURE_S = 0.1  # shortest time between two pictures of a camera
-LARGEST = 2**16  # bytes of a message
 EVENTS = 100  # that wait for the page, the last ones
 TEXT = 300  # characters of an event, or of a reason
 
@@ -37,7 +38,6 @@ class Feed:
     """The end of the loop. ``show`` and ``picture`` are for one thread, ``send`` and ``receive`` for any."""
 
     def __init__(self, cameras: Sequence[str]) -> None:
-        # Its messages have ends, and so has the connection: unlike a pipe's, and unlike datagrams'.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         memory = multiprocessing.get_context("spawn").RawArray(ctypes.c_uint8, 1 + 2 * SLOT * max(len(cameras), 1))
@@ -84,16 +84,9 @@ class Feed:
     def receive(self) -> list[dict[str, Any]] | None:
         """What operators want, as far as it has come; None: the page has ended."""
         wanted: list[dict[str, Any]] = []
-        while True:
-            try:
-                message = self._socket.recv(LARGEST)
-            except BlockingIOError:
-                return wanted
-            except OSError:
-                return None
-            if not message:
-                return None
+        while message := receive(self._socket):
             wanted.append(msgpack.unpackb(message))
+        return wanted if message is None else None
 
     def close(self) -> None:
         self._socket.close()

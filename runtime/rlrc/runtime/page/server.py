@@ -37,7 +37,8 @@ from rlrc.errors import UserError
 from rlrc.runtime import http_head
 from rlrc.runtime.board import Board
 from rlrc.runtime.http_head import Head, Refusal
-from rlrc.runtime.page.feed import LARGEST, Ends, Mirror
+from rlrc.runtime.packets import receive
+from rlrc.runtime.page.feed import Ends, Mirror
 from rlrc.runtime.page.process import Address
 from rlrc.runtime.printable import printable
 from rlrc.runtime.servers import logs
@@ -128,17 +129,11 @@ class Server:
 
     def listen(self) -> None:
         """All that has come. Its end is ours."""
-        while True:
-            try:
-                message = self.mirror.socket.recv(LARGEST)
-            except BlockingIOError:
-                return
-            except OSError:
-                message = b""
-            if not message:
-                asyncio.get_running_loop().remove_reader(self.mirror.socket.fileno())
-                return self.ended.set()
+        while message := receive(self.mirror.socket):
             self._take(msgpack.unpackb(message))
+        if message is not None:
+            asyncio.get_running_loop().remove_reader(self.mirror.socket.fileno())
+            self.ended.set()
 
     def _take(self, message: dict[str, Any]) -> None:
         self.heard = time.monotonic()
@@ -290,7 +285,7 @@ def words(body: bytes, key: str) -> str | None:
 
 @web.middleware
 async def _known(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """``Server.check`` has let it through: whoever asks for more than the page's files has shown the token."""
+    """``Server.check`` has let it through: a request for more than the page's files has shown the token."""
     if not is_file(request.method, request.path) and isinstance(request.protocol, Connection):
         request.protocol.keep_place()
     return await handler(request)
@@ -320,8 +315,8 @@ async def _answer(server: Server, ends: Ends, address: Address) -> None:
     try:
         listening = await listen(runner, server.check, places, address.host, address.port, tls, ASKED_S, IDLE_S)
     except OSError as error:
-        told = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # asyncio's is longer
-        ends.socket.send(msgpack.packb({"error": told}))
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # asyncio's is longer
+        ends.socket.send(msgpack.packb({"error": why}))
         return
     ends.socket.send(msgpack.packb({"port": listening.sockets[0].getsockname()[1]}))
     asyncio.get_running_loop().add_reader(ends.socket.fileno(), server.listen)

@@ -60,7 +60,7 @@ class SessionPage:
         )
         self._page.feed.picture(observation)
 
-    # From the stop port's thread: what clients keep the event loop busy with delays no stop.
+    # From the stop port's thread: a busy event loop delays no stop.
 
     def _press(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
         self._session.halt(reason)

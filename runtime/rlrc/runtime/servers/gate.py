@@ -56,7 +56,7 @@ class Connection(web.RequestHandler):
         super().__init__(
             server,
             loop=loop,
-            access_log=None,  # type: ignore[arg-type]
+            access_log=None,  # type: ignore[arg-type]  # aiohttp takes None, as AppRunner does; annotated without
             keepalive_timeout=idle_s,
             lingering_time=LINGER_S,
             max_line_size=http_head.LARGEST,
@@ -81,7 +81,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def keep_place(self) -> None:
-        """Whoever is at the other end may be here, and makes room for nobody."""
+        """The client has shown the token, or was answered: its connection makes no room for new ones."""
         self._places.answered(self)
 
     def answered(self) -> None:

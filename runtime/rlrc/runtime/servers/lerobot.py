@@ -252,7 +252,7 @@ class LerobotServer:
         return self._robots[peer]
 
     def _features(self, robot: Robot, raw: Mapping[str, Any]) -> Features:
-        """Raises UserError for a client that has introduced itself to nobody, and sends this."""
+        """Of the client that sends ``raw``. Raises UserError if it has never introduced itself."""
         if robot.features is None:
             others = [one for one in self._robots.values() if time.monotonic() - one.seen < RETURNS_S]
             features = self._known.find(raw, [one.features for one in others if one.features is not None])
@@ -293,7 +293,7 @@ class LerobotServer:
         return handler
 
     async def _pause(self, name: str, robot: Robot | None) -> None:
-        """LeRobot's client asks again at once, whatever it is told: for actions, and with observations at its rate."""
+        """LeRobot's client ignores refusals: it asks for actions again at once, and sends observations at its rate."""
         if robot is not None:
             robot.refused[name] += 1
         if (robot is None or robot.refused[name] > REFUSALS) and self._pausing < PAUSING:

@@ -21,6 +21,7 @@ import numpy as np
 from rlrc import strict
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
+from rlrc.folders import replacing
 from rlrc.runtime.servers import pickles
 from rlrc.runtime.servers.observations import Observations, brief, listed, shown
 from rlrc.runtime.servers.pickles import Call
@@ -99,12 +100,10 @@ class Known:
         if self._file is None:
             return
         text = json.dumps(strict.encode(_File(tuple(self._clients.values()))), indent=1)
-        part = self._file.with_suffix(f".{os.getpid()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="utf-8")
-            part.replace(self._file)
-        except OSError as error:
+            with replacing(self._file) as partial:
+                partial.write_text(text, encoding="utf-8")
+        except (OSError, UserError) as error:
             log.warning(
                 "expected to write %s, found: %s; after a restart of this server its LeRobot clients have to be "
                 "started again",

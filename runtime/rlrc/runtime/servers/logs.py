@@ -125,9 +125,9 @@ def _plain(record: logging.LogRecord, **changes: Any) -> logging.LogRecord:
 
 def _counted(line: _Line, what: str) -> logging.LogRecord:
     seconds = max(1, round(time.monotonic() - line.since))
-    told = f"{line.number:,} {what} more in {seconds:,} s: {line.last.getMessage()}"
+    message = f"{line.number:,} {what} more in {seconds:,} s: {line.last.getMessage()}"
     return _plain(
-        line.last, msg=told, created=time.time(), fields=getattr(line.last, "fields", {}) | {what: line.number}
+        line.last, msg=message, created=time.time(), fields=getattr(line.last, "fields", {}) | {what: line.number}
     )
 
 

@@ -97,7 +97,7 @@ class OpenpiServer:
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.headers.get_all("Content-Encoding"):
             return connection.respond(415, "expected a request without Content-Encoding, found one\n")
-        authorization = ", ".join(request.headers.get_all("Authorization"))  # two are none of ours
+        authorization = ", ".join(request.headers.get_all("Authorization"))  # of two, neither is taken
         told = status(request.path, self._session, self._access, authorization)
         if told is not None:
             response = connection.respond(told[0], told[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlrc.errors import UserError
+from rlrc.runtime import http_head
 from rlrc.runtime.servers.metrics import CONTENT_TYPE
 from rlrc.runtime.servers.session import Session
 
@@ -26,7 +26,6 @@ PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
 PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
 CLOSED = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
-
 
 VISIBLE = re.compile("[!-~]+")
 
@@ -41,16 +40,12 @@ class Access:
     tls: ssl.SSLContext | None = None
 
     def allows(self, authorization: str | None) -> bool:
-        """``authorization``: the header, "Api-Key TOKEN" (openpi's clients) or "Bearer TOKEN"."""
-        if self.token is None:
-            return True
-        scheme, _, given = (authorization or "").partition(" ")
-        right = hmac.compare_digest(given.encode(errors="surrogatepass"), self.token.encode())
-        return right and scheme.lower() in ("api-key", "bearer")
+        """``authorization``: the header."""
+        return self.token is None or http_head.shows(authorization, self.token)
 
 
 def connected(transport: asyncio.BaseTransport | None) -> bool:
-    """Whether the peer is still there: asked of the kernel, for nothing may be read from the peer at the moment."""
+    """Whether the peer is still there, from the kernel: while a request is answered, nothing is read from the peer."""
     if transport is None or transport.is_closing():
         return False
     peer = transport.get_extra_info("socket")
@@ -177,7 +172,7 @@ def tls(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 class _Handshake(ssl.SSLObject):
-    """asyncio drops connections whose handshake fails without a word."""
+    """Logs a failed handshake: asyncio drops the connection without a line."""
 
     def do_handshake(self) -> None:
         try:

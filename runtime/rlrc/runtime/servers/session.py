@@ -33,7 +33,6 @@ LARGEST = 16 * 2**20  # bytes of a message, and so of an observation: four pictu
 WAITING = 8  # observations that may wait for the policy, the one it works on included
 HANGS_S = 60.0  # longest inference
 
-
 # What a client sent, or what gives it when its turn comes, and so the newest there is by then.
 Given = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
@@ -52,7 +51,7 @@ class Refused(Exception):
 
 
 class Gone(Refused):
-    """The client left before its turn came: nothing is computed for it, and there is nobody to answer."""
+    """The client left before its turn came: nothing is computed for it, and no answer can be sent."""
 
     def __init__(self) -> None:
         super().__init__("gone", "expected a client that waits for its answer, found it gone")
@@ -152,7 +151,7 @@ class Session:
         self._halted = None
         if self._halts != halts:  # from another thread
             self.stop(stopped)
-            raise UserError("expected nobody to press stop meanwhile, found that somebody did; look again, then re-arm")
+            raise UserError("expected no stop during re-arming, found one; look again, then re-arm")
         log.warning("re-armed by %s (was stopped: %s)", who, stopped)
 
     def client(self) -> Client:
@@ -208,7 +207,7 @@ class Session:
         task.add_done_callback(self._tasks.discard)
         try:
             return await request.answer
-        except asyncio.CancelledError:  # whoever asked is gone; what is being computed is computed to its end
+        except asyncio.CancelledError:  # the client is gone; an inference that has begun goes on to its end
             request.waits = lambda: False
             raise
 
@@ -328,11 +327,11 @@ def _given(observation: Given) -> Mapping[str, Any]:
 def _end(request: _Request, answer: Chunk | Exception) -> None:
     """Lets go of the observation, too."""
     request.observation = {}
-    if request.answer.done():  # nobody waits for it
+    if request.answer.done():  # it was cancelled
         return
     if isinstance(answer, Exception):
         request.answer.set_exception(answer)
-        request.answer.exception()  # asyncio complains about one that nobody asks for
+        request.answer.exception()  # asyncio complains about one that is never looked at
     else:
         request.answer.set_result(answer)
 

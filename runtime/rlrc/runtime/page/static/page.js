@@ -82,8 +82,8 @@ $("entry-form").addEventListener("submit", (event) => {
   listen();
 });
 
-// The stop's own port: no other request keeps it busy. Asked again and again, its connection stays open, so that a stop
-// has to wait for none.
+// The stop's own port: no other request keeps it busy. Regular requests keep its connection open, so that a stop does
+// not wait for a new one.
 
 let stopHeard = 0;
 
@@ -91,9 +91,9 @@ const stopUrl = () => `${location.protocol}//${location.hostname}:${hello.stop}/
 
 async function askStop(method) {
   const response = await ask(stopUrl(), { method, signal: AbortSignal.timeout(STOP_MS) });
-  const told = await response.json();
+  const answer = await response.json();
   if (response.ok) stopHeard = performance.now();
-  return told;
+  return answer;
 }
 
 async function keepStopOpen() {
@@ -299,17 +299,20 @@ async function watch(name, index) {
 async function stop() {
   set("answer", "");
   for (let attempt = 1; attempt <= 20; attempt++) {
-    const told = await Promise.any([confirmed(askStop("POST")), confirmed(post("/stop", {}, { signal: AbortSignal.timeout(2 * STOP_MS) }))]).catch((all) => all.errors[1]);
-    if (told.stopped) return set("answer", "");
-    set("answer", `The stop was not confirmed (${told.message}): trying again. Use the robot's own stop.`);
+    const second = post("/stop", {}, { signal: AbortSignal.timeout(2 * STOP_MS) });
+    try {
+      await Promise.any([confirmed(askStop("POST")), confirmed(second)]);
+      return set("answer", "");
+    } catch (all) {
+      set("answer", `The stop was not confirmed (${all.errors[1].message}): trying again. Use the robot's own stop.`);
+    }
     await sleep(250);
   }
 }
 
-async function confirmed(asked) {
-  const told = await asked;
-  if (!told.stopped) throw new Error(told.error ?? "not stopped");
-  return told;
+async function confirmed(request) {
+  const answer = await request;
+  if (!answer.stopped) throw new Error(answer.error ?? "not stopped");
 }
 
 $("stop").addEventListener("pointerdown", stop); // not click: that waits for the finger to rise
