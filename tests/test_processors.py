@@ -98,8 +98,8 @@ def among_weights(groups: dict[str, float]) -> Change:
 
 
 def given(family: str) -> list[str]:
-    told = flags(family)
-    return ["--hints", str(told.hints), *(["--tokenizer", str(told.tokenizer)] if told.tokenizer else [])]
+    known = flags(family)
+    return ["--hints", str(known.hints), *(["--tokenizer", str(known.tokenizer)] if known.tokenizer else [])]
 
 
 def infer(folder: Path, family: str, out: Path, *more: str) -> int:
@@ -510,7 +510,7 @@ def trained(**values: Any) -> Change:
     return lambda folder: (folder / "train_config.json").write_text(json.dumps(content)) and None
 
 
-def told(found: PolicySpec, state: list[float]) -> str:
+def shown_state(found: PolicySpec, state: list[float]) -> str:
     assert found.prompt is not None
     assert found.state is not None
     tokenizer = Tokenizer(DATA / TOKENIZERS["pi05"] / "tokenizer.json", found.prompt)
@@ -523,7 +523,7 @@ def test_whether_the_state_is_padded_must_be_known(tmp_path: Path, capsys: pytes
     folder = copied("pi05", tmp_path, *old_pi05())
     assert infer(folder, "pi05", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "give --prompt-state padded (0.4: the prompt tells 32 numbers of the state, zeros behind) or" in line
+    assert "give --prompt-state padded (0.4: the prompt has 32 numbers of the state, zeros at the end) or" in line
     assert "--prompt-state unpadded (0.5 and later: its 7)" in line
 
     assert infer(folder, "pi05", tmp_path, "--prompt-state", "unpadded") == 0
@@ -551,7 +551,7 @@ def test_what_tells_whether_the_state_is_padded(tmp_path: Path) -> None:
     ):
         found = spec(copied("pi05", tmp_path / str(number), *changes), "pi05")
         count = 32 if padded is True else padded or 7
-        assert told(found, state) == " ".join(["128"] * count)
+        assert shown_state(found, state) == " ".join(["128"] * count)
     # Nothing to pad: nothing to ask.
     narrow = edited("config.json", lambda values: values.update(max_state_dim=7))
     assert spec(copied("pi05", tmp_path / "narrow", *old_pi05(narrow)), "pi05").state == middle
@@ -571,7 +571,7 @@ def test_an_artifact_keeps_the_padding_and_shows_its_normalisation(
     assert "state: QUANTILES by q01, q99 of observation.state in policy_preprocessor_step_3_normalizer_" in shown
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["history"][0]["config"]["assumed"].startswith(
-        "the prompt tells the state padded: train_config.json"
+        "the state is padded in the prompt: train_config.json"
     )
 
 

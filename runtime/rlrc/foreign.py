@@ -1,6 +1,6 @@
 """What a path is that is not what was expected, and what can be done about it, for error messages.
 
-Told by the names of files and a few keys. Nothing is unpickled.
+Recognised by the names of files and a few keys. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ def _official(path: Path) -> str | None:
         return None
     config = _object(path / CONFIG)
     kind = config.get("type") or config.get("model_type")
-    called = f"a checkpoint of {kind!r}" if kind else f"a folder whose {CONFIG} has neither type nor model_type"
+    called = f"a checkpoint of {kind!r}" if kind else f"a folder whose {path / CONFIG} has neither type nor model_type"
     if weights_of(path):
+        if not kind:
+            return f"{called}; is it a policy's folder?"
         return f"{called} in its training code's format; make an artifact of it first: rlrc prune {path} OUT --lossless"
     if pickled := [entry.name for entry in path.iterdir() if entry.suffix in (".bin", ".pth", ".ckpt")]:
         return f"{called} with pickled weights ({pickled[0]}); save them as safetensors with its training code"

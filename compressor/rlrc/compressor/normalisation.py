@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlrc.artifact import ActionSpec, HistoryEntry, NormStats, PolicySpec, StateSpec
-from rlrc.compressor.backbones.lerobot import dimension_names, meanings
+from rlrc.compressor.backbones.features import dimension_names, meanings
 from rlrc.compressor.backbones.normaliser import IDENTITY, MODES, Values, affine, identity
 from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError

@@ -124,7 +124,7 @@ class OfficialSource:
         self.options = dataclasses.replace(official.options_of(flags), incomplete=incomplete)
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
-        official.tell(layout)
+        official.print_assumed(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
@@ -132,8 +132,8 @@ class OfficialSource:
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}
         given |= {"assumed": "; ".join(layout.assumed)} if layout.assumed else {}
         self.normalisation: Recorded = encode(layout.normalisation)
-        told = {"normalisation": self.normalisation} if self.normalisation else {}
-        origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=told)
+        after = {"normalisation": self.normalisation} if self.normalisation else {}
+        origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=after)
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)
 

@@ -63,9 +63,11 @@ def write(source: Path, target: Path, spec: PolicySpec | None = None) -> None:
     Raises UserError for a file that is neither kind, and as ``complete`` and ``check``.
     """
     settings = settings_of(source)
-    changed, tokenizer = source.suffix != ".json", convert(source) if source.suffix != ".json" else _load(source)
-    if not changed:
+    if source.suffix == ".json":
+        tokenizer = _load(source)
         changed = complete(tokenizer, settings, source)
+    else:
+        tokenizer, changed = convert(source), True
     if spec is not None:
         check(tokenizer, settings, source, spec)
     if changed:
@@ -113,7 +115,7 @@ def settings_of(source: Path) -> Settings:
             **{key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")},
         )
         for index, token in (listed.items() if isinstance(listed, dict) else ())
-        if index.isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        if index.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
     }
     more = _object(source.parent / "added_tokens.json")
     known = {token.content for token in added.values()}
@@ -135,8 +137,10 @@ def _object(path: Path) -> dict[str, Any]:
     """Empty if there is no such file. Raises UserError for a broken one."""
     try:
         values = json.loads(path.read_bytes())
-    except OSError:
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"expected {path}, found: {error.strerror}; make it readable") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"expected JSON in {path}, found: {error}; copy that file again") from None
     return values if isinstance(values, dict) else {}

@@ -98,13 +98,13 @@ def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     ``recorded``: rlrc.compressor.policy.Normalisation as JSON values, by rlrc's names, nearest to raw values first.
     """
 
-    def told(one: Mapping[str, Any]) -> str:
+    def line(one: Mapping[str, Any]) -> str:
         if one["missing"]:
             choose = "; choose one with --unnorm-key" * bool(one["groups"])
             return f"{one['mode']}, but no statistics: found {one['missing']}{choose}"
         return f"{one['mode']} ({one['origin']})" if one["mode"] == "IDENTITY" else f"{one['mode']} by {one['origin']}"
 
-    return [f"{name}: {', then '.join(map(told, steps))}" for name, steps in recorded.items()]
+    return [f"{name}: {', then '.join(map(line, steps))}" for name, steps in recorded.items()]
 
 
 def together(names: Iterable[str], kinds: Iterable[str]) -> str:

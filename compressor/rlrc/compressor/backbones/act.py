@@ -20,6 +20,7 @@ from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.backbones.buffers import BUFFER
+from rlrc.compressor.backbones.features import Feature, number
 from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
@@ -144,7 +145,7 @@ def layout(folder: Folder, options: Options) -> Layout:
     """
     settings.check_lerobot(folder, options)
     config, processors = folder.config, lerobot.read(folder, False, options)
-    width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
+    width, heads, mlp = (number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:
         raise UserError(
             f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; correct it"
@@ -161,8 +162,8 @@ def layout(folder: Folder, options: Options) -> Layout:
     state, own, environment = _state(processors, felt)
     geometry = Geometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
     alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
-    encoder = (whole,) * lerobot.number(config, "n_encoder_layers", 4)
-    decoder = (alone, replace(whole, kind="cross")) * lerobot.number(config, "n_decoder_layers", 1)
+    encoder = (whole,) * number(config, "n_encoder_layers", 4)
+    decoder = (alone, replace(whole, kind="cross")) * number(config, "n_decoder_layers", 1)
     return Layout(
         PolicySpec(FAMILY, "parallel", cameras, state, None, processors.action(), asdict(geometry)),
         {
@@ -179,13 +180,13 @@ def layout(folder: Folder, options: Options) -> Layout:
     )
 
 
-def _felt(processors: lerobot.Processors) -> list[lerobot.Feature]:
+def _felt(processors: lerobot.Processors) -> list[Feature]:
     """The robot's state and its environment's, as far as there are any."""
     own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
     return own + processors.inputs("ENV")[:1]
 
 
-def _state(processors: lerobot.Processors, felt: list[lerobot.Feature]) -> tuple[StateSpec | None, int, int]:
+def _state(processors: lerobot.Processors, felt: list[Feature]) -> tuple[StateSpec | None, int, int]:
     """Both as one vector, and how many numbers each has."""
     own, other = ([processors.state(one) for one in felt if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]

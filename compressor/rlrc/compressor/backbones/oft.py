@@ -77,14 +77,14 @@ def recognise(folder: Folder, options: Options) -> tuple[bool, tuple[str, ...]]:
         raise UserError(f"expected the hint family to be one of {', '.join(FAMILIES)}, found {family!r}; correct it")
     files = [found.file for pattern in (ACTION_HEAD, PROPRIO, DIFFUSION, FILM) if (found := folder.pt(pattern))]
     images = _told_images(options)
-    told = [key for key in ("robot", "num_actions_chunk", "head") if options.hints.get(key) is not None]
-    told += ["images"] if isinstance(images, int) and images > 1 else []
-    if family == FAMILIES[0] and (files or told):
+    hinted = [key for key in ("robot", "num_actions_chunk", "head") if options.hints.get(key) is not None]
+    hinted += ["images"] if isinstance(images, int) and images > 1 else []
+    if family == FAMILIES[0] and (files or hinted):
         raise UserError(
             f"expected nothing of {FAMILY} in {folder.path} or the flags, as the hint family says {family}, found "
-            f"{', '.join(files + told)}; leave one or the other out"
+            f"{', '.join(files + hinted)}; leave one or the other out"
         )
-    if family or files or told:
+    if family or files or hinted:
         return family != FAMILIES[0], ()
     if STATISTICS not in folder:
         return False, ()

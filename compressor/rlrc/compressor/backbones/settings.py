@@ -189,6 +189,15 @@ def check_lerobot(folder: Folder, options: Options) -> None:
     check(folder.config, POLICIES[str(folder.config["type"])], "config.json", options)
 
 
+def check_no_prompt_state(folder: Folder, options: Options) -> None:
+    """Of a policy whose prompt has no state. Raises UserError for an ``Options.prompt_state``."""
+    if options.prompt_state is not None:
+        family = folder.config.get("type") or folder.config.get("model_type")
+        raise UserError(
+            f"expected --prompt-state with pi0.5 only, found {options.prompt_state!r} for {family}; leave it out"
+        )
+
+
 def rope_theta(text: Mapping[str, Any], where: object) -> float:
     """The base of the rotary positions: ``rope_parameters`` since transformers 5, before that ``rope_theta`` and
     ``rope_scaling``. Raises UserError for scaled or partial ones, and where two keys contradict each other."""
