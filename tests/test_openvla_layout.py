@@ -139,6 +139,7 @@ def test_which_of_the_two_families(copied: Callable[..., Path], added: dict[str,
         ({"family": "pi0"}, r"hint family to be one of openvla, openvla-oft, found 'pi0'"),
         ({"head": "diffusion"}, r"hint head to be one of l1, discrete, found 'diffusion'"),
         ({"head": "discrete", "robot": "panda", "num_images_in_input": 1}, r"robot to be one of libero.*found 'panda'"),
+        ({"head": "discrete", "normalization": ["bounds"], "num_images_in_input": 1}, r"chunk's length .*\['bounds'\]"),
     ],
 )
 @pytest.mark.parametrize("left", ["no files", "the projector"])

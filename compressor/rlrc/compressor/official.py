@@ -118,9 +118,10 @@ def open_folder(path: Path) -> Folder:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a file that is missing or is not JSON."""
+    """Raises UserError for a file that is missing or is not JSON. A whole number of 19 digits or more becomes a float:
+    no setting is that large, and Python's integers of any length overflow wherever they are computed with."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), parse_int=lambda text: int(text) if len(text) < 19 else float(text))
     except OSError as error:
         raise UserError(f"expected {path}, found: {error.strerror}; copy that file too") from None
     except (ValueError, RecursionError) as error:

@@ -18,10 +18,10 @@ from rlrc.compressor.backbones import build
 from rlrc.compressor.checkpoint import CURVES, WEIGHTS, load_policy, policy_of, read_observations
 from rlrc.compressor.inference import tokenizer_of
 from rlrc.compressor.lossless import Cut, never_read
-from rlrc.compressor.normalisation import Recorded, recorded
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
 from rlrc.errors import UserError
+from rlrc.runtime.describe import Recorded, recorded_normalisation
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.preprocess import Tokenizer, prepare
 from rlrc.strict import encode
@@ -98,7 +98,7 @@ class ArtifactSource:
         self.digest: str | None = artifact.digest
         self.history: tuple[HistoryEntry, ...] = artifact.manifest.history
         self.quantized = artifact.manifest.quantization is not None
-        self.normalisation = recorded(self.history)
+        self.normalisation = recorded_normalisation(self.history)
         self.unread: list[Cut] = []
 
     def load(self) -> Policy:

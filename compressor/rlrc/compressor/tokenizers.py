@@ -1,6 +1,6 @@
 """The tokenizer of an official folder as one ``tokenizers`` file: tokenizer.json, or a sentencepiece model converted.
 
-Offline always. transformers completes a tokenizer.json by the settings beside it (begin and end tokens, added tokens),
+Offline always. transformers completes a tokenizer.json by the settings next to it (begin and end tokens, added tokens),
 so the file alone may give other ids than the policy was trained with: it is completed here in the same way.
 """
 
@@ -104,7 +104,7 @@ class Settings:
 
 
 def settings_of(source: Path) -> Settings:
-    """Of the files beside a tokenizer's; nothing is said where there are none."""
+    """Of the files next to a tokenizer's; empty without them."""
     config = _object(source.parent / "tokenizer_config.json")
     special = _object(source.parent / "special_tokens_map.json") | config
     texts = {name: _text(special.get(f"{name}_token")) for name in ("bos", "eos")}
@@ -209,11 +209,11 @@ def check(tokenizer: Tokenizer, settings: Settings, source: Path, spec: PolicySp
     if begin is not None and settings.begin is None and not ends(tokenizer)[0]:
         raise UserError(
             f"expected prompts that begin with {begin}, as {spec.family}'s do, found that {source} adds nothing; copy "
-            "its tokenizer_config.json beside it"
+            "its tokenizer_config.json next to it"
         )
     if settings.left and spec.prompt is not None and spec.prompt.truncate:
         raise UserError(
-            f"expected truncation_side right in the tokenizer_config.json beside {source}, found left; rlrc cuts long "
+            f"expected truncation_side right in the tokenizer_config.json next to {source}, found left; rlrc cuts long "
             "prompts at their end"
         )
 

@@ -45,7 +45,7 @@ UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.wei
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is felt."""
+    """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is features."""
 
     stem: int
     blocks: list[int]
@@ -158,8 +158,8 @@ def layout(folder: Folder, options: Options) -> Layout:
     cameras = tuple(processors.camera(feature) for feature in processors.inputs("VISUAL"))
     if not cameras:
         raise UserError(f"expected a camera in input_features of {folder.path}, found none; rlrc needs one")
-    felt = _felt(processors)
-    state, own, environment = _state(processors, felt)
+    features = _state_features(processors)
+    state, own, environment = _state(processors, features)
     geometry = Geometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
     alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
     encoder = (whole,) * number(config, "n_encoder_layers", 4)
@@ -176,19 +176,19 @@ def layout(folder: Folder, options: Options) -> Layout:
             for name in folder.tensors
             if UNUSED.fullmatch(name) or BUFFER.fullmatch(name) or name.endswith(BUFFERS)
         ),
-        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *felt]),
+        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *features]),
     )
 
 
-def _felt(processors: lerobot.Processors) -> list[Feature]:
-    """The robot's state and its environment's, as far as there are any."""
+def _state_features(processors: lerobot.Processors) -> list[Feature]:
+    """The robot's state and the environment's, those that there are."""
     own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
     return own + processors.inputs("ENV")[:1]
 
 
-def _state(processors: lerobot.Processors, felt: list[Feature]) -> tuple[StateSpec | None, int, int]:
+def _state(processors: lerobot.Processors, features: list[Feature]) -> tuple[StateSpec | None, int, int]:
     """Both as one vector, and how many numbers each has."""
-    own, other = ([processors.state(one) for one in felt if one.kind == kind] for kind in ("STATE", "ENV"))
+    own, other = ([processors.state(one) for one in features if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]
     if not any(sizes):
         return None, 0, 0
@@ -200,7 +200,7 @@ def _state(processors: lerobot.Processors, felt: list[Feature]) -> tuple[StateSp
 def _resnet(folder: Folder) -> dict[str, Any]:
     """The arguments of ``ResNet``. Raises UserError where config.json and the weights differ."""
     config, tensors = folder.config, folder.tensors
-    name, dilated = config.get("vision_backbone"), bool(config.get("replace_final_stride_with_dilation"))
+    name, dilated = str(config.get("vision_backbone")), bool(config.get("replace_final_stride_with_dilation"))
     if name not in RESNETS:
         raise UserError(
             f"expected one of {', '.join(RESNETS)} as vision_backbone in config.json, found {name!r}; rlrc has no other"

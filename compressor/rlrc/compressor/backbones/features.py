@@ -10,6 +10,8 @@ from typing import Any, Literal
 from rlrc.compressor.backbones.normaliser import KINDS
 from rlrc.errors import UserError
 
+LARGEST = 1_000_000  # above every size of a policy, and small enough to build a tuple of
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -62,10 +64,10 @@ def features(config: dict[str, Any], which: Literal["input_features", "output_fe
                 f"expected {', '.join(KINDS)} as the type of {one.name} in {which} of config.json, found {one.kind!r}; "
                 "correct it"
             )
-        if not all(type(size) is int and size > 0 for size in one.shape):
+        if not all(type(size) is int and 0 < size <= LARGEST for size in one.shape):
             raise UserError(
-                f"expected positive whole numbers as the shape of {one.name} in {which} of config.json, found "
-                f"{config[which][one.name]['shape']!r:.80}; correct it"
+                f"expected positive whole numbers up to {LARGEST:,} as the shape of {one.name} in {which} of "
+                f"config.json, found {config[which][one.name]['shape']!r:.80}; correct it"
             )
     return found
 
@@ -73,8 +75,10 @@ def features(config: dict[str, Any], which: Literal["input_features", "output_fe
 def number(config: dict[str, Any], name: str, default: int | None = None) -> int:
     """A positive whole number of config.json. Raises UserError for anything else."""
     value = config.get(name, default)
-    if type(value) is not int or value < 1:
-        raise UserError(f"expected a positive whole number as {name} in config.json, found {value!r}; copy it again")
+    if type(value) is not int or not 0 < value <= LARGEST:
+        raise UserError(
+            f"expected a positive whole number up to {LARGEST:,} as {name} in config.json, found {value!r}; correct it"
+        )
     return value
 
 

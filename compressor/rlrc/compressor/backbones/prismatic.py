@@ -248,7 +248,7 @@ def _prompt_kind(folder: Folder, options: Options) -> tuple[str, tuple[str, ...]
     the base Llama 2 ("pure")."""
     said, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
     kind = said or next((kind for kind in PROMPTS if kind in str(backbone).split("-")), None)
-    if kind in PROMPTS:
+    if str(kind) in PROMPTS:
         return str(kind), ()
     if said is None and backbone is None:
         return "pure", ('the prompt "In: ... Out:", for config.json has no llm_backbone_id (--hints prompt)',)
