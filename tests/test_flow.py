@@ -384,7 +384,7 @@ def test_pictures_normalised_by_statistics_are_refused(tmp_path: Path) -> None:
         ("pi0", {"image_resolution": 64}, "expected two numbers of pixels to resize to"),
         ("pi0", {"max_state_dim": 16}, r"expected \(24, 16\) for tensor model.state_proj.weight, found \(24, 32\)"),
         ("pi0", {"max_action_dim": 5}, "expected at most max_action_dim = 5 numbers of an action"),
-        ("pi0", {"chunk_size": "8"}, "expected a positive whole number as chunk_size"),
+        ("pi0", {"chunk_size": "8"}, "expected a positive whole number up to 1,000,000 as chunk_size"),
         ("pi0", {"min_period": None}, "expected a number as min_period"),
         ("pi0", {"input_features": {}}, "expected a VISUAL in input_features"),
         ("pi0", {"input_features": []}, "expected names with type and shape as input_features"),

@@ -101,6 +101,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "interrupted": (files("stage.json", "state.pt"), "what an interrupted stage keeps; run the command of that stage"),
     "graphs": (files("decoder.onnx"), "graphs without an artifact's manifest.json"),
     "pickled": (files("config.json", "pytorch_model.bin"), "neither type nor model_type with pickled weights"),
+    "of no family": (lambda path: pi(["a"], path, width=3), "has neither type nor model_type; is it a policy's folder"),
     "no weights": (files("config.json"), "without weights; copy model.safetensors"),
     "no configuration": (lambda path: pi(["a"], path), "without config.json; copy config.json from where"),
     "nothing": (lambda path: path.mkdir(), "an empty folder; check the path"),

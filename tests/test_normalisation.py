@@ -92,8 +92,8 @@ def test_a_base_takes_the_data_sets_statistics_and_widths(
     data = record(tmp_path / "data", SIZES[family], state, NAMES)
     folder, out = base(family, tmp_path), tmp_path / "out"
     # What sft will do, data inspect says beforehand.
-    told = flags(family)
-    given = ["--hints", str(told.hints), "--tokenizer", str(told.tokenizer)]
+    known = flags(family)
+    given = ["--hints", str(known.hints), "--tokenizer", str(known.tokenizer)]
     assert main(["data", "inspect", str(data), "--policy", str(folder), *given]) == 0
 
     manifest = train(folder, out, data, family)
@@ -229,8 +229,8 @@ def test_groups_of_other_data_sets_are_not_the_datas(tmp_path: Path) -> None:
     taken = train(folder, tmp_path / "taken", data, "smolvla")
     np.testing.assert_allclose(taken.policy.action.norm.center, columns(data)[1].mean(0), rtol=1e-4)
     config = SFTConfig(steps=1, batch=2, warmup=0, data=str(data))
-    told = replace(flags("smolvla"), unnorm_key="so100")
-    kept = training.run_sft(folder, tmp_path / "kept", config, QUIET, told)
+    known = replace(flags("smolvla"), unnorm_key="so100")
+    kept = training.run_sft(folder, tmp_path / "kept", config, QUIET, known)
     assert kept.history[0].after["normalisation"]["action"][0]["group"] == "so100"
     assert abs(kept.policy.action.norm.center[0]) < 5
 
@@ -276,8 +276,8 @@ def test_data_that_a_base_cannot_take(
 
 
 def test_what_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, told = base("act", tmp_path, width=None), flags("act")
-    given = ["--hints", str(told.hints)]
+    folder, known = base("act", tmp_path, width=None), flags("act")
+    given = ["--hints", str(known.hints)]
     assert main(["sft", str(folder), str(tmp_path / "out"), *given]) == 2
     assert "found none; give --data FOLDER" in capsys.readouterr().err
     data = record(tmp_path / "data", SIZES["act"], 6, tuple(f"m{i}" for i in range(6)))

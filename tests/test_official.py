@@ -188,7 +188,7 @@ def test_no_folder(tmp_path: Path) -> None:
         ({"type": "smol_vla"}, "found 'smol_vla' in .*; the nearest is smolvla$"),
         ({"model_type": "OpenVLA2"}, "found 'OpenVLA2' in .*; the nearest is openvla$"),
         ({"type": ["pi0"]}, "found .*; the nearest is pi0$"),
-        ({}, "found neither type nor model_type in .*; is it a policy's folder"),
+        ({}, "found .* has neither type nor model_type; is it a policy's folder"),
     ],
 )
 def test_an_unknown_family(copy: Callable[[str], Path], config: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from changed_folders import copied, edited
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -351,3 +352,45 @@ def test_inspecting_an_artifact_does_not_import_torch(toy_artifact: Path) -> Non
         f"main(['inspect', {str(toy_artifact)!r}]); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [
+        ("openvla", "action: bounds_q99 by q01, q99 of bridge_orig.action in norm_stats of config.json"),
+        (
+            "openvla-oft-l1",
+            "state: bounds_q99 by q01, q99 of libero_spatial_no_noops.proprio in dataset_statistics.json",
+        ),
+    ],
+)
+def test_inspect_shows_the_statistics_of_openvla(family: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    images = ["--images", "2"] if family == "openvla-oft-l1" else []
+    assert main(["inspect", str(DATA / family / "checkpoint"), *flags(family), *images]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert line in shown
+    assert "image.image0: MEAN_STD by tvf_normalize_params of preprocessor_config.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("left", "origin"),
+    [
+        (("means", "stds"), "means, stds of preprocessor_config.json"),
+        ((), "the vision backbones, for preprocessor_config.json has none"),
+    ],
+)
+def test_inspect_shows_which_means_of_pictures_are_taken(
+    left: tuple[str, ...], origin: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fewer(values: Any) -> None:
+        for key in {"tvf_normalize_params", "means", "stds"} - set(left):
+            values.pop(key, None)
+
+    def unnamed(values: Any) -> None:
+        (values["norm_stats"],) = values["norm_stats"].values()
+
+    changes = edited("preprocessor_config.json", fewer), edited("config.json", unnamed)
+    assert main(["inspect", str(copied("openvla", tmp_path, *changes)), *flags("openvla")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"image.image0: MEAN_STD by {origin}" in shown
+    assert "action: bounds_q99 by q01, q99 of action in norm_stats of config.json" in shown

@@ -114,7 +114,7 @@ def test_no_folders_name_tells_the_length_of_a_chunk(tmp_path: Path, place: str)
 
 
 @pytest.mark.parametrize(
-    ("told", "family"),
+    ("added", "family"),
     [
         ({"num_actions_chunk": 3, "head": "discrete"}, "openvla-oft"),
         ({"num_images_in_input": 2, "head": "discrete"}, "openvla-oft"),
@@ -122,14 +122,14 @@ def test_no_folders_name_tells_the_length_of_a_chunk(tmp_path: Path, place: str)
         ({"family": "openvla"}, "openvla"),
     ],
 )
-def test_which_of_the_two_families(copied: Callable[..., Path], told: dict[str, Any], family: str) -> None:
+def test_which_of_the_two_families(copied: Callable[..., Path], added: dict[str, Any], family: str) -> None:
     folder = copied("openvla-oft-discrete")
-    given = hints("openvla-oft-discrete", *SAID) | ({} if family == "openvla" else {"num_actions_chunk": 5}) | told
+    given = hints("openvla-oft-discrete", *SAID) | ({} if family == "openvla" else {"num_actions_chunk": 5}) | added
     assert layout_of(folder, given).spec.family == family
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("added", "message"),
     [
         ({}, r"expected action_head--\*.pt in .*found none; .*\"head\": \"discrete\".*--hints"),
         ({"num_actions_chunk": 8}, r"expected action_head--\*.pt in .*found none; .*discrete"),
@@ -139,24 +139,25 @@ def test_which_of_the_two_families(copied: Callable[..., Path], told: dict[str, 
         ({"family": "pi0"}, r"hint family to be one of openvla, openvla-oft, found 'pi0'"),
         ({"head": "diffusion"}, r"hint head to be one of l1, discrete, found 'diffusion'"),
         ({"head": "discrete", "robot": "panda", "num_images_in_input": 1}, r"robot to be one of libero.*found 'panda'"),
+        ({"head": "discrete", "normalization": ["bounds"], "num_images_in_input": 1}, r"chunk's length .*\['bounds'\]"),
     ],
 )
 @pytest.mark.parametrize("left", ["no files", "the projector"])
 def test_without_its_head_an_oft_is_no_policy_of_tokens(
-    copied: Callable[..., Path], told: dict[str, Any], message: str, left: str
+    copied: Callable[..., Path], added: dict[str, Any], message: str, left: str
 ) -> None:
     """The weights of both kinds are alike: decoded as tokens, those of an L1 policy give any action."""
     folder = copied("openvla-oft-l1")
     for path in folder.glob("action_head*" if left == "the projector" else "*.pt"):
         path.unlink()
-    given = {**hints("openvla-oft-l1", *SAID, "use_proprio", "num_images_in_input"), **told}
+    given = {**hints("openvla-oft-l1", *SAID, "use_proprio", "num_images_in_input"), **added}
     with pytest.raises(UserError, match=message.replace("found num", "found .*num")) as caught:
         layout_of(folder, given)
     assert "\n" not in str(caught.value)
 
 
 def test_a_state_that_is_left_out_is_said(copied: Callable[..., Path]) -> None:
-    """Whether an L1 policy feels is told by its projector alone, which may have been forgotten."""
+    """Whether an L1 policy takes a state is known by its projector alone, which may have been forgotten."""
     folder = copied("openvla-oft-l1")
     assert not [line for line in layout_of(folder, hints("openvla-oft-l1")).assumed if "state" in line]
     next(folder.glob("proprio_projector--*.pt")).unlink()
@@ -207,11 +208,11 @@ def test_statistics_of_several_data_sets(copied: Callable[..., Path], where: str
 
 
 @pytest.mark.parametrize(
-    ("backbone", "told"), [("vicuna-v15-7b", {}), ("vicuna-v15-13b", {}), ("llama2-7b-pure", {"prompt": "vicuna"})]
+    ("backbone", "added"), [("vicuna-v15-7b", {}), ("vicuna-v15-13b", {}), ("llama2-7b-pure", {"prompt": "vicuna"})]
 )
-def test_first_version_has_vicunas_prompt(copied: Callable[..., Path], backbone: str, told: dict[str, Any]) -> None:
+def test_first_version_has_vicunas_prompt(copied: Callable[..., Path], backbone: str, added: dict[str, Any]) -> None:
     """Which is that of its language model, whatever the folder is called."""
-    prompt = layout_of(copied("openvla", llm_backbone_id=backbone), hints("openvla", **told)).spec.prompt
+    prompt = layout_of(copied("openvla", llm_backbone_id=backbone), hints("openvla", **added)).spec.prompt
     assert prompt is not None
     assert prompt.template == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -230,10 +231,10 @@ def test_a_prompt_that_the_language_model_does_not_tell(copied: Callable[..., Pa
     assert layout.spec.prompt.template.startswith("In: ")
     assert [line for line in layout.assumed if "--hints prompt" in line]
     config = json.loads((folder / "config.json").read_text())
-    for backbone, told in (("llama2-7b-chat", {}), ("llama2-7b-pure", {"prompt": "chat"})):
+    for backbone, added in (("llama2-7b-chat", {}), ("llama2-7b-pure", {"prompt": "chat"})):
         (folder / "config.json").write_text(json.dumps({**config, "llm_backbone_id": backbone}))
         with pytest.raises(UserError, match=r"a prompt of pure or vicuna .* found '.*chat'; .*--hints"):
-            layout_of(folder, hints("openvla", **told))
+            layout_of(folder, hints("openvla", **added))
 
 
 TEXT = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 44, "num_attention_heads": 2,
@@ -265,7 +266,7 @@ TEXT = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 44, "num_
         ("openvla", {"norm_stats": {"a": {"action": {"q01": [1], "q99": [2], "mask": ["no"]}}}}, None, "mask of"),
         ("openvla", {"text_config": {**TEXT, "rope_theta": True}}, None, "rope_theta of .* 1e-06 and True"),
         ("openvla", {"text_config": {**TEXT, "num_hidden_layers": True}}, None, "as num_hidden_layers .* found True"),
-        ("openvla", {"llm_max_length": 20}, None, "llm_max_length of more than the 23 tokens beside the prompt"),
+        ("openvla", {"llm_max_length": 20}, None, "llm_max_length of more than the 23 tokens outside the prompt"),
         ("openvla-oft-l1", {"llm_max_length": 90}, None, "llm_max_length of more than the 90 tokens .* found 90"),
         ("openvla", {"norm_stats": {"a": 3}}, None, "an object as statistics of 'a'"),
         ("openvla", {"text_config": {**TEXT, "rms_norm_eps": "1e-5"}}, None, "positive numbers as rms_norm_eps"),

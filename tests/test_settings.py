@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -31,6 +32,32 @@ def layout_of(folder: Path, family: str, **hints: Any) -> Layout:
     layout: Layout = module.layout(opened, options)
     official.check(opened, layout, official.build(module, layout))
     return layout
+
+
+@pytest.mark.parametrize("value", [[1], {"a": [1]}, -1, pytest.param(10**400, id="huge"), True])
+@pytest.mark.parametrize(
+    ("family", "file", "section", "key"),
+    [
+        ("act", "config.json", "", "vision_backbone"),
+        ("act", "config.json", "", "n_encoder_layers"),
+        ("act", "config.json", "normalization_mapping", "STATE"),
+        ("openvla", "config.json", "", "image_resize_strategy"),
+        ("openvla", "config.json", "text_config", "rope_theta"),
+        ("openvla", "config.json", "text_config", "rope_scaling"),
+        ("openvla", "config.json", "text_config", "rope_parameters"),
+        ("openvla", "preprocessor_config.json", "", "interpolations"),
+        ("openvla", "preprocessor_config.json", "", "input_sizes"),
+        ("openvla", "preprocessor_config.json", "", "tvf_normalize_params"),
+    ],
+)
+def test_values_of_another_type(tmp_path: Path, family: str, file: str, section: str, key: str, value: Any) -> None:
+    """A value that is refused or without effect, never a traceback."""
+    folder = edited(family, tmp_path / "folder", file, section, **{key: value})
+    if section == "normalization_mapping":
+        for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+            (folder / name).unlink()  # else the modes are theirs
+    with contextlib.suppress(UserError):
+        layout_of(folder, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,7 +98,7 @@ def test_hints_that_cannot_be(family: str, hint: dict[str, float]) -> None:
         ("openvla", "text_config", {"attn_logit_softcapping": 50.0}, "found attn_logit_softcapping = 50.0"),
         ("openvla", "text_config", {"head_dim": 4}, r"expected \(8, 16\) for tensor .*_proj"),
         ("openvla", "", {"timm_override_act_layers": ["quick_gelu", None]}, "timm_override_act_layers"),
-        ("openvla", "", {"image_resize_strategy": "letterbox"}, "resize-naive.*'letterbox' and 'resize-naive'"),
+        ("openvla", "", {"image_resize_strategy": "letterbox"}, "resize-naive.*'resize-naive' and 'letterbox'"),
         ("openvla", "", {"repetition_penalty": 1.2}, "repetition_penalty to be 1.0 in config.json, found 1.2"),
         ("openvla-oft-l1", "text_config", {"rope_parameters": {"rope_type": "linear", "factor": 2}}, "linear"),
         ("act", "", {"n_obs_steps": 2}, "n_obs_steps to be 1 in config.json, found 2"),

@@ -1,6 +1,6 @@
 """What a path is that is not what was expected, and what can be done about it, for error messages.
 
-Told by the names of files and a few keys. Nothing is unpickled.
+Recognised by the names of files and a few keys. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def unreadable(expected: str, path: Path, reason: object, advice: str) -> UserEr
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder has a PEFT adapter alone. One beside whole weights was merged into them and is not needed."""
+    """Whether a folder has a PEFT adapter alone. With whole weights there as well, it was merged into them."""
     return any((path / name).is_file() for name in ADAPTERS) and not weights_of(path)
 
 
@@ -112,12 +112,14 @@ def _official(path: Path) -> str | None:
         return None
     config = _object(path / CONFIG)
     kind = config.get("type") or config.get("model_type")
-    called = f"a checkpoint of {kind!r}" if kind else f"a folder whose {CONFIG} has neither type nor model_type"
+    called = f"a checkpoint of {kind!r}" if kind else f"a folder whose {path / CONFIG} has neither type nor model_type"
     if weights_of(path):
+        if not kind:
+            return f"{called}; is it a policy's folder?"
         return f"{called} in its training code's format; make an artifact of it first: rlrc prune {path} OUT --lossless"
     if pickled := [entry.name for entry in path.iterdir() if entry.suffix in (".bin", ".pth", ".ckpt")]:
         return f"{called} with pickled weights ({pickled[0]}); save them as safetensors with its training code"
-    return f"{called} without weights; copy {MODEL} (or its index and shards) beside {CONFIG}"
+    return f"{called} without weights; copy {MODEL} (or its index and shards) next to {CONFIG}"
 
 
 def _run(path: Path) -> str | None:
@@ -130,7 +132,7 @@ def _run(path: Path) -> str | None:
         listed = ", ".join(step.parent.name for step in steps[:8])
         return f"a LeRobot training run with the checkpoints {listed}; give one, such as {steps[-1].parent}"
     if (path / "training_state").is_dir() or path.name == "training_state":
-        return "LeRobot's training state without the policy; give the folder pretrained_model beside it"
+        return "LeRobot's training state without the policy; give the folder pretrained_model next to it"
     if (path / "checkpoints").is_dir() and any((path / "checkpoints").glob("*.pt")):
         return (
             "a training run of OpenVLA or Prismatic in its own format; convert it to Hugging Face's with openvla's "

@@ -37,7 +37,7 @@ class TorchPolicy:
     def official(folder: Folder, options: Options) -> TorchPolicy:
         """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
         layout = official.recognise(folder).layout(folder, options)
-        official.tell(layout)
+        official.print_assumed(layout)
         spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
         return TorchPolicy(spec, tokenizer, lambda: official.read(folder, options)[0])

@@ -14,28 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlrc.artifact import ActionSpec, HistoryEntry, NormStats, PolicySpec, StateSpec
-from rlrc.compressor.backbones.lerobot import dimension_names, meanings
+from rlrc.artifact import ActionSpec, NormStats, PolicySpec, StateSpec
+from rlrc.compressor.backbones.features import dimension_names, meanings
 from rlrc.compressor.backbones.normaliser import IDENTITY, MODES, Values, affine, identity
 from rlrc.compressor.policy import Normalisation
 from rlrc.errors import UserError
+from rlrc.runtime.describe import Recorded
 from rlrc.strict import encode, parse
 
 if TYPE_CHECKING:
     from rlrc.datasets.lerobot import Dataset
 
-Recorded = dict[str, list[dict[str, Any]]]  # Normalisation as JSON values, by rlrc's names: see Layout
-
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # LeRobot's use_imagenet_stats
 PARTS = {"state": "observation.state", "environment_state": "observation.environment_state", "action": "action"}
-
-
-def recorded(history: Collection[HistoryEntry]) -> Recorded:
-    """What the last stage that changed an artifact's normalisation wrote down; empty if none did."""
-    found: Recorded = {}
-    for entry in history:
-        found = entry.after.get("normalisation", found)
-    return found
 
 
 def missing(record: Recorded) -> list[str]:

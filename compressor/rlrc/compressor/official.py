@@ -42,7 +42,7 @@ class Options:
 
     ``hints``: geometry that shapes cannot tell (see ``read_hints``); ``unnorm_key``: which data set's statistics;
     ``images``: how many pictures OpenVLA-OFT sees; ``tokenizer``: a file, or a folder that holds one; ``prompt_state``:
-    how pi0.5's prompt tells the state. ``incomplete``: statistics may be missing, for they are not used.
+    whether pi0.5's prompt pads the state. ``incomplete``: statistics may be missing, for they are not used.
     """
 
     hints: Mapping[str, Any] = field(default_factory=dict)
@@ -118,9 +118,10 @@ def open_folder(path: Path) -> Folder:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a file that is missing or is not JSON."""
+    """Raises UserError for a file that is missing or is not JSON. A whole number of 19 digits or more becomes a float:
+    no setting is that large, and Python's integers of any length overflow wherever they are computed with."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), parse_int=lambda text: int(text) if len(text) < 19 else float(text))
     except OSError as error:
         raise UserError(f"expected {path}, found: {error.strerror}; copy that file too") from None
     except (ValueError, RecursionError) as error:
@@ -158,9 +159,7 @@ def recognise(folder: Folder) -> Any:
     kind = folder.config.get("type") or folder.config.get("model_type")
     expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
     if not kind:
-        openpi = any(name.startswith("paligemma_with_expert.") for name in folder.tensors)
-        found = foreign.found(folder.path) if openpi else f"neither type nor model_type in {folder.path / CONFIG}"
-        raise UserError(f"{expected} {found}" + "; is it a policy's folder?" * (not openpi))
+        raise UserError(f"{expected} {foreign.found(folder.path)}")
     close = difflib.get_close_matches(str(kind).lower(), known, 1)
     near = f"the nearest is {close[0]}" if close and kind not in UNSUPPORTED else "rlrc does not support that policy"
     raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")
@@ -188,8 +187,8 @@ def read(
     return policy.eval(), layout
 
 
-def tell(layout: Layout) -> None:
-    """Says on stderr what was assumed."""
+def print_assumed(layout: Layout) -> None:
+    """Prints on stderr what was assumed."""
     for line in layout.assumed:
         print(f"rlrc: assumed {line}", file=sys.stderr)
 

@@ -18,10 +18,10 @@ from rlrc.compressor.backbones import build
 from rlrc.compressor.checkpoint import CURVES, WEIGHTS, load_policy, policy_of, read_observations
 from rlrc.compressor.inference import tokenizer_of
 from rlrc.compressor.lossless import Cut, never_read
-from rlrc.compressor.normalisation import Recorded, recorded
 from rlrc.compressor.official import Folder
 from rlrc.compressor.policy import Layout, Policy
 from rlrc.errors import UserError
+from rlrc.runtime.describe import Recorded, recorded_normalisation
 from rlrc.runtime.official import Flags, is_official
 from rlrc.runtime.preprocess import Tokenizer, prepare
 from rlrc.strict import encode
@@ -98,7 +98,7 @@ class ArtifactSource:
         self.digest: str | None = artifact.digest
         self.history: tuple[HistoryEntry, ...] = artifact.manifest.history
         self.quantized = artifact.manifest.quantization is not None
-        self.normalisation = recorded(self.history)
+        self.normalisation = recorded_normalisation(self.history)
         self.unread: list[Cut] = []
 
     def load(self) -> Policy:
@@ -124,7 +124,7 @@ class OfficialSource:
         self.options = dataclasses.replace(official.options_of(flags), incomplete=incomplete)
         self.folder: Folder = official.open_folder(hub.locate(path))
         layout: Layout = official.recognise(self.folder).layout(self.folder, self.options)
-        official.tell(layout)
+        official.print_assumed(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
@@ -132,8 +132,8 @@ class OfficialSource:
         given = {name: str(value) for name, value in dataclasses.asdict(flags).items() if value is not None}
         given |= {"assumed": "; ".join(layout.assumed)} if layout.assumed else {}
         self.normalisation: Recorded = encode(layout.normalisation)
-        told = {"normalisation": self.normalisation} if self.normalisation else {}
-        origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=told)
+        after = {"normalisation": self.normalisation} if self.normalisation else {}
+        origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=after)
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)
 

@@ -1,6 +1,6 @@
 """The tokenizer of an official folder as one ``tokenizers`` file: tokenizer.json, or a sentencepiece model converted.
 
-Offline always. transformers completes a tokenizer.json by the settings beside it (begin and end tokens, added tokens),
+Offline always. transformers completes a tokenizer.json by the settings next to it (begin and end tokens, added tokens),
 so the file alone may give other ids than the policy was trained with: it is completed here in the same way.
 """
 
@@ -63,9 +63,11 @@ def write(source: Path, target: Path, spec: PolicySpec | None = None) -> None:
     Raises UserError for a file that is neither kind, and as ``complete`` and ``check``.
     """
     settings = settings_of(source)
-    changed, tokenizer = source.suffix != ".json", convert(source) if source.suffix != ".json" else _load(source)
-    if not changed:
+    if source.suffix == ".json":
+        tokenizer = _load(source)
         changed = complete(tokenizer, settings, source)
+    else:
+        tokenizer, changed = convert(source), True
     if spec is not None:
         check(tokenizer, settings, source, spec)
     if changed:
@@ -102,7 +104,7 @@ class Settings:
 
 
 def settings_of(source: Path) -> Settings:
-    """Of the files beside a tokenizer's; nothing is said where there are none."""
+    """Of the files next to a tokenizer's; empty without them."""
     config = _object(source.parent / "tokenizer_config.json")
     special = _object(source.parent / "special_tokens_map.json") | config
     texts = {name: _text(special.get(f"{name}_token")) for name in ("bos", "eos")}
@@ -113,7 +115,7 @@ def settings_of(source: Path) -> Settings:
             **{key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")},
         )
         for index, token in (listed.items() if isinstance(listed, dict) else ())
-        if index.isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        if index.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
     }
     more = _object(source.parent / "added_tokens.json")
     known = {token.content for token in added.values()}
@@ -135,8 +137,10 @@ def _object(path: Path) -> dict[str, Any]:
     """Empty if there is no such file. Raises UserError for a broken one."""
     try:
         values = json.loads(path.read_bytes())
-    except OSError:
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"expected {path}, found: {error.strerror}; make it readable") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"expected JSON in {path}, found: {error}; copy that file again") from None
     return values if isinstance(values, dict) else {}
@@ -205,11 +209,11 @@ def check(tokenizer: Tokenizer, settings: Settings, source: Path, spec: PolicySp
     if begin is not None and settings.begin is None and not ends(tokenizer)[0]:
         raise UserError(
             f"expected prompts that begin with {begin}, as {spec.family}'s do, found that {source} adds nothing; copy "
-            "its tokenizer_config.json beside it"
+            "its tokenizer_config.json next to it"
         )
     if settings.left and spec.prompt is not None and spec.prompt.truncate:
         raise UserError(
-            f"expected truncation_side right in the tokenizer_config.json beside {source}, found left; rlrc cuts long "
+            f"expected truncation_side right in the tokenizer_config.json next to {source}, found left; rlrc cuts long "
             "prompts at their end"
         )
 

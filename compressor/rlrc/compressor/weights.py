@@ -223,7 +223,7 @@ def check_merged(tensors: Tensors) -> None:
     """Raises UserError for the weights of an adapter that was not merged."""
     if lora := next((name for name in tensors if ADAPTED.search(name)), None):
         raise UserError(
-            f"expected merged weights in {tensors.origin}, found those of a PEFT adapter beside them, such as {lora}; "
+            f"expected merged weights in {tensors.origin}, found those of a PEFT adapter as well, such as {lora}; "
             "call merge_and_unload() before saving (rlrc does not merge adapters yet)"
         )
 

@@ -15,6 +15,9 @@ from rich.table import Table
 from rlrc.artifact import Artifact, HistoryEntry, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
 from rlrc.runtime.tables import print_table
 
+# rlrc.compressor.policy.Normalisation as JSON values, by rlrc's names ("state"), nearest to raw values first.
+Recorded = dict[str, list[dict[str, Any]]]
+
 
 def plain_console(stderr: bool = False) -> Console:
     """Prints what it is given: names and paths may hold brackets, which rich would take for its markup."""
@@ -27,10 +30,11 @@ def describe(artifact: Artifact, console: Console) -> None:
     stored: str = manifest.dtype
     if quantization is not None:
         stored += f" in groups of {quantization.group}, bits {sorted(set(quantization.tensors.values()))}"
+    recorded = recorded_normalisation(manifest.history)
     rows = {
         "artifact": f"{artifact.path} ({artifact.digest[:12]})",
         **policy_rows(manifest.policy),
-        **normalisation_rows(manifest.history),
+        **({"normalisation": "\n".join(normalisation_lines(recorded))} if recorded else {}),
         "parameters": f"{manifest.parameters:,} stored as {stored}",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
         "can be pruned": prunable(manifest.towers),
@@ -56,10 +60,10 @@ def describe(artifact: Artifact, console: Console) -> None:
     )
 
 
-def normalisation_rows(history: Sequence[HistoryEntry]) -> dict[str, str]:
-    """What the last stage that changed it recorded; nothing of artifacts without any record."""
+def recorded_normalisation(history: Sequence[HistoryEntry]) -> Recorded:
+    """What the last stage that changed an artifact's normalisation recorded; empty if none did."""
     records = [entry.after["normalisation"] for entry in history if "normalisation" in entry.after]
-    return {"normalisation": "\n".join(normalisation_lines(records[-1]))} if records else {}
+    return records[-1] if records else {}
 
 
 def policy_rows(spec: PolicySpec) -> dict[str, str]:
@@ -92,19 +96,16 @@ def padding(spec: PolicySpec) -> str:
     return "; unpadded in the prompt"
 
 
-def normalisation_lines(recorded: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """How each input and the action are normalised and by which statistics: "action: MEAN_STD by action in FILE".
+def normalisation_lines(recorded: Recorded) -> list[str]:
+    """How each input and the action are normalised and by which statistics: "action: MEAN_STD by action in FILE"."""
 
-    ``recorded``: rlrc.compressor.policy.Normalisation as JSON values, by rlrc's names, nearest to raw values first.
-    """
-
-    def told(one: Mapping[str, Any]) -> str:
+    def line(one: Mapping[str, Any]) -> str:
         if one["missing"]:
             choose = "; choose one with --unnorm-key" * bool(one["groups"])
             return f"{one['mode']}, but no statistics: found {one['missing']}{choose}"
         return f"{one['mode']} ({one['origin']})" if one["mode"] == "IDENTITY" else f"{one['mode']} by {one['origin']}"
 
-    return [f"{name}: {', then '.join(map(told, steps))}" for name, steps in recorded.items()]
+    return [f"{name}: {', then '.join(map(line, steps))}" for name, steps in recorded.items()]
 
 
 def together(names: Iterable[str], kinds: Iterable[str]) -> str:

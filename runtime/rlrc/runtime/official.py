@@ -29,8 +29,8 @@ class Flags:
     images: int | None = None
     """how many pictures an OpenVLA-OFT checkpoint sees"""
     prompt_state: Literal["padded", "unpadded"] | None = None
-    """how pi0.5's prompt tells the state: padded to max_state_dim numbers, as LeRobot 0.4 trained it, or unpadded, as
-    later versions do, where an official folder does not tell"""
+    """whether the state in pi0.5's prompt is padded to max_state_dim numbers (LeRobot 0.4) or unpadded (0.5 and later),
+    where an official folder does not say which LeRobot trained it"""
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -25,7 +25,7 @@ FAMILIES = {
 }
 
 
-# By type or model_type of config.json: what a family's names of tensors have, and what stands before it.
+# By type or model_type of config.json: a part of a family's names of tensors, and the prefix of that part.
 NAMES = {
     "openvla": ("language_model.", ""),
     "pi0": ("paligemma_with_expert.", "model."),

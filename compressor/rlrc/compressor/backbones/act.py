@@ -20,6 +20,7 @@ from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor import decode
 from rlrc.compressor.backbones import lerobot, settings
 from rlrc.compressor.backbones.buffers import BUFFER
+from rlrc.compressor.backbones.features import Feature, number
 from rlrc.compressor.nn.detr import Transformer
 from rlrc.compressor.nn.resnet import ResNet, feature_size
 from rlrc.compressor.official import Folder, Options
@@ -44,7 +45,7 @@ UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.wei
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is felt."""
+    """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is features."""
 
     stem: int
     blocks: list[int]
@@ -144,7 +145,7 @@ def layout(folder: Folder, options: Options) -> Layout:
     """
     settings.check_lerobot(folder, options)
     config, processors = folder.config, lerobot.read(folder, False, options)
-    width, heads, mlp = (lerobot.number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
+    width, heads, mlp = (number(config, name) for name in ("dim_model", "n_heads", "dim_feedforward"))
     if width % 4 or width % heads:
         raise UserError(
             f"expected a dim_model that 4 and n_heads divide in config.json, found {width} and {heads}; correct it"
@@ -157,12 +158,12 @@ def layout(folder: Folder, options: Options) -> Layout:
     cameras = tuple(processors.camera(feature) for feature in processors.inputs("VISUAL"))
     if not cameras:
         raise UserError(f"expected a camera in input_features of {folder.path}, found none; rlrc needs one")
-    felt = _felt(processors)
-    state, own, environment = _state(processors, felt)
+    features = _state_features(processors)
+    state, own, environment = _state(processors, features)
     geometry = Geometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
     alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
-    encoder = (whole,) * lerobot.number(config, "n_encoder_layers", 4)
-    decoder = (alone, replace(whole, kind="cross")) * lerobot.number(config, "n_decoder_layers", 1)
+    encoder = (whole,) * number(config, "n_encoder_layers", 4)
+    decoder = (alone, replace(whole, kind="cross")) * number(config, "n_decoder_layers", 1)
     return Layout(
         PolicySpec(FAMILY, "parallel", cameras, state, None, processors.action(), asdict(geometry)),
         {
@@ -175,19 +176,19 @@ def layout(folder: Folder, options: Options) -> Layout:
             for name in folder.tensors
             if UNUSED.fullmatch(name) or BUFFER.fullmatch(name) or name.endswith(BUFFERS)
         ),
-        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *felt]),
+        normalisation=processors.normalisation([*processors.inputs("VISUAL"), *features]),
     )
 
 
-def _felt(processors: lerobot.Processors) -> list[lerobot.Feature]:
-    """The robot's state and its environment's, as far as there are any."""
+def _state_features(processors: lerobot.Processors) -> list[Feature]:
+    """The robot's state and the environment's, those that there are."""
     own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
     return own + processors.inputs("ENV")[:1]
 
 
-def _state(processors: lerobot.Processors, felt: list[lerobot.Feature]) -> tuple[StateSpec | None, int, int]:
+def _state(processors: lerobot.Processors, features: list[Feature]) -> tuple[StateSpec | None, int, int]:
     """Both as one vector, and how many numbers each has."""
-    own, other = ([processors.state(one) for one in felt if one.kind == kind] for kind in ("STATE", "ENV"))
+    own, other = ([processors.state(one) for one in features if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]
     if not any(sizes):
         return None, 0, 0
@@ -199,7 +200,7 @@ def _state(processors: lerobot.Processors, felt: list[lerobot.Feature]) -> tuple
 def _resnet(folder: Folder) -> dict[str, Any]:
     """The arguments of ``ResNet``. Raises UserError where config.json and the weights differ."""
     config, tensors = folder.config, folder.tensors
-    name, dilated = config.get("vision_backbone"), bool(config.get("replace_final_stride_with_dilation"))
+    name, dilated = str(config.get("vision_backbone")), bool(config.get("replace_final_stride_with_dilation"))
     if name not in RESNETS:
         raise UserError(
             f"expected one of {', '.join(RESNETS)} as vision_backbone in config.json, found {name!r}; rlrc has no other"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlrc.compressor.backbones.normaliser import Statistics
-from rlrc.compressor.backbones.processor_steps import Effect, Normaliser, check_mode
+from rlrc.compressor.backbones.normaliser import Statistics, check_mode
+from rlrc.compressor.backbones.processor_steps import Effect, Normaliser
 
 if TYPE_CHECKING:
     from rlrc.compressor.official import Folder

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor.backbones import lerobot, settings
+from rlrc.compressor.backbones.features import Feature, number, real
 from rlrc.compressor.backbones.flow_tensors import NAMES, Official, parts, unused
-from rlrc.compressor.backbones.lerobot import Feature, Processors, number, real
+from rlrc.compressor.backbones.lerobot import Processors
 from rlrc.compressor.backbones.normaliser import IDENTITY
 from rlrc.compressor.backbones.processor_steps import BEFORE
 from rlrc.compressor.backbones.prompt_state import with_prompt_state
@@ -308,7 +309,7 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
 
 
 def _periods(config: Mapping[str, Any]) -> list[float]:
-    """The shortest and the longest wave that tells the time."""
+    """The shortest and the longest period of the time embedding."""
     found = [real(config, "min_period", 4e-3), real(config, "max_period", 4.0)]
     if not 0 < found[0] <= found[1]:
         raise UserError(

@@ -1,21 +1,31 @@
-"""What the folders of lerobot's policies share: features, normalisation, prompts.
+"""What the folders of lerobot's policies share: how inputs and actions are normalised, and the prompt.
 
 Since lerobot 0.4 a folder has two pipelines of processor steps: see processor_steps.py. Older folders have none and
 keep their statistics among the weights. What normalises an input or the action is never left out in silence: statistics
-that a mode needs and that are not there are refused, unless ``Options.incomplete`` says that somebody supplies them.
+that a mode needs and that are missing are refused, unless ``Options.incomplete`` says that they are not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from math import isfinite
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
+from rlrc.compressor.backbones import settings
 from rlrc.compressor.backbones.buffers import among_weights, of_config
-from rlrc.compressor.backbones.normaliser import IDENTITY, KINDS, MODES, Statistics, Values, affine, after, identity
+from rlrc.compressor.backbones.features import Feature, dimension_names, features, meanings, number, short
+from rlrc.compressor.backbones.normaliser import (
+    IDENTITY,
+    MODES,
+    Statistics,
+    Values,
+    affine,
+    after,
+    check_mode,
+    identity,
+)
 from rlrc.compressor.backbones.processor_steps import (
     ACTION,
     AFTER,
@@ -23,7 +33,6 @@ from rlrc.compressor.backbones.processor_steps import (
     Effect,
     Normaliser,
     chain,
-    check_mode,
     prompt_of,
     read_steps,
 )
@@ -35,31 +44,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Feature:
-    """One entry of config.json's input_features or output_features."""
-
-    name: str
-    kind: str  # VISUAL, STATE, ENV or ACTION
-    shape: tuple[int, ...]
-
-    @property
-    def dim(self) -> int:
-        if len(self.shape) != 1:
-            raise UserError(
-                f"expected one dimension in the shape of {self.name} in config.json, found {list(self.shape)}; "
-                "rlrc takes states and actions that are vectors"
-            )
-        return self.shape[0]
-
-
-@dataclass(frozen=True)
 class Processors:
     """What lerobot does to observations before the policy and to actions after it, in the order of the steps.
 
-    ``prompt``: how an instruction becomes ids, but for the vocabulary; None without language. ``told``: the place in
-    ``before`` where the state is put into the prompt. ``inwards``, ``outwards``: statistics among the weights.
-    ``group``: the data set whose statistics are meant where they are stored by data set. ``incomplete``: statistics
-    that are missing are not refused; the feature then has those of data that is normalised already.
+    ``prompt``: how an instruction becomes ids, but for the vocabulary; None without language. ``state_step``: the index
+    in ``before`` of the step that puts the state into the prompt (None: no step does). ``inwards``, ``outwards``:
+    statistics among the weights. ``group``: the data set whose statistics are meant where they are stored by data set.
+    ``incomplete``: statistics that are missing are not refused; the feature then has those of data that is normalised
+    already.
     """
 
     path: Path
@@ -67,11 +59,11 @@ class Processors:
     before: list[Effect]
     after: list[Effect]
     prompt: PromptSpec | None
-    told: int | None
+    state_step: int | None
     inwards: Statistics
     outwards: Statistics
-    group: str | None = None
-    incomplete: bool = False
+    group: str | None
+    incomplete: bool
 
     def inputs(self, kind: str) -> list[Feature]:
         """The features of a kind that the policy sees, in the config's order."""
@@ -165,8 +157,8 @@ class Processors:
         """How a feature is normalised, and by which statistics; first what is nearest to the raw values."""
         inwards = [(effect, ACTION) for effect in self.before if isinstance(effect, Normaliser)]
         if feature.kind != "ACTION":
-            until = self.told if feature.kind == "STATE" else None  # what comes after the prompt does not reach it
-            _, inwards = chain(self.before[:until], feature.name)
+            end = self.state_step if feature.kind == "STATE" else None  # later steps do not change the prompt
+            _, inwards = chain(self.before[:end], feature.name)
             return [self._by(*pair, feature) for pair in inwards] or [self._by_none(feature, BEFORE)]
         outwards = [(effect, ACTION) for effect in reversed(self.after) if isinstance(effect, Normaliser)]
         taught, done = ([one.mode(ACTION, "ACTION") for one, _ in pairs] for pairs in (inwards, outwards))
@@ -187,7 +179,7 @@ class Processors:
             return Normalisation(name, mode, missing=unlisted, eps=normaliser.eps), {}
         others = self.outwards if feature.kind == "ACTION" else self.inwards
         found = [(statistics, statistics.names(name)) for statistics in (normaliser.statistics, others)]
-        for group in (self.group, None):  # what names no data set is everybody's
+        for group in (self.group, None):  # statistics without a group are for every data set
             for statistics, names in found:
                 if (stored := names.get(group or "")) is not None:
                     origin = f"{', '.join(MODES[mode])} of {stored} in {statistics.file}"
@@ -212,7 +204,7 @@ class Processors:
                 check_mode(feature.kind, mode, where)
                 said = [mode]
         step = "an unnormalizer_processor" if file == AFTER else "a normalizer_processor"
-        early = " before the state is put into the prompt" * (feature.kind == "STATE" and self.told is not None)
+        early = " before the state is put into the prompt" * (feature.kind == "STATE" and self.state_step is not None)
         if not said:
             raise UserError(
                 f"expected {step} in {self.path / file}{early}, or a mode for {feature.kind} as normalization_mapping "
@@ -227,89 +219,37 @@ class Processors:
         return [feature for feature in features(self.config, "output_features") if feature.kind == "ACTION"]
 
 
-def short(name: str) -> str:
-    """ "front" of "observation.images.front", "state" of "observation.state"."""
-    return name.removeprefix("observation.").removeprefix("images.")
-
-
-def dimension_names(names: Any, dim: int) -> tuple[str, ...]:
-    """The given names if they are so many different ones, else joint_0, joint_1, ..."""
-    if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
-        names = ()
-    return tuple(names) if len(set(names)) == len(names) == dim else tuple(f"joint_{i}" for i in range(dim))
-
-
-def meanings(names: tuple[str, ...]) -> tuple[Literal["absolute", "gripper"], ...]:
-    return tuple("gripper" if "gripper" in name else "absolute" for name in names)
-
-
-def features(config: dict[str, Any], which: Literal["input_features", "output_features"]) -> list[Feature]:
-    """In the order of config.json. Raises UserError for entries that are none."""
-    entries = config.get(which)
-    try:
-        if not isinstance(entries, dict):
-            raise TypeError(entries)
-        found = [Feature(name, entry["type"], tuple(entry["shape"])) for name, entry in entries.items()]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"expected names with type and shape as {which} in config.json, found {entries!r:.80}; copy it again"
-        ) from None
-    for one in found:
-        if one.kind not in KINDS:
-            raise UserError(
-                f"expected {', '.join(KINDS)} as the type of {one.name} in {which} of config.json, found {one.kind!r}; "
-                "correct it"
-            )
-        if not all(type(size) is int and size > 0 for size in one.shape):
-            raise UserError(
-                f"expected positive whole numbers as the shape of {one.name} in {which} of config.json, found "
-                f"{config[which][one.name]['shape']!r:.80}; correct it"
-            )
-    return found
-
-
-def number(config: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A positive whole number of config.json. Raises UserError for anything else."""
-    value = config.get(name, default)
-    if type(value) is not int or value < 1:
-        raise UserError(f"expected a positive whole number as {name} in config.json, found {value!r}; copy it again")
-    return value
-
-
-def real(values: Mapping[str, Any], name: str, default: float) -> float:
-    """A finite number of config.json or the hints. Raises UserError for anything else."""
-    value = values.get(name, default)
-    if type(value) not in (int, float) or not isfinite(value):
-        raise UserError(f"expected a number as {name}, found {value!r}; correct config.json or the hints")
-    return float(value)
-
-
-def read(folder: Folder, language: bool, options: Options | None = None) -> Processors:
+def read(folder: Folder, language: bool, options: Options) -> Processors:
     """Reads the folder's processors. ``language``: whether the policy takes an instruction.
 
     Raises UserError for steps and settings that rlrc does not know or that do what it cannot, and for an
     ``Options.unnorm_key`` that is no group of the statistics.
     """
     inwards, outwards = among_weights(folder)
+    prompt: PromptSpec | None
     if BEFORE not in folder and AFTER not in folder and folder.config.get("type") != "pi05":  # which 0.4 brought
         kinds = {feature.name: feature.kind for feature in features(folder.config, "input_features")}
         before, after = of_config(folder.config, kinds, inwards), of_config(folder.config, kinds, outwards)
         # Before 0.4 an instruction ended with a newline and was not cut.
         longest = number(folder.config, "tokenizer_max_length", 48)
-        found: Any = (PromptSpec("{instruction}", longest, None, ("newline",)), None)
+        prompt, state_step = PromptSpec("{instruction}", longest, None, ("newline",)), None
     else:
         before, after = (read_steps(folder, file) for file in (BEFORE, AFTER))
-        if (made := prompt_of(before)) is None and language:
+        prompt, state_step = prompt_of(before)
+        if prompt is None and language:
             raise UserError(
                 f"expected a tokenizer_processor in {folder.path / BEFORE}, found none; copy the folder again"
             )
-        found = made or (None, None)
-    prompt, told = found if language else (None, None)
-    processors = Processors(folder.path, folder.config, before, after, prompt, told, inwards, outwards)
-    if options is None:
-        return processors
-    check_group(processors, options.unnorm_key)
-    return replace(processors, group=options.unnorm_key, incomplete=options.incomplete)
+    if not language:
+        prompt, state_step = None, None
+    if state_step is None:
+        settings.check_no_prompt_state(folder, options)
+    key, incomplete = options.unnorm_key, options.incomplete
+    processors = Processors(
+        folder.path, folder.config, before, after, prompt, state_step, inwards, outwards, key, incomplete
+    )
+    check_group(processors, key)
+    return processors
 
 
 def check_group(processors: Processors, key: str | None) -> None:

@@ -81,6 +81,7 @@ def normalisation(
     values = values if isinstance(values, Mapping) else {}
     low, high = (_numbers(values.get(name)) for name in BOUNDS[kind])
     mask = values.get("mask") or [True] * len(low)
+    mask = mask if isinstance(mask, list) else []
     fits = low and len(low) == len(high) == len(mask) and all(a <= b for a, b in zip(low, high, strict=True))
     if not fits or not all(one in (True, False) for one in mask):
         least, most = BOUNDS[kind]

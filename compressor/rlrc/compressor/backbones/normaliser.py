@@ -1,4 +1,4 @@
-"""LeRobot's normalisation: its modes, where a feature's statistics are stored, and the affine map they come to.
+"""LeRobot's normalisation: its modes, where a feature's statistics are stored, and the affine map of both.
 
 A file of statistics names them "action.mean". Policies that were pre-trained on several data sets, such as
 lerobot/smolvla_base, name them "so100.buffer.action.mean": one group of statistics for each data set. Folders of
@@ -10,12 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlrc.artifact import NormStats
 from rlrc.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc.compressor.official import Folder
 
 IDENTITY = "IDENTITY"
 # The two statistics that a mode of normalisation takes.
@@ -52,6 +56,29 @@ class Statistics:
 
 def _plain(name: str) -> str:
     return re.sub(r"[_/]", ".", name)
+
+
+def stored(folder: Folder, file: str | None) -> Statistics:
+    """The statistics of a step's file; none without one."""
+    if file is None:
+        return Statistics("", {})
+    tensors = folder.safetensors(file)
+    values: dict[str, dict[str, Tensor]] = {}
+    for name in tensors:
+        feature, _, statistic = name.rpartition(".")
+        values.setdefault(feature, {})[statistic] = tensors.read(name)
+    return Statistics(file, values)
+
+
+def check_mode(kind: object, mode: object, where: str) -> None:
+    """Raises UserError for a kind of feature or a mode that LeRobot does not have."""
+    if kind not in KINDS:
+        raise UserError(f"expected {', '.join(KINDS)} as kinds of features in {where}, found {kind!r}; correct it")
+    if mode not in (IDENTITY, *MODES):
+        raise UserError(
+            f"expected one of the normalisation modes {IDENTITY}, {', '.join(MODES)} for {kind} in {where}, found "
+            f"{mode!r}; correct it or upgrade rlrc"
+        )
 
 
 def affine(mode: str, values: Values, numbers: int, eps: float, what: str, inverse: bool = False) -> NormStats:

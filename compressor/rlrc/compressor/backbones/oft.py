@@ -77,23 +77,23 @@ def recognise(folder: Folder, options: Options) -> tuple[bool, tuple[str, ...]]:
         raise UserError(f"expected the hint family to be one of {', '.join(FAMILIES)}, found {family!r}; correct it")
     files = [found.file for pattern in (ACTION_HEAD, PROPRIO, DIFFUSION, FILM) if (found := folder.pt(pattern))]
     images = _told_images(options)
-    told = [key for key in ("robot", "num_actions_chunk", "head") if options.hints.get(key) is not None]
-    told += ["images"] if isinstance(images, int) and images > 1 else []
-    if family == FAMILIES[0] and (files or told):
+    hinted = [key for key in ("robot", "num_actions_chunk", "head") if options.hints.get(key) is not None]
+    hinted += ["images"] if isinstance(images, int) and images > 1 else []
+    if family == FAMILIES[0] and (files or hinted):
         raise UserError(
             f"expected nothing of {FAMILY} in {folder.path} or the flags, as the hint family says {family}, found "
-            f"{', '.join(files + told)}; leave one or the other out"
+            f"{', '.join(files + hinted)}; leave one or the other out"
         )
-    if family or files or told:
+    if family or files or hinted:
         return family != FAMILIES[0], ()
     if STATISTICS not in folder:
         return False, ()
-    if any(_felt(stats) for stats in data_sets(folder).values()):
+    if any(_has_state(stats) for stats in data_sets(folder).values()):
         return True, ()
     return False, (f"{FAMILIES[0]}, not {FAMILY}, for it has none of the files of {FAMILY} (--hints family)",)
 
 
-def _felt(stats: Any) -> bool:
+def _has_state(stats: Any) -> bool:
     """Whether a data set's statistics are of a state that was loaded: of another length than the action's, not zero."""
     sizes = []
     for key in ("action", "proprio"):
@@ -149,7 +149,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
         proprio.expect("fc1.weight", (geometry["state"], len(state.names)))
         parts |= affine("state.0", "fc1", proprio.file) | affine("state.2", "fc2", proprio.file)
 
-    elif options.hints.get("use_proprio") is None and _felt(stats):
+    elif options.hints.get("use_proprio") is None and _has_state(stats):
         assumed = (*assumed, f"no state, for it has no {PROPRIO} (--hints use_proprio)")
 
     cameras = tuple(replace(shared.camera, name=f"image{i}") for i in range(images))
@@ -204,7 +204,7 @@ def _chunk(folder: Folder, options: Options, dataset: str) -> tuple[int, str, tu
     usual = ROBOTS[words.pop()] if len(words) == 1 else (None, "bounds_q99")
     horizon = options.hints.get("num_actions_chunk", usual[0])
     bounds = options.hints.get("normalization", usual[1])
-    if not isinstance(horizon, int) or horizon < 1 or bounds not in BOUNDS:
+    if not isinstance(horizon, int) or horizon < 1 or str(bounds) not in BOUNDS:
         raise UserError(
             f"expected the chunk's length of {folder.path}, found {horizon or 'none'} with {bounds} (the weights and "
             f"the data set's name {dataset!r} do not tell); give num_actions_chunk, and normalization "

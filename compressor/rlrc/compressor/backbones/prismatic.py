@@ -115,6 +115,7 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
 
 def check_settings(folder: Folder, options: Options) -> None:
     """Every key of the folder's configuration files. Raises UserError for those that rlrc does not support."""
+    settings.check_no_prompt_state(folder, options)
     settings.check(folder.config, settings.PRISMATIC, "config.json", options)
     text = folder.config.get("text_config")
     settings.check(text if isinstance(text, dict) else {}, settings.LLAMA, "text_config of config.json", options)
@@ -236,7 +237,7 @@ def prompt_spec(folder: Folder, options: Options, others: int) -> tuple[PromptSp
     room = (longest := whole({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
     if room < 1:
         raise UserError(
-            f"expected an llm_max_length of more than the {others} tokens beside the prompt in config.json of "
+            f"expected an llm_max_length of more than the {others} tokens outside the prompt in config.json of "
             f"{folder.path}, found {longest}; correct it, or --images"
         )
     return PromptSpec(PROMPTS[kind], room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK}), assumed
@@ -247,7 +248,7 @@ def _prompt_kind(folder: Folder, options: Options) -> tuple[str, tuple[str, ...]
     the base Llama 2 ("pure")."""
     said, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
     kind = said or next((kind for kind in PROMPTS if kind in str(backbone).split("-")), None)
-    if kind in PROMPTS:
+    if str(kind) in PROMPTS:
         return str(kind), ()
     if said is None and backbone is None:
         return "pure", ('the prompt "In: ... Out:", for config.json has no llm_backbone_id (--hints prompt)',)

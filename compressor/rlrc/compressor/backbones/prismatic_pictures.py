@@ -39,12 +39,12 @@ def camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
     """``kinds``: of the vision transformers, keys of MEANS. Raises UserError for what rlrc does not do."""
     processor = _processor(folder)
     settings.check(processor, settings.IMAGE_PROCESSOR, PREPROCESSOR, options)
-    strategies = {values.get("image_resize_strategy", NAIVE) for values in (processor, folder.config)}
-    methods = set(processor.get("interpolations") or ["bicubic"])
-    if strategies != {NAIVE} or methods != {"bicubic"}:
+    strategies = [values.get("image_resize_strategy", NAIVE) for values in (processor, folder.config)]
+    methods = _listed(processor, "interpolations")
+    if strategies != [NAIVE, NAIVE] or any(method != "bicubic" for method in methods):
         raise UserError(
             f'expected image_resize_strategy "{NAIVE}" and interpolations "bicubic" in {folder.path}, found '
-            f"{' and '.join(sorted(map(repr, strategies)))} and {sorted(methods)}; rlrc does not resize in that way"
+            f"{' and '.join(map(repr, strategies))} with {methods}; rlrc does not resize in that way"
         )
     backbone = str(folder.config.get("vision_backbone_id"))
     sizes = folder.config.get("image_sizes") or PIXELS.get(backbone) or options.hints.get("image_size")
@@ -76,7 +76,7 @@ def check_sizes(folder: Folder, seen: CameraSpec) -> None:
         "tvf_crop_params": {"output_size": square},
     }
     for key, expected in wanted.items():
-        for entry in processor.get(key) or ():
+        for entry in _listed(processor, key):
             if entry != expected:
                 raise UserError(
                     f"expected {key} {expected} in {PREPROCESSOR}, as the vision backbones are, found {entry}; rlrc "
@@ -91,11 +91,19 @@ def _processor(folder: Folder) -> dict[str, Any]:
     return values
 
 
+def _listed(processor: Mapping[str, Any], key: str) -> list[Any]:
+    """Of a setting that has one entry for each vision transformer; empty without it."""
+    values = processor.get(key) or []
+    if not isinstance(values, list):
+        raise UserError(f"expected a list as {key} of {PREPROCESSOR}, found {values!r:.80}; correct it")
+    return values
+
+
 def _colours(processor: Mapping[str, Any], key: str, derived: str, kinds: list[str]) -> tuple[float, ...]:
     """Three numbers for every vision transformer: those of the derived transforms, which must be the settings'."""
     defaults = MEANS if key == "means" else DEVIATIONS
     values = processor.get(key, [defaults[kind] for kind in kinds])
-    transforms = processor.get("tvf_normalize_params") or []
+    transforms = _listed(processor, "tvf_normalize_params")
     found = [entry.get(derived) for entry in transforms if isinstance(entry, Mapping)] or values
     for listed in (values, found):
         if not _is_three_each(listed, len(kinds)):

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from rlrc.artifact import PromptSpec
-from rlrc.compressor.backbones.normaliser import IDENTITY, KINDS, MODES, Statistics
+from rlrc.compressor.backbones.normaliser import IDENTITY, KINDS, MODES, Statistics, check_mode, stored
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,8 +85,8 @@ class Normaliser:
 
 
 @dataclass(frozen=True)
-class TellState:
-    """pi0.5: the instruction becomes a prompt with the state in it. ``padded``: to so many numbers in LeRobot 0.4."""
+class PromptState:
+    """pi0.5: the instruction becomes a prompt that contains the state. ``padded``: to this width in LeRobot 0.4."""
 
     padded: int | None
 
@@ -103,7 +102,7 @@ class Tokenize:
     truncation: bool
 
 
-Effect = Rename | Normaliser | TellState | Newline | Tokenize
+Effect = Rename | Normaliser | PromptState | Newline | Tokenize
 
 
 class Settings:
@@ -196,7 +195,7 @@ def _effect(folder: Folder, name: str, settings: Settings, state: str | None, be
         return Newline()
     elif before and name == "pi05_prepare_state_tokenizer_processor_step":
         settings.one_of("task_key", ("task",), "task")
-        return TellState(settings.number("max_state_dim", None))
+        return PromptState(settings.number("max_state_dim", None))
     elif before and name == "tokenizer_processor":
         settings.take("tokenizer_name")  # the vocabulary is checked against the prompt's known pieces
         settings.one_of("task_key", ("task",), "task")
@@ -251,17 +250,6 @@ def _normaliser(folder: Folder, settings: Settings, state: str | None) -> Normal
     return Normaliser(settings.step, f"norm_map of {settings.step}", modes, kinds, statistics, float(eps), only)
 
 
-def check_mode(kind: object, mode: object, where: str) -> None:
-    """Raises UserError for a kind of feature or a mode that LeRobot does not have."""
-    if kind not in KINDS:
-        raise UserError(f"expected {', '.join(KINDS)} as kinds of features in {where}, found {kind!r}; correct it")
-    if mode != IDENTITY and mode not in MODES:
-        raise UserError(
-            f"expected one of the normalisation modes {IDENTITY}, {', '.join(MODES)} for {kind} in {where}, found "
-            f"{mode!r}; correct it or upgrade rlrc"
-        )
-
-
 def _given(settings: Settings, given: Any) -> Statistics:
     try:
         values = {
@@ -273,45 +261,34 @@ def _given(settings: Settings, given: Any) -> Statistics:
     return Statistics(f"stats of {settings.step}", values)
 
 
-def stored(folder: Folder, file: str | None) -> Statistics:
-    """The statistics of a step's file; none without one."""
-    if file is None:
-        return Statistics("", {})
-    tensors = folder.safetensors(file)
-    values: dict[str, dict[str, Tensor]] = {}
-    for name in tensors:
-        feature, _, statistic = name.rpartition(".")
-        values.setdefault(feature, {})[statistic] = tensors.read(name)
-    return Statistics(file, values)
-
-
 def step_names(folder: Folder, file: str) -> list[str]:
     return [name for name, _, _ in _steps(folder, file)]
 
 
-def prompt_of(effects: Sequence[Effect]) -> tuple[PromptSpec, int | None] | None:
-    """How an instruction becomes ids, and the place of the step that tells the state in it; None without a tokenizer.
+def prompt_of(effects: Sequence[Effect]) -> tuple[PromptSpec | None, int | None]:
+    """How an instruction becomes ids (None without a tokenizer), and the index of the step that puts the state into it.
 
-    What changes the text after the last tokenizer is read by nothing.
+    Steps after the last tokenizer have no effect on the prompt.
     """
-    edits, told, found = list[Literal["strip", "blanks", "newline"]](), None, None
+    edits, state_step = list[Literal["strip", "blanks", "newline"]](), None
+    found: tuple[PromptSpec | None, int | None] = None, None
     text = PromptSpec("{instruction}", 1, None)
-    for place, effect in enumerate(effects):
-        if isinstance(effect, Newline) and told is None:
+    for index, effect in enumerate(effects):
+        if isinstance(effect, Newline) and state_step is None:
             edits.append("newline")
         elif isinstance(effect, Newline) and not text.template.endswith("\n"):
             text = replace(text, template=text.template + "\n")
-        elif isinstance(effect, TellState):
-            if told is not None:
+        elif isinstance(effect, PromptState):
+            if state_step is not None:
                 raise UserError(
                     f"expected one step that puts the state into the prompt in {BEFORE}, found two; rlrc does not "
                     "support it"
                 )
-            told, edits = place, [*edits, "strip", "blanks"]
+            state_step, edits = index, [*edits, "strip", "blanks"]
             text = replace(text, template="Task: {instruction}, State: {state};\nAction: ", state_bins=256)
         elif isinstance(effect, Tokenize):
-            edited = replace(text, max_tokens=effect.max_length, edits=tuple(edits), truncate=effect.truncation)
-            found = edited, told
+            prompt = replace(text, max_tokens=effect.max_length, edits=tuple(edits), truncate=effect.truncation)
+            found = prompt, state_step
     return found
 
 

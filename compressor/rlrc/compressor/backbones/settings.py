@@ -189,6 +189,15 @@ def check_lerobot(folder: Folder, options: Options) -> None:
     check(folder.config, POLICIES[str(folder.config["type"])], "config.json", options)
 
 
+def check_no_prompt_state(folder: Folder, options: Options) -> None:
+    """Of a policy whose prompt has no state. Raises UserError for an ``Options.prompt_state``."""
+    if options.prompt_state is not None:
+        family = folder.config.get("type") or folder.config.get("model_type")
+        raise UserError(
+            f"expected --prompt-state with pi0.5 only, found {options.prompt_state!r} for {family}; leave it out"
+        )
+
+
 def rope_theta(text: Mapping[str, Any], where: object) -> float:
     """The base of the rotary positions: ``rope_parameters`` since transformers 5, before that ``rope_theta`` and
     ``rope_scaling``. Raises UserError for scaled or partial ones, and where two keys contradict each other."""
@@ -197,16 +206,17 @@ def rope_theta(text: Mapping[str, Any], where: object) -> float:
         values = text.get(name) or {}
         rest = dict(values) if isinstance(values, Mapping) else {"rope_type": values}
         found[f"{name}.rope_theta"] = rest.pop("rope_theta", None)
-        kinds = {rest.pop("rope_type", None), rest.pop("type", None)} - {None}
+        kinds = [rest.pop("rope_type", None), rest.pop("type", None)]
         more = {key: value for key, value in rest.items() if value is not None}
-        if kinds - {"default"} or any(key not in ("factor", "partial_rotary_factor") or more[key] != 1 for key in more):
+        unscaled = all(kind in (None, "default") for kind in kinds)
+        if not unscaled or any(key not in ("factor", "partial_rotary_factor") or more[key] != 1 for key in more):
             raise UserError(
                 f"expected a language model without {name} of another rope_type than default in {where}, found "
                 f"{values!r:.100}; rlrc does not read it"
             )
     given = {name: value for name, value in found.items() if value is not None}
-    if len(set(given.values())) > 1:
+    value: float = next(iter(given.values()), 10_000.0)
+    if any(other != value for other in given.values()):
         said = " and ".join(f"{name} {value!r}" for name, value in given.items())
         raise UserError(f"expected one base of the rotary positions in {where}, found {said}; correct config.json")
-    value: float = next(iter(given.values()), 10_000.0)
     return value
