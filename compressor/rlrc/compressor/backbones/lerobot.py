@@ -244,18 +244,26 @@ def read(folder: Folder, language: bool, options: Options) -> Processors:
         prompt, state_step = None, None
     if state_step is None:
         settings.check_no_prompt_state(folder, options)
-    key, incomplete = options.unnorm_key, options.incomplete
     processors = Processors(
-        folder.path, folder.config, before, after, prompt, state_step, inwards, outwards, key, incomplete
+        folder.path,
+        folder.config,
+        before,
+        after,
+        prompt,
+        state_step,
+        inwards,
+        outwards,
+        options.unnorm_key,
+        options.incomplete,
     )
-    check_group(processors, key)
+    _check_group(processors)
     return processors
 
 
-def check_group(processors: Processors, key: str | None) -> None:
-    """Raises UserError for a key that is no group of the statistics."""
+def _check_group(processors: Processors) -> None:
+    """Raises UserError for a chosen group that the statistics do not have."""
     steps = [effect.statistics for effect in (*processors.before, *processors.after) if isinstance(effect, Normaliser)]
-    config = processors.config
+    config, key = processors.config, processors.group
     known = [*features(config, "input_features"), *features(config, "output_features"), Feature(ACTION, "ACTION", ())]
     every = (*steps, processors.inwards, processors.outwards)
     groups = sorted({group for one in every for feature in known for group in one.names(feature.name) if group})
