@@ -48,6 +48,28 @@ if __name__ == "__main__":
 """
 
 
+# A command that a signal interrupts, in a process with a handler, a thread, and a module that takes long to destroy.
+ENDING = """
+import atexit, signal, sys, threading, time
+
+from rlrc.runtime import cli
+
+class Command:
+    def run(self):
+        atexit.register(print, "handler")
+        threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+        signal.raise_signal(signal.Signals[sys.argv[2]])
+
+class Slow:
+    def __del__(self, print=print):
+        print("destroyed")
+
+slow = Slow()
+cli.parse = lambda name, rest: Command()
+sys.exit(cli.main())
+"""
+
+
 @pytest.fixture
 def script(tmp_path: Path, own_cache: Path, lessons: object) -> Path:
     file = tmp_path / "script.py"
@@ -171,6 +193,14 @@ def test_a_command_that_is_no_stage_leaves_nothing_either(
     process.send_signal(number)
     assert ended(process, 60) == (128 + number, "rlrc: interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_ends_before_its_modules_are_destroyed(number: signal.Signals) -> None:
+    """That alone takes torch a second or more. Threads end and handlers run all the same."""
+    command = [sys.executable, "-c", ENDING, "new", number.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "thread\nhandler\n", "rlrc: interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

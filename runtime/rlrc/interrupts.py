@@ -15,6 +15,7 @@ from typing import NoReturn
 from rlrc.errors import Interrupted
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CODES = {128 + number for number in NUMBERS}  # exit codes of a command that was interrupted
 
 _holding = 0
 _pending: int | None = None  # the signal that came while it was held
