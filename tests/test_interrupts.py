@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from subprocesses import environment
 
 from rlrc import artifact as artifacts
 from rlrc import interrupts
@@ -79,14 +80,12 @@ def script(tmp_path: Path, own_cache: Path, lessons: object) -> Path:
 
 def started(script: Path, *arguments: object, slow: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, str(script), *map(str, arguments), "--evaluate", "0", "--threads", "1", "--workers", "1"]
-    root = Path(__file__).parents[1]
-    sources = os.pathsep.join(str(root / part) for part in ("compressor", "runtime", "exporters", "benchmarks"))
-    environment = os.environ | {"PYTHONPATH": sources} | ({"SLOW": "1"} if slow else {})
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    given = environment(SLOW="1" if slow else "")
+    return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str], within: float = 120) -> tuple[int, str]:
-    """Exit code, and what it told of itself: progress is no part of that."""
+    """-> exit code and the lines on stderr that are no progress."""
     errors = process.communicate(timeout=within)[1]
     lines = [line for line in errors.splitlines() if line.startswith("rlrc") or "Error" in line]
     return process.returncode, "\n".join(lines)
@@ -184,7 +183,7 @@ def test_a_command_that_is_no_stage_leaves_nothing_either(
     tiny_artifact: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "rlrc.runtime.cli", "export", str(tiny_artifact), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")):
         assert process.poll() is None, process.communicate()
@@ -199,7 +198,7 @@ def test_a_command_that_is_no_stage_leaves_nothing_either(
 def test_an_interrupted_process_ends_before_its_modules_are_destroyed(number: signal.Signals) -> None:
     """That alone takes torch a second or more. Threads end and handlers run all the same."""
     command = [sys.executable, "-c", ENDING, "new", number.name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "thread\nhandler\n", "rlrc: interrupted\n")
 
 

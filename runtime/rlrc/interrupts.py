@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says what goes on.
+"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says how to continue.
 
 ``held`` puts that off where a state would be left half changed. Needs the standard library only.
 """
@@ -67,7 +67,7 @@ def check() -> None:
 
 
 def stop() -> NoReturn:
-    """Raises Interrupted, held or not: all processes of a team end together, whichever of them had the signal."""
+    """Raises Interrupted, held or not: all processes of a team end together, whichever of them received the signal."""
     global _pending
     number, _pending = _pending or signal.SIGINT, None
     raise Interrupted(code=128 + number)

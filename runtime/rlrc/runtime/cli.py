@@ -178,9 +178,9 @@ def _main(arguments: list[str]) -> int:
         raise
     except Exception as error:
         names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
-        if (told := refused(error, next(filter(None, names), "a file"))) is None:
+        if (message := refused(error, next(filter(None, names), "a file"))) is None:
             raise
-        return _refuse(told)
+        return _refuse(message)
     except KeyboardInterrupt as error:
         print(f"rlrc: interrupted{'; ' * bool(str(error))}{error}", file=sys.stderr)
         return getattr(error, "code", 130)
