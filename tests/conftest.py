@@ -424,16 +424,21 @@ def check_requests() -> Callable[[Callable[[int, dict[str, float]], list[Any]], 
 
 
 @pytest.fixture
-def save_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``save_at(20, 40)``: training saves its state after these steps, and not at its end."""
-    from rlrc.compressor import run
+def cut_short() -> Callable[..., None]:
+    """Calls ``train(progress=...)`` as an interrupted and killed run: the state of step ``saved`` is what it leaves."""
 
-    def choose(*steps: int) -> None:
-        save = run.Keeper.save
-        monkeypatch.setattr(run, "EVERY_S", 0.0)
-        monkeypatch.setattr(run.Keeper, "save", lambda keeper: save(keeper) if keeper.step in steps else None)
+    def cut(train: Callable[..., Any], saved: int, killed: int | None = None) -> None:
+        for step, error in ((saved, KeyboardInterrupt()), (killed, RuntimeError("killed"))):
 
-    return choose
+            def progress(done: int, text: str, step: int | None = step, error: BaseException = error) -> None:
+                if done == step:
+                    raise error
+
+            if step is not None:
+                with pytest.raises(type(error)):
+                    train(progress=progress)
+
+    return cut
 
 
 @pytest.fixture

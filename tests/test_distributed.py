@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from subprocesses import environment
 from torch import Tensor
 
 from rlrc import artifact as artifacts
@@ -75,18 +76,14 @@ def script(tmp_path: Path, own_cache: Path, lessons: Any) -> Path:
     return file
 
 
-def environment(**more: str) -> dict[str, str]:
-    sources = [str(Path(__file__).parents[1] / part) for part in ("compressor", "runtime", "exporters", "benchmarks")]
-    own = {"PYTHONPATH": os.pathsep.join(sources), "OMP_NUM_THREADS": "1"}
-    return os.environ | own | more
-
-
 def launched(script: Path, processes: int, *arguments: str, **more: str) -> dict[str, Any]:
     """By torchrun, as accelerate launches processes on GPUs, or in one process; -> what the command prints."""
     command = [sys.executable, str(script), *arguments, *QUIET]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=environment(OMP_NUM_THREADS="1", **more), capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1  # one process tells
@@ -177,7 +174,7 @@ def test_killed_by_the_system_and_resumed_is_uninterrupted(script: Path, pupil_a
     launched(script, 1, *RL, str(pupil_artifact), str(whole), *arguments, STEPS="20")
     command = [sys.executable, str(script), *RL, str(pupil_artifact), str(cut), *arguments, *QUIET]
     process = subprocess.Popen(
-        command, env=environment(STEPS="20"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=environment(OMP_NUM_THREADS="1", STEPS="20"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     lines = tmp_path / ".cut.run" / "curve.jsonl"
     deadline = time.monotonic() + 300

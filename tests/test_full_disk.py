@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from subprocesses import environment
 
 from families import DATA
 from rlrc.errors import UserError
 from rlrc.folders import replacing, storage_failure, storing
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("compressor", "runtime", "exporters", "benchmarks", "jetson")
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
@@ -29,10 +29,6 @@ sys.argv = ["rlrc", *sys.argv[2:]]
 from rlrc.runtime.cli import main
 sys.exit(main())
 """
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in PARTS)}
 
 
 def limited(size: int, *arguments: object) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from subprocesses import environment
 
 from rlrc import artifact as artifacts
 from rlrc import interrupts
@@ -48,6 +49,28 @@ if __name__ == "__main__":
 """
 
 
+# A command that a signal interrupts, in a process with a handler, a thread, and a module that takes long to destroy.
+ENDING = """
+import atexit, signal, sys, threading, time
+
+from rlrc.runtime import cli
+
+class Command:
+    def run(self):
+        atexit.register(print, "handler")
+        threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+        signal.raise_signal(signal.Signals[sys.argv[2]])
+
+class Slow:
+    def __del__(self, print=print):
+        print("destroyed")
+
+slow = Slow()
+cli.parse = lambda name, rest: Command()
+sys.exit(cli.main())
+"""
+
+
 @pytest.fixture
 def script(tmp_path: Path, own_cache: Path, lessons: object) -> Path:
     file = tmp_path / "script.py"
@@ -57,14 +80,12 @@ def script(tmp_path: Path, own_cache: Path, lessons: object) -> Path:
 
 def started(script: Path, *arguments: object, slow: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, str(script), *map(str, arguments), "--evaluate", "0", "--threads", "1", "--workers", "1"]
-    root = Path(__file__).parents[1]
-    sources = os.pathsep.join(str(root / part) for part in ("compressor", "runtime", "exporters", "benchmarks"))
-    environment = os.environ | {"PYTHONPATH": sources} | ({"SLOW": "1"} if slow else {})
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    given = environment(SLOW="1" if slow else "")
+    return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str], within: float = 120) -> tuple[int, str]:
-    """Exit code, and what it told of itself: progress is no part of that."""
+    """-> exit code and the lines on stderr that are no progress."""
     errors = process.communicate(timeout=within)[1]
     lines = [line for line in errors.splitlines() if line.startswith("rlrc") or "Error" in line]
     return process.returncode, "\n".join(lines)
@@ -162,7 +183,7 @@ def test_a_command_that_is_no_stage_leaves_nothing_either(
     tiny_artifact: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "rlrc.runtime.cli", "export", str(tiny_artifact), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")):
         assert process.poll() is None, process.communicate()
@@ -171,6 +192,14 @@ def test_a_command_that_is_no_stage_leaves_nothing_either(
     process.send_signal(number)
     assert ended(process, 60) == (128 + number, "rlrc: interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_ends_before_its_modules_are_destroyed(number: signal.Signals) -> None:
+    """That alone takes torch a second or more. Threads end and handlers run all the same."""
+    command = [sys.executable, "-c", ENDING, "new", number.name]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "thread\nhandler\n", "rlrc: interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from subprocesses import environment
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry
@@ -50,13 +50,9 @@ def kept() -> Iterator[None]:
     precision.use(before)
 
 
-def run_python(code: str, **environment: str) -> Any:
-    root = Path(__file__).parents[1]
-    sources = os.pathsep.join(str(root / part) for part in ("compressor", "runtime"))
+def run_python(code: str, **more: str) -> Any:
     command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, env=os.environ | environment | {"PYTHONPATH": sources}, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 

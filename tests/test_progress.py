@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from subprocesses import environment
 
 from rlrc import progress as module
 from rlrc.progress import progress, status
@@ -75,12 +75,9 @@ def test_what_is_done_soon_and_what_others_show_leave_no_line(capsys: pytest.Cap
 
 def test_on_a_terminal_it_is_a_bar() -> None:
     code = "from rlrc.progress import progress\nwith progress('sft', 4) as tell: tell(1, 'x'); tell(4, 'y')"
-    sources = str(Path(__file__).parents[1] / "runtime")
     ours, theirs = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": sources, "TERM": "xterm", "COLUMNS": "100"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, env=environment, check=True
-    )
+    given = environment(TERM="xterm", COLUMNS="100")
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, env=given, check=True)
     os.close(theirs)
     shown = os.read(ours, 100_000).decode()
     os.close(ours)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlrc.errors import UserError
 
-# What a disk says that does not take what is written, and what to do about it.
+# Errors of a disk that refuses a write, and the advice.
 STORAGE = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
@@ -47,7 +47,7 @@ def storage_failure(error: BaseException | None) -> int | None:
 
 
 def refused(error: BaseException, path: object) -> str | None:
-    """What to tell where the disk did not take what was written into ``path``; None for any other error."""
+    """The user's message where a disk refused what was written into ``path``; None for any other error."""
     if (number := storage_failure(error)) is None:
         return None
     return f"expected to write {path}, found: {os.strerror(number)}; {STORAGE[number]}, and run the same command again"
@@ -61,9 +61,9 @@ def storing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if (told := refused(error, path)) is None:
+        if (message := refused(error, path)) is None:
             raise
-        raise UserError(told) from None
+        raise UserError(message) from None
 
 
 def check_output(out: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says what goes on.
+"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says how to continue.
 
 ``held`` puts that off where a state would be left half changed. Needs the standard library only.
 """
@@ -15,6 +15,7 @@ from typing import NoReturn
 from rlrc.errors import Interrupted
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CODES = {128 + number for number in NUMBERS}  # exit codes of a command that was interrupted
 
 _holding = 0
 _pending: int | None = None  # the signal that came while it was held
@@ -66,7 +67,7 @@ def check() -> None:
 
 
 def stop() -> NoReturn:
-    """Raises Interrupted, held or not: all processes of a team end together, whichever of them had the signal."""
+    """Raises Interrupted, held or not: all processes of a team end together, whichever of them received the signal."""
     global _pending
     number, _pending = _pending or signal.SIGINT, None
     raise Interrupted(code=128 + number)

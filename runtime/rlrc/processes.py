@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """How many this process may use, by its affinity and its control group's quota."""
+    """Number of cores that this process may use, by its affinity and its control group's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = CPU_MAX.read_text().split()

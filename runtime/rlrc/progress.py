@@ -59,7 +59,7 @@ def status(what: str, shown: bool = True) -> Iterator[Callable[[str], None]]:
 
 
 def interactive() -> bool:
-    """Whether somebody looks at stderr on a terminal that can move its cursor."""
+    """Whether stderr is a terminal that can move its cursor."""
     if not sys.stderr.isatty():
         return False
     from rich.console import Console

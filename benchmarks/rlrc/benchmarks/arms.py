@@ -173,6 +173,12 @@ def quicker_in_torch(_: object = None) -> str:
     return {"float32": "fp32", "bfloat16": "bf16"}[precision.quicker_of_weights()]
 
 
+def _dtype(kind: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+
+
 def in_torch(
     spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int, kind: str
 ) -> tuple[Infer, Parts]:
@@ -187,7 +193,7 @@ def in_torch(
     from rlrc.runtime.preprocess import Tokenizer
 
     torch.set_num_threads(threads)
-    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    dtype = _dtype(kind)
     policy, passes = random_weights.in_torch(spec, towers, dtype), Parts()
     in_turns(policy, dtype, passes)
     tokenizer = None
@@ -227,6 +233,5 @@ def products_in_torch(kind: str) -> float:
     """Operations a second of a large product in "fp32" or "bf16" on torch's threads: the best of several."""
     import torch
 
-    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    a, b = (torch.ones(shape, dtype=dtype) for shape in ((512, 4096), (4096, 4096)))
+    a, b = (torch.ones(shape, dtype=_dtype(kind)) for shape in ((512, 4096), (4096, 4096)))
     return roofline.fastest(lambda: a @ b.T, 2.0 * 512 * 4096**2, torch.get_num_threads())

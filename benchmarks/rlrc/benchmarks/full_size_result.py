@@ -58,8 +58,8 @@ def result(
 ) -> dict[str, Any]:
     """What the result file holds; `rlrc.benchmarks.claims` has the verdicts' rules.
 
-    ``other``: the turns with torch, why they were not finished, or None where nobody asked for them; ``kind``: the type
-    that torch computed in.
+    ``other``: the turns with torch, the error that stopped them, or None without torch. ``kind``: the type that torch
+    computed in.
     """
     manifests = {name: artifact.manifest for name, artifact in artifacts.items()}
     rows = {name: row(manifests[name], pair, name, peaks) for name in ("dense", "compressed")}

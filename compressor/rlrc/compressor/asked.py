@@ -1,4 +1,7 @@
-"""What pruning was asked for beside what came of it: widths are aligned, heads go whole, key/value heads stay."""
+"""Compares what ``rlrc prune`` was asked to remove with what it removed, and says why the two differ.
+
+Widths are aligned, heads are removed whole, and key/value heads that several query heads share are kept.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ FINER = (16, 8, 4, 2, 1)  # alignments that may come nearer
 
 
 @dataclass(frozen=True)
-class Wish:
+class Outcome:
     """``asked`` and ``got`` are parts of ``what`` that go, or limits in its unit; ``nearer``: another alignment."""
 
     what: str
@@ -27,17 +30,17 @@ class Wish:
     nearer: Mapping[str, float] | None = None
 
 
-def wishes(dense: Policy, name: str, config: PruneConfig, report: Mapping[str, Any]) -> list[Wish]:
+def outcomes(dense: Policy, name: str, config: PruneConfig, report: Mapping[str, Any]) -> list[Outcome]:
     """Of a pruned tower; ``report`` is that of prune.report. ``dense`` may be on the meta device."""
     if config.to_bytes or config.to_latency:
         limits = ("to_bytes", number_of_bytes(config.to_bytes), report["bytes"][config.to_bytes_in])
         times = ("to_latency", part_of_time(config.to_latency), report["time"])
-        return [Wish(*each) for each in (limits, times) if each[1]]
+        return [Outcome(*each) for each in (limits, times) if each[1]]
     if config.kind == "both" or (config.kind == "depth" and (config.drop or config.blocks)):
         return []  # blocks by number
     part = {"layer": "intermediate", "tower": name, "whole": "whole"}[config.scope]
     what = {"layer": f"{name}'s intermediate blocks", "tower": name, "whole": "whole policy"}[config.scope]
-    found = Wish(what, config.part, report[part])
+    found = Outcome(what, config.part, report[part])
     if abs(found.asked - found.got) < NEAR:
         return [found]
     if config.kind == "depth":
@@ -65,7 +68,7 @@ def _reasons(place: Place, config: PruneConfig) -> list[str]:
     return sorted(found, reverse=True) or ["norms and biases stay"]
 
 
-def _nearer(place: Place, config: PruneConfig, found: Wish) -> dict[str, float] | None:
+def _nearer(place: Place, config: PruneConfig, found: Outcome) -> dict[str, float] | None:
     """The coarsest alignment that comes nearer than this one by more than a hundredth, and what it gives."""
     dense = cost.shape_of(place.policy.spec, place.policy.towers)
     blocks = [f"{place.tower}.layers.{i}." for i in place.blocks]
@@ -81,17 +84,17 @@ def _nearer(place: Place, config: PruneConfig, found: Wish) -> dict[str, float] 
     return None
 
 
-def lines(wish: Mapping[str, Any]) -> list[str]:
-    """For people: nothing where what was asked for is what came of it."""
-    asked, got = wish["asked"], wish["got"]
-    if wish["what"] == "to_bytes":
+def lines(outcome: Mapping[str, Any]) -> list[str]:
+    """Lines for people; none where the ratio asked for was reached."""
+    asked, got = outcome["asked"], outcome["got"]
+    if outcome["what"] == "to_bytes":
         return [f"asked for at most {asked:,.0f} bytes, got {got:,}"]
-    if wish["what"] == "to_latency":
+    if outcome["what"] == "to_latency":
         return [f"asked for at most {asked:g}x of the time, got {got:g}x"]
     if abs(asked - got) < NEAR:
         return []
     nearer = ""
-    if wish["nearer"]:
-        nearer = f"; nearer, at widths that 4-bit groups do not fill: --align {wish['nearer']['align']:g} gives "
-        nearer += f"{wish['nearer']['got']:.1%}"
-    return [f"asked for {asked:.1%} of the {wish['what']}, got {got:.1%}: {', '.join(wish['reasons'])}{nearer}"]
+    if outcome["nearer"]:
+        nearer = f"; nearer, at widths that 4-bit groups do not fill: --align {outcome['nearer']['align']:g} gives "
+        nearer += f"{outcome['nearer']['got']:.1%}"
+    return [f"asked for {asked:.1%} of the {outcome['what']}, got {got:.1%}: {', '.join(outcome['reasons'])}{nearer}"]

@@ -52,10 +52,9 @@ def report(out: Path, manifest: Manifest, as_json: bool) -> None:
             for key, value in shown.items()
         )
     )
-    told: list[tuple[Callable[[Any], list[str]], str]]
-    told = [(lines, "lossless"), (removed, "removed"), (rounding_lines, "rounding")]
-    told.append((normalisation_lines, "normalisation"))
-    for line in (line for tell, key in told if key in entry.after for line in tell(entry.after[key])):
+    printed: dict[str, Callable[[Any], list[str]]]
+    printed = {"lossless": lines, "removed": removed, "rounding": rounding_lines, "normalisation": normalisation_lines}
+    for line in (line for key, of in printed.items() if key in entry.after for line in of(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {hint(out, manifest)}", soft_wrap=True, highlight=False)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,6 @@ def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, 
     ``flags`` are those of an official source, which is also the teacher of a distillation that names none. A stage that
     an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
     """
-    doing = ["the first stage"]
-    try:
-        _compress(source, out, recipe, options, flags, doing)
-    except KeyboardInterrupt as error:
-        if str(error):  # a stage says more
-            raise
-        code = error.code if isinstance(error, Interrupted) else 130
-        raise Interrupted(f"the same command goes on with {doing[-1]}", code) from None
-
-
-def _compress(
-    source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None, doing: list[str]
-) -> None:
     from rlrc.exporters.export import export  # imported late: only this function goes all the way
 
     if distributed.rank() == 0:
@@ -65,21 +53,31 @@ def _compress(
     folder.mkdir(parents=True, exist_ok=True)
     current = source
     for name, config in recipe.items():
-        doing.append(name)
         taught = isinstance(config, DistillConfig) and not config.teacher
         if taught:
             config = dataclasses.replace(config, teacher=str(source))
         target, told = folder / name, (flags if current is source else None) or Flags()
-        if target.exists():
-            check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
-        else:
-            # What a distillation is told is told of its teacher.
-            runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
+        with _continued(name):
+            if target.exists():
+                check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
+            else:
+                # What a distillation is told is told of its teacher.
+                runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
         current = target
-    doing.append("the export")
     if distributed.rank() == 0:
-        with status("exporting, and verifying"):
+        with _continued("the export"), status("exporting, and verifying"):
             export(artifacts.load(current), out)
+
+
+@contextmanager
+def _continued(step: str) -> Iterator[None]:
+    """An interruption within it says that the same command goes on with this step, unless it says more already."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise
+        raise Interrupted.by(error, f"the same command goes on with {step}") from None
 
 
 def check_same(finished: Path, name: str, source: Source, config: Any, precision: Wanted) -> None:

@@ -32,12 +32,12 @@ def _without_gpu() -> bool:
 
 
 def cores() -> int:
-    """This process's share of those that the processes of this machine may use."""
+    """This process's share of the cores that the processes of this machine may use."""
     return max(1, processes.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def devices() -> tuple[str, ...]:
-    """Types of what this process computes on: simulations and what is no training stay on the CPU."""
+    """Types of the devices that this process computes on. Everything but training stays on the CPU."""
     accelerator = None if _without_gpu() else torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
@@ -79,7 +79,7 @@ class Team:
             raise UserError("expected FSDP of version 2, found version 1; give accelerate launch --fsdp_version 2")
 
     def together(self) -> AbstractContextManager[None]:
-        """Of several processes none ends at a signal before the others do: see rlrc.compressor.run.Keeper."""
+        """Within it a signal ends no process of several before the others: see rlrc.compressor.run.Keeper."""
         return interrupts.held() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

@@ -1,4 +1,4 @@
-"""What makes sense after each stage: the last line that the commands print."""
+"""Which commands can follow a stage: the last line that a stage's command prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def following(manifest: Manifest) -> tuple[str, ...]:
     last = manifest.history[-1]
     after = LOSSLESS if last.config.get("lossless") else NEXT[last.stage]
     pruned = any(entry.stage == "prune" and not entry.config.get("lossless") for entry in manifest.history)
-    # Reinforcement learning is a recovery, in the simulator of the reference family; pruning twice is no plan.
+    # Reinforcement learning is a recovery, in the simulator of the reference family; a policy is pruned once.
     left = {"prune"} if pruned else {"rl"}
     return tuple(name for name in after if name not in left | (set() if _simulated(manifest) else {"rl"}))
 

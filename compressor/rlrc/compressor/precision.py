@@ -25,7 +25,7 @@ Chosen = dict[str, Precision]
 
 TRAINING = (512, 256, 1024)  # rows, inputs, outputs of a product
 GAIN = 0.9  # part of float32's time that bfloat16 may take: float32 is more exact
-HOPELESS = 3.0  # times slower: one round tells
+HOPELESS = 3.0  # times slower: one round is enough
 ROUNDS = 5  # the first warms up
 
 _chosen: Chosen = {}
@@ -64,9 +64,8 @@ def quicker(device: str) -> Precision:
     def product(dtype: torch.dtype) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16):
             loss = F.linear(x, weight).float().mean()
-        weight.grad = None
-        loss.backward()
-        weight.grad.sum().item()  # type: ignore[attr-defined]  # waits for an accelerator
+        (gradient,) = torch.autograd.grad(loss, weight)
+        gradient.sum().item()  # waits for an accelerator
 
     with torch.inference_mode(False), torch.enable_grad():
         return _quicker([product], device)

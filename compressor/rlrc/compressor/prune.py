@@ -17,7 +17,7 @@ from torch import Tensor
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor import cost, depth
 from rlrc.compressor.asked import lines as asked_lines
-from rlrc.compressor.asked import wishes
+from rlrc.compressor.asked import outcomes
 from rlrc.compressor.checkpoint import parameters
 from rlrc.compressor.coupling import VISION, Group, Towers, groups
 from rlrc.compressor.importance import Scores
@@ -97,8 +97,8 @@ def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -
     if config.kind != "depth":
         found = scores_of(policy, name, intermediate(policy.towers, name, config), config, batches)
         policy = narrowed(policy, name, allocated(policy, name, found, goal, config), found)
-    told = report(dense, policy, name, gone, config)
-    return policy, told | {"asked": [asdict(wish) for wish in wishes(dense, name, config, told)]}
+    made = report(dense, policy, name, gone, config)
+    return policy, made | {"asked": [asdict(outcome) for outcome in outcomes(dense, name, config, made)]}
 
 
 def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:
@@ -139,7 +139,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     ratios = f"{report['intermediate']:.1%} of the {name}'s intermediate blocks, {report[name]:.1%} of the {name}"
     size = report["bytes"]
     return [
-        *(line for wish in report.get("asked", ()) for line in asked_lines(wish)),
+        *(line for outcome in report.get("asked", ()) for line in asked_lines(outcome)),
         f"removed {ratios}, {report['whole']:.1%} of the whole",
         f"left: {len(shapes)} blocks; heads {', '.join(str(heads) for heads, _, _ in shapes)}; "
         f"channels {', '.join(str(mlp) for _, _, mlp in shapes)}",

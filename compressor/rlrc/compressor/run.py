@@ -98,11 +98,11 @@ class Run:
         return self.spent + time.process_time() - self.began + workers
 
     def moment(self) -> dict[str, Any]:
-        """What belongs to a state besides what the stage itself keeps."""
+        """What every saved state holds, whatever the stage."""
         return {"torch_rng": torch.get_rng_state(), "rows": self.rows}
 
     def save(self, step: int, **state: Any) -> None:
-        """``state`` may have a ``moment`` that is over; otherwise it is the present one."""
+        """``state`` may hold an earlier ``moment()``; without one the present moment is saved."""
         if distributed.rank() == 0:
             values = {"step": step, "cpu_seconds": self.cpu_seconds(), **self.moment(), **state}
             with interrupts.held(), replacing(self.state_file) as partial, partial.open("wb") as stream:

@@ -200,6 +200,7 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
             found[change.module, change.kind] = measured
             with journal.open("a") as file:
                 file.write(json.dumps(strict.encode(measured)) + "\n")
+        tell(len(todo), "")
     return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
 
 

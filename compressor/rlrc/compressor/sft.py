@@ -206,7 +206,7 @@ class Best:
         return loss
 
     def state(self) -> dict[str, Any]:
-        """By value: what is trained on does not change it."""
+        """Later looks do not change it."""
         return {name: getattr(self, name) for name in self._KEPT}
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ def fixed(policy: Policy, held_out: list[Batch]) -> list[Batch]:
 
 
 def check_finite(metrics: dict[str, float], step: int, run: Run) -> None:
-    """Raises UserError for a loss or a gradient that is none, before it spoils the weights."""
+    """Raises UserError for a loss or a gradient that is not finite, before it spoils the weights."""
     for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
         if not math.isfinite(metrics[name]):
             kept = "" if run.saved is None else f", then remove {run.folder}, which keeps the state of step {run.saved}"

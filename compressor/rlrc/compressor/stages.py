@@ -150,8 +150,7 @@ def stage(
             if run.folder.exists() and not run.state_file.exists():  # nothing to go on with
                 run.remove()
             if isinstance(error, KeyboardInterrupt) and not distributed.rank():
-                code = error.code if isinstance(error, Interrupted) else 130
-                raise Interrupted(run.continuation(name), code) from None
+                raise Interrupted.by(error, run.continuation(name)) from None
             raise
     run.remove()
     distributed.wait()  # the artifact is there for whatever comes next

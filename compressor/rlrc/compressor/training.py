@@ -24,14 +24,14 @@ from rlrc.runtime.official import Flags
 
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
-    told: dict[str, Any] = {}
+    adopted: dict[str, Any] = {}
     lines: list[str] = []
 
     def check(found: Source) -> None:
         before = found.normalisation
         lines.extend(take_statistics(found, config))
         if found.normalisation != before:
-            told["normalisation"] = found.normalisation
+            adopted["normalisation"] = found.normalisation
         lessons.check("sft", found, config)
         memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
 
@@ -39,7 +39,7 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags:
         if distributed.rank() == 0:
             for line in lines:
                 plain_console(stderr=True).print(f"normalisation: {line}")
-        return work.finish(work.policy, **told, **taught(work, config, lambda lessons: Objective))
+        return work.finish(work.policy, **adopted, **taught(work, config, lambda lessons: Objective))
 
 
 def run_distill(
@@ -72,7 +72,7 @@ def run_distill(
 
 
 def take_statistics(source: Source, config: SFTConfig) -> list[str]:
-    """Gives the source the data set's statistics where its own are missing, or for all; what to say of it.
+    """Gives the source the data set's statistics where its own are missing, or for all. -> lines that say so.
 
     Raises UserError where there are none to take.
     """

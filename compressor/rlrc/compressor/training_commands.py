@@ -63,5 +63,5 @@ class Compress:
         compress(self.source, self.out, load(self.recipe), self.options, self.official)
         if distributed.rank() == 0:
             spec = artifacts.load(self.out, verify=()).manifest.policy
-            told = f"next: {trial(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
-            Console().print(told, soft_wrap=True)
+            following = f"next: {trial(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
+            Console().print(following, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rlrc.datasets.reading import reading
 from rlrc.errors import UserError
-from rlrc.foreign import unreadable
 
 _BATCH = 32 << 20  # bytes of numbers that ``parts`` reads at a time
 
 
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Around the reading of a parquet file: what pyarrow raises becomes a UserError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"expected the file {file}, found none; copy the data set again") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise unreadable("a readable parquet file", file, reason, "copy the data set again") from None
+def reading_parquet(file: Path) -> AbstractContextManager[None]:
+    """What pyarrow raises within it becomes a UserError that names the file."""
+    return reading("parquet file", file, pa.ArrowException)
 
 
 @contextmanager
 def opened(file: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
     """An open parquet file. Raises UserError for a broken one, and unless it has each of these columns once."""
-    with reading(file), pq.ParquetFile(file, memory_map=True) as parquet:
+    with reading_parquet(file), pq.ParquetFile(file, memory_map=True) as parquet:
         check_columns(parquet, file, columns)
         yield parquet
 

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from rlrc.datasets.columns import check_columns, reading
+from rlrc.datasets.columns import check_columns, reading_parquet
 from rlrc.errors import UserError
 
 _TABLES = 64  # data files that stay open
 _ROWS = 64 << 20  # bytes of encoded pictures that are kept
 # The modes of PIL whose values are 0 to 255, or 0 and 1. The range of the others is not known (12 bits of a camera,
-# millimetres, ...), and PIL would clip them to 255 without a word.
+# millimetres, ...), and PIL would silently clip them to 255.
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 _OTHERS = {"I": "32-bit grey", "F": "floating-point grey"} | {
     f"I;16{order}": "16-bit grey" for order in ("", "B", "L", "N")
@@ -55,7 +55,7 @@ class Pictures:
 
     def picture(self, file: Path, camera: str, row: int) -> NDArray[np.uint8]:
         """uint8 (H, W, 3). Raises UserError, which names the file, the column and the row."""
-        with reading(file):
+        with reading_parquet(file):
             parquet, ends = self._open(file)
             group = int(np.searchsorted(ends, row, side="right"))
             column = self._group(file, parquet, camera, group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,8 @@ import numpy as np
 from av.video.frame import PictureType
 from numpy.typing import NDArray
 
+from rlrc.datasets.reading import broken, reading
 from rlrc.errors import UserError
-from rlrc.foreign import unreadable
 
 CODEC: Final = "h264"
 PIXELS = "yuv420p"
@@ -30,13 +30,13 @@ def check_header(file: Path, pictures: int, seconds: float) -> None:
 
     Raises UserError if not, and for a file that is cut short or cannot be decoded. No picture is decoded.
     """
-    with _translated(file):
+    with _reading(file):
         container = av.open(str(file))
     with container:
         stream = _stream(container, file)
         entries: Any = getattr(stream, "index_entries", ())  # older versions of PyAV have none
         if len(entries) and entries[-1].pos + entries[-1].size > container.size:
-            raise _broken(file, "less of it than its index says")
+            raise broken("video", file, "less of it than its index says")
         end = container.duration / av.time_base if container.duration is not None else seconds
         if stream.duration is not None:
             end = float(stream.time_base * ((stream.start_time or 0) + stream.duration))
@@ -47,28 +47,16 @@ def check_header(file: Path, pictures: int, seconds: float) -> None:
             )
 
 
-@contextmanager
-def _translated(file: Path) -> Iterator[None]:
-    """What PyAV raises becomes a UserError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"expected the file {file}, found none; copy the data set again") from None
-    except (av.FFmpegError, OSError, ValueError, EOFError) as error:  # ValueError: pictures that cannot be converted
-        if isinstance(error, UserError):
-            raise
-        raise _broken(file, getattr(error, "strerror", None) or str(error)) from None
-
-
-def _broken(file: Path, reason: str) -> UserError:
-    return unreadable("a readable video", file, reason, "copy the data set again")
+def _reading(file: Path) -> AbstractContextManager[None]:
+    """What PyAV raises within it becomes a UserError that names the file."""
+    return reading("video", file, av.FFmpegError, EOFError, ValueError)  # ValueError: pictures that cannot be converted
 
 
 def _stream(container: Any, file: Path) -> Any:
     """The video of a container. Raises UserError if it has none, or none that can be decoded."""
     streams = container.streams.video
     if not streams:
-        raise _broken(file, "no video in it")
+        raise broken("video", file, "no video in it")
     if streams[0].codec_context is None:
         raise UserError(
             f"expected a video in {file} that PyAV's FFmpeg decodes, found an unknown codec; encode it as H.264 or AV1"
@@ -81,7 +69,7 @@ class Video:
 
     def __init__(self, file: Path, fps: float) -> None:
         self.file, self.fps = file, fps
-        with _translated(file):
+        with _reading(file):
             self._container = av.open(str(file))
         self._stream = _stream(self._container, file)
         self._stream.codec_context.thread_count = 1  # several threads hold pictures back, which makes each seek slower
@@ -91,7 +79,7 @@ class Video:
     def at(self, seconds: float) -> NDArray[np.uint8]:
         """The picture (H, W, 3) at this time. Raises UserError if the file has none there."""
         slack = _TOLERANCE / self.fps
-        with _translated(self.file):
+        with _reading(self.file):
             if self._last is None or not -slack <= seconds - self._last.time <= _AHEAD / self.fps:
                 self._seek(max(0.0, seconds - slack))
             while self._last is not None and self._last.time < seconds - slack:

@@ -7,6 +7,7 @@ signal's number where it was interrupted.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import importlib
@@ -130,9 +131,21 @@ EXTRAS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    code = 0
+
+    def end_promptly() -> None:
+        """An interrupted process ends here: to destroy the modules of torch and its friends takes a second or more."""
+        if code in interrupts.CODES:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    if arguments is None:
+        atexit.register(end_promptly)  # the first, so that it runs last: threads have ended, other handlers have run
     with interrupts.raising():
-        return _main(arguments)
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+    return code
 
 
 def _main(arguments: list[str]) -> int:
@@ -165,9 +178,9 @@ def _main(arguments: list[str]) -> int:
         raise
     except Exception as error:
         names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
-        if (told := refused(error, next(filter(None, names), "a file"))) is None:
+        if (message := refused(error, next(filter(None, names), "a file"))) is None:
             raise
-        return _refuse(told)
+        return _refuse(message)
     except KeyboardInterrupt as error:
         print(f"rlrc: interrupted{'; ' * bool(str(error))}{error}", file=sys.stderr)
         return getattr(error, "code", 130)

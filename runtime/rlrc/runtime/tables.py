@@ -1,4 +1,4 @@
-"""Tables for people, of which nothing is cut whatever the width of the terminal."""
+"""Tables for people, never truncated whatever the width of the terminal."""
 
 from __future__ import annotations
 

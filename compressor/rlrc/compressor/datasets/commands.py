@@ -16,7 +16,7 @@ from rlrc.compressor.datasets import inspection
 from rlrc.datasets.lerobot import Dataset
 from rlrc.errors import UserError
 from rlrc.folders import check_output
-from rlrc.progress import progress
+from rlrc.progress import progress, status
 from rlrc.runtime.commands import check_failed
 from rlrc.runtime.describe import plain_console
 from rlrc.runtime.official import Flags, is_official
@@ -39,7 +39,7 @@ class Inspect:
     def run(self) -> int:
         dataset = Dataset.open(self.path)
         spec = None if self.policy is None else policy_spec(self.policy, self.official, dataset, self.cameras)
-        with plain_console(stderr=True).status(f"reading {self.path}"):
+        with status(f"reading {self.path}"):
             found = inspection.facts(dataset)
             if spec is not None:
                 found["policy"] = inspection.fit(dataset, spec, self.cameras)
@@ -97,7 +97,7 @@ def policy_spec(path: Path, flags: Flags, dataset: Dataset, cameras: Mapping[str
 
         source = open_source(path, flags, incomplete=True)
         names = normalisation.undecided(source.spec, source.normalisation)
-        with suppress(UserError):  # what does not fit, the match tells
+        with suppress(UserError):  # inspection.fit reports what does not match
             return normalisation.adopted(source.spec, source.normalisation, names, dataset, cameras)[0]
         return source.spec
     return artifacts.load(path, verify=()).manifest.policy

@@ -1,0 +1,28 @@
+"""Errors of the libraries that read a data set's files, as one line that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlrc.errors import UserError
+from rlrc.foreign import unreadable
+
+
+@contextmanager
+def reading(what: str, file: Path, *errors: type[Exception]) -> Iterator[None]:
+    """``errors``, and those of the system, become a UserError: expected a readable ``what``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"expected the file {file}, found none; copy the data set again") from None
+    except (OSError, *errors) as error:
+        reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
+        raise broken(what, file, reason or type(error).__name__) from None
+
+
+def broken(what: str, file: Path, reason: str) -> UserError:
+    return unreadable(f"a readable {what}", file, reason, "copy the data set again")
