@@ -13,13 +13,14 @@ from rlrc.foreign import unreadable
 @contextmanager
 def reading(what: str, file: Path, *errors: type[Exception]) -> Iterator[None]:
     """``errors``, and those of the system, become a UserError: expected a readable ``what``."""
+    foreign: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"expected the file {file}, found none; copy the data set again") from None
-    except (OSError, *errors) as error:
+    except foreign as error:
         reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
         raise broken(what, file, reason or type(error).__name__) from None
 
