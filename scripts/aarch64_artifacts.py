@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
-from rlrc.compressor import checkpoint, stages  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
-from rlrc.compressor.sources import examples  # noqa: E402
-from rlrc.compressor.stages import Options  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
+from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages.sources import examples  # noqa: E402
+from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 
 IN_GGUF = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")
@@ -38,7 +38,7 @@ def main(folder: Path, to: str = "onnx") -> None:
         source, policy = official(name)
         with artifacts.writing(weights) as draft:
             source.hand_on(draft)
-            checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
+            artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
         export(artifacts.load(weights), folder / f"{name}-fp32", (to,), "fp32")
         if (
             to == "onnx" and not policy.spec.action.bins
@@ -48,7 +48,7 @@ def main(folder: Path, to: str = "onnx") -> None:
             continue
         int4 = folder / "weights" / f"{name}-int4"
         quiet = Options(evaluate=0, workers=1, threads=1)
-        stages.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
+        stage.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
         export(artifacts.load(int4), folder / f"{name}-int4", (to,), "int4")
         print(f"exported {name}", flush=True)
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlrc.benchmarks import results
+from rlrc.benchmarks.results import results
 
 KEPT = ("max_error", "range_error", "token_flips", "gripper_flips")
 

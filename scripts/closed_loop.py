@@ -17,14 +17,14 @@ from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER
-from rlrc.benchmarks import success
-from rlrc.benchmarks.commands.output import progress, result_of
-from rlrc.benchmarks.results import check_out, dump, write
-from rlrc.compressor import checkpoint
-from rlrc.compressor.inference import TorchPolicy
+from rlrc.benchmarks.cli.output import progress, result_of
+from rlrc.benchmarks.measure import success
+from rlrc.benchmarks.results.results import check_out, dump, write
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+from rlrc.compressor.stages import artifact_io
 from rlrc.envs.environment import open_environment
-from rlrc.runtime import preprocess
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference import preprocess
+from rlrc.runtime.inference.policy import LocalPolicy
 
 
 def policies(artifact: Path, exported: tuple[str, ...]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def policies(artifact: Path, exported: tuple[str, ...]) -> dict[str, Any]:
     spec = opened.manifest.policy
     assert spec.prompt is not None
     tokenizer = preprocess.Tokenizer(opened.file(TOKENIZER), spec.prompt)
-    found: dict[str, Any] = {"torch": TorchPolicy(spec, tokenizer, lambda: checkpoint.load_policy(opened))}
+    found: dict[str, Any] = {"torch": TorchPolicy(spec, tokenizer, lambda: artifact_io.load_policy(opened))}
     for argument in exported:
         name, _, folder = argument.partition("=")
         found[name] = LocalPolicy.load(folder)

@@ -15,7 +15,7 @@ import os
 
 # Idle threads of torch and llama.cpp spin for some microseconds: for longer they would cost most on busy cores, and
 # llama.cpp's take 9 ms a token for 4 if they sleep between its many short parts. Read when torch loads its OpenMP.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as rlrc.runtime.backends.llama_model has it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as rlrc.runtime.inference.backends.llama_model has it
 
 import argparse
 import platform
@@ -47,17 +47,17 @@ from rlrc.artifact import (
     TokenSpec,
     TowerSpec,
 )
-from rlrc.benchmarks import machine, results
-from rlrc.benchmarks.bandwidth import read_bandwidth
-from rlrc.benchmarks.stats import percentiles, ratio_interval
-from rlrc.compressor import checkpoint
-from rlrc.compressor.backbones.openvla import OpenVLAPolicy
-from rlrc.compressor.inference import TorchPolicy
-from rlrc.compressor.quantize import QuantizeConfig, quantize
+from rlrc.benchmarks.measure.bandwidth import read_bandwidth
+from rlrc.benchmarks.results import machine, results
+from rlrc.benchmarks.results.stats import percentiles, ratio_interval
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+from rlrc.compressor.models.openvla import OpenVLAPolicy
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
+from rlrc.compressor.stages import artifact_io
 from rlrc.exporters.export import export
-from rlrc.runtime.backends import Engine
-from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.preprocess import Tokenizer as Prompts
+from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.inference.preprocess import Tokenizer as Prompts
 
 WORDS = 24
 VOCABULARY = 4096
@@ -105,7 +105,7 @@ def make(folder: Path) -> None:
         "ids": np.array([range(WORDS)] * 2),
     }
     result = quantize(policy.state_dict(), QuantizeConfig(search=False))
-    meant = checkpoint.quantized(policy, result)
+    meant = artifact_io.quantized(policy, result)
     wide = quantize(policy.state_dict(), QuantizeConfig(search=False, group=128))
     for name, given in (("int4", (policy, result)), ("int4-128", (policy, wide)), ("dense", (meant, None))):
         with artifacts.writing(folder / name) as draft:
@@ -114,7 +114,7 @@ def make(folder: Path) -> None:
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
             tokenizer.save(str(draft.file(TOKENIZER)))
             history = (HistoryEntry("new", {"seed": 0}, "0", None, 0.0),)
-            checkpoint.write_policy(draft, given[0], observations, history, given[1])
+            artifact_io.write_policy(draft, given[0], observations, history, given[1])
 
 
 class Timed:
@@ -148,7 +148,7 @@ def local(artifact: Artifact, threads: int, engine: Engine | None = None) -> Con
 
 
 def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contestant:
-    policy, passes = checkpoint.load_policy(artifact).to(dtype), dict[str, list[float]]()
+    policy, passes = artifact_io.load_policy(artifact).to(dtype), dict[str, list[float]]()
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     see, step = policy.see, policy.step

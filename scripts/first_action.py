@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rlrc.artifact import PolicySpec
-from rlrc.benchmarks import machine, results
+from rlrc.benchmarks.results import machine, results
 from rlrc.robots.robot import Sensed
 
 TOLD = "RLRC_FIRST_ACTION"  # the file that the driver writes the time into

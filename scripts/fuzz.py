@@ -31,7 +31,7 @@ import msgpack
 with atheris.instrument_imports(include=["rlrc"]):  # names of packages; those of modules include their package
     from fuzz_targets import CONNECTION, HTTP, INSTRUCTED, OBSERVED, PROTOCOLS, Target, resident, seeds
 
-    from rlrc.benchmarks import machine
+    from rlrc.benchmarks.results import machine
 
 CORPUS = Path(__file__).parents[1] / "tests/data/fuzz"
 WARM = 2000  # messages until the memory of the process is what it needs

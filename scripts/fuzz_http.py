@@ -15,11 +15,11 @@ from typing import Any
 
 from aiohttp import web
 
+from rlrc.runtime.control.stop_listener import PRESS, Listener
 from rlrc.runtime.page.feed import Feed
 from rlrc.runtime.page.server import ASKED_S, CONNECTIONS, NEWS_S, Server
-from rlrc.runtime.servers.gate import Connection
-from rlrc.runtime.servers.ports import Places
-from rlrc.runtime.stop_listener import PRESS, Listener
+from rlrc.runtime.wire.gate import Connection
+from rlrc.runtime.wire.ports import Places
 
 TOKEN = "t0k"
 STATE = {"stopped": True, "reason": "HTTP"}
@@ -28,7 +28,7 @@ HELLO: dict[str, Any] = {"stop": 1, "kind": "run"}
 
 
 class StopTarget:
-    """rlrc.runtime.stop_listener's Listener on a port; this is both the client and the process that stops."""
+    """rlrc.runtime.control.stop_listener's Listener on a port; this is both the client and the process that stops."""
 
     def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))

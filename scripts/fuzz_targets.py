@@ -33,15 +33,16 @@ import numpy as np
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime import preprocess
-from rlrc.runtime.servers import arrays, lerobot, observations, pickles, protobuf, zmtp
+from rlrc.runtime.inference import preprocess
+from rlrc.runtime.servers import lerobot, observations
 from rlrc.runtime.servers.gr00t import Gr00tServer
 from rlrc.runtime.servers.lerobot import LerobotServer
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.openvla import OpenvlaServer
-from rlrc.runtime.servers.ports import Access
 from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.wire import arrays, pickles, protobuf, zmtp
+from rlrc.runtime.wire.ports import Access
 
 HTTP = ("stop", "page")  # see fuzz_http.py
 REFERENCE = Path(__file__).parents[1] / "reference/compressed"

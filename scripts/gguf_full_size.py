@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
-from rlrc.compressor import geometry, official
-from rlrc.compressor.backbones import build
-from rlrc.compressor.checkpoint import WEIGHTS
-from rlrc.exporters import gguf
-from rlrc.runtime import decode
-from rlrc.runtime.backends import open_engine
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.models.families import build
+from rlrc.compressor.stages.artifact_io import WEIGHTS
+from rlrc.exporters.gguf import target
+from rlrc.runtime.inference import decode
+from rlrc.runtime.inference.backends import open_engine
 
 WORDS = 20
 PRUNED = LayerSpec(4, 4, 128, 1664)  # a tenth of a block, a little more so that the first and the last stay whole
@@ -150,7 +151,7 @@ def export(parent: Artifact, out: Path, precision: str) -> dict[str, Any]:
     before = anonymous()
     with artifacts.writing(out) as draft:
         with peak() as exported:
-            graphs = gguf.write_graphs(draft, parent, precision)
+            graphs = target.write_graphs(draft, parent, precision)
         draft.finish(replace(parent.manifest, graphs=graphs, files={}))
     files = artifacts.load(out, ()).manifest.files
     return {

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN
-from rlrc.runtime import verify
-from rlrc.runtime.backends import Engine
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.policy import LocalPolicy
 
 
 class First:

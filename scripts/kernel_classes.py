@@ -35,11 +35,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, HistoryEntry
-from rlrc.benchmarks import machine, results
-from rlrc.compressor import checkpoint
+from rlrc.benchmarks.results import machine, results
+from rlrc.compressor.stages import artifact_io
 from rlrc.exporters.export import export
-from rlrc.runtime.backends.kernels import kernels
-from rlrc.runtime.npz import read_npz
+from rlrc.npz import read_npz
+from rlrc.runtime.inference.backends.kernels import kernels
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("fp32", "int8", "w4a8", "int4a8", "int4")
@@ -59,12 +59,12 @@ def make(folder: Path) -> dict[str, list[Path]]:
         decoder_speed.make(folder)
     if not (folder / "reference-dense").exists():
         parent = artifacts.load(ROOT / "reference/compressed")
-        policy, arrays = checkpoint.load_policy(parent), read_npz(parent.file(GOLDEN))
+        policy, arrays = artifact_io.load_policy(parent), read_npz(parent.file(GOLDEN))
         observations = {name: array for name, array in arrays.items() if name not in ("tokens", "logits", "actions")}
         with artifacts.writing(folder / "reference-dense") as draft:
             draft.inherit(parent, "tokenizer")
             history = (HistoryEntry("new", {}, "0", None, 0.0),)
-            checkpoint.write_policy(draft, policy, observations, history, exact=True)
+            artifact_io.write_policy(draft, policy, observations, history, exact=True)
     parents = {
         "reference": (ROOT / "reference/compressed", folder / "reference-dense"),
         "decoder": (folder / "int4", folder / "dense"),

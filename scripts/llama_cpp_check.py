@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from rlrc.runtime.backends.llama_model import LlamaModel
+from rlrc.runtime.inference.backends.llama_model import LlamaModel
 
 WIDTH, HEADS, LENGTH = 256, 4, 17
 SHAPES = {

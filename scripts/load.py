@@ -43,12 +43,12 @@ from load_clients import OPEN, Client, Watch, inference_seconds, observation_of,
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
-from rlrc.benchmarks import machine
-from rlrc.benchmarks.commands.output import progress
-from rlrc.benchmarks.results import check_out, dump, write
+from rlrc.benchmarks.cli.output import progress
+from rlrc.benchmarks.results import machine
+from rlrc.benchmarks.results.results import check_out, dump, write
 from rlrc.errors import UserError
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.servers import arrays
+from rlrc.runtime.servers.client import RemotePolicy
+from rlrc.runtime.wire import arrays
 
 HONEST = ("openpi",) * 13 + ("openvla", "gr00t")
 BUSY = 0.2  # of the policy's time

@@ -25,8 +25,8 @@ import numpy as np
 import zmq
 
 from rlrc.artifact import PolicySpec
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.decode import NoAction
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.servers.client import RemotePolicy
 
 TIMEOUT_S = 10.0
 Ask = Callable[[], str | None]

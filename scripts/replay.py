@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN
-from rlrc.runtime import verify
-from rlrc.runtime.backends import Engine
-from rlrc.runtime.npz import read_npz, write_npz
-from rlrc.runtime.policy import LocalPolicy, recorded
-from rlrc.runtime.verify import Golden
+from rlrc.npz import read_npz, write_npz
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.policy import LocalPolicy, recorded
+from rlrc.runtime.inference.verify import Golden
 
 
 class Watched:

@@ -22,8 +22,8 @@ from matplotlib import pyplot
 
 from rlrc import artifact
 from rlrc.artifact import HistoryEntry, Manifest
-from rlrc.benchmarks.results import dump, write
-from rlrc.benchmarks.stats import mcnemar, paired_difference_limit, wilson
+from rlrc.benchmarks.results.results import dump, write
+from rlrc.benchmarks.results.stats import mcnemar, paired_difference_limit, wilson
 
 Row = dict[str, Any]
 DENSE = 2  # stages of the dense policy: new, sft

@@ -13,8 +13,8 @@ import numpy as np
 
 from families import DATA, flags
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.official import open_folder, options_of, recognise
-from rlrc.compressor.policy import Layout
+from rlrc.compressor.checkpoints.folder import open_folder, options_of, recognise
+from rlrc.compressor.models.policy import Layout
 from rlrc.runtime.cli import main
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"

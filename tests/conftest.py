@@ -39,7 +39,7 @@ from rlrc.artifact import (
     TowerSpec,
     VerifiedSpec,
 )
-from rlrc.runtime.backends.kernels import kernels
+from rlrc.runtime.inference.backends.kernels import kernels
 
 WORDS = ("[PAD]", "[UNK]", "open", "close", "the", "drawer", "window")
 TOKENIZER, GOLDEN = "tokenizer/tokenizer.json", "golden.npz"
@@ -309,7 +309,7 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_int4_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``tiny_artifact`` in four bits."""
-    from rlrc.compressor.quantize import QuantizeConfig
+    from rlrc.compressor.quantize.quantize import QuantizeConfig
 
     return _write_tiny(tmp_path_factory.mktemp("artifacts") / "int4", QuantizeConfig())
 
@@ -317,9 +317,9 @@ def tiny_int4_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _write_tiny(out: Path, quantization: Any = None) -> Path:
     import torch
 
-    from rlrc.compressor import checkpoint
-    from rlrc.compressor.backbones.tiny import TinyPolicy
-    from rlrc.compressor.quantize import quantize
+    from rlrc.compressor.models.tiny import TinyPolicy
+    from rlrc.compressor.quantize.quantize import quantize
+    from rlrc.compressor.stages import artifact_io
 
     described = manifest()
     torch.manual_seed(0)
@@ -330,7 +330,7 @@ def _write_tiny(out: Path, quantization: Any = None) -> Path:
         _write_tokenizer(draft.file(TOKENIZER))
         raw = raw_observations(described.policy)
         result = None if quantization is None else quantize(policy, quantization)
-        checkpoint.write_policy(draft, policy, raw, described.history, result)
+        artifact_io.write_policy(draft, policy, raw, described.history, result)
     return out
 
 
@@ -339,9 +339,9 @@ def pupil_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random policy for Meta-World, small enough to be trained in a test; shared by all."""
     import torch
 
-    from rlrc.compressor import checkpoint, reference
-    from rlrc.compressor.backbones.tiny import TinyPolicy
-    from rlrc.runtime.preprocess import Tokenizer
+    from rlrc.compressor.models.tiny import TinyPolicy
+    from rlrc.compressor.stages import artifact_io, reference
+    from rlrc.runtime.inference.preprocess import Tokenizer
 
     spec = reference.policy_spec(size=32, bins=16, horizon=5)
     spec = replace(spec, geometry=spec.geometry | {"stem_factors": [4, 2], "stem_widths": [16]})
@@ -356,16 +356,16 @@ def pupil_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         raw = raw_observations(spec)
         tokenizer = Tokenizer(draft.file(TOKENIZER), spec.prompt)
         raw["ids"] = np.stack([tokenizer(str(text)) for text in raw["instructions"]])
-        checkpoint.write_policy(draft, policy, raw, (HistoryEntry("new", {"seed": 0}, "0.1.0", None, 0.0),))
+        artifact_io.write_policy(draft, policy, raw, (HistoryEntry("new", {"seed": 0}, "0.1.0", None, 0.0),))
     return out
 
 
 @pytest.fixture(scope="session")
 def make_pupil(pupil_artifact: Path) -> Callable[[], Any]:
     """The policy of ``pupil_artifact``, as often as wanted."""
-    from rlrc.compressor import checkpoint
+    from rlrc.compressor.stages import artifact_io
 
-    return lambda: checkpoint.load_policy(artifacts.load(pupil_artifact))
+    return lambda: artifact_io.load_policy(artifacts.load(pupil_artifact))
 
 
 @pytest.fixture
@@ -390,7 +390,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def rollouts(pupil_artifact: Path, own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Episodes of ``pupil`` in one worker process, which all tests share: it takes seconds to start."""
-    from rlrc.compressor.rollout import Rollouts
+    from rlrc.compressor.rl.rollout import Rollouts
 
     artifact = artifacts.load(pupil_artifact)
     with Rollouts(artifact.manifest, artifact.file(TOKENIZER), tmp_path_factory.mktemp("rollouts"), workers=1) as pool:
@@ -400,7 +400,7 @@ def rollouts(pupil_artifact: Path, own_cache: Path, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="session")
 def lessons(rollouts: Any) -> Any:
     """One expert demonstration of every task, as the stages find them in the cache with ``demonstrations=1``."""
-    from rlrc.compressor.data import DemonstrationConfig, demonstrations
+    from rlrc.compressor.rl.demonstrations import DemonstrationConfig, demonstrations
 
     return demonstrations(DemonstrationConfig(1), rollouts)
 
@@ -444,22 +444,22 @@ def cut_short() -> Callable[..., None]:
 @pytest.fixture
 def tiny_policy(tiny_artifact: Path) -> tuple[Any, list[Any]]:
     """The policy of ``tiny_artifact``, to change, and its golden observations as Inputs."""
-    from rlrc.compressor import checkpoint
+    from rlrc.compressor.stages import artifact_io
 
     artifact = artifacts.load(tiny_artifact)
-    policy = checkpoint.load_policy(artifact)
-    raw = checkpoint.read_observations(artifact.file(GOLDEN))
-    return policy, list(checkpoint.every_input(policy.spec, raw))
+    policy = artifact_io.load_policy(artifact)
+    raw = artifact_io.read_observations(artifact.file(GOLDEN))
+    return policy, list(artifact_io.every_input(policy.spec, raw))
 
 
 @pytest.fixture
 def official_policy() -> Callable[[str], tuple[Any, list[Any]]]:
     """The policy of the golden checkpoint of this name, and four observations as Inputs."""
     from families import source_of
-    from rlrc.compressor import checkpoint
+    from rlrc.compressor.stages import artifact_io
 
     def load(name: str) -> tuple[Any, list[Any]]:
         source = source_of(name)
-        return source.load(), list(checkpoint.every_input(source.spec, source.observations()))
+        return source.load(), list(artifact_io.every_input(source.spec, source.observations()))
 
     return load

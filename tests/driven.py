@@ -15,7 +15,7 @@ from typing import Any
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 PROFILE = Path(__file__).parents[1] / "examples/udp_arm.toml"
 DRIVER = """
-from rlrc.benchmarks.rig import Arm
+from rlrc.benchmarks.control.simulated_arm import Arm
 
 class Told(Arm):
     def sense(self):

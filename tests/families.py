@@ -6,9 +6,9 @@ import json
 from functools import cache
 from pathlib import Path
 
-from rlrc.compressor.policy import Policy
-from rlrc.compressor.sources import OfficialSource
-from rlrc.runtime.official import Flags
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.stages.sources import OfficialSource
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from rlrc.benchmarks.arms import Infer, Parts, timed
+from rlrc.benchmarks.claims.policy_process import Infer, Parts, timed
 from rlrc.errors import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rlrc.artifact import ActionSpec, NormStats
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.profile import Dimension, Limit, Position, RobotProfile, Workspace
+from rlrc.runtime.safety.guard import Guard
+from rlrc.runtime.safety.profile import Dimension, Limit, Position, RobotProfile, Workspace
 
 SOURCES = {"s": "made up"}
 ABSOLUTE = Dimension("x", "absolute", "m", Position(-100.0, 100.0, "s"), Limit(1.0, "s"), Limit(2.0, "s"), state="at_x")

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from rlrc.benchmarks import rig
+from rlrc.benchmarks.control import simulated_arm
 from rlrc.robots.robot import Sensed
-from rlrc.runtime.chunks import Chunks, Strategy
-from rlrc.runtime.control import Control, Timing
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.inference import Answer
-from rlrc.runtime.telemetry import Telemetry
+from rlrc.runtime.control.chunks import Chunks, Strategy
+from rlrc.runtime.control.control_loop import Control, Timing
+from rlrc.runtime.control.inference_process import Answer
+from rlrc.runtime.control.telemetry import Telemetry
+from rlrc.runtime.safety.guard import Guard
 
 HZ, PERIOD = 10.0, 0.1
 
@@ -31,7 +31,7 @@ class Clock:
         self.sleeps += 1
 
 
-class Arm(rig.Arm):
+class Arm(simulated_arm.Arm):
     """Measured at the clock's time; the picture is always new."""
 
     def __init__(self, clock: Clock) -> None:
@@ -60,7 +60,7 @@ class Thinking:
     def poll(self) -> Answer | None:
         if not self.busy or self.clock.now < self.asked + self.seconds - 1e-9:
             return None
-        steps = 0.01 * np.arange(1, rig.HORIZON + 1)
+        steps = 0.01 * np.arange(1, simulated_arm.HORIZON + 1)
         self.busy, asked, self.asked = False, self.asked, None
         return Answer(self.start, asked, self.seconds, (self.state + steps[:, None]).astype(np.float32))
 
@@ -69,9 +69,9 @@ def loop(
     periods: float, strategy: Strategy = "replace", execute: int | None = None, gap: float = 2.0, **timing: Any
 ) -> tuple[Control, Arm, Thinking, Clock]:
     clock = Clock()
-    arm, thinking, spec = Arm(clock), Thinking(clock, periods), rig.spec()
-    guard = Guard(rig.profile(), HZ, spec.action, rig.JOINTS, ("rad", "rad"), gap)
-    chunks = Chunks(strategy, rig.HORIZON, execute)
+    arm, thinking, spec = Arm(clock), Thinking(clock, periods), simulated_arm.spec()
+    guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, ("rad", "rad"), gap)
+    chunks = Chunks(strategy, simulated_arm.HORIZON, execute)
     told = Telemetry(64, 2)
     control = Control(
         arm,

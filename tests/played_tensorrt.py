@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from rlrc.artifact import Artifact, GraphSpec
-from rlrc.build_plan import PLAN, Bounds, read_plan
-from rlrc.exporters.stand_in import session
-from rlrc.runtime.backends.tensorrt_memory import fits, nbytes
-from rlrc.runtime.backends.tensorrt_passes import Passes
+from rlrc.artifact.build_plan import PLAN, Bounds, read_plan
+from rlrc.exporters.tensorrt.cpu_reference import session
+from rlrc.runtime.inference.backends.tensorrt_memory import fits, nbytes
+from rlrc.runtime.inference.backends.tensorrt_passes import Passes
 
 
 class Bytes:

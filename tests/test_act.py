@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
-from rlrc.compressor import shapes
-from rlrc.compressor.backbones import build
-from rlrc.compressor.importance import scores as scores_of
-from rlrc.compressor.lossless import lossless
-from rlrc.compressor.official import open_folder, read
-from rlrc.compressor.policy import Inputs, Layout, Policy
-from rlrc.compressor.prune import PruneConfig, prune
-from rlrc.compressor.writeback import write_official
+from rlrc.compressor.checkpoints import shapes
+from rlrc.compressor.checkpoints.folder import open_folder, read
+from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Inputs, Layout, Policy
+from rlrc.compressor.prune.importance import scores as scores_of
+from rlrc.compressor.prune.lossless import lossless
+from rlrc.compressor.prune.prune import PruneConfig, prune
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import normalise, pictures, unnormalise
+from rlrc.runtime.inference.preprocess import normalise, pictures, unnormalise
 
 GOLDEN = Path(__file__).parent / "data" / "act"
 CHECKPOINT = GOLDEN / "checkpoint"

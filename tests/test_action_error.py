@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor import compare
-from rlrc.compressor.action_error import ActionError, soft_actions
-from rlrc.compressor.decode import of_logits
-from rlrc.compressor.grid import dequantize
-from rlrc.compressor.policy import Inputs, Outputs, Policy
-from rlrc.compressor.quantize import QuantizeConfig, quantize
+from rlrc.compressor.models.decode import of_logits
+from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.quantize import compare
+from rlrc.compressor.quantize.action_error import ActionError, soft_actions
+from rlrc.compressor.quantize.grid import dequantize
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

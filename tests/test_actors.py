@@ -17,23 +17,24 @@ from torch import Tensor
 from families import FAMILIES, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, HistoryEntry
-from rlrc.compressor import checkpoint, learner, observations, reference
-from rlrc.compressor import ppo as module
-from rlrc.compressor.actors import NARROWEST, Actor, Noise, Seen, actor_of, chunk_noise
-from rlrc.compressor.backbones import build
-from rlrc.compressor.batches import collate
-from rlrc.compressor.data import ObservedBatches, Samples
-from rlrc.compressor.learner import Rollout, ppo_loss
-from rlrc.compressor.observations import Observer, check_playable
-from rlrc.compressor.policy import Inputs, Policy
-from rlrc.compressor.ppo import ppo
-from rlrc.compressor.ppo_config import PPOConfig
-from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
-from rlrc.compressor.run import Run
-from rlrc.compressor.sources import OfficialSource, examples
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.rl import learner, observations
+from rlrc.compressor.rl import ppo as module
+from rlrc.compressor.rl.actors import NARROWEST, Actor, Noise, Seen, actor_of, chunk_noise
+from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.rl.demonstrations import ObservedBatches, Samples
+from rlrc.compressor.rl.learner import Rollout, ppo_loss
+from rlrc.compressor.rl.observations import Observer, check_playable
+from rlrc.compressor.rl.ppo import ppo
+from rlrc.compressor.rl.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
+from rlrc.compressor.stages import artifact_io, reference
+from rlrc.compressor.stages.sources import OfficialSource, examples
+from rlrc.compressor.training.batches import collate
+from rlrc.compressor.training.run_state import Run
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import prepare
+from rlrc.runtime.inference.preprocess import prepare
 
 VISION = learner.VISION
 
@@ -254,7 +255,7 @@ def artifact_of(name: str, out: Path) -> artifacts.Artifact:
     with artifacts.writing(out) as draft:
         source.hand_on(draft)
         raw = examples(policy.spec, source.tokenizer)
-        checkpoint.write_policy(draft, policy, raw, (HistoryEntry("new", {}, "0.1.0", None, 0.0),), exact=True)
+        artifact_io.write_policy(draft, policy, raw, (HistoryEntry("new", {}, "0.1.0", None, 0.0),), exact=True)
     return artifacts.load(out)
 
 
@@ -308,7 +309,7 @@ def test_policies_of_every_family_play_and_learn(
     horizon = 2 if name == "openvla" else 10
     monkeypatch.setattr(module, "Mode", partial(Mode, horizon=horizon))
     artifact = artifact_of(name, tmp_path / name)
-    policy = checkpoint.load_policy(artifact)
+    policy = artifact_io.load_policy(artifact)
     check_playable(policy.spec)
     before = {key: tensor.clone() for key, tensor in policy.state_dict().items()}
     config = PPOConfig(iterations=2, episodes=3, warmup=1, minibatch=4, behaviour_batch=4, demonstrations=1, noise=0.2)

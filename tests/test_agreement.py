@@ -13,9 +13,10 @@ import pytest
 
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
-from rlrc.runtime import agreement, verify
-from rlrc.runtime.commands import Verify
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.cli import agreement
+from rlrc.runtime.cli.policy import Verify
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.policy import LocalPolicy
 
 MakeToy = Callable[..., Path]
 COMPRESSED = Path(__file__).parents[1] / "reference/compressed"

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
-from rlrc.compressor import cost, reference
-from rlrc.compressor.allocation import Place, by_sensitivity, ranked, read_sensitivity, uniform
-from rlrc.compressor.checkpoint import parameters
-from rlrc.compressor.coupling import Group, groups
-from rlrc.compressor.importance import Scores, scores
-from rlrc.compressor.prune import PruneConfig, check, prune
-from rlrc.compressor.sensitivity_report import Measured, Report
-from rlrc.compressor.targets import allocated, target
+from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.prune import cost
+from rlrc.compressor.prune.allocation import Place, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.prune.importance import Scores, scores
+from rlrc.compressor.prune.prune import PruneConfig, check, prune
+from rlrc.compressor.prune.sensitivity_report import Measured, Report
+from rlrc.compressor.prune.targets import allocated, target
+from rlrc.compressor.stages import reference
+from rlrc.compressor.stages.artifact_io import parameters
 from rlrc.errors import UserError
 from rlrc.strict import encode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import bandwidth
+from rlrc.benchmarks.measure import bandwidth
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from rlrc import artifact as artifacts
-from rlrc import engine_cache, nvidia
 from rlrc.artifact import GraphSpec, Manifest, TensorSpec
-from rlrc.build_plan import PLAN, Bounds, BuildPlan, GraphPlan, fits, read_plan, write_plan
+from rlrc.artifact.build_plan import PLAN, Bounds, BuildPlan, GraphPlan, fits, read_plan, write_plan
 from rlrc.errors import UserError
-from rlrc.jetson import build as building
-from rlrc.nvidia import check_version
+from rlrc.jetson.board import build as building
 from rlrc.runtime.cli import main
+from rlrc.runtime.inference.backends import engine_cache, nvidia
+from rlrc.runtime.inference.backends.nvidia import check_version
 from rlrc.strict import StrictError
 
 INPUTS = (TensorSpec("image_tokens", "float32", (1, "image_tokens", 8)), TensorSpec("ids", "int64", (1, "length")))
@@ -89,7 +89,9 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_device_side_imports_neither_torch_nor_onnx_nor_tensorrt() -> None:
-    code = "import sys, rlrc.jetson.commands; print(*{'torch', 'onnx', 'onnxruntime', 'tensorrt'} & set(sys.modules))"
+    code = (
+        "import sys, rlrc.jetson.cli.engines; print(*{'torch', 'onnx', 'onnxruntime', 'tensorrt'} & set(sys.modules))"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == ""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.runtime.child import Channel, Child, Dead
+from rlrc.worker import Channel, Child, Dead
 
 
 def double(channel: Channel, factor: float) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.runtime.chunks import STRATEGIES, Chunks
+from rlrc.runtime.control.chunks import STRATEGIES, Chunks
 
 
 def chunk(*values: float) -> np.ndarray:

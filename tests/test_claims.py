@@ -13,9 +13,9 @@ import pytest
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import FileSpec, LayerSpec, Manifest, QuantizationSpec, TowerSpec
-from rlrc.benchmarks import claims
-from rlrc.benchmarks.claims import Thresholds
-from rlrc.benchmarks.latency import Trials
+from rlrc.benchmarks.claims import claims
+from rlrc.benchmarks.claims.claims import Thresholds
+from rlrc.benchmarks.measure.latency import Trials
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

@@ -16,9 +16,9 @@ from serving import Served, wait_for
 
 from rlrc.errors import UserError
 from rlrc.runtime import cli
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.decode import NoAction
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.servers.client import RemotePolicy
 
 OBSERVATION = {
     "image.corner4": np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8),

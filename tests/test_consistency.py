@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlrc.artifact import FlowSpec, LayerSpec, Manifest, PolicySpec, PromptSpec, TokenSpec, TowerSpec
-from rlrc.consistency import check_consistent
+from rlrc.artifact.consistency import check_consistent
 from rlrc.strict import StrictError
 
 

@@ -10,8 +10,8 @@ from test_decode import CONTINUOUS, VOCABULARY, Sums
 
 from rlrc.artifact import FlowSpec
 from rlrc.errors import UserError
-from rlrc.runtime import decode
-from rlrc.runtime.continuation import Continuation, soft_mask
+from rlrc.runtime.inference import decode
+from rlrc.runtime.inference.continuation import Continuation, soft_mask
 
 
 def test_the_soft_mask_falls_behind_the_frozen_actions() -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from looping import HZ, PERIOD, Arm, Clock, Thinking, joints, loop
 
-from rlrc.benchmarks import rig
+from rlrc.benchmarks.control import simulated_arm
 from rlrc.errors import UserError
 from rlrc.robots.robot import Sensed
-from rlrc.runtime.chunks import Chunks
-from rlrc.runtime.control import Control, Timing
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.inference import Answer
-from rlrc.runtime.telemetry import Telemetry, summary
+from rlrc.runtime.control.chunks import Chunks
+from rlrc.runtime.control.control_loop import Control, Timing
+from rlrc.runtime.control.inference_process import Answer
+from rlrc.runtime.control.telemetry import Telemetry, summary
+from rlrc.runtime.safety.guard import Guard
 
 
 def test_synchronously_the_arm_is_held_during_inference() -> None:
@@ -40,7 +40,7 @@ def test_a_late_chunk_is_joined_by_the_time_of_its_observation() -> None:
 
 
 def test_an_action_that_is_too_late_is_never_sent() -> None:
-    control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=5.0)
+    control, arm, _, _ = loop(simulated_arm.HORIZON + 2, "replace", patience=5.0)
     control.run(steps=24)
     # Asked at step 0, come at step 10: its eight actions have been played meanwhile, by the first chunk. The next one,
     # asked for at step 10, is about the arm that is held, and begins when it comes.
@@ -129,7 +129,7 @@ def test_waking_without_a_stop_changes_nothing() -> None:
 
 
 def test_repeated_misses_stop() -> None:
-    control, arm, _, _ = loop(rig.HORIZON + 2, "replace", patience=0.55)
+    control, arm, _, _ = loop(simulated_arm.HORIZON + 2, "replace", patience=0.55)
     control.run(steps=24)
     assert control.guard.reason == "no action for 0.55 s"
     assert len(arm.sent) == 14  # the last action at step 7, a stop 0.6 s later; what is at rest is held once
@@ -261,12 +261,14 @@ class FromNowhere(Thinking):
 
 
 def test_a_policy_without_a_state_moves_by_what_nothing_measures() -> None:
-    spec, clock, told = rig.spec(), Clock(), Telemetry(64, 2)
+    spec, clock, told = simulated_arm.spec(), Clock(), Telemetry(64, 2)
     spec = replace(spec, state=None, action=replace(spec.action, meaning=("delta", "delta")))
     free = {"meaning": "delta", "state": None, "position": None, "unbounded": "rig"}
-    limits = replace(rig.profile(), dimensions=tuple(replace(one, **free) for one in rig.profile().dimensions))
+    limits = replace(
+        simulated_arm.profile(), dimensions=tuple(replace(one, **free) for one in simulated_arm.profile().dimensions)
+    )
     guard, arm, thinking = Guard(limits, HZ, spec.action, (), ()), BlindArm(clock), FromNowhere(clock, 0)
-    chunks = Chunks("replace", rig.HORIZON, 8)
+    chunks = Chunks("replace", simulated_arm.HORIZON, 8)
     control = Control(arm, thinking, guard, chunks, spec, Timing(HZ), told, clock=clock, sleep=clock.sleep)
     control.run(steps=3)
     assert (guard.reason, joints(arm)) == (None, [0.01, 0.02, 0.03])

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySpec, PromptSpec, TokenSpec, TowerSpec
-from rlrc.compressor import cost, decode
-from rlrc.compressor.backbones import build
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.checkpoint import parameters
-from rlrc.compressor.nn.decoder import Decoder
-from rlrc.compressor.policy import Inputs, Policy
-from rlrc.compressor.quantize import QuantizeConfig, quantize
+from rlrc.compressor.models import decode
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.nn.decoder import Decoder
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune import cost
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
+from rlrc.compressor.stages.artifact_io import parameters
 
 
 def test_bytes_are_those_of_the_quantized_tensors(pupil: TinyPolicy) -> None:

@@ -15,10 +15,10 @@ import torch_pruning as tp
 from torch import nn
 
 from families import FAMILIES, source_of
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.coupling import Group, groups
-from rlrc.compressor.nn import decoder, detr, vit
-from rlrc.compressor.policy import Policy
+from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.nn import decoder, detr, vit
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.tiny import TinyPolicy
 
 Coupled = dict[tuple[str, int], list[int]]  # layer and dimension of its weight: indices
 

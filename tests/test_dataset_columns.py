@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rlrc.compressor.datasets.inspection import facts
+from rlrc.datasets.inspection import facts
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write

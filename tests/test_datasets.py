@@ -19,14 +19,14 @@ import pytest
 from families import DATA as DATA_FOLDER
 from families import source_of
 from rlrc.artifact import ActionSpec, CameraSpec, Manifest, NormStats, PolicySpec
-from rlrc.compressor.datasets.inspection import facts, fit
 from rlrc.datasets.fit import Matched, match, split
+from rlrc.datasets.inspection import facts, fit
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
 from rlrc.runtime import cli
-from rlrc.runtime.preprocess import check, prepare
+from rlrc.runtime.inference.preprocess import check, prepare
 
 SIZE = 32
 CAMERA, WRIST, STATE, ACTION = "observation.images.corner4", "observation.images.wrist", "observation.state", "action"
@@ -477,7 +477,7 @@ def test_demonstrations_become_a_data_set(
     own_cache: Path, tmp_path: Path, spec: PolicySpec, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Replaying the first episode's actions in its scene gives its states and pictures; the second one is disturbed."""
-    from rlrc.compressor.datasets.demonstrations import play
+    from rlrc.compressor.rl.expert_dataset import play
     from rlrc.envs.experts import expert
     from rlrc.envs.metaworld import ACTION_NAMES, make
 

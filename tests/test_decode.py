@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rlrc.artifact import ActionSpec, FlowSpec, NormStats, TokenSpec
-from rlrc.runtime import decode
-from rlrc.runtime.decode import NoAction
+from rlrc.runtime.inference import decode
+from rlrc.runtime.inference.decode import NoAction
 
 DATA = Path(__file__).parent / "data"
 BINS = ActionSpec(1, ("dx", "grip"), ("delta", "gripper"), ("m", "1"), NormStats((0.0, 0.5), (0.1, 0.5)), 4)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor.official import Options, open_folder, read, read_hints
-from rlrc.compressor.policy import Inputs, Policy
-from rlrc.runtime import decode
-from rlrc.runtime.preprocess import Tokenizer, check, prepare, unnormalise
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.runtime.inference import decode
+from rlrc.runtime.inference.preprocess import Tokenizer, check, prepare, unnormalise
 
 DATA = Path(__file__).parent / "data"
 TOKENIZERS = {"pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer", "smolvla": "smolvla/tiny_smolvlm", "act": None}

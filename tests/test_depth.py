@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.depth import droppable, dropped, remaining, unit_of, units, without
-from rlrc.compressor.policy import Policy
-from rlrc.compressor.prune import PruneConfig, prune
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune.depth import droppable, dropped, remaining, unit_of, units, without
+from rlrc.compressor.prune.prune import PruneConfig, prune
 from rlrc.errors import UserError
 
 BLOCK = LayerSpec(2, 1, 8, 32)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, Manifest, TokenSpec, TowerSpec
-from rlrc.runtime import describe
+from rlrc.runtime.cli import describe
 
 DENSE, THIN = LayerSpec(32, 32, 128, 11008), LayerSpec(3, 3, 128, 1088)
 

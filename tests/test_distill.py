@@ -17,15 +17,21 @@ import torch
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry
-from rlrc.compressor import sft as module
-from rlrc.compressor import simulation, sources
-from rlrc.compressor.backbones import build
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.batches import Batch, Lessons
-from rlrc.compressor.checkpoint import inputs_of, load_policy
-from rlrc.compressor.compress import compress
-from rlrc.compressor.data import SampleBatches, Samples
-from rlrc.compressor.distill import (
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune.prune import PruneConfig, prune
+from rlrc.compressor.rl import simulation
+from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
+from rlrc.compressor.rl.rollout import Rollouts
+from rlrc.compressor.stages import sources
+from rlrc.compressor.stages.artifact_io import inputs_of, load_policy
+from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.training import run_distill
+from rlrc.compressor.training import sft as module
+from rlrc.compressor.training.batches import Batch, Lessons
+from rlrc.compressor.training.distill import (
     Distillation,
     DistillConfig,
     Kept,
@@ -37,15 +43,10 @@ from rlrc.compressor.distill import (
     numbers,
     recorded,
 )
-from rlrc.compressor.losses import chunk_loss, drawn
-from rlrc.compressor.prune import PruneConfig, prune
-from rlrc.compressor.rollout import Rollouts
-from rlrc.compressor.run import Run
-from rlrc.compressor.sft import sft
-from rlrc.compressor.stages import Options
-from rlrc.compressor.training import run_distill
+from rlrc.compressor.training.losses import chunk_loss, drawn
+from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
-from rlrc.runtime.official import Flags
 
 DATA = Path(__file__).parent / "data"
 QUIET = Options(evaluate=0, workers=1, threads=1)

@@ -23,8 +23,8 @@ from subprocesses import environment
 from torch import Tensor
 
 from rlrc import artifact as artifacts
-from rlrc.compressor.checkpoint import read_tensors
-from rlrc.compressor.learner import minibatches
+from rlrc.compressor.rl.learner import minibatches
+from rlrc.compressor.stages.artifact_io import read_tensors
 
 SFT = ("sft", "--steps", "100", "--demonstrations", "1", "--state-noise", "0")
 RL = ("rl", "--warmup", "1", "--demonstrations", "1", "--behaviour-batch", "4", "--minibatch", "16")
@@ -36,8 +36,8 @@ import os, sys
 from functools import partial
 import torch
 from rlrc.compressor import ppo, stages
-from rlrc.compressor.distributed import Team
-from rlrc.compressor.rollout import Mode
+from rlrc.compressor.training.distributed import Team
+from rlrc.compressor.rl.rollout import Mode
 
 ppo.Mode = partial(Mode, horizon=int(os.environ.get("STEPS", 200)))
 prepare, finish = Team.prepare, stages.Stage.finish

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlrc.benchmarks import energy
+from rlrc.benchmarks.measure import energy
 from rlrc.runtime.cli import main
 
 # A Jetson Orin Nano on JetPack 6: three rails, and the sum of their shunts, which is no rail.

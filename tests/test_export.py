@@ -21,19 +21,19 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, Manifest, TowerSpec  # noqa: E402
-from rlrc.compressor import checkpoint  # noqa: E402
-from rlrc.compressor.backbones.tiny import TinyPolicy  # noqa: E402
-from rlrc.compressor.grid import dequantize  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.tiny import TinyPolicy  # noqa: E402
+from rlrc.compressor.quantize.grid import dequantize  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
+from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES  # noqa: E402
-from rlrc.exporters.onnx import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.verify import read_golden  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 VISION = TowerSpec(32, (LayerSpec(2, 2, 16, 32), LayerSpec(1, 1, 16, 64)))
 GEOMETRIES = {
@@ -258,13 +258,13 @@ def test_an_old_onnxruntime_can_read_the_format(tiny_manifest: Manifest) -> None
 def make_int4(parent: Path, out: Path) -> Path:
     """An int4 artifact, as the quantization stage writes it."""
     dense = artifacts.load(parent)
-    weights, spec, _ = quantize(checkpoint.load_policy(dense).state_dict(), QuantizeConfig())
+    weights, spec, _ = quantize(artifact_io.load_policy(dense).state_dict(), QuantizeConfig())
     meant = TinyPolicy(dense.manifest.policy, dense.manifest.towers)
     meant.load_state_dict(dequantize(weights, spec))
     with artifacts.writing(out) as draft, np.load(parent / "golden.npz") as observations:
         draft.inherit(dense, "tokenizer")
         save_file(weights, draft.file("weights/model.safetensors"))
-        np.savez(draft.file("golden.npz"), **checkpoint.golden(meant, dict(observations)))
+        np.savez(draft.file("golden.npz"), **artifact_io.golden(meant, dict(observations)))
         draft.finish(replace(dense.manifest, dtype="int4", quantization=spec))
     return out
 
@@ -335,7 +335,7 @@ def test_graphs_that_disagree_are_not_written(
     # The same observations with another policy's answers.
     original = artifacts.load(tiny_artifact)
     with np.load(tiny_artifact / "golden.npz") as golden:
-        other = checkpoint.golden(random_policy(original.manifest, seed=1), dict(golden))
+        other = artifact_io.golden(random_policy(original.manifest, seed=1), dict(golden))
     path = rewrite(tiny_artifact, tmp_path / "other", golden=other)
     with pytest.raises(Disagreement) as error:
         export(artifacts.load(path), tmp_path / "out")

@@ -16,18 +16,18 @@ ort = pytest.importorskip("onnxruntime")
 
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import ActionSpec, Artifact, LayerSpec, Manifest, NormStats, TokenSpec, TowerSpec  # noqa: E402
-from rlrc.compressor.backbones.openvla import OpenVLAPolicy  # noqa: E402
-from rlrc.compressor.grid import dequantize  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.openvla import OpenVLAPolicy  # noqa: E402
+from rlrc.compressor.quantize.grid import dequantize  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters.auto import Candidate, fastest_first, measure  # noqa: E402
 from rlrc.exporters.export import export, with_graphs  # noqa: E402
-from rlrc.exporters.onnx import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
-from rlrc.exporters.onnx_graphs import built, write_graphs  # noqa: E402
+from rlrc.exporters.onnx.auto import Candidate, fastest_first, measure  # noqa: E402
+from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.onnx.target import built, write_graphs  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
-from rlrc.runtime.backends.onnxruntime import OnnxRuntime  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
+from rlrc.runtime.inference.backends.onnxruntime import OnnxRuntime  # noqa: E402
 
 # Heads of 16 numbers, and fewer of keys than of queries: what attention in place can rotate.
 TOWERS = {

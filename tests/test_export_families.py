@@ -21,25 +21,25 @@ pytest.importorskip("onnxruntime")
 from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec  # noqa: E402
-from rlrc.compressor import checkpoint, reinforcement, sources, stages, training  # noqa: E402
-from rlrc.compressor.backbones import build  # noqa: E402
-from rlrc.compressor.coupling import groups  # noqa: E402
-from rlrc.compressor.importance import scores as scores_of  # noqa: E402
-from rlrc.compressor.inference import TorchPolicy  # noqa: E402
-from rlrc.compressor.lossless import lossless  # noqa: E402
-from rlrc.compressor.policy import Policy  # noqa: E402
-from rlrc.compressor.ppo_config import PPOConfig  # noqa: E402
-from rlrc.compressor.prune import PruneConfig, prune  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
-from rlrc.compressor.sft import SFTConfig  # noqa: E402
-from rlrc.compressor.sources import OfficialSource, examples  # noqa: E402
-from rlrc.compressor.stages import Options  # noqa: E402
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
+from rlrc.compressor.models.coupling import groups  # noqa: E402
+from rlrc.compressor.models.families import build  # noqa: E402
+from rlrc.compressor.models.policy import Policy  # noqa: E402
+from rlrc.compressor.prune.importance import scores as scores_of  # noqa: E402
+from rlrc.compressor.prune.lossless import lossless  # noqa: E402
+from rlrc.compressor.prune.prune import PruneConfig, prune  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
+from rlrc.compressor.rl.config import PPOConfig  # noqa: E402
+from rlrc.compressor.stages import artifact_io, rl, sources, stage, training  # noqa: E402
+from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E402
+from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.training.sft import SFTConfig  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.preprocess import tells_state  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference.preprocess import tells_state  # noqa: E402
 
 TOKENS = ("openvla", "openvla-oft-discrete")
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -109,15 +109,15 @@ def check_together(policy: LocalPolicy, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(("name", "tower"), CUTS)
 def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
     source, dense = official(name)
-    stages.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", config(name, tower=tower), QUIET, flags(name))
+    stage.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", config(name, tower=tower), QUIET, flags(name))
     pruned = artifacts.load(tmp_path / "pruned")
     assert [entry.stage for entry in pruned.manifest.history] == ["official", "prune"]
     assert pruned.manifest.history[0].config["source"] == str(DATA / name / "checkpoint")
-    assert pruned.manifest.parameters < checkpoint.parameters(dense)
+    assert pruned.manifest.parameters < artifact_io.parameters(dense)
     export(pruned, tmp_path / "exported")
     assert artifacts.load(tmp_path / "exported").manifest.graphs[0].precision == "fp16"  # the goldens are in bfloat16
     rows = observations(source)
-    answers = check_same(tmp_path / "exported", checkpoint.load_policy(pruned), source, rows)
+    answers = check_same(tmp_path / "exported", artifact_io.load_policy(pruned), source, rows)
     before = [in_torch(dense, source).infer(row) for row in rows]
     key = "actions" if before[0]["tokens"] is None else "tokens"
     assert np.abs(answers - np.stack([row[key] for row in before])).max() > 100 * CLOSE  # what went did matter
@@ -127,25 +127,25 @@ def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_what_no_action_depends_on(name: str, tmp_path: Path) -> None:
     source, dense = official(name)
-    stages.run_prune(DATA / name / "checkpoint", tmp_path / "lean", PruneConfig(lossless=True), QUIET, flags(name))
+    stage.run_prune(DATA / name / "checkpoint", tmp_path / "lean", PruneConfig(lossless=True), QUIET, flags(name))
     lean = artifacts.load(tmp_path / "lean")
     report = lean.manifest.history[-1].after["lossless"]
     assert report["bytes"]["after"] < report["bytes"]["before"]
     assert ("outside" in report) == (name in TOKENS)
     export(lean, tmp_path / "exported")
     # Random weights seldom prefer action tokens: there the cut policy is another one, as the report says.
-    same = checkpoint.load_policy(lean) if name in TOKENS else dense
+    same = artifact_io.load_policy(lean) if name in TOKENS else dense
     check_same(tmp_path / "exported", same, source, observations(source))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized_exported_and_run(name: str, tmp_path: Path) -> None:
     source, _ = official(name)
-    stages.run_quantize(DATA / name / "checkpoint", tmp_path / "int4", QuantizeConfig(), QUIET, flags(name))
+    stage.run_quantize(DATA / name / "checkpoint", tmp_path / "int4", QuantizeConfig(), QUIET, flags(name))
     int4 = artifacts.load(tmp_path / "int4")
     assert int4.manifest.dtype == "int4"
     export(int4, tmp_path / "exported")
-    check_same(tmp_path / "exported", checkpoint.load_policy(int4), source, observations(source))
+    check_same(tmp_path / "exported", artifact_io.load_policy(int4), source, observations(source))
 
 
 @pytest.mark.parametrize("name", ["act", "pi05", "smolvla"])
@@ -175,7 +175,7 @@ def test_a_policy_with_a_constant_dimension(name: str, precision: str, constant:
     action = replace(
         policy.spec.action, norm=replace(policy.spec.action.norm, center=tuple(center), scale=tuple(scale))
     )
-    still = checkpoint.policy_of(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
+    still = artifact_io.policy_of(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
     write(tmp_path / "artifact", still, source)
     tolerance = 0.1 if precision == "int8" else None
     (record,) = export(
@@ -200,7 +200,7 @@ def test_the_commands_go_from_a_folder_to_actions(tmp_path: Path, capsys: pytest
     assert main(["infer", str(tmp_path / "exported"), str(tmp_path / "obs.npz"), "--out", str(tmp_path / "a.npz")]) == 0
     with np.load(tmp_path / "a.npz") as chunk:
         assert chunk.files == ["actions"]
-        expected = in_torch(checkpoint.load_policy(artifacts.load(out)), source).infer(row)
+        expected = in_torch(artifact_io.load_policy(artifacts.load(out)), source).infer(row)
         np.testing.assert_allclose(chunk["actions"], expected["actions"], atol=CLOSE)
 
 
@@ -210,17 +210,17 @@ def test_what_another_family_cannot_do_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(OfficialSource, "load", lambda self: pytest.fail("work began before the refusal"))
     given, out = DATA / "pi0/checkpoint", tmp_path / "out"
     with pytest.raises(UserError, match=r"demonstrations for prune.score taylor.*pi0; give --data FOLDER.*or --score"):
-        stages.run_prune(given, out, PruneConfig(0.5), QUIET, flags("pi0"))
+        stage.run_prune(given, out, PruneConfig(0.5), QUIET, flags("pi0"))
     with pytest.raises(UserError, match=r"5 or more in all.*found 3 blocks"):
-        stages.run_prune(given, out, PruneConfig(0.5, "magnitude", keep=2), QUIET, flags("pi0"))
+        stage.run_prune(given, out, PruneConfig(0.5, "magnitude", keep=2), QUIET, flags("pi0"))
     with pytest.raises(UserError, match=r"quantize\.exempt.*decoder.layers.0.attention.q.weight.*found 'nothing'"):
-        stages.run_quantize(given, out, QuantizeConfig(("nothing",)), QUIET, flags("pi0"))
+        stage.run_quantize(given, out, QuantizeConfig(("nothing",)), QUIET, flags("pi0"))
     source, policy = official("act")
     write(tmp_path / "act", policy, source)
     with pytest.raises(UserError, match=r"demonstrations for sft.*family act; give --data FOLDER"):
         training.run_sft(tmp_path / "act", out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"square pictures.*found 96 x 128"):
-        reinforcement.run_rl(tmp_path / "act", out, PPOConfig(), QUIET)
+        rl.run_rl(tmp_path / "act", out, PPOConfig(), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["act"]
 
 
@@ -247,9 +247,9 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
             state[f"{group.columns[0]}.weight"][:, group.indices(torch.tensor(gone, dtype=torch.long))] = 0
             silenced += len(gone)
     assert silenced > 0
-    masked = checkpoint.policy_of(dense.spec, dense.towers, state, "the test")
+    masked = artifact_io.policy_of(dense.spec, dense.towers, state, "the test")
     given = {name: array[:2] for name, array in source.observations().items()}
-    found, expected, whole = (checkpoint.answers(p, given) for p in (pruned, masked, dense))
+    found, expected, whole = (artifact_io.answers(p, given) for p in (pruned, masked, dense))
     np.testing.assert_allclose(found["actions"], expected["actions"], rtol=0, atol=1e-5)
     if name in TOKENS:
         scale = np.abs(expected["logits"]).max()  # up to 27
@@ -264,9 +264,9 @@ def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
     source, whole_policy = official(name)
     dense, _ = lossless(whole_policy)
     settings = config(name, ratio=None, kind="depth", drop=1, score="random")
-    stages.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
+    stage.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
     artifact = artifacts.load(tmp_path / "pruned")
-    pruned, gone = checkpoint.load_policy(artifact), artifact.manifest.history[-1].after["removed"]["dropped"]
+    pruned, gone = artifact_io.load_policy(artifact), artifact.manifest.history[-1].after["removed"]["dropped"]
     assert sorted(gone) == (["decoder", "expert"] if name in FLOWS else ["encoder" if name == "act" else "decoder"])
 
     def same(module: Any, inputs: Any, outputs: Any) -> Any:
@@ -275,15 +275,15 @@ def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
     blocks = [dense.get_submodule(f"{tower}.layers.{i}") for tower, layers in gone.items() for i in layers]
     given = {name: array[:2] for name, array in source.observations().items()}
     key = "logits" if name in TOKENS else "actions"
-    whole = checkpoint.answers(dense, given)[key]
+    whole = artifact_io.answers(dense, given)[key]
     hooks = [block.register_forward_hook(same) for block in blocks]
     try:
-        expected = checkpoint.answers(dense, given)[key]
+        expected = artifact_io.answers(dense, given)[key]
     finally:
         for hook in hooks:
             hook.remove()
     scale = max(1, np.abs(expected).max())
-    np.testing.assert_allclose(checkpoint.answers(pruned, given)[key], expected, rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(artifact_io.answers(pruned, given)[key], expected, rtol=0, atol=1e-5 * scale)
     assert np.abs(whole - expected).max() > 1e-3
     export(artifact, tmp_path / "exported")
     check_same(tmp_path / "exported", pruned, source, observations(source))
@@ -375,7 +375,7 @@ CASES = {
 def write(out: Path, policy: Policy, source: OfficialSource) -> Path:
     with artifacts.writing(out) as draft:
         source.hand_on(draft)
-        checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
+        artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlrc.benchmarks import faults
+from rlrc.benchmarks.control import faults
 
 REASONS = {
     "frozen camera": "image.wrist is",

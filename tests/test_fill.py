@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrc.compressor.fill import filled, filled_towers, unfilled
-from rlrc.compressor.official import Options, open_folder, read, read_hints
-from rlrc.compressor.policy import Inputs, Policy
-from rlrc.compressor.quantize import QuantizeConfig, chosen_bits
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.quantize.padding import filled, filled_towers, unfilled
+from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits
 
 DATA = Path(__file__).parent / "data"
 
@@ -34,7 +34,7 @@ def inputs_of(policy: Policy) -> Inputs:
 
 def narrow(policy: Policy, channels: int) -> Policy:
     """Every MLP with so many channels: none of them fills its groups."""
-    from rlrc.compressor.backbones import build
+    from rlrc.compressor.models.families import build
 
     towers = {
         name: replace(tower, layers=tuple(replace(layer, mlp=channels) for layer in tower.layers))

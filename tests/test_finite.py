@@ -17,18 +17,19 @@ from torch import Tensor
 
 from families import DATA, flags, official
 from rlrc.artifact import load, writing
-from rlrc.compressor import checkpoint, decode
-from rlrc.compressor.inference import TorchPolicy
-from rlrc.compressor.official import open_folder, options_of, read
-from rlrc.compressor.policy import Policy
-from rlrc.compressor.prune import PruneConfig
-from rlrc.compressor.quantize import QuantizeConfig, quantize
-from rlrc.compressor.sources import OfficialSource
-from rlrc.compressor.stages import Options, run_prune
-from rlrc.compressor.writeback import write_official
+from rlrc.compressor.checkpoints.folder import open_folder, options_of, read
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.models import decode
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
+from rlrc.compressor.stages import artifact_io
+from rlrc.compressor.stages.sources import OfficialSource
+from rlrc.compressor.stages.stage import Options, run_prune
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
-from rlrc.runtime.decode import NoAction, parallel
+from rlrc.runtime.inference.decode import NoAction, parallel
 
 NAN, INF = float("nan"), float("inf")
 MODEL = "model.safetensors"
@@ -120,7 +121,7 @@ def test_no_artifact_is_written_with_them(tmp_path: Path, family: str, name: str
         writing(tmp_path / "out") as draft,
     ):
         source.hand_on(draft)
-        checkpoint.write_policy(draft, policy, source.observations(), ())
+        artifact_io.write_policy(draft, policy, source.observations(), ())
     assert not (tmp_path / "out").exists()
 
 
@@ -132,7 +133,7 @@ def test_no_artifact_whose_answers_are_none(tmp_path: Path) -> None:
         writing(tmp_path / "out") as draft,
     ):
         source.hand_on(draft)
-        checkpoint.write_policy(draft, policy, source.observations(), (), exact=True)
+        artifact_io.write_policy(draft, policy, source.observations(), (), exact=True)
 
 
 def rewritten(artifact: Path, target: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
@@ -140,9 +141,9 @@ def rewritten(artifact: Path, target: Path, change: Callable[[dict[str, Tensor]]
     parent = load(artifact)
     with writing(target) as draft:
         draft.inherit(parent, "golden.npz", "tokenizer")
-        tensors = load_file(parent.file(checkpoint.WEIGHTS))
+        tensors = load_file(parent.file(artifact_io.WEIGHTS))
         change(tensors)
-        save_file(tensors, draft.file(checkpoint.WEIGHTS))
+        save_file(tensors, draft.file(artifact_io.WEIGHTS))
         draft.finish(replace(parent.manifest, files={}))
     return target
 
@@ -152,16 +153,16 @@ def test_no_artifact_is_read_with_them(tmp_path: Path) -> None:
     run_prune(DATA / "act/checkpoint", dense, PruneConfig(lossless=True), Options())
     bad = rewritten(dense, tmp_path / "bad", lambda tensors: tensors["head.bias"].fill_(NAN))
     with pytest.raises(UserError, match=rf"finite numbers in the tensor head.bias of {bad}, found nan"):
-        checkpoint.load_policy(load(bad))
+        artifact_io.load_policy(load(bad))
     source, policy = official("smolvla")
     with writing(rounded) as draft:
         source.hand_on(draft)
         result = quantize(policy.state_dict(), QuantizeConfig(bits=8))
-        checkpoint.write_policy(draft, policy, source.observations(), (), result)
+        artifact_io.write_policy(draft, policy, source.observations(), (), result)
     name = next(iter(result.spec.tensors))
     bad = rewritten(rounded, tmp_path / "scale", lambda tensors: tensors[f"{name}.scale"].fill_(INF))
     with pytest.raises(UserError, match=rf"finite numbers in the tensor {name} of {bad}, found (nan|inf)"):
-        checkpoint.load_policy(load(bad))
+        artifact_io.load_policy(load(bad))
 
 
 def test_nothing_is_exported_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlrc.artifact import LayerSpec, PolicySpec
-from rlrc.compressor import geometry, official
-from rlrc.compressor.backbones import build, flow
-from rlrc.compressor.backbones.flow import FlowPolicy
-from rlrc.compressor.official import Options, open_folder, read, read_hints
-from rlrc.compressor.policy import Inputs, Layout
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.models import flow
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.flow import FlowPolicy
+from rlrc.compressor.models.policy import Inputs, Layout
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import check, normalise, prepare, unnormalise
-from rlrc.runtime.prompts import Tokenizer
+from rlrc.runtime.inference.preprocess import check, normalise, prepare, unnormalise
+from rlrc.runtime.inference.prompts import Tokenizer
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("pi0", "pi05", "smolvla")

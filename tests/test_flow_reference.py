@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlrc.compressor import shapes
-from rlrc.compressor.official import Options, open_folder, read
-from rlrc.compressor.policy import Inputs
-from rlrc.compressor.shapes import Language, Vision
-from rlrc.runtime.preprocess import pictures
+from rlrc.compressor.checkpoints import shapes
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read
+from rlrc.compressor.checkpoints.shapes import Language, Vision
+from rlrc.compressor.models.policy import Inputs
+from rlrc.runtime.inference.preprocess import pictures
 
 Array = np.ndarray
 PAD = 7  # tokens of padding that the reference reads

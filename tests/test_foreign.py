@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import DATA, flags
-from rlrc.compressor import hub
-from rlrc.compressor.official import open_folder, options_of, read
-from rlrc.compressor.writeback import write_official
+from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.compressor.checkpoints import hub
+from rlrc.compressor.checkpoints.folder import open_folder, options_of, read
+from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
-from rlrc.runtime.official import Flags, is_official
 
 MODEL = "model.safetensors"
 

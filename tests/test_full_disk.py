@@ -76,8 +76,8 @@ def test_a_state_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> N
     code = """
 import resource, sys, torch
 from pathlib import Path
-from rlrc.compressor.run import Run
-from rlrc.compressor.sft import SFTConfig
+from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
 run = Run(Path(sys.argv[1]))

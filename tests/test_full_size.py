@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySpec, PromptSpec, TokenSpec, TowerSpec
-from rlrc.benchmarks import full_size, operating_points, random_weights, roofline
-from rlrc.benchmarks.arms import Action, Arm
-from rlrc.benchmarks.claims import thresholds
-from rlrc.benchmarks.operating_points import Point, point
-from rlrc.benchmarks.roofline import Peaks
+from rlrc.benchmarks.claims import full_size, operating_points, random_weights, roofline
+from rlrc.benchmarks.claims.claims import thresholds
+from rlrc.benchmarks.claims.operating_points import Point, point
+from rlrc.benchmarks.claims.policy_process import Action, Arm
+from rlrc.benchmarks.claims.roofline import Peaks
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -325,8 +325,9 @@ def test_products_of_8_bits_and_floats_are_measured() -> None:
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     """Pictures, states and noise come in float32."""
-    from rlrc.benchmarks import arms
-    from rlrc.compressor import geometry, official
+    from rlrc.benchmarks.claims import policy_process
+    from rlrc.compressor.checkpoints import folder as official
+    from rlrc.compressor.checkpoints import geometry
 
     folder, options = geometry.folder("smolvla")
     layout = official.recognise(folder).layout(folder, options)
@@ -337,7 +338,7 @@ def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     small = replace(random_weights.spoken_to(layout.spec), cameras=cameras, flow=replace(flow, steps=2))
     threads = torch.get_num_threads()
     small = replace(small, geometry=small.geometry | {"vocabulary": 64})
-    infer, passes = arms.in_torch(small, towers, threads, 5, kind)
+    infer, passes = policy_process.in_torch(small, towers, threads, 5, kind)
     result: Any = infer()
     assert result["actions"].shape == (50, 6)
     assert np.isfinite(result["actions"]).all()

@@ -15,7 +15,7 @@ from load_http import _zeros, _zstd
 from serving import Served, said, wait_for
 
 from rlrc.errors import UserError
-from rlrc.runtime.printable import printable
+from rlrc.printable import printable
 
 pytest.importorskip("aiohttp", reason="needs the extra serve")
 from rlrc.runtime.page.server import words

@@ -21,26 +21,26 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; make
 from families import DATA, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, TowerSpec  # noqa: E402
-from rlrc.compressor import checkpoint, stages  # noqa: E402
-from rlrc.compressor.backbones import build  # noqa: E402
-from rlrc.compressor.inference import TorchPolicy  # noqa: E402
-from rlrc.compressor.nn.decoder import Decoder, causal_mask  # noqa: E402
-from rlrc.compressor.prune import PruneConfig  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.sources import examples  # noqa: E402
-from rlrc.compressor.stages import Options  # noqa: E402
-from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
+from rlrc.compressor.models.families import build  # noqa: E402
+from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
+from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
+from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages.sources import examples  # noqa: E402
+from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters import gguf_file  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
-from rlrc.exporters.gguf import write_blocks  # noqa: E402
+from rlrc.exporters.gguf import file  # noqa: E402
+from rlrc.exporters.gguf.target import write_blocks  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
-from rlrc.runtime.backends import llama_model  # noqa: E402
-from rlrc.runtime.backends.llama_model import LlamaModel  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
-from rlrc.runtime.decode import NoAction  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.verify import read_golden  # noqa: E402
+from rlrc.runtime.inference.backends import llama_model  # noqa: E402
+from rlrc.runtime.inference.backends.llama_model import LlamaModel  # noqa: E402
+from rlrc.runtime.inference.decode import NoAction  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 NAMES = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -89,7 +89,7 @@ def test_blocks(kind: str, causal: bool, tmp_path: Path) -> None:
     x = vectors(tower)
     expected = in_torch(decoder, x, causal)  # of size 4
     for precision, close in (("fp32", 2e-5), ("fp16", 1e-2)):
-        gguf_file.write(tmp_path / "model.gguf", weights, tower, precision)
+        file.write(tmp_path / "model.gguf", weights, tower, precision)
         model = LlamaModel(tmp_path / "model.gguf", tower.width, precision, causal, threads=1)
         model.begin(40)
         np.testing.assert_allclose(model.run(x, 40), expected, rtol=0, atol=close)
@@ -103,7 +103,7 @@ def test_blocks(kind: str, causal: bool, tmp_path: Path) -> None:
 def test_a_longer_sequence_gets_more_room(tmp_path: Path) -> None:
     tower = TOWERS["of every shape"]
     decoder, weights = random_decoder(tower)
-    gguf_file.write(tmp_path / "model.gguf", weights, tower, "fp32")
+    file.write(tmp_path / "model.gguf", weights, tower, "fp32")
     model = LlamaModel(tmp_path / "model.gguf", tower.width, "fp32", causal=False, threads=2)
     for length in (5, 300, 7, 600):
         x = vectors(tower, length, seed=length)
@@ -121,7 +121,7 @@ def test_4_bits_are_not_mapped_beside_what_is_made_of_them(tmp_path: Path) -> No
     integers = Weights(Tensors("the test", result.tensors), result.spec)
     for precision, given, mapped in (("int4", integers, False), ("fp16", weights, True)):
         path = tmp_path / f"{precision}.gguf"
-        gguf_file.write(path, given, tower, precision)
+        file.write(path, given, tower, precision)
         model = LlamaModel(path, 256, precision, causal=True, threads=1)
         assert (str(path) in Path("/proc/self/maps").read_text()) == mapped
         model.begin(40)
@@ -159,7 +159,7 @@ def check_same(exported: Path, origin: Artifact, name: str, close: float = CLOSE
     source, _ = official(name)
     local = LocalPolicy.load(exported)
     assert local.backend == "gguf"
-    reference = TorchPolicy(local.spec, source.tokenizer, lambda: checkpoint.load_policy(origin))
+    reference = TorchPolicy(local.spec, source.tokenizer, lambda: artifact_io.load_policy(origin))
     for row in (*observations(name), observations(name)[0]):  # the first once more: nothing is left of the others
         found, expected = local.infer(row), reference.infer(row)
         if expected["tokens"] is not None:
@@ -176,8 +176,8 @@ def architecture_of(exported: Path) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_and_pruned(name: str, tmp_path: Path) -> None:
     folder, keep = DATA / name / "checkpoint", 0 if name == "openvla-oft-l1" else 1
-    stages.run_prune(folder, tmp_path / "dense", PruneConfig(lossless=True), QUIET, flags(name))
-    stages.run_prune(folder, tmp_path / "pruned", PruneConfig(0.5, "magnitude", keep=keep), QUIET, flags(name))
+    stage.run_prune(folder, tmp_path / "dense", PruneConfig(lossless=True), QUIET, flags(name))
+    stage.run_prune(folder, tmp_path / "pruned", PruneConfig(0.5, "magnitude", keep=keep), QUIET, flags(name))
     for kind in ("dense", "pruned"):
         artifact, out = artifacts.load(tmp_path / kind), tmp_path / f"{kind} in fp32"
         manifest = export(artifact, out, ("gguf",), "fp32")
@@ -207,7 +207,7 @@ def test_quantized(name: str, bits: int, tmp_path: Path) -> None:
     with artifacts.writing(tmp_path / "quantized") as draft:
         source.hand_on(draft)
         result = quantize(policy, QuantizeConfig(bits=bits))
-        checkpoint.write_policy(draft, policy, examples(spec, source.tokenizer), (), result)
+        artifact_io.write_policy(draft, policy, examples(spec, source.tokenizer), (), result)
     artifact = artifacts.load(tmp_path / "quantized")
     assert artifact.manifest.quantization is not None
     inside = [tensor for tensor in artifact.manifest.quantization.tensors if tensor.startswith("decoder.layers")]
@@ -228,8 +228,8 @@ def test_quantized(name: str, bits: int, tmp_path: Path) -> None:
 def test_the_reference_policy(tiny_artifact: Path, tiny_int4_artifact: Path, tmp_path: Path) -> None:
     for path, precisions in ((tiny_artifact, ("fp32", "fp16", "int8")), (tiny_int4_artifact, ("int4",))):
         artifact = artifacts.load(path)
-        policy = checkpoint.load_policy(artifact)
-        golden = checkpoint.golden(policy, checkpoint.read_observations(artifact.file("golden.npz")))
+        policy = artifact_io.load_policy(artifact)
+        golden = artifact_io.golden(policy, artifact_io.read_observations(artifact.file("golden.npz")))
         for precision in precisions:
             out = tmp_path / precision
             export(artifact, out, ("gguf",), precision, tolerance=10.0)
@@ -270,7 +270,7 @@ def test_passes_follow_one_another(tmp_path: Path) -> None:
     source, policy = official("openvla")
     with artifacts.writing(tmp_path / "artifact") as draft:
         source.hand_on(draft)
-        checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
+        artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
     export(artifacts.load(tmp_path / "artifact"), tmp_path / "out", ("gguf",), "fp32")
     engine, width = LocalPolicy.load(tmp_path / "out").engine, policy.towers["decoder"].width
     seen = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
@@ -295,7 +295,7 @@ def test_other_families_are_refused(name: str, tmp_path: Path) -> None:
     source, policy = official(name)
     with artifacts.writing(tmp_path / "artifact") as draft:
         source.hand_on(draft)
-        checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
+        artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
     with pytest.raises(
         UserError, match=rf"of tiny, openvla, openvla-oft for gguf, found {name}, which has .*export it --to onnx"
     ):
@@ -317,7 +317,7 @@ def test_precisions_that_the_weights_do_not_have_are_refused(
 
 def test_weights_of_others_are_noticed(tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries and keys in our own order: llama.cpp would rotate other pairs, and the export fails."""
-    monkeypatch.setattr(gguf_file, "neighbours", lambda heads, head_dim: np.arange(heads * head_dim))
+    monkeypatch.setattr(file, "neighbours", lambda heads, head_dim: np.arange(heads * head_dim))
     with pytest.raises(Disagreement):
         export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "fp32")
 
@@ -329,7 +329,7 @@ def test_without_llama_cpp(tiny_artifact: Path, tmp_path: Path, monkeypatch: pyt
     message = r"expected llama-cpp-python .*make gguf .*or pip install rlrc\[gguf\]"
     with pytest.raises(UserError, match=message):
         LocalPolicy.load(tmp_path / "out")
-    monkeypatch.setattr(gguf_file, "write", lambda *_: pytest.fail("work began before the refusal"))
+    monkeypatch.setattr(file, "write", lambda *_: pytest.fail("work began before the refusal"))
     with pytest.raises(UserError, match=message):
         export(artifacts.load(tiny_artifact), tmp_path / "again", ("onnx", "gguf"))
 
@@ -338,7 +338,7 @@ def test_files_and_vectors_that_do_not_fit(tmp_path: Path) -> None:
     tower = TOWERS["of one shape"]
     _, weights = random_decoder(tower)
     good, cut = tmp_path / "good.gguf", tmp_path / "cut.gguf"
-    gguf_file.write(good, weights, tower, "fp32")
+    file.write(good, weights, tower, "fp32")
     cut.write_bytes(good.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"a model that llama.cpp loads, found .*cut.gguf: .*; export it again"):
         LlamaModel(cut, 64, "fp32", causal=True, threads=1)

@@ -14,11 +14,11 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
 from rlrc.artifact import LayerSpec, QuantizationSpec, TowerSpec  # noqa: E402
-from rlrc.compressor.grid import pack, quantize_groups  # noqa: E402
-from rlrc.compressor.nn.decoder import Decoder  # noqa: E402
-from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.nn.decoder import Decoder  # noqa: E402
+from rlrc.compressor.quantize.grid import pack, quantize_groups  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters import gguf_file  # noqa: E402
+from rlrc.exporters.gguf import file  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
 
 UNIFORM = TowerSpec(64, (LayerSpec(4, 2, 16, 96),) * 2, eps=1e-6, theta=500.0)
@@ -52,7 +52,7 @@ def values(tensor: Any) -> np.ndarray:
 @pytest.mark.parametrize("tower", [UNIFORM, MIXED], ids=["llama", "deci"])
 def test_every_weight_is_in_the_file(tower: TowerSpec, tmp_path: Path) -> None:
     state = state_of(tower)
-    gguf_file.write(tmp_path / "model.gguf", Weights(Tensors("the test", state)), tower, "fp32")
+    file.write(tmp_path / "model.gguf", Weights(Tensors("the test", state)), tower, "fp32")
     fields, tensors = read(tmp_path / "model.gguf")
     arch = "llama" if tower is UNIFORM else "deci"
     assert fields["general.architecture"] == arch
@@ -89,7 +89,7 @@ def test_every_weight_is_in_the_file(tower: TowerSpec, tmp_path: Path) -> None:
 
 
 def test_pairs_stand_side_by_side() -> None:
-    assert gguf_file.neighbours(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert file.neighbours(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_integers_are_the_artifacts_own(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_integers_are_the_artifacts_own(tmp_path: Path) -> None:
         name: 8 if ".v." in name else 4 for name, tensor in state.items() if tensor.ndim == 2 and ".up." not in name
     }
     weights = quantized(state, bits)
-    gguf_file.write(tmp_path / "model.gguf", weights, MIXED, "int4")
+    file.write(tmp_path / "model.gguf", weights, MIXED, "int4")
     _, tensors = read(tmp_path / "model.gguf")
     for name, theirs in (("attention.q", "attn_q"), ("attention.v", "attn_v"), ("mlp.down", "ffn_down")):
         ours = f"decoder.layers.0.{name}.weight"
@@ -117,7 +117,7 @@ def test_integers_are_the_artifacts_own(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.reshape(integers.shape), integers)
     assert tensors["blk.0.ffn_up.weight"].tensor_type == KINDS.F16
     weights = replace(weights, exact=frozenset({"decoder.layers.0.mlp.up.weight"}))
-    gguf_file.write(tmp_path / "exact.gguf", weights, MIXED, "int4")
+    file.write(tmp_path / "exact.gguf", weights, MIXED, "int4")
     _, tensors = read(tmp_path / "exact.gguf")
     assert tensors["blk.0.ffn_up.weight"].tensor_type == KINDS.F32
     assert tensors["blk.1.ffn_up.weight"].tensor_type == KINDS.F16
@@ -131,14 +131,14 @@ def test_larger_groups_are_written_with_their_scale_repeated(bits: int, tmp_path
     weights = Weights(
         Tensors("the test", {**state, **stored}), QuantizationSpec("int4" if bits == 4 else "int8", 64, {name: bits})
     )
-    gguf_file.write(tmp_path / "model.gguf", weights, UNIFORM, "fp16")
+    file.write(tmp_path / "model.gguf", weights, UNIFORM, "fp16")
     found = values(read(tmp_path / "model.gguf")[1]["blk.0.attn_output.weight"])
     np.testing.assert_array_equal(found, integers.numpy() * scale.numpy().astype(np.float32))  # 64 inputs, one group
 
 
 def test_eight_bits_of_floats(tmp_path: Path) -> None:
     state = state_of(UNIFORM)
-    gguf_file.write(tmp_path / "model.gguf", Weights(Tensors("the test", state)), UNIFORM, "int8")
+    file.write(tmp_path / "model.gguf", Weights(Tensors("the test", state)), UNIFORM, "int8")
     _, tensors = read(tmp_path / "model.gguf")
     found, weight = tensors["blk.1.ffn_up.weight"], state["decoder.layers.1.mlp.up.weight"].numpy()
     assert found.tensor_type == KINDS.Q8_0
@@ -163,7 +163,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
         return tensor
 
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    gguf_file.write(tmp_path / "model.gguf", Weights(Tensors("the test", shapes, fresh)), tower, "fp16")
+    file.write(tmp_path / "model.gguf", Weights(Tensors("the test", shapes, fresh)), tower, "fp16")
     assert most == 1
     assert (tmp_path / "model.gguf").stat().st_size > 6 * 2 * (64 * 64 * 3 + 64 * 96 * 3)
 
@@ -181,7 +181,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
 )
 def test_what_llama_cpp_does_not_compute_is_refused(changes: dict[str, Any], found: str) -> None:
     with pytest.raises(UserError, match=rf"expected a decoder of self-attention.*found {found}; export it --to onnx"):
-        gguf_file.architecture(replace(UNIFORM, **changes))
+        file.architecture(replace(UNIFORM, **changes))
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(changes: dict[str, Any], fou
 )
 def test_rows_of_broken_blocks_are_refused(precision: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        gguf_file.check_rows(replace(UNIFORM, layers=(LayerSpec(3, 3, 16, 96),)), precision)
-    gguf_file.check_rows(replace(UNIFORM, layers=(LayerSpec(3, 3, 16, 33),)), "fp16")
+        file.check_rows(replace(UNIFORM, layers=(LayerSpec(3, 3, 16, 96),)), precision)
+    file.check_rows(replace(UNIFORM, layers=(LayerSpec(3, 3, 16, 33),)), "fp16")
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -202,4 +202,4 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     state["decoder.layers.0.mlp.up.weight"][3, 4] = 1e5
     weights = Weights(Tensors("the test", state))
     with pytest.raises(UserError, match=r"layers.0.mlp.up.weight within float16's range, found 1e\+05; use .*fp32"):
-        gguf_file.write(tmp_path / "model.gguf", weights, UNIFORM, "fp16")
+        file.write(tmp_path / "model.gguf", weights, UNIFORM, "fp16")

@@ -22,14 +22,14 @@ from torch import Tensor, nn  # noqa: E402
 
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import TOKENIZER, VerifiedSpec  # noqa: E402
-from rlrc.compressor import checkpoint  # noqa: E402
-from rlrc.compressor.inference import TorchPolicy  # noqa: E402
-from rlrc.compressor.nn import decoder  # noqa: E402
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
+from rlrc.compressor.models.nn import decoder  # noqa: E402
+from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.runtime import agreement  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.preprocess import Tokenizer  # noqa: E402
-from rlrc.runtime.verify import read_golden  # noqa: E402
+from rlrc.runtime.cli import agreement  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference.preprocess import Tokenizer  # noqa: E402
+from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "compressed"
 TASKS = ("drawer-open-v3", "button-press-topdown-v3", "window-open-v3", "faucet-close-v3")
@@ -72,7 +72,7 @@ def test_int4_of_the_reference_policy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert spec.prompt is not None
     export(artifact, tmp_path / "gguf", ("gguf",), "int4", tolerance=1.0)
     llama_cpp = LocalPolicy(artifacts.load(tmp_path / "gguf"), backend="gguf")
-    weights = checkpoint.load_policy(artifact)
+    weights = artifact_io.load_policy(artifact)
     in_torch = TorchPolicy(spec, Tokenizer(artifact.file(TOKENIZER), spec.prompt), lambda: weights)
 
     simulated = agreement.play(LocalPolicy(artifact), [f"metaworld:{task}" for task in TASKS], None, episodes=8)

@@ -15,8 +15,8 @@ from guarded import guard_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.profile import Dimension, Limit, Position, Tracking, Workspace
+from rlrc.runtime.safety.guard import Guard
+from rlrc.runtime.safety.profile import Dimension, Limit, Position, Tracking, Workspace
 
 ONS = st.sampled_from(["clamp", "clamp", "hold", "stop"])
 SIZES = st.floats(-3, 3).map(lambda exponent: 10.0**exponent)

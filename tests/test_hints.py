@@ -12,15 +12,16 @@ import pytest
 from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry, LayerSpec, TowerSpec
-from rlrc.compressor import cost, hints
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.compress import runner
-from rlrc.compressor.distill import DistillConfig
-from rlrc.compressor.ppo_config import PPOConfig
-from rlrc.compressor.prune import PruneConfig, lines, prune
-from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.sft import SFTConfig
-from rlrc.compressor.stages import Options, run_prune
+from rlrc.compressor.cli import next_commands
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune import cost
+from rlrc.compressor.prune.prune import PruneConfig, lines, prune
+from rlrc.compressor.quantize.quantize import QuantizeConfig
+from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.stages.compress import runner
+from rlrc.compressor.stages.stage import Options, run_prune
+from rlrc.compressor.training.distill import DistillConfig
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -50,8 +51,8 @@ def entries(*stages: str) -> tuple[HistoryEntry, ...]:
 )
 def test_what_follows_a_stage(tiny_artifact: Path, stages: tuple[str, ...], expected: list[str]) -> None:
     manifest = replace(artifacts.load(tiny_artifact).manifest, history=entries(*stages))
-    assert list(hints.following(manifest)) == expected
-    told = hints.hint(Path("runs/x"), manifest)
+    assert list(next_commands.following(manifest)) == expected
+    told = next_commands.hint(Path("runs/x"), manifest)
     assert [part.split()[1] for part in told.split(", or ")] == expected
     assert "--data" not in told
 
@@ -76,7 +77,7 @@ def test_families_without_a_simulator_need_data_and_play_nothing(
 ) -> None:
     manifest = artifacts.load(tiny_artifact).manifest
     manifest = replace(manifest, policy=replace(manifest.policy, family="pi0"), history=entries(*stages))
-    assert hints.hint(Path("x"), manifest).startswith(expected)
+    assert next_commands.hint(Path("x"), manifest).startswith(expected)
 
 
 @pytest.mark.parametrize(

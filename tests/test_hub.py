@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from rlrc.compressor import hub
+from rlrc.compressor.checkpoints import hub
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.coupling import Group, groups
-from rlrc.compressor.data import SampleBatches, Samples
-from rlrc.compressor.importance import Scores, scores
-from rlrc.compressor.losses import SMOOTHING, smoothed_cross_entropy
-from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune.importance import Scores, scores
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
+from rlrc.compressor.training.losses import SMOOTHING, smoothed_cross_entropy
 
 INNER = range(1, 3)
 
@@ -179,11 +179,11 @@ SCORE = """
 import resource, torch
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor import reference
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.batches import Batch
-from rlrc.compressor.importance import scores
-from rlrc.compressor.policy import Inputs
-from rlrc.compressor.prune import PruneConfig
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.training.batches import Batch
+from rlrc.compressor.prune.importance import scores
+from rlrc.compressor.models.policy import Inputs
+from rlrc.compressor.prune.prune import PruneConfig
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rlrc.benchmarks.rig import Arm
+from rlrc.benchmarks.control.simulated_arm import Arm
 from rlrc.robots.instructed import Instructed
 from rlrc.robots.robot import Sensed
 

@@ -17,10 +17,10 @@ from subprocesses import environment
 
 from rlrc import artifact as artifacts
 from rlrc import interrupts
-from rlrc.compressor.checkpoint import read_tensors
-from rlrc.compressor.compress import compress
-from rlrc.compressor.sft import interruptible
-from rlrc.compressor.stages import Options
+from rlrc.compressor.stages.artifact_io import read_tensors
+from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.training.sft import interruptible
 from rlrc.errors import Interrupted
 
 AT_ONCE = 5.0  # seconds: two on a machine of its own, but tests share theirs

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlrc.jetson import calibration, roofline
-from rlrc.jetson.calibration import Row
+from rlrc.jetson.model import calibration, roofline
+from rlrc.jetson.model.calibration import Row
 from rlrc.runtime import cli
 
 

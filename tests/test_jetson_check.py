@@ -19,13 +19,13 @@ pytest.importorskip("onnxruntime")
 
 from families import DATA, FAMILIES, flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
-from rlrc.compressor import stages  # noqa: E402
-from rlrc.compressor.prune import PruneConfig  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig  # noqa: E402
-from rlrc.compressor.stages import Options  # noqa: E402
+from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
+from rlrc.compressor.stages import stage  # noqa: E402
+from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.exporters.tensorrt_graphs import DENSE, QUANTIZED  # noqa: E402
-from rlrc.jetson.precision import OVERFLOWS  # noqa: E402
+from rlrc.exporters.tensorrt.target import DENSE, QUANTIZED  # noqa: E402
+from rlrc.jetson.model.precision import OVERFLOWS  # noqa: E402
 
 PYTHON = os.environ.get("RLRC_TENSORRT_PYTHON", sys.executable)
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -40,7 +40,7 @@ def rlrc(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tensorrt() -> None:
-    code = "from rlrc.jetson.check import rtx; rtx()"
+    code = "from rlrc.jetson.board.check import rtx; rtx()"
     done = subprocess.run(
         [PYTHON, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH}, check=False
     )
@@ -55,12 +55,12 @@ def tensorrt() -> None:
 def test_nvidia_builds_the_graphs(name: str, kind: str, tmp_path: Path) -> None:
     source = DATA / name / "checkpoint"
     if kind == "int4":
-        stages.run_quantize(source, tmp_path / kind, QuantizeConfig(), QUIET, flags(name))
+        stage.run_quantize(source, tmp_path / kind, QuantizeConfig(), QUIET, flags(name))
     else:
         keep = 0 if name in ("act", "openvla-oft-l1") else 1
         config = PruneConfig(ratio=0.5, score="magnitude", keep=keep)
         config = config if kind == "pruned" else PruneConfig(lossless=True)
-        stages.run_prune(source, tmp_path / kind, config, QUIET, flags(name))
+        stage.run_prune(source, tmp_path / kind, config, QUIET, flags(name))
     parent = artifacts.load(tmp_path / kind)
     for precision in QUANTIZED["int4"] if kind == "int4" else DENSE:
         if precision == "fp16" and parent.manifest.policy.family in OVERFLOWS:
@@ -95,7 +95,7 @@ def test_what_nvidia_refuses_is_told(tiny_artifact: Path, tmp_path: Path) -> Non
 
 
 API = """
-from rlrc.jetson.check import rtx
+from rlrc.jetson.board.check import rtx
 trt = rtx()
 for owner, name, *arguments in (
     (trt.Runtime, "deserialize_cuda_engine", "serialized_engine"),
@@ -114,8 +114,8 @@ for owner, name, *arguments in (
     assert all(f"{argument}:" in told for argument in arguments), told
 """
 CUDA = """
-from rlrc.runtime.backends import cuda
-from rlrc.runtime.decode import NoAction
+from rlrc.runtime.inference.backends import cuda
+from rlrc.runtime.inference.decode import NoAction
 try:
     print(cuda.Cuda().stream)
 except NoAction as error:
@@ -125,7 +125,7 @@ except NoAction as error:
 
 @pytest.mark.usefixtures("tensorrt")
 def test_the_runtime_calls_what_nvidia_offers() -> None:
-    """Names and arguments of all that rlrc.runtime.backends.tensorrt calls; without a GPU it cannot be called."""
+    """Names and arguments of all that rlrc.runtime.inference.backends.tensorrt calls; without a GPU it cannot be called."""
     done = subprocess.run(
         [PYTHON, "-c", API], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH}, check=False
     )

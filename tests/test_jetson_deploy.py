@@ -19,10 +19,10 @@ import pytest
 
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
-from rlrc.jetson import deploy
-from rlrc.jetson.deploy import Place, TrialFailed
-from rlrc.jetson.deploy_commands import Deploy, Rollback
-from rlrc.jetson.remote import ConnectionLost, Shell
+from rlrc.jetson.board import deploy
+from rlrc.jetson.board.deploy import Place, TrialFailed
+from rlrc.jetson.board.remote import ConnectionLost, Shell
+from rlrc.jetson.cli.deploy import Deploy, Rollback
 from rlrc.runtime.cli import main
 
 HERE = Shell(("sh", "-c"), "this machine")

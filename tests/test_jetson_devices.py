@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.jetson import devices, probe
+from rlrc.jetson.model import devices, probe
 from rlrc.runtime import cli
 
 # NVIDIA's figures of the fastest mode, dense: fp32 TFLOPS of the CUDA cores, int8 TOPS (half of the sparse ones) of the

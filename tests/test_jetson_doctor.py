@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from jetson_trees import plant
 
-from rlrc.jetson import doctor, doctor_live
-from rlrc.jetson.doctor import Finding
+from rlrc.jetson.board import doctor, doctor_live
+from rlrc.jetson.board.doctor import Finding
 from rlrc.runtime.cli import main
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.jetson import devices, install
-from rlrc.jetson.install_command import Install
-from rlrc.jetson.remote import Shell
+from rlrc.jetson.board import install
+from rlrc.jetson.board.remote import Shell
+from rlrc.jetson.cli.install import Install
+from rlrc.jetson.model import devices
 from rlrc.runtime.cli import main
 
 UNITS = ("rlrc-run@.service", "rlrc-serve@.service")

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc import geometries
-from rlrc.artifact import Manifest
+from rlrc.artifact import Manifest, geometries
 from rlrc.errors import UserError
-from rlrc.jetson import memory_model, operations, precision, roofline
-from rlrc.jetson.devices import Device, device
-from rlrc.jetson.operations import Op
-from rlrc.jetson.plan import Plan, Setting, deadline_ms, of_geometry, plan, predict, pruned
-from rlrc.jetson.roofline import Efficiency, Stack
-from rlrc.jetson.suggest import shortfall, suggest
-from rlrc.jetson.work import Load, Part, Work
+from rlrc.jetson.model import memory as memory_model
+from rlrc.jetson.model import operations, precision, roofline
+from rlrc.jetson.model.devices import Device, device
+from rlrc.jetson.model.operations import Op
+from rlrc.jetson.model.plan import Plan, Setting, deadline_ms, of_geometry, plan, predict, pruned
+from rlrc.jetson.model.roofline import Efficiency, Stack
+from rlrc.jetson.model.suggest import shortfall, suggest
+from rlrc.jetson.model.work import Load, Part, Work
 from rlrc.runtime import cli
 
 MACHINE = Device("x", "a machine", "fast", "8.7", {"fp32": 1e12, "fp16": 1e13, "bf16": 1e13}, 1e11, 8 * 2**30, 10.0)
@@ -255,8 +255,8 @@ def test_fewer_steps_and_one_engine_at_a_time() -> None:
 def test_pruned_shapes_are_those_of_rlrc_prune() -> None:
     """The bytes that are suggested, against what the compressor counts for the shape that this ratio leaves."""
     pytest.importorskip("torch")
-    from rlrc.compressor import cost
-    from rlrc.compressor.allocation import Place, uniform
+    from rlrc.compressor.prune import cost
+    from rlrc.compressor.prune.allocation import Place, uniform
 
     known = geometries.geometry("openvla-7b")
     dense = cost.shape_of(known.policy, known.towers)
@@ -372,10 +372,10 @@ def test_peak_memory_on_this_machine(
     """An exported artifact's peak resident memory, measured, within a tenth."""
     pytest.importorskip("onnx")
     from rlrc import artifact as artifacts
-    from rlrc.benchmarks import memory
+    from rlrc.benchmarks.measure import memory
     from rlrc.exporters.export import export
-    from rlrc.jetson import probe
-    from rlrc.jetson.plan import of_artifact
+    from rlrc.jetson.model import probe
+    from rlrc.jetson.model.plan import of_artifact
 
     out = tmp_path / "exported"
     export(artifacts.load(tiny_artifact), out, precision=precision_name, tolerance=10.0)

@@ -17,11 +17,8 @@ import numpy as np
 import pytest
 from jetson_trees import plant, recorded
 
-from rlrc.runtime import board as boards
-from rlrc.runtime import telemetry
-from rlrc.runtime.board import Board, Stamped
-from rlrc.runtime.cli import main
-from rlrc.runtime.jetson_telemetry import (
+from rlrc.runtime.board import monitor as boards
+from rlrc.runtime.board.jetson import (
     MB,
     Reading,
     of_jtop,
@@ -31,10 +28,13 @@ from rlrc.runtime.jetson_telemetry import (
     read_sysfs,
     read_text,
 )
+from rlrc.runtime.board.monitor import Board, Stamped
+from rlrc.runtime.cli import main
+from rlrc.runtime.control import telemetry
 
 PROFILE = Path(__file__).parents[1] / "examples/udp_arm.toml"
 DRIVER = """
-from rlrc.benchmarks.rig import Arm
+from rlrc.benchmarks.control.simulated_arm import Arm
 
 class Told(Arm):
     def sense(self):
@@ -288,7 +288,7 @@ def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path, thread: bool) ->
 import sys, time
 from pathlib import Path
 from threading import Thread
-from rlrc.runtime.board import Board
+from rlrc.runtime.board.monitor import Board
 def read():
   with Board.watched(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
     while not board.readings():

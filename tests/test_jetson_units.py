@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrc.jetson import install
+from rlrc.jetson.board import install
 
 ROOT = Path(__file__).parents[1]
 SYSTEMD = Path("/lib/systemd/systemd")
@@ -31,7 +31,7 @@ NAMES = ("freezes", "hangs", "stops", "runs")
 DRIVER = """
 import ctypes, json, os, time
 from pathlib import Path
-from rlrc.benchmarks.rig import Arm
+from rlrc.benchmarks.control.simulated_arm import Arm
 
 OUT, NAME = Path("/opt/out"), Path(__file__).stem
 STATUS = ("NoNewPrivs", "CapEff", "Seccomp:", "Uid")

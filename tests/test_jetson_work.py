@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from rlrc import artifact as artifacts
-from rlrc import geometries
-from rlrc.artifact import LayerSpec, Manifest, TowerSpec
+from rlrc.artifact import LayerSpec, Manifest, TowerSpec, geometries
 from rlrc.errors import UserError
-from rlrc.jetson import operations
-from rlrc.jetson.work import Load, Work, work
+from rlrc.jetson.model import operations
+from rlrc.jetson.model.work import Load, Work, work
 
 
 def work_of(name: str, **load: Any) -> Work:
@@ -93,7 +92,9 @@ def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rlrc.compressor import cost, geometry, official
+    from rlrc.compressor.checkpoints import folder as official
+    from rlrc.compressor.checkpoints import geometry
+    from rlrc.compressor.prune import cost
 
     folder, options = geometry.folder(name)
     module = official.recognise(folder)
@@ -112,12 +113,12 @@ def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
 
 def test_the_file_of_geometries_is_what_the_readers_find() -> None:
     pytest.importorskip("torch")
-    from rlrc.compressor import geometry
+    from rlrc.compressor.checkpoints import geometry
     from rlrc.strict import encode
 
     for name in geometry.GEOMETRIES:
         known = geometries.geometry(name)
-        assert encode(known) == geometry.described(name), "run python -m rlrc.compressor.geometry"
+        assert encode(known) == geometry.described(name), "run python -m rlrc.compressor.checkpoints.geometry"
     assert set(geometries.known()) == set(geometry.GEOMETRIES)
 
 

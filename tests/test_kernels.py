@@ -24,19 +24,19 @@ from emulation import KERNELS, emulated, emulates  # noqa: E402
 from families import official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import QuantizationSpec  # noqa: E402
-from rlrc.compressor import checkpoint  # noqa: E402
-from rlrc.compressor.grid import pack, quantize_groups  # noqa: E402
-from rlrc.compressor.sources import examples  # noqa: E402
-from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
+from rlrc.compressor.quantize.grid import pack, quantize_groups  # noqa: E402
+from rlrc.compressor.stages import artifact_io  # noqa: E402
+from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters import onnx as ours  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.exporters.onnx import FLAVOURS, OnnxRuntimeBuilder, largest_pairs  # noqa: E402
+from rlrc.exporters.onnx import builder as ours  # noqa: E402
+from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder, largest_pairs  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
-from rlrc.runtime import recheck, verify  # noqa: E402
-from rlrc.runtime.backends.kernels import arm_class, kernels, x86_class  # noqa: E402
-from rlrc.runtime.decode import NoAction  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference import recheck, verify  # noqa: E402
+from rlrc.runtime.inference.backends.kernels import arm_class, kernels, x86_class  # noqa: E402
+from rlrc.runtime.inference.decode import NoAction  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 
 INPUTS, OUTPUTS, ROWS = 512, 64, 8
 FORMS = {"int8": None, "int8-rows": None, "w4a8": 4, "int4a8": 4, "int4a8 of 8 bits": 8, "int8 of 8 bits": 8}
@@ -173,7 +173,7 @@ def exported(name: str, out: Path, full_range: bool = False) -> Path:
     source, policy = official(name)
     with artifacts.writing(out / "weights") as draft:
         source.hand_on(draft)
-        checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
+        artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     with pytest.MonkeyPatch.context() as patch:
         if full_range:
             patch.setattr(ours, "largest_pairs", lambda matrix: np.abs(matrix).max(0))
@@ -221,7 +221,7 @@ def test_weights_of_the_full_range_are_refused_where_they_go_wrong(tmp_path: Pat
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """``elsewhere(kernels)``: this process believes to run on other kernels; with a cache folder of its own."""
     monkeypatch.setenv("RLRC_CACHE", str(tmp_path / "cache"))
-    return lambda found: monkeypatch.setattr("rlrc.runtime.backends.onnxruntime.kernels", lambda: found)
+    return lambda found: monkeypatch.setattr("rlrc.runtime.inference.backends.onnxruntime.kernels", lambda: found)
 
 
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -271,7 +271,7 @@ def test_elsewhere_all_is_replayed_once(
     for _ in range(2):
         LocalPolicy.load(toy_artifact)
         assert seen == [1] * 24
-    monkeypatch.setattr("rlrc.runtime.backends.onnxruntime.onnxruntime.__version__", "99.1")
+    monkeypatch.setattr("rlrc.runtime.inference.backends.onnxruntime.onnxruntime.__version__", "99.1")
     LocalPolicy.load(toy_artifact)
     assert seen == [1] * 32
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlrc.envs.metaworld import MetaWorldEnv, make
 from rlrc.envs.seeds import VALIDATION
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference.policy import LocalPolicy
 
 POLICY = Path(__file__).parent.parent / "reference" / "compressed"
 SCENES = {"drawer": "goal_slidey", "window": "window_slide", "faucet": "knob_Joint_1"}

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from rlrc.benchmarks import latency, machine
+from rlrc.benchmarks.measure import latency
+from rlrc.benchmarks.results import machine
 from rlrc.errors import UserError
-from rlrc.runtime import warmup
 from rlrc.runtime.cli import main
+from rlrc.runtime.inference import warmup
 
 
 class Clockwork:

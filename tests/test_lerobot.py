@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from rlrc.artifact import NormStats
-from rlrc.compressor.backbones import lerobot
-from rlrc.compressor.backbones.features import Feature
-from rlrc.compressor.backbones.normaliser import Statistics, affine
-from rlrc.compressor.official import Folder, Options
-from rlrc.compressor.weights import Tensors
+from rlrc.compressor.checkpoints.folder import Folder, Options
+from rlrc.compressor.checkpoints.lerobot import processors as lerobot
+from rlrc.compressor.checkpoints.lerobot.features import Feature
+from rlrc.compressor.checkpoints.lerobot.normaliser import Statistics, affine
+from rlrc.compressor.checkpoints.tensors import Tensors
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import normalise, unnormalise
+from rlrc.runtime.inference.preprocess import normalise, unnormalise
 
 STATISTICS = {
     "mean": [1.0, -2.0],

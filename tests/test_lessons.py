@@ -15,17 +15,18 @@ import torch
 from families import DATA, FAMILIES, flags, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
-from rlrc.compressor import checkpoint, lessons, stages, training
-from rlrc.compressor.compress import compress
-from rlrc.compressor.distill import DistillConfig
-from rlrc.compressor.prune import PruneConfig
-from rlrc.compressor.sft import SFTConfig
-from rlrc.compressor.sources import OfficialSource
-from rlrc.compressor.stages import Options
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.stages import artifact_io, training, training_data
+from rlrc.compressor.stages import stage as stages
+from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.stages.sources import OfficialSource
+from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.training.distill import DistillConfig
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import normalise, prepare
+from rlrc.runtime.inference.preprocess import normalise, prepare
 
 QUIET = Options(evaluate=0, workers=1, threads=1)
 TASKS = ("open the drawer", "put the red cube into the box on the left", "close it")
@@ -85,13 +86,13 @@ def test_pruned_by_taylor_and_fine_tuned(name: str, data: dict[str, str], tmp_pa
 
 
 def loss(path: Path, folder: str) -> float:
-    from rlrc.compressor.losses import chunk_loss, drawn
-    from rlrc.compressor.sources import ArtifactSource
+    from rlrc.compressor.stages.sources import ArtifactSource
+    from rlrc.compressor.training.losses import chunk_loss, drawn
 
     source = ArtifactSource(artifacts.load(path))
     policy = source.load()
-    batches = lessons.of_data(source, SFTConfig(data=folder)).batches
-    assert isinstance(batches, lessons.DatasetBatches)
+    batches = training_data.of_data(source, SFTConfig(data=folder)).batches
+    assert isinstance(batches, training_data.DatasetBatches)
     torch.manual_seed(1)
     with torch.no_grad():
         return chunk_loss(policy, drawn(policy, batches.rows(batches.frames)))[0].item()
@@ -101,9 +102,9 @@ def test_batches_by_hand(data: dict[str, str]) -> None:
     """Frame 4 of the first episode of six: two steps are there, the others repeat the last and are not real."""
     name = "pi0"
     source = source_of(name)
-    given = lessons.of_data(source, SFTConfig(data=data[name], seed=3))
+    given = training_data.of_data(source, SFTConfig(data=data[name], seed=3))
     batches = given.batches
-    assert isinstance(batches, lessons.DatasetBatches)
+    assert isinstance(batches, training_data.DatasetBatches)
     assert len(batches) == 18
     assert given.held_out == []
     batch = batches.rows(np.array([4, 7]))
@@ -135,9 +136,9 @@ def test_cameras_of_other_names_are_said(data: dict[str, str]) -> None:
     """The wrist's pictures where the policy expects those from the top."""
     source = source_of("openvla-oft-l1")
     first, second = (camera.name for camera in source.spec.cameras)
-    plain = lessons.of_data(source, SFTConfig(data=data["openvla-oft-l1"])).batches
+    plain = training_data.of_data(source, SFTConfig(data=data["openvla-oft-l1"])).batches
     crossed = {first: second, second: f"observation.images.{first}"}
-    other = lessons.of_data(source, SFTConfig(data=data["openvla-oft-l1"], cameras=crossed)).batches
+    other = training_data.of_data(source, SFTConfig(data=data["openvla-oft-l1"], cameras=crossed)).batches
     ours, theirs = (batches.draw(2).inputs.pixels for batches in (plain, other))
     assert torch.equal(ours[0], theirs[1])
     assert torch.equal(ours[1], theirs[0])
@@ -146,9 +147,9 @@ def test_cameras_of_other_names_are_said(data: dict[str, str]) -> None:
 
 def test_held_out_episodes_are_whole_and_never_drawn(data: dict[str, str]) -> None:
     source = source_of("act")
-    given = lessons.of_data(source, SFTConfig(data=data["act"]), held_out=0.3, size=4)
+    given = training_data.of_data(source, SFTConfig(data=data["act"]), held_out=0.3, size=4)
     batches = given.batches
-    assert isinstance(batches, lessons.DatasetBatches)
+    assert isinstance(batches, training_data.DatasetBatches)
     assert [len(batch) for batch in given.held_out] == [4, 2]
     assert len(batches) == 12
     held = given.held_out[0].actions[0, 0, 0].item()
@@ -163,7 +164,7 @@ def test_distilled_and_adapted(name: str, data: dict[str, str], tmp_path: Path) 
     config = DistillConfig(steps=4, batch=4, lora=2, warmup=0, data=data[name], teacher=str(given))
     manifest = training.run_distill(tmp_path / "pruned", tmp_path / "out", config, QUIET, told)
     assert manifest.history[-1].stage == "distill"
-    policy = checkpoint.load_policy(artifacts.load(tmp_path / "out"))
+    policy = artifact_io.load_policy(artifacts.load(tmp_path / "out"))
     assert not any("lora" in key for key in policy.state_dict())
 
 

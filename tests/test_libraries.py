@@ -142,7 +142,7 @@ def test_the_robot_side_talks_to_nobody(metaworld_toy: Path, own_cache: Path, tm
     import numpy as np
 
     from rlrc import artifact
-    from rlrc.runtime import verify
+    from rlrc.runtime.inference import verify
 
     spec = artifact.load(metaworld_toy).manifest.policy
     golden = verify.read_golden(metaworld_toy / "golden.npz", spec)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rlrc.runtime.servers import logs, ports
+from rlrc.runtime.wire import logs, ports
 
 
 @pytest.fixture

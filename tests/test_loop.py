@@ -11,9 +11,9 @@ import pytest
 
 from rlrc.envs import environment
 from rlrc.errors import UserError
-from rlrc.runtime import run
-from rlrc.runtime.inference import Warmth
-from rlrc.runtime.loop import Episode, Rate, play, summary
+from rlrc.runtime.cli import run
+from rlrc.runtime.control.episodes import Episode, Rate, play, summary
+from rlrc.runtime.control.inference_process import Warmth
 
 
 class World:

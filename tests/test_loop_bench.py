@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import loop
-from rlrc.benchmarks.beside import loaded, timer
-from rlrc.benchmarks.commands.loop import draw
-from rlrc.benchmarks.commands.output import plain_progress
+from rlrc import realtime
+from rlrc.benchmarks.cli.loop import draw
+from rlrc.benchmarks.cli.output import plain_progress
+from rlrc.benchmarks.control import scenarios
+from rlrc.benchmarks.control.background_load import loaded, timer
 from rlrc.errors import UserError
-from rlrc.runtime import hygiene, telemetry
 from rlrc.runtime.cli import main
-from rlrc.runtime.telemetry import Telemetry
+from rlrc.runtime.control import telemetry
+from rlrc.runtime.control.telemetry import Telemetry
 
 
 def told(chunks: list[int], commands: list[list[float]], first: int = 0) -> Telemetry:
@@ -34,16 +35,16 @@ def told(chunks: list[int], commands: list[list[float]], first: int = 0) -> Tele
 
 def test_jumps_are_where_chunks_meet() -> None:
     commands = [[0.0, 0.1, 1], [0.1, 0.1, 1], [0.4, 0.0, -1], [0.5, 0.0, -1], [0.5, -0.7, -1]]
-    jumps = loop.spliced(told([1, 1, 2, 2, 3], commands))
+    jumps = scenarios.spliced(told([1, 1, 2, 2, 3], commands))
     np.testing.assert_allclose(jumps, [0.3, 0.7], rtol=1e-5)  # the gripper does not count
 
 
 def test_episodes_are_joined_but_do_not_meet() -> None:
     one, other = told([1, 1], [[0.0, 0], [0.1, 0]]), told([1, 2], [[5.0, 0], [5.5, 0]])
-    whole = loop.joined([one, other])
+    whole = scenarios.joined([one, other])
     assert whole.rows["step"].tolist() == [0, 1, 0, 1]
     np.testing.assert_allclose(whole.commands[:, 0], [0, 0.1, 5, 5.5], rtol=1e-6)
-    np.testing.assert_allclose(loop.spliced(whole), [0.5], rtol=1e-6)
+    np.testing.assert_allclose(scenarios.spliced(whole), [0.5], rtol=1e-6)
 
 
 def test_jitter_is_the_distance_from_whole_periods() -> None:
@@ -56,14 +57,14 @@ def test_a_stall_is_told_with_what_the_timer_did_then() -> None:
     kept = told([1, 1, 1], [[0.0, 0]] * 3)
     kept.rows["held"][1], kept.rows["guard_ms"][1], kept.rows["sent"][1] = True, 25.0, 0.125
     woken = np.array([0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.16, 0.19])
-    (found,) = loop.stalls(kept.rows, woken)
+    (found,) = scenarios.stalls(kept.rows, woken)
     assert (found["guard_ms"], found["held"], found["timer_ms"]) == (25.0, True, 20.0)
 
 
 def test_jitter_is_that_within_episodes() -> None:
     one, other = told([1, 1], [[0.0, 0], [0.1, 0]]), told([1, 2], [[5.0, 0], [5.5, 0]])
     other.rows["sent"] += 7.05  # an episode begins when it begins
-    whole = loop.joined([one, other])
+    whole = scenarios.joined([one, other])
     assert telemetry.summary(whole, 0.1)["jitter_ms_p99"] == pytest.approx(0, abs=1e-9)
     whole.rows["sent"][3] += 0.02
     assert telemetry.summary(whole, 0.1)["jitter_ms_p99"] == pytest.approx(20, rel=0.02)
@@ -115,14 +116,14 @@ def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:
 def test_real_time_is_put_back() -> None:
     before = os.sched_getscheduler(0)
     allowed = os.sched_getaffinity(0)
-    with hygiene.real_time(pin=(min(allowed),), beside=(2**22 + 1,)) as granted:  # no process has this number
+    with realtime.real_time(pin=(min(allowed),), beside=(2**22 + 1,)) as granted:  # no process has this number
         assert os.sched_getaffinity(0) == {min(allowed)}
-        assert not hygiene.gc.isenabled()
+        assert not realtime.gc.isenabled()
         assert set(granted) == {"garbage collection", "memory", "priority", "processors"}
-    assert hygiene.gc.isenabled()
+    assert realtime.gc.isenabled()
     assert os.sched_getscheduler(0) == before
     assert os.sched_getaffinity(0) == allowed
-    with hygiene.real_time(pin=(-1,)) as granted:
+    with realtime.real_time(pin=(-1,)) as granted:
         assert granted["processors"].startswith("any: ")
 
 
@@ -143,7 +144,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 FREED = """
-from rlrc.benchmarks.memory import read_process
+from rlrc.benchmarks.measure.memory import read_process
 from rlrc.runtime import hygiene
 
 hygiene.give_back_large_blocks()

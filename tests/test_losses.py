@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families import FAMILIES, official
-from rlrc.compressor import decode
-from rlrc.compressor.batches import Batch, collate
-from rlrc.compressor.losses import bins_of, chunk_loss, drawn, masked_mean, tokens_of
-from rlrc.compressor.policy import Policy
-from rlrc.compressor.sources import examples
-from rlrc.runtime.preprocess import prepare, to_bins
+from rlrc.compressor.models import decode
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.stages.sources import examples
+from rlrc.compressor.training.batches import Batch, collate
+from rlrc.compressor.training.losses import bins_of, chunk_loss, drawn, masked_mean, tokens_of
+from rlrc.runtime.inference.preprocess import prepare, to_bins
 
 
 def batch_of(name: str, rows: int = 3) -> tuple[Policy, Batch]:

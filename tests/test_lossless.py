@@ -14,15 +14,16 @@ from safetensors.torch import load_file
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
-from rlrc.compressor import geometry, official
-from rlrc.compressor.backbones import build
-from rlrc.compressor.checkpoint import load_policy
-from rlrc.compressor.lossless import Cut, lines, lossless, never_read, outside
-from rlrc.compressor.official import Options, open_folder, read, read_hints, recognise
-from rlrc.compressor.policy import Inputs, Policy
-from rlrc.compressor.weights import of_shapes
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints, recognise
+from rlrc.compressor.checkpoints.tensors import of_shapes
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.prune.lossless import Cut, lines, lossless, never_read, outside
+from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.runtime.cli import main
-from rlrc.runtime.preprocess import normalise, pictures
+from rlrc.runtime.inference.preprocess import normalise, pictures
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")

@@ -16,7 +16,8 @@ import pytest
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import FileSpec, Manifest, QuantizationSpec
-from rlrc.benchmarks import memory, results
+from rlrc.benchmarks.measure import memory
+from rlrc.benchmarks.results import results
 from rlrc.runtime.cli import main
 
 VISION, DECODER = "graphs/onnx/vision.onnx", "graphs/onnx/decoder.onnx"
@@ -64,7 +65,7 @@ def test_quantized_counts_what_is_on_disk(exported: Callable[..., Manifest]) -> 
 
 def test_a_known_allocation_shows_as_anonymous_memory() -> None:
     program = (
-        "import json; from rlrc.benchmarks.memory import read_process; a = read_process();"
+        "import json; from rlrc.benchmarks.measure.memory import read_process; a = read_process();"
         "held = bytearray(b'x' * 50_000_000); print(json.dumps([a, read_process()]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

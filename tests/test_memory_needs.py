@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrc.compressor import memory, stages, training
-from rlrc.compressor.prune import PruneConfig
-from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.sft import SFTConfig
-from rlrc.compressor.stages import Options
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.quantize.quantize import QuantizeConfig
+from rlrc.compressor.stages import stage, training
+from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.training import memory
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -55,8 +56,8 @@ def test_stages_are_refused_before_they_start(
 ) -> None:
     monkeypatch.setattr(memory, "available", lambda: 100_000_000)
     for run, config, work in (
-        (stages.run_prune, PruneConfig(score="magnitude"), "pruning"),
-        (stages.run_quantize, QuantizeConfig(), "quantizing"),
+        (stage.run_prune, PruneConfig(score="magnitude"), "pruning"),
+        (stage.run_quantize, QuantizeConfig(), "quantizing"),
         (training.run_sft, SFTConfig(), "training"),
     ):
         with pytest.raises(UserError, match=rf"expected 0\.5 GB of free memory for {work}.* found 0\.1 GB"):

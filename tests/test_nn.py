@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.nn.decoder import Attention, Decoder, causal_mask, rotary_tables, rotate
-from rlrc.compressor.nn.vit import Block as VisionBlock
-from rlrc.compressor.nn.vit import PatchStem, merge_patches
+from rlrc.compressor.models.nn.decoder import Attention, Decoder, causal_mask, rotary_tables, rotate
+from rlrc.compressor.models.nn.vit import Block as VisionBlock
+from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
+from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.errors import UserError
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import NormStats
-from rlrc.compressor import training
-from rlrc.compressor.compress import compress
-from rlrc.compressor.sft import SFTConfig
-from rlrc.compressor.stages import Options
+from rlrc.compressor.stages import training
+from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrc.compressor import official
-from rlrc.compressor.official import Folder, Options, open_folder, read, read_hints
-from rlrc.compressor.policy import Policy
-from rlrc.compressor.weights import of_model, of_pt
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints.folder import Folder, Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints.tensors import of_model, of_pt
+from rlrc.compressor.models.policy import Policy
 from rlrc.errors import UserError
 
 DATA = Path(__file__).parent / "data"

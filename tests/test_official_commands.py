@@ -19,8 +19,10 @@ from changed_folders import copied, edited
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from rlrc.compressor import geometry, official, shapes, weights
-from rlrc.compressor.shapes import Language, Vision
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import geometry, shapes
+from rlrc.compressor.checkpoints import tensors as weights
+from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.runtime.cli import main
 
 DATA = Path(__file__).parent / "data"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from rlrc.compressor import geometry
-from rlrc.compressor.weights import Tensors
+from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.checkpoints.tensors import Tensors
 
 
 def write_folder(path: Path, name: str, shards: int) -> int:
@@ -56,7 +56,7 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], random: np.rand
 LOAD = """
 import sys, torch
 from pathlib import Path
-from rlrc.compressor.official import open_folder, read
+from rlrc.compressor.checkpoints.folder import open_folder, read
 dtype = getattr(torch, sys.argv[2]) if sys.argv[2] else None
 policy, _ = read(open_folder(Path(sys.argv[1])), dtype=dtype)
 state = policy.state_dict()

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from rlrc.compressor import official, tokenizers
-from rlrc.compressor.inference import TorchPolicy, tokenizer_of
-from rlrc.compressor.official import Options, open_folder
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import tokenizers
+from rlrc.compressor.checkpoints.folder import Options, open_folder
+from rlrc.compressor.checkpoints.torch_policy import TorchPolicy, tokenizer_of
 from rlrc.errors import UserError
-from rlrc.runtime import preprocess
+from rlrc.runtime.inference import preprocess
 
 DATA = Path(__file__).parent / "data"
 MODELS = DATA / "sentencepiece"

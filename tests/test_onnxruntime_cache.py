@@ -14,8 +14,8 @@ ort = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from rlrc.artifact import GraphSpec, TensorSpec  # noqa: E402
-from rlrc.runtime.backends.onnxruntime_cache import ROOM, Cache  # noqa: E402
-from rlrc.runtime.decode import NoAction  # noqa: E402
+from rlrc.runtime.inference.backends.onnxruntime_cache import ROOM, Cache  # noqa: E402
+from rlrc.runtime.inference.decode import NoAction  # noqa: E402
 
 HEADS, SIZE = 2, 8
 WIDTH = HEADS * SIZE

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from rlrc.artifact import NormStats, from_json, to_json
-from rlrc.compressor import backbones, decode, geometry, official
-from rlrc.compressor.backbones.oft import OFTPolicy
-from rlrc.compressor.backbones.openvla import OpenVLAPolicy
-from rlrc.compressor.official import Options, open_folder, read, read_hints
-from rlrc.compressor.policy import Inputs
-from rlrc.runtime import preprocess
-from rlrc.runtime.decode import actions_of
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.models import decode, families
+from rlrc.compressor.models.oft import OFTPolicy
+from rlrc.compressor.models.openvla import OpenVLAPolicy
+from rlrc.compressor.models.policy import Inputs
+from rlrc.runtime.inference import preprocess
+from rlrc.runtime.inference.decode import actions_of
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = DATA / "openvla" / "checkpoint" / "tokenizer.json"
@@ -155,7 +157,7 @@ def test_a_head_of_the_action_tokens_alone_gives_the_same_tokens(goldens: dict[s
     action, state = golden.spec.action, dict(golden.policy.state_dict())
     assert action.tokens is not None
     tokens = replace(action.tokens, rows=256, offset=31744)
-    cut = backbones.build(replace(golden.spec, action=replace(action, tokens=tokens)), golden.layout.towers)
+    cut = families.build(replace(golden.spec, action=replace(action, tokens=tokens)), golden.layout.towers)
     cut.load_state_dict({**state, "head.weight": state["head.weight"][31744:32000]})
     for n in (0, 1):
         expected, found = golden.policy.act(golden.inputs(n)), cut.act(golden.inputs(n))
@@ -172,7 +174,7 @@ def test_manifest_alone_rebuilds_the_policy(goldens: dict[str, Golden], tiny_man
     golden = goldens[name]
     described = replace(tiny_manifest, policy=golden.spec, towers=golden.layout.towers)
     manifest = from_json(json.loads(json.dumps(to_json(described))))
-    policy = backbones.build(manifest.policy, manifest.towers)
+    policy = families.build(manifest.policy, manifest.towers)
     policy.load_state_dict(golden.policy.state_dict())
     inputs = golden.inputs(0)
     assert torch.equal(policy.eval().act(inputs).actions, golden.policy.act(inputs).actions)

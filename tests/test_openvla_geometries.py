@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlrc.compressor import shapes
-from rlrc.compressor.official import Options, open_folder, read
-from rlrc.compressor.policy import Inputs, Layout, Policy
-from rlrc.compressor.shapes import Language, Vision
-from rlrc.compressor.writeback import write_official
+from rlrc.compressor.checkpoints import shapes
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read
+from rlrc.compressor.checkpoints.shapes import Language, Vision
+from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.models.policy import Inputs, Layout, Policy
 
 HEAD, PROPRIO = "action_head--7_checkpoint.pt", "proprio_projector--7_checkpoint.pt"
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")

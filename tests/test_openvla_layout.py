@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlrc.compressor import official
-from rlrc.compressor.official import Options, open_folder, read_hints
-from rlrc.compressor.policy import Layout
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.models.policy import Layout
 from rlrc.errors import UserError
-from rlrc.runtime import preprocess
+from rlrc.runtime.inference import preprocess
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = DATA / "openvla" / "checkpoint" / "tokenizer.json"

@@ -28,11 +28,11 @@ from procfs import children, open_files
 from serving import Served, wait_for
 
 from rlrc.runtime.cli import main
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.decode import NoAction
+from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.page.feed import SLOT, Feed, Mirror
-from rlrc.runtime.page.hello import Events, plotted
-from rlrc.runtime.verdict import Event
+from rlrc.runtime.page.metadata import Events, plotted
+from rlrc.runtime.safety.verdict import Event
+from rlrc.runtime.servers.client import RemotePolicy
 
 pytest.importorskip("aiohttp", reason="the page needs the extra serve")
 
@@ -410,6 +410,6 @@ def test_what_is_plotted(tiny_manifest: Any) -> None:
 
 
 def test_the_page_is_no_part_of_the_loops_imports() -> None:
-    code = "import sys, rlrc.runtime.run, rlrc.runtime.serve; sys.exit('aiohttp' in sys.modules)"
+    code = "import sys, rlrc.runtime.cli.run, rlrc.runtime.cli.serve; sys.exit('aiohttp' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from jetson_trees import plant
 
-from rlrc.runtime import board as boards
-from rlrc.runtime.board import Board
-from rlrc.runtime.jetson_telemetry import read_sysfs
+from rlrc.runtime.board import monitor as boards
+from rlrc.runtime.board.jetson import read_sysfs
+from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.page.feed import Feed
 
 server = pytest.importorskip("rlrc.runtime.page.server", reason="the page needs the extra serve")

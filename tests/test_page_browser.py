@@ -17,8 +17,8 @@ import pytest
 from driven import Running
 from serving import Served
 
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.decode import NoAction
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.servers.client import RemotePolicy
 
 PYTHON = os.environ.get("RLRC_PAGE_PYTHON")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import results
+from rlrc.benchmarks.results import results
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "benchmarks" / "peers"
@@ -113,7 +113,7 @@ def test_who_cannot_take_part_is_left_out_with_the_reason(
 def test_our_artifact_as_a_contestant(toy_artifact: Path, observation: dict[str, Any], tmp_path: Path) -> None:
     from contestants import Contestant
 
-    from rlrc.runtime.policy import LocalPolicy
+    from rlrc.runtime.inference.policy import LocalPolicy
 
     np.savez(tmp_path / "seen.npz", **observation)
     one = Contestant("toy", sys.executable, "run_rlrc.py", [str(toy_artifact), str(tmp_path / "seen.npz"), "1"])
@@ -131,10 +131,10 @@ def test_checkpoint_in_lerobots_format(monkeypatch: pytest.MonkeyPatch, tmp_path
     pytest.importorskip("torch")
     import checkpoint
 
-    from rlrc.compressor.inference import TorchPolicy
-    from rlrc.compressor.shapes import Language, Vision
-    from rlrc.compressor.sources import OfficialSource
-    from rlrc.runtime.official import Flags
+    from rlrc.checkpoint_folder import Flags
+    from rlrc.compressor.checkpoints.shapes import Language, Vision
+    from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+    from rlrc.compressor.stages.sources import OfficialSource
 
     monkeypatch.setattr(checkpoint, "SMOLLM2", Language(64, 4, 15, 5, 64, 96))
     monkeypatch.setattr(checkpoint, "SMOLVLA_EXPERT", Language(48, 4, 15, 5, 64, 64))
@@ -162,9 +162,9 @@ def test_transformers_modules_compute_the_same_tokens(tmp_path: Path, monkeypatc
 
     from rlrc import artifact as artifacts
     from rlrc.artifact import TOKENIZER, LayerSpec, TowerSpec
-    from rlrc.compressor import checkpoint as checkpoints
-    from rlrc.compressor.inference import TorchPolicy
-    from rlrc.runtime.preprocess import Tokenizer
+    from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+    from rlrc.compressor.stages import artifact_io as checkpoints
+    from rlrc.runtime.inference.preprocess import Tokenizer
 
     towers = {
         "vision": TowerSpec(48, (LayerSpec(3, 3, 16, 96),) * 2, eps=1e-6),

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from rlrc.errors import UserError
 from rlrc.robots import replay
-from rlrc.runtime import profile as profiles
-from rlrc.runtime.chunks import Chunks
-from rlrc.runtime.circle import near, shortest
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.profile import Dimension, Limit, Position, RobotProfile, Tracking, Workspace
-from rlrc.runtime.telemetry import Telemetry
+from rlrc.runtime.control.chunks import Chunks
+from rlrc.runtime.control.telemetry import Telemetry
+from rlrc.runtime.safety import profile as profiles
+from rlrc.runtime.safety.angles import near, shortest
+from rlrc.runtime.safety.guard import Guard
+from rlrc.runtime.safety.profile import Dimension, Limit, Position, RobotProfile, Tracking, Workspace
 
 DT = 0.1
 # 100 degrees a second, 2000 a second squared: 10 in a step, at once

@@ -12,7 +12,7 @@ from PIL import Image
 
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
-from rlrc.runtime.pictures import pictures
+from rlrc.runtime.inference.pictures import pictures
 
 DATA = Path(__file__).parent / "data"
 CAMERA = CameraSpec("front", 2, 2, "none", (0.5, 0.25, 0.0), (0.5, 0.25, 1.0), "HWC")

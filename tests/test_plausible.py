@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlrc.errors import UserError
-from rlrc.runtime import profile as profiles
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.profile import Dimension, Tracking
+from rlrc.runtime.safety import profile as profiles
+from rlrc.runtime.safety.guard import Guard
+from rlrc.runtime.safety.profile import Dimension, Tracking
 
 DT = 0.1
 MEASURED = replace(DELTA, base="measured")

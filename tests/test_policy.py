@@ -15,8 +15,8 @@ import pytest
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.errors import UserError
-from rlrc.runtime import decode
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference import decode
+from rlrc.runtime.inference.policy import LocalPolicy
 
 MakeToy = Callable[..., Path]
 

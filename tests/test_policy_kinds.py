@@ -32,9 +32,9 @@ from rlrc.artifact import (
     TowerSpec,
 )
 from rlrc.errors import UserError
-from rlrc.runtime import verify
-from rlrc.runtime.decode import actions_of
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.decode import actions_of
+from rlrc.runtime.inference.policy import LocalPolicy
 
 KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 Tensors = dict[str, tuple[str, tuple[int | str, ...]]]

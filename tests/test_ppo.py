@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor import ppo as module
-from rlrc.compressor.actors import Judged, Seen, sample_tokens
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import SampleBatches, Samples, ids_of_tasks
-from rlrc.compressor.learner import Learner, NotFinite, Rollout, explained_variance, gae, ppo_loss
-from rlrc.compressor.losses import chunk_loss
-from rlrc.compressor.ppo import ppo, requests
-from rlrc.compressor.ppo_config import PPOConfig
-from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts
-from rlrc.compressor.run import Run
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.rl import ppo as module
+from rlrc.compressor.rl.actors import Judged, Seen, sample_tokens
+from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.rl.demonstrations import SampleBatches, Samples, ids_of_tasks
+from rlrc.compressor.rl.learner import Learner, NotFinite, Rollout, explained_variance, gae, ppo_loss
+from rlrc.compressor.rl.ppo import ppo, requests
+from rlrc.compressor.rl.rollout import Driver, Episode, Mode, Request, Rollouts
+from rlrc.compressor.training.losses import chunk_loss
+from rlrc.compressor.training.run_state import Run
 from rlrc.envs.seeds import REINFORCEMENT
 from rlrc.errors import UserError
 

@@ -12,7 +12,7 @@ import pytest
 
 from rlrc.artifact import FlowSpec, Manifest, NormStats, PolicySpec, PromptSpec
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import Tokenizer, bin_centers, check, normalise, prepare, to_bins, unnormalise
+from rlrc.runtime.inference.preprocess import Tokenizer, bin_centers, check, normalise, prepare, to_bins, unnormalise
 
 
 def random_pictures(*shape: int) -> np.ndarray:

@@ -38,7 +38,7 @@ from families import DATA
 from rlrc.artifact import NormStats
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
-from rlrc.runtime.preprocess import normalise
+from rlrc.runtime.inference.preprocess import normalise
 
 
 def renamed(groups: dict[str, float]) -> Change:

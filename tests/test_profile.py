@@ -12,9 +12,9 @@ from guarded import ABSOLUTE, DELTA, GRIPPER, SOURCES, VELOCITY, action_of
 
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
-from rlrc.runtime import profile as profiles
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.profile import Dimension, Limit, Position, RobotProfile, Tracking, Workspace
+from rlrc.runtime.safety import profile as profiles
+from rlrc.runtime.safety.guard import Guard
+from rlrc.runtime.safety.profile import Dimension, Limit, Position, RobotProfile, Tracking, Workspace
 
 TEXT = """
 robot = "one joint"

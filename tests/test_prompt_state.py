@@ -14,7 +14,7 @@ from families import DATA, TOKENIZERS
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
-from rlrc.runtime.preprocess import Tokenizer, normalise, prepare
+from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
 
 
 def old_pi05(*more: Change) -> list[Change]:

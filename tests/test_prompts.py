@@ -13,7 +13,7 @@ import pytest
 
 from rlrc.artifact import PromptSpec
 from rlrc.errors import UserError
-from rlrc.runtime.prompts import Tokenizer, digits
+from rlrc.runtime.inference.prompts import Tokenizer, digits
 
 DATA = Path(__file__).parent / "data"
 

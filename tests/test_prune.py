@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.importance import Scores, scores
-from rlrc.compressor.prune import PruneConfig, check, lines, narrowed, prune, warn
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune.importance import Scores, scores
+from rlrc.compressor.prune.prune import PruneConfig, check, lines, narrowed, prune, warn
 from rlrc.errors import UserError
 
 

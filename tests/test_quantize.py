@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError
-from rlrc.compressor import checkpoint
-from rlrc.compressor.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
-from rlrc.compressor.quantize import QuantizeConfig, quantize
+from rlrc.compressor.quantize.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
+from rlrc.compressor.stages import artifact_io
 from rlrc.errors import UserError
 
 
@@ -250,10 +250,10 @@ def test_calibration_needs_observations(settings: dict[str, Any]) -> None:
 
 def test_int4_artifact_holds_the_policy_its_goldens_show(tiny_int4_artifact: Path) -> None:
     artifact = artifacts.load(tiny_int4_artifact)
-    policy = checkpoint.load_policy(artifact)
-    observations = checkpoint.read_observations(artifact.file("golden.npz"))
+    policy = artifact_io.load_policy(artifact)
+    observations = artifact_io.read_observations(artifact.file("golden.npz"))
     with np.load(artifact.file("golden.npz")) as golden:
-        again = checkpoint.golden(policy, observations)
+        again = artifact_io.golden(policy, observations)
         np.testing.assert_array_equal(again["tokens"], golden["tokens"])
         np.testing.assert_allclose(again["logits"], golden["logits"], atol=1e-5)
     assert artifact.manifest.quantization is not None
@@ -270,9 +270,9 @@ def test_tensor_that_does_not_fit_is_refused(tiny_artifact: Path, tmp_path: Path
         (lambda t: t.update({"extra": torch.zeros(2)}), "expected nothing for tensor extra"),
         (lambda t: t.update({"query": t["query"][:, :8].contiguous()}), r"tensor query .*found \(3, 8\)"),
     ):
-        tensors = load_file(artifact.file(checkpoint.WEIGHTS))
+        tensors = load_file(artifact.file(artifact_io.WEIGHTS))
         damage(tensors)
         save_file(tensors, tmp_path / "model.safetensors")
-        policy = checkpoint.load_policy(artifact)
+        policy = artifact_io.load_policy(artifact)
         with pytest.raises(ArtifactError, match=message):
-            checkpoint.load_tensors(policy, load_file(tmp_path / "model.safetensors"), str(tmp_path))
+            artifact_io.load_tensors(policy, load_file(tmp_path / "model.safetensors"), str(tmp_path))

@@ -20,16 +20,16 @@ from onnx import numpy_helper  # noqa: E402
 from families import flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, ArtifactError  # noqa: E402
-from rlrc.compressor import checkpoint, stages  # noqa: E402
-from rlrc.compressor.grid import dequantize, unpack  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.stages import Options  # noqa: E402
+from rlrc.compressor.quantize.grid import dequantize, unpack  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
+from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.exporters.gguf_blocks import gguf_blocks  # noqa: E402
+from rlrc.exporters.gguf.blocks import gguf_blocks  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.verify import read_golden  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 QUIET = Options(evaluate=0, workers=1, threads=1)
@@ -45,10 +45,10 @@ def make(tiny_artifact: Path, tmp_path: Path) -> Make:
 
     def made(config: QuantizeConfig) -> Artifact:
         parent, out = artifacts.load(tiny_artifact), tmp_path / "quantized"
-        policy, raw = checkpoint.load_policy(parent), checkpoint.read_observations(parent.file("golden.npz"))
+        policy, raw = artifact_io.load_policy(parent), artifact_io.read_observations(parent.file("golden.npz"))
         with artifacts.writing(out) as draft:
             draft.inherit(parent, "tokenizer")
-            checkpoint.write_policy(draft, policy, raw, parent.manifest.history, quantize(policy, config))
+            artifact_io.write_policy(draft, policy, raw, parent.manifest.history, quantize(policy, config))
         return artifacts.load(out)
 
     return made
@@ -56,7 +56,7 @@ def make(tiny_artifact: Path, tmp_path: Path) -> Make:
 
 def in_safetensors(artifact: Artifact) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Integers and scales by tensor."""
-    tensors, spec = checkpoint.read_tensors(artifact), artifact.manifest.quantization
+    tensors, spec = artifact_io.read_tensors(artifact), artifact.manifest.quantization
     assert spec is not None
     found = {}
     for name, bits in spec.tensors.items():
@@ -89,7 +89,7 @@ def test_integers_are_identical_in_safetensors_gguf_and_onnx(make: Make, kind: s
     spec = artifact.manifest.quantization
     assert spec is not None
     ours = in_safetensors(artifact)
-    meant = dequantize(checkpoint.read_tensors(artifact), spec)
+    meant = dequantize(artifact_io.read_tensors(artifact), spec)
     types = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
 
     # GGUF: a file that gguf writes, and its own reader and arithmetic.
@@ -199,7 +199,7 @@ def test_precisions_follow_the_grid(make: Make, tmp_path: Path, capsys: pytest.C
 def test_official_families_in_eight_bits(name: str, tmp_path: Path) -> None:
     """Embeddings included; the export verifies every graph against the torch policy."""
     config = QuantizeConfig(bits=8, embeddings=8)
-    stages.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, flags(name))
+    stage.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, flags(name))
     manifest = export(artifacts.load(tmp_path / "int8"), tmp_path / "exported")
     assert {graph.precision for graph in manifest.graphs} == {"w8"}
     assert manifest.quantization is not None

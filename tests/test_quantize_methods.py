@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
-from rlrc.compressor import calibration
-from rlrc.compressor.action_error import replaced
-from rlrc.compressor.awq import ALPHAS, Fold, folded, folds, scaled, scales
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.calibration import Sample, linear_inputs
-from rlrc.compressor.gptq import DAMPENING, gptq
-from rlrc.compressor.grid import dequantize, quantize_groups, values_of
-from rlrc.compressor.nf4 import LEVELS, nf4
-from rlrc.compressor.nn.vit import PatchStem, merge_patches
-from rlrc.compressor.policy import Inputs, Outputs, Policy
-from rlrc.compressor.quantize import QuantizeConfig, chosen_bits, quantize
+from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
+from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.quantize import calibration
+from rlrc.compressor.quantize.action_error import replaced
+from rlrc.compressor.quantize.awq import ALPHAS, Fold, folded, folds, scaled, scales
+from rlrc.compressor.quantize.calibration import Sample, linear_inputs
+from rlrc.compressor.quantize.gptq import DAMPENING, gptq
+from rlrc.compressor.quantize.grid import dequantize, quantize_groups, values_of
+from rlrc.compressor.quantize.nf4 import LEVELS, nf4
+from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, quantize
 
 FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
 

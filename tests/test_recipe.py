@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from rlrc.compressor import recipe, reference
-from rlrc.compressor.ppo_config import PPOConfig
-from rlrc.compressor.prune import PruneConfig, check
-from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.sft import SFTConfig
+from rlrc.compressor.prune.prune import PruneConfig, check
+from rlrc.compressor.quantize.quantize import QuantizeConfig
+from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.stages import recipe, reference
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
 

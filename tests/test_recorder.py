@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import rig
+from rlrc.benchmarks.control import simulated_arm
 from rlrc.errors import UserError
 from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import RobotError, Sensed
@@ -31,8 +31,8 @@ def moved(recorder: Recorder, steps: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def test_every_step_becomes_a_frame(tmp_path: Path) -> None:
-    arm = rig.Arm()
-    recorder = Recorder(arm, rig.spec(), 50.0, tmp_path / "run")
+    arm = simulated_arm.Arm()
+    recorder = Recorder(arm, simulated_arm.spec(), 50.0, tmp_path / "run")
     assert recorder.live_pictures
     moved(recorder, 2)  # before an episode begins
     recorder.begin("wave")
@@ -51,15 +51,15 @@ def test_every_step_becomes_a_frame(tmp_path: Path) -> None:
 
 
 def test_a_driver_may_fill_the_same_arrays_again_and_again(tmp_path: Path) -> None:
-    class Thrifty(rig.Arm):
-        kept = np.zeros((rig.SIZE, rig.SIZE, 3), np.uint8)
+    class Thrifty(simulated_arm.Arm):
+        kept = np.zeros((simulated_arm.SIZE, simulated_arm.SIZE, 3), np.uint8)
 
         def sense(self) -> Sensed:
             sensed = super().sense()
             self.kept[...] = len(self.sent)
             return sensed._replace(observation={**sensed.observation, "image.wrist": self.kept})  # type: ignore[no-any-return]
 
-    recorder = Recorder(Thrifty(), rig.spec(), 50.0, tmp_path / "run")
+    recorder = Recorder(Thrifty(), simulated_arm.spec(), 50.0, tmp_path / "run")
     recorder.begin("wave")
     write, going = recorder._frames.put_nowait, list[Any]()
     recorder._frames.put_nowait = going.append  # type: ignore[method-assign]
@@ -72,8 +72,8 @@ def test_a_driver_may_fill_the_same_arrays_again_and_again(tmp_path: Path) -> No
 
 
 def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> None:
-    arm = rig.Arm()
-    recorder = Recorder(arm, rig.spec(), 50.0, tmp_path / "run")
+    arm = simulated_arm.Arm()
+    recorder = Recorder(arm, simulated_arm.spec(), 50.0, tmp_path / "run")
     recorder.begin("wave")
     moved(recorder, 2)
     os.dup2(os.open("/dev/full", os.O_WRONLY), recorder._stream.fileno())  # every write fails from now on
@@ -87,12 +87,12 @@ def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_stops_the_robot_too(tmp_path: Path) -> None:
-    class Odd(rig.Arm):
+    class Odd(simulated_arm.Arm):
         def sense(self) -> object:
             sensed = super().sense()
             return sensed._replace(observation={**sensed.observation, "note": np.array([None], object)})
 
-    recorder = Recorder(Odd(), rig.spec(), 50.0, tmp_path / "run")
+    recorder = Recorder(Odd(), simulated_arm.spec(), 50.0, tmp_path / "run")
     recorder.begin("wave")
     recorder.sense()
     recorder.command(np.zeros(2))

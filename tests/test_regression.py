@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import regression, results, stats
-from rlrc.benchmarks.commands.compare import fraction
+from rlrc.benchmarks.cli.compare import fraction
+from rlrc.benchmarks.results import regression, results, stats
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

@@ -15,9 +15,9 @@ from rlrc.artifact import Manifest, PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.replay import ReplayRobot, errors, told, untracked
 from rlrc.robots.robot import Sensed
-from rlrc.runtime import profile
-from rlrc.runtime.run import Run
-from rlrc.runtime.telemetry import Telemetry
+from rlrc.runtime.cli.run import Run
+from rlrc.runtime.control.telemetry import Telemetry
+from rlrc.runtime.safety import profile
 
 pytest.importorskip("pyarrow")
 from rlrc.datasets.meta import Feature

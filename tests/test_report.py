@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import charts, findings, limits, markdown, markup, report, results, tradeoffs
-from rlrc.benchmarks.film import Strip
-from rlrc.benchmarks.stats import percentiles
-from rlrc.benchmarks.success import Episode
+from rlrc.benchmarks.measure.success import Episode
+from rlrc.benchmarks.report import charts, findings, html, limits, markdown, report, tradeoffs
+from rlrc.benchmarks.report.film import Strip
+from rlrc.benchmarks.results import results
+from rlrc.benchmarks.results.stats import percentiles
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -52,7 +53,7 @@ def measured() -> dict[str, Any]:
 
 
 def page(*arguments: Any) -> str:
-    return markup.page(report.document(*arguments))
+    return html.page(report.document(*arguments))
 
 
 class Reader(HTMLParser):
@@ -408,9 +409,9 @@ def test_throughput_energy_and_the_harness(measured: dict[str, Any]) -> None:
 
 
 def test_predictions_are_those_of_the_planner() -> None:
-    from rlrc.jetson import devices
-    from rlrc.jetson.plan import of_geometry, plan
-    from rlrc.jetson.work import Load
+    from rlrc.jetson.model import devices
+    from rlrc.jetson.model.plan import of_geometry, plan
+    from rlrc.jetson.model.work import Load
 
     read = Reader(page([{"rows": [{"name": "a"}]}], None, None, ("smolvla",)))
     planned = plan(of_geometry("smolvla", "bf16", devices.device("orin-nano-8gb"), Load(), None))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlrc.benchmarks import overhead, throughput
+from rlrc.benchmarks.measure import overhead, throughput
 from rlrc.runtime.cli import main
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from rlrc import artifact as artifacts
-from rlrc.compressor import rollout as module
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.data import Samples
-from rlrc.compressor.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.rl import rollout as module
+from rlrc.compressor.rl.demonstrations import Samples
+from rlrc.compressor.rl.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import TASKS, MetaWorldEnv, make
 from rlrc.errors import UserError
-from rlrc.runtime.preprocess import bin_centers
+from rlrc.runtime.inference.preprocess import bin_centers
 
 OPEN, FAUCET = "drawer-open-v3/shared", "faucet-close-v3"
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rlrc import artifact as artifacts
+from rlrc.checkpoint_folder import Flags
 from rlrc.errors import UserError
-from rlrc.runtime.commands import Infer, Inspect, Verify
-from rlrc.runtime.official import Flags
+from rlrc.runtime.cli.policy import Infer, Inspect, Verify
 
 
 def test_inspect_prints_what_an_artifact_is(toy_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference.policy import LocalPolicy
 
 NEVER = ("torch", "transformers", "onnx", "torchvision", "safetensors")
 
@@ -40,7 +40,7 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
         import numpy as np
         from pathlib import Path
         from rlrc.runtime import verify
-        from rlrc.runtime.policy import LocalPolicy
+        from rlrc.runtime.inference.policy import LocalPolicy
         path = Path(sys.argv[1])
         policy = LocalPolicy.load(path)
         golden = verify.read_golden(path / "golden.npz", policy.spec)
@@ -54,7 +54,7 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
 
 
 def test_serving_and_asking_never_import_torch_nor_the_other_protocols() -> None:
-    packages = imported("import rlrc.runtime.serve, rlrc.runtime.client")
+    packages = imported("import rlrc.runtime.cli.serve, rlrc.runtime.servers.client")
     assert "websockets" in packages
     assert not packages & {*NEVER, "aiohttp", "grpc", "onnxruntime"}
     assert not imported("import rlrc.runtime.servers.gr00t, rlrc.runtime.servers.lerobot") & set(NEVER)
@@ -64,7 +64,7 @@ def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:
     packages = imported(
         """
         from pathlib import Path
-        from rlrc.runtime.run import Run
+        from rlrc.runtime.cli.run import Run
         Run(Path(sys.argv[1]), "metaworld:window-close-v3", hz=0, json=True).run()
         """,
         str(metaworld_toy),
@@ -74,13 +74,16 @@ def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:
 
 
 def test_replaying_a_data_set_never_imports_torch() -> None:
-    packages = imported("import rlrc.datasets.fit, rlrc.robots.recorder, rlrc.robots.replay, rlrc.runtime.run")
+    packages = imported("import rlrc.datasets.fit, rlrc.robots.recorder, rlrc.robots.replay, rlrc.runtime.cli.run")
     assert "pyarrow" in packages
     assert not packages & set(NEVER)
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize("module", ["rlrc.runtime", "rlrc.runtime.policy", "rlrc.runtime.loop", "rlrc.runtime.verify"])
+@pytest.mark.parametrize(
+    "module",
+    ["rlrc.runtime", "rlrc.runtime.inference.policy", "rlrc.runtime.control.episodes", "rlrc.runtime.inference.verify"],
+)
 def test_import_takes_less_than_400_ms(module: str) -> None:
     code = f"""
         from time import perf_counter

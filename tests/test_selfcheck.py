@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rlrc.benchmarks import latency, selfcheck
-from rlrc.benchmarks.stats import Estimate
+from rlrc.benchmarks.measure import latency, selfcheck
+from rlrc.benchmarks.results.stats import Estimate
 from rlrc.runtime.cli import main
 
 

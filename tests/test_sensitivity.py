@@ -17,16 +17,24 @@ from torch import Tensor
 
 from rlrc import artifact as artifacts
 from rlrc import strict
-from rlrc.compressor import sensitivity as module
-from rlrc.compressor.backbones import build
-from rlrc.compressor.policy import Policy
-from rlrc.compressor.quantize import QuantizeConfig, dequantize, quantize
-from rlrc.compressor.sensitivity import SensitivityConfig, action_change, applied, batched, changes, measure, part_of
-from rlrc.compressor.sensitivity_commands import Sensitivity
-from rlrc.compressor.sensitivity_report import KINDS, Measured, Report, load, per_layer
-from rlrc.compressor.sources import ArtifactSource, OfficialSource
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.sensitivity import Sensitivity
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.prune.sensitivity_report import KINDS, Measured, Report, load, per_layer
+from rlrc.compressor.quantize.quantize import QuantizeConfig, dequantize, quantize
+from rlrc.compressor.stages import sensitivity as module
+from rlrc.compressor.stages.sensitivity import (
+    SensitivityConfig,
+    action_change,
+    applied,
+    batched,
+    changes,
+    measure,
+    part_of,
+)
+from rlrc.compressor.stages.sources import ArtifactSource, OfficialSource
 from rlrc.errors import UserError
-from rlrc.runtime.official import Flags
 
 DATA = Path(__file__).parent / "data"
 OPENVLA = DATA / "openvla/checkpoint"

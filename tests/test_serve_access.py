@@ -14,7 +14,7 @@ from serving import ENVIRONMENT, Served
 
 from rlrc.errors import UserError
 from rlrc.runtime import cli
-from rlrc.runtime.servers import ports
+from rlrc.runtime.wire import ports
 
 SERVE = [sys.executable, "-m", "rlrc.runtime.cli", "serve"]
 
@@ -125,7 +125,7 @@ def test_urls_of_ipv6_addresses_have_brackets(arm_toy: Path) -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("needs IPv6")
-    from rlrc.runtime.client import RemotePolicy
+    from rlrc.runtime.servers.client import RemotePolicy
 
     served = Served(arm_toy, "--host", "::1", "--page", "0", protocols=("openpi", "gr00t"))
     with RemotePolicy(f"ws://[::1]:{served.ports['openpi']}", timeout_s=20) as policy:

@@ -13,8 +13,8 @@ from load_attacks import GREETING, READY, UPGRADE, masked
 from serving import Served, said, wait_for
 from test_serve_openpi import asked, observation, opened
 
-from rlrc.runtime.servers import ports
-from rlrc.runtime.servers.ports import CONNECTIONS, Allowance, Places
+from rlrc.runtime.wire import ports
+from rlrc.runtime.wire.ports import CONNECTIONS, Allowance, Places
 
 PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot")
 SECONDS = 8.0  # of a connection: less than any other limit that would end it

@@ -27,10 +27,11 @@ from test_serve_openpi import observation, opened
 from test_serve_openvla import OFT
 
 from rlrc.artifact import PolicySpec
-from rlrc.runtime.servers import arrays, observations, zmtp
+from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.lerobot import LerobotServer
-from rlrc.runtime.servers.ports import Access
 from rlrc.runtime.servers.session import Gone, Refused, Session
+from rlrc.runtime.wire import arrays, zmtp
+from rlrc.runtime.wire.ports import Access
 
 PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot")
 

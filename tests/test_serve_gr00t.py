@@ -21,10 +21,11 @@ from serving import Served
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime import cli
-from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.servers import gr00t, observations, zmtp
-from rlrc.runtime.servers.ports import Access
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.servers import gr00t, observations
 from rlrc.runtime.servers.session import LARGEST, Session
+from rlrc.runtime.wire import zmtp
+from rlrc.runtime.wire.ports import Access
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (32, 32, 3), np.uint8)

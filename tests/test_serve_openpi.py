@@ -21,9 +21,9 @@ from serving import Served, wait_for
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.servers import arrays
+from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.servers.session import LARGEST
+from rlrc.runtime.wire import arrays
 
 CLIENT = """
 import json, sys

@@ -17,7 +17,7 @@ from serving import Served
 
 from rlrc.artifact import PolicySpec
 from rlrc.runtime import cli
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference.policy import LocalPolicy
 
 
 def encoded(array: np.ndarray) -> dict[str, Any]:

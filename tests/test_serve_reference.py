@@ -18,8 +18,8 @@ from serving import Served
 
 from rlrc.envs.metaworld import PICTURE, STATE_NAMES, make
 from rlrc.envs.seeds import VALIDATION
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.servers.client import RemotePolicy
 
 POLICY = Path(__file__).parents[1] / "reference/compressed"
 TASK, SEED = "drawer-open-v3", VALIDATION[0]

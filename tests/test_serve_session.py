@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from rlrc.artifact import CameraSpec, FlowSpec, PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime import policy as policies
-from rlrc.runtime.profile import Tracking
-from rlrc.runtime.servers import arrays, observations
+from rlrc.runtime.inference import policy as policies
+from rlrc.runtime.safety.profile import Tracking
+from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.guarded import GuardedChunks
-from rlrc.runtime.servers.metrics import Metrics
-from rlrc.runtime.servers.ports import Access, access, check_plain, status
 from rlrc.runtime.servers.session import Client, Session
+from rlrc.runtime.wire import arrays
+from rlrc.runtime.wire.metrics import Metrics
+from rlrc.runtime.wire.ports import Access, access, check_plain, status
 
 # Ten steps a second, at most 1 m/s and 2 m/s2: from rest 0.02 m in the first step, 0.04 in the second, then 0.06.
 
@@ -86,8 +87,8 @@ def test_it_is_rearmed_once_the_newest_chunk_would_pass() -> None:
 
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_server_is_stopped_and_rearmed(arm_toy: Path, arm_spec: PolicySpec, guarded: bool) -> None:
-    from rlrc.runtime import profile
-    from rlrc.runtime.guard import Guard
+    from rlrc.runtime.safety import profile
+    from rlrc.runtime.safety.guard import Guard
     from rlrc.runtime.servers.session import Refused
 
     assert arm_spec.state is not None
@@ -144,8 +145,8 @@ def test_a_stop_from_another_thread_is_not_lost_in_a_rearm(tiny_spec: PolicySpec
 
 
 def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: PolicySpec) -> None:
-    from rlrc.runtime import profile
-    from rlrc.runtime.guard import Guard
+    from rlrc.runtime.safety import profile
+    from rlrc.runtime.safety.guard import Guard
     from rlrc.runtime.servers.session import Refused
 
     assert arm_spec.state is not None

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from families import DATA, FAMILIES, flags
-from rlrc.compressor import official
-from rlrc.compressor.official import open_folder, options_of
-from rlrc.compressor.policy import Layout
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints.folder import open_folder, options_of
+from rlrc.compressor.models.policy import Layout
 from rlrc.errors import UserError
 
 

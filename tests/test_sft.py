@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor import dagger
-from rlrc.compressor import sft as module
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.batches import Lessons
-from rlrc.compressor.dagger import Dagger
-from rlrc.compressor.data import DemonstrationConfig, SampleBatches, Samples, demonstrations, ids_of_tasks
-from rlrc.compressor.losses import smoothed_cross_entropy
-from rlrc.compressor.rollout import Mode, Request, Rollouts
-from rlrc.compressor.run import Run
-from rlrc.compressor.sft import SFTConfig, optimizer, sft
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.rl import dagger
+from rlrc.compressor.rl.dagger import Dagger
+from rlrc.compressor.rl.demonstrations import DemonstrationConfig, SampleBatches, Samples, demonstrations, ids_of_tasks
+from rlrc.compressor.rl.rollout import Mode, Request, Rollouts
+from rlrc.compressor.training import sft as module
+from rlrc.compressor.training.batches import Lessons
+from rlrc.compressor.training.losses import smoothed_cross_entropy
+from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.sft import SFTConfig, optimizer, sft
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError

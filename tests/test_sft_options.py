@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from rlrc import interrupts
-from rlrc.compressor import lora, sft
-from rlrc.compressor import run as run_module
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.batches import Batch, Lessons
-from rlrc.compressor.data import SampleBatches, Samples
-from rlrc.compressor.policy import Inputs, Policy
-from rlrc.compressor.run import Run
-from rlrc.compressor.sft import SFTConfig
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
+from rlrc.compressor.training import lora, sft
+from rlrc.compressor.training import run_state as run_module
+from rlrc.compressor.training.batches import Batch, Lessons
+from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import Interrupted, UserError
 
 

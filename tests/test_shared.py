@@ -13,11 +13,11 @@ from procfs import open_files
 from serving import Served
 
 from rlrc.errors import UserError
-from rlrc.runtime.client import RemotePolicy
-from rlrc.runtime.decode import NoAction
-from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.servers import arrays
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.servers.client import RemotePolicy
 from rlrc.runtime.servers.shared import Offered, Written
+from rlrc.runtime.wire import arrays
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
 

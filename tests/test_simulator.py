@@ -15,7 +15,7 @@ from rlrc import artifact as artifacts
 from rlrc.envs.metaworld import STATE_NAMES, STATE_UNITS
 from rlrc.robots.robot import Sensed
 from rlrc.robots.simulator import SimulatorRobot
-from rlrc.runtime.run import Run
+from rlrc.runtime.cli.run import Run
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ os.sched_getaffinity = lambda process: set(range(cores))
 import numpy as np
 from pathlib import Path
 from rlrc import artifact
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.inference.policy import LocalPolicy
 found = artifact.load(Path(sys.argv[1]))
 policy = LocalPolicy(found, 2)
 golden = np.load(found.file(artifact.GOLDEN))
@@ -53,7 +53,7 @@ def test_threads_that_take_all_cores_spin_where_that_is_bounded(
     version: str, cores: int, spins: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    from rlrc.runtime.backends import onnxruntime as backend
+    from rlrc.runtime.inference.backends import onnxruntime as backend
 
     found = artifacts.load(REFERENCE)
     (graph,) = (graph for graph in found.manifest.graphs if graph.name == "vision")

@@ -15,31 +15,22 @@ import torch
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor import (
-    checkpoint,
-    dagger,
-    ppo,
-    reference,
-    reinforcement,
-    sft,
-    simulation,
-    stages,
-    training,
-    untrained,
-)
-from rlrc.compressor.backbones.tiny import TinyPolicy
-from rlrc.compressor.compress import compress, runner
-from rlrc.compressor.data import Samples
-from rlrc.compressor.ppo_config import PPOConfig
-from rlrc.compressor.prune import PruneConfig
-from rlrc.compressor.quantize import QuantizeConfig
-from rlrc.compressor.rollout import Mode, Rollouts
-from rlrc.compressor.run import Run
-from rlrc.compressor.sft import SFTConfig
-from rlrc.compressor.stages import Options
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.quantize.quantize import QuantizeConfig
+from rlrc.compressor.rl import dagger, ppo, simulation
+from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.rl.demonstrations import Samples
+from rlrc.compressor.rl.rollout import Mode, Rollouts
+from rlrc.compressor.stages import artifact_io, create_reference, reference, rl, stage, training
+from rlrc.compressor.stages.compress import compress, runner
+from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.training import sft
+from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import Interrupted, UserError
-from rlrc.runtime.official import Flags
 
 QUIET = Options(evaluate=0, workers=1, threads=1)
 
@@ -104,7 +95,7 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     assert {name: len(rows) for name, rows in curves.items()} == {"curves/2-sft.jsonl": 1, "curves/3-rl.jsonl": 2}
 
     # The weights moved where a stage says so, and only there.
-    states = [checkpoint.load_policy(artifact).state_dict() for artifact in made]
+    states = [artifact_io.load_policy(artifact).state_dict() for artifact in made]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "decoder.layers" not in name)
     assert not torch.equal(states[2]["vision.position"], states[1]["vision.position"])
     assert torch.equal(states[3]["vision.position"], states[2]["vision.position"])  # rl leaves the eyes alone
@@ -114,12 +105,12 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     ].abs().max()
 
     # The goldens are the first artifact's observations with this artifact's answers.
-    first, last = (checkpoint.read_observations(made[i].file("golden.npz")) for i in (0, -1))
+    first, last = (artifact_io.read_observations(made[i].file("golden.npz")) for i in (0, -1))
     assert first.keys() == last.keys() == {"image.corner4", "state", "instructions", "ids"}
     for name, array in first.items():
         np.testing.assert_array_equal(last[name], array)
     with np.load(made[-1].file("golden.npz")) as golden:
-        again = checkpoint.golden(checkpoint.load_policy(made[-1]), last)
+        again = artifact_io.golden(artifact_io.load_policy(made[-1]), last)
         np.testing.assert_allclose(again["logits"], golden["logits"], atol=1e-5)
 
 
@@ -127,15 +118,15 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     layer = LayerSpec(1, 1, 32, 32)
     small = {"vision": TowerSpec(32, (layer,)), "decoder": TowerSpec(32, (layer,) * 3)}
     monkeypatch.setattr(reference, "towers", lambda: small)
-    monkeypatch.setattr(untrained, "GOLDEN_SCENES", 1)
+    monkeypatch.setattr(create_reference, "GOLDEN_SCENES", 1)
     monkeypatch.setattr(
-        untrained, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")}
+        create_reference, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")}
     )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        untrained.new(tmp_path / name, seed)
+        create_reference.new(tmp_path / name, seed)
     a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
     assert a.manifest == b.manifest  # the hash of every file
-    assert c.manifest.files[checkpoint.WEIGHTS] != a.manifest.files[checkpoint.WEIGHTS]
+    assert c.manifest.files[artifact_io.WEIGHTS] != a.manifest.files[artifact_io.WEIGHTS]
     assert [(entry.stage, entry.config, entry.parent) for entry in a.manifest.history] == [("new", {"seed": 1}, None)]
     with np.load(a.file("golden.npz")) as golden:
         assert golden["image.corner4"].shape == (4, 96, 96, 3)
@@ -148,8 +139,8 @@ def test_reference_policy_has_the_promised_size() -> None:
     with torch.device("meta"):
         policy = TinyPolicy(reference.policy_spec(), reference.towers())
     decoder = sum(p.numel() for p in policy.decoder.parameters())
-    assert 8e6 <= checkpoint.parameters(policy) <= 12e6
-    assert decoder >= 0.85 * checkpoint.parameters(policy)
+    assert 8e6 <= artifact_io.parameters(policy) <= 12e6
+    assert decoder >= 0.85 * artifact_io.parameters(policy)
 
 
 @pytest.fixture
@@ -163,8 +154,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (simulation, ("Rollouts", "demonstrations")),
         (training, ("sft",)),
-        (reinforcement, ("ppo",)),
-        (stages.pruning, ("prune",)),
+        (rl, ("ppo",)),
+        (stage.pruning, ("prune",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
@@ -174,14 +165,14 @@ def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifac
     (tmp_path / "out").mkdir()
     for run, config in (
         (training.run_sft, SFTConfig()),
-        (stages.run_prune, PruneConfig(0.75)),
-        (reinforcement.run_rl, PPOConfig()),
-        (stages.run_quantize, QuantizeConfig()),
+        (stage.run_prune, PruneConfig(0.75)),
+        (rl.run_rl, PPOConfig()),
+        (stage.run_quantize, QuantizeConfig()),
     ):
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
             run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
     with pytest.raises(UserError, match="expected a new output"):
-        untrained.new(tmp_path / "out")
+        create_reference.new(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
         compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig(0.75)}, QUIET)
     assert listing(tmp_path) == ["out"]
@@ -197,13 +188,13 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"prune\.tower decoder, .*found expert"):
-        stages.run_prune(tiny_artifact, out, PruneConfig(tower="expert"), QUIET)
+        stage.run_prune(tiny_artifact, out, PruneConfig(tower="expert"), QUIET)
     with pytest.raises(UserError, match=r"expected --hints, .*with an official checkpoint only"):
-        stages.run_prune(tiny_artifact, out, PruneConfig(0.75), QUIET, Flags(unnorm_key="bridge"))
+        stage.run_prune(tiny_artifact, out, PruneConfig(0.75), QUIET, Flags(unnorm_key="bridge"))
     with pytest.raises(UserError, match=r"quantize\.exempt"):
-        stages.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
+        stage.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
     with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
-        stages.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
+        stage.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
     with pytest.raises(UserError, match="expected trainable weights"):
         training.run_sft(toy_artifact, out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"expected an artifact folder at .*nowhere"):
@@ -230,8 +221,8 @@ def test_rl_says_that_it_may_play_demonstrations(
 ) -> None:
     shown: list[str] = []
     monkeypatch.setattr(simulation, "status", lambda text, *_: nullcontext(shown.append(text)))
-    monkeypatch.setattr(reinforcement, "ppo", lambda *_: None)
-    reinforcement.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
+    monkeypatch.setattr(rl, "ppo", lambda *_: None)
+    rl.run_rl(pupil_artifact, tmp_path / "rl", PPOConfig(iterations=1, demonstrations=1), QUIET)
     assert shown == ["playing demonstrations, unless they are in the cache"]
 
 

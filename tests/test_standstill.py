@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from looping import Arm, Thinking, joints, loop
 
-from rlrc.runtime.inference import Answer
-from rlrc.runtime.standstill import BENCH_CALLS, REARM_KEY, Standstill, Wish
-from rlrc.runtime.stop import StopSwitch
+from rlrc.runtime.control.inference_process import Answer
+from rlrc.runtime.control.rearming import BENCH_CALLS, REARM_KEY, Standstill, Wish
+from rlrc.runtime.control.stop_switch import StopSwitch
 
 
 class Stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlrc.benchmarks import stats
+from rlrc.benchmarks.results import stats
 
 
 @pytest.mark.parametrize(

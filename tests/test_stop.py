@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.runtime.stop import SIGNALS, StopSwitch, uninterrupted
+from rlrc.runtime.control.stop_switch import SIGNALS, StopSwitch, uninterrupted
 
 PATIENCE = 5.0  # seconds that a busy machine may take
 
@@ -159,7 +159,7 @@ def test_descriptors_that_a_library_has_closed_do_not_keep_the_block() -> None:
     """In a process of its own: it closes all there are."""
     code = """
 import os, time
-from rlrc.runtime.stop import StopSwitch
+from rlrc.runtime.control.stop_switch import StopSwitch
 try:
     with StopSwitch().listen(keyboard=None):
         time.sleep(0.3)  # the thread waits
@@ -357,7 +357,7 @@ import multiprocessing, sys, time
 import numpy as np
 sys.path.insert(0, {tests!r})
 from guarded import ABSOLUTE, at, guard_of
-from rlrc.runtime.stop import StopSwitch
+from rlrc.runtime.control.stop_switch import StopSwitch
 
 def work():
     time.sleep(60)

@@ -22,11 +22,11 @@ import pytest
 from procfs import children
 
 from rlrc.errors import UserError
-from rlrc.runtime import http_head
-from rlrc.runtime.http_head import Refusal
-from rlrc.runtime.stop import StopSwitch
-from rlrc.runtime.stop_listener import UNKNOWN
-from rlrc.runtime.stop_port import StopPort
+from rlrc.runtime.control.stop_listener import UNKNOWN
+from rlrc.runtime.control.stop_port import StopPort
+from rlrc.runtime.control.stop_switch import StopSwitch
+from rlrc.runtime.wire import http_head
+from rlrc.runtime.wire.http_head import Refusal
 
 TOKEN = "secret"
 SLOW_S = 1.0  # on a machine that other tests share; scripts/load.py asks for .1

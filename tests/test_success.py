@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from rlrc.artifact import CameraSpec, NormStats, StateSpec
-from rlrc.benchmarks import success
-from rlrc.benchmarks.film import before_and_after, film_strip
-from rlrc.benchmarks.results import open_artifacts
-from rlrc.benchmarks.success import Episode, Scenes
+from rlrc.benchmarks.measure import success
+from rlrc.benchmarks.measure.success import Episode, Scenes
+from rlrc.benchmarks.report.film import before_and_after, film_strip
+from rlrc.benchmarks.results.results import open_artifacts
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

@@ -15,7 +15,7 @@ import pytest
 from serving import ENVIRONMENT
 
 from rlrc.errors import UserError
-from rlrc.runtime.supervisor import Supervisor
+from rlrc.runtime.control.service_manager import Supervisor
 
 PROFILE = Path(__file__).parents[1] / "examples/udp_arm.toml"
 WATCHDOG_S = 0.8
@@ -92,7 +92,7 @@ def test_the_environment_is_systemds(listening: Manager) -> None:
 DRIVER = """
 import time
 from pathlib import Path
-from rlrc.benchmarks.rig import Arm
+from rlrc.benchmarks.control.simulated_arm import Arm
 
 class Hanging(Arm):
     def sense(self):

@@ -22,26 +22,26 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, TowerSpec  # noqa: E402
-from rlrc.build_plan import PLAN, fits, read_plan  # noqa: E402
-from rlrc.compressor import checkpoint, stages  # noqa: E402
-from rlrc.compressor.backbones.tiny import TinyPolicy  # noqa: E402
-from rlrc.compressor.grid import unpack  # noqa: E402
-from rlrc.compressor.prune import PruneConfig  # noqa: E402
-from rlrc.compressor.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.sources import examples  # noqa: E402
-from rlrc.compressor.stages import Options  # noqa: E402
-from rlrc.compressor.weights import Tensors  # noqa: E402
+from rlrc.artifact.build_plan import PLAN, fits, read_plan  # noqa: E402
+from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.tiny import TinyPolicy  # noqa: E402
+from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
+from rlrc.compressor.quantize.grid import unpack  # noqa: E402
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
+from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages.sources import examples  # noqa: E402
+from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES as GRAPHS  # noqa: E402
-from rlrc.exporters.stand_in import StandIn, session  # noqa: E402
-from rlrc.exporters.tensorrt import Flavour, TensorRTBuilder  # noqa: E402
-from rlrc.exporters.tensorrt_graphs import choose_precision  # noqa: E402
-from rlrc.exporters.tensorrt_int8 import step_of  # noqa: E402
+from rlrc.exporters.tensorrt.builder import Flavour, TensorRTBuilder  # noqa: E402
+from rlrc.exporters.tensorrt.cpu_reference import StandIn, session  # noqa: E402
+from rlrc.exporters.tensorrt.int8 import step_of  # noqa: E402
+from rlrc.exporters.tensorrt.target import choose_precision  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
-from rlrc.runtime.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.verify import read_golden  # noqa: E402
+from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
+from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 QUIET = Options(evaluate=0, workers=1, threads=1)
 ARTIFACTS = [(name, kind) for name in FAMILIES for kind in ("dense", "pruned")]
@@ -73,17 +73,17 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
         if (name, kind) not in made:
             out, given = folder / f"{name}-{kind}", DATA / name / "checkpoint"
             if kind == "int4":
-                stages.run_quantize(given, out, QuantizeConfig(), QUIET, flags(name))
+                stage.run_quantize(given, out, QuantizeConfig(), QUIET, flags(name))
             elif kind == "pruned":
                 keep = 0 if name in ("act", "openvla-oft-l1") else 1
                 config = PruneConfig(ratio=0.5, score="magnitude", keep=keep)
-                stages.run_prune(given, out, config, QUIET, flags(name))
+                stage.run_prune(given, out, config, QUIET, flags(name))
             else:
                 source, policy = official(name)
                 with artifacts.writing(out) as draft:
                     source.hand_on(draft)
                     observations = examples(policy.spec, source.tokenizer)
-                    checkpoint.write_policy(draft, policy, observations, (), exact=True)
+                    artifact_io.write_policy(draft, policy, observations, (), exact=True)
             made[name, kind] = artifacts.load(out)
         return made[name, kind]
 
@@ -138,7 +138,7 @@ def test_int4_is_the_quantized_policy(name: str, of: OF, exported: EXPORTED) -> 
 
 def check_integers(parent: Artifact, graphs: list[Any]) -> None:
     """Every 4-bit constant of the graphs holds the artifact's integers and scales, transposed."""
-    stored, spec = checkpoint.read_tensors(parent), parent.manifest.quantization
+    stored, spec = artifact_io.read_tensors(parent), parent.manifest.quantization
     assert spec is not None
     found, known = 0, {tensor.name: tensor for graph in graphs for tensor in graph.graph.initializer}
     for name, tensor in known.items():
@@ -220,7 +220,7 @@ def test_weights_beside_large_graphs_are_in_the_plan(
     parent = of("pi05", "pruned")
     if kind == "int8":
         config = QuantizeConfig(bits=8)
-        stages.run_quantize(DATA / "pi05/checkpoint", tmp_path / "int8", config, QUIET, flags("pi05"))
+        stage.run_quantize(DATA / "pi05/checkpoint", tmp_path / "int8", config, QUIET, flags("pi05"))
         parent = artifacts.load(tmp_path / "int8")
     monkeypatch.setattr(builder, "LARGE", 10_000)
     export(parent, tmp_path / "out", ("tensorrt",))

@@ -20,20 +20,19 @@ from played_tensorrt import Machine, Played
 
 from families import FAMILIES, official
 from rlrc import artifact as artifacts
-from rlrc import engine_cache, nvidia
 from rlrc.artifact import Artifact, GraphSpec, TensorSpec
-from rlrc.build_plan import PLAN, Bounds, GraphPlan, read_plan
-from rlrc.compressor import checkpoint
-from rlrc.compressor.sources import examples
+from rlrc.artifact.build_plan import PLAN, Bounds, GraphPlan, read_plan
+from rlrc.compressor.stages import artifact_io
+from rlrc.compressor.stages.sources import examples
 from rlrc.errors import UserError
 from rlrc.exporters.export import export
-from rlrc.exporters.stand_in import StandIn
-from rlrc.runtime import backends
-from rlrc.runtime.backends import tensorrt
-from rlrc.runtime.backends.tensorrt_memory import Buffer, Kept, Repeats, input_shapes, links, profile_of
-from rlrc.runtime.decode import NoAction
-from rlrc.runtime.policy import LocalPolicy
-from rlrc.runtime.verify import read_golden
+from rlrc.exporters.tensorrt.cpu_reference import StandIn
+from rlrc.runtime.inference import backends
+from rlrc.runtime.inference.backends import engine_cache, nvidia, tensorrt
+from rlrc.runtime.inference.backends.tensorrt_memory import Buffer, Kept, Repeats, input_shapes, links, profile_of
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.inference.verify import read_golden
 
 OF = Callable[[str], Artifact]
 
@@ -48,7 +47,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
             source, policy = official(name)
             with artifacts.writing(folder / name) as draft:
                 source.hand_on(draft)
-                checkpoint.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
+                artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
             export(artifacts.load(folder / name), folder / f"{name}-exported", ("tensorrt",), "fp32")
             made[name] = artifacts.load(folder / f"{name}-exported")
         return made[name]

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from rlrc import toml
-from rlrc.benchmarks import claims, report, results
-from rlrc.compressor import recipe
+from rlrc.benchmarks.claims import claims
+from rlrc.benchmarks.report import report
+from rlrc.benchmarks.results import results
+from rlrc.compressor.stages import recipe
 from rlrc.envs.environment import read_mapping
 from rlrc.envs.libero import LiberoMapping
 from rlrc.errors import UserError
-from rlrc.runtime import profile
+from rlrc.runtime.safety import profile
 from rlrc.runtime.servers import observations
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +26,7 @@ SHIPPED: dict[str, tuple[Path, Callable[[Path, Any], Any]]] = {
     "profile": (profile.SHIPPED / "metaworld.toml", lambda path, _: profile.load(path)),
     "recipe": (recipe.BUILT_IN / "demo.toml", lambda path, _: recipe.load(path)),
     "mapping": (observations.SHIPPED / "libero.toml", lambda path, spec: observations.load(path, spec)),
-    "thresholds": (ROOT / "benchmarks/rlrc/benchmarks/claims.toml", lambda path, _: claims.thresholds(path)),
+    "thresholds": (ROOT / "benchmarks/rlrc/benchmarks/claims/claims.toml", lambda path, _: claims.thresholds(path)),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrc.benchmarks import transport
+from rlrc.benchmarks.measure import transport
 from rlrc.runtime.cli import main
 
 

@@ -14,9 +14,9 @@ import pytest
 from rlrc import artifact as artifacts
 from rlrc.artifact import ActionSpec, Manifest, NormStats, VerifiedSpec
 from rlrc.errors import UserError
-from rlrc.runtime import verify
-from rlrc.runtime.commands import Verify
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.runtime.cli.policy import Verify
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.policy import LocalPolicy
 
 MakeToy = Callable[..., Path]
 

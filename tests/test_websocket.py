@@ -12,8 +12,8 @@ import pytest
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK, InvalidMessage, InvalidStatus
 from websockets.sync.server import ServerConnection, serve
 
-from rlrc.runtime import websocket
-from rlrc.runtime.websocket import WebSocket
+from rlrc.runtime.wire import websocket
+from rlrc.runtime.wire.websocket import WebSocket
 
 
 @contextmanager

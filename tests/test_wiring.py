@@ -11,15 +11,15 @@ import pytest
 from guarded import ABSOLUTE, GRIPPER, SOURCES, action_of
 
 from rlrc.artifact import ActionSpec, NormStats, PolicySpec
-from rlrc.benchmarks import rig
+from rlrc.benchmarks.control import simulated_arm
 from rlrc.datasets import fit
 from rlrc.errors import UserError
 from rlrc.robots.robot import Sensed
-from rlrc.runtime import profile as profiles
-from rlrc.runtime.guard import Guard
-from rlrc.runtime.profile import RobotProfile
+from rlrc.runtime.control.sensor_watchdog import Watch
+from rlrc.runtime.safety import profile as profiles
+from rlrc.runtime.safety.guard import Guard
+from rlrc.runtime.safety.profile import RobotProfile
 from rlrc.runtime.servers import observations
-from rlrc.runtime.watch import Watch
 
 Y = replace(ABSOLUTE, name="y", state="at_y")
 
@@ -49,7 +49,7 @@ def test_two_entries_of_a_state_by_one_name() -> None:
 
 
 def two_cameras(state: bool = True) -> PolicySpec:
-    spec = rig.spec(cameras=("wrist", "front"))
+    spec = simulated_arm.spec(cameras=("wrist", "front"))
     return spec if state else replace(spec, state=None)
 
 
@@ -96,7 +96,7 @@ def test_two_cameras_of_a_data_set() -> None:
     names = ["observation.images.front", "observation.images.top"]
     features = dict.fromkeys(names, SimpleNamespace(size=(32, 32)))
     dataset: Any = SimpleNamespace(path=Path("data"), cameras=names, features=features)
-    spec = rig.spec((32, 32), cameras=("wrist", "front"))
+    spec = simulated_arm.spec((32, 32), cameras=("wrist", "front"))
     assert len(fit._cameras(dataset, spec, {"wrist": "top"})) == 2
     for mapping in ({"wrist": "front"}, {"wrist": "top", "front": "top"}, {"wrist": "observation.images.front"}):
         with pytest.raises(UserError, match="every camera of the data set for one of the cameras") as error:
@@ -152,7 +152,7 @@ def test_two_cameras_of_libero(tmp_path: Path) -> None:
 
 
 def test_two_cameras_of_a_robot() -> None:
-    arm = rig.Arm(cameras=("wrist", "front"))
+    arm = simulated_arm.Arm(cameras=("wrist", "front"))
     sensed = arm.sense()
     watch = Watch(frozenset({"image.wrist", "image.front"}), 10.0, live=True)
     assert watch.fault(sensed, sensed.stamp) is None

@@ -1,7 +1,7 @@
 """A SmolVLA of the official size with random weights, in the folder that lerobot writes and reads, tokenizer and all.
 
 What is small in it (processors, statistics, a tokenizer of a few hundred words) is that of the golden checkpoint in
-tests/data; dimensions are the official ones (rlrc.compressor.geometry). Weights are of a size that keeps activations
+tests/data; dimensions are the official ones (rlrc.compressor.checkpoints.geometry). Weights are of a size that keeps activations
 near one, stored in bfloat16, as lerobot's own checkpoint has them.
 """
 
@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save_file
 
 from rlrc import artifact as artifacts
-from rlrc.compressor import checkpoint, shapes
-from rlrc.compressor.geometry import SMOLLM2, SMOLVLA_EXPERT, SMOLVLM_VISION, SMOLVLM_VOCABULARY
-from rlrc.compressor.lossless import lossless
-from rlrc.compressor.quantize import QuantizeConfig, quantize
-from rlrc.compressor.sources import OfficialSource
-from rlrc.runtime.official import Flags
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.checkpoints import shapes
+from rlrc.compressor.checkpoints.geometry import SMOLLM2, SMOLVLA_EXPERT, SMOLVLM_VISION, SMOLVLM_VOCABULARY
+from rlrc.compressor.prune.lossless import lossless
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
+from rlrc.compressor.stages import artifact_io
+from rlrc.compressor.stages.sources import OfficialSource
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "smolvla"
 CAMERAS, PICTURE, SEEN, DIM, CHUNK, WIDTH = ("top", "wrist"), 256, 512, 6, 50, 32
@@ -62,7 +63,7 @@ def compress(folder: Path) -> None:
     for name, result in (("dense", None), ("int4", quantize(policy, QuantizeConfig()))):
         with artifacts.writing(folder / name) as draft:
             source.hand_on(draft)
-            checkpoint.write_policy(draft, policy, raw, source.history, result)
+            artifact_io.write_policy(draft, policy, raw, source.history, result)
 
 
 def observation(seed: int) -> dict[str, np.ndarray]:

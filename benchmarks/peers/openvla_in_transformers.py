@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, SiglipVisionConf
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
-from rlrc.runtime import decode, preprocess
+from rlrc.runtime.inference import decode, preprocess
 
 BLOCK = {
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",

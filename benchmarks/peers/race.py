@@ -23,8 +23,8 @@ import numpy as np
 from contestants import HERE, Contestant, Skip
 
 from rlrc import artifact as artifacts
-from rlrc.benchmarks import machine, results
-from rlrc.benchmarks.stats import percentiles, ratio_interval
+from rlrc.benchmarks.results import machine, results
+from rlrc.benchmarks.results.stats import percentiles, ratio_interval
 
 ANYTHING = 1e9  # what random weights' actions may differ by: it is told, not limited
 WARM = 2

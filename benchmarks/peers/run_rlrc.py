@@ -10,8 +10,8 @@ from protocol import Opened, observation, serve
 
 def main() -> Opened:
     from rlrc import artifact as artifacts
-    from rlrc.benchmarks.results import precision
-    from rlrc.runtime.policy import LocalPolicy
+    from rlrc.benchmarks.results.results import precision
+    from rlrc.runtime.inference.policy import LocalPolicy
 
     folder, seen, threads = Path(sys.argv[1]), observation(sys.argv[2]), int(sys.argv[3])
     policy = LocalPolicy(artifacts.load(folder, verify=()), threads)

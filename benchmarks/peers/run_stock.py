@@ -20,7 +20,7 @@ def main() -> Opened:
     from plain_graphs import Stock
 
     from rlrc import artifact as artifacts
-    from rlrc.runtime.policy import LocalPolicy
+    from rlrc.runtime.inference.policy import LocalPolicy
 
     dense, exported = (artifacts.load(Path(argument), verify=()) for argument in sys.argv[1:3])
     seen, threads = observation(sys.argv[3]), int(sys.argv[4])

@@ -3,7 +3,7 @@
 By hand rather than traced by torch.onnx, which takes a minute where this takes a moment, and leaves norms, rotary
 positions, attention and 4-bit products as dozens of small operators. The graphs are written in terms of ``Builder``
 (rlrc.exporters.graphs); a flavour is a subclass that says which operators its engine runs best, and how weights are
-stored (rlrc.exporters.onnx).
+stored (rlrc.exporters.onnx.builder).
 """
 
 from __future__ import annotations

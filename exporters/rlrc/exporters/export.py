@@ -14,15 +14,15 @@ from typing import Any
 from rlrc.artifact import GOLDEN, Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
 from rlrc.errors import UserError
 from rlrc.folders import sha256
-from rlrc.runtime import verify
-from rlrc.runtime.backends import FOLDERS, TARGETS, Engine
-from rlrc.runtime.npz import write_npz
-from rlrc.runtime.policy import LocalPolicy
+from rlrc.npz import write_npz
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.backends import FOLDERS, TARGETS, Engine
+from rlrc.runtime.inference.policy import LocalPolicy
 
 MODULES = {
-    "onnxruntime": "rlrc.exporters.onnx_graphs",
-    "tensorrt": "rlrc.exporters.tensorrt_graphs",
-    "gguf": "rlrc.exporters.gguf",
+    "onnxruntime": "rlrc.exporters.onnx.target",
+    "tensorrt": "rlrc.exporters.tensorrt.target",
+    "gguf": "rlrc.exporters.gguf.target",
 }
 """By backend. Each chooses a precision, tells whether it is exact, and writes the graphs."""
 
@@ -134,7 +134,7 @@ def stand_in(exported: Artifact, backend: str) -> Engine | None:
     """The engine that replays the graphs here; None: their own. TensorRT's graphs have to be verified without a GPU."""
     if backend != "tensorrt":
         return None
-    from rlrc.exporters.stand_in import StandIn
+    from rlrc.exporters.tensorrt.cpu_reference import StandIn
 
     return StandIn(exported)
 

@@ -15,7 +15,7 @@ from rlrc.artifact import CameraSpec, PolicySpec
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
 from rlrc.errors import UserError
-from rlrc.runtime.pictures import wrong_size
+from rlrc.runtime.inference.pictures import wrong_size
 from rlrc.wiring import check_distinct
 
 NONE = "none"  # instead of a camera's name: to do without it
@@ -24,7 +24,7 @@ EMPTY = re.compile(r"empty_camera_\d+")  # what lerobot calls places for cameras
 
 @dataclass(frozen=True)
 class Sample:
-    """An observation as rlrc.runtime.preprocess.prepare takes it, and what follows it.
+    """An observation as rlrc.runtime.inference.preprocess.prepare takes it, and what follows it.
 
     ``chunk`` float32 (horizon, D), raw; ``real`` bool (horizon,) is false beyond the episode's end.
     """

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rlrc.consistency import is_inside
+from rlrc.artifact.consistency import is_inside
 from rlrc.datasets import columns
 from rlrc.errors import UserError
 from rlrc.strict import StrictError, decode, parse

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rlrc import strict, toml
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime import preprocess
+from rlrc.runtime.inference import preprocess
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Environment(Protocol):
     """One task, played an episode after the other.
 
     ``name`` is what tables call it, ``hz`` its control rate and ``horizon`` the steps after which players end an
-    episode. Observations are those of rlrc.runtime.policy; actions (dim,) are the policy's, in its units.
+    episode. Observations are those of rlrc.runtime.inference.policy; actions (dim,) are the policy's, in its units.
     """
 
     @property

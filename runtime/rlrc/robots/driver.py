@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlrc.printable import printable
 from rlrc.robots.robot import Robot, RobotError, Sensed
-from rlrc.runtime.printable import printable
 
 NEEDED = ("sense", "command", "stop", "close")
 LONGEST = 1000  # characters of an exception's message: some hold a whole array

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.robot import RobotError, Sensed
-from rlrc.runtime.circle import shortest
+from rlrc.runtime.safety.angles import shortest
 
 if TYPE_CHECKING:
-    from rlrc.runtime.profile import RobotProfile
-    from rlrc.runtime.telemetry import Telemetry
+    from rlrc.runtime.control.telemetry import Telemetry
+    from rlrc.runtime.safety.profile import RobotProfile
 
 AHEAD = 16  # frames that are read before they are needed
 

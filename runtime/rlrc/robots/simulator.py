@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.robot import RobotError, Sensed
-from rlrc.runtime.child import Channel, Child, Dead
+from rlrc.worker import Channel, Child, Dead
 
 PATIENCE = 120.0  # seconds for the simulator to start, or to begin an episode
 LARGEST = 64 * 2**20  # bytes of an observation

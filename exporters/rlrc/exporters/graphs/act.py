@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
-from rlrc.compressor.backbones.act import Geometry, sinusoidal
-from rlrc.compressor.nn.resnet import Block, ConvNorm, FrozenBatchNorm, ResNet, feature_size
+from rlrc.compressor.models.act import Geometry, sinusoidal
+from rlrc.compressor.models.nn.resnet import Block, ConvNorm, FrozenBatchNorm, ResNet, feature_size
 from rlrc.exporters.builder import Builder
 
 Towers = dict[str, TowerSpec]

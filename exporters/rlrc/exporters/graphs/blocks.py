@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlrc.artifact import CameraSpec, LayerSpec, TowerSpec
-from rlrc.compressor.nn.decoder import frequencies
+from rlrc.compressor.models.nn.decoder import frequencies
 from rlrc.exporters.builder import Activation, Builder
 
 KeyValue = tuple[str, str]  # (batch, kv_heads, T, head_dim) each, keys rotated
 
 
-# rlrc.compressor.nn.vit
+# rlrc.compressor.models.nn.vit
 
 
 def vision_transformer(
@@ -71,7 +71,7 @@ def vision_block(b: Builder, x: str, name: str, tower: TowerSpec, layer: LayerSp
     return b.add(x, constant(f"{mlp}.down", "scale2"))
 
 
-# rlrc.compressor.nn.decoder
+# rlrc.compressor.models.nn.decoder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.compressor.backbones.flow import FlowGeometry, prefix_stride
+from rlrc.compressor.models.flow import FlowGeometry, prefix_stride
 from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import blocks
 

@@ -6,9 +6,9 @@ The last block computes the rows that the head reads; the others are only keys a
 from __future__ import annotations
 
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.compressor.backbones.oft import STOP
-from rlrc.compressor.nn.decoder import rotary_tables
-from rlrc.compressor.nn.prismatic import TRANSFORMERS, Geometry
+from rlrc.compressor.models.nn.decoder import rotary_tables
+from rlrc.compressor.models.nn.prismatic import TRANSFORMERS, Geometry
+from rlrc.compressor.models.oft import STOP
 from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import blocks
 

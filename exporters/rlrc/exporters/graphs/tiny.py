@@ -11,8 +11,8 @@ from __future__ import annotations
 from math import prod
 
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.compressor.backbones.tiny import TinyGeometry
-from rlrc.compressor.nn.decoder import rotary_tables
+from rlrc.compressor.models.nn.decoder import rotary_tables
+from rlrc.compressor.models.tiny import TinyGeometry
 from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs.blocks import Around, decoder_block, norm, vision_block
 

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.runtime.packets import receive
+from rlrc.packets import receive
 
 SLOT = 2**20  # bytes of a picture; a larger one is thinned out
 PICTURE_S = 0.1  # shortest time between two pictures of a camera

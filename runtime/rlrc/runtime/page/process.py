@@ -14,9 +14,9 @@ from typing import Any
 
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
+from rlrc.runtime.control.stop_port import StopPort
 from rlrc.runtime.page.feed import Ends, Feed
-from rlrc.runtime.servers.ports import url
-from rlrc.runtime.stop_port import StopPort
+from rlrc.runtime.wire.ports import url
 
 OPENING_S = 60.0
 NICE = 10  # the loop and inference go first
@@ -24,7 +24,7 @@ NICE = 10  # the loop and inference go first
 
 @dataclass(frozen=True)
 class Address:
-    """Ports of the page and of its stop, and who may use them: rlrc.runtime.servers.ports.access has checked that."""
+    """Ports of the page and of its stop, and who may use them: rlrc.runtime.wire.ports.access has checked that."""
 
     host: str = "127.0.0.1"
     port: int = 0

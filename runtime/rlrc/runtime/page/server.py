@@ -4,7 +4,7 @@
     GET /events          hello (what does not change), then news ten times a second: steps, state, events
     GET /camera/0        the newest picture as JPEG; ?after=7 waits for one newer than that
     GET, POST /stop      {"stopped", "reason"}; POST stops. The second way: the first is a port and a process of its own
-                         (rlrc.runtime.stop_port), which the page uses as well
+                         (rlrc.runtime.control.stop_port), which the page uses as well
     POST /rearm          {"reason"}: goes on, or 409 {"error": why not}
     POST /instruction    {"text"}; null: the robot's or the client's own words again
     POST /bench          {"calls", "p50_ms", "p99_ms", "max_ms"} of inference, or 409
@@ -34,16 +34,15 @@ from aiohttp import web
 from PIL import Image
 
 from rlrc.errors import UserError
-from rlrc.runtime import http_head
-from rlrc.runtime.board import Board
-from rlrc.runtime.http_head import Head, Refusal
-from rlrc.runtime.packets import receive
+from rlrc.packets import receive
+from rlrc.printable import printable
+from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.page.feed import Ends, Mirror
 from rlrc.runtime.page.process import Address
-from rlrc.runtime.printable import printable
-from rlrc.runtime.servers import logs
-from rlrc.runtime.servers.gate import Connection, answering, listen
-from rlrc.runtime.servers.ports import Access, Places
+from rlrc.runtime.wire import http_head, logs
+from rlrc.runtime.wire.gate import Connection, answering, listen
+from rlrc.runtime.wire.http_head import Head, Refusal
+from rlrc.runtime.wire.ports import Access, Places
 
 STATIC = Path(__file__).parent / "static"
 FILES = {"/": "page.html"} | {f"/{name}": name for name in ("page.css", "page.js", "chart.js", "icon.svg")}

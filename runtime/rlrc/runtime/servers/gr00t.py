@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers import arrays
-from rlrc.runtime.servers.arrays import DIMENSIONS, DTYPE
-from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Columns, Observations, brief, listed, shown
-from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
-from rlrc.runtime.servers.zmtp import Answer, Replier
+from rlrc.runtime.wire import arrays
+from rlrc.runtime.wire.arrays import DIMENSIONS, DTYPE
+from rlrc.runtime.wire.logs import fields
+from rlrc.runtime.wire.ports import CLIENTS, Access, forget
+from rlrc.runtime.wire.zmtp import Answer, Replier
 
 PROTOCOL = "gr00t"
 MODALITIES = ("video", "state", "language")

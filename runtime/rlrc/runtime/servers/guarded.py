@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.runtime.guard import Guard
+from rlrc.runtime.safety.guard import Guard
 
 
 class GuardedChunks:

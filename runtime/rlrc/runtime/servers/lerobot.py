@@ -3,7 +3,7 @@
 The client says how it calls its sensors (SendPolicyInstructions), sends observations as they come, in chunks of 2 MiB
 (SendObservations), and asks for actions again and again (GetActions). One observation waits, the newest; one that was
 answered already or hardly differs from the last is left out, unless the client has nothing left to do ("must_go").
-What it says about the policy to load is not looked at. Its messages are pickles: rlrc.runtime.servers.pickles.
+What it says about the policy to load is not looked at. Its messages are pickles: rlrc.runtime.wire.pickles.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import numpy as np
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.servers import lerobot_features, pickles, protobuf
+from rlrc.runtime.servers import lerobot_features
 from rlrc.runtime.servers.lerobot_features import Features, Known, state_folder
-from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations, brief
-from rlrc.runtime.servers.ports import CLIENTS, Access, forget
 from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.wire import pickles, protobuf
+from rlrc.runtime.wire.logs import fields
+from rlrc.runtime.wire.ports import CLIENTS, Access, forget
 
 PROTOCOL = "lerobot"
 SERVICE = "transport.AsyncInference"

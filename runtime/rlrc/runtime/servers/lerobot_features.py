@@ -22,9 +22,9 @@ from rlrc import strict
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
 from rlrc.folders import replacing
-from rlrc.runtime.servers import pickles
 from rlrc.runtime.servers.observations import Observations, brief, listed, shown
-from rlrc.runtime.servers.pickles import Call
+from rlrc.runtime.wire import pickles
+from rlrc.runtime.wire.pickles import Call
 from rlrc.wiring import check_distinct
 
 NUMBERS = 1024  # of a robot's state

@@ -2,7 +2,7 @@
 
 The server's metadata come first. Then an observation in, a chunk out, one at a time: {actions (horizon, dim),
 policy_timing {infer_ms}, server_timing {infer_ms, prev_total_ms from the second on}}. What goes wrong is told in a text
-frame, which that client raises, and ends the connection with 1011. Encoding: rlrc.runtime.servers.arrays.
+frame, which that client raises, and ends the connection with 1011. Encoding: rlrc.runtime.wire.arrays.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers import arrays
-from rlrc.runtime.servers.frames import Connection
-from rlrc.runtime.servers.logs import fields
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.ports import (
+from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
+from rlrc.runtime.wire import arrays
+from rlrc.runtime.wire.frames import Connection
+from rlrc.runtime.wire.logs import fields
+from rlrc.runtime.wire.ports import (
     CLIENTS,
     CONNECTIONS,
     PATIENCE_S,
@@ -37,8 +39,6 @@ from rlrc.runtime.servers.ports import (
     is_loopback,
     status,
 )
-from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
-from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 
 PROTOCOL = "openpi"
 SENT_S = 10.0  # longest time that a client may take to read an answer

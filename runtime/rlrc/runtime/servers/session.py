@@ -3,7 +3,7 @@
     session = Session(spec, guarded)
     await session.open(LocalPolicy.load, (path,))    # loaded, verified, warmed: ``ready``
     client = session.client()                        # one for each robot: it has the noise of its own episode
-    chunk = await client.infer(observation)          # as rlrc.runtime.policy takes them
+    chunk = await client.infer(observation)          # as rlrc.runtime.inference.policy takes them
 
 Nothing in here waits for the policy but by the event loop, so health and refusals are answered meanwhile. A policy that
 dies or hangs is not started again: ``failed`` tells, the server ends, and whoever supervises it starts it anew.
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.child import Dead
-from rlrc.runtime.inference import Inference, Open
+from rlrc.runtime.control.inference_process import Inference, Open
 from rlrc.runtime.servers.guarded import GuardedChunks
-from rlrc.runtime.servers.metrics import Metrics
+from rlrc.runtime.wire.metrics import Metrics
+from rlrc.worker import Dead
 
 LARGEST = 16 * 2**20  # bytes of a message, and so of an observation: four pictures of 1280 x 960 fit
 WAITING = 8  # observations that may wait for the policy, the one it works on included
@@ -344,7 +344,7 @@ class Client:
         self.reset()
 
     def reset(self) -> None:
-        """Starts the generator of the noise anew, as rlrc.runtime.policy.LocalPolicy does."""
+        """Starts the generator of the noise anew, as rlrc.runtime.inference.policy.LocalPolicy does."""
         self._noise = np.random.default_rng(0)
 
     async def infer(

@@ -1,0 +1,218 @@
+"""Does one artifact hold all the claims at once? Memory, latency and success against the dense parent, each PASS or
+FAIL."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rlrc import toml
+from rlrc.artifact import GOLDEN, Artifact, Manifest
+from rlrc.benchmarks.measure.latency import Trials
+from rlrc.benchmarks.measure.success import compare, same_scenes
+from rlrc.benchmarks.results.results import Named, facts, sizes
+from rlrc.benchmarks.results.stats import Estimate, difference_limit, paired_difference_limit, ratio_interval
+from rlrc.errors import UserError
+from rlrc.runtime.inference.verify import read_golden
+
+SAME = "compare a policy with its own dense parent"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    memory_ratio: float
+    latency_ratio: float
+    success_margin: float
+    success_episodes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim. ``limit`` is the end of the interval that has to reach the threshold, None without estimation."""
+
+    claim: str
+    verdict: str  # PASS, FAIL or NOT MEASURED
+    value: float | None
+    limit: float | None
+    threshold: float
+    reason: str
+
+
+def thresholds(path: Path | None = None) -> Thresholds:
+    """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
+    where = str(path or "claims.toml")
+    try:
+        table = toml.parse((path or files("rlrc.benchmarks") / "claims.toml").read_bytes())
+        flat = {f"{section}_{key}": value for section, entries in table.items() for key, value in entries.items()}
+    except OSError as error:
+        raise UserError(
+            f"expected thresholds in {where}, found that it cannot be read ({error.strerror}); check --thresholds"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims.toml"
+        ) from None
+    expected = [field.name for field in fields(Thresholds)]
+    numbers = [value for value in flat.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if sorted(flat) != sorted(expected) or len(numbers) != len(expected):
+        raise UserError(
+            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with rlrc/benchmarks/claims.toml"
+        )
+    return Thresholds(**flat)
+
+
+def figure(check: Check, number: float | None) -> str:
+    """A ratio, or a signed difference of success rates."""
+    if number is None:
+        return "\u2013"
+    return f"{number:+.3f}" if check.claim == "success" else f"{number:.2f}x"
+
+
+def check_comparable(compressed: Manifest, baseline: Manifest) -> None:
+    """Raises UserError unless both see the same cameras and state and answer with the same kind of chunk."""
+    ours, theirs = compressed.policy, baseline.policy
+    for what, a, b in (
+        ("cameras", ours.cameras, theirs.cameras),
+        ("state", ours.state and ours.state.names, theirs.state and theirs.state.names),
+        ("horizon", ours.action.horizon, theirs.action.horizon),
+        ("action dimensions", ours.action.names, theirs.action.names),
+    ):
+        if a != b:
+            raise UserError(f"expected the baseline's {what} ({b}), found {a}; {SAME}")
+
+
+def check_same_tasks(compressed: Artifact, baseline: Artifact) -> None:
+    """Raises UserError unless the golden observations of both have the same instructions: every stage hands them on."""
+    tasks = []
+    for artifact in (compressed, baseline):
+        golden = read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
+        tasks.append(set() if golden.instructions is None else set(map(str, golden.instructions)))
+    if tasks[0] != tasks[1]:
+        raise UserError(f"expected policies of the same tasks, found {_others(*tasks)}; {SAME}")
+
+
+def _others(ours: Collection[str], theirs: Collection[str]) -> str:
+    """The first of what only one of them has."""
+    only, only0 = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    return f"{only[0]!r} in the compressed one only" if only else f"{only0[0]!r} in the baseline only"
+
+
+def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> Check:
+    ours, theirs = sizes(compressed), sizes(baseline)
+    ratio = theirs["bytes"] / ours["bytes"]
+    reason = " against ".join(f"{one['bytes'] / 1e6:.2f} MB ({one['counting']})" for one in (theirs, ours))
+    return Check("memory", _verdict(ratio >= limits.memory_ratio), ratio, None, limits.memory_ratio, reason)
+
+
+def memory_of_sizes(stored: float, resident: float, limits: Thresholds) -> Check:
+    """From the ratios of the graphs' bytes and of the processes' peaks; ``limit`` is the smaller one."""
+    least = min(stored, resident)
+    reason = f"graph files {stored:.2f}x, peak resident set {resident:.2f}x"
+    return Check("memory", _verdict(least >= limits.memory_ratio), stored, least, limits.memory_ratio, reason)
+
+
+def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> Check:
+    """``limit`` is the lower end of the two-sided 95 % interval of the ratio of medians."""
+    reason = f"{len(compressed.total)} interleaved trials each"
+    if not (compressed.stable and baseline.stable):
+        reason += ", warm-up never became stable"
+    return latency_of_ratio("latency", ratio_interval(baseline.rounds(), compressed.rounds()), reason, limits)
+
+
+def latency_of_ratio(claim: str, ratio: Estimate, reason: str, limits: Thresholds) -> Check:
+    """Of medians, with its 95 % interval."""
+    verdict = _verdict(ratio.low >= limits.latency_ratio)
+    return Check(claim, verdict, ratio.value, ratio.low, limits.latency_ratio, reason)
+
+
+def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, limits: Thresholds) -> Check:
+    """From two rows of success results; ``limit`` is the one-sided 95 % lower limit of the difference.
+
+    Scene by scene (Tango) where both rows hold outcomes of the same scenes, else as independent samples. Raises
+    UserError for other tasks.
+    """
+    if compressed is None or baseline is None:
+        advice = "pass --success FILE.json or --episodes-per-task"
+        return Check("success", "NOT MEASURED", None, None, -limits.success_margin, advice)
+    tasks = [row.get("per_task", row.get("outcomes", {})).keys() for row in (compressed, baseline)]
+    if tasks[0] != tasks[1]:
+        raise UserError(f"expected success on the same tasks, found {_others(*tasks)}; measure both in one run")
+    counts = [round(row["success"] * row["episodes"]) for row in (compressed, baseline)]
+    episodes = [row["episodes"] for row in (compressed, baseline)]
+    difference = counts[0] / episodes[0] - counts[1] / episodes[1]
+    if same_scenes(compressed, baseline):
+        pair = compare(compressed, baseline)
+        limit, how = (
+            paired_difference_limit(pair["only"], pair["only_baseline"], pair["pairs"]),
+            "the same scenes, paired",
+        )
+    else:
+        limit, how = difference_limit(counts[0], episodes[0], counts[1], episodes[1]), "independent scenes"
+    reason = f"{counts[0]}/{episodes[0]} against {counts[1]}/{episodes[1]}, {how}"
+    enough = min(episodes) >= limits.success_episodes
+    if not enough:
+        reason += f"; {limits.success_episodes} episodes of each are needed"
+    holds = enough and limit > -limits.success_margin
+    return Check("success", _verdict(holds), difference, limit, -limits.success_margin, reason)
+
+
+def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:
+    """The row that was measured on exactly this artifact, whatever it was called."""
+    for result in results:
+        for row in result["rows"]:
+            if row.get("digest") == named.artifact.digest and row.get("success") is not None:
+                return {**row, "name": named.name}
+    return None
+
+
+def operating_point(compressed: Named, baseline: Named, threads: int, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the verdict holds for, and holds for only."""
+    ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
+    quantization = ours.quantization
+    return {
+        "compressed": facts(compressed),
+        "baseline": facts(baseline),
+        "pruned": pruned(ours, theirs),
+        "stages": [entry.stage for entry in ours.history],
+        "prune": [entry.config for entry in ours.history if entry.stage == "prune"],
+        "quantization": quantization
+        and {
+            "grid": quantization.grid,
+            "group": quantization.group,
+            "tensors": {str(bits): count for bits, count in Counter(quantization.tensors.values()).items()},
+        },
+        "threads": threads,
+        "versions": dict(versions),
+    }
+
+
+def pruned(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
+    """The share cut of the whole policy's parameters, and of every tower that differs.
+
+    Of a tower: its blocks, and the heads and MLP channels of the blocks between the first and the last. Negative where
+    the baseline is the smaller one.
+    """
+    shares = {}
+    for name, theirs in baseline.towers.items():
+        ours = compressed.towers.get(name, replace(theirs, layers=()))
+        inner, inner0 = (tower.layers[1:-1] if len(theirs.layers) > 2 else tower.layers for tower in (ours, theirs))
+        for what, now, before in (
+            ("blocks", len(ours.layers), len(theirs.layers)),
+            ("intermediate_heads", sum(layer.heads for layer in inner), sum(layer.heads for layer in inner0)),
+            ("intermediate_channels", sum(layer.mlp for layer in inner), sum(layer.mlp for layer in inner0)),
+        ):
+            if now != before:
+                shares[f"{name}_{what}"] = _cut(now, before)
+    return shares | {"whole_policy": _cut(compressed.parameters, baseline.parameters)}
+
+
+def _cut(ours: int, theirs: int) -> float:
+    return round(1 - ours / theirs, 4) if theirs else 0.0
+
+
+def _verdict(holds: bool) -> str:
+    return "PASS" if holds else "FAIL"

@@ -1,0 +1,74 @@
+"""Which two policies of a real size are compared, on which runtime and in which precisions: operating_points.toml."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from rlrc import strict, toml
+from rlrc.errors import UserError
+
+RUNTIMES = ("gguf", "onnxruntime")
+FILE = "operating_points.toml"
+
+
+@dataclass(frozen=True)
+class Point:
+    """``geometry``: see rlrc.artifact.geometries. ``prune``: the part of the intermediate blocks' heads and channels to cut;
+    ``eight``: patterns of the tensors that stay in 8 bits. ``elsewhere``: another runtime that the compressed one can
+    run on, and its precisions there.
+    """
+
+    name: str
+    geometry: str
+    prune: float
+    eight: tuple[str, ...]
+    runtime: str
+    dense: str
+    compressed: str | dict[str, str]
+    elsewhere: tuple[str, str | dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class _Precisions:
+    dense: str
+    compressed: str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    geometry: str
+    prune: float
+    eight: tuple[str, ...]
+    gguf: _Precisions | None = None
+    onnxruntime: _Precisions | None = None
+
+
+def point(name: str, runtime: str | None = None) -> Point:
+    """``runtime`` None: the first that the geometry has. Raises UserError for an unknown name or runtime."""
+    known = toml.parse((files("rlrc.benchmarks") / FILE).read_bytes())
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1, 0)
+        raise UserError(f"expected a geometry of {', '.join(known)}, found {name!r}; the nearest is {close[0]}")
+    entry: _Entry = strict.decode(_Entry, known[name])
+    found = {other: getattr(entry, other) for other in RUNTIMES if getattr(entry, other) is not None}
+    chosen = runtime or next(iter(found))
+    if chosen not in found:
+        raise UserError(
+            f"expected a runtime of {', '.join(found)} for {name}, found {chosen!r}"
+            + (", which takes no experts" if chosen == "gguf" else "")
+            + "; choose one of those"
+        )
+    precisions = found[chosen]
+    others = [(other, its.compressed) for other, its in found.items() if other != chosen]
+    return Point(
+        name,
+        entry.geometry,
+        entry.prune,
+        entry.eight,
+        chosen,
+        precisions.dense,
+        precisions.compressed,
+        others[0] if others else None,
+    )

@@ -1,0 +1,166 @@
+"""Policies of real sizes with random weights: latency and memory do not depend on what the weights are.
+
+Tensors are made when they are asked for and kept nowhere, so that graphs of any size are written with one of them in
+memory. Norms are near one, and weights keep the size of what they are given: no number becomes infinite or so small
+that the processor takes longer for it. Needs torch and the exporters' packages.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import TOKENIZER, Artifact, Manifest, PolicySpec, QuantizationSpec, TowerSpec
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.checkpoints.tensors import Tensors
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.prune.lossless import lossless
+from rlrc.compressor.quantize.grid import GROUP
+from rlrc.compressor.quantize.padding import filled_towers
+from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, quantizable
+from rlrc.exporters.export import MODULES
+from rlrc.exporters.weights import Weights
+
+Towers = dict[str, TowerSpec]
+NOISE = 2**22  # numbers, which are repeated: as many as no processor's cache holds
+
+
+def dense(name: str) -> tuple[PolicySpec, Towers]:
+    """An official policy of this name, as its reader finds it; what it never reads is no part of it."""
+    folder, options = geometry.folder(name)
+    layout = official.recognise(folder).layout(folder, options)
+    return spoken_to(layout.spec), layout.towers
+
+
+def spoken_to(spec: PolicySpec) -> PolicySpec:
+    """Prompts are the instruction's words and nothing else, a token each (see ``write_tokenizer``)."""
+    if spec.prompt is None:
+        return spec
+    return replace(spec, prompt=replace(spec.prompt, template="{instruction}", edits=(), suffix=(), known={}))
+
+
+def compressed(spec: PolicySpec, towers: Towers) -> tuple[PolicySpec, Towers]:
+    """Pruned towers with all lossless cuts, and MLPs that fill the groups of 4-bit weights."""
+    policy, _ = lossless(shape_of(spec, towers))
+    return policy.spec, filled_towers(policy.towers)
+
+
+def shape_of(spec: PolicySpec, towers: Towers) -> Policy:
+    with torch.device("meta"):
+        return build(spec, towers)
+
+
+def modules(spec: PolicySpec, towers: Towers) -> dict[str, int]:
+    """Parameters of each module."""
+    found: dict[str, int] = {}
+    for name, tensor in shape_of(spec, towers).state_dict().items():
+        module = name.split(".")[0]
+        found[module] = found.get(module, 0) + tensor.numel()
+    return found
+
+
+def manifest(spec: PolicySpec, towers: Towers, eight: Sequence[str] | None = None) -> Manifest:
+    """Of a policy in bfloat16; with ``eight``, as `rlrc quantize` leaves it: in 4 bits, but for the tensors of these
+    patterns and the word embeddings, which have 8.
+    """
+    shapes = shape_of(spec, towers).state_dict()
+    parameters = sum(tensor.numel() for tensor in shapes.values())
+    if eight is None:
+        return Manifest(spec, towers, parameters, "bfloat16")
+    exempt = tuple(n for n, t in shapes.items() if quantizable(n, t) and any(fnmatch(n, pattern) for pattern in eight))
+    chosen = chosen_bits(shapes, QuantizeConfig(exempt, embeddings=8))
+    return Manifest(spec, towers, parameters, "int4", QuantizationSpec("int4", GROUP, chosen))
+
+
+def write(out: Path, policy: Manifest, target: str, precision: str | Mapping[str, str]) -> Artifact:
+    """An artifact with the graphs of one backend, and a tokenizer of made-up words; nothing is verified."""
+    exporter = import_module(MODULES[target])
+    with artifacts.writing(out) as draft:
+        write_tokenizer(draft.file(TOKENIZER), policy.policy)
+        parent = Artifact(draft.path, policy, digest="")
+        draft.finish(replace(policy, graphs=exporter.write_graphs(draft, parent, precision, weights(policy))))
+    return artifacts.load(out, verify=())
+
+
+def write_job(job: tuple[Path, Manifest, str, str | Mapping[str, str]]) -> Artifact:
+    """``write``, of another process."""
+    return write(*job)
+
+
+def write_tokenizer(path: Path, spec: PolicySpec) -> None:
+    """The word w7 is token 7."""
+    words = {f"w{i}": i for i in range(min(int(spec.geometry.get("vocabulary", 1)), 1000))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+
+
+@contextmanager
+def tokenizer_file(spec: PolicySpec) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder) / "tokenizer.json", spec)
+        yield Path(folder) / "tokenizer.json"
+
+
+def weights(policy: Manifest) -> Weights:
+    """Of every tensor of the policy, quantized where its manifest says so."""
+    quantization, stored = policy.quantization, dict[str, Tensor]()
+    bits = quantization.tensors if quantization else {}
+    for name, tensor in shape_of(policy.policy, policy.towers).state_dict().items():
+        if name in bits:
+            rows, columns = tensor.shape
+            integers = torch.uint8 if bits[name] == 4 else torch.int8
+            stored[f"{name}.q"] = torch.empty(rows, columns * bits[name] // 8, dtype=integers, device="meta")
+            stored[f"{name}.scale"] = torch.empty(rows, columns // GROUP, dtype=torch.float16, device="meta")
+        else:
+            stored[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+    noise = noise_of()
+
+    def read(name: str) -> Tensor:
+        if (width := bits.get(name.removesuffix(".scale"))) and name.endswith(".scale"):
+            return scales(stored[name], width)
+        return values(stored[name], noise)
+
+    return Weights(Tensors("random weights", stored, read), quantization)
+
+
+def noise_of() -> Tensor:
+    return torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
+
+
+def values(like: Tensor, noise: Tensor) -> Tensor:
+    """Numbers for a tensor of this shape and type."""
+    shape, count = tuple(like.shape), like.numel()
+    repeated = noise.repeat(-(-count // len(noise)))[:count].view(shape)
+    if not like.dtype.is_floating_point:
+        return (repeated * 1e4).to(torch.int32).to(like.dtype)
+    return (1 + 0.1 * repeated if len(shape) == 1 else repeated / shape[-1] ** 0.5).to(like.dtype)
+
+
+def scales(like: Tensor, bits: int) -> Tensor:
+    """Of integers that are all equally likely, so that the weights are as large as unquantized ones."""
+    spread = 4.6 if bits == 4 else 74.0
+    return torch.full(like.shape, 1 / (spread * (like.shape[1] * GROUP) ** 0.5), dtype=like.dtype)
+
+
+def in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> Policy:
+    """The policy with weights, one tensor made after the other."""
+    policy, noise = shape_of(spec, towers), noise_of()
+    for module in policy.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                made = values(parameter.to(dtype), noise)
+                module._parameters[key] = nn.Parameter(made, requires_grad=False)
+    return policy.eval()

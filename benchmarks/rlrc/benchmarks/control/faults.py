@@ -1,0 +1,182 @@
+"""The fault matrix: whatever goes wrong while the arm moves, within two periods a hold is the last command it gets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from rlrc.benchmarks.control import simulated_arm
+from rlrc.errors import UserError
+from rlrc.realtime import real_time
+from rlrc.robots.driver import Driver
+from rlrc.robots.recorder import Recorder
+from rlrc.runtime.control.chunks import Chunks
+from rlrc.runtime.control.control_loop import Control, Timing
+from rlrc.runtime.control.inference_process import Inference
+from rlrc.runtime.control.stop_switch import StopSwitch
+from rlrc.runtime.control.telemetry import Telemetry
+from rlrc.runtime.control.watchdog import Watchdog
+from rlrc.runtime.safety.guard import Guard
+
+BEFORE_S = 0.6  # the arm has been moving for so long
+PATIENCE_S = 0.4
+LEAD = 0.1  # rad that commands may run ahead of the arm's state
+ARM: tuple[str, ...] = get_args(simulated_arm.ArmFault)
+POLICY: tuple[str, ...] = get_args(simulated_arm.PolicyFault)
+LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "full disk", "Ctrl-C twice")
+FAULTS = (*ARM, *POLICY, *LOOP)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``hold_ms``: from the beginning of the fault to the first hold, or to ``robot.stop()`` if that comes first.
+
+    ``after``: commands behind it that were no holds. ``stopped``: whether ``robot.stop()`` was called. ``rest_ms``:
+    until nothing moves any more. ``reason`` is the guard's, None if it was not stopped.
+    """
+
+    fault: str
+    hz: float
+    hold_ms: float
+    rest_ms: float
+    after: int
+    moving_at_end: float
+    reason: str | None
+    stopped: bool = False
+
+
+class FaultyGuard(Guard):
+    """Fails inside once it is told to."""
+
+    broken = False
+
+    def _step(self, command: Any, dt: float) -> Any:
+        if self.broken:
+            raise ZeroDivisionError("injected")
+        return super()._step(command, dt)
+
+
+class Clock:
+    """Monotonic, but for what it is set to jump by."""
+
+    def __init__(self) -> None:
+        self.jump = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.jump
+
+
+def inject(fault: str, hz: float = 50.0) -> Outcome:
+    """Moves the arm, lets the fault happen, and looks at what is sent from then on until the arm is at rest."""
+    arm, clock, spec = simulated_arm.Arm(), Clock(), simulated_arm.spec()
+    first = arm.sense()
+    assert first is not None
+    inference = Inference(simulated_arm.Circle, (hz, fault if fault in POLICY else None), first.observation)
+    timing = Timing(hz, patience=PATIENCE_S, hung=0.5)
+    joints, units = simulated_arm.JOINTS, spec.action.units
+    guard = FaultyGuard(simulated_arm.profile(LEAD), hz, spec.action, joints, units, timing.gap)
+    telemetry = Telemetry(4096, spec.action.dim)
+    folder, switch = Path(tempfile.mkdtemp()), StopSwitch()
+    driver = Driver(arm)
+    watchdog = Watchdog(driver, say=lambda line: None)
+    recorder = Recorder(driver, spec, hz, folder / "recorded")
+    recorder.begin("move")
+    chunks = Chunks("replace", simulated_arm.HORIZON)
+    control = Control(
+        recorder,
+        inference,
+        guard,
+        chunks,
+        spec,
+        timing,
+        telemetry,
+        switch.asked,
+        clock,
+        switch.wait,
+        beat=watchdog.beat,
+    )
+    began: list[float] = []
+
+    def over() -> bool:
+        if not began and telemetry.steps >= BEFORE_S * hz:
+            began.append(time.monotonic())
+            _begin(fault, arm, inference, guard, clock, recorder)
+        return False
+
+    try:
+        with switch.listen(keyboard=None), real_time(), watchdog.watching(timing.gap / hz):
+            control.run(over, steps=int((BEFORE_S + 3) * hz))
+    finally:
+        inference.close()
+        recorder.close()
+        shutil.rmtree(folder)
+    if not began:
+        raise UserError(
+            f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine is "
+            "busy: run again, or at a lower rate"
+        )
+    return _outcome(fault, hz, telemetry, arm, began[0], guard)
+
+
+def _begin(
+    fault: str, arm: simulated_arm.Arm, inference: Inference, guard: FaultyGuard, clock: Clock, recorder: Recorder
+) -> None:
+    if fault in ARM:
+        arm.break_down(fault)  # type: ignore[arg-type]
+    elif fault in POLICY:
+        arm.mark = simulated_arm.MARK
+    elif fault == "guard exception":
+        guard.broken = True
+    elif fault in ("clock jump", "clock back"):
+        clock.jump = 10.0 if fault == "clock jump" else -10.0
+    elif fault == "inference killed":
+        os.kill(inference.pid, signal.SIGKILL)
+    elif fault == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), recorder._stream.fileno())
+    else:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _outcome(
+    fault: str, hz: float, telemetry: Telemetry, arm: simulated_arm.Arm, began: float, guard: Guard
+) -> Outcome:
+    """What was sent is told by the arm, which has its own clock."""
+    times, commands = np.array([at for at, _ in arm.sent]), np.array([command for _, command in arm.sent])
+    held = telemetry.rows["held"][arm.calls]
+    later = np.flatnonzero((times >= began) & held)
+    if fault in ("hang", "frozen state"):  # what was planned before, or leads by little, is sent to its end
+        last = np.flatnonzero(~held)[-1]
+        began = times[last] + (1 / hz if fault == "hang" else 0.0)
+    if fault in simulated_arm.HANGS:
+        began = arm.hung_at
+    stop = arm.stopped_at
+    if not len(later) or (stop is not None and stop < times[later[0]]):
+        if stop is None:
+            return Outcome(fault, hz, np.inf, np.inf, 0, np.inf, guard.reason)
+        beyond = commands[times > stop]
+        after = int((~held[times > stop]).sum())
+        moving = float(np.abs(np.diff(beyond, axis=0)).max()) if len(beyond) > 1 else 0.0
+        halted = float(stop - began) * 1e3
+        return Outcome(fault, hz, halted, halted, after, moving, guard.reason, True)
+    first = later[0]
+    moves = np.abs(np.diff(commands[first:], axis=0)).max(1) > 1e-9 if len(commands) > first + 1 else np.array([False])
+    rest = first + (np.flatnonzero(moves)[-1] + 1 if moves.any() else 0)
+    return Outcome(
+        fault,
+        hz,
+        float(times[first] - began) * 1e3,
+        float(times[rest] - began) * 1e3,
+        int((~held[first:]).sum()),
+        float(np.abs(commands[-1] - commands[-2]).max()),
+        guard.reason,
+        stop is not None,
+    )

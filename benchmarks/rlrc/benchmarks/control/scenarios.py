@@ -1,0 +1,314 @@
+"""What the control loop keeps to: for long under load, with slow inference, by what it costs itself, when things break.
+
+Every scenario gives rows with the same figures: steps, actions sent late, steps held, how far commands are from their
+place (jitter), the same of a bare timer that runs beside, growth of memory, and from a fault to the first hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import PolicySpec
+from rlrc.benchmarks.control import faults, simulated_arm
+from rlrc.benchmarks.control.background_load import loaded, timer, viewer
+from rlrc.benchmarks.measure.memory import read_process
+from rlrc.benchmarks.results.stats import mcnemar, wilson
+from rlrc.envs.seeds import EVALUATION
+from rlrc.errors import UserError
+from rlrc.realtime import real_time, tidy
+from rlrc.robots.simulator import SimulatorRobot
+from rlrc.runtime.control.chunks import STRATEGIES, Chunks, Strategy
+from rlrc.runtime.control.control_loop import Control, Show, Timing
+from rlrc.runtime.control.inference_process import Inference
+from rlrc.runtime.control.stop_switch import StopSwitch
+from rlrc.runtime.control.telemetry import PARTS, Telemetry, jitter, summary
+from rlrc.runtime.inference import preprocess
+from rlrc.runtime.inference.policy import LocalPolicy
+from rlrc.runtime.page.control_page import LoopPage
+from rlrc.runtime.page.metadata import plotted
+from rlrc.runtime.page.process import Address, Page
+from rlrc.runtime.safety import profile
+from rlrc.runtime.safety.guard import Guard
+
+HZ = 50.0
+LATE = 10.0  # periods that a state may be old: the simulator shares the machine
+SETTLED_S = 30.0  # memory is compared with what it was then
+Tick = Callable[[int], None]
+
+
+class Slowed:
+    """A policy whose inference takes at least ``seconds``."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self._policy, self._seconds = LocalPolicy.load(path), seconds
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> Any:
+        begun = time.monotonic()
+        result = self._policy.infer(observation, continuation)
+        time.sleep(max(0.0, self._seconds - (time.monotonic() - begun)))
+        return result
+
+
+class Simulated:
+    """A policy on the simulator at a fixed rate, episode after episode."""
+
+    def __init__(self, path: Path, task: str, hz: float, strategy: Strategy, seconds: float, capacity: int) -> None:
+        self.spec = artifacts.load(path, verify=()).manifest.policy
+        self.robot = SimulatorRobot(f"metaworld:{task}", self.spec)
+        self.robot.reset(EVALUATION[0])
+        sensed = self.robot.sense()
+        assert sensed is not None
+        self.inference = Inference(Slowed, (path, seconds), sensed.observation)
+        self.timing = Timing(hz, hz / self.robot.hz, LATE, patience=5.0)
+        self.strategy = strategy
+        self.telemetry = Telemetry(capacity, self.spec.action.dim)
+        self.guard = self._new_guard()
+
+    def _new_guard(self) -> Guard:
+        state = self.spec.state
+        names, units = ((), ()) if state is None else (state.names, state.units)
+        return Guard(profile.load("metaworld"), self.robot.hz, self.spec.action, names, units, self.timing.gap)
+
+    def episode(self, seed: int) -> tuple[bool, str | None]:
+        tidy()
+        self.inference.reset()
+        self.robot.reset(seed)
+        if self.guard.stopped:
+            self.guard = self._new_guard()
+        chunks = Chunks(self.strategy, self.spec.action.horizon)
+        control = Control(self.robot, self.inference, self.guard, chunks, self.spec, self.timing, self.telemetry)
+        control.run(lambda: self.robot.over or self.robot.steps >= self.robot.horizon)
+        return self.robot.success, self.guard.reason
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        return self.inference.pid, self.robot.pid
+
+    def close(self) -> None:
+        self.inference.close()
+        self.robot.close()
+
+
+def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3") -> dict[str, Any]:
+    """The reference policy for a long time, one of the processors loaded by another process."""
+    run = Simulated(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
+    ended, settled, growth = list[bool](), 0, 0
+    try:
+        with loaded(), timer(HZ) as timed, real_time(beside=run.beside) as granted:
+            begun = time.monotonic()
+            while (passed := time.monotonic() - begun) < minutes * 60:
+                success, reason = run.episode(EVALUATION[len(ended)])
+                ended.append(success)
+                if reason is not None:
+                    raise UserError(f"expected the loop to run for {minutes:g} min, found it stopped: {reason}")
+                resident = read_process()["anonymous"]
+                settled = resident if passed < SETTLED_S else settled
+                growth = max(growth, resident - settled)
+                tick(1)
+    finally:
+        run.close()
+    beside = jitter(np.diff(timed()), 1 / HZ)
+    return figures("steady", run.telemetry, HZ, beside, growth) | {
+        "stalls": stalls(run.telemetry.rows, timed()),
+        "episodes": len(ended),
+        "success": float(np.mean(ended)),
+        "granted": granted,
+    }
+
+
+def stalls(rows: NDArray[Any], woken: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """Steps that were over when the next one was due: what took how long, what became of them, and how late the bare
+    timer beside woke then, in ms."""
+    found = []
+    for row in rows[rows["sent"] - rows["due"] >= 1 / HZ]:
+        due, sent = float(row["due"]), float(row["sent"])
+        # The first wake-up after each moment of that time, less the period that it may take.
+        gaps = np.diff(woken)[(woken[1:] > due) & (woken[:-1] < sent)]
+        took = {name: round(float(row[name]), 2) for name in ("late_ms", *(f"{part}_ms" for part in PARTS))}
+        found.append(
+            took | {"held": bool(row["held"]), "timer_ms": round(float(gaps.max(initial=0) - 1 / HZ) * 1e3, 2)}
+        )
+    return found
+
+
+def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick: Tick) -> Iterator[dict[str, Any]]:
+    """Inference of so many periods under every strategy, against none of it: success, and jumps where chunks meet."""
+    baseline: list[bool] = []
+    for strategy, delay in (("synchronous", 0.0), *((strategy, periods) for strategy in STRATEGIES)):
+        ended, jumps, stopped = list[bool](), list[NDArray[Any]](), list[str]()
+        told: list[Telemetry] = []
+        for task in tasks:
+            run = Simulated(path, task, HZ, strategy, delay / HZ, 500 * episodes)
+            try:
+                with real_time(beside=run.beside):
+                    for seed in EVALUATION[:episodes]:
+                        success, reason = run.episode(seed)
+                        ended.append(success)
+                        stopped += [reason] if reason else []
+                        tick(1)
+            finally:
+                run.close()
+            told.append(run.telemetry)
+            jumps.append(spliced(run.telemetry))
+        baseline = baseline or ended
+        jumped = np.concatenate(jumps)
+        pairs = list(zip(ended, baseline, strict=True))
+        only, only0 = pairs.count((True, False)), pairs.count((False, True))
+        merged = figures(f"{strategy}, {delay:g} periods", joined(told), HZ, None, 0)
+        yield merged | {
+            "strategy": strategy,
+            "delay_periods": delay,
+            "episodes": len(ended),
+            "success": float(np.mean(ended)),
+            "interval": list(wilson(sum(ended), len(ended))),
+            "mcnemar_p": mcnemar(only, only0),
+            "stopped": stopped,
+            "splice_jump": {
+                "p50": float(np.median(jumped)),
+                "p99": float(np.percentile(jumped, 99)),
+                "max": float(jumped.max()),
+                "all": [round(float(jump), 4) for jump in jumped],
+            },
+        }
+
+
+def spliced(telemetry: Telemetry) -> NDArray[np.float64]:
+    """How far the command jumps where a new chunk begins, the gripper's aside: the largest change of a dimension."""
+    rows, commands = telemetry.rows, telemetry.commands.astype(float)
+    changed = (rows["chunk"][1:] != rows["chunk"][:-1]) & (rows["step"][1:] > rows["step"][:-1])
+    return np.asarray(np.abs(np.diff(commands[:, :-1], axis=0)).max(1)[changed], np.float64)
+
+
+def joined(told: list[Telemetry]) -> Telemetry:
+    """The steps of several, one after the other."""
+    whole = Telemetry(sum(len(one.rows) for one in told), told[0].commands.shape[1])
+    at = 0
+    for one in told:
+        whole._rows[at : at + len(one.rows)], whole._commands[at : at + len(one.rows)] = one.rows, one.commands
+        at += len(one.rows)
+    whole.steps = at
+    return whole
+
+
+def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[str, Any]]:
+    """All but the model, on the rig: one 96 px camera; two of 640 x 480 that become 224 px, preprocessing included.
+
+    With the operator's ``page``, and somebody who looks at it.
+    """
+    kind = "page" if page else "overhead"
+    for name, size, cameras in ((f"{kind}, 96 px", (96, 96), 1), (f"{kind}, 2 x 640 x 480", (480, 640), 2)):
+        names = ("wrist", "front")[:cameras]
+        spec = simulated_arm.spec(size, names, 96 if cameras == 1 else 224)
+        arm = simulated_arm.Arm(size, names)
+        sensed = arm.sense()
+        assert sensed is not None
+        inference = Inference(Seeing, (spec,), sensed.observation)
+        guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, spec.action.units)
+        telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
+        chunks, timing = Chunks("replace", simulated_arm.HORIZON), Timing(HZ)
+        try:
+            with paged(guard, spec, names) if page else nullcontext() as show:
+                control = Control(arm, inference, guard, chunks, spec, timing, telemetry, show=show)
+                with real_time(beside=(inference.pid,)):
+                    control.run(steps=int(seconds * HZ))
+        finally:
+            inference.close()
+        tick(1)
+        prepared = preparation(spec, sensed.observation)
+        row = figures(name, telemetry, HZ, None, 0)
+        yield row | {
+            "loop_ms_p99": row["overhead_ms"]["p99"],
+            "preprocess_ms_p99": float(np.percentile(prepared, 99)),
+            "stop": guard.reason,
+        }
+
+
+@contextmanager
+def paged(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[Show]:
+    """The operator's page of a loop, with a viewer."""
+    hello = {"kind": "run", "name": "rig", "facts": [], "rows": plotted(spec, guard.profile), "cameras": cameras}
+    page = Page(hello, cameras, Address())
+    try:
+        show = LoopPage(page, guard, StopSwitch(), None, None).show
+        with viewer(page.link, len(cameras)):
+            yield show
+    finally:
+        page.close()
+
+
+class Seeing(simulated_arm.Circle):
+    """The rig's policy, but that it prepares what it sees as a real one does."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__(HZ)
+        self._spec = spec
+
+    def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> dict[str, Any]:
+        preprocess.check(observation, self._spec)
+        preprocess.prepare(observation, self._spec, None)
+        return super().infer(observation, continuation)
+
+
+def preparation(spec: Any, observation: Mapping[str, Any], calls: int = 300) -> list[float]:
+    """Milliseconds of preparing an observation."""
+    spent = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        preprocess.check(observation, spec)
+        preprocess.prepare(observation, spec, None)
+        spent.append((time.perf_counter() - begun) * 1e3)
+    return spent
+
+
+def broken(tick: Tick) -> Iterator[dict[str, Any]]:
+    """The fault matrix."""
+    for fault in faults.FAULTS:
+        outcome = faults.inject(fault, HZ)
+        tick(1)
+        yield {
+            "name": f"fault: {fault}",
+            "hz": HZ,
+            "seconds": None,
+            "steps": None,
+            "late_actions": None,
+            "held_steps": None,
+            "jitter_ms_p99": None,
+            "timer_jitter_ms_p99": None,
+            "rss_growth_bytes": None,
+            "time_to_hold_ms": round(outcome.hold_ms, 3),
+            "time_to_rest_ms": round(outcome.rest_ms, 3),
+            "commands_after": outcome.after,
+            "robot_stop": outcome.stopped,
+            "reason": outcome.reason,
+        }
+
+
+def figures(name: str, telemetry: Telemetry, hz: float, beside: float | None, growth: int) -> dict[str, Any]:
+    found = summary(telemetry, 1 / hz)
+    return {
+        "name": name,
+        "hz": hz,
+        "seconds": round(len(telemetry.rows) / hz, 2),
+        "steps": found["steps"],
+        "late_actions": found["late_actions"],
+        "held_steps": found["held_steps"],
+        "skipped_steps": found["skipped_steps"],
+        "jitter_ms_p99": found["jitter_ms_p99"],
+        "timer_jitter_ms_p99": beside,
+        "rss_growth_bytes": growth,
+        "time_to_hold_ms": None,
+        "overhead_ms": found["overhead_ms"],
+        "inference_ms": found["inference_ms"],
+        "show_ms": found["show_ms"],
+    }

@@ -1,0 +1,172 @@
+"""How long one call of ``policy.infer`` takes, in total and by part.
+
+Several policies are measured in one run, in alternating blocks (A B A B ...): on a machine that others use, what
+disturbs one disturbs the other. Every trial is kept.
+
+A policy tells how long pictures, the graphs and the rest take; which pass of the graphs is the prefill, a token or a
+step of the flow is seen here, at the engine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from rlrc.artifact import GOLDEN, Artifact
+from rlrc.benchmarks.results.stats import percentiles
+from rlrc.errors import UserError
+from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.verify import read_golden
+from rlrc.runtime.inference.warmup import warm_up
+
+if TYPE_CHECKING:
+    from rlrc.runtime.inference.policy import Policy, Result
+
+# In the order in which they come; the same names as in rlrc.jetson.model.work. "decoder": what a policy tells of all passes
+# but the pictures', where its engine cannot be watched.
+PARTS = ("preprocess", "vision", "prefix", "prefill", "decode", "steps", "decoder", "head", "postprocess")
+GRAPHS = {"vision": "vision", "prefix": "prefix", "step": "steps", "decoder": "prefill", "head": "head"}
+
+BLOCK = 10  # trials of one policy before it is another's turn
+PATIENCE_S = 60.0  # of a warm-up: a policy that takes seconds is not called fifty times before its first trial
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Milliseconds. ``total`` and every part: one number a trial, in order; a round is ``block`` successive trials.
+
+    ``parts`` has those of PARTS that the policy has; all passes of a part count together.
+    """
+
+    block: int
+    total: list[float]
+    parts: dict[str, list[float]]
+    warmup_calls: int
+    stable: bool
+
+    def rounds(self) -> list[list[float]]:
+        return [self.total[i : i + self.block] for i in range(0, len(self.total), self.block)]
+
+
+def observations(artifact: Artifact) -> list[dict[str, Any]]:
+    """The artifact's golden observations, as a robot would send them."""
+    spec = artifact.manifest.policy
+    golden = read_golden(artifact.file(GOLDEN), spec)
+    return [golden.observation(i, spec) for i in range(len(golden))]
+
+
+def measure(
+    policies: Mapping[str, Policy],
+    observations: Mapping[str, Sequence[dict[str, Any]]],
+    trials: int = 500,
+    block: int = BLOCK,
+    tick: Callable[[int], None] = lambda _: None,
+) -> dict[str, Trials]:
+    """Warm up every policy, for a minute at most, then time ``trials`` calls of each (rounded up to whole blocks).
+
+    ``tick`` gets how many more are done.
+    """
+    if trials < 1 or block < 1:
+        raise UserError(f"expected at least one trial and one trial a block, found {trials} and {block}; raise them")
+    calls = {name: timed(policy, observations[name]) for name, policy in policies.items()}
+    warm = {name: warm_up(lambda call=call: call()[0], PATIENCE_S)[:2] for name, call in calls.items()}  # type: ignore[misc]
+    taken: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in policies}
+    for _ in range(math.ceil(trials / block)):
+        for name, call in calls.items():
+            taken[name] += [call() for _ in range(block)]
+            tick(block)
+    return {
+        name: Trials(
+            block,
+            [total for total, _ in taken[name]],
+            by_part([parts for _, parts in taken[name]]),
+            *warm[name],
+        )
+        for name in policies
+    }
+
+
+def by_part(trials: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Every part that one of the trials has, in the order of PARTS; 0 where it did not come up."""
+    found = [part for part in PARTS if any(part in parts for parts in trials)]
+    return {part: [parts.get(part, 0.0) for parts in trials] for part in found}
+
+
+class Passes:
+    """An engine whose passes are timed. ``parts``: milliseconds since the last ``take``, by part.
+
+    Of llama.cpp's set, the graphs beside it are timed too: the pass of the decoder goes without that of its head.
+    """
+
+    def __init__(self, engine: Engine, parts: dict[str, float] | None = None) -> None:
+        self._engine, self.parts = engine, {} if parts is None else parts
+        beside = getattr(engine, "beside", None)
+        if beside is not None:
+            engine.beside = Passes(beside, self.parts)  # type: ignore[attr-defined]
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        inside = sum(self.parts.values())
+        started = time.perf_counter()
+        outputs = self._engine.run(graph, inputs)
+        elapsed = (time.perf_counter() - started) * 1e3 - (sum(self.parts.values()) - inside)
+        part = part_of(graph, inputs)
+        if part is not None:
+            self.parts[part] = self.parts.get(part, 0.0) + elapsed
+        return outputs
+
+    def versions(self) -> dict[str, str]:
+        return self._engine.versions()
+
+    def take(self) -> dict[str, float]:
+        taken = dict(self.parts)
+        self.parts.clear()
+        return taken
+
+
+def part_of(graph: str, inputs: Mapping[str, NDArray[Any]]) -> str | None:
+    """What a pass is part of; None for one that is counted with the pass that it belongs to."""
+    later = graph == "decoder" and "start" in inputs and inputs["start"][0]
+    return "decode" if later else GRAPHS.get(graph)
+
+
+def timed(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callable[[], tuple[float, dict[str, float]]]:
+    """A function that makes one call with the next observation: (milliseconds in total, milliseconds by part)."""
+    following = cycle(observations)
+    passes: Passes | None = None
+    if (engine := getattr(policy, "engine", None)) is not None:
+        passes = engine if isinstance(engine, Passes) else Passes(engine)
+        policy.engine = passes  # type: ignore[attr-defined]
+
+    def call() -> tuple[float, dict[str, float]]:
+        observation = next(following)
+        start = time.perf_counter()
+        result: Result = policy.infer(observation)
+        total = (time.perf_counter() - start) * 1e3
+        parts = {name.removesuffix("_ms"): float(ms) for name, ms in result["timing"].items()}  # type: ignore[arg-type]
+        if passes is not None:
+            # Of the pictures, the policy's own figure: it has the way of their arrays as well.
+            parts = {**passes.take(), **{name: ms for name, ms in parts.items() if name != "decoder"}}
+        return total, parts
+
+    return call
+
+
+def row(trials: Trials) -> dict[str, Any]:
+    """The measured part of a table row: percentiles, and the trials themselves, to 0.1 microseconds."""
+    return {
+        "latency_ms": _rounded(trials.total),
+        "parts_ms": {part: _rounded(values) for part, values in trials.parts.items()},
+        "warmup": {"calls": trials.warmup_calls, "stable": trials.stable},
+        "block": trials.block,
+        "trials_ms": [round(value, 4) for value in trials.total],
+    }
+
+
+def _rounded(milliseconds: Sequence[float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in percentiles(milliseconds).items()}

@@ -1,0 +1,146 @@
+"""What serving costs beyond inference: an observation's way to the policy and its actions' way back, on this machine.
+
+Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of its own: a minimal
+one, written here on the same libraries, that calls the policy in its event loop and checks nothing; `rlrc serve`'s; and
+that with pictures in shared memory. They are asked in turn, so that what else the machine does meets all alike, at a
+real-time priority where that is granted: others' turns on a shared machine are not what serving costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+from websockets.asyncio.server import ServerConnection, serve
+
+from rlrc.benchmarks.control import simulated_arm
+from rlrc.processes import die_with_parent
+from rlrc.runtime.servers import observations
+from rlrc.runtime.servers.client import RemotePolicy
+from rlrc.runtime.servers.openpi import OpenpiServer
+from rlrc.runtime.servers.session import Session
+from rlrc.runtime.wire.ports import Access
+
+HZ = 50.0
+TURN = 100  # calls of one after the other
+COLD = 3  # calls of a turn that find what the others have left in the caches, and do not count
+WARM = 50  # calls that do not count
+PRIORITY = 5
+Tick = Callable[[int], None]
+
+
+def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iterator[dict[str, Any]]:
+    """Rows of milliseconds beyond inference: what the caller saw, less what the policy says that it took."""
+    names = (*(f"camera{index}" for index in range(cameras - 1)), "wrist")
+    random = np.random.default_rng(0)
+    seen = {f"image.{name}": random.integers(0, 200, (*size, 3), np.uint8) for name in names}
+    observation = {**seen, "state": np.zeros(2, np.float32)}
+    with ExitStack() as stack:
+        priority = stack.enter_context(before_others())
+        ways = {
+            "minimal server": stack.enter_context(_client(_minimal, size, names, False)),
+            "rlrc serve": stack.enter_context(_client(_ours, size, names, False)),
+            "rlrc serve, shared memory": stack.enter_context(_client(_ours, size, names, True)),
+        }
+        for policy in ways.values():
+            _asked(policy, observation, WARM)
+        spent: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(-(-calls // TURN)):
+            for name, policy in ways.items():
+                spent[name] += _asked(policy, observation, COLD + TURN)[COLD:]
+            tick(TURN)
+    for name, milliseconds in spent.items():
+        p50, p90, p99, most = np.percentile(milliseconds, (50, 90, 99, 100)).tolist()
+        yield {
+            "name": f"{name}, {cameras} x {size[1]} x {size[0]}",
+            "calls": len(milliseconds),
+            "priority": priority,
+            "overhead_ms": {"p50": p50, "p90": p90, "p99": p99, "max": most},
+        }
+
+
+@contextmanager
+def before_others() -> Iterator[str]:
+    """This process and those that it starts go before ordinary ones, as on a robot, where Linux grants that."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
+    except OSError as error:
+        yield f"not raised: {error.strerror}"
+        return
+    try:
+        yield f"SCHED_FIFO {PRIORITY}"
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _asked(policy: RemotePolicy, observation: Mapping[str, Any], calls: int) -> list[float]:
+    spent = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        timing = policy.infer(observation)["timing"]
+        spent.append((time.perf_counter() - begun) * 1e3 - timing["decoder_ms"])
+    return spent
+
+
+@contextmanager
+def _client(server: Any, size: tuple[int, int], names: tuple[str, ...], shared: bool) -> Iterator[RemotePolicy]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(server, size, names, theirs))  # has a process of its own: no daemon
+    process.start()
+    theirs.close()
+    try:
+        with RemotePolicy(f"ws://127.0.0.1:{ours.recv()}", timeout_s=30, shared=shared) as policy:
+            yield policy
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _run(server: Any, size: tuple[int, int], names: tuple[str, ...], port: Any) -> None:
+    die_with_parent()
+    asyncio.run(server(simulated_arm.spec(size, names, size[0]), port))
+
+
+async def _ours(spec: Any, port: Any) -> None:
+    session = Session(spec)
+    server = OpenpiServer(session, observations.load(observations.OWN, spec), Access())
+    await session.open(simulated_arm.Circle, (HZ,))
+    port.send(await server.start("127.0.0.1", 0))
+    await asyncio.Event().wait()
+
+
+async def _minimal(spec: Any, port: Any) -> None:
+    policy = simulated_arm.Circle(HZ)
+    policy.reset()
+
+    async def answer(connection: ServerConnection) -> None:
+        await connection.send(msgpack.packb({}))
+        async for message in connection:
+            observation = msgpack.unpackb(message, object_hook=_array)
+            begun = time.perf_counter()
+            actions = policy.infer(observation)["actions"]
+            timing = {"infer_ms": (time.perf_counter() - begun) * 1e3}
+            await connection.send(msgpack.packb({"actions": actions, "policy_timing": timing}, default=_packed))
+
+    async with serve(answer, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        port.send(next(iter(server.sockets)).getsockname()[1])
+        await server.wait_closed()
+
+
+def _array(values: dict[Any, Any]) -> Any:
+    if b"__ndarray__" not in values:
+        return values
+    return np.frombuffer(values[b"data"], values[b"dtype"]).reshape(values[b"shape"])
+
+
+def _packed(array: NDArray[Any]) -> dict[bytes, Any]:
+    return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}

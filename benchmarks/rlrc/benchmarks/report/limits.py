@@ -1,0 +1,159 @@
+"""The report's sections on what machines can do: how near this one's limits are, and what others are predicted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlrc.artifact import geometries
+from rlrc.benchmarks.report import tradeoffs
+from rlrc.benchmarks.report.document import DASH, Block, Cell, Chart, Listing, Note, Table, megabytes, milliseconds
+from rlrc.benchmarks.report.findings import title_of
+from rlrc.benchmarks.report.tradeoffs import Point
+from rlrc.benchmarks.results.results import ARMS, GEOMETRY
+from rlrc.benchmarks.results.stats import Estimate
+from rlrc.jetson.model import devices
+from rlrc.jetson.model.plan import Setting, of_geometry, plan, pruned
+from rlrc.jetson.model.precision import PRECISIONS
+from rlrc.jetson.model.work import Load, Part, work
+
+Row = Mapping[str, Any]
+PRUNED = 0.9  # of heads and channels: of what is compressed, and of what is predicted
+
+
+# What the machine allows
+
+# Bits of a weight in memory as its products read it. ONNX Runtime widens float16 to float32 at load.
+BITS = {"fp32": 32.0, "fp16": 32.0, "int8": 8.0, "int8-rows": 8.0, "int4": 4.5, "int4a8": 4.5}
+ACTIVATION = 4  # bytes: every runtime here keeps float32 between products
+GRAPHS = {"vision": "vision", "prefix": "prefix", "steps": "step"}
+
+
+def rooflines(results: Sequence[Row]) -> list[Block]:
+    """A chart for every geometry whose parts were set against the machine's limits."""
+    blocks: list[Block] = []
+    for result in results:
+        if result.get("kind") != GEOMETRY or not result.get("roofline"):
+            continue
+        points = [point for which in ARMS if result.get(which) for point in points_of(result, which)]
+        peaks = result["roofline"]
+        svg = tradeoffs.roofline(peaks["read_gb_s"], peaks["products_gop_s"], points)
+        caption = (
+            f"{title_of(result)}: what each part of a decision attains; whiskers reach down to the 90th percentile. "
+            "Lines: bandwidth and products as measured in the same run."
+        )
+        blocks += [Chart(f"roofline-{result['geometry']}-{result['runtime']}", svg, caption), _shares(result)]
+    return blocks
+
+
+def points_of(result: Row, which: str) -> list[Point]:
+    """Operations from the geometry's description, times as measured."""
+    row = result[which]
+    known = geometries.geometry(_geometry(result))
+    towers = known.towers
+    if which == "compressed":
+        where = devices.Device(devices.CPU, "", "", None, {}, 1.0, 0, None)
+        dense = Setting("", known.policy, known.towers, PRECISIONS["bf16"], where)
+        towers = pruned(dense, PRUNED).towers
+    parts = {
+        part.name: part
+        for part in work(known.policy, towers, Load(prompt_tokens=result.get("instruction_tokens"))).parts
+    }
+    found = []
+    for name, times in row["parts_ms"].items():
+        if name in parts:
+            operations = parts[name].flops
+            median, slow = operations / times["p50"] / 1e6, operations / times["p90"] / 1e6
+            intensity = operations / moved(parts[name], bits(result, which, name))
+            found.append(Point(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
+    return found
+
+
+def _geometry(result: Row) -> str:
+    """The geometry that a claim of this name was measured with: smolvla-450m is smolvla's."""
+    name = str(result["geometry"])
+    return name if name in geometries.known() else name.split("-")[0]
+
+
+def moved(part: Part, width: float) -> float:
+    """Bytes that a part reads and writes, all its passes."""
+    return part.times * sum(op.weights * width / 8 + op.activations * ACTIVATION for op in part.ops)
+
+
+def bits(result: Row, which: str, part: str) -> float:
+    """Of a weight of the graph that a part runs. ``precision`` has a word for all graphs, or one for each."""
+    if which == "torch":
+        return 16.0
+    told = str(result[which]["precision"])
+    graph = GRAPHS.get(part, "decoder")
+    each = dict(word.split(" ", 1) for word in told.split(", ")) if " " in told else {}
+    name = each.get(graph, told)
+    if result["runtime"] == "gguf" and graph == "decoder" and name == "fp16":
+        return 16.0  # llama.cpp reads it as it is
+    return BITS.get(name, 32.0)
+
+
+def _shares(result: Row) -> Table:
+    rows = [
+        [
+            Cell(f"{which}, {result[which]['precision']}"),
+            Cell(part),
+            Cell(f"{found['measured_ms']:,.1f}"),
+            Cell(f"{found['limit_ms']:,.1f}"),
+            Cell(f"{found['share']:.0%}"),
+            Cell(found["bound"]),
+        ]
+        for which in ARMS
+        for part, found in (result.get(which) or {}).get("roofline", {}).items()
+    ]
+    return Table(("policy", "part", "ms", "limit, ms", "share", "bound by"), rows)
+
+
+# Devices
+
+
+@dataclass(frozen=True)
+class Kind:
+    title: str
+    precision: str
+    pruned: float
+
+
+KINDS = (Kind("dense, bf16", "bf16", 0.0), Kind("pruned 90 %, int4", "int4", PRUNED))
+
+
+def predictions(names: Sequence[str]) -> list[Block]:
+    """`rlrc jetson plan`'s figures for these geometries on every module, in its fastest power mode."""
+    if not names:
+        return []
+    panels: dict[str, dict[str, dict[str, Estimate]]] = {}
+    rows, assumed = [], dict[str, None]()
+    for name in names:
+        for kind in KINDS:
+            for module in devices.table().devices:
+                setting = of_geometry(name, kind.precision, devices.device(module), Load(), None)
+                planned = plan(pruned(setting, kind.pruned) if kind.pruned else setting)
+                predicted, memory = planned.prediction, planned.prediction.memory
+                estimate = Estimate(predicted.latency_ms, *predicted.bounds)
+                panels.setdefault(name, {}).setdefault(kind.title, {})[module] = estimate
+                fits = "fits" if memory.fits else f"{megabytes(memory.excess)} too much"
+                energy = DASH if predicted.joules is None else f"{predicted.joules:.2f} J"
+                limits = f"{milliseconds(estimate.low)} to {milliseconds(estimate.high)}"
+                values = (milliseconds(estimate.value), limits, megabytes(memory.peak), fits, energy)
+                rows.append(
+                    [Cell(name), Cell(kind.title), Cell(f"{module}, {setting.device.mode}"), *map(Cell, values)]
+                )
+                assumed |= dict.fromkeys(planned.assumptions)
+    header = ("policy", "kind", "device", "latency", "compiled to plain kernels", "peak memory", "", "energy a chunk")
+    caption = "Predicted, not measured. The whiskers reach from compiled kernels to plain ones."
+    text = (
+        "By rlrc jetson plan: its errors against 34 published measurements are in docs/jetson.md. What a policy of "
+        "such weights would still do is not known."
+    )
+    return [
+        Chart("predictions", tradeoffs.predictions(panels), caption),
+        Note(text),
+        Table(header, rows, folded="every prediction"),
+        Listing(list(assumed), "everything that is assumed"),
+    ]

@@ -1,0 +1,104 @@
+"""A report as Markdown, with its charts as SVG files beside it. Film strips are left to the HTML page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html import unescape
+from pathlib import Path
+
+from rlrc.benchmarks.report.charts import standalone
+from rlrc.benchmarks.report.document import (
+    Block,
+    Cell,
+    Chart,
+    Charts,
+    Command,
+    Document,
+    Heading,
+    Listing,
+    Note,
+    Section,
+    Table,
+    Terms,
+    Tiles,
+)
+from rlrc.benchmarks.report.html import told
+from rlrc.benchmarks.results.results import write
+
+
+def save(document: Document, out: Path) -> list[Path]:
+    """``out``, and a file for every chart in the folder of its name beside it. -> all files, ``out`` first."""
+    folder = out.with_suffix("")
+    files = {folder / f"{chart.name}.svg": standalone(chart.svg) for chart in document.charts()}
+    if files:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, svg in files.items():
+        write(file, svg)
+    write(out, text(document, folder.name))
+    return [out, *files]
+
+
+def text(document: Document, folder: str) -> str:
+    """``folder``: where the charts are, seen from the page."""
+    parts = [f"# {document.title}", document.lead]
+    parts += [_section(section, folder) for section in document.sections if section.blocks]
+    return "\n\n".join([*parts, "Written by `rlrc report`."]) + "\n"
+
+
+def _section(section: Section, folder: str) -> str:
+    blocks = [written for block in section.blocks if (written := _block(block, folder))]
+    return "\n\n".join([f"## {_escaped(section.title)}"] * bool(section.title) + blocks)
+
+
+def _block(block: Block, folder: str) -> str:
+    if isinstance(block, Table):
+        return _folded(_table(block), block.folded)
+    if isinstance(block, Chart):
+        label = re.search(r'aria-label="([^"]*)"', block.svg)
+        alt = unescape(label[1]) if label else block.name
+        return f"![{_escaped(alt)}]({folder}/{block.name}.svg)\n\n{_escaped(block.caption)}"
+    if isinstance(block, Charts):
+        return "\n\n".join(_block(chart, folder) for chart in block.charts)
+    if isinstance(block, Heading):
+        return f"### {_escaped(block.text)}"
+    if isinstance(block, Note):
+        return _escaped(block.text)
+    if isinstance(block, Listing):
+        return _folded("\n".join(f"- {_escaped(line)}" for line in block.lines), block.folded)
+    if isinstance(block, Terms):
+        return _folded(_terms(block.facts), block.folded)
+    if isinstance(block, Command):
+        return "\n".join(f"    {line}" for line in block.text.splitlines())
+    if isinstance(block, Tiles):
+        return "\n".join(f"- **{_escaped(figure)}** {_escaped(what)}" for figure, what in block.tiles)
+    return ""
+
+
+def _table(table: Table) -> str:
+    marks = ["---", *("---:" for _ in table.header[1:])]
+    if table.words:
+        marks[-1] = "---"
+    rows = [[_cell(cell, i == table.strong) for cell in row] for i, row in enumerate(table.rows)]
+    lines = [[_escaped(column) for column in table.header], marks, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(cell: Cell, strong: bool) -> str:
+    words = _escaped(cell.text)
+    if words and (strong or cell.verdict):
+        words = f"**{words}**"
+    return f"{words} ({_escaped(cell.below)})" if cell.below else words
+
+
+def _terms(facts: Mapping[str, object]) -> str:
+    return "\n".join(f"- {_escaped(term)}: {_escaped(told(value))}" for term, value in facts.items())
+
+
+def _folded(body: str, title: str) -> str:
+    return f"<details><summary>{_escaped(title)}</summary>\n\n{body}\n\n</details>" if title else body
+
+
+def _escaped(words: str) -> str:
+    """What Markdown would take for markup, and what would end a table's cell."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(words.split()))

@@ -1,0 +1,104 @@
+"""What a measurement ran on, in words that identify the class of machine and nobody's workplace: no host names, no
+paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlrc.runtime.board.jetson import power_mode
+
+PACKAGES = ("rlrc", "numpy", "onnxruntime", "tokenizers", "pillow", "mujoco", "metaworld")
+
+
+def describe(threads: int | None = None, root: Path = Path("/")) -> dict[str, Any]:
+    """Device, processor, cores, memory, clocks, power mode, system and versions; what cannot be read is None.
+
+    ``root``: where the system's files are looked for.
+    """
+    memory = _match(root / "proc/meminfo", r"MemTotal:\s+(\d+) kB")
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return {
+        "device": (_read(root / "proc/device-tree/model") or platform.machine()).strip("\0\n "),
+        "cpu": _match(root / "proc/cpuinfo", r"model name\s*: (.+)") or platform.processor() or platform.machine(),
+        "cores": len(affinity) or os.cpu_count(),
+        "affinity": ranges(affinity) or None,
+        "threads": threads,
+        "memory_gb": round(int(memory) / 2**20, 1) if memory else None,
+        **clocks(root),
+        "power_mode": power_mode(root),
+        # A release such as 6.1.0-name tells who built the kernel; the first two numbers tell what matters.
+        "system": " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())]),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def clocks(root: Path = Path("/")) -> dict[str, Any]:
+    """``governor`` and ``mhz`` [lowest, highest] of the processors now; a virtual machine tells its nominal clock."""
+    policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
+    governors = {governor for policy in policies if (governor := (_read(policy / "scaling_governor") or "").strip())}
+    kilohertz = [int(text) for policy in policies if (text := (_read(policy / "scaling_cur_freq") or "").strip())]
+    megahertz = [value / 1e3 for value in kilohertz]
+    if not megahertz:
+        megahertz = [float(text) for text in re.findall(r"cpu MHz\s*: ([\d.]+)", _read(root / "proc/cpuinfo") or "")]
+    return {
+        "governor": ", ".join(sorted(governors)) or None,
+        "mhz": [round(min(megahertz)), round(max(megahertz))] if megahertz else None,
+    }
+
+
+def unified_memory(root: Path = Path("/")) -> bool:
+    """Whether CPU and GPU share the memory: a Jetson."""
+    return "Jetson" in (_read(root / "proc/device-tree/model") or "")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5", as Linux writes processors."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def command(arguments: Sequence[str] | None = None) -> str:
+    """The command line that ran, to be typed again: folders above the working directory are left out of paths."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return " ".join(["rlrc", *(_shorten(argument) for argument in arguments)])
+
+
+def _shorten(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    inside = path.is_relative_to(Path.cwd())
+    return option + equals + (str(path.relative_to(Path.cwd())) if inside else path.name)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return None
+
+
+def _match(path: Path, pattern: str) -> str | None:
+    found = re.search(pattern, _read(path) or "")
+    return found.group(1).strip() if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

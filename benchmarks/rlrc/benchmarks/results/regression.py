@@ -1,0 +1,173 @@
+"""Whether new results are worse than old ones of the same machine class: each figure, with what noise makes of it.
+
+A figure has regressed when it is worse by more than the tolerance and its interval leaves out "no change". What is
+beyond the tolerance but within the noise is told apart, and does not fail: measure again, for longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlrc.benchmarks.measure.success import compare, same_scenes
+from rlrc.benchmarks.results.results import rows_of
+from rlrc.benchmarks.results.stats import Estimate, difference_limit, paired_difference_limit, percentile_change
+from rlrc.errors import UserError
+
+Verdict = Literal["REGRESSION", "MISSING", "unclear", "same", "better"]
+Row = Mapping[str, Any]
+MARGIN = 0.03  # of success, as in claims.toml
+CLASS = ("device", "cpu", "cores", "threads", "power_mode")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one row. ``change``: new / old (of success, new - old), with its limits where there are any."""
+
+    name: str
+    figure: str
+    unit: str
+    old: float | None
+    new: float | None
+    change: Estimate | None
+    verdict: Verdict
+
+
+def compare_results(old: Row, new: Row, tolerance: float, margin: float = MARGIN) -> list[Change]:
+    """Every figure that the old result has. Raises UserError for results of machines of two classes."""
+    check_machines(old.get("machine") or {}, new.get("machine") or {})
+    fresh = {row["name"]: row for row in rows_of(new)}
+    found: list[Change] = []
+    for row in rows_of(old):
+        changes = list(_row(row, fresh.get(row["name"], {}), tolerance, margin))
+        gone = changes and row["name"] not in fresh
+        found += [Change(row["name"], "everything", "", None, None, None, "MISSING")] if gone else changes
+    return found
+
+
+def check_machines(old: Row, new: Row) -> None:
+    """Figures of two kinds of machine, or of other numbers of threads, say nothing about each other."""
+    differing = [key for key in CLASS if old.get(key) != new.get(key)]
+    if differing:
+        told = [", ".join(f"{key} {machine.get(key)}" for key in differing) for machine in (old, new)]
+        raise UserError(
+            f"expected results of one class of machine, found {told[0]} in the old and {told[1]} in the new; "
+            "measure both on the same one"
+        )
+
+
+def _row(old: Row, new: Row, tolerance: float, margin: float) -> Iterator[Change]:
+    name = old["name"]
+    for percentile in ("p50", "p99"):
+        if percentile in old.get("latency_ms", {}):
+            values = [row.get("latency_ms", {}).get(percentile) for row in (old, new)]
+            yield _ratio(name, percentile, "ms", values, _of_trials(old, new, percentile), tolerance)
+    for figure, unit, scale, path in FIGURES:
+        if (before := _at(old, path)) is not None:
+            after = _at(new, path)
+            change = None if after is None else _of_limits(_limits(old, path), _limits(new, path))
+            values = [None if value is None else value / scale for value in (before, after)]
+            yield _ratio(name, figure, unit, values, change, tolerance)
+    for number, one in (old.get("throughput") or {}).items():
+        other = ((new.get("throughput") or {}).get(number)) or {}
+        values = [one["chunks_per_s"], other.get("chunks_per_s")]
+        # Of a rate, more is better: the ratio is turned over.
+        change = _of_limits(tuple(other["interval"]), tuple(one["interval"])) if other else None
+        yield _ratio(name, f"throughput, {number} at once", "1/s", values, change, tolerance, more_is_better=True)
+    if old.get("success") is not None:
+        yield _success(name, old, new, margin)
+
+
+# Figure, unit, its size, where it is; lower is better.
+FIGURES = (
+    ("bytes", "MB", 1e6, ("bytes",)),
+    ("own memory", "MB", 1e6, ("memory", "own", "pss")),
+    ("peak memory", "MB", 1e6, ("memory", "own", "peak")),
+    ("peak memory", "MB", 1e6, ("peak_rss",)),
+    ("energy", "J a chunk", 1.0, ("energy", "joules_chunk", "value")),
+)
+
+
+def _at(row: Row, path: Sequence[str]) -> float | None:
+    value: Any = row
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def _limits(row: Row, path: Sequence[str]) -> tuple[float, float]:
+    """The lowest and highest that was measured, or the limits of the interval; the figure itself where it is exact."""
+    if path[0] == "memory" and (spread := row["memory"].get("own_range")):
+        return tuple(spread[path[-1]])
+    if path[0] == "energy":
+        return row["energy"]["joules_chunk"]["low"], row["energy"]["joules_chunk"]["high"]
+    value = _at(row, path)
+    assert value is not None
+    return value, value
+
+
+def _of_limits(old: tuple[float, ...], new: tuple[float, ...]) -> Estimate | None:
+    """The widest ratio that the limits of both allow."""
+    if min(*old, *new) <= 0:
+        return None
+    return Estimate(sum(new) / sum(old), new[0] / old[1], new[1] / old[0])
+
+
+def _of_trials(old: Row, new: Row, percentile: str) -> Estimate | None:
+    rounds = [_rounds(row) for row in (new, old)]
+    if min(map(len, rounds)) < 2:
+        return None
+    return percentile_change(rounds[0], rounds[1], float(percentile.removeprefix("p")))
+
+
+def _rounds(row: Row) -> list[list[float]]:
+    trials, block = row.get("trials_ms") or [], row.get("block", 1)
+    return [trials[i : i + block] for i in range(0, len(trials), block)]
+
+
+def _ratio(
+    name: str,
+    figure: str,
+    unit: str,
+    values: Sequence[float | None],
+    change: Estimate | None,
+    tolerance: float,
+    more_is_better: bool = False,
+) -> Change:
+    old, new = values
+    if old is None or new is None:
+        return Change(name, figure, unit, old, new, None, "MISSING")
+    worse, better = (old, new) if more_is_better else (new, old)
+    if better <= 0:
+        return Change(name, figure, unit, old, new, None, "same" if worse <= 0 else "unclear")
+    ratio = Estimate(worse / better, change.low, change.high) if change else Estimate(*(worse / better,) * 3)
+    return Change(name, figure, unit, old, new, ratio, verdict(ratio, tolerance))
+
+
+def verdict(ratio: Estimate, tolerance: float) -> Verdict:
+    """Of worse / better: above one is worse."""
+    if ratio.value > 1 + tolerance:
+        return "REGRESSION" if ratio.low > 1 else "unclear"
+    return "better" if ratio.value < 1 / (1 + tolerance) and ratio.high < 1 else "same"
+
+
+def _success(name: str, old: Row, new: Row, margin: float) -> Change:
+    if new.get("success") is None:
+        return Change(name, "success", "", old["success"], None, None, "MISSING")
+    difference = new["success"] - old["success"]
+    counts = [(round(row["success"] * row["episodes"]), row["episodes"]) for row in (new, old)]
+    if same_scenes(new, old):
+        pair = compare(new, old)
+        # The other way round, the lower limit is the upper one's negative.
+        low = paired_difference_limit(pair["only"], pair["only_baseline"], pair["pairs"])
+        high = -paired_difference_limit(pair["only_baseline"], pair["only"], pair["pairs"])
+    else:
+        low, high = difference_limit(*counts[0], *counts[1]), -difference_limit(*counts[1], *counts[0])
+    estimate = Estimate(difference, low, high)
+    found: Verdict = "same"
+    if difference < -margin:
+        found = "REGRESSION" if high < 0 else "unclear"
+    elif difference > margin and low > 0:
+        found = "better"
+    return Change(name, "success", "", old["success"], new["success"], estimate, found)

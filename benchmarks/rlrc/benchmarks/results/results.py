@@ -1,0 +1,225 @@
+"""Result files: what each holds about an artifact, how they are written, and how several become the rows of one table.
+
+Every benchmark writes ``{"kind", "command", "machine", ..., "rows": [{"name", ...}, ...]}``. Rows of several files that
+carry the same name describe the same artifact and are joined into one row of the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlrc.artifact import TOKENIZER, Artifact, Manifest, check_output, load
+from rlrc.errors import UserError
+from rlrc.folders import replacing
+from rlrc.runtime.inference import backends
+
+BASELINE = "dense"
+GEOMETRY, PEERS, STUDY, OVERHEAD = "claims of a geometry", "peers", "recovery study", "overhead"
+ARMS = ("dense", "compressed", "torch")  # of a geometry's claims
+OF_POLICIES = (GEOMETRY, PEERS, STUDY, OVERHEAD)
+"""Kinds of results whose rows are not the one table's: other runtimes, random weights, a study's arms, the harness."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """An artifact and what to call it in tables."""
+
+    name: str
+    artifact: Artifact
+
+    @property
+    def path(self) -> Path:
+        return self.artifact.path
+
+
+def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
+    """``NAME=FOLDER`` or ``FOLDER`` (then called like the folder), each loaded and checked against its hashes.
+
+    Raises UserError for no artifact, two of one name, or one without graphs.
+    """
+    if not arguments:
+        raise UserError("expected at least one artifact, found none; pass its folder, or NAME=FOLDER")
+    opened = []
+    for argument in map(str, arguments):
+        name, equals, folder = argument.partition("=")
+        # A folder whose own name has a "=" in it is still a folder.
+        labelled = bool(equals) and not Path(argument).exists()
+        path = Path(folder if labelled else argument)
+        opened.append(Named(name if labelled else path.resolve().name, load(path)))
+        if not opened[-1].artifact.manifest.graphs:
+            raise UserError(
+                f"expected graphs that the runtime can load, found none in {path}; run rlrc export {path} OUT"
+            )
+    names = [named.name for named in opened]
+    if len(set(names)) != len(names):
+        raise UserError(f"expected a different name for every artifact, found {', '.join(names)}; pass NAME=FOLDER")
+    return opened
+
+
+def graph_files(manifest: Manifest) -> list[str]:
+    """Files of the graphs that are run, with weights that lie beside a graph under its name (``decoder.onnx.data``)."""
+    return sorted({file for files in _files_by_graph(manifest).values() for file in files})
+
+
+def graph_bytes(manifest: Manifest) -> dict[str, int]:
+    """What the files of each graph take: of the vision tower, of the decoder, ..."""
+    return {name: sum(manifest.files[file].size for file in files) for name, files in _files_by_graph(manifest).items()}
+
+
+def _files_by_graph(manifest: Manifest) -> dict[str, list[str]]:
+    backend = backends.choose(manifest)
+    return {
+        graph.name: [file for file in manifest.files if file == graph.file or file.startswith(f"{graph.file}.")]
+        for graph in manifest.graphs
+        if graph.backend == backend
+    }
+
+
+def sizes(manifest: Manifest) -> dict[str, Any]:
+    """Bytes of everything the runtime loads: graphs with all their weights, and the tokenizer.
+
+    A policy that is not quantized counts at most 2 bytes a parameter (bf16), however its graphs are stored: fp32 files
+    would flatter every ratio against it.
+    """
+    graphs = sum(manifest.files[file].size for file in graph_files(manifest))
+    tokenizer = manifest.files[TOKENIZER].size if TOKENIZER in manifest.files else 0
+    as_bf16 = manifest.quantization is None and graphs > 2 * manifest.parameters
+    return {
+        "bytes": (2 * manifest.parameters if as_bf16 else graphs) + tokenizer,
+        "file_bytes": graphs,
+        "tokenizer_bytes": tokenizer,
+        "counting": f"as bf16, 2 bytes a parameter, + tokenizer; the {precision(manifest)} graph files take "
+        f"{graphs / 1e6:.2f} MB"
+        if as_bf16
+        else "graph files + tokenizer",
+    }
+
+
+def precision(manifest: Manifest) -> str:
+    """What the graphs compute in: one word, or one for each graph where they differ."""
+    backend = backends.choose(manifest)
+    graphs = {graph.name: graph.precision for graph in manifest.graphs if graph.backend == backend}
+    if len(set(graphs.values())) == 1:
+        return next(iter(graphs.values()))
+    return ", ".join(f"{name} {value}" for name, value in graphs.items())
+
+
+def recovery_minutes(manifest: Manifest) -> float:
+    """CPU minutes since the last pruning (pruning included); of the whole training where nothing was pruned."""
+    stages = [entry.stage for entry in manifest.history]
+    start = len(stages) - 1 - stages[::-1].index("prune") if "prune" in stages else 0
+    return sum(entry.cpu_minutes for entry in manifest.history[start:])
+
+
+def facts(named: Named) -> dict[str, Any]:
+    """The part of a row that needs no measurement."""
+    manifest = named.artifact.manifest
+    return {
+        "name": named.name,
+        "digest": named.artifact.digest,
+        "parameters": manifest.parameters,
+        **sizes(manifest),
+        "graph_bytes": graph_bytes(manifest),
+        "precision": precision(manifest),
+        "cpu_minutes": round(recovery_minutes(manifest), 2),
+    }
+
+
+def check_out(out: Path | None, force: bool) -> None:
+    """Refuse, before any work is done, an output that exists (unless forced) or cannot be written. Raises UserError."""
+    if out is None or (force and out.is_file()):
+        return
+    if out.is_dir():
+        raise UserError(f"expected a file, found the folder {out}; name a file in it with --out")
+    if out.exists():
+        raise UserError(
+            f"expected a new file, found {out} already there; choose another --out, or pass --force to replace it"
+        )
+    check_output(out)
+
+
+def write(out: Path, text: str) -> None:
+    """Whole or not at all."""
+    with replacing(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def dump(result: dict[str, Any]) -> str:
+    """JSON with a list of plain values on one line: a thousand trials are not a thousand lines."""
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    return (
+        re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n"
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One result file. A list of rows, as a study writes it, becomes a result of the kind STUDY.
+
+    Raises UserError unless it is JSON with named rows, or the claims of a geometry.
+    """
+    try:
+        result = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"expected a result file, found that {path} cannot be read ({error.strerror}); check the path"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"expected JSON written by rlrc bench, found something else in {path}; measure again with --out"
+        ) from None
+    if isinstance(result, list):
+        result = {"kind": STUDY, "command": f"see the rows of {path.name}", "rows": result}
+    rows = rows_of(result) if isinstance(result, dict) else None
+    named = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
+    if not rows or not named:
+        raise UserError(f'expected "rows" with names, found none in {path}; pass files written by rlrc bench ... --out')
+    return result
+
+
+def rows_of(result: Mapping[str, Any]) -> Any:
+    """The rows; of a geometry's claims, what was measured of each policy, under the geometry's name."""
+    if result.get("kind") != GEOMETRY:
+        return result.get("rows")
+    return [{"name": f"{result['geometry']} {arm}", **result[arm]} for arm in ARMS if isinstance(result.get(arm), dict)]
+
+
+def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the same name joined, in order of appearance; later files win.
+
+    Raises UserError where two artifacts share a name.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for row in result["rows"]:
+            known = merged.setdefault(row["name"], {})
+            if known.get("digest", row.get("digest")) != row.get("digest", known.get("digest")):
+                raise UserError(
+                    f"expected one artifact under the name {row['name']!r}, found two; measure again as NAME=FOLDER"
+                )
+            known.update(row)
+    return list(merged.values())
+
+
+def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results as one: all commands, the machine, the rows joined by name. Raises UserError for two machines.
+
+    Without results of OF_POLICIES.
+    """
+    results = [result for result in results if result.get("kind") not in OF_POLICIES]
+    machines = [result.get("machine") or {} for result in results]
+    kinds = {(machine.get("cpu"), machine.get("cores")) for machine in machines}
+    if len(kinds) > 1:
+        found = "; ".join(f"{cpu} with {cores} cores" for cpu, cores in sorted(kinds, key=str))
+        raise UserError(f"expected results of one machine to join, found {found}; join those of each machine apart")
+    commands = dict.fromkeys(str(result.get("command")) for result in results)
+    return {
+        "kind": "results",
+        "command": "; ".join(commands),
+        "machine": machines[0] if machines else {},
+        "rows": merge(results),
+    }

@@ -1,0 +1,180 @@
+"""Statistics that a policy takes from the data set it is trained on, as LeRobot's training does.
+
+Base checkpoints such as lerobot/pi0_base have modes of normalisation and no statistics, and declare the widest state
+and action that they take. LeRobot normalises by the data set's statistics in the base's modes, pads behind that, and
+takes ImageNet's for pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlrc.artifact import ActionSpec, NormStats, PolicySpec, StateSpec
+from rlrc.compressor.checkpoints.lerobot.features import dimension_names, meanings
+from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY, MODES, Values, affine, identity
+from rlrc.compressor.models.policy import Normalisation
+from rlrc.errors import UserError
+from rlrc.runtime.cli.describe import Recorded
+from rlrc.strict import encode, parse
+
+if TYPE_CHECKING:
+    from rlrc.datasets.lerobot import Dataset
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # LeRobot's use_imagenet_stats
+PARTS = {"state": "observation.state", "environment_state": "observation.environment_state", "action": "action"}
+
+
+def missing(record: Recorded) -> list[str]:
+    return [name for name, steps in record.items() if any(step["missing"] for step in steps)]
+
+
+def normalised(record: Recorded) -> list[str]:
+    """What is normalised by one of LeRobot's modes, with or without statistics."""
+    return [name for name, steps in record.items() if any(step["mode"] in MODES for step in steps)]
+
+
+def undecided(spec: PolicySpec, record: Recorded) -> list[str]:
+    """What is the data set's to say: what lacks statistics, and what is as wide as a base declares and has IDENTITY."""
+    wide = [
+        name
+        for name in ("state", "action")
+        if spec.flow is not None and all(step["mode"] == IDENTITY for step in record.get(name, [{"mode": ""}]))
+        if len(set(_range(spec, name))) == 1
+    ]
+    return missing(record) + wide
+
+
+def adopted(
+    spec: PolicySpec, record: Recorded, names: Collection[str], dataset: Dataset, cameras: Mapping[str, str]
+) -> tuple[PolicySpec, Recorded]:
+    """The policy with the data set's statistics for what is named, and its new record.
+
+    A flow policy's state and action get the data set's widths, within what the policy takes. Raises UserError for a
+    data set that does not fit, and for statistics that it does not have.
+    """
+    record = dict(record)
+    for name in names:
+        if len(record[name]) != 1:
+            raise UserError(
+                f"expected one step that normalises {name}, found {len(record[name])}; rlrc cannot take the statistics "
+                f"of {dataset.path} for several"
+            )
+        mode, eps = record[name][0]["mode"], record[name][0]["eps"]
+        feature = PARTS.get(name) or _camera(dataset, name.removeprefix("image."), cameras)
+        if name.startswith("image."):
+            values, origin = _of_pictures(dataset, feature, mode)
+            spec = _with_picture(spec, name.removeprefix("image."), affine(mode, values, 3, eps, feature))
+        else:
+            width = _width(dataset, feature, spec, name)
+            if mode == IDENTITY:
+                if width != _range(spec, name)[0]:
+                    spec = _with_numbers(spec, name, identity(width), dataset.features[feature].names)
+                continue
+            values, origin = _of_numbers(dataset, feature, mode)
+            norm = affine(mode, values, width, eps, f"{feature} in {dataset.path}", inverse=name == "action")
+            spec = _with_numbers(spec, name, norm, dataset.features[feature].names)
+        record[name] = [encode(Normalisation(feature, mode, f"{', '.join(MODES[mode])} of {origin}", eps=eps))]
+    return spec, record
+
+
+def _stored(dataset: Dataset, feature: str, mode: str) -> Values | None:
+    """Those of meta/stats.json, which LeRobot trains with; None if it does not have what the mode takes."""
+    try:
+        stats = parse((dataset.path / "meta/stats.json").read_bytes())[feature]
+        return {name: torch.tensor(stats[name], dtype=torch.float64) for name in MODES[mode]}
+    except (OSError, UserError, KeyError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _of_numbers(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
+    from rlrc.datasets.stats import of_vectors
+
+    if (values := _stored(dataset, feature, mode)) is not None:
+        return values, f"{feature} in {dataset.path / 'meta/stats.json'}"
+    found = of_vectors(dataset.column(feature))
+    rows = {name: torch.tensor(found[name], dtype=torch.float64) for name in MODES[mode]}
+    return rows, f"{feature} in the rows of {dataset.path}"
+
+
+def _of_pictures(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
+    if mode == "MEAN_STD":
+        return {name: torch.tensor(values) for name, values in IMAGENET.items()}, "ImageNet, as LeRobot trains"
+    if (values := _stored(dataset, feature, mode)) is not None:
+        return values, f"{feature} in {dataset.path / 'meta/stats.json'}"
+    raise UserError(
+        f"expected {' and '.join(MODES[mode])} of {feature} in {dataset.path / 'meta/stats.json'}, for the policy's "
+        f"mode is {mode}, found none; write the data set's statistics again"
+    )
+
+
+def _camera(dataset: Dataset, name: str, cameras: Mapping[str, str]) -> str:
+    chosen = cameras.get(name, name)
+    return chosen if chosen in dataset.features else f"observation.images.{chosen}"
+
+
+def _width(dataset: Dataset, name: str, spec: PolicySpec, part: str) -> int:
+    """Of the data set's feature. Raises UserError if the policy cannot take so many numbers."""
+    feature = dataset.features.get(name)
+    own, most = _range(spec, part)
+    wanted = f"at most {most}" if most > own or spec.flow is not None else str(own)
+    found = "none" if feature is None else f"{feature.dtype} {feature.shape}"
+    if feature is not None and feature.numeric and len(feature.shape) == 1:
+        width = feature.shape[0]
+        if width == own or (spec.flow is not None and width <= most):
+            return width
+    raise UserError(
+        f"expected {name} of {wanted} numbers in {dataset.path}, as the policy takes them, found {found}; choose a "
+        "data set that fits it"
+    )
+
+
+def _range(spec: PolicySpec, part: str) -> tuple[int, int]:
+    """How many numbers a part has, and the most that it may have."""
+    if part == "action":
+        return spec.action.dim, spec.flow.width if spec.flow else spec.action.dim
+    names = () if spec.state is None else spec.state.names
+    behind = spec.geometry.get("environment", 0)  # ACT's: the last of the state
+    own = behind if part == "environment_state" else len(names) - behind
+    return own, max(own, (spec.state and spec.state.width) or 0)
+
+
+def _with_numbers(spec: PolicySpec, part: str, norm: NormStats, names: Any) -> PolicySpec:
+    dim = len(norm.center)
+    called = dimension_names(names, dim)
+    if part == "action":
+        action: ActionSpec = replace(spec.action, names=called, meaning=meanings(called), units=("1",) * dim, norm=norm)
+        return replace(spec, action=action)
+    state = spec.state
+    assert state is not None
+    own, _ = _range(spec, "state")
+    first, last = (slice(0, own), slice(own, None)) if part == "state" else (slice(own, None), slice(0, own))
+
+    def joined(new: tuple[Any, ...], old: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*new, *old[last]) if part == "state" else (*old[last], *new)
+
+    named = called if part == "state" else state.names[first]
+    new: StateSpec = replace(
+        state,
+        names=joined(named, state.names),
+        units=joined(("1",) * dim, state.units),
+        norm=NormStats(joined(norm.center, state.norm.center), joined(norm.scale, state.norm.scale)),
+    )
+    return replace(spec, state=new)
+
+
+def _with_picture(spec: PolicySpec, name: str, norm: NormStats) -> PolicySpec:
+    cameras = (
+        replace(camera, mean=norm.center, std=norm.scale) if camera.name == name else camera for camera in spec.cameras
+    )
+    return replace(spec, cameras=tuple(cameras))
+
+
+def from_data(path: str) -> Dataset:
+    from rlrc.datasets.lerobot import Dataset
+
+    return Dataset.open(Path(path))

@@ -1,0 +1,162 @@
+"""Where lerobot's files keep the tensors of pi0, pi0.5 and SmolVLA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlrc.artifact import TowerSpec
+from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
+from rlrc.compressor.checkpoints.tensors import BUFFERS, Tensors, wrong_shape
+from rlrc.compressor.models.policy import Part
+
+
+@dataclass(frozen=True)
+class Names:
+    """Prefixes of a policy's parts, without lerobot's leading "model."."""
+
+    vision: str
+    projector: str
+    decoder: str
+    expert: str
+    head: str  # of language; stands for the embedding where that is not stored
+
+
+PALIGEMMA = Names(
+    vision="paligemma_with_expert.paligemma.model.vision_tower.vision_model",
+    projector="paligemma_with_expert.paligemma.model.multi_modal_projector.linear",
+    decoder="paligemma_with_expert.paligemma.model.language_model",
+    expert="paligemma_with_expert.gemma_expert.model",
+    head="paligemma_with_expert.paligemma.lm_head.weight",
+)
+SMOLVLM = Names(
+    vision="vlm_with_expert.vlm.model.vision_model",
+    projector="vlm_with_expert.vlm.model.connector.modality_projection.proj",
+    decoder="vlm_with_expert.vlm.model.text_model",
+    expert="vlm_with_expert.lm_expert",
+    head="vlm_with_expert.vlm.lm_head.weight",
+)
+NAMES = {"pi0": PALIGEMMA, "pi05": PALIGEMMA, "smolvla": SMOLVLM}
+
+# Within a block: ours -> theirs.
+VISION = {"attention.out": "self_attn.out_proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
+VISION |= {"norm1": "layer_norm1", "norm2": "layer_norm2"}
+NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+LINEARS = {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
+LINEARS |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+HALF = ("norm1", "attention.k", "attention.v")  # what a "half" block has
+
+
+class Official:
+    """A folder's tensors by names that do not depend on who saved them.
+
+    Files derived from openpi have no leading "model.", compiled ones an "_orig_mod", and pi0's and pi0.5's files may
+    have each other's name of the time's MLP.
+    """
+
+    def __init__(self, tensors: Tensors, family: str) -> None:
+        self.tensors, self.where = tensors, NAMES[family]
+        self.names = {_plain(name): name for name in tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def name(self, name: str) -> str:
+        """As it is stored; one that is missing as lerobot would store it."""
+        return self.names.get(name, f"model.{name}")
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """Raises UserError if the tensor is missing or has another number of dimensions."""
+        shape = self.tensors.shape(self.name(name))
+        if len(shape) != dimensions:
+            raise wrong_shape(f"tensor {self.name(name)}", f"{dimensions} dimensions", shape, self.tensors.origin)
+        return shape
+
+    def depth(self, layers: str, first: str) -> int:
+        """How many blocks ``layers``.0, ... there are; ``first`` is a tensor that each has."""
+        self.shape(f"{layers}.0.{first}", 2)
+        return self.tensors.depth(self.name(f"{layers}.0.{first}").removesuffix(f"0.{first}"))
+
+    @property
+    def embedding(self) -> str:
+        """Current files have both it and the language model's head, which may be stale; others have the head only."""
+        stored = f"{self.where.decoder}.embed_tokens.weight"
+        return self.where.head if stored not in self and self.where.head in self else stored
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").removeprefix("model.").replace("action_time_mlp_", "time_mlp_", 1)
+
+
+def parts(official: Official, towers: dict[str, TowerSpec], bias: bool, state: bool) -> dict[str, Part]:
+    """By the names of the policy's tensors. ``bias`` of the projector; ``state``: whether it has a token."""
+    where, found = official.where, dict[str, Part]()
+
+    def take(ours: str, *theirs: str, convert: str = "same") -> None:
+        found[ours] = Part(tuple(map(official.name, theirs)), convert)
+
+    def affine(ours: str, theirs: str) -> None:
+        for leaf in ("weight", "bias"):
+            take(f"{ours}.{leaf}", f"{theirs}.{leaf}")
+
+    def norm(ours: str, theirs: str, tower: TowerSpec) -> None:
+        if tower.norm == "adaptive":
+            affine(f"{ours}.dense", f"{theirs}.dense")
+        else:
+            take(f"{ours}.weight", f"{theirs}.weight")
+
+    take("vision.stem.steps.0.weight", f"{where.vision}.embeddings.patch_embedding.weight", convert="patches")
+    take("vision.stem.steps.0.bias", f"{where.vision}.embeddings.patch_embedding.bias")
+    take("vision.position", f"{where.vision}.embeddings.position_embedding.weight")
+    for i in range(len(towers["vision"].layers)):
+        ours, theirs = f"vision.layers.{i}", f"{where.vision}.encoder.layers.{i}"
+        for leaf in ("weight", "bias"):
+            three = (f"{theirs}.self_attn.{name}_proj.{leaf}" for name in "qkv")
+            take(f"{ours}.attention.qkv.{leaf}", *three, convert="join")
+        for name, other in VISION.items():
+            affine(f"{ours}.{name}", f"{theirs}.{other}")
+    affine("vision.norm", f"{where.vision}.post_layernorm")
+    take("projector.weight", f"{where.projector}.weight")
+    if bias:
+        take("projector.bias", f"{where.projector}.bias")
+    take("embedding.weight", official.embedding)
+
+    for name, prefix in (("decoder", where.decoder), ("expert", where.expert)):
+        tower = towers[name]
+        for i, layer in enumerate(tower.layers):
+            ours, theirs = f"{name}.layers.{i}", f"{prefix}.layers.{i}"
+            for inner, other in NORMS.items():
+                if layer.kind != "half" or inner in HALF:
+                    norm(f"{ours}.{inner}", f"{theirs}.{other}", tower)
+            for inner, other in LINEARS.items():
+                if layer.kind != "half" or inner in HALF:
+                    take(f"{ours}.{inner}.weight", f"{theirs}.{other}.weight")
+        if tower.layers[-1].kind != "half":
+            norm(f"{name}.norm", f"{prefix}.norm", tower)
+
+    affine("action_in", "action_in_proj")
+    affine("action_out", "action_out_proj")
+    affine("time_in", "time_mlp_in")
+    affine("time_out", "time_mlp_out")
+    if state:
+        affine("state", "state_proj")
+    return found
+
+
+def unused(official: Official, towers: dict[str, TowerSpec], taken: dict[str, Part]) -> tuple[str, ...]:
+    """Stored, but no action depends on it: heads, what is left of the prefix's last blocks, old folders' statistics."""
+    where, used = official.where, {name for part in taken.values() for name in part.official}
+    begins = [f"{where.decoder}.norm.", f"{where.vision}.head.", f"{where.expert}.embed_tokens."]
+    last = len(towers["decoder"].layers) - 1
+    while f"{where.decoder}.layers.{last}.{LINEARS['attention.q']}.weight" in official:
+        begins.append(f"{where.decoder}.layers.{last}.")
+        last += 1
+    if towers["expert"].norm == "adaptive":  # files may still have what pi0 has in its place
+        begins += ["state_proj.", f"{where.expert}.norm.weight"]
+        for i in range(len(towers["expert"].layers)):
+            begins += [f"{where.expert}.layers.{i}.{theirs}.weight" for theirs in NORMS.values()]
+    ends = ("lm_head.weight", *BUFFERS)
+    return tuple(
+        stored
+        for plain, stored in official.names.items()
+        if stored not in used and (plain.startswith(tuple(begins)) or plain.endswith(ends) or BUFFER.fullmatch(plain))
+    )

@@ -1,0 +1,280 @@
+"""What the folders of lerobot's policies share: how inputs and actions are normalised, and the prompt.
+
+Since lerobot 0.4 a folder has two pipelines of processor steps: see processor_steps.py. Older folders have none and
+keep their statistics among the weights. What normalises an input or the action is never left out in silence: statistics
+that a mode needs and that are missing are refused, unless ``Options.incomplete`` says that they are not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
+from rlrc.compressor.checkpoints import settings
+from rlrc.compressor.checkpoints.lerobot.buffers import among_weights, of_config
+from rlrc.compressor.checkpoints.lerobot.features import Feature, dimension_names, features, meanings, number, short
+from rlrc.compressor.checkpoints.lerobot.normaliser import (
+    IDENTITY,
+    MODES,
+    Statistics,
+    Values,
+    affine,
+    after,
+    check_mode,
+    identity,
+)
+from rlrc.compressor.checkpoints.lerobot.steps import (
+    ACTION,
+    AFTER,
+    BEFORE,
+    Effect,
+    Normaliser,
+    chain,
+    prompt_of,
+    read_steps,
+)
+from rlrc.compressor.models.policy import Normalisation
+from rlrc.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc.compressor.checkpoints.folder import Folder, Options
+
+
+@dataclass(frozen=True)
+class Processors:
+    """What lerobot does to observations before the policy and to actions after it, in the order of the steps.
+
+    ``prompt``: how an instruction becomes ids, but for the vocabulary; None without language. ``state_step``: the index
+    in ``before`` of the step that puts the state into the prompt (None: no step does). ``inwards``, ``outwards``:
+    statistics among the weights. ``group``: the data set whose statistics are meant where they are stored by data set.
+    ``incomplete``: statistics that are missing are not refused; the feature then has those of data that is normalised
+    already.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    before: list[Effect]
+    after: list[Effect]
+    prompt: PromptSpec | None
+    state_step: int | None
+    inwards: Statistics
+    outwards: Statistics
+    group: str | None
+    incomplete: bool
+
+    def inputs(self, kind: str) -> list[Feature]:
+        """The features of a kind that the policy sees, in the config's order."""
+        return [feature for feature in features(self.config, "input_features") if feature.kind == kind]
+
+    def called(self, feature: Feature) -> str:
+        """The robot's name of a feature: "front" of "observation.images.front"."""
+        return short(chain(self.before, feature.name)[0])
+
+    def camera(
+        self,
+        feature: Feature,
+        resize: Literal["none", "pad", "pad-left-top"] = "none",
+        size: tuple[int, int] | None = None,
+        centre: float = 0.0,
+        spread: float = 1.0,
+        optional: bool = False,
+    ) -> CameraSpec:
+        """``size``: height and width that the policy resizes to (None: those of the feature).
+
+        ``centre`` and ``spread``: the policy itself computes (x - centre) / spread after the normaliser.
+        """
+        if len(feature.shape) != 3 or feature.shape[0] != 3:
+            raise UserError(
+                f"expected three colours, height and width as the shape of {feature.name} in config.json, found "
+                f"{list(feature.shape)}; rlrc takes RGB pictures"
+            )
+        height, width = size or feature.shape[1:]
+        norm = after(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
+        return CameraSpec(self.called(feature), height, width, resize, norm.center, norm.scale, "HWC", optional)
+
+    def state(self, feature: Feature, width: int | None = None, padded: int | None = None) -> StateSpec:
+        """Names are joint_0, joint_1, ... and the unit is "1": config.json has neither. ``padded``: see ``norm``."""
+        norm = self.norm(feature, feature.dim, padded)
+        dim = len(norm.center)
+        return StateSpec(tuple(f"joint_{i}" for i in range(dim)), ("1",) * dim, norm, width)
+
+    def action(self, default: int | None = None, padded: int | None = None) -> ActionSpec:
+        """A chunk of ``chunk_size`` continuous actions; ``default``: its dimensions where config.json has none.
+
+        Assumed, for config.json does not say: actions are absolute positions in the robot's own units ("1"), but for
+        those named as the gripper's (action_feature_names; else they are joint_0, joint_1, ...). ``padded``: see
+        ``norm``.
+        """
+        found = self._outputs()
+        if not found and default is not None:
+            found = [Feature(ACTION, "ACTION", (default,))]
+        if len(found) != 1:
+            raise UserError(
+                f"expected one ACTION in output_features of config.json, found {len(found)}; copy the folder again"
+            )
+        norm = self.norm(found[0], found[0].dim, padded)
+        dim = len(norm.center)
+        names = dimension_names(self.config.get("action_feature_names"), dim)
+        return ActionSpec(number(self.config, "chunk_size"), names, meanings(names), ("1",) * dim, norm, bins=0)
+
+    def norm(self, feature: Feature, numbers: int, padded: int | None = None) -> NormStats:
+        """Of an input, or of the action on its way out, with so many numbers (three of a picture's colours).
+
+        A feature as wide as ``padded``, the widest that the policy takes, has as many numbers as its statistics: the
+        base policies declare their padded width, and lerobot keeps it in what was trained from them. Raises UserError
+        for statistics that are missing or do not fit.
+        """
+        applied = self.applied(feature)
+        if numbers == padded:
+            widths = {len(values[one]) for how, values in applied for one in MODES.get(how.mode, ()) if one in values}
+            numbers = min(numbers, *widths) if len(widths) == 1 else numbers
+        norm = identity(numbers)
+        for how, values in applied:
+            if how.missing and not self.incomplete:
+                choose = "choose one with --unnorm-key" if how.groups else "copy the whole folder again"
+                raise UserError(
+                    f"expected statistics of {how.feature} in {self.path}, for its mode is {how.mode}, found "
+                    f"{how.missing}; {choose}, or take those of your data: rlrc sft {self.path} OUT --data FOLDER"
+                )
+            if how.mode != IDENTITY and not how.missing:
+                what = f"{how.feature} ({how.origin})"
+                one = affine(how.mode, values, numbers, how.eps, what, inverse=feature.kind == "ACTION")
+                norm = after(norm, one)
+        return norm
+
+    def normalisation(self, inputs: Iterable[Feature]) -> dict[str, tuple[Normalisation, ...]]:
+        """Of these inputs and of the action by rlrc's names: "image.top", "state", "environment_state", "action"."""
+        found = {}
+        for feature in (*inputs, Feature(ACTION, "ACTION", ())):
+            name = {"STATE": "state", "ENV": "environment_state", "ACTION": ACTION}.get(feature.kind)
+            found[name or f"image.{self.called(feature)}"] = tuple(how for how, _ in self.applied(feature))
+        return found
+
+    def applied(self, feature: Feature) -> list[tuple[Normalisation, Values]]:
+        """How a feature is normalised, and by which statistics; first what is nearest to the raw values."""
+        inwards = [(effect, ACTION) for effect in self.before if isinstance(effect, Normaliser)]
+        if feature.kind != "ACTION":
+            end = self.state_step if feature.kind == "STATE" else None  # later steps do not change the prompt
+            _, inwards = chain(self.before[:end], feature.name)
+            return [self._by(*pair, feature) for pair in inwards] or [self._by_none(feature, BEFORE)]
+        outwards = [(effect, ACTION) for effect in reversed(self.after) if isinstance(effect, Normaliser)]
+        taught, done = ([one.mode(ACTION, "ACTION") for one, _ in pairs] for pairs in (inwards, outwards))
+        if outwards and inwards and taught != done:
+            raise UserError(
+                f"expected the same modes of normalisation for {ACTION} in {BEFORE} and {AFTER} of {self.path}, found "
+                f"{', '.join(map(str, taught))} and {', '.join(map(str, done))}; copy both files from one folder"
+            )
+        return [self._by(*pair, feature) for pair in outwards] or [self._by_none(feature, AFTER, taught)]
+
+    def _by(self, normaliser: Normaliser, name: str, feature: Feature) -> tuple[Normalisation, Values]:
+        mode = normaliser.mode(name, feature.kind)
+        if mode is None:
+            return Normalisation(name, IDENTITY, f"not in normalize_observation_keys of {normaliser.step}"), {}
+        if mode == IDENTITY:
+            return Normalisation(name, IDENTITY, normaliser.said), {}
+        if unlisted := normaliser.unlisted(name):
+            return Normalisation(name, mode, missing=unlisted, eps=normaliser.eps), {}
+        others = self.outwards if feature.kind == "ACTION" else self.inwards
+        found = [(statistics, statistics.names(name)) for statistics in (normaliser.statistics, others)]
+        for group in (self.group, None):  # statistics without a group are for every data set
+            for statistics, names in found:
+                if (stored := names.get(group or "")) is not None:
+                    origin = f"{', '.join(MODES[mode])} of {stored} in {statistics.file}"
+                    return Normalisation(name, mode, origin, group, eps=normaliser.eps), statistics.values[stored]
+        file, listed = normaliser.statistics.file, tuple(sorted({group for _, names in found for group in names}))
+        missing = f"none in {file}" if file else f"no state_file of {normaliser.step}"
+        if listed:
+            missing = f"only those of the data sets {', '.join(listed)}"
+        return Normalisation(name, mode, missing=missing, groups=listed, eps=normaliser.eps), {}
+
+    def _by_none(
+        self, feature: Feature, file: str, taught: list[str | None] | None = None
+    ) -> tuple[Normalisation, Values]:
+        """Of a feature that no step normalises: right only if config.json, or the way in, says IDENTITY."""
+        mapping = self.config.get("normalization_mapping")
+        said = [mode or IDENTITY for mode in taught or ()]
+        where = BEFORE if said else "normalization_mapping of config.json"
+        if not said:
+            mode = mapping.get(feature.kind) if isinstance(mapping, dict) else None
+            mode = mode or (IDENTITY if feature.kind == "ENV" else None)
+            if mode is not None:
+                check_mode(feature.kind, mode, where)
+                said = [mode]
+        step = "an unnormalizer_processor" if file == AFTER else "a normalizer_processor"
+        early = " before the state is put into the prompt" * (feature.kind == "STATE" and self.state_step is not None)
+        if not said:
+            raise UserError(
+                f"expected {step} in {self.path / file}{early}, or a mode for {feature.kind} as normalization_mapping "
+                f"of config.json, found neither; add {IDENTITY} there if {feature.name} is not normalised"
+            )
+        needed = [mode for mode in said if mode != IDENTITY]
+        if not needed:
+            return Normalisation(feature.name, IDENTITY, where), {}
+        return Normalisation(feature.name, needed[0], missing=f"no {step.split()[1]} in {file}{early}", eps=1e-8), {}
+
+    def _outputs(self) -> list[Feature]:
+        return [feature for feature in features(self.config, "output_features") if feature.kind == "ACTION"]
+
+
+def read(folder: Folder, language: bool, options: Options) -> Processors:
+    """Reads the folder's processors. ``language``: whether the policy takes an instruction.
+
+    Raises UserError for steps and settings that rlrc does not know or that do what it cannot, and for an
+    ``Options.unnorm_key`` that is no group of the statistics.
+    """
+    inwards, outwards = among_weights(folder)
+    prompt: PromptSpec | None
+    if BEFORE not in folder and AFTER not in folder and folder.config.get("type") != "pi05":  # which 0.4 brought
+        kinds = {feature.name: feature.kind for feature in features(folder.config, "input_features")}
+        before, after = of_config(folder.config, kinds, inwards), of_config(folder.config, kinds, outwards)
+        # Before 0.4 an instruction ended with a newline and was not cut.
+        longest = number(folder.config, "tokenizer_max_length", 48)
+        prompt, state_step = PromptSpec("{instruction}", longest, None, ("newline",)), None
+    else:
+        before, after = (read_steps(folder, file) for file in (BEFORE, AFTER))
+        prompt, state_step = prompt_of(before)
+        if prompt is None and language:
+            raise UserError(
+                f"expected a tokenizer_processor in {folder.path / BEFORE}, found none; copy the folder again"
+            )
+    if not language:
+        prompt, state_step = None, None
+    if state_step is None:
+        settings.check_no_prompt_state(folder, options)
+    processors = Processors(
+        folder.path,
+        folder.config,
+        before,
+        after,
+        prompt,
+        state_step,
+        inwards,
+        outwards,
+        options.unnorm_key,
+        options.incomplete,
+    )
+    _check_group(processors)
+    return processors
+
+
+def _check_group(processors: Processors) -> None:
+    """Raises UserError for a chosen group that the statistics do not have."""
+    steps = [effect.statistics for effect in (*processors.before, *processors.after) if isinstance(effect, Normaliser)]
+    config, key = processors.config, processors.group
+    known = [*features(config, "input_features"), *features(config, "output_features"), Feature(ACTION, "ACTION", ())]
+    every = (*steps, processors.inwards, processors.outwards)
+    groups = sorted({group for one in every for feature in known for group in one.names(feature.name) if group})
+    if key is None or key in groups:
+        return
+    if not groups:
+        raise UserError(
+            f"expected no --unnorm-key for {processors.path}, whose statistics name no data set, found {key!r}; "
+            "leave it out"
+        )
+    raise UserError(
+        f"expected one of the data sets {', '.join(groups)} of {processors.path}, found {key!r}; give another "
+        "--unnorm-key"
+    )

@@ -1,0 +1,303 @@
+"""LeRobot's processor pipelines (0.4 and later) as configured sequences: what each step does, in its order.
+
+policy_preprocessor.json and policy_postprocessor.json list steps with their settings (huggingface/lerobot,
+src/lerobot/processor). Every setting is honoured, has no effect here, or is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from rlrc.artifact import PromptSpec
+from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY, KINDS, MODES, Statistics, check_mode, stored
+from rlrc.errors import UserError
+
+if TYPE_CHECKING:
+    from rlrc.compressor.checkpoints.folder import Folder
+
+BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
+ACTION = "action"  # LeRobot's normalisers take the action under this name only
+RELATIVE = "relative_actions_processor"
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Inputs get other names: new -> old."""
+
+    olds: Mapping[str, Sequence[str]]
+
+    def old(self, name: str) -> str:
+        """What the input ``name`` was called before. Raises UserError if this step leaves none of that name."""
+        olds = self.olds.get(name, ())
+        gone = not olds and any(name in others for others in self.olds.values())
+        if len(olds) > 1 or gone:
+            raise UserError(
+                f"expected one input that the rename_map of {BEFORE} leaves or renames to {name}, found "
+                f"{', '.join(olds) or 'none'}; correct the rename_map"
+            )
+        return olds[0] if olds else name
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """A normalizer_processor or unnormalizer_processor.
+
+    ``modes`` by kind of feature, as the setting ``said`` has them; ``kinds`` of the listed features; ``only``: the
+    inputs that are normalised (None: all that are listed).
+    """
+
+    step: str
+    said: str
+    modes: Mapping[str, str]
+    kinds: Mapping[str, str]
+    statistics: Statistics
+    eps: float
+    only: Collection[str] | None = None
+
+    def mode(self, name: str, kind: str) -> str | None:
+        """Of a feature; None: its settings leave it out. Raises UserError where the settings do not say."""
+        if name == ACTION:
+            kind = "ACTION"
+        elif self.only is not None and name not in self.only:
+            return None
+        elif name in self.kinds:
+            kind = self.kinds[name]
+        mode = self.modes.get(kind, IDENTITY if kind == "ENV" else "")  # these families' settings have none for ENV
+        if not mode:
+            raise UserError(
+                f"expected a mode for {kind} as {self.said}, found {', '.join(self.modes) or 'none'}; "
+                f"add one, {IDENTITY} if {name} is not normalised"
+            )
+        return mode
+
+    def unlisted(self, name: str) -> str:
+        """Why LeRobot leaves an input alone that has a mode: published bases list no features. Empty if it does not."""
+        if name == ACTION or name in self.kinds:
+            return ""
+        return f"no {name} among the features of {self.step} (list it there if training normalised it)"
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """pi0.5: the instruction becomes a prompt that contains the state. ``padded``: to this width in LeRobot 0.4."""
+
+    padded: int | None
+
+
+@dataclass(frozen=True)
+class Newline:
+    """The text ends with a newline."""
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    max_length: int
+    truncation: bool
+
+
+Effect = Rename | Normaliser | PromptState | Newline | Tokenize
+
+
+class Settings:
+    """Those of one step. What is not taken when the step has been read is refused."""
+
+    def __init__(self, name: str, values: Mapping[str, Any], file: str) -> None:
+        self.step, self.file = f"{name} in {file}", file
+        self._values, self._known = dict(values), list[str]()
+
+    def take(self, name: str, default: Any = None) -> Any:
+        self._known.append(name)
+        return self._values.pop(name, default)
+
+    def one_of(self, name: str, supported: Sequence[Any], default: Any) -> Any:
+        """One of the supported values, which LeRobot's type has, too. Raises UserError for any other."""
+        value = self.take(name, default)
+        if not any(value == one and type(value) is type(one) for one in supported):
+            raise self.refused(name, value, " or ".join(map(json.dumps, supported)))
+        return value
+
+    def number(self, name: str, default: int | None) -> int | None:
+        value = self.take(name, default)
+        if value is not None and (type(value) is not int or value < 1):
+            raise self.refused(name, value, "a positive whole number")
+        return value
+
+    def refused(self, name: str, value: Any, supported: str) -> UserError:
+        return UserError(
+            f"expected {supported} as {name} of {self.step}, found {value!r:.80}; rlrc does not support it"
+        )
+
+    def done(self) -> None:
+        for name, value in self._values.items():
+            listed = ", ".join(self._known) or "none"
+            raise UserError(
+                f"expected settings of {self.step} that rlrc knows ({listed}), found {name} {value!r:.80}; rlrc cannot "
+                "tell what it changes"
+            )
+
+
+def read_steps(folder: Folder, file: str) -> list[Effect]:
+    """What the steps of a pipeline do, in their order, but for those without any effect here.
+
+    Raises UserError for steps and settings that rlrc does not know, or that do what it cannot.
+    """
+    found: list[Effect] = []
+    for name, values, state in _steps(folder, file):
+        settings = Settings(name, values, file)
+        effect = _effect(folder, name, settings, state, file == BEFORE)
+        settings.done()
+        found += [] if effect is None else [effect]
+    return found
+
+
+def _steps(folder: Folder, file: str) -> list[tuple[str, dict[str, Any], str | None]]:
+    """Name, settings and file of statistics of every step."""
+    values = folder.json(file)
+    try:
+        steps = [
+            (step.get("registry_name") or step["class"], dict(step.get("config") or {}), step.get("state_file"))
+            for step in values["steps"]
+        ]
+        if not all(isinstance(name, str) and isinstance(state, (str, type(None))) for name, _, state in steps):
+            raise TypeError("a name that is no string")
+        if outside := [state for _, _, state in steps if state is not None and Path(state).name != state]:
+            raise ValueError(f"a state_file outside of the folder: {outside[0]}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"expected steps in {folder.path / file}, found: {error!r}; copy that file again") from None
+    return steps
+
+
+def _effect(folder: Folder, name: str, settings: Settings, state: str | None, before: bool) -> Effect | None:
+    if name == "device_processor":
+        settings.take("device")
+        settings.one_of("float_dtype", (None, "float32", "float"), None)
+    elif name == "to_batch_processor":
+        pass
+    elif name == (RELATIVE if before else "absolute_actions_processor"):
+        if settings.take("enabled", False):
+            raise UserError(
+                f"expected absolute actions, found an enabled {settings.step}; rlrc does not add the state to actions"
+            )
+        settings.take("exclude_joints")  # of no effect unless it is enabled
+        settings.take("action_names")
+    elif name == ("normalizer_processor" if before else "unnormalizer_processor"):
+        return _normaliser(folder, settings, state)
+    elif before and name == "rename_observations_processor":
+        return _rename(settings)
+    elif before and name in ("smolvla_new_line_processor", "pi0_new_line_processor"):
+        return Newline()
+    elif before and name == "pi05_prepare_state_tokenizer_processor_step":
+        settings.one_of("task_key", ("task",), "task")
+        return PromptState(settings.number("max_state_dim", None))
+    elif before and name == "tokenizer_processor":
+        settings.take("tokenizer_name")  # the vocabulary is checked against the prompt's known pieces
+        settings.one_of("task_key", ("task",), "task")
+        settings.one_of("padding_side", ("right",), "right")
+        # No prompt is padded here: the mask leaves padding out of what the policy reads.
+        settings.one_of("padding", ("max_length", "longest", "do_not_pad", True, False), "max_length")
+        longest = settings.number("max_length", 512)
+        if longest is None:
+            raise settings.refused("max_length", None, "a positive whole number")
+        return Tokenize(longest, settings.one_of("truncation", (True, False), True))
+    else:
+        advice = "rlrc runs no code of a checkpoint" if "." in name else "upgrade rlrc"
+        raise UserError(f"expected processor steps that rlrc knows in {settings.file}, found {name!r}; {advice}")
+    return None
+
+
+def _rename(settings: Settings) -> Rename:
+    names = settings.take("rename_map") or {}
+    if not isinstance(names, dict) or not all(isinstance(new, str) for new in names.values()):
+        raise settings.refused("rename_map", names, "names of inputs with their new names")
+    olds: dict[str, list[str]] = {}
+    for old, new in names.items():
+        olds.setdefault(new, []).append(old)
+    return Rename({new: tuple(old) for new, old in olds.items()})
+
+
+def _normaliser(folder: Folder, settings: Settings, state: str | None) -> Normaliser:
+    settings.take("device")
+    settings.one_of("dtype", (None, "float32", "torch.float32"), None)
+    modes, eps = settings.take("norm_map"), settings.take("eps", 1e-8)
+    if not isinstance(modes, dict) or not modes:
+        raise UserError(
+            f"expected a mode of normalisation by kind of feature as norm_map of {settings.step}, found {modes!r:.80}; "
+            f"copy that file again, or add them ({', '.join((IDENTITY, *MODES))})"
+        )
+    for kind, mode in modes.items():
+        check_mode(kind, mode, f"norm_map of {settings.step}")
+    if type(eps) not in (int, float) or not isfinite(eps) or eps < 0:
+        raise settings.refused("eps", eps, "a finite number of at least 0")
+    listed, only = settings.take("features"), settings.take("normalize_observation_keys")
+    try:
+        kinds = {name: str(feature["type"]) for name, feature in dict(listed or {}).items()}
+    except (KeyError, TypeError, ValueError):
+        raise settings.refused("features", listed, "names with type and shape") from None
+    for name, kind in kinds.items():
+        if kind not in KINDS:
+            raise settings.refused(f"the type of {name}", kind, " or ".join(KINDS))
+    if only is not None and not (isinstance(only, list) and all(isinstance(name, str) for name in only)):
+        raise settings.refused("normalize_observation_keys", only, "names of inputs")
+    given = settings.take("stats")  # LeRobot prefers them to those of the file
+    statistics = _given(settings, given) if given else stored(folder, state)
+    return Normaliser(settings.step, f"norm_map of {settings.step}", modes, kinds, statistics, float(eps), only)
+
+
+def _given(settings: Settings, given: Any) -> Statistics:
+    try:
+        values = {
+            str(name): {str(one): torch.tensor(numbers, dtype=torch.float64) for one, numbers in dict(stats).items()}
+            for name, stats in dict(given).items()
+        }
+    except (TypeError, ValueError, RuntimeError):
+        raise settings.refused("stats", given, "numbers by feature and statistic") from None
+    return Statistics(f"stats of {settings.step}", values)
+
+
+def step_names(folder: Folder, file: str) -> list[str]:
+    return [name for name, _, _ in _steps(folder, file)]
+
+
+def prompt_of(effects: Sequence[Effect]) -> tuple[PromptSpec | None, int | None]:
+    """How an instruction becomes ids (None without a tokenizer), and the index of the step that puts the state into it.
+
+    Steps after the last tokenizer have no effect on the prompt.
+    """
+    edits, state_step = list[Literal["strip", "blanks", "newline"]](), None
+    found: tuple[PromptSpec | None, int | None] = None, None
+    text = PromptSpec("{instruction}", 1, None)
+    for index, effect in enumerate(effects):
+        if isinstance(effect, Newline) and state_step is None:
+            edits.append("newline")
+        elif isinstance(effect, Newline) and not text.template.endswith("\n"):
+            text = replace(text, template=text.template + "\n")
+        elif isinstance(effect, PromptState):
+            if state_step is not None:
+                raise UserError(
+                    f"expected one step that puts the state into the prompt in {BEFORE}, found two; rlrc does not "
+                    "support it"
+                )
+            state_step, edits = index, [*edits, "strip", "blanks"]
+            text = replace(text, template="Task: {instruction}, State: {state};\nAction: ", state_bins=256)
+        elif isinstance(effect, Tokenize):
+            prompt = replace(text, max_tokens=effect.max_length, edits=tuple(edits), truncate=effect.truncation)
+            found = prompt, state_step
+    return found
+
+
+def chain(effects: Sequence[Effect], name: str) -> tuple[str, list[tuple[Normaliser, str]]]:
+    """What the robot calls an input, and the normalisers that it passes with its name at that point, in their order."""
+    found: list[tuple[Normaliser, str]] = []
+    for effect in reversed(effects):
+        if isinstance(effect, Rename):
+            name = effect.old(name)
+        elif isinstance(effect, Normaliser):
+            found.insert(0, (effect, name))
+    return name, found

@@ -1,0 +1,105 @@
+"""A torch policy behind the runtime's seam: an observation in, one chunk of actions out, by the same preprocessing."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlrc.artifact import PolicySpec
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import tokenizers
+from rlrc.compressor.checkpoints.folder import Folder, Options
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.runtime.inference import preprocess
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.inference.policy import Result, Timing
+
+
+class TorchPolicy:
+    """See rlrc.runtime.inference.policy.Policy. ``tokenizer`` is that of the prompt (None: a policy without language).
+
+    ``load`` gives the policy when it is first needed: an observation that does not fit is refused before the weights
+    are read.
+    """
+
+    def __init__(self, spec: PolicySpec, tokenizer: preprocess.Tokenizer | None, load: Callable[[], Policy]) -> None:
+        self.spec, self._tokenizer, self._load = spec, tokenizer, load
+        self._policy: Policy | None = None
+        self.reset()
+
+    @staticmethod
+    def official(folder: Folder, options: Options) -> TorchPolicy:
+        """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
+        layout = official.recognise(folder).layout(folder, options)
+        official.print_assumed(layout)
+        spec = layout.spec
+        tokenizer = tokenizer_of(folder, options, spec)
+        return TorchPolicy(spec, tokenizer, lambda: official.read(folder, options)[0])
+
+    def reset(self) -> None:
+        """Starts the generator of a flow policy's noise anew, as rlrc.runtime.inference.policy.LocalPolicy does."""
+        self._noise = np.random.default_rng(0)
+
+    def infer(self, observation: Mapping[str, Any]) -> Result:
+        """Raises UserError for an observation that does not fit, NoAction for actions that are not finite.
+
+        The timing counts the vision as decoder.
+        """
+        started = perf_counter()
+        inputs = self._inputs(observation)
+        prepared = perf_counter()
+        policy = self._policy = self._policy or self._load().eval()
+        loaded = perf_counter()
+        with torch.inference_mode():
+            outputs = policy.act(inputs)
+        decoded = perf_counter()
+        actions = preprocess.unnormalise(outputs.actions[0].numpy(), self.spec.action.norm)
+        if not np.isfinite(actions).all():
+            raise NoAction("expected finite actions, found nan or inf; are these weights sound?")
+        timing = Timing(
+            preprocess_ms=(prepared - started) * 1e3,
+            vision_ms=0.0,
+            decoder_ms=(decoded - loaded) * 1e3,
+            postprocess_ms=(perf_counter() - decoded) * 1e3,
+        )
+        return Result(
+            actions=actions, tokens=None if outputs.tokens is None else outputs.tokens[0].numpy(), timing=timing
+        )
+
+    def _inputs(self, observation: Mapping[str, Any]) -> Inputs:
+        """A batch of one."""
+        preprocess.check(observation, self.spec)
+        prepared = preprocess.prepare(observation, self.spec, self._tokenizer)
+        noise = None
+        if self.spec.flow is not None:
+            noise = observation.get("noise")
+            if noise is None:
+                noise = self._noise.standard_normal((self.spec.action.horizon, self.spec.flow.width), np.float32)
+        return Inputs(
+            [_batch(picture) for picture in prepared.pixels],
+            ids=None if prepared.ids is None else _batch(prepared.ids),
+            state=None if prepared.state is None else _batch(prepared.state),
+            noise=None if noise is None else _batch(np.asarray(noise, np.float32)),
+        )
+
+
+def tokenizer_of(folder: Folder, options: Options, spec: PolicySpec) -> preprocess.Tokenizer | None:
+    """Of the policy's prompt. Raises UserError if there is none or its vocabulary is another one."""
+    if spec.prompt is None:
+        return None
+    source = tokenizers.of_folder(folder, options)
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) / tokenizers.JSON
+        tokenizers.write(source, target, spec)
+        return preprocess.Tokenizer(target, spec.prompt)
+
+
+def _batch(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array[None].copy())

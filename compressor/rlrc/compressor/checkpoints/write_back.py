@@ -1,0 +1,147 @@
+"""A policy back into the official format it came from, so that other tools load it: the same files, other numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlrc.artifact import PolicySpec
+from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import tensors as weights
+from rlrc.compressor.checkpoints.folder import Folder, Options
+from rlrc.compressor.checkpoints.tensors import Tensors
+from rlrc.compressor.models.policy import Layout, Policy
+from rlrc.compressor.quantize.padding import unfilled
+from rlrc.errors import UserError
+from rlrc.folders import appearing, sync
+
+SKIPPED = (".git", ".cache")  # what download tools leave; a clone's history holds the weights once more
+
+
+def write_official(policy: Policy, like: Folder, out: Path, options: Options | None = None) -> None:
+    """Copies the folder ``like`` to ``out`` with this policy's weights: same files, names, shapes and dtypes.
+
+    Tensors that the policy does not have (Layout.unused) are those of ``like``. Raises UserError if the geometry is not
+    that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
+    """
+    module = official.recognise(like)
+    layout = module.layout(like, replace(options or Options(), incomplete=True))
+    expected = official.build(module, layout)
+    official.check(like, layout, expected)
+    policy = unfilled(policy, expected.towers)
+    _check_geometry(policy, expected, like)
+    _check_normalisation(policy.spec, expected.spec, like)
+    files, state = official.sources(like, layout), policy.state_dict()
+    with appearing(out) as partial:
+        written = {path: tensors for tensors in files.values() for path in tensors.paths}
+        for path in sorted(like.path.rglob("*")):
+            relative = path.relative_to(like.path)
+            if relative.parts[0] not in SKIPPED and path.is_file():
+                target = partial / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if path in written:
+                    write = _write_pt if written[path].file else _write_safetensors
+                    write(path, target, _New(state, layout, written[path]))
+                else:
+                    shutil.copyfile(path, target)
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+
+
+class _New:
+    """The official tensors of one file of the layout, made from the policy's when they are asked for."""
+
+    def __init__(self, state: dict[str, Tensor], layout: Layout, old: Tensors) -> None:
+        self.old, self.state, self.layout = old, state, layout
+        self.ours: dict[str, list[str]] = {}  # which of the policy's tensors have something of an official one
+        for ours, part in layout.parts.items():
+            for name in part.official if part.file == old.file else ():
+                self.ours.setdefault(name, []).append(ours)
+
+    def __call__(self, name: str) -> Tensor:
+        """``name``: as it stands in the file."""
+        name = self._tied(self.old.aliases.get(name, name))
+        if name not in self.ours:
+            return self.old.read(name)
+        parts = [self.layout.parts[ours] for ours in self.ours[name]]
+        tensors = [self.state[ours] for ours in self.ours[name]]
+        new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
+        new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
+        weights.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
+        return new
+
+    def _tied(self, name: str) -> str:
+        """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""
+        if name in self.ours or not name.endswith("lm_head.weight"):
+            return name
+        same = (
+            other
+            for other in self.ours
+            if other.endswith("embed_tokens.weight")
+            and self.old.shape(other) == self.old.shape(name)
+            and torch.equal(self.old.read(other), self.old.read(name))
+        )
+        return next(same, name)
+
+
+def _check_geometry(policy: Policy, expected: Policy, like: Folder) -> None:
+    if policy.spec.family != expected.spec.family:
+        raise UserError(
+            f"expected a policy of {expected.spec.family} as in {like.path}, found one of {policy.spec.family}; "
+            "give the folder it was made from as --like"
+        )
+    for name, tower in expected.towers.items():
+        if policy.towers.get(name) != tower:
+            raise _other_geometry(f"the tower {name}", like)
+    found, wanted = policy.state_dict(), expected.state_dict()
+    for name in wanted | found:
+        if name not in wanted or name not in found or wanted[name].shape != found[name].shape:
+            raise _other_geometry(name, like)
+
+
+def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -> None:
+    """Raises UserError for statistics that are not those of ``like``, whose files are copied as they are."""
+
+    def by_part(spec: PolicySpec) -> dict[str, object]:
+        pictures = {f"image.{camera.name}": (camera.mean, camera.std) for camera in spec.cameras}
+        return pictures | {"state": spec.state and spec.state.norm, "action": spec.action.norm}
+
+    own, theirs = by_part(spec), by_part(expected)
+    if other := [part for part, values in own.items() if theirs.get(part) != values]:
+        raise UserError(
+            f"expected the normalisation of {like.path}, whose files are copied, found other statistics of "
+            f"{', '.join(other)} in the artifact (see rlrc inspect); give the folder with these statistics as --like, "
+            "or export the artifact (rlrc export)"
+        )
+
+
+def _other_geometry(where: str, like: Folder) -> UserError:
+    return UserError(
+        f"expected the geometry of {like.path}, found another one in {where}; the official format cannot hold a pruned "
+        "policy: export it (rlrc export), or write back one that was not pruned"
+    )
+
+
+def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
+    """The header of the source as it is, then every tensor's bytes where the header says."""
+    with source.open("rb") as old, target.open("wb") as new:
+        length = old.read(8)
+        header = old.read(int.from_bytes(length, "little"))
+        new.write(length + header)
+        entries = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for name, (begin, end) in sorted(entries.items(), key=lambda item: item[1]):
+            data = tensors(name).contiguous().reshape(-1).view(torch.uint8).numpy()
+            assert data.nbytes == end - begin
+            new.write(data.data)
+
+
+def _write_pt(source: Path, target: Path, tensors: _New) -> None:
+    """The names of the source, with their prefixes."""
+    old = torch.load(source, map_location="cpu", weights_only=True)
+    torch.save({name: tensors(name).clone() for name in old}, target)

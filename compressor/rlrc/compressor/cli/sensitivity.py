@@ -1,0 +1,87 @@
+"""The command that measures which modules the actions depend on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
+from rlrc import strict
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.prune.sensitivity_report import KINDS, Report
+from rlrc.compressor.stages.sensitivity import SensitivityConfig, measure
+from rlrc.compressor.stages.sources import open_source
+from rlrc.errors import UserError
+from rlrc.folders import check_output, replacing, storing
+from rlrc.processes import cores
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Measure how far the actions move when one module alone is pruned, rounded to 4 bits, or dropped.
+
+    PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub. Interrupted, the same command
+    goes on.
+    """
+
+    path: Positional[Path]
+    """artifact to measure"""
+    out: Path
+    """JSON file to write, for rlrc prune --sensitivity"""
+    picture: Path | None = None
+    """SVG to draw"""
+    config: OmitArgPrefixes[SensitivityConfig] = field(default_factory=SensitivityConfig)
+    threads: int = field(default_factory=cores)
+    """threads of torch (default: as many cores as this process may use)"""
+    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    json: bool = False
+    """print the result as JSON"""
+
+    def run(self) -> None:
+        if self.threads < 1:
+            raise UserError(f"expected --threads >= 1, found {self.threads}")
+        for file in (self.out, self.picture):
+            if file is not None:
+                check_output(file)
+        if self.picture is not None:
+            import matplotlib  # noqa: F401  # missing, it is said before anything is measured
+        torch.set_num_threads(self.threads)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        journal = self.out.with_name(f".{self.out.name}.run")
+        with storing(self.out):
+            report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
+        text = json.dumps(strict.encode(report), indent=1)
+        with replacing(self.out) as partial:
+            partial.write_text(text + "\n")
+        if self.picture is not None:
+            from rlrc.compressor.cli.sensitivity_chart import draw
+
+            with replacing(self.picture) as partial:
+                draw(report, partial)
+        journal.unlink()
+        if self.json:
+            print(text)
+        else:
+            show(report)
+            flags = f"--allocation sensitivity --sensitivity {self.out}"
+            Console().print(f"next: rlrc prune {self.path} OUT {flags}", soft_wrap=True)
+
+
+def show(report: Report) -> None:
+    """The modules that matter most and least, of every kind."""
+    console = Console()
+    for kind in KINDS:
+        rows = sorted((row for row in report.modules if row.kind == kind), key=lambda row: -row.error)
+        if not rows:
+            continue
+        few = rows if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], None, *rows[-SHOWN:]]
+        what = {"prune": f"{report.ratio:.0%} pruned", "quantize": f"{report.bits} bits", "drop": "dropped"}[kind]
+        console.print(f"[bold]{what}[/bold]: change of the actions, normalised")
+        for row in few:
+            console.print("  ..." if row is None else f"  {row.error:.5f}  {row.module}", highlight=False)

@@ -1,0 +1,157 @@
+"""The decode drivers in torch: from a batch of observations to one chunk of normalised actions.
+
+rlrc.runtime.inference.decode has the same three over graphs. Gradients flow through all of them; who wants none says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlrc.artifact import ActionSpec, PolicySpec
+from rlrc.compressor.models.policy import Inputs, Outputs
+from rlrc.errors import UserError
+from rlrc.runtime.inference.preprocess import bin_centers
+
+
+class Sees(Protocol):
+    spec: PolicySpec
+
+    def see(self, pixels: Tensor) -> Tensor: ...
+
+
+class Parallel(Sees, Protocol):
+    def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
+        """-> logits (B, horizon, dim, rows), or actions (B, horizon, dim) if the action has no bins."""
+        ...
+
+
+class Autoregressive(Sees, Protocol):
+    def step(self, image_tokens: Tensor | None, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """The first id, the image tokens and the other ids; with a past only ids, which follow it.
+
+        -> logits (B, rows) of the last position, and the past of the next step.
+        """
+        ...
+
+    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+        """One pass over the prompt and the tokens after it -> logits (B, count, rows) of the last positions."""
+        ...
+
+
+class Flow(Sees, Protocol):
+    def prefix(
+        self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        """-> what the flow steps attend to, and where it is real (B, L)."""
+        ...
+
+    def velocity(self, past: Any, mask: Tensor | None, state: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, horizon, width) at the times t (B,) -> its velocity, of the same shape."""
+        ...
+
+
+def look(policy: Sees, inputs: Inputs) -> Tensor:
+    """Image tokens (B, N, width) of all cameras that are there, one camera after the other."""
+    return torch.cat([policy.see(pixels) for pixels in inputs.pixels], 1)
+
+
+def parallel(policy: Parallel, inputs: Inputs) -> Outputs:
+    """The whole chunk from one pass (OpenVLA-OFT, arXiv 2502.19645, section 4)."""
+    action = policy.spec.action
+    decoded = policy.decode(look(policy, inputs), inputs.ids, inputs.mask, inputs.state)
+    return of_logits(decoded, action) if action.bins else Outputs(decoded.float())
+
+
+def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
+    """horizon * dim tokens one after the other, each the likeliest (OpenVLA, arXiv 2406.09246).
+
+    Prompts of one length are decoded together, those of other lengths on their own, so that nothing is padded.
+    """
+    assert inputs.ids is not None
+    image_tokens, greedy = look(policy, inputs), lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids)
+    logits = by_length(image_tokens, inputs.ids, inputs.mask, greedy)
+    return of_logits(logits, policy.spec.action)
+
+
+def taught(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
+    """Logits (B, horizon, dim, rows), each after the given tokens (B, horizon, dim) before it instead of its own."""
+    given = tokens.flatten(1)
+
+    def forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        sequence = torch.cat([ids, given[rows, :-1]], 1)
+        return policy.forced(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
+
+    assert inputs.ids is not None
+    return by_length(look(policy, inputs), inputs.ids, inputs.mask, forced)
+
+
+def by_length(
+    image_tokens: Tensor, ids: Tensor, mask: Tensor | None, one: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """``one(image_tokens, ids, rows)`` of the rows of every prompt length, put together again."""
+    lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
+    groups = [(lengths == length).nonzero()[:, 0].to(ids.device) for length in lengths.unique()]
+    found = [one(image_tokens[rows], ids[rows, : int(lengths[rows[0]])], rows) for rows in groups]
+    return torch.cat(found)[torch.cat(groups).argsort()]
+
+
+def _greedy(policy: Autoregressive, image_tokens: Tensor, ids: Tensor) -> Tensor:
+    """Logits (B, horizon, dim, rows)."""
+    action, past, logits = policy.spec.action, None, list[Tensor]()
+    for _ in range(action.horizon * action.dim):
+        last, past = policy.step(None if logits else image_tokens, ids, past)
+        ids = _offset(action) + last.argmax(-1, keepdim=True)
+        logits.append(last)
+    return torch.stack(logits, 1).unflatten(1, (action.horizon, action.dim))
+
+
+def flow(policy: Flow, inputs: Inputs) -> Outputs:
+    """Euler steps from noise at t = 1 to actions at t = 0 (pi0, arXiv 2410.24164, section IV).
+
+    The time of step i is 1 - i / steps: a policy that keeps tables for the steps finds i from it.
+    """
+    spec = policy.spec
+    assert spec.flow is not None
+    image_tokens = look(policy, inputs)
+    past, mask = policy.prefix(image_tokens, inputs.ids, inputs.mask, inputs.state)
+    batch, steps = len(image_tokens), spec.flow.steps
+    x = inputs.noise
+    if x is None:
+        x = torch.randn(batch, spec.action.horizon, spec.flow.width, device=image_tokens.device)
+    for i in range(steps):
+        t = torch.full((batch,), 1 - i / steps, device=x.device)
+        x = x - policy.velocity(past, mask, inputs.state, x, t) / steps
+    return Outputs(x[..., : spec.action.dim].float())
+
+
+def of_logits(logits: Tensor, action: ActionSpec) -> Outputs:
+    """Logits (B, horizon, dim, rows) -> the likeliest token of each, the first of equals, and its bin's centre.
+
+    An action whose logits are not all finite is nan: ``argmax`` alone would make a token of them.
+    """
+    outputs = of_rows(logits.argmax(-1), action)
+    actions = outputs.actions.masked_fill(~logits.isfinite().all(-1), float("nan"))
+    return replace(outputs, actions=actions, logits=logits.float())
+
+
+def check_sound(values: Tensor, name: str) -> None:
+    """Raises UserError for nan or inf in what a policy gave: no action can be made of it."""
+    if not values.isfinite().all():
+        raise UserError(f"expected finite {name} of the policy, found nan or inf; start from sound weights")
+
+
+def of_rows(rows: Tensor, action: ActionSpec) -> Outputs:
+    """The tokens that these rows (B, horizon, dim) of the logits stand for, and their bins' centres."""
+    tokens = _offset(action) + rows
+    bins = tokens if action.tokens is None else (action.tokens.first - tokens).clamp(0, action.bins - 1)
+    centers = torch.from_numpy(bin_centers(action.bins)).to(bins.device)
+    return Outputs(centers[bins].float(), tokens)
+
+
+def _offset(action: ActionSpec) -> int:
+    return 0 if action.tokens is None else action.tokens.offset

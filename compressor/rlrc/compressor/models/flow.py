@@ -1,0 +1,202 @@
+"""pi0 (arXiv 2410.24164), pi0.5 (2504.16054) and SmolVLA (2506.01844): a vision-language prefix and an action expert.
+
+The prefix, pictures and prompt, is read once. Its keys and values, block by block, are what the expert attends to while
+it turns noise into a chunk in a few flow steps. The three differ by data: where the state's token stands, how the time
+comes in (with the actions or through adaptive norms), whether actions see later ones, and the expert's cross blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.checkpoints.lerobot.flow import layout, recognise
+from rlrc.compressor.models import decode
+from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
+from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
+from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.errors import UserError
+
+__all__ = ["FlowGeometry", "FlowPolicy", "build", "layout", "recognise"]
+
+
+@dataclass(frozen=True)
+class FlowGeometry:
+    """What tensor shapes of the towers do not tell.
+
+    ``patch`` in pixels; ``merge`` x ``merge`` patches become one token; ``bias`` of the projector; ``scaled``: image
+    tokens are multiplied by the square root of their width, as the prompt's always are. ``state``: its token ends the
+    prefix, begins the expert's sequence, or there is none (the prompt tells it). ``causal``: an action does not see
+    later ones. ``periods``: the shortest and the longest of the time's sines.
+    """
+
+    vocabulary: int
+    patch: int
+    merge: int
+    bias: bool
+    scaled: bool
+    state: Literal["prefix", "suffix", "prompt"]
+    causal: bool
+    periods: tuple[float, float]
+
+    @staticmethod
+    def parse(geometry: dict[str, Any]) -> FlowGeometry:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry.items()}
+        try:
+            return FlowGeometry(**values)
+        except TypeError as error:
+            raise UserError(
+                f"geometry of a flow policy does not fit: {error}; take it from an artifact made by rlrc"
+            ) from None
+
+
+def prefix_stride(towers: dict[str, TowerSpec]) -> int:
+    """Every expert block has its prefix block: the one of its number, or every second, third, ..."""
+    return max((len(towers["decoder"].layers) - 1) // max(len(towers["expert"].layers) - 1, 1), 1)
+
+
+class FlowPolicy(Policy):
+    """(pictures, token ids, state, noise) -> a chunk of actions."""
+
+    def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
+        super().__init__(spec, towers)
+        assert spec.flow is not None
+        self.geometry = geometry = FlowGeometry.parse(spec.geometry)
+        vision, decoder, expert = towers["vision"], towers["decoder"], towers["expert"]
+        width = expert.width
+
+        self.grid = (spec.cameras[0].height // geometry.patch, spec.cameras[0].width // geometry.patch)
+        self.vision = VisionTransformer(vision, self.grid, (geometry.patch,))
+        self.projector = nn.Linear(vision.width * geometry.merge**2, decoder.width, bias=geometry.bias)
+        self.embedding = nn.Embedding(geometry.vocabulary, decoder.width)
+        self.decoder = Decoder(decoder)
+        self.stride = prefix_stride(towers)
+        seen = replace(decoder, layers=decoder.layers[:: self.stride])
+        self.expert = Decoder(expert, seen, spec.flow.steps if expert.norm == "steps" else width)
+        if geometry.state != "prompt":
+            assert spec.state is not None
+            numbers = spec.state.width or len(spec.state.names)
+            self.state = nn.Linear(numbers, decoder.width if geometry.state == "prefix" else width)
+        self.action_in = nn.Linear(spec.flow.width, width)
+        self.action_out = nn.Linear(width, spec.flow.width)
+        if expert.norm != "steps":
+            self.time_in = nn.Linear(width if expert.norm == "adaptive" else 2 * width, width)
+            self.time_out = nn.Linear(width, width)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures of one camera (B, H, W, 3) -> image tokens (B, N, prefix width)."""
+        rows, columns = (patches * self.geometry.patch for patches in self.grid)
+        # A convolution leaves out what does not fill a patch.
+        features = self.vision(pixels[:, :rows, :columns])
+        return self.projector(merge_patches(features, self.geometry.merge).flatten(1, 2))
+
+    def embed(self, image_tokens: Tensor, ids: Tensor, state: Tensor | None = None) -> Tensor:
+        """What the prefix reads (B, N + L [+ 1], width): image tokens (B, N, width), prompt (B, L), state (B, S)."""
+        scale = image_tokens.shape[-1] ** 0.5
+        parts = [image_tokens * scale if self.geometry.scaled else image_tokens, self.embedding(ids) * scale]
+        if self.geometry.state == "prefix":
+            assert state is not None
+            parts.append(self.state(state)[:, None])
+        return torch.cat(parts, 1)
+
+    def prefix(
+        self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[list[KeyValue], Tensor | None]:
+        """-> keys and values of every block, and where the sequence is real (B, P), None if everywhere.
+
+        ``mask`` (B, L) is false where the prompt is padded: nothing attends to that, and no position is counted for it.
+        """
+        assert ids is not None
+        sequence = self.embed(image_tokens, ids, state)
+        length = sequence.shape[1]
+        index = torch.arange(length, device=sequence.device)
+        blocked, positions = None, index
+        if self.geometry.state == "prefix":  # only the state's token sees itself
+            blocked = (index == length - 1) & (index[:, None] != length - 1)
+        if mask is not None:
+            mask = F.pad(mask, (image_tokens.shape[1], length - image_tokens.shape[1] - ids.shape[1]), value=True)
+            positions = mask.cumsum(1) - 1
+            padded = ~mask[:, None, None]
+            blocked = padded if blocked is None else padded | blocked
+        present = self.decoder.cached(sequence, None if blocked is None else _minus(blocked, sequence), positions)[1]
+        return present, mask
+
+    def velocity(self, past: list[KeyValue], mask: Tensor | None, state: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, horizon, width) at the times t (B,) -> its velocity, of the same shape.
+
+        ``past`` and ``mask`` are those of ``prefix``. Integer t count the flow steps, which is what "steps" norms need.
+        """
+        sequence, condition = self.suffix(state, x, t)
+        sequence = sequence.to(self.action_in.weight.dtype)  # under autocast the stream keeps the weights' precision
+        length, before = sequence.shape[1], past[0][0].shape[2]
+        index = torch.arange(length, device=x.device)
+        blocked, positions = self._later(index), index + before
+        if blocked is not None or mask is not None:
+            own = torch.zeros(length, length, dtype=torch.bool, device=x.device) if blocked is None else blocked
+            padded = own.new_zeros(1, 1, 1, before) if mask is None else ~mask[:, None, None]
+            shapes = (len(padded), 1, length, -1)
+            blocked = torch.cat([padded.expand(shapes), own.expand(shapes)], -1)
+        if mask is not None:
+            positions = mask.sum(1, keepdim=True) + index
+        additive_mask = None if blocked is None else _minus(blocked, sequence)
+        hidden = self.expert(sequence, additive_mask, positions, past[:: self.stride], condition)
+        return self.action_out(hidden[:, -x.shape[1] :])
+
+    def suffix(self, state: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the expert reads (B, [1 +] horizon, width), and the condition of its norms."""
+        actions, condition = self.action_in(x), None
+        if self.towers["expert"].norm == "rms":
+            time = self.time(t).to(actions.dtype)[:, None].expand_as(actions)
+            actions = self.time_out(F.silu(self.time_in(torch.cat([actions, time], -1))))
+        else:
+            condition = self.condition(t)
+        if self.geometry.state != "suffix":
+            return actions, condition
+        assert state is not None
+        return torch.cat([self.state(state)[:, None], actions], 1), condition
+
+    def condition(self, t: Tensor) -> Tensor:
+        """What modulates the expert's norms at the times t (B,): channels (B, width), or the step's number (B,)."""
+        assert self.spec.flow is not None
+        if self.towers["expert"].norm == "steps":
+            return ((1 - t) * self.spec.flow.steps).round().long() if t.is_floating_point() else t
+        return F.silu(self.time_out(F.silu(self.time_in(self.time(t).to(self.time_in.weight.dtype)))))
+
+    def time(self, t: Tensor) -> Tensor:
+        """Sines and cosines (B, expert width) of times (B,) in [0, 1]; integers count the flow steps.
+
+        In float64: the shortest period is 1 / 250, where float32 would be off by 1e-4.
+        """
+        assert self.spec.flow is not None
+        shortest, longest = self.geometry.periods
+        fraction = torch.linspace(0, 1, self.towers["expert"].width // 2, dtype=torch.float64, device=t.device)
+        # Rounded to float32, as the drivers do.
+        t = t if t.is_floating_point() else (1 - t.double() / self.spec.flow.steps).float()
+        angle = t[:, None].double() * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+    def _later(self, index: Tensor) -> Tensor | None:
+        """Which pairs of the expert's sequence (T, T) must not see each other: the second is later than the first."""
+        if self.geometry.causal:
+            return index > index[:, None]
+        if self.geometry.state == "suffix":  # the state does not see the actions
+            return (index > 0) & (index[:, None] == 0)
+        return None
+
+    def act(self, inputs: Inputs) -> Outputs:
+        return decode.flow(self, inputs)
+
+
+def _minus(blocked: Tensor, like: Tensor) -> Tensor:
+    """Additive mask, minus infinity where blocked."""
+    return torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill(blocked, float("-inf"))
+
+
+def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
+    return FlowPolicy(spec, towers)

@@ -1,0 +1,83 @@
+"""OpenVLA (arXiv 2406.09246) in Hugging Face's format: one picture, an instruction, a token for each action dimension.
+
+Sequence: first token, the picture's patches, the rest of the prompt; causal. A token is the likeliest of the whole
+vocabulary and stands for one of 255 bins. Not replicated: the JPEG round trip, Lanczos resizing and centre crop that
+the LIBERO evaluation applies before the policy gets its pictures, and that generation stops at </s>. The folders of
+OpenVLA-OFT are of the same format: see oft.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.checkpoints.prismatic import pictures
+from rlrc.compressor.checkpoints.prismatic.layout import action_tokens, prismatic, prompt_spec
+from rlrc.compressor.checkpoints.prismatic.norm_stats import action_spec, described, normalisation, statistics
+from rlrc.compressor.models import decode, oft
+from rlrc.compressor.models.nn.decoder import KeyValue, causal_mask
+from rlrc.compressor.models.nn.prismatic import PrismaticPolicy
+from rlrc.compressor.models.policy import Inputs, Layout, Outputs, Part, Policy
+
+if TYPE_CHECKING:
+    from rlrc.compressor.checkpoints.folder import Folder, Options
+
+FAMILY = "openvla"
+
+
+def recognise(folder: Folder) -> bool:
+    return folder.config.get("model_type") == "openvla"
+
+
+def layout(folder: Folder, options: Options) -> Layout:
+    """Raises UserError for what these families are not, and for what neither the folder nor the options tell."""
+    shared = prismatic(folder, options)
+    is_oft, assumed = oft.recognise(folder, options)
+    if is_oft:
+        return oft.layout(folder, options, shared)
+    key, stats = statistics(folder, options)
+    action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
+    shown = {"action": described(folder, key, "action", "bounds_q99")}
+    shown |= pictures.described(folder, [shared.camera])
+    prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
+    spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
+    parts = {**shared.parts, "head.weight": Part((shared.head,))}
+    return Layout(spec, shared.towers, parts, tuple(shared.unused), assumed + guessed, shown)
+
+
+def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
+    return OpenVLAPolicy(spec, towers) if spec.family == FAMILY else oft.OFTPolicy(spec, towers)
+
+
+class OpenVLAPolicy(PrismaticPolicy):
+    """(picture, ids) -> tokens, one after the other."""
+
+    def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
+        super().__init__(spec, towers)
+        assert spec.action.tokens is not None
+        self.head = nn.Linear(towers["decoder"].width, spec.action.tokens.rows, bias=False)
+
+    def step(
+        self, image_tokens: Tensor | None, ids: Tensor, past: list[KeyValue] | None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The autoregressive driver's: logits (B, rows) of the last position, keys and values of all so far."""
+        x = self.embedding(ids)
+        if image_tokens is not None:
+            x = torch.cat([x[:, :1], image_tokens.to(x.dtype), x[:, 1:]], 1)
+        before, length = past[0][0].shape[2] if past else 0, x.shape[1]
+        positions = torch.arange(before, before + length, device=x.device)
+        hidden, present = self.decoder.cached(x, causal_mask(length, before).to(x), positions, past)
+        return self.head(hidden[:, -1]).float(), present
+
+    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+        """What training calls: logits (B, count, rows) of the last positions, from one pass."""
+        words = self.embedding(ids)
+        x = torch.cat([words[:, :1], image_tokens.to(words.dtype), words[:, 1:]], 1)
+        hidden = self.decoder(x, causal_mask(x.shape[1]).to(x))
+        return self.head(hidden[:, -count:]).float()
+
+    def act(self, inputs: Inputs) -> Outputs:
+        return decode.autoregressive(self, inputs)

@@ -1,0 +1,110 @@
+"""The reference family "tiny": a small vision-language-action policy in OpenVLA-OFT's form.
+
+Vision transformer -> merged patches -> projector; instruction tokens; one state token; one query token per step of the
+chunk; a bidirectional Llama-style decoder, which holds most of the parameters; a head that gives, for every step and
+action dimension, logits over bins. All tokens of the chunk are decoded in one parallel pass (OpenVLA-OFT, arXiv
+2502.19645, section 4), so that reinforcement learning has log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.models import decode
+from rlrc.compressor.models.nn.decoder import Decoder
+from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
+from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.errors import UserError
+
+FAMILY = "tiny"
+
+
+@dataclass(frozen=True)
+class TinyGeometry:
+    """What tensor shapes of the towers do not tell. ``stem_factors`` multiply to the patch size in pixels."""
+
+    vocabulary: int
+    stem_factors: tuple[int, ...]
+    stem_widths: tuple[int, ...]
+    merge: int  # merge x merge patches become one decoder token
+
+    @staticmethod
+    def parse(geometry: dict[str, Any]) -> TinyGeometry:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry.items()}
+        try:
+            return TinyGeometry(**values)
+        except TypeError as error:
+            raise UserError(
+                f'geometry of family "tiny" does not fit: {error}; take it from an artifact made by rlrc'
+            ) from None
+
+
+def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> TinyPolicy:
+    return TinyPolicy(spec, towers)
+
+
+class TinyPolicy(Policy):
+    """(pictures, token ids, state) -> logits over action bins."""
+
+    def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
+        super().__init__(spec, towers)
+        geometry = TinyGeometry.parse(spec.geometry)
+        vision, decoder = towers["vision"], towers["decoder"]
+        (camera,) = spec.cameras
+        assert spec.state is not None
+        patch = math.prod(geometry.stem_factors)
+        grid = (camera.height // patch, camera.width // patch)
+        self.merge = geometry.merge
+        self.image_tokens = grid[0] * grid[1] // geometry.merge**2
+
+        self.vision = VisionTransformer(vision, grid, geometry.stem_factors, geometry.stem_widths, fused=False)
+        self.projector = nn.Linear(vision.width * geometry.merge**2, decoder.width)
+        self.embedding = nn.Embedding(geometry.vocabulary, decoder.width)
+        self.state = nn.Linear(len(spec.state.names), decoder.width)
+        self.query = nn.Parameter(nn.init.normal_(torch.empty(spec.action.horizon, decoder.width), std=0.02))
+        self.decoder = Decoder(decoder, fused=False)
+        self.head = nn.Linear(decoder.width, spec.action.dim * spec.action.bins, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        for layer in self.decoder.blocks():
+            # Small residual branches at the start, as in GPT-2.
+            for branch in (layer.attention.o, layer.mlp.down):
+                nn.init.normal_(branch.weight, std=0.02 / (2 * len(self.decoder.layers)) ** 0.5)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures (B, H, W, 3) -> image tokens (B, N, decoder width). The exporters' graph "vision"."""
+        return self.projector(merge_patches(self.vision(pixels), self.merge).flatten(1, 2))
+
+    def hidden(self, image_tokens: Tensor, ids: Tensor, state: Tensor) -> Tensor:
+        """Hidden states of the action tokens (B, horizon, decoder width)."""
+        parts = [image_tokens, self.embedding(ids), self.state(state)[:, None], self.query.expand(len(ids), -1, -1)]
+        # Under autocast the residual stream stays in the parameters' precision.
+        sequence = torch.cat([part.to(self.query.dtype) for part in parts], 1)
+        return self.decoder(sequence)[:, -self.spec.action.horizon :]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, horizon, width) -> (B, horizon, dim, bins) in float32."""
+        action = self.spec.action
+        return self.head(hidden).float().unflatten(-1, (action.dim, action.bins))
+
+    def act(self, inputs: Inputs) -> Outputs:
+        return decode.parallel(self, inputs)
+
+    def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
+        """The parallel driver's: logits (B, horizon, dim, bins). Padding is read like any token: no mask matters."""
+        assert ids is not None
+        assert state is not None
+        return self.logits(self.hidden(image_tokens, ids, state))
+
+    def forward(self, pixels: Tensor, ids: Tensor, state: Tensor) -> Tensor:
+        """What training calls: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
+        return self.logits(self.hidden(self.see(pixels), ids, state))

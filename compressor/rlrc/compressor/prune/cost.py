@@ -1,0 +1,120 @@
+"""What a shape costs, without weights: parameters, bytes of the stored weights, and the time of a decision.
+
+The time is a model, relative to another shape of the same policy on the same computer. A product of a (T, k) with
+weights (k, n) counts max(T, BALANCE) * (k n + ELEMENT (k + n)): below BALANCE rows it takes as long as reading the
+weights does, and a number that goes in or comes out costs as much as ELEMENT multiply-adds, which stands for all that
+is no product (norms, activations, sums). Products of activations (attention) count their multiply-adds. One decision
+is every picture's vision, then one parallel pass, or a prompt and all its tokens one after the other, or a prefix and
+all its flow steps. docs/decisions says how far that is from what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.models import decode
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.quantize.grid import stored_bytes
+from rlrc.compressor.quantize.quantize import quantizable
+
+BALANCE = 20  # rows
+ELEMENT = 30  # multiply-adds
+PROMPT = 32  # tokens of a prompt that is not padded
+
+aten = torch.ops.aten
+
+
+def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> Policy:
+    """The policy on the meta device."""
+    with torch.device("meta"):
+        return build(spec, dict(towers)).eval()
+
+
+def weight_bytes(policy: Policy, precision: str = "int4") -> int:
+    """Of the tensors as ``rlrc quantize`` stores them, or two for each number ("bf16"); without file headers."""
+    size = 0
+    for name, tensor in policy.state_dict().items():
+        packed = precision == "int4" and quantizable(name, tensor)
+        size += stored_bytes(tensor.numel(), 4) if packed else tensor.numel() * 2
+    return size
+
+
+class Work(TorchDispatchMode):
+    """Counts what is computed while it is entered; see the module's docstring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.times = 0.0, 1
+
+    @contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """What happens inside happens so often."""
+        self.times *= times
+        yield
+        self.times //= times
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (aten.mm.default, aten.addmm.default):
+            (rows, inputs), outputs = args[-2].shape, args[-1].shape[1]
+            self.total += self.times * self.product(rows, inputs, outputs)
+        elif func is aten.bmm.default:
+            self.total += self.times * prod(args[0].shape) * args[1].shape[2]
+        elif func is aten.convolution.default:
+            batch, outputs, *size = out.shape
+            self.total += self.times * self.product(batch * prod(size), prod(args[1].shape[1:]), outputs)
+        return out
+
+    @staticmethod
+    def product(rows: int, inputs: int, outputs: int) -> float:
+        return max(rows, BALANCE) * (inputs * outputs + ELEMENT * (inputs + outputs))
+
+
+def decision(policy: Policy) -> float:
+    """The work of one chunk of actions, in multiply-adds; the policy is one of ``shape_of``."""
+    spec = policy.spec
+    with torch.no_grad(), torch.device("meta"), Work() as work:
+        seen = []
+        for camera in spec.cameras:
+            size = (camera.height, camera.width, len(camera.mean))
+            seen.append(policy.see(torch.empty((1, *size) if camera.layout == "HWC" else (1, size[2], *size[:2]))))
+        image_tokens, ids, state = torch.cat(seen, 1), None, None
+        if spec.prompt is not None:
+            most = spec.prompt.max_tokens
+            ids = torch.empty(1, min(most, PROMPT) if spec.prompt.pad_id is None else most, dtype=torch.long)
+        if spec.state is not None:
+            state = torch.empty(1, spec.state.width or len(spec.state.names))
+        _DRIVERS[spec.decode](policy, work, image_tokens, ids, state)
+    return work.total
+
+
+def _parallel(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
+    cast(decode.Parallel, policy).decode(image_tokens, ids, None, state)
+
+
+def _autoregressive(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
+    assert ids is not None
+    action = policy.spec.action
+    _, past = policy.step(image_tokens, ids, None)
+    with work.repeated(action.horizon * action.dim - 1):
+        policy.step(None, ids[:, :1], past)
+
+
+def _flow(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
+    flow = policy.spec.flow
+    past, mask = policy.prefix(image_tokens, ids, None, state)
+    x = torch.empty(1, policy.spec.action.horizon, flow.width)
+    with work.repeated(flow.steps):
+        policy.velocity(past, mask, state, x, torch.ones(1))
+
+
+_DRIVERS = {"parallel": _parallel, "autoregressive": _autoregressive, "flow": _flow}

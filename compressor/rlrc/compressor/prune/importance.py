@@ -1,0 +1,136 @@
+"""What every head and channel of a tower is worth: the sum over its weights of one of these.
+
+- taylor: |weight * gradient| of the task loss (first-order Taylor; arXiv 2506.17639 stage 1, after LLM-Pruner,
+  2305.11627), of every batch's mean gradient, averaged over the batches. A gradient is reduced to its parts' scores as
+  soon as it exists and freed: scoring takes the weights, one layer's gradient and one batch's activations.
+- wanda: |weight| times the norm of what the weight is multiplied with (arXiv 2306.11695), over the same batches.
+- magnitude: |weight|, which needs no data; random: the control that shows what a score is worth.
+
+A block is worth what all its parts are. (Its influence on the residual stream, ShortGPT's arXiv 2403.03853, chose worse
+blocks of the reference policy: docs/decisions.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrc.compressor.checkpoints.tensors import check_finite
+from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.training.losses import chunk_loss, drawn
+
+if TYPE_CHECKING:
+    from rlrc.compressor.prune.config import PruneConfig
+    from rlrc.compressor.training.batches import Batches
+
+NEED_DATA = ("taylor", "wanda")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one block: heads (heads,) and channels (mlp,); zeros of a block that was not scored."""
+
+    heads: Tensor
+    channels: Tensor
+
+    def each(self) -> tuple[Tensor, Tensor]:
+        return self.heads, self.channels
+
+
+def scores(
+    policy: Policy, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
+) -> list[Scores]:
+    """Of every block of the tower, those of these ``blocks`` scored. ``batches`` may be None but for NEED_DATA."""
+    found, pieces = list[Scores](), dict[str, tuple[Group, Tensor]]()
+    names = policy.state_dict().keys()
+    for i in range(len(policy.towers[tower].layers)):
+        both = groups(policy.towers, tower, i, names)
+        found.append(Scores(*(torch.zeros(group.number) for group in both)))
+        for group, total in zip(both, found[-1].each(), strict=True):
+            if i in blocks and group.number:
+                pieces |= {layer: (group, total) for layer in group.layers}
+    if config.score == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        for total in (total for score in found for total in score.each()):
+            total.copy_(torch.rand(len(total), generator=generator))
+    elif config.score == "magnitude":
+        _weigh(policy, pieces, lambda name, weight: weight.abs())
+    else:
+        assert batches is not None
+        (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
+    for name, (_, total) in pieces.items():
+        check_finite(total, f"scores of {name}", f"--score {config.score}", "score by magnitude, or check the data")
+    return found
+
+
+Pieces = dict[str, tuple[Group, Tensor]]  # of every scored layer: its group, and where the parts' scores add up
+
+
+def _weigh(policy: Policy, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
+    for name, (group, total) in pieces.items():
+        weight = policy.get_parameter(f"{name}.weight").detach()
+        total += group.sums(name, importance(name, weight)).to(total.device)
+
+
+def _taylor(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
+    def reduce(name: str, weight: nn.Parameter) -> None:
+        assert weight.grad is not None
+        group, total = pieces[name]
+        total.add_(
+            group.sums(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
+        )
+        weight.grad = None
+
+    weights = {name: policy.get_parameter(f"{name}.weight") for name in pieces}
+    with _gradients_of(policy, weights.values()):
+        hooks = [weight.register_post_accumulate_grad_hook(partial(reduce, name)) for name, weight in weights.items()]
+        try:
+            for _ in range(config.batches):
+                chunk_loss(policy, drawn(policy, batches.draw(config.batch)))[0].backward()
+        finally:
+            _remove(hooks)
+
+
+@contextmanager
+def _gradients_of(policy: Policy, weights: Collection[nn.Parameter]) -> Iterator[None]:
+    """No other parameter has a gradient meanwhile; what had one before has none after, nor have these."""
+    before = {parameter: parameter.requires_grad for parameter in policy.parameters()}
+    policy.eval().zero_grad()
+    policy.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        policy.zero_grad()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+def _wanda(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
+    squares = dict[str, Tensor]()
+
+    def add(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        squares[name] = squares.get(name, 0) + inputs[0].detach().float().flatten(0, -2).square().sum(0)
+
+    policy.eval()
+    hooks = [policy.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in pieces]
+    try:
+        with torch.no_grad():
+            for _ in range(config.batches):
+                chunk_loss(policy, drawn(policy, batches.draw(config.batch)))
+    finally:
+        _remove(hooks)
+    _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

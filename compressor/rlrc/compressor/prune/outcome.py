@@ -1,0 +1,100 @@
+"""Compares what ``rlrc prune`` was asked to remove with what it removed, and says why the two differ.
+
+Widths are aligned, heads are removed whole, and key/value heads that several query heads share are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.prune import cost
+from rlrc.compressor.prune.allocation import Place, uniform
+from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time
+from rlrc.compressor.stages.artifact_io import parameters
+
+NEAR = 0.005  # what differs by less is what was asked for
+FINER = (16, 8, 4, 2, 1)  # alignments that may come nearer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``asked`` and ``got`` are parts of ``what`` that go, or limits in its unit; ``nearer``: another alignment."""
+
+    what: str
+    asked: float
+    got: float
+    reasons: tuple[str, ...] = ()
+    nearer: Mapping[str, float] | None = None
+
+
+def outcomes(dense: Policy, name: str, config: PruneConfig, report: Mapping[str, Any]) -> list[Outcome]:
+    """Of a pruned tower; ``report`` is that of prune.report. ``dense`` may be on the meta device."""
+    if config.to_bytes or config.to_latency:
+        limits = ("to_bytes", number_of_bytes(config.to_bytes), report["bytes"][config.to_bytes_in])
+        times = ("to_latency", part_of_time(config.to_latency), report["time"])
+        return [Outcome(*each) for each in (limits, times) if each[1]]
+    if config.kind == "both" or (config.kind == "depth" and (config.drop or config.blocks)):
+        return []  # blocks by number
+    part = {"layer": "intermediate", "tower": name, "whole": "whole"}[config.scope]
+    what = {"layer": f"{name}'s intermediate blocks", "tower": name, "whole": "whole policy"}[config.scope]
+    found = Outcome(what, config.part, report[part])
+    if abs(found.asked - found.got) < NEAR:
+        return [found]
+    if config.kind == "depth":
+        return [replace(found, reasons=("blocks go whole",))]
+    place = Place(dense, name, intermediate(dense.towers, name, config), config.align)
+    reasons = tuple(dict.fromkeys(_reasons(place, config)))
+    nearer = _nearer(place, config, found) if config.scope == "layer" else None
+    return [replace(found, reasons=reasons, nearer=nearer)]
+
+
+def _reasons(place: Place, config: PruneConfig) -> list[str]:
+    found = list[str]()
+    layers = place.policy.towers[place.tower].layers
+    for i, (heads, channels) in place.groups().items():
+        for group in (heads, channels):
+            exact = group.number // max(1, group.bundles) * (1 - config.part)
+            if group.number and group.lot > 1 and exact % group.lot:
+                found.append(f"widths stay multiples of {config.align}")
+            elif group.number and exact % 1 > 1e-9 and group.size > 1:
+                found.append("heads go whole")
+        if heads.number and layers[i].kv_heads != layers[i].heads:
+            found.append("heads that several query heads share stay")
+    if config.scope != "layer":
+        found.append("first and last blocks stay")
+    return sorted(found, reverse=True) or ["norms and biases stay"]
+
+
+def _nearer(place: Place, config: PruneConfig, found: Outcome) -> dict[str, float] | None:
+    """The coarsest alignment that comes nearer than this one by more than a hundredth, and what it gives."""
+    dense = cost.shape_of(place.policy.spec, place.policy.towers)
+    blocks = [f"{place.tower}.layers.{i}." for i in place.blocks]
+    before = sum(parameters(dense, block) for block in blocks)
+    for align in FINER:
+        if align >= config.align:
+            continue
+        towers = uniform(replace(place, align=align))(config.part)
+        pruned = cost.shape_of(place.policy.spec, towers)
+        got = round(1 - sum(parameters(pruned, block) for block in blocks) / before, 4)
+        if abs(found.asked - got) < abs(found.asked - found.got) - 0.01:
+            return {"align": align, "got": got}
+    return None
+
+
+def lines(outcome: Mapping[str, Any]) -> list[str]:
+    """Lines for people; none where the ratio asked for was reached."""
+    asked, got = outcome["asked"], outcome["got"]
+    if outcome["what"] == "to_bytes":
+        return [f"asked for at most {asked:,.0f} bytes, got {got:,}"]
+    if outcome["what"] == "to_latency":
+        return [f"asked for at most {asked:g}x of the time, got {got:g}x"]
+    if abs(asked - got) < NEAR:
+        return []
+    nearer = ""
+    if outcome["nearer"]:
+        nearer = f"; nearer, at widths that 4-bit groups do not fill: --align {outcome['nearer']['align']:g} gives "
+        nearer += f"{outcome['nearer']['got']:.1%}"
+    return [f"asked for {asked:.1%} of the {outcome['what']}, got {got:.1%}: {', '.join(outcome['reasons'])}{nearer}"]

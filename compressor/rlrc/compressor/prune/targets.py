@@ -1,0 +1,170 @@
+"""From a ratio or a target to a shape.
+
+What is wanted is a limit on a cost (parameters, bytes, time). A way of allocating (allocation.py) makes a shape from
+one number; the smallest number whose shape keeps the limit is found by bisection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.models.coupling import Towers
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.prune import cost
+from rlrc.compressor.prune.allocation import Place, Shape, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time, tower_name
+from rlrc.compressor.prune.importance import Scores
+from rlrc.compressor.stages.artifact_io import parameters
+from rlrc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``what``: the setting, for messages; ``told``: how a cost is written there."""
+
+    what: str
+    cost: Callable[[Towers], float]
+    limit: float
+    told: Callable[[float], str]
+
+    def met(self, towers: Towers) -> bool:
+        return self.cost(towers) <= self.limit
+
+    def refuse(self, best: Towers, how: str) -> UserError:
+        return UserError(
+            f"expected a {self.what} of {self.told(self.cost(best))} or more, which is what is left when {how}, found "
+            f"{self.told(self.limit)}; give more, or cut another tower too"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """All of these limits."""
+
+    limits: tuple[Limit, ...]
+
+    def met(self, towers: Towers) -> bool:
+        return all(limit.met(towers) for limit in self.limits)
+
+    def refuse(self, best: Towers, how: str) -> UserError:
+        """Of the first limit that not even the best shape keeps."""
+        return next(limit for limit in self.limits if not limit.met(best)).refuse(best, how)
+
+
+def reach(shape: Shape, target: Target) -> dict[str, TowerSpec]:
+    """The shape that keeps the limit with the smallest number. Raises UserError if none does."""
+    low, high = 0.0, 1.0
+    before, after = shape(low), smallest(shape, target)
+    if target.met(before):
+        return before
+    while before != after and high - low > 1e-6:
+        middle = (low + high) / 2
+        if target.met(tried := shape(middle)):
+            high, after = middle, tried
+        else:
+            low, before = middle, tried
+    return after
+
+
+def smallest(shape: Shape, target: Target) -> dict[str, TowerSpec]:
+    """Raises UserError if not even that keeps the limit."""
+    if not target.met(least := shape(1.0)):
+        raise target.refuse(least, "every block has a head for each key/value head and one run of channels")
+    return least
+
+
+def priced(spec: PolicySpec, price: Callable[[Policy], float]) -> Callable[[Towers], float]:
+    """The price of a shape, computed once."""
+    known = dict[Any, float]()
+
+    def cost_of(towers: Towers) -> float:
+        key = tuple(towers.items())
+        if key not in known:
+            known[key] = price(cost.shape_of(spec, towers))
+        return known[key]
+
+    return cost_of
+
+
+def target(dense: Policy, config: PruneConfig) -> Target | None:
+    """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
+    spec, name, limits = dense.spec, tower_name(dense.towers, config), list[Limit]()
+    if config.to_bytes is not None:
+        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
+        limits.append(
+            Limit(
+                "prune.to_bytes",
+                size,
+                number_of_bytes(config.to_bytes),
+                lambda size: f"{size:,.0f} bytes in {config.to_bytes_in}",
+            )
+        )
+    if config.to_latency is not None:
+        whole = cost.decision(cost.shape_of(spec, dense.towers))
+        time = priced(spec, lambda policy: cost.decision(policy) / whole)
+        limits.append(Limit("prune.to_latency", time, part_of_time(config.to_latency), lambda part: f"{part:.3f}x"))
+    if config.scope != "layer":
+        prefix = f"{name}." if config.scope == "tower" else ""
+        before = parameters(dense, prefix)
+        rest = priced(spec, lambda policy: parameters(policy, prefix) / before)
+        what = f"rest (1 - prune.ratio) of the {config.scope}'s parameters"
+        limits.append(Limit(what, rest, 1 - config.part, lambda part: f"{part:.3f}"))
+    if not limits:
+        return None
+    found, first = Target(tuple(limits)), limits[0]
+    if found.met(dense.towers):
+        now = first.told(first.cost(dense.towers))
+        raise UserError(
+            f"expected a {first.what} below {now}, which the policy has uncut, found {first.told(first.limit)}; "
+            "ask for less"
+        )
+    return found
+
+
+def allocated(
+    policy: Policy, name: str, scores: Sequence[Scores] | None, goal: Target | None, config: PruneConfig
+) -> dict[str, TowerSpec]:
+    """The shape that width pruning leaves; without scores the uniform one, which needs none."""
+    place = Place(policy, name, intermediate(policy.towers, name, config), config.align)
+    even, shape = uniform(place), _shape(place, scores, config)
+    if goal is not None:
+        return reach(shape, goal)
+    _check_ratio(place, config)
+    towers = even(config.part)
+    if config.allocation == "uniform" or scores is None:
+        return towers
+    # As many parameters as the same part of every block would leave, at most.
+    size = priced(policy.spec, parameters)
+    return reach(shape, Target((Limit("number of parameters", size, size(towers), "{:,}".format),)))
+
+
+def check_possible(policy: Policy, name: str, goal: Target | None, config: PruneConfig) -> None:
+    """Raises UserError for what width pruning cannot reach. ``policy`` may be on the meta device."""
+    place = Place(policy, name, intermediate(policy.towers, name, config), config.align)
+    if goal is None:
+        _check_ratio(place, config)
+    else:
+        smallest(_shape(place, None, config), goal)
+
+
+def _shape(place: Place, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
+    if config.allocation == "sensitivity":
+        assert config.sensitivity is not None
+        return by_sensitivity(place, read_sensitivity(Path(config.sensitivity), place.tower, place.blocks))
+    return ranked(place, scores) if config.allocation == "global" and scores is not None else uniform(place)
+
+
+def _check_ratio(place: Place, config: PruneConfig) -> None:
+    """Raises UserError where the ratio leaves less than half a head or channel of a block."""
+    for i, both in place.groups().items():
+        for what, group in zip(("head", "channel"), both, strict=True):
+            if group.number and group.number * (1 - config.part) < 0.5:
+                most = 1 - 0.5 / group.number
+                raise UserError(
+                    f"expected prune.ratio up to {int(most * 1000) / 1000}, which leaves a {what} of "
+                    f"{place.tower}.layers.{i}'s {group.number}, found {config.ratio}; give less"
+                )

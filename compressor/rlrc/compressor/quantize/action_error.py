@@ -1,0 +1,86 @@
+"""How far changed weights move the actions: mean |difference| from the float policy's, in normalised units.
+
+Of token policies the expected action is compared, the bins' centres weighted with the softmax of their logits: the
+likeliest bin stays the same under most small changes, which would all seem to cost nothing. Tokens that are no bins are
+left out of that softmax. An autoregressive policy goes on from the tokens it chose itself: where a change flips one,
+what follows from the flip counts too, as it does on the robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.quantize.calibration import checked
+from rlrc.errors import UserError
+from rlrc.runtime.inference.preprocess import bin_centers
+
+
+class ActionError:
+    """Compares with the actions of the policy as it is now, on these observations.
+
+    Raises UserError if there are none, or for NaN and infinity in them or in the actions.
+    """
+
+    def __init__(self, policy: Policy, calibration: Iterable[Inputs]) -> None:
+        self.policy, self.inputs = policy, with_noise(policy, checked(calibration))
+        if not self.inputs:
+            raise UserError("expected calibration observations, found none; give at least one")
+        self.expected = self._actions()
+        if not self.expected.isfinite().all():
+            raise UserError("expected finite actions of the float policy, found NaN or infinity; repair the checkpoint")
+
+    def of(self, changes: Mapping[str, Tensor]) -> float:
+        """With these tensors in place of the policy's own. Infinite if the actions are no longer numbers."""
+        with replaced(self.policy, changes):
+            error = (self._actions() - self.expected).abs().mean()
+        return float(error.nan_to_num(float("inf")))
+
+    def _actions(self) -> Tensor:
+        """(N, horizon, dim)."""
+        with torch.inference_mode():
+            return torch.cat([soft_actions(self.policy, self.policy.act(inputs)) for inputs in self.inputs])
+
+
+def soft_actions(policy: Policy, outputs: Outputs) -> Tensor:
+    """Normalised actions (B, horizon, dim); of token policies the expected ones."""
+    action, logits = policy.spec.action, outputs.logits
+    if logits is None:
+        return outputs.actions
+    if action.tokens is not None:  # the row of every bin
+        bins = torch.arange(action.bins, device=logits.device)
+        logits = logits[..., action.tokens.first - action.tokens.offset - bins]
+    centers = torch.from_numpy(bin_centers(action.bins)).to(logits)
+    return logits.softmax(-1) @ centers
+
+
+def with_noise(policy: Policy, calibration: list[Inputs]) -> list[Inputs]:
+    """Flow policies start from the same noise every time."""
+    if policy.spec.flow is None:
+        return calibration
+    generator, shape = torch.Generator().manual_seed(0), (policy.spec.action.horizon, policy.spec.flow.width)
+
+    def noise(inputs: Inputs) -> Tensor:
+        pixels = inputs.pixels[0]
+        return torch.randn(len(pixels), *shape, generator=generator).to(pixels.device)
+
+    return [inputs if inputs.noise is not None else replace(inputs, noise=noise(inputs)) for inputs in calibration]
+
+
+@contextmanager
+def replaced(policy: Policy, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The policy with these tensors in place of its own, for a while."""
+    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    before = {name: own[name].data for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            own[name].data = tensor.to(before[name])
+        yield
+    finally:
+        for name, tensor in before.items():
+            own[name].data = tensor

@@ -1,0 +1,178 @@
+"""AWQ's scaling (arXiv 2306.00978): input channels that matter are made larger before they are rounded.
+
+Columns of a linear layer are multiplied by s and its inputs divided by it, which changes nothing but how the columns
+are rounded: a channel with a large s loses less. s = mean |x|^alpha (section 3.2, equations 4 and 5); alpha is the one
+of eleven with the smallest error in the outputs on calibration inputs, 0 (no scaling) among them.
+
+The division is folded into what makes the inputs, where that is exact: no graph and no runtime ever sees a scale. That
+is a norm whose output nobody else reads, or rows of another linear layer with nothing nonlinear between. Not scaled:
+what follows adaptive norms (pi0.5's expert: their scale is computed from the time), the values of towers that attend to
+each other (pi0: one row of v would have to serve two o), what follows norms that the residual stream or positions read
+too (DETR) or GELU, and projectors, of which several columns share a channel of the norm before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrc.compressor.models.nn import decoder, detr, vit
+from rlrc.compressor.models.oft import RegressionHead
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.quantize.grid import GROUP, quantize_groups, values_of
+
+ALPHAS = tuple(i / 10 for i in range(11))
+ROWS = 512
+"""of the calibration sample that alpha is searched with"""
+NARROWEST = 1e-4
+"""a channel counts at least this part of the largest: no scale explodes for one that is hardly used"""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Linear layers of one input, and the module whose outputs those are, from row ``first`` on.
+
+    ``offset`` is that of a norm's weight. Where ``shared`` query heads of ``size`` channels read the same value head,
+    their channels have one scale.
+    """
+
+    linears: tuple[str, ...]
+    before: str
+    offset: float = 0.0
+    first: int = 0
+    shared: int = 1
+    size: int = 1
+
+    def per_row(self, channels: Tensor) -> Tensor:
+        """Of the inputs' channels (in,) -> the mean over those that a row of ``before`` feeds (rows,)."""
+        return channels.view(-1, self.shared, self.size).mean(1).flatten()
+
+    def per_channel(self, rows: Tensor) -> Tensor:
+        """(rows,) -> (in,)."""
+        return rows.view(-1, 1, self.size).expand(-1, self.shared, -1).flatten()
+
+
+def folds(policy: Policy) -> list[Fold]:
+    """All places of the policy where scales can be folded."""
+    found = list[Fold]()
+    for name, module in policy.named_modules():
+        if isinstance(module, decoder.Block):
+            found += _decoder_block(name, module, values_shared=policy.spec.flow is not None)
+        elif isinstance(module, vit.Block):
+            found += _vision_block(name, module)
+        elif isinstance(module, detr.Block):
+            found += _detr_block(name, module)
+        elif isinstance(module, RegressionHead):
+            found += [Fold((f"{name}.input",), f"{name}.norm1"), Fold((f"{name}.output",), f"{name}.norm2")]
+            found += [Fold((f"{name}.blocks.{i}.1",), f"{name}.blocks.{i}.0") for i in range(len(module.blocks))]
+    for tower, linear in (("decoder", "head"), ("expert", "action_out")):
+        last = getattr(getattr(policy, tower, None), "norm", None)
+        if isinstance(getattr(policy, linear, None), nn.Linear) and last is not None:
+            found += _after(f"{tower}.norm", last, linear)
+    return found
+
+
+def _after(name: str, norm: Any, *linears: str) -> list[Fold]:
+    if isinstance(norm, decoder.RMSNorm):
+        return [Fold(linears, name, norm.offset)]
+    return [Fold(linears, name)] if isinstance(norm, nn.LayerNorm) else []
+
+
+def _decoder_block(name: str, block: decoder.Block, values_shared: bool) -> list[Fold]:
+    attention, own = block.attention, f"{name}.attention"
+    readers = {"self": ("q", "k", "v"), "cross": ("q",), "half": ("k", "v")}[block.kind]
+    found = list[Fold]()
+    if attention.heads:
+        found += _after(f"{name}.norm1", block.norm1, *(f"{own}.{reader}" for reader in readers))
+        # A cross block's values are its own, made of what it is given.
+        if block.kind == "cross" or (block.kind == "self" and not values_shared):
+            shared = attention.heads // attention.kv_heads
+            found.append(Fold((f"{own}.o",), f"{own}.v", shared=shared, size=attention.head_dim))
+    if block.kind != "half" and block.mlp.up.out_features:
+        found += _after(f"{name}.norm2", block.norm2, f"{name}.mlp.gate", f"{name}.mlp.up")
+        found.append(Fold((f"{name}.mlp.down",), f"{name}.mlp.up"))  # activation(gate) * up
+    return found
+
+
+def _vision_block(name: str, block: vit.Block) -> list[Fold]:
+    found = list[Fold]()
+    if heads := block.attention.heads:
+        found.append(Fold((f"{name}.attention.qkv",), f"{name}.norm1"))
+        values = 2 * heads * block.attention.head_dim
+        found.append(Fold((f"{name}.attention.out",), f"{name}.attention.qkv", first=values))
+    if block.mlp.up.out_features:
+        found += [Fold((f"{name}.mlp.up",), f"{name}.norm2"), *_after_relu(f"{name}.mlp", block.mlp)]
+    return found
+
+
+def _detr_block(name: str, block: detr.Block) -> list[Fold]:
+    found = list[Fold]()
+    if block.attention.heads:
+        found.append(Fold((f"{name}.attention.o",), f"{name}.attention.v"))
+    if block.has_mlp:
+        found += _after(f"{name}.norm2", block.norm2, f"{name}.mlp.up") if block.pre_norm else []
+        found += _after_relu(f"{name}.mlp", block.mlp)
+    return found
+
+
+def _after_relu(name: str, mlp: vit.MLP) -> list[Fold]:
+    """relu(x / s) is relu(x) / s; nothing of the kind holds for GELU."""
+    return [Fold((f"{name}.down",), f"{name}.up")] if mlp.activation is decoder.ACTIVATIONS["relu"] else []
+
+
+def scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
+    """Inputs (n, in) -> s of every row of ``before``, its largest and its smallest as far from 1."""
+    magnitude = fold.per_row(rows.abs().mean(0))
+    s = magnitude.clamp(min=max(NARROWEST * float(magnitude.max()), torch.finfo().tiny)) ** alpha
+    return s / (s.max().sqrt() * s.min().sqrt())  # apart, for the product of tiny ones is 0
+
+
+def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
+    """The tensors that change with the scales s (rows of ``before``,): together they compute the same as before."""
+    changed = {f"{linear}.weight": tensors[f"{linear}.weight"] * fold.per_channel(s) for linear in fold.linears}
+    rows = slice(fold.first, fold.first + len(s))
+    for leaf, offset in (("weight", fold.offset), ("bias", 0.0)):
+        if (name := f"{fold.before}.{leaf}") in tensors:
+            tensor = changed.get(name, tensors[name]).clone()
+            tensor[rows] = (tensor[rows] + offset) / s.view(-1, *(1,) * (tensor.ndim - 1)) - offset
+            changed[name] = tensor
+    return changed
+
+
+def scaled(
+    policy: Policy,
+    tensors: Mapping[str, Tensor],
+    bits: Mapping[str, int],
+    inputs: Mapping[str, Tensor],
+    search: bool,
+    group: int = GROUP,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors of an equal policy that loses less by rounding, and the alphas by the names of the folds' layers.
+
+    ``bits`` of the tensors that will be rounded; ``inputs`` of their layers (n, in); ``search`` and ``group`` are those
+    of quantize_groups.
+    """
+    result, alphas = dict(tensors), dict[str, float]()
+    for fold in folds(policy):
+        names = [f"{linear}.weight" for linear in fold.linears]
+        names = [name for name in names if name in bits and name in inputs]
+        if not names:
+            continue
+        rows = inputs[names[0]]
+        few = rows[:: -(-len(rows) // ROWS)]
+        errors = {}
+        for alpha in ALPHAS:
+            columns = fold.per_channel(scales(fold, rows, alpha))
+            errors[alpha] = 0.0
+            for name in names:
+                rounded = values_of(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
+                errors[alpha] += float((few @ (rounded - result[name]).T).square().sum())  # of the outputs
+        best = min(errors, key=lambda alpha: errors[alpha])
+        alphas["+".join(fold.linears)] = best
+        if best:
+            result |= folded(result, fold, scales(fold, rows, best))
+    return result, alphas

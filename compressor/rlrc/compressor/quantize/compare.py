@@ -1,0 +1,76 @@
+"""What each way of rounding costs one policy, side by side: 4 bits by three methods, NF4 (never stored), 8 bits.
+
+Weight error: Frobenius norm of the change of all rounded weights over that of the weights. Output error: the same of
+the layers' outputs on calibration inputs, the mean over layers. Action error: rlrc.compressor.quantize.action_error. AWQ's
+weights and outputs are those of its scaled policy, which is equal to the one given. Every row rounds the same tensors.
+
+Every second observation is calibrated on, and errors are measured on the others: GPTQ fits what it was shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.quantize.action_error import ActionError, replaced, with_noise
+from rlrc.compressor.quantize.awq import scaled
+from rlrc.compressor.quantize.calibration import linear_inputs
+from rlrc.compressor.quantize.gptq import gptq
+from rlrc.compressor.quantize.grid import quantize_groups, stored_bytes, values_of
+from rlrc.compressor.quantize.nf4 import BITS, nf4
+from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, finite
+
+GRIDS = ("rtn", "awq", "gptq", "nf4", "int8")  # in the order of the rows
+
+Round = Callable[[str, Tensor], Tensor]  # name, weight -> the rounded weight in float32
+
+
+@dataclass(frozen=True)
+class Row:
+    grid: str
+    weight_error: float
+    output_error: float
+    action_error: float
+    bytes: int
+    """of the rounded tensors"""
+
+
+def compare(policy: Policy, calibration: Iterable[Inputs], search: bool = True) -> Iterator[Row]:
+    """One row after another, as each takes its time. Raises UserError for NaN in the weights and observations."""
+    tensors = {name: finite(name, tensor.detach()) for name, tensor in policy.state_dict().items()}
+    bits, everything = chosen_bits(tensors, QuantizeConfig()), list(calibration)
+    shown, error = everything[::2], ActionError(policy, everything[1::2] or everything)
+    inputs, unseen = (linear_inputs(policy, some, bits) for some in (with_noise(policy, shown), error.inputs))
+
+    def nearest(name: str, weight: Tensor, width: int) -> Tensor:
+        return values_of(*quantize_groups(weight, width, search))
+
+    def fed_back(name: str, weight: Tensor) -> Tensor:
+        return values_of(*gptq(weight, inputs[name], 4, search)) if name in inputs else nearest(name, weight, 4)
+
+    def row(grid: str, base: Mapping[str, Tensor], given: Mapping[str, Tensor], rounding: Round, size: float) -> Row:
+        rounded = {name: rounding(name, base[name]) for name in bits}
+        change = {name: rounded[name] - base[name] for name in bits}
+        outputs = [ratio(x @ change[name].T, x @ base[name].T) for name, x in given.items()]
+        weights = ratio(*(torch.cat([of[name].flatten() for name in bits]) for of in (change, base)))
+        return Row(grid, weights, sum(outputs) / max(len(outputs), 1), error.of({**base, **rounded}), round(size))
+
+    numbers = sum(tensors[name].numel() for name in bits)
+    yield row("rtn", tensors, unseen, partial(nearest, width=4), stored_bytes(numbers, 4))
+    equal, _ = scaled(policy, tensors, bits, inputs, search)
+    with replaced(policy, equal):
+        given = linear_inputs(policy, error.inputs, bits)
+    yield row("awq", equal, given, partial(nearest, width=4), stored_bytes(numbers, 4))
+    yield row("gptq", tensors, unseen, fed_back, stored_bytes(numbers, 4))
+    yield row("nf4", tensors, unseen, lambda name, weight: nf4(weight), numbers * BITS / 8)
+    yield row("int8", tensors, unseen, partial(nearest, width=8), stored_bytes(numbers, 8))
+
+
+def ratio(change: Tensor, base: Tensor) -> float:
+    """Of the norms; 0 where there is nothing to change."""
+    return float(change.norm() / base.norm().clamp(min=torch.finfo().tiny))

@@ -1,0 +1,52 @@
+"""GPTQ's error feedback (arXiv 2210.17323): what rounding a column costs, the columns not rounded yet make up for.
+
+A layer's columns are rounded from the first to the last, each to the nearest level; the error then goes into the others
+so that the outputs on the calibration inputs change least: X^T X tells how (section 3, algorithm 1, with the Cholesky
+form of its step 3). A group's scale is chosen when its first column comes up, from weights that hold all errors so far:
+the result is on the same grid as any other. Inputs are those of the float policy, not of the layers rounded before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlrc.compressor.quantize.grid import GROUP, LEVELS, group_of, integers_of, quantize_groups
+
+DAMPENING = 0.01
+"""of the mean of the diagonal, added to all of it (the paper's)"""
+
+
+def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """weight (out, in), inputs (n, in) -> integers int8 (out, in), scale fp16 (out, groups); see quantize_groups."""
+    factor, size = feedback(rows), group_of(weight.shape[1], group)
+    if factor is None:
+        return quantize_groups(weight, bits, search, size)
+    low, high = LEVELS[bits]
+    rest, integers, scales = weight.detach().float().clone(), list[Tensor](), list[Tensor]()
+    for start in range(0, weight.shape[1], size):
+        end = start + size
+        columns, errors = rest[:, start:end].clone(), list[Tensor]()
+        scale = quantize_groups(columns, bits, search, size)[1]
+        step = scale[:, 0].float()
+        for i in range(size):
+            rounded = integers_of(columns[:, i], step, low, high)
+            row = factor[start + i]
+            error = (columns[:, i] - rounded * step) / row[start + i]
+            columns[:, i + 1 :] -= error[:, None] * row[start + i + 1 : end]
+            integers.append(rounded)
+            errors.append(error)
+        rest[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]
+        scales.append(scale)
+    return torch.stack(integers, 1).to(torch.int8), torch.cat(scales, 1)
+
+
+def feedback(rows: Tensor) -> Tensor | None:
+    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X; None if all inputs are zero."""
+    hessian = rows.double().T @ rows.double()
+    mean = hessian.diagonal().mean()
+    if mean == 0:
+        return None
+    hessian.diagonal().add_(DAMPENING * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()

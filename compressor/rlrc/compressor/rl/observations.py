@@ -1,0 +1,83 @@
+"""Meta-World's observations as a policy takes them, for rollouts and demonstrations of any family that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlrc.artifact import PolicySpec
+from rlrc.compressor.models.policy import Inputs
+from rlrc.compressor.training.batches import collate
+from rlrc.envs.metaworld import ACTION_NAMES, STATE_NAMES, TASKS
+from rlrc.errors import UserError
+from rlrc.runtime.inference.preprocess import Prepared, Tokenizer, given_state, normalise, pictures, tells_state
+
+
+def check_playable(spec: PolicySpec) -> None:
+    """Raises UserError unless Meta-World's observations and actions are this policy's."""
+    names = [camera.name for camera in spec.cameras]
+    if len(names) != 1:
+        raise UserError(
+            f"expected a policy with one camera, as Meta-World has, found {len(names)} ({', '.join(names)}); rlrc has "
+            "no simulator for it"
+        )
+    (camera,) = spec.cameras
+    if camera.resize == "none" and camera.height != camera.width:
+        raise UserError(
+            f"expected square pictures, which Meta-World gives, or a camera that resizes, found {camera.height} x "
+            f"{camera.width}; rlrc has no simulator for it"
+        )
+    state = None if spec.state is None else len(spec.state.names)
+    for name, expected, found in (
+        ("state", len(STATE_NAMES), state),
+        ("action", len(ACTION_NAMES), spec.action.dim),
+    ):
+        if found is not None and found != expected:
+            raise UserError(
+                f"expected {expected} numbers of {name}, as Meta-World has, found {found}; rlrc has no simulator for it"
+            )
+    silent = [name for name, task in TASKS.items() if not task.instruction.strip()]
+    if spec.prompt is not None and silent:
+        raise UserError(
+            f"expected an instruction of every task for a policy that is told what to do, found none of {silent[0]}; "
+            "take another environment"
+        )
+
+
+class Observer:
+    """Pictures, raw states and names of tasks -> a policy's inputs."""
+
+    def __init__(self, spec: PolicySpec, tokenizer: Tokenizer | None) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        self._prompts = dict[str, np.ndarray]()
+
+    def __call__(self, tasks: Sequence[str], images: np.ndarray, state: np.ndarray) -> Inputs:
+        """Pictures (B, H, W, 3), raw state (B, S)."""
+        words = self.words(tasks, state)
+        pixels = torch.from_numpy(pictures(images, self.spec.cameras[0]))
+        return Inputs([pixels], words.ids, self.state(state), words.mask)
+
+    def state(self, state: np.ndarray) -> Tensor | None:
+        """Raw states (B, S) as the policy takes them."""
+        if self.spec.state is None:
+            return None
+        given = given_state(normalise(state, self.spec.state.norm), self.spec)
+        return None if given is None else torch.from_numpy(given)
+
+    def words(self, tasks: Sequence[str], state: np.ndarray) -> Inputs:
+        """Prompts of tasks in raw states (B, S): only ids and mask (B, L)."""
+        if self.tokenizer is None:
+            return Inputs([])
+        return collate([Prepared([], self._prompt(task, row), None) for task, row in zip(tasks, state, strict=True)])
+
+    def _prompt(self, task: str, state: np.ndarray) -> np.ndarray:
+        assert self.tokenizer is not None
+        if tells_state(self.spec):
+            assert self.spec.state is not None
+            return self.tokenizer(TASKS[task].instruction, normalise(state, self.spec.state.norm))
+        if task not in self._prompts:
+            self._prompts[task] = self.tokenizer(TASKS[task].instruction)
+        return self._prompts[task]

@@ -1,0 +1,78 @@
+"""The simulator as a stage sees it, for policies that fit it: success on validation scenes, and demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlrc.artifact import TOKENIZER, Artifact, HistoryEntry
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.rl.dagger import Dagger
+from rlrc.compressor.rl.demonstrations import DemonstrationConfig, ObservedBatches, SampleBatches, demonstrations
+from rlrc.compressor.rl.observations import Observer
+from rlrc.compressor.rl.rollout import Mode, Request, Rollouts
+from rlrc.compressor.training import distributed
+from rlrc.compressor.training.batches import Batch, Lessons
+from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.sft import SFTConfig
+from rlrc.envs.metaworld import TASKS
+from rlrc.envs.seeds import VALIDATION
+from rlrc.progress import status
+
+
+@contextmanager
+def simulate(artifact: Artifact, folder: Path, workers: int, episodes: int) -> Iterator[Simulation]:
+    """For the artifact's policy; ``folder`` is that of the run, ``episodes`` see Simulation."""
+    tokenizer = None if artifact.manifest.policy.prompt is None else artifact.file(TOKENIZER)
+    with Rollouts(artifact.manifest, tokenizer, folder, workers) as rollouts:
+        yield Simulation(rollouts, episodes)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    rollouts: Rollouts
+    episodes: int
+    """validation episodes a task; 0 leaves them out"""
+
+    def evaluate(self, policy: Policy) -> dict[str, Any]:
+        """Success without noise on validation scenes: over all tasks, over hard ones (without closing), per task."""
+        if self.episodes == 0:
+            return {}
+        requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
+        with status(f"playing {len(requests)} validation episodes"):
+            results = self.rollouts.run(requests, policy, Mode())
+        per_task = {task: float(np.mean([r.success for r in results if r.task == task])) for task in TASKS}
+        return {
+            "success": round(float(np.mean(list(per_task.values()))), 4),
+            "success_hard": round(float(np.mean([rate for name, rate in per_task.items() if TASKS[name].hard])), 4),
+            "episodes": len(results),
+            "per_task": {name: round(rate, 4) for name, rate in per_task.items()},
+        }
+
+    def inherited(self, history: Sequence[HistoryEntry]) -> dict[str, Any]:
+        """The parent's own success, if its last stage measured it on the same scenes."""
+        after = history[-1].after if history else {}
+        if after.get("episodes") != self.episodes * len(TASKS):
+            return {}
+        return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
+
+    def batches(self, policy: Policy, config: DemonstrationConfig, seed: int) -> SampleBatches:
+        what = "playing demonstrations, unless they are in the cache"
+        with status(what, distributed.rank() == 0), distributed.first():
+            samples = demonstrations(config, self.rollouts)
+        return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
+
+    def lessons(self, policy: Policy, config: SFTConfig, run: Run) -> tuple[Lessons, Dagger]:
+        """Demonstrations, held-out ones of further scenes, and the rounds in which the expert is asked."""
+        batches = self.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
+        further = config.scenes() - config.demonstrations
+        held_out = list[Batch]()
+        if further:
+            scenes = DemonstrationConfig(further, config.first_seed + config.demonstrations)
+            held_out = self.batches(policy, scenes, config.seed).all(config.batch)
+        return Lessons(batches, held_out), Dagger(config, self.rollouts, batches, run)

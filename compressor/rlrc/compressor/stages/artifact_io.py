@@ -1,0 +1,194 @@
+"""A torch policy from an artifact and back: weights in, weights out, with golden observations and their outputs.
+
+golden.npz of every family: raw observations ``image.<camera>`` uint8 (N, H, W, 3), ``state`` (N, S), ``instructions``
+(N,), ``noise`` (N, horizon, width) of flow policies, ``ids`` (N, L) padded with -1; and what the policy makes of them
+in float32: ``actions`` (N, horizon, dim) un-normalised, of token policies also ``tokens`` (N, horizon, dim) and
+``logits`` (N, horizon, dim, rows). What a policy does not have is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlrc.artifact import (
+    GOLDEN,
+    Artifact,
+    ArtifactError,
+    Draft,
+    HistoryEntry,
+    Manifest,
+    PolicySpec,
+    TowerSpec,
+)
+from rlrc.compressor.checkpoints.tensors import check_finite
+from rlrc.compressor.models.families import build
+from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.quantize.grid import dequantize
+from rlrc.compressor.quantize.quantize import Quantized
+from rlrc.errors import UserError
+from rlrc.runtime.inference.preprocess import prepare, unnormalise
+
+WEIGHTS = "weights/model.safetensors"
+CURVES = "curves"
+UNSOUND = "nothing was written: start from sound weights, or train with a lower --rate"
+ANSWERS = ("actions", "tokens", "logits")
+
+
+def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """Tensors as stored: bfloat16, or packed integers with scales."""
+    file = artifact.file(WEIGHTS)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ArtifactError(f"expected safetensors in {file}, found {error}; make the artifact again") from None
+
+
+def load_policy(artifact: Artifact) -> Policy:
+    """The policy in float32 and evaluation mode, integers dequantized. A tensor that does not fit is refused."""
+    manifest = artifact.manifest
+    tensors = dequantize(read_tensors(artifact), manifest.quantization)
+    return policy_of(manifest.policy, manifest.towers, tensors, str(artifact.path))
+
+
+def policy_of(
+    spec: PolicySpec,
+    towers: dict[str, TowerSpec],
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    advice: str = "make it again from sound weights",
+) -> Policy:
+    """A policy with these weights in float32, in evaluation mode.
+
+    Raises ArtifactError for a tensor that does not fit, and UserError with the ``advice`` for nan or inf in one.
+    """
+    with torch.device("meta"):
+        policy = build(spec, towers)
+    load_tensors(policy, tensors, origin, advice)
+    return policy.eval()
+
+
+def load_tensors(
+    policy: Policy, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
+) -> None:
+    """Gives the policy these weights, in float32. Raises as ``policy_of``."""
+    check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, origin, advice)
+    policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+
+
+def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Raises ArtifactError unless these are the policy's tensors."""
+    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise ArtifactError(
+                f"expected {expected.get(name, 'nothing')} for tensor {name} in {origin}, "
+                f"found {found.get(name, 'nothing')}; make the artifact again"
+            )
+
+
+def parameters(policy: Policy, prefix: str = "") -> int:
+    """How many numbers are stored, in all or of one module ("decoder."): statistics of frozen norms count too."""
+    return sum(tensor.numel() for name, tensor in policy.state_dict().items() if name.startswith(prefix))
+
+
+def read_observations(file: Path) -> dict[str, np.ndarray]:
+    """The observations of a golden.npz, without the answers."""
+    with np.load(file) as arrays:
+        return {name: arrays[name] for name in arrays.files if name not in ANSWERS}
+
+
+def inputs_of(spec: PolicySpec, observations: Mapping[str, np.ndarray], row: int) -> Inputs:
+    """One observation of a golden.npz, as a batch of one: what the runtime gives the graphs."""
+    values = {name: array[row] for name, array in observations.items()}
+    prepared = prepare(values, spec, tokenizer=None)
+
+    def batch(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array[None])
+
+    ids = values["ids"][values["ids"] >= 0] if "ids" in values else None
+    pixels = [torch.from_numpy(picture[None]) for picture in prepared.pixels]
+    return Inputs(pixels, batch(ids), batch(prepared.state), noise=batch(values.get("noise")))
+
+
+def every_input(spec: PolicySpec, observations: Mapping[str, np.ndarray]) -> Iterator[Inputs]:
+    """``inputs_of`` every row, one by one."""
+    return (inputs_of(spec, observations, row) for row in range(len(next(iter(observations.values())))))
+
+
+def answers(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the policy makes of the observations, one by one, in float32: ANSWERS, as far as it has them."""
+    spec = policy.eval().spec
+    with torch.inference_mode():
+        outputs = [policy.act(inputs) for inputs in every_input(spec, observations)]
+    with np.errstate(over="ignore"):  # it becomes infinite, which is refused
+        found = {"actions": unnormalise(_stacked(outputs, "actions"), spec.action.norm)}
+    if broken := [row for row, actions in enumerate(found["actions"]) if not np.isfinite(actions).all()]:
+        raise UserError(
+            f"expected finite actions of the policy, found nan or inf for {len(broken)} of {len(outputs)} golden "
+            f"observations; {UNSOUND}"
+        )
+    return found | {name: _stacked(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
+
+
+def golden(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The observations with the policy's answers: see the module's docstring."""
+    return {**observations, **answers(policy, observations)}
+
+
+def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
+    return torch.cat([getattr(output, name) for output in outputs]).numpy()
+
+
+def quantized(policy: Policy, result: Quantized) -> Policy:
+    """The policy with the weights that the result's integers stand for, in float32."""
+    tensors = dequantize(result.tensors, result.spec)
+    return policy_of(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
+
+
+def write_policy(
+    draft: Draft,
+    policy: Policy,
+    observations: Mapping[str, np.ndarray],
+    history: tuple[HistoryEntry, ...],
+    quantization: Quantized | None = None,
+    exact: bool = False,
+) -> Manifest:
+    """Finish a draft with a policy's weights and the goldens of exactly those weights.
+
+    Weights are stored in bfloat16, or as ``quantization`` of this policy has them. ``exact``: tensors that bfloat16
+    would change are stored in float32, for no training makes up for that. The manifest's dtype is that of most weights.
+    """
+    state = {name: tensor.detach().contiguous() for name, tensor in policy.state_dict().items()}
+    spec = None
+    if quantization is None:
+        tensors = {name: narrowed(tensor, exact) for name, tensor in state.items()}
+    else:
+        tensors, spec = quantization.tensors, quantization.spec
+    stored = policy_of(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact", UNSOUND)
+    save_file(tensors, draft.file(WEIGHTS))
+    np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
+    wide = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float32)
+    return draft.finish(
+        Manifest(
+            policy=policy.spec,
+            towers=policy.towers,
+            parameters=parameters(policy),
+            dtype=spec.grid if spec else "float32" if 2 * wide > parameters(policy) else "bfloat16",
+            quantization=spec,
+            history=history,
+        )
+    )
+
+
+def narrowed(tensor: Tensor, exact: bool) -> Tensor:
+    narrow = tensor.bfloat16()
+    return tensor if exact and not torch.equal(narrow.to(tensor.dtype), tensor) else narrow

@@ -1,0 +1,214 @@
+"""Which modules the actions depend on: how far they move when one module alone is pruned, rounded, or dropped.
+
+- prune: of one block so many heads and channels go as a ratio says, those with the smallest weights;
+- quantize: the attention or the MLP of one block, or another linear layer, is rounded to the grid of ``quantize``;
+- drop: one whole block hands the residual stream on. Keys and values of it that another tower reads stay.
+
+The error is the mean |difference| of normalised actions over the policy's own golden observations. Nothing is copied:
+one module's tensors are replaced at a time, and put back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlrc import strict
+from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.prune.sensitivity_report import KINDS, Kind, Measured, Report
+from rlrc.compressor.quantize.action_error import replaced, soft_actions
+from rlrc.compressor.quantize.grid import quantize_groups, values_of
+from rlrc.compressor.quantize.quantize import quantizable
+from rlrc.compressor.stages.artifact_io import inputs_of
+from rlrc.compressor.stages.sources import Source, unquantized_only
+from rlrc.errors import UserError
+from rlrc.progress import progress
+
+BATCH = 16  # observations in one pass
+WHOLE = 2.0  # the range of a normalised action: what an answer that is no number counts as
+
+
+@dataclass(frozen=True)
+class SensitivityConfig:
+    ratio: float = 0.5
+    """part of a block's heads and MLP channels that goes"""
+    bits: Literal[4, 8] = 4
+    """of the rounded weights"""
+    kinds: tuple[Kind, ...] = KINDS
+    """what is done to the modules"""
+    observations: int = 64
+    """golden observations, at most"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UserError(f"expected --ratio between 0 and 1 (excluded), found {self.ratio}")
+        if not self.kinds:
+            raise UserError(f"expected --kinds {', '.join(KINDS)}, found none; name one or more")
+        if self.observations < 1:
+            raise UserError(f"expected --observations >= 1, found {self.observations}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to one module: other ``tensors`` are put in place of its own; of a dropped block none."""
+
+    module: str
+    kind: Kind
+    parameters: int
+    tensors: Callable[[], Mapping[str, Tensor]] | None = None
+
+
+def changes(policy: Policy, config: SensitivityConfig) -> list[Change]:
+    """Everything that is measured, in the order of the modules."""
+    state, found = policy.state_dict(), list[Change]()
+
+    def size(module: str) -> int:
+        return sum(tensor.numel() for name, tensor in state.items() if name.startswith(f"{module}."))
+
+    for tower, spec in policy.towers.items():
+        for i, layer in enumerate(spec.layers):
+            block = f"{tower}.layers.{i}"
+            if layer.kind == "half":  # it hands the residual stream on anyway
+                continue
+            found.append(Change(block, "drop", size(block)))
+            if parts := [group for group in groups(policy.towers, tower, i, state, align=1) if group.number]:
+                found.append(Change(block, "prune", size(block), _pruned(state, parts, config.ratio)))
+    modules: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        if quantizable(name, tensor):
+            modules.setdefault(part_of(name), []).append(name)
+    for module, names in modules.items():
+        found.append(Change(module, "quantize", size(module), _rounded(state, names, config.bits)))
+    return [change for change in found if change.kind in config.kinds]
+
+
+def part_of(tensor: str) -> str:
+    """The module that a tensor is rounded with: a block's attention or MLP, else the layer itself."""
+    names = tensor.split(".")
+    return ".".join(names[:4] if names[1] == "layers" and len(names) > 5 else names[:-1])
+
+
+def _pruned(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -> Callable[[], dict[str, Tensor]]:
+    """Without what a part adds to the residual stream it is as good as gone."""
+
+    def tensors() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for group in parts:
+            each = [group.sums(layer, state[f"{layer}.weight"].abs()) for layer in group.layers]
+            stay = group.best(torch.stack(each).sum(0), group.fewer(ratio))
+            gone = torch.ones(group.number, dtype=torch.bool)
+            gone[stay] = False
+            for layer in group.columns:
+                weight = state[f"{layer}.weight"].clone()
+                weight[:, group.indices(gone.nonzero()[:, 0])] = 0
+                found[f"{layer}.weight"] = weight
+        return found
+
+    return tensors
+
+
+def _rounded(state: Mapping[str, Tensor], names: Sequence[str], bits: int) -> Callable[[], dict[str, Tensor]]:
+    def tensors() -> dict[str, Tensor]:
+        return {name: rounded(state[name], bits) for name in names}
+
+    return tensors
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    return values_of(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
+
+
+@contextmanager
+def applied(policy: Policy, change: Change) -> Iterator[None]:
+    """The policy with this change. Afterwards its tensors are the very same."""
+    if change.tensors is None:
+        hook = policy.get_submodule(change.module).register_forward_hook(_passed)
+        try:
+            yield
+        finally:
+            hook.remove()
+        return
+    with replaced(policy, change.tensors()):
+        yield
+
+
+def _passed(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+    """The residual stream as the block got it; with the keys and values, if it gives them."""
+    return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
+
+
+def action_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean |difference| of normalised actions (see action_error.py); one that is no number counts as the range."""
+    differences = torch.cat([b - a for a, b in zip(before, after, strict=True)])
+    return differences.abs().nan_to_num(WHOLE, posinf=WHOLE).mean().item()
+
+
+def batched(inputs: Sequence[Inputs]) -> list[Inputs]:
+    """Observations of one each -> batches of prompts of one length."""
+    lengths: dict[int, list[Inputs]] = {}
+    for one in inputs:
+        lengths.setdefault(0 if one.ids is None else one.ids.shape[1], []).append(one)
+    runs = [rows[i : i + BATCH] for rows in lengths.values() for i in range(0, len(rows), BATCH)]
+    return [_joined(run) for run in runs]
+
+
+def _joined(rows: Sequence[Inputs]) -> Inputs:
+    def of(name: str) -> Tensor | None:
+        found = [getattr(row, name) for row in rows]
+        return None if found[0] is None else torch.cat(found)
+
+    pixels = [torch.cat(pictures) for pictures in zip(*(row.pixels for row in rows), strict=True)]
+    return Inputs(pixels, of("ids"), of("state"), noise=of("noise"))
+
+
+def measure(source: Source, name: str, config: SensitivityConfig, journal: Path) -> Report:
+    """Every change alone. ``journal`` keeps what is measured, for a later call to go on from.
+
+    Raises UserError for a policy whose actions are no numbers, or that is quantized already.
+    """
+    unquantized_only(source, name)
+    policy, observations = source.load().eval(), source.observations()
+    count = len(next(iter(observations.values())))
+    rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)
+    batches = batched([inputs_of(source.spec, observations, row) for row in rows])
+
+    def answers() -> list[Tensor]:
+        return [soft_actions(policy, policy.act(inputs)) for inputs in batches]
+
+    report = Report("sensitivity", name, source.digest, config.ratio, config.bits, len(rows), ())
+    with torch.inference_mode(), progress("sensitivity", len(todo := changes(policy, config))) as tell:
+        whole = answers()
+        if not all(actions.isfinite().all() for actions in whole):
+            raise UserError(f"expected finite actions of {name}, found nan or inf; are these weights sound?")
+        found = _begun(journal, report)
+        for number, change in enumerate(todo):
+            tell(number, change.module)
+            if (change.module, change.kind) in found:
+                continue
+            with applied(policy, change):
+                error = action_change(whole, answers())
+            measured = Measured(change.module, change.kind, error, change.parameters)
+            found[change.module, change.kind] = measured
+            with journal.open("a") as file:
+                file.write(json.dumps(strict.encode(measured)) + "\n")
+        tell(len(todo), "")
+    return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
+
+
+def _begun(journal: Path, report: Report) -> dict[tuple[str, Kind], Measured]:
+    """What an interrupted call measured, if it did the same; else the journal begins anew."""
+    head, *lines = journal.read_text().splitlines() if journal.exists() else [""]
+    if head != (same := json.dumps(strict.encode(report))):
+        journal.write_text(same + "\n")
+        return {}
+    rows = [strict.decode(Measured, json.loads(line)) for line in lines if line.endswith("}")]
+    return {(row.module, row.kind): row for row in rows}

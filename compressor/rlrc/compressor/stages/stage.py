@@ -1,0 +1,211 @@
+"""The stages of a compression as artifact -> artifact: load, evaluate, work, evaluate, write. Here: prune and quantize.
+
+Every output's history holds the stage's full configuration and the success before and after it, measured on validation
+scenes by argmax decoding. A stage that is interrupted leaves a run folder beside its output, from which the same
+command goes on. Only the reference family has simulated demonstrations: policies of other families, which may come
+straight from their official folders, learn from data sets and are not evaluated here, but by ``rl``. Nothing of the
+simulator is imported for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from rlrc import interrupts
+from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models import precision
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.precision import Wanted
+from rlrc.compressor.models.tiny import FAMILY as REFERENCE
+from rlrc.compressor.prune import cost
+from rlrc.compressor.prune import prune as pruning
+from rlrc.compressor.prune.lossless import lossless, outside
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.quantize.padding import filled
+from rlrc.compressor.quantize.quantize import QuantizeConfig, Quantized, check_exempt, quantize
+from rlrc.compressor.stages import training_data
+from rlrc.compressor.stages.artifact_io import CURVES, answers, every_input, parameters, quantized, write_policy
+from rlrc.compressor.stages.sources import ArtifactSource, Source, open_source, shapes, unquantized_only
+from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training.run_state import Run
+from rlrc.errors import Interrupted, UserError
+from rlrc.progress import status
+
+if TYPE_CHECKING:
+    from rlrc.compressor.rl.simulation import Simulation
+    from rlrc.compressor.training.batches import Batches
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a stage needs besides its configuration."""
+
+    evaluate: int = 8
+    """validation episodes a task, before and after; 0 leaves them out"""
+    workers: int = field(default_factory=distributed.cores)
+    """processes that simulate (default: as many as there are cores)"""
+    threads: int = field(default_factory=distributed.cores)
+    """threads of torch (default: as many cores as this process may use, of several its share)"""
+    precision: Wanted = "auto"
+    """what products are computed in; auto measures which one this machine is quicker at, which takes a tenth of a
+    second. A run that goes on keeps its own"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("evaluate", 0), ("workers", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"expected --{name} >= {least}, found {getattr(self, name)}")
+        if self.precision not in (choices := get_args(Wanted)):
+            raise UserError(f"expected --precision {', '.join(choices)}, found {self.precision!r}")
+
+
+@dataclass
+class Stage:
+    """One stage under way. ``simulation`` is None for families without a simulator here.
+
+    ``draft`` is None in all processes but the first, which writes.
+    """
+
+    name: str
+    source: Source
+    draft: Draft | None
+    policy: Policy
+    simulation: Simulation | None
+    run: Run
+    config: Any
+    before: dict[str, Any]
+
+    def simulated(self) -> Simulation:
+        assert self.simulation is not None
+        return self.simulation
+
+    def finish(
+        self, policy: Policy, quantization: Quantized | None = None, exact: bool = False, **after: Any
+    ) -> Manifest:
+        """``exact``: see write_policy; ``after``: metrics of the stage itself."""
+        if self.draft is None:
+            return Manifest(policy.spec, policy.towers, parameters(policy), "float32")
+        cpu_minutes = self.run.cpu_seconds() / 60
+        if self.run.curve_file.exists():
+            shutil.copy(self.run.curve_file, self.draft.file(f"{CURVES}/{len(self.source.history)}-{self.name}.jsonl"))
+        success: dict[str, Any] = {}
+        if self.simulation is not None:
+            success = self.simulation.evaluate(policy if quantization is None else quantized(policy, quantization))
+        entry = HistoryEntry(
+            stage=self.name,
+            config=dataclasses.asdict(self.config),
+            version=version("rlrc"),
+            parent=self.source.digest,
+            cpu_minutes=round(cpu_minutes, 2),
+            before=self.before,
+            after=success | after,
+            precision=dict(precision.used()),
+        )
+        history = (*self.source.history, entry)
+        return write_policy(self.draft, policy, self.source.observations(), history, quantization, exact)
+
+
+@contextmanager
+def stage(
+    name: str,
+    path: Path,
+    out: Path,
+    config: Any,
+    options: Options,
+    check: Callable[[Source], object] = lambda source: None,
+    flags: Flags | None = None,
+    plays: bool = False,
+    incomplete: bool = False,
+) -> Iterator[Stage]:
+    """Everything around a stage's own work.
+
+    ``plays``: it needs the simulator, whatever the family. ``incomplete``: ``check`` supplies missing statistics. Of
+    several processes (see rlrc.compressor.training.distributed) all do the work, and the first one evaluates and writes. Raises
+    UserError before any work if input or output cannot be used, or if ``check`` raises it about the source.
+    """
+    source = open_source(path, flags or Flags(), incomplete)
+    unquantized_only(source, path)
+    check(source)
+    torch.set_num_threads(options.threads)
+    run = Run(out.parent / f".{out.name}.run")
+    with interrupts.raising(), writing(out) if distributed.rank() == 0 else nullcontext() as draft:
+        if draft is not None:
+            source.hand_on(draft)
+        policy = source.load()
+        run.open(name, source.digest or str(path), config, options.precision)
+        try:
+            with simulation_of(source, run, options, plays) as simulation:
+                before: dict[str, Any] = {}
+                if simulation is not None and draft is not None:
+                    before = simulation.inherited(source.history) or simulation.evaluate(policy)
+                run.start_clock(None if simulation is None else simulation.rollouts)
+                yield Stage(name, source, draft, policy, simulation, run, config, before)
+        except BaseException as error:
+            if run.folder.exists() and not run.state_file.exists():  # nothing to go on with
+                run.remove()
+            if isinstance(error, KeyboardInterrupt) and not distributed.rank():
+                raise Interrupted.by(error, run.continuation(name)) from None
+            raise
+    run.remove()
+    distributed.wait()  # the artifact is there for whatever comes next
+
+
+def simulation_of(source: Source, run: Run, options: Options, plays: bool) -> AbstractContextManager[Simulation | None]:
+    """For policies of the reference family and stages that play; all others do without the simulator's packages."""
+    if not isinstance(source, ArtifactSource) or not (plays or source.spec.family == REFERENCE):
+        return nullcontext()
+    from rlrc.compressor.rl.simulation import simulate
+
+    return simulate(source.artifact, run.folder, options.workers, options.evaluate)
+
+
+def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    def check(source: Source) -> None:
+        memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
+        if config.lossless:
+            return
+        with status("looking for a shape"):
+            lean, _ = lossless(cost.shape_of(source.spec, source.towers))
+            pruning.check(lean.spec, lean.towers, config)
+        if config.needs_data:
+            training_data.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
+        pruning.warn(source.towers, config)
+
+    with stage("prune", source, out, config, options, check, flags) as work:
+        lean, cuts = lossless(work.policy, work.source.unread)
+        if lean.spec.action.tokens != work.policy.spec.action.tokens:
+            whole = answers(work.policy, work.source.observations())["tokens"]
+            cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
+        report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
+        if config.lossless:
+            return work.finish(lean, exact=True, **report)
+        batches: Batches | None = None
+        if config.needs_data:
+            batches = training_data.demonstrations(work, config)
+        with status("scoring what may go"):
+            pruned, removed = pruning.prune(lean, config, batches)
+        return work.finish(pruned, exact=True, removed=removed, **report)
+
+
+def run_quantize(
+    source: Path, out: Path, config: QuantizeConfig, options: Options, flags: Flags | None = None
+) -> Manifest:
+    def check(found: Source) -> None:
+        check_exempt(shapes(found), config)
+        memory.check(memory.numbers(shapes(found)) * memory.REWRITTEN, "quantizing")
+
+    with stage("quantize", source, out, config, options, check, flags) as work:
+        observations = every_input(work.policy.spec, work.source.observations())
+        with status("rounding"):
+            policy, added = filled(work.policy, config.group)
+            result = quantize(policy, config, observations)
+        return work.finish(policy, result, rounding=result.report | added)

@@ -1,0 +1,117 @@
+"""The stages that learn from demonstrations: sft and distill. rl: see reinforcement.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlrc.artifact import Manifest
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.checkpoints.lerobot import dataset_statistics
+from rlrc.compressor.checkpoints.lerobot.normaliser import MODES
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.stages import training_data as lessons
+from rlrc.compressor.stages.sources import Source, open_source, shapes
+from rlrc.compressor.stages.stage import Options, Stage, stage
+from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training.batches import Lessons
+from rlrc.compressor.training.distill import DistillConfig, check_teacher, distillation, matched
+from rlrc.compressor.training.sft import Objective, SFTConfig, sft
+from rlrc.errors import UserError
+from rlrc.progress import progress
+from rlrc.runtime.cli.describe import normalisation_lines, plain_console
+
+
+def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    adopted: dict[str, Any] = {}
+    lines: list[str] = []
+
+    def check(found: Source) -> None:
+        before = found.normalisation
+        lines.extend(take_statistics(found, config))
+        if found.normalisation != before:
+            adopted["normalisation"] = found.normalisation
+        lessons.check("sft", found, config)
+        memory.check_training(shapes(found), bool(config.lora), 1 + bool(config.held_out))
+
+    with stage("sft", source, out, config, options, check, flags, incomplete=True) as work:
+        if distributed.rank() == 0:
+            for line in lines:
+                plain_console(stderr=True).print(f"normalisation: {line}")
+        return work.finish(work.policy, **adopted, **taught(work, config, lambda lessons: Objective))
+
+
+def run_distill(
+    source: Path, out: Path, config: DistillConfig, options: Options, flags: Flags | None = None
+) -> Manifest:
+    """``flags`` are those of an official teacher."""
+    if config.statistics != "policy":
+        raise UserError(
+            f"expected distill.statistics policy, found {config.statistics}; a student has its teacher's, and rlrc sft "
+            "takes a data set's"
+        )
+    if not config.teacher:
+        raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
+    teacher = open_source(Path(config.teacher), flags or Flags())
+
+    def check(student: Source) -> None:
+        lessons.check("distill", student, config)
+        check_teacher(student, teacher, config)
+        besides = memory.numbers(shapes(teacher))
+        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), besides)
+
+    with stage("distill", source, out, config, options, check) as work:
+        pairs, folder = matched(work.source, teacher), work.run.folder
+
+        def objective(lessons: Lessons) -> Callable[[Policy, float], nn.Module]:
+            return distillation(config, teacher.load(), pairs, lessons.batches, folder)
+
+        report = taught(work, config, objective)
+        return work.finish(work.policy, teacher=teacher.digest, **report)
+
+
+def take_statistics(source: Source, config: SFTConfig) -> list[str]:
+    """Gives the source the data set's statistics where its own are missing, or for all. -> lines that say so.
+
+    Raises UserError where there are none to take.
+    """
+    spec, record, everything = source.spec, source.normalisation, config.statistics == "data"
+    absent, own = dataset_statistics.missing(record), dataset_statistics.normalised(record)
+    if everything and not own:
+        raise UserError(
+            f"expected a policy that is normalised as LeRobot does ({', '.join(MODES)}) with --statistics data, found "
+            f"{spec.family} without a record of it; leave --statistics out to keep the policy's"
+        )
+    if (absent or everything) and not config.data:
+        raise UserError(
+            f"expected a data set for the statistics of {', '.join(absent or own)}, found none; give --data FOLDER"
+        )
+    names = own if everything else []
+    names += [name for name in dataset_statistics.undecided(spec, record) if name not in names]
+    if names and config.data:
+        dataset = dataset_statistics.from_data(config.data)
+        source.spec, source.normalisation = dataset_statistics.adopted(spec, record, names, dataset, config.cameras)
+        dataset.close()
+    taken = {name: how for name, how in source.normalisation.items() if how != record[name]}
+    kept = [name for name in own if name not in names]
+    if not kept or not config.data:
+        return normalisation_lines(taken)
+    return [
+        *normalisation_lines(taken),
+        f"the policy's own statistics of {', '.join(kept)} are kept; --statistics data takes those of {config.data}",
+    ]
+
+
+def taught(
+    work: Stage, config: SFTConfig, objective: Callable[[Lessons], Callable[[Policy, float], nn.Module]]
+) -> dict[str, Any]:
+    """Trains the stage's policy in place. -> what the history tells besides."""
+    if config.data:
+        given, dagger = lessons.of_data(work.source, config, config.held_out, config.batch), None
+    else:
+        given, dagger = work.simulated().lessons(work.policy, config, work.run)
+    with progress(config.STAGE, config.steps, distributed.rank() == 0) as tell:
+        return sft(work.policy, config, given, work.run, tell, dagger, objective(given))

@@ -1,0 +1,106 @@
+"""What a stage learns from: the episodes of a LeRobotDataset, or the simulator's scripted experts.
+
+Only the reference family has a simulator with experts; any other brings a data set (``--data FOLDER``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlrc.artifact import PolicySpec
+from rlrc.compressor.models.tiny import FAMILY as REFERENCE
+from rlrc.compressor.stages.sources import Source
+from rlrc.compressor.training.batches import Batch, Batches, Lessons, collate
+from rlrc.errors import UserError
+from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
+
+if TYPE_CHECKING:
+    from rlrc.compressor.stages.stage import Stage
+    from rlrc.datasets.fit import Matched
+
+HELD_OUT = 512  # frames, at most: they stay in memory
+
+
+class DatasetBatches:
+    """Random batches of these frames of a data set: see rlrc.compressor.training.batches.Batches."""
+
+    def __init__(self, matched: Matched, frames: NDArray[np.int64], tokenizer: Tokenizer | None, seed: int) -> None:
+        self.matched, self.frames, self.tokenizer = matched, frames, tokenizer
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def draw(self, size: int) -> Batch:
+        return self.rows(self.frames[self.rng.integers(0, len(self.frames), size)])
+
+    def rows(self, frames: NDArray[np.int64]) -> Batch:
+        """Of these frames of the data set."""
+        spec, samples = self.matched.spec, self.matched.samples(frames)
+        inputs = collate([prepare(sample.observation, spec, self.tokenizer) for sample in samples])
+        actions = normalise(np.stack([sample.chunk for sample in samples]), spec.action.norm)
+        return Batch(inputs, torch.from_numpy(actions), torch.from_numpy(np.stack([sample.real for sample in samples])))
+
+    def state(self) -> Any:
+        return self.rng.bit_generator.state
+
+    def restore(self, state: Any) -> None:
+        self.rng.bit_generator.state = state
+
+
+class Taught(Protocol):
+    """What the configurations of all stages that learn have: see SFTConfig."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def cameras(self) -> Mapping[str, str]: ...
+    @property
+    def demonstrations(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def check(stage: str, source: Source, config: Taught, instead: str = "") -> None:
+    """Before any work: raises UserError if there is nothing to learn from, or a data set that does not fit."""
+    if config.data:
+        open_data(config, source.spec)
+    elif source.spec.family != REFERENCE:
+        raise UserError(
+            f"expected demonstrations for {stage}, found none for a policy of the family {source.spec.family}; give "
+            f"--data FOLDER, a LeRobotDataset{instead}"
+        )
+
+
+def open_data(config: Taught, spec: PolicySpec) -> Matched:
+    """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
+    from rlrc.datasets.fit import match
+    from rlrc.datasets.lerobot import Dataset
+
+    return match(Dataset.open(Path(config.data)), spec, config.cameras)
+
+
+def of_data(source: Source, config: Taught, held_out: float = 0.0, size: int = 128) -> Lessons:
+    """``held_out``: part of the episodes, whose batches have this ``size``."""
+    from rlrc.datasets.fit import split
+
+    matched = open_data(config, source.spec)
+    taught, kept = split(matched.dataset, held_out, config.seed)
+    batches = DatasetBatches(matched, taught, source.tokenizer, config.seed)
+    frames = kept[np.linspace(0, len(kept) - 1, min(len(kept), HELD_OUT)).round().astype(int)] if len(kept) else kept
+    return Lessons(batches, [batches.rows(frames[i : i + size]) for i in range(0, len(frames), size)])
+
+
+def demonstrations(work: Stage, config: Taught, first_seed: int = 0) -> Batches:
+    """Without held-out ones: of the data set, or by the simulator's experts from a scene on."""
+    if config.data:
+        return of_data(work.source, config).batches
+    from rlrc.compressor.rl.demonstrations import DemonstrationConfig
+
+    return work.simulated().batches(work.policy, DemonstrationConfig(config.demonstrations, first_seed), config.seed)

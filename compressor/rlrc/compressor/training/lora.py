@@ -1,0 +1,43 @@
+"""Low-rank adapters (Hu et al., 2021, arXiv 2106.09685) through peft: put in place, and merged into the weights."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from rlrc.compressor.models.policy import Policy
+from rlrc.errors import UserError
+
+VISION = ("vision", "vision2")
+
+
+def targets(policy: Policy) -> list[str]:
+    """Linear layers of all towers but the vision transformers."""
+    towers = tuple(f"{name}." for name in policy.towers if name not in VISION)
+    return [
+        name for name, module in policy.named_modules() if isinstance(module, nn.Linear) and name.startswith(towers)
+    ]
+
+
+def adapt(policy: Policy, rank: int) -> None:
+    """Freezes the policy and gives every target an adapter of this rank, in place. At first they change nothing."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not (names := targets(policy)):
+        raise UserError(f"expected linear layers to adapt in a policy of the family {policy.spec.family}, found none")
+    policy.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    inject_adapter_in_model(config, cast(Any, policy))
+
+
+def merge(policy: Policy) -> None:
+    """The adapters' products are added to the weights, in place, and the layers are plain again."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(policy.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(policy.get_submodule(parent), leaf, module.get_base_layer())
+    policy.requires_grad_(True)

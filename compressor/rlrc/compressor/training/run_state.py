@@ -1,0 +1,182 @@
+"""What a stage keeps on disk while it trains, so that the same command goes on after Ctrl-C or a kill.
+
+Of several processes only the first writes; all of them read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlrc import interrupts
+from rlrc.compressor.models import precision
+from rlrc.compressor.training import distributed
+from rlrc.errors import UserError
+from rlrc.folders import replacing
+
+if TYPE_CHECKING:
+    from rlrc.compressor.rl.rollout import Rollouts
+
+FORMAT = 2  # of the saved state
+EVERY_S = 120.0  # seconds between two saves
+SHARE = 0.1  # of the time that saving may take: 80 GB of a large policy are not written every two minutes
+
+
+class Run:
+    """A folder with the training state, the curve (one JSON line a row) and, for DAgger, the samples of each round."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state_file = folder / "state.pt"
+        self.curve_file = folder / "curve.jsonl"
+        self.rows = 0  # of the curve
+        self.saved: int | None = None  # the step of the saved state
+        self.spent = 0.0  # CPU-seconds before this process
+        self.rollouts: Rollouts | None = None
+        self.began = 0.0
+
+    def open(self, stage: str, parent: str, config: Any, wanted: precision.Wanted = "auto") -> None:
+        """Begin, or go on from the state an interrupted run saved. Refuses that of a run that did something else.
+
+        Sets the precision of this process: that which the run began with, or else the one that is ``wanted``.
+        """
+        with distributed.first():
+            if distributed.rank() == 0:
+                self._open(stage, parent, config, wanted)
+        precision.use(json.loads((self.folder / "precision.json").read_text()))
+
+    def _open(self, stage: str, parent: str, config: Any, wanted: precision.Wanted) -> None:
+        if self.folder.exists() and not self.state_file.exists():
+            self.remove()  # it was killed before there was anything to go on with
+        self.folder.mkdir(parents=True, exist_ok=True)
+        identity = json.dumps(
+            {"stage": stage, "parent": parent, "config": dataclasses.asdict(config), "format": FORMAT}, sort_keys=True
+        )
+        file, products = self.folder / "stage.json", self.folder / "precision.json"
+        if file.exists() and json.loads(file.read_text()) != json.loads(identity):
+            raise UserError(
+                f"expected to go on with the same stage, input and configuration in {self.folder}, found another; "
+                "remove it to start anew"
+            )
+        if products.exists():
+            begun = json.loads(products.read_text())
+            if wanted not in ("auto", *begun.values()):
+                raise UserError(
+                    f"expected --precision {' or '.join(sorted(set(begun.values())))}, which the run in {self.folder} "
+                    f"began with, found {wanted}; leave it out, or remove {self.folder} to start anew"
+                )
+        else:
+            products.write_text(json.dumps(precision.choose(wanted, *distributed.devices())))
+        file.write_text(identity)
+        if self.state_file.exists():
+            saved = torch.load(self.state_file, weights_only=True, mmap=True)
+            self.spent, self.saved = saved["cpu_seconds"], saved["step"]
+
+    def continuation(self, stage: str) -> str:
+        """What the same command does after an interruption."""
+        if self.saved is None:
+            return f"nothing of {stage} is done yet; the same command begins it anew"
+        unit = "iteration" if stage == "rl" else "step"
+        return f"the same command goes on from {unit} {self.saved} of {stage}"
+
+    def start_clock(self, rollouts: Rollouts | None) -> None:
+        self.rollouts, self.began = rollouts, time.process_time()
+        if rollouts is not None:
+            rollouts.cpu_seconds = 0.0
+
+    def cpu_seconds(self) -> float:
+        """CPU time of this stage so far: this process, its workers, and earlier processes until their last save."""
+        workers = self.rollouts.cpu_seconds if self.rollouts else 0.0
+        return self.spent + time.process_time() - self.began + workers
+
+    def moment(self) -> dict[str, Any]:
+        """What every saved state holds, whatever the stage."""
+        return {"torch_rng": torch.get_rng_state(), "rows": self.rows}
+
+    def save(self, step: int, **state: Any) -> None:
+        """``state`` may hold an earlier ``moment()``; without one the present moment is saved."""
+        if distributed.rank() == 0:
+            values = {"step": step, "cpu_seconds": self.cpu_seconds(), **self.moment(), **state}
+            with interrupts.held(), replacing(self.state_file) as partial, partial.open("wb") as stream:
+                torch.save(values, stream)  # to a stream: a full disk is an OSError then
+        self.saved = step
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, if any; drops the curve's rows after it and restores torch's generator."""
+        if not self.state_file.exists():
+            return None
+        saved: dict[str, Any] = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        torch.set_rng_state(saved["torch_rng"])
+        self.rows, self.saved = saved["rows"], saved["step"]
+        if distributed.rank():
+            return saved
+        rows = self.curve_file.read_text().splitlines() if self.curve_file.exists() else []
+        self.curve_file.write_text("".join(row + "\n" for row in rows[: self.rows]))
+        return saved
+
+    def log(self, stage: str, step: int, **row: float) -> None:
+        self.rows += 1
+        if distributed.rank():
+            return
+        values = {name: round(float(value), 5) for name, value in row.items()}
+        values["cpu_seconds"] = round(self.cpu_seconds(), 1)
+        with self.curve_file.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+
+    def remove(self) -> None:
+        if distributed.rank() == 0:
+            shutil.rmtree(self.folder)
+
+
+class Keeper:
+    """Saves the state of a run by time, and that of the end of the last step where it is interrupted.
+
+    ``large`` gives what changes only while signals are held (interrupts.held): weights and optimiser. What else changes
+    during a step is given at its end. A context manager.
+    """
+
+    def __init__(self, run: Run, team: distributed.Team, large: Callable[[], dict[str, Any]]) -> None:
+        self.run, self.team, self.large = run, team, large
+        self.step, self.small = 0, dict[str, Any]()
+        self.last, self.pause = time.monotonic(), EVERY_S
+
+    def __call__(self, step: int, **small: Any) -> None:
+        """At the end of a step (and before the first). Raises Interrupted if another process was interrupted."""
+        self.step, self.small = step, self.run.moment() | small
+        due = time.monotonic() - self.last >= self.pause
+        stop = interrupts.pending()
+        if self.team.size > 1:  # all save together, and end together
+            due, stop = (self.team.mean(_flag(value, self.team.device)) > 0 for value in (due, stop))
+        if due or stop:
+            self.save()
+        if stop and self.team.size > 1:
+            interrupts.stop()
+
+    def save(self) -> None:
+        """Unless it is saved already."""
+        began = time.monotonic()
+        if self.step != (self.run.saved or 0):
+            self.run.save(self.step, **self.small, **self.large())
+        self.last = time.monotonic()
+        self.pause = max(EVERY_S, (self.last - began) / SHARE)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None or (isinstance(error, KeyboardInterrupt) and self.team.size == 1):
+            with interrupts.held():
+                self.save()
+
+
+def _flag(value: bool, device: torch.device) -> Tensor:
+    return torch.tensor(float(value), device=device)

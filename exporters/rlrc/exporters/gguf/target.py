@@ -1,0 +1,111 @@
+"""The llama.cpp target: graphs/gguf. The decoder's blocks are a model file; what is around them is ONNX.
+
+"decoder" takes and gives what it does as one ONNX graph, but for the past, which stays in llama.cpp. Its file holds the
+blocks alone: the engine computes "embed", the blocks and "head" one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest, TensorSpec, TowerSpec
+from rlrc.errors import UserError
+from rlrc.exporters.gguf import file as gguf_file
+from rlrc.exporters.graphs import Define, openvla, tiny
+from rlrc.exporters.onnx.builder import FLAVOURS, NEEDS, OnnxRuntimeBuilder
+from rlrc.exporters.weights import Weights, read_weights
+from rlrc.runtime.inference.backends import FOLDERS, llama_model
+
+FAMILIES: Mapping[str, Mapping[str, Define]] = {
+    "tiny": {"vision": tiny.vision, **tiny.ENDS},
+    "openvla": {"vision": openvla.vision, **openvla.ENDS},
+    "openvla-oft": {"vision": openvla.vision, **openvla.OFT_ENDS},
+}
+EXPERT = "an expert that reads the prefix's keys and values, which stay in llama.cpp"
+OTHERS = {
+    "act": "LayerNorms and cross-attention",
+    "pi0": EXPERT,
+    "pi05": EXPERT,
+    "smolvla": EXPERT,
+}
+FLOATS = {"fp16": "fp16", "fp32": "fp32", "int8": "fp16", "q4_k_m": "fp16"}
+"""Precisions of float weights, the default first, and the flavour of the graphs around: nothing is rounded to 8 bits or
+less there."""
+QUANTIZED = {"int4": {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows"}, "int8": {"int8": "w8"}}
+"""The same of quantized weights, by their grid. The blocks have their own integers in all, and llama.cpp rounds their
+activations to 8 bits; int4a8 and int8+int4 do so around them too, with weights in 4 or 8 bits."""
+
+
+def choose_precision(parent: Artifact, precision: str | None) -> str:
+    """The precision asked for, or the default. Raises UserError for one, or a policy, that llama.cpp does not run."""
+    manifest = parent.manifest
+    check_policy(manifest)
+    choices = flavours(manifest)
+    if precision is None:
+        precision = "fp32" if manifest.dtype == "float32" else next(iter(choices))
+    if precision not in choices:
+        what = "quantize the policy first" if precision == "int4" else "choose one of those"
+        raise UserError(
+            f"expected a precision of {', '.join(choices)} for weights in {manifest.dtype}, found {precision}; {what}"
+        )
+    if manifest.quantization is None:
+        gguf_file.check_rows(manifest.towers["decoder"], precision)
+    llama_model.library()  # what is written is also run, so it had better be here
+    return precision
+
+
+def flavours(manifest: Manifest) -> Mapping[str, str]:
+    return FLOATS if manifest.quantization is None else QUANTIZED[manifest.quantization.grid]
+
+
+def check_policy(manifest: Manifest) -> None:
+    family = manifest.policy.family
+    if family not in FAMILIES:
+        raise UserError(
+            f"expected a family of {', '.join(FAMILIES)} for gguf, found {family}, which has {OTHERS.get(family)}; "
+            "export it --to onnx"
+        )
+    gguf_file.architecture(manifest.towers["decoder"])
+
+
+def is_exact(precision: str) -> bool:
+    """Whether only the order of sums tells the answers from torch's: otherwise llama.cpp rounds activations too."""
+    return precision == "fp32"
+
+
+def write_graphs(
+    draft: Draft, parent: Artifact, precision: str, weights: Weights | None = None
+) -> tuple[GraphSpec, ...]:
+    """``weights``: other ones than the parent's."""
+    manifest, folder = parent.manifest, FOLDERS["gguf"]
+    weights = read_weights(parent) if weights is None else weights
+    specs, flavour = dict[str, GraphSpec](), flavours(manifest)[precision]
+    blocks = precision if manifest.quantization is None else manifest.quantization.grid
+    for name, define in FAMILIES[manifest.policy.family].items():
+        builder, file = OnnxRuntimeBuilder(weights, FLAVOURS[flavour]), f"{folder}/{name}.onnx"
+        define(builder, manifest.policy, manifest.towers)
+        builder.write(name, draft.file(file))
+        specs[name] = GraphSpec(name, "gguf", file, flavour, tuple(builder.inputs), tuple(builder.outputs), NEEDS)
+    file = f"{folder}/decoder.gguf"
+    write_blocks(draft.file(file), weights, manifest.towers["decoder"], blocks)
+    inputs, outputs = of_one(specs["embed"].inputs), of_one(specs["head"].outputs)
+    return *specs.values(), GraphSpec("decoder", "gguf", file, blocks, inputs, outputs, llama_model.NEEDS)
+
+
+def of_one(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """In batches of one."""
+    return tuple(TensorSpec(tensor.name, tensor.dtype, (1, *tensor.shape[1:])) for tensor in tensors)
+
+
+def write_blocks(path: Path, weights: Weights, tower: TowerSpec, precision: str) -> None:
+    """K-quants are llama.cpp's own, made of a file in float16."""
+    if precision != "q4_k_m":
+        gguf_file.write(path, weights, tower, precision)
+        return
+    wide = path.with_suffix(".fp16")
+    try:
+        gguf_file.write(wide, weights, tower, "fp16")
+        llama_model.quantize(wide, path, gguf_file.FILE_TYPES[precision])
+    finally:
+        wide.unlink(missing_ok=True)

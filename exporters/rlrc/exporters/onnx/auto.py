@@ -1,0 +1,140 @@
+"""``rlrc export --precision auto``: of every graph the precision that is fastest on this machine, by measurement.
+
+Which one that is differs between processors: with matrix units 8-bit products are ten times as fast as floats over a
+whole prompt, without them hardly faster, and 4-bit weights win where memory is the bound. So all precisions that the
+weights can have are tried on golden observations, in turns; then combinations are exported from the fastest on, until
+one stays within the tolerance. Measure on the robot's computer, with the robot's threads.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice, product
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from numpy.typing import NDArray
+
+from rlrc.artifact import GOLDEN, Artifact, Manifest, writing
+from rlrc.errors import UserError
+from rlrc.exporters.export import Disagreement, export, with_graphs
+from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.onnx.builder import FLAVOURS
+from rlrc.exporters.onnx.mixed import MIXED
+from rlrc.exporters.onnx.target import built, choices, write_graphs
+from rlrc.exporters.weights import read_weights
+from rlrc.runtime.inference import verify
+from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.policy import LocalPolicy
+
+ROUNDS = 7  # the first warms up
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``ms`` of all passes of the graph for one action, the least disturbed; ``memory``: bytes of weights, loaded."""
+
+    graph: str
+    precision: str
+    ms: float
+    memory: int
+
+
+class Timed:
+    """An engine that adds up the milliseconds of each graph's passes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.ms = engine, dict[str, float]()
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        started = perf_counter()
+        outputs = self.engine.run(graph, inputs)
+        self.ms[graph] = self.ms.get(graph, 0.0) + (perf_counter() - started) * 1e3
+        return outputs
+
+    def versions(self) -> dict[str, str]:
+        return self.engine.versions()
+
+
+def export_fastest(
+    parent: Artifact,
+    out: Path,
+    to: Sequence[str] = ("onnx",),
+    threads: int = 1,
+    tolerance: float | None = None,
+    budget: int | None = None,
+) -> Manifest:
+    """``export`` in the fastest precisions whose weights take at most ``budget`` bytes in memory.
+
+    The history tells what was measured. Raises UserError for another target, or if nothing fits into the budget;
+    Disagreement if no combination within it stays within the tolerance.
+    """
+    if tuple(to) != ("onnx",):
+        raise UserError(f"expected --to onnx with --precision auto, found {' '.join(to)}; name a precision for others")
+    candidates = measure(parent, threads)
+    refused: list[Disagreement] = []
+    for plan in fastest_first(candidates, budget):
+        precisions = {candidate.graph: candidate.precision for candidate in plan}
+        reasons = {
+            "auto": {"threads": threads, "budget_bytes": budget, "refused": len(refused)},
+            "measured_ms": {f"{each.graph} {each.precision}": round(each.ms, 3) for each in candidates},
+            "memory_bytes": sum(candidate.memory for candidate in plan),
+        }
+        try:
+            manifest = export(parent, out, to, precisions, tolerance, reasons)
+        except Disagreement as error:
+            refused.append(error)
+        else:
+            for other in refused:
+                other.worst.unlink(missing_ok=True)
+            return manifest
+    raise refused[-1]
+
+
+def fastest_first(candidates: Sequence[Candidate], budget: int | None = None) -> list[tuple[Candidate, ...]]:
+    """One candidate for each graph, in every combination that fits. Raises UserError if none does."""
+    graphs = list(dict.fromkeys(candidate.graph for candidate in candidates))
+    plans = list(product(*([each for each in candidates if each.graph == graph] for graph in graphs)))
+    sizes = [sum(candidate.memory for candidate in plan) for plan in plans]
+    fitting = [plan for plan, size in zip(plans, sizes, strict=True) if budget is None or size <= budget]
+    if not fitting:
+        raise UserError(
+            f"expected graphs that fit into {budget:,} bytes, found that the smallest take {min(sizes):,}; allow more "
+            "with --budget-bytes, or quantize or prune the policy further"
+        )
+    return sorted(fitting, key=lambda plan: sum(candidate.ms for candidate in plan))
+
+
+def measure(parent: Artifact, threads: int) -> list[Candidate]:
+    """Every graph in every precision of these weights, measured in turns on golden observations.
+
+    But for those that differ from another one in the file only, and need much memory to be loaded.
+    """
+    manifest, weights = parent.manifest, read_weights(parent)
+    precisions = [name for name in choices(manifest) if name == MIXED or not FLAVOURS[name].packed]
+    golden = verify.read_golden(parent.file(GOLDEN), manifest.policy)
+    observations = cycle(golden.observation(i, manifest.policy) for i in range(len(golden)))
+    best: dict[tuple[str, str], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        policies = {}
+        for precision in precisions:
+            with writing(Path(folder) / precision) as draft:
+                draft.inherit(parent, TOKENIZER)
+                written = draft.finish(with_graphs(manifest, draft, write_graphs(draft, parent, precision)))
+            artifact = Artifact(Path(folder) / precision, written, digest="")
+            policies[precision] = LocalPolicy(artifact, threads, backend="onnxruntime")
+        for i, observation in enumerate(islice(observations, ROUNDS)):
+            for precision, policy in policies.items():
+                policy.engine = timed = Timed(getattr(policy.engine, "engine", policy.engine))
+                policy.infer(observation)
+                for graph, ms in timed.ms.items() if i else ():
+                    best[graph, precision] = min(ms, best.get((graph, precision), ms))
+    return [
+        Candidate(graph, precision, best[graph, precision], built(weights, manifest, graph, precision).memory)
+        for graph in graphs_of(manifest.policy.family)
+        for precision in precisions
+    ]

@@ -1,0 +1,96 @@
+"""The TensorRT target: graphs/tensorrt, with the plan by which `rlrc jetson build` makes engines of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rlrc.artifact import GOLDEN, Artifact, Draft, GraphSpec, PolicySpec
+from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
+from rlrc.errors import UserError
+from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.tensorrt.builder import Flavour, Float, TensorRTBuilder
+from rlrc.exporters.tensorrt.int8 import scales
+from rlrc.exporters.tensorrt.profiles import Lengths, profiles
+from rlrc.exporters.weights import Weights, read_weights
+from rlrc.folders import sha256
+from rlrc.jetson.model.precision import OVERFLOWS
+from rlrc.runtime.inference.backends import FOLDERS
+from rlrc.runtime.inference.verify import read_golden
+
+TENSORRT = "10.3"  # JetPack 6's; its parser reads blocked 4-bit integers, and has no highest opset
+DENSE = ("fp16", "bf16", "fp32", "int8", "fp8")  # for float weights, the default first
+QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8", "fp8"), "int8": ("fp16", "bf16", "int8", "fp8")}
+LEAST_SM = {"fp32": 50, "fp16": 53, "bf16": 80, "int8": 72, "fp8": 89, "int4": 80}
+WORKSPACE = 2**30
+
+
+def choose_precision(parent: Artifact, precision: str | None) -> str:
+    """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
+    manifest = parent.manifest
+    choices: tuple[str, ...] = DENSE if manifest.quantization is None else QUANTIZED[manifest.quantization.grid]
+    if manifest.policy.family in OVERFLOWS:
+        choices = tuple(choice for choice in choices if choice != "fp16")
+        if precision == "fp16":
+            raise UserError(
+                f"expected a precision that holds the activations of {manifest.policy.family}, found fp16, which they "
+                "overflow; use --precision bf16"
+            )
+    if precision is None:
+        return choices[0]
+    if precision not in choices:
+        raise UserError(
+            f"expected a precision of {', '.join(choices)} for weights in {manifest.dtype} on TensorRT, "
+            f"found {precision}; choose one of those"
+        )
+    return precision
+
+
+def is_exact(precision: str) -> bool:
+    """Whether only the order of floating-point sums tells the graphs' answers from torch's."""
+    return precision == "fp32"
+
+
+def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphSpec, ...]:
+    manifest, folder = parent.manifest, FOLDERS["tensorrt"]
+    definitions, weights = graphs_of(manifest.policy.family), read_weights(parent)
+    chosen = flavour(parent, weights, precision)
+    specs = []
+    for name, define in definitions.items():
+        builder, file = TensorRTBuilder(weights, chosen), f"{folder}/{name}.onnx"
+        define(builder, manifest.policy, manifest.towers)
+        builder.write(name, draft.file(file))
+        inputs, outputs, needs = tuple(builder.inputs), tuple(builder.outputs), {"tensorrt": f">={TENSORRT}"}
+        specs.append(GraphSpec(name, "tensorrt", file, precision, inputs, outputs, needs))
+    write_plan(plan(draft.path, parent, specs, precision), draft.file(PLAN))
+    return tuple(specs)
+
+
+def flavour(parent: Artifact, weights: Weights, precision: str) -> Flavour:
+    half: Float = "bfloat16" if parent.manifest.policy.family in OVERFLOWS or precision == "bf16" else "float16"
+    if precision == "int8" or precision == "fp8":
+        return Flavour(half, scales=scales(parent, weights, precision), eight=precision)  # type: ignore[arg-type]
+    return Flavour("float32" if precision == "fp32" else half, keep_int4=precision == "int4")
+
+
+def plan(folder: Path, parent: Artifact, specs: list[GraphSpec], precision: str) -> BuildPlan:
+    policy, quantization = parent.manifest.policy, parent.manifest.quantization
+    prompt = lengths(parent, policy)
+    graphs = []
+    for spec in specs:
+        files = [file for file in (spec.file, f"{spec.file}.data") if (folder / file).exists()]
+        hashes = {file: sha256(folder / file) for file in files}
+        graphs.append(GraphPlan(spec.name, hashes, spec.inputs, profiles(policy, spec, specs[0], prompt)))
+    block = quantization.group if quantization and precision == "int4" else None
+    least = max(LEAST_SM[precision], LEAST_SM["bf16"] if policy.family in OVERFLOWS and precision != "fp32" else 0)
+    return BuildPlan(precision, TENSORRT, least, WORKSPACE, tuple(graphs), block)  # type: ignore[arg-type]
+
+
+def lengths(parent: Artifact, policy: PolicySpec) -> Lengths:
+    """Of the prompts: the usual one is the longest of the golden observations."""
+    if policy.prompt is None:
+        return Lengths(1, 1)
+    ids = read_golden(parent.file(GOLDEN), policy).ids
+    longest = policy.prompt.max_tokens if ids is None else int(np.max((ids >= 0).sum(1)))
+    return Lengths(longest, max(longest, policy.prompt.max_tokens))

@@ -1,0 +1,88 @@
+"""An artifact on this board: its golden observations through every engine that is here, and how long they take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlrc import artifact as artifacts
+from rlrc.artifact import GOLDEN, Artifact, VerifiedSpec
+from rlrc.benchmarks.cli.output import progress, result_of
+from rlrc.benchmarks.measure import latency
+from rlrc.benchmarks.results.results import Named, facts
+from rlrc.errors import UserError
+from rlrc.jetson.board.doctor import Finding
+from rlrc.runtime.board import monitor
+from rlrc.runtime.board.monitor import Board
+from rlrc.runtime.inference import backends, verify
+from rlrc.runtime.inference.decode import NoAction
+from rlrc.runtime.inference.policy import LocalPolicy, recorded
+
+BLOCK = 10
+
+
+def try_out(path: Path, trials: int, threads: int) -> tuple[list[Finding], dict[str, Any]]:
+    """A finding for each set of graphs, and a result as `rlrc bench latency` writes it, with ``verified``.
+
+    ``trials`` inferences of each engine, in turn. Raises UserError for an artifact that is damaged or has no graphs.
+    """
+    artifact = artifacts.load(path, verify=("graphs", "tokenizer", GOLDEN))
+    backends.choose(artifact.manifest, None, path)  # refuses one without graphs
+    findings, policies, records = [], {}, []
+    for backend in backends.present(artifact.manifest):
+        finding, policy, record = _replayed(artifact, backend, threads)
+        findings.append(finding)
+        if record is not None:
+            records.append(record)
+        if policy is not None:
+            policies[backend] = policy
+    rows, during = _timed(artifact, policies, trials) if policies else ([], None)
+    result = result_of("latency", rows, threads) | {"verified": [asdict(record) for record in records]}
+    return findings, result if during is None else result | {"board": during}
+
+
+def _replayed(
+    artifact: Artifact, backend: str, threads: int
+) -> tuple[Finding, LocalPolicy | None, VerifiedSpec | None]:
+    name = f"goldens on {backend}"
+    if backend not in backends.here(artifact.manifest):
+        return Finding(name, "none", "needs TensorRT and a GPU, which are not here"), None, None
+    try:
+        policy = LocalPolicy(artifact, threads, backend)
+        golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
+        record = verify.measure(policy, golden, verify.limits_of(recorded(artifact, backend)))
+    except ModuleNotFoundError as error:
+        return Finding(name, "advice", f"the module {error.name} is not installed", "rlrc jetson install"), None, None
+    except (UserError, NoAction) as error:
+        return (
+            Finding(name, "fix", str(error), "export the artifact again, with the versions of this board"),
+            None,
+            None,
+        )
+    reason = verify.failure(record)
+    if reason is not None:
+        return Finding(name, "fix", reason, "export the artifact again, with the versions of this board"), None, record
+    told = f"{record.observations} observations, at most {max(record.max_error):.3g} off in action units"
+    return Finding(name, "ok", told), policy, record
+
+
+def _timed(
+    artifact: Artifact, policies: dict[str, LocalPolicy], trials: int
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Rows by engine, and what the board was like meanwhile."""
+    observed = latency.observations(artifact)
+    with Board.watched() as watched, progress("inferences", trials * len(policies)) as advance:
+        timed = latency.measure(policies, dict.fromkeys(policies, observed), trials, BLOCK, tick=advance)
+    described = facts(Named(artifact.path.resolve().name, artifact))
+    rows = [described | {"name": f"{described['name']} {name}"} | latency.row(found) for name, found in timed.items()]
+    return rows, monitor.summary(watched.readings())
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The rows in words."""
+    told = [
+        f"{row['name']}: p50 {row['latency_ms']['p50']:.2f}, p99 {row['latency_ms']['p99']:.2f} ms an action chunk"
+        for row in result["rows"]
+    ]
+    return [*told, monitor.told(result["board"])] if "board" in result else told

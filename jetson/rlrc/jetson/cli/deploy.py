@@ -1,0 +1,138 @@
+"""The commands that change what runs on the robot's computer. The field docstrings are the help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from rlrc.benchmarks.results.results import check_out, dump, write
+from rlrc.errors import UserError
+from rlrc.jetson.board import deploy
+from rlrc.jetson.board.deploy import FOLDER, KEPT, Place, TrialFailed, Watch
+from rlrc.jetson.board.remote import Shell
+from rlrc.progress import progress
+from rlrc.runtime.cli.describe import plain_console
+from rlrc.runtime.cli.policy import check_failed
+
+CHECK = "/opt/rlrc/venv/bin/rlrc jetson doctor"
+
+
+@dataclass(frozen=True)
+class Deploy:
+    """Copy an artifact to a robot's computer, try it there, and make it current; exit code 1 if it does not work there.
+
+    A copy that breaks off goes on where it stopped. What is current stays so until the new one is whole and tried.
+    """
+
+    path: Positional[Path]
+    """the artifact"""
+    host: Positional[str]
+    """the other machine, as ssh takes it: [user@]host"""
+    folder: str = FOLDER
+    """where artifacts lie there; FOLDER/current is the one in use"""
+    check: str = CHECK
+    """how an artifact is tried there; the folder and --json are put behind it"""
+    unchecked: bool = False
+    """make it current without trying it"""
+    after: str | None = None
+    """command to run there when it is current, such as "sudo systemctl restart rlrc-run@arm"; if that fails, what was
+    current before is so again, and the command runs once more"""
+    keep: int = KEPT
+    """verified artifacts to keep there for a rollback"""
+    ssh: str = "ssh"
+    """the program and its options, such as "ssh -p 2222 -i key" """
+    out: Path | None = None
+    """file to write the report from there to, as JSON; rlrc report reads it"""
+    force: bool = False
+    """replace that file"""
+    json: bool = False
+    """print what was and what is current, and what was removed, as JSON"""
+
+    def run(self) -> int:
+        if self.keep < 1:
+            raise UserError(f"expected to keep at least one artifact, found --keep {self.keep}; give 1 or more")
+        check_out(self.out, self.force)
+        artifact = deploy.load(self.path)
+        return self.carry_out(artifact, Place(Shell.ssh(self.host, self.ssh), self.folder))
+
+    def carry_out(self, artifact: Any, place: Place) -> int:
+        console, before = plain_console(stderr=self.json), place.current()
+        with _progress(artifact) as watch:
+            digest = deploy.copy(artifact, place, watch)
+        console.print(f"{place.shell.where}: {place.folder}/artifacts/{digest} is whole")
+        if not self.unchecked:
+            try:
+                report = deploy.try_there(place, digest, self.check)
+            except TrialFailed as error:
+                return check_failed(f"{error}; {place.folder}/current is still {before or 'none'}")
+            if self.out is not None:
+                write(self.out, dump(report))
+        deploy.switch(place, digest)
+        if self.after is not None and (failure := self._after(place)) is not None:
+            if before is None:
+                return check_failed(f"{self.after} failed: {failure}; there is nothing to go back to")
+            deploy.switch(place, before)
+            self._after(place)
+            return check_failed(f"{self.after} failed: {failure}; back to {before}")
+        gone = deploy.clear(place, self.keep)
+        if self.json:
+            print(json.dumps({"before": before, "current": digest, "removed": gone}))
+        removed = f"; removed {', '.join(gone)}" if gone else ""
+        console.print(f"{place.folder}/current is {digest}{removed}")
+        return 0
+
+    def _after(self, place: Place) -> str | None:
+        assert self.after is not None
+        code, _, complaint = place.persistently(lambda: place.shell.attempt(str(self.after)))
+        return complaint if code else None
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Make the newest verified artifact current that is not it already."""
+
+    host: Positional[str]
+    """the other machine, as ssh takes it: [user@]host"""
+    folder: str = FOLDER
+    """where artifacts lie there"""
+    after: str | None = None
+    """command to run there then, such as "sudo systemctl restart rlrc-run@arm" """
+    ssh: str = "ssh"
+    """the program and its options, such as "ssh -p 2222 -i key" """
+    json: bool = False
+    """print what was and what is current as JSON"""
+
+    def run(self) -> int:
+        return self.carry_out(Place(Shell.ssh(self.host, self.ssh), self.folder))
+
+    def carry_out(self, place: Place) -> int:
+        before = place.current()
+        digest = deploy.back(place)
+        if self.json:
+            print(json.dumps({"before": before, "current": digest}))
+        else:
+            plain_console().print(f"{place.folder}/current is {digest}, was {before or 'none'}")
+        if self.after is not None:
+            code, _, complaint = place.persistently(lambda: place.shell.attempt(str(self.after)))
+            if code:
+                return check_failed(f"{self.after} failed: {complaint}")
+        return 0
+
+
+@contextmanager
+def _progress(artifact: Any) -> Iterator[Watch]:
+    total = sum(spec.size for spec in artifact.manifest.files.values())
+    with progress("copying, MB", round(total / 1e6, 1)) as tell:
+        there: dict[str, int] = {}
+
+        def watch(name: str, size: int) -> None:
+            there[name] = size
+            tell(round(sum(there.values()) / 1e6, 1), name)
+
+        yield watch

@@ -1,0 +1,269 @@
+"""What the board was like while something ran on it: a process beside reads it, so that nothing waits for a sensor.
+
+    with Board.watched() as board:
+        ...                                # a reading a second
+        board.latest()                     # the newest one
+    summary(board.readings())              # watts, joules, degrees, what was throttled
+
+A process and a file rather than a thread: Python's lock, held while a sensor answers, would delay the control loop.
+On a machine that is no Jetson nothing is started, and there are no readings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from rlrc.runtime.board.jetson import Reading, below, of_jtop, parse_tegrastats, read_sysfs, read_text
+
+ROOT = Path("/")
+SECONDS = 1.0
+ENDS_S = 2.0
+KEPT = 20_000  # readings, five hours and a half of them
+TAIL = 1 << 14  # bytes that the newest reading is looked for in
+
+
+class Stamped(NamedTuple):
+    """``stamp``: of the monotonic clock, which all processes share."""
+
+    stamp: float
+    reading: Reading
+
+
+class Board:
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+
+    @classmethod
+    @contextmanager
+    def watched(cls, root: Path | None = None, seconds: float = SECONDS) -> Iterator[Board]:
+        """Reads the board below ``root`` every so many seconds until the end of the block."""
+        root = ROOT if root is None else root
+        if not is_jetson(root):
+            yield cls(None)
+            return
+        with tempfile.TemporaryDirectory(prefix="rlrc-board-") as folder:
+            file = Path(folder, "readings.jsonl")
+            command = [
+                sys.executable,
+                "-m",
+                "rlrc.runtime.board.monitor",
+                str(root),
+                str(seconds),
+                str(file),
+                str(os.getpid()),
+            ]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+            board = cls(file)
+            try:
+                yield board
+            finally:
+                board._wait_for_one(process)
+                board._kept = board.readings()
+                process.terminate()
+                try:
+                    process.wait(ENDS_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    _kept: Sequence[Stamped] | None = None
+
+    def _wait_for_one(self, process: subprocess.Popen[bytes]) -> None:
+        """What ran may have been shorter than the start of the process beside."""
+        deadline = time.monotonic() + ENDS_S
+        while not self.readings() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    @property
+    def is_there(self) -> bool:
+        return self._file is not None
+
+    def readings(self) -> Sequence[Stamped]:
+        """Oldest first, of at least the last ``KEPT``; also after the end."""
+        if self._kept is not None or self._file is None:
+            return self._kept or []
+        return _read(_older(self._file)) + _read(self._file)
+
+    def latest(self) -> Reading | None:
+        """The newest reading."""
+        if self._kept is not None or self._file is None:
+            return self._kept[-1].reading if self._kept else None
+        found = _read(self._file, TAIL) or _read(_older(self._file), TAIL)
+        return found[-1].reading if found else None
+
+
+def is_jetson(root: Path = ROOT) -> bool:
+    named = read_text(below(root, "proc/device-tree/compatible")) or ""
+    return "tegra" in named or below(root, "etc/nv_tegra_release").exists()
+
+
+def _older(file: Path) -> Path:
+    """What was written before the file was begun anew."""
+    return file.with_suffix(".older")
+
+
+def _read(file: Path, most: int = -1) -> list[Stamped]:
+    """The whole lines, of the last ``most`` bytes or of all."""
+    try:
+        with file.open("rb") as stream:
+            start = max(0, stream.seek(0, os.SEEK_END) - most) if most >= 0 else 0
+            stream.seek(start)
+            lines = stream.read().split(b"\n")[:-1]  # what follows the last end of a line is still written
+    except FileNotFoundError:
+        return []
+    return [_stamped(json.loads(line)) for line in (lines[1:] if start else lines)]
+
+
+def _stamped(value: dict[str, Any]) -> Stamped:
+    told = value["reading"]
+    return Stamped(value["stamp"], Reading(**told | {"throttled": tuple(told["throttled"])}))
+
+
+def at(stamped: Sequence[Stamped], times: Sequence[float]) -> list[Reading | None]:
+    """The newest reading at each of the times; None before the first."""
+    stamps = [one.stamp for one in stamped]
+    places = [bisect(stamps, moment) - 1 for moment in times]
+    return [stamped[place].reading if place >= 0 else None for place in places]
+
+
+def summary(stamped: Sequence[Stamped]) -> dict[str, Any] | None:
+    """Watts, degrees and loads of a run, energy as the area under the watts; None without a reading.
+
+    ``throttled``: part of the readings in which each thing was held back; ``overcurrent``: events since the first one.
+    """
+    if not stamped:
+        return None
+    readings = [one.reading for one in stamped]
+    pairs = [(one.stamp, one.reading.watts) for one in stamped if one.reading.watts is not None]
+    kinds = sorted({kind for reading in readings for kind in reading.throttled})
+    first, last = readings[0].overcurrent, readings[-1].overcurrent
+    return {
+        "readings": len(readings),
+        "watts": _spread([watts for _, watts in pairs]),
+        "joules": _area(pairs),
+        "celsius": _spread([reading.hottest for reading in readings]),
+        "gpu_load": _spread([reading.gpu_load for reading in readings]),
+        "gpu_mhz": _spread([reading.gpu_mhz for reading in readings]),
+        "memory_bytes": _spread([reading.memory_used for reading in readings]),
+        "swap_bytes": _spread([reading.swap_used for reading in readings]),
+        "throttled": {kind: sum(kind in reading.throttled for reading in readings) / len(readings) for kind in kinds},
+        "overcurrent": {kind: last[kind] - first.get(kind, 0) for kind in last if last[kind] > first.get(kind, 0)},
+    }
+
+
+def told(totals: Mapping[str, Any]) -> str:
+    """A summary in words."""
+    parts = []
+    for name, unit, scale in (("watts", "W", 1.0), ("celsius", "°C", 1.0), ("gpu_load", "% GPU", 100.0)):
+        if (found := totals[name]) is not None:
+            parts.append(f"{found['mean'] * scale:.1f} {unit} (max {found['max'] * scale:.1f})")
+    if totals["joules"]:
+        parts.append(f"{totals['joules']:.1f} J")
+    if totals["memory_bytes"] is not None:
+        parts.append(f"{totals['memory_bytes']['max'] / 1e9:.2f} GB used at most")
+    if totals["swap_bytes"] is not None and totals["swap_bytes"]["max"] > totals["swap_bytes"]["min"]:
+        parts.append("swapped")
+    parts += [f"{kind} throttled {part:.0%} of the time" for kind, part in totals["throttled"].items()]
+    parts += [f"{kind}: {events} events" for kind, events in totals["overcurrent"].items()]
+    return ", ".join(parts)
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    return {"min": min(known), "mean": sum(known) / len(known), "max": max(known)} if known else None
+
+
+def _area(pairs: Sequence[tuple[float, float]]) -> float:
+    """Trapezoids; nothing before the first and behind the last reading."""
+    return sum((end - start) * (first + last) / 2 for (start, first), (end, last) in pairwise(pairs))
+
+
+# The process beside
+
+
+def record(following: Iterator[Reading], out: Path, kept: int = KEPT) -> None:
+    """A line each. After so many the file is begun anew, and the one before kept."""
+    while True:
+        written = 0
+        with out.open("w", encoding="utf-8") as stream:
+            for reading in islice(following, kept):
+                written += 1
+                stream.write(json.dumps({"stamp": time.monotonic(), "reading": asdict(reading)}) + "\n")
+                stream.flush()
+        if written < kept:
+            return
+        out.replace(_older(out))
+
+
+def readings(root: Path, seconds: float) -> Iterator[Reading]:
+    """By everything that tells: tegrastats' word counts before that of the files, and before that of jetson-stats."""
+    with ExitStack() as stack:
+        jetson = _jtop(stack, seconds)
+        for line in _ticks(stack, seconds):
+            reading = parse_tegrastats(line).over(read_sysfs(root))
+            yield reading if jetson is None else reading.over(of_jtop(jetson))
+
+
+def _ticks(stack: ExitStack, seconds: float) -> Iterator[str]:
+    """tegrastats' lines as they come; empty ones where there is no tegrastats, and when it has ended."""
+    if shutil.which("tegrastats"):
+        command = ["tegrastats", "--interval", str(max(1, round(seconds * 1e3)))]
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        stack.callback(process.terminate)
+        yield from _lines(process.stdout)
+    while True:
+        yield ""
+        time.sleep(seconds)
+
+
+def _lines(stream: IO[str] | None) -> Iterator[str]:
+    assert stream is not None
+    yield from stream
+
+
+def _jtop(stack: ExitStack, seconds: float) -> Any:
+    """jetson-stats, where it is installed and its service answers."""
+    try:
+        from jtop import jtop
+
+        return stack.enter_context(jtop(interval=seconds))
+    except Exception:  # its own errors are none that could be named without it
+        return None
+
+
+def _end_with(parent: int, folder: Path) -> None:
+    """On SIGTERM, which Linux sends too when the parent, or the thread of it that started us, is gone: then nobody else
+    removes the folder.
+    """
+
+    def ended(*_: Any) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        sys.exit(0)  # and not at once, so that tegrastats is ended too
+
+    signal.signal(signal.SIGTERM, ended)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        ended()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    _end_with(int(sys.argv[4]), Path(sys.argv[3]).parent)
+    record(readings(Path(sys.argv[1]), float(sys.argv[2])), Path(sys.argv[3]))

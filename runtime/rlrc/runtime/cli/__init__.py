@@ -1,0 +1,278 @@
+"""The command ``rlrc``: finds the command's dataclass, lets tyro fill it from the arguments, and runs it.
+
+Only the chosen command's module is imported, so that the robot side never pays for torch. Exit codes: 0 done; 1 a check
+or claim failed; 2 wrong usage or bad input, with one line on stderr; 128 + the
+signal's number where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import difflib
+import importlib
+import importlib.metadata
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rlrc import interrupts
+from rlrc.errors import UserError
+from rlrc.folders import refused
+from rlrc.printable import printable
+
+# Name: where its dataclass is, and what it does. The order is that of the work.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": (
+        "rlrc.runtime.cli.policy:Inspect",
+        "what a policy is: family, geometry, bytes, cameras, actions, history",
+    ),
+    "new": ("rlrc.compressor.cli.simulator:New", "an untrained policy of the reference family"),
+    "sft": ("rlrc.compressor.cli.training:SFT", "train on demonstrations"),
+    "distill": (
+        "rlrc.compressor.cli.training:Distill",
+        "train on demonstrations and on a dense teacher's hidden states",
+    ),
+    "sensitivity": (
+        "rlrc.compressor.cli.sensitivity:Sensitivity",
+        "which modules the actions depend on, measured one by one",
+    ),
+    "prune": ("rlrc.compressor.cli.compress:Prune", "cut attention heads and MLP channels"),
+    "rl": ("rlrc.compressor.cli.simulator:RL", "recover by reinforcement learning (PPO)"),
+    "quantize": ("rlrc.compressor.cli.compress:Quantize", "weights to 4 or 8 bits"),
+    "compare-grids": ("rlrc.compressor.cli.compress:CompareGrids", "what rounding costs, by method and number of bits"),
+    "compress": (
+        "rlrc.compressor.cli.training:Compress",
+        "all stages from a recipe: prune, sft, distill, rl, quantize",
+    ),
+    "write-back": ("rlrc.compressor.cli.checkpoints:WriteBack", "weights in the official format they came from"),
+    "export": ("rlrc.exporters.cli:Export", "the graphs that the runtime loads, verified"),
+    "verify": ("rlrc.runtime.cli.policy:Verify", "replay the golden observations through every graph here"),
+    "infer": ("rlrc.runtime.cli.policy:Infer", "one observation in, one chunk of actions out"),
+    "run": ("rlrc.runtime.cli.run:Run", "the control loop on a simulator, at a fixed rate"),
+    "serve": ("rlrc.runtime.cli.serve:Serve", "the policy over the network, in protocols that robots' clients speak"),
+    "bench latency": ("rlrc.benchmarks.cli.measure:Latency", "milliseconds an action chunk, against a baseline"),
+    "bench memory": ("rlrc.benchmarks.cli.measure:Memory", "bytes on disk and in memory"),
+    "bench energy": ("rlrc.benchmarks.cli.resources:Energy", "joules an action, where the machine can tell"),
+    "bench throughput": (
+        "rlrc.benchmarks.cli.resources:Throughput",
+        "actions a second, one policy or more at once",
+    ),
+    "bench overhead": ("rlrc.benchmarks.cli.resources:Overhead", "what measuring itself costs a call"),
+    "bench success": (
+        "rlrc.benchmarks.cli.measure:Success",
+        "success in the simulator, with confidence intervals",
+    ),
+    "bench loop": ("rlrc.benchmarks.cli.loop:Loop", "the control loop: steady rate, slow inference, faults"),
+    "bench serving": (
+        "rlrc.benchmarks.cli.serving:Serving",
+        "what serving costs beyond inference, shared memory included",
+    ),
+    "bench claims": ("rlrc.benchmarks.cli.claims:Claims", "check the project's claims against the results"),
+    "bench compare": ("rlrc.benchmarks.cli.compare:Compare", "whether new results are worse than old ones"),
+    "bench selfcheck": (
+        "rlrc.benchmarks.cli.selfcheck:SelfCheck",
+        "whether the stop-watch finds what is there, and nothing else",
+    ),
+    "data inspect": ("rlrc.compressor.cli.data:Inspect", "what a LeRobotDataset holds, and whether it fits"),
+    "data demonstrations": (
+        "rlrc.compressor.cli.data:Demonstrations",
+        "scripted experts in the simulator as a LeRobotDataset",
+    ),
+    "jetson build": ("rlrc.jetson.cli.engines:Build", "TensorRT engines of an artifact's graphs, on the device"),
+    "jetson check": ("rlrc.jetson.cli.engines:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
+    "jetson install": ("rlrc.jetson.cli.install:Install", "set a board up: JetPack, engines with CUDA, services"),
+    "jetson doctor": (
+        "rlrc.jetson.cli.doctor:Doctor",
+        "whether this board is as it should be, and an artifact on it",
+    ),
+    "jetson deploy": (
+        "rlrc.jetson.cli.deploy:Deploy",
+        "an artifact onto the robot's computer by ssh, tried there",
+    ),
+    "jetson rollback": ("rlrc.jetson.cli.deploy:Rollback", "back to the last artifact that was verified there"),
+    "jetson devices": ("rlrc.jetson.cli.plan:Devices", "the modules, their power modes, memory and throughput"),
+    "jetson plan": ("rlrc.jetson.cli.plan:Plan", "what a policy will take on a module, before it is copied there"),
+    "jetson calibration": (
+        "rlrc.jetson.cli.plan:Calibration",
+        "what plans rest on, and how far they were off",
+    ),
+    "report": ("rlrc.benchmarks.cli.report:Report", "results as one self-contained HTML page"),
+}
+
+# Which extra brings a module that may be missing.
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "aiohttp": "serve",
+    "grpc": "serve",
+    "accelerate": "compress",
+    "huggingface_hub": "compress",
+    "peft": "compress",
+    "safetensors": "compress",
+    "torch": "compress",
+    "torch_pruning": "compress",
+    "transformers": "compress",
+    "gguf": "export",
+    "onnx": "export",
+    "fast_simplification": "sim",
+    "gymnasium": "sim",
+    "metaworld": "sim",
+    "mujoco": "sim",
+    "trimesh": "sim",
+    "av": "data",
+    "pyarrow": "data",
+    "matplotlib": "report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. ``arguments`` are those of the process unless given."""
+    code = 0
+
+    def end_promptly() -> None:
+        """An interrupted process ends here: to destroy the modules of torch and its friends takes a second or more."""
+        if code in interrupts.CODES:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    if arguments is None:
+        atexit.register(end_promptly)  # the first, so that it runs last: threads have ended, other handlers have run
+    with interrupts.raising():
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+    return code
+
+
+def _main(arguments: list[str]) -> int:
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(overview())
+            return 0
+        if arguments[0] == "--version":
+            print(f"rlrc {importlib.metadata.version('rlrc')}")
+            return 0
+        if arguments[0] in groups() and arguments[1:] in ([], ["-h"], ["--help"]):
+            print(overview(f"{arguments[0]} "))
+            return 0
+        name, rest = choose(arguments)
+        code: int = parse(name, rest).run() or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be answered
+        return code
+    except UserError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in EXTRAS:
+            raise  # a bug, not something to install
+        return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
+    except BrokenPipeError:  # as in `rlrc sft --help | head`
+        return _reader_has_gone()
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, BrokenPipeError):  # rich's answer, with 1: here that is a failed check
+            return _reader_has_gone()
+        raise
+    except Exception as error:
+        names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
+        if (message := refused(error, next(filter(None, names), "a file"))) is None:
+            raise
+        return _refuse(message)
+    except KeyboardInterrupt as error:
+        print(f"rlrc: interrupted{'; ' * bool(str(error))}{error}", file=sys.stderr)
+        return getattr(error, "code", 130)
+
+
+def overview(prefix: str = "") -> str:
+    """The help page of all commands whose names begin with ``prefix``."""
+    chosen = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(prefix)}
+    lines = [f"  {name:<21}{text}" for name, text in chosen.items()]
+    usage = f"usage: rlrc {prefix}COMMAND ...   (rlrc {prefix}COMMAND --help tells more)"
+    return "\n".join([usage, "", "Compress vision-language-action policies and run them on the robot.", "", *lines])
+
+
+def groups() -> set[str]:
+    """The first words of the commands of two words."""
+    return {name.split()[0] for name in COMMANDS if " " in name}
+
+
+def choose(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and its arguments. Raises UserError for an unknown one."""
+    for words in (1, 2):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, list(arguments[words:])
+    name = " ".join(arguments[:2] if arguments[0] in groups() else arguments[:1])
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    advice = f"did you mean {close[0]}?" if close else "run rlrc --help"
+    raise UserError(f"expected one of the commands {', '.join(COMMANDS)}, found {name!r}; {advice}")
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """The command's dataclass, filled. Raises UserError for bad arguments; prints help and exits if asked to."""
+    module, attribute = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), attribute)
+    import tyro  # here, because the overview and wrong names should answer at once
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(command, prog=f"rlrc {name}", args=list(arguments))
+    except SystemExit as exit_:
+        if not exit_.code:
+            sys.stdout.flush()
+            raise  # --help
+        _refuse_unknown_options(name, command, arguments)
+        found = _unbox(complaint.getvalue())
+        own = re.fullmatch(r"Value error; Error parsing \S+: (expected .*)", found)  # a configuration's UserError
+        told = own[1] if own else found
+        raise UserError(told if own and ";" in told else f"{told}; run rlrc {name} --help") from None
+
+
+def _refuse_unknown_options(name: str, command: Any, arguments: Sequence[str]) -> None:
+    """Raises UserError for an option that the command has not: tyro may complain of something else first, such as a
+    positional argument that the misspelt option leaves without a value."""
+    import tyro
+
+    page = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
+        tyro.cli(command, args=["--help"])
+    lines = (line.strip(" │|") for line in page.getvalue().splitlines())
+    known = {option for line in lines if line.startswith("-") for option in re.findall(r"--[a-z][a-z0-9-]*", line)}
+    for given in arguments:
+        option = given.split("=")[0].replace("_", "-")
+        if option.startswith("--") and option != "--" and option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            nearest = f"; the nearest is {close[0]}" if close else ""
+            raise UserError(f"expected an option of rlrc {name}, found {option}{nearest}; run rlrc {name} --help")
+
+
+def _reader_has_gone() -> int:
+    """The exit code of a program that SIGPIPE ends. What is left to print goes nowhere, or Python would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _unbox(text: str) -> str:
+    """Tyro's framed complaint as one line, without its heading and its advice to read the help."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in text.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if set(line) <= set("─-+"):
+            sections.append([])
+        elif line[0] not in "╭╰+":
+            sections[-1].append(line)
+    kept = [" ".join(section) for section in sections if section]
+    kept = [section for section in kept if not section.startswith(("For full helptext", "Argument helptext"))]
+    return "; ".join(kept).rstrip(".") or "expected other arguments"
+
+
+def _refuse(message: str) -> int:
+    print("rlrc: error: " + printable(" ".join(message.split())), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

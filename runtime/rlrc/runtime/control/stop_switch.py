@@ -1,0 +1,353 @@
+"""The switch that stops the robot: a flag that latches, set by signals, a key, a hardware button or HTTP.
+
+    with StopSwitch().listen(button=Path("/dev/input/event5"), port=8765) as switch:
+        while ...:
+            if switch.stopped:              # one attribute: no lock, well under a microsecond
+                guard.stop(switch.reason)
+            ...
+            switch.wait(seconds)            # until then, or until somebody presses
+        robot.stop()                        # in here: outside, Ctrl-C ends the program again
+
+A thread of its own waits for all of them, so that the flag is set while the main thread is inside the engine: signals
+reach it through a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), not when Python code
+next runs. What the thread needs is this process and its GIL: an engine that keeps the GIL would keep the flag too.
+Inference in a process of its own may die or hang without touching anything here; start it with "spawn", for a forked
+process inherits the signal handlers.
+
+Whatever stops listening, stops: a button whose file ends, a terminal that hangs up, a failure of the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import select
+import selectors
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlrc.errors import UserError
+from rlrc.runtime.control.stop_port import StopPort
+
+# Ctrl-C, a service manager, a terminal that is gone, Ctrl-Z (a controller must not sleep), and one for scripts.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
+ASKED = "asked to stop"
+LOOPBACK = "127.0.0.1"
+JOINED_S = 2.0
+AGAIN_S = 1.0  # who presses Ctrl-C twice wants one stop, and nothing lost of what is put away after it
+
+
+class Source(NamedTuple):
+    """Something else to listen to: ``ready`` reads what has come and returns whether it goes on; its end stops."""
+
+    descriptor: int
+    what: str
+    ready: Callable[[], bool]
+
+
+class StopSwitch:
+    """``stopped`` latches; ``reason`` is that of the first press. ``sources`` say what is listened to."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.reason = ""
+        self.presses = 0
+        self.ended = False
+        """whether the program is asked to end as well: by a signal"""
+        self.sources: list[str] = []
+        self.url: str | None = None
+        self.token: str | None = None
+        self._lost: list[str] = []
+        self._signalled = -math.inf
+        self.put_back: Callable[[], None] = lambda: None
+        """the terminal as it was, where the block of ``listen`` cannot end"""
+        self.keep: Callable[[], object] = _nothing
+        """takes the signals again, which a driver's library may have taken meanwhile; in the main thread, 10 us"""
+        self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
+
+    def press(self, reason: str) -> None:
+        """From any thread or signal handler."""
+        self.presses += 1
+        if not self.stopped:
+            self.reason = reason
+            self.stopped = True  # last: who reads it finds the reason
+        if (sleeper := self._sleeper) is not None:
+            with contextlib.suppress(OSError):  # full: it will wake as it is; closed: nobody sleeps any more
+                sleeper[1].send(b"x")
+
+    def wait(self, seconds: float) -> bool:
+        """Sleeps, in one thread; -> whether somebody has pressed since the last call, which ends it at once.
+
+        No lock and no condition: those cannot be set in a signal handler, and Python 3.10 times them by the wall clock.
+        """
+        if self._sleeper is None:
+            time.sleep(seconds)
+            return False
+        reader = self._sleeper[0]
+        if not select.select([reader], (), (), seconds)[0]:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            reader.recv(4096)
+        return True
+
+    def asked(self) -> str | None:
+        """Why to stop, None if nobody wants that."""
+        if not self.stopped:
+            return None
+        return self.reason if self._lost else f"{ASKED}: {self.reason}"
+
+    def release(self, presses: int | None = None) -> None:
+        """Lets it be pressed anew. Raises UserError if something that was listened to is gone.
+
+        ``presses``: how many there were when somebody decided so; one more since then counts, and raises as well.
+        """
+        if self._lost:
+            raise UserError(f"expected all of {', '.join(self.sources)} to listen to, lost {self._lost[0]}; start anew")
+        presses = self.presses if presses is None else presses
+        self.stopped = False
+        if self.presses != presses:
+            self.stopped = True
+            raise UserError("expected nobody to press stop meanwhile, found that somebody did; look again, then re-arm")
+
+    @contextmanager
+    def listen(
+        self,
+        keyboard: int | None = 0,
+        button: Path | int | None = None,
+        port: int | None = None,
+        token: str | None = None,
+        typed: Callable[[bytes], bool] | None = None,
+        others: Sequence[Source] = (),
+    ) -> Iterator[StopSwitch]:
+        """Listens until the end of the block, then puts everything back. In the main thread, for signals go there.
+
+        ``keyboard``: a file descriptor; any key stops where it is a terminal. ``button``: a descriptor, or the path of
+        a FIFO, device or socket; any byte stops, and its end. ``port`` on the loopback, 0 for any: POST /stop with
+        ``Authorization: Bearer`` and the token, which is drawn if it is not given. ``typed`` gets what was typed first:
+        it does not stop where that returns True.
+
+        Raises UserError for a button or port that cannot be opened.
+        """
+        with ExitStack() as stack:
+            self._add_sleeper(stack)
+            selector = stack.enter_context(selectors.DefaultSelector())
+            if button is not None:
+                self._add_button(stack, selector, button)
+            if port is not None:
+                self._add_http(stack, selector, port, token)
+            if keyboard is not None:
+                self._add_keyboard(stack, selector, keyboard, typed)
+            for source in others:
+                self._add(selector, source)
+            self._add_signals(stack, selector)
+            self._add_thread(stack, selector)
+            yield self
+
+    def _add_sleeper(self, stack: ExitStack) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            stack.callback(end.close)
+            end.setblocking(False)
+        self._sleeper = ours, theirs
+        stack.callback(setattr, self, "_sleeper", None)
+
+    def _add_thread(self, stack: ExitStack, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        stack.callback(ours.close)
+        stack.callback(theirs.close)
+        selector.register(theirs, selectors.EVENT_READ, None)
+        thread = threading.Thread(target=self._watch, args=(selector,), name="stop switch", daemon=True)
+        thread.start()
+        stack.callback(thread.join, JOINED_S)  # a driver may have closed the descriptors that it waits for
+        stack.callback(ours.send, b"x")
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        try:
+            while True:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        return
+                    if not key.data():  # it has ended; it would be ready for ever
+                        selector.unregister(key.fileobj)
+        except Exception as error:
+            self._lose(f"the thread that listens ({type(error).__name__}: {error})")
+
+    def _add(self, selector: selectors.BaseSelector, source: Source) -> None:
+        def ready() -> bool:
+            goes_on = source.ready()
+            if not goes_on:
+                self._lose(source.what)
+            return goes_on
+
+        selector.register(source.descriptor, selectors.EVENT_READ, ready)
+        self.sources.append(source.what)
+
+    def _lose(self, what: str) -> None:
+        self._lost.append(what)
+        self.press(f"lost {what}")
+
+    def _add_signals(self, stack: ExitStack, selector: selectors.BaseSelector) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            stack.callback(end.close)
+            end.setblocking(False)
+
+        def arrived() -> bool:
+            for number in ours.recv(64):
+                if number in SIGNALS:  # all that have a handler come here
+                    self._signal(number)
+            return True
+
+        selector.register(ours, selectors.EVENT_READ, arrived)
+
+        def take() -> dict[signal.Signals, Any]:
+            signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            return {number: signal.signal(number, lambda got, _: self._signal(got)) for number in SIGNALS}
+
+        before = signal.set_wakeup_fd(-1)
+        stack.callback(signal.set_wakeup_fd, before)
+        for number, old in take().items():
+            stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
+        self.keep = take
+        stack.callback(setattr, self, "keep", _nothing)
+        stack.callback(self._outlast_another)
+        self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
+
+    def _outlast_another(self) -> None:
+        """Listens for a moment more after a signal: the next one would end the program."""
+        while (left := self._signalled + AGAIN_S - time.monotonic()) > 0:
+            time.sleep(left)
+
+    def _signal(self, number: int) -> None:
+        if not self.ended:
+            self._signalled = time.monotonic()
+        self.press(f"signal {signal.Signals(number).name}")
+        self.ended = True
+
+    def _add_keyboard(
+        self,
+        stack: ExitStack,
+        selector: selectors.BaseSelector,
+        descriptor: int,
+        typed: Callable[[bytes], bool] | None,
+    ) -> None:
+        if not _foreground(descriptor):
+            return
+        import termios  # not everywhere
+        import tty
+
+        def put_back() -> None:
+            with contextlib.suppress(termios.error):  # it may have hung up
+                termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+        before = termios.tcgetattr(descriptor)
+        tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
+        self.put_back = put_back
+        stack.callback(put_back)
+        selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", typed))
+        self.sources.append("any key")
+
+    def _add_button(self, stack: ExitStack, selector: selectors.BaseSelector, button: Path | int) -> None:
+        descriptor = button if isinstance(button, int) else _open(button)
+        if not isinstance(button, int):
+            stack.callback(os.close, descriptor)
+        try:
+            selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "the button", "the button"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"expected a button that can be waited for (a FIFO, device or socket), found {button}: {error}; "
+                "give another --button"
+            ) from None
+        self.sources.append(f"button {button}")
+
+    def _reader(
+        self, descriptor: int, what: str, whole: str, typed: Callable[[bytes], bool] | None = None
+    ) -> Callable[[], bool]:
+        def ready() -> bool:
+            """Whether it goes on."""
+            try:
+                read = os.read(descriptor, 4096)
+            except BlockingIOError:
+                return True
+            except OSError:
+                read = b""
+            if not read:
+                self._lose(whole)
+                return False
+            if typed is None or not typed(read):
+                self.press(what)
+            return True
+
+        return ready
+
+    def _add_http(self, stack: ExitStack, selector: selectors.BaseSelector, port: int, token: str | None) -> None:
+        self.token = token or secrets.token_urlsafe(16)
+        stop = StopPort(LOOPBACK, port)
+        stack.callback(stop.close)
+        stop.start(self.token)
+        self.url = stop.url
+        self._add(selector, self.over(stop))
+
+    def over(self, stop: StopPort) -> Source:
+        """What ``listen`` listens to for another StopPort: the operator's page has one."""
+
+        def state() -> dict[str, Any]:
+            return {"stopped": self.stopped, "reason": self.reason}
+
+        return Source(stop.fileno(), f"POST {stop.url}", lambda: stop.ready(self.press, state))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """The first Ctrl-C in this block does nothing: an operator who sees a robot stop by a fault presses it, and would
+    lose log and recording. The second one interrupts. In the main thread."""
+    pressed = list[int]()
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+def _nothing() -> None:
+    """Outside the block of ``listen``."""
+
+
+def _foreground(descriptor: int) -> bool:
+    """Whether it is a terminal that this process may read from: one in the background would be suspended."""
+    if not os.isatty(descriptor):
+        return False
+    with contextlib.suppress(OSError):  # another terminal than the one that controls us: no job control there
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    return True
+
+
+def _open(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(
+            f"expected a FIFO, device or socket as the button, found {path}: {error.strerror}; give another --button"
+        ) from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(
+            f"expected a FIFO, device or socket as the button, found the file or folder {path}, which never tells; "
+            "for a GPIO, let gpiomon write into a FIFO (docs/robots.md)"
+        )
+    return descriptor

@@ -1,0 +1,207 @@
+"""Passes through TensorRT's contexts: which memory every tensor gets, what is set anew, what is captured and replayed.
+
+Of the device it asks the few things of ``Device`` and ``Context``; the latter is the part of TensorRT's
+IExecutionContext that is needed. What a policy gives and gets lies in memory that host and device both see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from rlrc.artifact import GraphSpec, TensorSpec
+from rlrc.artifact.build_plan import BuildPlan
+from rlrc.runtime.inference.backends.tensorrt_memory import (
+    PAST,
+    Buffer,
+    Kept,
+    Memory,
+    Repeats,
+    Shape,
+    Shapes,
+    input_shapes,
+    links,
+    nbytes,
+    profile_of,
+)
+from rlrc.runtime.inference.decode import NoAction
+
+
+class Context(Protocol):
+    """One profile of one engine."""
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool: ...
+
+    def get_tensor_shape(self, name: str) -> Sequence[int]: ...
+
+    def set_tensor_address(self, name: str, memory: int) -> bool: ...
+
+    def execute_async_v3(self, stream_handle: int) -> bool: ...
+
+
+class Device(Protocol):
+    """What runs on ``stream`` runs in order."""
+
+    @property
+    def stream(self) -> int: ...
+
+    def shared(self, nbytes: int) -> Memory:
+        """Memory that the host sees too."""
+        ...
+
+    def own(self, nbytes: int) -> Memory:
+        """Memory of the device alone."""
+        ...
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What ``enqueue`` puts on the stream, to be put there again by one call; it is not run yet."""
+        ...
+
+    def finish(self) -> None:
+        """Waits for all that is on the stream."""
+        ...
+
+
+@dataclass
+class _Prepared:
+    """What a context has been told."""
+
+    shapes: Shapes = field(default_factory=dict)
+    outputs: Shapes = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=Repeats)
+    captured: Callable[[], None] | None = None
+
+
+class Passes:
+    """``contexts`` of every graph, one for each profile of the plan. ``reason`` tells what TensorRT complained of."""
+
+    def __init__(
+        self,
+        graphs: Mapping[str, GraphSpec],
+        plan: BuildPlan,
+        contexts: Mapping[str, Sequence[Context]],
+        device: Device,
+        reason: Callable[[], str],
+    ) -> None:
+        self._graphs, self._contexts, self._device, self._reason = graphs, contexts, device, reason
+        self._plans = {graph.name: graph for graph in plan.graphs}
+        self._prepared = {name: [_Prepared() for _ in each] for name, each in contexts.items()}
+        self._links = links(graphs)
+        self._kept = {name: Kept(device.own, 2 if name.startswith(PAST) else 1) for name in self._links.values()}
+        self._made: Shapes = {}
+        self._buffers: dict[tuple[str, str], Buffer] = {}
+        self._length = 0
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name, but those that stay on the device. Raises NoAction where the device fails."""
+        spec = self._graphs[graph]
+        start, end = self._positions(spec, inputs)
+        shapes = input_shapes(spec, inputs, self._made, start)
+        profile = profile_of(self._plans[graph], shapes)
+        context, prepared = self._contexts[graph][profile], self._prepared[graph][profile]
+        self._length = 0  # until the pass has succeeded: the next one would have to start anew
+        try:
+            self._shape(spec, context, prepared, shapes)
+            shared = self._fill(spec, inputs, shapes, prepared.outputs)
+            self._address(spec, context, prepared, shared)
+            self._enqueue(context, prepared)
+            self._device.finish()
+        except BaseException:
+            prepared.shapes, prepared.captured = {}, None
+            prepared.repeats.forget()
+            raise
+        self._keep(spec, prepared.outputs)
+        self._length = end
+        return {
+            tensor.name: _view(shared[tensor.name], prepared.outputs[tensor.name], tensor.dtype).copy()
+            for tensor in spec.outputs
+            if (graph, tensor.name) not in self._links
+        }
+
+    def _positions(self, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
+        """Of the pass in its sequence. Raises NoAction for one that does not follow the one before, or start anew."""
+        if not any(tensor.name.startswith(PAST) for tensor in spec.inputs):
+            return 0, self._length
+        start, end = int(inputs["start"][0]), int(inputs["end"][0])
+        if start not in (0, self._length):
+            raise NoAction(f"expected a pass from position 0 or {self._length}, found one from {start}")
+        if start == 0:
+            for name, kept in self._kept.items():
+                if name.startswith(PAST):
+                    kept.begin()
+        return start, end
+
+    def _shape(self, spec: GraphSpec, context: Context, prepared: _Prepared, shapes: Shapes) -> None:
+        """The shapes of the inputs, and those of the outputs that follow from them."""
+        if shapes == prepared.shapes:
+            return
+        for name, shape in shapes.items():
+            if shape != prepared.shapes.get(name):
+                self._ask(context.set_input_shape(name, shape), f"{spec.name} to take {name} of {shape}")
+        prepared.outputs = {tensor.name: tuple(context.get_tensor_shape(tensor.name)) for tensor in spec.outputs}
+        if any(size < 0 for shape in prepared.outputs.values() for size in shape):
+            raise NoAction(f"expected {spec.name}'s outputs to have shapes, found {prepared.outputs}: {self._reason()}")
+        prepared.shapes = shapes
+
+    def _fill(
+        self, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]], shapes: Shapes, outputs: Shapes
+    ) -> dict[str, Memory]:
+        """The memories of what host and device both see, with the inputs in them."""
+        shared = {}
+        for tensor in spec.inputs:
+            if tensor.name not in self._kept:
+                memory = shared[tensor.name] = self._buffer(spec, tensor, shapes[tensor.name])
+                _view(memory, shapes[tensor.name], tensor.dtype)[...] = inputs[tensor.name]
+        for tensor in spec.outputs:
+            if (spec.name, tensor.name) not in self._links:
+                shared[tensor.name] = self._buffer(spec, tensor, outputs[tensor.name])
+        return shared
+
+    def _buffer(self, spec: GraphSpec, tensor: TensorSpec, shape: Shape) -> Memory:
+        buffer = self._buffers.setdefault((spec.name, tensor.name), Buffer(self._device.shared))
+        return buffer.room(nbytes(shape, tensor.dtype))
+
+    def _address(self, spec: GraphSpec, context: Context, prepared: _Prepared, shared: Mapping[str, Memory]) -> None:
+        addresses = {name: memory.address for name, memory in shared.items()}
+        for tensor in spec.inputs:
+            if tensor.name in self._kept:
+                addresses[tensor.name] = self._kept[tensor.name].read()
+        for tensor in spec.outputs:
+            if (spec.name, tensor.name) in self._links:
+                kept = self._kept[self._links[spec.name, tensor.name]]
+                addresses[tensor.name] = kept.write(nbytes(prepared.outputs[tensor.name], tensor.dtype))
+        for name, address in addresses.items():
+            if address != prepared.addresses.get(name):
+                self._ask(context.set_tensor_address(name, address), f"{spec.name} to take an address for {name}")
+        prepared.addresses = addresses
+
+    def _enqueue(self, context: Context, prepared: _Prepared) -> None:
+        def execute() -> None:
+            self._ask(context.execute_async_v3(self._device.stream), "the pass to run")
+
+        step = prepared.repeats.next((prepared.shapes, prepared.addresses))
+        if step == "run":
+            prepared.captured = None
+        if step == "capture":
+            with suppress(NoAction):  # an engine that waits within a pass cannot be captured: it is run every time
+                prepared.captured = self._device.capture(execute)
+        (prepared.captured or execute)()
+
+    def _keep(self, spec: GraphSpec, outputs: Shapes) -> None:
+        for (graph, output), name in self._links.items():
+            if graph == spec.name:
+                self._kept[name].made()
+                self._made[name] = outputs[output]
+
+    def _ask(self, done: bool, what: str) -> None:
+        if not done:
+            raise NoAction(f"expected {what}, found that TensorRT does not: {self._reason()}")
+
+
+def _view(memory: Memory, shape: Shape, dtype: str) -> NDArray[Any]:
+    return memory.host[: nbytes(shape, dtype)].view(dtype).reshape(shape)

@@ -1,0 +1,310 @@
+"""Do the graphs on this machine do what the torch policy does? Measured on the artifact's golden.npz, in action units.
+
+golden.npz holds raw observations and what the fp32 torch policy made of them; ``measure`` replays them through the
+whole runtime (pictures, tokenizer, graphs, decoding). Bins make the comparison all or nothing: a token that flips to
+the next bin is an error of one bin width, one that agrees no error at all. One kind of flip says nothing about the
+graphs: where the reference itself prefers its token to the other by less than ``TIE``, the order of floating-point sums
+decides. Such a flip is counted, but its action is not held against the tolerance. Continuous actions are compared as
+they are, against the same tolerance as bins of 1/256 of their range. Precisions that round more than sums do are held
+to a part of each dimension's range on 99 % of the observations instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.artifact import GOLDEN, ActionSpec, PolicySpec, VerifiedSpec
+from rlrc.errors import UserError
+from rlrc.npz import read_npz
+from rlrc.runtime.inference.decode import actions_of, logit_row, logit_rows
+
+if TYPE_CHECKING:
+    from rlrc.runtime.inference.policy import LocalPolicy
+
+TIE = 1e-3
+"""Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
+in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."""
+SPACING = {"fp16": 2.0**-10, "int4": 2.0**-10, "bf16": 2.0**-7}
+"""From one number to the next, relative to it, in what these precisions round products to: logits that are closer are a
+tie to them. On the reference policy fp16 changed tokens up to 0.0014 apart and bf16 up to 0.043, at logits of 20."""
+ONE_IN = 100  # observations may be beyond a limit that is a part of the range
+FINE = 256
+"""Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
+NARROW, RESOLVED = 1e-5, 2.0**-14
+"""A dimension with a smaller range, in action units or relative to its center, is constant. Data in which a dimension
+never moves has a deviation or range of zero, which normalisation replaces by 1e-8 to 1e-6. Below 2^-14 of the center
+the bins are no wider than two steps of float32."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """N observations and the reference's answers; what the policy does not have or take is None.
+
+    In golden.npz under the same names, the pictures of every camera as ``image.<camera>``.
+    """
+
+    images: dict[str, NDArray[np.uint8]]  # (N, H, W, 3) by camera, raw; an optional one may be missing
+    actions: NDArray[np.float32]  # (N, horizon, dim), un-normalised
+    state: NDArray[np.float32] | None = None  # (N, S), raw
+    instructions: NDArray[np.str_] | None = None  # (N,)
+    ids: NDArray[np.int64] | None = None  # (N, L), -1 behind the shorter ones of prompts that are not padded
+    noise: NDArray[np.float32] | None = None  # (N, horizon, width) of flow policies
+    tokens: NDArray[np.int64] | None = None  # (N, horizon, dim): bins, or ids of the vocabulary
+    logits: NDArray[np.float32] | None = None  # (N, horizon, dim, rows)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def rows(self, indices: Sequence[int] | NDArray[np.integer]) -> Golden:
+        """The golden set of these observations only."""
+        arrays = {name: array[indices] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        return replace(self, images={name: pictures[indices] for name, pictures in self.images.items()}, **arrays)
+
+    def observation(self, index: int, spec: PolicySpec) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            f"image.{camera.name}": self.images[camera.name][index]
+            for camera in spec.cameras
+            if camera.name in self.images
+        }
+        if self.state is not None:
+            values["state"] = self.state[index]
+        if self.instructions is not None:
+            values["instruction"] = str(self.instructions[index])
+        if self.noise is not None:
+            values["noise"] = self.noise[index]
+        return values
+
+
+def read_golden(path: Path, spec: PolicySpec) -> Golden:
+    """Raises UserError unless every array is there and fits the policy, and the answers follow from the logits."""
+    arrays, shapes = read_npz(path), _shapes(spec)
+    needed = shapes.keys() - {f"image.{camera.name}" for camera in spec.cameras if camera.optional}
+    if not needed <= arrays.keys() <= shapes.keys():
+        expected, found = ", ".join(sorted(shapes)), ", ".join(sorted(arrays))
+        raise UserError(f"expected {path} to hold {expected}, found {found}; make the artifact again")
+    n = max(1, arrays["actions"].shape[0] if arrays["actions"].ndim else 0)
+    for name in (name for name in shapes if name in arrays):
+        array, wanted = arrays[name], (n, *shapes[name])
+        fits = array.ndim == len(wanted) and all(w in (None, f) for f, w in zip(array.shape, wanted, strict=True))
+        if not fits:
+            shape = f"({', '.join('any' if size is None else str(size) for size in wanted)})"
+            raise UserError(f"expected {name} of shape {shape} in {path}, found {array.shape}; make the artifact again")
+    images = {name.removeprefix("image."): array for name, array in arrays.items() if name.startswith("image.")}
+    golden = Golden(images, **{name: array for name, array in arrays.items() if not name.startswith("image.")})
+    if golden.tokens is not None and golden.logits is not None:
+        _check_answers(golden.tokens, golden.logits, golden.actions, spec.action, path)
+    elif not np.isfinite(golden.actions).all():
+        raise UserError(f"expected finite actions in {path}, found nan or inf; make the artifact again")
+    return golden
+
+
+def _shapes(spec: PolicySpec) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of golden.npz after the first dimension; None: any."""
+    action = spec.action
+    chunk = (action.horizon, action.dim)
+    shapes: dict[str, tuple[int | None, ...]] = {"actions": chunk}
+    shapes |= {f"image.{camera.name}": (None, None, 3) for camera in spec.cameras}
+    if spec.state is not None:
+        shapes["state"] = (len(spec.state.names),)
+    if spec.prompt is not None:
+        shapes |= {"instructions": (), "ids": (None if spec.prompt.pad_id is None else spec.prompt.max_tokens,)}
+    if spec.flow is not None:
+        shapes["noise"] = (action.horizon, spec.flow.width)
+    if action.bins:
+        shapes |= {"tokens": chunk, "logits": (*chunk, logit_rows(action))}
+    return shapes
+
+
+def _check_answers(
+    tokens: NDArray[np.int64], logits: NDArray[np.float32], actions: NDArray[np.float32], action: ActionSpec, path: Path
+) -> None:
+    if not np.isfinite(logits).all():
+        raise UserError(f"expected finite logits in {path}, found nan or inf; make the artifact again")
+    # The reference's actions may be rounded otherwise, by less than a bin by far.
+    rounding = 1e-3 * bin_widths(action) + 1e-6 * np.abs(np.asarray(action.norm.center))
+    follows = np.abs(actions_of(tokens, action).astype(np.float64) - actions) <= rounding
+    if (logits.argmax(-1) != logit_row(tokens, action)).any() or not follows.all():
+        raise UserError(
+            f"expected tokens and actions that follow from the logits in {path}, found others; make the artifact again"
+        )
+
+
+def bin_widths(action: ActionSpec) -> NDArray[np.float64]:
+    """Width of a bin in action units, per dimension; continuous actions are counted as ``FINE`` bins."""
+    return action_range(action) / (action.bins or FINE)
+
+
+def action_range(action: ActionSpec) -> NDArray[np.float64]:
+    """From -1 to 1 in normalised units, in action units, per dimension; at least what float32 resolves there."""
+    return np.maximum(_nominal_range(action), _narrowest_range(action))
+
+
+def _nominal_range(action: ActionSpec) -> NDArray[np.float64]:
+    return 2 * np.abs(np.asarray(action.norm.scale, np.float64))
+
+
+def _narrowest_range(action: ActionSpec) -> NDArray[np.float64]:
+    return np.maximum(NARROW, RESOLVED * np.abs(np.asarray(action.norm.center, np.float64)))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far actions may be from the reference's. With ``of_range`` that decides, else ``tolerance``."""
+
+    tolerance: float
+    """in action units, of every observation"""
+    of_range: float | None = None
+    """part of a dimension's range, of all but one in a hundred observations"""
+    spacing: float = 0.0
+    """relative difference of logits below which they are a tie, as those are that are closer than ``TIE``"""
+
+
+def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
+    """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
+
+    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions do
+    not count for the narrowest bin, unless all are constant: graphs cannot move them by more than their own range.
+    """
+    moving = _nominal_range(action) >= _narrowest_range(action)
+    half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2
+    if precision is None:
+        return Limits(half)
+    return Limits(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
+
+
+def limits_of(record: VerifiedSpec) -> Limits:
+    """Those that the record is held to."""
+    return Limits(record.tolerance, record.range_tolerance, record.spacing)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What graphs made of N observations."""
+
+    actions: NDArray[np.float64]  # (N, horizon, dim)
+    tokens: NDArray[np.int64] | None  # the same, or None
+
+
+def replay(policy: LocalPolicy, golden: Golden) -> Answers:
+    """One observation after the other, as a robot sends them. Raises NoAction where the graphs give no answer."""
+    results = []
+    for i in range(len(golden)):
+        observation = golden.observation(i, policy.spec)
+        if golden.ids is not None:
+            _check_ids(policy.ids(observation), golden.ids[i], observation["instruction"])
+        results.append(policy.infer(observation))
+    actions = np.stack([result["actions"] for result in results]).astype(np.float64)
+    tokens = None if golden.tokens is None else np.array([result["tokens"] for result in results])
+    return Answers(actions, tokens)
+
+
+def measure(policy: LocalPolicy, golden: Golden, limits: Limits) -> VerifiedSpec:
+    """``replay`` and ``compare``."""
+    return compare(policy, replay(policy, golden), golden, limits)
+
+
+def compare(policy: LocalPolicy, answers: Answers, golden: Golden, limits: Limits) -> VerifiedSpec:
+    """The record of how the answers differ from the reference's.
+
+    ``max_error`` is per action dimension, flips at ties and what follows from them aside; ``range_error`` the same
+    without the worst hundredth of the observations, as part of the dimension's range; ``token_flips`` counts every
+    differing token, ``gripper_flips`` the actions of a gripper dimension that cross the middle of its range
+    (``norm.center``); ``chunk_jitter`` is the largest amount by which an action's change from one step to the next
+    differs from the reference's.
+    """
+    spec = policy.spec
+    error = errors(spec, answers, golden, limits)
+    middle = np.asarray(spec.action.norm.center)
+    gripper = np.asarray([meaning == "gripper" for meaning in spec.action.meaning])
+    sides = (answers.actions > middle) != (golden.actions > middle)
+    jitter = np.abs(np.diff(answers.actions - golden.actions.astype(np.float64), axis=1))
+    return VerifiedSpec(
+        backend=policy.backend,
+        observations=len(golden),
+        tokens=0 if answers.tokens is None else answers.tokens.size,
+        token_flips=0 if answers.tokens is None else int((answers.tokens != golden.tokens).sum()),
+        gripper_flips=int(sides[..., gripper].sum()),
+        max_error=tuple(error.max((0, 1)).tolist()),
+        range_error=tuple((_all_but_a_hundredth(error.max(1)) / action_range(spec.action)).tolist()),
+        chunk_jitter=float(jitter.max(initial=0)),
+        tolerance=limits.tolerance,
+        range_tolerance=limits.of_range,
+        spacing=limits.spacing,
+        versions=policy.engine.versions(),
+    )
+
+
+def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -> NDArray[np.float64]:
+    """(N, horizon, dim), zero where another token is no error."""
+    error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
+    if answers.tokens is None or golden.logits is None:
+        return error
+    return np.where(excused(answers.tokens, golden, spec, limits.spacing), 0, error)
+
+
+def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -> dict[str, NDArray[Any]]:
+    """The observation of the largest error, as ``rlrc infer`` reads it, with both answers to it."""
+    parts = errors(spec, answers, golden, limits) / action_range(spec.action)
+    index = int(np.nan_to_num(parts, nan=np.inf).max((1, 2)).argmax())
+    observation = {name: np.asarray(value) for name, value in golden.observation(index, spec).items()}
+    return observation | {"expected": golden.actions[index], "found": answers.actions[index]}
+
+
+def _all_but_a_hundredth(error: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The largest of each dimension (N, dim) -> (dim,), the worst N // 100 observations of it left out."""
+    ranked: NDArray[np.float64] = np.sort(error, 0)  # nan comes last
+    return ranked[len(ranked) - 1 - len(ranked) // ONE_IN]
+
+
+def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instruction: str) -> None:
+    expected = golden[golden >= 0].tolist()
+    if found is None or found.tolist() != expected:
+        raise UserError(
+            f"expected token ids {expected} for {instruction!r} as in {GOLDEN}, "
+            f"found {None if found is None else found.tolist()}; "
+            "put the tokenizer that the policy was trained with into the artifact"
+        )
+
+
+def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing: float) -> NDArray[np.bool_]:
+    """Where (N, horizon, dim) another token than the reference's is no error: at ties of the reference.
+
+    In autoregressive decoding also all that comes after, for it continues another sequence.
+    """
+    assert golden.tokens is not None
+    assert golden.logits is not None
+    rows = logit_row(tokens, spec.action)
+    tied = (tokens != golden.tokens) & at_tie(golden.logits, rows, spacing)
+    if spec.decode == "autoregressive":
+        return np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
+    return tied
+
+
+def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: float = 0.0) -> NDArray[np.bool_]:
+    """Reference logits (..., rows), other rows (...) -> where the reference puts them within ``TIE`` of its best.
+
+    ``spacing`` widens that to what numbers so far apart, relative to their size, cannot tell.
+    """
+    chosen, best = np.take_along_axis(logits, rows[..., None], -1)[..., 0], logits.max(-1)
+    tied: NDArray[np.bool_] = best - chosen < np.maximum(TIE, spacing * np.abs(best))
+    return tied
+
+
+def failure(record: VerifiedSpec) -> str | None:
+    """Why a record does not allow its graphs to be run, in a line; None if it does."""
+    if record.observations < 1 or not record.max_error:
+        return "a record of no observations"
+    if record.range_tolerance is not None:
+        if all(error <= record.range_tolerance for error in record.range_error):  # false for nan
+            return None
+        error, limit = max(record.range_error, default=np.nan), record.range_tolerance
+        return f"an error of {error:.2%} of the range where {limit:.2%} is tolerated on 99 % of the observations"
+    if all(error <= record.tolerance for error in record.max_error):
+        return None
+    return f"an error of {max(record.max_error):.3g} in action units where {record.tolerance:.3g} is tolerated"

@@ -1,0 +1,85 @@
+"""The page of `rlrc run`: every step of the loop, and wishes to the stop switch and the standstill."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rlrc.robots.robot import Sensed
+from rlrc.runtime.control.rearming import Standstill, Wish
+from rlrc.runtime.control.stop_switch import Source, StopSwitch
+from rlrc.runtime.page.feed import TEXT
+from rlrc.runtime.page.metadata import Events
+from rlrc.runtime.page.process import Page
+from rlrc.runtime.safety.verdict import Verdict
+
+if TYPE_CHECKING:
+    from rlrc.robots.instructed import Instructed
+    from rlrc.runtime.safety.guard import Guard
+
+STATE_S = 0.5  # how often the state is told though nothing has changed
+
+
+class LoopPage:
+    """``show`` is for the loop's thread, ``source`` for the stop switch's."""
+
+    def __init__(
+        self, page: Page, guard: Guard, switch: StopSwitch, standstill: Standstill | None, robot: Instructed | None
+    ) -> None:
+        self._page, self._guard, self._switch = page, guard, switch
+        self._standstill, self._robot = standstill, robot
+        self._events, self._state, self._told_at = Events(), dict[str, Any](), 0.0
+
+    @property
+    def source(self) -> Source:
+        return Source(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
+
+    def show(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
+        """rlrc.runtime.control.control_loop's Show."""
+        now, lag, inference = float(row["sent"]), float(row["sent"] - row["due"]) * 1e3, float(row["inference_ms"])
+        command = None if verdict.command is None else verdict.command.tolist()
+        measured = None if sensed is None or sensed.measured is None else sensed.measured.tolist()
+        infer = None if math.isnan(inference) else round(inference, 3)
+        step = (round(now, 4), round(lag, 3), infer, verdict.held, int(row["skipped"]), command, measured)
+        message: dict[str, Any] = {"step": step}
+        reason, words = self._guard.reason, None if sensed is None else sensed.observation.get("instruction")
+        state = {
+            "stopped": reason and reason[:TEXT],
+            "resting": self._standstill is not None and self._standstill.since is not None,
+            "instruction": words and words[:TEXT],
+        }
+        if state != self._state or now - self._told_at > STATE_S:
+            self._state, self._told_at = state, now
+            message["state"] = state
+        self._page.feed.show(message, self._events.told(verdict.events, now))
+        if sensed is not None:
+            self._page.feed.picture(sensed.observation)
+
+    def _ready(self) -> bool:
+        """Whether the page goes on."""
+        wishes = self._page.feed.receive()
+        for wish in wishes or ():
+            self._take(wish["do"], wish["id"], wish.get("words"))
+        return wishes is not None
+
+    def _take(self, what: str, number: int, words: str | None) -> None:
+        def told(answer: Any) -> None:
+            self._page.feed.send({"id": number, "answer": dict(answer)})
+
+        if what == "stop":
+            self._switch.press("the page")
+            told({"stopped": True, "reason": self._switch.reason})
+        elif what == "instruction":
+            told(self._instruct(words))
+        elif self._standstill is None:
+            told({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
+        elif what == "bench":
+            self._standstill.ask(Wish("bench", "the page", told))
+        else:
+            self._standstill.ask(Wish("rearm", f"the page ({words})" if words else "the page", told))
+
+    def _instruct(self, words: str | None) -> dict[str, str]:
+        if self._robot is None:
+            return {"error": "expected a policy that takes an instruction, found one of a single task"}
+        self._robot.words = words or None
+        return {}

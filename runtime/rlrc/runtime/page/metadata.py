@@ -1,0 +1,121 @@
+"""What the page is told once: what runs here, and what its charts have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rlrc.artifact import Artifact, PolicySpec
+from rlrc.runtime.cli.describe import folder_bytes, policy_rows
+from rlrc.runtime.page.feed import TEXT
+from rlrc.runtime.safety.profile import RobotProfile, senses
+from rlrc.runtime.safety.verdict import Event
+
+CLAMPS_S = 1.0  # shortest time between two clamps of one limit that are told
+
+
+def hello(
+    kind: str,
+    artifact: Artifact,
+    profile: RobotProfile | None,
+    deadline_ms: float | None,
+    can: Collection[str],
+    **facts: str,
+) -> dict[str, Any]:
+    """``kind``: "run" or "serve". ``deadline_ms``: what takes longer is late. ``can``: what operators may wish."""
+    manifest, spec = artifact.manifest, artifact.manifest.policy
+    told = policy_rows(spec)
+    rows = {
+        "artifact": f"{artifact.path.name} ({artifact.digest[:12]})",
+        "family": told["family"],
+        "parameters": f"{manifest.parameters:,} stored as {manifest.dtype}",
+        "graphs": ", ".join(sorted({f"{one.backend} {one.precision}" for one in manifest.graphs})) or "none",
+        "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
+        "actions": told["actions"],
+        "robot": "no profile: no guard" if profile is None else profile.robot,
+        **facts,
+    }
+    return {
+        "kind": kind,
+        "name": artifact.path.name,
+        "facts": list(rows.items()),
+        "rows": plotted(spec, profile),
+        "cameras": [camera.name for camera in spec.cameras],
+        "deadline_ms": deadline_ms,
+        "can": sorted(can),
+        "clock": [time.monotonic(), time.time()],
+    }
+
+
+def plotted(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, Any]]:
+    """A plot for every dimension of the action, with what measures it, and for what else there is of the state.
+
+    ``command`` and ``state`` are places in the action and in the state vector, None where there is none.
+    """
+    names, units = ((), ()) if spec.state is None else (spec.state.names, spec.state.units)
+    measures = _measures(spec, profile, names, units)
+    rows = []
+    for index, (name, unit) in enumerate(zip(spec.action.names, spec.action.units, strict=True)):
+        entry, factor = measures.get(index, (None, 1.0))
+        position = None if profile is None else profile.dimensions[index].position
+        absolute = position is not None and spec.action.meaning[index] in ("absolute", "gripper")
+        limits = (position.low, position.high) if position is not None and absolute else (None, None)
+        rows.append(_row(name, unit, index, entry, factor, *limits))
+    shown = {entry for entry, _ in measures.values()}
+    rows += [
+        _row(name, unit, None, entry, 1.0)
+        for entry, (name, unit) in enumerate(zip(names, units, strict=True))
+        if entry not in shown
+    ]
+    return rows
+
+
+def _measures(
+    spec: PolicySpec, profile: RobotProfile | None, names: Sequence[str], units: Sequence[str]
+) -> dict[int, tuple[int, float]]:
+    """Which entry of the state a dimension of the action is measured by, and how it converts; absolutes only."""
+    if profile is not None:
+        wired = senses(profile, spec.action, names, units)
+        found = list(zip(wired.dimensions, wired.entries, wired.factors, strict=True))
+    else:
+        alike = [(i, list(names).index(name)) for i, name in enumerate(spec.action.names) if name in names]
+        found = [(i, j, 1.0) for i, j in alike if units[j] == spec.action.units[i]]
+    return {i: (j, factor) for i, j, factor in found if spec.action.meaning[i] in ("absolute", "gripper")}
+
+
+def _row(
+    name: str,
+    unit: str,
+    command: int | None,
+    state: int | None,
+    factor: float,
+    low: float | None = None,
+    high: float | None = None,
+) -> dict[str, Any]:
+    told = "" if unit == "1" else unit
+    return {"name": name, "unit": told, "command": command, "state": state, "factor": factor, "low": low, "high": high}
+
+
+class Events:
+    """Guard events for the page: (seconds of the clock, what was done, in words), a limit's clamps once a second."""
+
+    def __init__(self) -> None:
+        self._clamped: dict[tuple[str, str | None], float] = {}
+
+    def told(self, events: Collection[Event], now: float) -> list[tuple[float, str, str]]:
+        return [(now, event.act, _worded(event)[:TEXT]) for event in events if self._is_new(event, now)]
+
+    def _is_new(self, event: Event, now: float) -> bool:
+        if event.act != "clamp":
+            return True
+        key = event.kind, event.dimension
+        if now - self._clamped.get(key, -CLAMPS_S) < CLAMPS_S:
+            return False
+        self._clamped[key] = now
+        return True
+
+
+def _worded(event: Event) -> str:
+    twice = f"{event.act}: {event.kind}" if event.act == event.kind else ""  # "stop: stop: the page"
+    return str(event).replace(twice, event.act, 1) if twice else str(event)

@@ -1,0 +1,140 @@
+"""The page of `rlrc serve`: every observation that was looked at, and wishes to the session."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlrc.errors import UserError
+from rlrc.runtime.control.rearming import spread
+from rlrc.runtime.page.feed import TEXT
+from rlrc.runtime.page.metadata import Events
+from rlrc.runtime.page.process import Page
+from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.wire.ports import unready
+
+STATE_S = 0.5
+BENCH_CALLS = 50
+
+
+class SessionPage:
+    """Of the session's event loop; ``run`` until it is cancelled."""
+
+    def __init__(self, page: Page, session: Session) -> None:
+        self._page, self._session = page, session
+        self._events, self._seen = Events(), 0
+        self._benching: asyncio.Task[None] | None = None
+        self.ended = asyncio.Event()
+        session.show = self.show
+
+    async def run(self) -> None:
+        """Tells the state twice a second, and takes wishes as they come."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._page.feed.fileno(), self._ready)
+        self._page.stop.watch(partial(self._press, loop), self._latched, partial(self._lose, loop))
+        try:
+            while not self.ended.is_set():
+                self._tell({})
+                await asyncio.sleep(STATE_S)
+        finally:
+            loop.remove_reader(self._page.feed.fileno())
+            self._session.show = None
+
+    def show(
+        self, observation: Mapping[str, Any], actions: NDArray[Any] | None, queue_s: float, inference_s: float | None
+    ) -> None:
+        """``actions``: the chunk that left (horizon, dim); None: none did."""
+        state = observation.get("state")
+        command = None if actions is None else np.asarray(actions[0], float).tolist()
+        measured = None if state is None else np.asarray(state, float).tolist()
+        total = (queue_s + (inference_s or 0.0)) * 1e3
+        infer = None if inference_s is None else round(inference_s * 1e3, 3)
+        self._tell(
+            {"step": (round(time.monotonic(), 4), round(total, 3), infer, actions is None, 0, command, measured)}
+        )
+        self._page.feed.picture(observation)
+
+    # From the stop port's thread: a busy event loop delays no stop.
+
+    def _press(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
+        self._session.halt(reason)
+        loop.call_soon_threadsafe(self._stop, reason)
+
+    def _latched(self) -> dict[str, Any]:
+        reason = self._session.stopped
+        return {"stopped": reason is not None, "reason": reason or ""}
+
+    def _lose(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._session.lost = f"POST {self._page.stop.url}"
+        self._press(loop, f"lost {self._session.lost}")
+
+    # In the event loop
+
+    def _stop(self, reason: str) -> None:
+        self._session.stop(reason)
+        if self._session.guarded is None:
+            self._page.feed.show({}, [(time.monotonic(), "stop", f"stop: {reason}")])
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        session = self._session
+        message["state"] = {
+            "stopped": session.stopped and session.stopped[:TEXT],
+            "resting": session.stopped is not None,
+            "instruction": session.instruction,
+            "unready": unready(session),
+            "waiting": session.waiting,
+        }
+        self._page.feed.show(message, self._fresh())
+
+    def _fresh(self) -> list[tuple[float, str, str]]:
+        """What the guard has done since the last time; that it starts with every chunk is no news."""
+        if self._session.guarded is None:
+            return []
+        guard = self._session.guarded.guard
+        total = sum(guard.counts.values())
+        new, self._seen = min(total - self._seen, len(guard.events)), total
+        events = [guard.events[i] for i in range(len(guard.events) - new, len(guard.events))]
+        return self._events.told([event for event in events if event.act != "start"], time.monotonic())
+
+    def _ready(self) -> None:
+        wishes = self._page.feed.receive()
+        if wishes is None:
+            asyncio.get_running_loop().remove_reader(self._page.feed.fileno())
+            return self.ended.set()
+        for wish in wishes:
+            self._take(wish["do"], wish["id"], wish.get("words"))
+
+    def _take(self, what: str, number: int, words: str | None) -> None:
+        if what == "bench":
+            self._benching = asyncio.ensure_future(self._bench(number))
+            return
+        answer: dict[str, Any] = {}
+        who = f"the page ({words})" if words else "the page"
+        if what == "stop":
+            self._stop("the page")
+            answer = self._latched()
+        elif what == "instruction" and self._session.spec.prompt is None:
+            answer = {"error": "expected a policy that takes an instruction, found one of a single task"}
+        elif what == "instruction":
+            self._session.instruction = words or None
+        else:
+            try:
+                self._session.rearm(who)
+            except UserError as error:
+                answer = {"error": str(error)}
+        if self._session.guarded is None and what == "rearm" and "error" not in answer:
+            self._page.feed.show({}, [(time.monotonic(), what, f"{what}: {who}")])
+        self._page.feed.send({"id": number, "answer": answer})
+
+    async def _bench(self, number: int) -> None:
+        try:
+            answer: dict[str, Any] = spread(await self._session.bench(BENCH_CALLS))
+        except Refused as error:
+            answer = {"error": str(error)}
+        self._page.feed.send({"id": number, "answer": answer})

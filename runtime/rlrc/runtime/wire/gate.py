@@ -1,0 +1,203 @@
+"""aiohttp's connections behind a gate: a request is parsed strictly and judged before aiohttp sees a byte of it.
+
+    check(head)            # raises Refusal: no token, too large, ...; in the event loop, so it must be short
+    runner = web.AppRunner(app(...), ...); await listen(runner, check, Places(128, 0.0), host, port, tls)
+
+aiohttp by itself inflates compressed bodies, joins folded header fields, queues pipelined requests and logs what it
+cannot parse, all before it asks for a handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+
+from rlrc.runtime.servers.session import LARGEST
+from rlrc.runtime.wire import http_head
+from rlrc.runtime.wire.http_head import Head, Refusal
+from rlrc.runtime.wire.ports import Allowance, Places
+
+Check = Callable[[Head], None]
+
+UNANSWERED = 8  # requests of a connection that wait for their answers; HTTP clients wait for each
+LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
+LINGERING = 64  # connections; then the first of them ends at once
+HANDSHAKE_S = 5.0
+WAITING = 256  # connections that the kernel keeps; a client beyond them tries again after a second
+FAULTS, FAULT_S = 8, 10.0  # lines about faults of handlers at once, and seconds until one more
+
+log = logging.getLogger(__name__)
+_faults = Allowance(FAULTS, FAULT_S)
+
+
+class Connection(web.RequestHandler):
+    """``unknown_s``: seconds until the first request has to have passed; ``idle_s``: until the next one."""
+
+    __slots__ = ("_body", "_check", "_data", "_discarded", "_lingering", "_places", "_refused", "_timer", "_unanswered")
+
+    def __init__(
+        self,
+        check: Check,
+        places: Places,
+        lingering: deque[Connection],
+        unknown_s: float,
+        idle_s: float,
+        server: web.Server,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(
+            server,
+            loop=loop,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp takes None, as AppRunner does; annotated without
+            keepalive_timeout=idle_s,
+            lingering_time=LINGER_S,
+            max_line_size=http_head.LARGEST,
+            max_field_size=http_head.LARGEST,
+            auto_decompress=False,
+        )
+        self._check, self._places, self._lingering = check, places, lingering
+        self._timer = loop.call_later(unknown_s, self.force_close)
+        self._data, self._body, self._unanswered = b"", 0, 0
+        self._refused, self._discarded = False, 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if not self._places.take(self, self.force_close):
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._timer.cancel()
+        self._places.free(self)
+        if self in self._lingering:
+            self._lingering.remove(self)
+        super().connection_lost(exc)
+
+    def keep_place(self) -> None:
+        """The client has shown the token, or was answered: its connection makes no room for new ones."""
+        self._places.answered(self)
+
+    def answered(self) -> None:
+        self._unanswered -= 1
+
+    def data_received(self, data: bytes) -> None:
+        if not data:  # aiohttp's own call, for what it holds back
+            return super().data_received(data)
+        while data and not self._refused:
+            if self._body:
+                part, data = data[: self._body], data[self._body :]
+                self._body -= len(part)
+                super().data_received(part)
+                continue
+            data = data if self._data else data.lstrip(b"\r\n")  # some clients end a body so
+            start = max(0, len(self._data) - len(http_head.END) + 1)
+            self._data += data
+            end = self._data.find(http_head.END, start) + len(http_head.END)
+            if end < len(http_head.END):
+                if len(self._data) > http_head.LARGEST:
+                    self._refuse(_too_large())
+                elif self._data and not http_head.begins(self._data):
+                    self._refuse(http_head.no_http())
+                return
+            head, data, self._data = self._data[:end], self._data[end:], b""
+            try:
+                self._body = self._judged(head)
+            except Refusal as error:
+                return self._refuse(error)
+            self._timer.cancel()
+            self._unanswered += 1
+            super().data_received(head)
+        if self._refused:
+            self._discarded += len(data)
+            if self._discarded > LARGEST + http_head.LARGEST:
+                self.force_close()
+
+    def _judged(self, data: bytes) -> int:
+        """Bytes of the body. Raises Refusal."""
+        if len(data) > http_head.LARGEST:
+            raise _too_large()
+        if self._unanswered >= UNANSWERED:
+            raise Refusal(503, f"expected up to {UNANSWERED} requests before their answers, found more")
+        head = http_head.parse(data)
+        self._check(head)
+        return head.length
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._refused, self._data = True, b""
+        if self.transport is None:
+            return
+        if self._unanswered:  # this one would come out of turn
+            return self.close()
+        self.transport.write(http_head.response(refusal.status, f"{refusal.text}\n"))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._timer.cancel()
+        self._timer = self._loop.call_later(LINGER_S, self.force_close)
+        self._places.free(self)  # for those that have not been heard yet
+        self._lingering.append(self)
+        if len(self._lingering) > LINGERING:
+            self._lingering.popleft().force_close()
+
+    # What aiohttp logs by itself quotes the request, a token included.
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if status >= 500 and not isinstance(exc, ConnectionError):  # a client that has gone
+            self.log_exception(exc_info=exc)
+        text = (
+            "expected to answer, found a fault of the server; its log says more" if status >= 500 else "expected HTTP"
+        )
+        response = web.Response(status=status, text=f"{text}\n")
+        response.force_close()
+        return response
+
+    def log_exception(self, *_: Any, exc_info: BaseException | None = None, **__: Any) -> None:
+        """What and where, without what it says; a bounded number of lines."""
+        if exc_info is not None and _faults.spend():
+            frames = traceback.extract_tb(exc_info.__traceback__)
+            where = f" in {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+            log.error("a fault of the server: %s%s", type(exc_info).__name__, where)
+
+
+async def listen(
+    runner: web.AppRunner,
+    check: Check,
+    places: Places,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None,
+    unknown_s: float,
+    idle_s: float,
+) -> asyncio.Server:
+    """Raises OSError if the port is taken."""
+    await runner.setup()
+    assert runner.server is not None
+    loop = asyncio.get_running_loop()
+    connection = partial(Connection, check, places, deque[Connection](), unknown_s, idle_s, runner.server, loop)
+    handshake = None if tls is None else HANDSHAKE_S
+    return await loop.create_server(connection, host, port, backlog=WAITING, ssl=tls, ssl_handshake_timeout=handshake)
+
+
+@web.middleware
+async def answering(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Has to be the first middleware of the application."""
+    try:
+        return await handler(request)
+    finally:
+        protocol = request.protocol
+        if isinstance(protocol, Connection):
+            protocol.answered()
+
+
+def _too_large() -> Refusal:
+    return Refusal(431, f"expected a head of up to {http_head.LARGEST} bytes, found more")

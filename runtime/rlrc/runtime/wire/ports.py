@@ -1,0 +1,252 @@
+"""What every protocol's port has in common: who may connect, and what is answered about the server itself."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from rlrc.errors import UserError
+from rlrc.runtime.servers.session import Session
+from rlrc.runtime.wire import http_head
+from rlrc.runtime.wire.metrics import CONTENT_TYPE
+
+CLIENTS = 32  # at once, on a port
+CONNECTIONS = 128  # at once, on a port, those included that have not said yet what they want
+PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
+PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
+CLOSED = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
+TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
+
+VISIBLE = re.compile("[!-~]+")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Access:
+    """``token``: what a client has to show; ``tls``: what encrypts. None: not asked for."""
+
+    token: str | None = None
+    tls: ssl.SSLContext | None = None
+
+    def allows(self, authorization: str | None) -> bool:
+        """``authorization``: the header."""
+        return self.token is None or http_head.shows(authorization, self.token)
+
+
+def connected(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether the peer is still there, from the kernel: while a request is answered, nothing is read from the peer."""
+    if transport is None or transport.is_closing():
+        return False
+    peer = transport.get_extra_info("socket")
+    state: int = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return state not in CLOSED
+
+
+def forget(error: BaseException) -> None:
+    """Lets go of what its traceback's frames hold, such as 16 MiB of a message: asyncio's and aiohttp's exceptions are
+    part of cycles, so that this would be freed when the garbage collector comes to it, after hundreds of them.
+    """
+    chained: BaseException | None = error
+    while chained is not None:
+        chained.__traceback__ = None
+        chained = chained.__cause__ or chained.__context__
+
+
+class Allowance:
+    """So many at once, and one more every ``seconds``: of pings, which are answered at once."""
+
+    def __init__(self, number: int, seconds: float) -> None:
+        self._number, self._seconds = number, seconds
+        self._left, self._since = float(number), time.monotonic()
+
+    def spend(self) -> bool:
+        """-> whether there was one left."""
+        now = time.monotonic()
+        self._left = min(self._number, self._left + (now - self._since) / self._seconds) - 1
+        self._since = now
+        return self._left >= 0
+
+
+class Places:
+    """For so many connections. If all are taken, the one that came first and has had no answer for ``patience_s`` since
+    then leaves: who opens connections and does nothing keeps nobody out, and takes nobody's place who works.
+    """
+
+    def __init__(self, number: int, patience_s: float) -> None:
+        self._number, self._patience_s = number, patience_s
+        self._silent: dict[object, tuple[float, Callable[[], None]]] = {}  # in the order in which they came
+        self._answered: set[object] = set()
+
+    def take(self, who: object, leave: Callable[[], None]) -> bool:
+        """-> whether there is a place. ``leave`` ends the connection."""
+        if len(self._silent) + len(self._answered) >= self._number and not self._make_room():
+            return False
+        self._silent[who] = (time.monotonic(), leave)
+        return True
+
+    def answered(self, who: object) -> None:
+        if self._silent.pop(who, None) is not None:
+            self._answered.add(who)
+
+    def free(self, who: object) -> None:
+        """It may have none."""
+        self._silent.pop(who, None)
+        self._answered.discard(who)
+
+    def _make_room(self) -> bool:
+        first = next(iter(self._silent), None)
+        if first is None or time.monotonic() - self._silent[first][0] < self._patience_s:
+            return False
+        _, leave = self._silent.pop(first)
+        leave()
+        return True
+
+
+def token(given: str | None) -> str | None:
+    """The option, or what the environment has; None if there is neither. Raises UserError for one that is no token."""
+    name, found = (TOKEN, os.environ.get(TOKEN)) if given is None else ("--token", given)
+    return None if found is None else checked(found, name)
+
+
+def checked(token: str, name: str) -> str:
+    """Raises UserError, without the token in it, for what is none; ``name``: of what it was given as."""
+    if not VISIBLE.fullmatch(token):
+        found = "an empty one" if not token else "one with a line end" if token != token.rstrip("\r\n") else "another"
+        raise UserError(
+            f"expected a token of ASCII characters without blanks in {name}, found {found}; give another"
+            + (", or unset it" if name == TOKEN else "")
+        )
+    return token
+
+
+def access(host: str, token: str | None, certificate: Path | None, key: Path | None, insecure: bool) -> Access:
+    """Raises UserError for files that are no certificate and key, and for an address that others reach unprotected."""
+    if token is not None:
+        checked(token, "--token")
+    if (certificate is None) != (key is None):
+        raise UserError("expected both --certificate and --key, found one; give the other")
+    encrypted = None if certificate is None or key is None else tls(certificate, key)
+    if not (is_loopback(host) or (token is not None and encrypted is not None) or insecure):
+        raise UserError(
+            f"expected --token, --certificate and --key for {host}, which other machines reach, found not all of them; "
+            "give them, or --insecure to do without"
+        )
+    return Access(token, encrypted)
+
+
+def tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    """For a server, which logs the handshakes that fail. Raises UserError for files that are not as they should be."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = _Handshake
+
+    def password() -> NoReturn:  # without it OpenSSL asks on the terminal
+        raise UserError(
+            f"expected a private key without a password, found an encrypted one in {key}; write one that only you can "
+            f"read: openssl pkey -in {key} -out FILE"
+        )
+
+    for path in (certificate, key):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise UserError(f"expected a PEM file at {path}, found: {error.strerror}; give another") from None
+    try:
+        context.load_cert_chain(certificate, key, password)
+    except OSError as error:  # of which SSLError is one
+        why = (getattr(error, "reason", None) or "no PEM file").replace("_", " ").lower()
+        raise UserError(
+            f"expected a certificate and its key in PEM files, found {certificate} and {key}: {why}; give others"
+        ) from None
+    return context
+
+
+class _Handshake(ssl.SSLObject):
+    """Logs a failed handshake: asyncio drops the connection without a line."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            found = (error.reason or "another message").replace("_", " ").lower()
+            plain = error.reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG")
+            advice = "a client without TLS: let it use wss:// or https://" if plain else "see to its certificates"
+            log.info("expected a TLS handshake, found: %s; %s", found, advice, extra={"fields": {"outcome": "tls"}})
+            raise
+
+
+def url(scheme: str, host: str, port: int) -> str:
+    """With brackets around an IPv6 address."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def status(path: str, session: Session, access: Access, authorization: str | None) -> tuple[int, str, str] | None:
+    """(HTTP status, body, content type) of /healthz, /readyz and /metrics; None for other paths.
+
+    Alive is a server that answers at all; ready one whose policy is loaded, verified and warmed up, and whose guard
+    has not stopped. Only the metrics need the token.
+    """
+    path, plain = path.partition("?")[0], "text/plain; charset=utf-8"
+    if path == "/healthz":
+        return 200, "OK\n", plain
+    if path == "/readyz":
+        reason = unready(session)
+        return (200, "ready\n", plain) if reason is None else (503, f"{reason}\n", plain)
+    if path != "/metrics":
+        return None
+    if not access.allows(authorization):
+        return 401, "expected a token\n", plain
+    gauges = {
+        "rlrc_ready": float(unready(session) is None),
+        "rlrc_observations_waiting": float(session.waiting),
+        "rlrc_guard_stopped": float(session.stopped is not None),
+    }
+    return 200, session.metrics.text(**gauges), CONTENT_TYPE
+
+
+def unready(session: Session) -> str | None:
+    """Why it is not ready; None if it is."""
+    if session.failure is not None:
+        return "failed"
+    if session.draining:
+        return "ending"
+    if not session.opened.is_set():
+        return "loading"
+    return None if session.stopped is None else "stopped"
+
+
+def check_plain(host: str, protocols: Collection[str], insecure: bool) -> None:
+    """Raises UserError for protocols without TLS at an address that others reach."""
+    if is_loopback(host):
+        return
+    if "lerobot" in protocols:
+        raise UserError(
+            f"expected --host 127.0.0.1 with lerobot, whose clients show no token and trust the server with their "
+            f"machine, found {host}; serve it on the robot itself"
+        )
+    if "gr00t" in protocols and not insecure:
+        raise UserError(
+            f"expected --insecure with gr00t on {host}, whose clients know no TLS, found none; use a tunnel to "
+            "127.0.0.1, or give it"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

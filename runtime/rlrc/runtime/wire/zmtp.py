@@ -1,0 +1,164 @@
+"""The replying side of ZeroMQ's request and reply over TCP: ZMTP 3.0 (rfc.zeromq.org/spec/23) without security.
+
+A REP or ROUTER socket of libzmq limits a frame, but neither how many frames a message may have nor how many peers may
+connect, and cannot drop a peer: whoever reaches its port fills the memory (docs/decisions). Here a request is one
+frame after the empty one that REQ sockets put before it, peers are counted, and each has seconds to send and to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from rlrc.errors import UserError
+from rlrc.runtime.wire.logs import fields
+from rlrc.runtime.wire.ports import PING_S, PINGS, Allowance, Places, connected, forget
+
+# A request, or why there is none -> the answer.
+Answer = Callable[["bytes | UserError"], Awaitable[bytes]]
+
+SECONDS = 10.0  # longest time to introduce oneself, to send a request that has begun, to read an answer
+MORE, LONG, COMMAND = 1, 2, 4  # flags of a frame
+GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\x05READY" + b"\x0bSocket-Type" + (3).to_bytes(4, "big") + b"REP"
+LARGEST_COMMAND = 2048
+DISCARDED = 8  # times the largest request: what is larger than that is not even read to its end
+
+log = logging.getLogger(__name__)
+
+
+class Broken(Exception):
+    """The peer does not speak the protocol, or asks for more than it may."""
+
+
+class Replier:
+    """``answering(peer, waits)`` gives what answers this peer's requests, one after the other, and never raises;
+    ``waits()``: whether the peer is still there.
+    """
+
+    def __init__(self, answering: Callable[[str, Callable[[], bool]], Answer], largest: int, peers: int) -> None:
+        self._answering, self._largest, self._places = answering, largest, Places(peers, SECONDS)
+        self._open: dict[asyncio.Task[None], StreamWriter] = {}
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """-> the port. Raises UserError if it is taken."""
+        try:
+            self._server = await asyncio.start_server(self._accept, host, port)
+        except OSError as error:
+            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        for writer in self._open.values():
+            writer.close()  # ends its reads
+        if self._open:
+            await asyncio.wait(list(self._open), timeout=1.0)
+        for task in self._open:
+            task.cancel()
+
+    def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
+        if not self._places.take(writer, writer.transport.abort):
+            writer.close()
+            return
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._open[task] = writer
+        task.add_done_callback(lambda task: self._places.free(self._open.pop(task)))
+
+    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+        peer = str(writer.get_extra_info("peername", ("",))[0])
+        try:
+            _keep_alive(writer)
+            await asyncio.wait_for(_introduce(reader, writer), SECONDS)
+            await self._talk(reader, writer, self._answering(peer, partial(connected, writer.transport)))
+        except Broken as error:
+            log.info("gr00t client %s: %s", peer, error, extra=fields(protocol="gr00t", client=peer, outcome="request"))
+        except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError) as error:
+            forget(error)
+            log.info("gr00t client %s: gone", peer, extra=fields(protocol="gr00t", client=peer, outcome="gone"))
+        finally:
+            writer.transport.abort()  # what it has not read by now it will not get
+
+    async def _talk(self, reader: StreamReader, writer: StreamWriter, answer: Answer) -> None:
+        pings = Allowance(PINGS, PING_S)
+        while True:
+            await asyncio.sleep(0)  # the others' turn, even if the next request is there already
+            first = await reader.readexactly(1)  # as long as it takes
+            request = await asyncio.wait_for(self._request(reader, writer, first[0]), SECONDS)
+            if request is None:
+                if not pings.spend():
+                    raise Broken("expected a ping a second, found more; send fewer")
+                continue
+            answered = await answer(request)
+            writer.write(_framed(MORE, b"") + _framed(0, answered))
+            await asyncio.wait_for(writer.drain(), SECONDS)
+            self._places.answered(writer)
+
+    async def _request(self, reader: StreamReader, writer: StreamWriter, flags: int) -> bytes | UserError | None:
+        """Its body, or why it was not kept; None if it was a command."""
+        frame = await _frame(reader, flags, LARGEST_COMMAND if flags & COMMAND else 0)
+        if flags & COMMAND:
+            if frame[:5] == b"\x04PING":  # and two bytes of how long it waits
+                writer.write(_framed(COMMAND, b"\x04PONG" + frame[7:]))
+                await writer.drain()
+            return None
+        if not flags & MORE:
+            raise Broken("expected an empty frame and a request, found one frame; use a REQ socket")
+        flags = (await reader.readexactly(1))[0]
+        if flags & (MORE | COMMAND):
+            raise Broken("expected a request of one frame, found more; use a REQ socket")
+        size = await _size(reader, flags, DISCARDED * self._largest)
+        if size <= self._largest:
+            return await reader.readexactly(size)
+        while size:  # or the client would wait for an answer, which would never come
+            size -= len(await reader.readexactly(min(size, 2**16)))
+        return UserError(f"expected a request of up to {self._largest} bytes, found a larger one; send less")
+
+
+async def _introduce(reader: StreamReader, writer: StreamWriter) -> None:
+    writer.transport.set_write_buffer_limits(0)  # so that ``drain`` waits until the peer has taken what was written
+    writer.write(GREETING)
+    greeting = await reader.readexactly(len(GREETING))
+    if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
+        raise Broken("expected ZMTP 3, found another greeting; use ZeroMQ 4 or later")
+    if greeting[12:32] != GREETING[12:32]:
+        raise Broken("expected no security (NULL), found another mechanism; leave it out")
+    writer.write(_framed(COMMAND, READY))
+    flags = (await reader.readexactly(1))[0]
+    ready = await _frame(reader, flags, LARGEST_COMMAND)
+    if not flags & COMMAND or ready[:6] != READY[:6]:
+        raise Broken("expected the command READY, found another frame; use a REQ socket")
+
+
+async def _frame(reader: StreamReader, flags: int, largest: int) -> bytes:
+    return await reader.readexactly(await _size(reader, flags, largest))
+
+
+async def _size(reader: StreamReader, flags: int, largest: int) -> int:
+    if flags & ~(MORE | LONG | COMMAND):
+        raise Broken(f"expected a frame, found flags {flags:#x}; use ZeroMQ")
+    size = int.from_bytes(await reader.readexactly(8 if flags & LONG else 1), "big")
+    if size > largest:
+        raise Broken(f"expected a frame of up to {largest} bytes, found {size}; send less, from a REQ socket")
+    return size
+
+
+def _framed(flags: int, body: bytes) -> bytes:
+    if len(body) < 256:
+        return bytes((flags, len(body))) + body
+    return bytes((flags | LONG,)) + len(body).to_bytes(8, "big") + body
+
+
+def _keep_alive(writer: StreamWriter) -> None:
+    """A peer that went away without a word is noticed within half a minute, and its place is free."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
