@@ -66,7 +66,7 @@ def _processor(folder: Folder) -> object:
         return None
 
 
-def write(source: Path, target: Path, spec: PolicySpec) -> None:
+def write(source: Path, target: Path, spec: PolicySpec | None = None) -> None:
     """Writes what ``of_folder`` found as a ``tokenizers`` file, a whole one as it is.
 
     Raises UserError for a file that is neither kind, and as ``complete`` and ``check``.
@@ -77,7 +77,8 @@ def write(source: Path, target: Path, spec: PolicySpec) -> None:
         changed = complete(tokenizer, settings, source)
     else:
         tokenizer, changed = convert(source), True
-    check(tokenizer, settings, source, spec)
+    if spec is not None:
+        check(tokenizer, settings, source, spec)
     if changed:
         tokenizer.save(str(target))
     else:
