@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import geometry
+from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.families import build
 from rlrc.compressor.stages.artifact_io import WEIGHTS
 from rlrc.exporters.gguf import target
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["dense", "pruned"])
     arguments = parser.parse_args()
     folder, options = geometry.folder("openvla-7b")
-    layout = official.recognise(folder).layout(folder, options)
+    layout = reader.layout(folder, options)
     whole = layout.towers["decoder"]
     cut = replace(whole, layers=(whole.layers[0], *[PRUNED] * (len(whole.layers) - 2), whole.layers[-1]))
     for kind, decoder, precision in (("dense", whole, "fp16"), ("pruned", cut, "int4")):

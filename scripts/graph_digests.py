@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,8 @@ RLRC = [sys.executable, "-m", "rlrc.runtime.cli"]
 FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
 TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
 IMAGES = {"openvla-oft-l1": "2", "openvla-oft-discrete": "1"}
-PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "tensorrt": ("fp32", "fp16")}
+FLOATS = {"onnx": ("fp32", "fp16", "int8"), "tensorrt": ("fp32", "fp16")}
+INTEGERS = {"onnx": ("int4", "int8+int4"), "tensorrt": ("int4",), "gguf": ("q4_0",)}
 
 
 def rlrc(*arguments: object) -> str:
@@ -40,27 +42,27 @@ def flags(family: str) -> list[object]:
     return given
 
 
-def artifacts(work: Path) -> list[Path]:
-    found = [ROOT / "reference/dense"]
+def artifacts(work: Path) -> Iterator[tuple[Path, Mapping[str, Sequence[str]]]]:
+    """Each with the targets and precisions that it is exported in."""
+    yield ROOT / "reference/dense", FLOATS
+    yield ROOT / "reference/compressed", INTEGERS
     for family in FAMILIES:
-        out = work / family
-        if not out.exists() and (refusal := rlrc("prune", DATA / family / "checkpoint", out, "--lossless", *flags(family))):
+        out, checkpoint = work / family, DATA / family / "checkpoint"
+        if not out.exists() and (refusal := rlrc("prune", checkpoint, out, "--lossless", *flags(family))):
             raise SystemExit(refusal)
-        found.append(out)
-    return found
+        yield out, FLOATS
 
 
 def main() -> None:
     work = Path(sys.argv[1])
     work.mkdir(parents=True, exist_ok=True)
-    for artifact in artifacts(work):
-        for target, precisions in PRECISIONS.items():
-            for precision in precisions:
-                out = work / f"{artifact.name}-{target}-{precision}"
-                refusal = rlrc("export", artifact, out, "--to", target, "--precision", precision, "--tolerance", 100)
-                graphs = sorted(path for path in out.rglob("graphs/**/*") if path.is_file())
-                digests = {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in graphs}
-                print(json.dumps({"artifact": artifact.name, "target": target, "precision": precision, **digests, "refused": refusal}))
+    for artifact, precisions in artifacts(work):
+        for target, precision in ((target, name) for target, names in precisions.items() for name in names):
+            out = work / f"{artifact.name}-{target}-{precision}"
+            refused = rlrc("export", artifact, out, "--to", target, "--precision", precision, "--tolerance", 100)
+            files = sorted(path for path in (out / "graphs").rglob("*") if path.is_file() and target in path.parts)
+            digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+            print(json.dumps({"export": out.name, **digests, "refused": refused}), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import numpy as np
 
 from families import DATA, flags
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.checkpoints.folder import open_folder, options_of, recognise
-from rlrc.compressor.models.policy import Layout
+from rlrc.compressor.checkpoints import reader
+from rlrc.compressor.checkpoints.folder import open_folder, options_of
+from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.runtime.cli import main
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -86,7 +87,7 @@ def expected(family: str) -> np.ndarray:
 
 def layout(folder: Path, family: str, **options: Any) -> Layout:
     opened = open_folder(folder)
-    return recognise(opened).layout(opened, replace(options_of(flags(family)), **options))
+    return reader.layout(opened, replace(options_of(flags(family)), **options))
 
 
 def spec(folder: Path, family: str, **options: Any) -> PolicySpec:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.compressor.checkpoints import shapes
-from rlrc.compressor.checkpoints.folder import open_folder, read
+from rlrc.compressor.checkpoints.folder import open_folder
+from rlrc.compressor.checkpoints.layout import Layout
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Inputs, Layout, Policy
+from rlrc.compressor.models.policy import Inputs, Policy
 from rlrc.compressor.prune.importance import scores as scores_of
 from rlrc.compressor.prune.lossless import lossless
 from rlrc.compressor.prune.prune import PruneConfig, prune

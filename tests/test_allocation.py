@@ -13,6 +13,7 @@ import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.allocation import Place, by_sensitivity, ranked, read_sensitivity, uniform
 from rlrc.compressor.prune.importance import Scores, scores
@@ -20,7 +21,6 @@ from rlrc.compressor.prune.prune import PruneConfig, check, prune
 from rlrc.compressor.prune.sensitivity_report import Measured, Report
 from rlrc.compressor.prune.targets import allocated, target
 from rlrc.compressor.stages import reference
-from rlrc.compressor.stages.artifact_io import parameters
 from rlrc.errors import UserError
 from rlrc.strict import encode
 

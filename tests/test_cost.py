@@ -15,9 +15,9 @@ from rlrc.compressor.models.families import build
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.policy import Inputs, Policy
 from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
-from rlrc.compressor.stages.artifact_io import parameters
 
 
 def test_bytes_are_those_of_the_quantized_tensors(pupil: TinyPolicy) -> None:

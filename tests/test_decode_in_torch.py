@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.policy import Inputs, Policy
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.preprocess import Tokenizer, check, prepare, unnormalise

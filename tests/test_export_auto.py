@@ -16,8 +16,8 @@ ort = pytest.importorskip("onnxruntime")
 
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import ActionSpec, Artifact, LayerSpec, Manifest, NormStats, TokenSpec, TowerSpec  # noqa: E402
-from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
 from rlrc.compressor.models.openvla import OpenVLAPolicy  # noqa: E402
+from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import dequantize  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402

@@ -22,6 +22,7 @@ from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec  # noqa: E402
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
+from rlrc.compressor.models import weights  # noqa: E402
 from rlrc.compressor.models.coupling import groups  # noqa: E402
 from rlrc.compressor.models.families import build  # noqa: E402
 from rlrc.compressor.models.policy import Policy  # noqa: E402
@@ -113,7 +114,7 @@ def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
     pruned = artifacts.load(tmp_path / "pruned")
     assert [entry.stage for entry in pruned.manifest.history] == ["official", "prune"]
     assert pruned.manifest.history[0].config["source"] == str(DATA / name / "checkpoint")
-    assert pruned.manifest.parameters < artifact_io.parameters(dense)
+    assert pruned.manifest.parameters < weights.parameters(dense)
     export(pruned, tmp_path / "exported")
     assert artifacts.load(tmp_path / "exported").manifest.graphs[0].precision == "fp16"  # the goldens are in bfloat16
     rows = observations(source)
@@ -175,7 +176,7 @@ def test_a_policy_with_a_constant_dimension(name: str, precision: str, constant:
     action = replace(
         policy.spec.action, norm=replace(policy.spec.action.norm, center=tuple(center), scale=tuple(scale))
     )
-    still = artifact_io.policy_of(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
+    still = weights.policy_of(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
     write(tmp_path / "artifact", still, source)
     tolerance = 0.1 if precision == "int8" else None
     (record,) = export(
@@ -247,7 +248,7 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
             state[f"{group.columns[0]}.weight"][:, group.indices(torch.tensor(gone, dtype=torch.long))] = 0
             silenced += len(gone)
     assert silenced > 0
-    masked = artifact_io.policy_of(dense.spec, dense.towers, state, "the test")
+    masked = weights.policy_of(dense.spec, dense.towers, state, "the test")
     given = {name: array[:2] for name, array in source.observations().items()}
     found, expected, whole = (artifact_io.answers(p, given) for p in (pruned, masked, dense))
     np.testing.assert_allclose(found["actions"], expected["actions"], rtol=0, atol=1e-5)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.policy import Inputs, Policy
 from rlrc.compressor.quantize.padding import filled, filled_towers, unfilled
 from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from families import DATA, flags, official
 from rlrc.artifact import load, writing
-from rlrc.compressor.checkpoints.folder import open_folder, options_of, read
+from rlrc.compressor.checkpoints.folder import open_folder, options_of
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models import decode

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlrc.artifact import LayerSpec, PolicySpec
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import geometry
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints import geometry, reader
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.layout import Layout
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models import flow
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.flow import FlowPolicy
-from rlrc.compressor.models.policy import Inputs, Layout
+from rlrc.compressor.models.policy import Inputs
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import check, normalise, prepare, unnormalise
 from rlrc.runtime.inference.prompts import Tokenizer
@@ -327,9 +328,9 @@ def test_blocks_of_the_prefix_that_serve_no_expert_block_are_unused(tmp_path: Pa
 def test_real_geometry(family: str, tensors: int, numbers: int, unused: int) -> None:
     """No hints: the tables know the official heads. Numbers are sums over shapes by hand."""
     folder, options = geometry.folder(family)
-    layout = flow.layout(folder, options)
-    policy = official.build(flow, layout)
-    official.check(folder, layout, policy)
+    layout = reader.layout(folder, options)
+    policy = reader.build(layout)
+    reader.check(folder, layout, policy)
     decoder, expert, vision = (layout.towers[name].layers for name in ("decoder", "expert", "vision"))
     if family == "smolvla":
         assert decoder[0] == LayerSpec(15, 5, 64, 2560)

@@ -19,7 +19,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from rlrc.compressor.checkpoints import shapes
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read
+from rlrc.compressor.checkpoints.folder import Options, open_folder
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.compressor.models.policy import Inputs
 from rlrc.runtime.inference.preprocess import pictures

@@ -15,7 +15,8 @@ from torch import Tensor
 from families import DATA, flags
 from rlrc.checkpoint_folder import Flags, is_official
 from rlrc.compressor.checkpoints import hub
-from rlrc.compressor.checkpoints.folder import open_folder, options_of, read
+from rlrc.compressor.checkpoints.folder import open_folder, options_of
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main

@@ -18,6 +18,7 @@ from rlrc.benchmarks.claims.claims import thresholds
 from rlrc.benchmarks.claims.operating_points import Point, point
 from rlrc.benchmarks.claims.policy_process import Action, Arm
 from rlrc.benchmarks.claims.roofline import Peaks
+from rlrc.compressor.checkpoints import reader
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -326,11 +327,10 @@ def test_products_of_8_bits_and_floats_are_measured() -> None:
 def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     """Pictures, states and noise come in float32."""
     from rlrc.benchmarks.claims import policy_process
-    from rlrc.compressor.checkpoints import folder as official
     from rlrc.compressor.checkpoints import geometry
 
     folder, options = geometry.folder("smolvla")
-    layout = official.recognise(folder).layout(folder, options)
+    layout = reader.layout(folder, options)
     towers = {name: replace(tower, layers=tower.layers[:2]) for name, tower in layout.towers.items()}
     cameras = (replace(layout.spec.cameras[0], height=64, width=64),)
     flow = layout.spec.flow

@@ -21,10 +21,10 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; make
 from families import DATA, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, TowerSpec  # noqa: E402
-from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
 from rlrc.compressor.models.families import build  # noqa: E402
 from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
+from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io, stage  # noqa: E402

@@ -15,9 +15,9 @@ ort = pytest.importorskip("onnxruntime")
 from torch import Tensor, nn  # noqa: E402
 
 from rlrc.artifact import LayerSpec, TowerSpec  # noqa: E402
-from rlrc.compressor.checkpoints.tensors import Tensors  # noqa: E402
 from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
 from rlrc.compressor.models.nn.vit import VisionTransformer  # noqa: E402
+from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.exporters.builder import Builder  # noqa: E402
 from rlrc.exporters.graphs import blocks  # noqa: E402
 from rlrc.exporters.graphs.blocks import Around  # noqa: E402

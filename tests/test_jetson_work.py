@@ -10,6 +10,7 @@ import pytest
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec, geometries
+from rlrc.compressor.checkpoints import reader
 from rlrc.errors import UserError
 from rlrc.jetson.model import operations
 from rlrc.jetson.model.work import Load, Work, work
@@ -92,14 +93,12 @@ def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rlrc.compressor.checkpoints import folder as official
     from rlrc.compressor.checkpoints import geometry
     from rlrc.compressor.prune import cost
 
     folder, options = geometry.folder(name)
-    module = official.recognise(folder)
-    layout = module.layout(folder, options)
-    policy = official.build(module, layout).eval()
+    layout = reader.layout(folder, options)
+    policy = reader.build(layout).eval()
     load = Load(prompt_tokens=cost.PROMPT) if layout.spec.prompt else Load()  # the cost model's has no state in it
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         cost.decision(policy)

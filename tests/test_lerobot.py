@@ -14,7 +14,7 @@ from rlrc.compressor.checkpoints.folder import Folder, Options
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
 from rlrc.compressor.checkpoints.lerobot.features import Feature
 from rlrc.compressor.checkpoints.lerobot.normaliser import Statistics, affine
-from rlrc.compressor.checkpoints.tensors import Tensors
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import normalise, unnormalise
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import geometry
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints, recognise
-from rlrc.compressor.checkpoints.tensors import of_shapes
+from rlrc.compressor.checkpoints import geometry, reader
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.tensors import of_shapes
 from rlrc.compressor.prune.lossless import Cut, lines, lossless, never_read, outside
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.runtime.cli import main
@@ -269,10 +269,9 @@ def test_prune_lossless_refuses_an_int4_artifact(tmp_path: Path, capsys: pytest.
 def test_real_dimensions(name: str, left: int) -> None:
     """On the meta device."""
     folder, options = geometry.folder(name)
-    module = recognise(folder)
-    layout = module.layout(folder, options)
-    files = official.sources(folder, layout).values()
+    layout = reader.layout(folder, options)
+    files = reader.sources(folder, layout).values()
     stored = sum(tensors.meta(tensor).numel() for tensors in files for tensor in tensors)
     unread = never_read(folder.tensors, layout.unused)
-    report = lossless(official.build(module, layout), unread)[1]
+    report = lossless(reader.build(layout), unread)[1]
     assert report["parameters"] == {"before": stored, "after": left}

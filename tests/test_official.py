@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints.folder import Folder, Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints import reader
+from rlrc.compressor.checkpoints.folder import Folder, Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.lerobot import act
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.tensors import of_model, of_pt
 from rlrc.compressor.models.policy import Policy
 from rlrc.errors import UserError
@@ -421,9 +423,8 @@ def test_nothing_is_executed_unpickled_or_downloaded(
 def test_the_layout_must_name_every_tensor_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in a backbone file, not the user's: a traceback."""
     folder = open_folder(DATA / "act/checkpoint")
-    module = official.recognise(folder)
-    layout = module.layout(folder, Options())
+    layout = reader.layout(folder, Options())
     del layout.parts["head.bias"]
-    monkeypatch.setattr(module, "layout", lambda *_: layout)
+    monkeypatch.setattr(act, "layout", lambda *_: layout)
     with pytest.raises(RuntimeError, match=r"differ in \['head.bias'\]"):
         read(folder)

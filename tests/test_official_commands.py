@@ -19,8 +19,7 @@ from changed_folders import copied, edited
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import geometry, shapes
+from rlrc.compressor.checkpoints import geometry, reader, shapes
 from rlrc.compressor.checkpoints import tensors as weights
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.runtime.cli import main
@@ -256,13 +255,12 @@ def test_geometry_of_openvla_7b(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_geometries_build_on_the_meta_device(name: str, parameters: int | None, towers: dict[str, int]) -> None:
     folder, options = geometry.folder(name)
-    module = official.recognise(folder)
-    layout = module.layout(folder, options)
-    policy = official.build(module, layout)
-    official.check(folder, layout, policy)
+    layout = reader.layout(folder, options)
+    policy = reader.build(layout)
+    reader.check(folder, layout, policy)
     assert all(tensor.is_meta for tensor in policy.state_dict().values())
     assert {tower: len(spec.layers) for tower, spec in layout.towers.items()} == towers
-    files = official.sources(folder, layout).values()
+    files = reader.sources(folder, layout).values()
     total = sum(prod(tensors.shape(tensor)) for tensors in files for tensor in tensors)
     assert parameters is None or total == parameters
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from rlrc.compressor.checkpoints import geometry
-from rlrc.compressor.checkpoints.tensors import Tensors
+from rlrc.compressor.models.tensors import Tensors
 
 
 def write_folder(path: Path, name: str, shards: int) -> int:

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import tokenizers
+from rlrc.compressor.checkpoints import reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Options, open_folder
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy, tokenizer_of
 from rlrc.errors import UserError
@@ -98,7 +98,7 @@ def test_a_wrong_vocabulary_is_refused() -> None:
     """Llama's pieces have known ids; these of another vocabulary would be understood as other words."""
     folder = open_folder(DATA / "openvla/checkpoint")
     options = Options(official.read_hints(DATA / "openvla/golden.json"))
-    spec = official.recognise(folder).layout(folder, options).spec
+    spec = reader.layout(folder, options).spec
     assert tokenizer_of(folder, options, spec) is not None
     with pytest.raises(UserError, match="use the tokenizer that the policy was trained with"):
         tokenizer_of(folder, replace(options, tokenizer=MODELS / "llama.model"), spec)
@@ -106,7 +106,7 @@ def test_a_wrong_vocabulary_is_refused() -> None:
 
 def test_a_policy_without_language_needs_none() -> None:
     folder = open_folder(DATA / "act/checkpoint")
-    spec = official.recognise(folder).layout(folder, Options()).spec
+    spec = reader.layout(folder, Options()).spec
     assert tokenizer_of(folder, Options(), spec) is None
 
 
@@ -123,7 +123,7 @@ def opened(path: Path, family: str = "openvla") -> Any:
     """The tokenizer at the path, as the golden's policy gets it."""
     folder = open_folder(DATA / family / "checkpoint")
     options = Options(official.read_hints(DATA / family / "golden.json"), tokenizer=path)
-    spec = official.recognise(folder).layout(folder, options).spec
+    spec = reader.layout(folder, options).spec
     tokenizer = tokenizer_of(folder, options, spec)
     assert tokenizer is not None
     return tokenizer
@@ -240,7 +240,7 @@ def test_a_token_that_the_embedding_has_no_row_of(rows: int) -> None:
     """Of a tokenizer with more words, or an added token in the instruction: refused before anything is computed."""
     folder = open_folder(DATA / "openvla/checkpoint")
     options = Options(official.read_hints(DATA / "openvla/golden.json"))
-    spec = official.recognise(folder).layout(folder, options).spec
+    spec = reader.layout(folder, options).spec
     small = replace(spec, geometry={**spec.geometry, "vocabulary": rows})
     observation = {"image.image0": np.zeros((56, 56, 3), np.uint8), "instruction": "close the drawer"}
     with pytest.raises(UserError, match=rf"tokens below {rows}, the rows of the policy's embedding, found token \d+"):

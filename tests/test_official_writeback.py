@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from rlrc.compressor.checkpoints import folder as official
 from rlrc.compressor.checkpoints import tensors as weights
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.layout import Part
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Part
 from rlrc.errors import UserError
 
 DATA = Path(__file__).parent / "data"

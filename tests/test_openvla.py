@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from rlrc.artifact import NormStats, from_json, to_json
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import geometry
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read, read_hints
+from rlrc.compressor.checkpoints import geometry, reader
+from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models import decode, families
 from rlrc.compressor.models.oft import OFTPolicy
 from rlrc.compressor.models.openvla import OpenVLAPolicy
@@ -197,10 +197,9 @@ def test_real_dimensions(name: str, family: str, unused: int) -> None:
     folder, options = geometry.folder(name)
     assert len(folder.tensors) == 982
     assert sum(folder.tensors.meta(tensor).numel() for tensor in folder.tensors) == 7_541_237_184
-    module = official.recognise(folder)
-    layout = module.layout(folder, options)
-    policy = official.build(module, layout)
-    official.check(folder, layout, policy)
+    layout = reader.layout(folder, options)
+    policy = reader.build(layout)
+    reader.check(folder, layout, policy)
     assert layout.spec.family == family
     assert len(layout.unused) == unused
     assert [len(tower.layers) for tower in layout.towers.values()] == [32, 23, 26]

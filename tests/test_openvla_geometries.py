@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlrc.compressor.checkpoints import shapes
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read
+from rlrc.compressor.checkpoints.folder import Options, open_folder
+from rlrc.compressor.checkpoints.layout import Layout
+from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.compressor.checkpoints.write_back import write_official
-from rlrc.compressor.models.policy import Inputs, Layout, Policy
+from rlrc.compressor.models.policy import Inputs, Policy
 
 HEAD, PROPRIO = "action_head--7_checkpoint.pt", "proprio_projector--7_checkpoint.pt"
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
-from rlrc.compressor.models.policy import Layout
+from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.errors import UserError
 from rlrc.runtime.inference import preprocess
 
@@ -44,9 +44,9 @@ def hints(name: str, *without: str, **extra: Any) -> dict[str, Any]:
 
 def layout_of(folder: Path, given: dict[str, Any], **options: Any) -> Layout:
     opened = open_folder(folder)
-    module, wanted = official.recognise(opened), Options(given, **options)
-    layout: Layout = module.layout(opened, wanted)
-    official.check(opened, layout, official.build(module, layout))
+    wanted = Options(given, **options)
+    layout: Layout = reader.layout(opened, wanted)
+    reader.check(opened, layout, reader.build(layout))
     return layout
 
 

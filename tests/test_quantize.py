@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError
+from rlrc.compressor.models import weights as models_weights
 from rlrc.compressor.quantize.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
@@ -275,4 +276,4 @@ def test_tensor_that_does_not_fit_is_refused(tiny_artifact: Path, tmp_path: Path
         save_file(tensors, tmp_path / "model.safetensors")
         policy = artifact_io.load_policy(artifact)
         with pytest.raises(ArtifactError, match=message):
-            artifact_io.load_tensors(policy, load_file(tmp_path / "model.safetensors"), str(tmp_path))
+            models_weights.load_tensors(policy, load_file(tmp_path / "model.safetensors"), str(tmp_path))

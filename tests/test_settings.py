@@ -12,8 +12,9 @@ import pytest
 
 from families import DATA, FAMILIES, flags
 from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
-from rlrc.compressor.models.policy import Layout
+from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.errors import UserError
 
 
@@ -28,9 +29,8 @@ def edited(family: str, target: Path, file: str = "config.json", section: str = 
 def layout_of(folder: Path, family: str, **hints: Any) -> Layout:
     opened, options = open_folder(folder), options_of(flags(family))
     options = official.Options({**options.hints, **hints}, options.unnorm_key, options.images, options.tokenizer)
-    module = official.recognise(opened)
-    layout: Layout = module.layout(opened, options)
-    official.check(opened, layout, official.build(module, layout))
+    layout: Layout = reader.layout(opened, options)
+    reader.check(opened, layout, reader.build(layout))
     return layout
 
 

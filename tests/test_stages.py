@@ -16,6 +16,7 @@ import torch
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models import weights
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig
@@ -139,8 +140,8 @@ def test_reference_policy_has_the_promised_size() -> None:
     with torch.device("meta"):
         policy = TinyPolicy(reference.policy_spec(), reference.towers())
     decoder = sum(p.numel() for p in policy.decoder.parameters())
-    assert 8e6 <= artifact_io.parameters(policy) <= 12e6
-    assert decoder >= 0.85 * artifact_io.parameters(policy)
+    assert 8e6 <= weights.parameters(policy) <= 12e6
+    assert decoder >= 0.85 * weights.parameters(policy)
 
 
 @pytest.fixture

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, Artifact, Manifest, PolicySpec, QuantizationSpec, TowerSpec
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import geometry
-from rlrc.compressor.checkpoints.tensors import Tensors
+from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.prune.lossless import lossless
 from rlrc.compressor.quantize.grid import GROUP
 from rlrc.compressor.quantize.padding import filled_towers
@@ -40,7 +39,7 @@ NOISE = 2**22  # numbers, which are repeated: as many as no processor's cache ho
 def dense(name: str) -> tuple[PolicySpec, Towers]:
     """An official policy of this name, as its reader finds it; what it never reads is no part of it."""
     folder, options = geometry.folder(name)
-    layout = official.recognise(folder).layout(folder, options)
+    layout = reader.layout(folder, options)
     return spoken_to(layout.spec), layout.towers
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import Folder
+from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.models.coupling import TOWERS, groups
-from rlrc.compressor.models.policy import Layout, Policy
+from rlrc.compressor.models.policy import Policy
 from rlrc.runtime.cli.describe import modules_table, normalisation_lines, policy_rows, print_rows
 from rlrc.runtime.cli.describe import prunable as prunable_parts
 from rlrc.strict import encode
@@ -42,7 +43,7 @@ def record(folder: Folder, layout: Layout, policy: Policy, data_sets: list[str])
     """JSON values. ``policy`` is on the meta device."""
     stored, components, dead = list[Tensor](), dict[str, list[Tensor]](), list[Tensor]()
     unused = set(layout.unused)
-    for file, tensors in official.sources(folder, layout).items():
+    for file, tensors in reader.sources(folder, layout).items():
         for name in tensors:
             tensor = tensors.meta(name)
             stored.append(tensor)

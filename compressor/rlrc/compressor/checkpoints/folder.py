@@ -1,29 +1,19 @@
-"""Official folders: what somebody's training code saved, opened natively.
-
-Nothing of the folder is executed or unpickled and nothing is downloaded. The weights are read tensor by tensor into a
-module without storage, so that there are never two copies of them.
-"""
+"""An official checkpoint folder: its configuration files, its tensors, and what the user adds with options."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from rlrc import foreign
-from rlrc.artifact.consistency import check_policy
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import tensors as weights
-from rlrc.compressor.checkpoints.tensors import Tensors
-from rlrc.compressor.models.families import FAMILIES, NAMES, backbone
-from rlrc.compressor.models.policy import Layout, Part, Policy
+from rlrc.compressor.models import tensors as models_tensors
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 
 CONFIG = foreign.CONFIG
@@ -33,7 +23,6 @@ HINTS = {  # what a file of hints may hold
     *("head", "robot", "num_actions_chunk", "normalization", "num_images_in_input", "use_proprio"),
     *("vision", "vlm", "expert", "text", "rms_eps", "vlm_rms_eps", "rope_theta", "rope_theta_used"),
 }
-UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ class Folder:
             return self.virtual[name]
         if not (self.path / name).is_file():
             raise UserError(f"expected {name} in {self.path}, found none; copy that file too")
-        return weights.of_safetensors([self.path / name], str(self.path / name), name)
+        return models_tensors.of_safetensors([self.path / name], str(self.path / name), name)
 
     def pt(self, pattern: str) -> Tensors | None:
         """The one ``.pt`` whose name fits the pattern, such as "action_head--*_checkpoint.pt"; None if there is none.
@@ -149,111 +138,15 @@ def read_hints(path: Path) -> dict[str, Any]:
     return hints
 
 
-def recognise(folder: Folder) -> Any:
-    """The backbone's module of the folder's family. Raises UserError for an unknown one, with the nearest match."""
-    for file in dict.fromkeys(FAMILIES.values()):
-        module = backbone(next(family for family, name in FAMILIES.items() if name == file))
-        if hasattr(module, "recognise") and module.recognise(folder):
-            return module
-    known = [family for family in FAMILIES if family != "tiny"]
-    kind = folder.config.get("type") or folder.config.get("model_type")
-    expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
-    if not kind:
-        raise UserError(f"{expected} {foreign.found(folder.path)}")
-    close = difflib.get_close_matches(str(kind).lower(), known, 1)
-    near = f"the nearest is {close[0]}" if close and kind not in UNSUPPORTED else "rlrc does not support that policy"
-    raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")
-
-
-def read(
-    folder: Folder, options: Options | None = None, dtype: torch.dtype | None = torch.float32
-) -> tuple[Policy, Layout]:
-    """The policy in evaluation mode, its floating-point weights in ``dtype`` (None: as stored).
-
-    Peak memory is that of the weights and one more tensor. Raises UserError for tensors that are missing, left over or
-    of another shape than the geometry says.
-    """
-    module = recognise(folder)
-    layout: Layout = module.layout(folder, options or Options())
-    policy = build(module, layout)
-    check(folder, layout, policy)
-    files = sources(folder, layout)
-    for name, stored in policy.state_dict().items():
-        part = layout.parts[name]
-        tensors = files[part.file]
-        tensor = weights.convert(part, [tensors.sound(official) for official in part.official])
-        wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
-        _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
-    return policy.eval(), layout
-
-
-def print_assumed(layout: Layout) -> None:
-    """Prints on stderr what was assumed."""
-    for line in layout.assumed:
-        print(f"rlrc: assumed {line}", file=sys.stderr)
-
-
-def build(module: Any, layout: Layout) -> Policy:
-    """The layout's policy on the meta device: all shapes, no data."""
-    with torch.device("meta"):
-        return module.build(layout.spec, layout.towers)
-
-
-def check(folder: Folder, layout: Layout, policy: Policy) -> None:
-    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
-
-    And a description that an artifact may have, with finite statistics.
-    """
-    check_policy(layout.spec)
-    if strange := policy.state_dict().keys() ^ layout.parts.keys():
-        raise RuntimeError(f"the layout of {layout.spec.family} and its module differ in {sorted(strange)}")
-    files, unused = sources(folder, layout), set(layout.unused)
-    for name, expected in policy.state_dict().items():
-        part = layout.parts[name]
-        tensors = files[part.file]
-        metas = [tensors.meta(official) for official in part.official]
-        for official, meta in zip(part.official, metas, strict=True):
-            if meta.dtype not in weights.FLOATS:
-                raise weights.not_floats(official, meta.dtype, tensors.origin)
-        try:
-            found = weights.convert(part, metas).shape
-        except RuntimeError:  # they cannot be joined
-            found = None
-        if found != expected.shape:
-            shapes = ", ".join(str(tuple(meta.shape)) for meta in metas)
-            what = f"tensor{'s' * (len(metas) > 1)} {', '.join(part.official)}"
-            wanted = f"{tuple(expected.shape)}" + f" (after {part.convert!r})" * (part.convert != "same")
-            raise weights.wrong_shape(what, wanted, shapes, tensors.origin)
-    for file, tensors in files.items():
-        used = {official for part in layout.parts.values() if part.file == file for official in part.official}
-        if left := [name for name in tensors if name not in used and name not in unused]:
-            raise UserError(
-                f"expected a config that fits the weights of {tensors.origin}, found {len(left)} tensors more than "
-                f"{layout.spec.family} has, such as {left[0]}; is its config.json (or --hints) of these weights?"
-            )
-
-
-def sources(folder: Folder, layout: Layout) -> dict[str, Tensors]:
-    """The official tensors by Part.file, opened."""
-    files = {"": folder.tensors}
-    for part in layout.parts.values():
-        if part.file not in files:
-            virtual = folder.virtual.get(part.file)
-            files[part.file] = weights.of_pt(folder.path / part.file) if virtual is None else virtual
-    return files
-
-
-def _assign(policy: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = policy.get_submodule(owner)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        module._buffers[leaf] = tensor
-
-
 def _fits(name: str, pattern: str) -> bool:
     return Path(name).match(pattern)
 
 
-__all__ = ["Folder", "Layout", "Options", "Part", "Tensors", "open_folder", "read", "read_hints", "read_json"]
+# By type or model_type of config.json: a part of a family's names of tensors, and the prefix of that part.
+NAMES = {
+    "openvla": ("language_model.", ""),
+    "pi0": ("paligemma_with_expert.", "model."),
+    "pi05": ("paligemma_with_expert.", "model."),
+    "smolvla": ("vlm_with_expert.", "model."),
+    "act": ("action_head.", "model."),
+}

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from rlrc.artifact import geometries
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import shapes
-from rlrc.compressor.checkpoints import tensors as weights
+from rlrc.compressor.checkpoints import reader, shapes
 from rlrc.compressor.checkpoints.folder import Folder, Options
 from rlrc.compressor.checkpoints.shapes import Language, Vision
-from rlrc.compressor.checkpoints.tensors import Tensors
+from rlrc.compressor.models import tensors as models_tensors
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.strict import encode
 
 DINOV2 = Vision(1024, 24, 4096, patch=14, tokens=256)  # ViT-L/14 with registers at 224 pixels
@@ -49,10 +48,9 @@ def folder(name: str) -> tuple[Folder, Options]:
 def described(name: str) -> dict[str, Any]:
     """An entry of rlrc/geometries.json."""
     opened, options = folder(name)
-    module = official.recognise(opened)
-    layout = module.layout(opened, options)
+    layout = reader.layout(opened, options)
     modules: dict[str, int] = {}
-    for tensor, value in official.build(module, layout).state_dict().items():
+    for tensor, value in reader.build(layout).state_dict().items():
         part = tensor.split(".")[0]
         modules[part] = modules.get(part, 0) + value.numel()
     return {"policy": encode(layout.spec), "towers": encode(layout.towers), "modules": modules}
@@ -60,7 +58,7 @@ def described(name: str) -> dict[str, Any]:
 
 def _openvla(name: str) -> tuple[Folder, Options]:
     """openvla/openvla-7b."""
-    tensors = weights.of_shapes(name, shapes.openvla(DINOV2, SIGLIP, LLAMA2, PATCHED_LLAMA_VOCABULARY))
+    tensors = models_tensors.of_shapes(name, shapes.openvla(DINOV2, SIGLIP, LLAMA2, PATCHED_LLAMA_VOCABULARY))
     config = {
         "model_type": "openvla",
         "vision_backbone_id": "dinosiglip-vit-so-224px",
@@ -81,8 +79,10 @@ def _openvla_oft(name: str) -> tuple[Folder, Options]:
     base, _ = _openvla(name)
     head, proprio = "action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"
     virtual = {
-        head: weights.of_shapes(f"{name}/{head}", shapes.oft_head(LLAMA2.width, 7), file=head),
-        proprio: weights.of_shapes(f"{name}/{proprio}", shapes.oft_proprioception(LLAMA2.width, 8), file=proprio),
+        head: models_tensors.of_shapes(f"{name}/{head}", shapes.oft_head(LLAMA2.width, 7), file=head),
+        proprio: models_tensors.of_shapes(
+            f"{name}/{proprio}", shapes.oft_proprioception(LLAMA2.width, 8), file=proprio
+        ),
         "dataset_statistics.json": base.config["norm_stats"],
     }
     return Folder(base.path, base.config, base.tensors, virtual), Options({"num_actions_chunk": 8}, images=2)
@@ -211,7 +211,7 @@ def _lerobot(name: str, config: dict[str, Any], tensors: shapes.Shapes, prompt: 
         "policy_preprocessor.json": {"steps": [normalizer, *language]},
         "policy_postprocessor.json": {"steps": [normalizer | {"registry_name": "unnormalizer_processor"}]},
     }
-    return Folder(Path(name), config, weights.of_shapes(name, tensors), virtual), Options()
+    return Folder(Path(name), config, models_tensors.of_shapes(name, tensors), virtual), Options()
 
 
 def _statistics(features: dict[str, Any]) -> Tensors:

@@ -2,168 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlrc import foreign
-from rlrc.compressor.models.policy import Part
+from rlrc.compressor.checkpoints.layout import Part
+from rlrc.compressor.models.tensors import Tensors, of_safetensors
 from rlrc.errors import UserError
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 ADAPTED = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)")
 # Buffers that older versions of the training code saved and that follow from the configuration.
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
 THIRDS = ("query", "key", "value")  # of one official tensor
-
-
-class Tensors:
-    """Tensors by name. Iteration, length and ``in`` are over the names; ``shape`` and ``dtype`` read no data.
-
-    ``origin`` is what messages call them; ``file`` is "" for the model's weights, else the file's name (Part.file);
-    ``paths``: the files they lie in, if any.
-    """
-
-    def __init__(
-        self,
-        origin: str,
-        stored: dict[str, Tensor],
-        read: Callable[[str], Tensor] | None = None,
-        file: str = "",
-        paths: tuple[Path, ...] = (),
-        aliases: Mapping[str, str] | None = None,
-    ) -> None:
-        """``stored``: on the meta device where ``read`` gives the data; ``aliases``: names in the file -> here."""
-        self.origin, self.file, self.paths, self.aliases = origin, file, paths, aliases or {}
-        self._stored, self._read = stored, read
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-    def renamed(self, names: Mapping[str, str]) -> Tensors:
-        """The same tensors by other names, those of the files -> new ones; all are listed. Raises UserError if two
-        get one name."""
-        files = {new: old for old, new in names.items()}
-        if len(files) < len(names):
-            twice = next(new for old, new in names.items() if files[new] != old)
-            raise UserError(
-                f"expected one tensor {twice} in {self.origin}, found it with a prefix as well; save the model alone"
-            )
-        read = self._read
-        stored = {new: self._stored[old] for new, old in files.items()}
-        inner = None if read is None else lambda name: read(files[name])
-        return Tensors(self.origin, stored, inner, self.file, self.paths, names)
-
-    def meta(self, name: str) -> Tensor:
-        """Its shape and dtype, without data. Raises UserError if there is no such tensor."""
-        if name not in self._stored:
-            close = difflib.get_close_matches(name, self._stored, 1)
-            found = f"none of {len(self._stored)}" + (f" (the nearest is {close[0]})" if close else "")
-            raise UserError(f"expected the tensor {name} in {self.origin}, found {found}; is the folder complete?")
-        return self._stored[name].to("meta")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.meta(name).shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.meta(name).dtype
-
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises UserError, naming the tensor, if it is not there or its shape is another one."""
-        if self.shape(name) != shape:
-            raise wrong_shape(f"tensor {name}", shape, self.shape(name), self.origin)
-
-    def depth(self, prefix: str) -> int:
-        """How many blocks there are: names begin with ``prefix`` and count 0, 1, ... before a dot.
-
-        Raises UserError if one is left out.
-        """
-        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-        found = {int(match[1]) for name in self._stored if (match := pattern.match(name))}
-        if missing := set(range(len(found))) - found:
-            raise UserError(
-                f"expected the blocks {prefix}0 to {max(found)} in {self.origin}, found no {prefix}{min(missing)}; "
-                "is the folder complete?"
-            )
-        return len(found)
-
-    def read(self, name: str) -> Tensor:
-        """The data, as stored: a view of the mapped file, so copy what is to last."""
-        self.meta(name)
-        return self._stored[name] if self._read is None else self._read(name)
-
-    def sound(self, name: str) -> Tensor:
-        """``read``, for computing. Raises UserError, naming the tensor, for nan or inf in it."""
-        tensor = self.read(name)
-        check_finite(tensor, name, self.origin)
-        return tensor
-
-
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude: nan or inf if the tensor has such a number. One pass at the speed of memory."""
-    if not tensor.numel():
-        return 0.0
-    low, high = torch.aminmax(tensor.detach())
-    return max(abs(float(low)), abs(float(high)))
-
-
-def check_finite(
-    tensor: Tensor, name: str, origin: str, advice: str = "use an earlier checkpoint, or copy it again if it is sound"
-) -> None:
-    """Raises UserError for nan or inf in a tensor of floats."""
-    if tensor.is_floating_point() and not isfinite(found := largest(tensor)):
-        raise UserError(f"expected finite numbers in the tensor {name} of {origin}, found {found}; {advice}")
-
-
-def not_floats(name: str, found: object, origin: str) -> UserError:
-    return UserError(
-        f"expected floating-point numbers in the tensor {name} of {origin}, found {str(found).removeprefix('torch.')}: "
-        "these weights are quantized; give the checkpoint that they were quantized from (rlrc quantize comes after)"
-    )
-
-
-def wrong_shape(what: str, expected: object, found: object, origin: str) -> UserError:
-    return UserError(
-        f"expected {expected} for {what}, found {found} in {origin}; is its config.json (or --hints) of these weights?"
-    )
-
-
-def of_shapes(
-    origin: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, file: str = ""
-) -> Tensors:
-    """Shapes without data, for geometry alone."""
-    stored = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    return Tensors(origin, stored, file=file)
 
 
 def of_model(folder: Path) -> Tensors:
@@ -193,30 +51,6 @@ def of_model(folder: Path) -> Tensors:
             "copy that file again"
         )
     return tensors
-
-
-def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensors:
-    """The tensors of one or several safetensors files. Raises UserError for a damaged one."""
-    stored, where = dict[str, Tensor](), dict[str, Path]()
-    for path in files:
-        try:
-            with safe_open(path, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    tensor = opened.get_slice(name)
-                    dtype = DTYPES.get(tensor.get_dtype())
-                    if dtype is None:
-                        raise not_floats(name, tensor.get_dtype(), origin)
-                    stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
-                    where[name] = path
-        except (OSError, SafetensorError) as error:
-            raise foreign.unreadable("safetensors in", path, error, "copy that file again") from None
-
-    def read(name: str) -> Tensor:
-        # Opened anew for every tensor: the mapping, and with it what was read of the file, goes with the tensor.
-        with safe_open(where[name], "pt") as opened:
-            return opened.get_tensor(name)
-
-    return Tensors(origin, stored, read, file, tuple(dict.fromkeys(where.values())))
 
 
 def check_merged(tensors: Tensors) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.checkpoints import folder as official
-from rlrc.compressor.checkpoints import tokenizers
+from rlrc.compressor.checkpoints import reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder, Options
 from rlrc.compressor.models.policy import Inputs, Policy
 from rlrc.runtime.inference import preprocess
@@ -37,11 +36,11 @@ class TorchPolicy:
     @staticmethod
     def official(folder: Folder, options: Options) -> TorchPolicy:
         """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
-        layout = official.recognise(folder).layout(folder, options)
-        official.print_assumed(layout)
+        layout = reader.layout(folder, options)
+        reader.print_assumed(layout)
         spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
-        return TorchPolicy(spec, tokenizer, lambda: official.read(folder, options)[0])
+        return TorchPolicy(spec, tokenizer, lambda: reader.read(folder, options)[0])
 
     def reset(self) -> None:
         """Starts the generator of a flow policy's noise anew, as rlrc.runtime.inference.policy.LocalPolicy does."""

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.checkpoints import folder as official
+from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints import tensors as weights
 from rlrc.compressor.checkpoints.folder import Folder, Options
-from rlrc.compressor.checkpoints.tensors import Tensors
-from rlrc.compressor.models.policy import Layout, Policy
+from rlrc.compressor.checkpoints.layout import Layout
+from rlrc.compressor.models import tensors as models_tensors
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.quantize.padding import unfilled
 from rlrc.errors import UserError
 from rlrc.folders import appearing, sync
@@ -29,14 +31,13 @@ def write_official(policy: Policy, like: Folder, out: Path, options: Options | N
     Tensors that the policy does not have (Layout.unused) are those of ``like``. Raises UserError if the geometry is not
     that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
     """
-    module = official.recognise(like)
-    layout = module.layout(like, replace(options or Options(), incomplete=True))
-    expected = official.build(module, layout)
-    official.check(like, layout, expected)
+    layout = reader.layout(like, replace(options or Options(), incomplete=True))
+    expected = reader.build(layout)
+    reader.check(like, layout, expected)
     policy = unfilled(policy, expected.towers)
     _check_geometry(policy, expected, like)
     _check_normalisation(policy.spec, expected.spec, like)
-    files, state = official.sources(like, layout), policy.state_dict()
+    files, state = reader.sources(like, layout), policy.state_dict()
     with appearing(out) as partial:
         written = {path: tensors for tensors in files.values() for path in tensors.paths}
         for path in sorted(like.path.rglob("*")):
@@ -73,7 +74,7 @@ class _New:
         tensors = [self.state[ours] for ours in self.ours[name]]
         new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
         new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
-        weights.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
+        models_tensors.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
         return new
 
     def _tied(self, name: str) -> str:

@@ -13,7 +13,7 @@ from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import folder as official
 from rlrc.compressor.checkpoints import geometry as geometries
-from rlrc.compressor.checkpoints import hub
+from rlrc.compressor.checkpoints import hub, reader
 from rlrc.compressor.checkpoints.describe import describe, record
 from rlrc.compressor.checkpoints.folder import options_of
 from rlrc.compressor.checkpoints.prismatic import norm_stats
@@ -36,11 +36,10 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
         shown = (f"the statistics of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)",)
-    module = official.recognise(folder)
-    layout = module.layout(folder, options)
+    layout = reader.layout(folder, options)
     layout = replace(layout, assumed=shown + layout.assumed)
-    built = official.build(module, layout)
-    official.check(folder, layout, built)
+    built = reader.build(layout)
+    reader.check(folder, layout, built)
     facts = record(folder, layout, built, data_sets)
     if as_json:
         print(json.dumps(facts, indent=1))

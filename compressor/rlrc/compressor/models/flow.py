@@ -16,14 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.compressor.checkpoints.lerobot.flow import layout, recognise
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, Policy
 from rlrc.errors import UserError
-
-__all__ = ["FlowGeometry", "FlowPolicy", "build", "layout", "recognise"]
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,3 @@ class FlowPolicy(Policy):
 def _minus(blocked: Tensor, like: Tensor) -> Tensor:
     """Additive mask, minus infinity where blocked."""
     return torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill(blocked, float("-inf"))
-
-
-def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
-    return FlowPolicy(spec, towers)

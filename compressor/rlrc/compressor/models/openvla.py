@@ -14,42 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.compressor.checkpoints.prismatic import pictures
-from rlrc.compressor.checkpoints.prismatic.layout import action_tokens, prismatic, prompt_spec
-from rlrc.compressor.checkpoints.prismatic.norm_stats import action_spec, described, normalisation, statistics
-from rlrc.compressor.models import decode, oft
+from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.models.nn.prismatic import PrismaticPolicy
-from rlrc.compressor.models.policy import Inputs, Layout, Outputs, Part, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    pass
 
 FAMILY = "openvla"
-
-
-def recognise(folder: Folder) -> bool:
-    return folder.config.get("model_type") == "openvla"
-
-
-def layout(folder: Folder, options: Options) -> Layout:
-    """Raises UserError for what these families are not, and for what neither the folder nor the options tell."""
-    shared = prismatic(folder, options)
-    is_oft, assumed = oft.recognise(folder, options)
-    if is_oft:
-        return oft.layout(folder, options, shared)
-    key, stats = statistics(folder, options)
-    action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
-    shown = {"action": described(folder, key, "action", "bounds_q99")}
-    shown |= pictures.described(folder, [shared.camera])
-    prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
-    spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
-    parts = {**shared.parts, "head.weight": Part((shared.head,))}
-    return Layout(spec, shared.towers, parts, tuple(shared.unused), assumed + guessed, shown)
-
-
-def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
-    return OpenVLAPolicy(spec, towers) if spec.family == FAMILY else oft.OFTPolicy(spec, towers)
 
 
 class OpenVLAPolicy(PrismaticPolicy):

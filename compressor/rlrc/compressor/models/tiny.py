@@ -45,10 +45,6 @@ class TinyGeometry:
             ) from None
 
 
-def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> TinyPolicy:
-    return TinyPolicy(spec, towers)
-
-
 class TinyPolicy(Policy):
     """(pictures, token ids, state) -> logits over action bins."""
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlrc.compressor.checkpoints.tensors import check_finite
 from rlrc.compressor.models.coupling import Group, groups
 from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.training.losses import chunk_loss, drawn
 
 if TYPE_CHECKING:

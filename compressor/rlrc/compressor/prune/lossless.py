@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlrc.artifact import ActionSpec, PolicySpec, TokenSpec, TowerSpec
-from rlrc.compressor.checkpoints.tensors import Tensors
 from rlrc.compressor.models import families
 from rlrc.compressor.models.flow import FlowPolicy
 from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import Policy
-from rlrc.compressor.stages.artifact_io import narrowed
+from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.weights import narrowed
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.allocation import Place, uniform
 from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time
-from rlrc.compressor.stages.artifact_io import parameters
 
 NEAR = 0.005  # what differs by less is what was asked for
 FINER = (16, 8, 4, 2, 1)  # alignments that may come nearer

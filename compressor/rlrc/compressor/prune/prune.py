@@ -17,6 +17,7 @@ from torch import Tensor
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import VISION, Group, Towers, groups
 from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost, depth
 from rlrc.compressor.prune.config import CHOICES, PruneConfig, intermediate, tower_name
 from rlrc.compressor.prune.importance import Scores
@@ -24,7 +25,6 @@ from rlrc.compressor.prune.importance import scores as scores_of
 from rlrc.compressor.prune.outcome import lines as asked_lines
 from rlrc.compressor.prune.outcome import outcomes
 from rlrc.compressor.prune.targets import Target, allocated, check_possible, target
-from rlrc.compressor.stages.artifact_io import parameters
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

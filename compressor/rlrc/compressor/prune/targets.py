@@ -14,11 +14,11 @@ from typing import Any
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Towers
 from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.allocation import Place, Shape, by_sensitivity, ranked, read_sensitivity, uniform
 from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time, tower_name
 from rlrc.compressor.prune.importance import Scores
-from rlrc.compressor.stages.artifact_io import parameters
 from rlrc.errors import UserError
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
-from rlrc.compressor.checkpoints.tensors import largest
 from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.tensors import largest
 from rlrc.compressor.quantize.action_error import ActionError
 from rlrc.compressor.quantize.awq import scaled
 from rlrc.compressor.quantize.calibration import linear_inputs

@@ -25,11 +25,9 @@ from rlrc.artifact import (
     HistoryEntry,
     Manifest,
     PolicySpec,
-    TowerSpec,
 )
-from rlrc.compressor.checkpoints.tensors import check_finite
-from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.weights import narrowed, parameters, policy_of
 from rlrc.compressor.quantize.grid import dequantize
 from rlrc.compressor.quantize.quantize import Quantized
 from rlrc.errors import UserError
@@ -55,49 +53,6 @@ def load_policy(artifact: Artifact) -> Policy:
     manifest = artifact.manifest
     tensors = dequantize(read_tensors(artifact), manifest.quantization)
     return policy_of(manifest.policy, manifest.towers, tensors, str(artifact.path))
-
-
-def policy_of(
-    spec: PolicySpec,
-    towers: dict[str, TowerSpec],
-    tensors: Mapping[str, Tensor],
-    origin: str,
-    advice: str = "make it again from sound weights",
-) -> Policy:
-    """A policy with these weights in float32, in evaluation mode.
-
-    Raises ArtifactError for a tensor that does not fit, and UserError with the ``advice`` for nan or inf in one.
-    """
-    with torch.device("meta"):
-        policy = build(spec, towers)
-    load_tensors(policy, tensors, origin, advice)
-    return policy.eval()
-
-
-def load_tensors(
-    policy: Policy, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
-) -> None:
-    """Gives the policy these weights, in float32. Raises as ``policy_of``."""
-    check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
-    for name, tensor in tensors.items():
-        check_finite(tensor, name, origin, advice)
-    policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-
-
-def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Raises ArtifactError unless these are the policy's tensors."""
-    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            raise ArtifactError(
-                f"expected {expected.get(name, 'nothing')} for tensor {name} in {origin}, "
-                f"found {found.get(name, 'nothing')}; make the artifact again"
-            )
-
-
-def parameters(policy: Policy, prefix: str = "") -> int:
-    """How many numbers are stored, in all or of one module ("decoder."): statistics of frozen norms count too."""
-    return sum(tensor.numel() for name, tensor in policy.state_dict().items() if name.startswith(prefix))
 
 
 def read_observations(file: Path) -> dict[str, np.ndarray]:
@@ -187,8 +142,3 @@ def write_policy(
             history=history,
         )
     )
-
-
-def narrowed(tensor: Tensor, exact: bool) -> Tensor:
-    narrow = tensor.bfloat16()
-    return tensor if exact and not torch.equal(narrow.to(tensor.dtype), tensor) else narrow

@@ -14,13 +14,15 @@ from torch import Tensor
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, TOKENIZER, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
 from rlrc.checkpoint_folder import Flags, is_official
-from rlrc.compressor.checkpoints import folder, hub, tokenizers
+from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder
+from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Layout, Policy
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.weights import policy_of
 from rlrc.compressor.prune.lossless import Cut, never_read
-from rlrc.compressor.stages.artifact_io import CURVES, WEIGHTS, load_policy, policy_of, read_observations
+from rlrc.compressor.stages.artifact_io import CURVES, WEIGHTS, load_policy, read_observations
 from rlrc.errors import UserError
 from rlrc.runtime.cli.describe import Recorded, recorded_normalisation
 from rlrc.runtime.inference.preprocess import Tokenizer, prepare
@@ -123,8 +125,8 @@ class OfficialSource:
     def __init__(self, path: Path, flags: Flags, incomplete: bool = False) -> None:
         self.options = dataclasses.replace(folder.options_of(flags), incomplete=incomplete)
         self.folder: Folder = folder.open_folder(hub.locate(path))
-        layout: Layout = folder.recognise(self.folder).layout(self.folder, self.options)
-        folder.print_assumed(layout)
+        layout: Layout = reader.layout(self.folder, self.options)
+        reader.print_assumed(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None
@@ -138,7 +140,7 @@ class OfficialSource:
         self.unread = never_read(self.folder.tensors, layout.unused)
 
     def load(self) -> Policy:
-        return respecified(folder.read(self.folder, self.options)[0], self.spec)
+        return respecified(reader.read(self.folder, self.options)[0], self.spec)
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:

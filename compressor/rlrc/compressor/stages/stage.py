@@ -27,6 +27,7 @@ from rlrc.compressor.models import precision
 from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.models.precision import Wanted
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
+from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune import prune as pruning
 from rlrc.compressor.prune.lossless import lossless, outside
@@ -34,7 +35,7 @@ from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.padding import filled
 from rlrc.compressor.quantize.quantize import QuantizeConfig, Quantized, check_exempt, quantize
 from rlrc.compressor.stages import training_data
-from rlrc.compressor.stages.artifact_io import CURVES, answers, every_input, parameters, quantized, write_policy
+from rlrc.compressor.stages.artifact_io import CURVES, answers, every_input, quantized, write_policy
 from rlrc.compressor.stages.sources import ArtifactSource, Source, open_source, shapes, unquantized_only
 from rlrc.compressor.training import distributed, memory
 from rlrc.compressor.training.run_state import Run

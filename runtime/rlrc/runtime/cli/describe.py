@@ -15,7 +15,7 @@ from rich.table import Table
 from rlrc.artifact import Artifact, HistoryEntry, LayerSpec, PolicySpec, TowerSpec, VerifiedSpec
 from rlrc.tables import print_table
 
-# rlrc.compressor.models.policy.Normalisation as JSON values, by rlrc's names ("state"), nearest to raw values first.
+# rlrc.compressor.checkpoints.layout.Normalisation as JSON values, by rlrc's names ("state"), nearest to raw values first.
 Recorded = dict[str, list[dict[str, Any]]]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor.checkpoints import settings
+from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
 from rlrc.compressor.checkpoints.lerobot.features import Feature, number, real
 from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, Official, parts, unused
@@ -20,7 +21,6 @@ from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY
 from rlrc.compressor.checkpoints.lerobot.processors import Processors
 from rlrc.compressor.checkpoints.lerobot.prompt_state import with_prompt_state
 from rlrc.compressor.checkpoints.lerobot.steps import BEFORE
-from rlrc.compressor.models.policy import Layout
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlrc.artifact import TowerSpec
+from rlrc.compressor.checkpoints.layout import Part
 from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
-from rlrc.compressor.checkpoints.tensors import BUFFERS, Tensors, wrong_shape
-from rlrc.compressor.models.policy import Part
+from rlrc.compressor.checkpoints.tensors import BUFFERS
+from rlrc.compressor.models.tensors import Tensors, wrong_shape
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
 from rlrc.compressor.checkpoints import settings
+from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.compressor.checkpoints.lerobot.buffers import among_weights, of_config
 from rlrc.compressor.checkpoints.lerobot.features import Feature, dimension_names, features, meanings, number, short
 from rlrc.compressor.checkpoints.lerobot.normaliser import (
@@ -36,7 +37,6 @@ from rlrc.compressor.checkpoints.lerobot.steps import (
     prompt_of,
     read_steps,
 )
-from rlrc.compressor.models.policy import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, LayerSpec, PromptSpec, TokenSpec, TowerSpec
 from rlrc.compressor.checkpoints import settings
+from rlrc.compressor.checkpoints.layout import Part
 from rlrc.compressor.checkpoints.prismatic import pictures
-from rlrc.compressor.checkpoints.tensors import BUFFERS, Tensors, wrong_shape
+from rlrc.compressor.checkpoints.tensors import BUFFERS
 from rlrc.compressor.models.nn.prismatic import TRANSFORMERS
-from rlrc.compressor.models.policy import Part
+from rlrc.compressor.models.tensors import Tensors, wrong_shape
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

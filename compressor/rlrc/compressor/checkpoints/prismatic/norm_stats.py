@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import ActionSpec, NormStats, StateSpec, TokenSpec
-from rlrc.compressor.models.policy import Normalisation
+from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

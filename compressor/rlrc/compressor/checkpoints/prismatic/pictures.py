@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlrc.artifact import CameraSpec
 from rlrc.compressor.checkpoints import settings
-from rlrc.compressor.models.policy import Normalisation
+from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

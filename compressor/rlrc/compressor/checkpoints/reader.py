@@ -1,0 +1,133 @@
+"""Official checkpoint folders as policies: whose layout it is, whether every tensor fits, and the weights.
+
+Nothing of the folder is executed or unpickled and nothing is downloaded. The weights are read tensor by tensor into a
+module without storage, so that there are never two copies of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from rlrc import foreign
+from rlrc.artifact.consistency import check_policy
+from rlrc.compressor.checkpoints import tensors as weights
+from rlrc.compressor.checkpoints.folder import CONFIG, Folder, Options
+from rlrc.compressor.checkpoints.layout import Layout
+from rlrc.compressor.checkpoints.lerobot import act, flow
+from rlrc.compressor.checkpoints.prismatic import openvla
+from rlrc.compressor.models import families
+from rlrc.compressor.models import tensors as models_tensors
+from rlrc.compressor.models.families import FAMILIES
+from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.tensors import Tensors
+from rlrc.errors import UserError
+
+UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
+
+
+def layout(folder: Folder, options: Options) -> Layout:
+    """What policy the folder holds, without reading its weights.
+
+    Raises UserError for an unknown family, with the nearest match, and as the family's own ``layout``.
+    """
+    for family in (openvla, flow, act):
+        if family.recognise(folder):
+            return family.layout(folder, options)
+    known = [family for family in FAMILIES if family != "tiny"]
+    kind = folder.config.get("type") or folder.config.get("model_type")
+    expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
+    if not kind:
+        raise UserError(f"{expected} {foreign.found(folder.path)}")
+    close = difflib.get_close_matches(str(kind).lower(), known, 1)
+    near = f"the nearest is {close[0]}" if close and kind not in UNSUPPORTED else "rlrc does not support that policy"
+    raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")
+
+
+def read(
+    folder: Folder, options: Options | None = None, dtype: torch.dtype | None = torch.float32
+) -> tuple[Policy, Layout]:
+    """The policy in evaluation mode, its floating-point weights in ``dtype`` (None: as stored).
+
+    Peak memory is that of the weights and one more tensor. Raises UserError for tensors that are missing, left over or
+    of another shape than the geometry says.
+    """
+    found = layout(folder, options or Options())
+    policy = build(found)
+    check(folder, found, policy)
+    files = sources(folder, found)
+    for name, stored in policy.state_dict().items():
+        part = found.parts[name]
+        tensors = files[part.file]
+        tensor = weights.convert(part, [tensors.sound(official) for official in part.official])
+        wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
+        _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
+    return policy.eval(), found
+
+
+def print_assumed(layout: Layout) -> None:
+    """Prints on stderr what was assumed."""
+    for line in layout.assumed:
+        print(f"rlrc: assumed {line}", file=sys.stderr)
+
+
+def build(layout: Layout) -> Policy:
+    """The layout's policy on the meta device: all shapes, no data."""
+    with torch.device("meta"):
+        return families.build(layout.spec, layout.towers)
+
+
+def check(folder: Folder, layout: Layout, policy: Policy) -> None:
+    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
+
+    And a description that an artifact may have, with finite statistics.
+    """
+    check_policy(layout.spec)
+    if strange := policy.state_dict().keys() ^ layout.parts.keys():
+        raise RuntimeError(f"the layout of {layout.spec.family} and its module differ in {sorted(strange)}")
+    files, unused = sources(folder, layout), set(layout.unused)
+    for name, expected in policy.state_dict().items():
+        part = layout.parts[name]
+        tensors = files[part.file]
+        metas = [tensors.meta(official) for official in part.official]
+        for official, meta in zip(part.official, metas, strict=True):
+            if meta.dtype not in models_tensors.FLOATS:
+                raise models_tensors.not_floats(official, meta.dtype, tensors.origin)
+        try:
+            found = weights.convert(part, metas).shape
+        except RuntimeError:  # they cannot be joined
+            found = None
+        if found != expected.shape:
+            shapes = ", ".join(str(tuple(meta.shape)) for meta in metas)
+            what = f"tensor{'s' * (len(metas) > 1)} {', '.join(part.official)}"
+            wanted = f"{tuple(expected.shape)}" + f" (after {part.convert!r})" * (part.convert != "same")
+            raise models_tensors.wrong_shape(what, wanted, shapes, tensors.origin)
+    for file, tensors in files.items():
+        used = {official for part in layout.parts.values() if part.file == file for official in part.official}
+        if left := [name for name in tensors if name not in used and name not in unused]:
+            raise UserError(
+                f"expected a config that fits the weights of {tensors.origin}, found {len(left)} tensors more than "
+                f"{layout.spec.family} has, such as {left[0]}; is its config.json (or --hints) of these weights?"
+            )
+
+
+def sources(folder: Folder, layout: Layout) -> dict[str, Tensors]:
+    """The official tensors by Part.file, opened."""
+    files = {"": folder.tensors}
+    for part in layout.parts.values():
+        if part.file not in files:
+            virtual = folder.virtual.get(part.file)
+            files[part.file] = weights.of_pt(folder.path / part.file) if virtual is None else virtual
+    return files
+
+
+def _assign(policy: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = policy.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    else:
+        module._buffers[leaf] = tensor
