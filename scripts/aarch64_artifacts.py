@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
-from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages import artifact_io, quantize  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
@@ -48,7 +48,7 @@ def main(folder: Path, to: str = "onnx") -> None:
             continue
         int4 = folder / "weights" / f"{name}-int4"
         quiet = Options(evaluate=0, workers=1, threads=1)
-        stage.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
+        quantize.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
         export(artifacts.load(int4), folder / f"{name}-int4", (to,), "int4")
         print(f"exported {name}", flush=True)
 

@@ -55,7 +55,7 @@ from rlrc.compressor.models.openvla import OpenVLAPolicy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
 from rlrc.exporters.export import export
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.inference.preprocess import Tokenizer as Prompts
 

@@ -21,7 +21,7 @@ FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "
 TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05": "pi05/tokenizer"}
 IMAGES = {"openvla-oft-l1": "2", "openvla-oft-discrete": "1"}
 FLOATS = {"onnx": ("fp32", "fp16", "int8"), "tensorrt": ("fp32", "fp16")}
-INTEGERS = {"onnx": ("int4", "int8+int4"), "tensorrt": ("int4",), "gguf": ("q4_0",)}
+INTEGERS = {"onnx": ("int4", "int4a8"), "tensorrt": ("int4",), "gguf": ("int4",)}
 
 
 def rlrc(*arguments: object) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN
 from rlrc.runtime.inference import verify
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy
 
 

@@ -23,7 +23,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN
 from rlrc.npz import read_npz, write_npz
 from rlrc.runtime.inference import verify
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy, recorded
 from rlrc.runtime.inference.verify import Golden
 

@@ -27,8 +27,8 @@ from rlrc.compressor.rl.rollout import Rollouts
 from rlrc.compressor.stages import sources
 from rlrc.compressor.stages.artifact_io import inputs_of, load_policy
 from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.stages.distill import run_distill
 from rlrc.compressor.stages.stage import Options
-from rlrc.compressor.stages.training import run_distill
 from rlrc.compressor.training import sft as module
 from rlrc.compressor.training.batches import Batch, Lessons
 from rlrc.compressor.training.distill import (

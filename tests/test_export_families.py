@@ -31,7 +31,8 @@ from rlrc.compressor.prune.lossless import lossless  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig, prune  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.rl.config import PPOConfig  # noqa: E402
-from rlrc.compressor.stages import artifact_io, rl, sources, stage, training  # noqa: E402
+from rlrc.compressor.stages import artifact_io, quantize, rl, sft, sources  # noqa: E402
+from rlrc.compressor.stages import prune as stages_prune
 from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.compressor.training.sft import SFTConfig  # noqa: E402
@@ -110,7 +111,9 @@ def check_together(policy: LocalPolicy, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(("name", "tower"), CUTS)
 def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
     source, dense = official(name)
-    stage.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", config(name, tower=tower), QUIET, flags(name))
+    stages_prune.run_prune(
+        DATA / name / "checkpoint", tmp_path / "pruned", config(name, tower=tower), QUIET, flags(name)
+    )
     pruned = artifacts.load(tmp_path / "pruned")
     assert [entry.stage for entry in pruned.manifest.history] == ["official", "prune"]
     assert pruned.manifest.history[0].config["source"] == str(DATA / name / "checkpoint")
@@ -128,7 +131,9 @@ def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_what_no_action_depends_on(name: str, tmp_path: Path) -> None:
     source, dense = official(name)
-    stage.run_prune(DATA / name / "checkpoint", tmp_path / "lean", PruneConfig(lossless=True), QUIET, flags(name))
+    stages_prune.run_prune(
+        DATA / name / "checkpoint", tmp_path / "lean", PruneConfig(lossless=True), QUIET, flags(name)
+    )
     lean = artifacts.load(tmp_path / "lean")
     report = lean.manifest.history[-1].after["lossless"]
     assert report["bytes"]["after"] < report["bytes"]["before"]
@@ -142,7 +147,7 @@ def test_without_what_no_action_depends_on(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized_exported_and_run(name: str, tmp_path: Path) -> None:
     source, _ = official(name)
-    stage.run_quantize(DATA / name / "checkpoint", tmp_path / "int4", QuantizeConfig(), QUIET, flags(name))
+    quantize.run_quantize(DATA / name / "checkpoint", tmp_path / "int4", QuantizeConfig(), QUIET, flags(name))
     int4 = artifacts.load(tmp_path / "int4")
     assert int4.manifest.dtype == "int4"
     export(int4, tmp_path / "exported")
@@ -211,15 +216,15 @@ def test_what_another_family_cannot_do_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(OfficialSource, "load", lambda self: pytest.fail("work began before the refusal"))
     given, out = DATA / "pi0/checkpoint", tmp_path / "out"
     with pytest.raises(UserError, match=r"demonstrations for prune.score taylor.*pi0; give --data FOLDER.*or --score"):
-        stage.run_prune(given, out, PruneConfig(0.5), QUIET, flags("pi0"))
+        stages_prune.run_prune(given, out, PruneConfig(0.5), QUIET, flags("pi0"))
     with pytest.raises(UserError, match=r"5 or more in all.*found 3 blocks"):
-        stage.run_prune(given, out, PruneConfig(0.5, "magnitude", keep=2), QUIET, flags("pi0"))
+        stages_prune.run_prune(given, out, PruneConfig(0.5, "magnitude", keep=2), QUIET, flags("pi0"))
     with pytest.raises(UserError, match=r"quantize\.exempt.*decoder.layers.0.attention.q.weight.*found 'nothing'"):
-        stage.run_quantize(given, out, QuantizeConfig(("nothing",)), QUIET, flags("pi0"))
+        quantize.run_quantize(given, out, QuantizeConfig(("nothing",)), QUIET, flags("pi0"))
     source, policy = official("act")
     write(tmp_path / "act", policy, source)
     with pytest.raises(UserError, match=r"demonstrations for sft.*family act; give --data FOLDER"):
-        training.run_sft(tmp_path / "act", out, SFTConfig(), QUIET)
+        sft.run_sft(tmp_path / "act", out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"square pictures.*found 96 x 128"):
         rl.run_rl(tmp_path / "act", out, PPOConfig(), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["act"]
@@ -265,7 +270,7 @@ def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
     source, whole_policy = official(name)
     dense, _ = lossless(whole_policy)
     settings = config(name, ratio=None, kind="depth", drop=1, score="random")
-    stage.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
+    stages_prune.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
     artifact = artifacts.load(tmp_path / "pruned")
     pruned, gone = artifact_io.load_policy(artifact), artifact.manifest.history[-1].after["removed"]["dropped"]
     assert sorted(gone) == (["decoder", "expert"] if name in FLOWS else ["encoder" if name == "act" else "decoder"])

@@ -26,8 +26,9 @@ from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
+from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.sources import OfficialSource
-from rlrc.compressor.stages.stage import Options, run_prune
+from rlrc.compressor.stages.stage import Options
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 from rlrc.runtime.inference.decode import NoAction, parallel

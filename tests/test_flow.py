@@ -23,7 +23,6 @@ from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.models import flow
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.flow import FlowPolicy
 from rlrc.compressor.models.policy import Inputs

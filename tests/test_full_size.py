@@ -83,7 +83,7 @@ def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Point)
 
 def test_all_of_it(small: Point, tmp_path: Path) -> None:
     steps: list[str] = []
-    kind = full_size.arms.quicker_in_torch()
+    kind = full_size.policy_process.quicker_in_torch()
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), steps.append)
     assert list(tmp_path.iterdir()) == []
     assert "elsewhere" not in result
@@ -111,7 +111,7 @@ def test_all_of_it(small: Point, tmp_path: Path) -> None:
 
 def test_a_torch_that_dies_takes_nothing_along(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel ends it for want of memory: what was measured before stays, and nothing has passed."""
-    monkeypatch.setattr(full_size.arms, "in_torch", full_size_arms.dying_with)
+    monkeypatch.setattr(full_size.policy_process, "in_torch", full_size_arms.dying_with)
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), QUIET)
     assert len(result["dense"]["trials_ms"]) == len(result["compressed"]["trials_ms"]) == 2
     assert "torch" not in result

@@ -27,7 +27,7 @@ from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
 from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages import artifact_io, prune  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
@@ -176,8 +176,8 @@ def architecture_of(exported: Path) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_and_pruned(name: str, tmp_path: Path) -> None:
     folder, keep = DATA / name / "checkpoint", 0 if name == "openvla-oft-l1" else 1
-    stage.run_prune(folder, tmp_path / "dense", PruneConfig(lossless=True), QUIET, flags(name))
-    stage.run_prune(folder, tmp_path / "pruned", PruneConfig(0.5, "magnitude", keep=keep), QUIET, flags(name))
+    prune.run_prune(folder, tmp_path / "dense", PruneConfig(lossless=True), QUIET, flags(name))
+    prune.run_prune(folder, tmp_path / "pruned", PruneConfig(0.5, "magnitude", keep=keep), QUIET, flags(name))
     for kind in ("dense", "pruned"):
         artifact, out = artifacts.load(tmp_path / kind), tmp_path / f"{kind} in fp32"
         manifest = export(artifact, out, ("gguf",), "fp32")

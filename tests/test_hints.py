@@ -19,7 +19,8 @@ from rlrc.compressor.prune.prune import PruneConfig, lines, prune
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.stages.compress import runner
-from rlrc.compressor.stages.stage import Options, run_prune
+from rlrc.compressor.stages.prune import run_prune
+from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError

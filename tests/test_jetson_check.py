@@ -21,7 +21,10 @@ from families import DATA, FAMILIES, flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
-from rlrc.compressor.stages import stage  # noqa: E402
+from rlrc.compressor.stages import (
+    prune,
+    quantize,  # noqa: E402
+)
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.tensorrt.target import DENSE, QUANTIZED  # noqa: E402
@@ -55,12 +58,12 @@ def tensorrt() -> None:
 def test_nvidia_builds_the_graphs(name: str, kind: str, tmp_path: Path) -> None:
     source = DATA / name / "checkpoint"
     if kind == "int4":
-        stage.run_quantize(source, tmp_path / kind, QuantizeConfig(), QUIET, flags(name))
+        quantize.run_quantize(source, tmp_path / kind, QuantizeConfig(), QUIET, flags(name))
     else:
         keep = 0 if name in ("act", "openvla-oft-l1") else 1
         config = PruneConfig(ratio=0.5, score="magnitude", keep=keep)
         config = config if kind == "pruned" else PruneConfig(lossless=True)
-        stage.run_prune(source, tmp_path / kind, config, QUIET, flags(name))
+        prune.run_prune(source, tmp_path / kind, config, QUIET, flags(name))
     parent = artifacts.load(tmp_path / kind)
     for precision in QUANTIZED["int4"] if kind == "int4" else DENSE:
         if precision == "fp16" and parent.manifest.policy.family in OVERFLOWS:

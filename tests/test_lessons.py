@@ -16,8 +16,7 @@ from families import DATA, FAMILIES, flags, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.stages import artifact_io, training, training_data
-from rlrc.compressor.stages import stage as stages
+from rlrc.compressor.stages import artifact_io, distill, prune, sft, training_data
 from rlrc.compressor.stages.compress import compress
 from rlrc.compressor.stages.sources import OfficialSource
 from rlrc.compressor.stages.stage import Options
@@ -70,9 +69,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_pruned_by_taylor_and_fine_tuned(name: str, data: dict[str, str], tmp_path: Path) -> None:
     keep = 0 if name in ("act", "openvla-oft-l1") else 1
     cut = PruneConfig(0.5, keep=keep, batches=2, batch=4, data=data[name])
-    stages.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", cut, QUIET, flags(name))
+    prune.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", cut, QUIET, flags(name))
     config = SFTConfig(steps=30, batch=6, rate=3e-3, warmup=0, held_out=0.3, check_every=10, data=data[name])
-    manifest = training.run_sft(tmp_path / "pruned", tmp_path / "sft", config, QUIET)
+    manifest = sft.run_sft(tmp_path / "pruned", tmp_path / "sft", config, QUIET)
     assert [entry.stage for entry in manifest.history] == ["official", "prune", "sft"]
     assert manifest.history[-1].config["data"] == data[name]
     assert manifest.history[-1].after["best_step"] in (10, 20, 30)
@@ -160,9 +159,9 @@ def test_held_out_episodes_are_whole_and_never_drawn(data: dict[str, str]) -> No
 def test_distilled_and_adapted(name: str, data: dict[str, str], tmp_path: Path) -> None:
     given, told = DATA / name / "checkpoint", flags(name)
     cut = PruneConfig(0.5, "magnitude", keep=0 if name == "openvla-oft-l1" else 1)
-    stages.run_prune(given, tmp_path / "pruned", cut, QUIET, told)
+    prune.run_prune(given, tmp_path / "pruned", cut, QUIET, told)
     config = DistillConfig(steps=4, batch=4, lora=2, warmup=0, data=data[name], teacher=str(given))
-    manifest = training.run_distill(tmp_path / "pruned", tmp_path / "out", config, QUIET, told)
+    manifest = distill.run_distill(tmp_path / "pruned", tmp_path / "out", config, QUIET, told)
     assert manifest.history[-1].stage == "distill"
     policy = artifact_io.load_policy(artifacts.load(tmp_path / "out"))
     assert not any("lora" in key for key in policy.state_dict())
@@ -199,8 +198,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
         ("", r"expected demonstrations for .*family pi0; give --data FOLDER"),
     ):
         for run, config in (
-            (training.run_sft, SFTConfig(data=folder)),
-            (stages.run_prune, PruneConfig(0.5, data=folder)),
+            (sft.run_sft, SFTConfig(data=folder)),
+            (prune.run_prune, PruneConfig(0.5, data=folder)),
         ):
             with pytest.raises(UserError, match=message) as error:
                 run(given, out, config, QUIET, told)  # type: ignore[operator]

@@ -9,7 +9,7 @@ import torch
 
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig
-from rlrc.compressor.stages import stage, training
+from rlrc.compressor.stages import prune, quantize, sft
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training import memory
 from rlrc.compressor.training.sft import SFTConfig
@@ -56,9 +56,9 @@ def test_stages_are_refused_before_they_start(
 ) -> None:
     monkeypatch.setattr(memory, "available", lambda: 100_000_000)
     for run, config, work in (
-        (stage.run_prune, PruneConfig(score="magnitude"), "pruning"),
-        (stage.run_quantize, QuantizeConfig(), "quantizing"),
-        (training.run_sft, SFTConfig(), "training"),
+        (prune.run_prune, PruneConfig(score="magnitude"), "pruning"),
+        (quantize.run_quantize, QuantizeConfig(), "quantizing"),
+        (sft.run_sft, SFTConfig(), "training"),
     ):
         with pytest.raises(UserError, match=rf"expected 0\.5 GB of free memory for {work}.* found 0\.1 GB"):
             run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]

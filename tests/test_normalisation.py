@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import NormStats
-from rlrc.compressor.stages import training
+from rlrc.compressor.stages import sft
 from rlrc.compressor.stages.compress import compress
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.sft import SFTConfig
@@ -78,7 +78,7 @@ def columns(data: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def train(folder: Path, out: Path, data: Path, family: str, **config: Any) -> artifacts.Manifest:
     options = SFTConfig(steps=1, batch=2, warmup=0, data=str(data), **config)
-    return training.run_sft(folder, out, options, QUIET, flags(family))
+    return sft.run_sft(folder, out, options, QUIET, flags(family))
 
 
 NAMES = ("shoulder.pos", "elbow.pos", "wrist.pos", "gripper.pos")
@@ -192,8 +192,8 @@ def test_statistics_of_the_policy_are_kept_unless_the_datas_are_wanted(
     narrow = record(tmp_path / "narrow", SIZES["smolvla"], 3, NAMES)
     config = SFTConfig(steps=1, batch=2, warmup=0, data=str(narrow))
     with pytest.raises(UserError, match=r"expected observation.state of shape \(6,\)"):
-        training.run_sft(tmp_path / "kept", tmp_path / "refused", config, QUIET)
-    taken = training.run_sft(tmp_path / "kept", tmp_path / "taken", replace(config, statistics="data"), QUIET)
+        sft.run_sft(tmp_path / "kept", tmp_path / "refused", config, QUIET)
+    taken = sft.run_sft(tmp_path / "kept", tmp_path / "taken", replace(config, statistics="data"), QUIET)
     np.testing.assert_allclose(taken.policy.action.norm.center, columns(narrow)[1].mean(0), rtol=1e-4)
     assert taken.policy.state is not None
     assert len(taken.policy.state.names) == 3
@@ -230,7 +230,7 @@ def test_groups_of_other_data_sets_are_not_the_datas(tmp_path: Path) -> None:
     np.testing.assert_allclose(taken.policy.action.norm.center, columns(data)[1].mean(0), rtol=1e-4)
     config = SFTConfig(steps=1, batch=2, warmup=0, data=str(data))
     known = replace(flags("smolvla"), unnorm_key="so100")
-    kept = training.run_sft(folder, tmp_path / "kept", config, QUIET, known)
+    kept = sft.run_sft(folder, tmp_path / "kept", config, QUIET, known)
     assert kept.history[0].after["normalisation"]["action"][0]["group"] == "so100"
     assert abs(kept.policy.action.norm.center[0]) < 5
 

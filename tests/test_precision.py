@@ -18,7 +18,7 @@ from rlrc.artifact import HistoryEntry
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models import precision
 from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.stages import stage
+from rlrc.compressor.stages import prune
 from rlrc.compressor.stages.compress import check_same
 from rlrc.compressor.stages.sources import open_source
 from rlrc.compressor.stages.stage import Options
@@ -94,7 +94,7 @@ def test_what_is_asked_for_is_what_products_are_computed_in() -> None:
 def test_the_history_says_what_products_were_computed_in(tiny_artifact: Path, tmp_path: Path) -> None:
     for wanted in ("float32", "bfloat16", "auto"):
         options = Options(evaluate=0, workers=1, threads=1, precision=wanted)  # type: ignore[arg-type]
-        stage.run_prune(tiny_artifact, tmp_path / wanted, PruneConfig(0.5, "magnitude"), options)
+        prune.run_prune(tiny_artifact, tmp_path / wanted, PruneConfig(0.5, "magnitude"), options)
         entry = artifacts.load(tmp_path / wanted).manifest.history[-1]
         assert entry.precision["cpu"] == (precision.quicker("cpu") if wanted == "auto" else wanted)
 
@@ -116,7 +116,7 @@ def test_finished_stages_of_another_precision_are_refused_where_one_is_asked_for
 ) -> None:
     config = PruneConfig(0.5, "magnitude")
     options = Options(evaluate=0, workers=1, threads=1, precision="float32")
-    stage.run_prune(tiny_artifact, tmp_path / "prune", config, options)
+    prune.run_prune(tiny_artifact, tmp_path / "prune", config, options)
     source = open_source(tiny_artifact, Flags())
     check_same(tmp_path / "prune", "prune", source, config, "auto")
     check_same(tmp_path / "prune", "prune", source, config, "float32")

@@ -22,7 +22,8 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, ArtifactError  # noqa: E402
 from rlrc.compressor.quantize.grid import dequantize, unpack  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages import artifact_io  # noqa: E402
+from rlrc.compressor.stages import quantize as stages_quantize
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
@@ -199,7 +200,7 @@ def test_precisions_follow_the_grid(make: Make, tmp_path: Path, capsys: pytest.C
 def test_official_families_in_eight_bits(name: str, tmp_path: Path) -> None:
     """Embeddings included; the export verifies every graph against the torch policy."""
     config = QuantizeConfig(bits=8, embeddings=8)
-    stage.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, flags(name))
+    stages_quantize.run_quantize(DATA / name / "checkpoint", tmp_path / "int8", config, QUIET, flags(name))
     manifest = export(artifacts.load(tmp_path / "int8"), tmp_path / "exported")
     assert {graph.precision for graph in manifest.graphs} == {"w8"}
     assert manifest.quantization is not None

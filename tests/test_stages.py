@@ -24,7 +24,7 @@ from rlrc.compressor.rl import dagger, ppo, simulation
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import Samples
 from rlrc.compressor.rl.rollout import Mode, Rollouts
-from rlrc.compressor.stages import artifact_io, create_reference, reference, rl, stage, training
+from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl, sft, stage
 from rlrc.compressor.stages.compress import compress, runner
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training import sft
@@ -165,10 +165,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for run, config in (
-        (training.run_sft, SFTConfig()),
-        (stage.run_prune, PruneConfig(0.75)),
+        (sft.run_sft, SFTConfig()),
+        (prune.run_prune, PruneConfig(0.75)),
         (rl.run_rl, PPOConfig()),
-        (stage.run_quantize, QuantizeConfig()),
+        (quantize.run_quantize, QuantizeConfig()),
     ):
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
             run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
@@ -189,17 +189,17 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"prune\.tower decoder, .*found expert"):
-        stage.run_prune(tiny_artifact, out, PruneConfig(tower="expert"), QUIET)
+        prune.run_prune(tiny_artifact, out, PruneConfig(tower="expert"), QUIET)
     with pytest.raises(UserError, match=r"expected --hints, .*with an official checkpoint only"):
-        stage.run_prune(tiny_artifact, out, PruneConfig(0.75), QUIET, Flags(unnorm_key="bridge"))
+        prune.run_prune(tiny_artifact, out, PruneConfig(0.75), QUIET, Flags(unnorm_key="bridge"))
     with pytest.raises(UserError, match=r"quantize\.exempt"):
-        stage.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
+        quantize.run_quantize(pupil_artifact, out, QuantizeConfig(exempt=("heads.weight",)), QUIET)
     with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
-        stage.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
+        quantize.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
     with pytest.raises(UserError, match="expected trainable weights"):
-        training.run_sft(toy_artifact, out, SFTConfig(), QUIET)
+        sft.run_sft(toy_artifact, out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"expected an artifact folder at .*nowhere"):
-        training.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
+        sft.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
     assert listing(tmp_path) == []
 
 
@@ -249,7 +249,7 @@ def test_interrupted_stage_goes_on_where_it_was(
     def interrupted(out: Path, stop_at: int, message: str) -> None:
         monkeypatch.setattr(training, "progress", bar(stop_at))
         with pytest.raises(Interrupted, match=message):
-            training.run_sft(pupil_artifact, out, config, QUIET)
+            sft.run_sft(pupil_artifact, out, config, QUIET)
 
     interrupted(tmp_path / "early", 0, "the same command begins it anew")
     assert listing(tmp_path) == []  # no step was done, so nothing is left
@@ -257,7 +257,7 @@ def test_interrupted_stage_goes_on_where_it_was(
     assert listing(tmp_path) == [".out.run"]
     seen.clear()
     monkeypatch.setattr(training, "progress", bar(99))
-    training.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
+    sft.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
     assert seen == list(range(30, 41))
     assert listing(tmp_path) == ["out"]
     rows = artifacts.load(tmp_path / "out").file("curves/1-sft.jsonl").read_text().splitlines()

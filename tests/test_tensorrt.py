@@ -28,7 +28,8 @@ from rlrc.compressor.models.tiny import TinyPolicy  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.grid import unpack  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
-from rlrc.compressor.stages import artifact_io, stage  # noqa: E402
+from rlrc.compressor.stages import artifact_io, prune  # noqa: E402
+from rlrc.compressor.stages import quantize as stages_quantize
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
@@ -73,11 +74,11 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
         if (name, kind) not in made:
             out, given = folder / f"{name}-{kind}", DATA / name / "checkpoint"
             if kind == "int4":
-                stage.run_quantize(given, out, QuantizeConfig(), QUIET, flags(name))
+                stages_quantize.run_quantize(given, out, QuantizeConfig(), QUIET, flags(name))
             elif kind == "pruned":
                 keep = 0 if name in ("act", "openvla-oft-l1") else 1
                 config = PruneConfig(ratio=0.5, score="magnitude", keep=keep)
-                stage.run_prune(given, out, config, QUIET, flags(name))
+                prune.run_prune(given, out, config, QUIET, flags(name))
             else:
                 source, policy = official(name)
                 with artifacts.writing(out) as draft:
@@ -220,7 +221,7 @@ def test_weights_beside_large_graphs_are_in_the_plan(
     parent = of("pi05", "pruned")
     if kind == "int8":
         config = QuantizeConfig(bits=8)
-        stage.run_quantize(DATA / "pi05/checkpoint", tmp_path / "int8", config, QUIET, flags("pi05"))
+        stages_quantize.run_quantize(DATA / "pi05/checkpoint", tmp_path / "int8", config, QUIET, flags("pi05"))
         parent = artifacts.load(tmp_path / "int8")
     monkeypatch.setattr(builder, "LARGE", 10_000)
     export(parent, tmp_path / "out", ("tensorrt",))

@@ -16,7 +16,8 @@ from rlrc.errors import UserError
 from rlrc.folders import sha256
 from rlrc.npz import write_npz
 from rlrc.runtime.inference import verify
-from rlrc.runtime.inference.backends import FOLDERS, TARGETS, Engine
+from rlrc.runtime.inference.backends import FOLDERS, TARGETS
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy
 
 MODULES = {

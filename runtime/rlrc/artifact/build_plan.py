@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlrc.artifact import TensorSpec
+from rlrc.artifact.spec import TensorSpec
 from rlrc.errors import UserError
 from rlrc.strict import StrictError, decode, encode, parse
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from math import inf, isfinite
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
+from rlrc.artifact.spec import ActionSpec, CameraSpec, Manifest, PolicySpec, PromptSpec, StateSpec, TowerSpec
 from rlrc.strict import StrictError
-
-if TYPE_CHECKING:
-    from rlrc.artifact import ActionSpec, CameraSpec, Manifest, PolicySpec, PromptSpec, StateSpec, TowerSpec
 
 
 def is_inside(relative: str) -> bool:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from rlrc import strict
-from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.artifact.spec import PolicySpec, TowerSpec
 from rlrc.errors import UserError
 
 FILE = Path(__file__).with_suffix(".json")

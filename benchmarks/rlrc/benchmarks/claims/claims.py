@@ -46,7 +46,7 @@ def thresholds(path: Path | None = None) -> Thresholds:
     """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
     where = str(path or "claims.toml")
     try:
-        table = toml.parse((path or files("rlrc.benchmarks") / "claims.toml").read_bytes())
+        table = toml.parse((path or files("rlrc.benchmarks.claims") / "claims.toml").read_bytes())
         flat = {f"{section}_{key}": value for section, entries in table.items() for key, value in entries.items()}
     except OSError as error:
         raise UserError(
@@ -54,13 +54,13 @@ def thresholds(path: Path | None = None) -> Thresholds:
         ) from None
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims.toml"
+            f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims/claims.toml"
         ) from None
     expected = [field.name for field in fields(Thresholds)]
     numbers = [value for value in flat.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if sorted(flat) != sorted(expected) or len(numbers) != len(expected):
         raise UserError(
-            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with rlrc/benchmarks/claims.toml"
+            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with rlrc/benchmarks/claims/claims.toml"
         )
     return Thresholds(**flat)
 

@@ -47,7 +47,7 @@ class _Entry:
 
 def point(name: str, runtime: str | None = None) -> Point:
     """``runtime`` None: the first that the geometry has. Raises UserError for an unknown name or runtime."""
-    known = toml.parse((files("rlrc.benchmarks") / FILE).read_bytes())
+    known = toml.parse((files("rlrc.benchmarks.claims") / FILE).read_bytes())
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0)
         raise UserError(f"expected a geometry of {', '.join(known)}, found {name!r}; the nearest is {close[0]}")

@@ -33,8 +33,9 @@ from rlrc.runtime.control.telemetry import PARTS, Telemetry, jitter, summary
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.page.control_page import LoopPage
+from rlrc.runtime.page.feed import Address
 from rlrc.runtime.page.metadata import plotted
-from rlrc.runtime.page.process import Address, Page
+from rlrc.runtime.page.process import Page
 from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.guard import Guard
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import GOLDEN, Artifact
 from rlrc.benchmarks.results.stats import percentiles
 from rlrc.errors import UserError
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.verify import read_golden
 from rlrc.runtime.inference.warmup import warm_up
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from rlrc.runtime.inference.backends import engine as backends_engine
+
 STAGES = ("interpreter", "imported", "loaded", "running")
 TIMEOUT_S = 300.0
 
@@ -151,10 +153,10 @@ def _load(path: Path, threads: int) -> tuple[Any, dict[str, int]]:
     artifact = artifacts.load(path, verify=())
     backend = backends.choose(artifact.manifest, None, path)
     artifact.verify(*loaded(backend))
-    engines: dict[str, backends.Engine] = {}
+    engines: dict[str, backends_engine.Engine] = {}
     risen: dict[str, int] = {}
 
-    def load(name: str, graphs: tuple[Any, ...]) -> backends.Engine:
+    def load(name: str, graphs: tuple[Any, ...]) -> backends_engine.Engine:
         before = read_process()["pss"]
         alone = replace(artifact, manifest=replace(artifact.manifest, graphs=graphs))
         engine = backends.open_engine(alone, backend, threads)

@@ -29,7 +29,7 @@ from rlrc.benchmarks.report.document import (
 
 
 def page(document: Document) -> str:
-    style = (files("rlrc.benchmarks") / "report.css").read_text(encoding="utf-8")
+    style = (files("rlrc.benchmarks.report") / "report.css").read_text(encoding="utf-8")
     sections = "".join(_section(section) for section in document.sections if section.blocks)
     return f"""<!doctype html>
 <html lang="en">

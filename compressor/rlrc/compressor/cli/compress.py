@@ -23,8 +23,10 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.quantize.quantize import lines as rounding_lines
 from rlrc.compressor.stages import recipe as recipes
 from rlrc.compressor.stages.artifact_io import every_input
+from rlrc.compressor.stages.prune import run_prune
+from rlrc.compressor.stages.quantize import run_quantize
 from rlrc.compressor.stages.sources import open_source, unquantized_only
-from rlrc.compressor.stages.stage import Options, run_prune, run_quantize
+from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.processes import cores

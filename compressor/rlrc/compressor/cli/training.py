@@ -12,9 +12,10 @@ from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.compress import StageCommand
 from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.stages.distill import run_distill
 from rlrc.compressor.stages.recipe import load
+from rlrc.compressor.stages.sft import run_sft
 from rlrc.compressor.stages.stage import Options
-from rlrc.compressor.stages.training import run_distill, run_sft
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.compressor.training.sft import SFTConfig

@@ -8,7 +8,6 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from rlrc.compressor.models.coupling import ALIGN, TOWERS, VISION, Towers
-from rlrc.compressor.prune.importance import NEED_DATA
 from rlrc.errors import UserError
 
 RATIO = 0.9  # of the paper
@@ -174,3 +173,6 @@ def intermediate(towers: Towers, name: str, config: PruneConfig) -> range:
             "leave fewer whole at each end with --keep, or cut another --tower"
         )
     return range(ends, blocks - ends)
+
+
+NEED_DATA = ("taylor", "wanda")

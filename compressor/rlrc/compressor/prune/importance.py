@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from rlrc.compressor.models.coupling import Group, groups
 from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.models.tensors import check_finite
+from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.training.losses import chunk_loss, drawn
 
 if TYPE_CHECKING:
-    from rlrc.compressor.prune.config import PruneConfig
     from rlrc.compressor.training.batches import Batches
-
-NEED_DATA = ("taylor", "wanda")
 
 
 @dataclass(frozen=True)

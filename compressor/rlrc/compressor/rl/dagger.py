@@ -6,6 +6,7 @@ Only for the reference family, whose simulator and experts are here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.rl.rollout import Episode, Mode, Request, Rollouts
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.run_state import Run
-from rlrc.compressor.training.sft import SFTConfig
+from rlrc.compressor.training.sft import Progress, SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION, scene
 
@@ -61,17 +62,25 @@ class Dagger:
     Of several processes the first one plays, and all of them learn.
     """
 
+    name = "dagger"
+
     def __init__(self, config: SFTConfig, rollouts: Rollouts, batches: SampleBatches, run: Run) -> None:
         self.config, self.rollouts, self.batches, self.run = config, rollouts, batches, run
         self.schedule, self.failures, self.done = config.rounds(), Failures(), 0
 
-    def due(self, step: int) -> int | None:
-        """The number of the round before this step, if there is one that has not been played."""
+    def __call__(
+        self, step: int, policy: Policy, weights: Callable[[], dict[str, Tensor]], progress: Progress
+    ) -> dict[str, float] | None:
+        """The round before this step, if there is one that has not been played: see BeforeStep."""
         number = self.schedule.get(step)
-        return number if number is not None and number >= self.done else None
+        if number is None or number < self.done:
+            return None
+        episodes = f"{self.config.dagger_episodes} episodes"
+        progress(step, f"DAgger round {number + 1} of {self.config.dagger_rounds}: {episodes}")
+        return self.play(policy, number, weights())
 
     def play(self, policy: Policy, number: int, weights: dict[str, Tensor] | None = None) -> dict[str, float]:
-        """Round ``number``; its scenes are drawn by the failures so far. -> what its curve tells.
+        """Round ``number``; its scenes are drawn by the failures so far. -> a row of the training curve.
 
         ``weights``: see Rollouts.run.
         """

@@ -67,7 +67,7 @@ class Simulation:
             samples = demonstrations(config, self.rollouts)
         return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 
-    def lessons(self, policy: Policy, config: SFTConfig, run: Run) -> tuple[Lessons, Dagger]:
+    def training_data(self, policy: Policy, config: SFTConfig, run: Run) -> tuple[Lessons, Dagger]:
         """Demonstrations, held-out ones of further scenes, and the rounds in which the expert is asked."""
         batches = self.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
         further = config.scenes() - config.demonstrations

@@ -24,11 +24,11 @@ from rlrc.progress import status
 
 # Stage: where its function is, imported when asked for, because that of rl needs the simulator's packages.
 RUNNERS = {
-    "prune": "rlrc.compressor.stages.stage:run_prune",
-    "sft": "rlrc.compressor.stages.training:run_sft",
-    "distill": "rlrc.compressor.stages.training:run_distill",
+    "prune": "rlrc.compressor.stages.prune:run_prune",
+    "sft": "rlrc.compressor.stages.sft:run_sft",
+    "distill": "rlrc.compressor.stages.distill:run_distill",
     "rl": "rlrc.compressor.stages.rl:run_rl",
-    "quantize": "rlrc.compressor.stages.stage:run_quantize",
+    "quantize": "rlrc.compressor.stages.quantize:run_quantize",
 }
 
 

@@ -36,7 +36,7 @@ def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: 
 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
         policy = work.policy
-        batches = training_data.demonstrations(work, config, config.first_seed)
+        batches = work.demonstrations(config, config.first_seed)
         with progress("rl", config.iterations, distributed.rank() == 0) as tell:
             ppo(policy, config, batches, work.simulated().rollouts, work.run, tell)
         return work.finish(policy)

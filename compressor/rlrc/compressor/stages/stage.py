@@ -1,4 +1,4 @@
-"""The stages of a compression as artifact -> artifact: load, evaluate, work, evaluate, write. Here: prune and quantize.
+"""The stages of a compression as artifact -> artifact: load, evaluate, work, evaluate, write.
 
 Every output's history holds the stage's full configuration and the success before and after it, measured on validation
 scenes by argmax decoding. A stage that is interrupted leaves a run folder beside its output, from which the same
@@ -28,19 +28,13 @@ from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.models.precision import Wanted
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.models.weights import parameters
-from rlrc.compressor.prune import cost
-from rlrc.compressor.prune import prune as pruning
-from rlrc.compressor.prune.lossless import lossless, outside
-from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.quantize.padding import filled
-from rlrc.compressor.quantize.quantize import QuantizeConfig, Quantized, check_exempt, quantize
+from rlrc.compressor.quantize.quantize import Quantized
 from rlrc.compressor.stages import training_data
-from rlrc.compressor.stages.artifact_io import CURVES, answers, every_input, quantized, write_policy
-from rlrc.compressor.stages.sources import ArtifactSource, Source, open_source, shapes, unquantized_only
-from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.stages.artifact_io import CURVES, quantized, write_policy
+from rlrc.compressor.stages.sources import ArtifactSource, Source, open_source, unquantized_only
+from rlrc.compressor.training import distributed
 from rlrc.compressor.training.run_state import Run
 from rlrc.errors import Interrupted, UserError
-from rlrc.progress import status
 
 if TYPE_CHECKING:
     from rlrc.compressor.rl.simulation import Simulation
@@ -88,6 +82,15 @@ class Stage:
     def simulated(self) -> Simulation:
         assert self.simulation is not None
         return self.simulation
+
+    def demonstrations(self, config: training_data.Taught, first_seed: int = 0) -> Batches:
+        """Without held-out ones: of the data set, or by the simulator's experts from this scene on."""
+        if config.data:
+            return training_data.of_data(self.source, config).batches
+        from rlrc.compressor.rl.demonstrations import DemonstrationConfig
+
+        demonstrations = DemonstrationConfig(config.demonstrations, first_seed)
+        return self.simulated().batches(self.policy, demonstrations, config.seed)
 
     def finish(
         self, policy: Policy, quantization: Quantized | None = None, exact: bool = False, **after: Any
@@ -167,46 +170,3 @@ def simulation_of(source: Source, run: Run, options: Options, plays: bool) -> Ab
     from rlrc.compressor.rl.simulation import simulate
 
     return simulate(source.artifact, run.folder, options.workers, options.evaluate)
-
-
-def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
-    def check(source: Source) -> None:
-        memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
-        if config.lossless:
-            return
-        with status("looking for a shape"):
-            lean, _ = lossless(cost.shape_of(source.spec, source.towers))
-            pruning.check(lean.spec, lean.towers, config)
-        if config.needs_data:
-            training_data.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
-        pruning.warn(source.towers, config)
-
-    with stage("prune", source, out, config, options, check, flags) as work:
-        lean, cuts = lossless(work.policy, work.source.unread)
-        if lean.spec.action.tokens != work.policy.spec.action.tokens:
-            whole = answers(work.policy, work.source.observations())["tokens"]
-            cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
-        report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
-        if config.lossless:
-            return work.finish(lean, exact=True, **report)
-        batches: Batches | None = None
-        if config.needs_data:
-            batches = training_data.demonstrations(work, config)
-        with status("scoring what may go"):
-            pruned, removed = pruning.prune(lean, config, batches)
-        return work.finish(pruned, exact=True, removed=removed, **report)
-
-
-def run_quantize(
-    source: Path, out: Path, config: QuantizeConfig, options: Options, flags: Flags | None = None
-) -> Manifest:
-    def check(found: Source) -> None:
-        check_exempt(shapes(found), config)
-        memory.check(memory.numbers(shapes(found)) * memory.REWRITTEN, "quantizing")
-
-    with stage("quantize", source, out, config, options, check, flags) as work:
-        observations = every_input(work.policy.spec, work.source.observations())
-        with status("rounding"):
-            policy, added = filled(work.policy, config.group)
-            result = quantize(policy, config, observations)
-        return work.finish(policy, result, rounding=result.report | added)

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.stages.sources import Source
-from rlrc.compressor.training.batches import Batch, Batches, Lessons, collate
+from rlrc.compressor.training.batches import Batch, Lessons, collate
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
 
 if TYPE_CHECKING:
-    from rlrc.compressor.stages.stage import Stage
     from rlrc.datasets.fit import Matched
 
 HELD_OUT = 512  # frames, at most: they stay in memory
@@ -95,12 +94,3 @@ def of_data(source: Source, config: Taught, held_out: float = 0.0, size: int = 1
     batches = DatasetBatches(matched, taught, source.tokenizer, config.seed)
     frames = kept[np.linspace(0, len(kept) - 1, min(len(kept), HELD_OUT)).round().astype(int)] if len(kept) else kept
     return Lessons(batches, [batches.rows(frames[i : i + size]) for i in range(0, len(frames), size)])
-
-
-def demonstrations(work: Stage, config: Taught, first_seed: int = 0) -> Batches:
-    """Without held-out ones: of the data set, or by the simulator's experts from a scene on."""
-    if config.data:
-        return of_data(work.source, config).batches
-    from rlrc.compressor.rl.demonstrations import DemonstrationConfig
-
-    return work.simulated().batches(work.policy, DemonstrationConfig(config.demonstrations, first_seed), config.seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from rlrc.compressor.training.losses import SMOOTHING, chunk_loss, drawn
 from rlrc.compressor.training.run_state import Keeper, Run
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
-
-if TYPE_CHECKING:
-    from rlrc.compressor.rl.dagger import Dagger
 
 LOG_EVERY = 50  # steps
 EMBEDDINGS = ("embedding", "query", "latent", "position", "vision.position", "vision2.position")
@@ -255,13 +252,34 @@ def interruptible(parameters: Iterable[nn.Parameter]) -> None:
 def _nothing(_: Tensor) -> None: ...
 
 
+class BeforeStep(Protocol):
+    """What is done between steps of the training, such as DAgger's rounds (rlrc.compressor.rl.dagger)."""
+
+    name: str
+    """of its rows in the training curve"""
+
+    def __call__(
+        self, step: int, policy: Policy, weights: Callable[[], dict[str, Tensor]], progress: Progress
+    ) -> dict[str, float] | None:
+        """Before this step. -> a row of the training curve, or None where nothing was done.
+
+        ``weights``: those of ``policy`` where it is sharded among several processes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs to go on."""
+        ...
+
+    def restore(self, saved: dict[str, Any]) -> None: ...
+
+
 def sft(
     policy: Policy,
     config: SFTConfig,
     lessons: Lessons,
     run: Run,
     progress: Progress,
-    dagger: Dagger | None = None,
+    before_step: BeforeStep | None = None,
     objective: Callable[[Policy, float], nn.Module] = Objective,
 ) -> dict[str, Any]:
     """Train ``policy`` in place; ``progress(step, text)`` now and then. A run folder with a saved state is resumed.
@@ -283,8 +301,8 @@ def sft(
         team.load_optimizer(objective_, optim, saved["optimizer"])
         batches.restore(saved["batches"])
         best.restore(saved["best"])
-        if dagger is not None:
-            dagger.restore(saved["dagger"])
+        if before_step is not None:
+            before_step.restore(saved["before_step"])
     if team.size == 1:
         interruptible(policy.parameters())
 
@@ -295,8 +313,8 @@ def sft(
         }
 
     def keep(step: int) -> None:
-        rounds = dagger.state() if dagger else {}
-        keeper(step, batches=batches.state(), best=best.state(), dagger=rounds, sums=dict(sums))
+        hook = before_step.state() if before_step else {}
+        keeper(step, batches=batches.state(), best=best.state(), before_step=hook, sums=dict(sums))
 
     progress(first, text := "training")
     size = config.batch // config.accumulate
@@ -310,12 +328,11 @@ def sft(
                     keep(step)
             if step == config.steps or (config.patience and best.looks >= config.patience):
                 break
-            if dagger is not None and (number := dagger.due(step)) is not None:
-                episodes = f"{config.dagger_episodes} episodes"
-                progress(step, f"DAgger round {number + 1} of {config.dagger_rounds}: {episodes}")
-                found = dagger.play(policy, number, team.weights(objective_, "policy."))
+            if before_step and (
+                found := before_step(step, policy, lambda: team.weights(objective_, "policy."), progress)
+            ):
                 with interrupts.held():
-                    run.log("dagger", step + 1, **found)
+                    run.log(before_step.name, step + 1, **found)
                     keep(step)
             policy.train()
             for group in optim.param_groups:

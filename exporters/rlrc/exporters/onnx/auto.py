@@ -27,7 +27,7 @@ from rlrc.exporters.onnx.mixed import MIXED
 from rlrc.exporters.onnx.target import built, choices, write_graphs
 from rlrc.exporters.weights import read_weights
 from rlrc.runtime.inference import verify
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy
 
 ROUNDS = 7  # the first warms up

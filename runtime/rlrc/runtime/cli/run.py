@@ -38,8 +38,9 @@ from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.page.control_page import LoopPage
+from rlrc.runtime.page.feed import Address
 from rlrc.runtime.page.metadata import hello
-from rlrc.runtime.page.process import Address, Page
+from rlrc.runtime.page.process import Page
 from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.profile import RobotProfile
 from rlrc.runtime.wire.ports import Access, access, token

@@ -145,8 +145,9 @@ class Serve:
 
     async def _open_page(self, artifact: Artifact, session: Session, stack: AsyncExitStack) -> None:
         """In a process of its own; if that ends, the server goes on without."""
+        from rlrc.runtime.page.feed import Address
         from rlrc.runtime.page.metadata import hello
-        from rlrc.runtime.page.process import Address, Page
+        from rlrc.runtime.page.process import Page
         from rlrc.runtime.page.server_page import SessionPage
 
         guard = None if session.guarded is None else session.guarded.guard

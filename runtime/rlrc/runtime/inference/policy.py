@@ -19,7 +19,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, Artifact, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.runtime.inference import backends, decode, preprocess, recheck
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.continuation import Continuation
 from rlrc.runtime.inference.interfaces import check_interface
 from rlrc.runtime.inference.verify import failure

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,15 +25,12 @@ from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.backends.kernels import UNKNOWN
 from rlrc.runtime.inference.decode import NoAction
 
-if TYPE_CHECKING:
-    from rlrc.runtime.inference.policy import LocalPolicy
-
 ENOUGH, ENOUGH_S = 4, 2.0  # observations and seconds to replay at least
 REPORT_S = 3.0  # between two lines of progress
 IRRELEVANT = ("numpy", "machine")  # entries of an engine's versions that choose no kernels
 
 
-def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
+def check(policy: verify.GraphPolicy, record: VerifiedSpec) -> None:
     """Replays the golden observations unless that was done on these kernels. Raises UserError if they disagree."""
     here = policy.engine.versions()
     if _relevant(record.versions) == _relevant(here) and not _is_unknown(here):
@@ -57,7 +53,7 @@ def check(policy: LocalPolicy, record: VerifiedSpec) -> None:
         agreed.write_text(json.dumps({"artifact": str(policy.artifact.path), **here}) + "\n")
 
 
-def disagreement(policy: LocalPolicy, record: VerifiedSpec) -> str | None:
+def disagreement(policy: verify.GraphPolicy, record: VerifiedSpec) -> str | None:
     """How far the answers are beyond the record's limits; None if they are within them.
 
     Replays the observations in random order. Stops when more of them are beyond the limits than the record allows for

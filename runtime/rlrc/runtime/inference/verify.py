@@ -11,21 +11,19 @@ to a part of each dimension's range on 99 % of the observations instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.artifact import GOLDEN, ActionSpec, PolicySpec, VerifiedSpec
+from rlrc.artifact import GOLDEN, ActionSpec, Artifact, PolicySpec, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.npz import read_npz
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.decode import actions_of, logit_row, logit_rows
-
-if TYPE_CHECKING:
-    from rlrc.runtime.inference.policy import LocalPolicy
 
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
@@ -191,7 +189,20 @@ class Answers:
     tokens: NDArray[np.int64] | None  # the same, or None
 
 
-def replay(policy: LocalPolicy, golden: Golden) -> Answers:
+class GraphPolicy(Protocol):
+    """What is replayed: rlrc.runtime.inference.policy.LocalPolicy."""
+
+    artifact: Artifact
+    spec: PolicySpec
+    backend: str
+    engine: Engine
+
+    def infer(self, observation: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def ids(self, observation: Mapping[str, Any]) -> NDArray[np.int64] | None: ...
+    def reset(self) -> None: ...
+
+
+def replay(policy: GraphPolicy, golden: Golden) -> Answers:
     """One observation after the other, as a robot sends them. Raises NoAction where the graphs give no answer."""
     results = []
     for i in range(len(golden)):
@@ -204,12 +215,12 @@ def replay(policy: LocalPolicy, golden: Golden) -> Answers:
     return Answers(actions, tokens)
 
 
-def measure(policy: LocalPolicy, golden: Golden, limits: Limits) -> VerifiedSpec:
+def measure(policy: GraphPolicy, golden: Golden, limits: Limits) -> VerifiedSpec:
     """``replay`` and ``compare``."""
     return compare(policy, replay(policy, golden), golden, limits)
 
 
-def compare(policy: LocalPolicy, answers: Answers, golden: Golden, limits: Limits) -> VerifiedSpec:
+def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Limits) -> VerifiedSpec:
     """The record of how the answers differ from the reference's.
 
     ``max_error`` is per action dimension, flips at ties and what follows from them aside; ``range_error`` the same

@@ -12,6 +12,8 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
@@ -120,3 +122,15 @@ def _parts(ends: Ends) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """-> whether somebody looks, (1,); the slots, two for every camera."""
     memory = np.frombuffer(ends.memory, np.uint8)
     return memory[:1], memory[1:].reshape(-1, SLOT)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Ports of the page and of its stop, and who may use them: rlrc.runtime.wire.ports.access has checked that."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    stop: int = 0

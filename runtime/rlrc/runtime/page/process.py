@@ -8,30 +8,16 @@ import secrets
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
 from rlrc.runtime.control.stop_port import StopPort
-from rlrc.runtime.page.feed import Ends, Feed
+from rlrc.runtime.page.feed import Address, Ends, Feed
 from rlrc.runtime.wire.ports import url
 
 OPENING_S = 60.0
 NICE = 10  # the loop and inference go first
-
-
-@dataclass(frozen=True)
-class Address:
-    """Ports of the page and of its stop, and who may use them: rlrc.runtime.wire.ports.access has checked that."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    token: str | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    stop: int = 0
 
 
 class Page:

@@ -37,8 +37,7 @@ from rlrc.errors import UserError
 from rlrc.packets import receive
 from rlrc.printable import printable
 from rlrc.runtime.board.monitor import Board
-from rlrc.runtime.page.feed import Ends, Mirror
-from rlrc.runtime.page.process import Address
+from rlrc.runtime.page.feed import Address, Ends, Mirror
 from rlrc.runtime.wire import http_head, logs
 from rlrc.runtime.wire.gate import Connection, answering, listen
 from rlrc.runtime.wire.http_head import Head, Refusal

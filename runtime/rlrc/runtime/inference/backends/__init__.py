@@ -6,36 +6,17 @@ are opened: that takes time, and a robot has only those that it needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
-
-from numpy.typing import NDArray
+from typing import Literal
 
 from rlrc.artifact import Artifact, Manifest
 from rlrc.errors import UserError
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.backends.nvidia import runs_tensorrt
 
 Backend = Literal["onnxruntime", "tensorrt", "gguf"]
 FOLDERS = {"onnxruntime": "graphs/onnx", "tensorrt": "graphs/tensorrt", "gguf": "graphs/gguf"}
 TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "gguf": "gguf"}
 """What `rlrc export --to` calls the set of graphs that a backend runs."""
-
-
-class Engine(Protocol):
-    """A set of graphs, loaded."""
-
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
-
-        All have the same number of observations. Of a graph that decodes token by token the engine keeps the keys and
-        values from pass to pass: ``start`` says how many positions came before, ``end`` how many there are after it
-        (int64 (1,) each). At 0 nothing is kept. Raises rlrc.runtime.inference.decode.NoAction where the engine fails.
-        """
-        ...
-
-    def versions(self) -> dict[str, str]:
-        """What a measurement on this engine depends on."""
-        ...
 
 
 def present(manifest: Manifest) -> list[str]:

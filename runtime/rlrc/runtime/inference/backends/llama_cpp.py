@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import Artifact, GraphSpec
 from rlrc.errors import UserError
-from rlrc.runtime.inference.backends import Engine
+from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.backends.llama_model import ENGINE, LlamaModel, library
 from rlrc.runtime.inference.backends.onnxruntime import OnnxRuntime, check_needs
 from rlrc.runtime.inference.decode import NoAction
@@ -38,7 +38,7 @@ class LlamaCpp:
         self._later = spec.action.horizon * spec.action.dim - 1 if causal else 0
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name: see rlrc.runtime.inference.backends.Engine. Raises NoAction where an engine fails."""
+        """Outputs by name: see rlrc.runtime.inference.backends.engine.Engine. Raises NoAction where an engine fails."""
         if graph != "decoder":
             return self.beside.run(graph, inputs)
         start = int(inputs["start"][0]) if "start" in inputs else 0

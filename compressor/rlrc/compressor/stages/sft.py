@@ -1,4 +1,4 @@
-"""The stages that learn from demonstrations: sft and distill. rl: see reinforcement.py."""
+"""The stage sft: supervised fine-tuning on demonstrations, and what it shares with distill."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from rlrc.compressor.checkpoints.lerobot import dataset_statistics
 from rlrc.compressor.checkpoints.lerobot.normaliser import MODES
 from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.stages import training_data as lessons
-from rlrc.compressor.stages.sources import Source, open_source, shapes
+from rlrc.compressor.stages.sources import Source, shapes
 from rlrc.compressor.stages.stage import Options, Stage, stage
 from rlrc.compressor.training import distributed, memory
 from rlrc.compressor.training.batches import Lessons
-from rlrc.compressor.training.distill import DistillConfig, check_teacher, distillation, matched
 from rlrc.compressor.training.sft import Objective, SFTConfig, sft
 from rlrc.errors import UserError
 from rlrc.progress import progress
@@ -42,35 +41,6 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags:
             for line in lines:
                 plain_console(stderr=True).print(f"normalisation: {line}")
         return work.finish(work.policy, **adopted, **taught(work, config, lambda lessons: Objective))
-
-
-def run_distill(
-    source: Path, out: Path, config: DistillConfig, options: Options, flags: Flags | None = None
-) -> Manifest:
-    """``flags`` are those of an official teacher."""
-    if config.statistics != "policy":
-        raise UserError(
-            f"expected distill.statistics policy, found {config.statistics}; a student has its teacher's, and rlrc sft "
-            "takes a data set's"
-        )
-    if not config.teacher:
-        raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
-    teacher = open_source(Path(config.teacher), flags or Flags())
-
-    def check(student: Source) -> None:
-        lessons.check("distill", student, config)
-        check_teacher(student, teacher, config)
-        besides = memory.numbers(shapes(teacher))
-        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), besides)
-
-    with stage("distill", source, out, config, options, check) as work:
-        pairs, folder = matched(work.source, teacher), work.run.folder
-
-        def objective(lessons: Lessons) -> Callable[[Policy, float], nn.Module]:
-            return distillation(config, teacher.load(), pairs, lessons.batches, folder)
-
-        report = taught(work, config, objective)
-        return work.finish(work.policy, teacher=teacher.digest, **report)
 
 
 def take_statistics(source: Source, config: SFTConfig) -> list[str]:
@@ -110,8 +80,8 @@ def taught(
 ) -> dict[str, Any]:
     """Trains the stage's policy in place. -> what the history tells besides."""
     if config.data:
-        given, dagger = lessons.of_data(work.source, config, config.held_out, config.batch), None
+        given, rounds = lessons.of_data(work.source, config, config.held_out, config.batch), None
     else:
-        given, dagger = work.simulated().lessons(work.policy, config, work.run)
+        given, rounds = work.simulated().training_data(work.policy, config, work.run)
     with progress(config.STAGE, config.steps, distributed.rank() == 0) as tell:
-        return sft(work.policy, config, given, work.run, tell, dagger, objective(given))
+        return sft(work.policy, config, given, work.run, tell, rounds, objective(given))

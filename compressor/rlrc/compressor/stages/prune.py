@@ -1,0 +1,50 @@
+"""The stage prune: a smaller policy, by scores of its heads and channels or without any loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlrc.artifact import Manifest
+from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.prune import cost
+from rlrc.compressor.prune import prune as pruning
+from rlrc.compressor.prune.lossless import lossless, outside
+from rlrc.compressor.prune.prune import PruneConfig
+from rlrc.compressor.stages import training_data
+from rlrc.compressor.stages.artifact_io import answers
+from rlrc.compressor.stages.sources import Source, shapes
+from rlrc.compressor.training import memory
+from rlrc.progress import status
+
+if TYPE_CHECKING:
+    from rlrc.compressor.training.batches import Batches
+from rlrc.compressor.stages.stage import Options, stage
+
+
+def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
+    def check(source: Source) -> None:
+        memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
+        if config.lossless:
+            return
+        with status("looking for a shape"):
+            lean, _ = lossless(cost.shape_of(source.spec, source.towers))
+            pruning.check(lean.spec, lean.towers, config)
+        if config.needs_data:
+            training_data.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
+        pruning.warn(source.towers, config)
+
+    with stage("prune", source, out, config, options, check, flags) as work:
+        lean, cuts = lossless(work.policy, work.source.unread)
+        if lean.spec.action.tokens != work.policy.spec.action.tokens:
+            whole = answers(work.policy, work.source.observations())["tokens"]
+            cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
+        report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
+        if config.lossless:
+            return work.finish(lean, exact=True, **report)
+        batches: Batches | None = None
+        if config.needs_data:
+            batches = work.demonstrations(config)
+        with status("scoring what may go"):
+            pruned, removed = pruning.prune(lean, config, batches)
+        return work.finish(pruned, exact=True, removed=removed, **report)

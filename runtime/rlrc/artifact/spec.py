@@ -1,0 +1,261 @@
+"""What an artifact's manifest holds: the policy, its towers, quantization, graphs, records and history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Per-dimension affine normalisation: ``normalised = (raw - center) / scale``, clipped to ``[-clip, clip]`` if set.
+
+    Mean/std statistics are (mean, std); bounds or quantiles are ((high + low) / 2, (high - low) / 2); a dimension left
+    alone is (0, 1).
+    """
+
+    center: tuple[float, ...]
+    scale: tuple[float, ...]
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """The policy gets ``(picture / 255 - mean) / std``, float32 (height, width, C) or (C, height, width).
+
+    ``mean`` and ``std`` have three numbers for every vision encoder: the colours are repeated for each. ``resize``:
+    "none" refuses a picture of any other size; "bilinear" and "bicubic" are PIL's, which filter when they shrink;
+    "pad" and "pad-left-top" keep the proportions (bilinear on floats, without a filter) and fill the rest with black,
+    on all sides or on the left and top only. An ``optional`` camera may be missing: its tokens are left out.
+    """
+
+    name: str
+    height: int
+    width: int
+    resize: Literal["none", "bilinear", "bicubic", "pad", "pad-left-top"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Literal["HWC", "CHW"]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Proprioception: the meaning of every dimension, its unit, and how it is normalised.
+
+    The policy gets ``width`` numbers, the last ones zero (None: as many as there are names).
+    """
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    norm: NormStats
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """Instruction to ids: edited, put into ``template``, tokenized, completed by ``suffix``, padded on the right.
+
+    ``edits``, in order: "lower" case; "strip" blanks at both ends; "blanks" for underscores and line ends; "newline" at
+    the end if there is none. ``{instruction}`` and ``{state}`` in the template are replaced, the latter by the
+    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state), after
+    zeros behind it have made it ``state_width`` numbers long (0: as many as it has).
+    ``suffix`` is appended unless the ids already end with it. Beyond ``max_tokens`` a prompt is cut (``truncate``) or
+    refused.
+    ``pad_id`` None: not padded. ``known`` are pieces whose ids tell that the vocabulary is the right one.
+    """
+
+    template: str
+    max_tokens: int
+    pad_id: int | None
+    edits: tuple[Literal["lower", "strip", "blanks", "newline"], ...] = ()
+    suffix: tuple[int, ...] = ()
+    state_bins: int = 0
+    state_width: int = 0
+    truncate: bool = False
+    known: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Action bins among a language model's tokens: row r of the logits is token ``offset + r``; ``first - i`` is bin i.
+
+    Any other token counts as the nearest bin (OpenVLA, arXiv 2406.09246, section 3.2).
+    """
+
+    rows: int
+    offset: int
+    first: int
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """Flow matching: noise (horizon, width) at t = 1 becomes a chunk at t = 0 in ``steps`` Euler steps."""
+
+    steps: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """A chunk of ``horizon`` actions. ``bins`` of equal width over [-1, 1] in normalised units; 0: continuous.
+
+    ``tokens``: which tokens of a vocabulary stand for the bins (None: the logits are over the bins themselves).
+    """
+
+    horizon: int
+    names: tuple[str, ...]
+    meaning: tuple[Literal["absolute", "delta", "velocity", "gripper"], ...]
+    units: tuple[str, ...]
+    norm: NormStats
+    bins: int
+    tokens: TokenSpec | None = None
+
+    @property
+    def dim(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy sees and does. ``geometry``: its own scalars (patch sizes, ...), checked by the backbone."""
+
+    family: str
+    decode: Literal["parallel", "autoregressive", "flow"]
+    cameras: tuple[CameraSpec, ...]
+    state: StateSpec | None
+    prompt: PromptSpec | None  # None: a policy of one task, without language
+    action: ActionSpec
+    geometry: dict[str, Any]
+    flow: FlowSpec | None = None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One transformer block: attention heads, key/value heads, size of a head, width of the MLP.
+
+    A "cross" block attends to another tower's keys and values only; a "half" one has nothing but keys and values, which
+    is all that is used of the last block of a prefix.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    kind: Literal["self", "cross", "half"] = "self"
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A stack of blocks on one residual stream of ``width`` channels; every block may have its own shape.
+
+    ``eps`` of the norms; ``activation`` of the MLPs (None: SiLU in decoders, GELU in vision transformers); ``theta`` of
+    the rotary positions; ``norm_offset`` is added to the norms' weights (Gemma stores them minus one). ``norm``
+    "adaptive": modulated by the flow's time; "steps": the same from a table of the fixed flow steps.
+    """
+
+    width: int
+    layers: tuple[LayerSpec, ...]
+    eps: float = 1e-5
+    activation: Literal["silu", "gelu", "gelu-tanh", "relu"] | None = None
+    theta: float = 10_000.0
+    norm: Literal["rms", "adaptive", "steps"] = "rms"
+    norm_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class QuantizationSpec:
+    """Symmetric integers, groups along the input dimension with an fp16 scale each: ``group`` inputs, or half of that
+    (and so on, down to 32) where the dimension is no multiple of it.
+
+    ``tensors`` maps the name of every quantized tensor to its bits, 4 or 8; ``grid`` says which most of the weights
+    have.
+    """
+
+    grid: Literal["int4", "int8"]
+    group: int
+    tensors: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]  # a string names a dynamic dimension
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A file the runtime loads. ``needs`` says what the engine must offer, e.g. {"onnxruntime": ">=1.18"}."""
+
+    name: str
+    backend: Literal["onnxruntime", "tensorrt", "gguf"]
+    file: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    needs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class VerifiedSpec:
+    """Measured agreement of a backend's graphs with the fp32 torch policy on golden.npz, in action units.
+
+    ``max_error`` is per action dimension, over all tokens but flips at ties of the reference; ``token_flips`` counts
+    differing tokens of ``tokens``; ``chunk_jitter`` is the largest step-to-step difference that the graphs add within
+    a chunk. ``range_error`` is per dimension and part of its range, without the worst hundredth of the observations;
+    where ``range_tolerance`` is given, that is what it is held to instead of ``tolerance``. Logits of the reference
+    within ``spacing`` of its best, relative to that, counted as ties too.
+    """
+
+    backend: str
+    observations: int
+    tokens: int
+    token_flips: int
+    gripper_flips: int
+    max_error: tuple[float, ...]
+    chunk_jitter: float
+    tolerance: float
+    versions: dict[str, str]
+    range_error: tuple[float, ...] = ()
+    range_tolerance: float | None = None
+    spacing: float = 0.0
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One stage: its full configuration, the tool's version, the parent's manifest hash, its cost and metrics.
+
+    ``precision``: what its products were computed in, by type of device.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    version: str
+    parent: str | None
+    cpu_minutes: float
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    policy: PolicySpec
+    towers: dict[str, TowerSpec]
+    parameters: int
+    dtype: Literal["float32", "bfloat16", "int4", "int8"]
+    quantization: QuantizationSpec | None = None
+    graphs: tuple[GraphSpec, ...] = ()
+    verified: tuple[VerifiedSpec, ...] = ()
+    history: tuple[HistoryEntry, ...] = ()
+    files: dict[str, FileSpec] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
