@@ -204,10 +204,13 @@ def test_an_export_is_verified_on_both_classes(name: str, tmp_path: Path) -> Non
 @emulates
 def test_weights_of_the_full_range_are_refused_where_they_go_wrong(tmp_path: Path) -> None:
     """pi0.5's error is 0.06 with VNNI and 0.85 without: where the export is made, or where it is loaded."""
+    refused = ""
     try:
         path = exported("pi05", tmp_path, full_range=True)
-    except Disagreement as refusal:  # products saturate here as well
-        assert "an error of 0.845 in action units where 0.5 is tolerated" in str(refusal)
+    except Disagreement as error:  # products saturate here as well
+        refused = str(error)
+    if refused:
+        assert "an error of 0.845 in action units where 0.5 is tolerated" in refused
         return
     row = write_observation(path, tmp_path / "obs.npz")
     infer = ("-m", "rlrc.runtime.cli", "infer", str(path), str(row), "--out", str(tmp_path / "act.npz"))
