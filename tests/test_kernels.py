@@ -29,7 +29,7 @@ from rlrc.compressor.quantize.grid import pack, quantize_groups  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters.export import export  # noqa: E402
+from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.onnx import builder as ours  # noqa: E402
 from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder, largest_pairs  # noqa: E402
 from rlrc.exporters.weights import Weights  # noqa: E402
@@ -203,8 +203,15 @@ def test_an_export_is_verified_on_both_classes(name: str, tmp_path: Path) -> Non
 
 @emulates
 def test_weights_of_the_full_range_are_refused_where_they_go_wrong(tmp_path: Path) -> None:
-    """pi0.5's error is 0.06 with VNNI and 0.85 without."""
-    path = exported("pi05", tmp_path, full_range=True)
+    """pi0.5's error is 0.06 with VNNI and 0.85 without: where the export is made, or where it is loaded."""
+    refused = ""
+    try:
+        path = exported("pi05", tmp_path, full_range=True)
+    except Disagreement as error:  # products saturate here as well
+        refused = str(error)
+    if refused:
+        assert "an error of 0.845 in action units where 0.5 is tolerated" in refused
+        return
     row = write_observation(path, tmp_path / "obs.npz")
     infer = ("-m", "rlrc.runtime.cli", "infer", str(path), str(row), "--out", str(tmp_path / "act.npz"))
     done = emulated(*infer, RLRC_CACHE=str(tmp_path / "cache"))

@@ -24,9 +24,10 @@ from rlrc.compressor.rl import dagger, ppo, simulation
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import Samples
 from rlrc.compressor.rl.rollout import Mode, Rollouts
-from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl, sft, stage
+from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl, stage
 from rlrc.compressor.stages.compress import compress, runner
 from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages import sft as sft_stage
 from rlrc.compressor.training import sft
 from rlrc.compressor.training.run_state import Run
 from rlrc.compressor.training.sft import SFTConfig
