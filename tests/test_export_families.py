@@ -32,7 +32,7 @@ from rlrc.compressor.prune.prune import PruneConfig, prune  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.rl.config import PPOConfig  # noqa: E402
 from rlrc.compressor.stages import artifact_io, quantize, rl, sft, sources  # noqa: E402
-from rlrc.compressor.stages import prune as stages_prune
+from rlrc.compressor.stages import prune as stages_prune  # noqa: E402
 from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.compressor.training.sft import SFTConfig  # noqa: E402

@@ -21,10 +21,7 @@ from families import DATA, FAMILIES, flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
-from rlrc.compressor.stages import (
-    prune,
-    quantize,  # noqa: E402
-)
+from rlrc.compressor.stages import prune, quantize  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.tensorrt.target import DENSE, QUANTIZED  # noqa: E402

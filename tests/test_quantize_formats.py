@@ -23,7 +23,7 @@ from rlrc.artifact import Artifact, ArtifactError  # noqa: E402
 from rlrc.compressor.quantize.grid import dequantize, unpack  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
-from rlrc.compressor.stages import quantize as stages_quantize
+from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402

@@ -24,10 +24,10 @@ from rlrc.compressor.rl import dagger, ppo, simulation
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import Samples
 from rlrc.compressor.rl.rollout import Mode, Rollouts
-from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl, stage
+from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl
+from rlrc.compressor.stages import sft as sft_stage
 from rlrc.compressor.stages.compress import compress, runner
 from rlrc.compressor.stages.stage import Options
-from rlrc.compressor.stages import sft as sft_stage
 from rlrc.compressor.training import sft
 from rlrc.compressor.training.run_state import Run
 from rlrc.compressor.training.sft import SFTConfig
@@ -155,9 +155,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation.Simulation, "evaluate", refuse)
     for module, names in (
         (simulation, ("Rollouts", "demonstrations")),
-        (training, ("sft",)),
+        (sft_stage, ("sft",)),
         (rl, ("ppo",)),
-        (stage.pruning, ("prune",)),
+        (prune.pruning, ("prune",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
@@ -166,7 +166,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for run, config in (
-        (sft.run_sft, SFTConfig()),
+        (sft_stage.run_sft, SFTConfig()),
         (prune.run_prune, PruneConfig(0.75)),
         (rl.run_rl, PPOConfig()),
         (quantize.run_quantize, QuantizeConfig()),
@@ -198,9 +198,9 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     with pytest.raises(UserError, match="expected an unquantized artifact, found int4"):
         quantize.run_quantize(tiny_int4_artifact, out, QuantizeConfig(), QUIET)
     with pytest.raises(UserError, match="expected trainable weights"):
-        sft.run_sft(toy_artifact, out, SFTConfig(), QUIET)
+        sft_stage.run_sft(toy_artifact, out, SFTConfig(), QUIET)
     with pytest.raises(UserError, match=r"expected an artifact folder at .*nowhere"):
-        sft.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
+        sft_stage.run_sft(tmp_path / "nowhere", out, SFTConfig(), QUIET)
     assert listing(tmp_path) == []
 
 
@@ -248,17 +248,17 @@ def test_interrupted_stage_goes_on_where_it_was(
         return progress_bar
 
     def interrupted(out: Path, stop_at: int, message: str) -> None:
-        monkeypatch.setattr(training, "progress", bar(stop_at))
+        monkeypatch.setattr(sft_stage, "progress", bar(stop_at))
         with pytest.raises(Interrupted, match=message):
-            sft.run_sft(pupil_artifact, out, config, QUIET)
+            sft_stage.run_sft(pupil_artifact, out, config, QUIET)
 
     interrupted(tmp_path / "early", 0, "the same command begins it anew")
     assert listing(tmp_path) == []  # no step was done, so nothing is left
     interrupted(tmp_path / "out", 30, "the same command goes on from step 30 of sft")
     assert listing(tmp_path) == [".out.run"]
     seen.clear()
-    monkeypatch.setattr(training, "progress", bar(99))
-    sft.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
+    monkeypatch.setattr(sft_stage, "progress", bar(99))
+    sft_stage.run_sft(pupil_artifact, tmp_path / "out", config, QUIET)
     assert seen == list(range(30, 41))
     assert listing(tmp_path) == ["out"]
     rows = artifacts.load(tmp_path / "out").file("curves/1-sft.jsonl").read_text().splitlines()

@@ -29,7 +29,7 @@ from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.grid import unpack  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io, prune  # noqa: E402
-from rlrc.compressor.stages import quantize as stages_quantize
+from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402

@@ -11,9 +11,9 @@ from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.stages import training_data as lessons
+from rlrc.compressor.stages.sft import taught
 from rlrc.compressor.stages.sources import Source, open_source, shapes
 from rlrc.compressor.stages.stage import Options, stage
-from rlrc.compressor.stages.sft import taught
 from rlrc.compressor.training import memory
 from rlrc.compressor.training.batches import Lessons
 from rlrc.compressor.training.distill import DistillConfig, check_teacher, distillation, matched
