@@ -26,10 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
+from rlrc.artifact import WEIGHTS, Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.families import build
-from rlrc.compressor.stages.artifact_io import WEIGHTS
 from rlrc.exporters.gguf import target
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.backends import open_engine

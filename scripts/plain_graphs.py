@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 
 from rlrc.artifact import Artifact
-from rlrc.exporters.builder import Activation, Builder
 from rlrc.exporters.graphs import graphs_of
-from rlrc.exporters.weights import read_weights
+from rlrc.exporters.graphs.builder import Activation, Builder
+from rlrc.exporters.graphs.weights import read_weights
 
 
 class PlainBuilder(Builder):

@@ -18,6 +18,7 @@ import torch
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.models import precision
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.tiny import TinyPolicy
@@ -27,8 +28,7 @@ from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.rl.rollout import Rollouts
 from rlrc.compressor.stages import sources
 from rlrc.compressor.stages.artifact_io import inputs_of, load_policy
-from rlrc.compressor.stages.compress import compress
-from rlrc.compressor.stages.distill import run_distill
+from rlrc.compressor.stages.distill import check_teacher, matched, run_distill
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training import sft as module
 from rlrc.compressor.training.batches import Batch, Lessons
@@ -37,10 +37,8 @@ from rlrc.compressor.training.distill import (
     DistillConfig,
     Kept,
     Live,
-    check_teacher,
     distillation,
     hidden_error,
-    matched,
     numbers,
     recorded,
 )

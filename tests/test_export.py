@@ -29,8 +29,8 @@ from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402

@@ -21,11 +21,11 @@ from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import dequantize  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
+from rlrc.exporters.auto import Candidate, fastest_first, measure  # noqa: E402
 from rlrc.exporters.export import export, with_graphs  # noqa: E402
-from rlrc.exporters.onnx.auto import Candidate, fastest_first, measure  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
 from rlrc.exporters.onnx.target import built, write_graphs  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.backends.onnxruntime import OnnxRuntime  # noqa: E402
 

@@ -37,8 +37,8 @@ from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E40
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.compressor.training.sft import SFTConfig  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
+from rlrc.exporters.graphs import builder  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.preprocess import tells_state  # noqa: E402

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import DATA, flags, official
+from rlrc.artifact import folder as artifact_folder
 from rlrc.artifact import load, writing
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.reader import read
@@ -143,9 +144,9 @@ def rewritten(artifact: Path, target: Path, change: Callable[[dict[str, Tensor]]
     parent = load(artifact)
     with writing(target) as draft:
         draft.inherit(parent, "golden.npz", "tokenizer")
-        tensors = load_file(parent.file(artifact_io.WEIGHTS))
+        tensors = load_file(parent.file(artifact_folder.WEIGHTS))
         change(tensors)
-        save_file(tensors, draft.file(artifact_io.WEIGHTS))
+        save_file(tensors, draft.file(artifact_folder.WEIGHTS))
         draft.finish(replace(parent.manifest, files={}))
     return target
 

@@ -34,7 +34,7 @@ from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.gguf import file  # noqa: E402
 from rlrc.exporters.gguf.target import write_blocks  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.backends import llama_model  # noqa: E402
 from rlrc.runtime.inference.backends.llama_model import LlamaModel  # noqa: E402

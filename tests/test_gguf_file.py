@@ -19,7 +19,7 @@ from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import pack, quantize_groups  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.gguf import file  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 
 UNIFORM = TowerSpec(64, (LayerSpec(4, 2, 16, 96),) * 2, eps=1e-6, theta=500.0)
 MIXED = TowerSpec(64, (LayerSpec(4, 2, 16, 96), LayerSpec(2, 1, 16, 32)), norm_offset=1.0)

@@ -18,11 +18,11 @@ from rlrc.artifact import LayerSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
 from rlrc.compressor.models.nn.vit import VisionTransformer  # noqa: E402
 from rlrc.compressor.models.tensors import Tensors  # noqa: E402
-from rlrc.exporters.builder import Builder  # noqa: E402
 from rlrc.exporters.graphs import blocks  # noqa: E402
 from rlrc.exporters.graphs.blocks import Around  # noqa: E402
+from rlrc.exporters.graphs.builder import Builder  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
 
 WIDTH = 20
 SHARED = (LayerSpec(4, 2, 6, 24), LayerSpec(6, 2, 6, 33), LayerSpec(2, 2, 6, 5))  # per layer other heads and channels

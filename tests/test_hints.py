@@ -13,12 +13,12 @@ from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry, LayerSpec, TowerSpec
 from rlrc.compressor.cli import next_commands
+from rlrc.compressor.cli.compress import runner
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.prune import PruneConfig, lines, prune
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl.config import PPOConfig
-from rlrc.compressor.stages.compress import runner
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.distill import DistillConfig

@@ -17,8 +17,8 @@ from subprocesses import environment
 
 from rlrc import artifact as artifacts
 from rlrc import interrupts
+from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.stages.artifact_io import read_tensors
-from rlrc.compressor.stages.compress import compress
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.sft import interruptible
 from rlrc.errors import Interrupted

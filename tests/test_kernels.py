@@ -30,9 +30,9 @@ from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.onnx import builder as ours  # noqa: E402
 from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder, largest_pairs  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
 from rlrc.runtime.inference import recheck, verify  # noqa: E402
 from rlrc.runtime.inference.backends.kernels import arm_class, kernels, x86_class  # noqa: E402
 from rlrc.runtime.inference.decode import NoAction  # noqa: E402

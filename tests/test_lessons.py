@@ -15,9 +15,9 @@ import torch
 from families import DATA, FAMILIES, flags, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
+from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import artifact_io, distill, prune, sft, training_data
-from rlrc.compressor.stages.compress import compress
 from rlrc.compressor.stages.sources import OfficialSource
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.distill import DistillConfig

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import NormStats
+from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.stages import sft
-from rlrc.compressor.stages.compress import compress
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.datasets.meta import Feature

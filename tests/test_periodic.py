@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlrc.errors import UserError
-from rlrc.robots import replay
+from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.control.chunks import Chunks
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.safety import profile as profiles
@@ -231,7 +231,7 @@ def test_errors_of_a_recording_are_those_on_the_circle() -> None:
         told.next()
         told.commanded(np.array(command))
     recorded = np.array([[-3.1, -3.1], [-3.1, -3.1]])
-    found = replay.errors(recorded, told, ("yaw", "x"), np.array([2 * math.pi, math.inf]))
+    found = cli_replay.errors(recorded, told, ("yaw", "x"), np.array([2 * math.pi, math.inf]))
     assert found["error"]["yaw"]["max"] == pytest.approx(2 * math.pi - 6.2, abs=1e-6)
     assert found["error"]["x"]["max"] == pytest.approx(6.2, abs=1e-6)
 

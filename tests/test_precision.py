@@ -16,10 +16,10 @@ from subprocesses import environment
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.compress import check_same
 from rlrc.compressor.models import precision
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import prune
-from rlrc.compressor.stages.compress import check_same
 from rlrc.compressor.stages.sources import open_source
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training.run_state import Run

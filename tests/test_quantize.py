@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import ArtifactError
+from rlrc.artifact import ArtifactError, folder
 from rlrc.compressor.models import weights as models_weights
 from rlrc.compressor.quantize.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
@@ -271,7 +271,7 @@ def test_tensor_that_does_not_fit_is_refused(tiny_artifact: Path, tmp_path: Path
         (lambda t: t.update({"extra": torch.zeros(2)}), "expected nothing for tensor extra"),
         (lambda t: t.update({"query": t["query"][:, :8].contiguous()}), r"tensor query .*found \(3, 8\)"),
     ):
-        tensors = load_file(artifact.file(artifact_io.WEIGHTS))
+        tensors = load_file(artifact.file(folder.WEIGHTS))
         damage(tensors)
         save_file(tensors, tmp_path / "model.safetensors")
         policy = artifact_io.load_policy(artifact)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlrc.benchmarks.claims import regression
 from rlrc.benchmarks.cli.compare import fraction
-from rlrc.benchmarks.results import regression, results, stats
+from rlrc.benchmarks.results import results, stats
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

@@ -13,8 +13,9 @@ import pytest
 
 from rlrc.artifact import Manifest, PolicySpec
 from rlrc.errors import UserError
-from rlrc.robots.replay import ReplayRobot, errors, told, untracked
+from rlrc.robots.replay import ReplayRobot, untracked
 from rlrc.robots.robot import Sensed
+from rlrc.runtime.cli.replay import errors, told
 from rlrc.runtime.cli.run import Run
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.safety import profile

@@ -23,9 +23,9 @@ from rlrc.errors import UserError
 from rlrc.runtime import cli
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.servers import gr00t, observations
-from rlrc.runtime.servers.session import LARGEST, Session
+from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire import zmtp
-from rlrc.runtime.wire.ports import Access
+from rlrc.runtime.wire.ports import LARGEST, Access
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (32, 32, 3), np.uint8)

@@ -38,9 +38,9 @@ from rlrc.runtime import cli
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.lerobot import CLIENTS, LerobotServer, Robot, Timed
-from rlrc.runtime.servers.session import LARGEST, Refused, Session
+from rlrc.runtime.servers.session import Refused, Session
 from rlrc.runtime.wire import pickles, protobuf
-from rlrc.runtime.wire.ports import Access
+from rlrc.runtime.wire.ports import LARGEST, Access
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 MOTORS = {"shoulder.pos": 0.1, "elbow.pos": np.float32(0.5), "gripper.pos": np.float64(1.0)}

@@ -22,8 +22,8 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError, Inval
 from websockets.sync.client import ClientConnection, connect
 
 from rlrc.runtime.inference.policy import LocalPolicy
-from rlrc.runtime.servers.session import LARGEST
 from rlrc.runtime.wire import arrays
+from rlrc.runtime.wire.ports import LARGEST
 
 CLIENT = """
 import json, sys

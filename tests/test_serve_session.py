@@ -23,9 +23,10 @@ from rlrc.runtime.safety.profile import Tracking
 from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.servers.session import Client, Session
+from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.metrics import Metrics
-from rlrc.runtime.wire.ports import Access, access, check_plain, status
+from rlrc.runtime.wire.ports import Access, access, check_plain
 
 # Ten steps a second, at most 1 m/s and 2 m/s2: from rest 0.02 m in the first step, 0.04 in the second, then 0.06.
 

@@ -15,7 +15,9 @@ import torch
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
+from rlrc.artifact import folder as artifact_folder
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.compress import compress, runner
 from rlrc.compressor.models import weights
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune.prune import PruneConfig
@@ -26,7 +28,6 @@ from rlrc.compressor.rl.demonstrations import Samples
 from rlrc.compressor.rl.rollout import Mode, Rollouts
 from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl
 from rlrc.compressor.stages import sft as sft_stage
-from rlrc.compressor.stages.compress import compress, runner
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training import sft
 from rlrc.compressor.training.run_state import Run
@@ -128,7 +129,7 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         create_reference.new(tmp_path / name, seed)
     a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
     assert a.manifest == b.manifest  # the hash of every file
-    assert c.manifest.files[artifact_io.WEIGHTS] != a.manifest.files[artifact_io.WEIGHTS]
+    assert c.manifest.files[artifact_folder.WEIGHTS] != a.manifest.files[artifact_folder.WEIGHTS]
     assert [(entry.stage, entry.config, entry.parent) for entry in a.manifest.history] == [("new", {"seed": 1}, None)]
     with np.load(a.file("golden.npz")) as golden:
         assert golden["image.corner4"].shape == (4, 96, 96, 3)

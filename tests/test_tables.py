@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrc.runtime import cli
-from rlrc.runtime.cli.describe import print_rows
-from rlrc.tables import print_table
+from rlrc.tables import print_rows, print_table
 
 NAMES = ["observation.images.a_camera_with_a_long_name", "left_shoulder_pan.pos", "the gripper of the left arm"]
 NUMBERS = ["-1234.5678", "0.000123456", "1.234e-05", "98765.4321"]

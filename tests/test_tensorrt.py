@@ -33,14 +33,14 @@ from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
 from rlrc.compressor.stages.stage import Options  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters import builder  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES as GRAPHS  # noqa: E402
+from rlrc.exporters.graphs import builder  # noqa: E402
+from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.tensorrt.builder import Flavour, TensorRTBuilder  # noqa: E402
 from rlrc.exporters.tensorrt.cpu_reference import StandIn, session  # noqa: E402
 from rlrc.exporters.tensorrt.int8 import step_of  # noqa: E402
 from rlrc.exporters.tensorrt.target import choose_precision  # noqa: E402
-from rlrc.exporters.weights import Weights  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrc.benchmarks.measure import transport
+from rlrc.benchmarks.control import transport
 from rlrc.runtime.cli import main
 
 

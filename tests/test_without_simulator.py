@@ -14,7 +14,7 @@ from rlrc import artifact as artifacts
 
 pytest.importorskip("torch")
 
-from rlrc.compressor.stages.artifact_io import WEIGHTS
+from rlrc.artifact import WEIGHTS
 
 DATA = Path(__file__).parent / "data"
 OPENVLA = [DATA / "openvla/checkpoint", "--hints", DATA / "openvla/golden.json"]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from rlrc import foreign
-from rlrc.artifact import MANIFEST
 from rlrc.errors import UserError
-from rlrc.foreign import CONFIG
+from rlrc.foreign import CONFIG, MANIFEST
 
 # A name on the Hugging Face hub: owner/name or owner/name@revision.
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.measure import Measurement
 from rich.segment import Segments
@@ -23,3 +25,18 @@ def print_table(table: Table, console: Console) -> None:
     width = console.width if console.is_terminal else Measurement.get(console, wide, table).maximum
     segments = console.render(table, console.options.update_width(width))
     console.print(Segments(segments), soft_wrap=True, end="")
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """Prints what it is given: names and paths may hold brackets, which rich would take for its markup."""
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_rows(rows: Mapping[str, str], console: Console) -> None:
+    """Headings and what there is to say under each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    print_table(table, console)

@@ -70,8 +70,8 @@ class Export:
                 f"expected --budget-bytes with --precision auto, found {self.precision or 'none'}; leave it out"
             )
         parent = artifacts.load(self.path)
+        from rlrc.exporters.auto import export_fastest  # imported late: torch takes seconds, a refusal none
         from rlrc.exporters.export import Disagreement, export
-        from rlrc.exporters.onnx.auto import export_fastest  # imported late: torch takes seconds, a refusal none
 
         console = Console()
         try:

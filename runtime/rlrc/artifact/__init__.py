@@ -11,6 +11,7 @@ from rlrc.artifact.folder import (
     GOLDEN,
     MANIFEST,
     TOKENIZER,
+    WEIGHTS,
     Artifact,
     ArtifactError,
     Draft,
@@ -43,7 +44,7 @@ from rlrc.folders import check_output
 
 # fmt: off
 __all__ = [
-    "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "ActionSpec", "Artifact", "ArtifactError", "CameraSpec",
+    "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "WEIGHTS", "ActionSpec", "Artifact", "ArtifactError", "CameraSpec",
     "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats", "PolicySpec",
     "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
     "check_output", "from_json", "load", "to_json", "writing",

@@ -188,3 +188,6 @@ def _check_file(path: Path, spec: FileSpec, hashed: bool) -> None:
         raise ArtifactError(
             f"expected sha256 {spec.sha256[:12]}... of {path}, found {found[:12]}...; copy the artifact again"
         )
+
+
+WEIGHTS = "weights/model.safetensors"

@@ -15,8 +15,7 @@ from rlrc.artifact import PolicySpec
 from rlrc.datasets.fit import match, misfits, renamed
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import INDICES, VERSION
-from rlrc.runtime.cli.describe import print_rows
-from rlrc.tables import print_table
+from rlrc.tables import print_rows, print_table
 
 ONE_BY_ONE = 64  # numbers of a vector, at most, that are described one by one; of more, and of tensors, all together
 FAR = 10  # standard deviations beyond which a value is an outlier

@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.robot import RobotError, Sensed
-from rlrc.runtime.safety.angles import shortest
 
 if TYPE_CHECKING:
-    from rlrc.runtime.control.telemetry import Telemetry
     from rlrc.runtime.safety.profile import RobotProfile
 
 AHEAD = 16  # frames that are read before they are needed
@@ -98,32 +96,3 @@ class ReplayRobot:
 def untracked(profile: RobotProfile) -> RobotProfile:
     """A robot's limits without those on how well it follows: a recording follows nothing."""
     return replace(profile, dimensions=tuple(replace(one, tracking=None) for one in profile.dimensions))
-
-
-def errors(
-    recorded: NDArray[Any],
-    telemetry: Telemetry,
-    names: tuple[str, ...],
-    periods: NDArray[np.float64] | None = None,
-) -> dict[str, Any]:
-    """How far the commands are from the recorded actions, by dimension, in its unit; the n-th is for the n-th frame.
-
-    ``periods`` (dim,): of the angles that wrap, inf for all else; None: none does.
-
-    Where the robot was held, nothing is compared: there was no command of the policy's.
-    """
-    first, rows = telemetry.steps - len(telemetry.rows), telemetry.rows
-    off = np.abs(shortest(telemetry.commands - recorded[first : first + len(rows)], periods))[~rows["held"]]
-    found = {"frames": len(recorded), "compared": len(off), "error": None}
-    if not len(off):
-        return found
-    each = zip(names, off.T, strict=True)
-    return found | {"error": {name: {"mean": float(of.mean()), "max": float(of.max())} for name, of in each}}
-
-
-def told(found: Mapping[str, Any], units: tuple[str, ...]) -> dict[str, str]:
-    """The same in words, by heading."""
-    rows = {"compared": f"{found['compared']:,} of {found['frames']:,} frames with the recorded actions"}
-    for (name, error), unit in zip((found["error"] or {}).items(), units, strict=False):
-        rows[f"  {name}"] = f"mean {error['mean']:.4g}, max {error['max']:.4g} {'' if unit == '1' else unit}".rstrip()
-    return rows

@@ -30,7 +30,7 @@ from rlrc.compressor.quantize.grid import GROUP
 from rlrc.compressor.quantize.padding import filled_towers
 from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, quantizable
 from rlrc.exporters.export import MODULES
-from rlrc.exporters.weights import Weights
+from rlrc.exporters.graphs.weights import Weights
 
 Towers = dict[str, TowerSpec]
 NOISE = 2**22  # numbers, which are repeated: as many as no processor's cache holds

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from rlrc.benchmarks.results import regression
-from rlrc.benchmarks.results.regression import Change
+from rlrc.benchmarks.claims import regression
+from rlrc.benchmarks.claims.regression import Change
 from rlrc.benchmarks.results.results import read
 from rlrc.errors import UserError
 from rlrc.tables import print_table

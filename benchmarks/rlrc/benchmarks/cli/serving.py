@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from rlrc.benchmarks.cli.output import finish, progress, result_of
-from rlrc.benchmarks.measure import transport
+from rlrc.benchmarks.control import transport
 from rlrc.benchmarks.results import machine
 from rlrc.benchmarks.results.results import check_out
 from rlrc.errors import UserError

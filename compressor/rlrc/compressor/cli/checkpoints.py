@@ -14,15 +14,15 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import folder as official
 from rlrc.compressor.checkpoints import geometry as geometries
 from rlrc.compressor.checkpoints import hub, reader
-from rlrc.compressor.checkpoints.describe import describe, record
 from rlrc.compressor.checkpoints.folder import options_of
 from rlrc.compressor.checkpoints.prismatic import norm_stats
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
 from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.cli.describe import describe, record
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.errors import UserError
 from rlrc.folders import check_output
-from rlrc.runtime.cli.describe import plain_console
+from rlrc.tables import plain_console
 
 
 def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool) -> None:

@@ -1,157 +1,93 @@
-"""Commands that need no simulator but for policies of the reference family: prune, quantize, compare-grids."""
+"""A whole compression: the stages of a recipe one after another, then the export."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from tyro.conf import OmitArgPrefixes, Positional
-
+from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.cli.next_commands import hint
-from rlrc.compressor.prune.lossless import lines
-from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.prune.prune import lines as removed
-from rlrc.compressor.quantize.compare import GRIDS, Row, compare
-from rlrc.compressor.quantize.quantize import QuantizeConfig
-from rlrc.compressor.quantize.quantize import lines as rounding_lines
-from rlrc.compressor.stages import recipe as recipes
-from rlrc.compressor.stages.artifact_io import every_input
-from rlrc.compressor.stages.prune import run_prune
-from rlrc.compressor.stages.quantize import run_quantize
-from rlrc.compressor.stages.sources import open_source, unquantized_only
+from rlrc.compressor.models.precision import Wanted
+from rlrc.compressor.stages.sources import Source, open_source
 from rlrc.compressor.stages.stage import Options
 from rlrc.compressor.training import distributed
-from rlrc.errors import UserError
-from rlrc.processes import cores
-from rlrc.progress import progress
-from rlrc.runtime.cli.describe import normalisation_lines, plain_console
+from rlrc.compressor.training.distill import DistillConfig
+from rlrc.errors import Interrupted, UserError
+from rlrc.folders import check_output
+from rlrc.progress import status
+
+# Stage: where its function is, imported when asked for, because that of rl needs the simulator's packages.
+RUNNERS = {
+    "prune": "rlrc.compressor.stages.prune:run_prune",
+    "sft": "rlrc.compressor.stages.sft:run_sft",
+    "distill": "rlrc.compressor.stages.distill:run_distill",
+    "rl": "rlrc.compressor.stages.rl:run_rl",
+    "quantize": "rlrc.compressor.stages.quantize:run_quantize",
+}
 
 
-def report(out: Path, manifest: Manifest, as_json: bool) -> None:
-    entry = manifest.history[-1]
-    summary = {
-        "artifact": str(out),
-        "stage": entry.stage,
-        "parameters": manifest.parameters,
-        "cpu_minutes": entry.cpu_minutes,
-    }
-    summary |= {"success_before": entry.before.get("success"), "success_after": entry.after.get("success")}
-    if as_json:
-        print(json.dumps(summary | {"before": entry.before, "after": entry.after}))
-        return
-    console = Console()
-    shown = {key: value for key, value in summary.items() if value is not None}
-    console.print(
-        "  ".join(
-            f"[bold]{key}[/bold] {value:,}" if isinstance(value, int) else f"[bold]{key}[/bold] {value}"
-            for key, value in shown.items()
+def runner(stage: str) -> Callable[..., Manifest]:
+    """The function of a stage: (source, out, config, options, flags) -> manifest."""
+    module, name = RUNNERS[stage].split(":")
+    found: Callable[..., Manifest] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None = None) -> None:
+    """Every stage of a recipe, each an artifact of its own in ``OUT.stages/``, then the export to ``out``.
+
+    ``flags`` are those of an official source, which is also the teacher of a distillation that names none. A stage that
+    an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
+    """
+    from rlrc.exporters.export import export  # imported late: only this function goes all the way
+
+    if distributed.rank() == 0:
+        check_output(out)
+    folder = out.parent / f"{out.name}.stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    current = source
+    for name, config in recipe.items():
+        taught = isinstance(config, DistillConfig) and not config.teacher
+        if taught:
+            config = dataclasses.replace(config, teacher=str(source))
+        target, told = folder / name, (flags if current is source else None) or Flags()
+        with _continued(name):
+            if target.exists():
+                check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
+            else:
+                # What a distillation is told is told of its teacher.
+                runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
+        current = target
+    if distributed.rank() == 0:
+        with _continued("the export"), status("exporting, and verifying"):
+            export(artifacts.load(current), out)
+
+
+@contextmanager
+def _continued(step: str) -> Iterator[None]:
+    """An interruption within it says that the same command goes on with this step, unless it says more already."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise
+        raise Interrupted.by(error, f"the same command goes on with {step}") from None
+
+
+def check_same(finished: Path, name: str, source: Source, config: Any, precision: Wanted) -> None:
+    """Refuse a finished stage that is not what the recipe would do now."""
+    *earlier, entry = artifacts.load(finished).manifest.history
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    # An official folder has no digest; but the history says which one it was.
+    same = [(e.stage, e.config) for e in earlier] == [(e.stage, e.config) for e in source.history]
+    same &= precision == "auto" or {precision}.issuperset(entry.precision.values())
+    if not same or (entry.stage, entry.parent, json.loads(json.dumps(entry.config))) != (name, source.digest, wanted):
+        raise UserError(
+            f"expected {finished} to be stage {name} of this recipe and input, found another one; remove it"
         )
-    )
-    printed: dict[str, Callable[[Any], list[str]]]
-    printed = {"lossless": lines, "removed": removed, "rounding": rounding_lines, "normalisation": normalisation_lines}
-    for line in (line for key, of in printed.items() if key in entry.after for line in of(entry.after[key])):
-        console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"next: {hint(out, manifest)}", soft_wrap=True, highlight=False)
-
-
-@dataclass(frozen=True)
-class StageCommand:
-    """What the commands of all stages have in common."""
-
-    source: Positional[Path]
-    """artifact to start from"""
-    out: Positional[Path]
-    """artifact to write; must not exist"""
-    recipe: str | None = None
-    """take this stage's settings from a recipe (a TOML file, or the name of one of ours) instead of from flags"""
-    options: OmitArgPrefixes[Options] = field(default_factory=Options)
-    json: bool = False
-    """print the result as JSON"""
-
-    def _run(self, stage: str, runner: Callable[..., Manifest], config: Any, *flags: Flags) -> None:
-        if self.recipe is not None:
-            if config != type(config)():
-                raise UserError(
-                    f"expected the settings of {stage} from the recipe or from flags, found both; edit the recipe"
-                )
-            config = recipes.section(self.recipe, stage)
-        manifest = runner(self.source, self.out, config, self.options, *flags)
-        if distributed.rank():  # the first process tells
-            return
-        report(self.out, manifest, self.json)
-
-
-@dataclass(frozen=True)
-class Prune(StageCommand):
-    """Cut whole heads and MLP channels of a tower's intermediate blocks, or only what no action depends on.
-
-    The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
-    """
-
-    config: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
-
-    def run(self) -> None:
-        self._run("prune", run_prune, self.config, self.official)
-
-
-@dataclass(frozen=True)
-class Quantize(StageCommand):
-    """Round the weights to int4 or int8, groups of 32 (64, 128), fp16 scales.
-
-    Calibrated methods look at the artifact's golden observations. Those of an official checkpoint are random pictures:
-    what is calibrated on them says nothing about real ones.
-
-    The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
-    """
-
-    config: OmitArgPrefixes[QuantizeConfig] = field(default_factory=QuantizeConfig)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
-
-    def run(self) -> None:
-        self._run("quantize", run_quantize, self.config, self.official)
-
-
-@dataclass(frozen=True)
-class CompareGrids:
-    """What rounding costs a policy: int4 by each method, NF4 (which is never stored) and int8. Writes no artifact.
-
-    Every second golden observation is calibrated on, errors are measured on the others. PATH may also be an official
-    checkpoint's folder, or owner/name[@revision] on the hub; its observations are random pictures.
-    """
-
-    path: Positional[Path]
-    """what to round"""
-    threads: int = field(default_factory=cores)
-    """threads of torch (default: as many cores as this process may use)"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
-    json: bool = False
-    """print the result as JSON"""
-
-    def run(self) -> None:
-        if self.threads < 1:
-            raise UserError(f"expected --threads >= 1, found {self.threads}")
-        source = open_source(self.path, self.official)
-        unquantized_only(source, self.path)
-        torch.set_num_threads(self.threads)
-        policy = source.load()
-        rows = list[Row]()
-        with progress("compare-grids", len(GRIDS)) as tell:
-            for row in compare(policy, every_input(policy.spec, source.observations())):
-                rows.append(row)
-                tell(len(rows), row.grid)
-        if self.json:
-            print(json.dumps([asdict(row) for row in rows]))
-            return
-        console = plain_console()
-        console.print(f"{'grid':6}{'weight error':>14}{'output error':>14}{'action error':>14}{'bytes':>16}")
-        for row in rows:
-            errors = "".join(f"{error:14.5f}" for error in (row.weight_error, row.output_error, row.action_error))
-            console.print(f"{row.grid:6}{errors}{row.bytes:16,}")

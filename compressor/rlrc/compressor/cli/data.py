@@ -18,8 +18,8 @@ from rlrc.datasets.lerobot import Dataset
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import progress, status
-from rlrc.runtime.cli.describe import plain_console
 from rlrc.runtime.cli.policy import check_failed
+from rlrc.tables import plain_console
 
 
 @dataclass(frozen=True)

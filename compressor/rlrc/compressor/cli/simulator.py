@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
-from rlrc.compressor.cli.compress import StageCommand
 from rlrc.compressor.cli.next_commands import hint
+from rlrc.compressor.cli.stages import StageCommand
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.stages.create_reference import new
 from rlrc.compressor.stages.rl import run_rl

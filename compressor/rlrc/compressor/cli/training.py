@@ -10,8 +10,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.cli.compress import StageCommand
-from rlrc.compressor.stages.compress import compress
+from rlrc.compressor.cli.compress import compress
+from rlrc.compressor.cli.stages import StageCommand
 from rlrc.compressor.stages.distill import run_distill
 from rlrc.compressor.stages.recipe import load
 from rlrc.compressor.stages.sft import run_sft

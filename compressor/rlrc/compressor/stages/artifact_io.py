@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlrc.artifact import (
     GOLDEN,
+    WEIGHTS,
     Artifact,
     ArtifactError,
     Draft,
@@ -33,7 +34,6 @@ from rlrc.compressor.quantize.quantize import Quantized
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import prepare, unnormalise
 
-WEIGHTS = "weights/model.safetensors"
 CURVES = "curves"
 UNSOUND = "nothing was written: start from sound weights, or train with a lower --rate"
 ANSWERS = ("actions", "tokens", "logits")

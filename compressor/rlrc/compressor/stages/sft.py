@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from rlrc.artifact import Manifest
+from rlrc.artifact.describe import normalisation_lines
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints.lerobot import dataset_statistics
 from rlrc.compressor.checkpoints.lerobot.normaliser import MODES
@@ -21,7 +22,7 @@ from rlrc.compressor.training.batches import Lessons
 from rlrc.compressor.training.sft import Objective, SFTConfig, sft
 from rlrc.errors import UserError
 from rlrc.progress import progress
-from rlrc.runtime.cli.describe import normalisation_lines, plain_console
+from rlrc.tables import plain_console
 
 
 def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:

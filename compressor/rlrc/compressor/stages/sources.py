@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import GOLDEN, TOKENIZER, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
+from rlrc.artifact import GOLDEN, TOKENIZER, WEIGHTS, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
+from rlrc.artifact.describe import Recorded, recorded_normalisation
 from rlrc.checkpoint_folder import Flags, is_official
 from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder
@@ -22,9 +23,8 @@ from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Policy
 from rlrc.compressor.models.weights import policy_of
 from rlrc.compressor.prune.lossless import Cut, never_read
-from rlrc.compressor.stages.artifact_io import CURVES, WEIGHTS, load_policy, read_observations
+from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
 from rlrc.errors import UserError
-from rlrc.runtime.cli.describe import Recorded, recorded_normalisation
 from rlrc.runtime.inference.preprocess import Tokenizer, prepare
 from rlrc.strict import encode
 

@@ -25,9 +25,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import HistoryEntry
 from rlrc.compressor.models import precision
-from rlrc.compressor.models.coupling import TOWERS
 from rlrc.compressor.models.policy import Policy
-from rlrc.compressor.stages.sources import Source
 from rlrc.compressor.training.batches import Batch, Batches
 from rlrc.compressor.training.distributed import rank
 from rlrc.compressor.training.losses import chunk_loss
@@ -65,54 +63,6 @@ class DistillConfig(SFTConfig):
                 )
 
 
-def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> None:
-    """Raises UserError unless the student can learn from this teacher."""
-    if teacher.spec.family != student.spec.family:
-        found, wanted = teacher.spec.family, student.spec.family
-        raise UserError(f"expected a teacher of the family {wanted}, found {found} in {config.teacher}; give another")
-    if config.cache and teacher.spec.flow is not None:
-        raise UserError(
-            "expected a policy without flow steps for distill.cache, found noise and times that are drawn anew for "
-            "every batch; leave the cache out"
-        )
-    for what, ours, its in (
-        ("cameras", _cameras(student), _cameras(teacher)),
-        ("state", _state(student), _state(teacher)),
-        ("numbers of a chunk", _chunk(student), _chunk(teacher)),
-        *((f"{name} width", student.towers[name].width, teacher.towers[name].width) for name in _shared(student)),
-    ):
-        if ours != its:
-            raise UserError(
-                f"expected a teacher with the student's {what}, {ours}, found {its} in {config.teacher}; give the "
-                "policy that the student was pruned from"
-            )
-    if "expert" in teacher.towers and teacher.towers["expert"].norm == "steps" != student.towers["expert"].norm:
-        raise UserError(
-            f"expected a teacher that answers at every time of the flow, found {config.teacher}, cut to its flow "
-            "steps; give what it was cut from"
-        )
-    matched(student, teacher)
-
-
-def _shared(source: Source) -> list[str]:
-    return [name for name in TOWERS if name in source.towers]
-
-
-def _cameras(source: Source) -> list[str]:
-    return [f"{camera.name} {camera.height}x{camera.width}" for camera in source.spec.cameras]
-
-
-def _state(source: Source) -> int:
-    """How many numbers."""
-    return 0 if source.spec.state is None else len(source.spec.state.names)
-
-
-def _chunk(source: Source) -> tuple[int, int, int]:
-    """Steps, dimensions, bins."""
-    action = source.spec.action
-    return action.horizon, action.dim, action.bins
-
-
 def numbers(history: Sequence[HistoryEntry], tower: str, depth: int) -> list[int]:
     """The numbers that a tower's blocks had before whole ones were dropped."""
     dropped = [list[int](entry.after.get("removed", {}).get("dropped", {}).get(tower, ())) for entry in history]
@@ -120,28 +70,6 @@ def numbers(history: Sequence[HistoryEntry], tower: str, depth: int) -> list[int
     for gone in dropped:
         found = [number for i, number in enumerate(found) if i not in gone]
     return found
-
-
-def matched(student: Source, teacher: Source) -> list[tuple[str, str]]:
-    """The student's blocks and those of the teacher that they were, by name.
-
-    Blocks that only make keys and values are left out: they hand the residual stream on. Raises UserError for a block
-    that the teacher does not have.
-    """
-    pairs = []
-    for tower in _shared(student):
-        ours, its = student.towers[tower].layers, teacher.towers[tower].layers
-        whole = [numbers(source.history, tower, len(source.towers[tower].layers)) for source in (student, teacher)]
-        if not set(whole[0]) <= set(whole[1]):
-            raise UserError(
-                f"expected a teacher with the blocks {whole[0]} of the student's {tower}, found {whole[1]}; give the "
-                "policy that the student was pruned from"
-            )
-        for i, number in enumerate(whole[0]):
-            j = whole[1].index(number)
-            if "half" not in (ours[i].kind, its[j].kind):
-                pairs.append((f"{tower}.layers.{i}", f"{tower}.layers.{j}"))
-    return pairs
 
 
 @contextmanager

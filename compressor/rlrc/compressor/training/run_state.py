@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,15 @@ from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.folders import replacing
 
-if TYPE_CHECKING:
-    from rlrc.compressor.rl.rollout import Rollouts
-
 FORMAT = 2  # of the saved state
 EVERY_S = 120.0  # seconds between two saves
 SHARE = 0.1  # of the time that saving may take: 80 GB of a large policy are not written every two minutes
+
+
+class Simulated(Protocol):
+    """Processes that simulate (rlrc.compressor.rl.rollout), whose time counts as well."""
+
+    cpu_seconds: float
 
 
 class Run:
@@ -41,7 +44,7 @@ class Run:
         self.rows = 0  # of the curve
         self.saved: int | None = None  # the step of the saved state
         self.spent = 0.0  # CPU-seconds before this process
-        self.rollouts: Rollouts | None = None
+        self.rollouts: Simulated | None = None
         self.began = 0.0
 
     def open(self, stage: str, parent: str, config: Any, wanted: precision.Wanted = "auto") -> None:
@@ -88,7 +91,7 @@ class Run:
         unit = "iteration" if stage == "rl" else "step"
         return f"the same command goes on from {unit} {self.saved} of {stage}"
 
-    def start_clock(self, rollouts: Rollouts | None) -> None:
+    def start_clock(self, rollouts: Simulated | None) -> None:
         self.rollouts, self.began = rollouts, time.process_time()
         if rollouts is not None:
             rollouts.cpu_seconds = 0.0

@@ -21,7 +21,7 @@ from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.quantize.grid import GROUP
 from rlrc.errors import UserError
 from rlrc.exporters.gguf.blocks import gguf_blocks
-from rlrc.exporters.weights import Weights, in_float16, nibbles
+from rlrc.exporters.graphs.weights import Weights, in_float16, nibbles
 
 CONTEXT = 4096  # what llama.cpp takes for the longest sequence trained on; it only warns beyond
 EMPTY = 32  # channels of zeros where a block has no MLP: llama.cpp would leave out its attention too

@@ -13,8 +13,8 @@ from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest, TensorSpec, Towe
 from rlrc.errors import UserError
 from rlrc.exporters.gguf import file as gguf_file
 from rlrc.exporters.graphs import Define, openvla, tiny
+from rlrc.exporters.graphs.weights import Weights, read_weights
 from rlrc.exporters.onnx.builder import FLAVOURS, NEEDS, OnnxRuntimeBuilder
-from rlrc.exporters.weights import Weights, read_weights
 from rlrc.runtime.inference.backends import FOLDERS, llama_model
 
 FAMILIES: Mapping[str, Mapping[str, Define]] = {

@@ -1,7 +1,7 @@
 """The graphs of every family, one module for each group of families, from the blocks that they share.
 
 Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
-affair (rlrc.exporters.builder). Their inputs and outputs are what the decode drivers pass (rlrc.runtime.inference.interfaces).
+affair (rlrc.exporters.graphs.builder). Their inputs and outputs are what the decode drivers pass (rlrc.runtime.inference.interfaces).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.errors import UserError
-from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import act, flow, openvla, tiny
+from rlrc.exporters.graphs.builder import Builder
 
 Define = Callable[[Builder, PolicySpec, dict[str, TowerSpec]], None]
 

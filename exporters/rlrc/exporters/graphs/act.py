@@ -8,7 +8,7 @@ import torch
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.models.act import Geometry, sinusoidal
 from rlrc.compressor.models.nn.resnet import Block, ConvNorm, FrozenBatchNorm, ResNet, feature_size
-from rlrc.exporters.builder import Builder
+from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlrc.artifact import CameraSpec, LayerSpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import frequencies
-from rlrc.exporters.builder import Activation, Builder
+from rlrc.exporters.graphs.builder import Activation, Builder
 
 KeyValue = tuple[str, str]  # (batch, kv_heads, T, head_dim) each, keys rotated
 

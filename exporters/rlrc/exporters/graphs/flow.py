@@ -13,8 +13,8 @@ import numpy as np
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.flow import FlowGeometry, prefix_stride
-from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import blocks
+from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
 

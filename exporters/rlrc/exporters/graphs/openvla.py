@@ -9,8 +9,8 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import rotary_tables
 from rlrc.compressor.models.nn.prismatic import TRANSFORMERS, Geometry
 from rlrc.compressor.models.oft import STOP
-from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs import blocks
+from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
 

@@ -13,8 +13,8 @@ from math import prod
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import rotary_tables
 from rlrc.compressor.models.tiny import TinyGeometry
-from rlrc.exporters.builder import Builder
 from rlrc.exporters.graphs.blocks import Around, decoder_block, norm, vision_block
+from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from rlrc.exporters.builder import INT8_MIN_INPUTS, Activation, Builder, int8_columns, joined
-from rlrc.exporters.weights import Weights, in_float16
+from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, Activation, Builder, int8_columns, joined
+from rlrc.exporters.graphs.weights import Weights, in_float16
 
 NEEDS = {"onnxruntime": ">=1.18"}
 CONTRIB = "com.microsoft"

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from rlrc.exporters.builder import TYPES
+from rlrc.exporters.graphs.builder import TYPES
 from rlrc.exporters.onnx.builder import OnnxRuntimeBuilder
 
 MIXED = "int8+int4"

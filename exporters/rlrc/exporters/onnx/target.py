@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.graphs.weights import Weights, read_weights
 from rlrc.exporters.onnx.builder import DENSE, FLAVOURS, NEEDS, QUANTIZED, OnnxRuntimeBuilder
 from rlrc.exporters.onnx.mixed import MIXED, PARTS, MixedBuilder
-from rlrc.exporters.weights import Weights, read_weights
 from rlrc.runtime.inference.backends import FOLDERS
 
 Precision = str | Mapping[str, str]

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from rlrc.exporters.builder import Activation, Builder, int8_columns, joined
-from rlrc.exporters.weights import Weights, in_float16, nibbles
+from rlrc.exporters.graphs.builder import Activation, Builder, int8_columns, joined
+from rlrc.exporters.graphs.weights import Weights, in_float16, nibbles
 
 Float = Literal["float32", "float16", "bfloat16"]
 Eight = Literal["int8", "fp8"]

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import GOLDEN, Artifact, GraphSpec
-from rlrc.exporters.builder import INT8_MIN_INPUTS, joined
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, joined
+from rlrc.exporters.graphs.weights import Weights
 from rlrc.exporters.tensorrt.builder import E4M3_MAX, Eight, Flavour, TensorRTBuilder
 from rlrc.exporters.tensorrt.cpu_reference import StandIn
-from rlrc.exporters.weights import Weights
 from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.policy import LocalPolicy
 

@@ -10,10 +10,10 @@ from rlrc.artifact import GOLDEN, Artifact, Draft, GraphSpec, PolicySpec
 from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.graphs.weights import Weights, read_weights
 from rlrc.exporters.tensorrt.builder import Flavour, Float, TensorRTBuilder
 from rlrc.exporters.tensorrt.int8 import scales
 from rlrc.exporters.tensorrt.profiles import Lengths, profiles
-from rlrc.exporters.weights import Weights, read_weights
 from rlrc.folders import sha256
 from rlrc.jetson.model.precision import OVERFLOWS
 from rlrc.runtime.inference.backends import FOLDERS

@@ -17,8 +17,8 @@ from rlrc.jetson.board import deploy
 from rlrc.jetson.board.deploy import FOLDER, KEPT, Place, TrialFailed, Watch
 from rlrc.jetson.board.remote import Shell
 from rlrc.progress import progress
-from rlrc.runtime.cli.describe import plain_console
 from rlrc.runtime.cli.policy import check_failed
+from rlrc.tables import plain_console
 
 CHECK = "/opt/rlrc/venv/bin/rlrc jetson doctor"
 

@@ -17,7 +17,7 @@ from rlrc.benchmarks.results.results import check_out, dump, write
 from rlrc.errors import UserError
 from rlrc.jetson.board import doctor, doctor_live, trial
 from rlrc.jetson.board.doctor import Finding
-from rlrc.runtime.cli.describe import plain_console
+from rlrc.tables import plain_console
 
 MARKS = {"ok": ("ok", "green"), "advice": ("ok?", "yellow"), "fix": ("FIX", "red"), "none": ("-", "dim")}
 

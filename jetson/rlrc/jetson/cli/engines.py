@@ -12,8 +12,8 @@ from tyro.conf import Positional
 from rlrc.jetson.board import check as checking
 from rlrc.jetson.board.build import build
 from rlrc.progress import progress
-from rlrc.runtime.cli.describe import plain_console
 from rlrc.runtime.inference.backends.engine_cache import engine_cache
+from rlrc.tables import plain_console
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from rlrc.jetson.board import install
 from rlrc.jetson.board.remote import ConnectionLost, Shell
 from rlrc.jetson.model import devices
 from rlrc.runtime.board.monitor import is_jetson
-from rlrc.runtime.cli.describe import plain_console
 from rlrc.runtime.cli.policy import check_failed
+from rlrc.tables import plain_console
 
 Stage = Literal["check", "packages", "user", "python", "onnxruntime", "llama", "service", "doctor"]
 THERE = ".cache/rlrc-install"

@@ -19,8 +19,7 @@ from rlrc.jetson.model.plan import Setting, of_artifact, of_geometry, plan, reco
 from rlrc.jetson.model.roofline import BANDWIDTH, COMPUTE, SIDE, Stack
 from rlrc.jetson.model.suggest import shortfall, suggest
 from rlrc.jetson.model.work import Load
-from rlrc.runtime.cli.describe import plain_console, print_rows
-from rlrc.tables import print_table
+from rlrc.tables import plain_console, print_rows, print_table
 
 KINDS = ("fp32", "fp16", "int8", "fp8", "fp4")
 

@@ -41,10 +41,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.compressor.cli.sensitivity:Sensitivity",
         "which modules the actions depend on, measured one by one",
     ),
-    "prune": ("rlrc.compressor.cli.compress:Prune", "cut attention heads and MLP channels"),
+    "prune": ("rlrc.compressor.cli.stages:Prune", "cut attention heads and MLP channels"),
     "rl": ("rlrc.compressor.cli.simulator:RL", "recover by reinforcement learning (PPO)"),
-    "quantize": ("rlrc.compressor.cli.compress:Quantize", "weights to 4 or 8 bits"),
-    "compare-grids": ("rlrc.compressor.cli.compress:CompareGrids", "what rounding costs, by method and number of bits"),
+    "quantize": ("rlrc.compressor.cli.stages:Quantize", "weights to 4 or 8 bits"),
+    "compare-grids": ("rlrc.compressor.cli.stages:CompareGrids", "what rounding costs, by method and number of bits"),
     "compress": (
         "rlrc.compressor.cli.training:Compress",
         "all stages from a recipe: prune, sft, distill, rl, quantize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, VerifiedSpec
+from rlrc.artifact.describe import folder_bytes
 from rlrc.checkpoint_folder import Flags, is_official
 from rlrc.errors import UserError
 from rlrc.folders import check_output
@@ -19,12 +21,14 @@ from rlrc.npz import read_npz, write_npz
 from rlrc.printable import printable
 from rlrc.progress import status
 from rlrc.runtime.cli import agreement
-from rlrc.runtime.cli.describe import describe, folder_bytes, plain_console, records_table, trial
+from rlrc.runtime.cli.describe import describe, records_table, trial
 from rlrc.runtime.inference import backends, verify
 from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy, Policy, recorded
-from rlrc.tables import print_table
+from rlrc.tables import plain_console, print_table
+
+CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints; the robot has no torch
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,7 @@ class Inspect:
         if (self.path is None) == (self.geometry is None):
             raise UserError("expected either a path or --geometry, found both or neither; give one of them")
         if self.path is None or is_official(self.path, self.official):
-            from rlrc.compressor.cli import checkpoints  # imported late: the robot has no torch
-
-            return checkpoints.inspect(self.path, self.geometry, self.official, self.json)
+            return import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
         artifact = artifacts.load(self.path)
         if self.json:
             values = artifacts.to_json(artifact.manifest) | {"digest": artifact.digest, "bytes": folder_bytes(artifact)}
@@ -93,9 +95,7 @@ class Infer:
 
     def _policy(self) -> Policy:
         if is_official(self.path, self.official):
-            from rlrc.compressor.cli import checkpoints  # imported late: the robot has no torch
-
-            return checkpoints.policy(self.path, self.official, self.threads)
+            return import_module(CHECKPOINTS).policy(self.path, self.official, self.threads)
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 

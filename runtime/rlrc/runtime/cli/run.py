@@ -20,11 +20,10 @@ from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.realtime import real_time
-from rlrc.robots import replay
 from rlrc.robots.driver import one_line
 from rlrc.robots.robot import RobotError
 from rlrc.runtime.board import monitor
-from rlrc.runtime.cli.describe import plain_console, print_rows
+from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.cli.policy import check_failed
 from rlrc.runtime.control import episodes as loop
 from rlrc.runtime.control import telemetry
@@ -44,6 +43,7 @@ from rlrc.runtime.page.process import Page
 from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.profile import RobotProfile
 from rlrc.runtime.wire.ports import Access, access, token
+from rlrc.tables import plain_console, print_rows
 from rlrc.worker import Dead
 
 
@@ -309,11 +309,11 @@ class Run:
         if self.record is not None and run.recorder is not None:
             totals["recorded_frames"] = run.recorder.finish()
         if run.replay is not None:
-            totals["replay"] = replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
+            totals["replay"] = cli_replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:
-            compared = replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
+            compared = cli_replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
             print_rows(telemetry.told(totals) | compared, plain_console())
         reason = run.guard.reason
         failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]

@@ -18,7 +18,6 @@ from rlrc import artifact as artifacts
 from rlrc import realtime
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.cli.describe import plain_console
 from rlrc.runtime.cli.policy import check_failed
 from rlrc.runtime.control.service_manager import Supervisor
 from rlrc.runtime.inference.backends import Backend
@@ -32,6 +31,7 @@ from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.session import WAITING, Session
 from rlrc.runtime.wire import logs
 from rlrc.runtime.wire.ports import Access, access, check_plain, token, url
+from rlrc.tables import plain_console
 
 DRAIN_S = 10.0
 DEFAULT_MAPPINGS = {"openvla": "openvla"}  # of the others: the policy's own names

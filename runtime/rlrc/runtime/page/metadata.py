@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from rlrc.artifact import Artifact, PolicySpec
-from rlrc.runtime.cli.describe import folder_bytes, policy_rows
+from rlrc.artifact.describe import folder_bytes, policy_rows
 from rlrc.runtime.page.feed import TEXT
 from rlrc.runtime.safety.profile import RobotProfile, senses
 from rlrc.runtime.safety.verdict import Event

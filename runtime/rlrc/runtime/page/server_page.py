@@ -17,7 +17,7 @@ from rlrc.runtime.page.feed import TEXT
 from rlrc.runtime.page.metadata import Events
 from rlrc.runtime.page.process import Page
 from rlrc.runtime.servers.session import Refused, Session
-from rlrc.runtime.wire.ports import unready
+from rlrc.runtime.servers.status import unready
 
 STATE_S = 0.5
 BENCH_CALLS = 50

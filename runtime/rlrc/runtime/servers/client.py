@@ -24,10 +24,9 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from rlrc.errors import UserError
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import Result, Timing
-from rlrc.runtime.servers.session import LARGEST
 from rlrc.runtime.servers.shared import HEADER, METADATA, Written
 from rlrc.runtime.wire import arrays
-from rlrc.runtime.wire.ports import checked
+from rlrc.runtime.wire.ports import LARGEST, checked
 from rlrc.runtime.wire.websocket import WebSocket
 
 KEPT = 10_000  # latencies that the statistics are over, the last ones

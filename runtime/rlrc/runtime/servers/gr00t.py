@@ -24,11 +24,11 @@ import numpy as np
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers.observations import Columns, Observations, brief, listed, shown
-from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.servers.session import Client, Refused, Session
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.arrays import DIMENSIONS, DTYPE
 from rlrc.runtime.wire.logs import fields
-from rlrc.runtime.wire.ports import CLIENTS, Access, forget
+from rlrc.runtime.wire.ports import CLIENTS, LARGEST, Access, forget
 from rlrc.runtime.wire.zmtp import Answer, Replier
 
 PROTOCOL = "gr00t"

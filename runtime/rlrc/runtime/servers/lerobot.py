@@ -26,10 +26,10 @@ from rlrc.errors import UserError
 from rlrc.runtime.servers import lerobot_features
 from rlrc.runtime.servers.lerobot_features import Features, Known, state_folder
 from rlrc.runtime.servers.observations import Observations, brief
-from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.servers.session import Client, Refused, Session
 from rlrc.runtime.wire import pickles, protobuf
 from rlrc.runtime.wire.logs import fields
-from rlrc.runtime.wire.ports import CLIENTS, Access, forget
+from rlrc.runtime.wire.ports import CLIENTS, LARGEST, Access, forget
 
 PROTOCOL = "lerobot"
 SERVICE = "transport.AsyncInference"

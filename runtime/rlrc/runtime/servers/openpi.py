@@ -23,21 +23,22 @@ from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.session import LARGEST, Client, Refused, Session
+from rlrc.runtime.servers.session import Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
+from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.frames import Connection
 from rlrc.runtime.wire.logs import fields
 from rlrc.runtime.wire.ports import (
     CLIENTS,
     CONNECTIONS,
+    LARGEST,
     PATIENCE_S,
     Access,
     Places,
     connected,
     forget,
     is_loopback,
-    status,
 )
 
 PROTOCOL = "openpi"

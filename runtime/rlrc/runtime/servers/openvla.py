@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.session import LARGEST, Refused, Session
+from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
 from rlrc.runtime.wire.gate import Connection, answering, listen
 from rlrc.runtime.wire.http_head import Head, Refusal
 from rlrc.runtime.wire.logs import fields
-from rlrc.runtime.wire.ports import CLIENTS, CONNECTIONS, Access, Places, connected, forget, status
+from rlrc.runtime.wire.ports import CLIENTS, CONNECTIONS, LARGEST, Access, Places, connected, forget
 
 PROTOCOL = "openvla"
 BODY_S = 10.0  # longest time that a client may take to send its request

@@ -27,9 +27,9 @@ from rlrc.errors import UserError
 from rlrc.runtime.control.inference_process import Inference, Open
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.wire.metrics import Metrics
+from rlrc.runtime.wire.ports import LARGEST
 from rlrc.worker import Dead
 
-LARGEST = 16 * 2**20  # bytes of a message, and so of an observation: four pictures of 1280 x 960 fit
 WAITING = 8  # observations that may wait for the policy, the one it works on included
 HANGS_S = 60.0  # longest inference
 

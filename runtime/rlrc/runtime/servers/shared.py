@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers.session import LARGEST
+from rlrc.runtime.wire.ports import LARGEST
 
 HEADER = "X-Shared-Memory"  # of a request that asks for it
 METADATA = "shared_memory"  # and the answer: where it is

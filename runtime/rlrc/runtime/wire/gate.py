@@ -20,10 +20,9 @@ from typing import Any
 
 from aiohttp import web
 
-from rlrc.runtime.servers.session import LARGEST
 from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Head, Refusal
-from rlrc.runtime.wire.ports import Allowance, Places
+from rlrc.runtime.wire.ports import LARGEST, Allowance, Places
 
 Check = Callable[[Head], None]
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire import http_head
-from rlrc.runtime.wire.metrics import CONTENT_TYPE
 
 CLIENTS = 32  # at once, on a port
 CONNECTIONS = 128  # at once, on a port, those included that have not said yet what they want
@@ -192,41 +190,6 @@ def url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def status(path: str, session: Session, access: Access, authorization: str | None) -> tuple[int, str, str] | None:
-    """(HTTP status, body, content type) of /healthz, /readyz and /metrics; None for other paths.
-
-    Alive is a server that answers at all; ready one whose policy is loaded, verified and warmed up, and whose guard
-    has not stopped. Only the metrics need the token.
-    """
-    path, plain = path.partition("?")[0], "text/plain; charset=utf-8"
-    if path == "/healthz":
-        return 200, "OK\n", plain
-    if path == "/readyz":
-        reason = unready(session)
-        return (200, "ready\n", plain) if reason is None else (503, f"{reason}\n", plain)
-    if path != "/metrics":
-        return None
-    if not access.allows(authorization):
-        return 401, "expected a token\n", plain
-    gauges = {
-        "rlrc_ready": float(unready(session) is None),
-        "rlrc_observations_waiting": float(session.waiting),
-        "rlrc_guard_stopped": float(session.stopped is not None),
-    }
-    return 200, session.metrics.text(**gauges), CONTENT_TYPE
-
-
-def unready(session: Session) -> str | None:
-    """Why it is not ready; None if it is."""
-    if session.failure is not None:
-        return "failed"
-    if session.draining:
-        return "ending"
-    if not session.opened.is_set():
-        return "loading"
-    return None if session.stopped is None else "stopped"
-
-
 def check_plain(host: str, protocols: Collection[str], insecure: bool) -> None:
     """Raises UserError for protocols without TLS at an address that others reach."""
     if is_loopback(host):
@@ -250,3 +213,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+LARGEST = 16 * 2**20  # bytes of a message, and so of an observation: four pictures of 1280 x 960 fit

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlrc.artifact import ActionSpec, NormStats, PolicySpec, StateSpec
+from rlrc.artifact.describe import Recorded
 from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.compressor.checkpoints.lerobot.features import dimension_names, meanings
 from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY, MODES, Values, affine, identity
 from rlrc.errors import UserError
-from rlrc.runtime.cli.describe import Recorded
 from rlrc.strict import encode, parse
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from rlrc.artifact import GOLDEN, Artifact, Manifest, writing
 from rlrc.errors import UserError
 from rlrc.exporters.export import Disagreement, export, with_graphs
 from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.graphs.weights import read_weights
 from rlrc.exporters.onnx.builder import FLAVOURS
 from rlrc.exporters.onnx.mixed import MIXED
 from rlrc.exporters.onnx.target import built, choices, write_graphs
-from rlrc.exporters.weights import read_weights
 from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlrc.artifact import Artifact, QuantizationSpec
+from rlrc.artifact import WEIGHTS, Artifact, QuantizationSpec
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.tensors import Tensors, of_safetensors
 from rlrc.compressor.models.weights import check_shapes
 from rlrc.compressor.quantize.grid import unpack, values_of
-from rlrc.compressor.stages.artifact_io import WEIGHTS
 from rlrc.errors import UserError
 
 

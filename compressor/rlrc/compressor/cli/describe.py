@@ -8,15 +8,16 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from rlrc.artifact.describe import normalisation_lines, policy_rows
+from rlrc.artifact.describe import prunable as prunable_parts
 from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.models.coupling import TOWERS, groups
 from rlrc.compressor.models.policy import Policy
-from rlrc.runtime.cli.describe import modules_table, normalisation_lines, policy_rows, print_rows
-from rlrc.runtime.cli.describe import prunable as prunable_parts
+from rlrc.runtime.cli.describe import modules_table
 from rlrc.strict import encode
-from rlrc.tables import print_table
+from rlrc.tables import print_rows, print_table
 
 # Parts of official files that people have names for; what is in none of them is "other".
 COMPONENTS = {

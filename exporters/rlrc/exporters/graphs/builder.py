@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from rlrc.artifact import TensorSpec
-from rlrc.exporters.weights import Weights
+from rlrc.exporters.graphs.weights import Weights
 
 TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
 LARGE = 2**30
