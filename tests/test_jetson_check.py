@@ -125,7 +125,7 @@ except NoAction as error:
 
 @pytest.mark.usefixtures("tensorrt")
 def test_the_runtime_calls_what_nvidia_offers() -> None:
-    """Names and arguments of all that rlrc.runtime.inference.backends.tensorrt calls; without a GPU it cannot be called."""
+    """Names and arguments of all that the TensorRT backend calls; without a GPU it cannot be called."""
     done = subprocess.run(
         [PYTHON, "-c", API], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH}, check=False
     )

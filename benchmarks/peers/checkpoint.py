@@ -1,8 +1,8 @@
 """A SmolVLA of the official size with random weights, in the folder that lerobot writes and reads, tokenizer and all.
 
 What is small in it (processors, statistics, a tokenizer of a few hundred words) is that of the golden checkpoint in
-tests/data; dimensions are the official ones (rlrc.compressor.checkpoints.geometry). Weights are of a size that keeps activations
-near one, stored in bfloat16, as lerobot's own checkpoint has them.
+tests/data; dimensions are the official ones (rlrc.compressor.checkpoints.geometry). Weights are of a size that keeps
+activations near one, stored in bfloat16, as lerobot's own checkpoint has them.
 """
 
 from __future__ import annotations

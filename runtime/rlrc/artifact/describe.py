@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a policy is, in words: rows of a table and lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rlrc.artifact import Artifact, HistoryEntry, LayerSpec, PolicySpec, TowerSpec
 
-# rlrc.compressor.checkpoints.layout.Normalisation as JSON values, by rlrc's names ("state"), nearest to raw values first.
+# rlrc.compressor.checkpoints.layout.Normalisation as JSON, by rlrc's names ("state"), nearest to raw values first.
 Recorded = dict[str, list[dict[str, Any]]]
 
 

@@ -1,6 +1,7 @@
 """The real dimensions of official checkpoints, as the readers of their folders find them, for those who have no torch.
 
-geometries.json is written by ``python -m rlrc.compressor.checkpoints.geometry``, which holds the numbers that it comes from.
+geometries.json is written by ``python -m rlrc.compressor.checkpoints.geometry``, which holds the numbers that it comes
+from.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 class Sensed(NamedTuple):
     """One state of the robot. Stamps are seconds of time.monotonic() at which something was measured.
 
-    ``observation`` is one of rlrc.runtime.inference.policy, ``measured`` (S,) its state vector or None if the policy has none,
-    of the time ``stamp``; ``pictures`` has a stamp for each picture of the observation, by its name there.
+    ``observation`` is one of rlrc.runtime.inference.policy, ``measured`` (S,) its state vector or None if the policy
+    has none, of the time ``stamp``; ``pictures`` has a stamp for each picture of the observation, by its name there.
     """
 
     observation: Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""TODO claims."""
+"""The project's claims, checked: memory, latency and success at one operating point."""

@@ -60,7 +60,8 @@ def thresholds(path: Path | None = None) -> Thresholds:
     numbers = [value for value in flat.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if sorted(flat) != sorted(expected) or len(numbers) != len(expected):
         raise UserError(
-            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with rlrc/benchmarks/claims/claims.toml"
+            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with "
+            "rlrc/benchmarks/claims/claims.toml"
         )
     return Thresholds(**flat)
 

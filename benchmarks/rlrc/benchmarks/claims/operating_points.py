@@ -15,7 +15,7 @@ FILE = "operating_points.toml"
 
 @dataclass(frozen=True)
 class Point:
-    """``geometry``: see rlrc.artifact.geometries. ``prune``: the part of the intermediate blocks' heads and channels to cut;
+    """``geometry``: see rlrc.artifact.geometries. ``prune``: the part of the intermediate blocks to cut;
     ``eight``: patterns of the tensors that stay in 8 bits. ``elsewhere``: another runtime that the compressed one can
     run on, and its precisions there.
     """

@@ -1,9 +1,10 @@
 """What serving costs beyond inference: an observation's way to the policy and its actions' way back, on this machine.
 
-Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of its own: a minimal
-one, written here on the same libraries, that calls the policy in its event loop and checks nothing; `rlrc serve`'s; and
-that with pictures in shared memory. They are asked in turn, so that what else the machine does meets all alike, at a
-real-time priority where that is granted: others' turns on a shared machine are not what serving costs.
+Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of
+its own: a minimal one, written here on the same libraries, that calls the policy in its event loop and checks nothing;
+`rlrc serve`'s; and that with pictures in shared memory. They are asked in turn, so that what else the machine does
+meets all alike, at a real-time priority where that is granted: others' turns on a shared machine are not what serving
+costs.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""TODO measure."""
+"""One measurement a file: latency, memory, energy, throughput, success."""

@@ -28,7 +28,7 @@ from rlrc.runtime.inference.warmup import warm_up
 if TYPE_CHECKING:
     from rlrc.runtime.inference.policy import Policy, Result
 
-# In the order in which they come; the same names as in rlrc.jetson.model.work. "decoder": what a policy tells of all passes
+# In the order of a decision, by the names of rlrc.jetson.model.work. "decoder": what a policy tells of all passes
 # but the pictures', where its engine cannot be watched.
 PARTS = ("preprocess", "vision", "prefix", "prefill", "decode", "steps", "decoder", "head", "postprocess")
 GRAPHS = {"vision": "vision", "prefix": "prefix", "step": "steps", "decoder": "prefill", "head": "head"}

@@ -1,1 +1,1 @@
-"""TODO report."""
+"""Results as pages: HTML and Markdown, charts, film strips."""

@@ -1,1 +1,1 @@
-"""TODO results."""
+"""Result files, the machine they are of, and their statistics."""

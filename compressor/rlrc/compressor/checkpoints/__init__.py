@@ -1,1 +1,1 @@
-"""TODO checkpoints."""
+"""Official checkpoint folders: recognised, read natively, written back."""

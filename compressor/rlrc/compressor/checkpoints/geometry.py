@@ -3,7 +3,8 @@
 They go the same way as real ones (recognise, layout, build on the meta device), so memory plans and full-size
 benchmarks need no download. Statistics are those of data that is normalised already.
 
-``python -m rlrc.compressor.checkpoints.geometry`` writes what the readers find into rlrc/geometries.json, for who has no torch.
+``python -m rlrc.compressor.checkpoints.geometry`` writes what the readers find into rlrc/geometries.json, for who has
+no torch.
 """
 
 from __future__ import annotations

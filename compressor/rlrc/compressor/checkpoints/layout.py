@@ -1,4 +1,4 @@
-"""TODO."""
+"""What an official folder describes: a policy's geometry, where its tensors are, how its values are normalised."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TODO models."""
+"""The policies in torch: families, decode drivers, and modules of explicit geometry."""

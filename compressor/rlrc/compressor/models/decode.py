@@ -1,6 +1,7 @@
 """The decode drivers in torch: from a batch of observations to one chunk of normalised actions.
 
-rlrc.runtime.inference.decode has the same three over graphs. Gradients flow through all of them; who wants none says so.
+rlrc.runtime.inference.decode has the same three over graphs. Gradients flow through all of them; who wants none says
+so.
 """
 
 from __future__ import annotations

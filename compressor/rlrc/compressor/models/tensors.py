@@ -1,4 +1,4 @@
-"""TODO."""
+"""Tensors by name: shapes and types without data, the data one tensor at a time."""
 
 from __future__ import annotations
 

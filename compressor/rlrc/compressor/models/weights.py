@@ -1,4 +1,4 @@
-"""TODO."""
+"""A policy's weights: given to its module, checked, counted."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TODO prune."""
+"""Structured pruning: what is scored, what is cut, what it costs."""

@@ -1,8 +1,9 @@
 """What each way of rounding costs one policy, side by side: 4 bits by three methods, NF4 (never stored), 8 bits.
 
 Weight error: Frobenius norm of the change of all rounded weights over that of the weights. Output error: the same of
-the layers' outputs on calibration inputs, the mean over layers. Action error: rlrc.compressor.quantize.action_error. AWQ's
-weights and outputs are those of its scaled policy, which is equal to the one given. Every row rounds the same tensors.
+the layers' outputs on calibration inputs, the mean over layers. Action error: rlrc.compressor.quantize.action_error.
+AWQ's weights and outputs are those of its scaled policy, which is equal to the one given. Every row rounds the same
+tensors.
 
 Every second observation is calibrated on, and errors are measured on the others: GPTQ fits what it was shown.
 """

@@ -94,8 +94,8 @@ def quantize(
     """A float policy, or its state dict if nothing is to be calibrated, on the grid. The policy is left as it is.
 
     ``calibration``: a few dozen observations, preprocessed; they stay in memory. With them the report has the action
-    error (see rlrc.compressor.quantize.action_error) of the result. Raises UserError for NaN, infinity and what float16 cannot
-    hold in the weights, for NaN in the observations, and if a method needs observations and there are none.
+    error (see rlrc.compressor.quantize.action_error) of the result. Raises UserError for NaN, infinity and what float16
+    cannot hold in the weights, for NaN in the observations, and if a method needs observations and there are none.
     """
     state = policy.state_dict() if isinstance(policy, Policy) else policy
     tensors = {name: finite(name, tensor.detach()) for name, tensor in state.items()}

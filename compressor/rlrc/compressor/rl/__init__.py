@@ -1,1 +1,1 @@
-"""TODO rl."""
+"""Policies that act in the simulator: rollouts, PPO, DAgger, scripted experts."""

@@ -114,7 +114,7 @@ def ids_of_tasks(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 
 class SampleBatches:
-    """Random batches of samples, whose instructions are those of the tasks: see rlrc.compressor.training.batches.Batches.
+    """Random batches of samples, with the tasks' instructions: see rlrc.compressor.training.batches.Batches.
 
     ``ids`` (tasks, L): the prompts.
     """

@@ -1,7 +1,8 @@
 """Scripted experts in the simulator become a data set: every control step a frame.
 
-As in rlrc.compressor.rl.demonstrations, noise is added to what is executed and never to what is recorded: a frame's action is what
-the expert does in that very state. A chunk read back is thus the expert's next answers along the disturbed path.
+As in rlrc.compressor.rl.demonstrations, noise is added to what is executed and never to what is recorded: a frame's
+action is what the expert does in that very state. A chunk read back is thus the expert's next answers along the
+disturbed path.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def record(
 
 
 def play(env: MetaWorldEnv, number: int, horizon: int = HORIZON) -> Iterator[dict[str, Any]]:
-    """The frames of one demonstration. Its number draws the scene and the noise, as rlrc.compressor.rl.demonstrations does."""
+    """The frames of one demonstration. Its number draws scene and noise, as rlrc.compressor.rl.demonstrations does."""
     seed, noise = scene(DEMONSTRATION, number), NOISE[number % len(NOISE)]
     env.reset(seed=seed)
     act, rng, held = expert(env.task), np.random.default_rng(seed + 1), np.zeros(len(ACTION_NAMES))

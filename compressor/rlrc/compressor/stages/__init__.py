@@ -1,1 +1,1 @@
-"""TODO stages."""
+"""The stages of a compression, artifact -> artifact, one a file."""

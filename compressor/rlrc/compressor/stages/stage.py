@@ -133,8 +133,9 @@ def stage(
     """Everything around a stage's own work.
 
     ``plays``: it needs the simulator, whatever the family. ``incomplete``: ``check`` supplies missing statistics. Of
-    several processes (see rlrc.compressor.training.distributed) all do the work, and the first one evaluates and writes. Raises
-    UserError before any work if input or output cannot be used, or if ``check`` raises it about the source.
+    several processes (see rlrc.compressor.training.distributed) all do the work, and the first one evaluates and
+    writes. Raises UserError before any work if input or output cannot be used, or if ``check`` raises it about the
+    source.
     """
     source = open_source(path, flags or Flags(), incomplete)
     unquantized_only(source, path)

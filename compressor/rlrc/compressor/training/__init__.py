@@ -1,1 +1,1 @@
-"""TODO training."""
+"""Training on demonstrations: SFT, distillation, losses, LoRA, batches, several processes, saved runs."""

@@ -1,9 +1,9 @@
 """Hidden-state distillation: a pruned policy learns from demonstrations and from its dense teacher's hidden states.
 
 Pruning keeps the residual width, so what the student's blocks put out is regressed on what the teacher's do, with no
-projector between (arXiv 2609.19579). The objective is ``task`` times the chunk's loss (rlrc.compressor.training.losses) plus
-``hidden`` times the squared error of the hidden states, relative to the teacher's, at every position of every matched
-block alike: language models have positions whose states are hundreds of times larger than all others (arXiv
+projector between (arXiv 2609.19579). The objective is ``task`` times the chunk's loss (rlrc.compressor.training.losses)
+plus ``hidden`` times the squared error of the hidden states, relative to the teacher's, at every position of every
+matched block alike: language models have positions whose states are hundreds of times larger than all others (arXiv
 2402.17762), and a mean over raw squares would see only those. The teacher answers on the fly, or once for every sample:
 its states are then read from the run's folder.
 """

@@ -79,7 +79,7 @@ class Team:
             raise UserError("expected FSDP of version 2, found version 1; give accelerate launch --fsdp_version 2")
 
     def together(self) -> AbstractContextManager[None]:
-        """Within it a signal ends no process of several before the others: see rlrc.compressor.training.run_state.Keeper."""
+        """Within it a signal ends no process of several before the others: see run_state.Keeper."""
         return interrupts.held() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

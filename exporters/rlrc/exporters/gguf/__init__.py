@@ -1,1 +1,1 @@
-"""TODO gguf."""
+"""llama.cpp: a decoder's blocks as a GGUF file."""

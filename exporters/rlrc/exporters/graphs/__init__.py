@@ -1,7 +1,8 @@
 """The graphs of every family, one module for each group of families, from the blocks that they share.
 
 Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
-affair (rlrc.exporters.graphs.builder). Their inputs and outputs are what the decode drivers pass (rlrc.runtime.inference.interfaces).
+affair (rlrc.exporters.graphs.builder). Their inputs and outputs are what the decode drivers pass
+(rlrc.runtime.inference.interfaces).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""TODO onnx."""
+"""ONNX Runtime: its operators, its precisions."""

@@ -1,1 +1,1 @@
-"""TODO tensorrt."""
+"""TensorRT: standard operators, optimisation profiles, 8-bit scales."""

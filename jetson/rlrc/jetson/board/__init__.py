@@ -1,1 +1,1 @@
-"""TODO board."""
+"""On the board: check it, set it up, copy artifacts to it, build engines."""

@@ -1,8 +1,8 @@
 """Whether a board is as it should be: what its files say, line by line, and what to do about what is wrong.
 
 Everything here is read from files below a root, so that it can be tried on recorded trees; what only this process can
-tell (imports, limits, groups) is in rlrc.jetson.board.doctor_live. On a machine that is no Jetson the lines that make no
-sense say so.
+tell (imports, limits, groups) is in rlrc.jetson.board.doctor_live. On a machine that is no Jetson the lines that make
+no sense say so.
 """
 
 from __future__ import annotations

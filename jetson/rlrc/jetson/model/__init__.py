@@ -1,1 +1,1 @@
-"""TODO model."""
+"""Predictions without a board: devices, operations, roofline, memory, the plan."""

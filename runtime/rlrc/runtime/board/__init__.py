@@ -1,1 +1,1 @@
-"""TODO board."""
+"""Sensors of the board: power, temperatures, throttling, memory, read beside the control loop."""

@@ -272,7 +272,3 @@ def _unbox(text: str) -> str:
 def _refuse(message: str) -> int:
     print("rlrc: error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

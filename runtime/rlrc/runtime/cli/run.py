@@ -8,7 +8,7 @@ import secrets
 import sys
 import threading
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.text import Text
@@ -16,7 +16,6 @@ from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact
-from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.realtime import real_time
@@ -27,13 +26,11 @@ from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.cli.policy import check_failed
 from rlrc.runtime.control import episodes as loop
 from rlrc.runtime.control import telemetry
-from rlrc.runtime.control.chunks import Strategy
 from rlrc.runtime.control.control_loop import Timing, why
 from rlrc.runtime.control.rearming import Standstill
-from rlrc.runtime.control.session import Running
+from rlrc.runtime.control.session import Running, SessionConfig
 from rlrc.runtime.control.stop_switch import ASKED, StopSwitch, uninterrupted
 from rlrc.runtime.control.watchdog import leave
-from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.page.control_page import LoopPage
@@ -48,7 +45,7 @@ from rlrc.worker import Dead
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(SessionConfig):
     """Close the loop at a fixed rate on a robot or a simulator: observe, infer beside the loop, guard, act.
 
     Any key, Ctrl-C or what --button and --port bring stops the robot; so does whatever goes wrong (docs/robots.md).
@@ -56,44 +53,8 @@ class Run:
 
     path: Positional[Path]
     """the artifact"""
-    env: str | None = None
-    """simulator to control: metaworld:TASK, gym:ID or libero:SUITE/NUMBER, such as metaworld:drawer-open-v3"""
-    env_mapping: Path | None = None
-    """TOML file that says how the environment's values become the policy's, for gym:ID"""
-    driver: str | None = None
-    """robot to control instead: MODULE:FUNCTION of yours, called with the policy's description and --instruction"""
-    replay: Path | None = None
-    """LeRobotDataset to play instead: at the end the commands are compared with what was recorded"""
-    episode: int = 0
-    """episode of the data set to play"""
-    cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
-    instruction: str = ""
-    """what a robot is to do, in words"""
     profile: str | None = None
     """the robot's limits: a TOML file, or the name of one of ours (default: that of metaworld)"""
-    hz: float | None = None
-    """steps a second; 0 plays a simulator as fast as possible, in lockstep, without a guard (default: the simulator's
-    or the data set's own rate)"""
-    strategy: Strategy | None = None
-    """how chunks follow each other: synchronous, where the robot waits for the next one (the default); replace by the
-    newest (the default of --replay, which does not wait); ensemble, their average; continue, where the newest is made
-    to go on from what is being executed (real-time chunking)"""
-    execute: int | None = None
-    """steps of every chunk to play before the next inference (default: synchronously all, else as few as can be)"""
-    episodes: int = 1
-    """episodes to play in a simulator"""
-    seed: int | None = None
-    """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
-    steps: int | None = None
-    """steps after which to end (default: a robot's run ends when it is stopped)"""
-    late: float | None = None
-    """periods that a state or a picture may be old before that stops the robot; more for cameras slower than --hz
-    (default: 1.5; 5 for a simulator or a recording, which share this machine)"""
-    patience: float = Timing.patience
-    """seconds that the robot is held for want of an action before that stops it"""
-    record: Path | None = None
-    """write every step into a new LeRobotDataset"""
     log: Path | None = None
     """write every step's times and what the guard did: JSON lines, or .parquet"""
     button: Path | None = None
@@ -116,10 +77,6 @@ class Run:
     """hold the robot after a stop, until somebody re-arms it (R, or the page) or ends the run (q, Ctrl-C)"""
     pin: tuple[int, ...] = ()
     """processors that the loop is to run on (default: any)"""
-    backend: Backend | None = None
-    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
-    threads: int = 1
-    """threads of the engine"""
     json: bool = False
     """print the summary and every episode as JSON instead"""
 
@@ -162,11 +119,6 @@ class Run:
             importlib.import_module("pyarrow.parquet")
         if self.port is not None:
             importlib.import_module("aiohttp")
-
-    @property
-    def seeds(self) -> range:
-        first = EVALUATION.start if self.seed is None else self.seed
-        return range(first, first + self.episodes)
 
     # As fast as possible, without a guard: a simulator only
 

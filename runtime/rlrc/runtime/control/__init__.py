@@ -1,1 +1,1 @@
-"""TODO control."""
+"""The control loop: chunks in time, stops, re-arming, watchdogs, telemetry."""

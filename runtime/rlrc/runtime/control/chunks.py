@@ -8,7 +8,8 @@ its first actions, and one that comes very late all of them: they are never sent
 - "replace": the newest chunk is played as soon as it is there;
 - "ensemble": the average of all chunks that have an action for the step, older ones counting more (ACT, arXiv
   2304.13705, section IV: weights exp(-0.01 i), the oldest first);
-- "continue": the newest chunk, made to go on from the former one (real-time chunking, rlrc.runtime.inference.continuation).
+- "continue": the newest chunk, made to go on from the former one (real-time chunking,
+  rlrc.runtime.inference.continuation).
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The loop on the robot: at a fixed rate sense, take the action that is planned for this very step, guard it, send it.
 
-Step n is due at ``start + n / hz`` on a monotonic clock. Inference runs beside the loop (rlrc.runtime.control.inference_process); its
-chunks are joined by the time of their observations (rlrc.runtime.control.chunks). An action that cannot be sent before the next
-step is due is not sent at all: the robot is held, the schedule goes on without the steps that were missed, and no burst
-makes up for them. Where there is no action for a step, the guard holds the robot, and stops it if that lasts. Whatever
-else goes wrong stops it. A stop that somebody wants does not wait for the next step: braking begins with a command of
-its own, at once. Whatever ends a step ends in a hold: an exception that no part of the loop deals with is raised again
-only after the robot has been braked and its own stop called.
+Step n is due at ``start + n / hz`` on a monotonic clock. Inference runs beside the loop
+(rlrc.runtime.control.inference_process); its chunks are joined by the time of their observations
+(rlrc.runtime.control.chunks). An action that cannot be sent before the next step is due is not sent at all: the robot
+is held, the schedule goes on without the steps that were missed, and no burst makes up for them. Where there is no
+action for a step, the guard holds the robot, and stops it if that lasts. Whatever else goes wrong stops it. A stop that
+somebody wants does not wait for the next step: braking begins with a command of its own, at once. Whatever ends a step
+ends in a hold: an exception that no part of the loop deals with is raised again only after the robot has been braked
+and its own stop called.
 """
 
 from __future__ import annotations

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from rlrc import realtime
 from rlrc.artifact import Artifact, PolicySpec
+from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.robots import replay
 from rlrc.robots.driver import Driver, named, said
@@ -18,28 +21,81 @@ from rlrc.robots.robot import Robot, RobotError
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.control import telemetry
-from rlrc.runtime.control.chunks import Chunks
+from rlrc.runtime.control.chunks import Chunks, Strategy
 from rlrc.runtime.control.control_loop import Control, Show, Timing
 from rlrc.runtime.control.inference_process import Inference
 from rlrc.runtime.control.rearming import Standstill
 from rlrc.runtime.control.service_manager import Supervisor
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.control.watchdog import Watchdog
+from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.guard import Guard
-
-if TYPE_CHECKING:
-    from rlrc.runtime.cli.run import Run
 
 REMEMBERED = 200_000  # steps that --log holds, about an hour at 50 Hz
 SIMULATED_LATE = 5.0  # periods: a simulator shares this machine
 
 
+@dataclass(frozen=True)
+class SessionConfig:
+    """What is driven, by which policy, and how. Field docstrings are the help of `rlrc run`."""
+
+    path: Path
+    """the artifact"""
+    env: str | None = None
+    """simulator to control: metaworld:TASK, gym:ID or libero:SUITE/NUMBER, such as metaworld:drawer-open-v3"""
+    env_mapping: Path | None = None
+    """TOML file that says how the environment's values become the policy's, for gym:ID"""
+    driver: str | None = None
+    """robot to control instead: MODULE:FUNCTION of yours, called with the policy's description and --instruction"""
+    replay: Path | None = None
+    """LeRobotDataset to play instead: at the end the commands are compared with what was recorded"""
+    episode: int = 0
+    """episode of the data set to play"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
+    instruction: str = ""
+    """what a robot is to do, in words"""
+    hz: float | None = None
+    """steps a second; 0 plays a simulator as fast as possible, in lockstep, without a guard (default: the simulator's
+    or the data set's own rate)"""
+    strategy: Strategy | None = None
+    """how chunks follow each other: synchronous, where the robot waits for the next one (the default); replace by the
+    newest (the default of --replay, which does not wait); ensemble, their average; continue, where the newest is made
+    to go on from what is being executed (real-time chunking)"""
+    execute: int | None = None
+    """steps of every chunk to play before the next inference (default: synchronously all, else as few as can be)"""
+    episodes: int = 1
+    """episodes to play in a simulator"""
+    seed: int | None = None
+    """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
+    steps: int | None = None
+    """steps after which to end (default: a robot's run ends when it is stopped)"""
+    late: float | None = None
+    """periods that a state or a picture may be old before that stops the robot; more for cameras slower than --hz
+    (default: 1.5; 5 for a simulator or a recording, which share this machine)"""
+    patience: float = Timing.patience
+    """seconds that the robot is held for want of an action before that stops it"""
+    record: Path | None = None
+    """write every step into a new LeRobotDataset"""
+    backend: Backend | None = None
+    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
+    threads: int = 1
+    """threads of the engine"""
+
+    @property
+    def seeds(self) -> range:
+        first = EVALUATION.start if self.seed is None else self.seed
+        return range(first, first + self.episodes)
+
+
 class Running:
     """Everything is closed with ``stack``. Raises UserError for options that do not fit."""
 
-    def __init__(self, options: Run, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack) -> None:
+    def __init__(
+        self, options: SessionConfig, artifact: Artifact, limits: profile.RobotProfile, stack: ExitStack
+    ) -> None:
         self.options, self.spec = options, artifact.manifest.policy
         self.supervisor = Supervisor.of()
         self.periods = profile.periods(limits)
@@ -143,7 +199,7 @@ class Running:
         return self.replay is not None and self.replay.over
 
     @staticmethod
-    def _open_robot(options: Run, spec: PolicySpec) -> Any:
+    def _open_robot(options: SessionConfig, spec: PolicySpec) -> Any:
         if options.env is not None:
             return SimulatorRobot(options.env, spec, options.env_mapping)
         if options.replay is not None:

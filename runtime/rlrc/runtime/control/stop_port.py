@@ -1,4 +1,4 @@
-"""A port for POST /stop: its listener is a process of its own (rlrc.runtime.control.stop_listener), this is its other end.
+"""A port for POST /stop: its listener is a process of its own (stop_listener.py), this is its other end.
 
     port = StopPort("127.0.0.1", 0)                      # takes the address; requests wait
     port.start(token)
@@ -26,6 +26,7 @@ from rlrc.packets import receive
 from rlrc.runtime.control.stop_listener import PRESS, READY
 from rlrc.runtime.wire.ports import url
 
+LISTENER = "rlrc.runtime.control.stop_listener"
 OPENING_S = 60.0
 WAITING = 512  # connections that the kernel keeps until the listener accepts them
 
@@ -57,8 +58,8 @@ class StopPort:
         self.url = url("http" if certificate is None else "https", self._host, self.port) + "/stop"
         descriptors = self._listening.fileno(), self._theirs.fileno()
         # Isolated: neither the folder that this was started in nor the environment decides what is imported.
-        root = str(Path(__file__).parents[2])
-        code = f"import sys; sys.path.insert(0, {root!r}); from rlrc.runtime.control.stop_listener import main; main{descriptors}"
+        root = str(Path(__file__).parents[3])
+        code = f"import sys; sys.path.insert(0, {root!r}); from {LISTENER} import main; main{descriptors}"
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", code],
             pass_fds=descriptors,

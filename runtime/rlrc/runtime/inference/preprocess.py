@@ -110,7 +110,7 @@ def to_bins(actions: ArrayLike, bins: int) -> NDArray[np.int64]:
 
 
 def check(observation: Mapping[str, Any], spec: PolicySpec) -> None:
-    """Refuses, with one line, an observation that the policy cannot take: see rlrc.runtime.inference.policy for its form."""
+    """Refuses, with one line, an observation that the policy cannot take (its form: rlrc.runtime.inference.policy)."""
     _check_names(observation, spec)
     for camera in spec.cameras:
         if f"image.{camera.name}" in observation:

@@ -1,4 +1,4 @@
-"""A robot's limits as a TOML file: what the guard (rlrc.runtime.safety.guard) lets through. docs/robots.md: how to write one.
+"""A robot's limits as a TOML file: what the guard (guard.py) lets through. docs/robots.md says how to write one.
 
 Every dimension of the action has its own entry: its meaning and unit as in the artifact's manifest, its limits, each
 with its source and with what happens when a command breaks it, and the entry of the observed state that measures it.

@@ -32,7 +32,7 @@ from rlrc.errors import UserError
 from rlrc.wiring import check_distinct
 
 SHIPPED = Path(__file__).parent / "mappings"
-OWN = "own"  # the policy's own names, as rlrc.runtime.inference.policy takes them or a protocol's clients would write them
+OWN = "own"  # the policy's own names, as rlrc.runtime.inference.policy takes them
 WORDS = 4096  # characters of an instruction
 
 NAMED = 12  # names in a message

@@ -1,4 +1,4 @@
-"""TODO."""
+"""LeRobot's folders of ACT: geometry, cameras, state, and where the tensors are."""
 
 from __future__ import annotations
 

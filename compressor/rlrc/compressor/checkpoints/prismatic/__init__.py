@@ -1,1 +1,1 @@
-"""TODO prismatic."""
+"""The folders of OpenVLA and OpenVLA-OFT."""

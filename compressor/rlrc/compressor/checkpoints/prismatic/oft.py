@@ -1,4 +1,8 @@
-"""TODO."""
+"""The folders of OpenVLA-OFT: which head they have, how many pictures, the chunk, the state.
+
+Neither config.json nor the weights tell how many pictures there are and how long the chunk is. FiLM and diffusion heads
+are recognised and refused.
+"""
 
 from __future__ import annotations
 

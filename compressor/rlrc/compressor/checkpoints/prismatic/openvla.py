@@ -1,4 +1,4 @@
-"""TODO."""
+"""The folders of OpenVLA in Hugging Face's format; those of OpenVLA-OFT are of the same format (oft.py)."""
 
 from __future__ import annotations
 

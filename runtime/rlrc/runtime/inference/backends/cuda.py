@@ -20,7 +20,7 @@ from rlrc.runtime.inference.decode import NoAction
 
 @dataclass(frozen=True, eq=False)
 class Bytes:
-    """See rlrc.runtime.inference.backends.tensorrt_memory.Memory. ``host`` is empty where the host does not see them."""
+    """See tensorrt_memory.Memory. ``host`` is empty where the host does not see them."""
 
     address: int
     host: NDArray[np.uint8]

@@ -58,8 +58,9 @@ class OnnxRuntime:
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
 
-        Keys and values of a graph that decodes token by token are kept here: see rlrc.runtime.inference.backends.engine.Engine. Raises
-        NoAction where the engine fails, on an unknown token id for instance.
+        Keys and values of a graph that decodes token by token are kept here: see
+        rlrc.runtime.inference.backends.engine.Engine. Raises NoAction where the engine fails, on an unknown token id
+        for instance.
         """
         names = self._outputs[graph]
         try:

@@ -49,7 +49,7 @@ class TensorRT:
             raise UserError(f"expected a GPU that takes {artifact.path}, found: {error}; free some memory") from None
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name: see rlrc.runtime.inference.backends.engine.Engine. Raises NoAction where the device fails."""
+        """Outputs by name: see engine.Engine. Raises NoAction where the device fails."""
         return self._passes.run(graph, inputs)
 
     def versions(self) -> dict[str, str]:
