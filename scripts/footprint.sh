@@ -37,7 +37,7 @@ import rlrc.runtime.cli
 assert Path(rlrc.runtime.cli.__file__).is_relative_to(sys.prefix), rlrc.runtime.cli.__file__
 for name in ("torch", "transformers", "onnx", "safetensors", "mujoco", "scipy", "pandas"):
     assert importlib.util.find_spec(name) is None, f"{name} is installed"
-from rlrc.runtime import profile
+from rlrc.runtime.safety import profile
 from rlrc.runtime.servers import observations
 assert {"franka-panda", "metaworld"} <= {name for name in profile.shipped() if profile.load(name)}
 assert {"droid", "openvla"} <= set(observations.shipped())

@@ -35,7 +35,8 @@ SCRIPT = """
 import os, sys
 from functools import partial
 import torch
-from rlrc.compressor import ppo, stages
+from rlrc.compressor.rl import ppo
+from rlrc.compressor.stages import stage as stages
 from rlrc.compressor.training.distributed import Team
 from rlrc.compressor.rl.rollout import Mode
 

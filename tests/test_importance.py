@@ -178,7 +178,7 @@ def test_random_control_is_reproducible_by_seed(pupil: TinyPolicy) -> None:
 SCORE = """
 import resource, torch
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor import reference
+from rlrc.compressor.stages import reference
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.training.batches import Batch
 from rlrc.compressor.prune.importance import scores

@@ -30,7 +30,7 @@ SCRIPT = """
 import os, sys, time
 from torch import nn
 
-from rlrc.compressor import sft
+from rlrc.compressor.training import sft
 from rlrc.runtime.cli import main
 
 if os.environ.get("SLOW"):

@@ -145,9 +145,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 FREED = """
 from rlrc.benchmarks.measure.memory import read_process
-from rlrc.runtime import hygiene
+from rlrc import realtime
 
-hygiene.give_back_large_blocks()
+realtime.give_back_large_blocks()
 before, kept = read_process()["anonymous"], []
 for _ in range(8):
     block = bytearray(24 << 20)

@@ -56,7 +56,8 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], random: np.rand
 LOAD = """
 import sys, torch
 from pathlib import Path
-from rlrc.compressor.checkpoints.folder import open_folder, read
+from rlrc.compressor.checkpoints.folder import open_folder
+from rlrc.compressor.checkpoints.reader import read
 dtype = getattr(torch, sys.argv[2]) if sys.argv[2] else None
 policy, _ = read(open_folder(Path(sys.argv[1])), dtype=dtype)
 state = policy.state_dict()

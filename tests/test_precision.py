@@ -33,7 +33,7 @@ SLOW = [
 ]
 MEASURED = """
 import json, time, torch
-from rlrc.compressor import precision
+from rlrc.compressor.models import precision
 
 torch.set_num_threads(1)
 began = time.perf_counter()

@@ -39,7 +39,7 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
         """
         import numpy as np
         from pathlib import Path
-        from rlrc.runtime import verify
+        from rlrc.runtime.inference import verify
         from rlrc.runtime.inference.policy import LocalPolicy
         path = Path(sys.argv[1])
         policy = LocalPolicy.load(path)

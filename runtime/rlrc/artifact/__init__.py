@@ -45,8 +45,8 @@ from rlrc.folders import check_output
 # fmt: off
 __all__ = [
     "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "WEIGHTS", "ActionSpec", "Artifact", "ArtifactError",
-    "CameraSpec", "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats", "PolicySpec",
-    "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
+    "CameraSpec", "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats",
+    "PolicySpec", "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
     "check_output", "from_json", "load", "to_json", "writing",
 ]
 # fmt: on
