@@ -22,7 +22,7 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.stages import artifact_io, quantize  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
-from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 
 IN_GGUF = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")
@@ -47,7 +47,7 @@ def main(folder: Path, to: str = "onnx") -> None:
         if to == "gguf" and policy.spec.action.bins:
             continue
         int4 = folder / "weights" / f"{name}-int4"
-        quiet = Options(evaluate=0, workers=1, threads=1)
+        quiet = StageOptions(evaluate=0, workers=1, threads=1)
         quantize.run_quantize(DATA / name / "checkpoint", int4, QuantizeConfig(), quiet, flags(name))
         export(artifacts.load(int4), folder / f"{name}-int4", (to,), "int4")
         print(f"exported {name}", flush=True)

@@ -48,7 +48,7 @@ def main(
     check_out(out, force=True)
     torch.set_num_threads(1)
     players, scenes = policies(artifact, exported), success.scenes(per_task=per_task)
-    played: dict[str, list[success.Episode]] = {name: [] for name in players}
+    played: dict[str, list[success.ScoredEpisode]] = {name: [] for name in players}
     with progress("episodes", len(players) * sum(scenes.episodes.values())) as advance:
         for task in scenes.episodes:
             env = open_environment(f"metaworld:{task}", players["torch"].spec)

@@ -151,7 +151,7 @@ def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contesta
     policy, passes = artifact_io.load_policy(artifact).to(dtype), dict[str, list[float]]()
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
-    see, step = policy.see, policy.step
+    see, step = policy.encode_image, policy.step
     if compiled:
         torch._inductor.config.freezing = True
         see, step = torch.compile(see), torch.compile(step, dynamic=None)
@@ -159,7 +159,7 @@ def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contesta
     def stepped(image_tokens: Any, ids: Any, past: Any) -> Any:
         return timed(passes, "decode" if past else "prefill", lambda: step(image_tokens, ids, past))
 
-    policy.see = lambda pixels: timed(passes, "vision", lambda: see(pixels))
+    policy.encode_image = lambda pixels: timed(passes, "vision", lambda: see(pixels))
     policy.step = stepped
     given = artifact.manifest.policy
     assert given.prompt is not None

@@ -55,7 +55,7 @@ def errors(policy: LocalPolicy, golden: verify.Golden) -> dict[str, Any]:
         np.concatenate([each.actions for each in tokens]),
         np.concatenate([each.tokens for each in tokens if each.tokens is not None]),
     )
-    record = verify.compare(policy, answers, golden, verify.Limits(1.0))
+    record = verify.compare(policy, answers, golden, verify.Tolerances(1.0))
     assert answers.tokens is not None
     return {
         "observations": len(golden),

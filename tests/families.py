@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.stages.sources import OfficialSource
 
 DATA = Path(__file__).parent / "data"
@@ -31,7 +31,7 @@ def source_of(name: str) -> OfficialSource:
 
 
 @cache
-def official(name: str) -> tuple[OfficialSource, Policy]:
+def official(name: str) -> tuple[OfficialSource, PolicyModule]:
     """The checkpoint of this name and its policy, which nobody changes."""
     source = source_of(name)
     return source, source.load()

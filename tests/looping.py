@@ -9,7 +9,7 @@ import numpy as np
 from rlrc.benchmarks.control import simulated_arm
 from rlrc.robots.robot import Sensed
 from rlrc.runtime.control.chunks import Chunks, Strategy
-from rlrc.runtime.control.control_loop import Control, Timing
+from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming
 from rlrc.runtime.control.inference_process import Answer
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.safety.guard import Guard
@@ -31,7 +31,7 @@ class Clock:
         self.sleeps += 1
 
 
-class Arm(simulated_arm.Arm):
+class Arm(simulated_arm.SimulatedArm):
     """Measured at the clock's time; the picture is always new."""
 
     def __init__(self, clock: Clock) -> None:
@@ -67,19 +67,19 @@ class Thinking:
 
 def loop(
     periods: float, strategy: Strategy = "replace", execute: int | None = None, gap: float = 2.0, **timing: Any
-) -> tuple[Control, Arm, Thinking, Clock]:
+) -> tuple[ControlLoop, Arm, Thinking, Clock]:
     clock = Clock()
     arm, thinking, spec = Arm(clock), Thinking(clock, periods), simulated_arm.spec()
     guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, ("rad", "rad"), gap)
     chunks = Chunks(strategy, simulated_arm.HORIZON, execute)
     told = Telemetry(64, 2)
-    control = Control(
+    control = ControlLoop(
         arm,
         thinking,
         guard,
         chunks,
         spec,
-        Timing(HZ, **timing),
+        LoopTiming(HZ, **timing),
         told,
         clock=clock,
         sleep=clock.sleep,  # type: ignore[arg-type]

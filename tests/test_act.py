@@ -23,7 +23,7 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.prune.importance import scores as scores_of
 from rlrc.compressor.prune.lossless import lossless
 from rlrc.compressor.prune.prune import PruneConfig, prune
@@ -35,7 +35,7 @@ CHECKPOINT = GOLDEN / "checkpoint"
 
 
 @pytest.fixture(scope="module")
-def opened() -> tuple[Policy, Layout]:
+def opened() -> tuple[PolicyModule, Layout]:
     return read(open_folder(CHECKPOINT))
 
 
@@ -45,7 +45,7 @@ def golden() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def inputs(policy: Policy, golden: dict[str, np.ndarray]) -> Inputs:
+def inputs(policy: PolicyModule, golden: dict[str, np.ndarray]) -> Inputs:
     spec = policy.spec
     assert spec.state is not None
     shots = np.stack([golden[f"obs{i}.image.top"] for i in range(2)])
@@ -53,7 +53,7 @@ def inputs(policy: Policy, golden: dict[str, np.ndarray]) -> Inputs:
     return Inputs([torch.from_numpy(pictures(shots, spec.cameras[0]))], state=torch.from_numpy(state))
 
 
-def test_golden_every_array(opened: tuple[Policy, Layout], golden: dict[str, np.ndarray]) -> None:
+def test_golden_every_array(opened: tuple[PolicyModule, Layout], golden: dict[str, np.ndarray]) -> None:
     """Against lerobot 0.6.1, which computed in float32 from the same weights.
 
     Measured: feature maps equal, encoder 9.5e-7, actions 7.2e-7. Feature maps reach 13, where lerobot's own are 9.1e-6
@@ -65,7 +65,7 @@ def test_golden_every_array(opened: tuple[Policy, Layout], golden: dict[str, np.
         found = {
             "state_normalized": observed.state,
             "feature_map.top": policy.vision(observed.pixels[0]).permute(0, 3, 1, 2),  # type: ignore[operator]
-            "encoder_out": policy.encode(policy.see(observed.pixels[0]), observed.state),  # type: ignore[operator]
+            "encoder_out": policy.encode(policy.encode_image(observed.pixels[0]), observed.state),  # type: ignore[operator]
             "actions_normalized": policy.act(observed).actions,
         }
     found["actions"] = torch.from_numpy(unnormalise(found["actions_normalized"].numpy(), policy.spec.action.norm))
@@ -75,7 +75,7 @@ def test_golden_every_array(opened: tuple[Policy, Layout], golden: dict[str, np.
         assert error < (2e-5 if name == "feature_map.top" else 1e-5), name
 
 
-def test_what_the_folder_says(opened: tuple[Policy, Layout]) -> None:
+def test_what_the_folder_says(opened: tuple[PolicyModule, Layout]) -> None:
     policy, layout = opened
     spec = policy.spec
     assert (spec.family, spec.decode, spec.prompt) == ("act", "parallel", None)
@@ -91,7 +91,9 @@ def test_what_the_folder_says(opened: tuple[Policy, Layout]) -> None:
     assert used | unused == set(load_file(CHECKPOINT / "model.safetensors"))
 
 
-def test_a_manifest_alone_rebuilds_the_policy(opened: tuple[Policy, Layout], golden: dict[str, np.ndarray]) -> None:
+def test_a_manifest_alone_rebuilds_the_policy(
+    opened: tuple[PolicyModule, Layout], golden: dict[str, np.ndarray]
+) -> None:
     policy, _ = opened
     manifest = artifacts.from_json(
         json.loads(json.dumps(artifacts.to_json(Manifest(policy.spec, policy.towers, 1, "float32"))))
@@ -104,7 +106,7 @@ def test_a_manifest_alone_rebuilds_the_policy(opened: tuple[Policy, Layout], gol
 
 @pytest.mark.parametrize(("tower", "keep"), [("encoder", 0), ("decoder", 0)])
 def test_pruned_equals_masked(
-    opened: tuple[Policy, Layout], golden: dict[str, np.ndarray], tower: str, keep: int
+    opened: tuple[PolicyModule, Layout], golden: dict[str, np.ndarray], tower: str, keep: int
 ) -> None:
     policy, _ = opened
     config = PruneConfig(0.5, "magnitude", tower, keep)  # type: ignore[arg-type]
@@ -129,7 +131,7 @@ def test_pruned_equals_masked(
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_written_back_as_it_was(opened: tuple[Policy, Layout], tmp_path: Path) -> None:
+def test_written_back_as_it_was(opened: tuple[PolicyModule, Layout], tmp_path: Path) -> None:
     policy, _ = opened
     write_official(policy, open_folder(CHECKPOINT), tmp_path / "same")
     for file in CHECKPOINT.iterdir():
@@ -177,7 +179,7 @@ def test_refuses_a_config_that_contradicts_the_weights(name: str, tmp_path: Path
 
 
 def test_a_folder_of_lerobot_before_processors(
-    opened: tuple[Policy, Layout], golden: dict[str, np.ndarray], tmp_path: Path
+    opened: tuple[PolicyModule, Layout], golden: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     """Statistics as buffers among the weights, under the names that lerobot 0.3 gave them."""
     folder = shutil.copytree(CHECKPOINT, tmp_path / "act", ignore=shutil.ignore_patterns("policy_*"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlrc.compressor.models.decode import of_logits
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize import compare
 from rlrc.compressor.quantize.action_error import ActionError, soft_actions
 from rlrc.compressor.quantize.grid import dequantize
@@ -25,7 +25,7 @@ Golden = tuple[Any, list[Inputs]]  # a policy and observations
 Official = Callable[[str], Golden]
 
 
-def act(policy: Policy, inputs: list[Inputs]) -> list[Outputs]:
+def act(policy: PolicyModule, inputs: list[Inputs]) -> list[Outputs]:
     with torch.inference_mode():
         return [policy.act(one) for one in inputs]
 

@@ -18,20 +18,20 @@ from families import FAMILIES, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, HistoryEntry
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.rl import learner, observations
 from rlrc.compressor.rl import ppo as module
-from rlrc.compressor.rl.actors import NARROWEST, Actor, Noise, Seen, actor_of, chunk_noise
+from rlrc.compressor.rl.actors import NARROWEST, Actor, EncodedObservation, Noise, actor_of, chunk_noise
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import ObservedBatches, Samples
 from rlrc.compressor.rl.learner import Rollout, ppo_loss
 from rlrc.compressor.rl.observations import Observer, check_playable
 from rlrc.compressor.rl.ppo import ppo
-from rlrc.compressor.rl.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
+from rlrc.compressor.rl.rollout import ActionSampler, Request, RolloutEpisode, Rollouts, SamplingMode, run_episodes
 from rlrc.compressor.stages import artifact_io, reference
 from rlrc.compressor.stages.sources import OfficialSource, examples
 from rlrc.compressor.training.batches import collate
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import prepare
@@ -40,7 +40,7 @@ VISION = learner.VISION
 
 
 @cache
-def official(name: str) -> tuple[Policy, Inputs]:
+def official(name: str) -> tuple[PolicyModule, Inputs]:
     """The golden's policy, which nobody changes, and three observations whose instructions have different lengths."""
     source = source_of(name)
     policy, arrays = source.load().eval(), examples(source.spec, source.tokenizer)
@@ -51,13 +51,13 @@ def official(name: str) -> tuple[Policy, Inputs]:
     return policy, collate([prepare(row, source.spec, source.tokenizer) for row in rows])
 
 
-def acting(name: str, sample: bool = True, **settings: Any) -> tuple[Actor, Seen, Tensor, Tensor]:
+def acting(name: str, sample: bool = True, **settings: Any) -> tuple[Actor, EncodedObservation, Tensor, Tensor]:
     """The actor, what it saw, its actions, and their trace."""
     policy, inputs = official(name)
     actor = actor_of(policy, **settings)
     torch.manual_seed(4)
     with torch.no_grad():
-        seen = actor.look(inputs)
+        seen = actor.encode(inputs)
         actions, trace = actor.act(seen, sample)
     return actor, seen, actions, trace
 
@@ -160,7 +160,7 @@ def test_autoregressive_tokens_are_drawn_from_their_distribution() -> None:
     actor = actor_of(policy)
     torch.manual_seed(0)
     with torch.no_grad():
-        seen = actor.look(inputs).rows(torch.zeros(200, dtype=torch.long))
+        seen = actor.encode(inputs).rows(torch.zeros(200, dtype=torch.long))
         drawn = torch.cat([actor.act(seen, True)[1][:, 0, 0] for _ in range(3)])
         assert seen.ids is not None
         ids = seen.ids[:1] if seen.mask is None else seen.ids[:1, seen.mask[0]]
@@ -233,7 +233,7 @@ def test_noise_of_a_chunk_has_its_correlation() -> None:
     assert table[0, 1].item() == pytest.approx(0, abs=0.03)
 
 
-def metaworld(name: str) -> tuple[OfficialSource, Policy]:
+def metaworld(name: str) -> tuple[OfficialSource, PolicyModule]:
     """A random policy of this family's tiny geometry with Meta-World's camera, state and actions, chunks of 5."""
     source, own = source_of(name), reference.policy_spec(size=32, bins=16, horizon=5)
     spec, geometry = source.spec, source.spec.geometry
@@ -259,7 +259,7 @@ def artifact_of(name: str, out: Path) -> artifacts.Artifact:
     return artifacts.load(out)
 
 
-def lessons_of(policy: Policy, rollouts: Rollouts) -> ObservedBatches:
+def lessons_of(policy: PolicyModule, rollouts: Rollouts) -> ObservedBatches:
     """Random demonstrations of all tasks."""
     random, horizon = np.random.default_rng(0), policy.spec.action.horizon
     samples = Samples(
@@ -279,7 +279,7 @@ def test_policies_without_a_prompt_and_with_the_state_in_it_play(name: str, own_
     """What was kept of an episode is what was seen: evaluated again, the chain fits."""
     source, policy = metaworld(name)
     check_playable(policy.spec)
-    driver = Driver(policy, source.tokenizer, Mode(sample=True, keep="image_tokens", horizon=10))
+    driver = ActionSampler(policy, source.tokenizer, SamplingMode(sample=True, keep="image_tokens", horizon=10))
     size = policy.spec.cameras[0].height
     (episode,) = run_episodes([Request("drawer-open-v3", 7)], driver, 5, driver.mode, size)
     rollout = Rollout.of([episode], driver)
@@ -302,18 +302,18 @@ def test_policies_of_every_family_play_and_learn(
     """
     of = Rollout.of
 
-    def rewarded(episodes: list[Episode], driver: Driver) -> Rollout:
+    def rewarded(episodes: list[RolloutEpisode], driver: ActionSampler) -> Rollout:
         return of([replace(episodes[0], success=True), *episodes[1:]], driver)
 
     monkeypatch.setattr(Rollout, "of", rewarded)
     horizon = 2 if name == "openvla" else 10
-    monkeypatch.setattr(module, "Mode", partial(Mode, horizon=horizon))
+    monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=horizon))
     artifact = artifact_of(name, tmp_path / name)
     policy = artifact_io.load_policy(artifact)
     check_playable(policy.spec)
     before = {key: tensor.clone() for key, tensor in policy.state_dict().items()}
     config = PPOConfig(iterations=2, episodes=3, warmup=1, minibatch=4, behaviour_batch=4, demonstrations=1, noise=0.2)
-    run = Run(tmp_path / "run")
+    run = RunState(tmp_path / "run")
     run.open("rl", "parent", config)
     tokenizer = artifact.file(TOKENIZER) if policy.spec.prompt else None
     with Rollouts(artifact.manifest, tokenizer, tmp_path, workers=1) as rollouts:
@@ -321,8 +321,8 @@ def test_policies_of_every_family_play_and_learn(
         ppo(policy, config, lessons_of(policy, rollouts), rollouts, run, lambda *_: None)
         # What is deployed plays the same whatever was drawn before; what is drawn has noise.
         ask = [Request("drawer-open-v3", 7)]
-        plain = [rollouts.run(ask, policy, Mode(keep="image_tokens", horizon=horizon))[0] for _ in range(2)]
-        drawn = rollouts.run(ask, policy, Mode(sample=True, keep="image_tokens", horizon=horizon))[0]
+        plain = [rollouts.run(ask, policy, SamplingMode(keep="image_tokens", horizon=horizon))[0] for _ in range(2)]
+        drawn = rollouts.run(ask, policy, SamplingMode(sample=True, keep="image_tokens", horizon=horizon))[0]
     assert all(np.array_equal(a, b) for a, b in zip(plain[0].trace, plain[1].trace, strict=True))
     assert not np.array_equal(plain[0].trace[0], drawn.trace[0])
     rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]

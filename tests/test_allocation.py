@@ -15,10 +15,10 @@ from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Group, groups
 from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.allocation import Place, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.prune.allocation import PruneScope, by_sensitivity, ranked, read_sensitivity, uniform
 from rlrc.compressor.prune.importance import Scores, scores
 from rlrc.compressor.prune.prune import PruneConfig, check, prune
-from rlrc.compressor.prune.sensitivity_report import Measured, Report
+from rlrc.compressor.prune.sensitivity_report import Measured, SensitivityReport
 from rlrc.compressor.prune.targets import allocated, target
 from rlrc.compressor.stages import reference
 from rlrc.errors import UserError
@@ -103,9 +103,9 @@ def test_how_many_blocks_stay_whole() -> None:
         decoder(*whole, keep=6)
 
 
-def place(*layers: LayerSpec, align: int = 32) -> Place:
+def place(*layers: LayerSpec, align: int = 32) -> PruneScope:
     towers = {"vision": VISION, "decoder": TowerSpec(64, layers)}
-    return Place(cost.shape_of(SPEC, towers), "decoder", range(len(layers)), align)
+    return PruneScope(cost.shape_of(SPEC, towers), "decoder", range(len(layers)), align)
 
 
 def test_ranking_by_hand() -> None:
@@ -173,7 +173,7 @@ def test_a_report_of_errors_steers(pupil: Any, tmp_path: Path) -> None:
     errors = enumerate((9.0, 0.15, 0.3, 9.0))
     rows = tuple(Measured(f"decoder.layers.{i}", "prune", error, 10) for i, error in errors)
     rows += (Measured("decoder.layers.1.mlp", "quantize", 7.0, 10),)
-    report = Report("sensitivity", "somewhere", None, 0.5, 4, 8, rows)
+    report = SensitivityReport("sensitivity", "somewhere", None, 0.5, 4, 8, rows)
     file.write_text(json.dumps(encode(report)))
     assert read_sensitivity(file, "decoder", (1, 2)) == {1: 0.15, 2: 0.3}
     with pytest.raises(UserError, match=r"expected decoder\.layers\.4 in .*errors\.json, found none"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.worker import Channel, Child, Dead
+from rlrc.worker import Channel, WorkerDied, WorkerProcess
 
 
 def double(channel: Channel, factor: float) -> None:
@@ -29,12 +29,12 @@ def double(channel: Channel, factor: float) -> None:
 
 @pytest.fixture
 def child() -> Any:
-    process = Child(double, (3,), "the doubler", 10_000, 10_000)
+    process = WorkerProcess(double, (3,), "the doubler", 10_000, 10_000)
     yield process
     process.kill()
 
 
-def test_arrays_of_any_kind_go_there_and_back(child: Child) -> None:
+def test_arrays_of_any_kind_go_there_and_back(child: WorkerProcess) -> None:
     arrays = {
         "picture": np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
         "state": np.array([0.5, -1]),
@@ -53,7 +53,7 @@ def test_arrays_of_any_kind_go_there_and_back(child: Child) -> None:
     assert found["state"].tolist() == [1.5, -3]  # a copy: the next answer does not change it
 
 
-def test_it_is_asked_one_thing_at_a_time(child: Child) -> None:
+def test_it_is_asked_one_thing_at_a_time(child: WorkerProcess) -> None:
     child.ask({"do": "sleep"})
     with pytest.raises(RuntimeError, match="the doubler was asked before it answered"):
         child.ask({})
@@ -64,31 +64,31 @@ def test_it_is_asked_one_thing_at_a_time(child: Child) -> None:
         child.wait(0.1)
 
 
-def test_what_does_not_fit_is_refused(child: Child) -> None:
+def test_what_does_not_fit_is_refused(child: WorkerProcess) -> None:
     with pytest.raises(UserError, match=r"expected arrays of up to .* found image with 30000 behind 0"):
         child.ask({}, {"image": np.zeros(30_000, np.uint8)})
 
 
-def test_its_errors_come_as_errors(child: Child) -> None:
+def test_its_errors_come_as_errors(child: WorkerProcess) -> None:
     child.ask({"do": "fail"})
     with pytest.raises(UserError, match="expected something else; send that"):
         child.wait(30)
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_a_dead_one_says_how_it_ended(child: Child, killed: bool) -> None:
+def test_a_dead_one_says_how_it_ended(child: WorkerProcess, killed: bool) -> None:
     child.ask({})
     child.wait(30)  # it runs
     child.ask({"do": "sleep" if killed else "die"})
     if killed:
         os.kill(child.pid, signal.SIGKILL)
     begun = time.monotonic()
-    with pytest.raises(Dead, match="the doubler ended"):
+    with pytest.raises(WorkerDied, match="the doubler ended"):
         while child.poll() is None:
             assert time.monotonic() - begun < 10
 
 
-def test_ctrl_c_is_not_for_it(child: Child) -> None:
+def test_ctrl_c_is_not_for_it(child: WorkerProcess) -> None:
     child.ask({})
     child.wait(30)
     os.kill(child.pid, signal.SIGINT)

@@ -13,7 +13,7 @@ from rlrc.benchmarks.control import simulated_arm
 from rlrc.errors import UserError
 from rlrc.robots.robot import Sensed
 from rlrc.runtime.control.chunks import Chunks
-from rlrc.runtime.control.control_loop import Control, Timing
+from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming
 from rlrc.runtime.control.inference_process import Answer
 from rlrc.runtime.control.telemetry import Telemetry, summary
 from rlrc.runtime.safety.guard import Guard
@@ -210,7 +210,7 @@ def test_the_summary_of_a_run() -> None:
 @pytest.mark.parametrize("hz", [0.5, 201, float("nan")])
 def test_a_rate_that_is_none_is_refused(hz: float) -> None:
     with pytest.raises(UserError, match="expected a rate from 1 to 200 Hz"):
-        Timing(hz)
+        LoopTiming(hz)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_rate_that_is_none_is_refused(hz: float) -> None:
 )
 def test_waits_that_are_none_are_refused(given: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Timing(HZ, **given)
+        LoopTiming(HZ, **given)
 
 
 @pytest.mark.parametrize("method", ["sense", "command"])
@@ -269,6 +269,6 @@ def test_a_policy_without_a_state_moves_by_what_nothing_measures() -> None:
     )
     guard, arm, thinking = Guard(limits, HZ, spec.action, (), ()), BlindArm(clock), FromNowhere(clock, 0)
     chunks = Chunks("replace", simulated_arm.HORIZON, 8)
-    control = Control(arm, thinking, guard, chunks, spec, Timing(HZ), told, clock=clock, sleep=clock.sleep)
+    control = ControlLoop(arm, thinking, guard, chunks, spec, LoopTiming(HZ), told, clock=clock, sleep=clock.sleep)
     control.run(steps=3)
     assert (guard.reason, joints(arm)) == (None, [0.01, 0.02, 0.03])

@@ -13,7 +13,7 @@ from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySp
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.nn.decoder import Decoder
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
@@ -35,18 +35,18 @@ def test_a_decoder_s_pass_by_hand() -> None:
     tower = TowerSpec(64, (LayerSpec(4, 2, 16, 96),))
     with torch.device("meta"):
         decoder, x = Decoder(tower), torch.empty(1, 50, 64)
-        with torch.no_grad(), cost.Work() as work:
+        with torch.no_grad(), cost.OperationCounter() as work:
             decoder(x)
     linear = product(50, 64, 64) + 2 * product(50, 64, 32) + product(50, 64, 64)
     linear += 2 * product(50, 64, 96) + product(50, 96, 64)
     assert work.total == linear + 2 * 50 * 50 * 64  # attention: scores and mixtures
-    with cost.Work() as repeated, repeated.repeated(3), torch.no_grad(), torch.device("meta"):
+    with cost.OperationCounter() as repeated, repeated.repeated(3), torch.no_grad(), torch.device("meta"):
         decoder(x[:, :1])
     single = product(20, 64, 64) * 2 + 2 * product(20, 64, 32) + 2 * product(20, 64, 96) + product(20, 96, 64)
     assert repeated.total == 3 * (single + 2 * 64)
 
 
-def counted(policy: Policy, inputs: Inputs) -> float:
+def counted(policy: PolicyModule, inputs: Inputs) -> float:
     """The linear layers and convolutions that a real decision passes, by hooks."""
     total = 0.0
 
@@ -88,7 +88,7 @@ def test_an_autoregressive_decision_reads_the_decoder_for_every_token() -> None:
     pixels, ids = torch.randn(1, 56, 56, 3), torch.zeros(1, cost.PROMPT, dtype=torch.long)
     linear = counted(policy, Inputs([pixels], ids))
     with torch.no_grad():
-        assert decode.look(policy, Inputs([pixels], ids)).shape[1] == 16  # type: ignore[arg-type]
+        assert decode.encode_images(policy, Inputs([pixels], ids)).shape[1] == 16  # type: ignore[arg-type]
     first, patches = cost.PROMPT + 16, 16
     attention = 2 * (2 * first**2 * 32 + 6 * 2 * (first + 1) * 32) + 2 * patches**2 * 24
     stem = product(patches, 14 * 14 * 3, 24)

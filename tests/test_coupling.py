@@ -17,7 +17,7 @@ from torch import nn
 from families import FAMILIES, source_of
 from rlrc.compressor.models.coupling import Group, groups
 from rlrc.compressor.models.nn import decoder, detr, vit
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 
 Coupled = dict[tuple[str, int], list[int]]  # layer and dimension of its weight: indices
@@ -26,16 +26,16 @@ Coupled = dict[tuple[str, int], list[int]]  # layer and dimension of its weight:
 class Alone(nn.Module):
     """A block as a function of the residual stream x (B, T, width)."""
 
-    def __init__(self, policy: Policy, tower: str, index: int) -> None:
+    def __init__(self, policy: PolicyModule, tower: str, index: int) -> None:
         super().__init__()
         self.block = policy.get_submodule(f"{tower}.layers.{index}")
         self.policy, self.tower = [policy], policy.towers[tower]  # a list: its parameters are not this module's
         self.index = index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.block, vit.Block):
+        if isinstance(self.block, vit.VisionBlock):
             return self.block(x)
-        if isinstance(self.block, detr.Block):
+        if isinstance(self.block, detr.DetrBlock):
             return self.block(x, x[0], x, x[0])
         condition, past = None, None
         if self.tower.norm == "adaptive":
@@ -43,10 +43,10 @@ class Alone(nn.Module):
         if self.block.kind == "cross":
             source = self.policy[0].towers["decoder"].layers[self.index]
             past = tuple(torch.randn(1, source.kv_heads, 5, source.head_dim) for _ in range(2))
-        return self.block(x, decoder.Around(x, self.tower, None, None, condition), past)[0]
+        return self.block(x, decoder.AttentionContext(x, self.tower, None, None, condition), past)[0]
 
 
-def traced(policy: Policy, tower: str, index: int, group: Group) -> Coupled:
+def traced(policy: PolicyModule, tower: str, index: int, group: Group) -> Coupled:
     """What goes with the first part of the group, by the graph."""
     alone, prefix = Alone(policy, tower, index), f"{tower}.layers.{index}."
     x = torch.randn(1, 5, policy.towers[tower].width)
@@ -68,7 +68,7 @@ def written(group: Group) -> Coupled:
     return rows | {(layer, 1): group.indices(first).tolist() for layer in group.columns}
 
 
-def check(policy: Policy) -> int:
+def check(policy: PolicyModule) -> int:
     """How many groups were compared: one block of every kind in every tower."""
     compared, kinds = 0, set[Any]()
     for tower, spec in policy.towers.items():

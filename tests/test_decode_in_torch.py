@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.preprocess import Tokenizer, check, prepare, unnormalise
 
@@ -53,13 +53,15 @@ class Graphs:
         return {"velocity": self.policy.velocity(past, None, given.get("state"), given["x"], given["t"])}
 
 
-def decoded(policy: Policy, observation: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[decode.Decoded, Inputs]:
+def decoded(
+    policy: PolicyModule, observation: dict[str, Any], tokenizer: Tokenizer | None
+) -> tuple[decode.Decoded, Inputs]:
     """By the numpy driver; and the same inputs for the torch one."""
     spec, run = policy.spec, Graphs(policy)
     check(observation, spec)
     prepared = prepare(observation, spec, tokenizer)
     pixels = [torch.from_numpy(picture[None]) for picture in prepared.pixels]
-    inputs = {"image_tokens": torch.cat([policy.see(picture) for picture in pixels], 1).numpy()}
+    inputs = {"image_tokens": torch.cat([policy.encode_image(picture) for picture in pixels], 1).numpy()}
     for name in ("ids", "state"):
         if (value := getattr(prepared, name)) is not None:
             inputs[name] = value[None]
@@ -73,7 +75,7 @@ def decoded(policy: Policy, observation: dict[str, Any], tokenizer: Tokenizer | 
     return decode.autoregressive(run, inputs, spec.action), same
 
 
-def observations(family: str, policy: Policy) -> list[dict[str, Any]]:
+def observations(family: str, policy: PolicyModule) -> list[dict[str, Any]]:
     golden, told = np.load(DATA / family / "golden.npz"), json.loads((DATA / family / "golden.json").read_text())
     found = []
     for i in range(2):
@@ -97,7 +99,7 @@ def observations(family: str, policy: Policy) -> list[dict[str, Any]]:
 def test_drivers_agree_with_each_other_and_the_official_code(family: str) -> None:
     golden, told = np.load(DATA / family / "golden.npz"), json.loads((DATA / family / "golden.json").read_text())
     unnorm_key = (told.get("observations") or [{}])[0].get("unnorm_key")
-    options = Options(read_hints(DATA / family / "golden.json"), unnorm_key=unnorm_key)
+    options = ReadOptions(read_hints(DATA / family / "golden.json"), unnorm_key=unnorm_key)
     policy = read(open_folder(DATA / family / "checkpoint"), options)[0].float().eval()
     folder = TOKENIZERS.get(family, "openvla/checkpoint")
     tokenizer = None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune.depth import droppable, dropped, remaining, unit_of, units, without
 from rlrc.compressor.prune.prune import PruneConfig, prune
@@ -27,7 +27,7 @@ def tower(*layers: LayerSpec) -> TowerSpec:
 
 
 @contextmanager
-def skipping(policy: Policy, gone: list[Any]) -> Iterator[Policy]:
+def skipping(policy: PolicyModule, gone: list[Any]) -> Iterator[PolicyModule]:
     """The policy while these blocks return what they are given (and the keys and values that nobody will read)."""
 
     def same(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:

@@ -29,26 +29,26 @@ from rlrc.compressor.rl.rollout import Rollouts
 from rlrc.compressor.stages import sources
 from rlrc.compressor.stages.artifact_io import inputs_of, load_policy
 from rlrc.compressor.stages.distill import check_teacher, matched, run_distill
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import sft as module
-from rlrc.compressor.training.batches import Batch, Lessons
+from rlrc.compressor.training.batches import Batch, TrainingData
 from rlrc.compressor.training.distill import (
+    CachedTeacher,
     Distillation,
     DistillConfig,
-    Kept,
-    Live,
+    LiveTeacher,
     distillation,
     hidden_error,
     numbers,
     recorded,
 )
 from rlrc.compressor.training.losses import chunk_loss, drawn
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
 
 DATA = Path(__file__).parent / "data"
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 BLOCKS = [f"decoder.layers.{i}" for i in range(4)]
 
 
@@ -85,7 +85,7 @@ def smaller(policy: TinyPolicy) -> TinyPolicy:
 
 def objective(student: Any, teacher: Any, **settings: Any) -> Distillation:
     config = DistillConfig(**settings)
-    return Distillation(student, BLOCKS, Live(teacher, BLOCKS, config.smoothing), config)
+    return Distillation(student, BLOCKS, LiveTeacher(teacher, BLOCKS, config.smoothing), config)
 
 
 def test_hidden_error_by_hand() -> None:
@@ -127,7 +127,7 @@ def test_recorded_states_are_those_of_the_blocks(teacher: TinyPolicy, batches: S
     assert batch.inputs.ids is not None
     assert batch.inputs.state is not None
     with torch.no_grad(), recorded(teacher, BLOCKS) as found:
-        read = teacher.hidden(teacher.see(batch.inputs.pixels[0]), batch.inputs.ids, batch.inputs.state)
+        read = teacher.hidden(teacher.encode_image(batch.inputs.pixels[0]), batch.inputs.ids, batch.inputs.state)
     assert teacher.decoder.norm is not None
     torch.testing.assert_close(teacher.decoder.norm(found[-1][0])[0][:, -5:], read)
     assert all(not block._forward_hooks for block in teacher.decoder.layers)
@@ -157,7 +157,7 @@ def test_a_copy_of_the_teacher_has_no_error_in_any_family(name: str) -> None:
     assert {ours.split(".")[0] for ours, _ in pairs} == {"decoder", "expert", "encoder"} & set(source.towers)
     blocks = [ours for ours, _ in pairs]
     student = copy.deepcopy(policy)
-    learn = Distillation(student, blocks, Live(policy, blocks, 2.0), DistillConfig())
+    learn = Distillation(student, blocks, LiveTeacher(policy, blocks, 2.0), DistillConfig())
     metrics = learn(batch)
     assert metrics["hidden"].item() == 0
     assert metrics["loss"].item() > 0
@@ -220,29 +220,29 @@ def test_blocks_of_a_shallower_student_are_the_teacher_s(teacher: TinyPolicy, ba
     assert [ours for ours, _ in pairs] == BLOCKS[:3]
     batch = batches.draw(3)
     errors = [
-        Distillation(student, BLOCKS[:3], Live(teacher, its, 2.0), DistillConfig())(batch)["hidden"].item()
+        Distillation(student, BLOCKS[:3], LiveTeacher(teacher, its, 2.0), DistillConfig())(batch)["hidden"].item()
         for its in ([its for _, its in pairs], BLOCKS[:3])
     ]
     assert errors[0] < 1e-6
     assert errors[1] > 1e-2
 
 
-def run_in(folder: Path, config: DistillConfig) -> Run:
-    run = Run(folder)
+def run_in(folder: Path, config: DistillConfig) -> RunState:
+    run = RunState(folder)
     run.open("distill", "parent", config)
     run.start_clock(None)
     return run
 
 
-def train(student: Any, teacher: Any, config: DistillConfig, batches: SampleBatches, run: Run, **kw: Any) -> None:
+def train(student: Any, teacher: Any, config: DistillConfig, batches: SampleBatches, run: RunState, **kw: Any) -> None:
     """As the stage does it."""
     batches = SampleBatches(batches.samples, batches.spec, batches.ids.numpy(), config.seed)
     pairs = [(block, block) for block in BLOCKS]
     learn = distillation(config, teacher, pairs, batches, run.folder)
-    sft(student, config, Lessons(batches), run, kw.get("progress", lambda step, text: None), None, learn)
+    sft(student, config, TrainingData(batches), run, kw.get("progress", lambda step, text: None), None, learn)
 
 
-def curve(run: Run) -> list[dict[str, Any]]:
+def curve(run: RunState) -> list[dict[str, Any]]:
     """Rows without what a clock measured."""
     rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "cpu_seconds"} for row in rows]
@@ -285,7 +285,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     run = run_in(tmp_path / "cut", config)
     train(resumed, teacher, config, batches, run, progress=lambda step, text: shown.append(step))
     assert shown == list(range(10, 21))
-    assert curve(run) == curve(Run(tmp_path / "whole"))
+    assert curve(run) == curve(RunState(tmp_path / "whole"))
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -293,13 +293,13 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
 def test_cache_asks_the_teacher_once_for_every_row(teacher: TinyPolicy, batches: SampleBatches, tmp_path: Path) -> None:
     asked: list[int] = []
 
-    class Counting(Live):
+    class Counting(LiveTeacher):
         def __call__(self, batch: Batch) -> Any:
             asked.append(len(batch))
             return super().__call__(batch)
 
-    live = Live(teacher, BLOCKS, 2.0)
-    kept = Kept(Counting(teacher, BLOCKS, 2.0), tmp_path, len(batches))
+    live = LiveTeacher(teacher, BLOCKS, 2.0)
+    kept = CachedTeacher(Counting(teacher, BLOCKS, 2.0), tmp_path, len(batches))
 
     def batch(*rows: int) -> Batch:
         return replace(batches.rows(np.array(rows)), rows=torch.tensor(rows))
@@ -310,7 +310,7 @@ def test_cache_asks_the_teacher_once_for_every_row(teacher: TinyPolicy, batches:
     for (ours,), (its,) in zip(found, live(batch(1, 7, 3, 0)), strict=True):
         # Half precision is exact to 2 ** -11; rows are computed in other batches.
         torch.testing.assert_close(ours.float(), its.float(), rtol=2e-3, atol=2e-2)
-    again = Kept(Counting(teacher, BLOCKS, 2.0), tmp_path, len(batches))(batch(7, 0))
+    again = CachedTeacher(Counting(teacher, BLOCKS, 2.0), tmp_path, len(batches))(batch(7, 0))
     assert asked == [1, 3, 2, 1]  # what another process kept
     assert all(torch.equal(ours[0], its[0][[1, 3]]) for ours, its in zip(again, found, strict=True))
     kept(batches.rows(np.array([5, 6])))  # held out: these are no rows of the training set

@@ -12,11 +12,11 @@ from rlrc.benchmarks.control import simulated_arm
 from rlrc.robots.driver import Driver, checked, one_line, said
 from rlrc.robots.robot import RobotError, Sensed
 from rlrc.runtime.cli.policy import check_failed
-from rlrc.runtime.control.sensor_watchdog import Watch
+from rlrc.runtime.control.sensor_watchdog import SensorWatchdog
 
 
 def good() -> Sensed:
-    found = simulated_arm.Arm().sense()
+    found = simulated_arm.SimulatedArm().sense()
     assert found is not None
     return found
 
@@ -51,7 +51,7 @@ def test_what_is_right_goes_through() -> None:
 
 
 def test_an_asynchronous_command_is_refused() -> None:
-    class Arm(simulated_arm.Arm):
+    class Arm(simulated_arm.SimulatedArm):
         async def command(self, action: Any) -> None:  # type: ignore[override]
             self.joints = action
 
@@ -60,7 +60,7 @@ def test_an_asynchronous_command_is_refused() -> None:
 
 
 def test_an_asynchronous_generator_for_a_command_is_refused() -> None:
-    class Arm(simulated_arm.Arm):
+    class Arm(simulated_arm.SimulatedArm):
         async def command(self, action: Any) -> Any:  # type: ignore[override]
             self.joints = action
             yield
@@ -107,7 +107,7 @@ class Lazy(Mapping[str, Any]):
     "wrong", [lambda s: s._replace(observation=Lazy(s.observation)), lambda s: s._replace(stamp=10**400)]
 )
 def test_what_fails_while_it_is_checked_is_the_drivers_fault(wrong: Any) -> None:
-    arm = simulated_arm.Arm()
+    arm = simulated_arm.SimulatedArm()
     given = arm.sense
     arm.sense = lambda: wrong(given())  # type: ignore[method-assign]
     with pytest.raises(RobotError, match=r"the driver failed: (SystemExit: 0|OverflowError)"):
@@ -119,7 +119,7 @@ def test_a_robot_that_fails_when_it_is_looked_at_is_refused() -> None:
         def __getattr__(self, name: str) -> Any:
             raise SystemExit(0)
 
-    class Arm(simulated_arm.Arm):
+    class Arm(simulated_arm.SimulatedArm):
         live_pictures = np.array([True, False])  # type: ignore[assignment]
 
     with pytest.raises(RobotError, match="the driver failed: SystemExit: 0"):
@@ -129,7 +129,7 @@ def test_a_robot_that_fails_when_it_is_looked_at_is_refused() -> None:
 
 
 def test_a_driver_may_convert_a_command_in_place() -> None:
-    class Arm(simulated_arm.Arm):
+    class Arm(simulated_arm.SimulatedArm):
         def command(self, action: Any) -> None:
             action *= 180 / np.pi
             super().command(action)
@@ -140,7 +140,11 @@ def test_a_driver_may_convert_a_command_in_place() -> None:
 
 
 def test_a_driver_may_fill_one_picture_again_and_again() -> None:
-    watch, picture, noise = Watch(frozenset({"image.wrist"}), 1.0, live=True), np.zeros((4, 4, 3), np.uint8), good()
+    watch, picture, noise = (
+        SensorWatchdog(frozenset({"image.wrist"}), 1.0, live=True),
+        np.zeros((4, 4, 3), np.uint8),
+        good(),
+    )
     for step in range(3):
         picture[...] = step
         sensed = noise._replace(observation={"image.wrist": picture}, stamp=step, pictures={"image.wrist": step})
@@ -150,7 +154,7 @@ def test_a_driver_may_fill_one_picture_again_and_again() -> None:
 
 
 def test_a_property_that_fails_is_the_robots_fault() -> None:
-    class Arm(simulated_arm.Arm):
+    class Arm(simulated_arm.SimulatedArm):
         @property
         def live_pictures(self) -> bool:  # type: ignore[override]
             raise SystemExit(0)

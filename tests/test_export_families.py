@@ -25,7 +25,7 @@ from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
 from rlrc.compressor.models import weights  # noqa: E402
 from rlrc.compressor.models.coupling import groups  # noqa: E402
 from rlrc.compressor.models.families import build  # noqa: E402
-from rlrc.compressor.models.policy import Policy  # noqa: E402
+from rlrc.compressor.models.policy import PolicyModule  # noqa: E402
 from rlrc.compressor.prune.importance import scores as scores_of  # noqa: E402
 from rlrc.compressor.prune.lossless import lossless  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig, prune  # noqa: E402
@@ -34,7 +34,7 @@ from rlrc.compressor.rl.config import PPOConfig  # noqa: E402
 from rlrc.compressor.stages import artifact_io, quantize, rl, sft, sources  # noqa: E402
 from rlrc.compressor.stages import prune as stages_prune  # noqa: E402
 from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E402
-from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.compressor.training.sft import SFTConfig  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
@@ -44,7 +44,7 @@ from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.preprocess import tells_state  # noqa: E402
 
 TOKENS = ("openvla", "openvla-oft-discrete")
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 CLOSE = 1e-4  # in action units; actions are of size 0.1 to 4, their errors about 1e-6
 
 
@@ -73,11 +73,11 @@ def observations(source: OfficialSource) -> list[dict[str, Any]]:
     return rows
 
 
-def in_torch(policy: Policy, source: OfficialSource) -> TorchPolicy:
+def in_torch(policy: PolicyModule, source: OfficialSource) -> TorchPolicy:
     return TorchPolicy(policy.spec, source.tokenizer, lambda: policy)
 
 
-def check_same(exported: Path, policy: Policy, source: OfficialSource, rows: list[dict[str, Any]]) -> np.ndarray:
+def check_same(exported: Path, policy: PolicyModule, source: OfficialSource, rows: list[dict[str, Any]]) -> np.ndarray:
     """The exported artifact answers as the torch policy does; returns the tokens, or else the actions."""
     local, reference, answers = LocalPolicy.load(exported), in_torch(policy, source), []
     for row in rows:
@@ -378,7 +378,7 @@ CASES = {
 }
 
 
-def write(out: Path, policy: Policy, source: OfficialSource) -> Path:
+def write(out: Path, policy: PolicyModule, source: OfficialSource) -> Path:
     with artifacts.writing(out) as draft:
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.quantize.padding import filled, filled_towers, unfilled
 from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits
 
 DATA = Path(__file__).parent / "data"
 
 
-def policy_of(name: str) -> Policy:
-    return read(open_folder(DATA / name / "checkpoint"), Options(hints=read_hints(DATA / name / "golden.json")))[0]
+def policy_of(name: str) -> PolicyModule:
+    return read(open_folder(DATA / name / "checkpoint"), ReadOptions(hints=read_hints(DATA / name / "golden.json")))[0]
 
 
-def inputs_of(policy: Policy) -> Inputs:
+def inputs_of(policy: PolicyModule) -> Inputs:
     spec, generator = policy.spec, torch.Generator().manual_seed(0)
     pixels = [torch.randn(1, c.height, c.width, len(c.mean), generator=generator) for c in spec.cameras]
     state = (
@@ -33,7 +33,7 @@ def inputs_of(policy: Policy) -> Inputs:
     return Inputs(pixels, torch.arange(3, 9)[None], state, noise=noise)
 
 
-def narrow(policy: Policy, channels: int) -> Policy:
+def narrow(policy: PolicyModule, channels: int) -> PolicyModule:
     """Every MLP with so many channels: none of them fills its groups."""
     from rlrc.compressor.models.families import build
 

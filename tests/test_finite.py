@@ -23,13 +23,13 @@ from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.sources import OfficialSource
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 from rlrc.runtime.inference.decode import NoAction, parallel
@@ -93,7 +93,7 @@ def test_no_stage_begins_with_them(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "act.npz").exists()
 
 
-def changed(family: str, change: Callable[[str, Tensor], Tensor]) -> tuple[OfficialSource, Policy]:
+def changed(family: str, change: Callable[[str, Tensor], Tensor]) -> tuple[OfficialSource, PolicyModule]:
     source, policy = official(family)
     state = {name: change(name, tensor) for name, tensor in policy.state_dict().items()}
     with torch.device("meta"):
@@ -102,7 +102,7 @@ def changed(family: str, change: Callable[[str, Tensor], Tensor]) -> tuple[Offic
     return source, new
 
 
-def poisoned(family: str, name: str, value: float) -> tuple[OfficialSource, Policy]:
+def poisoned(family: str, name: str, value: float) -> tuple[OfficialSource, PolicyModule]:
     def change(one: str, tensor: Tensor) -> Tensor:
         return tensor if one != name else tensor.clone().fill_(value)
 
@@ -153,7 +153,7 @@ def rewritten(artifact: Path, target: Path, change: Callable[[dict[str, Tensor]]
 
 def test_no_artifact_is_read_with_them(tmp_path: Path) -> None:
     dense, rounded = tmp_path / "dense", tmp_path / "rounded"
-    run_prune(DATA / "act/checkpoint", dense, PruneConfig(lossless=True), Options())
+    run_prune(DATA / "act/checkpoint", dense, PruneConfig(lossless=True), StageOptions())
     bad = rewritten(dense, tmp_path / "bad", lambda tensors: tensors["head.bias"].fill_(NAN))
     with pytest.raises(UserError, match=rf"finite numbers in the tensor head.bias of {bad}, found nan"):
         artifact_io.load_policy(load(bad))
@@ -169,7 +169,7 @@ def test_no_artifact_is_read_with_them(tmp_path: Path) -> None:
 
 
 def test_nothing_is_exported_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_prune(DATA / "act/checkpoint", tmp_path / "dense", PruneConfig(lossless=True), Options())
+    run_prune(DATA / "act/checkpoint", tmp_path / "dense", PruneConfig(lossless=True), StageOptions())
     bad = rewritten(tmp_path / "dense", tmp_path / "bad", lambda tensors: tensors["query"][0].fill_(INF))
     assert main(["export", str(bad), str(tmp_path / "out")]) == 2
     assert "tensor query" in capsys.readouterr().err

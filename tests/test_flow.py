@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlrc.artifact import LayerSpec, PolicySpec
 from rlrc.compressor.checkpoints import geometry, reader
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.families import build
@@ -49,7 +49,7 @@ def read_golden(family: str) -> tuple[FlowPolicy, Layout]:
 
 
 def read_folder(path: Path, family: str) -> tuple[FlowPolicy, Layout]:
-    policy, layout = read(open_folder(path), Options(hints=read_hints(DATA / family / "golden.json")))
+    policy, layout = read(open_folder(path), ReadOptions(hints=read_hints(DATA / family / "golden.json")))
     assert isinstance(policy, FlowPolicy)
     return policy, layout
 
@@ -104,7 +104,7 @@ def test_golden_every_array(family: str) -> None:
         expected = arrays["input_ids"][i][arrays["attention_mask"][i]]
         assert inputs.ids[i][inputs.mask[i]].tolist() == expected.tolist()
     with torch.no_grad():
-        seen = torch.stack([policy.see(pixels) for pixels in inputs.pixels], 1)
+        seen = torch.stack([policy.encode_image(pixels) for pixels in inputs.pixels], 1)
         close(seen, arrays["vision_features"])
         embedded = policy.embed(seen.flatten(1, 2), inputs.ids, inputs.state)
         past, mask = policy.prefix(seen.flatten(1, 2), inputs.ids, inputs.mask, inputs.state)
@@ -182,7 +182,7 @@ def test_norms_by_tables_of_the_steps_give_the_same_actions() -> None:
 
     inputs, x = golden("pi05").inputs, torch.from_numpy(golden("pi05").arrays["noise"])
     with torch.no_grad():
-        past, mask = tables.prefix(tables.see(inputs.pixels[0]), inputs.ids, inputs.mask)
+        past, mask = tables.prefix(tables.encode_image(inputs.pixels[0]), inputs.ids, inputs.mask)
         by_time = tables.velocity(past, mask, None, x, torch.tensor([0.7, 0.7]))
         assert torch.equal(by_time, tables.velocity(past, mask, None, x, torch.tensor([3, 3])))
         close(policy.velocity(past, mask, None, x, torch.tensor([3, 3])), by_time.numpy())
@@ -457,11 +457,11 @@ def test_refused_tensors(tensors: Callable[..., Any], message: str, tmp_path: Pa
 )
 def test_heads_that_nothing_tells(family: str, hints: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(open_folder(DATA / family / "checkpoint"), Options(hints=hints))
+        read(open_folder(DATA / family / "checkpoint"), ReadOptions(hints=hints))
 
 
 def test_hints_that_contradict_each_other() -> None:
     hints = read_hints(DATA / "pi0" / "golden.json")
     expert = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 8}
     with pytest.raises(UserError, match=r"expected the same key/value heads .* found 1 of 16 and 2 of 8"):
-        read(open_folder(DATA / "pi0" / "checkpoint"), Options(hints={**hints, "expert": expert}))
+        read(open_folder(DATA / "pi0" / "checkpoint"), ReadOptions(hints={**hints, "expert": expert}))

@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from rlrc.compressor.checkpoints import shapes
-from rlrc.compressor.checkpoints.folder import Options, open_folder
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.compressor.models.policy import Inputs
@@ -304,7 +304,7 @@ CASES = {
 def test_actions_of_any_geometry(case: Case, tmp_path: Path) -> None:
     """Three rows with prompts of different lengths in one batch: measured at most 4.6e-6."""
     path = case.write(tmp_path / "folder")
-    policy, layout = read(open_folder(path), Options(hints=case.hints()))
+    policy, layout = read(open_folder(path), ReadOptions(hints=case.hints()))
     assert len(set(layout.unused)) == len(layout.unused) > 0
     reference, random = Reference(path, case), np.random.default_rng(5)
 

@@ -15,8 +15,8 @@ import torch
 from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySpec, PromptSpec, TokenSpec, TowerSpec
 from rlrc.benchmarks.claims import full_size, operating_points, random_weights, roofline
 from rlrc.benchmarks.claims.claims import thresholds
-from rlrc.benchmarks.claims.operating_points import Point, point
-from rlrc.benchmarks.claims.policy_process import Action, Arm
+from rlrc.benchmarks.claims.operating_points import OperatingPoint, point
+from rlrc.benchmarks.claims.policy_process import ActionTimes, PolicyProcess
 from rlrc.benchmarks.claims.roofline import Peaks
 from rlrc.compressor.checkpoints import reader
 from rlrc.errors import UserError
@@ -42,12 +42,12 @@ def spec() -> PolicySpec:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Point:
+def small(monkeypatch: pytest.MonkeyPatch) -> OperatingPoint:
     monkeypatch.setattr(random_weights, "dense", lambda name: (spec(), TOWERS))
-    return Point("small", "openvla-7b", 0.9, ("*.layers.0.attention.*",), "onnxruntime", "fp16", "int4a8")
+    return OperatingPoint("small", "openvla-7b", 0.9, ("*.layers.0.attention.*",), "onnxruntime", "fp16", "int4a8")
 
 
-def test_what_is_compared(small: Point) -> None:
+def test_what_is_compared(small: OperatingPoint) -> None:
     both = full_size.describe(small)
     assert both.dense.towers == TOWERS
     assert both.dense.quantization is None
@@ -64,7 +64,7 @@ def test_what_is_compared(small: Point) -> None:
     assert both.modules["embedding"] == 96 * 64
 
 
-def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Point) -> None:
+def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: OperatingPoint) -> None:
     both = full_size.describe(small)
     for manifest in (both.dense, both.compressed):
         weights = random_weights.weights(manifest)
@@ -81,7 +81,7 @@ def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Point)
             assert np.array_equal(values, weights.values(name))
 
 
-def test_all_of_it(small: Point, tmp_path: Path) -> None:
+def test_all_of_it(small: OperatingPoint, tmp_path: Path) -> None:
     steps: list[str] = []
     kind = full_size.policy_process.quicker_in_torch()
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), steps.append)
@@ -109,7 +109,9 @@ def test_all_of_it(small: Point, tmp_path: Path) -> None:
     assert any("round 2 of 2: torch" in step for step in steps)
 
 
-def test_a_torch_that_dies_takes_nothing_along(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_dies_takes_nothing_along(
+    small: OperatingPoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel ends it for want of memory: what was measured before stays, and nothing has passed."""
     monkeypatch.setattr(full_size.policy_process, "in_torch", full_size_arms.dying_with)
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), QUIET)
@@ -121,7 +123,7 @@ def test_a_torch_that_dies_takes_nothing_along(small: Point, tmp_path: Path, mon
     assert json.loads(json.dumps(result)) == result
 
 
-def test_on_llama_cpp(small: Point, tmp_path: Path) -> None:
+def test_on_llama_cpp(small: OperatingPoint, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     on_gguf = replace(small, runtime="gguf", elsewhere=("onnxruntime", {"vision": "int8", "decoder": "int4a8"}))
     result = full_size.run(on_gguf, tmp_path, 1, 2, True, thresholds(), QUIET)
@@ -135,7 +137,9 @@ def test_on_llama_cpp(small: Point, tmp_path: Path) -> None:
     assert result["compressed"]["roofline"].keys() == {"vision", "prefill", "decode"}
 
 
-def test_what_there_is_no_room_for_is_refused(small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_there_is_no_room_for_is_refused(
+    small: OperatingPoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = full_size.describe(small)
     full_size.check_disk(small, both, tmp_path)
     assert full_size.needed(both, 1000.0) == 1000 + 0.75 * both.compressed.parameters + full_size.ROOM
@@ -149,7 +153,7 @@ def test_what_there_is_no_room_for_is_refused(small: Point, tmp_path: Path, monk
 
 
 def test_memory_that_others_took_meanwhile_ends_the_run_and_leaves_nothing(
-    small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: OperatingPoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers, steps = iter([1e12]), list[str]()
     monkeypatch.setattr(full_size, "available", lambda: next(answers, full_size.ROOM))
@@ -165,7 +169,7 @@ def test_memory_that_others_took_meanwhile_ends_the_run_and_leaves_nothing(
     [("bf16", 0, "bf16", 2), ("fp32", 0, "fp32", 4), ("fp32", -1, "bf16", 2)],  # bytes beyond what float32 needs
 )
 def test_torch_competes_in_its_quicker_type_that_fits(
-    small: Point, monkeypatch: pytest.MonkeyPatch, quicker: str, room: int, kind: str, width: int
+    small: OperatingPoint, monkeypatch: pytest.MonkeyPatch, quicker: str, room: int, kind: str, width: int
 ) -> None:
     both, steps = full_size.describe(small), list[str]()
     monkeypatch.setattr(full_size.Workers, "run", lambda *_: iter([(1, quicker)]))
@@ -175,7 +179,7 @@ def test_torch_competes_in_its_quicker_type_that_fits(
     assert len(steps) == (quicker != kind)
 
 
-def test_resident_by_hand(small: Point) -> None:
+def test_resident_by_hand(small: OperatingPoint) -> None:
     """Float32 for all but the embedding; on llama.cpp the blocks stay in 16 bits too."""
     both = full_size.describe(small)
     narrow, blocks = 96 * 64, 4 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
@@ -191,9 +195,9 @@ class Short:
     def __init__(self, times: int) -> None:
         self.times, self.actions = times, 0
 
-    def act(self) -> Action:
+    def act(self) -> ActionTimes:
         self.actions += 1
-        return Action(float(self.actions), {"vision": 1.0}, 1.0, 5000 if self.actions <= self.times else 3)
+        return ActionTimes(float(self.actions), {"vision": 1.0}, 1.0, 5000 if self.actions <= self.times else 3)
 
     def memory(self) -> dict[str, int]:
         return {}
@@ -251,7 +255,7 @@ def test_bad_requests_are_one_line_and_exit_2(arguments: list[str], message: str
 
 
 def test_the_command_tells_and_fails(
-    small: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    small: OperatingPoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(operating_points, "point", lambda name, runtime: small)
     out = tmp_path / "claims-small.json"
@@ -269,7 +273,7 @@ def test_the_command_tells_and_fails(
 
 
 def test_an_arm_tells_its_parts_and_its_memory() -> None:
-    arm = Arm("a clock", full_size_arms.clockwork, (5.0,))
+    arm = PolicyProcess("a clock", full_size_arms.clockwork, (5.0,))
     try:
         action = arm.act()
         assert action.parts["vision"] >= 5.0
@@ -285,8 +289,8 @@ def test_an_arm_tells_its_parts_and_its_memory() -> None:
 
 def test_what_an_arm_cannot_do_is_told() -> None:
     with pytest.raises(UserError, match="do better"):
-        Arm("a policy", full_size_arms.refused, ())
-    arm = Arm("a policy", full_size_arms.dying, ())
+        PolicyProcess("a policy", full_size_arms.refused, ())
+    arm = PolicyProcess("a policy", full_size_arms.dying, ())
     with pytest.raises(UserError, match="process of a policy to go on, found that it ended by"):
         arm.act()
     arm.close()
@@ -295,7 +299,7 @@ def test_what_an_arm_cannot_do_is_told() -> None:
 # The roofline
 
 
-def test_limits_by_hand(small: Point) -> None:
+def test_limits_by_hand(small: OperatingPoint) -> None:
     """A decode step of 1 row: two multiply-adds a weight, and every weight read once in 4.5 bits."""
     manifest = full_size.describe(small).compressed
     blocks = sum(64 * (4 * layer.heads * 16 + 3 * layer.mlp) for layer in manifest.towers["decoder"].layers)

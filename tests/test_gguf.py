@@ -29,7 +29,7 @@ from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io, prune  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
-from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.gguf import file  # noqa: E402
@@ -43,7 +43,7 @@ from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 NAMES = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 CLOSE = 1e-4  # in action units
 
 FULL, NARROW = LayerSpec(4, 2, 32, 160), LayerSpec(1, 1, 32, 64)

@@ -19,7 +19,7 @@ from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
 from rlrc.compressor.models.nn.vit import VisionTransformer  # noqa: E402
 from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.exporters.graphs import blocks  # noqa: E402
-from rlrc.exporters.graphs.blocks import Around  # noqa: E402
+from rlrc.exporters.graphs.blocks import GraphContext  # noqa: E402
 from rlrc.exporters.graphs.builder import Builder  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
@@ -78,7 +78,7 @@ def whole_decoder(tower: TowerSpec, **options: Any) -> Callable[..., dict[str, s
         if options.get("causal"):
             columns = blocks.positions(b, None, b.add(start, b.size(x, 1)) if start else b.size(x, 1))
             mask = blocks.causal_mask(b, places, columns)
-        around = Around(blocks.rotary_tables(b, places, tower), mask)
+        around = GraphContext(blocks.rotary_tables(b, places, tower), mask)
         outputs = {}
         for i, layer in enumerate(tower.layers):
             before = (past[f"past.{i}.key"], past[f"past.{i}.value"]) if past else None
@@ -158,7 +158,7 @@ def test_an_expert_attends_to_the_prefix_and_crosses_to_it(kind: str) -> None:
         columns = blocks.positions(b, None, b.add(b.size(keys["key.0"], 2), b.size(x, 1)))
         crossing = blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower)
         mask = blocks.causal_mask(b, places, columns)
-        around = Around(blocks.rotary_tables(b, places, tower), mask, crossing, condition)
+        around = GraphContext(blocks.rotary_tables(b, places, tower), mask, crossing, condition)
         for i, layer in enumerate(tower.layers):
             known = keys[f"key.{i}"], keys[f"value.{i}"]
             x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, known)

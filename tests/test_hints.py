@@ -20,13 +20,13 @@ from rlrc.compressor.prune.prune import PruneConfig, lines, prune
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.stages.prune import run_prune
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 
 
 def entries(*stages: str) -> tuple[HistoryEntry, ...]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from rlrc.benchmarks.control.simulated_arm import Arm
+from rlrc.benchmarks.control.simulated_arm import SimulatedArm
 from rlrc.robots.instructed import Instructed
 from rlrc.robots.robot import Sensed
 
 
-class Told(Arm):
+class Told(SimulatedArm):
     def sense(self) -> Sensed | None:
         sensed = super().sense()
         assert sensed is not None

@@ -19,7 +19,7 @@ from rlrc import artifact as artifacts
 from rlrc import interrupts
 from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.stages.artifact_io import read_tensors
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training.sft import interruptible
 from rlrc.errors import Interrupted
 
@@ -220,5 +220,5 @@ def test_an_interrupted_compression_says_what_goes_on(
 
     monkeypatch.setattr("rlrc.exporters.export.export", interrupted)
     with pytest.raises(Interrupted, match=r"^the same command goes on with the export$") as caught:
-        compress(tiny_artifact, tmp_path / "out", {}, Options(evaluate=0))
+        compress(tiny_artifact, tmp_path / "out", {}, StageOptions(evaluate=0))
     assert caught.value.code == 143

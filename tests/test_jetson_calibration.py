@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 
 from rlrc.jetson.model import calibration, roofline
-from rlrc.jetson.model.calibration import Row
+from rlrc.jetson.model.calibration import PredictionRow
 from rlrc.runtime import cli
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[PredictionRow]:
     return calibration.leave_one_out()
 
 
-def errors(rows: list[Row], which: str, listed: bool) -> dict[str, float]:
+def errors(rows: list[PredictionRow], which: str, listed: bool) -> dict[str, float]:
     return calibration.summary([getattr(row, which) for row in rows if row.measurement.listed or not listed])
 
 
 @pytest.mark.parametrize("which", ["own_error", "untold_error"])
 @pytest.mark.parametrize("listed", [True, False])
-def test_unseen_measurements_are_predicted(rows: list[Row], which: str, listed: bool) -> None:
+def test_unseen_measurements_are_predicted(rows: list[PredictionRow], which: str, listed: bool) -> None:
     found = errors(rows, which, listed)
     assert found["median_error"] < 0.25
     assert found["worst_ratio"] < 2
@@ -60,7 +60,7 @@ def test_every_measurement_says_where_it_is_from() -> None:
     assert len(keys) == len(set(keys))
 
 
-def test_the_report_repeats_them(capsys: pytest.CaptureFixture[str], rows: list[Row]) -> None:
+def test_the_report_repeats_them(capsys: pytest.CaptureFixture[str], rows: list[PredictionRow]) -> None:
     assert cli.main(["jetson", "calibration", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["rows"]) == len(rows)

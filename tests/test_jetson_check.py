@@ -22,13 +22,13 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.stages import prune, quantize  # noqa: E402
-from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.tensorrt.target import DENSE, QUANTIZED  # noqa: E402
 from rlrc.jetson.model.precision import OVERFLOWS  # noqa: E402
 
 PYTHON = os.environ.get("RLRC_TENSORRT_PYTHON", sys.executable)
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 PATH = os.pathsep.join(entry for entry in sys.path if entry.endswith(("runtime", "jetson")))
 
 

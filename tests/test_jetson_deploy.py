@@ -20,7 +20,7 @@ import pytest
 from rlrc import artifact as artifacts
 from rlrc.errors import UserError
 from rlrc.jetson.board import deploy
-from rlrc.jetson.board.deploy import Place, TrialFailed
+from rlrc.jetson.board.deploy import RemoteFolder, TrialFailed
 from rlrc.jetson.board.remote import ConnectionLost, Shell
 from rlrc.jetson.cli.deploy import Deploy, Rollback
 from rlrc.runtime.cli import main
@@ -34,8 +34,8 @@ REPORTS = {
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(HERE, str(tmp_path / "robot's folder"), pause=lambda seconds: None)
+def place(tmp_path: Path) -> RemoteFolder:
+    return RemoteFolder(HERE, str(tmp_path / "robot's folder"), pause=lambda seconds: None)
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def two(make_toy: Callable[..., Path], toy_artifact: Path, tmp_path: Path) -> tu
     return toy_artifact, other
 
 
-def names(place: Place) -> set[str]:
+def names(place: RemoteFolder) -> set[str]:
     root = Path(place.folder)
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and not path.is_symlink()}
 
 
-def test_a_copy_is_whole_and_loads(toy_artifact: Path, place: Place) -> None:
+def test_a_copy_is_whole_and_loads(toy_artifact: Path, place: RemoteFolder) -> None:
     artifact = deploy.load(toy_artifact)
     sent: dict[str, int] = {}
     digest = deploy.copy(artifact, place, lambda name, size: sent.update({name: size}))
@@ -69,7 +69,7 @@ def test_a_copy_is_whole_and_loads(toy_artifact: Path, place: Place) -> None:
     assert deploy.copy(artifact, place, lambda name, size: pytest.fail("sent again")) == digest
 
 
-def test_what_is_there_is_not_sent_again(toy_artifact: Path, place: Place) -> None:
+def test_what_is_there_is_not_sent_again(toy_artifact: Path, place: RemoteFolder) -> None:
     artifact = deploy.load(toy_artifact)
     golden = artifact.path / "golden.npz"
     begun = Path(place.folder, "incoming", artifact.digest[:16])
@@ -80,7 +80,7 @@ def test_what_is_there_is_not_sent_again(toy_artifact: Path, place: Place) -> No
     assert [size for name, size in sent if name == "golden.npz"] == [1000, golden.stat().st_size]
 
 
-def test_damage_on_the_way_is_found(toy_artifact: Path, place: Place) -> None:
+def test_damage_on_the_way_is_found(toy_artifact: Path, place: RemoteFolder) -> None:
     """The first thousand bytes of an older copy are others; what is too long is begun anew."""
     artifact = deploy.load(toy_artifact)
     begun = Path(place.folder, "incoming", artifact.digest[:16])
@@ -91,7 +91,7 @@ def test_damage_on_the_way_is_found(toy_artifact: Path, place: Place) -> None:
     artifacts.load(Path(place.folder, "artifacts", digest))
 
 
-def test_damage_twice_is_an_error(toy_artifact: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_twice_is_an_error(toy_artifact: Path, place: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "_damaged", lambda *_: ["golden.npz"])
     with pytest.raises(UserError, match=r"golden.npz to arrive as it is, found another sha256 twice"):
         deploy.copy(deploy.load(toy_artifact), place)
@@ -117,7 +117,7 @@ class Cut(Shell):
         raise ConnectionLost("the line was cut")
 
 
-def test_a_line_that_is_cut_is_taken_up(toy_artifact: Path, place: Place) -> None:
+def test_a_line_that_is_cut_is_taken_up(toy_artifact: Path, place: RemoteFolder) -> None:
     place.shell = Cut(2)
     sent: list[int] = []
     digest = deploy.copy(
@@ -129,7 +129,7 @@ def test_a_line_that_is_cut_is_taken_up(toy_artifact: Path, place: Place) -> Non
     assert sent == [0, first, second, size]  # where each try began, and what the last one came to
 
 
-def test_a_line_that_stays_cut_is_told(toy_artifact: Path, place: Place) -> None:
+def test_a_line_that_stays_cut_is_told(toy_artifact: Path, place: RemoteFolder) -> None:
     place.shell = Cut(99)
     with pytest.raises(UserError, match="expected the robot to answer, found: the line was cut; run the same command"):
         deploy.copy(deploy.load(toy_artifact), place)
@@ -138,13 +138,13 @@ def test_a_line_that_stays_cut_is_told(toy_artifact: Path, place: Place) -> None
     deploy.copy(deploy.load(toy_artifact), place)  # and goes on
 
 
-def test_a_full_disk_is_told_before(toy_artifact: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_before(toy_artifact: Path, place: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "ROOM", 2**60)
     with pytest.raises(UserError, match=r"expected [\d,]+ bytes of room in .*, found [\d,]+; make some"):
         deploy.copy(deploy.load(toy_artifact), place)
 
 
-def test_the_switch_is_one_rename(two: tuple[Path, Path], place: Place) -> None:
+def test_the_switch_is_one_rename(two: tuple[Path, Path], place: RemoteFolder) -> None:
     first, second = (deploy.copy(deploy.load(path), place) for path in two)
     deploy.switch(place, first)
     link = Path(place.folder, "current")
@@ -166,7 +166,11 @@ def test_the_switch_is_one_rename(two: tuple[Path, Path], place: Place) -> None:
 
 
 def test_deployed_tried_and_back(
-    two: tuple[Path, Path], place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], checks: dict[str, str]
+    two: tuple[Path, Path],
+    place: RemoteFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    checks: dict[str, str],
 ) -> None:
     first, second = (deploy.load(path) for path in two)
     report = tmp_path / "report.json"
@@ -194,7 +198,7 @@ def test_deployed_tried_and_back(
     artifacts.load(Path(place.folder, "current"))
 
 
-def test_the_doctors_bench_comes_home(toy_artifact: Path, place: Place, tmp_path: Path) -> None:
+def test_the_doctors_bench_comes_home(toy_artifact: Path, place: RemoteFolder, tmp_path: Path) -> None:
     """By rlrc itself on the other side; the file is one that rlrc report reads."""
     path = os.pathsep.join(folder for folder in sys.path if folder)
     check = f"env PYTHONPATH='{path}' {sys.executable} -m rlrc.runtime.cli jetson doctor --trials 5"
@@ -206,14 +210,20 @@ def test_the_doctors_bench_comes_home(toy_artifact: Path, place: Place, tmp_path
     assert main(["report", str(out), "--out", str(tmp_path / "report.html")]) == 0
 
 
-def test_without_an_earlier_one_there_is_no_way_back(toy_artifact: Path, place: Place, checks: dict[str, str]) -> None:
+def test_without_an_earlier_one_there_is_no_way_back(
+    toy_artifact: Path, place: RemoteFolder, checks: dict[str, str]
+) -> None:
     Deploy(toy_artifact, "robot", check=checks["fine"]).carry_out(deploy.load(toy_artifact), place)
     with pytest.raises(UserError, match="expected an earlier verified artifact"):
         Rollback("robot").carry_out(place)
 
 
 def test_a_service_that_does_not_start_goes_back(
-    two: tuple[Path, Path], place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], checks: dict[str, str]
+    two: tuple[Path, Path],
+    place: RemoteFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    checks: dict[str, str],
 ) -> None:
     first, second = (deploy.load(path) for path in two)
     assert Deploy(two[0], "robot", check=checks["fine"], after="true").carry_out(first, place) == 0
@@ -226,7 +236,9 @@ def test_a_service_that_does_not_start_goes_back(
     assert started == [second.digest[:16], first.digest[:16]]  # with the new one, then again with the old one
 
 
-def test_a_check_that_is_not_there_is_no_verdict(toy_artifact: Path, place: Place, checks: dict[str, str]) -> None:
+def test_a_check_that_is_not_there_is_no_verdict(
+    toy_artifact: Path, place: RemoteFolder, checks: dict[str, str]
+) -> None:
     digest = deploy.copy(deploy.load(toy_artifact), place)
     with pytest.raises(UserError, match=r"expected a report of nowhere/rlrc on this machine, found: .*; install rlrc"):
         deploy.try_there(place, digest, "nowhere/rlrc")
@@ -236,7 +248,7 @@ def test_a_check_that_is_not_there_is_no_verdict(toy_artifact: Path, place: Plac
 
 
 def test_old_ones_are_cleared(
-    make_toy: Callable[..., Path], place: Place, tmp_path: Path, checks: dict[str, str]
+    make_toy: Callable[..., Path], place: RemoteFolder, tmp_path: Path, checks: dict[str, str]
 ) -> None:
     digests = []
     for number in range(4):
@@ -334,7 +346,7 @@ def test_over_ssh(
 def test_a_session_that_is_killed_goes_on(toy_artifact: Path, tmp_path: Path, server: tuple[str, str]) -> None:
     """By SIGKILL of the connection's own process on the server, while a file is on its way."""
     host, program = server
-    place = Place(Shell.ssh(host, program), str(tmp_path / "robot"), pause=lambda seconds: None)
+    place = RemoteFolder(Shell.ssh(host, program), str(tmp_path / "robot"), pause=lambda seconds: None)
     large = tmp_path / "large"
     large.write_bytes(os.urandom(1 << 20) * 48)
     place.run(f"mkdir -p {place.path()}")

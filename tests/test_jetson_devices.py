@@ -71,9 +71,9 @@ def test_a_broken_table_is_told(tmp_path: Path) -> None:
     file = tmp_path / "devices.toml"
     file.write_text("[devices.x]\nmemory = 3\n")
     with pytest.raises(UserError, match=r"expected Table in .*devices\.toml, found: expected the key architectures"):
-        devices.read_toml(devices.Table, file)
+        devices.read_toml(devices.DeviceTable, file)
     with pytest.raises(UserError, match=r"found: .*No such file"):
-        devices.read_toml(devices.Table, tmp_path / "none.toml")
+        devices.read_toml(devices.DeviceTable, tmp_path / "none.toml")
 
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from rlrc.jetson.model.operations import Op
 from rlrc.jetson.model.plan import Plan, Setting, deadline_ms, of_geometry, plan, predict, pruned
 from rlrc.jetson.model.roofline import Efficiency, Stack
 from rlrc.jetson.model.suggest import shortfall, suggest
-from rlrc.jetson.model.work import Load, Part, Work
+from rlrc.jetson.model.work import DecisionWork, Load, Part
 from rlrc.runtime import cli
 
 MACHINE = Device("x", "a machine", "fast", "8.7", {"fp32": 1e12, "fp16": 1e13, "bf16": 1e13}, 1e11, 8 * 2**30, 10.0)
@@ -96,7 +96,9 @@ def test_more_of_everything_takes_longer() -> None:
 def test_memory_by_hand() -> None:
     part = Part("a", (), stored=1_000_000, table=200_000, live=5_000, scores=10**9)
     shared = Part("b", (), live=50_000)
-    found = memory_model.predict(Work((part, shared), 1_000, ()), precision.precision("int4"), MACHINE, cameras=2)
+    found = memory_model.predict(
+        DecisionWork((part, shared), 1_000, ()), precision.precision("int4"), MACHINE, cameras=2
+    )
     assert found.weights == 800_000 * 4.5 / 8 + 200_000 * 2
     assert (found.cache, found.activations) == (2_000, 100_000)
     assert found.cameras == 2 * 4 * 1280 * 720 * 2
@@ -118,7 +120,7 @@ def test_what_fills_no_group_stays_in_16_bits() -> None:
 
 
 def test_memory_on_a_cpu_keeps_what_is_widened_at_load() -> None:
-    work = Work((Part("a", (), stored=1_000_000, table=200_000, live=2_000, scores=1_000),), 0, ())
+    work = DecisionWork((Part("a", (), stored=1_000_000, table=200_000, live=2_000, scores=1_000),), 0, ())
     here = replace(MACHINE, sm=None)
     # Float32 activations and scores.
     assert memory_model.predict(work, precision.precision("fp16"), here, 1).activations == 4 * 3_000
@@ -130,7 +132,7 @@ def test_memory_on_a_cpu_keeps_what_is_widened_at_load() -> None:
     # Large tensors are not kept twice: of 1,000,000 numbers of 16 bits a quarter is left once they are widened, of
     # 100,000 all.
     large, small = (operations.Op(0, weights=weights) for weights in (1_000_000, 100_000))
-    work = Work((Part("a", (large, small), stored=1_100_000),), 0, ())
+    work = DecisionWork((Part("a", (large, small), stored=1_100_000),), 0, ())
     found = memory_model.predict(work, precision.precision("fp16"), here, 1)
     assert found.weights == 200_000 + 500_000 + 4_400_000
 
@@ -256,11 +258,11 @@ def test_pruned_shapes_are_those_of_rlrc_prune() -> None:
     """The bytes that are suggested, against what the compressor counts for the shape that this ratio leaves."""
     pytest.importorskip("torch")
     from rlrc.compressor.prune import cost
-    from rlrc.compressor.prune.allocation import Place, uniform
+    from rlrc.compressor.prune.allocation import PruneScope, uniform
 
     known = geometries.geometry("openvla-7b")
     dense = cost.shape_of(known.policy, known.towers)
-    place = Place(dense, "decoder", range(1, 31), 32)
+    place = PruneScope(dense, "decoder", range(1, 31), 32)
     cut = pruned(setting("openvla-7b", "int4", "orin-nano-8gb"), 0.7)
     ours = memory_model.predict(cut.work, cut.precision, cut.device, 1).weights
     theirs = cost.weight_bytes(cost.shape_of(known.policy, uniform(place)(0.7)))

@@ -13,10 +13,10 @@ from rlrc.artifact import LayerSpec, Manifest, TowerSpec, geometries
 from rlrc.compressor.checkpoints import reader
 from rlrc.errors import UserError
 from rlrc.jetson.model import operations
-from rlrc.jetson.model.work import Load, Work, work
+from rlrc.jetson.model.work import DecisionWork, Load, work
 
 
-def work_of(name: str, **load: Any) -> Work:
+def work_of(name: str, **load: Any) -> DecisionWork:
     known = geometries.geometry(name)
     return work(known.policy, known.towers, Load(**load))
 

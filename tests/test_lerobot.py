@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlrc.artifact import NormStats
-from rlrc.compressor.checkpoints.folder import Folder, Options
+from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
-from rlrc.compressor.checkpoints.lerobot.features import Feature
+from rlrc.compressor.checkpoints.lerobot.features import PolicyFeature
 from rlrc.compressor.checkpoints.lerobot.normaliser import Statistics, affine
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
@@ -157,7 +157,7 @@ def test_processor_files() -> None:
         state,
         action_feature_names=["shoulder.pos", "gripper.pos"],
     )
-    processors = lerobot.read(opened, True, Options())
+    processors = lerobot.read(opened, True, ReadOptions())
     front, other = (processors.camera(feature) for feature in processors.inputs("VISUAL"))
     assert (front.name, front.height, front.width, front.resize) == ("cam0", 20, 30, "none")
     assert (front.mean, front.std) == ((0.5, 0.25, 0.0), (0.25, 0.5, 1.0))
@@ -178,12 +178,12 @@ def test_processor_files() -> None:
     assert processors.prompt is not None
     assert (processors.prompt.edits, processors.prompt.max_tokens) == (("newline",), 12)
     assert processors.prompt.truncate
-    assert lerobot.read(opened, False, Options()).prompt is None
+    assert lerobot.read(opened, False, ReadOptions()).prompt is None
 
 
 def test_prompt_of_pi05() -> None:
     steps = [step("pi05_prepare_state_tokenizer_processor_step"), step("tokenizer_processor", max_length=200)]
-    prompt = lerobot.read(folder(steps), True, Options()).prompt
+    prompt = lerobot.read(folder(steps), True, ReadOptions()).prompt
     assert prompt is not None
     assert prompt.template == "Task: {instruction}, State: {state};\nAction: "
     assert (prompt.state_bins, prompt.edits) == (256, ("strip", "blanks"))
@@ -211,16 +211,16 @@ def test_prompt_of_pi05() -> None:
 )
 def test_refused_steps(before: list[Any], after: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        lerobot.read(folder(before, after), True, Options())
+        lerobot.read(folder(before, after), True, ReadOptions())
 
 
 def test_features_that_do_not_fit() -> None:
-    processors = lerobot.read(folder([]), False, Options())
+    processors = lerobot.read(folder([]), False, ReadOptions())
     with pytest.raises(UserError, match="expected three colours, height and width as the shape of depth"):
-        processors.camera(Feature("depth", "VISUAL", (1, 20, 30)))
+        processors.camera(PolicyFeature("depth", "VISUAL", (1, 20, 30)))
     with pytest.raises(UserError, match=r"expected one dimension in the shape of observation.state"):
-        processors.state(Feature("observation.state", "STATE", (2, 2)))
-    none = lerobot.read(folder([], output_features={}), False, Options())
+        processors.state(PolicyFeature("observation.state", "STATE", (2, 2)))
+    none = lerobot.read(folder([], output_features={}), False, ReadOptions())
     with pytest.raises(UserError, match="expected one ACTION in output_features"):
         none.action()
     assert none.action(default=3).dim == 3

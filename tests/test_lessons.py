@@ -19,7 +19,7 @@ from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import artifact_io, distill, prune, sft, training_data
 from rlrc.compressor.stages.sources import OfficialSource
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.datasets.meta import Feature
@@ -27,7 +27,7 @@ from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import normalise, prepare
 
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 TASKS = ("open the drawer", "put the red cube into the box on the left", "close it")
 
 

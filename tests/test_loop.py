@@ -12,7 +12,7 @@ import pytest
 from rlrc.envs import environment
 from rlrc.errors import UserError
 from rlrc.runtime.cli import run
-from rlrc.runtime.control.episodes import Episode, Rate, play, summary
+from rlrc.runtime.control.episodes import PlayedEpisode, Rate, play, summary
 from rlrc.runtime.control.inference_process import Warmth
 
 
@@ -163,8 +163,8 @@ def test_real_time() -> None:
 
 def test_summary() -> None:
     episodes = [
-        Episode(0, True, 10, 1, 0.5, (1.0, 2.0, 3.0)),
-        Episode(1, False, 30, 2, 1.5, (4.0, 5.0)),
+        PlayedEpisode(0, True, 10, 1, 0.5, (1.0, 2.0, 3.0)),
+        PlayedEpisode(1, False, 30, 2, 1.5, (4.0, 5.0)),
     ]
     totals = summary(episodes)
     assert totals["episodes"] == 2
@@ -185,7 +185,7 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
     robot = FakeRobot()  # its observations do not fit the policy
     monkeypatch.setattr(environment, "open_environment", lambda name, spec, mapping: robot)
     with pytest.raises(UserError, match=r"expected an observation with image\.corner4"):
-        run.Run(toy_artifact, "fake", seed=3, hz=0).run()
+        run.RunPolicy(toy_artifact, "fake", seed=3, hz=0).run()
     assert robot.closed
     assert robot.resets == [3]
 
@@ -223,11 +223,11 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
 )
 def test_run_refuses(toy_artifact: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run.Run(toy_artifact, **{"env": "metaworld:drawer-open-v3"} | arguments).run()
+        run.RunPolicy(toy_artifact, **{"env": "metaworld:drawer-open-v3"} | arguments).run()
 
 
 def test_run_on_the_simulator(metaworld_toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.Run(metaworld_toy, "metaworld:drawer-open-v3", hz=0, episodes=2, seed=3_000_000, json=True).run()
+    run.RunPolicy(metaworld_toy, "metaworld:drawer-open-v3", hz=0, episodes=2, seed=3_000_000, json=True).run()
     printed = json.loads(capsys.readouterr().out)
     assert [episode["seed"] for episode in printed["played"]] == [3_000_000, 3_000_001]
     assert printed["episodes"] == 2

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from families import FAMILIES, official
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.stages.sources import examples
 from rlrc.compressor.training.batches import Batch, collate
 from rlrc.compressor.training.losses import bins_of, chunk_loss, drawn, masked_mean, tokens_of
 from rlrc.runtime.inference.preprocess import prepare, to_bins
 
 
-def batch_of(name: str, rows: int = 3) -> tuple[Policy, Batch]:
+def batch_of(name: str, rows: int = 3) -> tuple[PolicyModule, Batch]:
     """The instructions have different lengths."""
     source, policy = official(name)
     spec, arrays = policy.spec, examples(source.spec, source.tokenizer)
@@ -111,7 +111,7 @@ def test_autoregressive_cross_entropy_is_that_of_the_steps() -> None:
             row = batch.part(slice(i, i + 1)).inputs
             assert row.ids is not None
             ids = row.ids if row.mask is None else row.ids[:, row.mask[0]]
-            past, given, image_tokens = None, ids, decode.look(policy, row)
+            past, given, image_tokens = None, ids, decode.encode_images(policy, row)
             for j in range(tokens.shape[1]):
                 logits, past = policy.step(image_tokens if past is None else None, given, past)
                 losses.append(F.cross_entropy(logits, rows[i : i + 1, j]))
@@ -142,7 +142,7 @@ def test_flow_matching_by_hand(name: str) -> None:
     padded[..., : spec.action.dim] = batch.actions
     x = torch.stack([t[i] * inputs.noise[i] + (1 - t[i]) * padded[i] for i in range(len(batch))])
     with torch.no_grad():
-        past, mask = policy.prefix(decode.look(policy, inputs), inputs.ids, inputs.mask, inputs.state)
+        past, mask = policy.prefix(decode.encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.state)
         velocity = policy.velocity(past, mask, inputs.state, x, t)
         target = inputs.noise - padded
         expected = (velocity - target)[..., : spec.action.dim].square().mean().item()

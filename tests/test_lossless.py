@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.compressor.checkpoints import geometry, reader
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tensors import of_shapes
 from rlrc.compressor.prune.lossless import Cut, lines, lossless, never_read, outside
 from rlrc.compressor.stages.artifact_io import load_policy
@@ -30,15 +30,15 @@ FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "
 
 
 @cache
-def golden(name: str) -> tuple[Policy, tuple[Cut, ...]]:
+def golden(name: str) -> tuple[PolicyModule, tuple[Cut, ...]]:
     folder = open_folder(DATA / name / "checkpoint")
     hints = read_hints(DATA / name / "golden.json")
     key = json.loads((DATA / name / "golden.json").read_text())["observations"][0].get("unnorm_key")
-    policy, layout = read(folder, Options(hints=hints, unnorm_key=key))
+    policy, layout = read(folder, ReadOptions(hints=hints, unnorm_key=key))
     return policy, tuple(never_read(folder.tensors, layout.unused))
 
 
-def observations(name: str, policy: Policy) -> list[Inputs]:
+def observations(name: str, policy: PolicyModule) -> list[Inputs]:
     """The golden's two, one at a time."""
     found = []
     with np.load(DATA / name / "golden.npz") as arrays:
@@ -173,7 +173,7 @@ def test_only_where_another_token_wins_is_the_action_another() -> None:
     changed = build(policy.spec, policy.towers).eval()
     changed.load_state_dict(policy.state_dict())
     with torch.no_grad():
-        first, second = (policy.hidden(policy.see(x.pixels[0]), x.ids, None, None)[0] for x in both)  # type: ignore[operator]
+        first, second = (policy.hidden(policy.encode_image(x.pixels[0]), x.ids, None, None)[0] for x in both)  # type: ignore[operator]
         rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
         fits = ((rows @ first.T).amax(1) < 0) & ((rows @ second.T).amax(1) > 0)
         changed.head.weight[5] = 1e4 * rows[fits][0]  # type: ignore[union-attr, index]

@@ -10,12 +10,12 @@ import torch
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.stages import prune, quantize, sft
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import memory
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 
 
 def test_predictions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

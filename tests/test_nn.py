@@ -12,8 +12,8 @@ from torch import nn
 
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
 from rlrc.compressor.models.nn.decoder import Attention, Decoder, causal_mask, rotary_tables, rotate
-from rlrc.compressor.models.nn.vit import Block as VisionBlock
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
+from rlrc.compressor.models.nn.vit import VisionBlock as VisionBlock
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.errors import UserError
 
@@ -170,7 +170,7 @@ def test_policy_reads_everything_and_gives_a_chunk_of_logits(tiny_manifest: Mani
     with torch.no_grad():
         logits = policy(pixels, ids, state)
         assert logits.shape == (2, action.horizon, action.dim, action.bins)
-        assert policy.see(pixels).shape == (2, policy.image_tokens, 64)
+        assert policy.encode_image(pixels).shape == (2, policy.image_tokens, 64)
         for other in (
             policy(pixels + 0.1, ids, state),
             policy(pixels, (ids + 1) % 7, state),

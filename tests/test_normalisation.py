@@ -18,14 +18,14 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import NormStats
 from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.stages import sft
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 SIZES = {"act": (96, 128), "pi0": (20, 30), "pi05": (20, 30), "smolvla": (20, 30)}  # ACT resizes nothing
 STATE, ACTION = "observation.state", "action"
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlrc.compressor.checkpoints import reader
-from rlrc.compressor.checkpoints.folder import Folder, Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import Folder, ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.lerobot import act
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.tensors import of_model, of_pt
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -30,11 +30,11 @@ FAMILIES = ("act", "openvla", "openvla-oft-discrete", "openvla-oft-l1", "pi0", "
 MODEL, CONFIG = "model.safetensors", "config.json"
 
 
-def options(family: str, **others: Any) -> Options:
-    return Options(read_hints(DATA / family / "golden.json"), **others)
+def options(family: str, **others: Any) -> ReadOptions:
+    return ReadOptions(read_hints(DATA / family / "golden.json"), **others)
 
 
-def opened(family: str) -> tuple[Policy, Folder]:
+def opened(family: str) -> tuple[PolicyModule, Folder]:
     folder = open_folder(DATA / family / "checkpoint")
     return read(folder, options(family))[0], folder
 
@@ -71,7 +71,7 @@ def shard(folder: Path, count: int) -> dict[str, str]:
     return index
 
 
-def same(first: Policy, second: Policy) -> bool:
+def same(first: PolicyModule, second: PolicyModule) -> bool:
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -423,7 +423,7 @@ def test_nothing_is_executed_unpickled_or_downloaded(
 def test_the_layout_must_name_every_tensor_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in a backbone file, not the user's: a traceback."""
     folder = open_folder(DATA / "act/checkpoint")
-    layout = reader.layout(folder, Options())
+    layout = reader.layout(folder, ReadOptions())
     del layout.parts["head.bias"]
     monkeypatch.setattr(act, "layout", lambda *_: layout)
     with pytest.raises(RuntimeError, match=r"differ in \['head.bias'\]"):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from rlrc.compressor.checkpoints import folder as official
 from rlrc.compressor.checkpoints import reader, tokenizers
-from rlrc.compressor.checkpoints.folder import Options, open_folder
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy, tokenizer_of
 from rlrc.errors import UserError
 from rlrc.runtime.inference import preprocess
@@ -79,25 +79,25 @@ def test_where_a_tokenizer_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"in .*checkpoint, found neither; .*\(it is that of tiny_smolvlm\) as --tokenizer"
     ):
-        tokenizers.of_folder(folder, Options())
+        tokenizers.of_folder(folder, ReadOptions())
     named = shutil.copytree(DATA / "smolvla/tiny_smolvlm", tmp_path / "tiny_smolvlm") / "tokenizer.json"
-    assert tokenizers.of_folder(folder, Options()) == named  # the name in config.json, beside the checkpoint
+    assert tokenizers.of_folder(folder, ReadOptions()) == named  # the name in config.json, beside the checkpoint
     hinted = shutil.copytree(named.parent, tmp_path / "hinted") / "tokenizer.json"
-    assert tokenizers.of_folder(folder, Options({"tokenizer": str(hinted.parent)})) == hinted
+    assert tokenizers.of_folder(folder, ReadOptions({"tokenizer": str(hinted.parent)})) == hinted
     shutil.copy(MODELS / "llama.model", path / "tokenizer.model")
-    assert tokenizers.of_folder(folder, Options({"tokenizer": str(hinted.parent)})) == path / "tokenizer.model"
+    assert tokenizers.of_folder(folder, ReadOptions({"tokenizer": str(hinted.parent)})) == path / "tokenizer.model"
     shutil.copy(named, path)
-    assert tokenizers.of_folder(folder, Options()) == path / "tokenizer.json"
-    assert tokenizers.of_folder(folder, Options(tokenizer=hinted)) == hinted
-    assert tokenizers.of_folder(folder, Options(tokenizer=hinted.parent)) == hinted
+    assert tokenizers.of_folder(folder, ReadOptions()) == path / "tokenizer.json"
+    assert tokenizers.of_folder(folder, ReadOptions(tokenizer=hinted)) == hinted
+    assert tokenizers.of_folder(folder, ReadOptions(tokenizer=hinted.parent)) == hinted
     with pytest.raises(UserError, match=r"expected tokenizer.json or tokenizer.model in .*nowhere, found neither"):
-        tokenizers.of_folder(folder, Options(tokenizer=tmp_path / "nowhere"))
+        tokenizers.of_folder(folder, ReadOptions(tokenizer=tmp_path / "nowhere"))
 
 
 def test_a_wrong_vocabulary_is_refused() -> None:
     """Llama's pieces have known ids; these of another vocabulary would be understood as other words."""
     folder = open_folder(DATA / "openvla/checkpoint")
-    options = Options(official.read_hints(DATA / "openvla/golden.json"))
+    options = ReadOptions(official.read_hints(DATA / "openvla/golden.json"))
     spec = reader.layout(folder, options).spec
     assert tokenizer_of(folder, options, spec) is not None
     with pytest.raises(UserError, match="use the tokenizer that the policy was trained with"):
@@ -106,8 +106,8 @@ def test_a_wrong_vocabulary_is_refused() -> None:
 
 def test_a_policy_without_language_needs_none() -> None:
     folder = open_folder(DATA / "act/checkpoint")
-    spec = reader.layout(folder, Options()).spec
-    assert tokenizer_of(folder, Options(), spec) is None
+    spec = reader.layout(folder, ReadOptions()).spec
+    assert tokenizer_of(folder, ReadOptions(), spec) is None
 
 
 # Llama 2's of "In: What action should the robot take to close the drawer?\nOut:".
@@ -122,7 +122,7 @@ def edited(path: Path, **values: Any) -> None:
 def opened(path: Path, family: str = "openvla") -> Any:
     """The tokenizer at the path, as the golden's policy gets it."""
     folder = open_folder(DATA / family / "checkpoint")
-    options = Options(official.read_hints(DATA / family / "golden.json"), tokenizer=path)
+    options = ReadOptions(official.read_hints(DATA / family / "golden.json"), tokenizer=path)
     spec = reader.layout(folder, options).spec
     tokenizer = tokenizer_of(folder, options, spec)
     assert tokenizer is not None
@@ -239,7 +239,7 @@ def test_long_prompts_are_cut_at_their_end(tmp_path: Path) -> None:
 def test_a_token_that_the_embedding_has_no_row_of(rows: int) -> None:
     """Of a tokenizer with more words, or an added token in the instruction: refused before anything is computed."""
     folder = open_folder(DATA / "openvla/checkpoint")
-    options = Options(official.read_hints(DATA / "openvla/golden.json"))
+    options = ReadOptions(official.read_hints(DATA / "openvla/golden.json"))
     spec = reader.layout(folder, options).spec
     small = replace(spec, geometry={**spec.geometry, "vocabulary": rows})
     observation = {"image.image0": np.zeros((56, 56, 3), np.uint8), "instruction": "close the drawer"}
@@ -256,7 +256,7 @@ def test_an_instruction_with_a_word_beyond_the_embedding(tmp_path: Path) -> None
     size = Tokenizer.from_file(str(gemma / "tokenizer.json")).get_vocab_size()
     words = {f"<extra{i}>": size + i for i in range(rows - size + 1)}
     (gemma / "added_tokens.json").write_text(json.dumps(words))
-    policy = TorchPolicy.official(folder, Options(official.read_hints(DATA / "pi0/golden.json"), tokenizer=gemma))
+    policy = TorchPolicy.official(folder, ReadOptions(official.read_hints(DATA / "pi0/golden.json"), tokenizer=gemma))
     observation: dict[str, Any] = {
         f"image.{camera.name}": np.zeros((64, 64, 3), np.uint8) for camera in policy.spec.cameras
     }

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from rlrc.compressor.checkpoints import folder as official
 from rlrc.compressor.checkpoints import tensors as weights
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
-from rlrc.compressor.checkpoints.layout import Part
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
+from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models.families import build
@@ -23,8 +23,8 @@ DATA = Path(__file__).parent / "data"
 FAMILIES = ("act", "openvla", "openvla-oft-discrete", "openvla-oft-l1", "pi0", "pi05", "smolvla")
 
 
-def options(family: str) -> Options:
-    return Options(read_hints(DATA / family / "golden.json"))
+def options(family: str) -> ReadOptions:
+    return ReadOptions(read_hints(DATA / family / "golden.json"))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
@@ -132,22 +132,22 @@ def test_another_geometry_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 def test_conversions_by_hand() -> None:
     """The shapes differ in every dimension, so that no two could be mixed up."""
     image = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # (out, colours, rows, columns)
-    converted = weights.convert(part := Part(("w",), "patches"), [image])
+    converted = weights.convert(part := TensorOrigin(("w",), "patches"), [image])
     assert converted.shape == (2, 60)
     assert converted[1, (2 * 5 + 3) * 3 + 1] == image[1, 1, 2, 3]  # row 2, column 3, colour 1
     assert torch.equal(weights.restore([part], [converted], "w", [(2, 3, 4, 5)]), image)
 
     first, second = torch.arange(3).reshape(1, 1, 3), torch.arange(3, 9).reshape(1, 2, 3)
-    flat = weights.convert(part := Part(("c", "r"), "flat"), [first, second])
+    flat = weights.convert(part := TensorOrigin(("c", "r"), "flat"), [first, second])
     assert flat.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert torch.equal(weights.restore([part], [flat], "r", [(1, 1, 3), (1, 2, 3)]), second)
 
-    joined = weights.convert(part := Part(("q", "k"), "join"), [torch.ones(4, 2), torch.zeros(2, 2)])
+    joined = weights.convert(part := TensorOrigin(("q", "k"), "join"), [torch.ones(4, 2), torch.zeros(2, 2)])
     assert joined[:, 0].tolist() == [1, 1, 1, 1, 0, 0]
     assert torch.equal(weights.restore([part], [joined], "k", [(4, 2), (2, 2)]), torch.zeros(2, 2))
 
     whole = torch.arange(12).reshape(6, 2)
-    parts = [Part(("in",), name) for name in ("value", "query", "key")]
+    parts = [TensorOrigin(("in",), name) for name in ("value", "query", "key")]
     thirds = [weights.convert(part, [whole]) for part in parts]
     assert [third[0, 0].item() for third in thirds] == [8, 0, 4]
     assert torch.equal(weights.restore(parts, thirds, "in", [(6, 2)]), whole)

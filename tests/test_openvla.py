@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from rlrc.artifact import NormStats, from_json, to_json
 from rlrc.compressor.checkpoints import geometry, reader
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models import decode, families
 from rlrc.compressor.models.oft import OFTPolicy
@@ -36,7 +36,7 @@ class Golden:
 
     def __init__(self, name: str) -> None:
         self.path = DATA / name / "checkpoint"
-        self.options = Options(read_hints(DATA / name / "golden.json"))
+        self.options = ReadOptions(read_hints(DATA / name / "golden.json"))
         self.policy, self.layout = read(open_folder(self.path), self.options)
         self.spec = self.layout.spec
         with np.load(DATA / name / "golden.npz") as arrays:
@@ -92,7 +92,7 @@ def test_what_the_policy_sees(goldens: dict[str, Golden], name: str, n: int) -> 
     assert inputs.ids[0].tolist() == [*arrays[f"obs{n}.input_ids"][0].tolist(), 29871]
     close(torch.cat([pixels.movedim(-1, 1) for pixels in inputs.pixels], 1), arrays[f"obs{n}.pixel_values"])
     close(torch.cat([policy.features(pixels) for pixels in inputs.pixels], 1), arrays[f"obs{n}.vision_features"])
-    close(decode.look(policy, inputs), arrays[f"obs{n}.projected"])
+    close(decode.encode_images(policy, inputs), arrays[f"obs{n}.projected"])
     assert (inputs.state is None) == (f"obs{n}.state" not in arrays)
     if inputs.state is not None:
         close(inputs.state, arrays[f"obs{n}.proprio_normalized"])
@@ -105,7 +105,7 @@ def test_openvla_golden(goldens: dict[str, Golden], n: int) -> None:
     assert isinstance(policy, OpenVLAPolicy)
     assert ids is not None
     words, length = policy.embedding(ids), arrays[f"obs{n}.prefix_hidden"].shape[1]
-    prefix = torch.cat([words[:, :1], decode.look(policy, inputs), words[:, 1:]], 1)
+    prefix = torch.cat([words[:, :1], decode.encode_images(policy, inputs), words[:, 1:]], 1)
     close(policy.decoder(prefix, torch.full((length, length), -torch.inf).triu(1)), arrays[f"obs{n}.prefix_hidden"])
     outputs = policy.act(inputs)
     assert outputs.logits is not None
@@ -123,7 +123,7 @@ def test_oft_golden(goldens: dict[str, Golden], name: str, n: int) -> None:
     policy, arrays, ids = golden.policy, golden.arrays, inputs.ids
     assert isinstance(policy, OFTPolicy)
     assert ids is not None
-    seen = decode.look(policy, inputs)
+    seen = decode.encode_images(policy, inputs)
     sequence = policy.sequence(seen, ids, inputs.state)
     close(sequence, arrays[f"obs{n}.merged_embeds"])
     close(policy.decoder(sequence), arrays[f"obs{n}.hidden"])

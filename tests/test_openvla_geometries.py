@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlrc.compressor.checkpoints import shapes
-from rlrc.compressor.checkpoints.folder import Options, open_folder
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.compressor.checkpoints.write_back import write_official
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 
 HEAD, PROPRIO = "action_head--7_checkpoint.pt", "proprio_projector--7_checkpoint.pt"
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
@@ -173,7 +173,7 @@ class Reference:
             x = x + self.linear(f"{block}mlp.fc2", y) * t.get(f"{block}ls2.scale_factor", 1.0)
         return x[:, sum(token.shape[1] for token in first) :]
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """(1, H, W, 3 or 6) -> (1, N, width)."""
         split = pixels.movedim(-1, 1).split(3, 1)
         vision = zip(FEATURIZERS, self.case.vision, split, strict=False)
@@ -185,7 +185,10 @@ class Reference:
     def act(self, pixels: list[Tensor], ids: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Normalised actions (horizon, dim), and logits (horizon, dim, rows) where there are tokens."""
         case, words = self.case, self.tensors["language_model.model.embed_tokens.weight"]
-        seen, head = torch.cat([self.see(shot) for shot in pixels], 1), self.tensors["language_model.lm_head.weight"]
+        seen, head = (
+            torch.cat([self.encode_image(shot) for shot in pixels], 1),
+            self.tensors["language_model.lm_head.weight"],
+        )
         numbers = case.horizon * case.dim
         if not case.oft:
             logits = []
@@ -225,7 +228,7 @@ class Reference:
 class Opened:
     path: Path
     case: Case
-    policy: Policy
+    policy: PolicyModule
     layout: Layout
     inputs: Inputs  # three rows, prompts of 6, 4 and 6 tokens
 
@@ -234,7 +237,7 @@ class Opened:
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     case, path = CASES[request.param], tmp_path_factory.mktemp("random") / "checkpoint"
     write(path, case)
-    policy, layout = read(open_folder(path), Options(case.hints))
+    policy, layout = read(open_folder(path), ReadOptions(case.hints))
     torch.manual_seed(1)
     pixels = [torch.randn(3, case.pixels, case.pixels, 3 * len(case.vision)) for _ in range(case.images)]
     ids, mask = torch.randint(3, case.vocabulary, (3, 6)), torch.ones(3, 6, dtype=torch.bool)
@@ -287,7 +290,7 @@ def test_gradients_flow_and_change_nothing(opened: Opened) -> None:
 def test_half_precision_is_near(opened: Opened) -> None:
     """Pixels and state stay in float32 outside. With bfloat16's 8 bits these random functions are 2 to 10 % off."""
     expected, inputs = opened.policy.act(opened.inputs), opened.inputs
-    policy, _ = read(open_folder(opened.path), Options(opened.case.hints), torch.bfloat16)
+    policy, _ = read(open_folder(opened.path), ReadOptions(opened.case.hints), torch.bfloat16)
     found = policy.act(inputs)
     assert found.actions.dtype == torch.float32
     if expected.logits is None:
@@ -300,7 +303,7 @@ def test_half_precision_is_near(opened: Opened) -> None:
 
 @torch.no_grad()
 def test_written_back_and_read_again(opened: Opened, tmp_path: Path) -> None:
-    folder, options = open_folder(opened.path), Options(opened.case.hints)
+    folder, options = open_folder(opened.path), ReadOptions(opened.case.hints)
     policy, _ = read(folder, options)
     for tensor in policy.parameters():
         tensor.mul_(1.01)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlrc.compressor.checkpoints import reader
-from rlrc.compressor.checkpoints.folder import Options, open_folder, read_hints
+from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.errors import UserError
 from rlrc.runtime.inference import preprocess
@@ -44,7 +44,7 @@ def hints(name: str, *without: str, **extra: Any) -> dict[str, Any]:
 
 def layout_of(folder: Path, given: dict[str, Any], **options: Any) -> Layout:
     opened = open_folder(folder)
-    wanted = Options(given, **options)
+    wanted = ReadOptions(given, **options)
     layout: Layout = reader.layout(opened, wanted)
     reader.check(opened, layout, reader.build(layout))
     return layout

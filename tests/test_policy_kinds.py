@@ -422,7 +422,7 @@ def test_verification_of_every_kind(write: Callable[..., Path], kind: str, tmp_p
     np.savez(tmp_path / "golden.npz", **arrays)
     read = verify.read_golden(tmp_path / "golden.npz", policy.spec)
     tolerance = verify.default_limits(policy.spec.action).tolerance
-    record = verify.measure(policy, read, verify.Limits(tolerance))
+    record = verify.measure(policy, read, verify.Tolerances(tolerance))
     assert record.max_error == (0, 0)
     assert (record.tokens, record.observations) == (12 if kind == "autoregressive" else 0, 3)
     assert verify.failure(record) is None
@@ -432,7 +432,9 @@ def test_verification_of_every_kind(write: Callable[..., Path], kind: str, tmp_p
     assert tolerance == pytest.approx(0.1 / 256)
     arrays["actions"][2, 1, 0] += np.float32(1.1 * tolerance)
     np.savez(tmp_path / "golden.npz", **arrays)
-    record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Limits(tolerance))
+    record = verify.measure(
+        policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Tolerances(tolerance)
+    )
     np.testing.assert_allclose(record.max_error, [1.1 * tolerance, 0], atol=1e-6)
     assert record.chunk_jitter == pytest.approx(1.1 * tolerance, abs=1e-6)
     assert verify.failure(record)
@@ -451,13 +453,13 @@ def test_what_follows_a_flip_at_a_tie_is_no_error(write: Callable[..., Path], tm
         logits[0][step] = np.eye(6)[tokens[0][step] - 10]
     arrays["actions"] = actions_of(tokens, policy.spec.action)
     np.savez(tmp_path / "golden.npz", **arrays)
-    record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Limits(1e-3))
+    record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Tolerances(1e-3))
     assert record.token_flips == 3
     assert record.max_error == (0, 0)
     # Without the tie the first flip counts, and all the others do.
     logits[0, 0, 1, other - 10] += 1
     np.savez(tmp_path / "golden.npz", **arrays)
-    record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Limits(1e-3))
+    record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Tolerances(1e-3))
     assert verify.failure(record)
 
 
@@ -491,4 +493,4 @@ def test_a_golden_may_lack_an_optional_camera(write: Callable[..., Path], tmp_pa
     np.savez(tmp_path / "golden.npz", **arrays)
     read = verify.read_golden(tmp_path / "golden.npz", policy.spec)
     assert "image.wrist" not in read.observation(0, policy.spec)
-    assert max(verify.measure(policy, read, verify.Limits(1.0)).max_error) > 0  # answers to both cameras
+    assert max(verify.measure(policy, read, verify.Tolerances(1.0)).max_error) > 0  # answers to both cameras

@@ -16,14 +16,14 @@ import torch
 
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl import ppo as module
-from rlrc.compressor.rl.actors import Judged, Seen, sample_tokens
+from rlrc.compressor.rl.actors import ActionEvaluation, EncodedObservation, sample_tokens
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples, ids_of_tasks
 from rlrc.compressor.rl.learner import Learner, NotFinite, Rollout, explained_variance, gae, ppo_loss
 from rlrc.compressor.rl.ppo import ppo, requests
-from rlrc.compressor.rl.rollout import Driver, Episode, Mode, Request, Rollouts
+from rlrc.compressor.rl.rollout import ActionSampler, Request, RolloutEpisode, Rollouts, SamplingMode
 from rlrc.compressor.training.losses import chunk_loss
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.envs.seeds import REINFORCEMENT
 from rlrc.errors import UserError
 
@@ -186,7 +186,7 @@ def synthetic(policy: TinyPolicy, decisions: int = 64) -> Rollout:
     last = torch.zeros(decisions, dtype=torch.bool)
     last[15::16] = True
     return Rollout(
-        Seen(
+        EncodedObservation(
             torch.randn(decisions, policy.image_tokens, 64, generator=generator).half(),
             torch.randint(0, 7, (decisions, 6), generator=generator),
             torch.randn(decisions, 7, generator=generator),
@@ -211,7 +211,7 @@ def copy_of(policy: TinyPolicy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
 
 
-def judged(learner: Learner, rollout: Rollout) -> Judged:
+def judged(learner: Learner, rollout: Rollout) -> ActionEvaluation:
     return learner.judge(rollout, [len(rollout)])
 
 
@@ -280,13 +280,13 @@ def test_updates_stop_at_the_target_kl(pupil: TinyPolicy, lessons: Samples, roll
 
 
 def test_rollout_puts_episodes_end_to_end(pupil: TinyPolicy, rollouts: Rollouts) -> None:
-    driver = Driver(pupil, rollouts.load_tokenizer(), Mode())
+    driver = ActionSampler(pupil, rollouts.load_tokenizer(), SamplingMode())
     tokens = np.arange(4 * 20).reshape(4, 5, 4)
     state = np.arange(28, dtype=np.float32).reshape(4, 7) / 100
 
-    def episode(task: str, rows: slice, success: bool) -> Episode:
+    def episode(task: str, rows: slice, success: bool) -> RolloutEpisode:
         images = [np.full((4, 64), i, np.float16) for i in range(4)[rows]]
-        return Episode(task, 0, success, state=list(state[rows]), image_tokens=images, trace=list(tokens[rows]))
+        return RolloutEpisode(task, 0, success, state=list(state[rows]), image_tokens=images, trace=list(tokens[rows]))
 
     opened, closed = "drawer-open-v3", "drawer-close-v3"
     rollout = Rollout.of([episode(opened, slice(0, 3), True), episode(closed, slice(3, 4), False)], driver)
@@ -311,18 +311,18 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "Mode", partial(Mode, horizon=20))
+    monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=20))
     config = PPOConfig(iterations=3, episodes=3, warmup=1, minibatch=4, behaviour_batch=8, demonstrations=1)
 
-    def train(policy: TinyPolicy, folder: Path, progress: Callable[[int, str], None]) -> Run:
-        run = Run(folder)
+    def train(policy: TinyPolicy, folder: Path, progress: Callable[[int, str], None]) -> RunState:
+        run = RunState(folder)
         run.open("rl", "parent", config)
         run.start_clock(rollouts)
         batches = SampleBatches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
         ppo(policy, config, batches, rollouts, run, progress)
         return run
 
-    def rows(run: Run) -> list[dict[str, Any]]:
+    def rows(run: RunState) -> list[dict[str, Any]]:
         measured = ("cpu_seconds", "environment_steps_per_second")
         lines = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in measured} for line in lines]
@@ -365,9 +365,9 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(
     pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pupil goes mad after its first iteration."""
-    monkeypatch.setattr(module, "Mode", partial(Mode, horizon=5))
+    monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=5))
     config = PPOConfig(iterations=3, episodes=2, warmup=0, minibatch=4, behaviour_batch=8, demonstrations=1)
-    run = Run(tmp_path / "run")
+    run = RunState(tmp_path / "run")
     run.open("rl", "parent", config)
     run.start_clock(rollouts)
     batches = SampleBatches(lessons, pupil.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)

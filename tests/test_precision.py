@@ -21,8 +21,8 @@ from rlrc.compressor.models import precision
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import prune
 from rlrc.compressor.stages.sources import open_source
-from rlrc.compressor.stages.stage import Options
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.stages.stage import StageOptions
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
@@ -88,34 +88,34 @@ def test_what_is_asked_for_is_what_products_are_computed_in() -> None:
         with precision.autocast("cpu"):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
     with pytest.raises(UserError, match="expected --precision auto, float32, bfloat16, found 'float16'"):
-        Options(precision="float16")  # type: ignore[arg-type]
+        StageOptions(precision="float16")  # type: ignore[arg-type]
 
 
 def test_the_history_says_what_products_were_computed_in(tiny_artifact: Path, tmp_path: Path) -> None:
     for wanted in ("float32", "bfloat16", "auto"):
-        options = Options(evaluate=0, workers=1, threads=1, precision=wanted)  # type: ignore[arg-type]
+        options = StageOptions(evaluate=0, workers=1, threads=1, precision=wanted)  # type: ignore[arg-type]
         prune.run_prune(tiny_artifact, tmp_path / wanted, PruneConfig(0.5, "magnitude"), options)
         entry = artifacts.load(tmp_path / wanted).manifest.history[-1]
         assert entry.precision["cpu"] == (precision.quicker("cpu") if wanted == "auto" else wanted)
 
 
 def test_a_run_that_goes_on_keeps_its_precision(tmp_path: Path) -> None:
-    begun = Run(tmp_path / "run")
+    begun = RunState(tmp_path / "run")
     begun.open("sft", "parent", SFTConfig(), "float32")
     begun.save(3)
     precision.use({"cpu": "bfloat16"})
     for wanted in ("auto", "float32"):
-        Run(tmp_path / "run").open("sft", "parent", SFTConfig(), wanted)  # type: ignore[arg-type]
+        RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), wanted)  # type: ignore[arg-type]
         assert precision.used()["cpu"] == "float32"
     with pytest.raises(UserError, match=r"expected --precision float32, which the run in .*run began with, found bf"):
-        Run(tmp_path / "run").open("sft", "parent", SFTConfig(), "bfloat16")
+        RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), "bfloat16")
 
 
 def test_finished_stages_of_another_precision_are_refused_where_one_is_asked_for(
     tiny_artifact: Path, tmp_path: Path
 ) -> None:
     config = PruneConfig(0.5, "magnitude")
-    options = Options(evaluate=0, workers=1, threads=1, precision="float32")
+    options = StageOptions(evaluate=0, workers=1, threads=1, precision="float32")
     prune.run_prune(tiny_artifact, tmp_path / "prune", config, options)
     source = open_source(tiny_artifact, Flags())
     check_same(tmp_path / "prune", "prune", source, config, "auto")

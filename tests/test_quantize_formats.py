@@ -24,7 +24,7 @@ from rlrc.compressor.quantize.grid import dequantize, unpack  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
-from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.gguf.blocks import gguf_blocks  # noqa: E402
@@ -33,7 +33,7 @@ from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 MIXED = QuantizeConfig(("projector.weight", "decoder.layers.0.attention.k.weight"), embeddings=8)
 CONFIGS = {"int4": QuantizeConfig(), "mixed": MIXED, "int8": QuantizeConfig(bits=8, embeddings=8)}
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.quantize import calibration
 from rlrc.compressor.quantize.action_error import replaced
 from rlrc.compressor.quantize.awq import ALPHAS, Fold, folded, folds, scaled, scales
-from rlrc.compressor.quantize.calibration import Sample, linear_inputs
+from rlrc.compressor.quantize.calibration import RowSample, linear_inputs
 from rlrc.compressor.quantize.gptq import DAMPENING, gptq
 from rlrc.compressor.quantize.grid import dequantize, quantize_groups, values_of
 from rlrc.compressor.quantize.nf4 import LEVELS, nf4
@@ -29,7 +29,7 @@ Golden = tuple[Any, list[Inputs]]  # a policy and observations
 Official = Callable[[str], Golden]
 
 
-def act(policy: Policy, inputs: list[Inputs]) -> list[Outputs]:
+def act(policy: PolicyModule, inputs: list[Inputs]) -> list[Outputs]:
     with torch.inference_mode():
         return [policy.act(one) for one in inputs]
 
@@ -42,7 +42,7 @@ def test_rows_are_what_the_layers_were_given(tiny_policy: Golden) -> None:
     names = [f"decoder.layers.0.attention.{part}.weight" for part in "qkv"]
     found = linear_inputs(policy, inputs, ["head.weight", "projector.weight", *names])
     with torch.inference_mode():
-        hidden = [policy.hidden(policy.see(one.pixels[0]), one.ids, one.state)[0] for one in inputs]
+        hidden = [policy.hidden(policy.encode_image(one.pixels[0]), one.ids, one.state)[0] for one in inputs]
         seen = [merge_patches(policy.vision(one.pixels[0]), policy.merge).flatten(0, 2) for one in inputs]
     torch.testing.assert_close(found["head.weight"], torch.cat(hidden))
     torch.testing.assert_close(found["projector.weight"], torch.cat(seen))
@@ -74,7 +74,7 @@ def test_rows_of_a_patch_embedding(tiny_policy: Golden) -> None:
 
 def test_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "ROWS", 200)
-    sample = Sample()
+    sample = RowSample()
     for start in range(0, 2000, 100):
         sample.add(torch.arange(start, start + 100.0).view(2, 50, 1))
     rows = sample.rows[:, 0]
@@ -180,7 +180,7 @@ def test_a_channel_that_matters_is_scaled_up() -> None:
     assert (rows @ (rounded - tensors["a.weight"]).T).norm() < 0.5 * (rows @ (plain - tensors["a.weight"]).T).norm()
 
 
-def check_equal(policy: Policy, inputs: list[Inputs]) -> list[Fold]:
+def check_equal(policy: PolicyModule, inputs: list[Inputs]) -> list[Fold]:
     """Random scales in every fold change no action."""
     found, generator = folds(policy), torch.Generator().manual_seed(0)
     tensors = dict(policy.state_dict())

@@ -31,7 +31,7 @@ def moved(recorder: Recorder, steps: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def test_every_step_becomes_a_frame(tmp_path: Path) -> None:
-    arm = simulated_arm.Arm()
+    arm = simulated_arm.SimulatedArm()
     recorder = Recorder(arm, simulated_arm.spec(), 50.0, tmp_path / "run")
     assert recorder.live_pictures
     moved(recorder, 2)  # before an episode begins
@@ -51,7 +51,7 @@ def test_every_step_becomes_a_frame(tmp_path: Path) -> None:
 
 
 def test_a_driver_may_fill_the_same_arrays_again_and_again(tmp_path: Path) -> None:
-    class Thrifty(simulated_arm.Arm):
+    class Thrifty(simulated_arm.SimulatedArm):
         kept = np.zeros((simulated_arm.SIZE, simulated_arm.SIZE, 3), np.uint8)
 
         def sense(self) -> Sensed:
@@ -72,7 +72,7 @@ def test_a_driver_may_fill_the_same_arrays_again_and_again(tmp_path: Path) -> No
 
 
 def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> None:
-    arm = simulated_arm.Arm()
+    arm = simulated_arm.SimulatedArm()
     recorder = Recorder(arm, simulated_arm.spec(), 50.0, tmp_path / "run")
     recorder.begin("wave")
     moved(recorder, 2)
@@ -87,7 +87,7 @@ def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_stops_the_robot_too(tmp_path: Path) -> None:
-    class Odd(simulated_arm.Arm):
+    class Odd(simulated_arm.SimulatedArm):
         def sense(self) -> object:
             sensed = super().sense()
             return sensed._replace(observation={**sensed.observation, "note": np.array([None], object)})

@@ -16,7 +16,7 @@ from rlrc.errors import UserError
 from rlrc.robots.replay import ReplayRobot, untracked
 from rlrc.robots.robot import Sensed
 from rlrc.runtime.cli.replay import errors, told
-from rlrc.runtime.cli.run import Run
+from rlrc.runtime.cli.run import RunPolicy
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.safety import profile
 
@@ -172,7 +172,7 @@ def test_run_replays_an_episode(
     (tmp_path / "toy.toml").write_text(PROFILE)
     log = tmp_path / "log.jsonl"
     options: dict[str, Any] = {"replay": folder, "episode": 1, "cameras": {"corner4": "top"}, "log": log}
-    code = Run(toy_artifact, profile=str(tmp_path / "toy.toml"), hz=10, late=20, json=True, **options).run()
+    code = RunPolicy(toy_artifact, profile=str(tmp_path / "toy.toml"), hz=10, late=20, json=True, **options).run()
     found = json.loads(capsys.readouterr().out)
     assert (code, found["stop"], found["steps"]) == (0, None, 40)
     # The same from the log: what was commanded, against 0.001 i times 1, 2, 3, 4.

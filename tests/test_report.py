@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlrc.benchmarks.measure.success import Episode
+from rlrc.benchmarks.measure.success import ScoredEpisode
 from rlrc.benchmarks.report import charts, findings, html, limits, markdown, report, tradeoffs
 from rlrc.benchmarks.report.film import Strip
 from rlrc.benchmarks.results import results
@@ -103,7 +103,7 @@ def curves(folder: Path) -> Path:
 def film() -> report.Film:
     frames = np.zeros((2, 96, 96, 3), np.uint8)
     strips = [
-        Strip(name, Episode("drawer-open-v3", 1, name == "compressed", 80), frames, (0, 40))
+        Strip(name, ScoredEpisode("drawer-open-v3", 1, name == "compressed", 80), frames, (0, 40))
         for name in ("pruned", "compressed")
     ]
     return report.Film(strips, "drawer-open-v3", "seed 1")

@@ -15,7 +15,7 @@ from rlrc import artifact as artifacts
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl import rollout as module
 from rlrc.compressor.rl.demonstrations import Samples
-from rlrc.compressor.rl.rollout import Driver, Episode, Mode, Request, Rollouts, run_episodes
+from rlrc.compressor.rl.rollout import ActionSampler, Request, RolloutEpisode, Rollouts, SamplingMode, run_episodes
 from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import TASKS, MetaWorldEnv, make
 from rlrc.errors import UserError
@@ -28,7 +28,7 @@ def some(number: int) -> list[Request]:
     return [Request((OPEN, FAUCET)[i % 2], 40 + i) for i in range(number)]
 
 
-def same(a: Episode, b: Episode) -> bool:
+def same(a: RolloutEpisode, b: RolloutEpisode) -> bool:
     arrays = ("pictures", "state", "image_tokens", "trace", "chunk")
     return (a.task, a.seed, a.success, a.steps) == (b.task, b.seed, b.success, b.steps) and all(
         len(getattr(a, name)) == len(getattr(b, name))
@@ -41,7 +41,7 @@ def test_reproducible_with_one_worker_and_with_two(
     pupil: TinyPolicy, rollouts: Rollouts, pupil_artifact: Path, tmp_path: Path
 ) -> None:
     """By argmax, whatever ran before in the same worker; what the expert does depends on no number of workers."""
-    requests, mode = some(5), Mode(keep="pictures", horizon=20)
+    requests, mode = some(5), SamplingMode(keep="pictures", horizon=20)
     driven = [Request(request.task, request.seed, handover=0, noise=0.3) for request in requests]
     artifact = artifacts.load(pupil_artifact)
     with Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=2) as pair:
@@ -50,7 +50,7 @@ def test_reproducible_with_one_worker_and_with_two(
             assert [(episode.task, episode.seed) for episode in first] == [(r.task, r.seed) for r in requests]
             assert {len(episode.trace) for episode in first} == {4}
             assert len({episode.trace[-1].tobytes() for episode in first}) > 1  # it looks at what it sees
-            pool.run(some(3), pupil, Mode(sample=True, horizon=10))
+            pool.run(some(3), pupil, SamplingMode(sample=True, horizon=10))
             assert all(same(a, b) for a, b in zip(first, pool.run(requests, pupil, mode), strict=True))
         by_one, by_two = (pool.run(driven, None, mode) for pool in (rollouts, pair))
         assert all(same(a, b) for a, b in zip(by_one, by_two, strict=True))
@@ -58,10 +58,10 @@ def test_reproducible_with_one_worker_and_with_two(
 
 
 def test_sampled_episodes_are_reproducible_and_differ_from_argmax(pupil: TinyPolicy, rollouts: Rollouts) -> None:
-    requests, mode = some(3), Mode(sample=True, correlation=0.8, keep="image_tokens", horizon=10)
+    requests, mode = some(3), SamplingMode(sample=True, correlation=0.8, keep="image_tokens", horizon=10)
     first, again = rollouts.run(requests, pupil, mode), rollouts.run(requests, pupil, mode)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    greedy = rollouts.run(requests, pupil, Mode(keep="image_tokens", horizon=10))
+    greedy = rollouts.run(requests, pupil, SamplingMode(keep="image_tokens", horizon=10))
     assert not any(np.array_equal(a.trace[0], b.trace[0]) for a, b in zip(first, greedy, strict=True))
     assert first[0].image_tokens[0].shape == (pupil.image_tokens, 64)
     assert first[0].image_tokens[0].dtype == np.float16
@@ -69,15 +69,15 @@ def test_sampled_episodes_are_reproducible_and_differ_from_argmax(pupil: TinyPol
 
 
 def in_process(
-    requests: list[Request], pupil: TinyPolicy | None, rollouts: Rollouts, mode: Mode
-) -> dict[tuple[str, int], Episode]:
-    driver = Driver(pupil, rollouts.load_tokenizer(), mode) if pupil is not None else None
+    requests: list[Request], pupil: TinyPolicy | None, rollouts: Rollouts, mode: SamplingMode
+) -> dict[tuple[str, int], RolloutEpisode]:
+    driver = ActionSampler(pupil, rollouts.load_tokenizer(), mode) if pupil is not None else None
     return {(e.task, e.seed): e for e in run_episodes(requests, driver, horizon=5, mode=mode, size=32)}
 
 
 def test_the_policys_tokens_are_played(pupil: TinyPolicy, rollouts: Rollouts) -> None:
     """Replaying the recorded tokens in an environment of one's own gives the recorded states and pictures."""
-    (episode,) = in_process([Request(FAUCET, 3)], pupil, rollouts, Mode(keep="pictures", horizon=15)).values()
+    (episode,) = in_process([Request(FAUCET, 3)], pupil, rollouts, SamplingMode(keep="pictures", horizon=15)).values()
     env, centers = make(FAUCET, size=32), bin_centers(16)
     env.reset(seed=3)
     for picture, state, tokens in zip(episode.pictures, episode.state, episode.trace, strict=True):
@@ -91,7 +91,7 @@ def test_the_policys_tokens_are_played(pupil: TinyPolicy, rollouts: Rollouts) ->
 def test_expert_drives_from_the_handover_on(pupil: TinyPolicy, rollouts: Rollouts) -> None:
     """Labels begin there, are what is played (without noise), and are paired with their pictures in samples."""
     requests = [Request(OPEN, seed, handover) for seed, handover in ((1, 0), (2, 2), (3, None))]
-    episodes = in_process(requests, pupil, rollouts, Mode(keep="pictures"))
+    episodes = in_process(requests, pupil, rollouts, SamplingMode(keep="pictures"))
     assert [len(e.state) - len(e.chunk) for e in episodes.values() if e.seed < 3] == [0, 2]
     assert episodes[OPEN, 1].success
     assert episodes[OPEN, 1].steps < 200
@@ -119,9 +119,9 @@ def test_expert_drives_from_the_handover_on(pupil: TinyPolicy, rollouts: Rollout
 
 
 def test_labels_of_every_decision_do_not_disturb_the_policy(pupil: TinyPolicy, rollouts: Rollouts) -> None:
-    (plain,) = in_process([Request(OPEN, 4)], pupil, rollouts, Mode(keep="pictures", horizon=20)).values()
+    (plain,) = in_process([Request(OPEN, 4)], pupil, rollouts, SamplingMode(keep="pictures", horizon=20)).values()
     (labelled,) = in_process(
-        [Request(OPEN, 4)], pupil, rollouts, Mode(keep="pictures", horizon=20, label=True)
+        [Request(OPEN, 4)], pupil, rollouts, SamplingMode(keep="pictures", horizon=20, label=True)
     ).values()
     assert len(labelled.chunk) == len(labelled.state) == 4
     labelled.chunk = []
@@ -130,7 +130,9 @@ def test_labels_of_every_decision_do_not_disturb_the_policy(pupil: TinyPolicy, r
 
 def test_noise_is_on_the_actions_and_not_in_the_labels(rollouts: Rollouts) -> None:
     requests = [Request(OPEN, 5, handover=0, noise=noise) for noise in (0.0, 0.4)]
-    quiet, noisy = (next(iter(in_process([r], None, rollouts, Mode(keep="pictures")).values())) for r in requests)
+    quiet, noisy = (
+        next(iter(in_process([r], None, rollouts, SamplingMode(keep="pictures")).values())) for r in requests
+    )
     np.testing.assert_array_equal(quiet.state[0], noisy.state[0])
     np.testing.assert_array_equal(quiet.chunk[0], noisy.chunk[0])  # the label of the same state
     assert np.abs(quiet.state[1] - noisy.state[1]).max() > 1e-3
@@ -140,14 +142,14 @@ def test_noise_is_on_the_actions_and_not_in_the_labels(rollouts: Rollouts) -> No
 def test_episodes_that_nobody_drives_are_refused(rollouts: Rollouts) -> None:
     for handover in (None, 3):
         with pytest.raises(ValueError, match="there is no policy"):
-            rollouts.run([Request(OPEN, 1, 0), Request(OPEN, 2, handover)], None, Mode(keep="pictures"))
+            rollouts.run([Request(OPEN, 1, 0), Request(OPEN, 2, handover)], None, SamplingMode(keep="pictures"))
 
 
 def test_more_requests_than_slots_all_come_back(rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short episodes mixed, so that slots fall free at different times."""
     monkeypatch.setattr(module, "SLOTS", 3)
     requests = [Request(("drawer-close-v3/shared", FAUCET)[i % 2], 60 + i, handover=0) for i in range(8)]
-    episodes = in_process(requests, None, rollouts, Mode())
+    episodes = in_process(requests, None, rollouts, SamplingMode())
     assert set(episodes) == {(request.task, request.seed) for request in requests}
     assert all(episode.success for episode in episodes.values())
     assert len({episode.steps for episode in episodes.values()}) > 3
@@ -158,7 +160,7 @@ def test_idle_environments_are_bounded(rollouts: Rollouts, pupil: TinyPolicy, mo
     idle: list[MetaWorldEnv] = []
     monkeypatch.setattr(module, "_idle", idle)
     monkeypatch.setattr(module, "SLOTS", 3)
-    every, mode = [Request(task, 70) for task in TASKS], Mode(keep="pictures", horizon=10)
+    every, mode = [Request(task, 70) for task in TASKS], SamplingMode(keep="pictures", horizon=10)
     first = in_process(every, pupil, rollouts, mode)
     assert [env.task.name for env in idle] == list(TASKS)[-3:]
     faucets = [env for env in idle if env.task.environment == FAUCET]
@@ -189,7 +191,7 @@ def test_dead_worker_is_one_line(pupil: TinyPolicy, pupil_artifact: Path, tmp_pa
     with Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=1) as pool:
         killer = strike(pool, signal.SIGKILL)
         with pytest.raises(UserError, match="one ended by SIGKILL; it may have run out of memory"):
-            pool.run(some(2), pupil, Mode(horizon=5))
+            pool.run(some(2), pupil, SamplingMode(horizon=5))
         killer.join()
 
 
@@ -202,6 +204,6 @@ def test_stuck_worker_is_one_line_and_is_not_waited_for(
     pool = Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=1)
     killer, began = strike(pool, signal.SIGSTOP), time.monotonic()
     with pytest.raises(UserError, match=r"report within 0\.7 s, found none"), pool:  # two episodes
-        pool.run(some(2), pupil, Mode(horizon=5))
+        pool.run(some(2), pupil, SamplingMode(horizon=5))
     assert time.monotonic() - began < 10
     killer.join()

@@ -14,11 +14,11 @@ import pytest
 from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
 from rlrc.errors import UserError
-from rlrc.runtime.cli.policy import Infer, Inspect, Verify
+from rlrc.runtime.cli.policy import Infer, InspectPolicy, Verify
 
 
 def test_inspect_prints_what_an_artifact_is(toy_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Inspect(toy_artifact).run()
+    InspectPolicy(toy_artifact).run()
     printed = " ".join(capsys.readouterr().out.split())
     for fact in (
         "tiny, parallel decoding",
@@ -37,7 +37,7 @@ def test_inspect_prints_what_an_artifact_is(toy_artifact: Path, capsys: pytest.C
 
 
 def test_inspect_json_is_the_manifest(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Inspect(tiny_artifact, json=True).run()
+    InspectPolicy(tiny_artifact, json=True).run()
     printed = json.loads(capsys.readouterr().out)
     artifact = artifacts.load(tiny_artifact)
     extra = {name: printed.pop(name) for name in ("digest", "bytes")}
@@ -48,7 +48,7 @@ def test_inspect_json_is_the_manifest(tiny_artifact: Path, capsys: pytest.Captur
 
 
 def test_inspect_says_what_to_do_next(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Inspect(tiny_artifact).run()
+    InspectPolicy(tiny_artifact).run()
     assert f"next: rlrc export {tiny_artifact} OUT" in capsys.readouterr().out
 
 

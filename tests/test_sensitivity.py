@@ -20,8 +20,8 @@ from rlrc import strict
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.sensitivity import Sensitivity
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Policy
-from rlrc.compressor.prune.sensitivity_report import KINDS, Measured, Report, load, per_layer
+from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.prune.sensitivity_report import KINDS, Measured, SensitivityReport, load, per_layer
 from rlrc.compressor.quantize.quantize import QuantizeConfig, dequantize, quantize
 from rlrc.compressor.stages import sensitivity as module
 from rlrc.compressor.stages.sensitivity import (
@@ -47,16 +47,16 @@ def source(tiny_artifact: Path) -> ArtifactSource:
 
 
 @pytest.fixture
-def report(source: ArtifactSource, tmp_path: Path) -> Report:
+def report(source: ArtifactSource, tmp_path: Path) -> SensitivityReport:
     return measure(source, "tiny", SensitivityConfig(), tmp_path / "journal")
 
 
-def error_of(report: Report, kind: str, name: str) -> float:
+def error_of(report: SensitivityReport, kind: str, name: str) -> float:
     (row,) = (row for row in report.modules if (row.kind, row.module) == (kind, name))
     return row.error
 
 
-def by_hand(dense: Policy, changed: Policy, source: ArtifactSource) -> float:
+def by_hand(dense: PolicyModule, changed: PolicyModule, source: ArtifactSource) -> float:
     """Mean |difference| of the bins' centres weighted with their probabilities, in numpy."""
     observations, answers = source.observations(), []
     centers = (np.arange(32) + 0.5) / 16 - 1
@@ -69,14 +69,14 @@ def by_hand(dense: Policy, changed: Policy, source: ArtifactSource) -> float:
     return float(np.abs(answers[1] - answers[0]).mean())
 
 
-def with_state(policy: Policy, state: dict[str, Tensor], layers: tuple[Any, ...]) -> Policy:
+def with_state(policy: PolicyModule, state: dict[str, Tensor], layers: tuple[Any, ...]) -> PolicyModule:
     towers = policy.towers | {"decoder": replace(policy.towers["decoder"], layers=layers)}
     changed = build(policy.spec, towers)
     changed.load_state_dict(state)
     return changed.eval()
 
 
-def test_pruned_is_a_smaller_block(source: ArtifactSource, report: Report) -> None:
+def test_pruned_is_a_smaller_block(source: ArtifactSource, report: SensitivityReport) -> None:
     """Two of four heads and 64 of 128 channels of the first block, by the sums of their weights, cut out by hand."""
     policy, block = source.load(), "decoder.layers.0"
     state = dict(policy.state_dict())
@@ -102,7 +102,7 @@ def test_pruned_is_a_smaller_block(source: ArtifactSource, report: Report) -> No
     assert error_of(report, "prune", block) == pytest.approx(expected, rel=1e-3)
 
 
-def test_dropped_is_a_policy_without_the_block(source: ArtifactSource, report: Report) -> None:
+def test_dropped_is_a_policy_without_the_block(source: ArtifactSource, report: SensitivityReport) -> None:
     policy, state = source.load(), dict[str, Tensor]()
     for name, tensor in policy.state_dict().items():
         if not name.startswith("decoder.layers.1."):
@@ -113,7 +113,7 @@ def test_dropped_is_a_policy_without_the_block(source: ArtifactSource, report: R
     assert error_of(report, "drop", "decoder.layers.1") == pytest.approx(expected, rel=1e-3)
 
 
-def test_quantized_is_what_the_stage_makes(source: ArtifactSource, report: Report) -> None:
+def test_quantized_is_what_the_stage_makes(source: ArtifactSource, report: SensitivityReport) -> None:
     policy, name = source.load(), "decoder.layers.2.mlp"
     state = dict(policy.state_dict())
     stored = dequantize(*quantize(state, QuantizeConfig())[:2])
@@ -123,7 +123,7 @@ def test_quantized_is_what_the_stage_makes(source: ArtifactSource, report: Repor
     assert error_of(report, "quantize", name) == pytest.approx(expected, rel=1e-2)
 
 
-def test_what_is_measured(source: ArtifactSource, report: Report, tmp_path: Path) -> None:
+def test_what_is_measured(source: ArtifactSource, report: SensitivityReport, tmp_path: Path) -> None:
     """Blocks are dropped and pruned; attentions, MLPs and other layers are rounded."""
     assert (report.source, report.digest, report.observations) == ("tiny", source.digest, 8)
     assert Counter(row.kind for row in report.modules) == {"drop": 4, "prune": 4, "quantize": 11}
@@ -189,7 +189,7 @@ def test_change_of_actions_by_hand() -> None:
 
 
 def test_interrupted_measurement_goes_on(
-    source: ArtifactSource, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: ArtifactSource, report: SensitivityReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
 
@@ -222,7 +222,7 @@ def test_report_file_round_trip_and_per_layer(tmp_path: Path) -> None:
         Measured("decoder2.layers.0.mlp", "quantize", 1.0, 5),
         Measured("head", "quantize", 1.0, 5),
     )
-    report, file = Report("sensitivity", "x", None, 0.5, 4, 8, rows), tmp_path / "s.json"
+    report, file = SensitivityReport("sensitivity", "x", None, 0.5, 4, 8, rows), tmp_path / "s.json"
     file.write_text(json.dumps(strict.encode(report)))
     assert load(file) == report
     assert per_layer(report, "prune", "decoder") == {3: 0.5, 10: 0.25}
@@ -248,7 +248,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
         SensitivityConfig(**wrong)
 
 
-def test_change_is_undone_after_an_exception(pupil: Policy) -> None:
+def test_change_is_undone_after_an_exception(pupil: PolicyModule) -> None:
     before = copy.deepcopy(pupil.state_dict())
     for change in changes(pupil, SensitivityConfig()):
         with pytest.raises(KeyboardInterrupt), applied(pupil, change):

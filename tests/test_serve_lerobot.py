@@ -37,7 +37,7 @@ from rlrc.errors import UserError
 from rlrc.runtime import cli
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.servers import observations
-from rlrc.runtime.servers.lerobot import CLIENTS, LerobotServer, Robot, Timed
+from rlrc.runtime.servers.lerobot import CLIENTS, LerobotServer, ReceivedObservation, RobotClient
 from rlrc.runtime.servers.session import Refused, Session
 from rlrc.runtime.wire import pickles, protobuf
 from rlrc.runtime.wire.ports import LARGEST, Access
@@ -145,10 +145,12 @@ def test_the_newest_observation_is_answered_and_nothing_twice(client: LerobotCli
 def test_what_is_left_out(tiny_manifest: Any) -> None:
     spec: PolicySpec = tiny_manifest.policy  # scale of the state: 0.5, 0.25, 0.5
 
-    def at(step: int, x: float, words: str = "open", must_go: bool = False) -> Timed:
-        return Timed(HELPERS, 0.0, step, must_go, {"state": np.array([x, 0.5, 1.0]), "instruction": words})
+    def at(step: int, x: float, words: str = "open", must_go: bool = False) -> ReceivedObservation:
+        return ReceivedObservation(
+            HELPERS, 0.0, step, must_go, {"state": np.array([x, 0.5, 1.0]), "instruction": words}
+        )
 
-    robot = Robot(None, spec)  # type: ignore[arg-type]
+    robot = RobotClient(None, spec)  # type: ignore[arg-type]
     assert robot.offer(at(0, 0.1))
     robot.answered(at(0, 0.1))
     # At 0.01 of the scale or more, it is another observation: 0.1 + 0.5 * 0.01.

@@ -28,7 +28,7 @@ def edited(family: str, target: Path, file: str = "config.json", section: str = 
 
 def layout_of(folder: Path, family: str, **hints: Any) -> Layout:
     opened, options = open_folder(folder), options_of(flags(family))
-    options = official.Options({**options.hints, **hints}, options.unnorm_key, options.images, options.tokenizer)
+    options = official.ReadOptions({**options.hints, **hints}, options.unnorm_key, options.images, options.tokenizer)
     layout: Layout = reader.layout(opened, options)
     reader.check(opened, layout, reader.build(layout))
     return layout

@@ -18,11 +18,11 @@ from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl import dagger
 from rlrc.compressor.rl.dagger import Dagger
 from rlrc.compressor.rl.demonstrations import DemonstrationConfig, SampleBatches, Samples, demonstrations, ids_of_tasks
-from rlrc.compressor.rl.rollout import Mode, Request, Rollouts
+from rlrc.compressor.rl.rollout import Request, Rollouts, SamplingMode
 from rlrc.compressor.training import sft as module
-from rlrc.compressor.training.batches import Lessons
+from rlrc.compressor.training.batches import TrainingData
 from rlrc.compressor.training.losses import smoothed_cross_entropy
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import SFTConfig, optimizer, sft
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
@@ -140,24 +140,24 @@ def test_no_seed_leaves_the_scenes_for_demonstrations() -> None:
         assert all(request.seed in DEMONSTRATION for request in requests)
 
 
-def run_in(folder: Path, config: Any, rollouts: Rollouts) -> Run:
-    run = Run(folder)
+def run_in(folder: Path, config: Any, rollouts: Rollouts) -> RunState:
+    run = RunState(folder)
     run.open("sft", "parent", config)
     run.start_clock(rollouts)
     return run
 
 
 def train(
-    policy: TinyPolicy, config: SFTConfig, rollouts: Rollouts, run: Run, progress: Callable[[int, str], None]
+    policy: TinyPolicy, config: SFTConfig, rollouts: Rollouts, run: RunState, progress: Callable[[int, str], None]
 ) -> dict[str, Any]:
     """As the stage does it."""
     samples = demonstrations(DemonstrationConfig(config.demonstrations), rollouts)
     batches = SampleBatches(samples, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
     held_out = batches.all(50)[:1] if config.held_out else []
-    return sft(policy, config, Lessons(batches, held_out), run, progress, Dagger(config, rollouts, batches, run))
+    return sft(policy, config, TrainingData(batches, held_out), run, progress, Dagger(config, rollouts, batches, run))
 
 
-def curve(run: Run) -> list[dict[str, Any]]:
+def curve(run: RunState) -> list[dict[str, Any]]:
     """Rows without what a clock measured."""
     rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "cpu_seconds"} for row in rows]
@@ -200,7 +200,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     cut_short: Callable[..., None],
 ) -> None:
     """Rounds of DAgger fall before the saved state, on its very step, and between it and the interruption."""
-    monkeypatch.setattr(dagger, "Mode", partial(Mode, horizon=30))
+    monkeypatch.setattr(dagger, "Mode", partial(SamplingMode, horizon=30))
     monkeypatch.setattr(module, "LOG_EVERY", 20)
     short = {"steps": 80, "batch": 8, "warmup": 10, "demonstrations": 1}
     config = SFTConfig(**short, dagger_rounds=4, dagger_episodes=3, dagger_start=0.25, dagger_end=0.625)
@@ -214,7 +214,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
 
     cut_short(begun, saved=40, killed=60)
     assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["step"] == 40
-    assert curve(Run(tmp_path / "cut"))[-1]["step"] == 60  # the row after the saved state is dropped by resuming
+    assert curve(RunState(tmp_path / "cut"))[-1]["step"] == 60  # the row after the saved state is dropped by resuming
     resumed, cut = make_pupil(), run_in(tmp_path / "cut", config, rollouts)
     shown: list[tuple[int, str]] = []
     train(resumed, config, rollouts, cut, lambda step, text: shown.append((step, text)))

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from rlrc import interrupts
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.training import lora, sft
 from rlrc.compressor.training import run_state as run_module
-from rlrc.compressor.training.batches import Batch, Lessons
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.batches import Batch, TrainingData
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import Interrupted, UserError
 
@@ -38,22 +38,22 @@ def samples(number: int, size: int = 32) -> Samples:
     )
 
 
-def lessons(policy: Policy, number: int = 24, held_out: int = 0, seed: int = 0) -> Lessons:
+def lessons(policy: PolicyModule, number: int = 24, held_out: int = 0, seed: int = 0) -> TrainingData:
     ids = np.random.default_rng(1).integers(0, 7, (13, 6))
     batches = SampleBatches(samples(number + held_out), policy.spec, ids, seed)
     kept = batches.rows(np.arange(number, number + held_out))
     batches.samples = samples(number)
-    return Lessons(batches, [kept] if held_out else [])
+    return TrainingData(batches, [kept] if held_out else [])
 
 
-def run_in(folder: Path, config: SFTConfig) -> Run:
-    run = Run(folder)
+def run_in(folder: Path, config: SFTConfig) -> RunState:
+    run = RunState(folder)
     run.open("sft", "parent", config)
     run.start_clock(None)
     return run
 
 
-def train(policy: TinyPolicy, config: SFTConfig, folder: Path, taught: Lessons, **options: Any) -> dict[str, Any]:
+def train(policy: TinyPolicy, config: SFTConfig, folder: Path, taught: TrainingData, **options: Any) -> dict[str, Any]:
     return sft.sft(policy, config, taught, run_in(folder, config), options.pop("progress", lambda *_: None), **options)
 
 
@@ -134,7 +134,7 @@ def test_the_weights_with_the_lowest_held_out_loss_are_kept(
     assert report["best_step"] == min(seen, key=lambda step: seen[step])
     assert max(seen) == report["best_step"] + 20 < 400
     with torch.no_grad():
-        found = sft.Objective(policy, config.smoothing)(taught.held_out[0])["loss"].item()
+        found = sft.SFTObjective(policy, config.smoothing)(taught.held_out[0])["loss"].item()
     assert found == pytest.approx(report["held_out_loss"], abs=2e-5)
     assert found == pytest.approx(min(seen.values()), abs=2e-5)
 
@@ -192,13 +192,13 @@ def test_a_state_is_saved_by_time_and_less_often_where_that_takes_long(
     make_pupil: Callable[[], TinyPolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first step begins at 50 s, and each takes as long. Saving takes 1 s: every third; 20 s: every fourth."""
-    clock, real, saved = [0.0], Run.save, list[int]()
+    clock, real, saved = [0.0], RunState.save, list[int]()
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
 
     def trained(folder: Path, seconds: float) -> list[int]:
         saved.clear()
 
-        def save(run: Run, step: int, **state: Any) -> None:
+        def save(run: RunState, step: int, **state: Any) -> None:
             real(run, step, **state)
             saved.append(step)
             clock[0] += seconds
@@ -206,7 +206,7 @@ def test_a_state_is_saved_by_time_and_less_often_where_that_takes_long(
         def progress(step: int, text: str) -> None:
             clock[0] += 50
 
-        monkeypatch.setattr(Run, "save", save)
+        monkeypatch.setattr(RunState, "save", save)
         train(make_pupil(), SFTConfig(steps=10, batch=4), folder, lessons(make_pupil()), progress=progress)
         return list(saved)
 

@@ -15,7 +15,7 @@ from rlrc import artifact as artifacts
 from rlrc.envs.metaworld import STATE_NAMES, STATE_UNITS
 from rlrc.robots.robot import Sensed
 from rlrc.robots.simulator import SimulatorRobot
-from rlrc.runtime.cli.run import Run
+from rlrc.runtime.cli.run import RunPolicy
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def test_time_stands_still_before_the_first_command_and_between_them(metaworld_t
 
 def test_run_at_a_fixed_rate(hand_toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log.jsonl"
-    run = Run(hand_toy, "metaworld:drawer-open-v3", hz=10, late=20, patience=5, steps=15, json=True, log=log)
+    run = RunPolicy(hand_toy, "metaworld:drawer-open-v3", hz=10, late=20, patience=5, steps=15, json=True, log=log)
     assert run.run() == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["steps"], printed["late_actions"], printed["stop"]) == (15, 0, None)

@@ -25,17 +25,17 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl import dagger, ppo, simulation
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import Samples
-from rlrc.compressor.rl.rollout import Mode, Rollouts
+from rlrc.compressor.rl.rollout import Rollouts, SamplingMode
 from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl
 from rlrc.compressor.stages import sft as sft_stage
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import sft
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import Interrupted, UserError
 
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, lessons: Samples)
     """Episodes of 10 steps in the worker that all tests share; ``lessons`` are in the cache."""
     monkeypatch.setattr(simulation, "Rollouts", lambda *_: nullcontext(rollouts))
     for module in (simulation, dagger, ppo):
-        monkeypatch.setattr(module, "Mode", partial(Mode, horizon=10))
+        monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=10))
 
 
 def listing(folder: Path) -> list[str]:
@@ -51,7 +51,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path) -> None:
-    options = Options(evaluate=1, workers=1, threads=1)
+    options = StageOptions(evaluate=1, workers=1, threads=1)
     configs = {
         "prune": PruneConfig(ratio=0.5, batches=2, demonstrations=1),
         "sft": SFTConfig(steps=50, batch=8, warmup=5, demonstrations=1),
@@ -207,14 +207,14 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 
 def test_state_of_another_configuration_is_refused_and_kept(pupil_artifact: Path, tmp_path: Path) -> None:
     config = SFTConfig(steps=7, demonstrations=1)
-    left = Run(tmp_path / ".out.run")
+    left = RunState(tmp_path / ".out.run")
     left.open("sft", artifacts.load(pupil_artifact).digest, config)
     left.save(3)
     for name, other in (("sft", SFTConfig(steps=8, demonstrations=1)), ("quantize", QuantizeConfig())):
         with pytest.raises(UserError, match=r"expected to go on with the same stage.*\.out\.run.* remove it"):
             runner(name)(pupil_artifact, tmp_path / "out", other, QUIET)
     assert listing(tmp_path) == [".out.run"]
-    again = Run(tmp_path / ".out.run")
+    again = RunState(tmp_path / ".out.run")
     again.open("sft", artifacts.load(pupil_artifact).digest, config)
     assert (again.load() or {})["step"] == 3
 
@@ -301,4 +301,4 @@ def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
 @pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}, {"evaluate": -1}])
 def test_impossible_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=f"expected --{next(iter(options))} >= "):
-        Options(**options)
+        StageOptions(**options)

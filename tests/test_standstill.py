@@ -10,7 +10,7 @@ import pytest
 from looping import Arm, Thinking, joints, loop
 
 from rlrc.runtime.control.inference_process import Answer
-from rlrc.runtime.control.rearming import BENCH_CALLS, REARM_KEY, Standstill, Wish
+from rlrc.runtime.control.rearming import BENCH_CALLS, REARM_KEY, OperatorRequest, RearmController
 from rlrc.runtime.control.stop_switch import StopSwitch
 
 
@@ -20,7 +20,7 @@ class Stopped:
     def __init__(self, steps: int = 40) -> None:
         self.control, self.arm, self.thinking, self.clock = loop(0, "replace")
         self.switch, self.said = StopSwitch(), list[str]()
-        self.standstill = Standstill(self.switch, self.said.append, self.clock)
+        self.standstill = RearmController(self.switch, self.said.append, self.clock)
         self.control._standstill, self.control._stop = self.standstill, self.switch.asked
         self.answers: list[Mapping[str, Any]] = []
         self.at: dict[int, Callable[[], Any]] = {5: lambda: self.switch.press("a key")}
@@ -34,7 +34,7 @@ class Stopped:
         self.control.run(over, self.steps)
 
     def wish(self, kind: Any = "rearm") -> None:
-        self.standstill.ask(Wish(kind, "the test", self.answers.append))
+        self.standstill.ask(OperatorRequest(kind, "the test", self.answers.append))
 
     @property
     def held(self) -> list[bool]:

@@ -19,7 +19,7 @@ import pytest
 
 from rlrc.artifact import CameraSpec, NormStats, StateSpec
 from rlrc.benchmarks.measure import success
-from rlrc.benchmarks.measure.success import Episode, Scenes
+from rlrc.benchmarks.measure.success import Scenes, ScoredEpisode
 from rlrc.benchmarks.report.film import before_and_after, film_strip
 from rlrc.benchmarks.results.results import open_artifacts
 from rlrc.errors import UserError
@@ -72,7 +72,7 @@ class Adder:
 def test_chunks_are_executed_to_the_end_or_to_success(amount: float, outcome: bool, steps: int, asked: int) -> None:
     policy: Any = Adder(amount)
     environment: Any = Counter(6.0)
-    assert success.play(policy, environment, 7, 10) == Episode("count", 7, outcome, steps)
+    assert success.play(policy, environment, 7, 10) == ScoredEpisode("count", 7, outcome, steps)
     assert (policy.asked, policy.resets, environment.seed) == (asked, 1, 7)
 
 
@@ -80,9 +80,9 @@ def test_an_environment_may_end_the_episode_without_success(monkeypatch: pytest.
     policy: Any = Adder(0.1)
     environment: Any = Counter(6.0)
     monkeypatch.setattr(Counter, "over", property(lambda counter: counter.steps == 6))
-    assert success.play(policy, environment, 7) == Episode("count", 7, False, 6)
+    assert success.play(policy, environment, 7) == ScoredEpisode("count", 7, False, 6)
     monkeypatch.setattr(Counter, "over", False)
-    assert success.play(policy, environment, 7) == Episode("count", 7, False, 40)  # the environment's own horizon
+    assert success.play(policy, environment, 7) == ScoredEpisode("count", 7, False, 40)  # the environment's own horizon
 
 
 def test_film_strip_holds_the_first_and_the_last_picture() -> None:
@@ -107,8 +107,8 @@ def test_film_shows_the_scene_that_recovery_solved() -> None:
 
 def test_rates_by_hand() -> None:
     scenes = Scenes({"open": 2, "close": 2}, 100, 200)
-    episodes = [Episode("open", 100, True, 40), Episode("open", 101, False, 200)]
-    episodes += [Episode("close", 100, True, 20), Episode("close", 101, True, 30)]
+    episodes = [ScoredEpisode("open", 100, True, 40), ScoredEpisode("open", 101, False, 200)]
+    episodes += [ScoredEpisode("close", 100, True, 20), ScoredEpisode("close", 101, True, 30)]
     row = success.row(episodes, scenes, {"open"})
     assert (row["success"], row["episodes"], row["steps"]) == (0.75, 4, 30.0)
     assert row["interval"] == pytest.approx([0.3006, 0.9544], abs=5e-5)  # Wilson, 3 of 4
@@ -141,7 +141,7 @@ def fake_workers(jobs_seen: list[success.Job], fail_after: int | None = None) ->
             if number == fail_after:
                 raise KeyboardInterrupt
             jobs_seen.append(job)
-            yield job, [Episode(job.task, seed, seed % 2 == 0, 9) for seed in job.seeds]
+            yield job, [ScoredEpisode(job.task, seed, seed % 2 == 0, 9) for seed in job.seeds]
 
     return lambda number: nullcontext(SimpleNamespace(run=run))
 

@@ -31,20 +31,20 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: 
 from rlrc.compressor.stages import artifact_io, prune  # noqa: E402
 from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402
-from rlrc.compressor.stages.stage import Options  # noqa: E402
+from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES as GRAPHS  # noqa: E402
 from rlrc.exporters.graphs import builder  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
-from rlrc.exporters.tensorrt.builder import Flavour, TensorRTBuilder  # noqa: E402
-from rlrc.exporters.tensorrt.cpu_reference import StandIn, session  # noqa: E402
+from rlrc.exporters.tensorrt.builder import TensorRTBuilder, TensorRTFormat  # noqa: E402
+from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine, session  # noqa: E402
 from rlrc.exporters.tensorrt.int8 import step_of  # noqa: E402
 from rlrc.exporters.tensorrt.target import choose_precision  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
 
-QUIET = Options(evaluate=0, workers=1, threads=1)
+QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 ARTIFACTS = [(name, kind) for name in FAMILIES for kind in ("dense", "pruned")]
 OF = Callable[[str, str], Artifact]
 EXPORTED = Callable[..., Artifact]
@@ -183,12 +183,12 @@ def test_only_standard_operators_of_one_opset_and_consistent_types(precision: st
 def test_the_plan_bounds_what_the_drivers_pass(exported: EXPORTED) -> None:
     for name in FAMILIES:
         artifact = exported(name, "pruned", "fp32")
-        plan, engine = read_plan(artifact.file(PLAN)), StandIn(artifact)
+        plan, engine = read_plan(artifact.file(PLAN)), CpuReferenceEngine(artifact)
         graphs = {graph.name: graph for graph in plan.graphs}
         used: set[tuple[str, int]] = set()
 
         class Watched:
-            def __init__(self, used: set[tuple[str, int]], engine: StandIn, graphs: dict[str, Any]) -> None:
+            def __init__(self, used: set[tuple[str, int]], engine: CpuReferenceEngine, graphs: dict[str, Any]) -> None:
                 self.used, self.engine, self.graphs = used, engine, graphs
 
             def run(self, graph: str, inputs: Any) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def random_policy(manifest: Any) -> TinyPolicy:
     return policy
 
 
-def built(define: Callable[[Any], None], weights: Weights, flavour: Flavour, path: Path) -> Any:
+def built(define: Callable[[Any], None], weights: Weights, flavour: TensorRTFormat, path: Path) -> Any:
     b = TensorRTBuilder(weights, flavour)
     define(b)
     b.write("graph", path)
@@ -268,7 +268,9 @@ def test_the_reference_family(tiny_manifest: Any, batch: int, tmp_path: Path) ->
         expected = policy(*map(torch.from_numpy, (pixels, ids, state))).numpy()
     weights = Weights(Tensors("a policy", policy.state_dict()))
     sessions = {
-        name: built(lambda b, d=define: d(b, spec, manifest.towers), weights, Flavour("float32"), tmp_path / name)
+        name: built(
+            lambda b, d=define: d(b, spec, manifest.towers), weights, TensorRTFormat("float32"), tmp_path / name
+        )
         for name, define in GRAPHS["tiny"].items()
     }
     (seen,) = sessions["vision"].run(None, {"pixels": pixels})
@@ -282,7 +284,7 @@ def test_the_reference_family(tiny_manifest: Any, batch: int, tmp_path: Path) ->
 # Single products
 
 
-def product(weights: Weights, flavour: Flavour, x: np.ndarray, path: Path, *parts: str) -> np.ndarray:
+def product(weights: Weights, flavour: TensorRTFormat, x: np.ndarray, path: Path, *parts: str) -> np.ndarray:
     def define(b: TensorRTBuilder) -> None:
         rows = b.input("x", "float32", ("rows", x.shape[1]))
         b.output("y", b.linear(rows, *(f"layer.{part}" for part in parts)), "float32", ("rows", "columns"))
@@ -300,7 +302,7 @@ def test_the_stand_in_rounds_where_a_gpu_does(kind: str, tmp_path: Path) -> None
     """Both operands and the result, with sums in float32: torch's own arithmetic, bit by bit but for the sums."""
     state, dtype = layers(a=(48, 64)), getattr(torch, kind)
     x = torch.randn(40, 64)
-    found = product(Weights(Tensors("one", state)), Flavour(kind), x.numpy(), tmp_path / "m.onnx", "a")  # type: ignore[arg-type]
+    found = product(Weights(Tensors("one", state)), TensorRTFormat(kind), x.numpy(), tmp_path / "m.onnx", "a")  # type: ignore[arg-type]
     exact = x @ state["layer.a.weight"].T
     rounded = (x.to(dtype).float() @ state["layer.a.weight"].to(dtype).float().T).to(dtype).float().numpy()
     assert np.mean(found == rounded) > 0.98  # the others are at the border between two values
@@ -321,7 +323,7 @@ def test_layers_on_other_grids_are_products_of_their_own(tmp_path: Path) -> None
     spec = replace(spec, tensors={name: bits for name, bits in spec.tensors.items() if name != "layer.o.weight"})
     weights = Weights(Tensors("four", tensors), spec)
     x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
-    found = product(weights, Flavour("float32", keep_int4=True), x, tmp_path / "m.onnx", "q", "k", "v", "o")
+    found = product(weights, TensorRTFormat("float32", keep_int4=True), x, tmp_path / "m.onnx", "q", "k", "v", "o")
     expected = x @ np.concatenate([weights.values(f"layer.{part}.weight") for part in "qkvo"]).T
     np.testing.assert_allclose(found, expected, atol=1e-4)
     stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
@@ -335,7 +337,7 @@ def test_a_layer_keeps_its_own_group(tmp_path: Path) -> None:
     weights = Weights(Tensors("two", tensors), spec)
     for name, inputs, group in (("a", 256, 128), ("b", 160, 32)):
         x, path = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32), tmp_path / f"{name}.onnx"
-        found = product(weights, Flavour("float32", keep_int4=True), x, path, name)
+        found = product(weights, TensorRTFormat("float32", keep_int4=True), x, path, name)
         np.testing.assert_allclose(found, x @ weights.values(f"layer.{name}.weight").T, atol=1e-4)
         (node,) = (node for node in onnx.load(path).graph.node if node.op_type == "DequantizeLinear")
         assert {one.name: one.i for one in node.attribute} == {"axis": 0, "block_size": group}
@@ -347,7 +349,7 @@ def test_a_group_of_zeros_gets_a_scale_that_tensorrt_takes(tmp_path: Path) -> No
     tensors, spec, _ = quantize(state, QuantizeConfig())
     assert (tensors["layer.a.weight.scale"] == 0).sum() == 1
     weights, x = Weights(Tensors("one", tensors), spec), np.ones((1, 64), np.float32)
-    found = product(weights, Flavour("float32", keep_int4=True), x, tmp_path / "m.onnx", "a")
+    found = product(weights, TensorRTFormat("float32", keep_int4=True), x, tmp_path / "m.onnx", "a")
     np.testing.assert_allclose(found, x @ weights.values("layer.a.weight").T, atol=1e-5)
     stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert (numpy_helper.to_array(stored["layer.a.weight.scale"]) != 0).all()
@@ -356,7 +358,7 @@ def test_a_group_of_zeros_gets_a_scale_that_tensorrt_takes(tmp_path: Path) -> No
 def test_8_bit_products_are_close(tmp_path: Path) -> None:
     # Inputs reach 4 sigma: a step of 4 / 127 sigma and an error of 0.9 %; weights up to 3 sigma, 0.7 %: 1.1 % together.
     state, x = layers(a=(48, 256)), np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
-    flavour = Flavour("float16", scales={"layer.a.weight": float(np.abs(x).max()) / 127})
+    flavour = TensorRTFormat("float16", scales={"layer.a.weight": float(np.abs(x).max()) / 127})
     found = product(Weights(Tensors("one", state)), flavour, x, tmp_path / "m.onnx", "a")
     expected = x @ state["layer.a.weight"].numpy().T
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
@@ -368,7 +370,7 @@ def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
     x[3] *= 1e-4  # a row of small numbers keeps its digits
     one = float(np.abs(x).max()) / 448
     weights = Weights(Tensors("one", state))
-    flavour = Flavour("float16", scales={"layer.a.weight": one}, eight="fp8")
+    flavour = TensorRTFormat("float16", scales={"layer.a.weight": one}, eight="fp8")
     found = product(weights, flavour, x, tmp_path / "m.onnx", "a")
 
     def rounded(values: torch.Tensor, one: float) -> torch.Tensor:
@@ -408,5 +410,9 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     state["layer.a.weight"] *= 1e6
     with pytest.raises(UserError, match=r"layer.a.weight within float16's range, found .*use --precision bf16"):
         product(
-            Weights(Tensors("one", state)), Flavour("float16"), np.ones((1, 8), np.float32), tmp_path / "m.onnx", "a"
+            Weights(Tensors("one", state)),
+            TensorRTFormat("float16"),
+            np.ones((1, 8), np.float32),
+            tmp_path / "m.onnx",
+            "a",
         )

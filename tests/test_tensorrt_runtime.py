@@ -26,10 +26,17 @@ from rlrc.compressor.stages import artifact_io
 from rlrc.compressor.stages.sources import examples
 from rlrc.errors import UserError
 from rlrc.exporters.export import export
-from rlrc.exporters.tensorrt.cpu_reference import StandIn
+from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine
 from rlrc.runtime.inference import backends
 from rlrc.runtime.inference.backends import engine_cache, nvidia, tensorrt
-from rlrc.runtime.inference.backends.tensorrt_memory import Buffer, Kept, Repeats, input_shapes, links, profile_of
+from rlrc.runtime.inference.backends.tensorrt_memory import (
+    Buffer,
+    Repeats,
+    RetainedTensor,
+    input_shapes,
+    links,
+    profile_of,
+)
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.inference.verify import read_golden
@@ -68,7 +75,7 @@ def test_the_answers_are_those_of_the_same_graphs(name: str, of: OF) -> None:
     """Exactly: the sums are the same, only what lies between the passes differs. Four times, so that it repeats."""
     artifact, machine = of(name), Machine()
     found = LocalPolicy(artifact, backend="tensorrt", engine=Played(artifact, machine))
-    expected = LocalPolicy(artifact, backend="tensorrt", engine=StandIn(artifact))
+    expected = LocalPolicy(artifact, backend="tensorrt", engine=CpuReferenceEngine(artifact))
     for observation in observations(artifact) * 4:
         np.testing.assert_array_equal(found.infer(observation)["actions"], expected.infer(observation)["actions"])
     assert not machine.waiting
@@ -95,7 +102,7 @@ def test_what_cannot_be_captured_is_run_every_time(of: OF) -> None:
 
     artifact, machine = of("act"), Uncapturable()
     found = LocalPolicy(artifact, backend="tensorrt", engine=Played(artifact, machine))
-    expected = LocalPolicy(artifact, backend="tensorrt", engine=StandIn(artifact))
+    expected = LocalPolicy(artifact, backend="tensorrt", engine=CpuReferenceEngine(artifact))
     observation = observations(artifact)[0]
     for _ in range(5):
         np.testing.assert_array_equal(found.infer(observation)["actions"], expected.infer(observation)["actions"])
@@ -161,7 +168,7 @@ def test_memory_grows_with_room_to_spare_and_what_was_there_is_freed_first() -> 
 
 def test_what_is_read_and_made_anew_changes_places() -> None:
     machine = Machine()
-    kept = Kept(machine.own, 2)
+    kept = RetainedTensor(machine.own, 2)
     made = kept.write(10)
     assert made != kept.read()
     kept.made()
@@ -172,7 +179,7 @@ def test_what_is_read_and_made_anew_changes_places() -> None:
     assert (kept.read(), kept.write(10)) == (other, made)
     kept.begin()
     assert kept.write(10) == made  # as in the first pass of the sequence before
-    once = Kept(machine.own, 1)
+    once = RetainedTensor(machine.own, 1)
     assert once.write(10) == once.read()
 
 

@@ -97,7 +97,7 @@ def test_a_flip_counts_unless_the_reference_is_undecided(
     best = tokens[2, 1, 0]
     tokens[2, 1, 0] = other = (best + 5) % 32
     golden.logits[2, 1, 0, other] = golden.logits[2, 1, 0, best] - np.float32(margin)
-    record = verify.measure(Answering(spec, golden, tokens), golden, verify.Limits(0.000625))  # type: ignore[arg-type]
+    record = verify.measure(Answering(spec, golden, tokens), golden, verify.Tolerances(0.000625))  # type: ignore[arg-type]
     assert record.token_flips == 1
     error = abs(int(other) - int(best)) * 0.00125
     assert record.max_error[0] == pytest.approx(error if counts else 0, abs=1e-8)
@@ -112,7 +112,7 @@ def test_a_flip_at_a_tie_to_a_third_token_counts(toy_artifact: Path, tiny_manife
     best = tokens[0, 0, 0]
     golden.logits[0, 0, 0, (best + 1) % 32] = golden.logits[0, 0, 0, best]
     tokens[0, 0, 0] = np.argmin(golden.logits[0, 0, 0])  # neither of the two that tie
-    assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, verify.Limits(0.000625)))  # type: ignore[arg-type]
+    assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, verify.Tolerances(0.000625)))  # type: ignore[arg-type]
 
 
 def test_logits_closer_than_the_precision_can_tell_are_a_tie() -> None:
@@ -181,7 +181,7 @@ def test_another_tokenizer_is_refused(toy_artifact: Path, tiny_manifest: Manifes
     golden = verify.read_golden(toy_artifact / "golden.npz", tiny_manifest.policy)
     golden.ids[3, 0] = 6
     with pytest.raises(UserError, match=r"expected token ids \[6, .* found \[3, .*trained with"):
-        verify.measure(LocalPolicy.load(toy_artifact), golden, verify.Limits(1.0))
+        verify.measure(LocalPolicy.load(toy_artifact), golden, verify.Tolerances(1.0))
 
 
 def test_a_rounding_precision_may_miss_on_one_of_a_hundred() -> None:

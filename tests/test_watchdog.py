@@ -31,7 +31,7 @@ def test_threads_that_a_driver_leaves_do_not_keep_the_process(
 
 
 def test_the_watchdog_waits_for_a_loop_that_is_slow_but_goes_on() -> None:
-    arm = simulated_arm.Arm()
+    arm = simulated_arm.SimulatedArm()
     ended: list[int] = []
     dog = Watchdog(Driver(arm), end=ended.append)
     with dog.watching(0.1):
@@ -44,7 +44,7 @@ def test_the_watchdog_waits_for_a_loop_that_is_slow_but_goes_on() -> None:
 
 @pytest.mark.parametrize("seconds", [0.05, 0.2])
 def test_the_watchdog_stops_within_its_bound(seconds: float) -> None:
-    arm, said, ended = simulated_arm.Arm(), list[str](), list[int]()
+    arm, said, ended = simulated_arm.SimulatedArm(), list[str](), list[int]()
     driver = Driver(arm)
     dog = Watchdog(driver, said.append, said.append, ended.append)
     arm.break_down("hang in sense")
@@ -61,7 +61,7 @@ def test_the_watchdog_stops_within_its_bound(seconds: float) -> None:
 
 def test_a_robot_that_does_not_close_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "CLOSING_S", 0.05)
-    arm, said, ended = simulated_arm.Arm(), list[str](), list[int]()
+    arm, said, ended = simulated_arm.SimulatedArm(), list[str](), list[int]()
     driver, over = Driver(arm), threading.Event()
     arm.close = over.wait  # type: ignore[method-assign, assignment]
 

@@ -15,7 +15,7 @@ from rlrc.benchmarks.control import simulated_arm
 from rlrc.datasets import fit
 from rlrc.errors import UserError
 from rlrc.robots.robot import Sensed
-from rlrc.runtime.control.sensor_watchdog import Watch
+from rlrc.runtime.control.sensor_watchdog import SensorWatchdog
 from rlrc.runtime.safety import profile as profiles
 from rlrc.runtime.safety.guard import Guard
 from rlrc.runtime.safety.profile import RobotProfile
@@ -152,12 +152,12 @@ def test_two_cameras_of_libero(tmp_path: Path) -> None:
 
 
 def test_two_cameras_of_a_robot() -> None:
-    arm = simulated_arm.Arm(cameras=("wrist", "front"))
+    arm = simulated_arm.SimulatedArm(cameras=("wrist", "front"))
     sensed = arm.sense()
-    watch = Watch(frozenset({"image.wrist", "image.front"}), 10.0, live=True)
+    watch = SensorWatchdog(frozenset({"image.wrist", "image.front"}), 10.0, live=True)
     assert watch.fault(sensed, sensed.stamp) is None
     same = {name: sensed.observation["image.wrist"].copy() for name in ("image.wrist", "image.front")}
     wired: Sensed = sensed._replace(observation={**sensed.observation, **same})
-    found = Watch(frozenset(), 10.0, live=True).fault(wired, sensed.stamp)
+    found = SensorWatchdog(frozenset(), 10.0, live=True).fault(wired, sensed.stamp)
     assert found == "image.front and image.wrist are the same picture: two cameras of the policy are wired to one"
-    assert Watch(frozenset(), 10.0, live=False).fault(wired, sensed.stamp) is None
+    assert SensorWatchdog(frozenset(), 10.0, live=False).fault(wired, sensed.stamp) is None

@@ -45,7 +45,7 @@ class Assembled:
         self.language = _language(manifest, state).to(dtype).eval()
         self.head = state["head.weight"].to(dtype)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """(1, 3, H, W) -> (1, N, width of the language model). The second to last norm's features: no final norm."""
         tower = getattr(self.vision, "vision_model", self.vision)
         return self.projector(tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state)
@@ -59,7 +59,7 @@ class Assembled:
         prepared = preprocess.prepare(observation, self.spec, self.tokenizer)
         assert prepared.ids is not None
         pixels = torch.from_numpy(prepared.pixels[0]).permute(2, 0, 1)[None].to(self.dtype)
-        seen, words = self.see(pixels), self.language.embed_tokens(torch.from_numpy(prepared.ids)[None])
+        seen, words = self.encode_image(pixels), self.language.embed_tokens(torch.from_numpy(prepared.ids)[None])
         x, cache = torch.cat([words[:, :1], seen, words[:, 1:]], 1), DynamicCache()
         action, tokens = self.spec.action, list[int]()
         assert action.tokens is not None

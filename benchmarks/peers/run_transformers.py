@@ -27,7 +27,7 @@ def main() -> Opened:
     policy: Any = Assembled(folder, dtype)
     if compiled:
         torch._inductor.config.freezing = True  # weights never change: they may be packed once
-        policy.see, policy.step = torch.compile(policy.see), torch.compile(policy.step, dynamic=True)
+        policy.encode_image, policy.step = torch.compile(policy.encode_image), torch.compile(policy.step, dynamic=True)
 
     def infer() -> Any:
         with torch.inference_mode():

@@ -30,7 +30,7 @@ Listed = list[tuple[str, str, list[int], int]]  # name, dtype, shape, offset
 ALIGNMENT = 64
 
 
-class Dead(RuntimeError):
+class WorkerDied(RuntimeError):
     """The process is no more. The message says how it ended."""
 
 
@@ -50,7 +50,7 @@ class Channel:
         self._connection.send_bytes(_message(values, _stored(self._answer, arrays or {})))
 
 
-class Child:
+class WorkerProcess:
     """``serve(channel, *arguments)`` in a process of its own; both have to be picklable. ``what`` names it in errors.
 
     ``question`` and ``answer`` are the bytes that the arrays of one may take, alignment aside.
@@ -126,7 +126,7 @@ class Child:
     def _polled(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
         try:
             return self.poll()
-        except Dead:
+        except WorkerDied:
             self._process.join(1)
             error = self._death()
             raise UserError(f"expected {self.what} to go on, found: {error}; what it printed above says why") from None
@@ -138,9 +138,9 @@ class Child:
         with suppress(OSError):
             self._connection.close()
 
-    def _death(self) -> Dead:
+    def _death(self) -> WorkerDied:
         code = self._process.exitcode
-        return Dead(f"{self.what} ended{f' by {how_it_ended(code)}' if code is not None else ''}")
+        return WorkerDied(f"{self.what} ended{f' by {how_it_ended(code)}' if code is not None else ''}")
 
 
 def _main(serve: Callable[..., None], connection: Connection, question: Any, answer: Any, arguments: Any) -> None:

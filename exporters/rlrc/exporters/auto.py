@@ -44,7 +44,7 @@ class Candidate:
     memory: int
 
 
-class Timed:
+class TimedGraphs:
     """An engine that adds up the milliseconds of each graph's passes."""
 
     def __init__(self, engine: Engine) -> None:
@@ -129,7 +129,7 @@ def measure(parent: Artifact, threads: int) -> list[Candidate]:
             policies[precision] = LocalPolicy(artifact, threads, backend="onnxruntime")
         for i, observation in enumerate(islice(observations, ROUNDS)):
             for precision, policy in policies.items():
-                policy.engine = timed = Timed(getattr(policy.engine, "engine", policy.engine))
+                policy.engine = timed = TimedGraphs(getattr(policy.engine, "engine", policy.engine))
                 policy.infer(observation)
                 for graph, ms in timed.ms.items() if i else ():
                     best[graph, precision] = min(ms, best.get((graph, precision), ms))

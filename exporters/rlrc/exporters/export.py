@@ -110,18 +110,20 @@ def check_room(parent: Artifact, out: Path, chosen: Mapping[str, str | Mapping[s
 
 def limits(
     manifest: Manifest, backend: str, precision: str | Mapping[str, str], tolerance: float | None
-) -> verify.Limits:
+) -> verify.Tolerances:
     """What the graphs may differ by: what was asked for, or what this precision should keep to, the coarsest of all."""
     if tolerance is not None:
-        return verify.Limits(tolerance)
+        return verify.Tolerances(tolerance)
     names = [precision] if isinstance(precision, str) else precision.values()
     rounding = sorted((name for name in names if not exporter(backend).is_exact(name)), key=lambda name: "4" in name)
     return verify.default_limits(manifest.policy.action, rounding[-1] if rounding else None)
 
 
-def check(exported: Artifact, backend: str, golden: verify.Golden, limits: verify.Limits, out: Path) -> VerifiedSpec:
+def check(
+    exported: Artifact, backend: str, golden: verify.Golden, limits: verify.Tolerances, out: Path
+) -> VerifiedSpec:
     """Replays the golden observations. Raises Disagreement beyond the limits, the worst observation written."""
-    policy = LocalPolicy(exported, backend=backend, engine=stand_in(exported, backend))
+    policy = LocalPolicy(exported, backend=backend, engine=reference_engine(exported, backend))
     answers = verify.replay(policy, golden)
     record = verify.compare(policy, answers, golden, limits)
     if reason := verify.failure(record):
@@ -131,13 +133,13 @@ def check(exported: Artifact, backend: str, golden: verify.Golden, limits: verif
     return record
 
 
-def stand_in(exported: Artifact, backend: str) -> Engine | None:
+def reference_engine(exported: Artifact, backend: str) -> Engine | None:
     """The engine that replays the graphs here; None: their own. TensorRT's graphs have to be verified without a GPU."""
     if backend != "tensorrt":
         return None
-    from rlrc.exporters.tensorrt.cpu_reference import StandIn
+    from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine
 
-    return StandIn(exported)
+    return CpuReferenceEngine(exported)
 
 
 def exporter(backend: str) -> ModuleType:

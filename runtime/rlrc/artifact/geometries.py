@@ -28,13 +28,13 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class _File:
+class _GeometryFile:
     geometries: dict[str, Geometry]
 
 
 @cache
 def known() -> dict[str, Geometry]:
-    return strict.decode(_File, strict.parse(FILE.read_bytes())).geometries
+    return strict.decode(_GeometryFile, strict.parse(FILE.read_bytes())).geometries
 
 
 def geometry(name: str) -> Geometry:

@@ -45,7 +45,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise ValueError(str(error) or type(error).__name__) from None  # PIL's decoders raise all of these
 
 
-class Pictures:
+class EncodedPictures:
     """Pictures in data files. A row group is the least that can be read; the ones read last are kept, as bytes."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.datasets import columns
-from rlrc.datasets.images import Pictures
+from rlrc.datasets.images import EncodedPictures
 from rlrc.datasets.meta import (
     ACTION,
     STATE,
@@ -62,7 +62,7 @@ class Dataset:
         self._starts = np.cumsum([0, *map(columns.rows, self._files)])  # the first frame of each file, and the end
         self._columns: dict[str, NDArray[Any]] = {}
         self._videos: OrderedDict[Path, Video] = OrderedDict()
-        self._pictures = Pictures()
+        self._pictures = EncodedPictures()
 
     @staticmethod
     def open(path: str | Path) -> Dataset:
@@ -149,7 +149,7 @@ class Dataset:
         """Closes the files; the data set can still be read, and opens them again."""
         while self._videos:
             self._videos.popitem()[1].close()
-        self._pictures = Pictures()
+        self._pictures = EncodedPictures()
 
     def _check(self) -> None:
         """Whether the rows are the frames that the episodes say, in their order."""

@@ -87,7 +87,7 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Place:
+class VideoSpan:
     """Where an episode begins in the videos of a camera, in seconds from the start of the file."""
 
     file: Path
@@ -101,7 +101,7 @@ class Episode:
     index: int
     start: int
     end: int
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, VideoSpan] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -251,5 +251,5 @@ def _episode(path: Path, info: Info, row: dict[str, Any], videos: Sequence[str])
                 f"expected a from_timestamp of 0 or more for {name} in {path / EPISODES}, found {start:g} in episode "
                 f"{row['episode_index']}; write the data set again"
             )
-        places[name] = Place(file(name), start)
+        places[name] = VideoSpan(file(name), start)
     return Episode(row["episode_index"], row["dataset_from_index"], row["dataset_to_index"], places)

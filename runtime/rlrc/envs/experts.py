@@ -17,7 +17,7 @@ from metaworld.policies.sawyer_faucet_open_v3_policy import SawyerFaucetOpenV3Po
 from metaworld.policies.sawyer_window_close_v3_policy import SawyerWindowCloseV3Policy
 from metaworld.policies.sawyer_window_open_v3_policy import SawyerWindowOpenV3Policy
 
-from rlrc.envs.metaworld import MetaWorldEnv, Task
+from rlrc.envs.metaworld import MetaWorldEnv, MetaWorldTask
 
 Expert = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float32]]
 
@@ -59,7 +59,7 @@ _EXPERTS: dict[str, Any] = dict(ENV_POLICY_MAP) | {
 }
 
 
-def expert(task: Task) -> Expert:
+def expert(task: MetaWorldTask) -> Expert:
     """The scripted expert of a task; actions (4,) float32 in [-1, 1]."""
     policy = _EXPERTS[task.environment]()
 

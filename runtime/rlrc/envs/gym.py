@@ -31,7 +31,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Success:
+class SuccessRule:
     """One of: the path of a flag in the info, the least reward of a step that tells it, or that the episode ends."""
 
     info: str | None = None
@@ -40,7 +40,7 @@ class Success:
 
 
 @dataclass(frozen=True)
-class Action:
+class ActionMapping:
     """The environment's dimension i gets ``policy[index[i]] * scale[i] + offset[i]``, within its bounds if ``clip``."""
 
     index: tuple[int, ...] | None = None
@@ -58,11 +58,11 @@ class GymMapping:
     only where the environment does not tell them (render_fps, max_episode_steps).
     """
 
-    success: Success
+    success: SuccessRule
     cameras: dict[str, str] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     instruction: Instruction = Instruction()
-    action: Action = Action()
+    action: ActionMapping = ActionMapping()
     hz: float | None = None
     horizon: int | None = None
     module: str | None = None

@@ -46,7 +46,7 @@ class LiberoMapping:
 
 
 @dataclass(frozen=True)
-class Task:
+class LiberoTask:
     """What is opened, and what the policy takes of it: ``cameras`` as in the mapping, all of them named."""
 
     suite: str
@@ -70,7 +70,7 @@ class Task:
 class LiberoEnvironment:
     """One task; a seed's episode starts from initial state ``seed % 50``. Raises UserError for what the worker says."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: LiberoTask) -> None:
         self.task, self.name, self.over = task, task.name, False
         python = _python()
         # Isolated: neither our PYTHONPATH nor the worker's folder, whose modules would hide LIBERO's, are searched.
@@ -127,7 +127,7 @@ def check(task: str, spec: PolicySpec, mapping: Path | None) -> None:
     _python()
 
 
-def _task(text: str, spec: PolicySpec, mapping: Path | None) -> Task:
+def _task(text: str, spec: PolicySpec, mapping: Path | None) -> LiberoTask:
     suite, _, number = text.rpartition("/")
     if not suite or not number.isdecimal():
         raise UserError(
@@ -137,7 +137,7 @@ def _task(text: str, spec: PolicySpec, mapping: Path | None) -> Task:
     check_distinct(rules.cameras, "camera of LIBERO", "cameras of the policy", str(mapping))
     if not 1 <= rules.size <= 1024:
         raise UserError(f"expected size as 1 to 1024 pixels, found {rules.size}; correct {mapping}")
-    task = Task(
+    task = LiberoTask(
         suite,
         int(number),
         LiberoMapping(_cameras(spec, rules), _gripper(spec, rules), rules.size),

@@ -34,7 +34,7 @@ HZ = 20
 
 
 @dataclass(frozen=True)
-class Task:
+class MetaWorldTask:
     """``hard`` tasks are all but the closing ones, which survive any pruning and so hide a collapse."""
 
     name: str
@@ -58,27 +58,27 @@ class SharedScene:
 
 
 _BASE = {
-    "button-press-topdown-v3": Task("button-press-topdown-v3", "press the button from the top", hard=True),
-    "drawer-open-v3": Task("drawer-open-v3", "open the drawer", hard=True),
-    "drawer-close-v3": Task("drawer-close-v3", "close the drawer", hard=False),
-    "window-open-v3": Task("window-open-v3", "open the window", hard=True),
-    "window-close-v3": Task("window-close-v3", "close the window", hard=False),
-    "faucet-open-v3": Task("faucet-open-v3", "open the faucet", hard=True),
-    "faucet-close-v3": Task("faucet-close-v3", "close the faucet", hard=False),
+    "button-press-topdown-v3": MetaWorldTask("button-press-topdown-v3", "press the button from the top", hard=True),
+    "drawer-open-v3": MetaWorldTask("drawer-open-v3", "open the drawer", hard=True),
+    "drawer-close-v3": MetaWorldTask("drawer-close-v3", "close the drawer", hard=False),
+    "window-open-v3": MetaWorldTask("window-open-v3", "open the window", hard=True),
+    "window-close-v3": MetaWorldTask("window-close-v3", "close the window", hard=False),
+    "faucet-open-v3": MetaWorldTask("faucet-open-v3", "open the faucet", hard=True),
+    "faucet-close-v3": MetaWorldTask("faucet-close-v3", "close the faucet", hard=False),
 }
 _SHARED_SCENES = {
     "drawer": SharedScene((-0.1, 0.9, 0.0), (0.1, 0.9, 0.0), "goal_slidey", (-0.11, -0.06)),
     "window": SharedScene((-0.05, 0.75, 0.16), (0.05, 0.9, 0.16), "window_slide", (0.08, 0.12)),
     "faucet": SharedScene((-0.05, 0.8, 0.0), (0.05, 0.85, 0.0), "knob_Joint_1", (0.0, 0.0)),
 }
-TASKS: dict[str, Task] = _BASE | {
-    f"{name}/shared": Task(f"{name}/shared", task.instruction, task.hard, shared=True)
+TASKS: dict[str, MetaWorldTask] = _BASE | {
+    f"{name}/shared": MetaWorldTask(f"{name}/shared", task.instruction, task.hard, shared=True)
     for name, task in _BASE.items()
     if name.split("-")[0] in _SHARED_SCENES
 }
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str) -> MetaWorldTask:
     if (task := TASKS.get(name.removeprefix(PREFIX))) is None:
         raise UserError(f"expected a task out of {', '.join(TASKS)}; found {name!r}")
     return task
@@ -123,7 +123,7 @@ class MetaWorldEnv(gymnasium.Env):
     render_mode = "rgb_array"
     hz, horizon = HZ, HORIZON
 
-    def __init__(self, task: Task, size: int = 96) -> None:
+    def __init__(self, task: MetaWorldTask, size: int = 96) -> None:
         self.task, self.size = task, size
         self.simulation: Any = _simulation(task.environment)()
         self._scene = _placement(self.simulation.model)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.robot import RobotError, Sensed
-from rlrc.worker import Channel, Child, Dead
+from rlrc.worker import Channel, WorkerDied, WorkerProcess
 
 PATIENCE = 120.0  # seconds for the simulator to start, or to begin an episode
 LARGEST = 64 * 2**20  # bytes of an observation
@@ -31,7 +31,7 @@ class SimulatorRobot:
     live_pictures = False  # a renderer draws the same scene twice alike
 
     def __init__(self, name: str, spec: PolicySpec, mapping: Path | None = None) -> None:
-        self._child = Child(_simulate, (name, spec, mapping), f"the simulator {name}", 2**16, LARGEST)
+        self._child = WorkerProcess(_simulate, (name, spec, mapping), f"the simulator {name}", 2**16, LARGEST)
         values, _ = self._child.wait(PATIENCE)
         self.name, self.hz, self.horizon = values["name"], float(values["hz"]), int(values["horizon"])
         self.over = self.success = False
@@ -59,7 +59,7 @@ class SimulatorRobot:
                 if self._waiting is not None and not self.over:
                     waiting, self._waiting = self._waiting, None
                     self._send(waiting)
-        except Dead as error:
+        except WorkerDied as error:
             raise RobotError(str(error)) from None
         if self._sensed is not None and self.steps == 0:  # until the first command nothing can have changed
             now = time.monotonic()
@@ -85,7 +85,7 @@ class SimulatorRobot:
     def _send(self, action: NDArray[Any]) -> None:
         try:
             self._child.ask({"do": "advance"}, {"action": np.asarray(action, np.float32)})
-        except Dead as error:
+        except WorkerDied as error:
             raise RobotError(str(error)) from None
         self.steps += 1
 

@@ -31,7 +31,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
-class Check:
+class ClaimCheck:
     """One claim. ``limit`` is the end of the interval that has to reach the threshold, None without estimation."""
 
     claim: str
@@ -66,7 +66,7 @@ def thresholds(path: Path | None = None) -> Thresholds:
     return Thresholds(**flat)
 
 
-def figure(check: Check, number: float | None) -> str:
+def figure(check: ClaimCheck, number: float | None) -> str:
     """A ratio, or a signed difference of success rates."""
     if number is None:
         return "\u2013"
@@ -102,21 +102,21 @@ def _others(ours: Collection[str], theirs: Collection[str]) -> str:
     return f"{only[0]!r} in the compressed one only" if only else f"{only0[0]!r} in the baseline only"
 
 
-def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> Check:
+def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> ClaimCheck:
     ours, theirs = sizes(compressed), sizes(baseline)
     ratio = theirs["bytes"] / ours["bytes"]
     reason = " against ".join(f"{one['bytes'] / 1e6:.2f} MB ({one['counting']})" for one in (theirs, ours))
-    return Check("memory", _verdict(ratio >= limits.memory_ratio), ratio, None, limits.memory_ratio, reason)
+    return ClaimCheck("memory", _verdict(ratio >= limits.memory_ratio), ratio, None, limits.memory_ratio, reason)
 
 
-def memory_of_sizes(stored: float, resident: float, limits: Thresholds) -> Check:
+def memory_of_sizes(stored: float, resident: float, limits: Thresholds) -> ClaimCheck:
     """From the ratios of the graphs' bytes and of the processes' peaks; ``limit`` is the smaller one."""
     least = min(stored, resident)
     reason = f"graph files {stored:.2f}x, peak resident set {resident:.2f}x"
-    return Check("memory", _verdict(least >= limits.memory_ratio), stored, least, limits.memory_ratio, reason)
+    return ClaimCheck("memory", _verdict(least >= limits.memory_ratio), stored, least, limits.memory_ratio, reason)
 
 
-def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> Check:
+def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> ClaimCheck:
     """``limit`` is the lower end of the two-sided 95 % interval of the ratio of medians."""
     reason = f"{len(compressed.total)} interleaved trials each"
     if not (compressed.stable and baseline.stable):
@@ -124,13 +124,13 @@ def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> Check:
     return latency_of_ratio("latency", ratio_interval(baseline.rounds(), compressed.rounds()), reason, limits)
 
 
-def latency_of_ratio(claim: str, ratio: Estimate, reason: str, limits: Thresholds) -> Check:
+def latency_of_ratio(claim: str, ratio: Estimate, reason: str, limits: Thresholds) -> ClaimCheck:
     """Of medians, with its 95 % interval."""
     verdict = _verdict(ratio.low >= limits.latency_ratio)
-    return Check(claim, verdict, ratio.value, ratio.low, limits.latency_ratio, reason)
+    return ClaimCheck(claim, verdict, ratio.value, ratio.low, limits.latency_ratio, reason)
 
 
-def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, limits: Thresholds) -> Check:
+def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, limits: Thresholds) -> ClaimCheck:
     """From two rows of success results; ``limit`` is the one-sided 95 % lower limit of the difference.
 
     Scene by scene (Tango) where both rows hold outcomes of the same scenes, else as independent samples. Raises
@@ -138,7 +138,7 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
     """
     if compressed is None or baseline is None:
         advice = "pass --success FILE.json or --episodes-per-task"
-        return Check("success", "NOT MEASURED", None, None, -limits.success_margin, advice)
+        return ClaimCheck("success", "NOT MEASURED", None, None, -limits.success_margin, advice)
     tasks = [row.get("per_task", row.get("outcomes", {})).keys() for row in (compressed, baseline)]
     if tasks[0] != tasks[1]:
         raise UserError(f"expected success on the same tasks, found {_others(*tasks)}; measure both in one run")
@@ -158,7 +158,7 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
     if not enough:
         reason += f"; {limits.success_episodes} episodes of each are needed"
     holds = enough and limit > -limits.success_margin
-    return Check("success", _verdict(holds), difference, limit, -limits.success_margin, reason)
+    return ClaimCheck("success", _verdict(holds), difference, limit, -limits.success_margin, reason)
 
 
 def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:

@@ -20,9 +20,9 @@ from typing import Any
 from rlrc.artifact import Artifact, Manifest
 from rlrc.benchmarks.claims import full_size_result, policy_process, roofline
 from rlrc.benchmarks.claims.claims import Thresholds
-from rlrc.benchmarks.claims.full_size_result import WORDS, Trials
-from rlrc.benchmarks.claims.operating_points import Point
-from rlrc.benchmarks.claims.policy_process import Action, Arm
+from rlrc.benchmarks.claims.full_size_result import WORDS, InterleavedTrials
+from rlrc.benchmarks.claims.operating_points import OperatingPoint
+from rlrc.benchmarks.claims.policy_process import ActionTimes, PolicyProcess
 from rlrc.errors import UserError
 from rlrc.jetson.model.devices import CPU, Device
 from rlrc.jetson.model.plan import Setting, pruned
@@ -47,7 +47,7 @@ class Both:
     modules: Mapping[str, int]
 
 
-def describe(point: Point) -> Both:
+def describe(point: OperatingPoint) -> Both:
     """Imports torch, for the families' modules; nothing has data."""
     from rlrc.benchmarks.claims import random_weights
 
@@ -64,7 +64,7 @@ def describe(point: Point) -> Both:
 # What there must be room for
 
 
-def check_disk(point: Point, both: Both, folder: Path) -> None:
+def check_disk(point: OperatingPoint, both: Both, folder: Path) -> None:
     """Raises UserError where the disk is too small for the graphs."""
     left = both.compressed.parameters * (2 if point.elsewhere else 1)  # no more than a byte each
     disk = 1.05 * (2 * both.dense.parameters + left)
@@ -80,7 +80,7 @@ def needed(both: Both, weights: float) -> float:
     return weights + COMPRESSED * both.compressed.parameters + ROOM
 
 
-def check_memory(point: Point, size: float) -> None:
+def check_memory(point: OperatingPoint, size: float) -> None:
     """Raises UserError where less memory is available."""
     if (free := available()) < size:
         advice = "end other programs" if size < total() else "use a larger machine, or another --runtime"
@@ -90,7 +90,7 @@ def check_memory(point: Point, size: float) -> None:
         )
 
 
-def wait_for_memory(point: Point, size: float, step: Step) -> None:
+def wait_for_memory(point: OperatingPoint, size: float, step: Step) -> None:
     """Until so much is available: others may have taken it while the graphs were made, and may soon give it back.
 
     Raises UserError if they do not.
@@ -102,7 +102,7 @@ def wait_for_memory(point: Point, size: float, step: Step) -> None:
     check_memory(point, size)
 
 
-def resident(point: Point, both: Both) -> float:
+def resident(point: OperatingPoint, both: Both) -> float:
     """Bytes of the dense policy's weights at work: float16 in llama.cpp, widened to float32 in ONNX Runtime.
 
     Word embeddings stay in float16; the widened ones' files are read through the page cache, which needs no room.
@@ -142,7 +142,7 @@ def _meminfo(key: str) -> float:
 # Making and measuring
 
 
-def make(point: Point, both: Both, folder: Path, step: Step) -> dict[str, Artifact]:
+def make(point: OperatingPoint, both: Both, folder: Path, step: Step) -> dict[str, Artifact]:
     """The two artifacts, and the compressed one for another runtime where it has one."""
     from rlrc.benchmarks.claims import random_weights
 
@@ -159,19 +159,21 @@ def make(point: Point, both: Both, folder: Path, step: Step) -> dict[str, Artifa
     return found
 
 
-def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, in_torch: str = "") -> Trials:
+def turns(
+    opened: Mapping[str, Callable[[], PolicyProcess]], rounds: int, step: Step, in_torch: str = ""
+) -> InterleavedTrials:
     """Every arm one action a round, after one that is not counted; ``in_torch``: the type that torch computes in.
 
     A round in which weights had to be read from the disk again, for others needed the memory, is repeated. Raises
     UserError if that goes on.
     """
     with running(opened, step) as arms_:
-        trials = Trials({name: [] for name in arms_})
+        trials = InterleavedTrials({name: [] for name in arms_})
         for name, arm in arms_.items():
             step(f"first action of {name}")
             arm.act()
         while len(trials.load) < rounds:
-            load, done = round(os.getloadavg()[0], 2), dict[str, Action]()
+            load, done = round(os.getloadavg()[0], 2), dict[str, ActionTimes]()
             for name, arm in arms_.items():
                 step(f"round {len(trials.load) + 1} of {rounds}: {name}")
                 done[name] = arm.act()
@@ -195,8 +197,8 @@ def turns(opened: Mapping[str, Callable[[], Arm]], rounds: int, step: Step, in_t
 
 
 @contextmanager
-def running(opened: Mapping[str, Callable[[], Arm]], step: Step) -> Iterator[dict[str, Arm]]:
-    started = dict[str, Arm]()
+def running(opened: Mapping[str, Callable[[], PolicyProcess]], step: Step) -> Iterator[dict[str, PolicyProcess]]:
+    started = dict[str, PolicyProcess]()
     try:
         for name, start in opened.items():
             step(f"loading {name}")
@@ -207,15 +209,17 @@ def running(opened: Mapping[str, Callable[[], Arm]], step: Step) -> Iterator[dic
             arm.close()
 
 
-def starts(artifacts: Mapping[str, Artifact], threads: int) -> dict[str, Callable[[], Arm]]:
-    def start(name: str) -> Callable[[], Arm]:
-        return lambda: Arm(f"the {name} policy", policy_process.exported, (str(artifacts[name].path), threads, WORDS))
+def starts(artifacts: Mapping[str, Artifact], threads: int) -> dict[str, Callable[[], PolicyProcess]]:
+    def start(name: str) -> Callable[[], PolicyProcess]:
+        return lambda: PolicyProcess(
+            f"the {name} policy", policy_process.exported, (str(artifacts[name].path), threads, WORDS)
+        )
 
     return {name: start(name) for name in artifacts}
 
 
 def run(
-    point: Point, folder: Path, threads: int, rounds: int, in_torch: bool, limits: Thresholds, step: Step
+    point: OperatingPoint, folder: Path, threads: int, rounds: int, in_torch: bool, limits: Thresholds, step: Step
 ) -> dict[str, Any]:
     """Makes both in ``folder``, measures, deletes them, and gives the result. Raises UserError without room."""
     step("shapes")
@@ -232,10 +236,10 @@ def run(
         pair = turns({name: opened[name] for name in ("dense", "compressed")}, rounds, step)
         shutil.rmtree(artifacts["dense"].path)
         peaks.append(roofline.measure(threads))
-        other: Trials | UserError | None = None
+        other: InterleavedTrials | UserError | None = None
         if in_torch:
             given = (both.dense.policy, both.dense.towers, threads, WORDS, kind)
-            opened["torch"] = lambda: Arm("the dense policy in torch", policy_process.in_torch, given)
+            opened["torch"] = lambda: PolicyProcess("the dense policy in torch", policy_process.in_torch, given)
             competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))
             try:  # what was measured before is not lost with it
                 wait_for_memory(point, torchs, step)

@@ -9,8 +9,8 @@ from typing import Any
 from rlrc.artifact import Artifact, Manifest
 from rlrc.benchmarks.claims import claims, roofline
 from rlrc.benchmarks.claims.claims import Thresholds
-from rlrc.benchmarks.claims.operating_points import Point
-from rlrc.benchmarks.claims.policy_process import Action
+from rlrc.benchmarks.claims.operating_points import OperatingPoint
+from rlrc.benchmarks.claims.policy_process import ActionTimes
 from rlrc.benchmarks.results import machine
 from rlrc.benchmarks.results.results import precision, sizes
 from rlrc.benchmarks.results.stats import Estimate, percentiles, ratio_interval
@@ -20,13 +20,13 @@ WORDS = 20  # of the instruction: OpenVLA's prompt is about so long
 
 
 @dataclass
-class Trials:
+class InterleavedTrials:
     """Actions of the arms of one interleaved run, in order, and the load average before each round.
 
     ``repeated``: how many rounds do not count, see full_size.turns.
     """
 
-    actions: dict[str, list[Action]]
+    actions: dict[str, list[ActionTimes]]
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
     peak: float = 0.0  # operations a second of torch's products, where it takes part
@@ -48,10 +48,10 @@ class Trials:
 
 
 def result(
-    point: Point,
+    point: OperatingPoint,
     artifacts: Mapping[str, Artifact],
-    pair: Trials,
-    other: Trials | UserError | None,
+    pair: InterleavedTrials,
+    other: InterleavedTrials | UserError | None,
     kind: str,
     peaks: roofline.Peaks,
     threads: int,
@@ -82,7 +82,7 @@ def result(
     }
     claim = f"latency against torch {kind}"
     if isinstance(other, UserError):
-        checks.append(claims.Check(claim, "NOT MEASURED", None, None, limits.latency_ratio, str(other)))
+        checks.append(claims.ClaimCheck(claim, "NOT MEASURED", None, None, limits.latency_ratio, str(other)))
     elif other is not None:
         against = ratio(other, "torch")
         checks.append(claims.latency_of_ratio(claim, against, turns_of(other), limits))
@@ -109,15 +109,15 @@ def result(
         "latency_ratio_interval": [round(faster.low, 3), round(faster.high, 3)],
         "pruned": claims.pruned(manifests["compressed"], manifests["dense"]),
         "instruction_tokens": WORDS,
-        "rounds_repeated": pair.repeated + (other.repeated if isinstance(other, Trials) else 0),
-        "load": pair.load + (other.load if isinstance(other, Trials) else []),
+        "rounds_repeated": pair.repeated + (other.repeated if isinstance(other, InterleavedTrials) else 0),
+        "load": pair.load + (other.load if isinstance(other, InterleavedTrials) else []),
         "roofline": peaks.record(),
         "thresholds": asdict(limits),
         "checks": [asdict(check) for check in checks],
     }
 
 
-def row(manifest: Manifest, trials: Trials, name: str, peaks: roofline.Peaks) -> dict[str, Any]:
+def row(manifest: Manifest, trials: InterleavedTrials, name: str, peaks: roofline.Peaks) -> dict[str, Any]:
     memory, size = trials.memory[name], sizes(manifest)
     timed = trials.parts(name)
     return {
@@ -135,7 +135,7 @@ def row(manifest: Manifest, trials: Trials, name: str, peaks: roofline.Peaks) ->
     }
 
 
-def torch_row(dense: Manifest, trials: Trials, kind: str, peaks: roofline.Peaks) -> dict[str, Any]:
+def torch_row(dense: Manifest, trials: InterleavedTrials, kind: str, peaks: roofline.Peaks) -> dict[str, Any]:
     memory, timed = trials.memory["torch"], trials.parts("torch")
     graphs = dict.fromkeys(roofline.GRAPHS.values(), f"torch {kind}")
     return {
@@ -158,13 +158,13 @@ def kernels(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def ratio(trials: Trials, slow: str, fast: str = "compressed") -> Estimate:
+def ratio(trials: InterleavedTrials, slow: str, fast: str = "compressed") -> Estimate:
     """Of medians, with the 95 % interval over rounds."""
     theirs, ours = ([[total] for total in trials.totals(name)] for name in (slow, fast))
     return ratio_interval(theirs, ours)
 
 
-def turns_of(trials: Trials) -> str:
+def turns_of(trials: InterleavedTrials) -> str:
     return f"{len(trials.load)} interleaved actions each, load {min(trials.load):.1f} to {max(trials.load):.1f}"
 
 

@@ -14,7 +14,7 @@ FILE = "operating_points.toml"
 
 
 @dataclass(frozen=True)
-class Point:
+class OperatingPoint:
     """``geometry``: see rlrc.artifact.geometries. ``prune``: the part of the intermediate blocks to cut;
     ``eight``: patterns of the tensors that stay in 8 bits. ``elsewhere``: another runtime that the compressed one can
     run on, and its precisions there.
@@ -45,7 +45,7 @@ class _Entry:
     onnxruntime: _Precisions | None = None
 
 
-def point(name: str, runtime: str | None = None) -> Point:
+def point(name: str, runtime: str | None = None) -> OperatingPoint:
     """``runtime`` None: the first that the geometry has. Raises UserError for an unknown name or runtime."""
     known = toml.parse((files("rlrc.benchmarks.claims") / FILE).read_bytes())
     if name not in known:
@@ -62,7 +62,7 @@ def point(name: str, runtime: str | None = None) -> Point:
         )
     precisions = found[chosen]
     others = [(other, its.compressed) for other, its in found.items() if other != chosen]
-    return Point(
+    return OperatingPoint(
         name,
         entry.geometry,
         entry.prune,

@@ -28,7 +28,7 @@ from rlrc.errors import UserError
 from rlrc.processes import die_with_parent, how_it_ended
 
 if TYPE_CHECKING:
-    from rlrc.compressor.models.policy import Policy
+    from rlrc.compressor.models.policy import PolicyModule
 
 WAIT_S = 900.0  # for a policy of 15 GB to be read, and for an action of it on a busy machine
 Parts = dict[str, float]
@@ -37,7 +37,7 @@ Open = Callable[..., tuple[Infer, Parts]]
 
 
 @dataclass(frozen=True)
-class Action:
+class ActionTimes:
     """Milliseconds: ``total`` of the whole call, ``parts`` by ``latency.part_of``, ``cpu`` of all processors together.
     ``faults``: pages that had to be read from the disk, as where memory is short.
     """
@@ -48,7 +48,7 @@ class Action:
     faults: int
 
 
-class Arm:
+class PolicyProcess:
     """``open_policy(*arguments)``, picklable, gives in the process what makes an action and the times of its passes.
 
     Raises UserError if the policy cannot be opened, or its process ends.
@@ -67,9 +67,9 @@ class Arm:
             self.close()
             raise
 
-    def act(self) -> Action:
+    def act(self) -> ActionTimes:
         values = self._asked("act")
-        return Action(**values)
+        return ActionTimes(**values)
 
     def memory(self) -> dict[str, int]:
         """Bytes: see rlrc.benchmarks.measure.memory. What is ``file`` can be dropped and read again."""
@@ -162,7 +162,7 @@ def exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     from rlrc.runtime.inference.policy import LocalPolicy
 
     policy, parts = LocalPolicy(artifacts.load(Path(path), verify=()), threads), Parts()
-    policy.engine = latency.Passes(policy.engine, parts)
+    policy.engine = latency.TimedEngine(policy.engine, parts)
     observation = observation_of(policy.spec, words)
     return lambda: policy.infer(observation), parts
 
@@ -205,7 +205,7 @@ def in_torch(
     return lambda: runner.infer(observation), passes
 
 
-def in_turns(policy: Policy, dtype: Any, passes: Parts) -> None:
+def in_turns(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
     """Times the passes of a torch policy, and gives them what they take in the weights' type."""
 
     def narrowed(value: Any) -> Any:

@@ -23,7 +23,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, Artifact, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.prune.lossless import lossless
 from rlrc.compressor.quantize.grid import GROUP
@@ -56,7 +56,7 @@ def compressed(spec: PolicySpec, towers: Towers) -> tuple[PolicySpec, Towers]:
     return policy.spec, filled_towers(policy.towers)
 
 
-def shape_of(spec: PolicySpec, towers: Towers) -> Policy:
+def shape_of(spec: PolicySpec, towers: Towers) -> PolicyModule:
     with torch.device("meta"):
         return build(spec, towers)
 
@@ -154,7 +154,7 @@ def scales(like: Tensor, bits: int) -> Tensor:
     return torch.full(like.shape, 1 / (spread * (like.shape[1] * GROUP) ** 0.5), dtype=like.dtype)
 
 
-def in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> Policy:
+def in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> PolicyModule:
     """The policy with weights, one tensor made after the other."""
     policy, noise = shape_of(spec, towers), noise_of()
     for module in policy.modules():

@@ -22,7 +22,7 @@ CLASS = ("device", "cpu", "cores", "threads", "power_mode")
 
 
 @dataclass(frozen=True)
-class Change:
+class FigureChange:
     """One figure of one row. ``change``: new / old (of success, new - old), with its limits where there are any."""
 
     name: str
@@ -34,15 +34,15 @@ class Change:
     verdict: Verdict
 
 
-def compare_results(old: Row, new: Row, tolerance: float, margin: float = MARGIN) -> list[Change]:
+def compare_results(old: Row, new: Row, tolerance: float, margin: float = MARGIN) -> list[FigureChange]:
     """Every figure that the old result has. Raises UserError for results of machines of two classes."""
     check_machines(old.get("machine") or {}, new.get("machine") or {})
     fresh = {row["name"]: row for row in rows_of(new)}
-    found: list[Change] = []
+    found: list[FigureChange] = []
     for row in rows_of(old):
         changes = list(_row(row, fresh.get(row["name"], {}), tolerance, margin))
         gone = changes and row["name"] not in fresh
-        found += [Change(row["name"], "everything", "", None, None, None, "MISSING")] if gone else changes
+        found += [FigureChange(row["name"], "everything", "", None, None, None, "MISSING")] if gone else changes
     return found
 
 
@@ -57,7 +57,7 @@ def check_machines(old: Row, new: Row) -> None:
         )
 
 
-def _row(old: Row, new: Row, tolerance: float, margin: float) -> Iterator[Change]:
+def _row(old: Row, new: Row, tolerance: float, margin: float) -> Iterator[FigureChange]:
     name = old["name"]
     for percentile in ("p50", "p99"):
         if percentile in old.get("latency_ms", {}):
@@ -134,15 +134,15 @@ def _ratio(
     change: Estimate | None,
     tolerance: float,
     more_is_better: bool = False,
-) -> Change:
+) -> FigureChange:
     old, new = values
     if old is None or new is None:
-        return Change(name, figure, unit, old, new, None, "MISSING")
+        return FigureChange(name, figure, unit, old, new, None, "MISSING")
     worse, better = (old, new) if more_is_better else (new, old)
     if better <= 0:
-        return Change(name, figure, unit, old, new, None, "same" if worse <= 0 else "unclear")
+        return FigureChange(name, figure, unit, old, new, None, "same" if worse <= 0 else "unclear")
     ratio = Estimate(worse / better, change.low, change.high) if change else Estimate(*(worse / better,) * 3)
-    return Change(name, figure, unit, old, new, ratio, verdict(ratio, tolerance))
+    return FigureChange(name, figure, unit, old, new, ratio, verdict(ratio, tolerance))
 
 
 def verdict(ratio: Estimate, tolerance: float) -> Verdict:
@@ -152,9 +152,9 @@ def verdict(ratio: Estimate, tolerance: float) -> Verdict:
     return "better" if ratio.value < 1 / (1 + tolerance) and ratio.high < 1 else "same"
 
 
-def _success(name: str, old: Row, new: Row, margin: float) -> Change:
+def _success(name: str, old: Row, new: Row, margin: float) -> FigureChange:
     if new.get("success") is None:
-        return Change(name, "success", "", old["success"], None, None, "MISSING")
+        return FigureChange(name, "success", "", old["success"], None, None, "MISSING")
     difference = new["success"] - old["success"]
     counts = [(round(row["success"] * row["episodes"]), row["episodes"]) for row in (new, old)]
     if same_scenes(new, old):
@@ -170,4 +170,4 @@ def _success(name: str, old: Row, new: Row, margin: float) -> Change:
         found = "REGRESSION" if high < 0 else "unclear"
     elif difference > margin and low > 0:
         found = "better"
-    return Change(name, "success", "", old["success"], new["success"], estimate, found)
+    return FigureChange(name, "success", "", old["success"], new["success"], estimate, found)

@@ -120,7 +120,7 @@ class Claims:
             f"operating point: {result['compressed']['precision']} against {result['dense']['precision']} on "
             f"{chosen.runtime}, {self.threads} thread(s), random weights: success is not measured"
         )
-        finish(self, result, table_of([claims.Check(**check) for check in result["checks"]]), note)
+        finish(self, result, table_of([claims.ClaimCheck(**check) for check in result["checks"]]), note)
         if not self.json:
             print_table(parts_table(result), Console())
         return 0 if result["verdict"] == "PASS" else 1
@@ -143,7 +143,7 @@ class Claims:
         return {named.name: None for named in opened}
 
 
-def table_of(checks: Sequence[claims.Check]) -> Table:
+def table_of(checks: Sequence[claims.ClaimCheck]) -> Table:
     table = Table("claim", "verdict", "measured", "lower limit", "needed", "")
     for check in checks:
         style = {"PASS": "green", "FAIL": "red"}.get(check.verdict, "yellow")

@@ -12,7 +12,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlrc.benchmarks.claims import regression
-from rlrc.benchmarks.claims.regression import Change
+from rlrc.benchmarks.claims.regression import FigureChange
 from rlrc.benchmarks.results.results import read
 from rlrc.errors import UserError
 from rlrc.tables import print_table
@@ -71,7 +71,7 @@ class Compare:
         return 1 if failed else 0
 
 
-def cells(change: Change) -> list[str]:
+def cells(change: FigureChange) -> list[str]:
     """Old, new, by how much it is worse, and that at 95 %."""
     values = [number(value) for value in (change.old, change.new)]
     if change.change is None:

@@ -21,7 +21,7 @@ from rlrc.runtime.board.monitor import Board
 
 
 @dataclass(frozen=True)
-class Latency:
+class MeasureLatency:
     """Milliseconds of one inference, in total and by part; several artifacts in one interleaved run."""
 
     artifacts: Positional[tuple[str, ...]]
@@ -65,7 +65,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MeasureMemory:
     """Bytes that the runtime loads, by graph, and the memory of fresh processes that run the policy."""
 
     artifacts: Positional[tuple[str, ...]]
@@ -121,7 +121,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Success:
+class MeasureSuccess:
     """Closed-loop episodes on the simulator, the same scenes for every artifact; an interrupted run continues."""
 
     artifacts: Positional[tuple[str, ...]]

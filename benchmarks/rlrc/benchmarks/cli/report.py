@@ -17,7 +17,7 @@ from rlrc.tables import print_table
 
 
 @dataclass(frozen=True)
-class Report:
+class WriteReport:
     """Results, training curves and a film strip as one HTML page that needs nothing else, or as Markdown."""
 
     results: Positional[tuple[str, ...]]

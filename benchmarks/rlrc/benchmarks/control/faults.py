@@ -19,8 +19,8 @@ from rlrc.realtime import real_time
 from rlrc.robots.driver import Driver
 from rlrc.robots.recorder import Recorder
 from rlrc.runtime.control.chunks import Chunks
-from rlrc.runtime.control.control_loop import Control, Timing
-from rlrc.runtime.control.inference_process import Inference
+from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming
+from rlrc.runtime.control.inference_process import InferenceProcess
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.control.watchdog import Watchdog
@@ -36,7 +36,7 @@ FAULTS = (*ARM, *POLICY, *LOOP)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FaultOutcome:
     """``hold_ms``: from the beginning of the fault to the first hold, or to ``robot.stop()`` if that comes first.
 
     ``after``: commands behind it that were no holds. ``stopped``: whether ``robot.stop()`` was called. ``rest_ms``:
@@ -74,13 +74,13 @@ class Clock:
         return time.monotonic() + self.jump
 
 
-def inject(fault: str, hz: float = 50.0) -> Outcome:
+def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
     """Moves the arm, lets the fault happen, and looks at what is sent from then on until the arm is at rest."""
-    arm, clock, spec = simulated_arm.Arm(), Clock(), simulated_arm.spec()
+    arm, clock, spec = simulated_arm.SimulatedArm(), Clock(), simulated_arm.spec()
     first = arm.sense()
     assert first is not None
-    inference = Inference(simulated_arm.Circle, (hz, fault if fault in POLICY else None), first.observation)
-    timing = Timing(hz, patience=PATIENCE_S, hung=0.5)
+    inference = InferenceProcess(simulated_arm.Circle, (hz, fault if fault in POLICY else None), first.observation)
+    timing = LoopTiming(hz, patience=PATIENCE_S, hung=0.5)
     joints, units = simulated_arm.JOINTS, spec.action.units
     guard = FaultyGuard(simulated_arm.profile(LEAD), hz, spec.action, joints, units, timing.gap)
     telemetry = Telemetry(4096, spec.action.dim)
@@ -90,7 +90,7 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
     recorder = Recorder(driver, spec, hz, folder / "recorded")
     recorder.begin("move")
     chunks = Chunks("replace", simulated_arm.HORIZON)
-    control = Control(
+    control = ControlLoop(
         recorder,
         inference,
         guard,
@@ -127,7 +127,12 @@ def inject(fault: str, hz: float = 50.0) -> Outcome:
 
 
 def _begin(
-    fault: str, arm: simulated_arm.Arm, inference: Inference, guard: FaultyGuard, clock: Clock, recorder: Recorder
+    fault: str,
+    arm: simulated_arm.SimulatedArm,
+    inference: InferenceProcess,
+    guard: FaultyGuard,
+    clock: Clock,
+    recorder: Recorder,
 ) -> None:
     if fault in ARM:
         arm.break_down(fault)  # type: ignore[arg-type]
@@ -147,8 +152,8 @@ def _begin(
 
 
 def _outcome(
-    fault: str, hz: float, telemetry: Telemetry, arm: simulated_arm.Arm, began: float, guard: Guard
-) -> Outcome:
+    fault: str, hz: float, telemetry: Telemetry, arm: simulated_arm.SimulatedArm, began: float, guard: Guard
+) -> FaultOutcome:
     """What was sent is told by the arm, which has its own clock."""
     times, commands = np.array([at for at, _ in arm.sent]), np.array([command for _, command in arm.sent])
     held = telemetry.rows["held"][arm.calls]
@@ -161,16 +166,16 @@ def _outcome(
     stop = arm.stopped_at
     if not len(later) or (stop is not None and stop < times[later[0]]):
         if stop is None:
-            return Outcome(fault, hz, np.inf, np.inf, 0, np.inf, guard.reason)
+            return FaultOutcome(fault, hz, np.inf, np.inf, 0, np.inf, guard.reason)
         beyond = commands[times > stop]
         after = int((~held[times > stop]).sum())
         moving = float(np.abs(np.diff(beyond, axis=0)).max()) if len(beyond) > 1 else 0.0
         halted = float(stop - began) * 1e3
-        return Outcome(fault, hz, halted, halted, after, moving, guard.reason, True)
+        return FaultOutcome(fault, hz, halted, halted, after, moving, guard.reason, True)
     first = later[0]
     moves = np.abs(np.diff(commands[first:], axis=0)).max(1) > 1e-9 if len(commands) > first + 1 else np.array([False])
     rest = first + (np.flatnonzero(moves)[-1] + 1 if moves.any() else 0)
-    return Outcome(
+    return FaultOutcome(
         fault,
         hz,
         float(times[first] - began) * 1e3,

@@ -26,13 +26,13 @@ from rlrc.errors import UserError
 from rlrc.realtime import real_time, tidy
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime.control.chunks import STRATEGIES, Chunks, Strategy
-from rlrc.runtime.control.control_loop import Control, Show, Timing
-from rlrc.runtime.control.inference_process import Inference
+from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming, Show
+from rlrc.runtime.control.inference_process import InferenceProcess
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.control.telemetry import PARTS, Telemetry, jitter, summary
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.policy import LocalPolicy
-from rlrc.runtime.page.control_page import LoopPage
+from rlrc.runtime.page.control_page import ControlPage
 from rlrc.runtime.page.feed import Address
 from rlrc.runtime.page.metadata import plotted
 from rlrc.runtime.page.process import Page
@@ -45,7 +45,7 @@ SETTLED_S = 30.0  # memory is compared with what it was then
 Tick = Callable[[int], None]
 
 
-class Slowed:
+class SlowInference:
     """A policy whose inference takes at least ``seconds``."""
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -61,7 +61,7 @@ class Slowed:
         return result
 
 
-class Simulated:
+class SimulatedPolicy:
     """A policy on the simulator at a fixed rate, episode after episode."""
 
     def __init__(self, path: Path, task: str, hz: float, strategy: Strategy, seconds: float, capacity: int) -> None:
@@ -70,8 +70,8 @@ class Simulated:
         self.robot.reset(EVALUATION[0])
         sensed = self.robot.sense()
         assert sensed is not None
-        self.inference = Inference(Slowed, (path, seconds), sensed.observation)
-        self.timing = Timing(hz, hz / self.robot.hz, LATE, patience=5.0)
+        self.inference = InferenceProcess(SlowInference, (path, seconds), sensed.observation)
+        self.timing = LoopTiming(hz, hz / self.robot.hz, LATE, patience=5.0)
         self.strategy = strategy
         self.telemetry = Telemetry(capacity, self.spec.action.dim)
         self.guard = self._new_guard()
@@ -88,7 +88,7 @@ class Simulated:
         if self.guard.stopped:
             self.guard = self._new_guard()
         chunks = Chunks(self.strategy, self.spec.action.horizon)
-        control = Control(self.robot, self.inference, self.guard, chunks, self.spec, self.timing, self.telemetry)
+        control = ControlLoop(self.robot, self.inference, self.guard, chunks, self.spec, self.timing, self.telemetry)
         control.run(lambda: self.robot.over or self.robot.steps >= self.robot.horizon)
         return self.robot.success, self.guard.reason
 
@@ -103,7 +103,7 @@ class Simulated:
 
 def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3") -> dict[str, Any]:
     """The reference policy for a long time, one of the processors loaded by another process."""
-    run = Simulated(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
+    run = SimulatedPolicy(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
     ended, settled, growth = list[bool](), 0, 0
     try:
         with loaded(), timer(HZ) as timed, real_time(beside=run.beside) as granted:
@@ -150,7 +150,7 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
         ended, jumps, stopped = list[bool](), list[NDArray[Any]](), list[str]()
         told: list[Telemetry] = []
         for task in tasks:
-            run = Simulated(path, task, HZ, strategy, delay / HZ, 500 * episodes)
+            run = SimulatedPolicy(path, task, HZ, strategy, delay / HZ, 500 * episodes)
             try:
                 with real_time(beside=run.beside):
                     for seed in EVALUATION[:episodes]:
@@ -211,16 +211,16 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
     for name, size, cameras in ((f"{kind}, 96 px", (96, 96), 1), (f"{kind}, 2 x 640 x 480", (480, 640), 2)):
         names = ("wrist", "front")[:cameras]
         spec = simulated_arm.spec(size, names, 96 if cameras == 1 else 224)
-        arm = simulated_arm.Arm(size, names)
+        arm = simulated_arm.SimulatedArm(size, names)
         sensed = arm.sense()
         assert sensed is not None
-        inference = Inference(Seeing, (spec,), sensed.observation)
+        inference = InferenceProcess(Seeing, (spec,), sensed.observation)
         guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, spec.action.units)
         telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
-        chunks, timing = Chunks("replace", simulated_arm.HORIZON), Timing(HZ)
+        chunks, timing = Chunks("replace", simulated_arm.HORIZON), LoopTiming(HZ)
         try:
             with paged(guard, spec, names) if page else nullcontext() as show:
-                control = Control(arm, inference, guard, chunks, spec, timing, telemetry, show=show)
+                control = ControlLoop(arm, inference, guard, chunks, spec, timing, telemetry, show=show)
                 with real_time(beside=(inference.pid,)):
                     control.run(steps=int(seconds * HZ))
         finally:
@@ -241,7 +241,7 @@ def paged(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[
     hello = {"kind": "run", "name": "rig", "facts": [], "rows": plotted(spec, guard.profile), "cameras": cameras}
     page = Page(hello, cameras, Address())
     try:
-        show = LoopPage(page, guard, StopSwitch(), None, None).show
+        show = ControlPage(page, guard, StopSwitch(), None, None).show
         with viewer(page.link, len(cameras)):
             yield show
     finally:

@@ -1,7 +1,7 @@
 """An arm in software, a policy that moves it, and everything that can go wrong with both: to try the control loop on.
 
-Two joints in rad follow their commands at once; a live camera shows noise. ``Arm.break_down`` begins a fault of the
-arm's; faults of the policy's begin in its own process, when it sees the mark that the arm puts into a picture.
+Two joints in rad follow their commands at once; a live camera shows noise. ``SimulatedArm.break_down`` begins a fault
+of the arm's; faults of the policy's begin in its own process, when it sees the mark that the arm puts into a picture.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def profile(lead: float | None = None) -> RobotProfile:
     )
 
 
-class Arm:
+class SimulatedArm:
     """A robot of rlrc.robots.robot. ``sent``: every command, with its time, ``calls`` which of the calls it was.
 
     A call that hangs does so until ``stop``, and does nothing then.

@@ -98,7 +98,7 @@ def by_part(trials: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {part: [parts.get(part, 0.0) for parts in trials] for part in found}
 
 
-class Passes:
+class TimedEngine:
     """An engine whose passes are timed. ``parts``: milliseconds since the last ``take``, by part.
 
     Of llama.cpp's set, the graphs beside it are timed too: the pass of the decoder goes without that of its head.
@@ -108,7 +108,7 @@ class Passes:
         self._engine, self.parts = engine, {} if parts is None else parts
         beside = getattr(engine, "beside", None)
         if beside is not None:
-            engine.beside = Passes(beside, self.parts)  # type: ignore[attr-defined]
+            engine.beside = TimedEngine(beside, self.parts)  # type: ignore[attr-defined]
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         inside = sum(self.parts.values())
@@ -138,9 +138,9 @@ def part_of(graph: str, inputs: Mapping[str, NDArray[Any]]) -> str | None:
 def timed(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callable[[], tuple[float, dict[str, float]]]:
     """A function that makes one call with the next observation: (milliseconds in total, milliseconds by part)."""
     following = cycle(observations)
-    passes: Passes | None = None
+    passes: TimedEngine | None = None
     if (engine := getattr(policy, "engine", None)) is not None:
-        passes = engine if isinstance(engine, Passes) else Passes(engine)
+        passes = engine if isinstance(engine, TimedEngine) else TimedEngine(engine)
         policy.engine = passes  # type: ignore[attr-defined]
 
     def call() -> tuple[float, dict[str, float]]:

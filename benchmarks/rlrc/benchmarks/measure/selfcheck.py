@@ -21,7 +21,7 @@ Observations = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Finding:
+class SelfCheckResult:
     """``ratio`` of medians, with its 95 % interval; ``said`` of ``wanted``: see ``word``."""
 
     what: str
@@ -60,7 +60,7 @@ def word(ratio: Estimate) -> str:
 
 def findings(
     open_policy: Callable[[], Policy], observations: Observations, trials: int, tick: Callable[[int], None]
-) -> list[Finding]:
+) -> list[SelfCheckResult]:
     """Both checks, from one interleaved run; ``open_policy`` gives the same policy, anew."""
     policies: dict[str, Any] = {"one": open_policy(), "same": open_policy(), "slowed": Slowed(open_policy(), SLOWER)}
     timed = latency.measure(policies, dict.fromkeys(policies, observations), trials, tick=tick)
@@ -73,5 +73,5 @@ def findings(
         said = word(ratio)
         holds = said == wanted and (name != "same" or abs(ratio.value - 1) < MARGIN)
         interval = (ratio.low, ratio.high)
-        found.append(Finding(what, ratio.value, interval, said, wanted, "PASS" if holds else "FAIL"))
+        found.append(SelfCheckResult(what, ratio.value, interval, said, wanted, "PASS" if holds else "FAIL"))
     return found

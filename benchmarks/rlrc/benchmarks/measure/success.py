@@ -49,7 +49,7 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Episode:
+class ScoredEpisode:
     task: str
     seed: int
     success: bool
@@ -120,7 +120,7 @@ def play(
     seed: int,
     horizon: int | None = None,
     watch: Callable[[int, Any], None] = lambda *_: None,
-) -> Episode:
+) -> ScoredEpisode:
     """One episode of at most ``horizon`` steps (None: the environment's own); every chunk is executed to its end.
 
     ``watch`` gets each observation the policy saw, and the last, with the number of steps before it.
@@ -138,7 +138,7 @@ def play(
                 break
         observation = environment.observe()
     watch(steps, observation)
-    return Episode(environment.name, seed, success, steps)
+    return ScoredEpisode(environment.name, seed, success, steps)
 
 
 def measure(
@@ -148,7 +148,7 @@ def measure(
     threads: int = 1,
     partial: Path | None = None,
     tick: Callable[[int], None] = lambda _: None,
-) -> dict[str, list[Episode]]:
+) -> dict[str, list[ScoredEpisode]]:
     """Name -> its episodes. Those found in the file ``partial`` are not played again; ``tick`` gets how many came."""
     key = {
         "scenes": {"episodes": dict(scenes.episodes)} | scenes.describe(),
@@ -168,7 +168,9 @@ def measure(
     }
 
 
-def _jobs(named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], Episode]) -> Iterator[Job]:
+def _jobs(
+    named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], ScoredEpisode]
+) -> Iterator[Job]:
     for task in scenes.episodes:
         left = [seed for seed in scenes.seeds(task) if (named.name, task, seed) not in played]
         for i in range(0, len(left), EPISODES_A_JOB):
@@ -193,7 +195,7 @@ def _opened(job: Job) -> tuple[LocalPolicy, Environment]:
     return _playing[key]
 
 
-def _play_job(job: Job) -> list[Episode]:
+def _play_job(job: Job) -> list[ScoredEpisode]:
     policy, environment = _opened(job)
     return [play(policy, environment, seed, job.horizon) for seed in job.seeds]
 
@@ -203,7 +205,7 @@ class _Partial:
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
         self.path, self.key = path, key
-        self.episodes: dict[tuple[str, str, int], Episode] = {}
+        self.episodes: dict[tuple[str, str, int], ScoredEpisode] = {}
 
     def __enter__(self) -> _Partial:
         if self.path is None:
@@ -220,14 +222,14 @@ class _Partial:
         if self.path is not None:
             self._stream.close()
 
-    def add(self, name: str, episode: Episode) -> None:
+    def add(self, name: str, episode: ScoredEpisode) -> None:
         self.episodes[name, episode.task, episode.seed] = episode
         if self.path is not None:
             self._stream.write(self._line(name, episode) + "\n")
             self._stream.flush()
 
     @staticmethod
-    def _line(name: str, episode: Episode) -> str:
+    def _line(name: str, episode: ScoredEpisode) -> str:
         return json.dumps([name, asdict(episode)])
 
     def _read(self) -> None:
@@ -240,17 +242,17 @@ class _Partial:
             )
         for line in lines[:-1]:  # what follows the last line break is empty, or half a line
             name, episode = json.loads(line)
-            played = Episode(**episode)
+            played = ScoredEpisode(**episode)
             self.episodes[name, played.task, played.seed] = played
 
 
-def row(episodes: Sequence[Episode], scenes: Scenes, hard: Collection[str]) -> dict[str, Any]:
+def row(episodes: Sequence[ScoredEpisode], scenes: Scenes, hard: Collection[str]) -> dict[str, Any]:
     """The measured part of a table row: all tasks, the ``hard`` ones apart, each task; Wilson intervals at 95 %.
 
     ``outcomes`` holds a 1 or 0 for every scene of a task, in the order of the seeds; ``steps`` is the mean of the
     successes.
     """
-    by_task: dict[str, list[Episode]] = {}
+    by_task: dict[str, list[ScoredEpisode]] = {}
     for episode in episodes:
         by_task.setdefault(episode.task, []).append(episode)
     return {
@@ -264,7 +266,7 @@ def row(episodes: Sequence[Episode], scenes: Scenes, hard: Collection[str]) -> d
     }
 
 
-def _rate(episodes: Sequence[Episode]) -> dict[str, Any]:
+def _rate(episodes: Sequence[ScoredEpisode]) -> dict[str, Any]:
     steps = [episode.steps for episode in episodes if episode.success]
     if not episodes:
         return {"success": None, "episodes": 0, "interval": [0.0, 1.0], "steps": None}

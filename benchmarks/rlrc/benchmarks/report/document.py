@@ -21,7 +21,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """The row ``strong`` stands out; with ``words`` the last column is running text. ``folded``: see Listing."""
 
     header: Sequence[str]
@@ -72,7 +72,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Command:
+class CommandLine:
     text: str
 
 
@@ -84,13 +84,13 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class FilmStrip:
     """A strip of uint8 (H, W, 3), each with what it shows and what stands under it."""
 
     pictures: Sequence[tuple[NDArray[np.uint8], str, str]]
 
 
-Block = Table | Chart | Charts | Heading | Note | Listing | Terms | Command | Tiles | Pictures
+Block = ReportTable | Chart | Charts | Heading | Note | Listing | Terms | CommandLine | Tiles | FilmStrip
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.benchmarks.measure.success import Episode, play
+from rlrc.benchmarks.measure.success import ScoredEpisode, play
 
 if TYPE_CHECKING:
     from rlrc.envs.environment import Environment
@@ -22,7 +22,7 @@ class Strip:
     taken."""
 
     name: str
-    episode: Episode
+    episode: ScoredEpisode
     frames: NDArray[np.uint8]
     steps: tuple[int, ...]
 

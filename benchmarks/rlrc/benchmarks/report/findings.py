@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlrc.benchmarks.claims.claims import Check, figure
+from rlrc.benchmarks.claims.claims import ClaimCheck, figure
 from rlrc.benchmarks.report import tradeoffs
 from rlrc.benchmarks.report.document import (
     DASH,
@@ -15,13 +15,13 @@ from rlrc.benchmarks.report.document import (
     Heading,
     Listing,
     Note,
-    Table,
+    ReportTable,
     Terms,
     megabytes,
     millions,
     milliseconds,
 )
-from rlrc.benchmarks.report.tradeoffs import Arm
+from rlrc.benchmarks.report.tradeoffs import RecoveryCurve
 from rlrc.benchmarks.results.results import ARMS, GEOMETRY, OF_POLICIES, PEERS, STUDY, merge
 from rlrc.benchmarks.results.stats import Estimate, percentile_interval, wilson
 
@@ -38,7 +38,7 @@ def claims(results: Sequence[Row]) -> list[Block]:
     if not checked:
         return []
     header = ("policy", "verdict", "dense", "compressed", "memory", "latency", "success")
-    blocks: list[Block] = [Table(header, [_summary(result) for result in checked])]
+    blocks: list[Block] = [ReportTable(header, [_summary(result) for result in checked])]
     if any(result["kind"] == GEOMETRY for result in checked):
         blocks.append(
             Note("Real sizes have random weights: latency and memory do not depend on them, success means nothing.")
@@ -56,7 +56,7 @@ def title_of(result: Row) -> str:
 
 
 def _summary(result: Row) -> list[Cell]:
-    checks = {check["claim"]: Check(**check) for check in result["checks"]}
+    checks = {check["claim"]: ClaimCheck(**check) for check in result["checks"]}
 
     def ratio(claim: str) -> Cell:
         check = checks.get(claim)
@@ -82,8 +82,8 @@ def _operand(result: Row, which: str) -> Cell:
     return Cell(f"{megabytes(row['bytes'])}, {milliseconds(row['latency_ms']['p50'])}", row["precision"])
 
 
-def _checks(result: Row) -> Table:
-    checks = [Check(**check) for check in result["checks"]]
+def _checks(result: Row) -> ReportTable:
+    checks = [ClaimCheck(**check) for check in result["checks"]]
     rows = [
         [
             Cell(check.claim),
@@ -93,7 +93,7 @@ def _checks(result: Row) -> Table:
         ]
         for check in checks
     ]
-    return Table(("claim", "verdict", "measured", "lower limit", "needed", ""), rows, words=True)
+    return ReportTable(("claim", "verdict", "measured", "lower limit", "needed", ""), rows, words=True)
 
 
 def _operating_point(result: Row) -> dict[str, object]:
@@ -195,11 +195,13 @@ def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
         for i, (number, one) in enumerate((row.get("throughput") or {}).items())
     ]
     if found:
-        blocks.append(Table(("policy", "at once", "chunks a second", "actions a second", "CPU time a chunk"), found))
+        blocks.append(
+            ReportTable(("policy", "at once", "chunks a second", "actions a second", "CPU time a chunk"), found)
+        )
     spent = [row for row in rows if row.get("energy")]
     if spent:
         heads = ("policy", "joules a chunk", "an action", "a chunk above idle", "watts", "idle")
-        blocks.append(Table(heads, [_energy(row) for row in spent]))
+        blocks.append(ReportTable(heads, [_energy(row) for row in spent]))
     sources = dict.fromkeys(str(result["source"]) for result in results if result.get("kind") == "energy")
     return blocks + [Note(f"Energy: {source}.") for source in sources]
 
@@ -229,13 +231,13 @@ def recovery(results: Sequence[Row]) -> list[Block]:
     return [Chart("recovery", tradeoffs.recovery(panels, levels), caption)]
 
 
-def arms(rows: Sequence[Row]) -> list[Arm]:
+def arms(rows: Sequence[Row]) -> list[RecoveryCurve]:
     found = []
     for name in dict.fromkeys(row["name"] for row in rows):
         seeds = [row for row in rows if row["name"] == name]
         points = [(row["cpu_minutes"], row["success"], *row["interval"]) for row in seeds]
         ways = [[(at["cpu_minutes"], at["sampled_success"]) for at in row["curve"]] for row in seeds if row["curve"]]
-        found.append(Arm(name, points, ways))
+        found.append(RecoveryCurve(name, points, ways))
     return found
 
 
@@ -258,7 +260,7 @@ def peers(results: Sequence[Row]) -> list[Block]:
         header = ("runtime", "precision", "p50", "p90", against, "CPU time", "peak memory", "largest difference")
         blocks += [
             Heading(str(result["policy"])),
-            Table(header, [_peer(row, ratios, spent) for row in measured]),
+            ReportTable(header, [_peer(row, ratios, spent) for row in measured]),
             Note(f"{result['note']} {load}".strip()),
             Chart(f"peers-{result['name']}", tradeoffs.ratios(ratios, result.get("wanted")), caption),
         ]

@@ -16,13 +16,13 @@ from rlrc.benchmarks.report.document import (
     Cell,
     Chart,
     Charts,
-    Command,
+    CommandLine,
     Document,
     Heading,
     Listing,
     Note,
+    ReportTable,
     Section,
-    Table,
     Terms,
     Tiles,
 )
@@ -58,7 +58,7 @@ def _section(section: Section) -> str:
 
 
 def _block(block: Block) -> str:
-    if isinstance(block, Table):
+    if isinstance(block, ReportTable):
         return _folded(_table(block), block.folded)
     if isinstance(block, Chart):
         return _figure(block)
@@ -72,7 +72,7 @@ def _block(block: Block) -> str:
         return _folded(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>", block.folded)
     if isinstance(block, Terms):
         return _folded(_terms(block.facts), block.folded)
-    if isinstance(block, Command):
+    if isinstance(block, CommandLine):
         return f"<pre>{escape(block.text)}</pre>"
     if isinstance(block, Tiles):
         tiles = (f"<div class=tile><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in block.tiles)
@@ -91,7 +91,7 @@ def _cell(cell: Cell) -> str:
     return escape(cell.text) + (f"<small>{escape(cell.below)}</small>" if cell.below else "")
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.header)
     body = ""
     for i, (first, *others) in enumerate(table.rows):

@@ -8,9 +8,19 @@ from typing import Any
 
 from rlrc.artifact import geometries
 from rlrc.benchmarks.report import tradeoffs
-from rlrc.benchmarks.report.document import DASH, Block, Cell, Chart, Listing, Note, Table, megabytes, milliseconds
+from rlrc.benchmarks.report.document import (
+    DASH,
+    Block,
+    Cell,
+    Chart,
+    Listing,
+    Note,
+    ReportTable,
+    megabytes,
+    milliseconds,
+)
 from rlrc.benchmarks.report.findings import title_of
-from rlrc.benchmarks.report.tradeoffs import Point
+from rlrc.benchmarks.report.tradeoffs import RooflinePoint
 from rlrc.benchmarks.results.results import ARMS, GEOMETRY
 from rlrc.benchmarks.results.stats import Estimate
 from rlrc.jetson.model import devices
@@ -47,7 +57,7 @@ def rooflines(results: Sequence[Row]) -> list[Block]:
     return blocks
 
 
-def points_of(result: Row, which: str) -> list[Point]:
+def points_of(result: Row, which: str) -> list[RooflinePoint]:
     """Operations from the geometry's description, times as measured."""
     row = result[which]
     known = geometries.geometry(_geometry(result))
@@ -66,7 +76,7 @@ def points_of(result: Row, which: str) -> list[Point]:
             operations = parts[name].flops
             median, slow = operations / times["p50"] / 1e6, operations / times["p90"] / 1e6
             intensity = operations / moved(parts[name], bits(result, which, name))
-            found.append(Point(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
+            found.append(RooflinePoint(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
     return found
 
 
@@ -94,7 +104,7 @@ def bits(result: Row, which: str, part: str) -> float:
     return BITS.get(name, 32.0)
 
 
-def _shares(result: Row) -> Table:
+def _shares(result: Row) -> ReportTable:
     rows = [
         [
             Cell(f"{which}, {result[which]['precision']}"),
@@ -107,7 +117,7 @@ def _shares(result: Row) -> Table:
         for which in ARMS
         for part, found in (result.get(which) or {}).get("roofline", {}).items()
     ]
-    return Table(("policy", "part", "ms", "limit, ms", "share", "bound by"), rows)
+    return ReportTable(("policy", "part", "ms", "limit, ms", "share", "bound by"), rows)
 
 
 # Devices
@@ -154,6 +164,6 @@ def predictions(names: Sequence[str]) -> list[Block]:
     return [
         Chart("predictions", tradeoffs.predictions(panels), caption),
         Note(text),
-        Table(header, rows, folded="every prediction"),
+        ReportTable(header, rows, folded="every prediction"),
         Listing(list(assumed), "everything that is assumed"),
     ]

@@ -13,13 +13,13 @@ from rlrc.benchmarks.report.document import (
     Cell,
     Chart,
     Charts,
-    Command,
+    CommandLine,
     Document,
     Heading,
     Listing,
     Note,
+    ReportTable,
     Section,
-    Table,
     Terms,
     Tiles,
 )
@@ -52,7 +52,7 @@ def _section(section: Section, folder: str) -> str:
 
 
 def _block(block: Block, folder: str) -> str:
-    if isinstance(block, Table):
+    if isinstance(block, ReportTable):
         return _folded(_table(block), block.folded)
     if isinstance(block, Chart):
         label = re.search(r'aria-label="([^"]*)"', block.svg)
@@ -68,14 +68,14 @@ def _block(block: Block, folder: str) -> str:
         return _folded("\n".join(f"- {_escaped(line)}" for line in block.lines), block.folded)
     if isinstance(block, Terms):
         return _folded(_terms(block.facts), block.folded)
-    if isinstance(block, Command):
+    if isinstance(block, CommandLine):
         return "\n".join(f"    {line}" for line in block.text.splitlines())
     if isinstance(block, Tiles):
         return "\n".join(f"- **{_escaped(figure)}** {_escaped(what)}" for figure, what in block.tiles)
     return ""
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     marks = ["---", *("---:" for _ in table.header[1:])]
     if table.words:
         marks[-1] = "---"

@@ -18,13 +18,13 @@ from rlrc.benchmarks.report.document import (
     Cell,
     Chart,
     Charts,
-    Command,
+    CommandLine,
     Document,
+    FilmStrip,
     Heading,
     Note,
-    Pictures,
+    ReportTable,
     Section,
-    Table,
     Terms,
     Tiles,
     cells,
@@ -184,7 +184,7 @@ def _table(rows: Sequence[Row]) -> list[Block]:
         return []
     names = [row["name"] for row in rows]
     filled = [[Cell(*pair) for pair in row] for row in table(rows)]
-    return [Table(HEADER, filled, names.index(HERO) if HERO in names else None), Note(LEGEND)]
+    return [ReportTable(HEADER, filled, names.index(HERO) if HERO in names else None), Note(LEGEND)]
 
 
 def _memory(rows: Sequence[Row]) -> list[Block]:
@@ -238,7 +238,7 @@ def _success(rows: Sequence[Row], comparisons: Sequence[Row]) -> list[Block]:
             "The same scenes were given to both; the columns in the middle count those that only one of them solved. "
             "The lower limit of the difference is one-sided, at 95 %."
         )
-        blocks += [Heading("Scene by scene"), Table(header, compared), Note(text)]
+        blocks += [Heading("Scene by scene"), ReportTable(header, compared), Note(text)]
     return blocks
 
 
@@ -258,7 +258,7 @@ def _film(film: Film) -> list[Block]:
             (frame, f"{strip.name} at step {step}", str(step))
             for frame, step in zip(strip.frames, strip.steps, strict=True)
         ]
-        blocks += [Heading(f"{strip.name}: {outcome}"), Pictures(pictures)]
+        blocks += [Heading(f"{strip.name}: {outcome}"), FilmStrip(pictures)]
     return [*blocks, Note(f"{film.task}, {film.caption}. Under each picture: the control step.")]
 
 
@@ -269,7 +269,7 @@ def _provenance(results: Sequence[Row]) -> list[Block]:
         told = f"adds {added['p50']:.1f} microseconds to every latency (p99 {added['p99']:.1f}) and takes"
         blocks.append(Note(f"The stop-watch {told} {whole['p50']:.1f} a call (p99 {whole['p99']:.1f})."))
     for result in results:
-        blocks += [Heading(str(result.get("kind", "results"))), Command(str(result.get("command")))]
+        blocks += [Heading(str(result.get("kind", "results"))), CommandLine(str(result.get("command")))]
         machine = result.get("machine") or {}
         facts = {key.replace("_", " "): value for key, value in machine.items() if value is not None}
         facts |= facts.pop("versions", {})

@@ -85,7 +85,7 @@ def _told(axes: Axes, x: float, y: float, text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Point:
+class RooflinePoint:
     """One part of a policy: operations a byte that it has to read, and what it attained, with the limits of that."""
 
     name: str
@@ -94,7 +94,7 @@ class Point:
     gops: Estimate
 
 
-def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[Point]) -> str:
+def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[RooflinePoint]) -> str:
     """GB/s, Gop/s by type of products, and where each part of a decision came to."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((6.4, 4.2), layout="constrained")
@@ -225,7 +225,7 @@ def _many(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Arm:
+class RecoveryCurve:
     """A kind of recovery: of every seed (CPU-minutes, success, low, high), and the way there where it was kept."""
 
     name: str
@@ -233,7 +233,7 @@ class Arm:
     ways: Sequence[Sequence[tuple[float, float]]] = ()
 
 
-def recovery(panels: Mapping[str, Sequence[Arm]], levels: Mapping[str, float]) -> str:
+def recovery(panels: Mapping[str, Sequence[RecoveryCurve]], levels: Mapping[str, float]) -> str:
     """Success against CPU-minutes, a point a seed; ``levels``: horizontal lines for what needs no recovery."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((3.9 * len(panels), 4.4), layout="constrained")

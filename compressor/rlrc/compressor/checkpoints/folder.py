@@ -26,7 +26,7 @@ HINTS = {  # what a file of hints may hold
 
 
 @dataclass(frozen=True)
-class Options:
+class ReadOptions:
     """What a folder may not say itself.
 
     ``hints``: geometry that shapes cannot tell (see ``read_hints``); ``unnorm_key``: which data set's statistics;
@@ -42,10 +42,10 @@ class Options:
     incomplete: bool = False
 
 
-def options_of(flags: Flags) -> Options:
+def options_of(flags: Flags) -> ReadOptions:
     """What the command line says. Raises UserError for a file of hints that is missing or broken."""
     hints = {} if flags.hints is None else read_hints(flags.hints)
-    return Options(hints, flags.unnorm_key, flags.images, flags.tokenizer, flags.prompt_state)
+    return ReadOptions(hints, flags.unnorm_key, flags.images, flags.tokenizer, flags.prompt_state)
 
 
 @dataclass(frozen=True)

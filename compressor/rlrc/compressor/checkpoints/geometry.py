@@ -18,7 +18,7 @@ import torch
 
 from rlrc.artifact import geometries
 from rlrc.compressor.checkpoints import reader, shapes
-from rlrc.compressor.checkpoints.folder import Folder, Options
+from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.tensors import Tensors
@@ -39,7 +39,7 @@ PALIGEMMA_VOCABULARY = 257152
 SMOLVLM_VOCABULARY = 49280
 
 
-def folder(name: str) -> tuple[Folder, Options]:
+def folder(name: str) -> tuple[Folder, ReadOptions]:
     """The official checkpoint of a known name, and the options that it needs. Raises UserError for another name."""
     if name not in GEOMETRIES:
         geometries.geometry(name)  # refuses it
@@ -57,7 +57,7 @@ def described(name: str) -> dict[str, Any]:
     return {"policy": encode(layout.spec), "towers": encode(layout.towers), "modules": modules}
 
 
-def _openvla(name: str) -> tuple[Folder, Options]:
+def _openvla(name: str) -> tuple[Folder, ReadOptions]:
     """openvla/openvla-7b."""
     tensors = models_tensors.of_shapes(name, shapes.openvla(DINOV2, SIGLIP, LLAMA2, PATCHED_LLAMA_VOCABULARY))
     config = {
@@ -72,10 +72,10 @@ def _openvla(name: str) -> tuple[Folder, Options]:
         "text_config": {"model_type": "llama", "vocab_size": PATCHED_LLAMA_VOCABULARY, "pad_token_id": 32000},
         "norm_stats": {"normalised": {"action": _bounds(7, gripper=True), "proprio": _bounds(8)}},
     }
-    return Folder(Path(name), config, tensors), Options()
+    return Folder(Path(name), config, tensors), ReadOptions()
 
 
-def _openvla_oft(name: str) -> tuple[Folder, Options]:
+def _openvla_oft(name: str) -> tuple[Folder, ReadOptions]:
     """moojink/openvla-7b-oft-finetuned-libero-spatial: two pictures, proprioception, an L1 head, chunks of 8."""
     base, _ = _openvla(name)
     head, proprio = "action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"
@@ -86,10 +86,10 @@ def _openvla_oft(name: str) -> tuple[Folder, Options]:
         ),
         "dataset_statistics.json": base.config["norm_stats"],
     }
-    return Folder(base.path, base.config, base.tensors, virtual), Options({"num_actions_chunk": 8}, images=2)
+    return Folder(base.path, base.config, base.tensors, virtual), ReadOptions({"num_actions_chunk": 8}, images=2)
 
 
-def _pi0(name: str) -> tuple[Folder, Options]:
+def _pi0(name: str) -> tuple[Folder, ReadOptions]:
     """lerobot/pi0_base and lerobot/pi05_base."""
     adaptive = name == "pi05"
     tensors = shapes.pi0(SIGLIP, GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCABULARY, 32, 32, adaptive)
@@ -115,7 +115,7 @@ def _pi0(name: str) -> tuple[Folder, Options]:
     return _lerobot(name, config, tensors, steps)
 
 
-def _smolvla(name: str) -> tuple[Folder, Options]:
+def _smolvla(name: str) -> tuple[Folder, ReadOptions]:
     """lerobot/smolvla_base."""
     tensors = shapes.smolvla(SMOLVLM_VISION, 4, SMOLLM2, SMOLVLA_EXPERT, 2, SMOLVLM_VOCABULARY, 32, 32)
     config = {
@@ -146,7 +146,7 @@ def _smolvla(name: str) -> tuple[Folder, Options]:
     return _lerobot(name, config, tensors, ["smolvla_new_line_processor"])
 
 
-def _act(name: str) -> tuple[Folder, Options]:
+def _act(name: str) -> tuple[Folder, ReadOptions]:
     """lerobot's defaults of ACT, with ALOHA's one camera and two arms in simulation."""
     tensors = shapes.act(64, 512, 3200, (4, 1, 4), latent=32, chunk=100, state=14, action=14)
     config = {
@@ -171,7 +171,7 @@ def _act(name: str) -> tuple[Folder, Options]:
     return _lerobot(name, config, tensors, [])
 
 
-GEOMETRIES: dict[str, Callable[[str], tuple[Folder, Options]]] = {
+GEOMETRIES: dict[str, Callable[[str], tuple[Folder, ReadOptions]]] = {
     "openvla-7b": _openvla,
     "openvla-oft-7b": _openvla_oft,
     "pi0": _pi0,
@@ -199,7 +199,9 @@ def _modes(pictures: str, numbers: str) -> dict[str, str]:
     return {"VISUAL": pictures, "STATE": numbers, "ACTION": numbers}
 
 
-def _lerobot(name: str, config: dict[str, Any], tensors: shapes.Shapes, prompt: list[str]) -> tuple[Folder, Options]:
+def _lerobot(
+    name: str, config: dict[str, Any], tensors: shapes.Shapes, prompt: list[str]
+) -> tuple[Folder, ReadOptions]:
     """With the processors that lerobot writes; ``prompt``: the steps before the tokenizer's, none without language."""
     features, file = config["input_features"] | config["output_features"], "normalizer_processor.safetensors"
     norm = {"eps": 1e-8, "features": features, "norm_map": config["normalization_mapping"]}
@@ -212,7 +214,7 @@ def _lerobot(name: str, config: dict[str, Any], tensors: shapes.Shapes, prompt: 
         "policy_preprocessor.json": {"steps": [normalizer, *language]},
         "policy_postprocessor.json": {"steps": [normalizer | {"registry_name": "unnormalizer_processor"}]},
     }
-    return Folder(Path(name), config, models_tensors.of_shapes(name, tensors), virtual), Options()
+    return Folder(Path(name), config, models_tensors.of_shapes(name, tensors), virtual), ReadOptions()
 
 
 def _statistics(features: dict[str, Any]) -> Tensors:

@@ -8,7 +8,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorOrigin:
     """Where a tensor of the policy comes from in an official folder, and so how it is written back.
 
     ``convert`` "same"; "join": the official tensors one after the other (q, k, v -> qkv); "patches": a convolution
@@ -46,7 +46,7 @@ class Layout:
 
     spec: PolicySpec
     towers: dict[str, TowerSpec]
-    parts: dict[str, Part] = field(default_factory=dict)  # by the name of the policy's tensor
+    parts: dict[str, TensorOrigin] = field(default_factory=dict)  # by the name of the policy's tensor
     unused: tuple[str, ...] = ()  # official tensors that no action depends on
     assumed: tuple[str, ...] = ()  # what the folder does not say and was concluded from its contents, and the flag
     # How inputs ("image.top", "state") and the action are normalised, first what is nearest to the raw values.

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from rlrc import foreign
 from rlrc.artifact.consistency import check_policy
 from rlrc.compressor.checkpoints import tensors as weights
-from rlrc.compressor.checkpoints.folder import CONFIG, Folder, Options
+from rlrc.compressor.checkpoints.folder import CONFIG, Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import act, flow
 from rlrc.compressor.checkpoints.prismatic import openvla
 from rlrc.compressor.models import families
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.families import FAMILIES
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 
 UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
 
 
-def layout(folder: Folder, options: Options) -> Layout:
+def layout(folder: Folder, options: ReadOptions) -> Layout:
     """What policy the folder holds, without reading its weights.
 
     Raises UserError for an unknown family, with the nearest match, and as the family's own ``layout``.
@@ -48,14 +48,14 @@ def layout(folder: Folder, options: Options) -> Layout:
 
 
 def read(
-    folder: Folder, options: Options | None = None, dtype: torch.dtype | None = torch.float32
-) -> tuple[Policy, Layout]:
+    folder: Folder, options: ReadOptions | None = None, dtype: torch.dtype | None = torch.float32
+) -> tuple[PolicyModule, Layout]:
     """The policy in evaluation mode, its floating-point weights in ``dtype`` (None: as stored).
 
     Peak memory is that of the weights and one more tensor. Raises UserError for tensors that are missing, left over or
     of another shape than the geometry says.
     """
-    found = layout(folder, options or Options())
+    found = layout(folder, options or ReadOptions())
     policy = build(found)
     check(folder, found, policy)
     files = sources(folder, found)
@@ -74,13 +74,13 @@ def print_assumed(layout: Layout) -> None:
         print(f"rlrc: assumed {line}", file=sys.stderr)
 
 
-def build(layout: Layout) -> Policy:
+def build(layout: Layout) -> PolicyModule:
     """The layout's policy on the meta device: all shapes, no data."""
     with torch.device("meta"):
         return families.build(layout.spec, layout.towers)
 
 
-def check(folder: Folder, layout: Layout, policy: Policy) -> None:
+def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
     """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
 
     And a description that an artifact may have, with finite statistics.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def check(values: Mapping[str, Any], keys: Keys, where: object, options: Options) -> None:
+def check(values: Mapping[str, Any], keys: Keys, where: object, options: ReadOptions) -> None:
     """Raises UserError for a key that is in neither list, or has a value that is not supported."""
     ignored = options.hints.get("ignore") or []
     if not isinstance(ignored, list):
@@ -184,13 +184,13 @@ SMOLVLA = _FLOW | Keys(
 POLICIES = {"act": ACT, "pi0": PI0, "pi05": PI0, "smolvla": SMOLVLA}
 
 
-def check_lerobot(folder: Folder, options: Options) -> None:
+def check_lerobot(folder: Folder, options: ReadOptions) -> None:
     """config.json of a lerobot policy. Raises UserError as ``check``."""
     check(folder.config, POLICIES[str(folder.config["type"])], "config.json", options)
 
 
-def check_no_prompt_state(folder: Folder, options: Options) -> None:
-    """Of a policy whose prompt has no state. Raises UserError for an ``Options.prompt_state``."""
+def check_no_prompt_state(folder: Folder, options: ReadOptions) -> None:
+    """Of a policy whose prompt has no state. Raises UserError for an ``ReadOptions.prompt_state``."""
     if options.prompt_state is not None:
         family = folder.config.get("type") or folder.config.get("model_type")
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlrc import foreign
-from rlrc.compressor.checkpoints.layout import Part
+from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.models.tensors import Tensors, of_safetensors
 from rlrc.errors import UserError
 
@@ -105,7 +105,7 @@ def of_pt(path: Path) -> Tensors:
     return unwrapped(Tensors(str(path), values, file=path.name, paths=(path,)))
 
 
-def convert(part: Part, tensors: list[Tensor]) -> Tensor:
+def convert(part: TensorOrigin, tensors: list[Tensor]) -> Tensor:
     """Official tensors -> the policy's (see Part); on the meta device for the shape alone."""
     if part.convert == "patches":
         return tensors[0].permute(0, 2, 3, 1).flatten(1)
@@ -116,7 +116,7 @@ def convert(part: Part, tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def restore(parts: list[Part], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+def restore(parts: list[TensorOrigin], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:
     """The inverse of ``convert``: the official tensor ``name``, from all of the policy's that have something of it.
 
     ``shapes`` are those of ``parts[0].official``, of which it is one.

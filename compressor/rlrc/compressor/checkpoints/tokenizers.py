@@ -28,7 +28,7 @@ from rlrc.compressor.checkpoints.sentencepiece import (
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -36,7 +36,7 @@ BEGIN = {"openvla": "<s>", "openvla-oft": "<s>", "pi0": "<bos>", "pi05": "<bos>"
 BLANK = "\u2581"  # sentencepiece's visible blank
 
 
-def of_folder(folder: Folder, options: Options) -> Path:
+def of_folder(folder: Folder, options: ReadOptions) -> Path:
     """The tokenizer's file: what the options name, or it is in the folder, or where the hints or the processors say.
 
     Raises UserError if there is none.
@@ -97,7 +97,7 @@ def _load(path: Path) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TokenizerSettings:
     """What tokenizer_config.json says, which rules over tokenizer.json (transformers' tokenization_utils_fast.py).
 
     ``begin``, ``end``: whether a text gets these tokens (None: not said); ``tokens``: their text by "bos" and "eos";
@@ -112,7 +112,7 @@ class Settings:
     rules: bool = False  # a class that takes its begin and end from here whatever tokenizer.json says
 
 
-def settings_of(source: Path) -> Settings:
+def settings_of(source: Path) -> TokenizerSettings:
     """Of the files next to a tokenizer's; empty without them."""
     config = _object(source.parent / "tokenizer_config.json")
     special = _object(source.parent / "special_tokens_map.json") | config
@@ -132,7 +132,7 @@ def settings_of(source: Path) -> Settings:
     kind = str(config.get("tokenizer_class"))
     rules = any(family in kind for family in ("Llama", "Gemma"))  # whose defaults are True and False
     begin, end = (config.get(f"add_{name}_token") for name in ("bos", "eos"))
-    return Settings(
+    return TokenizerSettings(
         begin if isinstance(begin, bool) else True if rules else None,
         end if isinstance(end, bool) else False if rules else None,
         {name: text for name, text in texts.items() if text},
@@ -160,7 +160,7 @@ def _text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def complete(tokenizer: Tokenizer, settings: Settings, path: Path) -> bool:
+def complete(tokenizer: Tokenizer, settings: TokenizerSettings, path: Path) -> bool:
     """Adds what the settings ask for and the file lacks; whether anything was.
 
     Raises UserError where the two contradict each other.
@@ -177,7 +177,7 @@ def complete(tokenizer: Tokenizer, settings: Settings, path: Path) -> bool:
     return _set_ends(tokenizer, settings, path) or bool(missing)
 
 
-def _set_ends(tokenizer: Tokenizer, settings: Settings, path: Path) -> bool:
+def _set_ends(tokenizer: Tokenizer, settings: TokenizerSettings, path: Path) -> bool:
     now = ends(tokenizer)
     wanted = list(now)
     for place, (name, asked) in enumerate((("bos", settings.begin), ("eos", settings.end))):
@@ -211,7 +211,7 @@ def ends(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
-def check(tokenizer: Tokenizer, settings: Settings, source: Path, spec: PolicySpec) -> None:
+def check(tokenizer: Tokenizer, settings: TokenizerSettings, source: Path, spec: PolicySpec) -> None:
     """Raises UserError for prompts without a begin token where nothing says that it is left out, and for a tokenizer
     that cuts long prompts at their beginning."""
     begin = BEGIN.get(spec.family)

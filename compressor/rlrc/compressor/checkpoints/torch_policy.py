@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.checkpoints import reader, tokenizers
-from rlrc.compressor.checkpoints.folder import Folder, Options
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.decode import NoAction
-from rlrc.runtime.inference.policy import Result, Timing
+from rlrc.runtime.inference.policy import InferenceTiming, Result
 
 
 class TorchPolicy:
@@ -28,13 +28,15 @@ class TorchPolicy:
     are read.
     """
 
-    def __init__(self, spec: PolicySpec, tokenizer: preprocess.Tokenizer | None, load: Callable[[], Policy]) -> None:
+    def __init__(
+        self, spec: PolicySpec, tokenizer: preprocess.Tokenizer | None, load: Callable[[], PolicyModule]
+    ) -> None:
         self.spec, self._tokenizer, self._load = spec, tokenizer, load
-        self._policy: Policy | None = None
+        self._policy: PolicyModule | None = None
         self.reset()
 
     @staticmethod
-    def official(folder: Folder, options: Options) -> TorchPolicy:
+    def official(folder: Folder, options: ReadOptions) -> TorchPolicy:
         """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
         layout = reader.layout(folder, options)
         reader.print_assumed(layout)
@@ -62,7 +64,7 @@ class TorchPolicy:
         actions = preprocess.unnormalise(outputs.actions[0].numpy(), self.spec.action.norm)
         if not np.isfinite(actions).all():
             raise NoAction("expected finite actions, found nan or inf; are these weights sound?")
-        timing = Timing(
+        timing = InferenceTiming(
             preprocess_ms=(prepared - started) * 1e3,
             vision_ms=0.0,
             decoder_ms=(decoded - loaded) * 1e3,
@@ -89,7 +91,7 @@ class TorchPolicy:
         )
 
 
-def tokenizer_of(folder: Folder, options: Options, spec: PolicySpec) -> preprocess.Tokenizer | None:
+def tokenizer_of(folder: Folder, options: ReadOptions, spec: PolicySpec) -> preprocess.Tokenizer | None:
     """Of the policy's prompt. Raises UserError if there is none or its vocabulary is another one."""
     if spec.prompt is None:
         return None

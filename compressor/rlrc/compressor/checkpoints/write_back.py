@@ -13,10 +13,10 @@ from torch import Tensor
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints import tensors as weights
-from rlrc.compressor.checkpoints.folder import Folder, Options
+from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.models import tensors as models_tensors
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.quantize.padding import unfilled
 from rlrc.errors import UserError
@@ -25,13 +25,13 @@ from rlrc.folders import appearing, sync
 SKIPPED = (".git", ".cache")  # what download tools leave; a clone's history holds the weights once more
 
 
-def write_official(policy: Policy, like: Folder, out: Path, options: Options | None = None) -> None:
+def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadOptions | None = None) -> None:
     """Copies the folder ``like`` to ``out`` with this policy's weights: same files, names, shapes and dtypes.
 
     Tensors that the policy does not have (Layout.unused) are those of ``like``. Raises UserError if the geometry is not
     that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
     """
-    layout = reader.layout(like, replace(options or Options(), incomplete=True))
+    layout = reader.layout(like, replace(options or ReadOptions(), incomplete=True))
     expected = reader.build(layout)
     reader.check(like, layout, expected)
     policy = unfilled(policy, expected.towers)
@@ -91,7 +91,7 @@ class _New:
         return next(same, name)
 
 
-def _check_geometry(policy: Policy, expected: Policy, like: Folder) -> None:
+def _check_geometry(policy: PolicyModule, expected: PolicyModule, like: Folder) -> None:
     if policy.spec.family != expected.spec.family:
         raise UserError(
             f"expected a policy of {expected.spec.family} as in {like.path}, found one of {policy.spec.family}; "

@@ -14,8 +14,8 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.precision import Wanted
-from rlrc.compressor.stages.sources import Source, open_source
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.sources import PolicySource, open_source
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.errors import Interrupted, UserError
@@ -39,7 +39,9 @@ def runner(stage: str) -> Callable[..., Manifest]:
     return found
 
 
-def compress(source: Path, out: Path, recipe: dict[str, Any], options: Options, flags: Flags | None = None) -> None:
+def compress(
+    source: Path, out: Path, recipe: dict[str, Any], options: StageOptions, flags: Flags | None = None
+) -> None:
     """Every stage of a recipe, each an artifact of its own in ``OUT.stages/``, then the export to ``out``.
 
     ``flags`` are those of an official source, which is also the teacher of a distillation that names none. A stage that
@@ -80,7 +82,7 @@ def _continued(step: str) -> Iterator[None]:
         raise Interrupted.by(error, f"the same command goes on with {step}") from None
 
 
-def check_same(finished: Path, name: str, source: Source, config: Any, precision: Wanted) -> None:
+def check_same(finished: Path, name: str, source: PolicySource, config: Any, precision: Wanted) -> None:
     """Refuse a finished stage that is not what the recipe would do now."""
     *earlier, entry = artifacts.load(finished).manifest.history
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))

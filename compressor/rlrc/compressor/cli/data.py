@@ -23,7 +23,7 @@ from rlrc.tables import plain_console
 
 
 @dataclass(frozen=True)
-class Inspect:
+class InspectDataset:
     """What a LeRobotDataset v3.0 folder holds, what looks wrong in it, and whether it fits a policy."""
 
     path: Positional[Path]

@@ -14,7 +14,7 @@ from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.models.coupling import TOWERS, groups
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.runtime.cli.describe import modules_table
 from rlrc.strict import encode
 from rlrc.tables import print_rows, print_table
@@ -40,7 +40,7 @@ COMPONENTS = {
 }
 
 
-def record(folder: Folder, layout: Layout, policy: Policy, data_sets: list[str]) -> dict[str, Any]:
+def record(folder: Folder, layout: Layout, policy: PolicyModule, data_sets: list[str]) -> dict[str, Any]:
     """JSON values. ``policy`` is on the meta device."""
     stored, components, dead = list[Tensor](), dict[str, list[Tensor]](), list[Tensor]()
     unused = set(layout.unused)
@@ -86,7 +86,7 @@ def count(tensors: Iterable[Tensor]) -> dict[str, int]:
     }
 
 
-def prunable(layout: Layout, policy: Policy) -> dict[str, int]:
+def prunable(layout: Layout, policy: PolicyModule) -> dict[str, int]:
     """Parameters of the heads and MLP channels of every tower's blocks but the first and the last."""
     state, sums = policy.state_dict(), dict[str, int]()
     for tower in (tower for tower in TOWERS if tower in layout.towers):

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import strict
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.prune.sensitivity_report import KINDS, Report
+from rlrc.compressor.prune.sensitivity_report import KINDS, SensitivityReport
 from rlrc.compressor.stages.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.stages.sources import open_source
 from rlrc.errors import UserError
@@ -73,7 +73,7 @@ class Sensitivity:
             Console().print(f"next: rlrc prune {self.path} OUT {flags}", soft_wrap=True)
 
 
-def show(report: Report) -> None:
+def show(report: SensitivityReport) -> None:
     """The modules that matter most and least, of every kind."""
     console = Console()
     for kind in KINDS:

@@ -11,13 +11,13 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from rlrc.compressor.prune.sensitivity_report import Report
+from rlrc.compressor.prune.sensitivity_report import SensitivityReport
 
 Cells = dict[str, dict[int, float]]  # of every row of a map the errors by block
 LEAST = 1e-6  # of an error on the logarithmic scale
 
 
-def draw(report: Report, file: Path) -> None:
+def draw(report: SensitivityReport, file: Path) -> None:
     """Writes an SVG."""
     towers, others = tabulated(report)
     rows = [len(cells) for cells in towers.values()] + ([0.4 * len(others) + 0.6] if others else [])
@@ -36,7 +36,7 @@ def draw(report: Report, file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def tabulated(report: Report) -> tuple[dict[str, Cells], dict[str, float]]:
+def tabulated(report: SensitivityReport) -> tuple[dict[str, Cells], dict[str, float]]:
     """Of every tower its rows; and the errors of layers that are in no block."""
     towers: dict[str, Cells] = {}
     others: dict[str, float] = {}

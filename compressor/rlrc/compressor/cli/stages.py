@@ -19,7 +19,7 @@ from rlrc.compressor.cli.next_commands import hint
 from rlrc.compressor.prune.lossless import lines
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.prune.prune import lines as removed
-from rlrc.compressor.quantize.compare import GRIDS, Row, compare
+from rlrc.compressor.quantize.compare import GRIDS, RoundingRow, compare
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.quantize.quantize import lines as rounding_lines
 from rlrc.compressor.stages import recipe as recipes
@@ -27,7 +27,7 @@ from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.quantize import run_quantize
 from rlrc.compressor.stages.sources import open_source, unquantized_only
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.processes import cores
@@ -72,7 +72,7 @@ class StageCommand:
     """artifact to write; must not exist"""
     recipe: str | None = None
     """take this stage's settings from a recipe (a TOML file, or the name of one of ours) instead of from flags"""
-    options: OmitArgPrefixes[Options] = field(default_factory=Options)
+    options: OmitArgPrefixes[StageOptions] = field(default_factory=StageOptions)
     json: bool = False
     """print the result as JSON"""
 
@@ -143,7 +143,7 @@ class CompareGrids:
         unquantized_only(source, self.path)
         torch.set_num_threads(self.threads)
         policy = source.load()
-        rows = list[Row]()
+        rows = list[RoundingRow]()
         with progress("compare-grids", len(GRIDS)) as tell:
             for row in compare(policy, every_input(policy.spec, source.observations())):
                 rows.append(row)

@@ -15,7 +15,7 @@ from rlrc.compressor.cli.stages import StageCommand
 from rlrc.compressor.stages.distill import run_distill
 from rlrc.compressor.stages.recipe import load
 from rlrc.compressor.stages.sft import run_sft
-from rlrc.compressor.stages.stage import Options
+from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.compressor.training.sft import SFTConfig
@@ -57,7 +57,7 @@ class Compress:
     """artifact to write, ready for rlrc run"""
     recipe: str = "rlrc-90"
     """a TOML file, or the name of a built-in recipe"""
-    options: OmitArgPrefixes[Options] = field(default_factory=Options)
+    options: OmitArgPrefixes[StageOptions] = field(default_factory=StageOptions)
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:

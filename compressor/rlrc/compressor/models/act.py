@@ -17,14 +17,14 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.detr import Transformer
 from rlrc.compressor.models.nn.resnet import ResNet, feature_size
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.errors import UserError
 
 FAMILY = "act"
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ACTGeometry:
     """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is features."""
 
     stem: int
@@ -38,20 +38,20 @@ class Geometry:
     environment: int  # and so many after them the environment's
 
     @staticmethod
-    def of(spec: PolicySpec) -> Geometry:
+    def of(spec: PolicySpec) -> ACTGeometry:
         """Raises UserError for keys that are not of this family."""
         try:
-            return Geometry(**spec.geometry)
+            return ACTGeometry(**spec.geometry)
         except TypeError as error:
             raise UserError(f'geometry of family "{FAMILY}" does not fit: {error}; make the artifact again') from None
 
 
-class ACTPolicy(Policy):
+class ACTPolicy(PolicyModule):
     """(pictures, state) -> actions, in one pass."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        self.geometry = g = Geometry.of(spec)
+        self.geometry = g = ACTGeometry.of(spec)
         width = towers["encoder"].width
         self.vision = ResNet(g.stem, g.blocks, g.widths, g.outputs, g.bottleneck, g.dilated)
         self.projector = nn.Linear(g.outputs[-1], width)
@@ -64,7 +64,7 @@ class ACTPolicy(Policy):
         self.decoder = Transformer(towers["decoder"], g.pre_norm, normed=True)
         self.head = nn.Linear(width, spec.action.dim)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         return self.projector(self.vision(pixels)).flatten(1, 2)
 
     def positions(self) -> Tensor:

@@ -19,19 +19,19 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers
 
 
-class Sees(Protocol):
+class EncodesPictures(Protocol):
     spec: PolicySpec
 
-    def see(self, pixels: Tensor) -> Tensor: ...
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
 
 
-class Parallel(Sees, Protocol):
+class Parallel(EncodesPictures, Protocol):
     def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
         """-> logits (B, horizon, dim, rows), or actions (B, horizon, dim) if the action has no bins."""
         ...
 
 
-class Autoregressive(Sees, Protocol):
+class Autoregressive(EncodesPictures, Protocol):
     def step(self, image_tokens: Tensor | None, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         """The first id, the image tokens and the other ids; with a past only ids, which follow it.
 
@@ -44,7 +44,7 @@ class Autoregressive(Sees, Protocol):
         ...
 
 
-class Flow(Sees, Protocol):
+class Flow(EncodesPictures, Protocol):
     def prefix(
         self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None
     ) -> tuple[Any, Tensor | None]:
@@ -56,15 +56,15 @@ class Flow(Sees, Protocol):
         ...
 
 
-def look(policy: Sees, inputs: Inputs) -> Tensor:
+def encode_images(policy: EncodesPictures, inputs: Inputs) -> Tensor:
     """Image tokens (B, N, width) of all cameras that are there, one camera after the other."""
-    return torch.cat([policy.see(pixels) for pixels in inputs.pixels], 1)
+    return torch.cat([policy.encode_image(pixels) for pixels in inputs.pixels], 1)
 
 
 def parallel(policy: Parallel, inputs: Inputs) -> Outputs:
     """The whole chunk from one pass (OpenVLA-OFT, arXiv 2502.19645, section 4)."""
     action = policy.spec.action
-    decoded = policy.decode(look(policy, inputs), inputs.ids, inputs.mask, inputs.state)
+    decoded = policy.decode(encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.state)
     return of_logits(decoded, action) if action.bins else Outputs(decoded.float())
 
 
@@ -74,7 +74,10 @@ def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
     Prompts of one length are decoded together, those of other lengths on their own, so that nothing is padded.
     """
     assert inputs.ids is not None
-    image_tokens, greedy = look(policy, inputs), lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids)
+    image_tokens, greedy = (
+        encode_images(policy, inputs),
+        lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids),
+    )
     logits = by_length(image_tokens, inputs.ids, inputs.mask, greedy)
     return of_logits(logits, policy.spec.action)
 
@@ -88,7 +91,7 @@ def taught(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
         return policy.forced(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
 
     assert inputs.ids is not None
-    return by_length(look(policy, inputs), inputs.ids, inputs.mask, forced)
+    return by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, forced)
 
 
 def by_length(
@@ -118,7 +121,7 @@ def flow(policy: Flow, inputs: Inputs) -> Outputs:
     """
     spec = policy.spec
     assert spec.flow is not None
-    image_tokens = look(policy, inputs)
+    image_tokens = encode_images(policy, inputs)
     past, mask = policy.prefix(image_tokens, inputs.ids, inputs.mask, inputs.state)
     batch, steps = len(image_tokens), spec.flow.steps
     x = inputs.noise

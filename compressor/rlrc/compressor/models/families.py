@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from rlrc.artifact import PolicySpec, TowerSpec
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
 # Imported when a policy of the family is built.
@@ -20,10 +20,10 @@ FAMILIES = {
 }
 
 
-def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> Policy:
+def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> PolicyModule:
     """The policy that a manifest describes, with random or empty weights. Raises UserError for an unknown family."""
     if spec.family not in FAMILIES:
         raise UserError(f"expected one of the families {', '.join(FAMILIES)}, found {spec.family!r}; upgrade rlrc")
     module, name = FAMILIES[spec.family].split(":")
-    policy: Policy = getattr(import_module(f"rlrc.compressor.models.{module}"), name)(spec, towers)
+    policy: PolicyModule = getattr(import_module(f"rlrc.compressor.models.{module}"), name)(spec, towers)
     return policy

@@ -19,7 +19,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.errors import UserError
 
 
@@ -58,7 +58,7 @@ def prefix_stride(towers: dict[str, TowerSpec]) -> int:
     return max((len(towers["decoder"].layers) - 1) // max(len(towers["expert"].layers) - 1, 1), 1)
 
 
-class FlowPolicy(Policy):
+class FlowPolicy(PolicyModule):
     """(pictures, token ids, state, noise) -> a chunk of actions."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
@@ -86,7 +86,7 @@ class FlowPolicy(Policy):
             self.time_in = nn.Linear(width if expert.norm == "adaptive" else 2 * width, width)
             self.time_out = nn.Linear(width, width)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pictures of one camera (B, H, W, 3) -> image tokens (B, N, prefix width)."""
         rows, columns = (patches * self.geometry.patch for patches in self.grid)
         # A convolution leaves out what does not fill a patch.

@@ -38,7 +38,7 @@ class Outputs:
     logits: Tensor | None = None
 
 
-class Policy(nn.Module, ABC):
+class PolicyModule(nn.Module, ABC):
     """A family's policy. Its state dict's names are those of an artifact's weights.
 
     ``towers`` name their modules: ``towers["decoder"]`` is the geometry of ``policy.decoder``.
@@ -49,7 +49,7 @@ class Policy(nn.Module, ABC):
         self.spec, self.towers = spec, towers
 
     @abstractmethod
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """Pictures of one camera (B, H, W, C) -> image tokens (B, N, width). The exporters' graph "vision"."""
 
     @abstractmethod

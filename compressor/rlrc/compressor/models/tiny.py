@@ -19,7 +19,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.errors import UserError
 
 FAMILY = "tiny"
@@ -45,7 +45,7 @@ class TinyGeometry:
             ) from None
 
 
-class TinyPolicy(Policy):
+class TinyPolicy(PolicyModule):
     """(pictures, token ids, state) -> logits over action bins."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
@@ -76,7 +76,7 @@ class TinyPolicy(Policy):
             for branch in (layer.attention.o, layer.mlp.down):
                 nn.init.normal_(branch.weight, std=0.02 / (2 * len(self.decoder.layers)) ** 0.5)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pictures (B, H, W, 3) -> image tokens (B, N, decoder width). The exporters' graph "vision"."""
         return self.projector(merge_patches(self.vision(pixels), self.merge).flatten(1, 2))
 
@@ -103,4 +103,4 @@ class TinyPolicy(Policy):
 
     def forward(self, pixels: Tensor, ids: Tensor, state: Tensor) -> Tensor:
         """What training calls: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
-        return self.logits(self.hidden(self.see(pixels), ids, state))
+        return self.logits(self.hidden(self.encode_image(pixels), ids, state))

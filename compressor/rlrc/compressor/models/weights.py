@@ -13,7 +13,7 @@ from rlrc.artifact import (
     TowerSpec,
 )
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 
 
@@ -23,7 +23,7 @@ def policy_of(
     tensors: Mapping[str, Tensor],
     origin: str,
     advice: str = "make it again from sound weights",
-) -> Policy:
+) -> PolicyModule:
     """A policy with these weights in float32, in evaluation mode.
 
     Raises ArtifactError for a tensor that does not fit, and UserError with the ``advice`` for nan or inf in one.
@@ -35,7 +35,7 @@ def policy_of(
 
 
 def load_tensors(
-    policy: Policy, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
+    policy: PolicyModule, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
 ) -> None:
     """Gives the policy these weights, in float32. Raises as ``policy_of``."""
     check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
@@ -44,7 +44,7 @@ def load_tensors(
     policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
 
 
-def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
+def check_shapes(policy: PolicyModule, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
     """Raises ArtifactError unless these are the policy's tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -55,7 +55,7 @@ def check_shapes(policy: Policy, found: Mapping[str, tuple[int, ...]], origin: s
             )
 
 
-def parameters(policy: Policy, prefix: str = "") -> int:
+def parameters(policy: PolicyModule, prefix: str = "") -> int:
     """How many numbers are stored, in all or of one module ("decoder."): statistics of frozen norms count too."""
     return sum(tensor.numel() for name, tensor in policy.state_dict().items() if name.startswith(prefix))
 

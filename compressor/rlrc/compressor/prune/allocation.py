@@ -21,7 +21,7 @@ import torch
 
 from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.coupling import Group, groups, with_counts
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.importance import Scores
 from rlrc.compressor.prune.sensitivity_report import load, per_layer
 from rlrc.errors import UserError
@@ -31,10 +31,10 @@ Counts = Mapping[int, tuple[int, ...]]  # of a block: heads, channels
 
 
 @dataclass(frozen=True)
-class Place:
+class PruneScope:
     """Where is cut: these blocks of a tower. ``policy`` may be on the meta device."""
 
-    policy: Policy
+    policy: PolicyModule
     tower: str
     blocks: Sequence[int]
     align: int
@@ -53,17 +53,17 @@ class Place:
         return {**towers, self.tower: replace(towers[self.tower], layers=tuple(layers))}
 
 
-def uniform(place: Place) -> Shape:
+def uniform(place: PruneScope) -> Shape:
     return weighted(place, dict.fromkeys(place.blocks, 1.0))
 
 
-def by_sensitivity(place: Place, errors: Mapping[int, float]) -> Shape:
+def by_sensitivity(place: PruneScope, errors: Mapping[int, float]) -> Shape:
     """``errors`` by block. The most sensitive block loses what the number says, the others more."""
     most = max(errors.values())
     return weighted(place, {i: most / max(errors[i], 1e-6 * most) for i in place.blocks})
 
 
-def weighted(place: Place, weights: Mapping[int, float]) -> Shape:
+def weighted(place: PruneScope, weights: Mapping[int, float]) -> Shape:
     """Every block loses its weight's multiple of the number, all of it at most."""
     each = place.groups()
 
@@ -86,7 +86,7 @@ class Step:
     parameters: int
 
 
-def ranked(place: Place, scores: Sequence[Scores]) -> Shape:
+def ranked(place: PruneScope, scores: Sequence[Scores]) -> Shape:
     """The number is the part of all parameters in the ranking that goes."""
     each, queue = place.groups(), list[Step]()
     for i, both in each.items():
@@ -125,7 +125,7 @@ def _steps(group: Group, scores: torch.Tensor) -> list[tuple[int, float]]:
     return found
 
 
-def _parameters(policy: Policy, group: Group) -> int:
+def _parameters(policy: PolicyModule, group: Group) -> int:
     """Weights of one part."""
     if not group.number:
         return 0

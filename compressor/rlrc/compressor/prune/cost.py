@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.quantize.grid import stored_bytes
 from rlrc.compressor.quantize.quantize import quantizable
 
@@ -33,13 +33,13 @@ PROMPT = 32  # tokens of a prompt that is not padded
 aten = torch.ops.aten
 
 
-def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> Policy:
+def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
     """The policy on the meta device."""
     with torch.device("meta"):
         return build(spec, dict(towers)).eval()
 
 
-def weight_bytes(policy: Policy, precision: str = "int4") -> int:
+def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:
     """Of the tensors as ``rlrc quantize`` stores them, or two for each number ("bf16"); without file headers."""
     size = 0
     for name, tensor in policy.state_dict().items():
@@ -48,7 +48,7 @@ def weight_bytes(policy: Policy, precision: str = "int4") -> int:
     return size
 
 
-class Work(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Counts what is computed while it is entered; see the module's docstring."""
 
     def __init__(self) -> None:
@@ -79,14 +79,16 @@ class Work(TorchDispatchMode):
         return max(rows, BALANCE) * (inputs * outputs + ELEMENT * (inputs + outputs))
 
 
-def decision(policy: Policy) -> float:
+def decision(policy: PolicyModule) -> float:
     """The work of one chunk of actions, in multiply-adds; the policy is one of ``shape_of``."""
     spec = policy.spec
-    with torch.no_grad(), torch.device("meta"), Work() as work:
+    with torch.no_grad(), torch.device("meta"), OperationCounter() as work:
         seen = []
         for camera in spec.cameras:
             size = (camera.height, camera.width, len(camera.mean))
-            seen.append(policy.see(torch.empty((1, *size) if camera.layout == "HWC" else (1, size[2], *size[:2]))))
+            seen.append(
+                policy.encode_image(torch.empty((1, *size) if camera.layout == "HWC" else (1, size[2], *size[:2])))
+            )
         image_tokens, ids, state = torch.cat(seen, 1), None, None
         if spec.prompt is not None:
             most = spec.prompt.max_tokens
@@ -97,11 +99,15 @@ def decision(policy: Policy) -> float:
     return work.total
 
 
-def _parallel(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
+def _parallel(
+    policy: Any, work: OperationCounter, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None
+) -> None:
     cast(decode.Parallel, policy).decode(image_tokens, ids, None, state)
 
 
-def _autoregressive(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
+def _autoregressive(
+    policy: Any, work: OperationCounter, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None
+) -> None:
     assert ids is not None
     action = policy.spec.action
     _, past = policy.step(image_tokens, ids, None)
@@ -109,7 +115,7 @@ def _autoregressive(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor |
         policy.step(None, ids[:, :1], past)
 
 
-def _flow(policy: Any, work: Work, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
+def _flow(policy: Any, work: OperationCounter, image_tokens: Tensor, ids: Tensor | None, state: Tensor | None) -> None:
     flow = policy.spec.flow
     past, mask = policy.prefix(image_tokens, ids, None, state)
     x = torch.empty(1, policy.spec.action.horizon, flow.width)

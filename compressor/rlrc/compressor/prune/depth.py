@@ -20,7 +20,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.coupling import VISION, Towers
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.flow import prefix_stride
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
 Unit = Mapping[str, tuple[int, ...]]  # blocks of each tower that go together
@@ -77,7 +77,7 @@ def remaining(towers: Towers, tower: str, gone: Collection[Unit]) -> list[int]:
     return [i for i in range(len(towers[tower].layers)) if i not in lost]
 
 
-def without(policy: Policy, gone: Sequence[Unit]) -> Policy:
+def without(policy: PolicyModule, gone: Sequence[Unit]) -> PolicyModule:
     """The policy without these blocks; its tensors are shared with the given one."""
     towers, state = dropped(policy.towers, gone), dict(policy.state_dict())
     for tower in (name for name, spec in towers.items() if spec != policy.towers[name]):
@@ -90,7 +90,7 @@ def without(policy: Policy, gone: Sequence[Unit]) -> Policy:
     return assembled(policy, towers, state)
 
 
-def assembled(policy: Policy, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> Policy:
+def assembled(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
     with torch.device("meta"):
         result = build(policy.spec, dict(towers))
     result.load_state_dict(state, assign=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.compressor.models.coupling import Group, groups
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.training.losses import chunk_loss, drawn
@@ -43,7 +43,7 @@ class Scores:
 
 
 def scores(
-    policy: Policy, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
+    policy: PolicyModule, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
 ) -> list[Scores]:
     """Of every block of the tower, those of these ``blocks`` scored. ``batches`` may be None but for NEED_DATA."""
     found, pieces = list[Scores](), dict[str, tuple[Group, Tensor]]()
@@ -71,13 +71,13 @@ def scores(
 Pieces = dict[str, tuple[Group, Tensor]]  # of every scored layer: its group, and where the parts' scores add up
 
 
-def _weigh(policy: Policy, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
+def _weigh(policy: PolicyModule, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
     for name, (group, total) in pieces.items():
         weight = policy.get_parameter(f"{name}.weight").detach()
         total += group.sums(name, importance(name, weight)).to(total.device)
 
 
-def _taylor(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
+def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
     def reduce(name: str, weight: nn.Parameter) -> None:
         assert weight.grad is not None
         group, total = pieces[name]
@@ -97,7 +97,7 @@ def _taylor(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batche
 
 
 @contextmanager
-def _gradients_of(policy: Policy, weights: Collection[nn.Parameter]) -> Iterator[None]:
+def _gradients_of(policy: PolicyModule, weights: Collection[nn.Parameter]) -> Iterator[None]:
     """No other parameter has a gradient meanwhile; what had one before has none after, nor have these."""
     before = {parameter: parameter.requires_grad for parameter in policy.parameters()}
     policy.eval().zero_grad()
@@ -112,7 +112,7 @@ def _gradients_of(policy: Policy, weights: Collection[nn.Parameter]) -> Iterator
             parameter.requires_grad_(required)
 
 
-def _wanda(policy: Policy, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
+def _wanda(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
     squares = dict[str, Tensor]()
 
     def add(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:

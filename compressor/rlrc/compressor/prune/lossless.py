@@ -25,7 +25,7 @@ from rlrc.compressor.models import families
 from rlrc.compressor.models.flow import FlowPolicy
 from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.models.weights import narrowed
 
@@ -48,7 +48,7 @@ class _Rest:
     state: dict[str, Tensor]
 
 
-def lossless(policy: Policy, unread: Sequence[Cut] = ()) -> tuple[Policy, dict[str, Any]]:
+def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyModule, dict[str, Any]]:
     """A policy with the same actions, and a report: every cut, parameters and bytes before and after.
 
     ``unread``: what the policy's official folder had more (see ``never_read``). Bytes are those of an artifact: two for
@@ -144,7 +144,7 @@ def _action_tokens(action: ActionSpec) -> TokenSpec:
     return replace(action.tokens, rows=action.bins + 1, offset=action.tokens.first - action.bins)
 
 
-def _head(policy: Policy, rest: _Rest) -> None:
+def _head(policy: PolicyModule, rest: _Rest) -> None:
     tokens = rest.spec.action.tokens
     if tokens is None:
         return
@@ -154,7 +154,7 @@ def _head(policy: Policy, rest: _Rest) -> None:
     rest.state["head.weight"] = rest.state["head.weight"][start : start + kept.rows].clone()
 
 
-def _modulations(policy: Policy, rest: _Rest) -> None:
+def _modulations(policy: PolicyModule, rest: _Rest) -> None:
     """pi0.5's adaRMS (arXiv 2504.16054): of every norm a table (steps, 3 * width)."""
     tower, flow = rest.towers.get("expert"), rest.spec.flow
     if tower is None or flow is None or tower.norm != "adaptive":
@@ -171,13 +171,13 @@ def _modulations(policy: Policy, rest: _Rest) -> None:
     rest.towers["expert"] = replace(tower, norm="steps")
 
 
-def _constant(policy: Policy, rest: _Rest) -> None:
+def _constant(policy: PolicyModule, rest: _Rest) -> None:
     """Whatever the weights of its attention are, a mean of equal values is that value."""
     decoder = getattr(policy, "decoder", None)
     if not isinstance(decoder, detr.Transformer):
         return
     tower, block = rest.towers["decoder"], decoder.layers[0]
-    assert isinstance(block, detr.Block)
+    assert isinstance(block, detr.DetrBlock)
     if not block.attention.heads:
         return
     zeros = torch.zeros_like(block.norm1.weight)

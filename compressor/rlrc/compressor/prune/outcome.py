@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.allocation import Place, uniform
+from rlrc.compressor.prune.allocation import PruneScope, uniform
 from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time
 
 NEAR = 0.005  # what differs by less is what was asked for
@@ -20,7 +20,7 @@ FINER = (16, 8, 4, 2, 1)  # alignments that may come nearer
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PruneOutcome:
     """``asked`` and ``got`` are parts of ``what`` that go, or limits in its unit; ``nearer``: another alignment."""
 
     what: str
@@ -30,28 +30,28 @@ class Outcome:
     nearer: Mapping[str, float] | None = None
 
 
-def outcomes(dense: Policy, name: str, config: PruneConfig, report: Mapping[str, Any]) -> list[Outcome]:
+def outcomes(dense: PolicyModule, name: str, config: PruneConfig, report: Mapping[str, Any]) -> list[PruneOutcome]:
     """Of a pruned tower; ``report`` is that of prune.report. ``dense`` may be on the meta device."""
     if config.to_bytes or config.to_latency:
         limits = ("to_bytes", number_of_bytes(config.to_bytes), report["bytes"][config.to_bytes_in])
         times = ("to_latency", part_of_time(config.to_latency), report["time"])
-        return [Outcome(*each) for each in (limits, times) if each[1]]
+        return [PruneOutcome(*each) for each in (limits, times) if each[1]]
     if config.kind == "both" or (config.kind == "depth" and (config.drop or config.blocks)):
         return []  # blocks by number
     part = {"layer": "intermediate", "tower": name, "whole": "whole"}[config.scope]
     what = {"layer": f"{name}'s intermediate blocks", "tower": name, "whole": "whole policy"}[config.scope]
-    found = Outcome(what, config.part, report[part])
+    found = PruneOutcome(what, config.part, report[part])
     if abs(found.asked - found.got) < NEAR:
         return [found]
     if config.kind == "depth":
         return [replace(found, reasons=("blocks go whole",))]
-    place = Place(dense, name, intermediate(dense.towers, name, config), config.align)
+    place = PruneScope(dense, name, intermediate(dense.towers, name, config), config.align)
     reasons = tuple(dict.fromkeys(_reasons(place, config)))
     nearer = _nearer(place, config, found) if config.scope == "layer" else None
     return [replace(found, reasons=reasons, nearer=nearer)]
 
 
-def _reasons(place: Place, config: PruneConfig) -> list[str]:
+def _reasons(place: PruneScope, config: PruneConfig) -> list[str]:
     found = list[str]()
     layers = place.policy.towers[place.tower].layers
     for i, (heads, channels) in place.groups().items():
@@ -68,7 +68,7 @@ def _reasons(place: Place, config: PruneConfig) -> list[str]:
     return sorted(found, reverse=True) or ["norms and biases stay"]
 
 
-def _nearer(place: Place, config: PruneConfig, found: Outcome) -> dict[str, float] | None:
+def _nearer(place: PruneScope, config: PruneConfig, found: PruneOutcome) -> dict[str, float] | None:
     """The coarsest alignment that comes nearer than this one by more than a hundredth, and what it gives."""
     dense = cost.shape_of(place.policy.spec, place.policy.towers)
     blocks = [f"{place.tower}.layers.{i}." for i in place.blocks]

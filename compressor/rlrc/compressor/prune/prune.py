@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import VISION, Group, Towers, groups
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost, depth
 from rlrc.compressor.prune.config import CHOICES, PruneConfig, intermediate, tower_name
@@ -57,7 +57,7 @@ def _candidates(towers: Towers, name: str, config: PruneConfig) -> list[depth.Un
 
 
 def _chosen(
-    policy: Policy, name: str, candidates: Sequence[depth.Unit], goal: Target | None, config: PruneConfig
+    policy: PolicyModule, name: str, candidates: Sequence[depth.Unit], goal: Target | None, config: PruneConfig
 ) -> list[depth.Unit]:
     """Those that go, of candidates in the order in which they would."""
     towers = policy.towers
@@ -79,7 +79,9 @@ def _chosen(
     return list(candidates[:count])
 
 
-def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -> tuple[Policy, dict[str, Any]]:
+def prune(
+    policy: PolicyModule, config: PruneConfig, batches: Batches | None = None
+) -> tuple[PolicyModule, dict[str, Any]]:
     """A smaller policy and a report: what went in each block, of the tower and of the whole, and what that saves.
 
     The given policy is unchanged; tensors that nothing was cut of are shared with it. ``batches`` are what is scored on
@@ -101,7 +103,9 @@ def prune(policy: Policy, config: PruneConfig, batches: Batches | None = None) -
     return policy, made | {"asked": [asdict(outcome) for outcome in outcomes(dense, name, config, made)]}
 
 
-def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batches | None) -> dict[str, list[float]]:
+def block_scores(
+    policy: PolicyModule, name: str, config: PruneConfig, batches: Batches | None
+) -> dict[str, list[float]]:
     """What every block is worth, of the tower and of those that go with it: the sum of its parts' scores."""
     towers = depth.units(policy.towers, name)[0]
     found = {
@@ -110,7 +114,9 @@ def block_scores(policy: Policy, name: str, config: PruneConfig, batches: Batche
     return {tower: [sum(float(x.sum()) for x in score.each()) for score in found[tower]] for tower in towers}
 
 
-def narrowed(policy: Policy, name: str, towers: Mapping[str, TowerSpec], scores: Sequence[Scores]) -> Policy:
+def narrowed(
+    policy: PolicyModule, name: str, towers: Mapping[str, TowerSpec], scores: Sequence[Scores]
+) -> PolicyModule:
     """The policy in this shape, with the best heads and channels of every block."""
     state = dict(policy.state_dict())
     names = tuple(state)
@@ -148,7 +154,9 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def report(dense: Policy, pruned: Policy, name: str, gone: Sequence[depth.Unit], config: PruneConfig) -> dict[str, Any]:
+def report(
+    dense: PolicyModule, pruned: PolicyModule, name: str, gone: Sequence[depth.Unit], config: PruneConfig
+) -> dict[str, Any]:
     """Removed parts: per block of the tower (heads, channels, parameters), of all intermediate blocks, of every tower
     that lost any, and of the whole; what is left; and what ``cost`` says of it."""
 

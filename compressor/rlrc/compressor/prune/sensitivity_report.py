@@ -24,7 +24,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Report:
+class SensitivityReport:
     """sensitivity.json. ``digest`` of the artifact; an official folder has none."""
 
     kind: Literal["sensitivity"]
@@ -36,17 +36,17 @@ class Report:
     modules: tuple[Measured, ...]
 
 
-def load(file: Path) -> Report:
+def load(file: Path) -> SensitivityReport:
     """Raises UserError for anything but a report."""
     try:
-        return strict.decode(Report, strict.parse(file.read_bytes()))
+        return strict.decode(SensitivityReport, strict.parse(file.read_bytes()))
     except OSError as error:
         raise UserError(f"expected a sensitivity report at {file}, found: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{error}, in {file}; make it again with rlrc sensitivity") from None
 
 
-def per_layer(report: Report, kind: Kind, tower: str) -> dict[int, float]:
+def per_layer(report: SensitivityReport, kind: Kind, tower: str) -> dict[int, float]:
     """Of every measured block of the tower the error, of a quantized one the sum of its parts'."""
     found: dict[int, float] = {}
     for row in report.modules:

@@ -13,17 +13,17 @@ from typing import Any
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Towers
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.allocation import Place, Shape, by_sensitivity, ranked, read_sensitivity, uniform
+from rlrc.compressor.prune.allocation import PruneScope, Shape, by_sensitivity, ranked, read_sensitivity, uniform
 from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time, tower_name
 from rlrc.compressor.prune.importance import Scores
 from rlrc.errors import UserError
 
 
 @dataclass(frozen=True)
-class Limit:
+class TargetLimit:
     """``what``: the setting, for messages; ``told``: how a cost is written there."""
 
     what: str
@@ -45,7 +45,7 @@ class Limit:
 class Target:
     """All of these limits."""
 
-    limits: tuple[Limit, ...]
+    limits: tuple[TargetLimit, ...]
 
     def met(self, towers: Towers) -> bool:
         return all(limit.met(towers) for limit in self.limits)
@@ -77,7 +77,7 @@ def smallest(shape: Shape, target: Target) -> dict[str, TowerSpec]:
     return least
 
 
-def priced(spec: PolicySpec, price: Callable[[Policy], float]) -> Callable[[Towers], float]:
+def priced(spec: PolicySpec, price: Callable[[PolicyModule], float]) -> Callable[[Towers], float]:
     """The price of a shape, computed once."""
     known = dict[Any, float]()
 
@@ -90,13 +90,13 @@ def priced(spec: PolicySpec, price: Callable[[Policy], float]) -> Callable[[Towe
     return cost_of
 
 
-def target(dense: Policy, config: PruneConfig) -> Target | None:
+def target(dense: PolicyModule, config: PruneConfig) -> Target | None:
     """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
-    spec, name, limits = dense.spec, tower_name(dense.towers, config), list[Limit]()
+    spec, name, limits = dense.spec, tower_name(dense.towers, config), list[TargetLimit]()
     if config.to_bytes is not None:
         size = priced(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
         limits.append(
-            Limit(
+            TargetLimit(
                 "prune.to_bytes",
                 size,
                 number_of_bytes(config.to_bytes),
@@ -106,13 +106,15 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
     if config.to_latency is not None:
         whole = cost.decision(cost.shape_of(spec, dense.towers))
         time = priced(spec, lambda policy: cost.decision(policy) / whole)
-        limits.append(Limit("prune.to_latency", time, part_of_time(config.to_latency), lambda part: f"{part:.3f}x"))
+        limits.append(
+            TargetLimit("prune.to_latency", time, part_of_time(config.to_latency), lambda part: f"{part:.3f}x")
+        )
     if config.scope != "layer":
         prefix = f"{name}." if config.scope == "tower" else ""
         before = parameters(dense, prefix)
         rest = priced(spec, lambda policy: parameters(policy, prefix) / before)
         what = f"rest (1 - prune.ratio) of the {config.scope}'s parameters"
-        limits.append(Limit(what, rest, 1 - config.part, lambda part: f"{part:.3f}"))
+        limits.append(TargetLimit(what, rest, 1 - config.part, lambda part: f"{part:.3f}"))
     if not limits:
         return None
     found, first = Target(tuple(limits)), limits[0]
@@ -126,10 +128,10 @@ def target(dense: Policy, config: PruneConfig) -> Target | None:
 
 
 def allocated(
-    policy: Policy, name: str, scores: Sequence[Scores] | None, goal: Target | None, config: PruneConfig
+    policy: PolicyModule, name: str, scores: Sequence[Scores] | None, goal: Target | None, config: PruneConfig
 ) -> dict[str, TowerSpec]:
     """The shape that width pruning leaves; without scores the uniform one, which needs none."""
-    place = Place(policy, name, intermediate(policy.towers, name, config), config.align)
+    place = PruneScope(policy, name, intermediate(policy.towers, name, config), config.align)
     even, shape = uniform(place), _shape(place, scores, config)
     if goal is not None:
         return reach(shape, goal)
@@ -139,26 +141,26 @@ def allocated(
         return towers
     # As many parameters as the same part of every block would leave, at most.
     size = priced(policy.spec, parameters)
-    return reach(shape, Target((Limit("number of parameters", size, size(towers), "{:,}".format),)))
+    return reach(shape, Target((TargetLimit("number of parameters", size, size(towers), "{:,}".format),)))
 
 
-def check_possible(policy: Policy, name: str, goal: Target | None, config: PruneConfig) -> None:
+def check_possible(policy: PolicyModule, name: str, goal: Target | None, config: PruneConfig) -> None:
     """Raises UserError for what width pruning cannot reach. ``policy`` may be on the meta device."""
-    place = Place(policy, name, intermediate(policy.towers, name, config), config.align)
+    place = PruneScope(policy, name, intermediate(policy.towers, name, config), config.align)
     if goal is None:
         _check_ratio(place, config)
     else:
         smallest(_shape(place, None, config), goal)
 
 
-def _shape(place: Place, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
+def _shape(place: PruneScope, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
     if config.allocation == "sensitivity":
         assert config.sensitivity is not None
         return by_sensitivity(place, read_sensitivity(Path(config.sensitivity), place.tower, place.blocks))
     return ranked(place, scores) if config.allocation == "global" and scores is not None else uniform(place)
 
 
-def _check_ratio(place: Place, config: PruneConfig) -> None:
+def _check_ratio(place: PruneScope, config: PruneConfig) -> None:
     """Raises UserError where the ratio leaves less than half a head or channel of a block."""
     for i, both in place.groups().items():
         for what, group in zip(("head", "channel"), both, strict=True):

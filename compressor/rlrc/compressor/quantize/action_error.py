@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize.calibration import checked
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers
@@ -27,7 +27,7 @@ class ActionError:
     Raises UserError if there are none, or for NaN and infinity in them or in the actions.
     """
 
-    def __init__(self, policy: Policy, calibration: Iterable[Inputs]) -> None:
+    def __init__(self, policy: PolicyModule, calibration: Iterable[Inputs]) -> None:
         self.policy, self.inputs = policy, with_noise(policy, checked(calibration))
         if not self.inputs:
             raise UserError("expected calibration observations, found none; give at least one")
@@ -47,7 +47,7 @@ class ActionError:
             return torch.cat([soft_actions(self.policy, self.policy.act(inputs)) for inputs in self.inputs])
 
 
-def soft_actions(policy: Policy, outputs: Outputs) -> Tensor:
+def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
     """Normalised actions (B, horizon, dim); of token policies the expected ones."""
     action, logits = policy.spec.action, outputs.logits
     if logits is None:
@@ -59,7 +59,7 @@ def soft_actions(policy: Policy, outputs: Outputs) -> Tensor:
     return logits.softmax(-1) @ centers
 
 
-def with_noise(policy: Policy, calibration: list[Inputs]) -> list[Inputs]:
+def with_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
     """Flow policies start from the same noise every time."""
     if policy.spec.flow is None:
         return calibration
@@ -73,7 +73,7 @@ def with_noise(policy: Policy, calibration: list[Inputs]) -> list[Inputs]:
 
 
 @contextmanager
-def replaced(policy: Policy, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The policy with these tensors in place of its own, for a while."""
     own = dict(policy.named_parameters()) | dict(policy.named_buffers())
     before = {name: own[name].data for name in tensors}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rlrc.compressor.models.nn import decoder, detr, vit
 from rlrc.compressor.models.oft import RegressionHead
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.quantize.grid import GROUP, quantize_groups, values_of
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -56,15 +56,15 @@ class Fold:
         return rows.view(-1, 1, self.size).expand(-1, self.shared, -1).flatten()
 
 
-def folds(policy: Policy) -> list[Fold]:
+def folds(policy: PolicyModule) -> list[Fold]:
     """All places of the policy where scales can be folded."""
     found = list[Fold]()
     for name, module in policy.named_modules():
         if isinstance(module, decoder.Block):
             found += _decoder_block(name, module, values_shared=policy.spec.flow is not None)
-        elif isinstance(module, vit.Block):
+        elif isinstance(module, vit.VisionBlock):
             found += _vision_block(name, module)
-        elif isinstance(module, detr.Block):
+        elif isinstance(module, detr.DetrBlock):
             found += _detr_block(name, module)
         elif isinstance(module, RegressionHead):
             found += [Fold((f"{name}.input",), f"{name}.norm1"), Fold((f"{name}.output",), f"{name}.norm2")]
@@ -98,7 +98,7 @@ def _decoder_block(name: str, block: decoder.Block, values_shared: bool) -> list
     return found
 
 
-def _vision_block(name: str, block: vit.Block) -> list[Fold]:
+def _vision_block(name: str, block: vit.VisionBlock) -> list[Fold]:
     found = list[Fold]()
     if heads := block.attention.heads:
         found.append(Fold((f"{name}.attention.qkv",), f"{name}.norm1"))
@@ -109,7 +109,7 @@ def _vision_block(name: str, block: vit.Block) -> list[Fold]:
     return found
 
 
-def _detr_block(name: str, block: detr.Block) -> list[Fold]:
+def _detr_block(name: str, block: detr.DetrBlock) -> list[Fold]:
     found = list[Fold]()
     if block.attention.heads:
         found.append(Fold((f"{name}.attention.o",), f"{name}.attention.v"))
@@ -119,7 +119,7 @@ def _detr_block(name: str, block: detr.Block) -> list[Fold]:
     return found
 
 
-def _after_relu(name: str, mlp: vit.MLP) -> list[Fold]:
+def _after_relu(name: str, mlp: vit.VisionMLP) -> list[Fold]:
     """relu(x / s) is relu(x) / s; nothing of the kind holds for GELU."""
     return [Fold((f"{name}.down",), f"{name}.up")] if mlp.activation is decoder.ACTIVATIONS["relu"] else []
 
@@ -144,7 +144,7 @@ def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Te
 
 
 def scaled(
-    policy: Policy,
+    policy: PolicyModule,
     tensors: Mapping[str, Tensor],
     bits: Mapping[str, int],
     inputs: Mapping[str, Tensor],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.errors import UserError
 
 ROWS = 2048
@@ -20,7 +20,7 @@ ROWS = 2048
 11,008. Layers wider than that have more channels than rows; GPTQ's dampening fills up what their X^T X does not say."""
 
 
-class Sample:
+class RowSample:
     """At most ``ROWS`` of all rows that were added, every one with the same chance."""
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ def checked(calibration: Iterable[Inputs]) -> list[Inputs]:
     return found
 
 
-def linear_inputs(policy: Policy, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
+def linear_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
     """Rows (n, in) in float32 that the linear layers with weights of these names were given.
 
     Layers that share an input (q, k and v) share the sample. A layer that was never run is left out.
     """
-    samples, source = dict[str, Sample](), dict[str, str]()
+    samples, source = dict[str, RowSample](), dict[str, str]()
     last: list[tuple[Tensor, str]] = []  # the latest input, kept so that no other tensor can take its place in memory
 
     def hook(name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Callable[[nn.Module, tuple[Tensor]], None]:
@@ -64,7 +64,7 @@ def linear_inputs(policy: Policy, calibration: Iterable[Inputs], names: Containe
             if name not in source:
                 source[name] = last[0][1] if last and last[0][0] is x else name
             if source[name] == name:
-                samples.setdefault(name, Sample()).add(x if rows is None else rows(x))
+                samples.setdefault(name, RowSample()).add(x if rows is None else rows(x))
                 last[:] = [(x, name)]
 
         return add

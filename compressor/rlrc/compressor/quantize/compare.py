@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.quantize.action_error import ActionError, replaced, with_noise
 from rlrc.compressor.quantize.awq import scaled
 from rlrc.compressor.quantize.calibration import linear_inputs
@@ -32,7 +32,7 @@ Round = Callable[[str, Tensor], Tensor]  # name, weight -> the rounded weight in
 
 
 @dataclass(frozen=True)
-class Row:
+class RoundingRow:
     grid: str
     weight_error: float
     output_error: float
@@ -41,7 +41,7 @@ class Row:
     """of the rounded tensors"""
 
 
-def compare(policy: Policy, calibration: Iterable[Inputs], search: bool = True) -> Iterator[Row]:
+def compare(policy: PolicyModule, calibration: Iterable[Inputs], search: bool = True) -> Iterator[RoundingRow]:
     """One row after another, as each takes its time. Raises UserError for NaN in the weights and observations."""
     tensors = {name: finite(name, tensor.detach()) for name, tensor in policy.state_dict().items()}
     bits, everything = chosen_bits(tensors, QuantizeConfig()), list(calibration)
@@ -54,12 +54,16 @@ def compare(policy: Policy, calibration: Iterable[Inputs], search: bool = True) 
     def fed_back(name: str, weight: Tensor) -> Tensor:
         return values_of(*gptq(weight, inputs[name], 4, search)) if name in inputs else nearest(name, weight, 4)
 
-    def row(grid: str, base: Mapping[str, Tensor], given: Mapping[str, Tensor], rounding: Round, size: float) -> Row:
+    def row(
+        grid: str, base: Mapping[str, Tensor], given: Mapping[str, Tensor], rounding: Round, size: float
+    ) -> RoundingRow:
         rounded = {name: rounding(name, base[name]) for name in bits}
         change = {name: rounded[name] - base[name] for name in bits}
         outputs = [ratio(x @ change[name].T, x @ base[name].T) for name, x in given.items()]
         weights = ratio(*(torch.cat([of[name].flatten() for name in bits]) for of in (change, base)))
-        return Row(grid, weights, sum(outputs) / max(len(outputs), 1), error.of({**base, **rounded}), round(size))
+        return RoundingRow(
+            grid, weights, sum(outputs) / max(len(outputs), 1), error.of({**base, **rounded}), round(size)
+        )
 
     numbers = sum(tensors[name].numel() for name in bits)
     yield row("rtn", tensors, unseen, partial(nearest, width=4), stored_bytes(numbers, 4))

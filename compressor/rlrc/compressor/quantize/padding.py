@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rlrc.artifact import TowerSpec
 from rlrc.compressor.models import families
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.quantize.grid import GROUP, GROUPS
 
 MOST = 1.25
@@ -36,7 +36,7 @@ def _filled(channels: int, group: int) -> int:
     return wide if wide <= MOST * channels else channels if group == GROUP else _filled(channels, group // 2)
 
 
-def filled(policy: Policy, group: int = GROUP) -> tuple[Policy, dict[str, Any]]:
+def filled(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, dict[str, Any]]:
     """A policy with the same actions, and a report: channels added, by tower. Nothing to add: the policy itself."""
     towers = filled_towers(policy.towers, group)
     added = {
@@ -63,7 +63,7 @@ def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return F.pad(tensor, [size for more in reversed(missing) for size in (0, more)])
 
 
-def unfilled(policy: Policy, towers: dict[str, TowerSpec]) -> Policy:
+def unfilled(policy: PolicyModule, towers: dict[str, TowerSpec]) -> PolicyModule:
     """The policy that was ``filled`` from these towers, or itself where it was not: only channels of zeros go."""
     if policy.towers == towers or policy.towers not in [filled_towers(towers, group) for group in GROUPS]:
         return policy

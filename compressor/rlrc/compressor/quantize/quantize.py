@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tensors import largest
 from rlrc.compressor.quantize.action_error import ActionError
 from rlrc.compressor.quantize.awq import scaled
@@ -89,7 +89,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(
-    policy: Policy | Mapping[str, Tensor], config: QuantizeConfig, calibration: Iterable[Inputs] = ()
+    policy: PolicyModule | Mapping[str, Tensor], config: QuantizeConfig, calibration: Iterable[Inputs] = ()
 ) -> Quantized:
     """A float policy, or its state dict if nothing is to be calibrated, on the grid. The policy is left as it is.
 
@@ -97,13 +97,13 @@ def quantize(
     error (see rlrc.compressor.quantize.action_error) of the result. Raises UserError for NaN, infinity and what float16
     cannot hold in the weights, for NaN in the observations, and if a method needs observations and there are none.
     """
-    state = policy.state_dict() if isinstance(policy, Policy) else policy
+    state = policy.state_dict() if isinstance(policy, PolicyModule) else policy
     tensors = {name: finite(name, tensor.detach()) for name, tensor in state.items()}
     check_exempt(tensors, config)
     bits = chosen_bits(tensors, config)
     report: dict[str, Any] = {}
     error, given = None, list(calibration)
-    if isinstance(policy, Policy) and given:
+    if isinstance(policy, PolicyModule) and given:
         error = ActionError(policy, given)
     elif config.calibrated:
         raise UserError(

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 
 NARROWEST = 3.0  # a learned standard deviation stays within this factor of the one it starts from
 
 
 @dataclass
-class Seen:
+class EncodedObservation:
     """Observations behind the vision tower: image tokens (B, N, width), and the others as in Inputs."""
 
     image_tokens: Tensor
@@ -51,17 +51,17 @@ class Seen:
     def __len__(self) -> int:
         return len(self.image_tokens)
 
-    def rows(self, rows: Tensor) -> Seen:
+    def rows(self, rows: Tensor) -> EncodedObservation:
         """Some of them, image tokens in float32 whatever they were kept in."""
         others = (None if x is None else x[rows] for x in (self.ids, self.state, self.mask))
-        return Seen(self.image_tokens[rows].float(), *others)
+        return EncodedObservation(self.image_tokens[rows].float(), *others)
 
-    def to(self, device: torch.device) -> Seen:
+    def to(self, device: torch.device) -> EncodedObservation:
         others = (None if x is None else x.to(device) for x in (self.ids, self.state, self.mask))
-        return Seen(self.image_tokens.to(device), *others)
+        return EncodedObservation(self.image_tokens.to(device), *others)
 
 
-class Judged(NamedTuple):
+class ActionEvaluation(NamedTuple):
     """``log_prob`` and ``entropy`` (B, ...): one number for every token, or number, or number and flow step.
 
     ``hidden`` (B, width): what the critic reads.
@@ -88,21 +88,21 @@ class Noise(nn.Module):
 class Actor(nn.Module, ABC):
     """``trace``: what was drawn, all that ``evaluate`` needs to know of it; its first dimension is the batch's."""
 
-    def __init__(self, policy: Policy, temperature: float, correlation: float) -> None:
+    def __init__(self, policy: PolicyModule, temperature: float, correlation: float) -> None:
         super().__init__()
         self.policy, self.temperature, self.correlation = policy, temperature, correlation
         self.noise: Noise | None = None
         self.width = policy.towers["decoder"].width  # of what the critic reads
 
-    def look(self, inputs: Inputs) -> Seen:
-        return Seen(decode.look(self.policy, inputs), inputs.ids, inputs.state, inputs.mask)
+    def encode(self, inputs: Inputs) -> EncodedObservation:
+        return EncodedObservation(decode.encode_images(self.policy, inputs), inputs.ids, inputs.state, inputs.mask)
 
     @abstractmethod
-    def act(self, seen: Seen, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         """-> normalised actions (B, K, D), and the trace. ``sample``: drawn; otherwise what is deployed."""
 
     @abstractmethod
-    def evaluate(self, seen: Seen, trace: Tensor) -> Judged:
+    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
         """How probable what was drawn is now. Differentiable."""
 
     def chunk_noise(self, batch: int) -> Tensor:
@@ -111,10 +111,10 @@ class Actor(nn.Module, ABC):
         return chunk_noise(batch, action.horizon, action.dim, self.correlation)
 
 
-class Parallel(Actor):
+class ParallelActor(Actor):
     """Tokens of one pass."""
 
-    def act(self, seen: Seen, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action, logits = self.policy.spec.action, self._logits(seen)
         outputs = decode.of_logits(logits, action)
         if sample and outputs.actions.isfinite().all():  # nothing is drawn of logits that are not
@@ -123,20 +123,20 @@ class Parallel(Actor):
         assert outputs.tokens is not None
         return outputs.actions, outputs.tokens
 
-    def evaluate(self, seen: Seen, trace: Tensor) -> Judged:
+    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
         with reading(last_module(self.policy)) as read:
             logits = self._logits(seen)
         return judged_tokens(logits / self.temperature, rows_of(trace, self.policy), read[0][:, 0, : self.width])
 
-    def _logits(self, seen: Seen) -> Tensor:
+    def _logits(self, seen: EncodedObservation) -> Tensor:
         policy = cast(decode.Parallel, self.policy)
         return policy.decode(seen.image_tokens, seen.ids, seen.mask, seen.state).float()
 
 
-class Autoregressive(Actor):
+class AutoregressiveActor(Actor):
     """Tokens one after the other, each drawn from what the ones before it leave (the chunk is one step)."""
 
-    def act(self, seen: Seen, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action = self.policy.spec.action
 
         def choose(logits: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Autoregressive(Actor):
             ids = action.tokens.offset + chosen[-1]
         return torch.cat(chosen, 1)
 
-    def evaluate(self, seen: Seen, trace: Tensor) -> Judged:
+    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
         given = trace.flatten(1)
 
         def forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
@@ -176,49 +176,49 @@ class Autoregressive(Actor):
         logits = logits.reshape(*trace.shape, -1)
         return judged_tokens(logits / self.temperature, rows_of(trace, self.policy), hidden)
 
-    def _by_length(self, seen: Seen, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def _by_length(self, seen: EncodedObservation, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         assert seen.ids is not None
         return decode.by_length(seen.image_tokens, seen.ids, seen.mask, one)
 
 
-class Gaussian(Actor):
+class GaussianActor(Actor):
     """Numbers of one pass, with noise around them."""
 
-    def __init__(self, policy: Policy, temperature: float, correlation: float, std: float) -> None:
+    def __init__(self, policy: PolicyModule, temperature: float, correlation: float, std: float) -> None:
         super().__init__(policy, temperature, correlation)
         self.noise: Noise = Noise((policy.spec.action.dim,), std)
 
-    def act(self, seen: Seen, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         actions = self._mean(seen)
         if sample:
             actions = actions + self.noise() * self.chunk_noise(len(seen)).to(actions)
         return actions, actions
 
-    def evaluate(self, seen: Seen, trace: Tensor) -> Judged:
+    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
         with reading(last_module(self.policy)) as read:
             mean = self._mean(seen)
         around = Normal(mean, self.noise().expand_as(mean), validate_args=False)
-        return Judged(around.log_prob(trace), around.entropy(), read[0][:, 0, : self.width].float())
+        return ActionEvaluation(around.log_prob(trace), around.entropy(), read[0][:, 0, : self.width].float())
 
-    def _mean(self, seen: Seen) -> Tensor:
+    def _mean(self, seen: EncodedObservation) -> Tensor:
         policy = cast(decode.Parallel, self.policy)
         return policy.decode(seen.image_tokens, seen.ids, seen.mask, seen.state).float()
 
 
-class FlowNoise(Actor):
+class FlowActor(Actor):
     """Euler steps with noise after each. The trace is the chain (B, steps + 1, K, width), from noise to actions.
 
     Its first link is drawn before the policy has a say, and so has no part in the ratio.
     """
 
-    def __init__(self, policy: Policy, temperature: float, correlation: float, std: float) -> None:
+    def __init__(self, policy: PolicyModule, temperature: float, correlation: float, std: float) -> None:
         super().__init__(policy, temperature, correlation)
         assert policy.spec.flow is not None
         self.steps = policy.spec.flow.steps
         self.noise: Noise = Noise((self.steps, policy.spec.action.dim), std)
         self.width = policy.towers["expert"].width
 
-    def act(self, seen: Seen, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         spec = self.policy.spec
         assert spec.flow is not None
         step, dim = self._steps(seen), spec.action.dim
@@ -232,15 +232,15 @@ class FlowNoise(Actor):
             chain.append(x)
         return x[..., :dim], torch.stack(chain, 1)
 
-    def evaluate(self, seen: Seen, trace: Tensor) -> Judged:
+    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
         step, dim = self._steps(seen), self.policy.spec.action.dim
         mean = torch.stack([step(trace[:, i], i)[..., :dim] for i in range(self.steps)], 1)
         around = Normal(mean, self.noise()[:, None].expand_as(mean), validate_args=False)
         with reading(last_module(self.policy)) as read:
             step(torch.zeros_like(trace[:, 0]), 0)
-        return Judged(around.log_prob(trace[:, 1:, :, :dim]), around.entropy(), read[0][:, 0].float())
+        return ActionEvaluation(around.log_prob(trace[:, 1:, :, :dim]), around.entropy(), read[0][:, 0].float())
 
-    def _steps(self, seen: Seen) -> Callable[[Tensor, int], Tensor]:
+    def _steps(self, seen: EncodedObservation) -> Callable[[Tensor, int], Tensor]:
         """Reads the prefix once; -> (x (B, K, width), number of the step) -> x after it, without noise."""
         policy = cast(decode.Flow, self.policy)
         past, mask = policy.prefix(seen.image_tokens, seen.ids, seen.mask, seen.state)
@@ -252,13 +252,13 @@ class FlowNoise(Actor):
         return step
 
 
-def actor_of(policy: Policy, temperature: float = 1.0, correlation: float = 0.0, std: float = 0.1) -> Actor:
+def actor_of(policy: PolicyModule, temperature: float = 1.0, correlation: float = 0.0, std: float = 0.1) -> Actor:
     """``temperature`` of tokens; ``std``: the initial standard deviation of the noise of all others."""
     if policy.spec.flow is not None:
-        return FlowNoise(policy, temperature, correlation, std)
+        return FlowActor(policy, temperature, correlation, std)
     if not policy.spec.action.bins:
-        return Gaussian(policy, temperature, correlation, std)
-    kind = Autoregressive if policy.spec.decode == "autoregressive" else Parallel
+        return GaussianActor(policy, temperature, correlation, std)
+    kind = AutoregressiveActor if policy.spec.decode == "autoregressive" else ParallelActor
     return kind(policy, temperature, correlation)
 
 
@@ -280,20 +280,20 @@ def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
     return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
 
 
-def judged_tokens(logits: Tensor, rows: Tensor, hidden: Tensor) -> Judged:
+def judged_tokens(logits: Tensor, rows: Tensor, hidden: Tensor) -> ActionEvaluation:
     """Of the logits (B, K, D, rows) that the tokens' rows (B, K, D) were drawn from."""
     log_probs = torch.log_softmax(logits, -1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return Judged(log_probs.gather(-1, rows[..., None])[..., 0], entropy, hidden.float())
+    return ActionEvaluation(log_probs.gather(-1, rows[..., None])[..., 0], entropy, hidden.float())
 
 
-def rows_of(tokens: Tensor, policy: Policy) -> Tensor:
+def rows_of(tokens: Tensor, policy: PolicyModule) -> Tensor:
     """Tokens as ``decode`` gives them -> their rows in the logits."""
     vocabulary = policy.spec.action.tokens
     return tokens if vocabulary is None else tokens - vocabulary.offset
 
 
-def last_module(policy: Policy) -> nn.Module:
+def last_module(policy: PolicyModule) -> nn.Module:
     """What makes actions, logits or velocities of hidden states."""
     module = policy.head if policy.spec.flow is None else policy.action_out
     assert isinstance(module, nn.Module)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
-from rlrc.compressor.rl.rollout import Episode, Mode, Request, Rollouts
+from rlrc.compressor.rl.rollout import Request, RolloutEpisode, Rollouts, SamplingMode
 from rlrc.compressor.training import distributed
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import Progress, SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION, scene
@@ -34,7 +34,7 @@ class Failures:
 
     rates: dict[str, float] = field(default_factory=dict)
 
-    def update(self, requests: list[Request], episodes: list[Episode]) -> dict[str, float]:
+    def update(self, requests: list[Request], episodes: list[RolloutEpisode]) -> dict[str, float]:
         """-> what the round's curve tells: episodes without help, success of every task and their mean.
 
         Tasks are drawn by their failures: a mean over episodes would understate the policy, one over tasks not.
@@ -64,12 +64,12 @@ class Dagger:
 
     name = "dagger"
 
-    def __init__(self, config: SFTConfig, rollouts: Rollouts, batches: SampleBatches, run: Run) -> None:
+    def __init__(self, config: SFTConfig, rollouts: Rollouts, batches: SampleBatches, run: RunState) -> None:
         self.config, self.rollouts, self.batches, self.run = config, rollouts, batches, run
         self.schedule, self.failures, self.done = config.rounds(), Failures(), 0
 
     def __call__(
-        self, step: int, policy: Policy, weights: Callable[[], dict[str, Tensor]], progress: Progress
+        self, step: int, policy: PolicyModule, weights: Callable[[], dict[str, Tensor]], progress: Progress
     ) -> dict[str, float] | None:
         """The round before this step, if there is one that has not been played: see BeforeStep."""
         number = self.schedule.get(step)
@@ -79,7 +79,7 @@ class Dagger:
         progress(step, f"DAgger round {number + 1} of {self.config.dagger_rounds}: {episodes}")
         return self.play(policy, number, weights())
 
-    def play(self, policy: Policy, number: int, weights: dict[str, Tensor] | None = None) -> dict[str, float]:
+    def play(self, policy: PolicyModule, number: int, weights: dict[str, Tensor] | None = None) -> dict[str, float]:
         """Round ``number``; its scenes are drawn by the failures so far. -> a row of the training curve.
 
         ``weights``: see Rollouts.run.
@@ -89,7 +89,7 @@ class Dagger:
         with distributed.first():
             if distributed.rank() == 0:
                 asked = requests(self.config, number, self.failures.rates)
-                episodes = self.rollouts.run(asked, policy, Mode(label=True, keep="pictures"), weights)
+                episodes = self.rollouts.run(asked, policy, SamplingMode(label=True, keep="pictures"), weights)
                 Samples.of(episodes).save(self._file(number))
                 told = self.failures.update(asked, episodes)
         fresh = Samples.load(self._file(number))

@@ -17,7 +17,7 @@ import torch
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.models.policy import Inputs
 from rlrc.compressor.rl.observations import Observer
-from rlrc.compressor.rl.rollout import Episode, Mode, Request, Rollouts
+from rlrc.compressor.rl.rollout import Request, RolloutEpisode, Rollouts, SamplingMode
 from rlrc.compressor.training.batches import Batch
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
@@ -57,7 +57,7 @@ class Samples:
         return Samples(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
 
     @staticmethod
-    def of(episodes: Sequence[Episode]) -> Samples:
+    def of(episodes: Sequence[RolloutEpisode]) -> Samples:
         """The labelled decisions of episodes; a decision without a label is left out."""
         names = list(TASKS)
         labelled = [episode for episode in episodes if episode.chunk]
@@ -101,7 +101,7 @@ def demonstrations(config: DemonstrationConfig, rollouts: Rollouts) -> Samples:
         for i in range(config.episodes_per_task)
         for task in TASKS
     ]
-    samples = Samples.of(rollouts.run(requests, None, Mode(keep="pictures")))
+    samples = Samples.of(rollouts.run(requests, None, SamplingMode(keep="pictures")))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".json").write_text(json.dumps(key, indent=1))
     samples.save(file)

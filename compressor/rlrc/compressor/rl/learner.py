@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrc.compressor.models import precision
-from rlrc.compressor.models.policy import Policy
-from rlrc.compressor.rl.actors import Actor, Judged, Seen, actor_of
+from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.rl.actors import ActionEvaluation, Actor, EncodedObservation, actor_of
 from rlrc.compressor.rl.config import PPOConfig
-from rlrc.compressor.rl.rollout import Driver, Episode
+from rlrc.compressor.rl.rollout import ActionSampler, RolloutEpisode
 from rlrc.compressor.training.batches import Batch, Batches
 from rlrc.compressor.training.distributed import Team
 from rlrc.compressor.training.losses import chunk_loss, drawn
@@ -72,7 +72,7 @@ def value_head(width: int) -> nn.Sequential:
 class Rollout:
     """Decisions of all episodes end to end: what was seen and drawn (see Actor), rewards and last (N,)."""
 
-    seen: Seen
+    seen: EncodedObservation
     trace: Tensor
     rewards: Tensor
     last: Tensor
@@ -81,7 +81,7 @@ class Rollout:
         return len(self.trace)
 
     @staticmethod
-    def of(episodes: list[Episode], driver: Driver) -> Rollout:
+    def of(episodes: list[RolloutEpisode], driver: ActionSampler) -> Rollout:
         lengths = [len(episode.trace) for episode in episodes]
         ends = np.cumsum(lengths) - 1
         rewards, last = torch.zeros(sum(lengths)), torch.zeros(sum(lengths), dtype=torch.bool)
@@ -109,7 +109,7 @@ def minibatches(counts: Sequence[int], rank: int, size: int, order: Tensor) -> I
         yield order[start : start + size] if lengths[rank] else order[:1], lengths[rank] * len(counts) / sum(lengths)
 
 
-class Objective(nn.Module):
+class PPOObjective(nn.Module):
     """What the actor minimises, in the precision of this process. A module, so that DDP and FSDP can wrap it."""
 
     def __init__(self, actor: Actor, config: PPOConfig) -> None:
@@ -118,7 +118,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        seen: Seen,
+        seen: EncodedObservation,
         trace: Tensor,
         old_log_prob: Tensor | None = None,
         advantage: Tensor | None = None,
@@ -158,7 +158,7 @@ class Critic(nn.Module):
 class Learner:
     """The actor's and critic's optimisers and one iteration's update."""
 
-    def __init__(self, policy: Policy, config: PPOConfig, batches: Batches, team: Team | None = None) -> None:
+    def __init__(self, policy: PolicyModule, config: PPOConfig, batches: Batches, team: Team | None = None) -> None:
         self.policy, self.config, self.batches, self.team = policy, config, batches, team or Team()
         self.actor = actor_of(policy, config.temperature, config.correlation, config.noise)
         critic = Critic(self.actor.width)
@@ -167,7 +167,7 @@ class Learner:
         trained = [p for p in self.actor.parameters() if p.requires_grad]
         actor_optimizer = torch.optim.AdamW(trained, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         value_optimizer = torch.optim.AdamW(critic.parameters(), lr=config.value_rate, weight_decay=0.0)
-        self.objective, self.actor_optimizer = self.team.prepare(Objective(self.actor, config), actor_optimizer)
+        self.objective, self.actor_optimizer = self.team.prepare(PPOObjective(self.actor, config), actor_optimizer)
         self.critic, self.value_optimizer = self.team.prepare(critic, value_optimizer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,16 +208,16 @@ class Learner:
             metrics |= self.fit_policy(rollout, old.log_prob, normalised, counts)
         return metrics
 
-    def judge(self, rollout: Rollout, counts: Sequence[int]) -> Judged:
+    def judge(self, rollout: Rollout, counts: Sequence[int]) -> ActionEvaluation:
         """All decisions by the policy as it is."""
-        parts = list[Judged]()
+        parts = list[ActionEvaluation]()
         with torch.no_grad():
             for rows, weight in minibatches(counts, self.team.rank, 512, torch.arange(len(rollout))):
                 seen, trace = rollout.seen.rows(rows).to(self.team.device), rollout.trace[rows].to(self.team.device)
                 judged = self.objective(seen, trace)
                 if weight:
                     parts.append(judged)
-        return Judged(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+        return ActionEvaluation(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
     def shuffled(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
         orders = [torch.randperm(count) for count in counts]

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.learner import Learner, NotFinite, Rollout
-from rlrc.compressor.rl.rollout import Driver, Mode, Request, Rollouts
+from rlrc.compressor.rl.rollout import ActionSampler, Request, Rollouts, SamplingMode
 from rlrc.compressor.training.batches import Batches
 from rlrc.compressor.training.distributed import Team
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import interruptible
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import REINFORCEMENT, scene
@@ -41,7 +41,7 @@ def requests(config: PPOConfig, iteration: int, failures: dict[str, float]) -> l
 
 
 @contextmanager
-def _kept(run: Run, iteration: int) -> Iterator[None]:
+def _kept(run: RunState, iteration: int) -> Iterator[None]:
     """Raises UserError for numbers that are not finite: what to change, and which state was saved."""
     try:
         yield
@@ -53,11 +53,11 @@ def _kept(run: Run, iteration: int) -> Iterator[None]:
 
 
 def ppo(
-    policy: Policy,
+    policy: PolicyModule,
     config: PPOConfig,
     batches: Batches,
     rollouts: Rollouts,
-    run: Run,
+    run: RunState,
     progress: Callable[[int, str], None],
 ) -> None:
     """Train ``policy`` in place; ``progress(iteration, text)`` after every iteration. A saved run is resumed.
@@ -69,8 +69,10 @@ def ppo(
     if config.episodes < team.size:
         raise UserError(f"expected rl.episodes >= {team.size}, one for each process, found {config.episodes}")
     learner = Learner(policy, config, batches, team)
-    mode = Mode(sample=True, temperature=config.temperature, correlation=config.correlation, keep="image_tokens")
-    driver = Driver(policy, rollouts.load_tokenizer(), mode)
+    mode = SamplingMode(
+        sample=True, temperature=config.temperature, correlation=config.correlation, keep="image_tokens"
+    )
+    driver = ActionSampler(policy, rollouts.load_tokenizer(), mode)
     first, failures = 0, dict[str, float]()
     if (saved := run.load()) is not None:
         first, failures = saved["step"], saved["failures"]

@@ -24,12 +24,12 @@ from rlrc.artifact import Manifest
 from rlrc.compressor.models import precision
 from rlrc.compressor.models.decode import check_sound
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Policy
-from rlrc.compressor.rl.actors import Seen, actor_of
+from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.rl.actors import EncodedObservation, actor_of
 from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.training import distributed
 from rlrc.envs.experts import expert, relabel
-from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, Task
+from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, MetaWorldTask
 from rlrc.folders import replacing
 from rlrc.processes import Workers
 from rlrc.runtime.inference.preprocess import Tokenizer, unnormalise
@@ -49,7 +49,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Mode:
+class SamplingMode:
     sample: bool = False  # draw actions; otherwise play what is deployed
     temperature: float = 1.0  # of tokens
     correlation: float = 0.0  # of the sampling noise over the steps of a chunk, see rlrc.compressor.rl.actors
@@ -59,7 +59,7 @@ class Mode:
 
 
 @dataclass
-class Episode:
+class RolloutEpisode:
     """Lists have one entry a decision.
 
     Picture uint8 (H, W, 3), raw state (S,), image tokens fp16 (N, width), chunk (K, D), trace: see Actor.
@@ -76,11 +76,15 @@ class Episode:
     chunk: list[npt.NDArray[np.float32]] = field(default_factory=list)  # the expert's, if asked
 
 
-class Driver:
+class ActionSampler:
     """Turns a batch of observations into chunks of actions. ``noise``: the learned part of sampling, see Actor."""
 
     def __init__(
-        self, policy: Policy, tokenizer: Tokenizer | None, mode: Mode, noise: dict[str, Tensor] | None = None
+        self,
+        policy: PolicyModule,
+        tokenizer: Tokenizer | None,
+        mode: SamplingMode,
+        noise: dict[str, Tensor] | None = None,
     ) -> None:
         self.policy, self.mode, self.spec = policy.eval(), mode, policy.spec
         self.observer = Observer(policy.spec, tokenizer)
@@ -94,21 +98,21 @@ class Driver:
         """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), trace and actions (B, K, D)."""
         inputs = self.observer(tasks, images, state)
         with torch.inference_mode(), precision.autocast("cpu"):
-            seen = self.actor.look(inputs)
+            seen = self.actor.encode(inputs)
             actions, trace = self.actor.act(seen, self.mode.sample)
         check_sound(actions, "actions")
         return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
 
-    def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> Seen:
+    def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> EncodedObservation:
         """What was seen at decisions, of what was kept of them: raw states (B, S), image tokens (B, N, width)."""
         words = self.observer.words(tasks, state)
-        return Seen(torch.from_numpy(image_tokens), words.ids, self.observer.state(state), words.mask)
+        return EncodedObservation(torch.from_numpy(image_tokens), words.ids, self.observer.state(state), words.mask)
 
 
 _idle: list[MetaWorldEnv] = []  # at most SLOTS environments that no slot uses; the one used last comes last
 
 
-def _borrow(task: Task, size: int) -> MetaWorldEnv:
+def _borrow(task: MetaWorldTask, size: int) -> MetaWorldEnv:
     """An idle environment of the same simulation, else a new one."""
     for i in reversed(range(len(_idle))):
         if (_idle[i].task.environment, _idle[i].size) == (task.environment, size):
@@ -127,7 +131,7 @@ def _give_back(env: MetaWorldEnv) -> None:
 class _Slot:
     request: Request
     env: MetaWorldEnv
-    episode: Episode
+    episode: RolloutEpisode
     act: Callable
     rng: np.random.Generator
 
@@ -139,13 +143,13 @@ def _start(request: Request, size: int) -> _Slot:
     return _Slot(
         request,
         env,
-        Episode(request.task, request.seed),
+        RolloutEpisode(request.task, request.seed),
         expert(TASKS[request.task]),
         np.random.default_rng(request.seed + 1),
     )
 
 
-def _decide(slots: list[_Slot], driver: Driver | None, horizon: int, mode: Mode) -> list[np.ndarray]:
+def _decide(slots: list[_Slot], driver: ActionSampler | None, horizon: int, mode: SamplingMode) -> list[np.ndarray]:
     """One decision for every slot: the chunks to play. Keeps what the mode asks for."""
     images = np.stack([slot.env.render() for slot in slots])
     state = np.stack([slot.env.state() for slot in slots])
@@ -176,8 +180,8 @@ def _decide(slots: list[_Slot], driver: Driver | None, horizon: int, mode: Mode)
 
 
 def run_episodes(
-    requests: Iterable[Request], driver: Driver | None, horizon: int, mode: Mode, size: int
-) -> Iterator[Episode]:
+    requests: Iterable[Request], driver: ActionSampler | None, horizon: int, mode: SamplingMode, size: int
+) -> Iterator[RolloutEpisode]:
     """Episodes in the order they end. Without a driver the expert must drive from the start."""
     waiting = iter(requests)
     slots = [_start(request, size) for request in islice(waiting, SLOTS)]
@@ -205,9 +209,9 @@ def _work(
     weights: str | None,
     manifest: Manifest,
     tokenizer: str | None,
-    mode: Mode,
+    mode: SamplingMode,
     products: precision.Chosen,
-) -> tuple[list[Episode], float]:
+) -> tuple[list[RolloutEpisode], float]:
     """In a worker: episodes and the CPU-seconds they took."""
     began = time.process_time()
     torch.set_num_threads(1)
@@ -220,7 +224,7 @@ def _work(
             torch.load(weights, map_location="cpu", weights_only=True),
         )
         policy.load_state_dict(saved["policy"])
-        driver = Driver(policy, tokenizer_of(manifest, tokenizer), mode, saved["noise"])
+        driver = ActionSampler(policy, tokenizer_of(manifest, tokenizer), mode, saved["noise"])
     size = manifest.policy.cameras[0].height
     episodes = list(run_episodes(requests, driver, manifest.policy.action.horizon, mode, size))
     return episodes, time.process_time() - began
@@ -256,11 +260,11 @@ class Rollouts:
     def run(
         self,
         requests: Sequence[Request],
-        policy: Policy | None,
-        mode: Mode,
+        policy: PolicyModule | None,
+        mode: SamplingMode,
         weights: dict[str, Tensor] | None = None,
         noise: dict[str, Tensor] | None = None,
-    ) -> list[Episode]:
+    ) -> list[RolloutEpisode]:
         """Run episodes with a policy's present weights; results in the order of the requests.
 
         ``weights``: instead of the policy's own, where those are spread over processes; ``noise``: see Driver.

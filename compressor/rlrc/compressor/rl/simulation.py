@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from rlrc.artifact import TOKENIZER, Artifact, HistoryEntry
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.rl.dagger import Dagger
 from rlrc.compressor.rl.demonstrations import DemonstrationConfig, ObservedBatches, SampleBatches, demonstrations
 from rlrc.compressor.rl.observations import Observer
-from rlrc.compressor.rl.rollout import Mode, Request, Rollouts
+from rlrc.compressor.rl.rollout import Request, Rollouts, SamplingMode
 from rlrc.compressor.training import distributed
-from rlrc.compressor.training.batches import Batch, Lessons
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.batches import Batch, TrainingData
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import VALIDATION
@@ -39,13 +39,13 @@ class Simulation:
     episodes: int
     """validation episodes a task; 0 leaves them out"""
 
-    def evaluate(self, policy: Policy) -> dict[str, Any]:
+    def evaluate(self, policy: PolicyModule) -> dict[str, Any]:
         """Success without noise on validation scenes: over all tasks, over hard ones (without closing), per task."""
         if self.episodes == 0:
             return {}
         requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
         with status(f"playing {len(requests)} validation episodes"):
-            results = self.rollouts.run(requests, policy, Mode())
+            results = self.rollouts.run(requests, policy, SamplingMode())
         per_task = {task: float(np.mean([r.success for r in results if r.task == task])) for task in TASKS}
         return {
             "success": round(float(np.mean(list(per_task.values()))), 4),
@@ -61,13 +61,13 @@ class Simulation:
             return {}
         return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
 
-    def batches(self, policy: Policy, config: DemonstrationConfig, seed: int) -> SampleBatches:
+    def batches(self, policy: PolicyModule, config: DemonstrationConfig, seed: int) -> SampleBatches:
         what = "playing demonstrations, unless they are in the cache"
         with status(what, distributed.rank() == 0), distributed.first():
             samples = demonstrations(config, self.rollouts)
         return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 
-    def training_data(self, policy: Policy, config: SFTConfig, run: Run) -> tuple[Lessons, Dagger]:
+    def training_data(self, policy: PolicyModule, config: SFTConfig, run: RunState) -> tuple[TrainingData, Dagger]:
         """Demonstrations, held-out ones of further scenes, and the rounds in which the expert is asked."""
         batches = self.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
         further = config.scenes() - config.demonstrations
@@ -75,4 +75,4 @@ class Simulation:
         if further:
             scenes = DemonstrationConfig(further, config.first_seed + config.demonstrations)
             held_out = self.batches(policy, scenes, config.seed).all(config.batch)
-        return Lessons(batches, held_out), Dagger(config, self.rollouts, batches, run)
+        return TrainingData(batches, held_out), Dagger(config, self.rollouts, batches, run)

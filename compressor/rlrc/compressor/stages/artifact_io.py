@@ -27,7 +27,7 @@ from rlrc.artifact import (
     Manifest,
     PolicySpec,
 )
-from rlrc.compressor.models.policy import Inputs, Outputs, Policy
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.models.weights import narrowed, parameters, policy_of
 from rlrc.compressor.quantize.grid import dequantize
 from rlrc.compressor.quantize.quantize import Quantized
@@ -48,7 +48,7 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
         raise ArtifactError(f"expected safetensors in {file}, found {error}; make the artifact again") from None
 
 
-def load_policy(artifact: Artifact) -> Policy:
+def load_policy(artifact: Artifact) -> PolicyModule:
     """The policy in float32 and evaluation mode, integers dequantized. A tensor that does not fit is refused."""
     manifest = artifact.manifest
     tensors = dequantize(read_tensors(artifact), manifest.quantization)
@@ -79,7 +79,7 @@ def every_input(spec: PolicySpec, observations: Mapping[str, np.ndarray]) -> Ite
     return (inputs_of(spec, observations, row) for row in range(len(next(iter(observations.values())))))
 
 
-def answers(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def answers(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the policy makes of the observations, one by one, in float32: ANSWERS, as far as it has them."""
     spec = policy.eval().spec
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def answers(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str,
     return found | {name: _stacked(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
 
 
-def golden(policy: Policy, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def golden(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The observations with the policy's answers: see the module's docstring."""
     return {**observations, **answers(policy, observations)}
 
@@ -103,7 +103,7 @@ def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
     return torch.cat([getattr(output, name) for output in outputs]).numpy()
 
 
-def quantized(policy: Policy, result: Quantized) -> Policy:
+def quantized(policy: PolicyModule, result: Quantized) -> PolicyModule:
     """The policy with the weights that the result's integers stand for, in float32."""
     tensors = dequantize(result.tensors, result.spec)
     return policy_of(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
@@ -111,7 +111,7 @@ def quantized(policy: Policy, result: Quantized) -> Policy:
 
 def write_policy(
     draft: Draft,
-    policy: Policy,
+    policy: PolicyModule,
     observations: Mapping[str, np.ndarray],
     history: tuple[HistoryEntry, ...],
     quantization: Quantized | None = None,

@@ -10,19 +10,19 @@ from torch import nn
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.coupling import TOWERS
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.stages import training_data as lessons
 from rlrc.compressor.stages.sft import taught
-from rlrc.compressor.stages.sources import Source, open_source, shapes
-from rlrc.compressor.stages.stage import Options, stage
+from rlrc.compressor.stages.sources import PolicySource, open_source, shapes
+from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.training import memory
-from rlrc.compressor.training.batches import Lessons
+from rlrc.compressor.training.batches import TrainingData
 from rlrc.compressor.training.distill import DistillConfig, distillation, numbers
 from rlrc.errors import UserError
 
 
 def run_distill(
-    source: Path, out: Path, config: DistillConfig, options: Options, flags: Flags | None = None
+    source: Path, out: Path, config: DistillConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
     """``flags`` are those of an official teacher."""
     if config.statistics != "policy":
@@ -34,7 +34,7 @@ def run_distill(
         raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
     teacher = open_source(Path(config.teacher), flags or Flags())
 
-    def check(student: Source) -> None:
+    def check(student: PolicySource) -> None:
         lessons.check("distill", student, config)
         check_teacher(student, teacher, config)
         besides = memory.numbers(shapes(teacher))
@@ -43,14 +43,14 @@ def run_distill(
     with stage("distill", source, out, config, options, check) as work:
         pairs, folder = matched(work.source, teacher), work.run.folder
 
-        def objective(lessons: Lessons) -> Callable[[Policy, float], nn.Module]:
+        def objective(lessons: TrainingData) -> Callable[[PolicyModule, float], nn.Module]:
             return distillation(config, teacher.load(), pairs, lessons.batches, folder)
 
         report = taught(work, config, objective)
         return work.finish(work.policy, teacher=teacher.digest, **report)
 
 
-def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> None:
+def check_teacher(student: PolicySource, teacher: PolicySource, config: DistillConfig) -> None:
     """Raises UserError unless the student can learn from this teacher."""
     if teacher.spec.family != student.spec.family:
         found, wanted = teacher.spec.family, student.spec.family
@@ -79,26 +79,26 @@ def check_teacher(student: Source, teacher: Source, config: DistillConfig) -> No
     matched(student, teacher)
 
 
-def _shared(source: Source) -> list[str]:
+def _shared(source: PolicySource) -> list[str]:
     return [name for name in TOWERS if name in source.towers]
 
 
-def _cameras(source: Source) -> list[str]:
+def _cameras(source: PolicySource) -> list[str]:
     return [f"{camera.name} {camera.height}x{camera.width}" for camera in source.spec.cameras]
 
 
-def _state(source: Source) -> int:
+def _state(source: PolicySource) -> int:
     """How many numbers."""
     return 0 if source.spec.state is None else len(source.spec.state.names)
 
 
-def _chunk(source: Source) -> tuple[int, int, int]:
+def _chunk(source: PolicySource) -> tuple[int, int, int]:
     """Steps, dimensions, bins."""
     action = source.spec.action
     return action.horizon, action.dim, action.bins
 
 
-def matched(student: Source, teacher: Source) -> list[tuple[str, str]]:
+def matched(student: PolicySource, teacher: PolicySource) -> list[tuple[str, str]]:
     """The student's blocks and those of the teacher that they were, by name.
 
     Blocks that only make keys and values are left out: they hand the residual stream on. Raises UserError for a block

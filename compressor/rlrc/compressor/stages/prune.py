@@ -13,17 +13,19 @@ from rlrc.compressor.prune.lossless import lossless, outside
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import training_data
 from rlrc.compressor.stages.artifact_io import answers
-from rlrc.compressor.stages.sources import Source, shapes
+from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.training import memory
 from rlrc.progress import status
 
 if TYPE_CHECKING:
     from rlrc.compressor.training.batches import Batches
-from rlrc.compressor.stages.stage import Options, stage
+from rlrc.compressor.stages.stage import StageOptions, stage
 
 
-def run_prune(source: Path, out: Path, config: PruneConfig, options: Options, flags: Flags | None = None) -> Manifest:
-    def check(source: Source) -> None:
+def run_prune(
+    source: Path, out: Path, config: PruneConfig, options: StageOptions, flags: Flags | None = None
+) -> Manifest:
+    def check(source: PolicySource) -> None:
         memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
             return

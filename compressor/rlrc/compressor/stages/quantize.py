@@ -10,19 +10,19 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.quantize.padding import filled
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_exempt, quantize
 from rlrc.compressor.stages.artifact_io import every_input
-from rlrc.compressor.stages.sources import Source, shapes
+from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.training import memory
 from rlrc.progress import status
 
 if TYPE_CHECKING:
     pass
-from rlrc.compressor.stages.stage import Options, stage
+from rlrc.compressor.stages.stage import StageOptions, stage
 
 
 def run_quantize(
-    source: Path, out: Path, config: QuantizeConfig, options: Options, flags: Flags | None = None
+    source: Path, out: Path, config: QuantizeConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
-    def check(found: Source) -> None:
+    def check(found: PolicySource) -> None:
         check_exempt(shapes(found), config)
         memory.check(memory.numbers(shapes(found)) * memory.REWRITTEN, "quantizing")
 

@@ -10,14 +10,14 @@ from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.observations import check_playable
 from rlrc.compressor.rl.ppo import ppo
 from rlrc.compressor.stages import training_data
-from rlrc.compressor.stages.sources import ArtifactSource, Source, shapes
-from rlrc.compressor.stages.stage import Options, stage
+from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, shapes
+from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.training import distributed, memory
 from rlrc.errors import UserError
 from rlrc.progress import progress
 
 
-def playable(source: Source) -> None:
+def playable(source: PolicySource) -> None:
     """Raises UserError for a policy that no simulator here fits."""
     check_playable(source.spec)
     if not isinstance(source, ArtifactSource):
@@ -27,8 +27,8 @@ def playable(source: Source) -> None:
         )
 
 
-def run_rl(source: Path, out: Path, config: PPOConfig, options: Options, flags: Flags | None = None) -> Manifest:
-    def check(found: Source) -> None:
+def run_rl(source: Path, out: Path, config: PPOConfig, options: StageOptions, flags: Flags | None = None) -> Manifest:
+    def check(found: PolicySource) -> None:
         playable(found)
         if config.data:
             training_data.open_data(config, found.spec)

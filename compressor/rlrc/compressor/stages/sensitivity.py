@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from rlrc import strict
 from rlrc.compressor.models.coupling import Group, groups
-from rlrc.compressor.models.policy import Inputs, Policy
-from rlrc.compressor.prune.sensitivity_report import KINDS, Kind, Measured, Report
+from rlrc.compressor.models.policy import Inputs, PolicyModule
+from rlrc.compressor.prune.sensitivity_report import KINDS, Kind, Measured, SensitivityReport
 from rlrc.compressor.quantize.action_error import replaced, soft_actions
 from rlrc.compressor.quantize.grid import quantize_groups, values_of
 from rlrc.compressor.quantize.quantize import quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
-from rlrc.compressor.stages.sources import Source, unquantized_only
+from rlrc.compressor.stages.sources import PolicySource, unquantized_only
 from rlrc.errors import UserError
 from rlrc.progress import progress
 
@@ -58,7 +58,7 @@ class SensitivityConfig:
 
 
 @dataclass(frozen=True)
-class Change:
+class Perturbation:
     """What is done to one module: other ``tensors`` are put in place of its own; of a dropped block none."""
 
     module: str
@@ -67,9 +67,9 @@ class Change:
     tensors: Callable[[], Mapping[str, Tensor]] | None = None
 
 
-def changes(policy: Policy, config: SensitivityConfig) -> list[Change]:
+def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbation]:
     """Everything that is measured, in the order of the modules."""
-    state, found = policy.state_dict(), list[Change]()
+    state, found = policy.state_dict(), list[Perturbation]()
 
     def size(module: str) -> int:
         return sum(tensor.numel() for name, tensor in state.items() if name.startswith(f"{module}."))
@@ -79,15 +79,15 @@ def changes(policy: Policy, config: SensitivityConfig) -> list[Change]:
             block = f"{tower}.layers.{i}"
             if layer.kind == "half":  # it hands the residual stream on anyway
                 continue
-            found.append(Change(block, "drop", size(block)))
+            found.append(Perturbation(block, "drop", size(block)))
             if parts := [group for group in groups(policy.towers, tower, i, state, align=1) if group.number]:
-                found.append(Change(block, "prune", size(block), _pruned(state, parts, config.ratio)))
+                found.append(Perturbation(block, "prune", size(block), _pruned(state, parts, config.ratio)))
     modules: dict[str, list[str]] = {}
     for name, tensor in state.items():
         if quantizable(name, tensor):
             modules.setdefault(part_of(name), []).append(name)
     for module, names in modules.items():
-        found.append(Change(module, "quantize", size(module), _rounded(state, names, config.bits)))
+        found.append(Perturbation(module, "quantize", size(module), _rounded(state, names, config.bits)))
     return [change for change in found if change.kind in config.kinds]
 
 
@@ -128,7 +128,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 @contextmanager
-def applied(policy: Policy, change: Change) -> Iterator[None]:
+def applied(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
     """The policy with this change. Afterwards its tensors are the very same."""
     if change.tensors is None:
         hook = policy.get_submodule(change.module).register_forward_hook(_passed)
@@ -170,7 +170,7 @@ def _joined(rows: Sequence[Inputs]) -> Inputs:
     return Inputs(pixels, of("ids"), of("state"), noise=of("noise"))
 
 
-def measure(source: Source, name: str, config: SensitivityConfig, journal: Path) -> Report:
+def measure(source: PolicySource, name: str, config: SensitivityConfig, journal: Path) -> SensitivityReport:
     """Every change alone. ``journal`` keeps what is measured, for a later call to go on from.
 
     Raises UserError for a policy whose actions are no numbers, or that is quantized already.
@@ -184,7 +184,7 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
     def answers() -> list[Tensor]:
         return [soft_actions(policy, policy.act(inputs)) for inputs in batches]
 
-    report = Report("sensitivity", name, source.digest, config.ratio, config.bits, len(rows), ())
+    report = SensitivityReport("sensitivity", name, source.digest, config.ratio, config.bits, len(rows), ())
     with torch.inference_mode(), progress("sensitivity", len(todo := changes(policy, config))) as tell:
         whole = answers()
         if not all(actions.isfinite().all() for actions in whole):
@@ -204,7 +204,7 @@ def measure(source: Source, name: str, config: SensitivityConfig, journal: Path)
     return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
 
 
-def _begun(journal: Path, report: Report) -> dict[tuple[str, Kind], Measured]:
+def _begun(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], Measured]:
     """What an interrupted call measured, if it did the same; else the journal begins anew."""
     head, *lines = journal.read_text().splitlines() if journal.exists() else [""]
     if head != (same := json.dumps(strict.encode(report))):

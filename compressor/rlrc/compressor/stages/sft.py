@@ -13,23 +13,23 @@ from rlrc.artifact.describe import normalisation_lines
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints.lerobot import dataset_statistics
 from rlrc.compressor.checkpoints.lerobot.normaliser import MODES
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.stages import training_data as lessons
-from rlrc.compressor.stages.sources import Source, shapes
-from rlrc.compressor.stages.stage import Options, Stage, stage
+from rlrc.compressor.stages.sources import PolicySource, shapes
+from rlrc.compressor.stages.stage import Stage, StageOptions, stage
 from rlrc.compressor.training import distributed, memory
-from rlrc.compressor.training.batches import Lessons
-from rlrc.compressor.training.sft import Objective, SFTConfig, sft
+from rlrc.compressor.training.batches import TrainingData
+from rlrc.compressor.training.sft import SFTConfig, SFTObjective, sft
 from rlrc.errors import UserError
 from rlrc.progress import progress
 from rlrc.tables import plain_console
 
 
-def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags: Flags | None = None) -> Manifest:
+def run_sft(source: Path, out: Path, config: SFTConfig, options: StageOptions, flags: Flags | None = None) -> Manifest:
     adopted: dict[str, Any] = {}
     lines: list[str] = []
 
-    def check(found: Source) -> None:
+    def check(found: PolicySource) -> None:
         before = found.normalisation
         lines.extend(take_statistics(found, config))
         if found.normalisation != before:
@@ -41,10 +41,10 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: Options, flags:
         if distributed.rank() == 0:
             for line in lines:
                 plain_console(stderr=True).print(f"normalisation: {line}")
-        return work.finish(work.policy, **adopted, **taught(work, config, lambda lessons: Objective))
+        return work.finish(work.policy, **adopted, **taught(work, config, lambda lessons: SFTObjective))
 
 
-def take_statistics(source: Source, config: SFTConfig) -> list[str]:
+def take_statistics(source: PolicySource, config: SFTConfig) -> list[str]:
     """Gives the source the data set's statistics where its own are missing, or for all. -> lines that say so.
 
     Raises UserError where there are none to take.
@@ -77,7 +77,7 @@ def take_statistics(source: Source, config: SFTConfig) -> list[str]:
 
 
 def taught(
-    work: Stage, config: SFTConfig, objective: Callable[[Lessons], Callable[[Policy, float], nn.Module]]
+    work: Stage, config: SFTConfig, objective: Callable[[TrainingData], Callable[[PolicyModule, float], nn.Module]]
 ) -> dict[str, Any]:
     """Trains the stage's policy in place. -> what the history tells besides."""
     if config.data:

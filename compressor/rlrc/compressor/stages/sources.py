@@ -20,7 +20,7 @@ from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import policy_of
 from rlrc.compressor.prune.lossless import Cut, never_read
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
@@ -32,7 +32,7 @@ INSTRUCTIONS = ("pick up the red cube", "close the drawer", "put the spoon on th
 EXAMPLES = len(INSTRUCTIONS)
 
 
-class Source(Protocol):
+class PolicySource(Protocol):
     """``digest`` and ``history`` are those of an artifact; an official folder's history says where it came from."""
 
     spec: PolicySpec
@@ -43,7 +43,7 @@ class Source(Protocol):
     normalisation: Recorded  # how inputs and actions are normalised, as far as it is known
     unread: list[Cut]  # what an official folder has that no action depends on
 
-    def load(self) -> Policy: ...
+    def load(self) -> PolicyModule: ...
 
     def hand_on(self, draft: Draft) -> None:
         """The tokenizer, and the curves of earlier stages."""
@@ -58,7 +58,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, flags: Flags, incomplete: bool = False) -> Source:
+def open_source(path: Path, flags: Flags, incomplete: bool = False) -> PolicySource:
     """Reads no weights yet. ``incomplete``: statistics may be missing, for the caller supplies them.
 
     Raises UserError for what a stage cannot start from.
@@ -66,14 +66,14 @@ def open_source(path: Path, flags: Flags, incomplete: bool = False) -> Source:
     return OfficialSource(path, flags, incomplete) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
 
 
-def respecified(policy: Policy, spec: PolicySpec) -> Policy:
+def respecified(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
     """The policy's weights under another description of what it sees and does."""
     if policy.spec == spec:
         return policy
     return policy_of(spec, policy.towers, policy.state_dict(), "the policy")
 
 
-def unquantized_only(found: Source, path: str | Path) -> None:
+def unquantized_only(found: PolicySource, path: str | Path) -> None:
     """Raises UserError for weights that were rounded before: every stage would store them as floats, or round twice."""
     if found.quantized:
         raise UserError(
@@ -82,7 +82,7 @@ def unquantized_only(found: Source, path: str | Path) -> None:
         )
 
 
-def shapes(source: Source) -> dict[str, Tensor]:
+def shapes(source: PolicySource) -> dict[str, Tensor]:
     """The policy's tensors, without data."""
     with torch.device("meta"):
         return build(source.spec, source.towers).state_dict()
@@ -103,7 +103,7 @@ class ArtifactSource:
         self.normalisation = recorded_normalisation(self.history)
         self.unread: list[Cut] = []
 
-    def load(self) -> Policy:
+    def load(self) -> PolicyModule:
         return respecified(load_policy(self.artifact), self.spec)
 
     def hand_on(self, draft: Draft) -> None:
@@ -139,7 +139,7 @@ class OfficialSource:
         self.history: tuple[HistoryEntry, ...] = (origin,)
         self.unread = never_read(self.folder.tensors, layout.unused)
 
-    def load(self) -> Policy:
+    def load(self) -> PolicyModule:
         return respecified(reader.read(self.folder, self.options)[0], self.spec)
 
     def hand_on(self, draft: Draft) -> None:

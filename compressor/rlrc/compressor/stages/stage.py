@@ -24,16 +24,16 @@ from rlrc import interrupts
 from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models import precision
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.precision import Wanted
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.quantize.quantize import Quantized
 from rlrc.compressor.stages import training_data
 from rlrc.compressor.stages.artifact_io import CURVES, quantized, write_policy
-from rlrc.compressor.stages.sources import ArtifactSource, Source, open_source, unquantized_only
+from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, open_source, unquantized_only
 from rlrc.compressor.training import distributed
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class StageOptions:
     """What a stage needs besides its configuration."""
 
     evaluate: int = 8
@@ -71,11 +71,11 @@ class Stage:
     """
 
     name: str
-    source: Source
+    source: PolicySource
     draft: Draft | None
-    policy: Policy
+    policy: PolicyModule
     simulation: Simulation | None
-    run: Run
+    run: RunState
     config: Any
     before: dict[str, Any]
 
@@ -83,7 +83,7 @@ class Stage:
         assert self.simulation is not None
         return self.simulation
 
-    def demonstrations(self, config: training_data.Taught, first_seed: int = 0) -> Batches:
+    def demonstrations(self, config: training_data.TrainingSettings, first_seed: int = 0) -> Batches:
         """Without held-out ones: of the data set, or by the simulator's experts from this scene on."""
         if config.data:
             return training_data.of_data(self.source, config).batches
@@ -93,7 +93,7 @@ class Stage:
         return self.simulated().batches(self.policy, demonstrations, config.seed)
 
     def finish(
-        self, policy: Policy, quantization: Quantized | None = None, exact: bool = False, **after: Any
+        self, policy: PolicyModule, quantization: Quantized | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
         """``exact``: see write_policy; ``after``: metrics of the stage itself."""
         if self.draft is None:
@@ -124,8 +124,8 @@ def stage(
     path: Path,
     out: Path,
     config: Any,
-    options: Options,
-    check: Callable[[Source], object] = lambda source: None,
+    options: StageOptions,
+    check: Callable[[PolicySource], object] = lambda source: None,
     flags: Flags | None = None,
     plays: bool = False,
     incomplete: bool = False,
@@ -141,7 +141,7 @@ def stage(
     unquantized_only(source, path)
     check(source)
     torch.set_num_threads(options.threads)
-    run = Run(out.parent / f".{out.name}.run")
+    run = RunState(out.parent / f".{out.name}.run")
     with interrupts.raising(), writing(out) if distributed.rank() == 0 else nullcontext() as draft:
         if draft is not None:
             source.hand_on(draft)
@@ -164,7 +164,9 @@ def stage(
     distributed.wait()  # the artifact is there for whatever comes next
 
 
-def simulation_of(source: Source, run: Run, options: Options, plays: bool) -> AbstractContextManager[Simulation | None]:
+def simulation_of(
+    source: PolicySource, run: RunState, options: StageOptions, plays: bool
+) -> AbstractContextManager[Simulation | None]:
     """For policies of the reference family and stages that play; all others do without the simulator's packages."""
     if not isinstance(source, ArtifactSource) or not (plays or source.spec.family == REFERENCE):
         return nullcontext()

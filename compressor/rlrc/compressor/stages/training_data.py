@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
-from rlrc.compressor.stages.sources import Source
-from rlrc.compressor.training.batches import Batch, Lessons, collate
+from rlrc.compressor.stages.sources import PolicySource
+from rlrc.compressor.training.batches import Batch, TrainingData, collate
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
 
@@ -53,7 +53,7 @@ class DatasetBatches:
         self.rng.bit_generator.state = state
 
 
-class Taught(Protocol):
+class TrainingSettings(Protocol):
     """What the configurations of all stages that learn have: see SFTConfig."""
 
     @property
@@ -66,7 +66,7 @@ class Taught(Protocol):
     def seed(self) -> int: ...
 
 
-def check(stage: str, source: Source, config: Taught, instead: str = "") -> None:
+def check(stage: str, source: PolicySource, config: TrainingSettings, instead: str = "") -> None:
     """Before any work: raises UserError if there is nothing to learn from, or a data set that does not fit."""
     if config.data:
         open_data(config, source.spec)
@@ -77,7 +77,7 @@ def check(stage: str, source: Source, config: Taught, instead: str = "") -> None
         )
 
 
-def open_data(config: Taught, spec: PolicySpec) -> Matched:
+def open_data(config: TrainingSettings, spec: PolicySpec) -> Matched:
     """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
     from rlrc.datasets.fit import match
     from rlrc.datasets.lerobot import Dataset
@@ -85,7 +85,7 @@ def open_data(config: Taught, spec: PolicySpec) -> Matched:
     return match(Dataset.open(Path(config.data)), spec, config.cameras)
 
 
-def of_data(source: Source, config: Taught, held_out: float = 0.0, size: int = 128) -> Lessons:
+def of_data(source: PolicySource, config: TrainingSettings, held_out: float = 0.0, size: int = 128) -> TrainingData:
     """``held_out``: part of the episodes, whose batches have this ``size``."""
     from rlrc.datasets.fit import split
 
@@ -93,4 +93,4 @@ def of_data(source: Source, config: Taught, held_out: float = 0.0, size: int = 1
     taught, kept = split(matched.dataset, held_out, config.seed)
     batches = DatasetBatches(matched, taught, source.tokenizer, config.seed)
     frames = kept[np.linspace(0, len(kept) - 1, min(len(kept), HELD_OUT)).round().astype(int)] if len(kept) else kept
-    return Lessons(batches, [batches.rows(frames[i : i + size]) for i in range(0, len(frames), size)])
+    return TrainingData(batches, [batches.rows(frames[i : i + size]) for i in range(0, len(frames), size)])

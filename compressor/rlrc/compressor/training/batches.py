@@ -87,7 +87,7 @@ class Batches(Protocol):
 
 
 @dataclass
-class Lessons:
+class TrainingData:
     """What a stage trains on, and batches it must not train on, whose loss tells how well it learns."""
 
     batches: Batches

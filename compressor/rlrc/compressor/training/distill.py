@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import HistoryEntry
 from rlrc.compressor.models import precision
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training.batches import Batch, Batches
 from rlrc.compressor.training.distributed import rank
 from rlrc.compressor.training.losses import chunk_loss
@@ -73,7 +73,7 @@ def numbers(history: Sequence[HistoryEntry], tower: str, depth: int) -> list[int
 
 
 @contextmanager
-def recorded(policy: Policy, blocks: Sequence[str]) -> Iterator[States]:
+def recorded(policy: PolicyModule, blocks: Sequence[str]) -> Iterator[States]:
     """What the blocks of these names put out while the context lasts."""
     found: States = [[] for _ in blocks]
 
@@ -104,10 +104,10 @@ def hidden_error(student: States, teacher: States) -> Tensor:
     return torch.stack(errors).mean()
 
 
-class Live:
+class LiveTeacher:
     """The teacher, asked for every batch: frozen, without gradient, under the student's autocast."""
 
-    def __init__(self, policy: Policy, blocks: Sequence[str], smoothing: float) -> None:
+    def __init__(self, policy: PolicyModule, blocks: Sequence[str], smoothing: float) -> None:
         self.policy, self.blocks, self.smoothing = policy.eval().requires_grad_(False), blocks, smoothing
 
     def __call__(self, batch: Batch) -> States:
@@ -119,13 +119,13 @@ class Live:
         return states
 
 
-class Kept:
+class CachedTeacher:
     """The teacher, asked once for every row of the training set: its states are kept in half precision on disk.
 
     In ``folder`` every block has a file (rows, T, width), filled as rows are drawn, by every process its own.
     """
 
-    def __init__(self, teacher: Live, folder: Path, rows: int) -> None:
+    def __init__(self, teacher: LiveTeacher, folder: Path, rows: int) -> None:
         self.teacher, self.prefix, self.rows = teacher, f"{folder}/teacher-{rank()}", rows
         self.files: list[np.memmap] = []
 
@@ -171,7 +171,7 @@ def _reserved(file: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _halved(block: str, length: int, calls: list[Tensor]) -> np.ndarray:
-    """What a block put out, as ``Kept`` stores it."""
+    """What a block put out, as ``CachedTeacher`` stores it."""
     if [values.shape[1] for values in calls] != [length]:
         raise UserError(
             f"expected hidden states of {length} positions in {block} for distill.cache, found "
@@ -189,7 +189,7 @@ class Distillation(nn.Module):
     """See sft.Objective. The teacher is no module of it: nobody trains, wraps or saves it."""
 
     def __init__(
-        self, policy: Policy, blocks: Sequence[str], teacher: Callable[[Batch], States], config: DistillConfig
+        self, policy: PolicyModule, blocks: Sequence[str], teacher: Callable[[Batch], States], config: DistillConfig
     ) -> None:
         super().__init__()
         self.policy, self.blocks, self.teacher, self.config = policy, blocks, teacher, config
@@ -204,14 +204,14 @@ class Distillation(nn.Module):
 
 
 def distillation(
-    config: DistillConfig, teacher: Policy, pairs: Sequence[tuple[str, str]], batches: Batches, folder: Path
-) -> Callable[[Policy, float], nn.Module]:
+    config: DistillConfig, teacher: PolicyModule, pairs: Sequence[tuple[str, str]], batches: Batches, folder: Path
+) -> Callable[[PolicyModule, float], nn.Module]:
     """What ``sft`` makes its objective with; ``pairs``: see ``matched``; a cache is kept in ``folder``.
 
     Raises UserError for a cache of a training set whose rows are not the same every time.
     """
     blocks, its = ([pair[i] for pair in pairs] for i in range(2))
-    live = Live(teacher, its, config.smoothing)
+    live = LiveTeacher(teacher, its, config.smoothing)
     ask: Callable[[Batch], States] = live
     if config.cache:
         before = batches.state()
@@ -221,5 +221,5 @@ def distillation(
                 "cache out"
             )
         batches.restore(before)
-        ask = Kept(live, folder, len(batches))
+        ask = CachedTeacher(live, folder, len(batches))
     return lambda policy, smoothing: Distillation(policy, blocks, ask, config)

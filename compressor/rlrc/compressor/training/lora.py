@@ -6,13 +6,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
 VISION = ("vision", "vision2")
 
 
-def targets(policy: Policy) -> list[str]:
+def targets(policy: PolicyModule) -> list[str]:
     """Linear layers of all towers but the vision transformers."""
     towers = tuple(f"{name}." for name in policy.towers if name not in VISION)
     return [
@@ -20,7 +20,7 @@ def targets(policy: Policy) -> list[str]:
     ]
 
 
-def adapt(policy: Policy, rank: int) -> None:
+def adapt(policy: PolicyModule, rank: int) -> None:
     """Freezes the policy and gives every target an adapter of this rank, in place. At first they change nothing."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -31,7 +31,7 @@ def adapt(policy: Policy, rank: int) -> None:
     inject_adapter_in_model(config, cast(Any, policy))
 
 
-def merge(policy: Policy) -> None:
+def merge(policy: PolicyModule) -> None:
     """The adapters' products are added to the weights, in place, and the layers are plain again."""
     from peft.tuners.lora import LoraLayer
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from rlrc.artifact import ActionSpec
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.policy import Inputs, Policy
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.training.batches import Batch
 from rlrc.runtime.inference.preprocess import bin_centers
 
 SMOOTHING = 2.0  # bins
 
 
-def chunk_loss(policy: Policy, batch: Batch, smoothing: float = SMOOTHING) -> tuple[Tensor, Tensor]:
+def chunk_loss(policy: PolicyModule, batch: Batch, smoothing: float = SMOOTHING) -> tuple[Tensor, Tensor]:
     """-> the loss, and the mean absolute difference of normalised actions (without gradient).
 
     ``smoothing``: see ``smoothed_cross_entropy``; only of policies whose logits are over the bins themselves. Of flow
@@ -52,12 +52,12 @@ def masked_mean(values: Tensor, real: Tensor | None) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp(min=1)
 
 
-def action_logits(policy: Policy, inputs: Inputs, actions: Tensor) -> Tensor:
+def action_logits(policy: PolicyModule, inputs: Inputs, actions: Tensor) -> Tensor:
     """Logits (B, K, D, rows) of every action token, autoregressive ones after the ``actions`` (B, K, D) before each."""
     if policy.spec.decode == "autoregressive":
         return decode.taught(cast(decode.Autoregressive, policy), inputs, tokens_of(actions, policy.spec.action))
     parallel = cast(decode.Parallel, policy)
-    return parallel.decode(decode.look(parallel, inputs), inputs.ids, inputs.mask, inputs.state)
+    return parallel.decode(decode.encode_images(parallel, inputs), inputs.ids, inputs.mask, inputs.state)
 
 
 def bins_of(actions: Tensor, bins: int) -> Tensor:
@@ -93,7 +93,7 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
     return -(weight * F.log_softmax(logits, -1)).sum(-1)
 
 
-def drawn(policy: Policy, batch: Batch) -> Batch:
+def drawn(policy: PolicyModule, batch: Batch) -> Batch:
     """The batch with what its loss needs at random, from torch's generator: a flow policy's noise and times.
 
     Times are 0.001 + 0.999 Beta(1.5, 1) as in pi0's training, or of the flow steps alone where only their modulations
@@ -111,7 +111,7 @@ def drawn(policy: Policy, batch: Batch) -> Batch:
     return replace(batch, inputs=replace(batch.inputs, noise=noise.to(device)), times=times.to(device))
 
 
-def flow_matching(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+def flow_matching(policy: PolicyModule, batch: Batch) -> tuple[Tensor, Tensor]:
     """x = t noise + (1 - t) actions has the velocity noise - actions; dimensions beyond the robot's are zeros."""
     spec, flow, noise, t = policy.spec, cast(decode.Flow, policy), batch.inputs.noise, batch.times
     assert spec.flow is not None
@@ -119,7 +119,9 @@ def flow_matching(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     assert t is not None
     actions = F.pad(batch.actions, (0, spec.flow.width - spec.action.dim))
     x = torch.lerp(actions, noise, t[:, None, None])
-    past, mask = flow.prefix(decode.look(flow, batch.inputs), batch.inputs.ids, batch.inputs.mask, batch.inputs.state)
+    past, mask = flow.prefix(
+        decode.encode_images(flow, batch.inputs), batch.inputs.ids, batch.inputs.mask, batch.inputs.state
+    )
     velocity = flow.velocity(past, mask, batch.inputs.state, x, t)
     difference = (velocity.float() - (noise - actions))[..., : spec.action.dim]
     with torch.no_grad():  # actions = x - t velocity

@@ -28,13 +28,13 @@ EVERY_S = 120.0  # seconds between two saves
 SHARE = 0.1  # of the time that saving may take: 80 GB of a large policy are not written every two minutes
 
 
-class Simulated(Protocol):
+class Simulators(Protocol):
     """Processes that simulate (rlrc.compressor.rl.rollout), whose time counts as well."""
 
     cpu_seconds: float
 
 
-class Run:
+class RunState:
     """A folder with the training state, the curve (one JSON line a row) and, for DAgger, the samples of each round."""
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Run:
         self.rows = 0  # of the curve
         self.saved: int | None = None  # the step of the saved state
         self.spent = 0.0  # CPU-seconds before this process
-        self.rollouts: Simulated | None = None
+        self.rollouts: Simulators | None = None
         self.began = 0.0
 
     def open(self, stage: str, parent: str, config: Any, wanted: precision.Wanted = "auto") -> None:
@@ -91,7 +91,7 @@ class Run:
         unit = "iteration" if stage == "rl" else "step"
         return f"the same command goes on from {unit} {self.saved} of {stage}"
 
-    def start_clock(self, rollouts: Simulated | None) -> None:
+    def start_clock(self, rollouts: Simulators | None) -> None:
         self.rollouts, self.began = rollouts, time.process_time()
         if rollouts is not None:
             rollouts.cpu_seconds = 0.0
@@ -147,7 +147,7 @@ class Keeper:
     during a step is given at its end. A context manager.
     """
 
-    def __init__(self, run: Run, team: distributed.Team, large: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, run: RunState, team: distributed.Team, large: Callable[[], dict[str, Any]]) -> None:
         self.run, self.team, self.large = run, team, large
         self.step, self.small = 0, dict[str, Any]()
         self.last, self.pause = time.monotonic(), EVERY_S

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from rlrc import interrupts
 from rlrc.compressor.models import precision
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training import lora
-from rlrc.compressor.training.batches import Batch, Lessons
+from rlrc.compressor.training.batches import Batch, TrainingData
 from rlrc.compressor.training.distributed import Team
 from rlrc.compressor.training.losses import SMOOTHING, chunk_loss, drawn
-from rlrc.compressor.training.run_state import Keeper, Run
+from rlrc.compressor.training.run_state import Keeper, RunState
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
 
@@ -153,10 +153,10 @@ class SFTConfig:
         return self.rate * warm * max(0.02, min(1.0, remaining))
 
 
-class Objective(nn.Module):
+class SFTObjective(nn.Module):
     """What is minimised: the chunk's loss, in this process's precision. A module, so that DDP and FSDP can wrap it."""
 
-    def __init__(self, policy: Policy, smoothing: float) -> None:
+    def __init__(self, policy: PolicyModule, smoothing: float) -> None:
         super().__init__()
         self.policy, self.smoothing = policy, smoothing
 
@@ -191,7 +191,7 @@ class Best:
         self.loss, self.step, self.looks, self.seen = math.inf, 0, 0, 0
         self.weights: dict[str, Tensor] = {}
 
-    def look(self, step: int) -> float:
+    def measure(self, step: int) -> float:
         self.policy.eval()
         with torch.no_grad():
             losses = [(self.objective(batch)["loss"].item(), len(batch)) for batch in self.held_out]
@@ -212,14 +212,14 @@ class Best:
             setattr(self, name, saved[name])
 
 
-def fixed(policy: Policy, held_out: list[Batch]) -> list[Batch]:
+def fixed(policy: PolicyModule, held_out: list[Batch]) -> list[Batch]:
     """With the same noise and times at every look; torch's generator is left where it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return [drawn(policy, batch) for batch in held_out]
 
 
-def check_finite(metrics: dict[str, float], step: int, run: Run) -> None:
+def check_finite(metrics: dict[str, float], step: int, run: RunState) -> None:
     """Raises UserError for a loss or a gradient that is not finite, before it spoils the weights."""
     for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
         if not math.isfinite(metrics[name]):
@@ -259,7 +259,7 @@ class BeforeStep(Protocol):
     """of its rows in the training curve"""
 
     def __call__(
-        self, step: int, policy: Policy, weights: Callable[[], dict[str, Tensor]], progress: Progress
+        self, step: int, policy: PolicyModule, weights: Callable[[], dict[str, Tensor]], progress: Progress
     ) -> dict[str, float] | None:
         """Before this step. -> a row of the training curve, or None where nothing was done.
 
@@ -274,13 +274,13 @@ class BeforeStep(Protocol):
 
 
 def sft(
-    policy: Policy,
+    policy: PolicyModule,
     config: SFTConfig,
-    lessons: Lessons,
-    run: Run,
+    lessons: TrainingData,
+    run: RunState,
     progress: Progress,
     before_step: BeforeStep | None = None,
-    objective: Callable[[Policy, float], nn.Module] = Objective,
+    objective: Callable[[PolicyModule, float], nn.Module] = SFTObjective,
 ) -> dict[str, Any]:
     """Train ``policy`` in place; ``progress(step, text)`` now and then. A run folder with a saved state is resumed.
 
@@ -322,7 +322,7 @@ def sft(
         keep(first)
         for step in range(first, config.steps + 1):
             if best.held_out and step > best.seen and (step % config.check_every == 0 or step == config.steps):
-                loss = best.look(step)
+                loss = best.measure(step)
                 with interrupts.held():
                     run.log("held-out", step, loss=loss)
                     keep(step)

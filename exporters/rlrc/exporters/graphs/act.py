@@ -1,4 +1,4 @@
-"""Graphs of ACT: ACTPolicy.see and .decode. Frozen batch norms are folded into the convolutions before them."""
+"""Graphs of ACT: ACTPolicy.encode_image and .decode. Frozen batch norms are folded into the convolutions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
-from rlrc.compressor.models.act import Geometry, sinusoidal
-from rlrc.compressor.models.nn.resnet import Block, ConvNorm, FrozenBatchNorm, ResNet, feature_size
+from rlrc.compressor.models.act import ACTGeometry, sinusoidal
+from rlrc.compressor.models.nn.resnet import ConvNorm, FrozenBatchNorm, ResidualBlock, ResNet, feature_size
 from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
@@ -18,7 +18,7 @@ Towers = dict[str, TowerSpec]
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (cameras, H, W, 3) -> ``image_tokens`` (cameras, N, width); any H and W if the cameras' differ."""
-    g, width = Geometry.of(policy), towers["encoder"].width
+    g, width = ACTGeometry.of(policy), towers["encoder"].width
     sizes = {(camera.height, camera.width) for camera in policy.cameras}
     size, tokens = ("height", "width"), "image_tokens"
     if len(sizes) == 1:
@@ -30,13 +30,13 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     x = b.op("Relu", conv_norm(b, x, "vision.stem", net.stem))
     x = b.op("MaxPool", x, kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))
     for name, block in net.stages.named_modules(prefix="vision.stages"):
-        if isinstance(block, Block):
+        if isinstance(block, ResidualBlock):
             x = residual_block(b, x, name, block)
     rows = b.reshape(b.transpose(x, 0, 2, 3, 1), 0, -1, g.outputs[-1])
     b.output("image_tokens", b.linear(rows, "projector", bias=True), "float32", ("cameras", tokens, width))
 
 
-def residual_block(b: Builder, x: str, name: str, block: Block) -> str:
+def residual_block(b: Builder, x: str, name: str, block: ResidualBlock) -> str:
     y = x
     for i, convolution in enumerate(block.convs):
         assert isinstance(convolution, ConvNorm)
@@ -59,7 +59,7 @@ def conv_norm(b: Builder, x: str, name: str, module: ConvNorm) -> str:
 
 def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (batch, N, width) of all cameras, ``state`` (batch, S) -> ``actions`` (batch, horizon, dim)."""
-    geometry, action, width = Geometry.of(policy), policy.action, towers["encoder"].width
+    geometry, action, width = ACTGeometry.of(policy), policy.action, towers["encoder"].width
     grids = [feature_size(camera.height, camera.width, geometry.dilated) for camera in policy.cameras]
     seen = sum(rows * columns for rows, columns in grids) if len(set(grids)) == 1 else "image_tokens"
     image_tokens = b.input("image_tokens", "float32", ("batch", seen, width))

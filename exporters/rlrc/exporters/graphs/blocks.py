@@ -75,7 +75,7 @@ def vision_block(b: Builder, x: str, name: str, tower: TowerSpec, layer: LayerSp
 
 
 @dataclass(frozen=True)
-class Around:
+class GraphContext:
     """What all blocks of one pass share.
 
     ``rotary`` are cosines and sines (T, head_dim / 2); ``mask`` is additive, (T, P + T), or None; ``cross_rotary`` are
@@ -97,7 +97,7 @@ def decoder_block(
     name: str,
     tower: TowerSpec,
     layer: LayerSpec,
-    around: Around,
+    around: GraphContext,
     past: KeyValue | None = None,
     keep: int | None = None,
     cached: bool = False,

@@ -1,4 +1,4 @@
-"""Graphs of pi0, pi0.5 and SmolVLA: FlowPolicy.see, .prefix and .velocity.
+"""Graphs of pi0, pi0.5 and SmolVLA: FlowPolicy.encode_image, .prefix and .velocity.
 
 "prefix" runs once, "step" once for every Euler step. Nothing is padded, so that only the blocks' own order needs masks:
 the state's token at the end of a prefix sees itself alone among tokens that do not see it, one at the beginning of the
@@ -62,7 +62,7 @@ def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         last = b.op("Sub", b.size(x, 1), b.integers(1))
         seen, own = b.op("Less", places, last), b.op("Equal", b.reshape(places, -1, 1), last)
         mask = blocks.additive(b, b.op("Or", seen, own))
-    around = blocks.Around(blocks.rotary_tables(b, places, tower), mask)
+    around = blocks.GraphContext(blocks.rotary_tables(b, places, tower), mask)
     for i, layer in enumerate(tower.layers):
         needed = i % stride == 0
         x, source = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, cached=needed)
@@ -106,7 +106,7 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     if any(layer.kind == "cross" for layer in tower.layers):
         crossing = blocks.rotary_tables(b, b.constant(np.arange(length)), tower)
     places = b.add(b.constant(np.arange(length)), before)
-    around = blocks.Around(
+    around = blocks.GraphContext(
         blocks.rotary_tables(b, places, tower), own_mask(b, geometry, length, before), crossing, condition
     )
     for i, (layer, (key, value)) in enumerate(zip(tower.layers, past, strict=True)):

@@ -1,4 +1,4 @@
-"""Graphs of OpenVLA and OpenVLA-OFT: PrismaticPolicy.see, OpenVLAPolicy.step and OFTPolicy.decode.
+"""Graphs of OpenVLA and OpenVLA-OFT: PrismaticPolicy.encode_image, OpenVLAPolicy.step and OFTPolicy.decode.
 
 The last block computes the rows that the head reads; the others are only keys and values there.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import rotary_tables
-from rlrc.compressor.models.nn.prismatic import TRANSFORMERS, Geometry
+from rlrc.compressor.models.nn.prismatic import TRANSFORMERS, PrismaticGeometry
 from rlrc.compressor.models.oft import STOP
 from rlrc.exporters.graphs import blocks
 from rlrc.exporters.graphs.builder import Builder
@@ -17,7 +17,7 @@ Towers = dict[str, TowerSpec]
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (cameras, H, W, 3 for every vision transformer) -> ``image_tokens`` (cameras, N, decoder width)."""
-    geometry, camera = Geometry.of(policy), policy.cameras[0]
+    geometry, camera = PrismaticGeometry.of(policy), policy.cameras[0]
     names = [name for name in TRANSFORMERS if name in towers]
     rows, columns = camera.height // geometry.patch, camera.width // geometry.patch
     pixels = b.input("pixels", "float32", ("cameras", camera.height, camera.width, 3 * len(names)))
@@ -94,30 +94,30 @@ def step_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     next_token(b, b.input("hidden", "float32", ("batch", 1, towers["decoder"].width)), policy)
 
 
-def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.Around:
+def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.GraphContext:
     """What the blocks share that keep keys and values in place: rotations of all positions that there can be."""
-    camera, patch = policy.cameras[0], Geometry.of(policy).patch
+    camera, patch = policy.cameras[0], PrismaticGeometry.of(policy).patch
     assert policy.prompt is not None
     prefix = (camera.height // patch) * (camera.width // patch) + policy.prompt.max_tokens
     length = prefix + policy.action.horizon * policy.action.dim
     tables = rotary_tables(length, tower.layers[0].head_dim, tower.theta)
     cos, sin = (b.constant(table.numpy()) for table in tables)
-    return blocks.Around((cos, sin), start=b.input("start", "int64", (1,)))
+    return blocks.GraphContext((cos, sin), start=b.input("start", "int64", (1,)))
 
 
-def continued(b: Builder, tower: TowerSpec, past: str, length: str) -> blocks.Around:
+def continued(b: Builder, tower: TowerSpec, past: str, length: str) -> blocks.GraphContext:
     """What the blocks share that append their keys and values to the past's."""
     before = b.size(past, 2)
     places = blocks.positions(b, before, length)
     mask = blocks.causal_mask(b, places, blocks.positions(b, None, b.add(before, length)))
-    return blocks.Around(blocks.rotary_tables(b, places, tower), mask)
+    return blocks.GraphContext(blocks.rotary_tables(b, places, tower), mask)
 
 
 def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (batch, N, width), ``ids`` (batch, L), ``state`` (batch, S) -> ``logits`` or ``actions``."""
     tower = towers["decoder"]
     x = chunk_sequence(b, policy, tower)
-    around = blocks.Around(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
+    around = blocks.GraphContext(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
     for i, layer in enumerate(tower.layers):
         keep = read(policy) if i == len(tower.layers) - 1 else None
         x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
@@ -149,7 +149,7 @@ def read(policy: PolicySpec) -> int:
 
 def answer(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
     """Normalised hidden states of the chunk's numbers (batch, horizon * dim, width) -> ``logits`` or ``actions``."""
-    action, geometry = policy.action, Geometry.of(policy)
+    action, geometry = policy.action, PrismaticGeometry.of(policy)
     if action.tokens is not None:
         shape = (action.horizon, action.dim, action.tokens.rows)
         b.output("logits", b.reshape(b.linear(hidden, "head"), 0, *shape), "float32", ("batch", *shape))

@@ -13,14 +13,14 @@ from math import prod
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import rotary_tables
 from rlrc.compressor.models.tiny import TinyGeometry
-from rlrc.exporters.graphs.blocks import Around, decoder_block, norm, vision_block
+from rlrc.exporters.graphs.blocks import GraphContext, decoder_block, norm, vision_block
 from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
 
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``pixels`` (batch, H, W, 3), normalised -> ``image_tokens`` (batch, N, decoder width): TinyPolicy.see."""
+    """``pixels`` (batch, H, W, 3), normalised -> ``image_tokens`` (batch, N, decoder width): encode_image."""
     geometry = TinyGeometry.parse(policy.geometry)
     (camera,), tower, merge = policy.cameras, towers["vision"], geometry.merge
     rows, columns = image_grid(policy, geometry)
@@ -71,7 +71,7 @@ def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     tower, action = towers["decoder"], policy.action
     x, length = sequence(b, policy, towers)
     cos, sin = (b.constant(table.numpy()) for table in rotary_tables(length, tower.layers[0].head_dim, tower.theta))
-    around = Around((cos, sin))
+    around = GraphContext((cos, sin))
     for i, layer in enumerate(tower.layers):
         keep = action.horizon if i == len(tower.layers) - 1 else None
         x, _ = decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)

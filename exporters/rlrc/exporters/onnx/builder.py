@@ -25,7 +25,7 @@ LARGE_TABLE = 2**20
 
 
 @dataclass(frozen=True)
-class Flavour:
+class OnnxFormat:
     """How weights are stored, and how linear layers are computed."""
 
     store: type[np.float32] | type[np.float16]
@@ -41,14 +41,14 @@ class Flavour:
 
 
 FLAVOURS = {
-    "fp32": Flavour(np.float32, "float"),
-    "fp16": Flavour(np.float16, "float"),
-    "int8": Flavour(np.float16, "int8"),
-    "int8-rows": Flavour(np.float16, "int8", rows=True),
-    "int4": Flavour(np.float16, "int4"),
-    "int4a8": Flavour(np.float16, "int4a8"),
-    "w4a8": Flavour(np.float16, "int8", packed=True),  # int4 in the file, 8 bits in memory and in products
-    "w8": Flavour(np.float16, "int4"),  # 8 bits in the file, but for what has 4
+    "fp32": OnnxFormat(np.float32, "float"),
+    "fp16": OnnxFormat(np.float16, "float"),
+    "int8": OnnxFormat(np.float16, "int8"),
+    "int8-rows": OnnxFormat(np.float16, "int8", rows=True),
+    "int4": OnnxFormat(np.float16, "int4"),
+    "int4a8": OnnxFormat(np.float16, "int4a8"),
+    "w4a8": OnnxFormat(np.float16, "int8", packed=True),  # int4 in the file, 8 bits in memory and in products
+    "w8": OnnxFormat(np.float16, "int4"),  # 8 bits in the file, but for what has 4
 }
 DENSE = ("fp16", "fp32", "int8", "int8-rows")  # for float weights, the default first
 QUANTIZED = {
@@ -62,7 +62,7 @@ class OnnxRuntimeBuilder(Builder):
     IR_VERSION: ClassVar = 9
     WIDE: ClassVar = "float64"
 
-    def __init__(self, weights: Weights, flavour: Flavour) -> None:
+    def __init__(self, weights: Weights, flavour: OnnxFormat) -> None:
         super().__init__(weights)
         self.flavour = flavour
         self._ends: tuple[str, str] | None = None

@@ -30,7 +30,7 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16
 
 
 @dataclass(frozen=True)
-class Flavour:
+class TensorRTFormat:
     products: Float
     keep_int4: bool = False
     """4-bit weights as they are, else widened"""
@@ -46,7 +46,7 @@ class TensorRTBuilder(Builder):
     MAX_DIMS: ClassVar = 8
     WIDE: ClassVar = "float32"
 
-    def __init__(self, weights: Weights, flavour: Flavour) -> None:
+    def __init__(self, weights: Weights, flavour: TensorRTFormat) -> None:
         super().__init__(weights)
         self.flavour = flavour
         self._cast: dict[str, str] = {}

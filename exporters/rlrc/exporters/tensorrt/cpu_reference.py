@@ -21,7 +21,7 @@ COMPUTED = ("MatMul", "Conv", "DequantizeLinear")
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-class StandIn(OnnxRuntime):
+class CpuReferenceEngine(OnnxRuntime):
     """One session per graph of the backend "tensorrt"."""
 
     def __init__(self, artifact: Artifact, threads: int = 1) -> None:

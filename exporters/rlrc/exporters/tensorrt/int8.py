@@ -16,8 +16,8 @@ from rlrc.artifact import GOLDEN, Artifact, GraphSpec
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, joined
 from rlrc.exporters.graphs.weights import Weights
-from rlrc.exporters.tensorrt.builder import E4M3_MAX, Eight, Flavour, TensorRTBuilder
-from rlrc.exporters.tensorrt.cpu_reference import StandIn
+from rlrc.exporters.tensorrt.builder import E4M3_MAX, Eight, TensorRTBuilder, TensorRTFormat
+from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine
 from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.policy import LocalPolicy
 
@@ -40,11 +40,11 @@ class Watching(TensorRTBuilder):
         return super()._product(x, *modules)
 
 
-class Recorder:
+class RangeRecorder:
     """The stand-in for TensorRT, keeping what the products' inputs reached."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.engine = StandIn(artifact)
+        self.engine = CpuReferenceEngine(artifact)
         self.seen: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -66,12 +66,12 @@ def scales(parent: Artifact, weights: Weights, eight: Eight) -> dict[str, float]
     with tempfile.TemporaryDirectory() as folder:
         specs = []
         for name, define in graphs_of(manifest.policy.family).items():
-            builder = Watching(weights, Flavour("float32"))
+            builder = Watching(weights, TensorRTFormat("float32"))
             define(builder, manifest.policy, manifest.towers)
             builder.write(name, Path(folder, f"{name}.onnx"))
             outputs = tuple(builder.outputs)
             specs.append(GraphSpec(name, "tensorrt", f"{name}.onnx", "fp32", tuple(builder.inputs), outputs, {}))
-        recorder = Recorder(Artifact(Path(folder), replace(manifest, graphs=tuple(specs)), ""))
+        recorder = RangeRecorder(Artifact(Path(folder), replace(manifest, graphs=tuple(specs)), ""))
     told = tuple(
         replace(spec, outputs=tuple(output for output in spec.outputs if not output.name.startswith(PREFIX)))
         for spec in specs

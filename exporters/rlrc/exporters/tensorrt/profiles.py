@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rlrc.artifact import GraphSpec, PolicySpec
 from rlrc.artifact.build_plan import Bounds
-from rlrc.compressor.models.act import Geometry
+from rlrc.compressor.models.act import ACTGeometry
 from rlrc.compressor.models.nn.resnet import feature_size
 
 Sizes = dict[str, tuple[int, int, int]]
@@ -71,6 +71,6 @@ def tokens(policy: PolicySpec, vision: GraphSpec) -> list[int]:
     count = vision.outputs[0].shape[1]
     if isinstance(count, int):
         return [count] * len(policy.cameras)
-    dilated = Geometry.of(policy).dilated  # cameras of different sizes: ACT's
+    dilated = ACTGeometry.of(policy).dilated  # cameras of different sizes: ACT's
     grids = [feature_size(camera.height, camera.width, dilated) for camera in policy.cameras]
     return [rows * columns for rows, columns in grids]

@@ -11,7 +11,7 @@ from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.graphs.weights import Weights, read_weights
-from rlrc.exporters.tensorrt.builder import Flavour, Float, TensorRTBuilder
+from rlrc.exporters.tensorrt.builder import Float, TensorRTBuilder, TensorRTFormat
 from rlrc.exporters.tensorrt.int8 import scales
 from rlrc.exporters.tensorrt.profiles import Lengths, profiles
 from rlrc.folders import sha256
@@ -67,11 +67,11 @@ def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphS
     return tuple(specs)
 
 
-def flavour(parent: Artifact, weights: Weights, precision: str) -> Flavour:
+def flavour(parent: Artifact, weights: Weights, precision: str) -> TensorRTFormat:
     half: Float = "bfloat16" if parent.manifest.policy.family in OVERFLOWS or precision == "bf16" else "float16"
     if precision == "int8" or precision == "fp8":
-        return Flavour(half, scales=scales(parent, weights, precision), eight=precision)  # type: ignore[arg-type]
-    return Flavour("float32" if precision == "fp32" else half, keep_int4=precision == "int4")
+        return TensorRTFormat(half, scales=scales(parent, weights, precision), eight=precision)  # type: ignore[arg-type]
+    return TensorRTFormat("float32" if precision == "fp32" else half, keep_int4=precision == "int4")
 
 
 def plan(folder: Path, parent: Artifact, specs: list[GraphSpec], precision: str) -> BuildPlan:

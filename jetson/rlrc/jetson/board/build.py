@@ -32,7 +32,7 @@ COPIES = 3  # of a graph's constants while it is built: as parsed, as chosen by 
 
 
 @dataclass(frozen=True)
-class Engine:
+class BuiltEngine:
     """``cached``: it was there already."""
 
     graph: str
@@ -41,7 +41,7 @@ class Engine:
     cached: bool
 
 
-def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> Iterator[Engine]:
+def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> Iterator[BuiltEngine]:
     """The engine of every TensorRT graph of the artifact, one after the other; whole ones only ever lie in ``cache``.
 
     ``watch`` is called with the graph, the phase of its build and the part of that which is done. Raises UserError
@@ -62,9 +62,9 @@ def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> 
         file = engine_file(cache, plan, graph, trt.__version__, sm)
         if not is_whole(file):
             _build_into(file, trt, artifact, plan, graph, sm, watch)
-            yield Engine(graph.name, file, file.stat().st_size, cached=False)
+            yield BuiltEngine(graph.name, file, file.stat().st_size, cached=False)
         else:
-            yield Engine(graph.name, file, file.stat().st_size, cached=True)
+            yield BuiltEngine(graph.name, file, file.stat().st_size, cached=True)
 
 
 def _build_into(

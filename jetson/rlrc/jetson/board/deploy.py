@@ -40,7 +40,7 @@ class TrialFailed(Exception):
 
 
 @dataclass
-class Place:
+class RemoteFolder:
     """The folder on the other side."""
 
     shell: Shell
@@ -84,7 +84,7 @@ class Place:
         return [digest for digest in dict.fromkeys(reversed(seen)) if digest in there][::-1]
 
 
-def copy(artifact: Artifact, place: Place, watch: Watch = lambda name, more: None) -> str:
+def copy(artifact: Artifact, place: RemoteFolder, watch: Watch = lambda name, more: None) -> str:
     """-> the digest that names it there. What is there already is not sent again, not even in part.
 
     Raises UserError if there is no room, if the connection stays lost, or if files arrive damaged twice.
@@ -114,7 +114,7 @@ def copy(artifact: Artifact, place: Place, watch: Watch = lambda name, more: Non
     return digest
 
 
-def _check_room(place: Place, digest: str, sizes: dict[str, int]) -> None:
+def _check_room(place: RemoteFolder, digest: str, sizes: dict[str, int]) -> None:
     free = int(place.run(f"df --output=avail -B1 {place.path('incoming')} | tail -n 1"))
     there = int(place.run(f"du -sb --apparent-size {place.path('incoming', digest)} | cut -f1"))
     needed = sum(sizes.values()) - there + ROOM
@@ -124,13 +124,15 @@ def _check_room(place: Place, digest: str, sizes: dict[str, int]) -> None:
         )
 
 
-def _sizes(place: Place, digest: str) -> dict[str, int]:
+def _sizes(place: RemoteFolder, digest: str) -> dict[str, int]:
     """Bytes of what has come of each file."""
     told = place.run(f"cd {place.path('incoming', digest)} && find . -type f -printf '%s %P\\0'")
     return {name: int(size) for size, _, name in (entry.partition(" ") for entry in told.split("\0") if entry)}
 
 
-def _send(artifact: Artifact, place: Place, digest: str, name: str, size: int, there: int | None, watch: Watch) -> None:
+def _send(
+    artifact: Artifact, place: RemoteFolder, digest: str, name: str, size: int, there: int | None, watch: Watch
+) -> None:
     """What is missing of one file; ``there``: how much had come of it, None: not even its beginning."""
     target = place.path("incoming", digest, name)
     folder = place.path("incoming", digest, str(PurePosixPath(name).parent))
@@ -155,7 +157,7 @@ def _send(artifact: Artifact, place: Place, digest: str, name: str, size: int, t
     place.persistently(rest)
 
 
-def _damaged(artifact: Artifact, place: Place, digest: str) -> list[str]:
+def _damaged(artifact: Artifact, place: RemoteFolder, digest: str) -> list[str]:
     """Names of files whose sha256 there is not the manifest's."""
     wanted = {name: spec.sha256 for name, spec in artifact.manifest.files.items()}
     wanted[MANIFEST] = artifact.digest
@@ -171,7 +173,7 @@ def _parted(told: str) -> Iterator[tuple[str, str]]:
             yield line[66:], line[:64]  # the hash, a blank, a blank or an asterisk, the name
 
 
-def try_there(place: Place, digest: str, check: str) -> dict[str, Any]:
+def try_there(place: RemoteFolder, digest: str, check: str) -> dict[str, Any]:
     """Runs the check with the artifact's folder behind it; -> what it printed as JSON.
 
     Raises TrialFailed with the reasons if it ends with another code than 0.
@@ -192,13 +194,13 @@ def try_there(place: Place, digest: str, check: str) -> dict[str, Any]:
     return told
 
 
-def switch(place: Place, digest: str) -> None:
+def switch(place: RemoteFolder, digest: str) -> None:
     """The link is replaced by one rename: whoever opens it sees the old artifact or the new one."""
     link, beside = place.path("current"), place.path(".current.new")
     place.run(f"ln -sfnT artifacts/{digest} {beside} && mv -T {beside} {link} && sync")
 
 
-def back(place: Place) -> str:
+def back(place: RemoteFolder) -> str:
     """Makes the newest verified artifact current that is not it; -> its digest. Raises UserError without one."""
     now = place.current()
     earlier = [digest for digest in place.verified() if digest != now]
@@ -210,7 +212,7 @@ def back(place: Place) -> str:
     return earlier[-1]
 
 
-def clear(place: Place, kept: int = KEPT) -> list[str]:
+def clear(place: RemoteFolder, kept: int = KEPT) -> list[str]:
     """Removes artifacts but the current one and the newest verified; -> the digests of those that are gone."""
     keep = {place.current(), *place.verified()[-kept:]}
     gone = sorted(place.digests() - keep)

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from rlrc.benchmarks.results.results import check_out, dump, write
 from rlrc.errors import UserError
 from rlrc.jetson.board import deploy
-from rlrc.jetson.board.deploy import FOLDER, KEPT, Place, TrialFailed, Watch
+from rlrc.jetson.board.deploy import FOLDER, KEPT, RemoteFolder, TrialFailed, Watch
 from rlrc.jetson.board.remote import Shell
 from rlrc.progress import progress
 from rlrc.runtime.cli.policy import check_failed
@@ -59,9 +59,9 @@ class Deploy:
             raise UserError(f"expected to keep at least one artifact, found --keep {self.keep}; give 1 or more")
         check_out(self.out, self.force)
         artifact = deploy.load(self.path)
-        return self.carry_out(artifact, Place(Shell.ssh(self.host, self.ssh), self.folder))
+        return self.carry_out(artifact, RemoteFolder(Shell.ssh(self.host, self.ssh), self.folder))
 
-    def carry_out(self, artifact: Any, place: Place) -> int:
+    def carry_out(self, artifact: Any, place: RemoteFolder) -> int:
         console, before = plain_console(stderr=self.json), place.current()
         with _progress(artifact) as watch:
             digest = deploy.copy(artifact, place, watch)
@@ -87,7 +87,7 @@ class Deploy:
         console.print(f"{place.folder}/current is {digest}{removed}")
         return 0
 
-    def _after(self, place: Place) -> str | None:
+    def _after(self, place: RemoteFolder) -> str | None:
         assert self.after is not None
         code, _, complaint = place.persistently(lambda: place.shell.attempt(str(self.after)))
         return complaint if code else None
@@ -109,9 +109,9 @@ class Rollback:
     """print what was and what is current as JSON"""
 
     def run(self) -> int:
-        return self.carry_out(Place(Shell.ssh(self.host, self.ssh), self.folder))
+        return self.carry_out(RemoteFolder(Shell.ssh(self.host, self.ssh), self.folder))
 
-    def carry_out(self, place: Place) -> int:
+    def carry_out(self, place: RemoteFolder) -> int:
         before = place.current()
         digest = deploy.back(place)
         if self.json:

@@ -17,7 +17,7 @@ from rlrc.tables import plain_console
 
 
 @dataclass(frozen=True)
-class Build:
+class BuildEngines:
     """Build the TensorRT engines of an artifact's graphs on this device; those that are there already are kept."""
 
     path: Positional[Path]
@@ -46,7 +46,7 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckGraphs:
     """Whether NVIDIA's parser and builder take an artifact's TensorRT graphs, without a GPU; exit code 1 if not.
 
     Needs TensorRT-RTX (the extra tensorrt-check) in an environment of its own. Tells nothing of speed or answers.

@@ -25,7 +25,7 @@ KINDS = ("fp32", "fp16", "int8", "fp8", "fp4")
 
 
 @dataclass(frozen=True)
-class Devices:
+class ListDevices:
     """The modules that can be planned for, in every power mode: memory, bandwidth, dense throughput, JetPack."""
 
     cpu: bool = False
@@ -54,7 +54,7 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PredictPlan:
     """What a policy will take on a device: latency by part, peak memory, energy, and what to change if it is too much.
 
     Exits with 1 if an artifact's plan does not fit, is refused, or does not hold the rate.
@@ -117,7 +117,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ShowCalibration:
     """Every published measurement that the planner is calibrated on, and its prediction by a fit to all the others."""
 
     json: bool = False

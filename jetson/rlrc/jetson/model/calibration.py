@@ -46,7 +46,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class _File:
+class _MeasurementFile:
     measurements: tuple[Measurement, ...]
 
 
@@ -59,7 +59,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Row:
+class PredictionRow:
     """A measurement's predictions by a fit to all the others, in milliseconds: of its own stack, and of none."""
 
     measurement: Measurement
@@ -76,7 +76,7 @@ class Row:
 
 
 def measurements() -> tuple[Measurement, ...]:
-    found: _File = read_toml(_File, FILE)
+    found: _MeasurementFile = read_toml(_MeasurementFile, FILE)
     return found.measurements
 
 
@@ -130,7 +130,7 @@ def fit() -> Fit:
     return grid().fit()
 
 
-def leave_one_out() -> list[Row]:
+def leave_one_out() -> list[PredictionRow]:
     rows = []
     for index, measured in enumerate(grid().measured):
         fitted = grid().fit(index)
@@ -141,7 +141,7 @@ def leave_one_out() -> list[Row]:
             return 1e3 * asked.seconds(Efficiency(reached, fitted.side, fitted.bandwidth, LAUNCH))
 
         untold = compute(precision(measured.precision), None, of)
-        rows.append(Row(measured, milliseconds(of[measured.stack]), milliseconds(untold)))
+        rows.append(PredictionRow(measured, milliseconds(of[measured.stack]), milliseconds(untold)))
     return rows
 
 

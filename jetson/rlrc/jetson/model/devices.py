@@ -16,7 +16,7 @@ CPU = "cpu"  # this machine, measured (see probe.py)
 
 
 @dataclass(frozen=True)
-class Mode:
+class PowerMode:
     """What nvpmodel sets. ``watts``: the most that the module may draw."""
 
     name: str
@@ -59,12 +59,12 @@ class Module:
     memory_gib: float
     visible_gib: float
     jetpacks: tuple[str, ...]
-    modes: tuple[Mode, ...]
+    modes: tuple[PowerMode, ...]
     sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Table:
+class DeviceTable:
     architectures: dict[str, Architecture]
     jetpacks: dict[str, JetPack]
     devices: dict[str, Module]
@@ -88,8 +88,8 @@ class Device:
 
 
 @cache
-def table() -> Table:
-    return read_toml(Table, FILE)
+def table() -> DeviceTable:
+    return read_toml(DeviceTable, FILE)
 
 
 def read_toml(kind: Any, file: Path) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from rlrc.jetson.model.devices import Device
 from rlrc.jetson.model.precision import Precision
-from rlrc.jetson.model.work import Part, Work
+from rlrc.jetson.model.work import DecisionWork, Part
 
 MIB = 2**20
 RUNTIME = 350 * MIB  # CUDA context, the engine's libraries, Python with numpy
@@ -28,7 +28,7 @@ LEFT = 0.25
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes. ``building``: the peak while the engines are built on the device, one graph at a time; 0: none is built.
 
     ``reserve`` is not the policy's own; ``visible`` is all that Linux has.
@@ -70,19 +70,19 @@ def weight_bytes(part: Part, precision: Precision) -> int:
     return int(((part.stored - apart) * precision.bits + apart * precision.other) / 8)
 
 
-def predict(work: Work, precision: Precision, device: Device, cameras: int, base: int = 0) -> Memory:
+def predict(work: DecisionWork, precision: Precision, device: Device, cameras: int, base: int = 0) -> PeakMemory:
     """``base``: bytes of a process that has imported the runtime, of this machine's CPU."""
     sizes = [weight_bytes(part, precision) for part in work.parts]
     live = max(part.live for part in work.parts) * precision.activation
     cache = work.cached * precision.activation
     if device.sm is None:
         weights = _resident(work, precision)
-        return Memory(weights, cache, _live(work), 0, base + SESSION, 0, 0, device.visible_bytes)
+        return PeakMemory(weights, cache, _live(work), 0, base + SESSION, 0, 0, device.visible_bytes)
     building = RUNTIME + WORKSPACE + BUILDING * max(sizes)
-    return Memory(sum(sizes), cache, live, cameras * CAPTURE, RUNTIME, RESERVE, building, device.visible_bytes)
+    return PeakMemory(sum(sizes), cache, live, cameras * CAPTURE, RUNTIME, RESERVE, building, device.visible_bytes)
 
 
-def _resident(work: Work, precision: Precision) -> int:
+def _resident(work: DecisionWork, precision: Precision) -> int:
     """Weights on ONNX Runtime: those of the file, or what is made of them at load beside what it keeps of the file."""
     stored = [op.weights * precision.bits / 8 for part in work.parts if part.stored for op in part.ops]
     large = sum(size for size in stored if size > LARGE)
@@ -97,7 +97,7 @@ def _resident(work: Work, precision: Precision) -> int:
     return file - int(large) + left + numbers * 4
 
 
-def _live(work: Work) -> int:
+def _live(work: DecisionWork) -> int:
     """Activations of ONNX Runtime, float32, with the scores of attention, which it holds."""
     return 4 * max(part.live + part.scores for part in work.parts)
 

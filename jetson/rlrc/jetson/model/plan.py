@@ -13,10 +13,10 @@ from rlrc.artifact import Artifact, PolicySpec, TowerSpec, geometries
 from rlrc.jetson.model import memory as memory_model
 from rlrc.jetson.model import roofline
 from rlrc.jetson.model.devices import Device
-from rlrc.jetson.model.memory import Memory, weight_bytes
+from rlrc.jetson.model.memory import PeakMemory, weight_bytes
 from rlrc.jetson.model.precision import PRECISIONS, Precision, computes, precision, refusals
 from rlrc.jetson.model.roofline import Stack, latencies
-from rlrc.jetson.model.work import Load, Work, work
+from rlrc.jetson.model.work import DecisionWork, Load, work
 
 CAPTURED = 640 * 480  # pixels of a picture before it is resized
 DISK = 2e9  # bytes a second that an NVMe disk gives
@@ -42,7 +42,7 @@ class Setting:
     sequential: bool = False
 
     @property
-    def work(self) -> Work:
+    def work(self) -> DecisionWork:
         return work(self.policy, self.towers, self.load)
 
     @property
@@ -60,7 +60,7 @@ class Prediction:
 
     parts: dict[str, float]
     bounds: tuple[float, float]
-    memory: Memory
+    memory: PeakMemory
     joules: float | None
 
     @property

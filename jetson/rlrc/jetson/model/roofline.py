@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rlrc.jetson.model.devices import Device
 from rlrc.jetson.model.precision import Precision, computes
-from rlrc.jetson.model.work import Part, Work
+from rlrc.jetson.model.work import DecisionWork, Part
 
 Stack = Literal["compiled", "plain"]
 
@@ -85,7 +85,7 @@ def compute(precision: Precision, stack: Stack | None, of: dict[Stack, float]) -
     return float(np.sqrt(of["compiled"] * of["plain"])) if stack is None else of[stack]
 
 
-def latencies(work: Work, precision: Precision, device: Device, stack: Stack | None = None) -> dict[str, float]:
+def latencies(work: DecisionWork, precision: Precision, device: Device, stack: Stack | None = None) -> dict[str, float]:
     """Milliseconds of every part."""
     reached = efficiency(device, precision, stack)
     return {part.name: 1e3 * demand(part, precision, device).seconds(reached) for part in work.parts}

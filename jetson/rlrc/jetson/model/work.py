@@ -48,7 +48,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Work:
+class DecisionWork:
     """``parts`` in their order; ``cached``: numbers of keys and values that are kept over a decision."""
 
     parts: tuple[Part, ...]
@@ -66,7 +66,7 @@ class Load:
     horizon: int | None = None
 
 
-def work(policy: PolicySpec, towers: dict[str, TowerSpec], load: Load | None = None) -> Work:
+def work(policy: PolicySpec, towers: dict[str, TowerSpec], load: Load | None = None) -> DecisionWork:
     """Raises UserError for a family that has no such description, and for a load that the policy cannot have."""
     policy = _loaded(policy, load or Load())
     if policy.family not in FAMILIES:
@@ -78,7 +78,7 @@ def work(policy: PolicySpec, towers: dict[str, TowerSpec], load: Load | None = N
     assumed = [seen, *told]
     if policy.flow is not None:
         assumed.append(f"{policy.flow.steps} flow steps of a chunk of {policy.action.horizon}")
-    return Work(tuple(parts), cached, tuple(assumed))
+    return DecisionWork(tuple(parts), cached, tuple(assumed))
 
 
 def _loaded(policy: PolicySpec, load: Load) -> PolicySpec:

@@ -28,7 +28,7 @@ from rlrc.printable import printable
 # Name: where its dataclass is, and what it does. The order is that of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (
-        "rlrc.runtime.cli.policy:Inspect",
+        "rlrc.runtime.cli.policy:InspectPolicy",
         "what a policy is: family, geometry, bytes, cameras, actions, history",
     ),
     "new": ("rlrc.compressor.cli.simulator:New", "an untrained policy of the reference family"),
@@ -53,10 +53,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("rlrc.exporters.cli:Export", "the graphs that the runtime loads, verified"),
     "verify": ("rlrc.runtime.cli.policy:Verify", "replay the golden observations through every graph here"),
     "infer": ("rlrc.runtime.cli.policy:Infer", "one observation in, one chunk of actions out"),
-    "run": ("rlrc.runtime.cli.run:Run", "the control loop on a simulator, at a fixed rate"),
+    "run": ("rlrc.runtime.cli.run:RunPolicy", "the control loop on a simulator, at a fixed rate"),
     "serve": ("rlrc.runtime.cli.serve:Serve", "the policy over the network, in protocols that robots' clients speak"),
-    "bench latency": ("rlrc.benchmarks.cli.measure:Latency", "milliseconds an action chunk, against a baseline"),
-    "bench memory": ("rlrc.benchmarks.cli.measure:Memory", "bytes on disk and in memory"),
+    "bench latency": ("rlrc.benchmarks.cli.measure:MeasureLatency", "milliseconds an action chunk, against a baseline"),
+    "bench memory": ("rlrc.benchmarks.cli.measure:MeasureMemory", "bytes on disk and in memory"),
     "bench energy": ("rlrc.benchmarks.cli.resources:Energy", "joules an action, where the machine can tell"),
     "bench throughput": (
         "rlrc.benchmarks.cli.resources:Throughput",
@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench overhead": ("rlrc.benchmarks.cli.resources:Overhead", "what measuring itself costs a call"),
     "bench success": (
-        "rlrc.benchmarks.cli.measure:Success",
+        "rlrc.benchmarks.cli.measure:MeasureSuccess",
         "success in the simulator, with confidence intervals",
     ),
     "bench loop": ("rlrc.benchmarks.cli.loop:Loop", "the control loop: steady rate, slow inference, faults"),
@@ -78,13 +78,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.benchmarks.cli.selfcheck:SelfCheck",
         "whether the stop-watch finds what is there, and nothing else",
     ),
-    "data inspect": ("rlrc.compressor.cli.data:Inspect", "what a LeRobotDataset holds, and whether it fits"),
+    "data inspect": ("rlrc.compressor.cli.data:InspectDataset", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (
         "rlrc.compressor.cli.data:Demonstrations",
         "scripted experts in the simulator as a LeRobotDataset",
     ),
-    "jetson build": ("rlrc.jetson.cli.engines:Build", "TensorRT engines of an artifact's graphs, on the device"),
-    "jetson check": ("rlrc.jetson.cli.engines:Check", "whether NVIDIA's builder takes the graphs, without a GPU"),
+    "jetson build": ("rlrc.jetson.cli.engines:BuildEngines", "TensorRT engines of an artifact's graphs, on the device"),
+    "jetson check": ("rlrc.jetson.cli.engines:CheckGraphs", "whether NVIDIA's builder takes the graphs, without a GPU"),
     "jetson install": ("rlrc.jetson.cli.install:Install", "set a board up: JetPack, engines with CUDA, services"),
     "jetson doctor": (
         "rlrc.jetson.cli.doctor:Doctor",
@@ -95,13 +95,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "an artifact onto the robot's computer by ssh, tried there",
     ),
     "jetson rollback": ("rlrc.jetson.cli.deploy:Rollback", "back to the last artifact that was verified there"),
-    "jetson devices": ("rlrc.jetson.cli.plan:Devices", "the modules, their power modes, memory and throughput"),
-    "jetson plan": ("rlrc.jetson.cli.plan:Plan", "what a policy will take on a module, before it is copied there"),
+    "jetson devices": ("rlrc.jetson.cli.plan:ListDevices", "the modules, their power modes, memory and throughput"),
+    "jetson plan": (
+        "rlrc.jetson.cli.plan:PredictPlan",
+        "what a policy will take on a module, before it is copied there",
+    ),
     "jetson calibration": (
-        "rlrc.jetson.cli.plan:Calibration",
+        "rlrc.jetson.cli.plan:ShowCalibration",
         "what plans rest on, and how far they were off",
     ),
-    "report": ("rlrc.benchmarks.cli.report:Report", "results as one self-contained HTML page"),
+    "report": ("rlrc.benchmarks.cli.report:WriteReport", "results as one self-contained HTML page"),
 }
 
 # Which extra brings a module that may be missing.

@@ -32,7 +32,7 @@ CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints; t
 
 
 @dataclass(frozen=True)
-class Inspect:
+class InspectPolicy:
     """What a policy is: family, geometry of every layer, parameters, bytes, cameras, actions, graphs, history."""
 
     path: Positional[Path | None] = None

@@ -26,26 +26,26 @@ from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.cli.policy import check_failed
 from rlrc.runtime.control import episodes as loop
 from rlrc.runtime.control import telemetry
-from rlrc.runtime.control.control_loop import Timing, why
-from rlrc.runtime.control.rearming import Standstill
-from rlrc.runtime.control.session import Running, SessionConfig
+from rlrc.runtime.control.control_loop import LoopTiming, why
+from rlrc.runtime.control.rearming import RearmController
+from rlrc.runtime.control.session import ControlSession, SessionConfig
 from rlrc.runtime.control.stop_switch import ASKED, StopSwitch, uninterrupted
 from rlrc.runtime.control.watchdog import leave
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
-from rlrc.runtime.page.control_page import LoopPage
+from rlrc.runtime.page.control_page import ControlPage
 from rlrc.runtime.page.feed import Address
-from rlrc.runtime.page.metadata import hello
+from rlrc.runtime.page.metadata import page_metadata
 from rlrc.runtime.page.process import Page
 from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.profile import RobotProfile
 from rlrc.runtime.wire.ports import Access, access, token
 from rlrc.tables import plain_console, print_rows
-from rlrc.worker import Dead
+from rlrc.worker import WorkerDied
 
 
 @dataclass(frozen=True)
-class Run(SessionConfig):
+class RunPolicy(SessionConfig):
     """Close the loop at a fixed rate on a robot or a simulator: observe, infer beside the loop, guard, act.
 
     Any key, Ctrl-C or what --button and --port bring stops the robot; so does whatever goes wrong (docs/robots.md).
@@ -108,7 +108,7 @@ class Run(SessionConfig):
         if self.hz == 0:
             return self._in_lockstep()
         # Refused now: a robot's driver or a simulator takes seconds to open.
-        Timing(self.hz or 1.0, late=Timing.late if self.late is None else self.late, patience=self.patience)
+        LoopTiming(self.hz or 1.0, late=LoopTiming.late if self.late is None else self.late, patience=self.patience)
         return self._in_time()
 
     def _check_packages(self) -> None:
@@ -164,23 +164,25 @@ class Run(SessionConfig):
         with ExitStack() as after:
             try:
                 run, granted = self._play(artifact, limits, after)
-            except (RobotError, Dead) as error:  # before or between episodes; the loop makes a stop of them
+            except (RobotError, WorkerDied) as error:  # before or between episodes; the loop makes a stop of them
                 raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
             return leave(threads, self._report(run, granted))
 
-    def _play(self, artifact: Artifact, limits: RobotProfile, after: ExitStack) -> tuple[Running, dict[str, str]]:
+    def _play(
+        self, artifact: Artifact, limits: RobotProfile, after: ExitStack
+    ) -> tuple[ControlSession, dict[str, str]]:
         """All episodes. What was run is closed, and still tells what it was like; what Linux granted.
 
         Until ``after`` ends, Ctrl-C does not interrupt what is put away.
         """
         with ExitStack() as stack:
-            run = Running(self, artifact, limits, stack)
+            run = ControlSession(self, artifact, limits, stack)
             console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
             run.watchdog.put_away = lambda reason: self._put_away(run, switch, granted, reason)
             if self.rearm:
-                run.standstill = Standstill(switch, lambda line: console.print(line, soft_wrap=True))
+                run.standstill = RearmController(switch, lambda line: console.print(line, soft_wrap=True))
             page = self._page(artifact, limits, run, stack)
-            shown = [] if page is None else [LoopPage(page, run.guard, switch, run.standstill, run.instructed)]
+            shown = [] if page is None else [ControlPage(page, run.guard, switch, run.standstill, run.instructed)]
             run.show = shown[0].show if shown else None
             typed = None if run.standstill is None else run.standstill.typed
             others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
@@ -209,7 +211,7 @@ class Run(SessionConfig):
             run.supervisor.stopping(f"stopped: {run.guard.reason}" if run.guard.stopped else "done")
         return run, granted
 
-    def _put_away(self, run: Running, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
+    def _put_away(self, run: ControlSession, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
         """Writes and reports what there is, in the watchdog's thread, where the loop's does not go on."""
         switch.put_back()
         run.failures.append(reason)
@@ -222,13 +224,13 @@ class Run(SessionConfig):
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def _page(self, artifact: Artifact, limits: RobotProfile, run: Running, stack: ExitStack) -> Page | None:
+    def _page(self, artifact: Artifact, limits: RobotProfile, run: ControlSession, stack: ExitStack) -> Page | None:
         if self.port is None:
             return None
         address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
         facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
-        told = hello("run", artifact, limits, run.timing.period * 1e3, can, **facts)
+        told = page_metadata("run", artifact, limits, run.timing.period * 1e3, can, **facts)
         page = Page(told, [camera.name for camera in run.spec.cameras], address)
         stack.callback(page.close)
         return page
@@ -248,7 +250,7 @@ class Run(SessionConfig):
             "none; see docs/robots.md (a simulator can be played without one at --hz 0)"
         )
 
-    def _report(self, run: Running, granted: dict[str, str]) -> int:
+    def _report(self, run: ControlSession, granted: dict[str, str]) -> int:
         totals = telemetry.summary(run.telemetry, 1 / run.timing.hz)
         totals |= {"asked_hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
         totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}

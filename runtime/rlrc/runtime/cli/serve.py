@@ -146,7 +146,7 @@ class Serve:
     async def _open_page(self, artifact: Artifact, session: Session, stack: AsyncExitStack) -> None:
         """In a process of its own; if that ends, the server goes on without."""
         from rlrc.runtime.page.feed import Address
-        from rlrc.runtime.page.metadata import hello
+        from rlrc.runtime.page.metadata import page_metadata
         from rlrc.runtime.page.process import Page
         from rlrc.runtime.page.server_page import SessionPage
 
@@ -154,7 +154,7 @@ class Serve:
         chunk_ms = None if self.hz is None else session.spec.action.horizon / self.hz * 1e3  # that a chunk lasts
         can = {"stop", "rearm", "bench"} | (set() if session.spec.prompt is None else {"instruction"})
         facts = {"protocols": ", ".join(self.protocol)}
-        told = hello("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
+        told = page_metadata("serve", artifact, None if guard is None else guard.profile, chunk_ms, can, **facts)
         address = Address(self.host, self.page or 0, token(self.token), self.certificate, self.key, self.stop_port or 0)
         page = Page(told, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)

@@ -28,21 +28,21 @@ from rlrc.robots.driver import named, one_line, said
 from rlrc.robots.robot import Robot, RobotError, Sensed
 from rlrc.runtime.control.chunks import Chunks, Planned
 from rlrc.runtime.control.inference_process import Answer
-from rlrc.runtime.control.rearming import Standstill
-from rlrc.runtime.control.sensor_watchdog import Watch
+from rlrc.runtime.control.rearming import RearmController
+from rlrc.runtime.control.sensor_watchdog import SensorWatchdog
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.safety.guard import Guard
 from rlrc.runtime.safety.verdict import Verdict
-from rlrc.worker import Dead
+from rlrc.worker import WorkerDied
 
 BRAKING_S = 10.0  # longest time of braking after the loop itself has failed
 
 Show = Callable[[Sensed | None, Any, Verdict], None]  # what was sensed, the telemetry's row, what was sent
 
 
-class Thinking(Protocol):
-    """What the loop needs of rlrc.runtime.control.inference_process.Inference."""
+class InferenceClient(Protocol):
+    """What the loop needs of rlrc.runtime.control.inference_process.InferenceProcess."""
 
     @property
     def busy(self) -> bool: ...
@@ -53,7 +53,7 @@ class Thinking(Protocol):
 
 
 @dataclass(frozen=True)
-class Timing:
+class LoopTiming:
     """``hz`` steps a second. ``speed``: seconds of the robot's own time to one of ours; not 1 in simulations.
 
     ``late``: periods that a state or a picture may be old; between two commands there may be half of one more.
@@ -86,7 +86,7 @@ class Timing:
         return self.late + 0.5
 
 
-class Control:
+class ControlLoop:
     """One episode at a time: ``run`` until it is over. ``stop`` gives the reason why somebody wants a stop, or None.
 
     A user's ``robot`` comes as a Driver, which checks what its calls give.
@@ -99,16 +99,16 @@ class Control:
     def __init__(
         self,
         robot: Robot,
-        thinking: Thinking,
+        thinking: InferenceClient,
         guard: Guard,
         chunks: Chunks,
         spec: PolicySpec,
-        timing: Timing,
+        timing: LoopTiming,
         telemetry: Telemetry,
         stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], bool | None] = time.sleep,
-        standstill: Standstill | None = None,
+        standstill: RearmController | None = None,
         show: Show | None = None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
@@ -121,7 +121,7 @@ class Control:
         """what failed in the robot or the loop, in words; after a stop too, whose reason the guard keeps"""
         self._ending = False  # the steps are over: to rest
         needed = frozenset(f"image.{camera.name}" for camera in spec.cameras if not camera.optional)
-        self._watch = Watch(needed, timing.late * timing.period, robot.live_pictures)
+        self._watch = SensorWatchdog(needed, timing.late * timing.period, robot.live_pictures)
         self._start = self._planned_at = self._asked_about = 0.0
         self._chosen = 0.0  # when the last command was; sending it may take most of a period
         self._progress = 0  # actions that were planned and played
@@ -384,7 +384,9 @@ class Control:
 
 def why(error: BaseException, part: str) -> str:
     """What went wrong in a part of the loop, as one line; expected errors say it themselves."""
-    return one_line(error) if isinstance(error, (UserError, RobotError, Dead)) else f"{part} failed: {named(error)}"
+    return (
+        one_line(error) if isinstance(error, (UserError, RobotError, WorkerDied)) else f"{part} failed: {named(error)}"
+    )
 
 
 def _since(before: float, now: float) -> float:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Episode:
+class PlayedEpisode:
     """``inference_ms`` holds one duration per chunk; ``seconds`` runs from the first observation to the end."""
 
     seed: int
@@ -56,7 +56,7 @@ class Rate:
         return 1 / self.hz if self.hz else math.inf
 
 
-def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> Episode:
+def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> PlayedEpisode:
     """One episode, of at most ``env.horizon`` steps; the environment is observed once a chunk.
 
     ``execute`` steps of every chunk are played before the next inference, all of them if None.
@@ -88,17 +88,17 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
         due += rate.period
         if rate.hz and not over and (early := due - rate.clock()) > 0:
             rate.sleep(early)
-    return Episode(seed, success, steps, misses, rate.clock() - start, tuple(inference_ms))
+    return PlayedEpisode(seed, success, steps, misses, rate.clock() - start, tuple(inference_ms))
 
 
 def episodes(
     policy: Policy, env: Environment, seeds: Sequence[int], rate: Rate, execute: int | None = None
-) -> Iterator[Episode]:
+) -> Iterator[PlayedEpisode]:
     for seed in seeds:
         yield play(policy, env, seed, rate, execute)
 
 
-def summary(played: Sequence[Episode]) -> dict[str, float | int]:
+def summary(played: Sequence[PlayedEpisode]) -> dict[str, float | int]:
     """What a run was like: success, deadline misses, achieved rate, percentiles of inference in milliseconds."""
     durations = [duration for episode in played for duration in episode.inference_ms]
     p50, p90, p99 = np.percentile(durations, (50, 90, 99)).tolist()

@@ -19,7 +19,7 @@ from rlrc.runtime.inference.continuation import Continuation
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.inference.warmup import warm_up
-from rlrc.worker import Channel, Child
+from rlrc.worker import Channel, WorkerProcess
 
 OPENING_S, WARMING_S = 120.0, 300.0  # longest waits before the loop starts
 PATIENCE_S = 1.0  # for latency to become stable: by then clocks have risen, and the robot waits
@@ -56,7 +56,7 @@ class Warmth:
         return f"{self.median_ms:.1f} ms an action {after}{changing}"
 
 
-class Inference:
+class InferenceProcess:
     """``open_policy(*arguments)`` gives the policy in the child. ``observation`` is one as they will come, ``more`` the
     bytes that others may take beyond it.
 
@@ -67,7 +67,7 @@ class Inference:
         self, open_policy: Open, arguments: tuple[Any, ...], observation: Mapping[str, Any], more: int = 2**16
     ) -> None:
         size = sum(np.asarray(value).nbytes for value in _arrays(observation).values())
-        self._child = Child(_serve, (open_policy, arguments), "inference", size + more, 2**20)
+        self._child = WorkerProcess(_serve, (open_policy, arguments), "inference", size + more, 2**20)
         try:
             self._child.wait(OPENING_S)
             self._child.ask({"do": "warm", "instruction": observation.get("instruction")}, _arrays(observation))

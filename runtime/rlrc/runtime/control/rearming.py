@@ -28,9 +28,9 @@ from rlrc.runtime.control.inference_process import Answer
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.safety.guard import Guard
-from rlrc.worker import Dead
+from rlrc.worker import WorkerDied
 
-FRIGHT_S = 1.0  # what is typed so soon after a stop was meant to stop
+KEY_GRACE_S = 1.0  # what is typed so soon after a stop was meant to stop
 TRIED_S = 5.0  # longest wait for the policy's answer
 BENCH_CALLS = 50
 REARM_KEY, END_KEY = b"R", b"q"
@@ -38,7 +38,7 @@ Told = Callable[[Mapping[str, Any]], None]
 
 
 class Thinking(Protocol):
-    """What is needed of rlrc.runtime.control.inference_process.Inference."""
+    """What is needed of rlrc.runtime.control.inference_process.InferenceProcess."""
 
     @property
     def busy(self) -> bool: ...
@@ -47,7 +47,7 @@ class Thinking(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Wish:
+class OperatorRequest:
     """``rearm``: to go on; ``bench``: to know how long inference takes, which has nothing else to do now.
 
     ``who`` stands in the log. ``told``: called once, with {"error": why not}, or with what was done.
@@ -58,7 +58,7 @@ class Wish:
     told: Told
 
 
-class Standstill:
+class RearmController:
     """``since``: when the robot came to rest by a stop, None while it is not."""
 
     def __init__(
@@ -69,13 +69,15 @@ class Standstill:
     ) -> None:
         self.since: float | None = None
         self.switch, self._say, self._clock = switch, say, clock
-        self._wish: tuple[Wish, int, float] | None = None  # with the presses that it knows of, and when it came
-        self._tried: Wish | None = None  # whose question is outstanding
+        self._wish: tuple[OperatorRequest, int, float] | None = (
+            None  # with the presses that it knows of, and when it came
+        )
+        self._tried: OperatorRequest | None = None  # whose question is outstanding
         self._milliseconds: list[float] = []
 
     # From any thread
 
-    def ask(self, wish: Wish) -> None:
+    def ask(self, wish: OperatorRequest) -> None:
         presses, other = self.switch.presses, self._wish
         if self.since is None:
             wish.told({"error": "expected a robot that is stopped and at rest, found it not; stop it first"})
@@ -86,12 +88,12 @@ class Standstill:
 
     def typed(self, keys: bytes) -> bool:
         """What a terminal sent: whether it has been dealt with, and is no stop."""
-        if self.since is None or self._clock() - self.since < FRIGHT_S or keys not in (REARM_KEY, END_KEY):
+        if self.since is None or self._clock() - self.since < KEY_GRACE_S or keys not in (REARM_KEY, END_KEY):
             return False
         if keys == END_KEY:
             self.switch.ended = True
         else:
-            self.ask(Wish("rearm", "a key", lambda _: None))
+            self.ask(OperatorRequest("rearm", "a key", lambda _: None))
         return True
 
     # The loop's, step by step
@@ -139,7 +141,7 @@ class Standstill:
             check(guard, answer.actions, measured)
             self.switch.release(presses)
             guard.rearm(wish.who, measured)
-        except (UserError, Dead) as error:
+        except (UserError, WorkerDied) as error:
             self._refuse(str(error))
             return None
         except Exception as error:  # whatever it is, the robot stays stopped
@@ -150,13 +152,15 @@ class Standstill:
         self._tell(f"re-armed by {wish.who}")
         return answer.actions
 
-    def _question(self, wish: Wish, sensed: Sensed, thinking: Thinking, spec: PolicySpec) -> None:
+    def _question(self, wish: OperatorRequest, sensed: Sensed, thinking: Thinking, spec: PolicySpec) -> None:
         if self._tried is not wish:
             self._tried, self._milliseconds = wish, []
         preprocess.check(sensed.observation, spec)
         thinking.ask(sensed.observation, 0)
 
-    def _benched(self, seconds: float, wish: Wish, sensed: Sensed, thinking: Thinking, spec: PolicySpec) -> None:
+    def _benched(
+        self, seconds: float, wish: OperatorRequest, sensed: Sensed, thinking: Thinking, spec: PolicySpec
+    ) -> None:
         self._milliseconds.append(seconds * 1e3)
         if len(self._milliseconds) < BENCH_CALLS:
             self._question(wish, sensed, thinking, spec)

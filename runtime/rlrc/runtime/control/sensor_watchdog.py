@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rlrc.robots.robot import Sensed
 
 
-class Watch:
+class SensorWatchdog:
     """``pictures`` are those that must be there, ``longest`` the seconds that one, or the state, may be old.
 
     ``live``: two pictures of one camera are never equal bit by bit.

@@ -22,9 +22,9 @@ from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.control import telemetry
 from rlrc.runtime.control.chunks import Chunks, Strategy
-from rlrc.runtime.control.control_loop import Control, Show, Timing
-from rlrc.runtime.control.inference_process import Inference
-from rlrc.runtime.control.rearming import Standstill
+from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming, Show
+from rlrc.runtime.control.inference_process import InferenceProcess
+from rlrc.runtime.control.rearming import RearmController
 from rlrc.runtime.control.service_manager import Supervisor
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.control.watchdog import Watchdog
@@ -75,7 +75,7 @@ class SessionConfig:
     late: float | None = None
     """periods that a state or a picture may be old before that stops the robot; more for cameras slower than --hz
     (default: 1.5; 5 for a simulator or a recording, which share this machine)"""
-    patience: float = Timing.patience
+    patience: float = LoopTiming.patience
     """seconds that the robot is held for want of an action before that stops it"""
     record: Path | None = None
     """write every step into a new LeRobotDataset"""
@@ -90,7 +90,7 @@ class SessionConfig:
         return range(first, first + self.episodes)
 
 
-class Running:
+class ControlSession:
     """Everything is closed with ``stack``. Raises UserError for options that do not fit."""
 
     def __init__(
@@ -112,8 +112,8 @@ class Running:
         if options.hz is None and own is None:
             raise UserError("expected --hz with a robot's driver, found none; give the rate of its commands")
         hz = options.hz if options.hz is not None else float(own or 0)
-        late = (SIMULATED_LATE if own else Timing.late) if options.late is None else options.late
-        self.timing = Timing(hz, hz / own if own else 1.0, late, options.patience)
+        late = (SIMULATED_LATE if own else LoopTiming.late) if options.late is None else options.late
+        self.timing = LoopTiming(hz, hz / own if own else 1.0, late, options.patience)
         state = self.spec.state
         names, units = ((), ()) if state is None else (state.names, state.units)
         if self.replay:
@@ -123,7 +123,7 @@ class Running:
         self.chunks = Chunks(strategy, self.spec.action.horizon, options.execute, self.periods)
         if self.simulator:
             self.simulator.reset(options.seeds[0])
-        self.inference = Inference(
+        self.inference = InferenceProcess(
             LocalPolicy.load, (options.path, options.threads, True, options.backend), _first(self.driver)
         )
         stack.callback(self.inference.close)
@@ -132,7 +132,7 @@ class Running:
         self.instructed: Instructed | None = None
         if self.spec.prompt is not None:
             self.robot = self.instructed = Instructed(self.robot, self.recorder.begin if self.recorder else _nobody)
-        self.standstill: Standstill | None = None  # with --rearm
+        self.standstill: RearmController | None = None  # with --rearm
         self.show: Show | None = None  # with --port
         self.board = stack.enter_context(Board.watched())
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
@@ -160,7 +160,7 @@ class Running:
         if self.recorder is not None:
             words = (sensed.observation.get("instruction") if sensed else None) or self.options.instruction
             self.recorder.begin(words or "run")
-        control = Control(
+        control = ControlLoop(
             self.robot,
             self.inference,
             self.guard,

@@ -46,7 +46,7 @@ JOINED_S = 2.0
 AGAIN_S = 1.0  # who presses Ctrl-C twice wants one stop, and nothing lost of what is put away after it
 
 
-class Source(NamedTuple):
+class StopSource(NamedTuple):
     """Something else to listen to: ``ready`` reads what has come and returns whether it goes on; its end stops."""
 
     descriptor: int
@@ -126,7 +126,7 @@ class StopSwitch:
         port: int | None = None,
         token: str | None = None,
         typed: Callable[[bytes], bool] | None = None,
-        others: Sequence[Source] = (),
+        others: Sequence[StopSource] = (),
     ) -> Iterator[StopSwitch]:
         """Listens until the end of the block, then puts everything back. In the main thread, for signals go there.
 
@@ -181,7 +181,7 @@ class StopSwitch:
         except Exception as error:
             self._lose(f"the thread that listens ({type(error).__name__}: {error})")
 
-    def _add(self, selector: selectors.BaseSelector, source: Source) -> None:
+    def _add(self, selector: selectors.BaseSelector, source: StopSource) -> None:
         def ready() -> bool:
             goes_on = source.ready()
             if not goes_on:
@@ -297,13 +297,13 @@ class StopSwitch:
         self.url = stop.url
         self._add(selector, self.over(stop))
 
-    def over(self, stop: StopPort) -> Source:
+    def over(self, stop: StopPort) -> StopSource:
         """What ``listen`` listens to for another StopPort: the operator's page has one."""
 
         def state() -> dict[str, Any]:
             return {"stopped": self.stopped, "reason": self.reason}
 
-        return Source(stop.fileno(), f"POST {stop.url}", lambda: stop.ready(self.press, state))
+        return StopSource(stop.fileno(), f"POST {stop.url}", lambda: stop.ready(self.press, state))
 
 
 @contextmanager

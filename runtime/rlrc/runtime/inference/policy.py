@@ -25,7 +25,7 @@ from rlrc.runtime.inference.interfaces import check_interface
 from rlrc.runtime.inference.verify import failure
 
 
-class Timing(TypedDict):
+class InferenceTiming(TypedDict):
     """Milliseconds of one inference. The checks count as preprocessing, all graphs but "vision" as decoder."""
 
     preprocess_ms: float
@@ -42,7 +42,7 @@ class Result(TypedDict):
 
     actions: NDArray[np.float32]
     tokens: NDArray[np.int64] | None
-    timing: Timing
+    timing: InferenceTiming
 
 
 class Policy(Protocol):
@@ -129,7 +129,7 @@ class LocalPolicy:
 
         decoded = self._decode(run, inputs, observations, continuation)
         finished = perf_counter()
-        timing = Timing(
+        timing = InferenceTiming(
             preprocess_ms=(ready - started) * 1e3,
             vision_ms=(seen - ready) * 1e3,
             decoder_ms=graphs_s * 1e3,

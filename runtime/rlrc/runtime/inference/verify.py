@@ -152,7 +152,7 @@ def _narrowest_range(action: ActionSpec) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Tolerances:
     """How far actions may be from the reference's. With ``of_range`` that decides, else ``tolerance``."""
 
     tolerance: float
@@ -163,7 +163,7 @@ class Limits:
     """relative difference of logits below which they are a tie, as those are that are closer than ``TIE``"""
 
 
-def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
+def default_limits(action: ActionSpec, precision: str | None = None) -> Tolerances:
     """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
 
     Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions do
@@ -172,13 +172,13 @@ def default_limits(action: ActionSpec, precision: str | None = None) -> Limits:
     moving = _nominal_range(action) >= _narrowest_range(action)
     half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2
     if precision is None:
-        return Limits(half)
-    return Limits(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
+        return Tolerances(half)
+    return Tolerances(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
 
 
-def limits_of(record: VerifiedSpec) -> Limits:
+def limits_of(record: VerifiedSpec) -> Tolerances:
     """Those that the record is held to."""
-    return Limits(record.tolerance, record.range_tolerance, record.spacing)
+    return Tolerances(record.tolerance, record.range_tolerance, record.spacing)
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,12 @@ def replay(policy: GraphPolicy, golden: Golden) -> Answers:
     return Answers(actions, tokens)
 
 
-def measure(policy: GraphPolicy, golden: Golden, limits: Limits) -> VerifiedSpec:
+def measure(policy: GraphPolicy, golden: Golden, limits: Tolerances) -> VerifiedSpec:
     """``replay`` and ``compare``."""
     return compare(policy, replay(policy, golden), golden, limits)
 
 
-def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Limits) -> VerifiedSpec:
+def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Tolerances) -> VerifiedSpec:
     """The record of how the answers differ from the reference's.
 
     ``max_error`` is per action dimension, flips at ties and what follows from them aside; ``range_error`` the same
@@ -251,7 +251,7 @@ def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Limit
     )
 
 
-def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -> NDArray[np.float64]:
+def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances) -> NDArray[np.float64]:
     """(N, horizon, dim), zero where another token is no error."""
     error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
     if answers.tokens is None or golden.logits is None:
@@ -259,7 +259,7 @@ def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -
     return np.where(excused(answers.tokens, golden, spec, limits.spacing), 0, error)
 
 
-def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Limits) -> dict[str, NDArray[Any]]:
+def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances) -> dict[str, NDArray[Any]]:
     """The observation of the largest error, as ``rlrc infer`` reads it, with both answers to it."""
     parts = errors(spec, answers, golden, limits) / action_range(spec.action)
     index = int(np.nan_to_num(parts, nan=np.inf).max((1, 2)).argmax())

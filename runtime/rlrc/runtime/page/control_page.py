@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rlrc.robots.robot import Sensed
-from rlrc.runtime.control.rearming import Standstill, Wish
-from rlrc.runtime.control.stop_switch import Source, StopSwitch
+from rlrc.runtime.control.rearming import OperatorRequest, RearmController
+from rlrc.runtime.control.stop_switch import StopSource, StopSwitch
 from rlrc.runtime.page.feed import TEXT
 from rlrc.runtime.page.metadata import Events
 from rlrc.runtime.page.process import Page
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 STATE_S = 0.5  # how often the state is told though nothing has changed
 
 
-class LoopPage:
+class ControlPage:
     """``show`` is for the loop's thread, ``source`` for the stop switch's."""
 
     def __init__(
-        self, page: Page, guard: Guard, switch: StopSwitch, standstill: Standstill | None, robot: Instructed | None
+        self, page: Page, guard: Guard, switch: StopSwitch, standstill: RearmController | None, robot: Instructed | None
     ) -> None:
         self._page, self._guard, self._switch = page, guard, switch
         self._standstill, self._robot = standstill, robot
         self._events, self._state, self._told_at = Events(), dict[str, Any](), 0.0
 
     @property
-    def source(self) -> Source:
-        return Source(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
+    def source(self) -> StopSource:
+        return StopSource(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
 
     def show(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
         """rlrc.runtime.control.control_loop's Show."""
@@ -74,9 +74,9 @@ class LoopPage:
         elif self._standstill is None:
             told({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
         elif what == "bench":
-            self._standstill.ask(Wish("bench", "the page", told))
+            self._standstill.ask(OperatorRequest("bench", "the page", told))
         else:
-            self._standstill.ask(Wish("rearm", f"the page ({words})" if words else "the page", told))
+            self._standstill.ask(OperatorRequest("rearm", f"the page ({words})" if words else "the page", told))
 
     def _instruct(self, words: str | None) -> dict[str, str]:
         if self._robot is None:

@@ -15,7 +15,7 @@ from rlrc.runtime.safety.verdict import Event
 CLAMPS_S = 1.0  # shortest time between two clamps of one limit that are told
 
 
-def hello(
+def page_metadata(
     kind: str,
     artifact: Artifact,
     profile: RobotProfile | None,

@@ -39,7 +39,7 @@ from rlrc.printable import printable
 from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.page.feed import Address, Ends, Mirror
 from rlrc.runtime.wire import http_head, logs
-from rlrc.runtime.wire.gate import Connection, answering, listen
+from rlrc.runtime.wire.gate import HttpConnection, answering, listen
 from rlrc.runtime.wire.http_head import Head, Refusal
 from rlrc.runtime.wire.ports import Access, Places
 
@@ -284,7 +284,7 @@ def words(body: bytes, key: str) -> str | None:
 @web.middleware
 async def _known(request: web.Request, handler: Handler) -> web.StreamResponse:
     """``Server.check`` has let it through: a request for more than the page's files has shown the token."""
-    if not is_file(request.method, request.path) and isinstance(request.protocol, Connection):
+    if not is_file(request.method, request.path) and isinstance(request.protocol, HttpConnection):
         request.protocol.keep_place()
     return await handler(request)
 

@@ -39,7 +39,7 @@ Vector = NDArray[np.float64]
 FAR = 1e150  # no bound: beyond any number that means something, and its square is still a number
 
 
-class Limits(NamedTuple):
+class BrakingLimits(NamedTuple):
     """All (D,); ``lasting`` says of which dimensions a velocity lasts until the next command, ``longest`` seconds."""
 
     low: Vector
@@ -49,25 +49,25 @@ class Limits(NamedTuple):
     lasting: NDArray[np.bool_]
     longest: float
 
-    def of(self, dimensions: list[int]) -> Limits:
+    def of(self, dimensions: list[int]) -> BrakingLimits:
         """Those of some dimensions only."""
         low, high, velocity, acceleration = (limit[dimensions] for limit in self[:4])
-        return Limits(low, high, velocity, acceleration, self.lasting[dimensions], self.longest)
+        return BrakingLimits(low, high, velocity, acceleration, self.lasting[dimensions], self.longest)
 
 
-def braked(velocity: Vector, limits: Limits, dt: float) -> Vector:
+def braked(velocity: Vector, limits: BrakingLimits, dt: float) -> Vector:
     """The velocities after braking for dt seconds: towards zero, and never beyond."""
     size = np.maximum(np.abs(velocity) - limits.acceleration * dt, 0.0)
     return np.copysign(size, velocity) + 0.0  # + 0.0: zero is positive
 
 
-def fastest(distance: Vector, limits: Limits, dt: float | Vector) -> Vector:
+def fastest(distance: Vector, limits: BrakingLimits, dt: float | Vector) -> Vector:
     """The largest velocity for the next dt after which braking still ends within ``distance``."""
     d = np.minimum(np.maximum(distance, 0.0), FAR)
     return 2 * d / (dt + np.sqrt(dt * dt + 2 * d / limits.acceleration))
 
 
-def reachable(position: Vector, velocity: Vector, limits: Limits, dt: float) -> tuple[Vector, Vector]:
+def reachable(position: Vector, velocity: Vector, limits: BrakingLimits, dt: float) -> tuple[Vector, Vector]:
     """The lowest and the highest velocity that keep every limit now and for ever; braking lies between."""
     brake, change = braked(velocity, limits, dt), limits.acceleration * dt
     lasts = np.where(limits.lasting, limits.longest, dt)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.runtime.safety.angles import near
-from rlrc.runtime.safety.braking import Limits
+from rlrc.runtime.safety.braking import BrakingLimits
 from rlrc.runtime.safety.profile import Dimension, Tracking
 
 Vector = NDArray[np.float64]
@@ -55,7 +55,7 @@ class Plausibility:
     Without a velocity limit neither jump nor lead is limited. ``periods`` (M,): those of rlrc.runtime.safety.angles.
     """
 
-    def __init__(self, dimensions: Sequence[Dimension], limits: Limits, periods: Vector | None) -> None:
+    def __init__(self, dimensions: Sequence[Dimension], limits: BrakingLimits, periods: Vector | None) -> None:
         velocity, room = limits.velocity, (limits.high - limits.low) / 2
         implied = np.maximum(np.minimum(velocity * LEAD_S, room), velocity * limits.longest)
         # Grippers close on things, and do not get where they were sent.

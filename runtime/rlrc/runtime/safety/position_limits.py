@@ -50,7 +50,7 @@ def edges(measured: Sequence[Sequence[Bound]]) -> NDArray[np.float64]:
     return np.array([low, high])
 
 
-def limits_of(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float) -> braking.Limits:
+def limits_of(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float) -> braking.BrakingLimits:
     """All limits as vectors. Raises UserError where position limits and workspace have nothing in common."""
     rows = []
     for index, dimension in enumerate(profile.dimensions):
@@ -65,4 +65,4 @@ def limits_of(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float)
         speeds = [math.inf if limit is None else limit.limit for limit in (dimension.velocity, dimension.acceleration)]
         rows.append((low, high, *speeds))
     lows, highs, velocities, accelerations = np.array(rows).T
-    return braking.Limits(lows, highs, velocities, accelerations, lasting, longest)
+    return braking.BrakingLimits(lows, highs, velocities, accelerations, lasting, longest)

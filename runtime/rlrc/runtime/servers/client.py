@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from rlrc.errors import UserError
 from rlrc.runtime.inference.decode import NoAction
-from rlrc.runtime.inference.policy import Result, Timing
+from rlrc.runtime.inference.policy import InferenceTiming, Result
 from rlrc.runtime.servers.shared import HEADER, METADATA, Written
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.ports import LARGEST, checked
@@ -98,7 +98,7 @@ class RemotePolicy:
         total = perf_counter() - begun
         self._seconds.append(total)
         inferred_ms = _milliseconds(answer)
-        timing = Timing(
+        timing = InferenceTiming(
             preprocess_ms=self._packing_s * 1e3,
             vision_ms=0.0,
             decoder_ms=inferred_ms,

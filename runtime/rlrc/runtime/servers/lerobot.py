@@ -72,7 +72,7 @@ Handle = Callable[[str, Any, "float | None"], Awaitable[bytes]]
 log = logging.getLogger(__name__)
 
 
-class Timed(NamedTuple):
+class ReceivedObservation(NamedTuple):
     """An observation as the policy takes it. ``module``: where the client has LeRobot's classes."""
 
     module: str
@@ -82,7 +82,7 @@ class Timed(NamedTuple):
     observation: dict[str, Any]
 
 
-class Robot:
+class RobotClient:
     """A client, from one Ready to the next."""
 
     def __init__(self, client: Client, spec: PolicySpec) -> None:
@@ -90,16 +90,16 @@ class Robot:
         self.seen, self.asking = time.monotonic(), 0  # and how many of its requests for actions are not answered yet
         self.refused: Counter[str] = Counter()  # of each request, one after the other
         self.features: Features | None = None
-        self._waiting: Timed | None = None
+        self._waiting: ReceivedObservation | None = None
         self._came = asyncio.Event()
-        self._last: Timed | None = None
+        self._last: ReceivedObservation | None = None
         self._answered: deque[int] = deque(maxlen=1024)  # steps
 
     @property
     def idle(self) -> bool:
         return not self.asking and time.monotonic() - self.seen > IDLE_S
 
-    def offer(self, timed: Timed) -> bool:
+    def offer(self, timed: ReceivedObservation) -> bool:
         """-> whether it waits to be answered now, in the place of the one before."""
         if not timed.must_go and (timed.timestep in self._answered or self._similar(timed)):
             return False
@@ -115,13 +115,13 @@ class Robot:
             return False
         return True
 
-    def newest(self) -> Timed | None:
+    def newest(self) -> ReceivedObservation | None:
         """The observation that waits, which is then to be answered."""
         self._came.clear()
         timed, self._waiting = self._waiting, None
         return timed
 
-    def answered(self, timed: Timed) -> None:
+    def answered(self, timed: ReceivedObservation) -> None:
         self._answered.append(timed.timestep)
         self._last = timed
 
@@ -130,7 +130,7 @@ class Robot:
         self._answered.clear()
         self._last = None
 
-    def _similar(self, timed: Timed) -> bool:
+    def _similar(self, timed: ReceivedObservation) -> bool:
         if self._last is None or self._spec.state is None:
             return False
         last, now = self._last.observation, timed.observation
@@ -145,7 +145,7 @@ class LerobotServer:
 
     def __init__(self, session: Session, observations: Observations, access: Access) -> None:
         self._session, self._observations, self._access = session, observations, access
-        self._robots: dict[str, Robot] = {}  # by connection
+        self._robots: dict[str, RobotClient] = {}  # by connection
         self._known = Known()
         self._pausing = 0
         self._server: Any = None
@@ -204,11 +204,11 @@ class LerobotServer:
             robot.asking -= 1
             robot.seen = time.monotonic()
 
-    async def _chunk(self, robot: Robot, number: int, within: float | None) -> bytes:
+    async def _chunk(self, robot: RobotClient, number: int, within: float | None) -> bytes:
         first = robot.newest()
         if first is None:  # another request of this client has taken it
             return b""
-        timed: Timed = first
+        timed: ReceivedObservation = first
 
         def newest() -> dict[str, Any]:
             nonlocal timed
@@ -237,22 +237,22 @@ class LerobotServer:
             self._session.metrics.count("rlrc_observations_total", protocol=PROTOCOL, outcome="observation")
             raise
 
-    def _robot(self, peer: str) -> Robot:
+    def _robot(self, peer: str) -> RobotClient:
         """Also of a client that has introduced itself by another connection, or to an earlier server."""
         robot = self._robots.get(peer) or self._admit(peer)
         robot.seen = time.monotonic()
         return robot
 
-    def _admit(self, peer: str) -> Robot:
+    def _admit(self, peer: str) -> RobotClient:
         if len(self._robots) >= CLIENTS:
             idle = next((one for one, robot in self._robots.items() if robot.idle), None)
             if idle is None:
                 raise Refused("busy", f"expected at most {CLIENTS} clients, found as many; try again later")
             del self._robots[idle]
-        self._robots[peer] = Robot(self._session.client(), self._session.spec)
+        self._robots[peer] = RobotClient(self._session.client(), self._session.spec)
         return self._robots[peer]
 
-    def _features(self, robot: Robot, raw: Mapping[str, Any]) -> Features:
+    def _features(self, robot: RobotClient, raw: Mapping[str, Any]) -> Features:
         """Of the client that sends ``raw``. Raises UserError if it has never introduced itself."""
         if robot.features is None:
             others = [one for one in self._robots.values() if time.monotonic() - one.seen < RETURNS_S]
@@ -293,7 +293,7 @@ class LerobotServer:
 
         return handler
 
-    async def _pause(self, name: str, robot: Robot | None) -> None:
+    async def _pause(self, name: str, robot: RobotClient | None) -> None:
         """LeRobot's client ignores refusals: it asks for actions again at once, and sends observations at its rate."""
         if robot is not None:
             robot.refused[name] += 1
@@ -333,7 +333,9 @@ async def whole(messages: AsyncIterable[bytes]) -> bytes:
     )
 
 
-def _timed(message: Any, features: Callable[[dict[str, Any]], Features], observations: Observations) -> Timed:
+def _timed(
+    message: Any, features: Callable[[dict[str, Any]], Features], observations: Observations
+) -> ReceivedObservation:
     """Of a TimedObservation; ``features`` of the client that sends this. Raises UserError."""
     state = lerobot_features.fields(message, "TimedObservation")
     timestamp, timestep, raw = state.get("timestamp"), state.get("timestep"), state.get("observation")
@@ -344,4 +346,4 @@ def _timed(message: Any, features: Callable[[dict[str, Any]], Features], observa
     if not isinstance(raw, dict):
         raise UserError(f"expected an observation as a map, found {type(raw).__name__}; use LeRobot's client")
     observation = observations.of(features(raw).frame(raw))
-    return Timed(message.function.module, timestamp, timestep, state.get("must_go") is True, observation)
+    return ReceivedObservation(message.function.module, timestamp, timestep, state.get("must_go") is True, observation)

@@ -68,7 +68,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class _File:
+class _FeatureFile:
     clients: tuple[Features, ...] = ()
 
 
@@ -83,7 +83,7 @@ class Known:
         """Reads what an earlier server has left there, and writes to it from now on."""
         self._file = file
         try:
-            for one in strict.decode(_File, strict.parse(file.read_bytes())).clients:
+            for one in strict.decode(_FeatureFile, strict.parse(file.read_bytes())).clients:
                 self._clients[one.sensors] = one
         except FileNotFoundError:
             return
@@ -99,7 +99,7 @@ class Known:
             del self._clients[next(iter(self._clients))]
         if self._file is None:
             return
-        text = json.dumps(strict.encode(_File(tuple(self._clients.values()))), indent=1)
+        text = json.dumps(strict.encode(_FeatureFile(tuple(self._clients.values()))), indent=1)
         try:
             with replacing(self._file) as partial:
                 partial.write_text(text, encoding="utf-8")

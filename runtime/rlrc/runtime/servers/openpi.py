@@ -27,7 +27,7 @@ from rlrc.runtime.servers.session import Client, Refused, Session
 from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire import arrays
-from rlrc.runtime.wire.frames import Connection
+from rlrc.runtime.wire.frames import WebSocketConnection
 from rlrc.runtime.wire.logs import fields
 from rlrc.runtime.wire.ports import (
     CLIENTS,
@@ -72,7 +72,7 @@ class OpenpiServer:
                 max_size=LARGEST,
                 max_queue=1,
                 close_timeout=CLOSED_S,
-                create_connection=partial(Connection, came=self._came, gone=self._gone),  # type: ignore[arg-type]
+                create_connection=partial(WebSocketConnection, came=self._came, gone=self._gone),  # type: ignore[arg-type]
                 logger=logging.getLogger(f"{__name__}.frames"),
             )
         except OSError as error:
@@ -84,10 +84,10 @@ class OpenpiServer:
             self._server.close()
             await self._server.wait_closed()
 
-    def _came(self, connection: Connection) -> None:
+    def _came(self, connection: WebSocketConnection) -> None:
         self._entering.take(connection, connection.transport.abort)  # for there is always one that has to leave
 
-    def _gone(self, connection: Connection) -> None:
+    def _gone(self, connection: WebSocketConnection) -> None:
         self._entering.free(connection)
         self._clients.free(connection)
         error = connection.protocol.handshake_exc

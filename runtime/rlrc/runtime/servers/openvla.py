@@ -27,7 +27,7 @@ from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.session import Refused, Session
 from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire.arrays import CONTAINERS, DIMENSIONS, DTYPE, ENTRIES
-from rlrc.runtime.wire.gate import Connection, answering, listen
+from rlrc.runtime.wire.gate import HttpConnection, answering, listen
 from rlrc.runtime.wire.http_head import Head, Refusal
 from rlrc.runtime.wire.logs import fields
 from rlrc.runtime.wire.ports import CLIENTS, CONNECTIONS, LARGEST, Access, Places, connected, forget
@@ -104,7 +104,7 @@ class OpenvlaServer:
             waits = partial(connected, request.transport)
             with self._session.answer(PROTOCOL):
                 answer = web.Response(text=await self._answer(body, waits), content_type="application/json")
-            if isinstance(request.protocol, Connection):
+            if isinstance(request.protocol, HttpConnection):
                 request.protocol.keep_place()
             return answer
         except Refused as error:

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.control.inference_process import Inference, Open
+from rlrc.runtime.control.inference_process import InferenceProcess, Open
 from rlrc.runtime.servers.guarded import GuardedChunks
 from rlrc.runtime.wire.metrics import Metrics
 from rlrc.runtime.wire.ports import LARGEST
-from rlrc.worker import Dead
+from rlrc.worker import WorkerDied
 
 WAITING = 8  # observations that may wait for the policy, the one it works on included
 HANGS_S = 60.0  # longest inference
@@ -95,11 +95,11 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._seconds = 0.0  # of the last inference
         self._turn, self._came = asyncio.Lock(), asyncio.Event()  # whose turn it is, and that there is news for it
-        self._inference: Inference | None = None
+        self._inference: InferenceProcess | None = None
 
     async def open(self, open_policy: Open, arguments: tuple[Any, ...]) -> None:
         """``open_policy(*arguments)`` in the other process. Raises UserError if it cannot be opened or warmed up."""
-        self._inference = await asyncio.to_thread(Inference, open_policy, arguments, example(self.spec), LARGEST)
+        self._inference = await asyncio.to_thread(InferenceProcess, open_policy, arguments, example(self.spec), LARGEST)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._inference.sentinel, self._fail, "inference ended")
         loop.add_reader(self._inference.fileno(), self._came.set)
@@ -301,7 +301,7 @@ class Session:
             while self.failure is None and (answer := inference.poll()) is None:
                 came.clear()
                 await came.wait()
-        except Dead as error:
+        except WorkerDied as error:
             self._fail(str(error))
         finally:
             hangs.cancel()

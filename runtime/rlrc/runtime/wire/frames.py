@@ -40,7 +40,7 @@ class FewFrames(ServerProtocol):
         super().recv_frame(frame)
 
 
-class Connection(ServerConnection):
+class WebSocketConnection(ServerConnection):
     """Tells ``came`` when it is there and ``gone`` when it is no more."""
 
     def __init__(
@@ -48,8 +48,8 @@ class Connection(ServerConnection):
         protocol: ServerProtocol,
         server: Server,
         *,
-        came: Callable[[Connection], None],
-        gone: Callable[[Connection], None],
+        came: Callable[[WebSocketConnection], None],
+        gone: Callable[[WebSocketConnection], None],
         **options: Any,
     ) -> None:
         few = FewFrames(origins=protocol.origins, max_size=protocol.max_message_size, logger=protocol.logger)

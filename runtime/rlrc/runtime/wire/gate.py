@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _faults = Allowance(FAULTS, FAULT_S)
 
 
-class Connection(web.RequestHandler):
+class HttpConnection(web.RequestHandler):
     """``unknown_s``: seconds until the first request has to have passed; ``idle_s``: until the next one."""
 
     __slots__ = ("_body", "_check", "_data", "_discarded", "_lingering", "_places", "_refused", "_timer", "_unanswered")
@@ -46,7 +46,7 @@ class Connection(web.RequestHandler):
         self,
         check: Check,
         places: Places,
-        lingering: deque[Connection],
+        lingering: deque[HttpConnection],
         unknown_s: float,
         idle_s: float,
         server: web.Server,
@@ -180,7 +180,7 @@ async def listen(
     await runner.setup()
     assert runner.server is not None
     loop = asyncio.get_running_loop()
-    connection = partial(Connection, check, places, deque[Connection](), unknown_s, idle_s, runner.server, loop)
+    connection = partial(HttpConnection, check, places, deque[HttpConnection](), unknown_s, idle_s, runner.server, loop)
     handshake = None if tls is None else HANDSHAKE_S
     return await loop.create_server(connection, host, port, backlog=WAITING, ssl=tls, ssl_handshake_timeout=handshake)
 
@@ -194,7 +194,7 @@ async def answering(
         return await handler(request)
     finally:
         protocol = request.protocol
-        if isinstance(protocol, Connection):
+        if isinstance(protocol, HttpConnection):
             protocol.answered()
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from rlrc.artifact import LayerSpec, NormStats, PolicySpec, StateSpec, TowerSpec
 from rlrc.compressor.checkpoints import settings
-from rlrc.compressor.checkpoints.folder import Folder, Options
-from rlrc.compressor.checkpoints.layout import Layout, Part
+from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
+from rlrc.compressor.checkpoints.layout import Layout, TensorOrigin
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
 from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
-from rlrc.compressor.checkpoints.lerobot.features import Feature, number
+from rlrc.compressor.checkpoints.lerobot.features import PolicyFeature, number
 from rlrc.compressor.checkpoints.tensors import BUFFERS
-from rlrc.compressor.models.act import FAMILY, Geometry
+from rlrc.compressor.models.act import FAMILY, ACTGeometry
 from rlrc.errors import UserError
 
 # Blocks of the four stages, and whether they are bottlenecks.
@@ -36,7 +36,7 @@ def recognise(folder: Folder) -> bool:
     return folder.config.get("type") == FAMILY
 
 
-def layout(folder: Folder, options: Options) -> Layout:
+def layout(folder: Folder, options: ReadOptions) -> Layout:
     """Everything is in config.json but the ResNet's channels, which are read from the weights.
 
     Raises UserError for what config.json lacks, for what the weights contradict and for what rlrc has no form of.
@@ -58,7 +58,7 @@ def layout(folder: Folder, options: Options) -> Layout:
         raise UserError(f"expected a camera in input_features of {folder.path}, found none; rlrc needs one")
     features = _state_features(processors)
     state, own, environment = _state(processors, features)
-    geometry = Geometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
+    geometry = ACTGeometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
     alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
     encoder = (whole,) * number(config, "n_encoder_layers", 4)
     decoder = (alone, replace(whole, kind="cross")) * number(config, "n_decoder_layers", 1)
@@ -78,13 +78,13 @@ def layout(folder: Folder, options: Options) -> Layout:
     )
 
 
-def _state_features(processors: lerobot.Processors) -> list[Feature]:
+def _state_features(processors: lerobot.Processors) -> list[PolicyFeature]:
     """The robot's state and the environment's, those that there are."""
     own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
     return own + processors.inputs("ENV")[:1]
 
 
-def _state(processors: lerobot.Processors, features: list[Feature]) -> tuple[StateSpec | None, int, int]:
+def _state(processors: lerobot.Processors, features: list[PolicyFeature]) -> tuple[StateSpec | None, int, int]:
     """Both as one vector, and how many numbers each has."""
     own, other = ([processors.state(one) for one in features if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]
@@ -133,14 +133,14 @@ def _resnet(folder: Folder) -> dict[str, Any]:
     }
 
 
-def _parts(geometry: Geometry, encoder: int, decoder: int) -> Iterator[tuple[str, Part]]:
+def _parts(geometry: ACTGeometry, encoder: int, decoder: int) -> Iterator[tuple[str, TensorOrigin]]:
     """Every tensor of the policy, and the official one it is of."""
     yield from _trunk(geometry)
-    yield "projector.weight", Part(("model.encoder_img_feat_input_proj.weight",), "patches")
-    yield "projector.bias", Part(("model.encoder_img_feat_input_proj.bias",))
-    yield "latent", Part(("model.encoder_latent_input_proj.bias",))
-    yield "position", Part(("model.encoder_1d_feature_pos_embed.weight",))
-    yield "query", Part(("model.decoder_pos_embed.weight",))
+    yield "projector.weight", TensorOrigin(("model.encoder_img_feat_input_proj.weight",), "patches")
+    yield "projector.bias", TensorOrigin(("model.encoder_img_feat_input_proj.bias",))
+    yield "latent", TensorOrigin(("model.encoder_latent_input_proj.bias",))
+    yield "position", TensorOrigin(("model.encoder_1d_feature_pos_embed.weight",))
+    yield "query", TensorOrigin(("model.decoder_pos_embed.weight",))
     renamed = {"head": "action_head", "decoder.norm": "decoder.norm"}
     if geometry.state:
         renamed["state"] = "encoder_robot_state_input_proj"
@@ -162,17 +162,17 @@ def _parts(geometry: Geometry, encoder: int, decoder: int) -> Iterator[tuple[str
         renamed |= {f"{second}.mlp.up": f"{official}.linear1", f"{second}.mlp.down": f"{official}.linear2"}
     for own, official in renamed.items():
         for leaf in ("weight", "bias"):
-            yield f"{own}.{leaf}", Part((f"model.{official}.{leaf}",))
+            yield f"{own}.{leaf}", TensorOrigin((f"model.{official}.{leaf}",))
 
 
-def _attention(own: str, official: str) -> Iterator[tuple[str, Part]]:
+def _attention(own: str, official: str) -> Iterator[tuple[str, TensorOrigin]]:
     for leaf in ("weight", "bias"):
         for name, third in (("q", "query"), ("k", "key"), ("v", "value")):
-            yield f"{own}.{name}.{leaf}", Part((f"model.{official}.in_proj_{leaf}",), third)
-        yield f"{own}.o.{leaf}", Part((f"model.{official}.out_proj.{leaf}",))
+            yield f"{own}.{name}.{leaf}", TensorOrigin((f"model.{official}.in_proj_{leaf}",), third)
+        yield f"{own}.o.{leaf}", TensorOrigin((f"model.{official}.out_proj.{leaf}",))
 
 
-def _trunk(geometry: Geometry) -> Iterator[tuple[str, Part]]:
+def _trunk(geometry: ACTGeometry) -> Iterator[tuple[str, TensorOrigin]]:
     pairs = {"stem": ("conv1", "bn1")}
     channels = geometry.stem
     for stage, (count, outputs) in enumerate(zip(geometry.blocks, geometry.outputs, strict=True)):
@@ -185,6 +185,6 @@ def _trunk(geometry: Geometry) -> Iterator[tuple[str, Part]]:
         channels = outputs
     leaves = {"weight": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
     for own, (convolution, norm) in pairs.items():
-        yield f"vision.{own}.conv.weight", Part((f"model.backbone.{convolution}.weight",))
+        yield f"vision.{own}.conv.weight", TensorOrigin((f"model.backbone.{convolution}.weight",))
         for leaf, stored in leaves.items():
-            yield f"vision.{own}.norm.{leaf}", Part((f"model.backbone.{norm}.{stored}",))
+            yield f"vision.{own}.norm.{leaf}", TensorOrigin((f"model.backbone.{norm}.{stored}",))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlrc.compressor.checkpoints.lerobot.normaliser import Statistics, check_mode
-from rlrc.compressor.checkpoints.lerobot.steps import Effect, Normaliser
+from rlrc.compressor.checkpoints.lerobot.steps import Effect, NormalizerStep
 
 if TYPE_CHECKING:
     from rlrc.compressor.checkpoints.folder import Folder
@@ -42,4 +42,4 @@ def of_config(config: Mapping[str, Any], kinds: Mapping[str, str], statistics: S
     modes = modes if isinstance(modes, dict) else {}
     for kind, mode in modes.items():
         check_mode(kind, mode, where)
-    return [Normaliser(where, where, modes, kinds, statistics, 1e-8)]
+    return [NormalizerStep(where, where, modes, kinds, statistics, 1e-8)]

@@ -14,7 +14,7 @@ LARGEST = 1_000_000  # above every size of a policy, and small enough to build a
 
 
 @dataclass(frozen=True)
-class Feature:
+class PolicyFeature:
     """One entry of config.json's input_features or output_features."""
 
     name: str
@@ -47,13 +47,13 @@ def meanings(names: tuple[str, ...]) -> tuple[Literal["absolute", "gripper"], ..
     return tuple("gripper" if "gripper" in name else "absolute" for name in names)
 
 
-def features(config: dict[str, Any], which: Literal["input_features", "output_features"]) -> list[Feature]:
+def features(config: dict[str, Any], which: Literal["input_features", "output_features"]) -> list[PolicyFeature]:
     """In the order of config.json. Raises UserError for entries that are none."""
     entries = config.get(which)
     try:
         if not isinstance(entries, dict):
             raise TypeError(entries)
-        found = [Feature(name, entry["type"], tuple(entry["shape"])) for name, entry in entries.items()]
+        found = [PolicyFeature(name, entry["type"], tuple(entry["shape"])) for name, entry in entries.items()]
     except (KeyError, TypeError):
         raise UserError(
             f"expected names with type and shape as {which} in config.json, found {entries!r:.80}; copy it again"

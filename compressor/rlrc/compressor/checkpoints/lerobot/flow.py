@@ -15,8 +15,8 @@ from rlrc.artifact import CameraSpec, FlowSpec, LayerSpec, PolicySpec, StateSpec
 from rlrc.compressor.checkpoints import settings
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
-from rlrc.compressor.checkpoints.lerobot.features import Feature, number, real
-from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, Official, parts, unused
+from rlrc.compressor.checkpoints.lerobot.features import PolicyFeature, number, real
+from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, OfficialTensors, parts, unused
 from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY
 from rlrc.compressor.checkpoints.lerobot.processors import Processors
 from rlrc.compressor.checkpoints.lerobot.prompt_state import with_prompt_state
@@ -24,7 +24,7 @@ from rlrc.compressor.checkpoints.lerobot.steps import BEFORE
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 Kind = Literal["self", "cross", "half"]
 
@@ -58,7 +58,7 @@ class Reader:
     folder: Folder
     hints: Mapping[str, Any]
     processors: Processors
-    official: Official
+    official: OfficialTensors
 
     @property
     def config(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def recognise(folder: Folder) -> bool:
     return str(folder.config.get("type")) in NAMES
 
 
-def layout(folder: Folder, options: Options) -> Layout:
+def layout(folder: Folder, options: ReadOptions) -> Layout:
     """Reads no weights but statistics.
 
     Raises UserError for what rlrc cannot do, for a config.json that contradicts the weights, and for heads that neither
@@ -95,7 +95,7 @@ def layout(folder: Folder, options: Options) -> Layout:
         )
     settings.check_lerobot(folder, options)
     processors = lerobot.read(folder, True, options)
-    reader = Reader(family, folder, options.hints, processors, Official(folder.tensors, family))
+    reader = Reader(family, folder, options.hints, processors, OfficialTensors(folder.tensors, family))
     vision, grid = _vision(reader)
     decoder, expert = _decoders(reader)
     towers = {"vision": vision, "decoder": decoder, "expert": expert}
@@ -319,11 +319,11 @@ def _periods(config: Mapping[str, Any]) -> list[float]:
     return found
 
 
-def _state_feature(reader: Reader) -> Feature:
+def _state_feature(reader: Reader) -> PolicyFeature:
     width = number(reader.config, "max_state_dim", 32)
     found = reader.processors.inputs("STATE")
     if not found and not reader.smol:
-        found = [Feature("observation.state", "STATE", (width,))]  # as lerobot does
+        found = [PolicyFeature("observation.state", "STATE", (width,))]  # as lerobot does
     if len(found) != 1 or found[0].dim > width:
         listed = ", ".join(f"{feature.name} {list(feature.shape)}" for feature in found) or "none"
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlrc.artifact import TowerSpec
-from rlrc.compressor.checkpoints.layout import Part
+from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
 from rlrc.compressor.checkpoints.tensors import BUFFERS
 from rlrc.compressor.models.tensors import Tensors, wrong_shape
@@ -47,7 +47,7 @@ LINEARS |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")
 HALF = ("norm1", "attention.k", "attention.v")  # what a "half" block has
 
 
-class Official:
+class OfficialTensors:
     """A folder's tensors by names that do not depend on who saved them.
 
     Files derived from openpi have no leading "model.", compiled ones an "_orig_mod", and pi0's and pi0.5's files may
@@ -88,12 +88,12 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("model.").replace("action_time_mlp_", "time_mlp_", 1)
 
 
-def parts(official: Official, towers: dict[str, TowerSpec], bias: bool, state: bool) -> dict[str, Part]:
+def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, state: bool) -> dict[str, TensorOrigin]:
     """By the names of the policy's tensors. ``bias`` of the projector; ``state``: whether it has a token."""
-    where, found = official.where, dict[str, Part]()
+    where, found = official.where, dict[str, TensorOrigin]()
 
     def take(ours: str, *theirs: str, convert: str = "same") -> None:
-        found[ours] = Part(tuple(map(official.name, theirs)), convert)
+        found[ours] = TensorOrigin(tuple(map(official.name, theirs)), convert)
 
     def affine(ours: str, theirs: str) -> None:
         for leaf in ("weight", "bias"):
@@ -143,7 +143,7 @@ def parts(official: Official, towers: dict[str, TowerSpec], bias: bool, state: b
     return found
 
 
-def unused(official: Official, towers: dict[str, TowerSpec], taken: dict[str, Part]) -> tuple[str, ...]:
+def unused(official: OfficialTensors, towers: dict[str, TowerSpec], taken: dict[str, TensorOrigin]) -> tuple[str, ...]:
     """Stored, but no action depends on it: heads, what is left of the prefix's last blocks, old folders' statistics."""
     where, used = official.where, {name for part in taken.values() for name in part.official}
     begins = [f"{where.decoder}.norm.", f"{where.vision}.head.", f"{where.expert}.embed_tokens."]

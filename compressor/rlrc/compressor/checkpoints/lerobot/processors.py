@@ -2,7 +2,7 @@
 
 Since lerobot 0.4 a folder has two pipelines of processor steps: see processor_steps.py. Older folders have none and
 keep their statistics among the weights. What normalises an input or the action is never left out in silence: statistics
-that a mode needs and that are missing are refused, unless ``Options.incomplete`` says that they are not needed.
+that a mode needs and that are missing are refused, unless ``ReadOptions.incomplete`` says that they are not needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSp
 from rlrc.compressor.checkpoints import settings
 from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.compressor.checkpoints.lerobot.buffers import among_weights, of_config
-from rlrc.compressor.checkpoints.lerobot.features import Feature, dimension_names, features, meanings, number, short
+from rlrc.compressor.checkpoints.lerobot.features import (
+    PolicyFeature,
+    dimension_names,
+    features,
+    meanings,
+    number,
+    short,
+)
 from rlrc.compressor.checkpoints.lerobot.normaliser import (
     IDENTITY,
     MODES,
@@ -32,7 +39,7 @@ from rlrc.compressor.checkpoints.lerobot.steps import (
     AFTER,
     BEFORE,
     Effect,
-    Normaliser,
+    NormalizerStep,
     chain,
     prompt_of,
     read_steps,
@@ -40,7 +47,7 @@ from rlrc.compressor.checkpoints.lerobot.steps import (
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,17 @@ class Processors:
     group: str | None
     incomplete: bool
 
-    def inputs(self, kind: str) -> list[Feature]:
+    def inputs(self, kind: str) -> list[PolicyFeature]:
         """The features of a kind that the policy sees, in the config's order."""
         return [feature for feature in features(self.config, "input_features") if feature.kind == kind]
 
-    def called(self, feature: Feature) -> str:
+    def called(self, feature: PolicyFeature) -> str:
         """The robot's name of a feature: "front" of "observation.images.front"."""
         return short(chain(self.before, feature.name)[0])
 
     def camera(
         self,
-        feature: Feature,
+        feature: PolicyFeature,
         resize: Literal["none", "pad", "pad-left-top"] = "none",
         size: tuple[int, int] | None = None,
         centre: float = 0.0,
@@ -95,7 +102,7 @@ class Processors:
         norm = after(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
         return CameraSpec(self.called(feature), height, width, resize, norm.center, norm.scale, "HWC", optional)
 
-    def state(self, feature: Feature, width: int | None = None, padded: int | None = None) -> StateSpec:
+    def state(self, feature: PolicyFeature, width: int | None = None, padded: int | None = None) -> StateSpec:
         """Names are joint_0, joint_1, ... and the unit is "1": config.json has neither. ``padded``: see ``norm``."""
         norm = self.norm(feature, feature.dim, padded)
         dim = len(norm.center)
@@ -110,7 +117,7 @@ class Processors:
         """
         found = self._outputs()
         if not found and default is not None:
-            found = [Feature(ACTION, "ACTION", (default,))]
+            found = [PolicyFeature(ACTION, "ACTION", (default,))]
         if len(found) != 1:
             raise UserError(
                 f"expected one ACTION in output_features of config.json, found {len(found)}; copy the folder again"
@@ -120,7 +127,7 @@ class Processors:
         names = dimension_names(self.config.get("action_feature_names"), dim)
         return ActionSpec(number(self.config, "chunk_size"), names, meanings(names), ("1",) * dim, norm, bins=0)
 
-    def norm(self, feature: Feature, numbers: int, padded: int | None = None) -> NormStats:
+    def norm(self, feature: PolicyFeature, numbers: int, padded: int | None = None) -> NormStats:
         """Of an input, or of the action on its way out, with so many numbers (three of a picture's colours).
 
         A feature as wide as ``padded``, the widest that the policy takes, has as many numbers as its statistics: the
@@ -145,22 +152,22 @@ class Processors:
                 norm = after(norm, one)
         return norm
 
-    def normalisation(self, inputs: Iterable[Feature]) -> dict[str, tuple[Normalisation, ...]]:
+    def normalisation(self, inputs: Iterable[PolicyFeature]) -> dict[str, tuple[Normalisation, ...]]:
         """Of these inputs and of the action by rlrc's names: "image.top", "state", "environment_state", "action"."""
         found = {}
-        for feature in (*inputs, Feature(ACTION, "ACTION", ())):
+        for feature in (*inputs, PolicyFeature(ACTION, "ACTION", ())):
             name = {"STATE": "state", "ENV": "environment_state", "ACTION": ACTION}.get(feature.kind)
             found[name or f"image.{self.called(feature)}"] = tuple(how for how, _ in self.applied(feature))
         return found
 
-    def applied(self, feature: Feature) -> list[tuple[Normalisation, Values]]:
+    def applied(self, feature: PolicyFeature) -> list[tuple[Normalisation, Values]]:
         """How a feature is normalised, and by which statistics; first what is nearest to the raw values."""
-        inwards = [(effect, ACTION) for effect in self.before if isinstance(effect, Normaliser)]
+        inwards = [(effect, ACTION) for effect in self.before if isinstance(effect, NormalizerStep)]
         if feature.kind != "ACTION":
             end = self.state_step if feature.kind == "STATE" else None  # later steps do not change the prompt
             _, inwards = chain(self.before[:end], feature.name)
             return [self._by(*pair, feature) for pair in inwards] or [self._by_none(feature, BEFORE)]
-        outwards = [(effect, ACTION) for effect in reversed(self.after) if isinstance(effect, Normaliser)]
+        outwards = [(effect, ACTION) for effect in reversed(self.after) if isinstance(effect, NormalizerStep)]
         taught, done = ([one.mode(ACTION, "ACTION") for one, _ in pairs] for pairs in (inwards, outwards))
         if outwards and inwards and taught != done:
             raise UserError(
@@ -169,7 +176,7 @@ class Processors:
             )
         return [self._by(*pair, feature) for pair in outwards] or [self._by_none(feature, AFTER, taught)]
 
-    def _by(self, normaliser: Normaliser, name: str, feature: Feature) -> tuple[Normalisation, Values]:
+    def _by(self, normaliser: NormalizerStep, name: str, feature: PolicyFeature) -> tuple[Normalisation, Values]:
         mode = normaliser.mode(name, feature.kind)
         if mode is None:
             return Normalisation(name, IDENTITY, f"not in normalize_observation_keys of {normaliser.step}"), {}
@@ -191,7 +198,7 @@ class Processors:
         return Normalisation(name, mode, missing=missing, groups=listed, eps=normaliser.eps), {}
 
     def _by_none(
-        self, feature: Feature, file: str, taught: list[str | None] | None = None
+        self, feature: PolicyFeature, file: str, taught: list[str | None] | None = None
     ) -> tuple[Normalisation, Values]:
         """Of a feature that no step normalises: right only if config.json, or the way in, says IDENTITY."""
         mapping = self.config.get("normalization_mapping")
@@ -215,15 +222,15 @@ class Processors:
             return Normalisation(feature.name, IDENTITY, where), {}
         return Normalisation(feature.name, needed[0], missing=f"no {step.split()[1]} in {file}{early}", eps=1e-8), {}
 
-    def _outputs(self) -> list[Feature]:
+    def _outputs(self) -> list[PolicyFeature]:
         return [feature for feature in features(self.config, "output_features") if feature.kind == "ACTION"]
 
 
-def read(folder: Folder, language: bool, options: Options) -> Processors:
+def read(folder: Folder, language: bool, options: ReadOptions) -> Processors:
     """Reads the folder's processors. ``language``: whether the policy takes an instruction.
 
     Raises UserError for steps and settings that rlrc does not know or that do what it cannot, and for an
-    ``Options.unnorm_key`` that is no group of the statistics.
+    ``ReadOptions.unnorm_key`` that is no group of the statistics.
     """
     inwards, outwards = among_weights(folder)
     prompt: PromptSpec | None
@@ -262,9 +269,15 @@ def read(folder: Folder, language: bool, options: Options) -> Processors:
 
 def _check_group(processors: Processors) -> None:
     """Raises UserError for a chosen group that the statistics do not have."""
-    steps = [effect.statistics for effect in (*processors.before, *processors.after) if isinstance(effect, Normaliser)]
+    steps = [
+        effect.statistics for effect in (*processors.before, *processors.after) if isinstance(effect, NormalizerStep)
+    ]
     config, key = processors.config, processors.group
-    known = [*features(config, "input_features"), *features(config, "output_features"), Feature(ACTION, "ACTION", ())]
+    known = [
+        *features(config, "input_features"),
+        *features(config, "output_features"),
+        PolicyFeature(ACTION, "ACTION", ()),
+    ]
     every = (*steps, processors.inwards, processors.outwards)
     groups = sorted({group for one in every for feature in known for group in one.names(feature.name) if group})
     if key is None or key in groups:

@@ -46,7 +46,7 @@ class Rename:
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class NormalizerStep:
     """A normalizer_processor or unnormalizer_processor.
 
     ``modes`` by kind of feature, as the setting ``said`` has them; ``kinds`` of the listed features; ``only``: the
@@ -102,10 +102,10 @@ class Tokenize:
     truncation: bool
 
 
-Effect = Rename | Normaliser | PromptState | Newline | Tokenize
+Effect = Rename | NormalizerStep | PromptState | Newline | Tokenize
 
 
-class Settings:
+class StepSettings:
     """Those of one step. What is not taken when the step has been read is refused."""
 
     def __init__(self, name: str, values: Mapping[str, Any], file: str) -> None:
@@ -150,7 +150,7 @@ def read_steps(folder: Folder, file: str) -> list[Effect]:
     """
     found: list[Effect] = []
     for name, values, state in _steps(folder, file):
-        settings = Settings(name, values, file)
+        settings = StepSettings(name, values, file)
         effect = _effect(folder, name, settings, state, file == BEFORE)
         settings.done()
         found += [] if effect is None else [effect]
@@ -174,7 +174,7 @@ def _steps(folder: Folder, file: str) -> list[tuple[str, dict[str, Any], str | N
     return steps
 
 
-def _effect(folder: Folder, name: str, settings: Settings, state: str | None, before: bool) -> Effect | None:
+def _effect(folder: Folder, name: str, settings: StepSettings, state: str | None, before: bool) -> Effect | None:
     if name == "device_processor":
         settings.take("device")
         settings.one_of("float_dtype", (None, "float32", "float"), None)
@@ -212,7 +212,7 @@ def _effect(folder: Folder, name: str, settings: Settings, state: str | None, be
     return None
 
 
-def _rename(settings: Settings) -> Rename:
+def _rename(settings: StepSettings) -> Rename:
     names = settings.take("rename_map") or {}
     if not isinstance(names, dict) or not all(isinstance(new, str) for new in names.values()):
         raise settings.refused("rename_map", names, "names of inputs with their new names")
@@ -222,7 +222,7 @@ def _rename(settings: Settings) -> Rename:
     return Rename({new: tuple(old) for new, old in olds.items()})
 
 
-def _normaliser(folder: Folder, settings: Settings, state: str | None) -> Normaliser:
+def _normaliser(folder: Folder, settings: StepSettings, state: str | None) -> NormalizerStep:
     settings.take("device")
     settings.one_of("dtype", (None, "float32", "torch.float32"), None)
     modes, eps = settings.take("norm_map"), settings.take("eps", 1e-8)
@@ -247,10 +247,10 @@ def _normaliser(folder: Folder, settings: Settings, state: str | None) -> Normal
         raise settings.refused("normalize_observation_keys", only, "names of inputs")
     given = settings.take("stats")  # LeRobot prefers them to those of the file
     statistics = _given(settings, given) if given else stored(folder, state)
-    return Normaliser(settings.step, f"norm_map of {settings.step}", modes, kinds, statistics, float(eps), only)
+    return NormalizerStep(settings.step, f"norm_map of {settings.step}", modes, kinds, statistics, float(eps), only)
 
 
-def _given(settings: Settings, given: Any) -> Statistics:
+def _given(settings: StepSettings, given: Any) -> Statistics:
     try:
         values = {
             str(name): {str(one): torch.tensor(numbers, dtype=torch.float64) for one, numbers in dict(stats).items()}
@@ -292,12 +292,12 @@ def prompt_of(effects: Sequence[Effect]) -> tuple[PromptSpec | None, int | None]
     return found
 
 
-def chain(effects: Sequence[Effect], name: str) -> tuple[str, list[tuple[Normaliser, str]]]:
+def chain(effects: Sequence[Effect], name: str) -> tuple[str, list[tuple[NormalizerStep, str]]]:
     """What the robot calls an input, and the normalisers that it passes with its name at that point, in their order."""
-    found: list[tuple[Normaliser, str]] = []
+    found: list[tuple[NormalizerStep, str]] = []
     for effect in reversed(effects):
         if isinstance(effect, Rename):
             name = effect.old(name)
-        elif isinstance(effect, Normaliser):
+        elif isinstance(effect, NormalizerStep):
             found.insert(0, (effect, name))
     return name, found

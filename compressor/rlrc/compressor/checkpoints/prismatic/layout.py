@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlrc.artifact import CameraSpec, LayerSpec, PromptSpec, TokenSpec, TowerSpec
 from rlrc.compressor.checkpoints import settings
-from rlrc.compressor.checkpoints.layout import Part
+from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.prismatic import pictures
 from rlrc.compressor.checkpoints.tensors import BUFFERS
 from rlrc.compressor.models.nn.prismatic import TRANSFORMERS
@@ -22,7 +22,7 @@ from rlrc.compressor.models.tensors import Tensors, wrong_shape
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")  # of TRANSFORMERS
 LLAMA = "language_model.model."
@@ -66,13 +66,13 @@ class Prismatic:
     camera: CameraSpec
     tokens: int  # of one picture
     towers: dict[str, TowerSpec]
-    parts: dict[str, Part]
+    parts: dict[str, TensorOrigin]
     unused: list[str]
     geometry: dict[str, Any]
     head: str  # the official tensor of the language model's head
 
 
-def prismatic(folder: Folder, options: Options) -> Prismatic:
+def prismatic(folder: Folder, options: ReadOptions) -> Prismatic:
     """Raises UserError for what these families are not, and for a config.json that contradicts the weights."""
     check_settings(folder, options)
     tensors, text = folder.tensors, text_config(folder)
@@ -115,7 +115,7 @@ def prismatic(folder: Folder, options: Options) -> Prismatic:
     return Prismatic(camera, tokens, towers, parts, unused, geometry, head)
 
 
-def check_settings(folder: Folder, options: Options) -> None:
+def check_settings(folder: Folder, options: ReadOptions) -> None:
     """Every key of the folder's configuration files. Raises UserError for those that rlrc does not support."""
     settings.check_no_prompt_state(folder, options)
     settings.check(folder.config, settings.PRISMATIC, "config.json", options)
@@ -149,7 +149,7 @@ def _backbone(folder: Folder) -> str:
     return str(folder.config.get("vision_backbone_id"))
 
 
-def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> TowerSpec:
+def _transformer(folder: Folder, options: ReadOptions, prefix: str, kind: str) -> TowerSpec:
     """All blocks but the last."""
     tensors = folder.tensors
     width, depth = dimensions(tensors, f"{prefix}patch_embed.proj.weight", 4)[0], tensors.depth(f"{prefix}blocks.")
@@ -168,14 +168,14 @@ def _transformer(folder: Folder, options: Options, prefix: str, kind: str) -> To
     return TowerSpec(width, layers, eps=1e-6, activation="gelu")
 
 
-def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[str, Part]:
+def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[str, TensorOrigin]:
     parts = {
-        f"{tower}.stem.steps.0.weight": Part((f"{prefix}patch_embed.proj.weight",), "patches"),
-        f"{tower}.stem.steps.0.bias": Part((f"{prefix}patch_embed.proj.bias",)),
-        f"{tower}.position": Part((f"{prefix}pos_embed",), "flat"),
+        f"{tower}.stem.steps.0.weight": TensorOrigin((f"{prefix}patch_embed.proj.weight",), "patches"),
+        f"{tower}.stem.steps.0.bias": TensorOrigin((f"{prefix}patch_embed.proj.bias",)),
+        f"{tower}.position": TensorOrigin((f"{prefix}pos_embed",), "flat"),
     }
     if kind == "dinov2":
-        parts[f"{tower}.extra"] = Part((f"{prefix}cls_token", f"{prefix}reg_token"), "flat")
+        parts[f"{tower}.extra"] = TensorOrigin((f"{prefix}cls_token", f"{prefix}reg_token"), "flat")
     names = {"attention.qkv": "attn.qkv", "attention.out": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
     names |= {"norm1": "norm1", "norm2": "norm2"}
     for i in range(depth):
@@ -183,7 +183,7 @@ def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[s
             parts |= affine(f"{tower}.layers.{i}.{ours}", f"{prefix}blocks.{i}.{official}")
         if kind == "dinov2":
             for n in (1, 2):
-                parts[f"{tower}.layers.{i}.scale{n}"] = Part((f"{prefix}blocks.{i}.ls{n}.scale_factor",))
+                parts[f"{tower}.layers.{i}.scale{n}"] = TensorOrigin((f"{prefix}blocks.{i}.ls{n}.scale_factor",))
     return parts
 
 
@@ -219,21 +219,21 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
     return TowerSpec(width, (layer,) * depth, eps=float(eps), activation=activation, theta=float(theta))
 
 
-def _llama_parts(depth: int) -> dict[str, Part]:
+def _llama_parts(depth: int) -> dict[str, TensorOrigin]:
     names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     names |= {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
     names |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     parts = {
-        "embedding.weight": Part((EMBEDDING,)),
-        "decoder.norm.weight": Part((f"{LLAMA}norm.weight",)),
+        "embedding.weight": TensorOrigin((EMBEDDING,)),
+        "decoder.norm.weight": TensorOrigin((f"{LLAMA}norm.weight",)),
     }
     for i in range(depth):
         for ours, official in names.items():
-            parts[f"decoder.layers.{i}.{ours}.weight"] = Part((f"{LLAMA}layers.{i}.{official}.weight",))
+            parts[f"decoder.layers.{i}.{ours}.weight"] = TensorOrigin((f"{LLAMA}layers.{i}.{official}.weight",))
     return parts
 
 
-def prompt_spec(folder: Folder, options: Options, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
+def prompt_spec(folder: Folder, options: ReadOptions, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
     """``others``: tokens of the sequence that are not the prompt's. Also what was assumed."""
     kind, assumed = _prompt_kind(folder, options)
     room = (longest := whole({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
@@ -245,7 +245,7 @@ def prompt_spec(folder: Folder, options: Options, others: int) -> tuple[PromptSp
     return PromptSpec(PROMPTS[kind], room, None, ("lower",), suffix=(BLANK,), known={"\u2581": BLANK}), assumed
 
 
-def _prompt_kind(folder: Folder, options: Options) -> tuple[str, tuple[str, ...]]:
+def _prompt_kind(folder: Folder, options: ReadOptions) -> tuple[str, tuple[str, ...]]:
     """A key of PROMPTS. The prompt belongs to the language model: OpenVLA v0.1 was trained from Vicuna, later ones from
     the base Llama 2 ("pure")."""
     said, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
@@ -268,9 +268,9 @@ def action_tokens(folder: Folder) -> tuple[int, TokenSpec]:
     return whole(config, "n_action_bins") - 1, TokenSpec(rows, 0, rows - whole(config, "pad_to_multiple_of") - 1)
 
 
-def affine(ours: str, official: str, file: str = "") -> dict[str, Part]:
+def affine(ours: str, official: str, file: str = "") -> dict[str, TensorOrigin]:
     """Weight and bias of a layer."""
-    return {f"{ours}.{name}": Part((f"{official}.{name}",), file=file) for name in ("weight", "bias")}
+    return {f"{ours}.{name}": TensorOrigin((f"{official}.{name}",), file=file) for name in ("weight", "bias")}
 
 
 def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 STATISTICS = "dataset_statistics.json"
 UNNAMED = "(unnamed)"
@@ -42,7 +42,7 @@ def data_sets(folder: Folder) -> dict[str, Any]:
     return {UNNAMED: found} if alone else found
 
 
-def statistics(folder: Folder, options: Options) -> tuple[str, Mapping[str, Any]]:
+def statistics(folder: Folder, options: ReadOptions) -> tuple[str, Mapping[str, Any]]:
     """The data set's name and its statistics. Raises UserError where it is not clear which are meant."""
     found = data_sets(folder)
     if not found:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.checkpoints.layout import Layout, Part
+from rlrc.compressor.checkpoints.layout import Layout, TensorOrigin
 from rlrc.compressor.checkpoints.prismatic import pictures
 from rlrc.compressor.checkpoints.prismatic.layout import (
     LM_HEAD,
@@ -36,7 +36,7 @@ from rlrc.compressor.checkpoints.prismatic.norm_stats import (
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.models.oft import FAMILY
 
 ACTION_HEAD = "action_head--*.pt"
@@ -64,7 +64,7 @@ HEADS = ("l1", "discrete")  # the hint "head"
 FAMILIES = ("openvla", FAMILY)  # the hint "family"
 
 
-def recognise(folder: Folder, options: Options) -> tuple[bool, tuple[str, ...]]:
+def recognise(folder: Folder, options: ReadOptions) -> tuple[bool, tuple[str, ...]]:
     """Whether an OpenVLA folder is OpenVLA-OFT's, and what was assumed.
 
     By what the options say of it, else by its contents, never by its name: by the files that only OFT saves, else by
@@ -113,7 +113,7 @@ def _steps(folder: Folder) -> None:
         )
 
 
-def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
+def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
     """Raises UserError for FiLM and diffusion, and for what neither the folder nor the options tell."""
     _steps(folder)
     head, proprio = folder.pt(ACTION_HEAD), folder.pt(PROPRIO)
@@ -134,7 +134,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     parts, unused, geometry = dict(shared.parts), list(shared.unused), dict(shared.geometry)
     if head is None:
         action = action_spec(horizon, norm, *action_tokens(folder))
-        parts["head.weight"] = Part((shared.head,))
+        parts["head.weight"] = TensorOrigin((shared.head,))
     else:
         action = action_spec(horizon, norm)
         geometry["head"], geometry["head_blocks"] = dimensions(head, "model.fc1.weight", 2)[0], head.depth(BLOCKS)
@@ -160,7 +160,7 @@ def layout(folder: Folder, options: Options, shared: Prismatic) -> Layout:
     return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, shown)
 
 
-def _check_head(folder: Folder, options: Options, found: bool) -> None:
+def _check_head(folder: Folder, options: ReadOptions, found: bool) -> None:
     """Raises UserError unless it is certain what the actions are made by: the weights are the same with both."""
     said = options.hints.get("head")
     if said not in (None, *HEADS):
@@ -176,11 +176,11 @@ def _check_head(folder: Folder, options: Options, found: bool) -> None:
         )
 
 
-def _told_images(options: Options) -> Any:
+def _told_images(options: ReadOptions) -> Any:
     return options.hints.get("num_images_in_input") if options.images is None else options.images
 
 
-def _images(folder: Folder, options: Options, shared: Prismatic) -> int:
+def _images(folder: Folder, options: ReadOptions, shared: Prismatic) -> int:
     images = _told_images(options)
     if images is None and "vision2" not in shared.towers:
         return 1  # the official code takes several with fused vision backbones only
@@ -192,7 +192,7 @@ def _images(folder: Folder, options: Options, shared: Prismatic) -> int:
     return images
 
 
-def _chunk(folder: Folder, options: Options, dataset: str) -> tuple[int, str, tuple[str, ...]]:
+def _chunk(folder: Folder, options: ReadOptions, dataset: str) -> tuple[int, str, tuple[str, ...]]:
     """The chunk's length, the kind of bounds, and what was assumed.
 
     From the hints, or else those of the robot that is a word of the data set's name.
@@ -216,12 +216,12 @@ def _chunk(folder: Folder, options: Options, dataset: str) -> tuple[int, str, tu
     return horizon, bounds, tuple(f"{text}, {why} (--hints {key})" for key, text in guessed.items())
 
 
-def _head_parts(blocks: int, file: str) -> dict[str, Part]:
+def _head_parts(blocks: int, file: str) -> dict[str, TensorOrigin]:
     names = {"norm1": "layer_norm1", "input": "fc1", "norm2": "layer_norm2", "output": "fc2"}
     for i in range(blocks):
         block = f"{BLOCKS.removeprefix('model.')}{i}.ffn"
         names |= {f"blocks.{i}.0": f"{block}.0", f"blocks.{i}.1": f"{block}.1"}
-    parts = dict[str, Part]()
+    parts = dict[str, TensorOrigin]()
     for ours, official in names.items():
         parts |= affine(f"head.{ours}", f"model.{official}", file)
     return parts

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlrc.artifact import PolicySpec
-from rlrc.compressor.checkpoints.layout import Layout, Part
+from rlrc.compressor.checkpoints.layout import Layout, TensorOrigin
 from rlrc.compressor.checkpoints.prismatic import oft as prismatic_oft
 from rlrc.compressor.checkpoints.prismatic import pictures
 from rlrc.compressor.checkpoints.prismatic.layout import action_tokens, prismatic, prompt_spec
 from rlrc.compressor.checkpoints.prismatic.norm_stats import action_spec, described, normalisation, statistics
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.models.openvla import FAMILY
 
 
@@ -20,7 +20,7 @@ def recognise(folder: Folder) -> bool:
     return folder.config.get("model_type") == "openvla"
 
 
-def layout(folder: Folder, options: Options) -> Layout:
+def layout(folder: Folder, options: ReadOptions) -> Layout:
     """Raises UserError for what these families are not, and for what neither the folder nor the options tell."""
     shared = prismatic(folder, options)
     is_oft, assumed = prismatic_oft.recognise(folder, options)
@@ -32,5 +32,5 @@ def layout(folder: Folder, options: Options) -> Layout:
     shown |= pictures.described(folder, [shared.camera])
     prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
-    parts = {**shared.parts, "head.weight": Part((shared.head,))}
+    parts = {**shared.parts, "head.weight": TensorOrigin((shared.head,))}
     return Layout(spec, shared.towers, parts, tuple(shared.unused), assumed + guessed, shown)

@@ -16,7 +16,7 @@ from rlrc.compressor.checkpoints.layout import Normalisation
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
-    from rlrc.compressor.checkpoints.folder import Folder, Options
+    from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 
 PREPROCESSOR = "preprocessor_config.json"
 NAIVE = "resize-naive"
@@ -35,7 +35,7 @@ BICUBIC = 3  # as PIL counts
 ROUNDING = 2.0**-8  # of bfloat16
 
 
-def camera(folder: Folder, options: Options, kinds: list[str]) -> CameraSpec:
+def camera(folder: Folder, options: ReadOptions, kinds: list[str]) -> CameraSpec:
     """``kinds``: of the vision transformers, keys of MEANS. Raises UserError for what rlrc does not do."""
     processor = _processor(folder)
     settings.check(processor, settings.IMAGE_PROCESSOR, PREPROCESSOR, options)

@@ -188,7 +188,7 @@ class Block(nn.Module):
             self.norm2 = norm(tower, condition)
             self.mlp = MLP(tower.width, layer.mlp, tower.activation or "silu")
 
-    def forward(self, x: Tensor, around: Around, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, around: AttentionContext, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """The residual stream after the block, and the keys and values it attended to."""
         y, gate = self.norm1(x, around.condition)
         if self.kind == "cross":
@@ -206,7 +206,7 @@ class Block(nn.Module):
         return x + (y if gate is None else gate * y), source
 
 
-class Around:
+class AttentionContext:
     """What all blocks of one pass share: rotations, masks, condition."""
 
     def __init__(
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
 
         After a "half" block at the end the hidden states are those before it, not normalised.
         """
-        around, present = Around(x, self.tower, positions, mask, condition), list[KeyValue]()
+        around, present = AttentionContext(x, self.tower, positions, mask, condition), list[KeyValue]()
         for i, layer in enumerate(self.layers):
             x, source = layer(x, around, None if past is None else past[i])
             present.append(source)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import attend
-from rlrc.compressor.models.nn.vit import MLP
+from rlrc.compressor.models.nn.vit import VisionMLP
 
 
-class Attention(nn.Module):
+class DetrAttention(nn.Module):
     def __init__(self, width: int, layer: LayerSpec) -> None:
         super().__init__()
         self.heads, self.head_dim = layer.heads, layer.head_dim
@@ -43,17 +43,17 @@ class Constant(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
 
-class Block(nn.Module):
+class DetrBlock(nn.Module):
     """``pre_norm``: each branch normalises its input; else the residual stream is normalised after each."""
 
     def __init__(self, tower: TowerSpec, layer: LayerSpec, pre_norm: bool) -> None:
         super().__init__()
         self.cross, self.pre_norm = layer.kind == "cross", pre_norm
         self.norm1 = nn.LayerNorm(tower.width, tower.eps)
-        self.attention = Attention(tower.width, layer)
+        self.attention = DetrAttention(tower.width, layer)
         if layer.mlp:
             self.norm2 = nn.LayerNorm(tower.width, tower.eps)
-            self.mlp = MLP(tower.width, layer.mlp, tower.activation or "relu")
+            self.mlp = VisionMLP(tower.width, layer.mlp, tower.activation or "relu")
         self.has_mlp = layer.mlp > 0
 
     def forward(self, x: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ class Transformer(nn.Module):
 
     def __init__(self, tower: TowerSpec, pre_norm: bool, normed: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(tower, layer, pre_norm) for layer in tower.layers)
+        self.layers = nn.ModuleList(DetrBlock(tower, layer, pre_norm) for layer in tower.layers)
         self.norm = nn.LayerNorm(tower.width, tower.eps) if normed else None
 
     def forward(
         self, x: Tensor, position: Tensor, memory: Tensor | None = None, memory_position: Tensor | None = None
     ) -> Tensor:
-        """See ``Block``; without a memory the sequence is its own."""
+        """See ``DetrBlock``; without a memory the sequence is its own."""
         for layer in self.layers:
             source = (x, position) if memory is None or memory_position is None else (memory, memory_position)
             x = layer(x, position, *source)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.nn.vit import VisionTransformer
-from rlrc.compressor.models.policy import Policy
+from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
 TRANSFORMERS = ("vision", "vision2")  # in the order of their channels
 
 
 @dataclass(frozen=True)
-class Geometry:
+class PrismaticGeometry:
     """What the towers do not tell. ``extra`` and ``scaled`` have an entry for every vision transformer."""
 
     vocabulary: int
@@ -32,23 +32,23 @@ class Geometry:
     head_blocks: int = 0
 
     @staticmethod
-    def of(spec: PolicySpec) -> Geometry:
+    def of(spec: PolicySpec) -> PrismaticGeometry:
         """Raises UserError for keys that are not of these families."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.geometry.items()}
         try:
-            return Geometry(**values)
+            return PrismaticGeometry(**values)
         except TypeError as error:
             raise UserError(
                 f'geometry of family "{spec.family}" does not fit: {error}; make the artifact again'
             ) from None
 
 
-class PrismaticPolicy(Policy):
+class PrismaticPolicy(PolicyModule):
     """All but the head."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        self.geometry, camera = Geometry.of(spec), spec.cameras[0]
+        self.geometry, camera = PrismaticGeometry.of(spec), spec.cameras[0]
         self.grid = (camera.height // self.geometry.patch, camera.width // self.geometry.patch)
         self.vision = self._transformer(0)
         self.vision2 = self._transformer(1) if TRANSFORMERS[1] in towers else None
@@ -72,7 +72,7 @@ class PrismaticPolicy(Policy):
             found.append(self.vision2(pixels[..., 3:]))
         return torch.cat(found, -1).flatten(1, 2)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         return self.projector(self.features(pixels))
 
 

@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions, or with ``bottleneck`` 1 x 1, 3 x 3, 1 x 1; the first 3 x 3 strides."""
 
     def __init__(
@@ -100,7 +100,7 @@ class ResNet(nn.Module):
                 stride = 2 if halves and not spread and i == 0 else 1
                 dilation = 2 if spread and i > 0 else 1
                 projected = i == 0 and (halves or channels != out)
-                members.append(Block(channels, width, out, stride, dilation, bottleneck, projected))
+                members.append(ResidualBlock(channels, width, out, stride, dilation, bottleneck, projected))
                 channels = out
             self.stages.append(nn.ModuleList(members))
 

@@ -42,7 +42,7 @@ def merge_patches(x: Tensor, factor: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).flatten(3)
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     def __init__(self, width: int, layer: LayerSpec, fused: bool = True) -> None:
         super().__init__()
         self.heads, self.head_dim, self.fused = layer.heads, layer.head_dim, fused
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v, fused=self.fused))
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
@@ -66,15 +66,15 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """With ``scaled`` each branch is multiplied by a vector (LayerScale, as in DINOv2). ``fused``: see ``attend``."""
 
     def __init__(self, tower: TowerSpec, layer: LayerSpec, scaled: bool = False, fused: bool = True) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(tower.width, tower.eps)
-        self.attention = Attention(tower.width, layer, fused)
+        self.attention = VisionAttention(tower.width, layer, fused)
         self.norm2 = nn.LayerNorm(tower.width, tower.eps)
-        self.mlp = MLP(tower.width, layer.mlp, tower.activation or "gelu")
+        self.mlp = VisionMLP(tower.width, layer.mlp, tower.activation or "gelu")
         self.scaled = scaled
         if scaled:
             self.scale1, self.scale2 = (nn.Parameter(torch.ones(tower.width)) for _ in range(2))
@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
         self.stem = PatchStem(factors, (*stem, tower.width))
         self.position = nn.Parameter(nn.init.normal_(torch.empty(grid[0] * grid[1], tower.width), std=0.02))
         self.extra = nn.Parameter(torch.zeros(extra, tower.width)) if extra else None
-        self.layers = nn.ModuleList(Block(tower, layer, scaled, fused) for layer in tower.layers)
+        self.layers = nn.ModuleList(VisionBlock(tower, layer, scaled, fused) for layer in tower.layers)
         self.norm = nn.LayerNorm(tower.width, tower.eps) if normed else None
 
     def forward(self, pixels: Tensor) -> Tensor:

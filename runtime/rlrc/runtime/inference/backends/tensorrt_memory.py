@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
 
-class Memory(Protocol):
+class DeviceMemory(Protocol):
     """Bytes on the device; ``host`` are the same bytes where the host sees them too. Freed with the object."""
 
     @property
@@ -37,7 +37,7 @@ class Memory(Protocol):
     def host(self) -> NDArray[np.uint8]: ...
 
 
-Allocate = Callable[[int], Memory]
+Allocate = Callable[[int], DeviceMemory]
 
 
 class Buffer:
@@ -45,9 +45,9 @@ class Buffer:
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate, self._nbytes = allocate, 0
-        self._memory: Memory | None = None
+        self._memory: DeviceMemory | None = None
 
-    def room(self, nbytes: int) -> Memory:
+    def room(self, nbytes: int) -> DeviceMemory:
         """At least so many bytes."""
         if self._memory is None or nbytes > self._nbytes:
             self._memory = None  # freed before more is taken
@@ -57,7 +57,7 @@ class Buffer:
         return self._memory
 
 
-class Kept:
+class RetainedTensor:
     """A tensor that stays on the device from the pass that makes it to those that read it."""
 
     def __init__(self, allocate: Allocate, sides: Literal[1, 2]) -> None:

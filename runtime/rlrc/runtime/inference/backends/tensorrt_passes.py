@@ -1,6 +1,6 @@
 """Passes through TensorRT's contexts: which memory every tensor gets, what is set anew, what is captured and replayed.
 
-Of the device it asks the few things of ``Device`` and ``Context``; the latter is the part of TensorRT's
+Of the device it asks the few things of ``DeviceStream`` and ``Context``; the latter is the part of TensorRT's
 IExecutionContext that is needed. What a policy gives and gets lies in memory that host and device both see.
 """
 
@@ -18,9 +18,9 @@ from rlrc.artifact.build_plan import BuildPlan
 from rlrc.runtime.inference.backends.tensorrt_memory import (
     PAST,
     Buffer,
-    Kept,
-    Memory,
+    DeviceMemory,
     Repeats,
+    RetainedTensor,
     Shape,
     Shapes,
     input_shapes,
@@ -43,17 +43,17 @@ class Context(Protocol):
     def execute_async_v3(self, stream_handle: int) -> bool: ...
 
 
-class Device(Protocol):
+class DeviceStream(Protocol):
     """What runs on ``stream`` runs in order."""
 
     @property
     def stream(self) -> int: ...
 
-    def shared(self, nbytes: int) -> Memory:
+    def shared(self, nbytes: int) -> DeviceMemory:
         """Memory that the host sees too."""
         ...
 
-    def own(self, nbytes: int) -> Memory:
+    def own(self, nbytes: int) -> DeviceMemory:
         """Memory of the device alone."""
         ...
 
@@ -85,14 +85,16 @@ class Passes:
         graphs: Mapping[str, GraphSpec],
         plan: BuildPlan,
         contexts: Mapping[str, Sequence[Context]],
-        device: Device,
+        device: DeviceStream,
         reason: Callable[[], str],
     ) -> None:
         self._graphs, self._contexts, self._device, self._reason = graphs, contexts, device, reason
         self._plans = {graph.name: graph for graph in plan.graphs}
         self._prepared = {name: [_Prepared() for _ in each] for name, each in contexts.items()}
         self._links = links(graphs)
-        self._kept = {name: Kept(device.own, 2 if name.startswith(PAST) else 1) for name in self._links.values()}
+        self._kept = {
+            name: RetainedTensor(device.own, 2 if name.startswith(PAST) else 1) for name in self._links.values()
+        }
         self._made: Shapes = {}
         self._buffers: dict[tuple[str, str], Buffer] = {}
         self._length = 0
@@ -150,7 +152,7 @@ class Passes:
 
     def _fill(
         self, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]], shapes: Shapes, outputs: Shapes
-    ) -> dict[str, Memory]:
+    ) -> dict[str, DeviceMemory]:
         """The memories of what host and device both see, with the inputs in them."""
         shared = {}
         for tensor in spec.inputs:
@@ -162,11 +164,13 @@ class Passes:
                 shared[tensor.name] = self._buffer(spec, tensor, outputs[tensor.name])
         return shared
 
-    def _buffer(self, spec: GraphSpec, tensor: TensorSpec, shape: Shape) -> Memory:
+    def _buffer(self, spec: GraphSpec, tensor: TensorSpec, shape: Shape) -> DeviceMemory:
         buffer = self._buffers.setdefault((spec.name, tensor.name), Buffer(self._device.shared))
         return buffer.room(nbytes(shape, tensor.dtype))
 
-    def _address(self, spec: GraphSpec, context: Context, prepared: _Prepared, shared: Mapping[str, Memory]) -> None:
+    def _address(
+        self, spec: GraphSpec, context: Context, prepared: _Prepared, shared: Mapping[str, DeviceMemory]
+    ) -> None:
         addresses = {name: memory.address for name, memory in shared.items()}
         for tensor in spec.inputs:
             if tensor.name in self._kept:
@@ -203,5 +207,5 @@ class Passes:
             raise NoAction(f"expected {what}, found that TensorRT does not: {self._reason()}")
 
 
-def _view(memory: Memory, shape: Shape, dtype: str) -> NDArray[Any]:
+def _view(memory: DeviceMemory, shape: Shape, dtype: str) -> NDArray[Any]:
     return memory.host[: nbytes(shape, dtype)].view(dtype).reshape(shape)
