@@ -181,5 +181,5 @@ def test_values_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["rlrc-run@.service", "rlrc-serve@.service", "Dockerfile"])
 def test_services_and_containers_set_the_same(name: str) -> None:
-    text = (ROOT / "jetson" / "rlrc" / "jetson" / "device" / name).read_text()
+    text = (ROOT / "jetson/rlrc/jetson/board/device" / name).read_text()
     assert all(f"{variable}={value}" in text for variable, value in libraries.SILENT.items())
