@@ -93,7 +93,7 @@ def test_damage_on_the_way_is_found(toy_artifact: Path, place: RemoteFolder) -> 
 
 def test_damage_twice_is_an_error(toy_artifact: Path, place: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "_damaged", lambda *_: ["golden.npz"])
-    with pytest.raises(UserError, match=r"golden.npz to arrive as it is, found another sha256 twice"):
+    with pytest.raises(UserError, match=r"golden.npz with its sha256, found another one twice"):
         deploy.copy(deploy.load(toy_artifact), place)
     assert place.digests() == set()
 
@@ -241,9 +241,9 @@ def test_a_check_that_is_not_there_is_no_verdict(
 ) -> None:
     digest = deploy.copy(deploy.load(toy_artifact), place)
     with pytest.raises(UserError, match=r"expected a report of nowhere/rlrc on this machine, found: .*; install rlrc"):
-        deploy.try_there(place, digest, "nowhere/rlrc")
+        deploy.try_out(place, digest, "nowhere/rlrc")
     with pytest.raises(TrialFailed, match="a flip"):
-        deploy.try_there(place, digest, checks["ill"])
+        deploy.try_out(place, digest, checks["ill"])
     assert place.verified() == []
 
 
@@ -361,7 +361,7 @@ def test_a_session_that_is_killed_goes_on(toy_artifact: Path, tmp_path: Path, se
         place.shell.send(f"cat >> {place.path('large')}", large, 0, watch)
     there = _settled(tmp_path / "robot/large")
     assert 0 <= there < large.stat().st_size
-    place.persistently(lambda: place.shell.send(f"cat >> {place.path('large')}", large, there, lambda more: None))
+    place.retry(lambda: place.shell.send(f"cat >> {place.path('large')}", large, there, lambda more: None))
     assert (tmp_path / "robot/large").read_bytes() == large.read_bytes()
 
 

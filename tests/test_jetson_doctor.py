@@ -26,7 +26,7 @@ def test_an_orin_nano_as_it_should_be(tmp_path: Path) -> None:
     assert found["JetPack"].found == "R36.4.4, package 6.2.1+b38, taken as JetPack 6.2"
     assert found["TensorRT"].found == "10.3.0.30-1+cuda12.5"
     assert found["clocks"].found == "GPU fixed at 1020 MHz"
-    assert found["heat"].found == "54.7 °C, 99.0 is too much"
+    assert found["heat"].found == "54.7 °C, 99.0 is the limit"
     assert found["memory"].found == "5.8 of 7.4 GiB free"
     assert found["CMA"].found == "213 of 256 MiB free"
     assert found["cameras"].found == "/dev/video0 vi-output, imx219 9-0010; /dev/video1 HD Pro Webcam C920"
@@ -42,7 +42,7 @@ def test_a_thor_in_trouble(tmp_path: Path) -> None:
         "TensorRT", "fix", "not installed, expected 10.13", "sudo apt-get install tensorrt python3-libnvinfer"
     )
     assert wrong["libraries"].found == "missing libcudnn.so.9, libnvinfer.so.10, libnvonnxparser.so.10"
-    assert wrong["heat"].found == "108.9 °C, 114.5 is too much; throttled: devfreq-gpu-gpc-0, gpu"
+    assert wrong["heat"].found == "108.9 °C, 114.5 is the limit; throttled: devfreq-gpu-gpc-0, gpu"
     advised = {name: finding for name, finding in found.items() if finding.state == "advice"}
     assert advised.keys() == {"power mode", "clocks", "supply", "memory", "swap", "CMA"}
     assert advised["power mode"].todo == "sudo nvpmodel -m 0"
@@ -72,7 +72,7 @@ def test_a_thor_in_trouble(tmp_path: Path) -> None:
         ({"usr__local__cuda__version.json": '{"cuda": {"version": 12.6}}'}, "CUDA", "fix", "none at /usr/local/cuda"),
         ({"usr__local__cuda__version.json": "[" * 100_000}, "CUDA", "fix", "none at /usr/local/cuda, expected 12.6"),
         ({"proc__swaps": "Filename\n/dev/zram0\n"}, "swap", "ok", "none"),
-        ({"proc__meminfo": "MemAvailable: 904800 kB\nCmaTotal: 1024 kB\n"}, "memory", "none", "does not tell"),
+        ({"proc__meminfo": "MemAvailable: 904800 kB\nCmaTotal: 1024 kB\n"}, "memory", "none", "does not report it"),
         ({"proc__meminfo": "CmaTotal: 1024 kB\n"}, "CMA", "none", "no contiguous memory"),
         ({"var__lib__dpkg__status": "Status: install ok installed\nVersion: 1\n"}, "TensorRT", "fix", "not installed"),
         ({"usr__local__cuda__version.json": '{"cuda": {"version": "12.60"}}'}, "CUDA", "fix", "12.60, expected 12.6"),
@@ -146,7 +146,7 @@ def test_the_command_on_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["jetson", "doctor", "--root", str(root)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert (
-        "FIX heat             108.9 °C, 114.5 is too much; throttled: devfreq-gpu-gpc-0, gpu; better cooling"
+        "FIX heat             108.9 °C, 114.5 is the limit; throttled: devfreq-gpu-gpc-0, gpu; better cooling"
         in next(line for line in lines if " heat " in line)
     )
     assert len(lines) == len(doctor.examine(root))  # one line each

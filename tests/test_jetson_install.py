@@ -126,9 +126,9 @@ def test_it_runs_on_another_machine(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     there = Shell(("sh", "-c"), "the board")
     monkeypatch.setenv("DESTDIR", str(tmp_path / "root"))
-    assert Install("board", stages=("service",), sudo="env").there(folder, there) == 0
+    assert Install("board", stages=("service",), sudo="env").install_on(folder, there) == 0
     assert (tmp_path / "root/etc/systemd/system/rlrc-run@.service").exists()
-    assert Install("board", stages=("check",), sudo="env").there(folder, there) == 1
+    assert Install("board", stages=("check",), sudo="env").install_on(folder, there) == 1
     assert (tmp_path / ".cache/rlrc-install/R36.env").exists()
 
 

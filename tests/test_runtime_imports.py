@@ -64,8 +64,8 @@ def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:
     packages = imported(
         """
         from pathlib import Path
-        from rlrc.runtime.cli.run import Run
-        Run(Path(sys.argv[1]), "metaworld:window-close-v3", hz=0, json=True).run()
+        from rlrc.runtime.cli.run import RunPolicy
+        RunPolicy(Path(sys.argv[1]), "metaworld:window-close-v3", hz=0, json=True).run()
         """,
         str(metaworld_toy),
     )

@@ -25,7 +25,7 @@ from rlrc.benchmarks.claims.operating_points import OperatingPoint
 from rlrc.benchmarks.claims.policy_process import ActionTimes, PolicyProcess
 from rlrc.errors import UserError
 from rlrc.jetson.model.devices import CPU, Device
-from rlrc.jetson.model.plan import Setting, pruned
+from rlrc.jetson.model.plan import Setting, prune
 from rlrc.jetson.model.precision import PRECISIONS
 from rlrc.processes import Workers
 
@@ -53,7 +53,7 @@ def describe(point: OperatingPoint) -> Both:
 
     spec, towers = random_weights.dense(point.geometry)
     device = Device(CPU, "this machine", "any", None, {}, 1.0, 0, None)
-    cut = pruned(Setting(point.name, spec, towers, PRECISIONS["bf16"], device), point.prune).towers
+    cut = prune(Setting(point.name, spec, towers, PRECISIONS["bf16"], device), point.prune).towers
     return Both(
         random_weights.manifest(spec, towers),
         random_weights.manifest(*random_weights.compressed(spec, cut), point.eight),

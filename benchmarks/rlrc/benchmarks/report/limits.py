@@ -24,7 +24,7 @@ from rlrc.benchmarks.report.tradeoffs import RooflinePoint
 from rlrc.benchmarks.results.results import ARMS, GEOMETRY
 from rlrc.benchmarks.results.stats import Estimate
 from rlrc.jetson.model import devices
-from rlrc.jetson.model.plan import Setting, of_geometry, plan, pruned
+from rlrc.jetson.model.plan import Setting, of_geometry, plan, prune
 from rlrc.jetson.model.precision import PRECISIONS
 from rlrc.jetson.model.work import Load, Part, work
 
@@ -65,7 +65,7 @@ def points_of(result: Row, which: str) -> list[RooflinePoint]:
     if which == "compressed":
         where = devices.Device(devices.CPU, "", "", None, {}, 1.0, 0, None)
         dense = Setting("", known.policy, known.towers, PRECISIONS["bf16"], where)
-        towers = pruned(dense, PRUNED).towers
+        towers = prune(dense, PRUNED).towers
     parts = {
         part.name: part
         for part in work(known.policy, towers, Load(prompt_tokens=result.get("instruction_tokens"))).parts
@@ -143,7 +143,7 @@ def predictions(names: Sequence[str]) -> list[Block]:
         for kind in KINDS:
             for module in devices.table().devices:
                 setting = of_geometry(name, kind.precision, devices.device(module), Load(), None)
-                planned = plan(pruned(setting, kind.pruned) if kind.pruned else setting)
+                planned = plan(prune(setting, kind.pruned) if kind.pruned else setting)
                 predicted, memory = planned.prediction, planned.prediction.memory
                 estimate = Estimate(predicted.latency_ms, *predicted.bounds)
                 panels.setdefault(name, {}).setdefault(kind.title, {})[module] = estimate

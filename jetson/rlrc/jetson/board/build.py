@@ -1,9 +1,9 @@
-"""Engines on the device: built once for each graph, release of TensorRT and GPU, and kept in a cache.
+"""Builds engines on the device: once for each graph, TensorRT release and GPU; a cache keeps them.
 
-The timings of kernels are kept beside the engines, which makes the next build of a like graph shorter. Jetsons share
-one memory between CPU and GPU: a build that leaves less than ``FLOOR``, or that makes the board swap, is given up,
-before the kernel's OOM killer chooses a process. Swap is no way out: what the GPU uses cannot be swapped, so that
-everything else is, and a build of minutes takes hours.
+The cache keeps timings of kernels too, which shortens the next build of a similar graph. CPU and GPU of a Jetson share
+one memory. A build is given up when less than ``FLOOR`` is left or the board starts to swap, before the kernel's OOM
+killer ends a process. Swap does not help: memory of the GPU cannot be swapped, so all other processes are, and a build
+of minutes takes hours.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rlrc.runtime.inference.backends.engine_cache import check_graphs, engine_fi
 from rlrc.runtime.inference.backends.nvidia import check_sm, check_version, device_sm, tensorrt
 
 FLOOR = 256 * 2**20
-SWAPPED = 64 * 2**20  # what may be swapped meanwhile: the kernel puts away what nobody has used for long
+SWAPPED = 64 * 2**20  # allowed: the kernel swaps out pages that have not been used for long
 ADVICE = "end other programs and the desktop (sudo systemctl isolate multi-user.target), or export with fewer bits"
 COPIES = 3  # of a graph's constants while it is built: as parsed, as chosen by the builder, in the engine
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """``cached``: it was there already."""
+    """``cached``: it was in the cache already."""
 
     graph: str
     file: Path
@@ -42,9 +42,9 @@ class BuiltEngine:
 
 
 def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> Iterator[BuiltEngine]:
-    """The engine of every TensorRT graph of the artifact, one after the other; whole ones only ever lie in ``cache``.
+    """Builds the engine of each TensorRT graph of the artifact; ``cache`` holds complete ones only.
 
-    ``watch`` is called with the graph, the phase of its build and the part of that which is done. Raises UserError
+    Calls ``watch`` with the graph, the phase of its build, and the part of the phase that is done. Raises UserError
     without a driver or TensorRT, for a GPU or a release that the plan refuses, and for a graph that does not build.
     """
     artifact = artifacts.load(path, verify=(FOLDERS["tensorrt"],))
@@ -85,29 +85,29 @@ def _build_into(
     swapped = used_swap()
     timings = file.parent / f"timings-{trt.__version__}-sm{sm}.cache"
 
-    def watched(phase: str, done: float) -> str | None:
+    def report(phase: str, done: float) -> str | None:
         watch(graph.name, phase, done)
         return short_of_memory(swapped)
 
     known = timings.read_bytes() if timings.exists() else b""
-    engine, measured = build_engine(trt, graph, plan, artifact.path, known, watch=watched)
-    write_whole(timings, measured)
-    write_whole(file.with_suffix(".sha256"), hashlib.sha256(engine).hexdigest().encode())
-    write_whole(file, engine)
+    engine, measured = build_engine(trt, graph, plan, artifact.path, known, watch=report)
+    write_atomically(timings, measured)
+    write_atomically(file.with_suffix(".sha256"), hashlib.sha256(engine).hexdigest().encode())
+    write_atomically(file, engine)
 
 
-def write_whole(file: Path, content: bytes | memoryview) -> None:
+def write_atomically(file: Path, content: bytes | memoryview) -> None:
     with replacing(file) as partial:
         partial.write_bytes(content)
 
 
 def used_swap(root: Path = Path("/")) -> int:
-    told = meminfo(root)
-    return told["SwapTotal"] - told["SwapFree"]
+    memory = meminfo(root)
+    return memory["SwapTotal"] - memory["SwapFree"]
 
 
 def short_of_memory(swapped: int, root: Path = Path("/")) -> str | None:
-    """Why a build has to be given up, in words; None if it may go on. ``swapped``: bytes before it began."""
+    """Why a build has to be given up; None if it may continue. ``swapped``: bytes in swap before the build."""
     if (more := used_swap(root) - swapped) > SWAPPED:
         return f"the board began to swap ({more >> 20} MiB); {ADVICE}"
     if meminfo(root)["MemAvailable"] < FLOOR:

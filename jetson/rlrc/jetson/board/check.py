@@ -1,10 +1,10 @@
-"""Whether NVIDIA's own parser and builder take the graphs, ahead of time and without a GPU: by TensorRT-RTX.
+"""Checks without a GPU whether NVIDIA's parser and builder accept the graphs, by TensorRT-RTX.
 
-It shares TensorRT's ONNX parser and network definition, and builds for GPUs that are not there. It has no target for
-Jetson's (SM 8.7, 11.0); SM 8.6 is the nearest to Orin's. What it does not tell: whether TensorRT itself, of another
-release, finds kernels on the device; how fast they are; what they answer.
+TensorRT-RTX shares TensorRT's ONNX parser and network definition, and builds for absent GPUs. It has no target for
+Jetson (SM 8.7, 11.0); SM 8.6 is the nearest to Orin. It does not show whether TensorRT of another release finds kernels
+on the device, how fast they are, or what they compute.
 
-Each graph is built in a process of its own: after a refused graph the builder may end its process.
+Each graph is built in its own process: the builder may end the process after it refuses a graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGETS = (75, 80, 86, 89, 120)
 
 @dataclass(frozen=True)
 class Built:
-    """``engine_bytes`` of a graph that was parsed and built; else why it was not."""
+    """``engine_bytes`` of a graph that was parsed and built, else the reason why not."""
 
     graph: str
     engine_bytes: int = 0
@@ -44,11 +44,11 @@ def check(path: Path, sm: int) -> list[Built]:
     if sm < plan.least_sm:
         raise UserError(f"expected SM {plan.least_sm} or later for {plan.precision}, found {sm}; choose such a target")
     rtx()
-    return [_apart(path, graph.name, sm) for graph in plan.graphs]
+    return [_check_in_process(path, graph.name, sm) for graph in plan.graphs]
 
 
 def rtx() -> Any:
-    """TensorRT-RTX's module, by whichever of its wheels is installed. Raises UserError without any."""
+    """TensorRT-RTX's module, from either of its wheels. Raises UserError without them."""
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
         try:
             return importlib.import_module(name)
@@ -57,14 +57,14 @@ def rtx() -> Any:
     raise UserError("expected TensorRT-RTX, found none; run pip install 'rlrc[tensorrt-check]' in a new environment")
 
 
-def _apart(path: Path, graph: str, sm: int) -> Built:
+def _check_in_process(path: Path, graph: str, sm: int) -> Built:
     command = [sys.executable, "-m", "rlrc.jetson.board.check", str(path), graph, str(sm)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return Built(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        said = " ".join(done.stderr.split())[-300:]
-        return Built(graph, failure=f"the builder ended its process with code {done.returncode}: {said}")
+        errors = " ".join(done.stderr.split())[-300:]
+        return Built(graph, failure=f"the builder ended its process with code {done.returncode}: {errors}")
 
 
 def main(path: str, name: str, sm: str) -> None:

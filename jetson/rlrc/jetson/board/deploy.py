@@ -1,12 +1,12 @@
-"""An artifact onto the robot's computer: copied with resume, checked by its hashes, tried there, and only then current.
+"""Copies an artifact to the robot's computer with resume, checks its hashes, tries it there, then makes it current.
 
-    FOLDER/incoming/DIGEST/     what has come of an artifact so far; a copy that broke off goes on there
-    FOLDER/artifacts/DIGEST/    whole artifacts, every file with the sha256 of the manifest
-    FOLDER/current              a link to the one in use, changed by one rename
-    FOLDER/verified             digests in the order in which they were tried and found right there
+    FOLDER/incoming/DIGEST/     a partial copy; an interrupted copy continues here
+    FOLDER/artifacts/DIGEST/    complete artifacts, every file with the sha256 of the manifest
+    FOLDER/current              a link to the artifact in use, changed by one rename
+    FOLDER/verified             digests in the order in which they passed the trial
 
-DIGEST is that of the manifest, which pins every other file. A rollback makes the newest verified artifact current that
-is not it already.
+DIGEST is that of the manifest, which contains the hash of every other file. A rollback makes the newest other verified
+artifact current.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ KEPT = 3
 ROOM = 64 * 2**20
 
 Watch = Callable[[str, int], None]
-"""Called with the file that is on its way and how many bytes of it are there by now."""
+"""Called with a file's name and the number of its bytes on the other side."""
 
 
 class TrialFailed(Exception):
-    """The artifact is there and whole, but does not work there. What is current has not changed."""
+    """The artifact is complete on the board, but does not work there. The current artifact has not changed."""
 
 
 @dataclass
 class RemoteFolder:
-    """The folder on the other side."""
+    """The folder on the robot's computer."""
 
     shell: Shell
     folder: str = FOLDER
     pause: Callable[[float], None] = field(default=time.sleep)
 
     def path(self, *parts: str) -> str:
-        """Quoted for the shell there."""
+        """A path below the folder, quoted for the remote shell."""
         return quote(str(PurePosixPath(self.folder, *parts)))
 
     def run(self, command: str, text: str | None = None) -> str:
         """Raises UserError for a command that fails, and for a connection that stays lost."""
-        return self.persistently(lambda: self.shell.run(command, text))
+        return self.retry(lambda: self.shell.run(command, text))
 
-    def persistently(self, act: Callable[[], Any]) -> Any:
+    def retry(self, act: Callable[[], Any]) -> Any:
         seconds = PAUSE_S
         for left in reversed(range(TRIES)):
             try:
@@ -63,8 +63,8 @@ class RemoteFolder:
             except ConnectionLost as error:
                 if not left:
                     raise UserError(
-                        f"expected {self.shell.where} to answer, found: {error}; run the same command again, it goes "
-                        "on where it stopped"
+                        f"expected {self.shell.where} to answer, found: {error}; run the same command again; it "
+                        "continues where it stopped"
                     ) from None
                 self.pause(seconds)
                 seconds *= 2
@@ -74,20 +74,20 @@ class RemoteFolder:
         return set(self.run(f"ls {self.path('artifacts')} 2>/dev/null || true").split())
 
     def current(self) -> str | None:
-        """The digest of what is in use."""
+        """The digest of the artifact in use; None if there is none."""
         target = self.run(f"readlink {self.path('current')} || true").strip()
         return PurePosixPath(target).name or None
 
     def verified(self) -> list[str]:
-        """Oldest first; only what is still there."""
-        there, seen = self.digests(), self.run(f"cat {self.path('verified')} 2>/dev/null || true").split()
-        return [digest for digest in dict.fromkeys(reversed(seen)) if digest in there][::-1]
+        """Verified digests that still exist, oldest first."""
+        existing, passed = self.digests(), self.run(f"cat {self.path('verified')} 2>/dev/null || true").split()
+        return [digest for digest in dict.fromkeys(reversed(passed)) if digest in existing][::-1]
 
 
 def copy(artifact: Artifact, place: RemoteFolder, watch: Watch = lambda name, more: None) -> str:
-    """-> the digest that names it there. What is there already is not sent again, not even in part.
+    """Copies the artifact; -> the digest that names it there. Bytes that are there already are not sent again.
 
-    Raises UserError if there is no room, if the connection stays lost, or if files arrive damaged twice.
+    Raises UserError without room, if the connection stays lost, or if files arrive damaged twice.
     """
     digest = artifact.digest[:SHORT]
     place.run(f"mkdir -p {place.path('incoming', digest)} {place.path('artifacts')}")
@@ -105,8 +105,7 @@ def copy(artifact: Artifact, place: RemoteFolder, watch: Watch = lambda name, mo
             break
         if attempt == 2:
             raise UserError(
-                f"expected {wrong[0]} to arrive as it is, found another sha256 twice; look after the disk of "
-                f"{place.shell.where}"
+                f"expected {wrong[0]} with its sha256, found another one twice; check the disk of {place.shell.where}"
             )
         place.run("rm -f " + " ".join(place.path("incoming", digest, name) for name in wrong))
     source, target = place.path("incoming", digest), place.path("artifacts", digest)
@@ -125,20 +124,20 @@ def _check_room(place: RemoteFolder, digest: str, sizes: dict[str, int]) -> None
 
 
 def _sizes(place: RemoteFolder, digest: str) -> dict[str, int]:
-    """Bytes of what has come of each file."""
-    told = place.run(f"cd {place.path('incoming', digest)} && find . -type f -printf '%s %P\\0'")
-    return {name: int(size) for size, _, name in (entry.partition(" ") for entry in told.split("\0") if entry)}
+    """Bytes of each file that have arrived."""
+    listing = place.run(f"cd {place.path('incoming', digest)} && find . -type f -printf '%s %P\\0'")
+    return {name: int(size) for size, _, name in (entry.partition(" ") for entry in listing.split("\0") if entry)}
 
 
 def _send(
     artifact: Artifact, place: RemoteFolder, digest: str, name: str, size: int, there: int | None, watch: Watch
 ) -> None:
-    """What is missing of one file; ``there``: how much had come of it, None: not even its beginning."""
+    """Sends the missing bytes of one file; ``there``: bytes that have arrived, None if there is no file."""
     target = place.path("incoming", digest, name)
     folder = place.path("incoming", digest, str(PurePosixPath(name).parent))
     known = [there]
 
-    def rest() -> None:
+    def send_rest() -> None:
         found = known.pop() if known else _sizes(place, digest).get(name)
         if found is not None and found > size:
             place.shell.run(f"rm {target}")
@@ -154,7 +153,7 @@ def _send(
         if found is None or done < size:
             place.shell.send(f"mkdir -p {folder} && cat >> {target}", artifact.path / name, done, sent)
 
-    place.persistently(rest)
+    place.retry(send_rest)
 
 
 def _damaged(artifact: Artifact, place: RemoteFolder, digest: str) -> list[str]:
@@ -162,46 +161,46 @@ def _damaged(artifact: Artifact, place: RemoteFolder, digest: str) -> list[str]:
     wanted = {name: spec.sha256 for name, spec in artifact.manifest.files.items()}
     wanted[MANIFEST] = artifact.digest
     names = "".join(f"{name}\0" for name in wanted)
-    told = place.run(f"cd {place.path('incoming', digest)} && xargs -0 sha256sum --zero --", names)
-    found = dict(_parted(told))
+    sums = place.run(f"cd {place.path('incoming', digest)} && xargs -0 sha256sum --zero --", names)
+    found = dict(_parse_sums(sums))
     return [name for name, expected in wanted.items() if found.get(name) != expected]
 
 
-def _parted(told: str) -> Iterator[tuple[str, str]]:
-    for line in told.split("\0"):
+def _parse_sums(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.split("\0"):
         if line:
             yield line[66:], line[:64]  # the hash, a blank, a blank or an asterisk, the name
 
 
-def try_there(place: RemoteFolder, digest: str, check: str) -> dict[str, Any]:
-    """Runs the check with the artifact's folder behind it; -> what it printed as JSON.
+def try_out(place: RemoteFolder, digest: str, check: str) -> dict[str, Any]:
+    """Runs the check on the artifact's folder; -> its report.
 
-    Raises TrialFailed with the reasons if it ends with another code than 0.
+    Raises TrialFailed with the reasons for an exit code other than 0, and UserError without a report.
     """
     command = f"{check} {place.path('artifacts', digest)} --json"
-    code, out, complaint = place.persistently(lambda: place.shell.attempt(command))
+    code, out, complaint = place.retry(lambda: place.shell.attempt(command))
     try:
-        told: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        report: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     except (ValueError, IndexError):
         raise UserError(
             f"expected a report of {check} on {place.shell.where}, found: {complaint}; install rlrc there (rlrc jetson "
             "install), or name it by --check"
         ) from None
     if code:
-        wrong = [f"{one['name']}: {one['found']}" for one in told.get("findings", []) if one["state"] == "fix"]
-        raise TrialFailed("; ".join(wrong or told.get("failures", [])) or complaint)
+        wrong = [f"{one['name']}: {one['found']}" for one in report.get("findings", []) if one["state"] == "fix"]
+        raise TrialFailed("; ".join(wrong or report.get("failures", [])) or complaint)
     place.run(f"echo {digest} >> {place.path('verified')}")
-    return told
+    return report
 
 
 def switch(place: RemoteFolder, digest: str) -> None:
-    """The link is replaced by one rename: whoever opens it sees the old artifact or the new one."""
-    link, beside = place.path("current"), place.path(".current.new")
-    place.run(f"ln -sfnT artifacts/{digest} {beside} && mv -T {beside} {link} && sync")
+    """Replaces the link by one rename: a reader sees the old artifact or the new one."""
+    link, new = place.path("current"), place.path(".current.new")
+    place.run(f"ln -sfnT artifacts/{digest} {new} && mv -T {new} {link} && sync")
 
 
-def back(place: RemoteFolder) -> str:
-    """Makes the newest verified artifact current that is not it; -> its digest. Raises UserError without one."""
+def roll_back(place: RemoteFolder) -> str:
+    """Makes the newest other verified artifact current; -> its digest. Raises UserError without one."""
     now = place.current()
     earlier = [digest for digest in place.verified() if digest != now]
     if not earlier:
@@ -213,7 +212,7 @@ def back(place: RemoteFolder) -> str:
 
 
 def clear(place: RemoteFolder, kept: int = KEPT) -> list[str]:
-    """Removes artifacts but the current one and the newest verified; -> the digests of those that are gone."""
+    """Removes all artifacts but the current one and the ``kept`` newest verified ones; -> the removed digests."""
     keep = {place.current(), *place.verified()[-kept:]}
     gone = sorted(place.digests() - keep)
     for digest in gone:
@@ -222,8 +221,8 @@ def clear(place: RemoteFolder, kept: int = KEPT) -> list[str]:
 
 
 def load(path: Any) -> Artifact:
-    """Every hash is checked before anything is sent."""
+    """Loads the artifact and checks every hash. Raises UserError if it changes in the meantime."""
     artifact = artifacts.load(path)
     if sha256(artifact.path / MANIFEST) != artifact.digest:
-        raise UserError(f"expected {path} to stay as it is, found that it changes; wait until it is written")
+        raise UserError(f"expected {path} to be complete, found that it changes; wait until it is written")
     return artifact

@@ -1,8 +1,7 @@
-"""Whether a board is as it should be: what its files say, line by line, and what to do about what is wrong.
+"""Checks a board by its files: one finding for each line, with what to do if something is wrong.
 
-Everything here is read from files below a root, so that it can be tried on recorded trees; what only this process can
-tell (imports, limits, groups) is in rlrc.jetson.board.doctor_live. On a machine that is no Jetson the lines that make
-no sense say so.
+Everything here is read from files below a root, so that recorded trees can be checked. Checks that need a process on
+the board (imports, limits, groups) are in doctor_live.py. On other machines, findings that need a Jetson say so.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ State = Literal["ok", "advice", "fix", "none"]
 
 @dataclass(frozen=True)
 class Finding:
-    """``state``: ok; advice, for what works but could be better; fix, for what does not work; none, for what does not
-    exist here. ``todo`` is what to do.
+    """``state``: ok; advice: works, but could be better; fix: does not work; none: does not exist here. ``todo``: what
+    to do.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Finding:
 
 
 def examine(root: Path = Path("/")) -> list[Finding]:
-    """All that the files tell, in an order to read."""
+    """All findings from files, in reading order."""
     checks: tuple[Callable[[Path], Finding], ...] = (
         board,
         module,
@@ -106,12 +105,12 @@ def device(root: Path) -> str | None:
 
 def release(root: Path) -> str | None:
     """Jetson Linux's, as R36.4.4."""
-    told = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", read_text(below(root, "etc/nv_tegra_release")) or "")
-    return None if told is None else f"R{told[1]}.{told[2]}"
+    found = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", read_text(below(root, "etc/nv_tegra_release")) or "")
+    return None if found is None else f"R{found[1]}.{found[2]}"
 
 
 def known_jetpack(root: Path) -> tuple[str, JetPack] | None:
-    """The JetPack of the release, or the one of the same major release that is known."""
+    """The JetPack of the release, else the known one of the same major release."""
     found = release(root)
     if found is None:
         return None
@@ -126,17 +125,17 @@ def jetpack(root: Path) -> Finding:
     if found is None:
         return Finding("JetPack", "none", "no Jetson Linux")
     package = packages(root).get("nvidia-jetpack")
-    told = f"{found}{f', package {package}' if package else ''}"
+    text = f"{found}{f', package {package}' if package else ''}"
     if known is None:
         supported = ", ".join(f"{name} ({one.linux})" for name, one in devices.table().jetpacks.items())
-        return Finding("JetPack", "fix", told, f"install one of JetPack {supported}")
-    return Finding("JetPack", "ok", f"{told}, taken as JetPack {known[0]}")
+        return Finding("JetPack", "fix", text, f"install one of JetPack {supported}")
+    return Finding("JetPack", "ok", f"{text}, taken as JetPack {known[0]}")
 
 
 def ubuntu(root: Path) -> Finding:
-    told = re.search(r'VERSION_ID="?([\d.]+)', read_text(below(root, "etc/os-release")) or "")
+    number = re.search(r'VERSION_ID="?([\d.]+)', read_text(below(root, "etc/os-release")) or "")
     name = re.search(r'^NAME="?([^"\n]+)', read_text(below(root, "etc/os-release")) or "", re.MULTILINE)
-    found = f"{name[1] if name else 'unknown'} {told[1] if told else ''}".strip()
+    found = f"{name[1] if name else 'unknown'} {number[1] if number else ''}".strip()
     known = known_jetpack(root)
     if known is None:
         return Finding("system", "ok", found)
@@ -186,17 +185,17 @@ def tensorrt(root: Path) -> Finding:
 
 
 def _expected(name: str, found: str, expected: str, todo: str) -> Finding:
-    """The first numbers have to be the same."""
+    """ok if the version begins with the expected numbers."""
     if re.match(rf"{re.escape(expected)}(?!\d)", found):
         return Finding(name, "ok", found)
     return Finding(name, "fix", f"{found}, expected {expected}", todo)
 
 
 def libraries(root: Path) -> Finding:
-    """The driver's, CUDA's, cuDNN's and TensorRT's, of the major versions that this JetPack has."""
+    """Libraries of the driver, CUDA, cuDNN and TensorRT, in the major versions of this JetPack."""
     known = known_jetpack(root)
     if known is None:
-        return Finding("libraries", "none", "NVIDIA's are not looked for here")
+        return Finding("libraries", "none", "not checked here: no JetPack")
     runtime, engine = known[1].cuda.partition(".")[0], known[1].tensorrt.partition(".")[0]
     wanted = ["libcuda.so.1", f"libcudart.so.{runtime}", f"libcublas.so.{runtime}", "libcudnn.so.9"]
     wanted += [f"libnvinfer.so.{engine}", f"libnvonnxparser.so.{engine}"]
@@ -239,7 +238,7 @@ def clocks(root: Path) -> Finding:
         return Finding("clocks", "none", "no GPU that scales its clock")
     low, high = read_number(node / "min_freq"), read_number(node / "max_freq")
     if low is None or high is None:
-        return Finding("clocks", "none", f"{node.name} does not tell")
+        return Finding("clocks", "none", f"{node.name} does not report its clock")
     if low == high:
         return Finding("clocks", "ok", f"GPU fixed at {high / 1e6:.0f} MHz")
     todo = "sudo jetson_clocks, before measuring and for a steady rate"
@@ -250,17 +249,17 @@ def heat(root: Path) -> Finding:
     found, trip = read_sysfs(root), _lowest_trip(root)
     if found.hottest is None:
         return Finding("heat", "none", "no thermal zone")
-    told = f"{found.hottest:.1f} °C{f', {trip:.1f} is too much' if trip is not None else ''}"
+    text = f"{found.hottest:.1f} °C{f', {trip:.1f} is the limit' if trip is not None else ''}"
     todo = "better cooling, a faster fan (/etc/nvfancontrol.conf) or a slower power mode"
     if found.throttled:
-        return Finding("heat", "fix", f"{told}; throttled: {', '.join(found.throttled)}", todo)
+        return Finding("heat", "fix", f"{text}; throttled: {', '.join(found.throttled)}", todo)
     if trip is not None and found.hottest > trip - MARGIN:
-        return Finding("heat", "advice", told, todo)
-    return Finding("heat", "ok", told)
+        return Finding("heat", "advice", text, todo)
+    return Finding("heat", "ok", text)
 
 
 def _lowest_trip(root: Path) -> float | None:
-    """Of the junction, or of any zone: where it is held back or shut down. Fans have trip points of their own."""
+    """The lowest throttling or shutdown temperature of the junction, else of any zone, fans excepted."""
     found = {}
     for file in root.glob("sys/class/thermal/thermal_zone*/trip_point_*_type"):
         degrees = read_number(file.with_name(file.name.replace("_type", "_temp")))
@@ -273,43 +272,43 @@ def _lowest_trip(root: Path) -> float | None:
 def supply(root: Path) -> Finding:
     events = {kind: number for kind, number in read_sysfs(root).overcurrent.items() if number}
     if not read_sysfs(root).overcurrent:
-        return Finding("supply", "none", "nothing counts over-currents")
+        return Finding("supply", "none", "no counter of over-currents")
     if not events:
         return Finding("supply", "ok", "no under-voltage, no over-current since the start")
-    told = ", ".join(f"{kind} {number} times" for kind, number in events.items())
-    return Finding("supply", "advice", told, "a stronger power supply, a shorter cable, or a power mode with a limit")
+    text = ", ".join(f"{kind} {number} times" for kind, number in events.items())
+    return Finding("supply", "advice", text, "a stronger power supply, a shorter cable, or a power mode with a limit")
 
 
 def memory(root: Path) -> Finding:
-    told = meminfo(root)
-    if not {"MemAvailable", "MemTotal"} <= told.keys():
-        return Finding("memory", "none", "/proc/meminfo does not tell")
-    found = f"{told['MemAvailable'] / GIB:.1f} of {told['MemTotal'] / GIB:.1f} GiB free"
-    if told["MemAvailable"] < LEAST_MEMORY:
+    values = meminfo(root)
+    if not {"MemAvailable", "MemTotal"} <= values.keys():
+        return Finding("memory", "none", "/proc/meminfo does not report it")
+    found = f"{values['MemAvailable'] / GIB:.1f} of {values['MemTotal'] / GIB:.1f} GiB free"
+    if values["MemAvailable"] < LEAST_MEMORY:
         return Finding("memory", "fix", found, "end other programs; sudo systemctl isolate multi-user.target")
-    if is_jetson(root) and told["MemAvailable"] < told["MemTotal"] / 2:
+    if is_jetson(root) and values["MemAvailable"] < values["MemTotal"] / 2:
         return Finding("memory", "advice", found, "without a desktop: sudo systemctl set-default multi-user.target")
     return Finding("memory", "ok", found)
 
 
 def swap(root: Path) -> Finding:
-    """The loop's memory is locked and its service may not swap; what does swap is a sign that memory is short."""
+    """The loop's memory is locked and its service may not swap, so used swap means that memory is short."""
     rows = re.findall(r"^(\S+)\s+\S+\s+\d+\s+(\d+)", read_text(below(root, "proc/swaps")) or "", re.MULTILINE)
     if not rows:
         return Finding("swap", "ok", "none")
     used = sum(int(size) for _, size in rows) * 1024
-    told = f"{used / GIB:.1f} GiB used on {', '.join(name for name, _ in rows)}"
+    text = f"{used / GIB:.1f} GiB used on {', '.join(name for name, _ in rows)}"
     if not used:
-        return Finding("swap", "ok", told)
-    return Finding("swap", "advice", told, "end other programs, then sudo swapoff -a")
+        return Finding("swap", "ok", text)
+    return Finding("swap", "advice", text, "end other programs, then sudo swapoff -a")
 
 
 def cma(root: Path) -> Finding:
-    told = meminfo(root)
-    if not told.get("CmaTotal") or "CmaFree" not in told:
-        return Finding("CMA", "none", "no contiguous memory is set aside")
-    found = f"{told['CmaFree'] >> 20} of {told['CmaTotal'] >> 20} MiB free"
-    if told["CmaFree"] < LEAST_CMA and is_jetson(root):
+    values = meminfo(root)
+    if not values.get("CmaTotal") or "CmaFree" not in values:
+        return Finding("CMA", "none", "no contiguous memory is reserved")
+    found = f"{values['CmaFree'] >> 20} of {values['CmaTotal'] >> 20} MiB free"
+    if values["CmaFree"] < LEAST_CMA and is_jetson(root):
         todo = "cameras and decoders need it: cma=512M behind APPEND in /boot/extlinux/extlinux.conf, and restart"
         return Finding("CMA", "advice", found, todo)
     return Finding("CMA", "ok", found)

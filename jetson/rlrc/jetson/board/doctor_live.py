@@ -1,4 +1,4 @@
-"""What only a process on the board can tell: which engines import, what the GPU says, what this user is allowed."""
+"""Checks that need a process on the board: engines, GPU, and this user's groups and limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlrc.runtime.board.monitor import ROOT, is_jetson
 LEAST_DISK = 2 * GIB
 PRIORITY = 20  # rlrc.realtime's
 IMPORT_S = 60.0
-# A process each: an engine that does not fit the driver may take its process with it.
+# Each in its own process: an engine that does not fit the driver may end its process.
 ENGINES = {
     "onnxruntime": "import onnxruntime as o; print(o.__version__, *o.get_available_providers())",
     "llama_cpp": "import llama_cpp as l; print(l.__version__, *['GPU'] * l.llama_supports_gpu_offload())",
@@ -50,23 +50,23 @@ def engine(name: str) -> Finding:
     except subprocess.TimeoutExpired:
         return Finding(name, "fix", f"its import takes more than {IMPORT_S:.0f} s", "install it again")
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        reason = said[-1] if said else f"exit code {done.returncode}"
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
         found = "not installed" if f"No module named {name!r}" in reason else f"does not import: {reason}"
         todo = "rlrc jetson install" if name != "tensorrt" else "an environment with --system-site-packages"
         return Finding(name, "advice" if board else "none", found, todo if board else "")
     version, *has = done.stdout.split()
-    told = f"{version} {', '.join(provider.removesuffix('ExecutionProvider') for provider in has)}".strip()
+    text = f"{version} {', '.join(provider.removesuffix('ExecutionProvider') for provider in has)}".strip()
     if board and name != "tensorrt" and not {"GPU", "CUDAExecutionProvider"} & set(has):
         known = known_jetpack(ROOT)
         index = f" from {known[1].wheels}" if known and name == "onnxruntime" else ""
-        return Finding(name, "advice", f"{told}, without the GPU", f"rlrc jetson install: a build with CUDA{index}")
-    return Finding(name, "ok", told)
+        return Finding(name, "advice", f"{text}, without the GPU", f"rlrc jetson install: a build with CUDA{index}")
+    return Finding(name, "ok", text)
 
 
 def group() -> Finding:
     if not is_jetson(ROOT):
-        return Finding("groups", "none", "nothing here belongs to the group video")
+        return Finding("groups", "none", "no device here belongs to the group video")
     names = {grp.getgrgid(number).gr_name for number in os.getgroups()}
     if os.geteuid() == 0 or "video" in names:
         return Finding("groups", "ok", "may use the GPU and cameras")
@@ -74,13 +74,13 @@ def group() -> Finding:
 
 
 def priority() -> Finding:
-    """What a steady rate asks for; root has it."""
+    """Real-time priority and locked memory, which a steady rate needs. Root has both."""
     allowed, locked = resource.getrlimit(resource.RLIMIT_RTPRIO)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if os.geteuid() == 0 or (allowed >= PRIORITY and locked == resource.RLIM_INFINITY):
         return Finding("real time", "ok", "priority and locked memory are granted")
-    told = f"priority up to {allowed}, {'unlimited' if locked < 0 else f'{locked >> 10} KiB of'} locked memory"
+    text = f"priority up to {allowed}, {'unlimited' if locked < 0 else f'{locked >> 10} KiB of'} locked memory"
     todo = f"/etc/security/limits.d/rlrc.conf: rtprio {PRIORITY}, memlock unlimited; the service has them"
-    return Finding("real time", "advice", told, todo)
+    return Finding("real time", "advice", text, todo)
 
 
 def disk(where: Path) -> Finding:

@@ -1,6 +1,6 @@
-"""One engine from one graph, by TensorRT's Python API (10.3 and later; TensorRT-RTX has the same).
+"""Builds one engine from one graph with TensorRT's Python API (10.3 and later; TensorRT-RTX has the same).
 
-``trt`` is the module: the callers import it, for this one has to be importable where there is none.
+``trt`` is TensorRT's module. Callers import it: this module must be importable without TensorRT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.backends import nvidia
 
 Watch = Callable[[str, float], str | None]
-"""Called with the phase of the build and the part of it that is done; a reason as the answer gives the build up."""
+"""Called with the phase of the build and the part of it that is done. A returned reason ends the build."""
 
 
 def build_engine(
@@ -26,15 +26,17 @@ def build_engine(
     target: Callable[[Any], None] = lambda config: None,
     watch: Watch = lambda phase, done: None,
 ) -> tuple[memoryview, bytes]:
-    """The serialized engine of a graph of the artifact ``folder``, and the timings of kernels that were measured.
+    """The serialized engine of a graph in the artifact ``folder``, and the measured timings of kernels.
 
-    ``timing`` are those of earlier builds; ``target`` sets more of the builder's configuration. Raises UserError with
+    ``timing``: those of earlier builds; ``target`` completes the builder's configuration. Raises UserError with
     TensorRT's own reason for a graph that it cannot parse or build.
     """
     nvidia.check_version(trt, plan)
     log = nvidia.log(trt)
     builder = trt.Builder(log)
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # None: there are no others any more
+    typed = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # None: later releases have no other kind
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(folder / next(iter(graph.files)))):
@@ -65,13 +67,13 @@ def _refused(trt: Any, graph: GraphPlan, plan: BuildPlan, does: str, reason: str
     advice = "export the artifact again with another --precision"
     if plan.int4_block is not None and plan.int4_block not in (64, 128):
         advice += f" (TensorRT's documentation has int4 blocks of 64 and 128, these are of {plan.int4_block})"
-    said = " ".join(reason.split()) or "no reason"
-    return f"expected a graph that TensorRT {trt.__version__} {does}, found {graph.name}: {said}; {advice}"
+    text = " ".join(reason.split()) or "no reason"
+    return f"expected a graph that TensorRT {trt.__version__} {does}, found {graph.name}: {text}; {advice}"
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """TensorRT reports phases within phases, each of so many steps."""
+        """TensorRT reports nested phases, each with a number of steps."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

@@ -1,6 +1,6 @@
-"""Everything a board needs to be set up, as one folder: the script, what each JetPack has, services, a Dockerfile.
+"""Writes a folder that sets up a board: the script, settings of each JetPack, services, a Dockerfile.
 
-The same folder works on every board of the table of devices: the script looks at the release of Jetson Linux there.
+The same folder works on every board of the table of devices: the script reads the release of Jetson Linux there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STAGES = ("check", "packages", "user", "python", "onnxruntime", "llama", "servic
 
 
 def write(out: Path, package: str) -> None:
-    """The folder. ``package``: what pip installs there, a wheel's file or a requirement. Raises UserError."""
+    """Writes the folder. ``package``: a wheel or a requirement for pip. Raises UserError for a missing wheel."""
     wheel = Path(package) if package.endswith(".whl") else None
     if wheel is not None and not wheel.is_file():
         raise UserError(f"expected a wheel, found no file {wheel}; make one: pip wheel --no-deps -w DIR .")

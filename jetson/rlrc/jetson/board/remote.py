@@ -1,6 +1,6 @@
-"""A shell on another machine: commands by ssh, or, the same code, by a shell on this one.
+"""A shell on another machine by ssh, or on this one.
 
-What is asked of the other side is a POSIX shell, GNU coreutils and find: it needs no rlrc to be sent an artifact.
+The other side needs a POSIX shell, GNU coreutils and find; rlrc is not needed there to receive an artifact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO
 from rlrc.errors import UserError
 
 BLOCK = 1 << 20
-LOST = 255  # what ssh ends with when it is ssh that failed
+LOST = 255  # exit code of ssh if ssh itself failed
 OPTIONS = (
     "-o",
     "BatchMode=yes",
@@ -30,7 +30,7 @@ OPTIONS = (
 
 
 class ConnectionLost(Exception):
-    """The way there failed, not what was asked."""
+    """The connection failed, not the command."""
 
 
 class Shell:
@@ -43,7 +43,7 @@ class Shell:
     def ssh(cls, host: str, program: str = "ssh") -> Shell:
         """``host`` as ssh takes it: [user@]host, or a name of ~/.ssh/config; ``program`` with its own options.
 
-        Raises UserError for what is no host.
+        Raises UserError for an invalid host.
         """
         if not re.fullmatch(r"[\w.@:%\[\]-]+", host) or host.startswith("-"):
             raise UserError(f"expected a host as ssh takes it, found {host!r}; give [user@]host")
@@ -51,14 +51,14 @@ class Shell:
         return cls((name, *OPTIONS, *options, host), host)
 
     def run(self, command: str, text: str | None = None) -> str:
-        """What the command prints. ``text`` is what it reads. Raises ConnectionLost, and UserError if it fails."""
+        """The command's output. ``text``: its input. Raises ConnectionLost, and UserError if the command fails."""
         code, out, complaint = self.attempt(command, text)
         if code:
             raise UserError(f"expected {self._short(command)} to work on {self.where}, found: {complaint}; see there")
         return out
 
     def attempt(self, command: str, text: str | None = None) -> tuple[int, str, str]:
-        """(exit code, what it printed, the last line of what it complained about). Raises ConnectionLost."""
+        """(exit code, output, last line of its errors). Raises ConnectionLost."""
         try:
             done = subprocess.run(
                 [*self._prefix, command],
@@ -85,7 +85,7 @@ class Shell:
         return code
 
     def send(self, command: str, source: Path, start: int, sent: Callable[[int], None]) -> None:
-        """The file from the byte ``start`` on into the command; ``sent`` gets how many more bytes went out.
+        """Sends the file from the byte ``start`` on to the command; calls ``sent`` with the size of each block.
 
         Raises ConnectionLost, and UserError if the command fails.
         """
@@ -97,24 +97,26 @@ class Shell:
             assert process.stdin is not None
             assert process.stderr is not None
             try:
-                with suppress(BrokenPipeError):  # its exit code tells why
-                    _pour(stream, process.stdin, sent)
+                with suppress(BrokenPipeError):  # the exit code says why
+                    _copy_stream(stream, process.stdin, sent)
             finally:
                 with process.stderr as complaints:
                     with suppress(BrokenPipeError):
                         process.stdin.close()
-                    said = complaints.read().decode(errors="replace").strip()
+                    errors = complaints.read().decode(errors="replace").strip()
                 code = process.wait()
         if code == LOST or code < 0:
-            raise ConnectionLost(said.splitlines()[-1] if said else f"exit code {code}")
+            raise ConnectionLost(errors.splitlines()[-1] if errors else f"exit code {code}")
         if code:
-            raise UserError(f"expected to write on {self.where}, found: {said or f'exit code {code}'}; make room there")
+            raise UserError(
+                f"expected to write on {self.where}, found: {errors or f'exit code {code}'}; make room there"
+            )
 
     def _short(self, command: str) -> str:
         return command if len(command) < 60 else f"{command[:57]}..."
 
 
-def _pour(stream: IO[bytes], into: IO[bytes], sent: Callable[[int], None]) -> None:
+def _copy_stream(stream: IO[bytes], into: IO[bytes], sent: Callable[[int], None]) -> None:
     while block := stream.read(BLOCK):
         into.write(block)
         sent(len(block))

@@ -1,4 +1,4 @@
-"""An artifact on this board: its golden observations through every engine that is here, and how long they take."""
+"""Tries an artifact on this board: golden observations through each engine that is here, and their latency."""
 
 from __future__ import annotations
 
@@ -31,20 +31,18 @@ def try_out(path: Path, trials: int, threads: int) -> tuple[list[Finding], dict[
     backends.choose(artifact.manifest, None, path)  # refuses one without graphs
     findings, policies, records = [], {}, []
     for backend in backends.present(artifact.manifest):
-        finding, policy, record = _replayed(artifact, backend, threads)
+        finding, policy, record = _replay(artifact, backend, threads)
         findings.append(finding)
         if record is not None:
             records.append(record)
         if policy is not None:
             policies[backend] = policy
-    rows, during = _timed(artifact, policies, trials) if policies else ([], None)
+    rows, during = _measure_latency(artifact, policies, trials) if policies else ([], None)
     result = result_of("latency", rows, threads) | {"verified": [asdict(record) for record in records]}
     return findings, result if during is None else result | {"board": during}
 
 
-def _replayed(
-    artifact: Artifact, backend: str, threads: int
-) -> tuple[Finding, LocalPolicy | None, VerifiedSpec | None]:
+def _replay(artifact: Artifact, backend: str, threads: int) -> tuple[Finding, LocalPolicy | None, VerifiedSpec | None]:
     name = f"goldens on {backend}"
     if backend not in backends.here(artifact.manifest):
         return Finding(name, "none", "needs TensorRT and a GPU, which are not here"), None, None
@@ -63,14 +61,14 @@ def _replayed(
     reason = verify.failure(record)
     if reason is not None:
         return Finding(name, "fix", reason, "export the artifact again, with the versions of this board"), None, record
-    told = f"{record.observations} observations, at most {max(record.max_error):.3g} off in action units"
-    return Finding(name, "ok", told), policy, record
+    text = f"{record.observations} observations, at most {max(record.max_error):.3g} off in action units"
+    return Finding(name, "ok", text), policy, record
 
 
-def _timed(
+def _measure_latency(
     artifact: Artifact, policies: dict[str, LocalPolicy], trials: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Rows by engine, and what the board was like meanwhile."""
+    """Rows by engine, and the board's readings in the meantime."""
     observed = latency.observations(artifact)
     with Board.watched() as watched, progress("inferences", trials * len(policies)) as advance:
         timed = latency.measure(policies, dict.fromkeys(policies, observed), trials, BLOCK, tick=advance)
@@ -81,8 +79,8 @@ def _timed(
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The rows in words."""
-    told = [
+    rows = [
         f"{row['name']}: p50 {row['latency_ms']['p50']:.2f}, p99 {row['latency_ms']['p99']:.2f} ms an action chunk"
         for row in result["rows"]
     ]
-    return [*told, monitor.told(result["board"])] if "board" in result else told
+    return [*rows, monitor.told(result["board"])] if "board" in result else rows

@@ -1,4 +1,4 @@
-"""The commands that change what runs on the robot's computer. The field docstrings are the help."""
+"""The commands deploy and rollback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECK = "/opt/rlrc/venv/bin/rlrc jetson doctor"
 class Deploy:
     """Copy an artifact to a robot's computer, try it there, and make it current; exit code 1 if it does not work there.
 
-    A copy that breaks off goes on where it stopped. What is current stays so until the new one is whole and tried.
+    An interrupted copy continues where it stopped. The current artifact stays until the new one is complete and tried.
     """
 
     path: Positional[Path]
@@ -37,22 +37,22 @@ class Deploy:
     folder: str = FOLDER
     """where artifacts lie there; FOLDER/current is the one in use"""
     check: str = CHECK
-    """how an artifact is tried there; the folder and --json are put behind it"""
+    """command that tries an artifact there; the folder and --json are appended"""
     unchecked: bool = False
     """make it current without trying it"""
     after: str | None = None
-    """command to run there when it is current, such as "sudo systemctl restart rlrc-run@arm"; if that fails, what was
-    current before is so again, and the command runs once more"""
+    """command to run there afterwards, such as "sudo systemctl restart rlrc-run@arm"; if it fails, the former artifact
+    becomes current again and the command runs once more"""
     keep: int = KEPT
     """verified artifacts to keep there for a rollback"""
     ssh: str = "ssh"
     """the program and its options, such as "ssh -p 2222 -i key" """
     out: Path | None = None
-    """file to write the report from there to, as JSON; rlrc report reads it"""
+    """file for the report of the trial, as JSON; rlrc report reads it"""
     force: bool = False
     """replace that file"""
     json: bool = False
-    """print what was and what is current, and what was removed, as JSON"""
+    """print the former, the current and the removed artifacts as JSON"""
 
     def run(self) -> int:
         if self.keep < 1:
@@ -65,10 +65,10 @@ class Deploy:
         console, before = plain_console(stderr=self.json), place.current()
         with _progress(artifact) as watch:
             digest = deploy.copy(artifact, place, watch)
-        console.print(f"{place.shell.where}: {place.folder}/artifacts/{digest} is whole")
+        console.print(f"{place.shell.where}: {place.folder}/artifacts/{digest} is complete")
         if not self.unchecked:
             try:
-                report = deploy.try_there(place, digest, self.check)
+                report = deploy.try_out(place, digest, self.check)
             except TrialFailed as error:
                 return check_failed(f"{error}; {place.folder}/current is still {before or 'none'}")
             if self.out is not None:
@@ -76,7 +76,7 @@ class Deploy:
         deploy.switch(place, digest)
         if self.after is not None and (failure := self._after(place)) is not None:
             if before is None:
-                return check_failed(f"{self.after} failed: {failure}; there is nothing to go back to")
+                return check_failed(f"{self.after} failed: {failure}; there is no former artifact")
             deploy.switch(place, before)
             self._after(place)
             return check_failed(f"{self.after} failed: {failure}; back to {before}")
@@ -89,37 +89,37 @@ class Deploy:
 
     def _after(self, place: RemoteFolder) -> str | None:
         assert self.after is not None
-        code, _, complaint = place.persistently(lambda: place.shell.attempt(str(self.after)))
+        code, _, complaint = place.retry(lambda: place.shell.attempt(str(self.after)))
         return complaint if code else None
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Make the newest verified artifact current that is not it already."""
+    """Make the newest other verified artifact current."""
 
     host: Positional[str]
     """the other machine, as ssh takes it: [user@]host"""
     folder: str = FOLDER
     """where artifacts lie there"""
     after: str | None = None
-    """command to run there then, such as "sudo systemctl restart rlrc-run@arm" """
+    """command to run there afterwards, such as "sudo systemctl restart rlrc-run@arm" """
     ssh: str = "ssh"
     """the program and its options, such as "ssh -p 2222 -i key" """
     json: bool = False
-    """print what was and what is current as JSON"""
+    """print the former and the current artifact as JSON"""
 
     def run(self) -> int:
         return self.carry_out(RemoteFolder(Shell.ssh(self.host, self.ssh), self.folder))
 
     def carry_out(self, place: RemoteFolder) -> int:
         before = place.current()
-        digest = deploy.back(place)
+        digest = deploy.roll_back(place)
         if self.json:
             print(json.dumps({"before": before, "current": digest}))
         else:
             plain_console().print(f"{place.folder}/current is {digest}, was {before or 'none'}")
         if self.after is not None:
-            code, _, complaint = place.persistently(lambda: place.shell.attempt(str(self.after)))
+            code, _, complaint = place.retry(lambda: place.shell.attempt(str(self.after)))
             if code:
                 return check_failed(f"{self.after} failed: {complaint}")
         return 0
@@ -128,11 +128,11 @@ class Rollback:
 @contextmanager
 def _progress(artifact: Any) -> Iterator[Watch]:
     total = sum(spec.size for spec in artifact.manifest.files.values())
-    with progress("copying, MB", round(total / 1e6, 1)) as tell:
+    with progress("copying, MB", round(total / 1e6, 1)) as report:
         there: dict[str, int] = {}
 
         def watch(name: str, size: int) -> None:
             there[name] = size
-            tell(round(sum(there.values()) / 1e6, 1), name)
+            report(round(sum(there.values()) / 1e6, 1), name)
 
         yield watch

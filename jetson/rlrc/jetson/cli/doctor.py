@@ -1,4 +1,4 @@
-"""The command that looks the board over. The field docstrings are the help."""
+"""The command doctor."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MARKS = {"ok": ("ok", "green"), "advice": ("ok?", "yellow"), "fix": ("FIX", "red
 
 @dataclass(frozen=True)
 class Doctor:
-    """Whether this board is as it should be: one line each, ok or what to do; exit code 1 if something has to be fixed.
+    """Check this board: one line for each finding, with what to do; exit code 1 if something has to be fixed.
 
-    With an artifact its golden observations run through every engine that is here, and a short bench.
+    With an artifact, also run its golden observations through each engine that is here, and a short benchmark.
     """
 
     path: Positional[Path | None] = None
@@ -36,9 +36,9 @@ class Doctor:
     threads: int = 1
     """threads of the engines"""
     root: Path = Path("/")
-    """look at the files below this folder instead, such as those of a mounted card; engines are not tried then"""
+    """check the files below this folder instead, such as those of a mounted card; engines are not tried then"""
     out: Path | None = None
-    """file to write everything to as JSON; with an artifact rlrc report reads it"""
+    """file for all results as JSON; with an artifact, rlrc report reads it"""
     force: bool = False
     """replace that file"""
     json: bool = False
@@ -64,13 +64,13 @@ class Doctor:
         if self.json:
             print(json.dumps(result))
         else:
-            tell(findings, plain_console())
+            print_findings(findings, plain_console())
             for line in trial.lines(result) if self.path else []:
                 plain_console().print(line)
         return 1 if any(finding.state == "fix" for finding in findings) else 0
 
 
-def tell(findings: Sequence[Finding], console: Console) -> None:
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         mark, style = MARKS[finding.state]

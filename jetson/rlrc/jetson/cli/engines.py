@@ -1,4 +1,4 @@
-"""The commands that build on the device, or check without one. A dataclass each; the field docstrings are the help."""
+"""The commands build and check."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rlrc.tables import plain_console
 
 @dataclass(frozen=True)
 class BuildEngines:
-    """Build the TensorRT engines of an artifact's graphs on this device; those that are there already are kept."""
+    """Build the TensorRT engines of an artifact's graphs on this device, unless they are in the cache."""
 
     path: Positional[Path]
     """the artifact, exported with --to tensorrt"""
     engine_cache: Path | None = None
-    """the folder for engines, of this and other artifacts (default: the one that the runtime reads, which is
-    $RLRC_ENGINE_CACHE or rlrc/engines in the user's cache)"""
+    """folder of engines (default: the one that the runtime reads, $RLRC_ENGINE_CACHE or rlrc/engines in the user's
+    cache)"""
     json: bool = False
     """print the result as JSON"""
 
     def run(self) -> int:
-        with progress("building, %", 100) as tell:
+        with progress("building, %", 100) as report:
 
             def watch(graph: str, phase: str, done: float) -> None:
-                tell(round(100 * done), f"{graph}: {phase}")
+                report(round(100 * done), f"{graph}: {phase}")
 
             engines = list(build(self.path, self.engine_cache or engine_cache(), watch))
         if self.json:
@@ -47,9 +47,9 @@ class BuildEngines:
 
 @dataclass(frozen=True)
 class CheckGraphs:
-    """Whether NVIDIA's parser and builder take an artifact's TensorRT graphs, without a GPU; exit code 1 if not.
+    """Check without a GPU that NVIDIA's parser and builder accept an artifact's TensorRT graphs; exit code 1 if not.
 
-    Needs TensorRT-RTX (the extra tensorrt-check) in an environment of its own. Tells nothing of speed or answers.
+    Needs TensorRT-RTX (the extra tensorrt-check) in its own environment. Checks neither speed nor answers.
     """
 
     path: Positional[Path]

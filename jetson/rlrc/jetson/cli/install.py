@@ -1,4 +1,4 @@
-"""The command that sets a board up. The field docstrings are the help."""
+"""The command install."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ THERE = ".cache/rlrc-install"
 
 @dataclass(frozen=True)
 class Install:
-    """Set a Jetson up: JetPack's packages, an environment, engines with CUDA, services. Can be run again at any time.
+    """Set up a Jetson: JetPack's packages, an environment, engines with CUDA, services. Can be repeated at any time.
 
-    On the board itself, or by ssh on another one; --write only writes the files, with a Dockerfile among them.
+    Runs on the board itself, or by ssh on another one; --write only writes the files, including a Dockerfile.
     """
 
     host: Positional[str | None] = None
     """the board, as ssh takes it: [user@]host (default: this machine)"""
     package: str | None = None
-    """what pip installs there: a wheel's file, which is sent along, or a requirement (default: this version of rlrc)"""
+    """what pip installs there: a wheel, which is copied, or a requirement (default: this version of rlrc)"""
     stages: tuple[Stage, ...] = ()
-    """only these, in this order (default: all)"""
+    """run only these, in this order (default: all)"""
     write: Path | None = None
-    """only write everything into this new folder, and tell how it is used"""
+    """only write everything into this new folder, and print how to use it"""
     sudo: str = "sudo"
-    """how to become root there; "env" where one is root already"""
+    """how to become root there; "env" if you are root already"""
     ssh: str = "ssh"
     """the program and its options, such as "ssh -p 2222 -i key" """
 
@@ -48,7 +48,7 @@ class Install:
         package = self.package or install.default_package()
         if self.write is not None:
             install.write(self.write, package)
-            self._tell(self.write, package)
+            self._print_usage(self.write, package)
             return 0
         if self.host is None and not is_jetson():
             raise UserError("expected a Jetson, found another machine; name the board: rlrc jetson install user@host")
@@ -57,9 +57,9 @@ class Install:
             install.write(folder, package)
             if self.host is None:
                 return subprocess.call(["sh", "-c", f"{self.sudo} bash {quote(str(folder))}/install.sh {self._stages}"])
-            return self.there(folder, Shell.ssh(self.host, self.ssh))
+            return self.install_on(folder, Shell.ssh(self.host, self.ssh))
 
-    def there(self, folder: Path, shell: Shell) -> int:
+    def install_on(self, folder: Path, shell: Shell) -> int:
         """Sends the folder and runs its script in this terminal."""
         packed = folder.with_suffix(".tar")
         with tarfile.open(packed, "w") as archive:
@@ -70,7 +70,7 @@ class Install:
             code = shell.live(f"{self.sudo} bash {THERE}/install.sh {self._stages}")
         except ConnectionLost as error:
             raise UserError(
-                f"expected {shell.where} to answer, found: {error}; run the same command again: what is done stays"
+                f"expected {shell.where} to answer, found: {error}; run the same command again; finished stages stay"
             ) from None
         return check_failed(f"install.sh on {shell.where} ended with code {code}") if code else 0
 
@@ -78,7 +78,7 @@ class Install:
     def _stages(self) -> str:
         return " ".join(self.stages)
 
-    def _tell(self, out: Path, package: str) -> None:
+    def _print_usage(self, out: Path, package: str) -> None:
         console = plain_console()
         console.print(f"on the board: sudo bash {out}/install.sh")
         for name, sm in {

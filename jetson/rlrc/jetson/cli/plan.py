@@ -1,4 +1,4 @@
-"""The commands that need no device: devices, plan, calibration."""
+"""The commands devices, plan and calibration, which need no device."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ KINDS = ("fp32", "fp16", "int8", "fp8", "fp4")
 
 @dataclass(frozen=True)
 class ListDevices:
-    """The modules that can be planned for, in every power mode: memory, bandwidth, dense throughput, JetPack."""
+    """List the modules in each power mode: memory, bandwidth, dense throughput, JetPack."""
 
     cpu: bool = False
-    """measure this machine too, for a few seconds"""
+    """also measure this machine, for a few seconds"""
     json: bool = False
     """print the table as JSON, with the source of every figure"""
 
@@ -55,9 +55,9 @@ class ListDevices:
 
 @dataclass(frozen=True)
 class PredictPlan:
-    """What a policy will take on a device: latency by part, peak memory, energy, and what to change if it is too much.
+    """Predict latency by part, peak memory and energy of a policy on a device, and suggest changes if it is too slow.
 
-    Exits with 1 if an artifact's plan does not fit, is refused, or does not hold the rate.
+    Exit code 1 if an artifact's plan does not fit, is refused, or does not hold the rate.
     """
 
     path: Positional[Path | None] = None
@@ -65,18 +65,18 @@ class PredictPlan:
     geometry: str | None = None
     """instead of an artifact: openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
     device: str = ""
-    """where it is to run: a name of rlrc jetson devices, or cpu for this machine"""
+    """device: a name from rlrc jetson devices, or cpu for this machine"""
     mode: str | None = None
     """power mode of the device (default: the fastest)"""
     precision: str | None = None
     """fp32, fp16, bf16, int8, w8 (8-bit weights only), fp8, int4, w4a8, fp4 (default: the artifact's; bf16)"""
     hz: float | None = None
-    """control rate that it has to hold"""
+    """required control rate"""
     stack: Stack | None = None
     """compiled kernels (TensorRT, MLC) or plain ones (llama.cpp, eager PyTorch); default: compiled for weights of less
     than 16 bits, else the mean of both"""
     cameras: int | None = None
-    """cameras that are there (default: all)"""
+    """number of cameras (default: all of the policy)"""
     prompt_tokens: int | None = None
     """length of the prompt"""
     steps: int | None = None
@@ -118,7 +118,7 @@ class PredictPlan:
 
 @dataclass(frozen=True)
 class ShowCalibration:
-    """Every published measurement that the planner is calibrated on, and its prediction by a fit to all the others."""
+    """List the published measurements of the calibration, each with its prediction by a fit to all others."""
 
     json: bool = False
     """print everything as JSON"""
@@ -160,11 +160,11 @@ class ShowCalibration:
         print_table(table, console)
         console.print("Every prediction is by a fit without that measurement.")
         for name, both in summaries.items():
-            told = "; ".join(
+            text = "; ".join(
                 f"{which.replace('_', ' ')}: median error {of['median_error']:.1%}, worst {of['worst_ratio']:.2f}x"
                 for which, of in both.items()
             )
-            console.print(f"{name} ({len(groups[name])}): {told}")
+            console.print(f"{name} ({len(groups[name])}): {text}")
         console.print(
             f"fit to all: compiled {fitted.compiled:.2f}, plain {fitted.plain:.2f} of the peak, side {fitted.side:g}, "
             f"bandwidth {fitted.bandwidth:.2f}; in use: {COMPUTE['compiled']:.2f}, {COMPUTE['plain']:.2f}, {SIDE:g}, "
@@ -200,7 +200,7 @@ def describe(found: Planned, suggestions: list[str], hz: float | None, console: 
         rows["energy"] = f"{prediction.joules:.2f} J a chunk"
     if found.deadline_ms is not None:
         verdict = "holds" if found.holds else "does not hold"
-        rows["rate"] = f"{hz:g} Hz: {verdict}, for an inference may take {found.deadline_ms:,.1f} ms"
+        rows["rate"] = f"{hz:g} Hz: {verdict}; an inference may take {found.deadline_ms:,.1f} ms"
     print_rows(rows, console)
     table = Table("part", "ms")
     table.columns[1].justify = "right"

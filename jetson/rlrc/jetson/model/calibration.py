@@ -1,7 +1,7 @@
 """Published measurements, the fit of the roofline's efficiencies to them, and the error of every prediction.
 
-Four numbers are fitted: ``compute`` of the two stacks, ``side``, ``bandwidth``; a grid is searched for the smallest sum
-of absolute log ratios, which bears with measurements that contradict each other. Listed measurements count twice.
+Four numbers are fitted: ``compute`` of the two stacks, ``side``, ``bandwidth``. A grid is searched for the smallest sum
+of absolute log ratios, which tolerates measurements that contradict each other. Listed measurements count twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LISTED_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """One of measurements.toml. What is None is as in the geometry."""
+    """One row of measurements.toml. None: as in the geometry."""
 
     geometry: str
     device: str
@@ -60,7 +60,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """A measurement's predictions by a fit to all the others, in milliseconds: of its own stack, and of none."""
+    """Predictions by a fit to all other measurements, in ms: with the measurement's stack, and without one."""
 
     measurement: Measurement
     own_ms: float
@@ -80,8 +80,8 @@ def measurements() -> tuple[Measurement, ...]:
     return found.measurements
 
 
-def demanded(measured: Measurement) -> Demand:
-    """What the measured decision asks of its device."""
+def demand_of(measured: Measurement) -> Demand:
+    """The demand of the measured decision on its device."""
     geometry, module = geometries.geometry(measured.geometry), device(measured.device)
     load = Load(measured.cameras, measured.prompt_tokens, horizon=measured.horizon)
     parts = [
@@ -93,11 +93,11 @@ def demanded(measured: Measurement) -> Demand:
 
 
 class _Grid:
-    """Log ratios of predictions to measurements, of every point of the grid: (side x bandwidth, compute, N)."""
+    """Log ratios of predictions to measurements at each point of the grid: (side x bandwidth, compute, N)."""
 
     def __init__(self, measured: tuple[Measurement, ...]) -> None:
         self.measured, self.points = measured, list(product(SIDES, BANDWIDTHS))
-        asked = [demanded(one) for one in measured]
+        asked = [demand_of(one) for one in measured]
         seconds = [
             [[load.seconds(Efficiency(reached, side, bandwidth, LAUNCH)) for load in asked] for reached in COMPUTES]
             for side, bandwidth in self.points
@@ -107,7 +107,7 @@ class _Grid:
         self.compiled = np.array([one.stack == "compiled" for one in measured])
 
     def best(self, without: int | None = None) -> tuple[int, int, int]:
-        """Indices of the point, and of compiled and plain among COMPUTES, that fit all but one best."""
+        """Indices of the best point, and of compiled and plain in COMPUTES; the measurement ``without`` is left out."""
         weights = self.weights.copy()
         if without is not None:
             weights[without] = 0
@@ -135,7 +135,7 @@ def leave_one_out() -> list[PredictionRow]:
     for index, measured in enumerate(grid().measured):
         fitted = grid().fit(index)
         of: dict[Stack, float] = {"compiled": fitted.compiled, "plain": fitted.plain}
-        asked = demanded(measured)
+        asked = demand_of(measured)
 
         def milliseconds(reached: float, asked: Demand = asked, fitted: Fit = fitted) -> float:
             return 1e3 * asked.seconds(Efficiency(reached, fitted.side, fitted.bandwidth, LAUNCH))
@@ -146,7 +146,7 @@ def leave_one_out() -> list[PredictionRow]:
 
 
 def summary(errors: list[float]) -> dict[str, float]:
-    """Of relative errors: the median of their sizes, and the worst ratio, whichever way."""
+    """The median of the absolute relative errors, and the largest ratio in either direction."""
     return {
         "median_error": float(np.median(np.abs(errors))),
         "worst_ratio": max(max(1 + error, 1 / (1 + error)) for error in errors),

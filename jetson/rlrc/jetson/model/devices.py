@@ -1,4 +1,4 @@
-"""The table of devices, devices.toml: what a module computes and moves in a second, and which JetPack it runs."""
+"""The table of devices (devices.toml): throughput, bandwidth, memory, power modes and JetPack of each module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = "cpu"  # this machine, measured (see probe.py)
 
 @dataclass(frozen=True)
 class PowerMode:
-    """What nvpmodel sets. ``watts``: the most that the module may draw."""
+    """A mode of nvpmodel. ``watts``: its power limit."""
 
     name: str
     multiprocessors: int
@@ -51,7 +51,7 @@ class JetPack:
 
 @dataclass(frozen=True)
 class Module:
-    """``visible_gib``: what Linux has, without what firmware keeps for itself."""
+    """``visible_gib``: memory that Linux has; firmware keeps the rest."""
 
     title: str
     aliases: tuple[str, ...]
@@ -101,7 +101,7 @@ def read_toml(kind: Any, file: Path) -> Any:
 
 
 def find(name: str) -> str:
-    """The name in the table of a device, which may be called by an alias, or with "jetson-" before it."""
+    """The device's name in the table, for a name, an alias, or either with the prefix "jetson-". Raises UserError."""
     plain = name.lower().replace("_", "-").replace(" ", "-")
     for candidate in (plain, plain.removeprefix("jetson-")):
         for known, module in table().devices.items():

@@ -1,6 +1,6 @@
-"""Peak memory of a policy at work: on a Jetson, where the GPU shares it with Linux, and on this machine's CPU.
+"""Peak memory of a running policy: on a Jetson, where GPU and Linux share it, and on this machine's CPU.
 
-Every constant that is no arithmetic is named here and told in the plan.
+Every empirical constant is named here and listed in the plan.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ CAPTURE = 4 * 1280 * 720 * 2  # of a camera: four buffers of 1280 x 720 pixels i
 BUILDING = 3  # copies of a graph's weights while its engine is built: parsed, being optimised, serialized
 WORKSPACE = 512 * MIB  # of the engine builder
 
-# ONNX Runtime on a CPU, measured with rlrc bench memory (docs/decisions): what a process gains beside its weights
-# between importing the runtime and running; bytes of each weight that folding 4-bit integers to 8 bits leaves; tensors
-# that go back to the system once they are widened, and the part of such tensors that loading leaves in the allocator.
+# ONNX Runtime on a CPU, measured with rlrc bench memory (docs/decisions). SESSION: growth of a process between import
+# and run, without weights. FOLDING: bytes that remain for each weight after 4-bit integers are folded to 8 bits. LARGE:
+# larger tensors are returned to the system after they are widened. LEFT: the part of them that stays allocated.
 SESSION = 24 * MIB
 FOLDING = 34
 LARGE = MIB
@@ -29,9 +29,9 @@ LEFT = 0.25
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes. ``building``: the peak while the engines are built on the device, one graph at a time; 0: none is built.
+    """Bytes. ``building``: the peak while engines are built on the device, one graph at a time; 0 if none is built.
 
-    ``reserve`` is not the policy's own; ``visible`` is all that Linux has.
+    ``reserve``: memory of Linux and its services; ``visible``: all memory that Linux has.
     """
 
     weights: int
@@ -49,7 +49,7 @@ class PeakMemory:
 
     @property
     def excess(self) -> int:
-        """Bytes that it is over; negative where there is room."""
+        """Bytes above the limit; negative if there is room."""
         return self.peak + self.reserve - self.visible
 
     @property
@@ -65,13 +65,13 @@ class PeakMemory:
 
 
 def weight_bytes(part: Part, precision: Precision) -> int:
-    """Of what one part stores: linear layers in the precision's bits, looked-up tables in those of all else."""
+    """Stored bytes of a part: linear layers in the precision's bits, tables and incomplete groups in its other bits."""
     apart = part.table + part.odd * precision.grouped
     return int(((part.stored - apart) * precision.bits + apart * precision.other) / 8)
 
 
 def predict(work: DecisionWork, precision: Precision, device: Device, cameras: int, base: int = 0) -> PeakMemory:
-    """``base``: bytes of a process that has imported the runtime, of this machine's CPU."""
+    """``base``: resident bytes of a process that has imported the runtime, for a CPU."""
     sizes = [weight_bytes(part, precision) for part in work.parts]
     live = max(part.live for part in work.parts) * precision.activation
     cache = work.cached * precision.activation
@@ -83,7 +83,7 @@ def predict(work: DecisionWork, precision: Precision, device: Device, cameras: i
 
 
 def _resident(work: DecisionWork, precision: Precision) -> int:
-    """Weights on ONNX Runtime: those of the file, or what is made of them at load beside what it keeps of the file."""
+    """Weights of ONNX Runtime: those of the file, or those widened at load plus the part of the file that it keeps."""
     stored = [op.weights * precision.bits / 8 for part in work.parts if part.stored for op in part.ops]
     large = sum(size for size in stored if size > LARGE)
     tables = [part.table * precision.other / 8 for part in work.parts]
@@ -98,16 +98,18 @@ def _resident(work: DecisionWork, precision: Precision) -> int:
 
 
 def _live(work: DecisionWork) -> int:
-    """Activations of ONNX Runtime, float32, with the scores of attention, which it holds."""
+    """Activations of ONNX Runtime in float32, attention scores included."""
     return 4 * max(part.live + part.scores for part in work.parts)
 
 
 def assumptions(device: Device) -> list[str]:
     if device.sm is None:
-        return [f"ONNX Runtime on this machine: {SESSION // MIB} MiB beside the weights and the imported libraries"]
+        return [
+            f"ONNX Runtime on this machine: {SESSION // MIB} MiB in addition to the weights and the imported libraries"
+        ]
     return [
         f"{RUNTIME // MIB} MiB for the CUDA context, the engine's libraries and Python",
         f"{RESERVE // MIB} MiB for Linux without a desktop",
-        f"{CAPTURE / 1e6:.1f} MB of capture buffers a camera",
+        f"{CAPTURE / 1e6:.1f} MB of capture buffers for each camera",
         f"building an engine takes {BUILDING} times its graph's weights and {WORKSPACE // MIB} MiB, one at a time",
     ]

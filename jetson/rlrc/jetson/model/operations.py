@@ -1,8 +1,8 @@
-"""The operations of a policy's modules, from their geometry: what a roofline prices.
+"""The operations of a policy's modules, from their geometry: the input of the roofline.
 
-An operation counts floating-point operations (two for a multiply-add), the policy's numbers that it reads (weights),
-the numbers that go in and out (activations), and the kernels that are launched for it. Attention is counted as fused:
-its scores never leave the chip. Biases, and what is computed once a sequence (masks, rotary tables), are left out.
+An operation counts floating-point operations (two for a multiply-add), weights read, activations read and written, and
+kernels launched. Attention is counted as fused: its scores never leave the chip. Biases are left out, and so are masks
+and rotary tables, which are computed once for a sequence.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ GROUP = 32  # inputs that share a scale
 
 @dataclass(frozen=True)
 class Op:
-    """``side``: cube root of the multiply-adds of a single product; 0 of what is no product.
+    """``side``: cube root of the multiply-adds of a matrix product; 0 for any other operation.
 
-    ``odd``: of the weights those that rlrc quantize leaves in 16 bits, because their inputs fill no whole groups.
-    ``scores``: of an attention, which holds them only where its kernel is not fused.
+    ``odd``: weights that rlrc quantize leaves in 16 bits, because their inputs fill no whole groups. ``scores``:
+    numbers of attention scores, which are in memory only if the kernel is not fused.
     """
 
     flops: float
@@ -42,7 +42,7 @@ def linear(rows: int, inputs: int, outputs: int) -> Op:
 
 
 def elementwise(rows: int, width: int, weights: int = 0) -> Op:
-    """Norms, activations, sums: a row is read and written."""
+    """Norms, activations, sums: each row is read and written once."""
     return Op(5.0 * rows * width, weights, 2 * rows * width, odd=weights)
 
 
@@ -55,7 +55,7 @@ def attention(layer: LayerSpec, rows: int, keys: int, times: int = 1) -> Op:
 
 
 def vision_block(tower: TowerSpec, layer: LayerSpec, rows: int, pictures: int) -> Iterator[Op]:
-    """``rows`` patches of each of so many pictures."""
+    """``rows`` patches for each of ``pictures``."""
     width, heads, every = tower.width, layer.heads * layer.head_dim, rows * pictures
     if heads:
         yield elementwise(every, width, 2 * width)
@@ -72,9 +72,9 @@ def vision_block(tower: TowerSpec, layer: LayerSpec, rows: int, pictures: int) -
 
 
 def decoder_block(tower: TowerSpec, layer: LayerSpec, rows: int, keys: int, keep: int, source: int = 0) -> Iterator[Op]:
-    """``rows`` positions that attend to ``keys``; only the last ``keep`` go on after the keys and values are made.
+    """``rows`` positions attend to ``keys``; after keys and values are made, only the last ``keep`` rows are computed.
 
-    A cross block makes keys and values of the prefix's, ``source`` numbers wide, once more.
+    A cross block projects the prefix's keys and values, which are ``source`` numbers wide.
     """
     width, heads, kv = tower.width, layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     modulation = [linear(1, width, 3 * width)] if tower.norm == "adaptive" else []
@@ -110,7 +110,7 @@ def decoder_block(tower: TowerSpec, layer: LayerSpec, rows: int, keys: int, keep
 
 
 def resnet(g: dict[str, Any], height: int, width: int) -> tuple[list[Op], tuple[int, int]]:
-    """Convolutions of one picture, and rows and columns of its feature map. A norm and a ReLU go with each."""
+    """Convolutions of one picture, each with a norm and a ReLU; -> operations, (rows, columns) of the feature map."""
 
     def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> Op:
         rows, columns = -(-size[0] // stride), -(-size[1] // stride)
@@ -119,14 +119,14 @@ def resnet(g: dict[str, Any], height: int, width: int) -> tuple[list[Op], tuple[
         products = weights * rows * columns
         return Op(2.0 * products, weights, moved, side=products ** (1 / 3), odd=weights)
 
-    def halved() -> tuple[int, int]:
+    def half_size() -> tuple[int, int]:
         return -(-size[0] // 2), -(-size[1] // 2)
 
     size = (height, width)
     ops, channels = [convolution(3, g["stem"], 7, 2)], g["stem"]
-    size = halved()
+    size = half_size()
     ops.append(elementwise(prod(size), channels))
-    size = halved()
+    size = half_size()
     for stage, (count, inner, out) in enumerate(zip(g["blocks"], g["widths"], g["outputs"], strict=True)):
         for i in range(count):
             spread = g["dilated"] and stage == len(g["blocks"]) - 1
@@ -138,7 +138,7 @@ def resnet(g: dict[str, Any], height: int, width: int) -> tuple[list[Op], tuple[
                 ops.append(convolution(inner, inner, 3, stride))
             else:
                 ops.append(convolution(channels, inner, 3, stride))
-            size = halved() if stride == 2 else size
+            size = half_size() if stride == 2 else size
             ops.append(convolution(inner, out, 1 if g["bottleneck"] else 3, 1))
             ops.append(elementwise(prod(size), out))
             channels = out
@@ -164,7 +164,7 @@ def detr_block(tower: TowerSpec, layer: LayerSpec, rows: int, keys: int) -> Iter
 
 
 def stack(tower: TowerSpec, rows: int, keys: int, keep: int) -> Iterator[Op]:
-    """All blocks of a decoder; the last computes the ``keep`` rows that are read. And the norm after them."""
+    """All blocks of a decoder and the norm after them; the last block computes only the ``keep`` rows that are read."""
     for i, layer in enumerate(tower.layers):
         yield from decoder_block(tower, layer, rows, keys, keep if i == len(tower.layers) - 1 else rows)
     if tower.layers[-1].kind != "half":

@@ -1,7 +1,7 @@
-"""What a policy will take on a device before anybody copies it there: latency by part, peak memory, energy, a verdict.
+"""Predicts latency by part, peak memory and energy of a policy on a device, without the device.
 
-A prediction is arithmetic (work.py, roofline.py, memory_model.py) on a ``Setting``; a plan adds whether it holds and
-what is refused. Everything assumed is told in it. suggest.py says what would help.
+A prediction is arithmetic (work.py, roofline.py, memory.py) on a ``Setting``. A plan adds whether the rate holds, what
+is refused, and every assumption. suggest.py proposes changes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from rlrc.jetson.model.precision import PRECISIONS, Precision, computes, precisi
 from rlrc.jetson.model.roofline import Stack, latencies
 from rlrc.jetson.model.work import DecisionWork, Load, work
 
-CAPTURED = 640 * 480  # pixels of a picture before it is resized
-DISK = 2e9  # bytes a second that an NVMe disk gives
-HOST = 8e-9  # seconds of a Jetson's CPU for each of its pixels, and each of the policy's: resize and normalise
-DRAWN = 0.6  # of a mode's power limit, while it runs: 21 to 26 W of 40 W on an Orin NX (vla.cpp's report)
+CAPTURED = 640 * 480  # pixels of a camera's picture before it is resized
+DISK = 2e9  # bytes a second of an NVMe disk
+HOST = 8e-9  # seconds of a Jetson's CPU for each captured and each resized pixel
+DRAWN = 0.6  # part of a mode's power limit, while the policy runs: 21 to 26 W of 40 W on an Orin NX (vla.cpp's report)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``name``: what the policy is called on the command line. ``base``: see memory_model.predict.
+    """``name``: the policy as given on the command line. ``base``: see memory.predict.
 
-    ``sequential``: one engine is resident at a time, and all are read again at every decision.
+    ``sequential``: one engine is resident at a time; each decision reads all of them from disk.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prediction:
-    """``parts`` in milliseconds; ``bounds``: the latency on compiled kernels and on plain ones."""
+    """``parts`` in milliseconds; ``bounds``: latency with compiled kernels and with plain kernels."""
 
     parts: dict[str, float]
     bounds: tuple[float, float]
@@ -70,7 +70,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """``deadline_ms``: the most that an inference may take; None where no rate was asked for."""
+    """``deadline_ms``: the longest allowed inference; None without a requested rate."""
 
     setting: Setting
     prediction: Prediction
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def possible(self) -> bool:
-        """It fits, nothing is refused, and it holds the rate if one was asked for."""
+        """Whether it fits, nothing is refused, and the requested rate, if any, holds."""
         return self.prediction.memory.fits and not self.refusals and self.holds is not False
 
 
@@ -97,14 +97,14 @@ def of_geometry(name: str, precision_name: str | None, device: Device, load: Loa
 def of_artifact(
     artifact: Artifact, precision_name: str | None, device: Device, load: Load, stack: Stack | None
 ) -> Setting:
-    """By default in the precision of its graphs, or of its weights."""
+    """By default in the precision of the artifact's graphs, or of its weights. Raises UserError."""
     manifest = artifact.manifest
     chosen = precision(precision_name or own_precision(artifact, device))
     return Setting(str(artifact.path), manifest.policy, manifest.towers, chosen, device, load, stack)
 
 
 def own_precision(artifact: Artifact, device: Device) -> str:
-    """What ONNX Runtime's graphs are in on a CPU; what TensorRT's are in, or the weights, on a Jetson."""
+    """On a CPU the precision of ONNX Runtime's graphs; on a Jetson that of TensorRT's graphs, or of the weights."""
     manifest = artifact.manifest
     backend = "tensorrt" if device.sm else "onnxruntime"
     for graph in manifest.graphs:
@@ -141,10 +141,11 @@ def plan(setting: Setting, hz: float | None = None) -> Plan:
 
 
 def deadline_ms(horizon: int, hz: float) -> float:
-    """The most that an inference may take for a control loop at this rate.
+    """The longest inference for a control loop at this rate, in milliseconds.
 
-    Inference runs beside the loop. Of a chunk the first latency * hz steps are past when it is ready, and as many more
-    pass until the next one is: twice the latency is a chunk at most. A single action has its own period.
+    Inference runs in parallel with the loop. When a chunk is ready, its first latency * hz steps have passed, and as
+    many pass until the next chunk is ready. So twice the latency must not exceed a chunk. A single action must be ready
+    within one period.
     """
     return 1e3 / hz if horizon == 1 else 1e3 * horizon / (2 * hz)
 
@@ -157,12 +158,12 @@ def assumptions(setting: Setting) -> list[str]:
         f"products in {computes(chosen, device)}"
     )
     if device.sm is None:
-        found.append("throughput and bandwidth of this machine as measured just now, reached in full")
+        found.append("throughput and bandwidth of this machine, measured now and reached in full")
     else:
-        told = setting.stack or ("compiled" if chosen.bits < 16 else "geometric mean of compiled and plain")
+        stack = setting.stack or ("compiled" if chosen.bits < 16 else "geometric mean of compiled and plain")
         reached = roofline.efficiency(device, chosen, setting.stack)
         found.append(
-            f"kernels: {told}; large products reach {reached.compute:.0%} of the peak, those of s^3 multiply-adds "
+            f"kernels: {stack}; large products reach {reached.compute:.0%} of the peak, those of s^3 multiply-adds "
             f"s / (s + {reached.side:g}) of that; {reached.bandwidth:.0%} of the bandwidth; "
             f"{reached.launch * 1e6:g} us a kernel (rlrc jetson calibration)"
         )
@@ -176,11 +177,11 @@ def assumptions(setting: Setting) -> list[str]:
     return found
 
 
-def pruned(setting: Setting, ratio: float) -> Setting:
-    """Without this part of the heads and channels of the intermediate blocks of the tower that `rlrc prune` cuts.
+def prune(setting: Setting, ratio: float) -> Setting:
+    """Removes this part of the heads and channels of the intermediate blocks of the tower that `rlrc prune` cuts.
 
-    At least one head for each key/value head and 32 channels stay, and all key/value heads where others attend to them;
-    widths are multiples of 32.
+    One head for each key/value head and 32 channels remain at least, and all key/value heads that an expert attends to.
+    Widths are multiples of 32.
     """
     name = "encoder" if "encoder" in setting.towers else "decoder"
     tower = setting.towers[name]

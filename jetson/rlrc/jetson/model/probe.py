@@ -1,4 +1,4 @@
-"""This machine as a device: throughput and bandwidth measured with numpy, and what a process with the runtime takes."""
+"""This machine as a device: throughput and bandwidth measured with numpy, memory of a process with the runtime."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ An operation takes as long as its arithmetic or its memory traffic, whichever is
 and LAUNCH seconds for every kernel. A product reaches ``compute * side / (side + SIDE)`` of the device's peak, where
 ``side`` is the cube root of its multiply-adds: small products leave most of a GPU's tensor cores idle.
 
-What a program makes of a GPU differs by two to three, so there are two stacks. "compiled": TensorRT, MLC, kernels
-written for the model, a graph launched as a whole. "plain": llama.cpp, eager PyTorch. Weights of less than 16
-bits are only run fast by the former; of floats, without being told, the geometric mean of both is predicted.
+Programs differ by a factor of two to three on the same GPU, so there are two stacks. "compiled": TensorRT, MLC, kernels
+written for the model, a graph launched as a whole. "plain": llama.cpp, eager PyTorch. Only the former is fast with
+weights of less than 16 bits. For 16 bits and more, and no stack given, the geometric mean of both is predicted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Efficiency:
     launch: float
 
 
-LAUNCH = 2e-6  # seconds; not fitted: the measurements do not tell it from small products
+LAUNCH = 2e-6  # seconds; not fitted: the measurements cannot separate it from small products
 SIDE = 3000.0
 BANDWIDTH = 0.9
 COMPUTE: dict[Stack, float] = {"compiled": 1.0, "plain": 0.4}
@@ -43,7 +43,7 @@ MEASURED = Efficiency(1.0, 0.0, 1.0, 0.0)  # of a device whose throughput was me
 
 @dataclass(frozen=True)
 class Demand:
-    """Of every operation: seconds at the peak, its side, seconds of traffic at the full bandwidth, kernels."""
+    """For each operation: seconds at the peak, side, seconds of traffic at full bandwidth, kernels."""
 
     arithmetic: NDArray[np.float64]
     sides: NDArray[np.float64]
@@ -57,7 +57,7 @@ class Demand:
 
 
 def demand(part: Part, precision: Precision, device: Device) -> Demand:
-    """All repeats of one part. Weights are read anew every time: no cache holds them."""
+    """The demand of all repeats of one part. Each repeat reads the weights again: no cache holds them."""
     peak = device.peaks[computes(precision, device)]
     bits, other = precision.resident(device), precision.other
 
@@ -79,7 +79,7 @@ def efficiency(device: Device, precision: Precision, stack: Stack | None) -> Eff
 
 
 def compute(precision: Precision, stack: Stack | None, of: dict[Stack, float]) -> float:
-    """The stack's, or what is assumed where none is told: see the module's docstring."""
+    """The stack's value, or the default without a stack: see the module's docstring."""
     if stack is None and precision.bits < 16:
         stack = "compiled"
     return float(np.sqrt(of["compiled"] * of["plain"])) if stack is None else of[stack]

@@ -1,4 +1,4 @@
-"""What would help a plan that does not hold. Each suggestion is tried: only what makes the plan possible is made."""
+"""Changes that make an impossible plan possible. Each one is tried before it is suggested."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rlrc.jetson.model.devices import device, table
 from rlrc.jetson.model.memory import weight_bytes
-from rlrc.jetson.model.plan import Plan, Setting, plan, pruned
+from rlrc.jetson.model.plan import Plan, Setting, plan, prune
 from rlrc.jetson.model.precision import PRECISIONS
 
 ROUNDED = ("int8", "fp8", "int4", "fp4")  # in the order of what they cost in accuracy
@@ -23,7 +23,7 @@ class Suggestion:
 
 
 def suggest(found: Plan, hz: float | None) -> list[Suggestion]:
-    """Of a plan that is possible, none. Where nothing holds the rate, what is possible without one."""
+    """None for a possible plan. If nothing holds the rate, changes that make the plan possible without a rate."""
     if found.possible:
         return []
     tried = [suggestion for way in WAYS for suggestion in way(found, hz)]
@@ -33,13 +33,13 @@ def suggest(found: Plan, hz: float | None) -> list[Suggestion]:
 
 
 def shortfall(found: Plan, suggestions: list[Suggestion], hz: float | None) -> str | None:
-    """Why no suggestion holds the rate; None if one does, or none was asked for."""
+    """Why no suggestion holds the rate; None if one does, or without a requested rate."""
     if hz is None or found.possible or any(_works(suggestion.setting, hz) for suggestion in suggestions):
         return None
     least = replace(found.setting, precision=PRECISIONS["int4"])
-    milliseconds = plan(pruned(least, LARGEST_RATIO)).prediction.latency_ms
+    milliseconds = plan(prune(least, LARGEST_RATIO)).prediction.latency_ms
     return (
-        f"nothing tried holds {hz:g} Hz on {found.setting.device.name}: int4 with {LARGEST_RATIO:.0%} of the "
+        f"no change holds {hz:g} Hz on {found.setting.device.name}: int4 with {LARGEST_RATIO:.0%} of the "
         f"intermediate blocks pruned still takes {milliseconds:,.0f} ms of the {found.deadline_ms or 0:,.0f} there are"
     )
 
@@ -64,7 +64,7 @@ def _fewer_bits(setting: Setting) -> Iterator[Setting]:
 
 
 def _precision(found: Plan, hz: float | None) -> Iterator[Suggestion]:
-    """The most bits that do: bf16 in the place of a refused fp16 first."""
+    """The precision with the most bits that works; bf16 is tried first where fp16 is refused."""
     tried = [replace(found.setting, precision=PRECISIONS["bf16"])] if found.refusals else []
     for setting in [*tried, *_fewer_bits(found.setting)]:
         if setting.precision != found.setting.precision and _works(setting, hz):
@@ -86,12 +86,12 @@ def _steps(found: Plan, hz: float | None) -> Iterator[Suggestion]:
 
 
 def _pruning(found: Plan, hz: float | None) -> Iterator[Suggestion]:
-    """The smallest ratio in this precision, or with it in the fewest bits that the device takes."""
+    """The smallest ratio that works in this precision, else together with int4."""
     for setting in (found.setting, replace(found.setting, precision=PRECISIONS["int4"])):
         ratio = _smallest(setting, hz)
         if ratio is None:
             continue
-        cut = pruned(setting, ratio)
+        cut = prune(setting, ratio)
         size = sum(weight_bytes(part, cut.precision) for part in cut.work.parts)
         counted = "int4" if cut.precision.name == "int4" else "bf16"
         stored = sum(weight_bytes(part, PRECISIONS[counted]) for part in cut.work.parts)
@@ -105,13 +105,13 @@ def _pruning(found: Plan, hz: float | None) -> Iterator[Suggestion]:
 
 
 def _smallest(setting: Setting, hz: float | None) -> float | None:
-    """Of the ratios in hundredths that do; None if not even the largest does."""
+    """The smallest working ratio, in hundredths; None if the largest does not work."""
     low, high = 0, round(LARGEST_RATIO * 100)
-    if not _works(pruned(setting, high / 100), hz):
+    if not _works(prune(setting, high / 100), hz):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _works(pruned(setting, middle / 100), hz) else (middle, high)
+        low, high = (low, middle) if _works(prune(setting, middle / 100), hz) else (middle, high)
     return high / 100
 
 
@@ -122,13 +122,13 @@ def _sequential(found: Plan, hz: float | None) -> Iterator[Suggestion]:
     after = plan(setting, hz).prediction
     yield Suggestion(
         f"one engine resident at a time: {after.memory.peak / 1e9:.2f} GB instead of "
-        f"{found.prediction.memory.peak / 1e9:.2f}, but {after.latency_ms:,.0f} ms a decision, for all are read again",
+        f"{found.prediction.memory.peak / 1e9:.2f}, but {after.latency_ms:,.0f} ms a decision: it reads all of them",
         setting,
     )
 
 
 def _device(found: Plan, hz: float | None) -> Iterator[Suggestion]:
-    """The smallest that does with nothing else changed."""
+    """The smallest device that works without another change."""
     by_memory = sorted(table().devices.items(), key=lambda item: item[1].memory_gib)
     for name, module in by_memory:
         setting = replace(found.setting, device=device(name))

@@ -1,4 +1,4 @@
-"""What one decision of a policy computes and moves, part by part, from its description alone."""
+"""Operations and bytes of one decision, part by part, computed from the policy's description alone."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from rlrc.jetson.model.operations import (
     vision_block,
 )
 
-PROMPT = 32  # tokens of an instruction with its template, where nobody says how many
+PROMPT = 32  # assumed tokens of an instruction with its template
 ONE_CAMERA = ("tiny", "openvla")
-STATE_TOKENS = 4  # tokens of a number of the state that the prompt tells: three digits and a blank
+STATE_TOKENS = 4  # tokens for each number of the state in the prompt: three digits and a blank
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a decision. ``times``: it runs so often, and reads its weights every time.
+    """One part of a decision. It runs ``times`` times and reads its weights each time.
 
-    ``stored``: numbers it keeps in memory; 0 where the weights are those of an earlier part. ``table``: numbers that
-    are looked up rather than multiplied (word embeddings), among those stored; ``odd``: others of them that fill no
-    whole groups (see Op). ``live``: the most numbers that wait in memory at once, without ``scores`` (see Op).
+    ``stored``: numbers of its weights in memory, 0 if an earlier part has stored them. Of those, ``table`` are looked
+    up and not multiplied (word embeddings), and ``odd`` fill no whole groups (see Op). ``live``: the largest number of
+    activations in memory at once, without ``scores`` (see Op).
     """
 
     name: str
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DecisionWork:
-    """``parts`` in their order; ``cached``: numbers of keys and values that are kept over a decision."""
+    """``parts`` in the order of execution; ``cached``: numbers in the key/value cache."""
 
     parts: tuple[Part, ...]
     cached: int
@@ -58,7 +58,7 @@ class DecisionWork:
 
 @dataclass(frozen=True)
 class Load:
-    """What a decision is given, where it differs from the policy's own description."""
+    """Inputs and settings of a decision that replace those of the policy's description."""
 
     cameras: int | None = None
     prompt_tokens: int | None = None
@@ -67,15 +67,15 @@ class Load:
 
 
 def work(policy: PolicySpec, towers: dict[str, TowerSpec], load: Load | None = None) -> DecisionWork:
-    """Raises UserError for a family that has no such description, and for a load that the policy cannot have."""
+    """The work of one decision. Raises UserError for an unknown family and for a load that does not fit the policy."""
     policy = _loaded(policy, load or Load())
     if policy.family not in FAMILIES:
         raise UserError(f"expected one of the families {', '.join(FAMILIES)}, found {policy.family!r}; upgrade rlrc")
-    words, told = _words(policy, (load or Load()).prompt_tokens)
+    words, notes = _words(policy, (load or Load()).prompt_tokens)
     parts, cached = FAMILIES[policy.family](policy, towers, words)
     cameras = len(policy.cameras)
-    seen = f"{cameras} camera{'s' * (cameras > 1)} of {policy.cameras[0].height} x {policy.cameras[0].width} pixels"
-    assumed = [seen, *told]
+    pictures = f"{cameras} camera{'s' * (cameras > 1)} of {policy.cameras[0].height} x {policy.cameras[0].width} pixels"
+    assumed = [pictures, *notes]
     if policy.flow is not None:
         assumed.append(f"{policy.flow.steps} flow steps of a chunk of {policy.action.horizon}")
     return DecisionWork(tuple(parts), cached, tuple(assumed))
@@ -99,7 +99,7 @@ def _loaded(policy: PolicySpec, load: Load) -> PolicySpec:
 
 
 def _words(policy: PolicySpec, given: int | None) -> tuple[int, list[str]]:
-    """Tokens of the prompt, and how that is told."""
+    """Number of prompt tokens, and the note about it."""
     prompt = policy.prompt
     if prompt is None:
         return 0, []
@@ -107,23 +107,25 @@ def _words(policy: PolicySpec, given: int | None) -> tuple[int, list[str]]:
         return given, [f"{given} prompt tokens, as asked"]
     if prompt.pad_id is not None:
         return prompt.max_tokens, [f"{prompt.max_tokens} prompt tokens, padded"]
-    told = STATE_TOKENS * max(len(policy.state.names), prompt.state_width) if prompt.state_bins and policy.state else 0
-    tokens = min(PROMPT + told, prompt.max_tokens)
-    state = f", {told} of them for the state" if told else ""
+    numbers = (
+        STATE_TOKENS * max(len(policy.state.names), prompt.state_width) if prompt.state_bins and policy.state else 0
+    )
+    tokens = min(PROMPT + numbers, prompt.max_tokens)
+    state = f", {numbers} of them for the state" if numbers else ""
     return tokens, [f"{tokens} prompt tokens{state} (assumed; --prompt-tokens)"]
 
 
 def _part(name: str, operations: Iterable[Op], times: int = 1, table: int = 0, shared: bool = False) -> Part:
     ops = tuple(operations)
     stored = 0 if shared else sum(op.weights for op in ops) + table
-    # Two operations' numbers wait at once: what one gives is what the next takes.
+    # Inputs and outputs of an operation are in memory at the same time.
     live = 2 * max((op.activations for op in ops), default=0)
     odd = 0 if shared else sum(op.odd for op in ops)
     scores = max((op.scores for op in ops), default=0)
     return Part(name, ops, times, stored, table, odd, live, scores)
 
 
-def _seen(towers: dict[str, TowerSpec], name: str, patch: int, rows: int, pictures: int, extra: int = 0) -> list[Op]:
+def _vision(towers: dict[str, TowerSpec], name: str, patch: int, rows: int, pictures: int, extra: int = 0) -> list[Op]:
     tower = towers[name]
     ops = [linear(rows * pictures, 3 * patch**2, tower.width), elementwise(rows * pictures, tower.width)]
     for layer in tower.layers:
@@ -132,13 +134,13 @@ def _seen(towers: dict[str, TowerSpec], name: str, patch: int, rows: int, pictur
 
 
 def _prismatic(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple[list[Part], int]:
-    """OpenVLA, a token a pass, and OpenVLA-OFT, a chunk in one."""
+    """OpenVLA, one token in each pass, and OpenVLA-OFT, a chunk in one pass."""
     g, camera, pictures, tower = policy.geometry, policy.cameras[0], len(policy.cameras), towers["decoder"]
     tokens = (camera.height // g["patch"]) * (camera.width // g["patch"])
     names = [name for name in ("vision", "vision2") if name in towers]
     ops = []
     for name, extra in zip(names, g["extra"], strict=False):
-        ops += _seen(towers, name, g["patch"], tokens, pictures, extra)
+        ops += _vision(towers, name, g["patch"], tokens, pictures, extra)
     ops += mlp(tokens * pictures, [sum(towers[name].width for name in names), *g["projector"]])
     action, numbers = policy.action, policy.action.horizon * policy.action.dim
     embedding = g["vocabulary"] * tower.width
@@ -153,8 +155,7 @@ def _prismatic(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> 
             _part("decode", decode, numbers - 1, shared=True),
         ]
         return parts, _cache(tower, length + numbers)
-    felt = policy.state is not None
-    length = pictures * tokens + felt + words + numbers + 1
+    length = pictures * tokens + (policy.state is not None) + words + numbers + 1
     whole = list(stack(tower, length, length, numbers + 2))
     if policy.state is not None:
         whole += mlp(1, [len(policy.state.names), g["state"], tower.width])
@@ -173,9 +174,9 @@ def _flow(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple
     vision, tower, expert = towers["vision"], towers["decoder"], towers["expert"]
     patches, squares = (camera.height // g["patch"]) * (camera.width // g["patch"]), g["merge"] ** 2
     tokens = patches // squares
-    see = _seen(towers, "vision", g["patch"], patches, pictures)
-    see += [elementwise(patches * pictures, vision.width, 2 * vision.width)]
-    see += [linear(tokens * pictures, vision.width * squares, tower.width)]
+    vision_ops = _vision(towers, "vision", g["patch"], patches, pictures)
+    vision_ops += [elementwise(patches * pictures, vision.width, 2 * vision.width)]
+    vision_ops += [linear(tokens * pictures, vision.width * squares, tower.width)]
     numbers = 0 if policy.state is None else policy.state.width or len(policy.state.names)
     length = pictures * tokens + words + (g["state"] == "prefix")
     prefix = list(stack(tower, length, length, length))
@@ -193,7 +194,7 @@ def _flow(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple
         step += decoder_block(expert, layer, rows, keys, rows, source)
     step += [elementwise(rows, width, width), linear(policy.action.horizon, width, flow.width)]
     parts = [
-        _part("vision", see),
+        _part("vision", vision_ops),
         _part("prefix", prefix, table=g["vocabulary"] * tower.width),
         _part("steps", step, flow.steps),
     ]
@@ -203,31 +204,38 @@ def _flow(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple
 def _tiny(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple[list[Part], int]:
     """The reference family: a stem that joins neighbours step by step, and one parallel pass."""
     g, camera, vision, tower = policy.geometry, policy.cameras[0], towers["vision"], towers["decoder"]
-    pixels, channels, see = camera.height * camera.width, 3, list[Op]()
+    pixels, channels, vision_ops = camera.height * camera.width, 3, list[Op]()
     for factor, width in zip(g["stem_factors"], [*g["stem_widths"], vision.width], strict=True):
         pixels, inputs = pixels // factor**2, channels * factor**2
-        see += [linear(pixels, inputs, width), elementwise(pixels, width)]
+        vision_ops += [linear(pixels, inputs, width), elementwise(pixels, width)]
         channels = width
     for layer in vision.layers:
-        see += vision_block(vision, layer, pixels, 1)
+        vision_ops += vision_block(vision, layer, pixels, 1)
     squares = g["merge"] ** 2
     tokens = pixels // squares
-    see += [elementwise(pixels, vision.width, 2 * vision.width), linear(tokens, vision.width * squares, tower.width)]
+    vision_ops += [
+        elementwise(pixels, vision.width, 2 * vision.width),
+        linear(tokens, vision.width * squares, tower.width),
+    ]
     assert policy.state is not None
     length, horizon = tokens + words + 1 + policy.action.horizon, policy.action.horizon
     whole = [linear(1, len(policy.state.names), tower.width), *stack(tower, length, length, horizon)]
     head = [linear(horizon, tower.width, policy.action.dim * policy.action.bins)]
-    return [_part("vision", see), _part("prefill", whole, table=g["vocabulary"] * tower.width), _part("head", head)], 0
+    return [
+        _part("vision", vision_ops),
+        _part("prefill", whole, table=g["vocabulary"] * tower.width),
+        _part("head", head),
+    ], 0
 
 
 def _act(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple[list[Part], int]:
-    """ACT: a ResNet for every camera, an encoder, and a decoder of one query a step."""
+    """ACT: a ResNet for each camera, an encoder, and a decoder with one query for each step."""
     g, width = policy.geometry, towers["encoder"].width
-    see, positions = list[Op](), 1 + bool(g["state"]) + bool(g["environment"])
+    vision_ops, positions = list[Op](), 1 + bool(g["state"]) + bool(g["environment"])
     for i, camera in enumerate(policy.cameras):
         found, (rows, columns) = resnet(g, camera.height, camera.width)
         found.append(linear(rows * columns, g["outputs"][-1], width))
-        see += found if i == 0 else [replace(op, weights=0) for op in found]
+        vision_ops += found if i == 0 else [replace(op, weights=0) for op in found]
         positions += rows * columns
     whole = [linear(1, inputs, width) for inputs in (g["state"], g["environment"]) if inputs]
     for layer in towers["encoder"].layers:
@@ -236,7 +244,7 @@ def _act(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple[
         keys = positions if layer.kind == "cross" else policy.action.horizon
         whole += detr_block(towers["decoder"], layer, policy.action.horizon, keys)
     head = [linear(policy.action.horizon, width, policy.action.dim)]
-    return [_part("vision", see), _part("prefill", whole), _part("head", head)], 0
+    return [_part("vision", vision_ops), _part("prefill", whole), _part("head", head)], 0
 
 
 def _cache(tower: TowerSpec, length: int) -> int:
