@@ -70,9 +70,7 @@ def test_other_devices_and_modes_are_refused(name: str, mode: str | None, messag
 def test_a_broken_table_is_told(tmp_path: Path) -> None:
     file = tmp_path / "devices.toml"
     file.write_text("[devices.x]\nmemory = 3\n")
-    with pytest.raises(
-        UserError, match=r"expected DeviceTable in .*devices\.toml, found: expected the key architectures"
-    ):
+    with pytest.raises(UserError, match=r"expected DeviceTable in .*devices\.toml, found: expected the key"):
         devices.read_toml(devices.DeviceTable, file)
     with pytest.raises(UserError, match=r"found: .*No such file"):
         devices.read_toml(devices.DeviceTable, tmp_path / "none.toml")

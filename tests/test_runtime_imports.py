@@ -45,7 +45,7 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
         policy = LocalPolicy.load(path)
         golden = verify.read_golden(path / "golden.npz", policy.spec)
         policy.infer(golden.observation(0, policy.spec))
-        verify.measure(policy, golden, verify.Limits(0.001))
+        verify.measure(policy, golden, verify.Tolerances(0.001))
         """,
         str(toy_artifact),
     )
