@@ -80,7 +80,7 @@ def groups(towers: Towers, tower: str, block: int, names: Iterable[str], align: 
     fused = f"{prefix}.attention.qkv.weight" in present
     rows = ("qkv",) if fused else ("q", "k", "v") if alone else ("q",)
     inputs = [name for name in ("gate", "up") if f"{prefix}.mlp.{name}.weight" in present]
-    bundles, half = 1 if alone else layer.kv_heads, layer.kind == "half"
+    bundles, half = 1 if alone else layer.kv_heads, layer.kv_only
     heads = Group(
         tuple(f"{prefix}.attention.{name}" for name in rows),
         (f"{prefix}.attention.{'out' if fused else 'o'}",),

@@ -75,14 +75,14 @@ class FlowPolicy(PolicyModule):
         self.decoder = Decoder(decoder)
         self.stride = prefix_stride(towers)
         seen = replace(decoder, layers=decoder.layers[:: self.stride])
-        self.expert = Decoder(expert, seen, spec.flow.steps if expert.norm == "steps" else width)
+        self.expert = Decoder(expert, seen, spec.flow.steps if expert.tabulated else width)
         if geometry.state != "prompt":
             assert spec.state is not None
             numbers = spec.state.width or len(spec.state.names)
             self.state = nn.Linear(numbers, decoder.width if geometry.state == "prefix" else width)
         self.action_in = nn.Linear(spec.flow.width, width)
         self.action_out = nn.Linear(width, spec.flow.width)
-        if expert.norm != "steps":
+        if not expert.tabulated:
             self.time_in = nn.Linear(width if expert.norm == "adaptive" else 2 * width, width)
             self.time_out = nn.Linear(width, width)
 
@@ -161,7 +161,7 @@ class FlowPolicy(PolicyModule):
     def condition(self, t: Tensor) -> Tensor:
         """What modulates the expert's norms at the times t (B,): channels (B, width), or the step's number (B,)."""
         assert self.spec.flow is not None
-        if self.towers["expert"].norm == "steps":
+        if self.towers["expert"].tabulated:
             return ((1 - t) * self.spec.flow.steps).round().long() if t.is_floating_point() else t
         return F.silu(self.time_out(F.silu(self.time_in(self.time(t).to(self.time_in.weight.dtype)))))
 

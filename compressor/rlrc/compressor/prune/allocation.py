@@ -48,7 +48,7 @@ class PruneScope:
         towers = self.policy.towers
         layers = list(towers[self.tower].layers)
         for i, (heads, channels) in counts.items():
-            if layers[i].kind != "half":
+            if not layers[i].kv_only:
                 layers[i] = with_counts(towers, self.tower, layers[i], heads, channels)
         return {**towers, self.tower: replace(towers[self.tower], layers=tuple(layers))}
 

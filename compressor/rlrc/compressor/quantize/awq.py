@@ -92,7 +92,7 @@ def _decoder_block(name: str, block: decoder.Block, values_shared: bool) -> list
         if block.kind == "cross" or (block.kind == "self" and not values_shared):
             shared = attention.heads // attention.kv_heads
             found.append(Fold((f"{own}.o",), f"{own}.v", shared=shared, size=attention.head_dim))
-    if block.kind != "half" and block.mlp.up.out_features:
+    if not block.kv_only and block.mlp.up.out_features:
         found += _after(f"{name}.norm2", block.norm2, f"{name}.mlp.gate", f"{name}.mlp.up")
         found.append(Fold((f"{name}.mlp.down",), f"{name}.mlp.up"))  # activation(gate) * up
     return found

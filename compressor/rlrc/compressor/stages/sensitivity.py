@@ -77,7 +77,7 @@ def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbatio
     for tower, spec in policy.towers.items():
         for i, layer in enumerate(spec.layers):
             block = f"{tower}.layers.{i}"
-            if layer.kind == "half":  # it hands the residual stream on anyway
+            if layer.kv_only:  # it hands the residual stream on anyway
                 continue
             found.append(Perturbation(block, "drop", size(block)))
             if parts := [group for group in groups(policy.towers, tower, i, state, align=1) if group.number]:

@@ -103,7 +103,7 @@ def drawn(policy: PolicyModule, batch: Batch) -> Batch:
     if spec.flow is None:
         return batch
     noise = torch.randn(len(batch), spec.action.horizon, spec.flow.width)
-    if policy.towers["expert"].norm == "steps":
+    if policy.towers["expert"].tabulated:
         times = 1 - torch.randint(0, spec.flow.steps, (len(batch),)) / spec.flow.steps
     else:
         times = 0.001 + 0.999 * torch.distributions.Beta(1.5, 1.0).sample((len(batch),))

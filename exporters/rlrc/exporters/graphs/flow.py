@@ -89,7 +89,7 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     ]
     shape = ("batch", action.horizon, policy.flow.width)
     x, condition = b.linear(b.input("x", "float32", shape), "action_in", bias=True), None
-    if tower.norm == "steps":
+    if tower.tabulated:
         condition = b.input("step", "int64", ("batch",))
     else:
         time = sines(b, b.input("t", "float32", ("batch",)), tower.width, geometry.periods)

@@ -126,12 +126,12 @@ def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, s
         for i, layer in enumerate(tower.layers):
             ours, theirs = f"{name}.layers.{i}", f"{prefix}.layers.{i}"
             for inner, other in NORMS.items():
-                if layer.kind != "half" or inner in HALF:
+                if not layer.kv_only or inner in HALF:
                     norm(f"{ours}.{inner}", f"{theirs}.{other}", tower)
             for inner, other in LINEARS.items():
-                if layer.kind != "half" or inner in HALF:
+                if not layer.kv_only or inner in HALF:
                     take(f"{ours}.{inner}.weight", f"{theirs}.{other}.weight")
-        if tower.layers[-1].kind != "half":
+        if not tower.layers[-1].kv_only:
             norm(f"{name}.norm", f"{prefix}.norm", tower)
 
     affine("action_in", "action_in_proj")

@@ -73,7 +73,7 @@ def norm(tower: TowerSpec, condition: int = 0) -> nn.Module:
     """The tower's kind of norm; ``condition`` is the width of an adaptive norm's condition, or the number of steps."""
     if tower.norm == "adaptive":
         return AdaptiveRMSNorm(tower.width, tower.eps, condition)
-    if tower.norm == "steps":
+    if tower.tabulated:
         return StepRMSNorm(tower.width, tower.eps, condition)
     return RMSNorm(tower.width, tower.eps, tower.norm_offset)
 
@@ -136,11 +136,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
         self.fused = fused
-        if layer.kind != "half":
+        if not layer.kv_only:
             self.q = nn.Linear(width, layer.heads * layer.head_dim, bias=False)
         self.k = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
         self.v = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
-        if layer.kind != "half":
+        if not layer.kv_only:
             self.o = nn.Linear(layer.heads * layer.head_dim, width, bias=False)
 
     def split(self, y: Tensor, heads: int) -> Tensor:
@@ -181,10 +181,10 @@ class Block(nn.Module):
         self, tower: TowerSpec, layer: LayerSpec, source: int | None = None, condition: int = 0, fused: bool = True
     ) -> None:
         super().__init__()
-        self.kind = layer.kind
+        self.kind, self.kv_only = layer.kind, layer.kv_only
         self.norm1 = norm(tower, condition)
         self.attention = Attention(tower.width, layer, tower.width if source is None else source, fused)
-        if layer.kind != "half":
+        if not layer.kv_only:
             self.norm2 = norm(tower, condition)
             self.mlp = MLP(tower.width, layer.mlp, tower.activation or "silu")
 
@@ -197,7 +197,7 @@ class Block(nn.Module):
             y = self.attention(y, *around.cross_rotary, around.cross_mask, source)
         else:
             source = self.attention.keys_values(y, *around.rotary, past)
-            if self.kind == "half":
+            if self.kv_only:
                 return x, source
             y = self.attention(y, *around.rotary, around.mask, source)
         x = x + (y if gate is None else gate * y)
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
                 assert prefix is not None
                 source = prefix.layers[i].kv_heads * prefix.layers[i].head_dim
             self.layers.append(Block(tower, layer, source, condition, fused))
-        self.norm = None if tower.layers[-1].kind == "half" else norm(tower, condition)
+        self.norm = None if tower.layers[-1].kv_only else norm(tower, condition)
 
     def blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]
