@@ -121,7 +121,7 @@ class FlowPolicy(PolicyModule):
             positions = mask.cumsum(1) - 1
             padded = ~mask[:, None, None]
             blocked = padded if blocked is None else padded | blocked
-        present = self.decoder.cached(sequence, None if blocked is None else _minus(blocked, sequence), positions)[1]
+        _, present = self.decoder(sequence, None if blocked is None else _minus(blocked, sequence), positions)
         return present, mask
 
     def velocity(self, past: list[KeyValue], mask: Tensor | None, state: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class FlowPolicy(PolicyModule):
         if mask is not None:
             positions = mask.sum(1, keepdim=True) + index
         additive_mask = None if blocked is None else _minus(blocked, sequence)
-        hidden = self.expert(sequence, additive_mask, positions, past[:: self.stride], condition)
+        hidden, _ = self.expert(sequence, additive_mask, positions, past[:: self.stride], condition)
         return self.action_out(hidden[:, -x.shape[1] :])
 
     def suffix(self, state: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:

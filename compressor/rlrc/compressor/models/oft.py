@@ -79,10 +79,10 @@ class OFTPolicy(PrismaticPolicy):
         x, chunk = self.sequence(image_tokens, ids, state), self.spec.action.horizon * self.spec.action.dim
         first = x.shape[1] - 1 - chunk  # the first of the chunk's places
         if mask is None:
-            return self.decoder(x)[:, first - 1 : first - 1 + chunk]
+            return self.decoder(x)[0][:, first - 1 : first - 1 + chunk]
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         real[:, first - ids.shape[1] + 1 : first] = mask[:, 1:]
-        y = self.decoder(x, additive(real)[:, None, None].to(x), real.cumsum(1) - 1)
+        y, _ = self.decoder(x, additive(real)[:, None, None].to(x), real.cumsum(1) - 1)
         # Padding stands between the prompt's last token and the chunk's places.
         last = y[torch.arange(len(y), device=y.device), first - 1 - (~mask).sum(1)]
         return torch.cat([last[:, None], y[:, first : first + chunk - 1]], 1)

@@ -85,7 +85,8 @@ class TinyPolicy(PolicyModule):
         parts = [image_tokens, self.embedding(ids), self.state(state)[:, None], self.query.expand(len(ids), -1, -1)]
         # Under autocast the residual stream stays in the parameters' precision.
         sequence = torch.cat([part.to(self.query.dtype) for part in parts], 1)
-        return self.decoder(sequence)[:, -self.spec.action.horizon :]
+        hidden, _ = self.decoder(sequence)
+        return hidden[:, -self.spec.action.horizon :]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, horizon, width) -> (B, horizon, dim, bins) in float32."""
