@@ -147,7 +147,7 @@ def test_every_token_is_a_bin(goldens: dict[str, Golden], name: str) -> None:
     ones = replace(action, norm=NormStats((0.0,), (1.0,)), names=("x",))
     np.testing.assert_allclose(actions_of(ids[:, None], ones)[:, 0], expected, atol=4e-8, rtol=0)
     logits = F.one_hot(torch.from_numpy(ids.clip(0, action.tokens.rows - 1)), action.tokens.rows)
-    outputs = decode.of_logits(logits[:, None, None], action)
+    outputs = decode.outputs_from_logits(logits[:, None, None], action)
     np.testing.assert_allclose(outputs.actions[:, 0, 0].numpy(), expected, atol=4e-8, rtol=0)
 
 

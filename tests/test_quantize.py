@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError, folder
 from rlrc.compressor.models import weights as models_weights
-from rlrc.compressor.quantize.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
+from rlrc.compressor.quantize.grid import GROUP, GROUPS, dequantize, fit_group, pack, quantize_groups, unpack
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
 from rlrc.errors import UserError
@@ -72,8 +72,8 @@ def test_one_group_by_hand() -> None:
 
 
 def test_a_narrow_tensor_has_the_largest_group_that_divides_it() -> None:
-    assert [group_of(inputs, 128) for inputs in (256, 192, 96, 160)] == [128, 64, 32, 32]
-    assert group_of(256, 32) == 32
+    assert [fit_group(inputs, 128) for inputs in (256, 192, 96, 160)] == [128, 64, 32, 32]
+    assert fit_group(256, 32) == 32
     tensors = {"wide.weight": weights(8, 256), "narrow.weight": weights(8, 96)}
     packed, spec, _ = quantize(tensors, QuantizeConfig(group=128))
     assert spec.group == 128

@@ -31,16 +31,16 @@ class Group:
     """``number`` parts of a block, each with ``size`` rows of the layers ``rows`` and columns of those ``columns``.
 
     Rows may be ``fused``: so many runs of all parts one after the other (q, k and v in one layer). As many parts are
-    kept of each of the ``bundles`` equal runs that the parts form, in multiples of ``lot``.
+    kept of each of the ``kv_groups`` equal runs that the parts form, in multiples of ``lot``.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     number: int
     size: int = 1
-    bundles: int = 1
+    kv_groups: int = 1
     fused: int = 1
-    lot: int = 1
+    multiple: int = 1
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -51,62 +51,64 @@ class Group:
         rows = (parts[:, None] * self.size + torch.arange(self.size)).flatten()
         return (torch.arange(fused)[:, None] * self.number * self.size + rows).flatten()
 
-    def sums(self, layer: str, importance: Tensor) -> Tensor:
+    def sum_parts(self, layer: str, importance: Tensor) -> Tensor:
         """Importance of every weight of one of the layers -> of every part (number,), in float32."""
         along, fused = (1, self.fused) if layer in self.rows else (0, 1)
         vector = importance.sum(along, dtype=torch.float32)
         return vector.unflatten(0, (fused, self.number, self.size)).sum((0, 2))
 
-    def best(self, scores: Tensor, count: int) -> Tensor:
+    def select_best(self, scores: Tensor, count: int) -> Tensor:
         """Which ``count`` parts are kept, in their order."""
-        runs = scores.unflatten(0, (self.bundles, -1))
-        first = torch.arange(self.bundles)[:, None] * runs.shape[1]
-        return (runs.topk(count // self.bundles).indices.sort().values + first).flatten()
+        runs = scores.unflatten(0, (self.kv_groups, -1))
+        first = torch.arange(self.kv_groups)[:, None] * runs.shape[1]
+        return (runs.topk(count // self.kv_groups).indices.sort().values + first).flatten()
 
-    def fewer(self, ratio: float) -> int:
+    def count_left(self, ratio: float) -> int:
         """How many parts remain when this part of them goes: the nearest possible number, one lot at least."""
-        each = self.number // self.bundles
-        return self.bundles * min(each, max(self.lot, round(each * (1 - ratio) / self.lot) * self.lot))
+        each = self.number // self.kv_groups
+        return self.kv_groups * min(each, max(self.multiple, round(each * (1 - ratio) / self.multiple) * self.multiple))
 
 
-def groups(towers: Towers, tower: str, block: int, names: Iterable[str], align: int = ALIGN) -> tuple[Group, Group]:
+def find_groups(
+    towers: Towers, tower: str, block: int, names: Iterable[str], align: int = ALIGN
+) -> tuple[Group, Group]:
     """Heads and channels of a block; ``names`` are those of the policy's tensors, or begin with its block's.
 
     Lots keep the columns of o and down whole multiples of ``align``, unless there is only one of them.
     """
     layer, prefix = towers[tower].layers[block], f"{tower}.layers.{block}"
-    own, present = own_keys(towers, tower, layer), set(names)
+    own, present = owns_keys(towers, tower, layer), set(names)
     alone = own and layer.kv_heads == layer.heads
     fused = f"{prefix}.attention.qkv.weight" in present
     rows = ("qkv",) if fused else ("q", "k", "v") if alone else ("q",)
     inputs = [name for name in ("gate", "up") if f"{prefix}.mlp.{name}.weight" in present]
-    bundles, half = 1 if alone else layer.kv_heads, layer.kv_only
+    kv_groups, half = 1 if alone else layer.kv_heads, layer.kv_only
     heads = Group(
         tuple(f"{prefix}.attention.{name}" for name in rows),
         (f"{prefix}.attention.{'out' if fused else 'o'}",),
         0 if half else layer.heads,
         layer.head_dim,
-        bundles,
+        kv_groups,
         3 if fused else 1,
     )
     channels = Group(
         tuple(f"{prefix}.mlp.{name}" for name in inputs), (f"{prefix}.mlp.down",), 0 if half else layer.mlp
     )
-    return replace(heads, lot=_lot(heads, align)), replace(channels, lot=_lot(channels, align))
+    return replace(heads, multiple=_multiple(heads, align)), replace(channels, multiple=_multiple(channels, align))
 
 
-def _lot(group: Group, align: int) -> int:
+def _multiple(group: Group, align: int) -> int:
     """The smallest number of parts of a bundle that is aligned. Narrower ones fill no group whatever is cut."""
-    lot = align // gcd(align, group.bundles * group.size) if group.number else 1
-    return lot if group.number and group.number // group.bundles > lot else 1
+    lot = align // gcd(align, group.kv_groups * group.size) if group.number else 1
+    return lot if group.number and group.number // group.kv_groups > lot else 1
 
 
-def own_keys(towers: Towers, tower: str, layer: LayerSpec) -> bool:
+def owns_keys(towers: Towers, tower: str, layer: LayerSpec) -> bool:
     """Whether no other tower attends to this block's keys and values, or makes its own of them."""
     return tower in VISION or "expert" not in towers or (tower == "expert" and layer.kind == "cross")
 
 
-def with_counts(towers: Towers, tower: str, layer: LayerSpec, heads: int, channels: int) -> LayerSpec:
+def resize_layer(towers: Towers, tower: str, layer: LayerSpec, heads: int, channels: int) -> LayerSpec:
     """The block with so many heads and channels."""
-    alone = own_keys(towers, tower, layer) and layer.kv_heads == layer.heads
+    alone = owns_keys(towers, tower, layer) and layer.kv_heads == layer.heads
     return replace(layer, heads=heads, kv_heads=heads if alone else layer.kv_heads, mlp=channels)

@@ -39,7 +39,7 @@ class Autoregressive(EncodesPictures, Protocol):
         """
         ...
 
-    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+    def last_logits(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
         """One pass over the prompt and the tokens after it -> logits (B, count, rows) of the last positions."""
         ...
 
@@ -65,7 +65,7 @@ def parallel(policy: Parallel, inputs: Inputs) -> Outputs:
     """The whole chunk from one pass (OpenVLA-OFT, arXiv 2502.19645, section 4)."""
     action = policy.spec.action
     decoded = policy.decode(encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.state)
-    return of_logits(decoded, action) if action.bins else Outputs(decoded.float())
+    return outputs_from_logits(decoded, action) if action.bins else Outputs(decoded.float())
 
 
 def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
@@ -78,23 +78,23 @@ def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
         encode_images(policy, inputs),
         lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids),
     )
-    logits = by_length(image_tokens, inputs.ids, inputs.mask, greedy)
-    return of_logits(logits, policy.spec.action)
+    logits = map_by_length(image_tokens, inputs.ids, inputs.mask, greedy)
+    return outputs_from_logits(logits, policy.spec.action)
 
 
-def taught(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
+def teacher_force(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
     """Logits (B, horizon, dim, rows), each after the given tokens (B, horizon, dim) before it instead of its own."""
     given = tokens.flatten(1)
 
-    def forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    def force(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         sequence = torch.cat([ids, given[rows, :-1]], 1)
-        return policy.forced(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
+        return policy.last_logits(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
 
     assert inputs.ids is not None
-    return by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, forced)
+    return map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, force)
 
 
-def by_length(
+def map_by_length(
     image_tokens: Tensor, ids: Tensor, mask: Tensor | None, one: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
     """``one(image_tokens, ids, rows)`` of the rows of every prompt length, put together again."""
@@ -133,23 +133,23 @@ def flow(policy: Flow, inputs: Inputs) -> Outputs:
     return Outputs(x[..., : spec.action.dim].float())
 
 
-def of_logits(logits: Tensor, action: ActionSpec) -> Outputs:
+def outputs_from_logits(logits: Tensor, action: ActionSpec) -> Outputs:
     """Logits (B, horizon, dim, rows) -> the likeliest token of each, the first of equals, and its bin's centre.
 
     An action whose logits are not all finite is nan: ``argmax`` alone would make a token of them.
     """
-    outputs = of_rows(logits.argmax(-1), action)
+    outputs = outputs_from_rows(logits.argmax(-1), action)
     actions = outputs.actions.masked_fill(~logits.isfinite().all(-1), float("nan"))
     return replace(outputs, actions=actions, logits=logits.float())
 
 
-def check_sound(values: Tensor, name: str) -> None:
+def check_finite_outputs(values: Tensor, name: str) -> None:
     """Raises UserError for nan or inf in what a policy gave: no action can be made of it."""
     if not values.isfinite().all():
         raise UserError(f"expected finite {name} of the policy, found nan or inf; start from sound weights")
 
 
-def of_rows(rows: Tensor, action: ActionSpec) -> Outputs:
+def outputs_from_rows(rows: Tensor, action: ActionSpec) -> Outputs:
     """The tokens that these rows (B, horizon, dim) of the logits stand for, and their bins' centres."""
     tokens = _offset(action) + rows
     bins = tokens if action.tokens is None else (action.tokens.first - tokens).clamp(0, action.bins - 1)

@@ -45,7 +45,7 @@ class OpenVLAPolicy(PrismaticPolicy):
         hidden, present = self.decoder(x, causal_mask(length, before).to(x), positions, past)
         return self.head(hidden[:, -1]).float(), present
 
-    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+    def last_logits(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
         """What training calls: logits (B, count, rows) of the last positions, from one pass."""
         words = self.embedding(ids)
         x = torch.cat([words[:, :1], image_tokens.to(words.dtype), words[:, 1:]], 1)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 Precision = Literal["float32", "bfloat16"]
-Wanted = Literal["auto", "float32", "bfloat16"]
-Chosen = dict[str, Precision]
+PrecisionOption = Literal["auto", "float32", "bfloat16"]
+PrecisionByDevice = dict[str, Precision]
 """By type of device: {"cpu": "float32"}. Simulators' workers compute on the CPU even where a GPU trains."""
 
 TRAINING = (512, 256, 1024)  # rows, inputs, outputs of a product
@@ -28,7 +28,7 @@ GAIN = 0.9  # part of float32's time that bfloat16 may take: float32 is more exa
 HOPELESS = 3.0  # times slower: one round is enough
 ROUNDS = 5  # the first warms up
 
-_chosen: Chosen = {}
+_chosen: PrecisionByDevice = {}
 
 
 def use(chosen: Mapping[str, Precision]) -> None:
@@ -37,13 +37,13 @@ def use(chosen: Mapping[str, Precision]) -> None:
     _chosen.update(chosen)
 
 
-def used() -> Chosen:
+def current() -> PrecisionByDevice:
     return dict(_chosen)
 
 
-def choose(wanted: Wanted, *devices: str) -> Chosen:
+def choose(wanted: PrecisionOption, *devices: str) -> PrecisionByDevice:
     """For these types of device ("cpu", "cuda"): what was wanted, or the quicker one."""
-    return {device: quicker(device) if wanted == "auto" else wanted for device in devices}
+    return {device: pick_for_training(device) if wanted == "auto" else wanted for device in devices}
 
 
 def autocast(device: str) -> torch.autocast:
@@ -54,7 +54,7 @@ def autocast(device: str) -> torch.autocast:
 
 
 @cache
-def quicker(device: str) -> Precision:
+def pick_for_training(device: str) -> Precision:
     """For training: a layer forwards and backwards, by autocast."""
     rows, inputs, outputs = TRAINING
     with torch.inference_mode(False):
@@ -72,7 +72,7 @@ def quicker(device: str) -> Precision:
 
 
 @cache
-def quicker_of_weights() -> Precision:
+def pick_for_inference() -> Precision:
     """For inference with weights stored in it: one row, as a decoder's step has, and a prompt's, through a layer that
     no cache holds in float32."""
     weights = {dtype: torch.ones(4096, 4096, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}

@@ -63,7 +63,7 @@ class Tensors:
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
-    def renamed(self, names: Mapping[str, str]) -> Tensors:
+    def rename(self, names: Mapping[str, str]) -> Tensors:
         """The same tensors by other names, those of the files -> new ones; all are listed. Raises UserError if two
         get one name."""
         files = {new: old for old, new in names.items()}
@@ -94,7 +94,7 @@ class Tensors:
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises UserError, naming the tensor, if it is not there or its shape is another one."""
         if self.shape(name) != shape:
-            raise wrong_shape(f"tensor {name}", shape, self.shape(name), self.origin)
+            raise wrong_shape_error(f"tensor {name}", shape, self.shape(name), self.origin)
 
     def depth(self, prefix: str) -> int:
         """How many blocks there are: names begin with ``prefix`` and count 0, 1, ... before a dot.
@@ -115,14 +115,14 @@ class Tensors:
         self.meta(name)
         return self._stored[name] if self._read is None else self._read(name)
 
-    def sound(self, name: str) -> Tensor:
+    def read_finite(self, name: str) -> Tensor:
         """``read``, for computing. Raises UserError, naming the tensor, for nan or inf in it."""
         tensor = self.read(name)
         check_finite(tensor, name, self.origin)
         return tensor
 
 
-def largest(tensor: Tensor) -> float:
+def largest_magnitude(tensor: Tensor) -> float:
     """The largest magnitude: nan or inf if the tensor has such a number. One pass at the speed of memory."""
     if not tensor.numel():
         return 0.0
@@ -134,24 +134,24 @@ def check_finite(
     tensor: Tensor, name: str, origin: str, advice: str = "use an earlier checkpoint, or copy it again if it is sound"
 ) -> None:
     """Raises UserError for nan or inf in a tensor of floats."""
-    if tensor.is_floating_point() and not isfinite(found := largest(tensor)):
+    if tensor.is_floating_point() and not isfinite(found := largest_magnitude(tensor)):
         raise UserError(f"expected finite numbers in the tensor {name} of {origin}, found {found}; {advice}")
 
 
-def not_floats(name: str, found: object, origin: str) -> UserError:
+def not_floats_error(name: str, found: object, origin: str) -> UserError:
     return UserError(
         f"expected floating-point numbers in the tensor {name} of {origin}, found {str(found).removeprefix('torch.')}: "
         "these weights are quantized; give the checkpoint that they were quantized from (rlrc quantize comes after)"
     )
 
 
-def wrong_shape(what: str, expected: object, found: object, origin: str) -> UserError:
+def wrong_shape_error(what: str, expected: object, found: object, origin: str) -> UserError:
     return UserError(
         f"expected {expected} for {what}, found {found} in {origin}; is its config.json (or --hints) of these weights?"
     )
 
 
-def of_shapes(
+def tensors_from_shapes(
     origin: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, file: str = ""
 ) -> Tensors:
     """Shapes without data, for geometry alone."""
@@ -159,7 +159,7 @@ def of_shapes(
     return Tensors(origin, stored, file=file)
 
 
-def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensors:
+def tensors_from_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensors:
     """The tensors of one or several safetensors files. Raises UserError for a damaged one."""
     stored, where = dict[str, Tensor](), dict[str, Path]()
     for path in files:
@@ -169,7 +169,7 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
                     tensor = opened.get_slice(name)
                     dtype = DTYPES.get(tensor.get_dtype())
                     if dtype is None:
-                        raise not_floats(name, tensor.get_dtype(), origin)
+                        raise not_floats_error(name, tensor.get_dtype(), origin)
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:

@@ -17,7 +17,7 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 
 
-def policy_of(
+def build_policy(
     spec: PolicySpec,
     towers: dict[str, TowerSpec],
     tensors: Mapping[str, Tensor],
@@ -37,7 +37,7 @@ def policy_of(
 def load_tensors(
     policy: PolicyModule, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
 ) -> None:
-    """Gives the policy these weights, in float32. Raises as ``policy_of``."""
+    """Gives the policy these weights, in float32. Raises as ``build_policy``."""
     check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
     for name, tensor in tensors.items():
         check_finite(tensor, name, origin, advice)
@@ -55,11 +55,11 @@ def check_shapes(policy: PolicyModule, found: Mapping[str, tuple[int, ...]], ori
             )
 
 
-def parameters(policy: PolicyModule, prefix: str = "") -> int:
+def count_parameters(policy: PolicyModule, prefix: str = "") -> int:
     """How many numbers are stored, in all or of one module ("decoder."): statistics of frozen norms count too."""
     return sum(tensor.numel() for name, tensor in policy.state_dict().items() if name.startswith(prefix))
 
 
-def narrowed(tensor: Tensor, exact: bool) -> Tensor:
+def narrow_dtype(tensor: Tensor, exact: bool) -> Tensor:
     narrow = tensor.bfloat16()
     return tensor if exact and not torch.equal(narrow.to(tensor.dtype), tensor) else narrow

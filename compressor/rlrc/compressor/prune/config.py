@@ -90,7 +90,7 @@ class PruneConfig:
                 f"expected prune.scope or to_bytes and to_latency, found scope and {' and '.join(goals)}; leave one"
             )
         number_of_bytes(self.to_bytes)
-        part_of_time(self.to_latency)
+        fraction_of_time(self.to_latency)
         self._check_lossless()
         self._check_depth(goals)
         if self.allocation != "uniform" and self.kind == "depth":
@@ -148,7 +148,7 @@ def number_of_bytes(text: str | None) -> float:
     return float(match[1]) * UNITS[match[2]] if match else 0.0
 
 
-def part_of_time(text: str | None) -> float:
+def fraction_of_time(text: str | None) -> float:
     match = re.fullmatch(r"(0?\.\d+)x?", text) if text is not None else None
     if text is not None and (match is None or not float(match[1])):
         raise UserError(f"expected prune.to_latency between 0x and 1x (excluded) such as 0.4x, found {text!r}")
@@ -164,7 +164,7 @@ def tower_name(towers: Towers, config: PruneConfig) -> str:
     return name
 
 
-def intermediate(towers: Towers, name: str, config: PruneConfig) -> range:
+def intermediate_blocks(towers: Towers, name: str, config: PruneConfig) -> range:
     """Raises UserError if there are none."""
     blocks, ends = len(towers[name].layers), config.keep
     if blocks <= 2 * ends:

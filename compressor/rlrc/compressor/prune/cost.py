@@ -23,7 +23,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.quantize.grid import stored_bytes
+from rlrc.compressor.quantize.grid import count_bytes
 from rlrc.compressor.quantize.quantize import quantizable
 
 BALANCE = 20  # rows
@@ -33,7 +33,7 @@ PROMPT = 32  # tokens of a prompt that is not padded
 aten = torch.ops.aten
 
 
-def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
+def build_on_meta(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
     """The policy on the meta device."""
     with torch.device("meta"):
         return build(spec, dict(towers)).eval()
@@ -44,7 +44,7 @@ def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:
     size = 0
     for name, tensor in policy.state_dict().items():
         packed = precision == "int4" and quantizable(name, tensor)
-        size += stored_bytes(tensor.numel(), 4) if packed else tensor.numel() * 2
+        size += count_bytes(tensor.numel(), 4) if packed else tensor.numel() * 2
     return size
 
 
@@ -56,7 +56,7 @@ class OperationCounter(TorchDispatchMode):
         self.total, self.times = 0.0, 1
 
     @contextmanager
-    def repeated(self, times: int) -> Iterator[None]:
+    def repeat(self, times: int) -> Iterator[None]:
         """What happens inside happens so often."""
         self.times *= times
         yield
@@ -79,8 +79,8 @@ class OperationCounter(TorchDispatchMode):
         return max(rows, BALANCE) * (inputs * outputs + ELEMENT * (inputs + outputs))
 
 
-def decision(policy: PolicyModule) -> float:
-    """The work of one chunk of actions, in multiply-adds; the policy is one of ``shape_of``."""
+def decision_cost(policy: PolicyModule) -> float:
+    """The work of one chunk of actions, in multiply-adds; the policy is one of ``build_on_meta``."""
     spec = policy.spec
     with torch.no_grad(), torch.device("meta"), OperationCounter() as work:
         seen = []
@@ -111,7 +111,7 @@ def _autoregressive(
     assert ids is not None
     action = policy.spec.action
     _, past = policy.step(image_tokens, ids, None)
-    with work.repeated(action.horizon * action.dim - 1):
+    with work.repeat(action.horizon * action.dim - 1):
         policy.step(None, ids[:, :1], past)
 
 
@@ -119,7 +119,7 @@ def _flow(policy: Any, work: OperationCounter, image_tokens: Tensor, ids: Tensor
     flow = policy.spec.flow
     past, mask = policy.prefix(image_tokens, ids, None, state)
     x = torch.empty(1, policy.spec.action.horizon, flow.width)
-    with work.repeated(flow.steps):
+    with work.repeat(flow.steps):
         policy.velocity(past, mask, state, x, torch.ones(1))
 
 

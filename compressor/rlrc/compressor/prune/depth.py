@@ -26,7 +26,7 @@ from rlrc.errors import UserError
 Unit = Mapping[str, tuple[int, ...]]  # blocks of each tower that go together
 
 
-def units(towers: Towers, tower: str) -> list[Unit]:
+def find_units(towers: Towers, tower: str) -> list[Unit]:
     """All of the tower's, from the first to the last."""
     depth = len(towers[tower].layers)
     if "expert" in towers and tower not in VISION:
@@ -39,26 +39,26 @@ def units(towers: Towers, tower: str) -> list[Unit]:
     return [{tower: (i,)} for i in range(depth)]
 
 
-def droppable(towers: Towers, tower: str) -> list[Unit]:
+def droppable_units(towers: Towers, tower: str) -> list[Unit]:
     """All that may go: not the last of those that a prefix ends with."""
-    found = units(towers, tower)
+    found = find_units(towers, tower)
     return found[:-1] if "expert" in found[0] else found
 
 
-def unit_of(towers: Towers, tower: str, block: int) -> Unit:
+def find_unit(towers: Towers, tower: str, block: int) -> Unit:
     """Raises UserError for a block that is not there or cannot go."""
-    for unit in droppable(towers, tower):
+    for unit in droppable_units(towers, tower):
         if block in unit[tower]:
             return unit
-    most = max((block for unit in droppable(towers, tower) for block in unit[tower]), default=-1)
+    most = max((block for unit in droppable_units(towers, tower) for block in unit[tower]), default=-1)
     raise UserError(f"expected prune.blocks from 0 to {most} of the {tower}, found {block}; see rlrc inspect")
 
 
-def dropped(towers: Towers, gone: Collection[Unit]) -> dict[str, TowerSpec]:
+def drop_from_towers(towers: Towers, gone: Collection[Unit]) -> dict[str, TowerSpec]:
     """The shape without these. Raises UserError if nothing is left, or an expert's blocks lose their prefix's."""
     after = dict(towers)
     for tower in {tower for unit in gone for tower in unit}:
-        left = tuple(towers[tower].layers[i] for i in remaining(towers, tower, gone))
+        left = tuple(towers[tower].layers[i] for i in remaining_blocks(towers, tower, gone))
         if not left:
             raise UserError(f"expected a block that stays in the {tower}, found none; drop fewer")
         after[tower] = replace(towers[tower], layers=left)
@@ -72,25 +72,25 @@ def dropped(towers: Towers, gone: Collection[Unit]) -> dict[str, TowerSpec]:
     return after
 
 
-def remaining(towers: Towers, tower: str, gone: Collection[Unit]) -> list[int]:
+def remaining_blocks(towers: Towers, tower: str, gone: Collection[Unit]) -> list[int]:
     lost = {block for unit in gone for block in unit.get(tower, ())}
     return [i for i in range(len(towers[tower].layers)) if i not in lost]
 
 
-def without(policy: PolicyModule, gone: Sequence[Unit]) -> PolicyModule:
+def drop_blocks(policy: PolicyModule, gone: Sequence[Unit]) -> PolicyModule:
     """The policy without these blocks; its tensors are shared with the given one."""
-    towers, state = dropped(policy.towers, gone), dict(policy.state_dict())
+    towers, state = drop_from_towers(policy.towers, gone), dict(policy.state_dict())
     for tower in (name for name, spec in towers.items() if spec != policy.towers[name]):
-        numbers = {old: new for new, old in enumerate(remaining(policy.towers, tower, gone))}
+        numbers = {old: new for new, old in enumerate(remaining_blocks(policy.towers, tower, gone))}
         prefix = f"{tower}.layers."
         for name in [name for name in state if name.startswith(prefix)]:
             tensor, (old, rest) = state.pop(name), name.removeprefix(prefix).split(".", 1)
             if int(old) in numbers:
                 state[f"{prefix}{numbers[int(old)]}.{rest}"] = tensor
-    return assembled(policy, towers, state)
+    return assemble(policy, towers, state)
 
 
-def assembled(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
+def assemble(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
     with torch.device("meta"):
         result = build(policy.spec, dict(towers))
     result.load_state_dict(state, assign=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.prune.config import PruneConfig
@@ -42,14 +42,14 @@ class Scores:
         return self.heads, self.channels
 
 
-def scores(
+def score_parts(
     policy: PolicyModule, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
 ) -> list[Scores]:
     """Of every block of the tower, those of these ``blocks`` scored. ``batches`` may be None but for NEED_DATA."""
     found, pieces = list[Scores](), dict[str, tuple[Group, Tensor]]()
     names = policy.state_dict().keys()
     for i in range(len(policy.towers[tower].layers)):
-        both = groups(policy.towers, tower, i, names)
+        both = find_groups(policy.towers, tower, i, names)
         found.append(Scores(*(torch.zeros(group.number) for group in both)))
         for group, total in zip(both, found[-1].each(), strict=True):
             if i in blocks and group.number:
@@ -74,7 +74,7 @@ Pieces = dict[str, tuple[Group, Tensor]]  # of every scored layer: its group, an
 def _weigh(policy: PolicyModule, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
     for name, (group, total) in pieces.items():
         weight = policy.get_parameter(f"{name}.weight").detach()
-        total += group.sums(name, importance(name, weight)).to(total.device)
+        total += group.sum_parts(name, importance(name, weight)).to(total.device)
 
 
 def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
@@ -82,7 +82,7 @@ def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: 
         assert weight.grad is not None
         group, total = pieces[name]
         total.add_(
-            group.sums(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
+            group.sum_parts(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
         )
         weight.grad = None
 

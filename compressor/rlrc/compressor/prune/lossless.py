@@ -1,7 +1,7 @@
 """Lossless cuts: what no action depends on goes, and what is the same for every observation is computed beforehand.
 
 - Rows of a language model's head that are no action tokens. The actions are the same wherever the likeliest token of
-  the whole vocabulary is an action token; ``outside`` counts where it is not.
+  the whole vocabulary is an action token; ``count_outside`` counts where it is not.
 - Modulations of adaptive norms, which depend on the flow's time alone: tables of the fixed flow steps take the place of
   the layers that make them, and of the time's own.
 - The first self-attention of ACT's decoder: its values are zeros, so its output is a constant.
@@ -27,7 +27,7 @@ from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
-from rlrc.compressor.models.weights import narrowed
+from rlrc.compressor.models.weights import narrow_dtype
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ class _Rest:
     state: dict[str, Tensor]
 
 
-def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyModule, dict[str, Any]]:
+def cut_lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyModule, dict[str, Any]]:
     """A policy with the same actions, and a report: every cut, parameters and bytes before and after.
 
-    ``unread``: what the policy's official folder had more (see ``never_read``). Bytes are those of an artifact: two for
-    a number that bfloat16 holds, else four. The given policy is unchanged; what was not cut is shared with it.
+    ``unread``: tensors of the official checkpoint that were not loaded (see ``list_unread``). Bytes are those of an
+    artifact: two for a tensor that bfloat16 holds exactly, else four. The given policy is unchanged and shares all
+    tensors that were not cut.
     """
     rest = _Rest(policy.spec, dict(policy.towers), dict(policy.state_dict()))
     whole, own = _size(rest.state), list[Cut]()
@@ -64,7 +65,7 @@ def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyMo
         ):
             before = dict(rest.state)
             cut(policy, rest)
-            gone, new = _size(_others(before, rest.state)), _size(_others(rest.state, before))
+            gone, new = _size(_changed(before, rest.state)), _size(_changed(rest.state, before))
             own.append(Cut(what, gone[0] - new[0], gone[1] - new[1]))
     with torch.device("meta"):
         result = families.build(rest.spec, rest.towers)
@@ -81,11 +82,11 @@ def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyMo
     }
 
 
-def _others(tensors: dict[str, Tensor], than: dict[str, Tensor]) -> dict[str, Tensor]:
+def _changed(tensors: dict[str, Tensor], than: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if than.get(name) is not tensor}
 
 
-def lines(report: Mapping[str, Any]) -> list[str]:
+def format_report(report: Mapping[str, Any]) -> list[str]:
     """The report for people; ``outside``, if it is there, counts observations (see the function)."""
     found = [f"{cut['what']}: {cut['parameters']:,} parameters, {cut['bytes']:,} bytes" for cut in report["cuts"]]
     numbers, size = report["parameters"], report["bytes"]
@@ -102,7 +103,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def never_read(stored: Tensors, unused: Iterable[str]) -> list[Cut]:
+def list_unread(stored: Tensors, unused: Iterable[str]) -> list[Cut]:
     """The official tensors that are not read, in as few modules as hold nothing else: ``model.vae_encoder``, say."""
     unused = set(unused)
     used = {prefix for name in stored if name not in unused for prefix in _prefixes(name)}
@@ -125,11 +126,11 @@ def _size(tensors: Mapping[Any, Tensor]) -> tuple[int, int]:
     numbers = size = 0
     for tensor in tensors.values():
         numbers += tensor.numel()
-        size += (tensor if tensor.is_meta else narrowed(tensor, exact=True)).nbytes
+        size += (tensor if tensor.is_meta else narrow_dtype(tensor, exact=True)).nbytes
     return numbers, size
 
 
-def outside(tokens: NDArray[np.integer], action: ActionSpec) -> int:
+def count_outside(tokens: NDArray[np.integer], action: ActionSpec) -> int:
     """In how many observations a token (N, horizon, dim) is no action token."""
     if action.tokens is None:
         return 0

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.weights import parameters
+from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.allocation import PruneScope, uniform
-from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time
+from rlrc.compressor.prune.allocation import PruneScope, allocate_uniformly
+from rlrc.compressor.prune.config import PruneConfig, fraction_of_time, intermediate_blocks, number_of_bytes
 
 NEAR = 0.005  # what differs by less is what was asked for
 FINER = (16, 8, 4, 2, 1)  # alignments that may come nearer
@@ -30,11 +30,13 @@ class PruneOutcome:
     nearer: Mapping[str, float] | None = None
 
 
-def outcomes(dense: PolicyModule, name: str, config: PruneConfig, report: Mapping[str, Any]) -> list[PruneOutcome]:
+def compare_outcomes(
+    dense: PolicyModule, name: str, config: PruneConfig, report: Mapping[str, Any]
+) -> list[PruneOutcome]:
     """Of a pruned tower; ``report`` is that of prune.report. ``dense`` may be on the meta device."""
     if config.to_bytes or config.to_latency:
         limits = ("to_bytes", number_of_bytes(config.to_bytes), report["bytes"][config.to_bytes_in])
-        times = ("to_latency", part_of_time(config.to_latency), report["time"])
+        times = ("to_latency", fraction_of_time(config.to_latency), report["time"])
         return [PruneOutcome(*each) for each in (limits, times) if each[1]]
     if config.kind == "both" or (config.kind == "depth" and (config.drop or config.blocks)):
         return []  # blocks by number
@@ -45,7 +47,7 @@ def outcomes(dense: PolicyModule, name: str, config: PruneConfig, report: Mappin
         return [found]
     if config.kind == "depth":
         return [replace(found, reasons=("blocks go whole",))]
-    place = PruneScope(dense, name, intermediate(dense.towers, name, config), config.align)
+    place = PruneScope(dense, name, intermediate_blocks(dense.towers, name, config), config.align)
     reasons = tuple(dict.fromkeys(_reasons(place, config)))
     nearer = _nearer(place, config, found) if config.scope == "layer" else None
     return [replace(found, reasons=reasons, nearer=nearer)]
@@ -56,8 +58,8 @@ def _reasons(place: PruneScope, config: PruneConfig) -> list[str]:
     layers = place.policy.towers[place.tower].layers
     for i, (heads, channels) in place.groups().items():
         for group in (heads, channels):
-            exact = group.number // max(1, group.bundles) * (1 - config.part)
-            if group.number and group.lot > 1 and exact % group.lot:
+            exact = group.number // max(1, group.kv_groups) * (1 - config.part)
+            if group.number and group.multiple > 1 and exact % group.multiple:
                 found.append(f"widths stay multiples of {config.align}")
             elif group.number and exact % 1 > 1e-9 and group.size > 1:
                 found.append("heads go whole")
@@ -70,21 +72,21 @@ def _reasons(place: PruneScope, config: PruneConfig) -> list[str]:
 
 def _nearer(place: PruneScope, config: PruneConfig, found: PruneOutcome) -> dict[str, float] | None:
     """The coarsest alignment that comes nearer than this one by more than a hundredth, and what it gives."""
-    dense = cost.shape_of(place.policy.spec, place.policy.towers)
+    dense = cost.build_on_meta(place.policy.spec, place.policy.towers)
     blocks = [f"{place.tower}.layers.{i}." for i in place.blocks]
-    before = sum(parameters(dense, block) for block in blocks)
+    before = sum(count_parameters(dense, block) for block in blocks)
     for align in FINER:
         if align >= config.align:
             continue
-        towers = uniform(replace(place, align=align))(config.part)
-        pruned = cost.shape_of(place.policy.spec, towers)
-        got = round(1 - sum(parameters(pruned, block) for block in blocks) / before, 4)
+        towers = allocate_uniformly(replace(place, align=align))(config.part)
+        pruned = cost.build_on_meta(place.policy.spec, towers)
+        got = round(1 - sum(count_parameters(pruned, block) for block in blocks) / before, 4)
         if abs(found.asked - got) < abs(found.asked - found.got) - 0.01:
             return {"align": align, "got": got}
     return None
 
 
-def lines(outcome: Mapping[str, Any]) -> list[str]:
+def format_outcome(outcome: Mapping[str, Any]) -> list[str]:
     """Lines for people; none where the ratio asked for was reached."""
     asked, got = outcome["asked"], outcome["got"]
     if outcome["what"] == "to_bytes":

@@ -14,7 +14,7 @@ KINDS: tuple[Kind, ...] = ("prune", "quantize", "drop")
 
 
 @dataclass(frozen=True)
-class Measured:
+class SensitivityRow:
     """``module`` as in the state dict, ``parameters`` of it, ``error`` in normalised actions."""
 
     module: str
@@ -33,10 +33,10 @@ class SensitivityReport:
     ratio: float
     bits: int
     observations: int
-    modules: tuple[Measured, ...]
+    modules: tuple[SensitivityRow, ...]
 
 
-def load(file: Path) -> SensitivityReport:
+def load_report(file: Path) -> SensitivityReport:
     """Raises UserError for anything but a report."""
     try:
         return strict.decode(SensitivityReport, strict.parse(file.read_bytes()))
@@ -46,7 +46,7 @@ def load(file: Path) -> SensitivityReport:
         raise UserError(f"{error}, in {file}; make it again with rlrc sensitivity") from None
 
 
-def per_layer(report: SensitivityReport, kind: Kind, tower: str) -> dict[int, float]:
+def errors_by_block(report: SensitivityReport, kind: Kind, tower: str) -> dict[int, float]:
     """Of every measured block of the tower the error, of a quantized one the sum of its parts'."""
     found: dict[int, float] = {}
     for row in report.modules:

@@ -14,10 +14,17 @@ from typing import Any
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Towers
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.weights import parameters
+from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.allocation import PruneScope, Shape, by_sensitivity, ranked, read_sensitivity, uniform
-from rlrc.compressor.prune.config import PruneConfig, intermediate, number_of_bytes, part_of_time, tower_name
+from rlrc.compressor.prune.allocation import (
+    PruneScope,
+    Shape,
+    allocate_by_score,
+    allocate_by_sensitivity,
+    allocate_uniformly,
+    read_sensitivity,
+)
+from rlrc.compressor.prune.config import PruneConfig, fraction_of_time, intermediate_blocks, number_of_bytes, tower_name
 from rlrc.compressor.prune.importance import Scores
 from rlrc.errors import UserError
 
@@ -55,7 +62,7 @@ class Target:
         return next(limit for limit in self.limits if not limit.met(best)).refuse(best, how)
 
 
-def reach(shape: Shape, target: Target) -> dict[str, TowerSpec]:
+def find_shape(shape: Shape, target: Target) -> dict[str, TowerSpec]:
     """The shape that keeps the limit with the smallest number. Raises UserError if none does."""
     low, high = 0.0, 1.0
     before, after = shape(low), smallest(shape, target)
@@ -77,24 +84,24 @@ def smallest(shape: Shape, target: Target) -> dict[str, TowerSpec]:
     return least
 
 
-def priced(spec: PolicySpec, price: Callable[[PolicyModule], float]) -> Callable[[Towers], float]:
+def cache_price(spec: PolicySpec, price: Callable[[PolicyModule], float]) -> Callable[[Towers], float]:
     """The price of a shape, computed once."""
     known = dict[Any, float]()
 
     def cost_of(towers: Towers) -> float:
         key = tuple(towers.items())
         if key not in known:
-            known[key] = price(cost.shape_of(spec, towers))
+            known[key] = price(cost.build_on_meta(spec, towers))
         return known[key]
 
     return cost_of
 
 
-def target(dense: PolicyModule, config: PruneConfig) -> Target | None:
+def build_target(dense: PolicyModule, config: PruneConfig) -> Target | None:
     """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
     spec, name, limits = dense.spec, tower_name(dense.towers, config), list[TargetLimit]()
     if config.to_bytes is not None:
-        size = priced(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
+        size = cache_price(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
         limits.append(
             TargetLimit(
                 "prune.to_bytes",
@@ -104,15 +111,15 @@ def target(dense: PolicyModule, config: PruneConfig) -> Target | None:
             )
         )
     if config.to_latency is not None:
-        whole = cost.decision(cost.shape_of(spec, dense.towers))
-        time = priced(spec, lambda policy: cost.decision(policy) / whole)
+        whole = cost.decision_cost(cost.build_on_meta(spec, dense.towers))
+        time = cache_price(spec, lambda policy: cost.decision_cost(policy) / whole)
         limits.append(
-            TargetLimit("prune.to_latency", time, part_of_time(config.to_latency), lambda part: f"{part:.3f}x")
+            TargetLimit("prune.to_latency", time, fraction_of_time(config.to_latency), lambda part: f"{part:.3f}x")
         )
     if config.scope != "layer":
         prefix = f"{name}." if config.scope == "tower" else ""
-        before = parameters(dense, prefix)
-        rest = priced(spec, lambda policy: parameters(policy, prefix) / before)
+        before = count_parameters(dense, prefix)
+        rest = cache_price(spec, lambda policy: count_parameters(policy, prefix) / before)
         what = f"rest (1 - prune.ratio) of the {config.scope}'s parameters"
         limits.append(TargetLimit(what, rest, 1 - config.part, lambda part: f"{part:.3f}"))
     if not limits:
@@ -127,26 +134,26 @@ def target(dense: PolicyModule, config: PruneConfig) -> Target | None:
     return found
 
 
-def allocated(
+def choose_shape(
     policy: PolicyModule, name: str, scores: Sequence[Scores] | None, goal: Target | None, config: PruneConfig
 ) -> dict[str, TowerSpec]:
     """The shape that width pruning leaves; without scores the uniform one, which needs none."""
-    place = PruneScope(policy, name, intermediate(policy.towers, name, config), config.align)
-    even, shape = uniform(place), _shape(place, scores, config)
+    place = PruneScope(policy, name, intermediate_blocks(policy.towers, name, config), config.align)
+    even, shape = allocate_uniformly(place), _shape(place, scores, config)
     if goal is not None:
-        return reach(shape, goal)
+        return find_shape(shape, goal)
     _check_ratio(place, config)
     towers = even(config.part)
     if config.allocation == "uniform" or scores is None:
         return towers
     # As many parameters as the same part of every block would leave, at most.
-    size = priced(policy.spec, parameters)
-    return reach(shape, Target((TargetLimit("number of parameters", size, size(towers), "{:,}".format),)))
+    size = cache_price(policy.spec, count_parameters)
+    return find_shape(shape, Target((TargetLimit("number of parameters", size, size(towers), "{:,}".format),)))
 
 
 def check_possible(policy: PolicyModule, name: str, goal: Target | None, config: PruneConfig) -> None:
     """Raises UserError for what width pruning cannot reach. ``policy`` may be on the meta device."""
-    place = PruneScope(policy, name, intermediate(policy.towers, name, config), config.align)
+    place = PruneScope(policy, name, intermediate_blocks(policy.towers, name, config), config.align)
     if goal is None:
         _check_ratio(place, config)
     else:
@@ -156,8 +163,12 @@ def check_possible(policy: PolicyModule, name: str, goal: Target | None, config:
 def _shape(place: PruneScope, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
     if config.allocation == "sensitivity":
         assert config.sensitivity is not None
-        return by_sensitivity(place, read_sensitivity(Path(config.sensitivity), place.tower, place.blocks))
-    return ranked(place, scores) if config.allocation == "global" and scores is not None else uniform(place)
+        return allocate_by_sensitivity(place, read_sensitivity(Path(config.sensitivity), place.tower, place.blocks))
+    return (
+        allocate_by_score(place, scores)
+        if config.allocation == "global" and scores is not None
+        else allocate_uniformly(place)
+    )
 
 
 def _check_ratio(place: PruneScope, config: PruneConfig) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.quantize.calibration import checked
+from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers
 
@@ -28,16 +28,16 @@ class ActionError:
     """
 
     def __init__(self, policy: PolicyModule, calibration: Iterable[Inputs]) -> None:
-        self.policy, self.inputs = policy, with_noise(policy, checked(calibration))
+        self.policy, self.inputs = policy, fix_noise(policy, check_calibration(calibration))
         if not self.inputs:
             raise UserError("expected calibration observations, found none; give at least one")
         self.expected = self._actions()
         if not self.expected.isfinite().all():
             raise UserError("expected finite actions of the float policy, found NaN or infinity; repair the checkpoint")
 
-    def of(self, changes: Mapping[str, Tensor]) -> float:
+    def measure(self, changes: Mapping[str, Tensor]) -> float:
         """With these tensors in place of the policy's own. Infinite if the actions are no longer numbers."""
-        with replaced(self.policy, changes):
+        with swap_tensors(self.policy, changes):
             error = (self._actions() - self.expected).abs().mean()
         return float(error.nan_to_num(float("inf")))
 
@@ -59,7 +59,7 @@ def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
     return logits.softmax(-1) @ centers
 
 
-def with_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
+def fix_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
     """Flow policies start from the same noise every time."""
     if policy.spec.flow is None:
         return calibration
@@ -73,7 +73,7 @@ def with_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
 
 
 @contextmanager
-def replaced(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The policy with these tensors in place of its own, for a while."""
     own = dict(policy.named_parameters()) | dict(policy.named_buffers())
     before = {name: own[name].data for name in tensors}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rlrc.compressor.models.nn import decoder, detr, vit
 from rlrc.compressor.models.oft import RegressionHead
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.quantize.grid import GROUP, quantize_groups, values_of
+from rlrc.compressor.quantize.grid import GROUP, dequantize_groups, quantize_groups
 
 ALPHAS = tuple(i / 10 for i in range(11))
 ROWS = 512
@@ -56,7 +56,7 @@ class Fold:
         return rows.view(-1, 1, self.size).expand(-1, self.shared, -1).flatten()
 
 
-def folds(policy: PolicyModule) -> list[Fold]:
+def find_folds(policy: PolicyModule) -> list[Fold]:
     """All places of the policy where scales can be folded."""
     found = list[Fold]()
     for name, module in policy.named_modules():
@@ -124,14 +124,14 @@ def _after_relu(name: str, mlp: vit.VisionMLP) -> list[Fold]:
     return [Fold((f"{name}.down",), f"{name}.up")] if mlp.activation is decoder.ACTIVATIONS["relu"] else []
 
 
-def scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
+def compute_scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
     """Inputs (n, in) -> s of every row of ``before``, its largest and its smallest as far from 1."""
     magnitude = fold.per_row(rows.abs().mean(0))
     s = magnitude.clamp(min=max(NARROWEST * float(magnitude.max()), torch.finfo().tiny)) ** alpha
     return s / (s.max().sqrt() * s.min().sqrt())  # apart, for the product of tiny ones is 0
 
 
-def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
+def fold_scales(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
     """The tensors that change with the scales s (rows of ``before``,): together they compute the same as before."""
     changed = {f"{linear}.weight": tensors[f"{linear}.weight"] * fold.per_channel(s) for linear in fold.linears}
     rows = slice(fold.first, fold.first + len(s))
@@ -143,7 +143,7 @@ def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Te
     return changed
 
 
-def scaled(
+def scale_channels(
     policy: PolicyModule,
     tensors: Mapping[str, Tensor],
     bits: Mapping[str, int],
@@ -157,7 +157,7 @@ def scaled(
     of quantize_groups.
     """
     result, alphas = dict(tensors), dict[str, float]()
-    for fold in folds(policy):
+    for fold in find_folds(policy):
         names = [f"{linear}.weight" for linear in fold.linears]
         names = [name for name in names if name in bits and name in inputs]
         if not names:
@@ -166,13 +166,15 @@ def scaled(
         few = rows[:: -(-len(rows) // ROWS)]
         errors = {}
         for alpha in ALPHAS:
-            columns = fold.per_channel(scales(fold, rows, alpha))
+            columns = fold.per_channel(compute_scales(fold, rows, alpha))
             errors[alpha] = 0.0
             for name in names:
-                rounded = values_of(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
+                rounded = (
+                    dequantize_groups(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
+                )
                 errors[alpha] += float((few @ (rounded - result[name]).T).square().sum())  # of the outputs
         best = min(errors, key=lambda alpha: errors[alpha])
         alphas["+".join(fold.linears)] = best
         if best:
-            result |= folded(result, fold, scales(fold, rows, best))
+            result |= fold_scales(result, fold, compute_scales(fold, rows, best))
     return result, alphas

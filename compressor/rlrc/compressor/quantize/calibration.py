@@ -36,7 +36,7 @@ class RowSample:
             self.rows, self.ranks = self.rows[kept], self.ranks[kept]
 
 
-def checked(calibration: Iterable[Inputs]) -> list[Inputs]:
+def check_calibration(calibration: Iterable[Inputs]) -> list[Inputs]:
     """All of them, for they are gone through several times. Raises UserError for NaN and infinity."""
     found = list(calibration)
     for i, inputs in enumerate(found):
@@ -50,7 +50,7 @@ def checked(calibration: Iterable[Inputs]) -> list[Inputs]:
     return found
 
 
-def linear_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
+def collect_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
     """Rows (n, in) in float32 that the linear layers with weights of these names were given.
 
     Layers that share an input (q, k and v) share the sample. A layer that was never run is left out.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlrc.compressor.quantize.grid import GROUP, LEVELS, group_of, integers_of, quantize_groups
+from rlrc.compressor.quantize.grid import GROUP, LEVELS, fit_group, quantize_groups, round_to_grid
 
 DAMPENING = 0.01
 """of the mean of the diagonal, added to all of it (the paper's)"""
@@ -19,7 +19,7 @@ DAMPENING = 0.01
 
 def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """weight (out, in), inputs (n, in) -> integers int8 (out, in), scale fp16 (out, groups); see quantize_groups."""
-    factor, size = feedback(rows), group_of(weight.shape[1], group)
+    factor, size = feedback(rows), fit_group(weight.shape[1], group)
     if factor is None:
         return quantize_groups(weight, bits, search, size)
     low, high = LEVELS[bits]
@@ -30,7 +30,7 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
         scale = quantize_groups(columns, bits, search, size)[1]
         step = scale[:, 0].float()
         for i in range(size):
-            rounded = integers_of(columns[:, i], step, low, high)
+            rounded = round_to_grid(columns[:, i], step, low, high)
             row = factor[start + i]
             error = (columns[:, i] - rounded * step) / row[start + i]
             columns[:, i + 1 :] -= error[:, None] * row[start + i + 1 : end]

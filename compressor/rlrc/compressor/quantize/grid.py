@@ -19,7 +19,7 @@ GROUP = GROUPS[0]  # the smallest, and the usual one: widths are multiples of it
 LEVELS = {4: (-8, 7), 8: (-127, 127)}
 
 
-def group_of(inputs: int, most: int) -> int:
+def fit_group(inputs: int, most: int) -> int:
     """The group of a tensor that reads so many inputs, a multiple of 32: the largest up to ``most`` that divides it."""
     while inputs % most:
         most //= 2
@@ -29,14 +29,14 @@ def group_of(inputs: int, most: int) -> int:
 def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """Round-to-nearest of weight (out, in) -> integers int8 (out, in), scale fp16 (out, in / group).
 
-    ``group``: the most inputs that share a scale (see ``group_of``).
+    ``group``: the most inputs that share a scale (see ``fit_group``).
 
     A group's scale maps its value of largest magnitude to the end of the grid, -8 for 4 bits (as Q4_0 does: the grid
     has one more negative level, so the sign of the scale follows that value). With ``search`` scales from 0.7 to 1.1 of
     that are tried.
     """
     low, high = LEVELS[bits]
-    groups = weight.detach().float().unflatten(1, (-1, group_of(weight.shape[1], group)))
+    groups = weight.detach().float().unflatten(1, (-1, fit_group(weight.shape[1], group)))
     index = groups.abs().argmax(-1, keepdim=True)
     extreme = groups.gather(-1, index)
     candidates = [i / 40 for i in range(28, 45)] if search else [1.0]
@@ -47,20 +47,20 @@ def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP)
         error = (dequantized(groups, scale, low, high) - groups).square().sum(-1, keepdim=True)
         better = error < best_error
         best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
-    integers = integers_of(groups, best_scale, low, high)
+    integers = round_to_grid(groups, best_scale, low, high)
     return integers.flatten(1).to(torch.int8), best_scale[..., 0].half()
 
 
-def integers_of(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def round_to_grid(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
     return (groups * inverse).round().clamp(low, high)
 
 
 def dequantized(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return integers_of(groups, scale, low, high) * scale
+    return round_to_grid(groups, scale, low, high) * scale
 
 
-def values_of(integers: Tensor, scale: Tensor) -> Tensor:
+def dequantize_groups(integers: Tensor, scale: Tensor) -> Tensor:
     """Integers (out, in) and scale (out, groups) -> the float32 weight (out, in) that they stand for."""
     groups = integers.float().unflatten(1, (scale.shape[1], -1))
     return (groups * scale.float()[..., None]).flatten(1)
@@ -78,7 +78,7 @@ def unpack(packed: Tensor) -> Tensor:
     return nibbles.to(torch.int8) - 8
 
 
-def stored_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
+def count_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
     """Of so many weights on the grid, scales included."""
     return numbers * bits // 8 + numbers // group * 2
 
@@ -94,5 +94,5 @@ def dequantize(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> 
     }
     for name, bits in spec.tensors.items():
         packed = tensors[f"{name}.q"]
-        result[name] = values_of(unpack(packed) if bits == 4 else packed, tensors[f"{name}.scale"])
+        result[name] = dequantize_groups(unpack(packed) if bits == 4 else packed, tensors[f"{name}.scale"])
     return result

@@ -33,7 +33,7 @@ LEVELS = (
 )
 
 
-def nf4(weight: Tensor) -> Tensor:
+def round_to_nf4(weight: Tensor) -> Tensor:
     """weight (out, in) -> the weight rounded to NF4, in float32.
 
     Groups of 64 run through the weight row by row, as in bitsandbytes; each is divided by its largest magnitude.

@@ -23,22 +23,24 @@ MOST = 1.25
 """times as many channels: at 1.29 three layers in 8 bits take what two in 8 and one in 16 did"""
 
 
-def filled_towers(towers: dict[str, TowerSpec], group: int = GROUP) -> dict[str, TowerSpec]:
+def pad_towers(towers: dict[str, TowerSpec], group: int = GROUP) -> dict[str, TowerSpec]:
     """The same towers, MLPs as wide as the next multiple of the group if that is not far."""
     return {
-        name: replace(tower, layers=tuple(replace(layer, mlp=_filled(layer.mlp, group)) for layer in tower.layers))
+        name: replace(
+            tower, layers=tuple(replace(layer, mlp=_pad_channels(layer.mlp, group)) for layer in tower.layers)
+        )
         for name, tower in towers.items()
     }
 
 
-def _filled(channels: int, group: int) -> int:
+def _pad_channels(channels: int, group: int) -> int:
     wide = -(-channels // group) * group
-    return wide if wide <= MOST * channels else channels if group == GROUP else _filled(channels, group // 2)
+    return wide if wide <= MOST * channels else channels if group == GROUP else _pad_channels(channels, group // 2)
 
 
-def filled(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, dict[str, Any]]:
+def pad_policy(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, dict[str, Any]]:
     """A policy with the same actions, and a report: channels added, by tower. Nothing to add: the policy itself."""
-    towers = filled_towers(policy.towers, group)
+    towers = pad_towers(policy.towers, group)
     added = {
         name: sum(new.mlp - old.mlp for new, old in zip(tower.layers, policy.towers[name].layers, strict=True))
         for name, tower in towers.items()
@@ -50,22 +52,22 @@ def filled(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, dict
         result = families.build(policy.spec, towers)
     given = policy.state_dict()
     state = {
-        name: given[name] if given[name].shape == wanted.shape else _padded(given[name], wanted.shape)
+        name: given[name] if given[name].shape == wanted.shape else _pad_tensor(given[name], wanted.shape)
         for name, wanted in result.state_dict().items()
     }
     result.load_state_dict(state, assign=True)
     return result.train(policy.training), {"channels_of_zeros": added}
 
 
-def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _pad_tensor(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Zeros after the last entry of every dimension that is to be longer."""
     missing = [wanted - found for wanted, found in zip(shape, tensor.shape, strict=True)]
     return F.pad(tensor, [size for more in reversed(missing) for size in (0, more)])
 
 
-def unfilled(policy: PolicyModule, towers: dict[str, TowerSpec]) -> PolicyModule:
-    """The policy that was ``filled`` from these towers, or itself where it was not: only channels of zeros go."""
-    if policy.towers == towers or policy.towers not in [filled_towers(towers, group) for group in GROUPS]:
+def unpad_policy(policy: PolicyModule, towers: dict[str, TowerSpec]) -> PolicyModule:
+    """The policy that was ``pad_policy`` from these towers, or itself where it was not: only channels of zeros go."""
+    if policy.towers == towers or policy.towers not in [pad_towers(towers, group) for group in GROUPS]:
         return policy
     with torch.device("meta"):
         result = families.build(policy.spec, towers)

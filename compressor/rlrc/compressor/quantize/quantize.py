@@ -17,20 +17,20 @@ from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.tensors import largest
+from rlrc.compressor.models.tensors import largest_magnitude
 from rlrc.compressor.quantize.action_error import ActionError
-from rlrc.compressor.quantize.awq import scaled
-from rlrc.compressor.quantize.calibration import linear_inputs
+from rlrc.compressor.quantize.awq import scale_channels
+from rlrc.compressor.quantize.calibration import collect_inputs
 from rlrc.compressor.quantize.gptq import gptq
 from rlrc.compressor.quantize.grid import (
     GROUP,
     GROUPS,
+    count_bytes,
     dequantize,
-    group_of,
+    dequantize_groups,
+    fit_group,
     pack,
     quantize_groups,
-    stored_bytes,
-    values_of,
 )
 from rlrc.errors import UserError
 
@@ -76,11 +76,11 @@ class QuantizeConfig:
             raise UserError(f"expected quantize.budget 0 with 8 bits, which need no exceptions, found {self.budget}")
 
     @property
-    def calibrated(self) -> bool:
+    def needs_calibration(self) -> bool:
         return self.method != "rtn" or self.budget > 0
 
 
-class Quantized(NamedTuple):
+class QuantizedWeights(NamedTuple):
     """``tensors`` as stored: ``NAME.q`` and ``NAME.scale``; others fp16. ``report`` is what the history tells."""
 
     tensors: dict[str, Tensor]
@@ -90,7 +90,7 @@ class Quantized(NamedTuple):
 
 def quantize(
     policy: PolicyModule | Mapping[str, Tensor], config: QuantizeConfig, calibration: Iterable[Inputs] = ()
-) -> Quantized:
+) -> QuantizedWeights:
     """A float policy, or its state dict if nothing is to be calibrated, on the grid. The policy is left as it is.
 
     ``calibration``: a few dozen observations, preprocessed; they stay in memory. With them the report has the action
@@ -98,24 +98,24 @@ def quantize(
     cannot hold in the weights, for NaN in the observations, and if a method needs observations and there are none.
     """
     state = policy.state_dict() if isinstance(policy, PolicyModule) else policy
-    tensors = {name: finite(name, tensor.detach()) for name, tensor in state.items()}
+    tensors = {name: check_float16(name, tensor.detach()) for name, tensor in state.items()}
     check_exempt(tensors, config)
-    bits = chosen_bits(tensors, config)
+    bits = choose_bits(tensors, config)
     report: dict[str, Any] = {}
     error, given = None, list(calibration)
     if isinstance(policy, PolicyModule) and given:
         error = ActionError(policy, given)
-    elif config.calibrated:
+    elif config.needs_calibration:
         raise UserError(
             f"expected a policy and calibration observations for quantize.method {config.method} with budget "
             f"{config.budget}, found none; give both"
         )
     inputs: dict[str, Tensor] = {}
     if config.method != "rtn" and error is not None:
-        inputs = linear_inputs(error.policy, error.inputs, bits)
+        inputs = collect_inputs(error.policy, error.inputs, bits)
         report["unobserved"] = [name for name in bits if name not in inputs and name != EMBEDDING]
     if config.method == "awq" and error is not None:
-        tensors, alphas = scaled(error.policy, tensors, bits, inputs, config.search, config.group)
+        tensors, alphas = scale_channels(error.policy, tensors, bits, inputs, config.search, config.group)
         report["alphas"] = alphas
 
     def rounded(name: str, width: int) -> Rounded:
@@ -125,21 +125,21 @@ def quantize(
 
     result = {name: rounded(name, width) for name, width in bits.items()}
     if config.budget and error is not None:
-        without = {**tensors, **{name: values_of(*pair) for name, pair in result.items()}}
-        report["action_error_without_exceptions"] = error.of(without)
-        report["exceptions"] = exceptions(error, tensors, result, bits, config)
+        without = {**tensors, **{name: dequantize_groups(*pair) for name, pair in result.items()}}
+        report["action_error_without_exceptions"] = error.measure(without)
+        report["exceptions"] = choose_exceptions(error, tensors, result, bits, config)
         for exception in report["exceptions"]:
             bits[exception["tensor"]] = 8
             result[exception["tensor"]] = rounded(exception["tensor"], 8)
     packed = stored(tensors, result, bits)
-    spec = QuantizationSpec(grid_of(bits, tensors), config.group, bits)
+    spec = QuantizationSpec(majority_grid(bits, tensors), config.group, bits)
     if error is not None:
-        report["action_error"] = error.of(dequantize(packed, spec))
+        report["action_error"] = error.measure(dequantize(packed, spec))
     report["bytes"] = sum(tensor.nbytes for tensor in packed.values())
-    return Quantized(packed, spec, report)
+    return QuantizedWeights(packed, spec, report)
 
 
-def lines(report: Mapping[str, Any]) -> list[str]:
+def format_report(report: Mapping[str, Any]) -> list[str]:
     """What ``quantize`` reports, for people."""
     found = []
     if "exceptions" in report:
@@ -162,7 +162,7 @@ def quantizable(name: str, tensor: Tensor) -> bool:
     )
 
 
-def chosen_bits(tensors: Mapping[str, Tensor], config: QuantizeConfig) -> dict[str, int]:
+def choose_bits(tensors: Mapping[str, Tensor], config: QuantizeConfig) -> dict[str, int]:
     """Bits of every tensor that is quantized, before exceptions."""
     bits: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -184,9 +184,9 @@ def check_exempt(tensors: Mapping[str, Tensor], config: QuantizeConfig) -> None:
             raise UserError(f"expected quantize.exempt to name quantizable tensors ({choices}), found {name!r}")
 
 
-def finite(name: str, tensor: Tensor) -> Tensor:
+def check_float16(name: str, tensor: Tensor) -> Tensor:
     """The tensor. Raises UserError for what the grid's float16 scales and the tensors stored in float16 cannot hold."""
-    found = largest(tensor)
+    found = largest_magnitude(tensor)
     if not isfinite(found):
         raise UserError(f"expected finite weights, found NaN or infinity in {name}; repair the checkpoint")
     if found > torch.finfo(torch.float16).max:
@@ -194,7 +194,7 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def grid_of(bits: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Literal["int4", "int8"]:
+def majority_grid(bits: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Literal["int4", "int8"]:
     """What most of the quantized weights are in."""
     numbers = {4: 0, 8: 0}
     for name, width in bits.items():
@@ -202,7 +202,7 @@ def grid_of(bits: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Literal["
     return "int4" if numbers[4] >= numbers[8] else "int8"
 
 
-def exceptions(
+def choose_exceptions(
     error: ActionError,
     tensors: Mapping[str, Tensor],
     rounded: Mapping[str, Rounded],
@@ -217,12 +217,12 @@ def exceptions(
     four = [name for name, width in bits.items() if width == 4]
 
     def size(name: str, width: int) -> int:
-        return stored_bytes(tensors[name].numel(), width, group_of(tensors[name].shape[1], config.group))
+        return count_bytes(tensors[name].numel(), width, fit_group(tensors[name].shape[1], config.group))
 
     left = config.budget * sum(size(name, 4) for name in four)
     found = list[dict[str, Any]]()
     for name in four:
-        alone = error.of({**tensors, name: values_of(*rounded[name])})
+        alone = error.measure({**tensors, name: dequantize_groups(*rounded[name])})
         found.append({"tensor": name, "action_error": alone, "bytes": size(name, 8) - size(name, 4)})
     chosen = list[dict[str, Any]]()
     for one in sorted(found, key=lambda one: one["action_error"] / one["bytes"], reverse=True):

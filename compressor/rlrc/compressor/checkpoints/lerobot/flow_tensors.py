@@ -8,7 +8,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
 from rlrc.compressor.checkpoints.tensors import BUFFERS
-from rlrc.compressor.models.tensors import Tensors, wrong_shape
+from rlrc.compressor.models.tensors import Tensors, wrong_shape_error
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OfficialTensors:
         """Raises UserError if the tensor is missing or has another number of dimensions."""
         shape = self.tensors.shape(self.name(name))
         if len(shape) != dimensions:
-            raise wrong_shape(f"tensor {self.name(name)}", f"{dimensions} dimensions", shape, self.tensors.origin)
+            raise wrong_shape_error(f"tensor {self.name(name)}", f"{dimensions} dimensions", shape, self.tensors.origin)
         return shape
 
     def depth(self, layers: str, first: str) -> int:
