@@ -207,7 +207,7 @@ def policy(layers, width):
     return made
 
 config = PruneConfig(batches=2, batch=2)
-score_parts(policy((LayerSpec(2, 2, 32, 64),) * 3, 64), "decoder", range(1, 2), config, Random())  # what torch itself takes
+score_parts(policy((LayerSpec(2, 2, 32, 64),) * 3, 64), "decoder", range(1, 2), config, Random())  # torch's own memory
 start = peak()
 made = policy((LayerSpec(32, 4, 64, 5632),) * 22, 2048)  # TinyLlama's
 weights = sum(parameter.nbytes for parameter in made.decoder.parameters())

@@ -17,8 +17,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.detr import Transformer
 from rlrc.compressor.models.nn.resnet import ResNet, feature_size
-from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
 FAMILY = "act"
 
@@ -28,22 +27,14 @@ class ACTGeometry:
     """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is features."""
 
     stem: int
-    blocks: list[int]
-    widths: list[int]
-    outputs: list[int]
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    outputs: tuple[int, ...]
     bottleneck: bool
     dilated: bool
     pre_norm: bool
     state: int  # so many numbers of the state are the robot's,
     environment: int  # and so many after them the environment's
-
-    @staticmethod
-    def of(spec: PolicySpec) -> ACTGeometry:
-        """Raises UserError for keys that are not of this family."""
-        try:
-            return ACTGeometry(**spec.geometry)
-        except TypeError as error:
-            raise UserError(f'geometry of family "{FAMILY}" does not fit: {error}; make the artifact again') from None
 
 
 class ACTPolicy(PolicyModule):
@@ -51,7 +42,7 @@ class ACTPolicy(PolicyModule):
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        self.geometry = g = ACTGeometry.of(spec)
+        self.geometry = g = parse_geometry(ACTGeometry, spec)
         width = towers["encoder"].width
         self.vision = ResNet(g.stem, g.blocks, g.widths, g.outputs, g.bottleneck, g.dilated)
         self.projector = nn.Linear(g.outputs[-1], width)

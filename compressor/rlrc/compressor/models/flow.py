@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,6 @@ class FlowGeometry:
     causal: bool
     periods: tuple[float, float]
 
-    @staticmethod
-    def parse(geometry: dict[str, Any]) -> FlowGeometry:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry.items()}
-        try:
-            return FlowGeometry(**values)
-        except TypeError as error:
-            raise UserError(
-                f"geometry of a flow policy does not fit: {error}; take it from an artifact made by rlrc"
-            ) from None
-
 
 def prefix_stride(towers: dict[str, TowerSpec]) -> int:
     """Every expert block has its prefix block: the one of its number, or every second, third, ..."""
@@ -64,7 +53,7 @@ class FlowPolicy(PolicyModule):
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
         assert spec.flow is not None
-        self.geometry = geometry = FlowGeometry.parse(spec.geometry)
+        self.geometry = geometry = parse_geometry(FlowGeometry, spec)
         vision, decoder, expert = towers["vision"], towers["decoder"], towers["expert"]
         width = expert.width
 

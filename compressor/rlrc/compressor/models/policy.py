@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.errors import UserError
+
+Geometry = TypeVar("Geometry")
 
 
 @dataclass
@@ -55,3 +59,14 @@ class PolicyModule(nn.Module, ABC):
     @abstractmethod
     def act(self, inputs: Inputs) -> Outputs:
         """One chunk, by the decode driver of the family (rlrc.compressor.models.decode)."""
+
+
+def parse_geometry(kind: type[Geometry], spec: PolicySpec) -> Geometry:
+    """The family's own scalars as its dataclass, JSON lists as tuples. Raises UserError for missing or unknown keys."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.geometry.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(
+            f'expected the geometry of family "{spec.family}", found: {error}; make the artifact again'
+        ) from None

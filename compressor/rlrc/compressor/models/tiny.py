@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
 FAMILY = "tiny"
 
@@ -34,23 +32,13 @@ class TinyGeometry:
     stem_widths: tuple[int, ...]
     merge: int  # merge x merge patches become one decoder token
 
-    @staticmethod
-    def parse(geometry: dict[str, Any]) -> TinyGeometry:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry.items()}
-        try:
-            return TinyGeometry(**values)
-        except TypeError as error:
-            raise UserError(
-                f'geometry of family "tiny" does not fit: {error}; take it from an artifact made by rlrc'
-            ) from None
-
 
 class TinyPolicy(PolicyModule):
     """(pictures, token ids, state) -> logits over action bins."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        geometry = TinyGeometry.parse(spec.geometry)
+        geometry = parse_geometry(TinyGeometry, spec)
         vision, decoder = towers["vision"], towers["decoder"]
         (camera,) = spec.cameras
         assert spec.state is not None

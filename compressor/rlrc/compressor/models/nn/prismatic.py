@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.nn.vit import VisionTransformer
-from rlrc.compressor.models.policy import PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import PolicyModule, parse_geometry
 
 TRANSFORMERS = ("vision", "vision2")  # in the order of their channels
 
@@ -31,24 +29,13 @@ class PrismaticGeometry:
     head: int = 0  # width of the regression head; 0: tokens
     head_blocks: int = 0
 
-    @staticmethod
-    def of(spec: PolicySpec) -> PrismaticGeometry:
-        """Raises UserError for keys that are not of these families."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.geometry.items()}
-        try:
-            return PrismaticGeometry(**values)
-        except TypeError as error:
-            raise UserError(
-                f'geometry of family "{spec.family}" does not fit: {error}; make the artifact again'
-            ) from None
-
 
 class PrismaticPolicy(PolicyModule):
     """All but the head."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        self.geometry, camera = PrismaticGeometry.of(spec), spec.cameras[0]
+        self.geometry, camera = parse_geometry(PrismaticGeometry, spec), spec.cameras[0]
         self.grid = (camera.height // self.geometry.patch, camera.width // self.geometry.patch)
         self.vision = self._transformer(0)
         self.vision2 = self._transformer(1) if TRANSFORMERS[1] in towers else None
