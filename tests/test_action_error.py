@@ -16,7 +16,7 @@ from rlrc.compressor.models.decode import outputs_from_logits
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize import compare
 from rlrc.compressor.quantize.action_error import ActionError, soft_actions
-from rlrc.compressor.quantize.grid import dequantize
+from rlrc.compressor.quantize.grid import decompress
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
@@ -78,7 +78,7 @@ def test_exceptions_are_the_greedy_choice(tiny_policy: Golden) -> None:
     state, four = policy.state_dict(), quantize(policy, QuantizeConfig())
     error = ActionError(policy, inputs)
     alone, cost = {}, {}
-    for name, tensor in dequantize(four.tensors, four.spec).items():
+    for name, tensor in decompress(four.tensors, four.spec).items():
         if name in four.spec.tensors:
             alone[name], cost[name] = error.measure({name: tensor}), state[name].numel() // 2
     left, expected = 0.2 * sum(cost.values()) * 4.5 / 4, []
@@ -124,7 +124,7 @@ def test_compare_measures_on_what_it_did_not_calibrate_on(tiny_policy: Golden) -
     policy, inputs = tiny_policy
     (first, *_) = compare.compare(policy, inputs)
     rounded = quantize(policy, QuantizeConfig())
-    change = dequantize(rounded.tensors, rounded.spec)
+    change = decompress(rounded.tensors, rounded.spec)
     change = {name: change[name] for name in rounded.spec.tensors}
     assert first.action_error == pytest.approx(ActionError(policy, inputs[1::2]).measure(change))
 

@@ -19,7 +19,7 @@ from rlrc.compressor.quantize.action_error import swap_tensors
 from rlrc.compressor.quantize.awq import ALPHAS, Fold, compute_scales, find_folds, fold_scales, scale_channels
 from rlrc.compressor.quantize.calibration import RowSample, collect_inputs
 from rlrc.compressor.quantize.gptq import DAMPENING, gptq
-from rlrc.compressor.quantize.grid import dequantize, dequantize_groups, quantize_groups
+from rlrc.compressor.quantize.grid import decompress, dequantize_groups, quantize_groups
 from rlrc.compressor.quantize.nf4 import LEVELS, round_to_nf4
 from rlrc.compressor.quantize.quantize import QuantizeConfig, choose_bits, quantize
 
@@ -254,7 +254,7 @@ def test_awq_lowers_the_output_error_where_channels_differ(tiny_policy: Golden) 
     assert output_error(equal) < 0.6 * output_error(plain)
     result = quantize(policy, QuantizeConfig(method="awq"), inputs)
     expected = dequantize_groups(*quantize_groups(equal[f"{names[1]}.weight"], 4, search=True))
-    assert torch.equal(dequantize(result.tensors, result.spec)[f"{names[1]}.weight"], expected)
+    assert torch.equal(decompress(result.tensors, result.spec)[f"{names[1]}.weight"], expected)
     assert torch.equal(result.tensors["decoder.layers.0.norm1.weight"], equal["decoder.layers.0.norm1.weight"].half())
 
 
@@ -270,7 +270,7 @@ def test_gptq_is_what_the_artifact_holds(tiny_policy: Golden) -> None:
     policy, inputs = tiny_policy
     result = quantize(policy, QuantizeConfig(method="gptq"), inputs)
     rows = collect_inputs(policy, inputs, result.spec.tensors)
-    stored = dequantize(result.tensors, result.spec)
+    stored = decompress(result.tensors, result.spec)
     for name in ("head.weight", "decoder.layers.1.mlp.down.weight", "vision.layers.0.attention.qkv.weight"):
         expected = dequantize_groups(*gptq(policy.state_dict()[name], rows[name], 4, True))
         assert torch.equal(stored[name], expected)

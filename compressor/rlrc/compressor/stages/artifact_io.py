@@ -29,7 +29,7 @@ from rlrc.artifact import (
 )
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.models.weights import build_policy, count_parameters, narrow_dtype
-from rlrc.compressor.quantize.grid import dequantize
+from rlrc.compressor.quantize.grid import decompress
 from rlrc.compressor.quantize.quantize import QuantizedWeights
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import prepare, unnormalise
@@ -51,7 +51,7 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
 def load_policy(artifact: Artifact) -> PolicyModule:
     """The policy in float32 and evaluation mode, integers dequantized. A tensor that does not fit is refused."""
     manifest = artifact.manifest
-    tensors = dequantize(read_tensors(artifact), manifest.quantization)
+    tensors = decompress(read_tensors(artifact), manifest.quantization)
     return build_policy(manifest.policy, manifest.towers, tensors, str(artifact.path))
 
 
@@ -105,7 +105,7 @@ def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
 
 def quantized(policy: PolicyModule, result: QuantizedWeights) -> PolicyModule:
     """The policy with the weights that the result's integers stand for, in float32."""
-    tensors = dequantize(result.tensors, result.spec)
+    tensors = decompress(result.tensors, result.spec)
     return build_policy(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
 
 
@@ -128,7 +128,7 @@ def write_policy(
         tensors = {name: narrow_dtype(tensor, exact) for name, tensor in state.items()}
     else:
         tensors, spec = quantization.tensors, quantization.spec
-    stored = build_policy(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact", UNSOUND)
+    stored = build_policy(policy.spec, policy.towers, decompress(tensors, spec), "the new artifact", UNSOUND)
     save_file(tensors, draft.file(WEIGHTS))
     np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
     wide = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float32)
