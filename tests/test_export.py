@@ -23,6 +23,7 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, Manifest, TowerSpec  # noqa: E402
 from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.models.tiny import TinyPolicy  # noqa: E402
+from rlrc.compressor.quantize.grid import decompress  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
