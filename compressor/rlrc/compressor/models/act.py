@@ -1,8 +1,8 @@
 """ACT as lerobot saves it (arXiv 2304.13705): ResNet features of every camera, a DETR encoder and decoder, no language.
 
-The encoder's sequence is the latent, the state, the environment's state if there is one, then the pixels of the
-cameras' feature maps. The decoder turns one learned query per step of the chunk into an action, starting from zeros. At
-inference the latent is zero: of its projection the bias remains, and the VAE's encoder is never read.
+The encoder's sequence is the latent, the robot's state, the environment's state if there is one, then the pixels of
+the cameras' feature maps. The decoder turns one learned query per step of the chunk into an action, starting from
+zeros. At inference the latent is zero, so only the bias of its projection is kept and the VAE's encoder is not loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILY = "act"
 
 @dataclass(frozen=True)
 class ACTGeometry:
-    """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is features."""
+    """What the towers do not specify: the ResNet (see ``ResNet``), the position of the norms, and the state's parts."""
 
     stem: int
     blocks: tuple[int, ...]
@@ -33,8 +33,8 @@ class ACTGeometry:
     bottleneck: bool
     dilated: bool
     pre_norm: bool
-    state: int  # so many numbers of the state are the robot's,
-    environment: int  # and so many after them the environment's
+    state: int  # first numbers of the state: the robot's
+    environment: int  # the numbers after them: the environment's
 
 
 class ACTPolicy(PolicyModule):
@@ -59,13 +59,13 @@ class ACTPolicy(PolicyModule):
         return self.projector(self.vision(pixels)).flatten(1, 2)
 
     def positions(self) -> Tensor:
-        """Of the encoder's sequence (T, width): learned, then those of every camera's feature map."""
+        """Positions of the encoder's sequence (T, width): learned ones, then those of every camera's feature map."""
         grids = [feature_size(c.height, c.width, self.geometry.dilated) for c in self.spec.cameras]
-        seen = [sinusoidal(rows, columns, self.position.shape[1], self.position.device) for rows, columns in grids]
-        return torch.cat([self.position, *(grid.to(self.position.dtype) for grid in seen)])
+        maps = [sinusoidal(rows, columns, self.position.shape[1], self.position.device) for rows, columns in grids]
+        return torch.cat([self.position, *(grid.to(self.position.dtype) for grid in maps)])
 
     def encode(self, image_tokens: Tensor, state: Tensor | None) -> Tensor:
-        """(B, N, width), (B, S) or None -> the encoder's output (B, T, width)."""
+        """Image tokens (B, N, width), state (B, S) or None -> the encoder's output (B, T, width)."""
         tokens = [self.latent.expand(len(image_tokens), 1, -1)]
         if state is not None:
             own, other = state[:, : self.geometry.state], state[:, self.geometry.state :]
@@ -83,9 +83,9 @@ class ACTPolicy(PolicyModule):
 
 
 def sinusoidal(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Positions of a grid (rows * columns, width): the first half tells the row, the second the column.
+    """Positions of a grid (rows * columns, width): the first half encodes the row, the second the column.
 
-    Rows and columns count from 1 to the last, which is at 2 pi; sines and cosines alternate (DETR's, arXiv 2005.12872).
+    Rows and columns count from 1; the last one is at 2 pi. Sines and cosines alternate (DETR, arXiv 2005.12872).
     """
     channels = width // 2
     pairs = torch.arange(channels, dtype=torch.float32, device=device) // 2

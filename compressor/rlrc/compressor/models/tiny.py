@@ -1,9 +1,9 @@
-"""The reference family "tiny": a small vision-language-action policy in OpenVLA-OFT's form.
+"""The reference family "tiny": a small vision-language-action policy with OpenVLA-OFT's architecture.
 
-Vision transformer -> merged patches -> projector; instruction tokens; one state token; one query token per step of the
-chunk; a bidirectional Llama-style decoder, which holds most of the parameters; a head that gives, for every step and
-action dimension, logits over bins. All tokens of the chunk are decoded in one parallel pass (OpenVLA-OFT, arXiv
-2502.19645, section 4), so that reinforcement learning has log-probabilities.
+Vision transformer, merged patches, projector; instruction tokens; one state token; one query token per step of the
+chunk; a bidirectional Llama-style decoder, which has most of the parameters; a head with logits over bins for every
+step and action dimension. The whole chunk is decoded in one parallel pass (OpenVLA-OFT, arXiv 2502.19645, section 4).
+The logits give reinforcement learning its log-probabilities.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAMILY = "tiny"
 
 @dataclass(frozen=True)
 class TinyGeometry:
-    """What tensor shapes of the towers do not tell. ``stem_factors`` multiply to the patch size in pixels."""
+    """What the towers do not specify. ``stem_factors`` multiply to the patch size in pixels."""
 
     vocabulary: int
     stem_factors: tuple[int, ...]
@@ -60,7 +60,7 @@ class TinyPolicy(PolicyModule):
         nn.init.normal_(self.embedding.weight, std=0.1)
         nn.init.normal_(self.head.weight, std=0.01)
         for layer in self.decoder.blocks():
-            # Small residual branches at the start, as in GPT-2.
+            # Small residual branches at initialisation, as in GPT-2.
             for branch in (layer.attention.o, layer.mlp.down):
                 nn.init.normal_(branch.weight, std=0.02 / (2 * len(self.decoder.layers)) ** 0.5)
 
@@ -69,9 +69,9 @@ class TinyPolicy(PolicyModule):
         return self.projector(merge_patches(self.vision(pixels), self.merge).flatten(1, 2))
 
     def hidden(self, image_tokens: Tensor, ids: Tensor, state: Tensor) -> Tensor:
-        """Hidden states of the action tokens (B, horizon, decoder width)."""
+        """Hidden states of the query tokens (B, horizon, decoder width)."""
         parts = [image_tokens, self.embedding(ids), self.state(state)[:, None], self.query.expand(len(ids), -1, -1)]
-        # Under autocast the residual stream stays in the parameters' precision.
+        # Under autocast, too, the residual stream has the parameters' precision.
         sequence = torch.cat([part.to(self.query.dtype) for part in parts], 1)
         hidden, _ = self.decoder(sequence)
         return hidden[:, -self.spec.action.horizon :]
@@ -85,11 +85,11 @@ class TinyPolicy(PolicyModule):
         return decode.parallel(self, inputs)
 
     def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
-        """The parallel driver's: logits (B, horizon, dim, bins). Padding is read like any token: no mask matters."""
+        """See ``decode.Parallel``. Padding is read as tokens, so the mask is ignored."""
         assert ids is not None
         assert state is not None
         return self.logits(self.hidden(image_tokens, ids, state))
 
     def forward(self, pixels: Tensor, ids: Tensor, state: Tensor) -> Tensor:
-        """What training calls: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
+        """For training: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
         return self.logits(self.hidden(self.encode_image(pixels), ids, state))

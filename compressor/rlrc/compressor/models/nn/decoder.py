@@ -1,7 +1,7 @@
-"""A decoder whose every block has its own geometry, so that every pruned shape is representable.
+"""A decoder-only transformer in which every block has its own geometry, so that it can hold any pruned shape.
 
-RMSNorm (Llama's, Gemma's, or adaptive to a condition), rotary positions, grouped-query attention to itself and to given
-keys and values, and a gated MLP: the decoders and action experts of all families differ by data alone.
+RMSNorm (Llama's, Gemma's, or adaptive), rotary positions, grouped-query attention with a key/value cache, cross
+attention to a prefix, and a gated MLP. The decoders and action experts of all families are configurations of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 
-KeyValue = tuple[Tensor, Tensor]  # of one block, (B, kv_heads, T, head_dim) each, keys rotated
+KeyValue = tuple[Tensor, Tensor]  # of one block, (B, kv_heads, T, head_dim) each; keys are rotated
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -80,7 +80,7 @@ def build_norm(tower: TowerSpec, condition: int = 0) -> nn.Module:
 
 
 def rotary_tables(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of shape (length, head_dim / 2), for the half-split (Llama) convention."""
+    """Cosines and sines (length, head_dim / 2), in the half-split (Llama) convention."""
     return rotary_at(torch.arange(length), head_dim, theta)
 
 
@@ -91,7 +91,7 @@ def rotary_at(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, T
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Radians a position (head_dim / 2,)."""
+    """Radians per position (head_dim / 2,)."""
     return theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
@@ -104,8 +104,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
     """Softmax attention over (B, heads, T, head_dim); ``mask`` is additive. Returns (B, T, heads * head_dim).
 
-    ``fused`` is torch's kernel, which official policies run on: the same actions to the last digits. At the reference
-    policy's short sequences matmul-softmax-matmul trains two to three times faster on a CPU.
+    ``fused`` selects torch's kernel, which the official policies use. For the reference policy's short sequences,
+    separate matmul and softmax train two to three times faster on a CPU.
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -120,13 +120,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
 
 
 def causal_mask(length: int, past: int = 0) -> Tensor:
-    """Additive (length, past + length): position i sees all of the past and itself and what precedes it."""
+    """Additive mask (length, past + length): position i attends to the past and to positions up to i."""
     allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
     return additive(allowed)
 
 
 def additive(allowed: Tensor) -> Tensor:
-    """Where attention is allowed -> 0, elsewhere -> minus infinity."""
+    """Boolean mask -> additive mask: 0 where attention is allowed, minus infinity elsewhere."""
     return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, float("-inf"))
 
 

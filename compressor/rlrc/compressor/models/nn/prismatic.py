@@ -1,4 +1,4 @@
-"""The modules that OpenVLA and OpenVLA-OFT share: vision transformers, a projector, embeddings, a Llama."""
+"""What OpenVLA and OpenVLA-OFT share: vision transformers, projector, embeddings, and a Llama decoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRANSFORMERS = ("vision", "vision2")  # in the order of their channels
 
 @dataclass(frozen=True)
 class PrismaticGeometry:
-    """What the towers do not tell. ``extra`` and ``scaled`` have an entry for every vision transformer."""
+    """What the towers do not specify. ``extra`` and ``scaled`` have an entry for every vision transformer."""
 
     vocabulary: int
     patch: int  # pixels of a side
@@ -31,7 +31,7 @@ class PrismaticGeometry:
 
 
 class PrismaticPolicy(PolicyModule):
-    """All but the head."""
+    """The policy without its head."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
@@ -52,7 +52,7 @@ class PrismaticPolicy(PolicyModule):
     def features(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3 for every vision transformer) -> their features side by side, (B, N, sum of their widths)."""
         rows, columns = (patches * self.geometry.patch for patches in self.grid)
-        # What does not fill a patch is not seen: 384 pixels are 27 patches of 14.
+        # Pixels that do not fill a patch are dropped: 384 pixels are 27 patches of 14.
         pixels = pixels[:, :rows, :columns].to(self.vision.position.dtype)
         found = [self.vision(pixels[..., :3])]
         if self.vision2 is not None:
