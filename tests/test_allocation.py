@@ -252,7 +252,7 @@ def _wider(layer: LayerSpec) -> LayerSpec:
         ({"to_bytes": "10kB"}, r"prune\.to_bytes of 1,\d\d\d,\d\d\d bytes in int4 or more.*found 10,000 bytes in int4"),
         (
             {"to_bytes": "2GB"},
-            r"prune\.to_bytes below 6,\d\d\d,\d\d\d bytes in int4, which the policy has uncut.*2,000,000,000 bytes in",
+            r"prune\.to_bytes below 6,\d\d\d,\d\d\d bytes in int4, which the unpruned policy has.*2,000,000,000 bytes",
         ),
         ({"to_latency": "0.1x"}, r"prune\.to_latency of 0\.\d\d\dx or more.*found 0\.100x"),
         (

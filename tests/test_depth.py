@@ -132,7 +132,7 @@ def test_an_official_layer_of_act_s_decoder_is_two_blocks() -> None:
     towers = {"encoder": tower(BLOCK, BLOCK), "decoder": tower(alone, cross, alone, cross)}
     assert find_units(towers, "decoder") == [{"decoder": (0, 1)}, {"decoder": (2, 3)}]
     assert drop_from_towers(towers, find_units(towers, "decoder")[:1])["decoder"].layers == (alone, cross)
-    with pytest.raises(UserError, match=r"a block that stays in the encoder, found none"):
+    with pytest.raises(UserError, match=r"at least one block left in the encoder, found none"):
         drop_from_towers(towers, find_units(towers, "encoder"))
 
 

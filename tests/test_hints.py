@@ -183,7 +183,7 @@ def test_lossless_takes_no_settings_in_silence(settings: dict[str, Any], named: 
     ("options", "line"),
     [
         (["--ratio", "1.5"], "expected prune.ratio between 0 and 1 (excluded), found 1.5; run rlrc prune --help"),
-        (["--lossless", "--ratio", "0.5"], "expected prune.lossless alone, found ratio with it, which it has no use"),
+        (["--lossless", "--ratio", "0.5"], "expected prune.lossless alone, found ratio with it; leave lossless out"),
     ],
 )
 def test_what_a_configuration_refuses_is_said_as_it_stands(

@@ -219,8 +219,8 @@ def test_the_report_on_screen() -> None:
     assert format_report(report) == [
         "a.b, never read: 1,300 parameters, 2,600 bytes",
         "10,000 parameters -> 8,700, 20,000 bytes -> 17,400 (13.0% less)",
-        "the likeliest token of the whole vocabulary was no action token in 1 of 4 golden observations: only there may "
-        "the action be another",
+        "the likeliest token of the whole vocabulary was no action token in 1 of 4 golden observations: only there the "
+        "action may differ",
     ]
 
 

@@ -74,7 +74,7 @@ def test_the_quicker_type_is_chosen_by_a_tenth_at_least() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(precision, "thread_time", lambda: clock[0])
-            return precision._quicker([product, product]), len(calls)
+            return precision._pick([product, product]), len(calls)
 
     assert chosen(1.0, 0.5) == ("bfloat16", 4 * precision.ROUNDS)
     assert chosen(1.0, 0.95) == ("float32", 4 * precision.ROUNDS)

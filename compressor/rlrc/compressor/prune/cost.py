@@ -1,11 +1,11 @@
-"""What a shape costs, without weights: parameters, bytes of the stored weights, and the time of a decision.
+"""The cost of a shape, without weights: bytes of the stored weights, and the time of a decision.
 
-The time is a model, relative to another shape of the same policy on the same computer. A product of a (T, k) with
-weights (k, n) counts max(T, BALANCE) * (k n + ELEMENT (k + n)): below BALANCE rows it takes as long as reading the
-weights does, and a number that goes in or comes out costs as much as ELEMENT multiply-adds, which stands for all that
-is no product (norms, activations, sums). Products of activations (attention) count their multiply-adds. One decision
-is every picture's vision, then one parallel pass, or a prompt and all its tokens one after the other, or a prefix and
-all its flow steps. docs/decisions says how far that is from what was measured.
+The time is a model, meaningful relative to another shape of the same policy on the same computer. A product of inputs
+(T, k) with weights (k, n) counts max(T, BALANCE) * (k n + ELEMENT (k + n)): below BALANCE rows its time is that of
+reading the weights, and every input and output counts as ELEMENT multiply-adds, which covers norms, activations and
+sums. Products of activations (attention) count their multiply-adds. One decision is the vision of every picture, then
+one parallel pass, or a prompt and all its tokens one after the other, or a prefix and all its flow steps. See
+docs/decisions for measurements.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from rlrc.compressor.quantize.quantize import quantizable
 
 BALANCE = 20  # rows
 ELEMENT = 30  # multiply-adds
-PROMPT = 32  # tokens of a prompt that is not padded
+PROMPT = 32  # tokens of an unpadded prompt
 
 aten = torch.ops.aten
 
 
 def build_on_meta(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
-    """The policy on the meta device."""
+    """Build the policy on the meta device, in evaluation mode."""
     with torch.device("meta"):
         return build(spec, dict(towers)).eval()
 
 
 def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:
-    """Of the tensors as ``rlrc quantize`` stores them, or two for each number ("bf16"); without file headers."""
+    """Bytes of the weights as ``rlrc quantize`` stores them ("int4"), or in 16 bits ("bf16"), without file headers."""
     size = 0
     for name, tensor in policy.state_dict().items():
         packed = precision == "int4" and quantizable(name, tensor)
@@ -49,7 +49,7 @@ def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what is computed while it is entered; see the module's docstring."""
+    """Adds up the cost of all operations within the context; see the module's docstring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class OperationCounter(TorchDispatchMode):
 
     @contextmanager
     def repeat(self, times: int) -> Iterator[None]:
-        """What happens inside happens so often."""
+        """Count the operations within this context ``times`` times."""
         self.times *= times
         yield
         self.times //= times
@@ -80,16 +80,15 @@ class OperationCounter(TorchDispatchMode):
 
 
 def decision_cost(policy: PolicyModule) -> float:
-    """The work of one chunk of actions, in multiply-adds; the policy is one of ``build_on_meta``."""
+    """The cost of one chunk of actions in multiply-adds, of a policy made by ``build_on_meta``."""
     spec = policy.spec
     with torch.no_grad(), torch.device("meta"), OperationCounter() as work:
-        seen = []
+        encoded = []
         for camera in spec.cameras:
-            size = (camera.height, camera.width, len(camera.mean))
-            seen.append(
-                policy.encode_image(torch.empty((1, *size) if camera.layout == "HWC" else (1, size[2], *size[:2])))
-            )
-        image_tokens, ids, state = torch.cat(seen, 1), None, None
+            height, width, channels = camera.height, camera.width, len(camera.mean)
+            shape = (height, width, channels) if camera.layout == "HWC" else (channels, height, width)
+            encoded.append(policy.encode_image(torch.empty(1, *shape)))
+        image_tokens, ids, state = torch.cat(encoded, 1), None, None
         if spec.prompt is not None:
             most = spec.prompt.max_tokens
             ids = torch.empty(1, min(most, PROMPT) if spec.prompt.pad_id is None else most, dtype=torch.long)

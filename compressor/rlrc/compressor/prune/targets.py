@@ -1,7 +1,7 @@
-"""From a ratio or a target to a shape.
+"""Finds the shape that meets a ratio or a target.
 
-What is wanted is a limit on a cost (parameters, bytes, time). A way of allocating (allocation.py) makes a shape from
-one number; the smallest number whose shape keeps the limit is found by bisection.
+A target is a limit on a cost (parameters, bytes, time). An allocation (allocation.py) maps one number to a shape;
+bisection finds the smallest number whose shape keeps the limit.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True)
 class TargetLimit:
-    """``what``: the setting, for messages; ``told``: how a cost is written there."""
+    """A limit on a cost. For messages: ``what`` names the setting, ``describe`` formats a cost."""
 
     what: str
     cost: Callable[[Towers], float]
     limit: float
-    told: Callable[[float], str]
+    describe: Callable[[float], str]
 
     def met(self, towers: Towers) -> bool:
         return self.cost(towers) <= self.limit
 
     def refuse(self, best: Towers, how: str) -> UserError:
         return UserError(
-            f"expected a {self.what} of {self.told(self.cost(best))} or more, which is what is left when {how}, found "
-            f"{self.told(self.limit)}; give more, or cut another tower too"
+            f"expected a {self.what} of {self.describe(self.cost(best))} or more (what is left when {how}), found "
+            f"{self.describe(self.limit)}; give more, or prune another tower too"
         )
 
 
 @dataclass(frozen=True)
 class Target:
-    """All of these limits."""
+    """Limits that must all be met."""
 
     limits: tuple[TargetLimit, ...]
 
@@ -58,12 +58,12 @@ class Target:
         return all(limit.met(towers) for limit in self.limits)
 
     def refuse(self, best: Towers, how: str) -> UserError:
-        """Of the first limit that not even the best shape keeps."""
+        """The error for the first limit that even the best shape exceeds."""
         return next(limit for limit in self.limits if not limit.met(best)).refuse(best, how)
 
 
 def find_shape(shape: Shape, target: Target) -> dict[str, TowerSpec]:
-    """The shape that keeps the limit with the smallest number. Raises UserError if none does."""
+    """The least pruned shape that meets the target. Raises UserError if none does."""
     low, high = 0.0, 1.0
     before, after = shape(low), smallest(shape, target)
     if target.met(before):
@@ -78,14 +78,14 @@ def find_shape(shape: Shape, target: Target) -> dict[str, TowerSpec]:
 
 
 def smallest(shape: Shape, target: Target) -> dict[str, TowerSpec]:
-    """Raises UserError if not even that keeps the limit."""
+    """The most pruned shape. Raises UserError if it does not meet the target."""
     if not target.met(least := shape(1.0)):
         raise target.refuse(least, "every block has a head for each key/value head and one run of channels")
     return least
 
 
 def cache_price(spec: PolicySpec, price: Callable[[PolicyModule], float]) -> Callable[[Towers], float]:
-    """The price of a shape, computed once."""
+    """Make a cost of shapes from a cost of policies. Results are cached."""
     known = dict[Any, float]()
 
     def cost_of(towers: Towers) -> float:
@@ -98,7 +98,10 @@ def cache_price(spec: PolicySpec, price: Callable[[PolicyModule], float]) -> Cal
 
 
 def build_target(dense: PolicyModule, config: PruneConfig) -> Target | None:
-    """None: a ratio of every intermediate block. Raises UserError for a target that is met already."""
+    """The configuration's target; None for a ratio of every intermediate block.
+
+    Raises UserError for a target that the unpruned policy meets.
+    """
     spec, name, limits = dense.spec, tower_name(dense.towers, config), list[TargetLimit]()
     if config.to_bytes is not None:
         size = cache_price(spec, lambda policy: cost.weight_bytes(policy, config.to_bytes_in))
@@ -126,10 +129,10 @@ def build_target(dense: PolicyModule, config: PruneConfig) -> Target | None:
         return None
     found, first = Target(tuple(limits)), limits[0]
     if found.met(dense.towers):
-        now = first.told(first.cost(dense.towers))
+        now = first.describe(first.cost(dense.towers))
         raise UserError(
-            f"expected a {first.what} below {now}, which the policy has uncut, found {first.told(first.limit)}; "
-            "ask for less"
+            f"expected a {first.what} below {now}, which the unpruned policy has, found "
+            f"{first.describe(first.limit)}; give less"
         )
     return found
 
@@ -137,47 +140,47 @@ def build_target(dense: PolicyModule, config: PruneConfig) -> Target | None:
 def choose_shape(
     policy: PolicyModule, name: str, scores: Sequence[Scores] | None, goal: Target | None, config: PruneConfig
 ) -> dict[str, TowerSpec]:
-    """The shape that width pruning leaves; without scores the uniform one, which needs none."""
-    place = PruneScope(policy, name, intermediate_blocks(policy.towers, name, config), config.align)
-    even, shape = allocate_uniformly(place), _shape(place, scores, config)
+    """The shape after width pruning; without scores, a uniform allocation."""
+    scope = PruneScope(policy, name, intermediate_blocks(policy.towers, name, config), config.align)
+    even, shape = allocate_uniformly(scope), _shape(scope, scores, config)
     if goal is not None:
         return find_shape(shape, goal)
-    _check_ratio(place, config)
+    _check_ratio(scope, config)
     towers = even(config.part)
     if config.allocation == "uniform" or scores is None:
         return towers
-    # As many parameters as the same part of every block would leave, at most.
+    # At most as many parameters as the uniform allocation leaves.
     size = cache_price(policy.spec, count_parameters)
     return find_shape(shape, Target((TargetLimit("number of parameters", size, size(towers), "{:,}".format),)))
 
 
 def check_possible(policy: PolicyModule, name: str, goal: Target | None, config: PruneConfig) -> None:
-    """Raises UserError for what width pruning cannot reach. ``policy`` may be on the meta device."""
-    place = PruneScope(policy, name, intermediate_blocks(policy.towers, name, config), config.align)
+    """Raises UserError if width pruning cannot reach the goal. ``policy`` may be on the meta device."""
+    scope = PruneScope(policy, name, intermediate_blocks(policy.towers, name, config), config.align)
     if goal is None:
-        _check_ratio(place, config)
+        _check_ratio(scope, config)
     else:
-        smallest(_shape(place, None, config), goal)
+        smallest(_shape(scope, None, config), goal)
 
 
-def _shape(place: PruneScope, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
+def _shape(scope: PruneScope, scores: Sequence[Scores] | None, config: PruneConfig) -> Shape:
     if config.allocation == "sensitivity":
         assert config.sensitivity is not None
-        return allocate_by_sensitivity(place, read_sensitivity(Path(config.sensitivity), place.tower, place.blocks))
+        return allocate_by_sensitivity(scope, read_sensitivity(Path(config.sensitivity), scope.tower, scope.blocks))
     return (
-        allocate_by_score(place, scores)
+        allocate_by_score(scope, scores)
         if config.allocation == "global" and scores is not None
-        else allocate_uniformly(place)
+        else allocate_uniformly(scope)
     )
 
 
-def _check_ratio(place: PruneScope, config: PruneConfig) -> None:
-    """Raises UserError where the ratio leaves less than half a head or channel of a block."""
-    for i, both in place.groups().items():
+def _check_ratio(scope: PruneScope, config: PruneConfig) -> None:
+    """Raises UserError if the ratio leaves less than half a head or channel of a block."""
+    for i, both in scope.groups().items():
         for what, group in zip(("head", "channel"), both, strict=True):
             if group.number and group.number * (1 - config.part) < 0.5:
                 most = 1 - 0.5 / group.number
                 raise UserError(
                     f"expected prune.ratio up to {int(most * 1000) / 1000}, which leaves a {what} of "
-                    f"{place.tower}.layers.{i}'s {group.number}, found {config.ratio}; give less"
+                    f"{scope.tower}.layers.{i}'s {group.number}, found {config.ratio}; give less"
                 )
