@@ -24,8 +24,8 @@ from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_official
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.prune.importance import scores as scores_of
-from rlrc.compressor.prune.lossless import lossless
+from rlrc.compressor.prune.importance import score_parts as scores_of
+from rlrc.compressor.prune.lossless import cut_lossless
 from rlrc.compressor.prune.prune import PruneConfig, prune
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import normalise, pictures, unnormalise
@@ -282,7 +282,7 @@ def test_other_geometries_against_torch_layers(name: str, tmp_path: Path) -> Non
     state = None if spec.state is None else torch.from_numpy(normalise(felt, spec.state.norm))
     with torch.no_grad():
         actions = policy.act(Inputs(pixels, state=state)).actions
-        lean = lossless(policy)[0].act(Inputs(pixels, state=state)).actions
+        lean = cut_lossless(policy)[0].act(Inputs(pixels, state=state)).actions
         single = policy.act(Inputs([p[1:2] for p in pixels], state=None if state is None else state[1:2])).actions
     raw = unnormalise(actions.numpy(), spec.action.norm)
     assert raw.shape == (batch, geometry.chunk_size, geometry.action)

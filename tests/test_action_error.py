@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlrc.compressor.models.decode import of_logits
+from rlrc.compressor.models.decode import outputs_from_logits
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize import compare
 from rlrc.compressor.quantize.action_error import ActionError, soft_actions
-from rlrc.compressor.quantize.grid import dequantize
+from rlrc.compressor.quantize.grid import decompress
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
@@ -39,8 +39,8 @@ def test_action_error_by_hand(official_policy: Official) -> None:
     bias = policy.state_dict()["head.bias"].clone()
     bias[0] += 0.25
     error = ActionError(policy, inputs)
-    assert error.of({"head.bias": bias}) == pytest.approx(0.25 / len(bias), rel=1e-4)
-    assert error.of({}) == 0
+    assert error.measure({"head.bias": bias}) == pytest.approx(0.25 / len(bias), rel=1e-4)
+    assert error.measure({}) == 0
 
 
 def test_of_tokens_the_expected_action_is_compared(tiny_policy: Golden) -> None:
@@ -59,7 +59,7 @@ def test_rows_of_a_vocabulary_are_those_of_its_bins(official_policy: Official) -
     logits = torch.full((action.bins, action.horizon, action.dim, action.tokens.rows), -50.0)
     for b in range(action.bins):
         logits[b, ..., action.tokens.first - b - action.tokens.offset] = 50.0
-    outputs = of_logits(logits, action)
+    outputs = outputs_from_logits(logits, action)
     torch.testing.assert_close(soft_actions(policy, outputs), outputs.actions)
     assert len(outputs.actions[:, 0, 0].unique()) == action.bins
 
@@ -67,7 +67,7 @@ def test_rows_of_a_vocabulary_are_those_of_its_bins(official_policy: Official) -
 def test_flow_policies_start_from_the_same_noise(official_policy: Official) -> None:
     policy, inputs = official_policy("pi0")
     error = ActionError(policy, [replace(one, noise=None) for one in inputs])
-    assert error.of({}) == 0
+    assert error.measure({}) == 0
     noises = [one.noise for one in error.inputs if one.noise is not None]
     assert not torch.equal(noises[0], noises[1])
 
@@ -78,9 +78,9 @@ def test_exceptions_are_the_greedy_choice(tiny_policy: Golden) -> None:
     state, four = policy.state_dict(), quantize(policy, QuantizeConfig())
     error = ActionError(policy, inputs)
     alone, cost = {}, {}
-    for name, tensor in dequantize(four.tensors, four.spec).items():
+    for name, tensor in decompress(four.tensors, four.spec).items():
         if name in four.spec.tensors:
-            alone[name], cost[name] = error.of({name: tensor}), state[name].numel() // 2
+            alone[name], cost[name] = error.measure({name: tensor}), state[name].numel() // 2
     left, expected = 0.2 * sum(cost.values()) * 4.5 / 4, []
     for name in sorted(alone, key=lambda name: -alone[name] / cost[name]):
         if cost[name] <= left:
@@ -124,9 +124,9 @@ def test_compare_measures_on_what_it_did_not_calibrate_on(tiny_policy: Golden) -
     policy, inputs = tiny_policy
     (first, *_) = compare.compare(policy, inputs)
     rounded = quantize(policy, QuantizeConfig())
-    change = dequantize(rounded.tensors, rounded.spec)
+    change = decompress(rounded.tensors, rounded.spec)
     change = {name: change[name] for name in rounded.spec.tensors}
-    assert first.action_error == pytest.approx(ActionError(policy, inputs[1::2]).of(change))
+    assert first.action_error == pytest.approx(ActionError(policy, inputs[1::2]).measure(change))
 
 
 # Bad input

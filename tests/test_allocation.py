@@ -12,14 +12,20 @@ import pytest
 import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
-from rlrc.compressor.models.coupling import Group, groups
-from rlrc.compressor.models.weights import parameters
+from rlrc.compressor.models.coupling import Group, find_groups
+from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.allocation import PruneScope, by_sensitivity, ranked, read_sensitivity, uniform
-from rlrc.compressor.prune.importance import Scores, scores
+from rlrc.compressor.prune.allocation import (
+    PruneScope,
+    allocate_by_score,
+    allocate_by_sensitivity,
+    allocate_uniformly,
+    read_sensitivity,
+)
+from rlrc.compressor.prune.importance import Scores, score_parts
 from rlrc.compressor.prune.prune import PruneConfig, check, prune
-from rlrc.compressor.prune.sensitivity_report import Measured, SensitivityReport
-from rlrc.compressor.prune.targets import allocated, target
+from rlrc.compressor.prune.sensitivity_report import SensitivityReport, SensitivityRow
+from rlrc.compressor.prune.targets import build_target, choose_shape
 from rlrc.compressor.stages import reference
 from rlrc.errors import UserError
 from rlrc.strict import encode
@@ -31,8 +37,8 @@ VISION = TowerSpec(32, (LayerSpec(2, 2, 16, 32),))
 def decoder(*layers: LayerSpec, **settings: Any) -> list[LayerSpec]:
     """What is left of them."""
     towers = {"vision": VISION, "decoder": TowerSpec(256, layers)}
-    policy, config = cost.shape_of(SPEC, towers), PruneConfig(score="random", **settings)
-    return list(allocated(policy, "decoder", None, target(policy, config), config)["decoder"].layers)
+    policy, config = cost.build_on_meta(SPEC, towers), PruneConfig(score="random", **settings)
+    return list(choose_shape(policy, "decoder", None, build_target(policy, config), config)["decoder"].layers)
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.2, 0.37, 0.5, 0.77, 0.9, 0.94])
@@ -74,7 +80,7 @@ def test_keys_that_another_tower_reads_stay() -> None:
     towers = {"decoder": tower, "expert": tower, "vision": TowerSpec(16, (own,))}
 
     def left(name: str, block: int, ratio: float) -> list[int]:
-        return [group.fewer(ratio) for group in groups(towers, name, block, ())]
+        return [group.count_left(ratio) for group in find_groups(towers, name, block, ())]
 
     assert left("expert", 0, 0.5) == [4, 32]  # a query head for each of the keys' remains
     assert left("expert", 1, 0.5) == [2, 32]
@@ -86,8 +92,8 @@ def test_keys_that_another_tower_reads_stay() -> None:
 
 def test_rest_of_a_tower_is_kept() -> None:
     tower = TowerSpec(16, (LayerSpec(2, 2, 8, 64),) * 3, 1e-6, "gelu-tanh", 500.0, norm_offset=1.0)
-    policy, config = cost.shape_of(SPEC, {"vision": VISION, "decoder": tower}), PruneConfig(0.5)
-    after = allocated(policy, "decoder", None, None, config)
+    policy, config = cost.build_on_meta(SPEC, {"vision": VISION, "decoder": tower}), PruneConfig(0.5)
+    after = choose_shape(policy, "decoder", None, None, config)
     assert after["decoder"] == replace(tower, layers=after["decoder"].layers)
     assert after["decoder"].layers[1] == LayerSpec(1, 1, 8, 32)
     assert after["vision"] == VISION
@@ -105,7 +111,7 @@ def test_how_many_blocks_stay_whole() -> None:
 
 def place(*layers: LayerSpec, align: int = 32) -> PruneScope:
     towers = {"vision": VISION, "decoder": TowerSpec(64, layers)}
-    return PruneScope(cost.shape_of(SPEC, towers), "decoder", range(len(layers)), align)
+    return PruneScope(cost.build_on_meta(SPEC, towers), "decoder", range(len(layers)), align)
 
 
 def test_ranking_by_hand() -> None:
@@ -118,7 +124,7 @@ def test_ranking_by_hand() -> None:
     others = torch.cat([torch.full((32,), 8 / 32), torch.full((32,), 32 / 32)])
     found = [Scores(torch.tensor([6.0, 2.0]), channels), Scores(torch.tensor([36.8, 3.2]), others)]
     whole = LayerSpec(2, 2, 32, 64)
-    shape = ranked(place(whole, whole), found)
+    shape = allocate_by_score(place(whole, whole), found)
     removable = 2 * (8192 + 6144)
     order = [(1, LayerSpec(1, 1, 32, 64)), (0, LayerSpec(1, 1, 32, 64)), (0, LayerSpec(1, 1, 32, 32))]
     gone, expected = 0, [whole, whole]
@@ -132,7 +138,7 @@ def test_ranking_by_hand() -> None:
 def test_ranking_takes_a_head_from_every_bundle_and_first_fills_up_to_whole_runs() -> None:
     shared = LayerSpec(6, 2, 32, 80)
     found = [Scores(torch.tensor([5.0, 1, 3, 1, 9, 9]), torch.full((80,), 100.0))]
-    shape = ranked(place(shared), found)
+    shape = allocate_by_score(place(shared), found)
     counts = [(shape(x / 100)["decoder"].layers[0].heads, shape(x / 100)["decoder"].layers[0].mlp) for x in range(101)]
     assert sorted(set(counts), reverse=True) == [(6, 80), (4, 80), (2, 80), (2, 64), (2, 32)]
 
@@ -142,11 +148,11 @@ def test_global_has_as_many_parameters_as_uniform(pupil: Any, ratio: float) -> N
     sizes = {}
     for allocation in ("uniform", "global"):
         config = PruneConfig(ratio, "random", allocation=allocation)
-        found = scores(pupil, "decoder", range(1, 3), config)
-        towers = allocated(pupil, "decoder", found, None, config)
-        sizes[allocation] = parameters(cost.shape_of(pupil.spec, towers))
+        found = score_parts(pupil, "decoder", range(1, 3), config)
+        towers = choose_shape(pupil, "decoder", found, None, config)
+        sizes[allocation] = count_parameters(cost.build_on_meta(pupil.spec, towers))
         assert towers["decoder"].layers[0] == pupil.towers["decoder"].layers[0]
-    whole = parameters(pupil)
+    whole = count_parameters(pupil)
     assert sizes["global"] <= sizes["uniform"] < whole
     assert sizes["uniform"] - sizes["global"] < 4 * 64 * 32  # less than a head
 
@@ -154,25 +160,25 @@ def test_global_has_as_many_parameters_as_uniform(pupil: Any, ratio: float) -> N
 def test_errors_by_hand() -> None:
     """Ratios are inversely proportional to errors: 1 to 2 to 4, the last one at most 1."""
     layer = LayerSpec(10, 10, 32, 640)
-    shape = by_sensitivity(place(layer, layer, layer), {0: 0.4, 1: 0.2, 2: 0.1})
+    shape = allocate_by_sensitivity(place(layer, layer, layer), {0: 0.4, 1: 0.2, 2: 0.1})
     assert [layer.heads for layer in shape(0.2)["decoder"].layers] == [8, 6, 2]
     assert [layer.mlp for layer in shape(0.2)["decoder"].layers] == [512, 384, 128]
     assert [layer.heads for layer in shape(0.4)["decoder"].layers] == [6, 2, 1]
-    equal = by_sensitivity(place(layer, layer), {0: 0.3, 1: 0.3})
-    assert equal(0.37) == uniform(place(layer, layer))(0.37)
+    equal = allocate_by_sensitivity(place(layer, layer), {0: 0.3, 1: 0.3})
+    assert equal(0.37) == allocate_uniformly(place(layer, layer))(0.37)
 
 
 def test_an_error_of_zero_does_not_take_all(tmp_path: Path) -> None:
     layer = LayerSpec(10, 10, 32, 640)
-    shape = by_sensitivity(place(layer, layer), {0: 0.0, 1: 0.2})
+    shape = allocate_by_sensitivity(place(layer, layer), {0: 0.0, 1: 0.2})
     assert shape(0.0)["decoder"].layers == (layer, layer)
 
 
 def test_a_report_of_errors_steers(pupil: Any, tmp_path: Path) -> None:
     file = tmp_path / "errors.json"
     errors = enumerate((9.0, 0.15, 0.3, 9.0))
-    rows = tuple(Measured(f"decoder.layers.{i}", "prune", error, 10) for i, error in errors)
-    rows += (Measured("decoder.layers.1.mlp", "quantize", 7.0, 10),)
+    rows = tuple(SensitivityRow(f"decoder.layers.{i}", "prune", error, 10) for i, error in errors)
+    rows += (SensitivityRow("decoder.layers.1.mlp", "quantize", 7.0, 10),)
     report = SensitivityReport("sensitivity", "somewhere", None, 0.5, 4, 8, rows)
     file.write_text(json.dumps(encode(report)))
     assert read_sensitivity(file, "decoder", (1, 2)) == {1: 0.15, 2: 0.3}
@@ -195,16 +201,18 @@ def policy() -> tuple[PolicySpec, dict[str, TowerSpec]]:
 
 
 COSTS: dict[str, Callable[[dict[str, TowerSpec]], float]] = {
-    "to_bytes": lambda towers: cost.weight_bytes(cost.shape_of(SPEC, towers)),
+    "to_bytes": lambda towers: cost.weight_bytes(cost.build_on_meta(SPEC, towers)),
     "to_latency": lambda towers: (
-        cost.decision(cost.shape_of(SPEC, towers)) / cost.decision(cost.shape_of(SPEC, reference.towers()))
+        cost.decision_cost(cost.build_on_meta(SPEC, towers))
+        / cost.decision_cost(cost.build_on_meta(SPEC, reference.towers()))
     ),
     "tower": lambda towers: (
-        parameters(cost.shape_of(SPEC, towers), "decoder.")
-        / parameters(cost.shape_of(SPEC, reference.towers()), "decoder.")
+        count_parameters(cost.build_on_meta(SPEC, towers), "decoder.")
+        / count_parameters(cost.build_on_meta(SPEC, reference.towers()), "decoder.")
     ),
     "whole": lambda towers: (
-        parameters(cost.shape_of(SPEC, towers)) / parameters(cost.shape_of(SPEC, reference.towers()))
+        count_parameters(cost.build_on_meta(SPEC, towers))
+        / count_parameters(cost.build_on_meta(SPEC, reference.towers()))
     ),
 }
 
@@ -223,8 +231,8 @@ COSTS: dict[str, Callable[[dict[str, TowerSpec]], float]] = {
 )
 def test_a_target_is_met_and_no_more(of: str, settings: dict[str, Any], limit: float) -> None:
     spec, towers = policy()
-    dense, config = cost.shape_of(spec, towers), PruneConfig(**settings)
-    after = allocated(dense, "decoder", None, target(dense, config), config)
+    dense, config = cost.build_on_meta(spec, towers), PruneConfig(**settings)
+    after = choose_shape(dense, "decoder", None, build_target(dense, config), config)
     assert COSTS[of](after) <= limit
     inner = after["decoder"].layers[1]
     assert set(after["decoder"].layers[1:-1]) == {inner}
@@ -244,7 +252,7 @@ def _wider(layer: LayerSpec) -> LayerSpec:
         ({"to_bytes": "10kB"}, r"prune\.to_bytes of 1,\d\d\d,\d\d\d bytes in int4 or more.*found 10,000 bytes in int4"),
         (
             {"to_bytes": "2GB"},
-            r"prune\.to_bytes below 6,\d\d\d,\d\d\d bytes in int4, which the policy has uncut.*2,000,000,000 bytes in",
+            r"prune\.to_bytes below 6,\d\d\d,\d\d\d bytes in int4, which the unpruned policy has.*2,000,000,000 bytes",
         ),
         ({"to_latency": "0.1x"}, r"prune\.to_latency of 0\.\d\d\dx or more.*found 0\.100x"),
         (
@@ -268,6 +276,6 @@ def test_impossible_targets_are_refused_before_any_weights_are_read(settings: di
 
 
 def test_group_has_lots_only_where_it_has_several() -> None:
-    assert Group((), (), 64, lot=32).fewer(0.9) == 32
-    assert Group((), (), 12, size=16, bundles=3, lot=2).fewer(0.4) == 6
-    assert Group((), (), 0).fewer(0.5) == 0
+    assert Group((), (), 64, multiple=32).count_left(0.9) == 32
+    assert Group((), (), 12, size=16, kv_groups=3, multiple=2).count_left(0.4) == 6
+    assert Group((), (), 0).count_left(0.5) == 0

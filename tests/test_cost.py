@@ -15,16 +15,16 @@ from rlrc.compressor.models.families import build
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
-from rlrc.compressor.models.weights import parameters
+from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 
 
 def test_bytes_are_those_of_the_quantized_tensors(pupil: TinyPolicy) -> None:
-    meta = cost.shape_of(pupil.spec, pupil.towers)
+    meta = cost.build_on_meta(pupil.spec, pupil.towers)
     packed, *_ = quantize(pupil.state_dict(), QuantizeConfig(search=False))
     assert cost.weight_bytes(meta) == sum(tensor.nbytes for tensor in packed.values())
-    assert cost.weight_bytes(meta, "bf16") == 2 * parameters(pupil) == 2 * parameters(meta)
+    assert cost.weight_bytes(meta, "bf16") == 2 * count_parameters(pupil) == 2 * count_parameters(meta)
 
 
 def product(rows: int, inputs: int, outputs: int) -> float:
@@ -40,7 +40,7 @@ def test_a_decoder_s_pass_by_hand() -> None:
     linear = product(50, 64, 64) + 2 * product(50, 64, 32) + product(50, 64, 64)
     linear += 2 * product(50, 64, 96) + product(50, 96, 64)
     assert work.total == linear + 2 * 50 * 50 * 64  # attention: scores and mixtures
-    with cost.OperationCounter() as repeated, repeated.repeated(3), torch.no_grad(), torch.device("meta"):
+    with cost.OperationCounter() as repeated, repeated.repeat(3), torch.no_grad(), torch.device("meta"):
         decoder(x[:, :1])
     single = product(20, 64, 64) * 2 + 2 * product(20, 64, 32) + 2 * product(20, 64, 96) + product(20, 96, 64)
     assert repeated.total == 3 * (single + 2 * 64)
@@ -66,7 +66,7 @@ def counted(policy: PolicyModule, inputs: Inputs) -> float:
 def test_a_decision_of_the_reference_family_is_what_it_really_passes(pupil: TinyPolicy) -> None:
     inputs = Inputs([torch.randn(1, 32, 32, 3)], torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 7))
     linear = counted(pupil, inputs)
-    found = cost.decision(cost.shape_of(pupil.spec, pupil.towers))
+    found = cost.decision_cost(cost.build_on_meta(pupil.spec, pupil.towers))
     sequence = pupil.image_tokens + 6 + 1 + 5
     patches = (32 // 8) ** 2
     attention = 4 * 2 * sequence**2 * 128 + 2 * patches**2 * 32
@@ -92,7 +92,7 @@ def test_an_autoregressive_decision_reads_the_decoder_for_every_token() -> None:
     first, patches = cost.PROMPT + 16, 16
     attention = 2 * (2 * first**2 * 32 + 6 * 2 * (first + 1) * 32) + 2 * patches**2 * 24
     stem = product(patches, 14 * 14 * 3, 24)
-    assert cost.decision(cost.shape_of(spec, towers)) == linear + attention + stem
+    assert cost.decision_cost(cost.build_on_meta(spec, towers)) == linear + attention + stem
 
 
 @pytest.mark.parametrize("kind", ["heads", "mlp"])
@@ -101,5 +101,5 @@ def test_less_costs_less(pupil: TinyPolicy, kind: str) -> None:
     layer = decoder.layers[0]
     narrow = replace(layer, heads=2, kv_heads=2) if kind == "heads" else replace(layer, mlp=64)
     towers = pupil.towers | {"decoder": replace(decoder, layers=(narrow,) * 4)}
-    for price in (cost.decision, cost.weight_bytes, parameters):
-        assert price(cost.shape_of(pupil.spec, towers)) < price(cost.shape_of(pupil.spec, pupil.towers))
+    for price in (cost.decision_cost, cost.weight_bytes, count_parameters):
+        assert price(cost.build_on_meta(pupil.spec, towers)) < price(cost.build_on_meta(pupil.spec, pupil.towers))

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 
 from families import FAMILIES, source_of
-from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.nn import decoder, detr, vit
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
@@ -76,7 +76,7 @@ def check(policy: PolicyModule) -> int:
             if layer.kind == "half" or (tower, layer.kind) in kinds:
                 continue
             kinds.add((tower, layer.kind))
-            for group in groups(policy.towers, tower, i, policy.state_dict()):
+            for group in find_groups(policy.towers, tower, i, policy.state_dict()):
                 if group.number:
                     found = traced(policy, tower, i, group)
                     if group.rows == (f"{tower}.layers.{i}.attention.q",):  # the keys stay

@@ -15,7 +15,14 @@ from torch import nn
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
-from rlrc.compressor.prune.depth import droppable, dropped, remaining, unit_of, units, without
+from rlrc.compressor.prune.depth import (
+    drop_blocks,
+    drop_from_towers,
+    droppable_units,
+    find_unit,
+    find_units,
+    remaining_blocks,
+)
 from rlrc.compressor.prune.prune import PruneConfig, prune
 from rlrc.errors import UserError
 
@@ -89,48 +96,48 @@ def test_as_many_blocks_as_a_target_takes(pupil: TinyPolicy) -> None:
 def test_a_pair_of_prefix_and_expert_goes_together() -> None:
     half = replace(BLOCK, kind="half")
     towers = {"decoder": tower(BLOCK, BLOCK, half), "expert": tower(*(BLOCK,) * 3), "vision": tower(BLOCK, BLOCK)}
-    assert units(towers, "expert") == units(towers, "decoder")
-    assert units(towers, "decoder") == [{"decoder": (i,), "expert": (i,)} for i in range(3)]
-    assert droppable(towers, "decoder") == units(towers, "decoder")[:2]
-    assert units(towers, "vision") == droppable(towers, "vision") == [{"vision": (0,)}, {"vision": (1,)}]
-    after = dropped(towers, [unit_of(towers, "decoder", 1)])
+    assert find_units(towers, "expert") == find_units(towers, "decoder")
+    assert find_units(towers, "decoder") == [{"decoder": (i,), "expert": (i,)} for i in range(3)]
+    assert droppable_units(towers, "decoder") == find_units(towers, "decoder")[:2]
+    assert find_units(towers, "vision") == droppable_units(towers, "vision") == [{"vision": (0,)}, {"vision": (1,)}]
+    after = drop_from_towers(towers, [find_unit(towers, "decoder", 1)])
     assert after["decoder"].layers == (BLOCK, half)
     assert len(after["expert"].layers) == 2
     assert after["vision"] == towers["vision"]
     with pytest.raises(UserError, match=r"prune\.blocks from 0 to 1 of the decoder, found 2"):
-        unit_of(towers, "decoder", 2)
+        find_unit(towers, "decoder", 2)
 
 
 def test_an_expert_s_block_takes_all_of_its_prefix_along() -> None:
     """Three blocks of the expert attend to the first, third and fifth of the prefix."""
     cross = replace(BLOCK, kind="cross")
     towers = {"decoder": tower(*(BLOCK,) * 5), "expert": tower(cross, BLOCK, cross)}
-    assert units(towers, "expert") == [
+    assert find_units(towers, "expert") == [
         {"decoder": (0, 1), "expert": (0,)},
         {"decoder": (2, 3), "expert": (1,)},
         {"decoder": (4,), "expert": (2,)},
     ]
-    gone = [unit_of(towers, "decoder", 3)]
-    after = dropped(towers, gone)
-    assert remaining(towers, "decoder", gone) == [0, 1, 4]
+    gone = [find_unit(towers, "decoder", 3)]
+    after = drop_from_towers(towers, gone)
+    assert remaining_blocks(towers, "decoder", gone) == [0, 1, 4]
     assert after["expert"].layers == (cross, cross)
     longer = {"decoder": tower(*(BLOCK,) * 6), "expert": towers["expert"]}  # one more that nobody attends to
-    assert units(longer, "expert")[-1] == {"decoder": (4, 5), "expert": (2,)}
+    assert find_units(longer, "expert")[-1] == {"decoder": (4, 5), "expert": (2,)}
     with pytest.raises(UserError, match=r"every one has its 2 of the prefix"):
-        dropped(longer, units(longer, "expert")[:1])
+        drop_from_towers(longer, find_units(longer, "expert")[:1])
 
 
 def test_an_official_layer_of_act_s_decoder_is_two_blocks() -> None:
     alone, cross = replace(BLOCK, mlp=0), replace(BLOCK, kind="cross")
     towers = {"encoder": tower(BLOCK, BLOCK), "decoder": tower(alone, cross, alone, cross)}
-    assert units(towers, "decoder") == [{"decoder": (0, 1)}, {"decoder": (2, 3)}]
-    assert dropped(towers, units(towers, "decoder")[:1])["decoder"].layers == (alone, cross)
-    with pytest.raises(UserError, match=r"a block that stays in the encoder, found none"):
-        dropped(towers, units(towers, "encoder"))
+    assert find_units(towers, "decoder") == [{"decoder": (0, 1)}, {"decoder": (2, 3)}]
+    assert drop_from_towers(towers, find_units(towers, "decoder")[:1])["decoder"].layers == (alone, cross)
+    with pytest.raises(UserError, match=r"at least one block left in the encoder, found none"):
+        drop_from_towers(towers, find_units(towers, "encoder"))
 
 
 def test_without_shares_what_stays(pupil: TinyPolicy) -> None:
-    left = without(pupil, [{"decoder": (0,)}])
+    left = drop_blocks(pupil, [{"decoder": (0,)}])
     assert left.state_dict()["decoder.layers.0.mlp.up.weight"].data_ptr() == (
         pupil.decoder.blocks()[1].mlp.up.weight.data_ptr()
     )

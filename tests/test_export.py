@@ -23,7 +23,7 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, Manifest, TowerSpec  # noqa: E402
 from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.models.tiny import TinyPolicy  # noqa: E402
-from rlrc.compressor.quantize.grid import dequantize  # noqa: E402
+from rlrc.compressor.quantize.grid import decompress  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
@@ -110,7 +110,7 @@ def quantized(
     """Its int4 weights, and the policy that they mean."""
     tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig(exempt, group=group))
     meant = TinyPolicy(policy.spec, policy.towers).eval()
-    meant.load_state_dict(dequantize(tensors, spec))
+    meant.load_state_dict(decompress(tensors, spec))
     return Weights(Tensors("its int4 weights", tensors), spec), meant
 
 
@@ -260,7 +260,7 @@ def make_int4(parent: Path, out: Path) -> Path:
     dense = artifacts.load(parent)
     weights, spec, _ = quantize(artifact_io.load_policy(dense).state_dict(), QuantizeConfig())
     meant = TinyPolicy(dense.manifest.policy, dense.manifest.towers)
-    meant.load_state_dict(dequantize(weights, spec))
+    meant.load_state_dict(decompress(weights, spec))
     with artifacts.writing(out) as draft, np.load(parent / "golden.npz") as observations:
         draft.inherit(dense, "tokenizer")
         save_file(weights, draft.file("weights/model.safetensors"))

@@ -18,7 +18,7 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import ActionSpec, Artifact, LayerSpec, Manifest, NormStats, TokenSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.models.openvla import OpenVLAPolicy  # noqa: E402
 from rlrc.compressor.models.tensors import Tensors  # noqa: E402
-from rlrc.compressor.quantize.grid import dequantize  # noqa: E402
+from rlrc.compressor.quantize.grid import decompress  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.auto import Candidate, fastest_first, measure  # noqa: E402
@@ -78,7 +78,7 @@ def test_decoding_in_place_computes_what_torch_does(
     if precision == "int8+int4":
         tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig())
         manifest = replace(manifest, quantization=spec)
-        policy.load_state_dict(dequantize(tensors, spec))
+        policy.load_state_dict(decompress(tensors, spec))
     loaded, random = engine(manifest, tensors, precision, tmp_path), np.random.default_rng(0)
     scale = 0.0
     for words in (3, 60, 5):  # the second outgrows the buffers while it decodes

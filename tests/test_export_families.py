@@ -23,11 +23,11 @@ from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec  # noqa: E402
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
 from rlrc.compressor.models import weights  # noqa: E402
-from rlrc.compressor.models.coupling import groups  # noqa: E402
+from rlrc.compressor.models.coupling import find_groups  # noqa: E402
 from rlrc.compressor.models.families import build  # noqa: E402
 from rlrc.compressor.models.policy import PolicyModule  # noqa: E402
-from rlrc.compressor.prune.importance import scores as scores_of  # noqa: E402
-from rlrc.compressor.prune.lossless import lossless  # noqa: E402
+from rlrc.compressor.prune.importance import score_parts as scores_of  # noqa: E402
+from rlrc.compressor.prune.lossless import cut_lossless  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig, prune  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.rl.config import PPOConfig  # noqa: E402
@@ -117,7 +117,7 @@ def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
     pruned = artifacts.load(tmp_path / "pruned")
     assert [entry.stage for entry in pruned.manifest.history] == ["official", "prune"]
     assert pruned.manifest.history[0].config["source"] == str(DATA / name / "checkpoint")
-    assert pruned.manifest.parameters < weights.parameters(dense)
+    assert pruned.manifest.parameters < weights.count_parameters(dense)
     export(pruned, tmp_path / "exported")
     assert artifacts.load(tmp_path / "exported").manifest.graphs[0].precision == "fp16"  # the goldens are in bfloat16
     rows = observations(source)
@@ -181,7 +181,7 @@ def test_a_policy_with_a_constant_dimension(name: str, precision: str, constant:
     action = replace(
         policy.spec.action, norm=replace(policy.spec.action.norm, center=tuple(center), scale=tuple(scale))
     )
-    still = weights.policy_of(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
+    still = weights.build_policy(replace(policy.spec, action=action), policy.towers, policy.state_dict(), "the test")
     write(tmp_path / "artifact", still, source)
     tolerance = 0.1 if precision == "int8" else None
     (record,) = export(
@@ -245,15 +245,15 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
     silenced = 0
     for i, score in enumerate(scores):
         after = pruned.towers[cut].layers[i]
-        both = groups(dense.towers, cut, i, state)
+        both = find_groups(dense.towers, cut, i, state)
         for group, values, count in zip(both, score.each(), (after.heads, after.mlp), strict=True):
             if group.number == 0:
                 continue
-            gone = sorted(set(range(group.number)) - set(group.best(values, count).tolist()))
+            gone = sorted(set(range(group.number)) - set(group.select_best(values, count).tolist()))
             state[f"{group.columns[0]}.weight"][:, group.indices(torch.tensor(gone, dtype=torch.long))] = 0
             silenced += len(gone)
     assert silenced > 0
-    masked = weights.policy_of(dense.spec, dense.towers, state, "the test")
+    masked = weights.build_policy(dense.spec, dense.towers, state, "the test")
     given = {name: array[:2] for name, array in source.observations().items()}
     found, expected, whole = (artifact_io.answers(p, given) for p in (pruned, masked, dense))
     np.testing.assert_allclose(found["actions"], expected["actions"], rtol=0, atol=1e-5)
@@ -268,7 +268,7 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
 def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
     """The same as the dense policy, less what no action depends on, whose blocks return what they are given."""
     source, whole_policy = official(name)
-    dense, _ = lossless(whole_policy)
+    dense, _ = cut_lossless(whole_policy)
     settings = config(name, ratio=None, kind="depth", drop=1, score="random")
     stages_prune.run_prune(DATA / name / "checkpoint", tmp_path / "pruned", settings, QUIET, flags(name))
     artifact = artifacts.load(tmp_path / "pruned")

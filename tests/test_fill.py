@@ -11,8 +11,8 @@ import torch
 from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.quantize.padding import filled, filled_towers, unfilled
-from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits
+from rlrc.compressor.quantize.padding import pad_policy, pad_towers, unpad_policy
+from rlrc.compressor.quantize.quantize import QuantizeConfig, choose_bits
 
 DATA = Path(__file__).parent / "data"
 
@@ -52,7 +52,7 @@ def narrow(policy: PolicyModule, channels: int) -> PolicyModule:
 @pytest.mark.parametrize("name", ["openvla", "openvla-oft-l1", "pi0", "smolvla"])
 def test_same_actions_and_rows_in_4_bits(name: str) -> None:
     policy = narrow(policy_of(name), 60)
-    wide, report = filled(policy)
+    wide, report = pad_policy(policy)
     assert {layer.mlp for tower in wide.towers.values() for layer in tower.layers} == {64}
     depth = {tower: len(spec.layers) for tower, spec in policy.towers.items()}
     assert report == {"channels_of_zeros": {tower: 4 * layers for tower, layers in depth.items()}}
@@ -60,35 +60,35 @@ def test_same_actions_and_rows_in_4_bits(name: str) -> None:
         before, after = policy.act(inputs_of(policy)), wide.act(inputs_of(policy))
     assert torch.allclose(before.actions, after.actions, atol=1e-5, rtol=1e-5)
     down = "vision.layers.0.mlp.down.weight"
-    assert down not in chosen_bits(policy.state_dict(), QuantizeConfig())
-    assert chosen_bits(wide.state_dict(), QuantizeConfig())[down] == 4
+    assert down not in choose_bits(policy.state_dict(), QuantizeConfig())
+    assert choose_bits(wide.state_dict(), QuantizeConfig())[down] == 4
 
 
 def test_nothing_to_fill_is_the_policy_itself() -> None:
     policy = narrow(policy_of("openvla"), 64)
-    assert filled(policy) == (policy, {})
-    assert filled_towers(policy.towers) == policy.towers
+    assert pad_policy(policy) == (policy, {})
+    assert pad_towers(policy.towers) == policy.towers
 
 
 def test_what_is_far_from_filling_a_group_stays() -> None:
     policy = narrow(policy_of("openvla"), 40)
-    assert filled(policy) == (policy, {})
+    assert pad_policy(policy) == (policy, {})
 
 
 def test_larger_groups_are_filled_where_they_are_near() -> None:
     for channels, expected in ((120, 128), (90, 96), (60, 64), (40, 40)):  # 128 is 1.42 times 90, 96 is 1.07 times
-        wide, _ = filled(narrow(policy_of("openvla"), channels), 128)
+        wide, _ = pad_policy(narrow(policy_of("openvla"), channels), 128)
         assert {layer.mlp for layer in wide.towers["decoder"].layers} == {expected}
 
 
 @pytest.mark.parametrize(("channels", "group"), [(60, 32), (110, 128)])
 def test_only_zeros_are_taken_off_again(channels: int, group: int) -> None:
     policy = narrow(policy_of("openvla"), channels)
-    wide, _ = filled(policy, group)
-    back = unfilled(wide, policy.towers)
+    wide, _ = pad_policy(policy, group)
+    back = unpad_policy(wide, policy.towers)
     given, found = policy.state_dict(), back.state_dict()
     assert given.keys() == found.keys()
     assert all(torch.equal(given[name], found[name]) for name in given)
     with torch.no_grad():
         wide.get_parameter("decoder.layers.0.mlp.down.weight")[0, -1] = 1.0
-    assert unfilled(wide, policy.towers) is wide
+    assert unpad_policy(wide, policy.towers) is wide

@@ -195,13 +195,13 @@ def test_no_action_comes_of_logits_that_are_none() -> None:
     assert action.tokens is not None
     logits = torch.zeros(2, action.horizon, action.dim, action.tokens.rows)
     logits[0, 0, 2, 5], logits[1, 0, 4, 7] = NAN, INF
-    actions = decode.of_logits(logits, action).actions
+    actions = decode.outputs_from_logits(logits, action).actions
     assert [actions[0, 0].isnan().nonzero().flatten().tolist(), actions[1, 0].isnan().nonzero().flatten().tolist()] == [
         [2],
         [4],
     ]
     with pytest.raises(UserError, match="finite logits of the policy"):
-        decode.check_sound(logits, "logits")
+        decode.check_finite_outputs(logits, "logits")
 
     def run(graph: str, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"logits": logits.numpy()}

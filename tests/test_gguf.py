@@ -72,7 +72,7 @@ def random_decoder(tower: TowerSpec) -> tuple[Decoder, Weights]:
 
 def in_torch(decoder: Decoder, x: np.ndarray, causal: bool) -> np.ndarray:
     with torch.inference_mode():
-        hidden = decoder(torch.from_numpy(x)[None], causal_mask(len(x)) if causal else None)
+        hidden, _ = decoder(torch.from_numpy(x)[None], causal_mask(len(x)) if causal else None)
     return np.asarray(hidden[0])
 
 

@@ -100,7 +100,7 @@ def whole_decoder(tower: TowerSpec, **options: Any) -> Callable[..., dict[str, s
 def test_decoder_without_a_past(tower: TowerSpec, causal: bool, keep: int | None) -> None:
     module, x = Wrapped(decoder=Decoder(tower)), random(1, 7, WIDTH)
     with torch.no_grad():
-        y, present = module.decoder.cached(x, causal_mask(7) if causal else None)
+        y, present = module.decoder(x, causal_mask(7) if causal else None)
     found = run(module, {"x": x}, whole_decoder(tower, causal=causal, keep=keep))
     torch.testing.assert_close(found["y"], y[:, -keep:] if keep else y, **CLOSE)
     for i, (key, value) in enumerate(present):
@@ -113,8 +113,8 @@ def test_decoder_goes_on_from_a_past(length: int) -> None:
     """All at once is the past, then the rest: the graph does the second part, with an empty past too."""
     module, x = Wrapped(decoder=Decoder(GEMMA)), random(1, 9, WIDTH)
     with torch.no_grad():
-        expected, whole = module.decoder.cached(x, causal_mask(9))
-        _, past = module.decoder.cached(x[:, :length], causal_mask(length))
+        expected, whole = module.decoder(x, causal_mask(9))
+        _, past = module.decoder(x[:, :length], causal_mask(length))
     given = {"x": x[:, length:]}
     for i, (key, value) in enumerate(past):
         given |= {f"past.{i}.key": key, f"past.{i}.value": value}
@@ -127,7 +127,7 @@ def test_a_half_block_at_the_end_gives_keys_and_values_only() -> None:
     tower = replace(LLAMA, layers=(*SHARED[:2], replace(SHARED[2], kind="half")))
     module, x = Wrapped(decoder=Decoder(tower)), random(1, 6, WIDTH)
     with torch.no_grad():
-        _, present = module.decoder.cached(x)
+        _, present = module.decoder(x)
     found = run(module, {"x": x}, whole_decoder(tower))
     assert "y" not in found
     torch.testing.assert_close(found["present.2.key"], present[2][0], **CLOSE)
@@ -151,7 +151,7 @@ def test_an_expert_attends_to_the_prefix_and_crosses_to_it(kind: str) -> None:
     allowed = torch.cat([torch.zeros(length, seen), causal_mask(length)], 1)
     with torch.no_grad():
         positions = torch.arange(seen, seen + length)
-        expected = module.decoder(x, allowed, positions, past, None if kind == "rms" else condition)
+        expected, _ = module.decoder(x, allowed, positions, past, None if kind == "rms" else condition)
 
     def define(b: Builder, x: str, condition: str | None = None, **keys: str) -> dict[str, str]:
         places = blocks.positions(b, b.size(keys["key.0"], 2), b.size(x, 1))

@@ -16,7 +16,7 @@ from rlrc.compressor.cli import next_commands
 from rlrc.compressor.cli.compress import runner
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune import cost
-from rlrc.compressor.prune.prune import PruneConfig, lines, prune
+from rlrc.compressor.prune.prune import PruneConfig, format_report, prune
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.stages.prune import run_prune
@@ -126,7 +126,7 @@ def test_alignment_is_named_and_a_finer_one_that_comes_nearer(pupil: TinyPolicy)
     assert wish["reasons"] == ("widths stay multiples of 32",)
     assert wish["nearer"]["align"] == 16  # 48 channels
     assert wish["nearer"]["got"] == pytest.approx(0.5, abs=0.005)
-    first = lines(report)[0]
+    first = format_report(report)[0]
     assert first.startswith(f"asked for 50.0% of the decoder's intermediate blocks, got {wish['got']:.1%}: widths stay")
     assert "--align 16 gives 49" in first or "--align 16 gives 50" in first
     again = prune(policy_of(LayerSpec(4, 4, 32, 96), pupil), PruneConfig(0.5, "magnitude", align=16))[1]
@@ -143,19 +143,21 @@ def test_heads_that_go_whole_and_those_that_stay_are_named(pupil: TinyPolicy) ->
 
 def test_what_was_met_is_not_explained(pupil: TinyPolicy) -> None:
     _, report = prune(pupil, PruneConfig(0.5, "magnitude"))
-    assert [line for line in lines(report) if line.startswith("asked")] == []
+    assert [line for line in format_report(report) if line.startswith("asked")] == []
     assert report["asked"][0]["reasons"] == ()
 
 
 def test_targets_and_whole_blocks_say_what_they_came_to(pupil: TinyPolicy) -> None:
     bytes_ = cost.weight_bytes(pupil) * 3 // 4
     _, report = prune(pupil, PruneConfig(score="magnitude", to_bytes=f"{bytes_}"))
-    assert lines(report)[0] == f"asked for at most {bytes_:,} bytes, got {report['bytes']['int4']:,}"
+    assert format_report(report)[0] == f"asked for at most {bytes_:,} bytes, got {report['bytes']['int4']:,}"
     _, report = prune(pupil, PruneConfig(0.3, "magnitude", scope="whole"))
     (wish,) = report["asked"]
     assert (wish["what"], wish["asked"], wish["got"]) == ("whole policy", 0.3, report["whole"])
     _, report = prune(pupil, PruneConfig(0.4, "magnitude", kind="depth"))  # one of two blocks
-    assert lines(report)[0] == "asked for 40.0% of the decoder's intermediate blocks, got 50.0%: blocks go whole"
+    assert (
+        format_report(report)[0] == "asked for 40.0% of the decoder's intermediate blocks, got 50.0%: blocks go whole"
+    )
     _, report = prune(pupil, PruneConfig(score="magnitude", kind="depth", drop=1))
     assert report["asked"] == []
 
@@ -181,7 +183,7 @@ def test_lossless_takes_no_settings_in_silence(settings: dict[str, Any], named: 
     ("options", "line"),
     [
         (["--ratio", "1.5"], "expected prune.ratio between 0 and 1 (excluded), found 1.5; run rlrc prune --help"),
-        (["--lossless", "--ratio", "0.5"], "expected prune.lossless alone, found ratio with it, which it has no use"),
+        (["--lossless", "--ratio", "0.5"], "expected prune.lossless alone, found ratio with it; leave lossless out"),
     ],
 )
 def test_what_a_configuration_refuses_is_said_as_it_stands(

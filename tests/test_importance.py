@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import LayerSpec, TowerSpec
-from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.tiny import TinyPolicy
-from rlrc.compressor.prune.importance import Scores, scores
+from rlrc.compressor.prune.importance import Scores, score_parts
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.training.losses import SMOOTHING, smoothed_cross_entropy
@@ -41,7 +41,7 @@ def batches(policy: TinyPolicy, number: int = 40) -> SampleBatches:
 
 
 def summed(group: Group, importance: dict[str, Any]) -> list[float]:
-    return sum(group.sums(layer, torch.tensor(importance[layer]).float()) for layer in group.layers).tolist()
+    return sum(group.sum_parts(layer, torch.tensor(importance[layer]).float()) for layer in group.layers).tolist()
 
 
 def test_sums_by_hand() -> None:
@@ -56,19 +56,23 @@ def test_sums_by_hand() -> None:
         "b.layers.0.mlp.down": [[2, 0]],  # 2, 0
     }
     names = {f"{name}.weight" for name in importance}
-    heads, channels = groups({"b": TowerSpec(1, (LayerSpec(2, 2, 2, 2),))}, "b", 0, names)
+    heads, channels = find_groups({"b": TowerSpec(1, (LayerSpec(2, 2, 2, 2),))}, "b", 0, names)
     assert summed(heads, importance) == [8, 18]
     assert summed(channels, importance) == [3, 5]
-    shared, _ = groups({"b": TowerSpec(1, (LayerSpec(2, 1, 2, 2),))}, "b", 0, names)  # one key head of both: not theirs
+    shared, _ = find_groups(
+        {"b": TowerSpec(1, (LayerSpec(2, 1, 2, 2),))}, "b", 0, names
+    )  # one key head of both: not theirs
     assert summed(shared, importance) == [7, 13]
-    _, plain = groups({"b": TowerSpec(1, (LayerSpec(2, 2, 2, 2),))}, "b", 0, names - {"b.layers.0.mlp.gate.weight"})
+    _, plain = find_groups(
+        {"b": TowerSpec(1, (LayerSpec(2, 2, 2, 2),))}, "b", 0, names - {"b.layers.0.mlp.gate.weight"}
+    )
     assert summed(plain, importance) == [2, 3]
 
 
 def test_sums_of_a_fused_layer_by_hand() -> None:
     """q, k and v of two heads of two dimensions in one layer: rows 0, 1 of each third are head 0."""
     vision = {"vision": TowerSpec(1, (LayerSpec(2, 2, 2, 1),))}
-    heads, _ = groups(vision, "vision", 0, {"vision.layers.0.attention.qkv.weight"})
+    heads, _ = find_groups(vision, "vision", 0, {"vision.layers.0.attention.qkv.weight"})
     fused = {heads.rows[0]: [[1], [2], [10], [20], [3], [4], [30], [40], [5], [6], [50], [60]]}
     assert summed(heads, fused | {heads.columns[0]: [[100, 100, 0, 0]]}) == [221, 210]
     assert heads.indices(torch.tensor([1]), fused=3).tolist() == [2, 3, 6, 7, 10, 11]
@@ -76,7 +80,7 @@ def test_sums_of_a_fused_layer_by_hand() -> None:
 
 
 def test_magnitude_is_the_sum_of_absolute_weights(pupil: TinyPolicy) -> None:
-    found = scores(pupil, "decoder", INNER, PruneConfig(score="magnitude"))
+    found = score_parts(pupil, "decoder", INNER, PruneConfig(score="magnitude"))
     mlp = pupil.decoder.blocks()[2].mlp
     expected = mlp.gate.weight.abs().sum(1) + mlp.up.weight.abs().sum(1) + mlp.down.weight.abs().sum(0)
     torch.testing.assert_close(found[2].channels, expected.detach())
@@ -85,7 +89,7 @@ def test_magnitude_is_the_sum_of_absolute_weights(pupil: TinyPolicy) -> None:
 
 
 def test_taylor_is_the_mean_over_batches_of_weight_times_gradient(pupil: TinyPolicy) -> None:
-    found = scores(pupil, "decoder", INNER, PruneConfig(batches=3), batches(pupil))
+    found = score_parts(pupil, "decoder", INNER, PruneConfig(batches=3), batches(pupil))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pupil.parameters())
 
     same, heads, channels = batches(pupil), torch.zeros(4), torch.zeros(128)
@@ -109,14 +113,14 @@ def test_taylor_is_the_mean_over_batches_of_weight_times_gradient(pupil: TinyPol
 
 
 def test_no_more_than_one_gradient_exists_at_a_time(pupil: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive, sums = list[int](), Group.sums
+    alive, sums = list[int](), Group.sum_parts
 
     def counted(group: Group, layer: str, importance: Tensor) -> Tensor:
         alive.append(sum(parameter.grad is not None for parameter in pupil.parameters()))
         return sums(group, layer, importance)
 
-    monkeypatch.setattr(Group, "sums", counted)
-    scores(pupil, "decoder", INNER, PruneConfig(batches=2), batches(pupil))
+    monkeypatch.setattr(Group, "sum_parts", counted)
+    score_parts(pupil, "decoder", INNER, PruneConfig(batches=2), batches(pupil))
     assert alive == [1] * 2 * 2 * 7  # batches, blocks, layers
 
 
@@ -127,7 +131,7 @@ def test_a_silent_head_and_a_silent_channel_go_first(pupil: TinyPolicy) -> None:
     block.attention.v.weight.data[64:96] = 0
     block.mlp.down.weight.data[:, 17] = 0
     block.mlp.up.weight.data[17] = 0
-    found = scores(pupil, "decoder", INNER, PruneConfig(batches=1), batches(pupil))
+    found = score_parts(pupil, "decoder", INNER, PruneConfig(batches=1), batches(pupil))
     assert found[1].heads.argmin() == 2
     assert found[1].heads[2] == 0
     assert found[1].channels.argmin() == 17
@@ -135,7 +139,7 @@ def test_a_silent_head_and_a_silent_channel_go_first(pupil: TinyPolicy) -> None:
 
 
 def test_wanda_is_the_weight_times_the_norm_of_its_input(pupil: TinyPolicy) -> None:
-    found = scores(pupil, "decoder", INNER, PruneConfig(score="wanda", batches=2), batches(pupil))
+    found = score_parts(pupil, "decoder", INNER, PruneConfig(score="wanda", batches=2), batches(pupil))
     block, seen = pupil.decoder.blocks()[2], {name: list[Tensor]() for name in ("gate", "down")}
     hooks = [
         getattr(block.mlp, name).register_forward_hook(lambda m, x, y, name=name: seen[name].append(x[0].flatten(0, 1)))
@@ -157,9 +161,9 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(pupil: TinyPolicy) -> N
 
 def test_kept_parts_stay_in_their_order() -> None:
     values = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.95, 0.2])
-    assert Group((), (), 6).best(values, 3).tolist() == [1, 3, 4]
-    assert Group((), (), 6, bundles=3).best(values, 3).tolist() == [1, 3, 4]  # one of each pair
-    assert Group((), (), 6, bundles=2).best(values, 4).tolist() == [1, 2, 3, 4]  # two of three
+    assert Group((), (), 6).select_best(values, 3).tolist() == [1, 3, 4]
+    assert Group((), (), 6, kv_groups=3).select_best(values, 3).tolist() == [1, 3, 4]  # one of each pair
+    assert Group((), (), 6, kv_groups=2).select_best(values, 4).tolist() == [1, 2, 3, 4]  # two of three
 
 
 def test_random_control_is_reproducible_by_seed(pupil: TinyPolicy) -> None:
@@ -168,7 +172,7 @@ def test_random_control_is_reproducible_by_seed(pupil: TinyPolicy) -> None:
 
     before = torch.get_rng_state()
     first, again, other = (
-        flat(scores(pupil, "decoder", INNER, PruneConfig(score="random", seed=seed))) for seed in (3, 3, 4)
+        flat(score_parts(pupil, "decoder", INNER, PruneConfig(score="random", seed=seed))) for seed in (3, 3, 4)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -181,7 +185,7 @@ from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.stages import reference
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.training.batches import Batch
-from rlrc.compressor.prune.importance import scores
+from rlrc.compressor.prune.importance import score_parts
 from rlrc.compressor.models.policy import Inputs
 from rlrc.compressor.prune.prune import PruneConfig
 
@@ -203,11 +207,11 @@ def policy(layers, width):
     return made
 
 config = PruneConfig(batches=2, batch=2)
-scores(policy((LayerSpec(2, 2, 32, 64),) * 3, 64), "decoder", range(1, 2), config, Random())  # what torch itself takes
+score_parts(policy((LayerSpec(2, 2, 32, 64),) * 3, 64), "decoder", range(1, 2), config, Random())  # torch's own memory
 start = peak()
 made = policy((LayerSpec(32, 4, 64, 5632),) * 22, 2048)  # TinyLlama's
 weights = sum(parameter.nbytes for parameter in made.decoder.parameters())
-found = scores(made, "decoder", range(1, 21), config, Random())
+found = score_parts(made, "decoder", range(1, 21), config, Random())
 assert all((score.channels > 0).all() for score in found[1:21])
 print(weights, peak() - start)
 """

@@ -256,14 +256,14 @@ def test_pruned_shapes_are_those_of_rlrc_prune() -> None:
     """The bytes that are suggested, against what the compressor counts for the shape that this ratio leaves."""
     pytest.importorskip("torch")
     from rlrc.compressor.prune import cost
-    from rlrc.compressor.prune.allocation import PruneScope, uniform
+    from rlrc.compressor.prune.allocation import PruneScope, allocate_uniformly
 
     known = geometries.geometry("openvla-7b")
-    dense = cost.shape_of(known.policy, known.towers)
+    dense = cost.build_on_meta(known.policy, known.towers)
     place = PruneScope(dense, "decoder", range(1, 31), 32)
     cut = prune(setting("openvla-7b", "int4", "orin-nano-8gb"), 0.7)
     ours = memory_model.predict(cut.work, cut.precision, cut.device, 1).weights
-    theirs = cost.weight_bytes(cost.shape_of(known.policy, uniform(place)(0.7)))
+    theirs = cost.weight_bytes(cost.build_on_meta(known.policy, allocate_uniformly(place)(0.7)))
     assert ours == pytest.approx(theirs, rel=0.01)
 
 

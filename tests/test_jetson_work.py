@@ -101,11 +101,11 @@ def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
     policy = reader.build(layout).eval()
     load = Load(prompt_tokens=cost.PROMPT) if layout.spec.prompt else Load()  # the cost model's has no state in it
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        cost.decision(policy)
+        cost.decision_cost(policy)
     counted = counter.get_total_flops()
     parts = work(layout.spec, layout.towers, load).parts
     products = {part.name: part.times * sum(op.flops for op in part.ops if op.side) for part in parts}
-    # cost.decision runs a decode or flow step once and multiplies; so the counter sees it once.
+    # cost.decision_cost runs a decode or flow step once and multiplies; so the counter sees it once.
     once = {part.name: products[part.name] / part.times for part in parts}
     assert sum(once.values()) == pytest.approx(counted, rel=0.03)
 

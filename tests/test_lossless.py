@@ -19,8 +19,8 @@ from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hi
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.tensors import of_shapes
-from rlrc.compressor.prune.lossless import Cut, lines, lossless, never_read, outside
+from rlrc.compressor.models.tensors import tensors_from_shapes
+from rlrc.compressor.prune.lossless import Cut, count_outside, cut_lossless, format_report, list_unread
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.runtime.cli import main
 from rlrc.runtime.inference.preprocess import normalise, pictures
@@ -35,7 +35,7 @@ def golden(name: str) -> tuple[PolicyModule, tuple[Cut, ...]]:
     hints = read_hints(DATA / name / "golden.json")
     key = json.loads((DATA / name / "golden.json").read_text())["observations"][0].get("unnorm_key")
     policy, layout = read(folder, ReadOptions(hints=hints, unnorm_key=key))
-    return policy, tuple(never_read(folder.tensors, layout.unused))
+    return policy, tuple(list_unread(folder.tensors, layout.unused))
 
 
 def observations(name: str, policy: PolicyModule) -> list[Inputs]:
@@ -68,7 +68,7 @@ def observations(name: str, policy: PolicyModule) -> list[Inputs]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_actions(name: str) -> None:
     policy, unread = golden(name)
-    cut, report = lossless(policy, unread)
+    cut, report = cut_lossless(policy, unread)
     action = cut.spec.action
     for i, inputs in enumerate(observations(name, policy)):
         with torch.no_grad():
@@ -80,7 +80,7 @@ def test_same_actions(name: str) -> None:
             assert after.logits is not None
             assert after.logits.shape[-1] == 256
             assert torch.allclose(before.logits[..., 31744:32000], after.logits, atol=1e-6, rtol=1e-5)
-            assert outside(before.tokens.numpy(), action) == 0
+            assert count_outside(before.tokens.numpy(), action) == 0
         else:
             assert (before.actions - after.actions).abs().max() <= 1e-6
         with np.load(DATA / name / "golden.npz") as arrays:  # and they are the reference's
@@ -98,12 +98,12 @@ def test_same_actions(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_cut_policy_is_rebuilt_from_its_manifest_and_cut_no_further(name: str) -> None:
-    cut, _ = lossless(golden(name)[0])
+    cut, _ = cut_lossless(golden(name)[0])
     manifest = Manifest(cut.spec, cut.towers, 1, "float32")
     manifest = artifacts.from_json(json.loads(json.dumps(artifacts.to_json(manifest))))
     again = build(manifest.policy, manifest.towers)
     again.load_state_dict(cut.state_dict())
-    twice, report = lossless(again)
+    twice, report = cut_lossless(again)
     assert report["cuts"] == []
     assert {k: v.shape for k, v in twice.state_dict().items()} == {k: v.shape for k, v in cut.state_dict().items()}
 
@@ -114,7 +114,7 @@ def test_the_whole_file_is_accounted_for() -> None:
         folder = open_folder(DATA / name / "checkpoint")
         stored = sum(folder.tensors.meta(tensor).numel() for tensor in folder.tensors)
         policy, unread = golden(name)
-        assert lossless(policy, unread)[1]["parameters"]["before"] == stored
+        assert cut_lossless(policy, unread)[1]["parameters"]["before"] == stored
 
 
 # By hand, in bfloat16 but for tables, which are computed in float32.
@@ -150,7 +150,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_counts_by_hand(name: str) -> None:
-    report = lossless(*golden(name))[1]
+    report = cut_lossless(*golden(name))[1]
     found = {cut["what"]: (cut["parameters"], cut["bytes"]) for cut in report["cuts"]}
     for what, count in COUNTS[name].items():
         assert found[what] == count
@@ -162,7 +162,7 @@ def test_float32_weights_keep_their_four_bytes() -> None:
     policy, _ = golden("openvla")
     wide = build(policy.spec, policy.towers)
     wide.load_state_dict({name: tensor + 1e-4 for name, tensor in policy.state_dict().items()})
-    (cut,) = lossless(wide)[1]["cuts"]
+    (cut,) = cut_lossless(wide)[1]["cuts"]
     assert cut["bytes"] == 31808 * 16 * 4
 
 
@@ -178,10 +178,10 @@ def test_only_where_another_token_wins_is_the_action_another() -> None:
         fits = ((rows @ first.T).amax(1) < 0) & ((rows @ second.T).amax(1) > 0)
         changed.head.weight[5] = 1e4 * rows[fits][0]  # type: ignore[union-attr, index]
         before = [changed.act(inputs) for inputs in both]
-        after = [lossless(changed)[0].act(inputs) for inputs in both]
+        after = [cut_lossless(changed)[0].act(inputs) for inputs in both]
     tokens = np.concatenate([output.tokens.numpy() for output in before if output.tokens is not None])
-    assert outside(tokens[:1], changed.spec.action) == 0
-    assert outside(tokens, changed.spec.action) == 1
+    assert count_outside(tokens[:1], changed.spec.action) == 0
+    assert count_outside(tokens, changed.spec.action) == 1
     assert torch.equal(before[0].actions, after[0].actions)
     others = torch.from_numpy(tokens[1:] == 5)
     assert torch.equal(before[1].actions[~others], after[1].actions[~others])
@@ -194,14 +194,16 @@ def test_outside_counts_observations() -> None:
     tokens[1, 0, 6] = 31743  # one below the first action token
     tokens[2, 0, :] = 32000  # one above the last
     tokens[3, 0, 0], tokens[3, 0, 1] = 31744, 31999
-    assert outside(tokens, action) == 2
-    assert outside(tokens, replace(action, tokens=None)) == 0
+    assert count_outside(tokens, action) == 2
+    assert count_outside(tokens, replace(action, tokens=None)) == 0
 
 
 def test_never_read_names_whole_modules() -> None:
-    stored = of_shapes("here", {"a.b.x.weight": (2, 3), "a.b.x.bias": (2,), "a.b.y.weight": (5,), "a.c.weight": (7,)})
-    assert never_read(stored, ["a.b.x.weight", "a.b.x.bias", "a.b.y.weight"]) == [Cut("a.b, never read", 13, 26)]
-    assert never_read(stored, ["a.b.x.bias", "a.c.weight"]) == [
+    stored = tensors_from_shapes(
+        "here", {"a.b.x.weight": (2, 3), "a.b.x.bias": (2,), "a.b.y.weight": (5,), "a.c.weight": (7,)}
+    )
+    assert list_unread(stored, ["a.b.x.weight", "a.b.x.bias", "a.b.y.weight"]) == [Cut("a.b, never read", 13, 26)]
+    assert list_unread(stored, ["a.b.x.bias", "a.c.weight"]) == [
         Cut("a.b.x.bias, never read", 2, 4),
         Cut("a.c, never read", 7, 14),
     ]
@@ -214,11 +216,11 @@ def test_the_report_on_screen() -> None:
         "bytes": {"before": 20_000, "after": 17_400},
         "outside": {"observations": 4, "changed": 1},
     }
-    assert lines(report) == [
+    assert format_report(report) == [
         "a.b, never read: 1,300 parameters, 2,600 bytes",
         "10,000 parameters -> 8,700, 20,000 bytes -> 17,400 (13.0% less)",
-        "the likeliest token of the whole vocabulary was no action token in 1 of 4 golden observations: only there may "
-        "the action be another",
+        "the likeliest token of the whole vocabulary was no action token in 1 of 4 golden observations: only there the "
+        "action may differ",
     ]
 
 
@@ -237,7 +239,7 @@ def test_prune_lossless_writes_an_artifact_with_the_same_actions(
     cut = artifacts.load(tmp_path / "cut")
     policy, unread = golden(name)
     report = cut.manifest.history[-1].after["lossless"]
-    expected = lossless(policy, unread)[1]
+    expected = cut_lossless(policy, unread)[1]
     assert {key: report[key] for key in expected} == expected
     assert report.get("outside") == ({"observations": 4, "changed": 0} if name == "openvla" else None)
     stored = load_file(cut.file("weights/model.safetensors"))
@@ -272,6 +274,6 @@ def test_real_dimensions(name: str, left: int) -> None:
     layout = reader.layout(folder, options)
     files = reader.sources(folder, layout).values()
     stored = sum(tensors.meta(tensor).numel() for tensors in files for tensor in tensors)
-    unread = never_read(folder.tensors, layout.unused)
-    report = lossless(reader.build(layout), unread)[1]
+    unread = list_unread(folder.tensors, layout.unused)
+    report = cut_lossless(reader.build(layout), unread)[1]
     assert report["parameters"] == {"before": stored, "after": left}

@@ -62,8 +62,8 @@ def test_decoder_is_transformers_llama(kv_heads: int) -> None:
     x = torch.randn(2, 9, 32)
     with torch.no_grad():
         expected = reference(inputs_embeds=x, use_cache=False).last_hidden_state  # causal, as Llama always is
-        torch.testing.assert_close(decoder(x, causal_mask(9)), expected, atol=1e-5, rtol=1e-5)
-        assert (decoder(x) - expected).abs().max() > 0.01  # without a mask it sees both ways
+        torch.testing.assert_close(decoder(x, causal_mask(9))[0], expected, atol=1e-5, rtol=1e-5)
+        assert (decoder(x)[0] - expected).abs().max() > 0.01  # without a mask it sees both ways
 
 
 def test_causal_mask_hides_the_future_and_no_mask_hides_nothing() -> None:
@@ -73,8 +73,8 @@ def test_causal_mask_hides_the_future_and_no_mask_hides_nothing() -> None:
     changed = x.clone()
     changed[:, 4] += 1
     with torch.no_grad():
-        masked = decoder(changed, causal_mask(6)) - decoder(x, causal_mask(6))
-        free = decoder(changed) - decoder(x)
+        masked = decoder(changed, causal_mask(6))[0] - decoder(x, causal_mask(6))[0]
+        free = decoder(changed)[0] - decoder(x)[0]
     assert masked[:, :4].abs().max() == 0
     assert masked[:, 4:].abs().amax((0, 2)).min() > 1e-4
     assert free.abs().amax((0, 2)).min() > 1e-4

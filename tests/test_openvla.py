@@ -106,7 +106,7 @@ def test_openvla_golden(goldens: dict[str, Golden], n: int) -> None:
     assert ids is not None
     words, length = policy.embedding(ids), arrays[f"obs{n}.prefix_hidden"].shape[1]
     prefix = torch.cat([words[:, :1], decode.encode_images(policy, inputs), words[:, 1:]], 1)
-    close(policy.decoder(prefix, torch.full((length, length), -torch.inf).triu(1)), arrays[f"obs{n}.prefix_hidden"])
+    close(policy.decoder(prefix, torch.full((length, length), -torch.inf).triu(1))[0], arrays[f"obs{n}.prefix_hidden"])
     outputs = policy.act(inputs)
     assert outputs.logits is not None
     assert outputs.tokens is not None
@@ -126,7 +126,7 @@ def test_oft_golden(goldens: dict[str, Golden], name: str, n: int) -> None:
     seen = decode.encode_images(policy, inputs)
     sequence = policy.sequence(seen, ids, inputs.state)
     close(sequence, arrays[f"obs{n}.merged_embeds"])
-    close(policy.decoder(sequence), arrays[f"obs{n}.hidden"])
+    close(policy.decoder(sequence)[0], arrays[f"obs{n}.hidden"])
     close(policy.hidden(seen, ids, None, inputs.state), arrays[f"obs{n}.action_hidden"])
     outputs = policy.act(inputs)
     if outputs.tokens is None:
@@ -147,7 +147,7 @@ def test_every_token_is_a_bin(goldens: dict[str, Golden], name: str) -> None:
     ones = replace(action, norm=NormStats((0.0,), (1.0,)), names=("x",))
     np.testing.assert_allclose(actions_of(ids[:, None], ones)[:, 0], expected, atol=4e-8, rtol=0)
     logits = F.one_hot(torch.from_numpy(ids.clip(0, action.tokens.rows - 1)), action.tokens.rows)
-    outputs = decode.of_logits(logits[:, None, None], action)
+    outputs = decode.outputs_from_logits(logits[:, None, None], action)
     np.testing.assert_allclose(outputs.actions[:, 0, 0].numpy(), expected, atol=4e-8, rtol=0)
 
 

@@ -39,14 +39,14 @@ torch.set_num_threads(1)
 began = time.perf_counter()
 with precision.autocast("cpu"):
     product = torch.ones(4, 8) @ torch.ones(8, 4)
-print(json.dumps([str(product.dtype), precision.quicker_of_weights(), time.perf_counter() - began]))
+print(json.dumps([str(product.dtype), precision.pick_for_inference(), time.perf_counter() - began]))
 """
 
 
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[None]:
     """The choice of this process, as the tests found it."""
-    before = precision.used()
+    before = precision.current()
     yield
     precision.use(before)
 
@@ -74,7 +74,7 @@ def test_the_quicker_type_is_chosen_by_a_tenth_at_least() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(precision, "thread_time", lambda: clock[0])
-            return precision._quicker([product, product]), len(calls)
+            return precision._pick([product, product]), len(calls)
 
     assert chosen(1.0, 0.5) == ("bfloat16", 4 * precision.ROUNDS)
     assert chosen(1.0, 0.95) == ("float32", 4 * precision.ROUNDS)
@@ -96,7 +96,7 @@ def test_the_history_says_what_products_were_computed_in(tiny_artifact: Path, tm
         options = StageOptions(evaluate=0, workers=1, threads=1, precision=wanted)  # type: ignore[arg-type]
         prune.run_prune(tiny_artifact, tmp_path / wanted, PruneConfig(0.5, "magnitude"), options)
         entry = artifacts.load(tmp_path / wanted).manifest.history[-1]
-        assert entry.precision["cpu"] == (precision.quicker("cpu") if wanted == "auto" else wanted)
+        assert entry.precision["cpu"] == (precision.pick_for_training("cpu") if wanted == "auto" else wanted)
 
 
 def test_a_run_that_goes_on_keeps_its_precision(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_run_that_goes_on_keeps_its_precision(tmp_path: Path) -> None:
     precision.use({"cpu": "bfloat16"})
     for wanted in ("auto", "float32"):
         RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), wanted)  # type: ignore[arg-type]
-        assert precision.used()["cpu"] == "float32"
+        assert precision.current()["cpu"] == "float32"
     with pytest.raises(UserError, match=r"expected --precision float32, which the run in .*run began with, found bf"):
         RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), "bfloat16")
 

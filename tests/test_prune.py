@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.tiny import TinyPolicy
-from rlrc.compressor.prune.importance import Scores, scores
-from rlrc.compressor.prune.prune import PruneConfig, check, lines, narrowed, prune, warn
+from rlrc.compressor.prune.importance import Scores, score_parts
+from rlrc.compressor.prune.prune import PruneConfig, check, format_report, prune, prune_width, warn
 from rlrc.errors import UserError
 
 
@@ -48,7 +48,7 @@ def test_pruned_equals_masked(pupil: TinyPolicy, ratio: float) -> None:
     lively(pupil)
     before = copy.deepcopy(pupil.state_dict())
     pruned, _ = prune(pupil, config)
-    found = scores(pupil, "decoder", range(1, 3), config)
+    found = score_parts(pupil, "decoder", range(1, 3), config)
     masked = copy.deepcopy(pupil)
     for i in (1, 2):
         layer, block = pruned.towers["decoder"].layers[i], masked.decoder.blocks()[i]
@@ -97,7 +97,7 @@ def test_heads_that_share_keys_go_evenly_and_the_keys_stay(pupil: TinyPolicy) ->
     found = [Scores(torch.tensor([1.0, 3, 2, 30, 10, 20]), torch.arange(64).float())] * 3
     cut = LayerSpec(2, 2, 32, 32)
     towers = policy.towers | {"decoder": replace(policy.towers["decoder"], layers=(shared, cut, shared))}
-    pruned = narrowed(policy, "decoder", towers, found)
+    pruned = prune_width(policy, "decoder", towers, found)
     before, after = (p.decoder.layers[1].attention for p in (policy, pruned))
     rows = torch.cat([torch.arange(32, 64), torch.arange(96, 128)])  # heads 1 and 3
     assert torch.equal(after.q.weight, before.q.weight[rows])
@@ -140,7 +140,7 @@ def test_report_by_hand(pupil: TinyPolicy) -> None:
     assert report["bytes"]["bf16"] == 2 * report["parameters"]
     assert report["dropped"] == {}
     assert 0.5 < report["time"] < 1
-    told = lines(report)
+    told = format_report(report)
     assert told[0].startswith("removed 74.8% of the decoder's intermediate blocks, 37.4% of the decoder, ")
     assert told[1] == "left: 4 blocks; heads 4, 1, 1, 4; channels 128, 32, 32, 128"
 

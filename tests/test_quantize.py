@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError, folder
 from rlrc.compressor.models import weights as models_weights
-from rlrc.compressor.quantize.grid import GROUP, GROUPS, dequantize, group_of, pack, quantize_groups, unpack
+from rlrc.compressor.quantize.grid import GROUP, GROUPS, decompress, fit_group, pack, quantize_groups, unpack
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
 from rlrc.errors import UserError
@@ -72,14 +72,14 @@ def test_one_group_by_hand() -> None:
 
 
 def test_a_narrow_tensor_has_the_largest_group_that_divides_it() -> None:
-    assert [group_of(inputs, 128) for inputs in (256, 192, 96, 160)] == [128, 64, 32, 32]
-    assert group_of(256, 32) == 32
+    assert [fit_group(inputs, 128) for inputs in (256, 192, 96, 160)] == [128, 64, 32, 32]
+    assert fit_group(256, 32) == 32
     tensors = {"wide.weight": weights(8, 256), "narrow.weight": weights(8, 96)}
     packed, spec, _ = quantize(tensors, QuantizeConfig(group=128))
     assert spec.group == 128
     assert packed["wide.weight.scale"].shape == (8, 2)
     assert packed["narrow.weight.scale"].shape == (8, 3)
-    restored = dequantize(packed, spec)
+    restored = decompress(packed, spec)
     for name, tensor in tensors.items():
         assert (restored[name] - tensor).norm() < 0.3 * tensor.norm()  # it has outliers
 
@@ -93,7 +93,7 @@ def test_integers_stay_on_the_grid() -> None:
 
 def error_of_groups(w: torch.Tensor, search: bool) -> torch.Tensor:
     packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig(search=search))
-    return (dequantize(packed, spec)["a.weight"] - w).unflatten(1, (-1, GROUP)).square().sum(-1)
+    return (decompress(packed, spec)["a.weight"] - w).unflatten(1, (-1, GROUP)).square().sum(-1)
 
 
 def test_search_is_never_worse() -> None:
@@ -117,7 +117,7 @@ def test_zeros_stay_zero() -> None:
     w[1], w[2, :32], w[3, 0] = 0.0, 0.0, 1e-9  # a row, a group, and a value far below the smallest scale
     w[3, 1:32] = 0.0
     packed, spec, _ = quantize({"a.weight": w}, QuantizeConfig())
-    integers, restored = unpack(packed["a.weight.q"]), dequantize(packed, spec)["a.weight"]
+    integers, restored = unpack(packed["a.weight.q"]), decompress(packed, spec)["a.weight"]
     assert restored.isfinite().all()
     assert integers[1].abs().max() == integers[2, :32].abs().max() == integers[3, :32].abs().max() == 0
     assert restored[1].abs().max() == restored[2, :32].abs().max() == restored[3, :32].abs().max() == 0
@@ -139,7 +139,7 @@ def test_only_linear_weights_of_whole_groups_are_quantized() -> None:
     assert packed["head.weight.q"].shape == (8, 32)
     assert packed["head.weight.q"].dtype == torch.uint8
     assert packed["head.weight.scale"].shape == (8, 2)
-    restored = dequantize(packed, spec)
+    restored = decompress(packed, spec)
     assert restored.keys() == tensors.keys()
     for name in tensors.keys() - {"head.weight"}:
         assert packed[name].dtype == torch.float16
@@ -152,7 +152,7 @@ def test_exempt_tensors_take_eight_bits() -> None:
     assert spec.tensors == {"a.weight": 4, "b.weight": 8}
     assert packed["b.weight.q"].shape == (24, 96)
     assert packed["b.weight.q"].dtype == torch.int8
-    restored = dequantize(packed, spec)["b.weight"]
+    restored = decompress(packed, spec)["b.weight"]
     # Rounding to nearest is off by half a step at most, and by the scale's own rounding (2^-11) of 127 steps.
     step = packed["b.weight.scale"].float().abs().repeat_interleave(32, 1)
     assert ((restored - tensors["b.weight"]).abs() <= step * (0.5 + 127 / 2**11)).all()

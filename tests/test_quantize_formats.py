@@ -20,7 +20,7 @@ from onnx import numpy_helper  # noqa: E402
 from families import flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, ArtifactError  # noqa: E402
-from rlrc.compressor.quantize.grid import dequantize, unpack  # noqa: E402
+from rlrc.compressor.quantize.grid import decompress, unpack  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
@@ -90,7 +90,7 @@ def test_integers_are_identical_in_safetensors_gguf_and_onnx(make: Make, kind: s
     spec = artifact.manifest.quantization
     assert spec is not None
     ours = in_safetensors(artifact)
-    meant = dequantize(artifact_io.read_tensors(artifact), spec)
+    meant = decompress(artifact_io.read_tensors(artifact), spec)
     types = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
 
     # GGUF: a file that gguf writes, and its own reader and arithmetic.

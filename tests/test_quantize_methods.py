@@ -15,13 +15,13 @@ from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.quantize import calibration
-from rlrc.compressor.quantize.action_error import replaced
-from rlrc.compressor.quantize.awq import ALPHAS, Fold, folded, folds, scaled, scales
-from rlrc.compressor.quantize.calibration import RowSample, linear_inputs
+from rlrc.compressor.quantize.action_error import swap_tensors
+from rlrc.compressor.quantize.awq import ALPHAS, Fold, compute_scales, find_folds, fold_scales, scale_channels
+from rlrc.compressor.quantize.calibration import RowSample, collect_inputs
 from rlrc.compressor.quantize.gptq import DAMPENING, gptq
-from rlrc.compressor.quantize.grid import dequantize, quantize_groups, values_of
-from rlrc.compressor.quantize.nf4 import LEVELS, nf4
-from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, quantize
+from rlrc.compressor.quantize.grid import decompress, dequantize_groups, quantize_groups
+from rlrc.compressor.quantize.nf4 import LEVELS, round_to_nf4
+from rlrc.compressor.quantize.quantize import QuantizeConfig, choose_bits, quantize
 
 FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
 
@@ -40,7 +40,7 @@ def act(policy: PolicyModule, inputs: list[Inputs]) -> list[Outputs]:
 def test_rows_are_what_the_layers_were_given(tiny_policy: Golden) -> None:
     policy, inputs = tiny_policy
     names = [f"decoder.layers.0.attention.{part}.weight" for part in "qkv"]
-    found = linear_inputs(policy, inputs, ["head.weight", "projector.weight", *names])
+    found = collect_inputs(policy, inputs, ["head.weight", "projector.weight", *names])
     with torch.inference_mode():
         hidden = [policy.hidden(policy.encode_image(one.pixels[0]), one.ids, one.state)[0] for one in inputs]
         seen = [merge_patches(policy.vision(one.pixels[0]), policy.merge).flatten(0, 2) for one in inputs]
@@ -66,7 +66,7 @@ class Eyes(nn.Module):
 
 def test_rows_of_a_patch_embedding(tiny_policy: Golden) -> None:
     eyes, pixels = Eyes(), torch.randn(2, 8, 12, 3, generator=torch.Generator().manual_seed(0))
-    rows = linear_inputs(eyes, [Inputs([pixels])], ["stem.steps.0.weight"])["stem.steps.0.weight"]  # type: ignore[arg-type]
+    rows = collect_inputs(eyes, [Inputs([pixels])], ["stem.steps.0.weight"])["stem.steps.0.weight"]  # type: ignore[arg-type]
     assert rows.shape == (2 * 2 * 3, 48)
     (step,) = eyes.stem.steps
     torch.testing.assert_close(step(rows), eyes.act(Inputs([pixels])).flatten(0, 2))
@@ -87,8 +87,8 @@ def test_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_quantized_layer_of_every_family_is_seen(name: str, official_policy: Official) -> None:
     policy, inputs = official_policy(name)
-    bits = chosen_bits(policy.state_dict(), QuantizeConfig())
-    assert linear_inputs(policy, inputs, bits).keys() == bits.keys()
+    bits = choose_bits(policy.state_dict(), QuantizeConfig())
+    assert collect_inputs(policy, inputs, bits).keys() == bits.keys()
 
 
 # GPTQ
@@ -124,7 +124,7 @@ def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("group", [32, 64])
 def test_error_feedback_is_the_least_squares_solution(group: int) -> None:
     weight, x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)), correlated(300, 128)
-    found = values_of(*gptq(weight, x, 4, search=True, group=group))
+    found = dequantize_groups(*gptq(weight, x, 4, search=True, group=group))
     np.testing.assert_allclose(found, brute_force(weight.double().numpy(), x.double().numpy(), group), atol=1e-5)
 
 
@@ -139,7 +139,9 @@ def test_nothing_is_fed_back_between_independent_inputs() -> None:
 def test_error_feedback_lowers_the_output_error(bits: int) -> None:
     weight, x = torch.randn(16, 128, generator=torch.Generator().manual_seed(3)), correlated(400, 128)
     unseen = correlated(100, 128, seed=5)
-    fed, nearest = (values_of(*pair) for pair in (gptq(weight, x, bits, True), quantize_groups(weight, bits, True)))
+    fed, nearest = (
+        dequantize_groups(*pair) for pair in (gptq(weight, x, bits, True), quantize_groups(weight, bits, True))
+    )
     assert ((fed - weight) @ unseen.T).norm() < 0.5 * ((nearest - weight) @ unseen.T).norm()
     integers, scale = gptq(weight, x, bits, True)
     assert (integers.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float16, (16, 4))
@@ -152,9 +154,9 @@ def test_error_feedback_lowers_the_output_error(bits: int) -> None:
 def test_scales_by_hand() -> None:
     """mean |x| is (4, 1, 16): at alpha 1/2 (2, 1, 4), and the geometric mean of largest and smallest becomes 1."""
     rows = torch.tensor([[4.0, -1.0, 16.0], [-4.0, 1.0, 16.0]])
-    torch.testing.assert_close(scales(Fold(("a",), "b"), rows, 0.5), torch.tensor([1.0, 0.5, 2.0]))
-    assert torch.equal(scales(Fold(("a",), "b"), rows, 0.0), torch.ones(3))
-    assert torch.equal(scales(Fold(("a",), "b"), torch.zeros(2, 3), 1.0), torch.ones(3))
+    torch.testing.assert_close(compute_scales(Fold(("a",), "b"), rows, 0.5), torch.tensor([1.0, 0.5, 2.0]))
+    assert torch.equal(compute_scales(Fold(("a",), "b"), rows, 0.0), torch.ones(3))
+    assert torch.equal(compute_scales(Fold(("a",), "b"), torch.zeros(2, 3), 1.0), torch.ones(3))
 
 
 def test_heads_that_share_a_value_share_its_scale() -> None:
@@ -172,26 +174,26 @@ def test_a_channel_that_matters_is_scaled_up() -> None:
     tensors = {"a.weight": torch.randn(64, 64, generator=generator), "norm.weight": torch.ones(64)}
     rows = torch.randn(256, 64, generator=generator)
     rows[:, 5] *= 100
-    fold, s = Fold(("a",), "norm"), scales(Fold(("a",), "norm"), rows, 0.5)
-    after = tensors | folded(tensors, fold, s)
+    fold, s = Fold(("a",), "norm"), compute_scales(Fold(("a",), "norm"), rows, 0.5)
+    after = tensors | fold_scales(tensors, fold, s)
     torch.testing.assert_close((rows * after["norm.weight"]) @ after["a.weight"].T, rows @ tensors["a.weight"].T)
-    rounded = values_of(*quantize_groups(after["a.weight"], 4, True)) / s
-    plain = values_of(*quantize_groups(tensors["a.weight"], 4, True))
+    rounded = dequantize_groups(*quantize_groups(after["a.weight"], 4, True)) / s
+    plain = dequantize_groups(*quantize_groups(tensors["a.weight"], 4, True))
     assert (rows @ (rounded - tensors["a.weight"]).T).norm() < 0.5 * (rows @ (plain - tensors["a.weight"]).T).norm()
 
 
 def check_equal(policy: PolicyModule, inputs: list[Inputs]) -> list[Fold]:
     """Random scales in every fold change no action."""
-    found, generator = folds(policy), torch.Generator().manual_seed(0)
+    found, generator = find_folds(policy), torch.Generator().manual_seed(0)
     tensors = dict(policy.state_dict())
     for fold in found:
         channels = tensors[f"{fold.linears[0]}.weight"].shape[1]
         s = torch.rand(channels // fold.shared, generator=generator) + 0.5
-        changed = folded(tensors, fold, s)
+        changed = fold_scales(tensors, fold, s)
         assert changed.keys() >= {f"{linear}.weight" for linear in (*fold.linears, fold.before)}
         tensors |= changed
     expected = act(policy, inputs)
-    with replaced(policy, tensors):
+    with swap_tensors(policy, tensors):
         again = act(policy, inputs)
     for one, other in zip(expected, again, strict=True):
         values = (one.actions, other.actions) if one.logits is None else (one.logits, other.logits)
@@ -237,22 +239,22 @@ def test_awq_lowers_the_output_error_where_channels_differ(tiny_policy: Golden) 
     with torch.no_grad():
         policy.state_dict()["decoder.layers.0.norm1.weight"][5] *= 200  # a channel that is most of the input
     plain = dict(policy.state_dict())
-    bits = chosen_bits(plain, QuantizeConfig())
-    equal, alphas = scaled(policy, plain, bits, linear_inputs(policy, inputs, bits), search=True)
+    bits = choose_bits(plain, QuantizeConfig())
+    equal, alphas = scale_channels(policy, plain, bits, collect_inputs(policy, inputs, bits), search=True)
     assert alphas["+".join(names)] > 0
     assert set(alphas.values()) <= set(ALPHAS)
 
     def output_error(tensors: dict[str, Tensor]) -> float:
-        with replaced(policy, tensors):
-            rows = linear_inputs(policy, inputs, bits)
+        with swap_tensors(policy, tensors):
+            rows = collect_inputs(policy, inputs, bits)
         weight = torch.cat([tensors[f"{name}.weight"] for name in names])
-        rounded = values_of(*quantize_groups(weight, 4, search=True))
+        rounded = dequantize_groups(*quantize_groups(weight, 4, search=True))
         return float((rows[f"{names[0]}.weight"] @ (rounded - weight).T).norm())
 
     assert output_error(equal) < 0.6 * output_error(plain)
     result = quantize(policy, QuantizeConfig(method="awq"), inputs)
-    expected = values_of(*quantize_groups(equal[f"{names[1]}.weight"], 4, search=True))
-    assert torch.equal(dequantize(result.tensors, result.spec)[f"{names[1]}.weight"], expected)
+    expected = dequantize_groups(*quantize_groups(equal[f"{names[1]}.weight"], 4, search=True))
+    assert torch.equal(decompress(result.tensors, result.spec)[f"{names[1]}.weight"], expected)
     assert torch.equal(result.tensors["decoder.layers.0.norm1.weight"], equal["decoder.layers.0.norm1.weight"].half())
 
 
@@ -267,10 +269,10 @@ def test_the_policy_is_left_as_it_is(tiny_policy: Golden) -> None:
 def test_gptq_is_what_the_artifact_holds(tiny_policy: Golden) -> None:
     policy, inputs = tiny_policy
     result = quantize(policy, QuantizeConfig(method="gptq"), inputs)
-    rows = linear_inputs(policy, inputs, result.spec.tensors)
-    stored = dequantize(result.tensors, result.spec)
+    rows = collect_inputs(policy, inputs, result.spec.tensors)
+    stored = decompress(result.tensors, result.spec)
     for name in ("head.weight", "decoder.layers.1.mlp.down.weight", "vision.layers.0.attention.qkv.weight"):
-        expected = values_of(*gptq(policy.state_dict()[name], rows[name], 4, True))
+        expected = dequantize_groups(*gptq(policy.state_dict()[name], rows[name], 4, True))
         assert torch.equal(stored[name], expected)
     assert result.report["unobserved"] == []
 
@@ -294,5 +296,5 @@ def test_nf4_is_the_nearest_level_of_every_group() -> None:
     largest = np.abs(groups).max(1)[:, None, None]
     levels = np.array(LEVELS) * largest
     expected = np.take_along_axis(levels[:, 0], np.abs(groups[..., None] - levels).argmin(-1), 1)
-    np.testing.assert_allclose(nf4(weight).numpy(), expected.reshape(6, 96), atol=1e-6)
-    assert nf4(torch.ones(1, 32)).tolist() == [[1.0] * 32]  # less than a group
+    np.testing.assert_allclose(round_to_nf4(weight).numpy(), expected.reshape(6, 96), atol=1e-6)
+    assert round_to_nf4(torch.ones(1, 32)).tolist() == [[1.0] * 32]  # less than a group

@@ -21,7 +21,13 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.sensitivity import Sensitivity
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.prune.sensitivity_report import KINDS, Measured, SensitivityReport, load, per_layer
+from rlrc.compressor.prune.sensitivity_report import (
+    KINDS,
+    SensitivityReport,
+    SensitivityRow,
+    errors_by_block,
+    load_report,
+)
 from rlrc.compressor.quantize.quantize import QuantizeConfig, dequantize, quantize
 from rlrc.compressor.stages import sensitivity as module
 from rlrc.compressor.stages.sensitivity import (
@@ -164,7 +170,7 @@ def test_every_family_and_nothing_is_left_changed(name: str, tmp_path: Path) -> 
     for tower in {"decoder", "expert", "encoder"} & set(policy.towers):
         whole = [i for i, layer in enumerate(policy.towers[tower].layers) if layer.kind != "half"]
         for kind in ("drop", "prune"):
-            assert list(per_layer(report, kind, tower)) == whole  # type: ignore[arg-type]
+            assert list(errors_by_block(report, kind, tower)) == whole  # type: ignore[arg-type]
     # Of flow policies what the prefix's last block adds is read by nobody; all else matters.
     silent = {f"{row.kind} {row.module}" for row in report.modules if row.error == 0}
     assert all(".layers." in row for row in silent)
@@ -215,20 +221,20 @@ def test_interrupted_measurement_goes_on(
 
 def test_report_file_round_trip_and_per_layer(tmp_path: Path) -> None:
     rows = (
-        Measured("decoder.layers.3", "prune", 0.5, 10),
-        Measured("decoder.layers.10", "prune", 0.25, 10),
-        Measured("decoder.layers.3.attention", "quantize", 0.125, 5),
-        Measured("decoder.layers.3.mlp", "quantize", 0.25, 5),
-        Measured("decoder2.layers.0.mlp", "quantize", 1.0, 5),
-        Measured("head", "quantize", 1.0, 5),
+        SensitivityRow("decoder.layers.3", "prune", 0.5, 10),
+        SensitivityRow("decoder.layers.10", "prune", 0.25, 10),
+        SensitivityRow("decoder.layers.3.attention", "quantize", 0.125, 5),
+        SensitivityRow("decoder.layers.3.mlp", "quantize", 0.25, 5),
+        SensitivityRow("decoder2.layers.0.mlp", "quantize", 1.0, 5),
+        SensitivityRow("head", "quantize", 1.0, 5),
     )
     report, file = SensitivityReport("sensitivity", "x", None, 0.5, 4, 8, rows), tmp_path / "s.json"
     file.write_text(json.dumps(strict.encode(report)))
-    assert load(file) == report
-    assert per_layer(report, "prune", "decoder") == {3: 0.5, 10: 0.25}
-    assert per_layer(report, "quantize", "decoder") == {3: 0.375}
+    assert load_report(file) == report
+    assert errors_by_block(report, "prune", "decoder") == {3: 0.5, 10: 0.25}
+    assert errors_by_block(report, "quantize", "decoder") == {3: 0.375}
     with pytest.raises(UserError, match=r"expected blocks of the decoder with the kind drop .* --kinds drop"):
-        per_layer(report, "drop", "decoder")
+        errors_by_block(report, "drop", "decoder")
     for text, message in (
         ("[]", "expected an object .* in .*s.json; make it again with rlrc sensitivity"),
         ("{", "expected JSON.* make it again with rlrc sensitivity"),
@@ -237,9 +243,9 @@ def test_report_file_round_trip_and_per_layer(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
-            load(file)
+            load_report(file)
     with pytest.raises(UserError, match=r"expected a sensitivity report at .*none\.json, found: No such file"):
-        load(tmp_path / "none.json")
+        load_report(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 1.0}, {"kinds": ()}, {"observations": 0}], ids=str)
@@ -263,7 +269,7 @@ def test_the_command_writes_and_draws(
     out, picture = tmp_path / "made" / "s.json", tmp_path / "s.svg"
     command = Sensitivity(tiny_artifact, out, picture, SensitivityConfig(observations=2), threads=1)
     command.run()
-    report = load(out)
+    report = load_report(out)
     assert {row.kind for row in report.modules} == set(KINDS)
     assert [path.name for path in out.parent.iterdir()] == ["s.json"]
     assert "OUT --allocation sensitivity --sensitivity" in capsys.readouterr().out

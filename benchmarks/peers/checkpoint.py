@@ -21,7 +21,7 @@ from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import shapes
 from rlrc.compressor.checkpoints.geometry import SMOLLM2, SMOLVLA_EXPERT, SMOLVLM_VISION, SMOLVLM_VOCABULARY
-from rlrc.compressor.prune.lossless import lossless
+from rlrc.compressor.prune.lossless import cut_lossless
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
 from rlrc.compressor.stages.sources import OfficialSource
@@ -54,7 +54,7 @@ def compress(folder: Path) -> None:
     """The checkpoint as the artifacts ``folder/dense`` and ``folder/int4``, as `rlrc prune --lossless` and `rlrc
     quantize` make them, but that the race's observation is their only golden one."""
     source = OfficialSource(folder / "checkpoint", Flags(folder / "hints.json", tokenizer=folder / "smolvlm"))
-    policy, _ = lossless(source.load(), source.unread)
+    policy, _ = cut_lossless(source.load(), source.unread)
     with np.load(folder / "observation.npz") as stored:
         raw = {name: stored[name][None] for name in stored.files if name != "instruction"}
         raw["instructions"] = stored["instruction"][None]

@@ -120,7 +120,7 @@ def _check_tower(name: str, tower: TowerSpec, policy: PolicySpec) -> None:
         fits = shared and min(layer.heads, layer.kv_heads, layer.mlp) >= 0 and layer.head_dim > 0
         _check(fits, f"a possible block (kv_heads divide heads) at {where}", layer)
         last = index == len(tower.layers) - 1
-        _check(layer.kind != "half" or last, f"a half block only at the end of towers.{name}", f"one at {index}")
+        _check(not layer.kv_only or last, f"a half block only at the end of towers.{name}", f"one at {index}")
 
 
 def _check(holds: bool, expected: str, found: object) -> None:

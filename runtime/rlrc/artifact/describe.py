@@ -109,7 +109,7 @@ def _places(indices: list[int]) -> str:
 
 
 def _shape(layer: LayerSpec) -> str:
-    if layer.kind == "half":
+    if layer.kv_only:
         return f"keys and values only, {layer.kv_heads} of {layer.head_dim}"
     heads = f"{layer.heads} heads of {layer.head_dim}" if layer.heads != 1 else f"1 head of {layer.head_dim}"
     if layer.kv_heads != layer.heads:

@@ -146,6 +146,11 @@ class LayerSpec:
     mlp: int
     kind: Literal["self", "cross", "half"] = "self"
 
+    @property
+    def kv_only(self) -> bool:
+        """Whether the block makes keys and values and nothing else (stored as "half")."""
+        return self.kind == "half"
+
 
 @dataclass(frozen=True)
 class TowerSpec:
@@ -163,6 +168,11 @@ class TowerSpec:
     theta: float = 10_000.0
     norm: Literal["rms", "adaptive", "steps"] = "rms"
     norm_offset: float = 0.0
+
+    @property
+    def tabulated(self) -> bool:
+        """Whether the norms look their modulation up in a table of the flow steps (stored as "steps")."""
+        return self.norm == "steps"
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def quicker_in_torch(_: object = None) -> str:
     """The type, "fp32" or "bf16", in which torch multiplies by weights more quickly on this processor."""
     from rlrc.compressor.models import precision
 
-    return {"float32": "fp32", "bfloat16": "bf16"}[precision.quicker_of_weights()]
+    return {"float32": "fp32", "bfloat16": "bf16"}[precision.pick_for_inference()]
 
 
 def _dtype(kind: str) -> Any:

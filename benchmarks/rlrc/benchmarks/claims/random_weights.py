@@ -25,10 +25,10 @@ from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
-from rlrc.compressor.prune.lossless import lossless
+from rlrc.compressor.prune.lossless import cut_lossless
 from rlrc.compressor.quantize.grid import GROUP
-from rlrc.compressor.quantize.padding import filled_towers
-from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, quantizable
+from rlrc.compressor.quantize.padding import pad_towers
+from rlrc.compressor.quantize.quantize import QuantizeConfig, choose_bits, quantizable
 from rlrc.exporters.export import MODULES
 from rlrc.exporters.graphs.weights import Weights
 
@@ -52,8 +52,8 @@ def spoken_to(spec: PolicySpec) -> PolicySpec:
 
 def compressed(spec: PolicySpec, towers: Towers) -> tuple[PolicySpec, Towers]:
     """Pruned towers with all lossless cuts, and MLPs that fill the groups of 4-bit weights."""
-    policy, _ = lossless(shape_of(spec, towers))
-    return policy.spec, filled_towers(policy.towers)
+    policy, _ = cut_lossless(shape_of(spec, towers))
+    return policy.spec, pad_towers(policy.towers)
 
 
 def shape_of(spec: PolicySpec, towers: Towers) -> PolicyModule:
@@ -79,7 +79,7 @@ def manifest(spec: PolicySpec, towers: Towers, eight: Sequence[str] | None = Non
     if eight is None:
         return Manifest(spec, towers, parameters, "bfloat16")
     exempt = tuple(n for n, t in shapes.items() if quantizable(n, t) and any(fnmatch(n, pattern) for pattern in eight))
-    chosen = chosen_bits(shapes, QuantizeConfig(exempt, embeddings=8))
+    chosen = choose_bits(shapes, QuantizeConfig(exempt, embeddings=8))
     return Manifest(spec, towers, parameters, "int4", QuantizationSpec("int4", GROUP, chosen))
 
 

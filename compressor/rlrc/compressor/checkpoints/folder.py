@@ -71,7 +71,7 @@ class Folder:
             return self.virtual[name]
         if not (self.path / name).is_file():
             raise UserError(f"expected {name} in {self.path}, found none; copy that file too")
-        return models_tensors.of_safetensors([self.path / name], str(self.path / name), name)
+        return models_tensors.tensors_from_safetensors([self.path / name], str(self.path / name), name)
 
     def pt(self, pattern: str) -> Tensors | None:
         """The one ``.pt`` whose name fits the pattern, such as "action_head--*_checkpoint.pt"; None if there is none.

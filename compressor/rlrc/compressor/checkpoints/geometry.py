@@ -59,7 +59,7 @@ def described(name: str) -> dict[str, Any]:
 
 def _openvla(name: str) -> tuple[Folder, ReadOptions]:
     """openvla/openvla-7b."""
-    tensors = models_tensors.of_shapes(name, shapes.openvla(DINOV2, SIGLIP, LLAMA2, PATCHED_LLAMA_VOCABULARY))
+    tensors = models_tensors.tensors_from_shapes(name, shapes.openvla(DINOV2, SIGLIP, LLAMA2, PATCHED_LLAMA_VOCABULARY))
     config = {
         "model_type": "openvla",
         "vision_backbone_id": "dinosiglip-vit-so-224px",
@@ -80,8 +80,8 @@ def _openvla_oft(name: str) -> tuple[Folder, ReadOptions]:
     base, _ = _openvla(name)
     head, proprio = "action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"
     virtual = {
-        head: models_tensors.of_shapes(f"{name}/{head}", shapes.oft_head(LLAMA2.width, 7), file=head),
-        proprio: models_tensors.of_shapes(
+        head: models_tensors.tensors_from_shapes(f"{name}/{head}", shapes.oft_head(LLAMA2.width, 7), file=head),
+        proprio: models_tensors.tensors_from_shapes(
             f"{name}/{proprio}", shapes.oft_proprioception(LLAMA2.width, 8), file=proprio
         ),
         "dataset_statistics.json": base.config["norm_stats"],
@@ -214,7 +214,7 @@ def _lerobot(
         "policy_preprocessor.json": {"steps": [normalizer, *language]},
         "policy_postprocessor.json": {"steps": [normalizer | {"registry_name": "unnormalizer_processor"}]},
     }
-    return Folder(Path(name), config, models_tensors.of_shapes(name, tensors), virtual), ReadOptions()
+    return Folder(Path(name), config, models_tensors.tensors_from_shapes(name, tensors), virtual), ReadOptions()
 
 
 def _statistics(features: dict[str, Any]) -> Tensors:

@@ -62,7 +62,7 @@ def read(
     for name, stored in policy.state_dict().items():
         part = found.parts[name]
         tensors = files[part.file]
-        tensor = weights.convert(part, [tensors.sound(official) for official in part.official])
+        tensor = weights.convert(part, [tensors.read_finite(official) for official in part.official])
         wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
         _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
     return policy.eval(), found
@@ -95,7 +95,7 @@ def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
         metas = [tensors.meta(official) for official in part.official]
         for official, meta in zip(part.official, metas, strict=True):
             if meta.dtype not in models_tensors.FLOATS:
-                raise models_tensors.not_floats(official, meta.dtype, tensors.origin)
+                raise models_tensors.not_floats_error(official, meta.dtype, tensors.origin)
         try:
             found = weights.convert(part, metas).shape
         except RuntimeError:  # they cannot be joined
@@ -104,7 +104,7 @@ def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
             shapes = ", ".join(str(tuple(meta.shape)) for meta in metas)
             what = f"tensor{'s' * (len(metas) > 1)} {', '.join(part.official)}"
             wanted = f"{tuple(expected.shape)}" + f" (after {part.convert!r})" * (part.convert != "same")
-            raise models_tensors.wrong_shape(what, wanted, shapes, tensors.origin)
+            raise models_tensors.wrong_shape_error(what, wanted, shapes, tensors.origin)
     for file, tensors in files.items():
         used = {official for part in layout.parts.values() if part.file == file for official in part.official}
         if left := [name for name in tensors if name not in used and name not in unused]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlrc import foreign
 from rlrc.compressor.checkpoints.layout import TensorOrigin
-from rlrc.compressor.models.tensors import Tensors, of_safetensors
+from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
 from rlrc.errors import UserError
 
 MODEL = "model.safetensors"
@@ -27,7 +27,7 @@ THIRDS = ("query", "key", "value")  # of one official tensor
 def of_model(folder: Path) -> Tensors:
     """A folder's model.safetensors, or its shards. Raises UserError for a missing or damaged file."""
     if (folder / MODEL).is_file():
-        return of_safetensors([folder / MODEL], str(folder))
+        return tensors_from_safetensors([folder / MODEL], str(folder))
     if not (folder / INDEX).is_file():
         raise UserError(f"expected {MODEL} or {INDEX} in {folder}, found neither: {foreign.found(folder)}")
     try:
@@ -44,7 +44,7 @@ def of_model(folder: Path) -> Tensors:
             raise UserError(
                 f"expected the shard {shard} ({count} of {len(shards)}) in {folder}, found none; copy that file too"
             )
-    tensors = of_safetensors([folder / shard for shard in shards], str(folder))
+    tensors = tensors_from_safetensors([folder / shard for shard in shards], str(folder))
     if lost := sorted(index["weight_map"].keys() - set(tensors)):
         raise UserError(
             f"expected the tensor {lost[0]} in the shard {index['weight_map'][lost[0]]} of {folder}, found none; "
@@ -74,7 +74,7 @@ def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
         extra, put = (before.removesuffix(root), "") if before.endswith(root) else (before, root)
         if (extra or put) and all(name.startswith(extra) for name in names.values()):
             names = {old: put + new.removeprefix(extra) for old, new in names.items()}
-    return tensors if all(old == new for old, new in names.items()) else tensors.renamed(names)
+    return tensors if all(old == new for old, new in names.items()) else tensors.rename(names)
 
 
 def of_pt(path: Path) -> Tensors:

@@ -18,7 +18,7 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
-from rlrc.compressor.quantize.padding import unfilled
+from rlrc.compressor.quantize.padding import unpad_policy
 from rlrc.errors import UserError
 from rlrc.folders import appearing, sync
 
@@ -34,7 +34,7 @@ def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadO
     layout = reader.layout(like, replace(options or ReadOptions(), incomplete=True))
     expected = reader.build(layout)
     reader.check(like, layout, expected)
-    policy = unfilled(policy, expected.towers)
+    policy = unpad_policy(policy, expected.towers)
     _check_geometry(policy, expected, like)
     _check_normalisation(policy.spec, expected.spec, like)
     files, state = reader.sources(like, layout), policy.state_dict()

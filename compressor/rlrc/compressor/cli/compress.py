@@ -13,7 +13,7 @@ from typing import Any
 from rlrc import artifact as artifacts
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.models.precision import Wanted
+from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.stages.sources import PolicySource, open_source
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
@@ -82,7 +82,7 @@ def _continued(step: str) -> Iterator[None]:
         raise Interrupted.by(error, f"the same command goes on with {step}") from None
 
 
-def check_same(finished: Path, name: str, source: PolicySource, config: Any, precision: Wanted) -> None:
+def check_same(finished: Path, name: str, source: PolicySource, config: Any, precision: PrecisionOption) -> None:
     """Refuse a finished stage that is not what the recipe would do now."""
     *earlier, entry = artifacts.load(finished).manifest.history
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))

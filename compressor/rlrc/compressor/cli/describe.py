@@ -13,7 +13,7 @@ from rlrc.artifact.describe import prunable as prunable_parts
 from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
-from rlrc.compressor.models.coupling import TOWERS, groups
+from rlrc.compressor.models.coupling import TOWERS, find_groups
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.runtime.cli.describe import modules_table
 from rlrc.strict import encode
@@ -94,7 +94,7 @@ def prunable(layout: Layout, policy: PolicyModule) -> dict[str, int]:
         sums[tower] = sum(
             state[f"{name}.weight"].numel()
             for i in range(1, len(layers) - 1)
-            for group in groups(layout.towers, tower, i, state)
+            for group in find_groups(layout.towers, tower, i, state)
             if group.number
             for name in group.layers
         )

@@ -16,12 +16,12 @@ from rlrc.artifact import Manifest
 from rlrc.artifact.describe import normalisation_lines
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.next_commands import hint
-from rlrc.compressor.prune.lossless import lines
+from rlrc.compressor.prune.lossless import format_report
 from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.prune.prune import lines as removed
+from rlrc.compressor.prune.prune import format_report as removed
 from rlrc.compressor.quantize.compare import GRIDS, RoundingRow, compare
 from rlrc.compressor.quantize.quantize import QuantizeConfig
-from rlrc.compressor.quantize.quantize import lines as rounding_lines
+from rlrc.compressor.quantize.quantize import format_report as rounding_lines
 from rlrc.compressor.stages import recipe as recipes
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.prune import run_prune
@@ -56,7 +56,12 @@ def report(out: Path, manifest: Manifest, as_json: bool) -> None:
         )
     )
     printed: dict[str, Callable[[Any], list[str]]]
-    printed = {"lossless": lines, "removed": removed, "rounding": rounding_lines, "normalisation": normalisation_lines}
+    printed = {
+        "lossless": format_report,
+        "removed": removed,
+        "rounding": rounding_lines,
+        "normalisation": normalisation_lines,
+    }
     for line in (line for key, of in printed.items() if key in entry.after for line in of(entry.after[key])):
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"next: {hint(out, manifest)}", soft_wrap=True, highlight=False)

@@ -1,1 +1,1 @@
-"""The policies in torch: families, decode drivers, and modules of explicit geometry."""
+"""The policies in torch: families, decode drivers, and the modules they are built from."""

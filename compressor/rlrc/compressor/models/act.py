@@ -1,8 +1,8 @@
 """ACT as lerobot saves it (arXiv 2304.13705): ResNet features of every camera, a DETR encoder and decoder, no language.
 
-The encoder's sequence is the latent, the state, the environment's state if there is one, then the pixels of the
-cameras' feature maps. The decoder turns one learned query per step of the chunk into an action, starting from zeros. At
-inference the latent is zero: of its projection the bias remains, and the VAE's encoder is never read.
+The encoder's sequence is the latent, the robot's state, the environment's state if there is one, then the pixels of
+the cameras' feature maps. The decoder turns one learned query per step of the chunk into an action, starting from
+zeros. At inference the latent is zero, so only the bias of its projection is kept and the VAE's encoder is not loaded.
 """
 
 from __future__ import annotations
@@ -17,33 +17,24 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.detr import Transformer
 from rlrc.compressor.models.nn.resnet import ResNet, feature_size
-from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
 FAMILY = "act"
 
 
 @dataclass(frozen=True)
 class ACTGeometry:
-    """What the towers do not tell: the ResNet's channels (see ``ResNet``), where norms stand, and what is features."""
+    """What the towers do not specify: the ResNet (see ``ResNet``), the position of the norms, and the state's parts."""
 
     stem: int
-    blocks: list[int]
-    widths: list[int]
-    outputs: list[int]
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    outputs: tuple[int, ...]
     bottleneck: bool
     dilated: bool
     pre_norm: bool
-    state: int  # so many numbers of the state are the robot's,
-    environment: int  # and so many after them the environment's
-
-    @staticmethod
-    def of(spec: PolicySpec) -> ACTGeometry:
-        """Raises UserError for keys that are not of this family."""
-        try:
-            return ACTGeometry(**spec.geometry)
-        except TypeError as error:
-            raise UserError(f'geometry of family "{FAMILY}" does not fit: {error}; make the artifact again') from None
+    state: int  # first numbers of the state: the robot's
+    environment: int  # the numbers after them: the environment's
 
 
 class ACTPolicy(PolicyModule):
@@ -51,7 +42,7 @@ class ACTPolicy(PolicyModule):
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        self.geometry = g = ACTGeometry.of(spec)
+        self.geometry = g = parse_geometry(ACTGeometry, spec)
         width = towers["encoder"].width
         self.vision = ResNet(g.stem, g.blocks, g.widths, g.outputs, g.bottleneck, g.dilated)
         self.projector = nn.Linear(g.outputs[-1], width)
@@ -68,13 +59,13 @@ class ACTPolicy(PolicyModule):
         return self.projector(self.vision(pixels)).flatten(1, 2)
 
     def positions(self) -> Tensor:
-        """Of the encoder's sequence (T, width): learned, then those of every camera's feature map."""
+        """Positions of the encoder's sequence (T, width): learned ones, then those of every camera's feature map."""
         grids = [feature_size(c.height, c.width, self.geometry.dilated) for c in self.spec.cameras]
-        seen = [sinusoidal(rows, columns, self.position.shape[1], self.position.device) for rows, columns in grids]
-        return torch.cat([self.position, *(grid.to(self.position.dtype) for grid in seen)])
+        maps = [sinusoidal(rows, columns, self.position.shape[1], self.position.device) for rows, columns in grids]
+        return torch.cat([self.position, *(grid.to(self.position.dtype) for grid in maps)])
 
     def encode(self, image_tokens: Tensor, state: Tensor | None) -> Tensor:
-        """(B, N, width), (B, S) or None -> the encoder's output (B, T, width)."""
+        """Image tokens (B, N, width), state (B, S) or None -> the encoder's output (B, T, width)."""
         tokens = [self.latent.expand(len(image_tokens), 1, -1)]
         if state is not None:
             own, other = state[:, : self.geometry.state], state[:, self.geometry.state :]
@@ -92,9 +83,9 @@ class ACTPolicy(PolicyModule):
 
 
 def sinusoidal(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Positions of a grid (rows * columns, width): the first half tells the row, the second the column.
+    """Positions of a grid (rows * columns, width): the first half encodes the row, the second the column.
 
-    Rows and columns count from 1 to the last, which is at 2 pi; sines and cosines alternate (DETR's, arXiv 2005.12872).
+    Rows and columns count from 1; the last one is at 2 pi. Sines and cosines alternate (DETR, arXiv 2005.12872).
     """
     channels = width // 2
     pairs = torch.arange(channels, dtype=torch.float32, device=device) // 2

@@ -1,11 +1,11 @@
-"""What of a block must be cut together: whole attention heads and whole MLP channels.
+"""The parts of a block that must be pruned together: whole attention heads and whole MLP channels.
 
-A head has rows of q (and of k and v where it has its own) and columns of o; a channel has rows of gate and up and
-columns of down. The residual width is unchanged. Torch-Pruning's dependency graph finds the same groups in every family
-(tests/test_coupling.py); here they are written down, because a policy of billions of parameters is not traced.
+A head has rows of q (and of k and v, unless it shares them) and columns of o; a channel has rows of gate and up and a
+column of down. The residual width is unchanged. Torch-Pruning's dependency graph finds the same groups in every family
+(tests/test_coupling.py); they are written down here to avoid tracing policies of billions of parameters.
 
-Query heads that share a key/value head go in equal numbers from each, and the key/value heads stay; so do those that
-another tower reads (the prefix's and the expert's in flow policies).
+Key/value heads that several query heads share are kept, and the same number of query heads is removed from each. Also
+kept are key/value heads that another tower reads (the prefix's and the expert's in flow policies).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlrc.artifact import LayerSpec, TowerSpec
 
-ALIGN = 32  # widths stay whole groups of the 4-bit grid
+ALIGN = 32  # default alignment of widths: whole groups of the 4-bit grid
 TOWERS = ("decoder", "expert", "encoder")
 VISION = ("vision", "vision2")
 
@@ -28,85 +28,87 @@ Towers = Mapping[str, TowerSpec]
 
 @dataclass(frozen=True)
 class Group:
-    """``number`` parts of a block, each with ``size`` rows of the layers ``rows`` and columns of those ``columns``.
+    """``number`` parts of a block, each ``size`` rows of the layers ``rows`` and ``size`` columns of ``columns``.
 
-    Rows may be ``fused``: so many runs of all parts one after the other (q, k and v in one layer). As many parts are
-    kept of each of the ``bundles`` equal runs that the parts form, in multiples of ``lot``.
+    ``fused``: how many layers are stacked in one along the rows (3 for q, k and v in one). The parts form ``kv_groups``
+    runs of equal length; pruning keeps the same number of parts in each run, a multiple of ``multiple``.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     number: int
     size: int = 1
-    bundles: int = 1
+    kv_groups: int = 1
     fused: int = 1
-    lot: int = 1
+    multiple: int = 1
 
     @property
     def layers(self) -> tuple[str, ...]:
         return (*self.rows, *self.columns)
 
     def indices(self, parts: Tensor, fused: int = 1) -> Tensor:
-        """Parts -> their rows, in each of the fused runs."""
+        """Indices of the parts' rows in each of the fused layers (with ``fused`` 1: also their columns)."""
         rows = (parts[:, None] * self.size + torch.arange(self.size)).flatten()
         return (torch.arange(fused)[:, None] * self.number * self.size + rows).flatten()
 
-    def sums(self, layer: str, importance: Tensor) -> Tensor:
-        """Importance of every weight of one of the layers -> of every part (number,), in float32."""
+    def sum_parts(self, layer: str, importance: Tensor) -> Tensor:
+        """Importance of the weights of one layer, summed for every part (number,), in float32."""
         along, fused = (1, self.fused) if layer in self.rows else (0, 1)
         vector = importance.sum(along, dtype=torch.float32)
         return vector.unflatten(0, (fused, self.number, self.size)).sum((0, 2))
 
-    def best(self, scores: Tensor, count: int) -> Tensor:
-        """Which ``count`` parts are kept, in their order."""
-        runs = scores.unflatten(0, (self.bundles, -1))
-        first = torch.arange(self.bundles)[:, None] * runs.shape[1]
-        return (runs.topk(count // self.bundles).indices.sort().values + first).flatten()
+    def select_best(self, scores: Tensor, count: int) -> Tensor:
+        """Indices of the ``count`` parts to keep, by score, in ascending order."""
+        runs = scores.unflatten(0, (self.kv_groups, -1))
+        first = torch.arange(self.kv_groups)[:, None] * runs.shape[1]
+        return (runs.topk(count // self.kv_groups).indices.sort().values + first).flatten()
 
-    def fewer(self, ratio: float) -> int:
-        """How many parts remain when this part of them goes: the nearest possible number, one lot at least."""
-        each = self.number // self.bundles
-        return self.bundles * min(each, max(self.lot, round(each * (1 - ratio) / self.lot) * self.lot))
+    def count_left(self, ratio: float) -> int:
+        """How many parts are left when this ratio of them is removed: the nearest allowed number, at least one."""
+        each = self.number // self.kv_groups
+        return self.kv_groups * min(each, max(self.multiple, round(each * (1 - ratio) / self.multiple) * self.multiple))
 
 
-def groups(towers: Towers, tower: str, block: int, names: Iterable[str], align: int = ALIGN) -> tuple[Group, Group]:
-    """Heads and channels of a block; ``names`` are those of the policy's tensors, or begin with its block's.
+def find_groups(
+    towers: Towers, tower: str, block: int, names: Iterable[str], align: int = ALIGN
+) -> tuple[Group, Group]:
+    """The block's heads and channels. ``names`` are the policy's tensors.
 
-    Lots keep the columns of o and down whole multiples of ``align``, unless there is only one of them.
+    ``multiple`` keeps the numbers of columns of o and down multiples of ``align``, where the layer is wide enough.
     """
     layer, prefix = towers[tower].layers[block], f"{tower}.layers.{block}"
-    own, present = own_keys(towers, tower, layer), set(names)
+    own, present = owns_keys(towers, tower, layer), set(names)
     alone = own and layer.kv_heads == layer.heads
     fused = f"{prefix}.attention.qkv.weight" in present
     rows = ("qkv",) if fused else ("q", "k", "v") if alone else ("q",)
     inputs = [name for name in ("gate", "up") if f"{prefix}.mlp.{name}.weight" in present]
-    bundles, half = 1 if alone else layer.kv_heads, layer.kind == "half"
+    kv_groups = 1 if alone else layer.kv_heads
     heads = Group(
         tuple(f"{prefix}.attention.{name}" for name in rows),
         (f"{prefix}.attention.{'out' if fused else 'o'}",),
-        0 if half else layer.heads,
+        0 if layer.kv_only else layer.heads,
         layer.head_dim,
-        bundles,
+        kv_groups,
         3 if fused else 1,
     )
     channels = Group(
-        tuple(f"{prefix}.mlp.{name}" for name in inputs), (f"{prefix}.mlp.down",), 0 if half else layer.mlp
+        tuple(f"{prefix}.mlp.{name}" for name in inputs), (f"{prefix}.mlp.down",), 0 if layer.kv_only else layer.mlp
     )
-    return replace(heads, lot=_lot(heads, align)), replace(channels, lot=_lot(channels, align))
+    return replace(heads, multiple=_multiple(heads, align)), replace(channels, multiple=_multiple(channels, align))
 
 
-def _lot(group: Group, align: int) -> int:
-    """The smallest number of parts of a bundle that is aligned. Narrower ones fill no group whatever is cut."""
-    lot = align // gcd(align, group.bundles * group.size) if group.number else 1
-    return lot if group.number and group.number // group.bundles > lot else 1
+def _multiple(group: Group, align: int) -> int:
+    """The smallest aligned number of parts per run, or 1 if the runs are not longer than that."""
+    multiple = align // gcd(align, group.kv_groups * group.size) if group.number else 1
+    return multiple if group.number and group.number // group.kv_groups > multiple else 1
 
 
-def own_keys(towers: Towers, tower: str, layer: LayerSpec) -> bool:
-    """Whether no other tower attends to this block's keys and values, or makes its own of them."""
+def owns_keys(towers: Towers, tower: str, layer: LayerSpec) -> bool:
+    """Whether no other tower reads this block's keys and values."""
     return tower in VISION or "expert" not in towers or (tower == "expert" and layer.kind == "cross")
 
 
-def with_counts(towers: Towers, tower: str, layer: LayerSpec, heads: int, channels: int) -> LayerSpec:
-    """The block with so many heads and channels."""
-    alone = own_keys(towers, tower, layer) and layer.kv_heads == layer.heads
+def resize_layer(towers: Towers, tower: str, layer: LayerSpec, heads: int, channels: int) -> LayerSpec:
+    """The block's geometry with this many heads and channels."""
+    alone = owns_keys(towers, tower, layer) and layer.kv_heads == layer.heads
     return replace(layer, heads=heads, kv_heads=heads if alone else layer.kv_heads, mlp=channels)

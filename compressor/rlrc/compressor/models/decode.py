@@ -1,7 +1,7 @@
-"""The decode drivers in torch: from a batch of observations to one chunk of normalised actions.
+"""The decode drivers in torch: a batch of observations -> one chunk of normalised actions.
 
-rlrc.runtime.inference.decode has the same three over graphs. Gradients flow through all of them; who wants none says
-so.
+rlrc.runtime.inference.decode has the same three drivers for graphs. Gradients flow through all of them unless the
+caller disables them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class EncodesPictures(Protocol):
 
 class Parallel(EncodesPictures, Protocol):
     def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
-        """-> logits (B, horizon, dim, rows), or actions (B, horizon, dim) if the action has no bins."""
+        """Logits (B, horizon, dim, rows), or actions (B, horizon, dim) if the action has no bins."""
         ...
 
 
 class Autoregressive(EncodesPictures, Protocol):
     def step(self, image_tokens: Tensor | None, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        """The first id, the image tokens and the other ids; with a past only ids, which follow it.
+        """Logits (B, rows) of the last position, and the past for the next step.
 
-        -> logits (B, rows) of the last position, and the past of the next step.
+        The sequence is the first id, the image tokens, and the other ids; with a past, the ids alone continue it.
         """
         ...
 
-    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
-        """One pass over the prompt and the tokens after it -> logits (B, count, rows) of the last positions."""
+    def last_logits(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+        """Logits (B, count, rows) of the last positions, from one pass over the prompt and the tokens after it."""
         ...
 
 
@@ -48,56 +48,56 @@ class Flow(EncodesPictures, Protocol):
     def prefix(
         self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None
     ) -> tuple[Any, Tensor | None]:
-        """-> what the flow steps attend to, and where it is real (B, L)."""
+        """What the flow steps attend to, and a mask (B, L) that is false where it is padding."""
         ...
 
     def velocity(self, past: Any, mask: Tensor | None, state: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, horizon, width) at the times t (B,) -> its velocity, of the same shape."""
+        """Velocity of x (B, horizon, width) at the times t (B,), in the same shape."""
         ...
 
 
 def encode_images(policy: EncodesPictures, inputs: Inputs) -> Tensor:
-    """Image tokens (B, N, width) of all cameras that are there, one camera after the other."""
+    """Image tokens (B, N, width) of all given cameras, one camera after the other."""
     return torch.cat([policy.encode_image(pixels) for pixels in inputs.pixels], 1)
 
 
 def parallel(policy: Parallel, inputs: Inputs) -> Outputs:
-    """The whole chunk from one pass (OpenVLA-OFT, arXiv 2502.19645, section 4)."""
+    """The whole chunk in one pass (OpenVLA-OFT, arXiv 2502.19645, section 4)."""
     action = policy.spec.action
     decoded = policy.decode(encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.state)
-    return of_logits(decoded, action) if action.bins else Outputs(decoded.float())
+    return outputs_from_logits(decoded, action) if action.bins else Outputs(decoded.float())
 
 
 def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
     """horizon * dim tokens one after the other, each the likeliest (OpenVLA, arXiv 2406.09246).
 
-    Prompts of one length are decoded together, those of other lengths on their own, so that nothing is padded.
+    Only prompts of equal length are decoded together, so that no padding is needed.
     """
+
+    def decode(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        return _greedy(policy, image_tokens, ids)
+
     assert inputs.ids is not None
-    image_tokens, greedy = (
-        encode_images(policy, inputs),
-        lambda image_tokens, ids, rows: _greedy(policy, image_tokens, ids),
-    )
-    logits = by_length(image_tokens, inputs.ids, inputs.mask, greedy)
-    return of_logits(logits, policy.spec.action)
+    logits = map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, decode)
+    return outputs_from_logits(logits, policy.spec.action)
 
 
-def taught(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
-    """Logits (B, horizon, dim, rows), each after the given tokens (B, horizon, dim) before it instead of its own."""
+def teacher_force(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Tensor:
+    """Logits (B, horizon, dim, rows), each conditioned on the given tokens (B, horizon, dim) that precede it."""
     given = tokens.flatten(1)
 
-    def forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    def force(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         sequence = torch.cat([ids, given[rows, :-1]], 1)
-        return policy.forced(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
+        return policy.last_logits(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
 
     assert inputs.ids is not None
-    return by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, forced)
+    return map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, force)
 
 
-def by_length(
+def map_by_length(
     image_tokens: Tensor, ids: Tensor, mask: Tensor | None, one: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """``one(image_tokens, ids, rows)`` of the rows of every prompt length, put together again."""
+    """Apply ``one(image_tokens, ids, rows)`` to the rows of each prompt length, and restore the order of the rows."""
     lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
     groups = [(lengths == length).nonzero()[:, 0].to(ids.device) for length in lengths.unique()]
     found = [one(image_tokens[rows], ids[rows, : int(lengths[rows[0]])], rows) for rows in groups]
@@ -117,7 +117,7 @@ def _greedy(policy: Autoregressive, image_tokens: Tensor, ids: Tensor) -> Tensor
 def flow(policy: Flow, inputs: Inputs) -> Outputs:
     """Euler steps from noise at t = 1 to actions at t = 0 (pi0, arXiv 2410.24164, section IV).
 
-    The time of step i is 1 - i / steps: a policy that keeps tables for the steps finds i from it.
+    Step i is at the time 1 - i / steps; policies with tabulated norms compute i from it.
     """
     spec = policy.spec
     assert spec.flow is not None
@@ -133,24 +133,24 @@ def flow(policy: Flow, inputs: Inputs) -> Outputs:
     return Outputs(x[..., : spec.action.dim].float())
 
 
-def of_logits(logits: Tensor, action: ActionSpec) -> Outputs:
-    """Logits (B, horizon, dim, rows) -> the likeliest token of each, the first of equals, and its bin's centre.
+def outputs_from_logits(logits: Tensor, action: ActionSpec) -> Outputs:
+    """Logits (B, horizon, dim, rows) -> the likeliest token of each (the first, if equal) and its bin's centre.
 
-    An action whose logits are not all finite is nan: ``argmax`` alone would make a token of them.
+    An action whose logits are not all finite is nan.
     """
-    outputs = of_rows(logits.argmax(-1), action)
+    outputs = outputs_from_rows(logits.argmax(-1), action)
     actions = outputs.actions.masked_fill(~logits.isfinite().all(-1), float("nan"))
     return replace(outputs, actions=actions, logits=logits.float())
 
 
-def check_sound(values: Tensor, name: str) -> None:
-    """Raises UserError for nan or inf in what a policy gave: no action can be made of it."""
+def check_finite_outputs(values: Tensor, name: str) -> None:
+    """Raises UserError for nan or inf in a policy's output."""
     if not values.isfinite().all():
         raise UserError(f"expected finite {name} of the policy, found nan or inf; start from sound weights")
 
 
-def of_rows(rows: Tensor, action: ActionSpec) -> Outputs:
-    """The tokens that these rows (B, horizon, dim) of the logits stand for, and their bins' centres."""
+def outputs_from_rows(rows: Tensor, action: ActionSpec) -> Outputs:
+    """Rows (B, horizon, dim) of the logits -> their tokens, and the centres of the tokens' bins."""
     tokens = _offset(action) + rows
     bins = tokens if action.tokens is None else (action.tokens.first - tokens).clamp(0, action.bins - 1)
     centers = torch.from_numpy(bin_centers(action.bins)).to(bins.device)

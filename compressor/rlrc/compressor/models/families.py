@@ -1,4 +1,4 @@
-"""The families of policies, and the module of each."""
+"""The policy families, and the module that implements each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
-# Imported when a policy of the family is built.
+# Imported only when a policy of the family is built.
 FAMILIES = {
     "tiny": "tiny:TinyPolicy",
     "openvla": "openvla:OpenVLAPolicy",
@@ -21,7 +21,7 @@ FAMILIES = {
 
 
 def build(spec: PolicySpec, towers: dict[str, TowerSpec]) -> PolicyModule:
-    """The policy that a manifest describes, with random or empty weights. Raises UserError for an unknown family."""
+    """Build the module of a manifest's policy, without its weights. Raises UserError for an unknown family."""
     if spec.family not in FAMILIES:
         raise UserError(f"expected one of the families {', '.join(FAMILIES)}, found {spec.family!r}; upgrade rlrc")
     module, name = FAMILIES[spec.family].split(":")

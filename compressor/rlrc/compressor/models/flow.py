@@ -1,15 +1,16 @@
 """pi0 (arXiv 2410.24164), pi0.5 (2504.16054) and SmolVLA (2506.01844): a vision-language prefix and an action expert.
 
-The prefix, pictures and prompt, is read once. Its keys and values, block by block, are what the expert attends to while
-it turns noise into a chunk in a few flow steps. The three differ by data: where the state's token stands, how the time
-comes in (with the actions or through adaptive norms), whether actions see later ones, and the expert's cross blocks.
+The prefix (pictures and prompt) is encoded once. The expert attends to its keys and values, block by block, while it
+turns noise into a chunk of actions in a few flow steps. The families differ by configuration: the position of the
+state's token, whether the time enters with the actions or through adaptive norms, whether actions attend to later ones,
+and the expert's cross blocks.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,17 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
 
 @dataclass(frozen=True)
 class FlowGeometry:
-    """What tensor shapes of the towers do not tell.
+    """What the towers do not specify.
 
     ``patch`` in pixels; ``merge`` x ``merge`` patches become one token; ``bias`` of the projector; ``scaled``: image
-    tokens are multiplied by the square root of their width, as the prompt's always are. ``state``: its token ends the
-    prefix, begins the expert's sequence, or there is none (the prompt tells it). ``causal``: an action does not see
-    later ones. ``periods``: the shortest and the longest of the time's sines.
+    tokens are multiplied by the square root of their width, as prompt tokens always are. ``state``: its token ends the
+    prefix ("prefix"), starts the expert's sequence ("suffix"), or the state is part of the prompt's text ("prompt").
+    ``causal``: actions do not attend to later ones. ``periods``: shortest and longest period of the time's sines.
     """
 
     vocabulary: int
@@ -42,19 +42,9 @@ class FlowGeometry:
     causal: bool
     periods: tuple[float, float]
 
-    @staticmethod
-    def parse(geometry: dict[str, Any]) -> FlowGeometry:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry.items()}
-        try:
-            return FlowGeometry(**values)
-        except TypeError as error:
-            raise UserError(
-                f"geometry of a flow policy does not fit: {error}; take it from an artifact made by rlrc"
-            ) from None
-
 
 def prefix_stride(towers: dict[str, TowerSpec]) -> int:
-    """Every expert block has its prefix block: the one of its number, or every second, third, ..."""
+    """Expert block i attends to prefix block i * stride."""
     return max((len(towers["decoder"].layers) - 1) // max(len(towers["expert"].layers) - 1, 1), 1)
 
 
@@ -64,7 +54,7 @@ class FlowPolicy(PolicyModule):
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
         assert spec.flow is not None
-        self.geometry = geometry = FlowGeometry.parse(spec.geometry)
+        self.geometry = geometry = parse_geometry(FlowGeometry, spec)
         vision, decoder, expert = towers["vision"], towers["decoder"], towers["expert"]
         width = expert.width
 
@@ -74,27 +64,27 @@ class FlowPolicy(PolicyModule):
         self.embedding = nn.Embedding(geometry.vocabulary, decoder.width)
         self.decoder = Decoder(decoder)
         self.stride = prefix_stride(towers)
-        seen = replace(decoder, layers=decoder.layers[:: self.stride])
-        self.expert = Decoder(expert, seen, spec.flow.steps if expert.norm == "steps" else width)
+        attended = replace(decoder, layers=decoder.layers[:: self.stride])
+        self.expert = Decoder(expert, attended, spec.flow.steps if expert.tabulated else width)
         if geometry.state != "prompt":
             assert spec.state is not None
             numbers = spec.state.width or len(spec.state.names)
             self.state = nn.Linear(numbers, decoder.width if geometry.state == "prefix" else width)
         self.action_in = nn.Linear(spec.flow.width, width)
         self.action_out = nn.Linear(width, spec.flow.width)
-        if expert.norm != "steps":
+        if not expert.tabulated:
             self.time_in = nn.Linear(width if expert.norm == "adaptive" else 2 * width, width)
             self.time_out = nn.Linear(width, width)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pictures of one camera (B, H, W, 3) -> image tokens (B, N, prefix width)."""
         rows, columns = (patches * self.geometry.patch for patches in self.grid)
-        # A convolution leaves out what does not fill a patch.
+        # Pixels that do not fill a patch are dropped, as a convolution does.
         features = self.vision(pixels[:, :rows, :columns])
         return self.projector(merge_patches(features, self.geometry.merge).flatten(1, 2))
 
     def embed(self, image_tokens: Tensor, ids: Tensor, state: Tensor | None = None) -> Tensor:
-        """What the prefix reads (B, N + L [+ 1], width): image tokens (B, N, width), prompt (B, L), state (B, S)."""
+        """Image tokens (B, N, width), prompt (B, L), state (B, S) -> the prefix's input (B, N + L [+ 1], width)."""
         scale = image_tokens.shape[-1] ** 0.5
         parts = [image_tokens * scale if self.geometry.scaled else image_tokens, self.embedding(ids) * scale]
         if self.geometry.state == "prefix":
@@ -105,32 +95,32 @@ class FlowPolicy(PolicyModule):
     def prefix(
         self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[list[KeyValue], Tensor | None]:
-        """-> keys and values of every block, and where the sequence is real (B, P), None if everywhere.
+        """Keys and values of every block, and a mask (B, P) that is false at padding (None: no padding).
 
-        ``mask`` (B, L) is false where the prompt is padded: nothing attends to that, and no position is counted for it.
+        ``mask`` (B, L) is false where the prompt is padded: padding is not attended to and takes no position.
         """
         assert ids is not None
         sequence = self.embed(image_tokens, ids, state)
         length = sequence.shape[1]
         index = torch.arange(length, device=sequence.device)
         blocked, positions = None, index
-        if self.geometry.state == "prefix":  # only the state's token sees itself
+        if self.geometry.state == "prefix":  # only the state's token attends to itself
             blocked = (index == length - 1) & (index[:, None] != length - 1)
         if mask is not None:
             mask = F.pad(mask, (image_tokens.shape[1], length - image_tokens.shape[1] - ids.shape[1]), value=True)
             positions = mask.cumsum(1) - 1
             padded = ~mask[:, None, None]
             blocked = padded if blocked is None else padded | blocked
-        present = self.decoder.cached(sequence, None if blocked is None else _minus(blocked, sequence), positions)[1]
+        _, present = self.decoder(sequence, None if blocked is None else _minus(blocked, sequence), positions)
         return present, mask
 
     def velocity(self, past: list[KeyValue], mask: Tensor | None, state: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, horizon, width) at the times t (B,) -> its velocity, of the same shape.
+        """Velocity of x (B, horizon, width) at the times t (B,), in the same shape.
 
-        ``past`` and ``mask`` are those of ``prefix``. Integer t count the flow steps, which is what "steps" norms need.
+        ``past`` and ``mask`` come from ``prefix``. Integer t are indices of flow steps.
         """
         sequence, condition = self.suffix(state, x, t)
-        sequence = sequence.to(self.action_in.weight.dtype)  # under autocast the stream keeps the weights' precision
+        sequence = sequence.to(self.action_in.weight.dtype)  # under autocast too
         length, before = sequence.shape[1], past[0][0].shape[2]
         index = torch.arange(length, device=x.device)
         blocked, positions = self._later(index), index + before
@@ -142,11 +132,11 @@ class FlowPolicy(PolicyModule):
         if mask is not None:
             positions = mask.sum(1, keepdim=True) + index
         additive_mask = None if blocked is None else _minus(blocked, sequence)
-        hidden = self.expert(sequence, additive_mask, positions, past[:: self.stride], condition)
+        hidden, _ = self.expert(sequence, additive_mask, positions, past[:: self.stride], condition)
         return self.action_out(hidden[:, -x.shape[1] :])
 
     def suffix(self, state: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the expert reads (B, [1 +] horizon, width), and the condition of its norms."""
+        """The expert's input (B, [1 +] horizon, width), and the condition of its norms."""
         actions, condition = self.action_in(x), None
         if self.towers["expert"].norm == "rms":
             time = self.time(t).to(actions.dtype)[:, None].expand_as(actions)
@@ -159,30 +149,30 @@ class FlowPolicy(PolicyModule):
         return torch.cat([self.state(state)[:, None], actions], 1), condition
 
     def condition(self, t: Tensor) -> Tensor:
-        """What modulates the expert's norms at the times t (B,): channels (B, width), or the step's number (B,)."""
+        """The condition of the expert's norms at the times t (B,): channels (B, width), or step indices (B,)."""
         assert self.spec.flow is not None
-        if self.towers["expert"].norm == "steps":
+        if self.towers["expert"].tabulated:
             return ((1 - t) * self.spec.flow.steps).round().long() if t.is_floating_point() else t
         return F.silu(self.time_out(F.silu(self.time_in(self.time(t).to(self.time_in.weight.dtype)))))
 
     def time(self, t: Tensor) -> Tensor:
-        """Sines and cosines (B, expert width) of times (B,) in [0, 1]; integers count the flow steps.
+        """Sines and cosines (B, expert width) of times (B,) in [0, 1]; integers are indices of flow steps.
 
-        In float64: the shortest period is 1 / 250, where float32 would be off by 1e-4.
+        Computed in float64: at the shortest period, 1 / 250, float32 would be off by 1e-4.
         """
         assert self.spec.flow is not None
         shortest, longest = self.geometry.periods
         fraction = torch.linspace(0, 1, self.towers["expert"].width // 2, dtype=torch.float64, device=t.device)
-        # Rounded to float32, as the drivers do.
+        # The drivers pass times in float32.
         t = t if t.is_floating_point() else (1 - t.double() / self.spec.flow.steps).float()
         angle = t[:, None].double() * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def _later(self, index: Tensor) -> Tensor | None:
-        """Which pairs of the expert's sequence (T, T) must not see each other: the second is later than the first."""
+        """Boolean (T, T): where a position of the expert's sequence must not attend to a later one."""
         if self.geometry.causal:
             return index > index[:, None]
-        if self.geometry.state == "suffix":  # the state does not see the actions
+        if self.geometry.state == "suffix":  # the state does not attend to the actions
             return (index > 0) & (index[:, None] == 0)
         return None
 
@@ -191,5 +181,5 @@ class FlowPolicy(PolicyModule):
 
 
 def _minus(blocked: Tensor, like: Tensor) -> Tensor:
-    """Additive mask, minus infinity where blocked."""
+    """Boolean mask -> additive mask, minus infinity where blocked."""
     return torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill(blocked, float("-inf"))

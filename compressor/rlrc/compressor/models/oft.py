@@ -1,16 +1,14 @@
 """OpenVLA-OFT (arXiv 2502.19645): OpenVLA fine-tuned to give a whole chunk from one pass over several pictures.
 
 Sequence: first token, the patches of all pictures, the state if there is one, the rest of the prompt, a zero vector for
-every number of the chunk, </s>; everything sees everything. Each number is made of the hidden state one place before
-its own, as next tokens are: by an MLP that takes all of a time step's (trained with an L1 loss), or as a token. FiLM
-and diffusion heads are recognised and refused.
+every number of the chunk, </s>; attention is bidirectional. As in next-token prediction, each number is decoded from
+the hidden state one position before its own: by an MLP over all hidden states of a time step (trained with an L1 loss),
+or as a token. FiLM and diffusion heads are recognised and refused.
 
-Neither config.json nor the weights tell how many pictures there are and how long the chunk is.
+Neither config.json nor the weights contain the number of pictures or the length of the chunk.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +19,6 @@ from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import additive
 from rlrc.compressor.models.nn.prismatic import PrismaticPolicy, gelu_mlp
 from rlrc.compressor.models.policy import Inputs, Outputs
-
-if TYPE_CHECKING:
-    pass
 
 FAMILY = "openvla-oft"
 STOP = 2  # </s>
@@ -61,34 +56,31 @@ class OFTPolicy(PrismaticPolicy):
             self.head = nn.Linear(width, action.tokens.rows, bias=False)
 
     def sequence(self, image_tokens: Tensor, ids: Tensor, state: Tensor | None) -> Tensor:
-        """What the decoder takes (B, T, width); the chunk's places are the last but one."""
+        """The decoder's input (B, T, width). The chunk's positions are the last ones before </s>."""
         words, chunk = self.embedding(ids), self.spec.action.horizon * self.spec.action.dim
-        felt = list[Tensor]()
+        parts = [words[:, :1], image_tokens]
         if self.state is not None:
             assert state is not None
-            felt.append(self.state(state.to(words.dtype))[:, None])
-        empty, stop = (
-            words.new_zeros(len(ids), chunk, words.shape[-1]),
-            self.embedding(ids.new_full((len(ids), 1), STOP)),
-        )
-        parts = [words[:, :1], image_tokens, *felt, words[:, 1:], empty, stop]
+            parts.append(self.state(state.to(words.dtype))[:, None])
+        empty = words.new_zeros(len(ids), chunk, words.shape[-1])
+        parts += [words[:, 1:], empty, self.embedding(ids.new_full((len(ids), 1), STOP))]
         return torch.cat([part.to(words.dtype) for part in parts], 1)
 
     def hidden(self, image_tokens: Tensor, ids: Tensor, mask: Tensor | None, state: Tensor | None) -> Tensor:
         """Hidden states of the chunk's numbers (B, horizon * dim, width)."""
         x, chunk = self.sequence(image_tokens, ids, state), self.spec.action.horizon * self.spec.action.dim
-        first = x.shape[1] - 1 - chunk  # the first of the chunk's places
+        first = x.shape[1] - 1 - chunk  # the chunk's first position
         if mask is None:
-            return self.decoder(x)[:, first - 1 : first - 1 + chunk]
+            return self.decoder(x)[0][:, first - 1 : first - 1 + chunk]
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         real[:, first - ids.shape[1] + 1 : first] = mask[:, 1:]
-        y = self.decoder(x, additive(real)[:, None, None].to(x), real.cumsum(1) - 1)
-        # Padding stands between the prompt's last token and the chunk's places.
+        y, _ = self.decoder(x, additive(real)[:, None, None].to(x), real.cumsum(1) - 1)
+        # Padding lies between the prompt's last token and the chunk's positions.
         last = y[torch.arange(len(y), device=y.device), first - 1 - (~mask).sum(1)]
         return torch.cat([last[:, None], y[:, first : first + chunk - 1]], 1)
 
     def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
-        """The parallel driver's: logits (B, horizon, dim, rows), or normalised actions (B, horizon, dim)."""
+        """See ``decode.Parallel``."""
         assert ids is not None
         action, hidden = self.spec.action, self.hidden(image_tokens, ids, mask, state)
         if action.tokens is None:

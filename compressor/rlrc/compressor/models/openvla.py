@@ -1,14 +1,11 @@
 """OpenVLA (arXiv 2406.09246) in Hugging Face's format: one picture, an instruction, a token for each action dimension.
 
-Sequence: first token, the picture's patches, the rest of the prompt; causal. A token is the likeliest of the whole
-vocabulary and stands for one of 255 bins. Not replicated: the JPEG round trip, Lanczos resizing and centre crop that
-the LIBERO evaluation applies before the policy gets its pictures, and that generation stops at </s>. The folders of
-OpenVLA-OFT are of the same format: see oft.py.
+Sequence: first token, the picture's patches, the rest of the prompt; causal. Each token is the likeliest of the whole
+vocabulary and maps to one of 255 bins. Not replicated: the JPEG round trip, Lanczos resizing and centre crop of the
+LIBERO evaluation, and that generation stops at </s>. Folders of OpenVLA-OFT have the same format: see oft.py.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +15,6 @@ from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import KeyValue, causal_mask
 from rlrc.compressor.models.nn.prismatic import PrismaticPolicy
 from rlrc.compressor.models.policy import Inputs, Outputs
-
-if TYPE_CHECKING:
-    pass
 
 FAMILY = "openvla"
 
@@ -36,20 +30,20 @@ class OpenVLAPolicy(PrismaticPolicy):
     def step(
         self, image_tokens: Tensor | None, ids: Tensor, past: list[KeyValue] | None
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The autoregressive driver's: logits (B, rows) of the last position, keys and values of all so far."""
+        """See ``decode.Autoregressive``. The past holds every block's keys and values."""
         x = self.embedding(ids)
         if image_tokens is not None:
             x = torch.cat([x[:, :1], image_tokens.to(x.dtype), x[:, 1:]], 1)
         before, length = past[0][0].shape[2] if past else 0, x.shape[1]
         positions = torch.arange(before, before + length, device=x.device)
-        hidden, present = self.decoder.cached(x, causal_mask(length, before).to(x), positions, past)
+        hidden, present = self.decoder(x, causal_mask(length, before).to(x), positions, past)
         return self.head(hidden[:, -1]).float(), present
 
-    def forced(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
-        """What training calls: logits (B, count, rows) of the last positions, from one pass."""
+    def last_logits(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
+        """See ``decode.Autoregressive``."""
         words = self.embedding(ids)
         x = torch.cat([words[:, :1], image_tokens.to(words.dtype), words[:, 1:]], 1)
-        hidden = self.decoder(x, causal_mask(x.shape[1]).to(x))
+        hidden, _ = self.decoder(x, causal_mask(x.shape[1]).to(x))
         return self.head(hidden[:, -count:]).float()
 
     def act(self, inputs: Inputs) -> Outputs:

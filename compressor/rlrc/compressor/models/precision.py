@@ -1,11 +1,11 @@
-"""What torch computes products in: float32, or bfloat16 by autocast where the processor or accelerator is quicker so.
+"""The precision of matrix products in torch: float32, or bfloat16 by autocast where that is faster.
 
-A processor without bfloat16 instructions emulates it: two-core AVX2 takes 10 to 100 times longer for a product than in
-float32, AVX-512 without BF16 1.2 times. torch's own queries tell what the processor has, not which kernels are used
-(oneDNN may be limited, and says that bfloat16 is supported where it emulates it), so products are timed: a tenth of a
+A processor without bfloat16 instructions emulates them: a product takes 10 to 100 times longer than in float32 on two
+AVX2 cores, and 1.2 times on AVX-512 without BF16. torch reports what the processor supports, not which kernels are used
+(oneDNN may be restricted, and reports emulated bfloat16 as supported), so both precisions are timed, in a tenth of a
 second. Weights, gradients and sums are float32 in either case.
 
-The choice holds for a process (``use``), as torch's number of threads does. Workers are given that of their parent.
+The choice applies to the whole process (``use``), like torch's number of threads. Workers inherit it from their parent.
 """
 
 from __future__ import annotations
@@ -19,43 +19,44 @@ import torch
 import torch.nn.functional as F
 
 Precision = Literal["float32", "bfloat16"]
-Wanted = Literal["auto", "float32", "bfloat16"]
-Chosen = dict[str, Precision]
-"""By type of device: {"cpu": "float32"}. Simulators' workers compute on the CPU even where a GPU trains."""
+PrecisionOption = Literal["auto", "float32", "bfloat16"]
+PrecisionByDevice = dict[str, Precision]
+"""For example {"cpu": "float32"}. Simulation workers use the CPU even if training uses a GPU."""
 
 TRAINING = (512, 256, 1024)  # rows, inputs, outputs of a product
-GAIN = 0.9  # part of float32's time that bfloat16 may take: float32 is more exact
-HOPELESS = 3.0  # times slower: one round is enough
-ROUNDS = 5  # the first warms up
+GAIN = 0.9  # bfloat16 is chosen below this part of float32's time, since float32 is more exact
+HOPELESS = 3.0  # times slower than float32: stop timing after one round
+ROUNDS = 5  # the first is a warm-up
 
-_chosen: Chosen = {}
+_chosen: PrecisionByDevice = {}
 
 
 def use(chosen: Mapping[str, Precision]) -> None:
-    """For all products of this process from now on."""
+    """Set the precision of all products of this process from now on."""
     _chosen.clear()
     _chosen.update(chosen)
 
 
-def used() -> Chosen:
+def current() -> PrecisionByDevice:
+    """The precisions in use in this process."""
     return dict(_chosen)
 
 
-def choose(wanted: Wanted, *devices: str) -> Chosen:
-    """For these types of device ("cpu", "cuda"): what was wanted, or the quicker one."""
-    return {device: quicker(device) if wanted == "auto" else wanted for device in devices}
+def choose(wanted: PrecisionOption, *devices: str) -> PrecisionByDevice:
+    """The requested precision for these device types ("cpu", "cuda"), or the faster one for "auto"."""
+    return {device: pick_for_training(device) if wanted == "auto" else wanted for device in devices}
 
 
 def autocast(device: str) -> torch.autocast:
-    """Products within it are computed in the precision of this process; measured where nothing was chosen."""
+    """Context in which products have this process's precision, which is measured first if none was set."""
     if device not in _chosen:
         _chosen.update(choose("auto", device))
     return torch.autocast(device, torch.bfloat16, enabled=_chosen[device] == "bfloat16")
 
 
 @cache
-def quicker(device: str) -> Precision:
-    """For training: a layer forwards and backwards, by autocast."""
+def pick_for_training(device: str) -> Precision:
+    """The faster precision for training: one layer, forward and backward, under autocast."""
     rows, inputs, outputs = TRAINING
     with torch.inference_mode(False):
         x = torch.ones(rows, inputs, device=device)
@@ -68,27 +69,27 @@ def quicker(device: str) -> Precision:
         gradient.sum().item()  # waits for an accelerator
 
     with torch.inference_mode(False), torch.enable_grad():
-        return _quicker([product], device)
+        return _pick([product], device)
 
 
 @cache
-def quicker_of_weights() -> Precision:
-    """For inference with weights stored in it: one row, as a decoder's step has, and a prompt's, through a layer that
-    no cache holds in float32."""
+def pick_for_inference() -> Precision:
+    """The faster precision for inference with weights stored in it: one row (a decoding step) and 64 rows (a prompt)
+    through a layer that is larger than the caches."""
     weights = {dtype: torch.ones(4096, 4096, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
 
     def rows(number: int) -> Callable[[torch.dtype], object]:
         return lambda dtype: F.linear(torch.ones(number, 4096, dtype=dtype), weights[dtype])
 
     with torch.inference_mode():
-        return _quicker([rows(1), rows(64)])
+        return _pick([rows(1), rows(64)])
 
 
-def _quicker(products: Sequence[Callable[[torch.dtype], object]], device: str = "cpu") -> Precision:
-    """By the sum of the least times of all products, in turns.
+def _pick(products: Sequence[Callable[[torch.dtype], object]], device: str = "cpu") -> Precision:
+    """The precision with the smaller sum of the products' minimum times; the two are timed alternately.
 
-    On the CPU in one thread and by that thread's own time: other programs that want the processor change wall time by
-    more than the two types differ, and several threads wait for each other.
+    On the CPU, products run in one thread and that thread's CPU time counts: the load of other programs changes wall
+    time by more than the precisions differ, and several threads wait for each other.
     """
     types: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     best = {dtype: [float("inf")] * len(products) for dtype in types}

@@ -1,4 +1,4 @@
-"""Tensors by name: shapes and types without data, the data one tensor at a time."""
+"""Tensors by name: shapes and types without reading data, and the data one tensor at a time."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Tensors:
     """Tensors by name. Iteration, length and ``in`` are over the names; ``shape`` and ``dtype`` read no data.
 
-    ``origin`` is what messages call them; ``file`` is "" for the model's weights, else the file's name (Part.file);
-    ``paths``: the files they lie in, if any.
+    ``origin`` names them in messages; ``file`` is "" for the model's weights, else the file's name (Part.file);
+    ``paths`` are the files that contain them, if any.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Tensors:
         paths: tuple[Path, ...] = (),
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """``stored``: on the meta device where ``read`` gives the data; ``aliases``: names in the file -> here."""
+        """``stored``: on the meta device if ``read`` returns the data; ``aliases``: names in the file -> names here."""
         self.origin, self.file, self.paths, self.aliases = origin, file, paths, aliases or {}
         self._stored, self._read = stored, read
 
@@ -63,9 +63,11 @@ class Tensors:
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
-    def renamed(self, names: Mapping[str, str]) -> Tensors:
-        """The same tensors by other names, those of the files -> new ones; all are listed. Raises UserError if two
-        get one name."""
+    def rename(self, names: Mapping[str, str]) -> Tensors:
+        """The same tensors under other names. ``names`` maps every name in the files to a new one.
+
+        Raises UserError if two tensors would get the same name.
+        """
         files = {new: old for old, new in names.items()}
         if len(files) < len(names):
             twice = next(new for old, new in names.items() if files[new] != old)
@@ -78,7 +80,7 @@ class Tensors:
         return Tensors(self.origin, stored, inner, self.file, self.paths, names)
 
     def meta(self, name: str) -> Tensor:
-        """Its shape and dtype, without data. Raises UserError if there is no such tensor."""
+        """The tensor on the meta device: shape and dtype. Raises UserError if there is no such tensor."""
         if name not in self._stored:
             close = difflib.get_close_matches(name, self._stored, 1)
             found = f"none of {len(self._stored)}" + (f" (the nearest is {close[0]})" if close else "")
@@ -92,14 +94,14 @@ class Tensors:
         return self.meta(name).dtype
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises UserError, naming the tensor, if it is not there or its shape is another one."""
+        """Raises UserError, naming the tensor, if it is missing or has another shape."""
         if self.shape(name) != shape:
-            raise wrong_shape(f"tensor {name}", shape, self.shape(name), self.origin)
+            raise wrong_shape_error(f"tensor {name}", shape, self.shape(name), self.origin)
 
     def depth(self, prefix: str) -> int:
-        """How many blocks there are: names begin with ``prefix`` and count 0, 1, ... before a dot.
+        """The number of blocks: their tensors' names are ``prefix``, the number 0, 1, ..., a dot, and the rest.
 
-        Raises UserError if one is left out.
+        Raises UserError if a number is missing.
         """
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         found = {int(match[1]) for name in self._stored if (match := pattern.match(name))}
@@ -111,19 +113,19 @@ class Tensors:
         return len(found)
 
     def read(self, name: str) -> Tensor:
-        """The data, as stored: a view of the mapped file, so copy what is to last."""
+        """The data as stored. It may be a view of a mapped file; copy it to keep it."""
         self.meta(name)
         return self._stored[name] if self._read is None else self._read(name)
 
-    def sound(self, name: str) -> Tensor:
-        """``read``, for computing. Raises UserError, naming the tensor, for nan or inf in it."""
+    def read_finite(self, name: str) -> Tensor:
+        """As ``read``. Raises UserError, naming the tensor, for nan or inf in it."""
         tensor = self.read(name)
         check_finite(tensor, name, self.origin)
         return tensor
 
 
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude: nan or inf if the tensor has such a number. One pass at the speed of memory."""
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest magnitude; nan or inf if the tensor contains one. One pass at memory bandwidth."""
     if not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor.detach())
@@ -134,49 +136,49 @@ def check_finite(
     tensor: Tensor, name: str, origin: str, advice: str = "use an earlier checkpoint, or copy it again if it is sound"
 ) -> None:
     """Raises UserError for nan or inf in a tensor of floats."""
-    if tensor.is_floating_point() and not isfinite(found := largest(tensor)):
+    if tensor.is_floating_point() and not isfinite(found := largest_magnitude(tensor)):
         raise UserError(f"expected finite numbers in the tensor {name} of {origin}, found {found}; {advice}")
 
 
-def not_floats(name: str, found: object, origin: str) -> UserError:
+def not_floats_error(name: str, found: object, origin: str) -> UserError:
     return UserError(
         f"expected floating-point numbers in the tensor {name} of {origin}, found {str(found).removeprefix('torch.')}: "
-        "these weights are quantized; give the checkpoint that they were quantized from (rlrc quantize comes after)"
+        "these weights are quantized; give the checkpoint that they were quantized from (run rlrc quantize later)"
     )
 
 
-def wrong_shape(what: str, expected: object, found: object, origin: str) -> UserError:
+def wrong_shape_error(what: str, expected: object, found: object, origin: str) -> UserError:
     return UserError(
         f"expected {expected} for {what}, found {found} in {origin}; is its config.json (or --hints) of these weights?"
     )
 
 
-def of_shapes(
+def tensors_from_shapes(
     origin: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, file: str = ""
 ) -> Tensors:
-    """Shapes without data, for geometry alone."""
+    """Tensors without data, to derive geometries from."""
     stored = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     return Tensors(origin, stored, file=file)
 
 
-def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensors:
+def tensors_from_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensors:
     """The tensors of one or several safetensors files. Raises UserError for a damaged one."""
     stored, where = dict[str, Tensor](), dict[str, Path]()
     for path in files:
         try:
             with safe_open(path, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
                     tensor = opened.get_slice(name)
                     dtype = DTYPES.get(tensor.get_dtype())
                     if dtype is None:
-                        raise not_floats(name, tensor.get_dtype(), origin)
+                        raise not_floats_error(name, tensor.get_dtype(), origin)
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:
             raise foreign.unreadable("safetensors in", path, error, "copy that file again") from None
 
     def read(name: str) -> Tensor:
-        # Opened anew for every tensor: the mapping, and with it what was read of the file, goes with the tensor.
+        # Opened again for every tensor, so that the mapped memory is released together with the tensor.
         with safe_open(where[name], "pt") as opened:
             return opened.get_tensor(name)
 

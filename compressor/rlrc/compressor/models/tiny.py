@@ -1,16 +1,15 @@
-"""The reference family "tiny": a small vision-language-action policy in OpenVLA-OFT's form.
+"""The reference family "tiny": a small vision-language-action policy with OpenVLA-OFT's architecture.
 
-Vision transformer -> merged patches -> projector; instruction tokens; one state token; one query token per step of the
-chunk; a bidirectional Llama-style decoder, which holds most of the parameters; a head that gives, for every step and
-action dimension, logits over bins. All tokens of the chunk are decoded in one parallel pass (OpenVLA-OFT, arXiv
-2502.19645, section 4), so that reinforcement learning has log-probabilities.
+Vision transformer, merged patches, projector; instruction tokens; one state token; one query token per step of the
+chunk; a bidirectional Llama-style decoder, which has most of the parameters; a head with logits over bins for every
+step and action dimension. The whole chunk is decoded in one parallel pass (OpenVLA-OFT, arXiv 2502.19645, section 4).
+The logits give reinforcement learning its log-probabilities.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +18,19 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
-from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
 FAMILY = "tiny"
 
 
 @dataclass(frozen=True)
 class TinyGeometry:
-    """What tensor shapes of the towers do not tell. ``stem_factors`` multiply to the patch size in pixels."""
+    """What the towers do not specify. ``stem_factors`` multiply to the patch size in pixels."""
 
     vocabulary: int
     stem_factors: tuple[int, ...]
     stem_widths: tuple[int, ...]
     merge: int  # merge x merge patches become one decoder token
-
-    @staticmethod
-    def parse(geometry: dict[str, Any]) -> TinyGeometry:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry.items()}
-        try:
-            return TinyGeometry(**values)
-        except TypeError as error:
-            raise UserError(
-                f'geometry of family "tiny" does not fit: {error}; take it from an artifact made by rlrc'
-            ) from None
 
 
 class TinyPolicy(PolicyModule):
@@ -50,7 +38,7 @@ class TinyPolicy(PolicyModule):
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        geometry = TinyGeometry.parse(spec.geometry)
+        geometry = parse_geometry(TinyGeometry, spec)
         vision, decoder = towers["vision"], towers["decoder"]
         (camera,) = spec.cameras
         assert spec.state is not None
@@ -72,7 +60,7 @@ class TinyPolicy(PolicyModule):
         nn.init.normal_(self.embedding.weight, std=0.1)
         nn.init.normal_(self.head.weight, std=0.01)
         for layer in self.decoder.blocks():
-            # Small residual branches at the start, as in GPT-2.
+            # Small residual branches at initialisation, as in GPT-2.
             for branch in (layer.attention.o, layer.mlp.down):
                 nn.init.normal_(branch.weight, std=0.02 / (2 * len(self.decoder.layers)) ** 0.5)
 
@@ -81,11 +69,12 @@ class TinyPolicy(PolicyModule):
         return self.projector(merge_patches(self.vision(pixels), self.merge).flatten(1, 2))
 
     def hidden(self, image_tokens: Tensor, ids: Tensor, state: Tensor) -> Tensor:
-        """Hidden states of the action tokens (B, horizon, decoder width)."""
+        """Hidden states of the query tokens (B, horizon, decoder width)."""
         parts = [image_tokens, self.embedding(ids), self.state(state)[:, None], self.query.expand(len(ids), -1, -1)]
-        # Under autocast the residual stream stays in the parameters' precision.
+        # Under autocast, too, the residual stream has the parameters' precision.
         sequence = torch.cat([part.to(self.query.dtype) for part in parts], 1)
-        return self.decoder(sequence)[:, -self.spec.action.horizon :]
+        hidden, _ = self.decoder(sequence)
+        return hidden[:, -self.spec.action.horizon :]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, horizon, width) -> (B, horizon, dim, bins) in float32."""
@@ -96,11 +85,11 @@ class TinyPolicy(PolicyModule):
         return decode.parallel(self, inputs)
 
     def decode(self, image_tokens: Tensor, ids: Tensor | None, mask: Tensor | None, state: Tensor | None) -> Tensor:
-        """The parallel driver's: logits (B, horizon, dim, bins). Padding is read like any token: no mask matters."""
+        """See ``decode.Parallel``. Padding is read as tokens, so the mask is ignored."""
         assert ids is not None
         assert state is not None
         return self.logits(self.hidden(image_tokens, ids, state))
 
     def forward(self, pixels: Tensor, ids: Tensor, state: Tensor) -> Tensor:
-        """What training calls: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
+        """For training: pixels (B, H, W, 3), ids (B, L), state (B, S) -> logits (B, horizon, dim, bins)."""
         return self.logits(self.hidden(self.encode_image(pixels), ids, state))

@@ -1,4 +1,4 @@
-"""A policy's weights: given to its module, checked, counted."""
+"""Loads a policy's weights into its module, and checks and counts them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 
 
-def policy_of(
+def build_policy(
     spec: PolicySpec,
     towers: dict[str, TowerSpec],
     tensors: Mapping[str, Tensor],
     origin: str,
     advice: str = "make it again from sound weights",
 ) -> PolicyModule:
-    """A policy with these weights in float32, in evaluation mode.
+    """Build a policy with these weights in float32, in evaluation mode.
 
-    Raises ArtifactError for a tensor that does not fit, and UserError with the ``advice`` for nan or inf in one.
+    Raises ArtifactError for a tensor of another name or shape, and UserError with the ``advice`` for nan or inf.
     """
     with torch.device("meta"):
         policy = build(spec, towers)
@@ -37,7 +37,7 @@ def policy_of(
 def load_tensors(
     policy: PolicyModule, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
 ) -> None:
-    """Gives the policy these weights, in float32. Raises as ``policy_of``."""
+    """Load these weights into the policy, in float32. Raises as ``build_policy``."""
     check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
     for name, tensor in tensors.items():
         check_finite(tensor, name, origin, advice)
@@ -45,7 +45,7 @@ def load_tensors(
 
 
 def check_shapes(policy: PolicyModule, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Raises ArtifactError unless these are the policy's tensors."""
+    """Raises ArtifactError unless these are the names and shapes of the policy's tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
@@ -55,11 +55,12 @@ def check_shapes(policy: PolicyModule, found: Mapping[str, tuple[int, ...]], ori
             )
 
 
-def parameters(policy: PolicyModule, prefix: str = "") -> int:
-    """How many numbers are stored, in all or of one module ("decoder."): statistics of frozen norms count too."""
+def count_parameters(policy: PolicyModule, prefix: str = "") -> int:
+    """How many numbers are stored, in all or in one module ("decoder."), statistics of frozen norms included."""
     return sum(tensor.numel() for name, tensor in policy.state_dict().items() if name.startswith(prefix))
 
 
-def narrowed(tensor: Tensor, exact: bool) -> Tensor:
+def narrow_dtype(tensor: Tensor, exact: bool) -> Tensor:
+    """The tensor in bfloat16; with ``exact``, unchanged if bfloat16 would round it."""
     narrow = tensor.bfloat16()
     return tensor if exact and not torch.equal(narrow.to(tensor.dtype), tensor) else narrow

@@ -1,1 +1,1 @@
-"""Structured pruning: what is scored, what is cut, what it costs."""
+"""Structured pruning: scores, allocation, cuts, and a cost model."""

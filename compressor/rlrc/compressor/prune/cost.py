@@ -1,11 +1,11 @@
-"""What a shape costs, without weights: parameters, bytes of the stored weights, and the time of a decision.
+"""The cost of a shape, without weights: bytes of the stored weights, and the time of a decision.
 
-The time is a model, relative to another shape of the same policy on the same computer. A product of a (T, k) with
-weights (k, n) counts max(T, BALANCE) * (k n + ELEMENT (k + n)): below BALANCE rows it takes as long as reading the
-weights does, and a number that goes in or comes out costs as much as ELEMENT multiply-adds, which stands for all that
-is no product (norms, activations, sums). Products of activations (attention) count their multiply-adds. One decision
-is every picture's vision, then one parallel pass, or a prompt and all its tokens one after the other, or a prefix and
-all its flow steps. docs/decisions says how far that is from what was measured.
+The time is a model, meaningful relative to another shape of the same policy on the same computer. A product of inputs
+(T, k) with weights (k, n) counts max(T, BALANCE) * (k n + ELEMENT (k + n)): below BALANCE rows its time is that of
+reading the weights, and every input and output counts as ELEMENT multiply-adds, which covers norms, activations and
+sums. Products of activations (attention) count their multiply-adds. One decision is the vision of every picture, then
+one parallel pass, or a prompt and all its tokens one after the other, or a prefix and all its flow steps. See
+docs/decisions for measurements.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.quantize.grid import stored_bytes
+from rlrc.compressor.quantize.grid import count_bytes
 from rlrc.compressor.quantize.quantize import quantizable
 
 BALANCE = 20  # rows
 ELEMENT = 30  # multiply-adds
-PROMPT = 32  # tokens of a prompt that is not padded
+PROMPT = 32  # tokens of an unpadded prompt
 
 aten = torch.ops.aten
 
 
-def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
-    """The policy on the meta device."""
+def build_on_meta(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
+    """Build the policy on the meta device, in evaluation mode."""
     with torch.device("meta"):
         return build(spec, dict(towers)).eval()
 
 
 def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:
-    """Of the tensors as ``rlrc quantize`` stores them, or two for each number ("bf16"); without file headers."""
+    """Bytes of the weights as ``rlrc quantize`` stores them ("int4"), or in 16 bits ("bf16"), without file headers."""
     size = 0
     for name, tensor in policy.state_dict().items():
         packed = precision == "int4" and quantizable(name, tensor)
-        size += stored_bytes(tensor.numel(), 4) if packed else tensor.numel() * 2
+        size += count_bytes(tensor.numel(), 4) if packed else tensor.numel() * 2
     return size
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what is computed while it is entered; see the module's docstring."""
+    """Adds up the cost of all operations within the context; see the module's docstring."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total, self.times = 0.0, 1
 
     @contextmanager
-    def repeated(self, times: int) -> Iterator[None]:
-        """What happens inside happens so often."""
+    def repeat(self, times: int) -> Iterator[None]:
+        """Count the operations within this context ``times`` times."""
         self.times *= times
         yield
         self.times //= times
@@ -79,17 +79,16 @@ class OperationCounter(TorchDispatchMode):
         return max(rows, BALANCE) * (inputs * outputs + ELEMENT * (inputs + outputs))
 
 
-def decision(policy: PolicyModule) -> float:
-    """The work of one chunk of actions, in multiply-adds; the policy is one of ``shape_of``."""
+def decision_cost(policy: PolicyModule) -> float:
+    """The cost of one chunk of actions in multiply-adds, of a policy made by ``build_on_meta``."""
     spec = policy.spec
     with torch.no_grad(), torch.device("meta"), OperationCounter() as work:
-        seen = []
+        encoded = []
         for camera in spec.cameras:
-            size = (camera.height, camera.width, len(camera.mean))
-            seen.append(
-                policy.encode_image(torch.empty((1, *size) if camera.layout == "HWC" else (1, size[2], *size[:2])))
-            )
-        image_tokens, ids, state = torch.cat(seen, 1), None, None
+            height, width, channels = camera.height, camera.width, len(camera.mean)
+            shape = (height, width, channels) if camera.layout == "HWC" else (channels, height, width)
+            encoded.append(policy.encode_image(torch.empty(1, *shape)))
+        image_tokens, ids, state = torch.cat(encoded, 1), None, None
         if spec.prompt is not None:
             most = spec.prompt.max_tokens
             ids = torch.empty(1, min(most, PROMPT) if spec.prompt.pad_id is None else most, dtype=torch.long)
@@ -111,7 +110,7 @@ def _autoregressive(
     assert ids is not None
     action = policy.spec.action
     _, past = policy.step(image_tokens, ids, None)
-    with work.repeated(action.horizon * action.dim - 1):
+    with work.repeat(action.horizon * action.dim - 1):
         policy.step(None, ids[:, :1], past)
 
 
@@ -119,7 +118,7 @@ def _flow(policy: Any, work: OperationCounter, image_tokens: Tensor, ids: Tensor
     flow = policy.spec.flow
     past, mask = policy.prefix(image_tokens, ids, None, state)
     x = torch.empty(1, policy.spec.action.horizon, flow.width)
-    with work.repeated(flow.steps):
+    with work.repeat(flow.steps):
         policy.velocity(past, mask, state, x, torch.ones(1))
 
 

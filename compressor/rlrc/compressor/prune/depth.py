@@ -1,12 +1,11 @@
-"""Whole blocks that go, with what must go with them.
+"""Depth pruning: drops whole blocks, together with the blocks that depend on them.
 
-- Flow policies: an expert's block goes with the blocks of the prefix that it attends to, which are one or several. The
-  last ones stay: of the prefix's last block nothing but keys and values is left.
-- ACT's decoder: an official layer is two blocks here, self-attention and cross-attention.
-- All others: every block by itself.
+- Flow policies: an expert block and the prefix blocks that it attends to (one or several). The last ones are kept,
+  because the prefix's last block has keys and values only.
+- ACT's decoder: the two blocks, self-attention and cross-attention, of an official layer.
+- All others: single blocks.
 
-A block that goes is one whose branches add nothing: the residual stream passes. (Where norms stand on the stream
-itself, as in ACT, those go too.)
+Dropping a block passes the residual stream through unchanged, without norms on the stream itself (ACT's).
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from rlrc.compressor.models.flow import prefix_stride
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
-Unit = Mapping[str, tuple[int, ...]]  # blocks of each tower that go together
+Unit = Mapping[str, tuple[int, ...]]  # blocks of each tower that are dropped together
 
 
-def units(towers: Towers, tower: str) -> list[Unit]:
-    """All of the tower's, from the first to the last."""
+def find_units(towers: Towers, tower: str) -> list[Unit]:
+    """All units of the tower, from first to last."""
     depth = len(towers[tower].layers)
     if "expert" in towers and tower not in VISION:
         stride, pairs = prefix_stride(dict(towers)), len(towers["expert"].layers)
@@ -39,58 +38,59 @@ def units(towers: Towers, tower: str) -> list[Unit]:
     return [{tower: (i,)} for i in range(depth)]
 
 
-def droppable(towers: Towers, tower: str) -> list[Unit]:
-    """All that may go: not the last of those that a prefix ends with."""
-    found = units(towers, tower)
-    return found[:-1] if "expert" in found[0] else found
+def droppable_units(towers: Towers, tower: str) -> list[Unit]:
+    """The units that may be dropped: all but the last one of a prefix and its expert."""
+    units = find_units(towers, tower)
+    return units[:-1] if "expert" in units[0] else units
 
 
-def unit_of(towers: Towers, tower: str, block: int) -> Unit:
-    """Raises UserError for a block that is not there or cannot go."""
-    for unit in droppable(towers, tower):
+def find_unit(towers: Towers, tower: str, block: int) -> Unit:
+    """The unit of a block. Raises UserError if there is no such block or it cannot be dropped."""
+    for unit in droppable_units(towers, tower):
         if block in unit[tower]:
             return unit
-    most = max((block for unit in droppable(towers, tower) for block in unit[tower]), default=-1)
+    most = max((block for unit in droppable_units(towers, tower) for block in unit[tower]), default=-1)
     raise UserError(f"expected prune.blocks from 0 to {most} of the {tower}, found {block}; see rlrc inspect")
 
 
-def dropped(towers: Towers, gone: Collection[Unit]) -> dict[str, TowerSpec]:
-    """The shape without these. Raises UserError if nothing is left, or an expert's blocks lose their prefix's."""
+def drop_from_towers(towers: Towers, dropped: Collection[Unit]) -> dict[str, TowerSpec]:
+    """The towers without these units. Raises UserError if no block is left, or expert and prefix no longer match."""
     after = dict(towers)
-    for tower in {tower for unit in gone for tower in unit}:
-        left = tuple(towers[tower].layers[i] for i in remaining(towers, tower, gone))
+    for tower in {tower for unit in dropped for tower in unit}:
+        left = tuple(towers[tower].layers[i] for i in remaining_blocks(towers, tower, dropped))
         if not left:
-            raise UserError(f"expected a block that stays in the {tower}, found none; drop fewer")
+            raise UserError(f"expected at least one block left in the {tower}, found none; drop fewer")
         after[tower] = replace(towers[tower], layers=left)
     if after["decoder"] != towers["decoder"] and "expert" in towers:
         stride, expert = prefix_stride(dict(towers)), after["expert"].layers
         if prefix_stride(after) != stride or len(after["decoder"].layers[::stride]) != len(expert):
             raise UserError(
-                f"expected so many expert blocks that every one has its {stride} of the prefix, found {len(expert)} "
-                f"with {len(after['decoder'].layers)}; drop fewer"
+                f"expected {stride} prefix blocks for every expert block, found {len(after['decoder'].layers)} for "
+                f"{len(expert)}; drop fewer"
             )
     return after
 
 
-def remaining(towers: Towers, tower: str, gone: Collection[Unit]) -> list[int]:
-    lost = {block for unit in gone for block in unit.get(tower, ())}
+def remaining_blocks(towers: Towers, tower: str, dropped: Collection[Unit]) -> list[int]:
+    """Numbers of the tower's blocks that are kept."""
+    lost = {block for unit in dropped for block in unit.get(tower, ())}
     return [i for i in range(len(towers[tower].layers)) if i not in lost]
 
 
-def without(policy: PolicyModule, gone: Sequence[Unit]) -> PolicyModule:
-    """The policy without these blocks; its tensors are shared with the given one."""
-    towers, state = dropped(policy.towers, gone), dict(policy.state_dict())
+def drop_blocks(policy: PolicyModule, dropped: Sequence[Unit]) -> PolicyModule:
+    """The policy without these blocks. It shares its tensors with the given policy."""
+    towers, state = drop_from_towers(policy.towers, dropped), dict(policy.state_dict())
     for tower in (name for name, spec in towers.items() if spec != policy.towers[name]):
-        numbers = {old: new for new, old in enumerate(remaining(policy.towers, tower, gone))}
+        numbers = {old: new for new, old in enumerate(remaining_blocks(policy.towers, tower, dropped))}
         prefix = f"{tower}.layers."
         for name in [name for name in state if name.startswith(prefix)]:
             tensor, (old, rest) = state.pop(name), name.removeprefix(prefix).split(".", 1)
             if int(old) in numbers:
                 state[f"{prefix}{numbers[int(old)]}.{rest}"] = tensor
-    return assembled(policy, towers, state)
+    return assemble(policy, towers, state)
 
 
-def assembled(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
+def assemble(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
     with torch.device("meta"):
         result = build(policy.spec, dict(towers))
     result.load_state_dict(state, assign=True)

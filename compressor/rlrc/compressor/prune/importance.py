@@ -1,13 +1,13 @@
-"""What every head and channel of a tower is worth: the sum over its weights of one of these.
+"""Importance scores of heads and channels: a sum over the part's weights.
 
 - taylor: |weight * gradient| of the task loss (first-order Taylor; arXiv 2506.17639 stage 1, after LLM-Pruner,
-  2305.11627), of every batch's mean gradient, averaged over the batches. A gradient is reduced to its parts' scores as
-  soon as it exists and freed: scoring takes the weights, one layer's gradient and one batch's activations.
-- wanda: |weight| times the norm of what the weight is multiplied with (arXiv 2306.11695), over the same batches.
-- magnitude: |weight|, which needs no data; random: the control that shows what a score is worth.
+  2305.11627), from each batch's mean gradient, averaged over batches. A gradient is reduced to scores and freed as soon
+  as it exists, so memory holds the weights, one layer's gradient and one batch's activations.
+- wanda: |weight| times the norm of the weight's input (arXiv 2306.11695), over the same batches.
+- magnitude: |weight|, without data. random: a control.
 
-A block is worth what all its parts are. (Its influence on the residual stream, ShortGPT's arXiv 2403.03853, chose worse
-blocks of the reference policy: docs/decisions.)
+The score of a block is the sum of its parts' scores. ShortGPT's score (arXiv 2403.03853) chose worse blocks of the
+reference policy: see docs/decisions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.prune.config import PruneConfig
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one block: heads (heads,) and channels (mlp,); zeros of a block that was not scored."""
+    """Scores of one block: heads (heads,) and channels (mlp,); zeros for a block that was not scored."""
 
     heads: Tensor
     channels: Tensor
@@ -42,14 +42,14 @@ class Scores:
         return self.heads, self.channels
 
 
-def scores(
+def score_parts(
     policy: PolicyModule, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
 ) -> list[Scores]:
-    """Of every block of the tower, those of these ``blocks`` scored. ``batches`` may be None but for NEED_DATA."""
+    """Scores of every block of the tower, zeros for blocks not in ``blocks``. NEED_DATA scores require ``batches``."""
     found, pieces = list[Scores](), dict[str, tuple[Group, Tensor]]()
     names = policy.state_dict().keys()
     for i in range(len(policy.towers[tower].layers)):
-        both = groups(policy.towers, tower, i, names)
+        both = find_groups(policy.towers, tower, i, names)
         found.append(Scores(*(torch.zeros(group.number) for group in both)))
         for group, total in zip(both, found[-1].each(), strict=True):
             if i in blocks and group.number:
@@ -68,13 +68,13 @@ def scores(
     return found
 
 
-Pieces = dict[str, tuple[Group, Tensor]]  # of every scored layer: its group, and where the parts' scores add up
+Pieces = dict[str, tuple[Group, Tensor]]  # by layer: its group, and the tensor that accumulates the parts' scores
 
 
 def _weigh(policy: PolicyModule, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
     for name, (group, total) in pieces.items():
         weight = policy.get_parameter(f"{name}.weight").detach()
-        total += group.sums(name, importance(name, weight)).to(total.device)
+        total += group.sum_parts(name, importance(name, weight)).to(total.device)
 
 
 def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
@@ -82,7 +82,7 @@ def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: 
         assert weight.grad is not None
         group, total = pieces[name]
         total.add_(
-            group.sums(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
+            group.sum_parts(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
         )
         weight.grad = None
 
@@ -98,7 +98,7 @@ def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: 
 
 @contextmanager
 def _gradients_of(policy: PolicyModule, weights: Collection[nn.Parameter]) -> Iterator[None]:
-    """No other parameter has a gradient meanwhile; what had one before has none after, nor have these."""
+    """Within the context only these weights require gradients. All gradients are cleared before and after."""
     before = {parameter: parameter.requires_grad for parameter in policy.parameters()}
     policy.eval().zero_grad()
     policy.requires_grad_(False)

@@ -1,12 +1,11 @@
-"""Lossless cuts: what no action depends on goes, and what is the same for every observation is computed beforehand.
+"""Lossless cuts: removes weights that no action depends on, and precomputes what is the same for every observation.
 
-- Rows of a language model's head that are no action tokens. The actions are the same wherever the likeliest token of
-  the whole vocabulary is an action token; ``outside`` counts where it is not.
-- Modulations of adaptive norms, which depend on the flow's time alone: tables of the fixed flow steps take the place of
-  the layers that make them, and of the time's own.
+- Rows of a language model's head that are not action tokens. The actions stay the same wherever the likeliest token of
+  the whole vocabulary is an action token; ``count_outside`` counts where it is not.
+- Layers that compute the modulations of adaptive norms from the flow's time: replaced by tables over the flow steps.
 - The first self-attention of ACT's decoder: its values are zeros, so its output is a constant.
 
-What the readers never load (Layout.unused) is reported with them.
+Tensors of official checkpoints that are never loaded (Layout.unused) are included in the report.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
-from rlrc.compressor.models.weights import narrowed
+from rlrc.compressor.models.weights import narrow_dtype
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What went, less what took its place."""
+    """``what`` was cut, and how many parameters and bytes that saved (replacements deducted)."""
 
     what: str
     parameters: int
@@ -40,21 +39,22 @@ class Cut:
 
 
 @dataclass
-class _Rest:
-    """What is left of a policy while it is cut."""
+class _Remainder:
+    """The policy that is left, modified by every cut."""
 
     spec: PolicySpec
     towers: dict[str, TowerSpec]
     state: dict[str, Tensor]
 
 
-def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyModule, dict[str, Any]]:
+def cut_lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyModule, dict[str, Any]]:
     """A policy with the same actions, and a report: every cut, parameters and bytes before and after.
 
-    ``unread``: what the policy's official folder had more (see ``never_read``). Bytes are those of an artifact: two for
-    a number that bfloat16 holds, else four. The given policy is unchanged; what was not cut is shared with it.
+    ``unread``: tensors of the official checkpoint that were not loaded (see ``list_unread``). Bytes are those of an
+    artifact: two for a tensor that bfloat16 holds exactly, else four. The given policy is unchanged and shares all
+    tensors that were not cut.
     """
-    rest = _Rest(policy.spec, dict(policy.towers), dict(policy.state_dict()))
+    rest = _Remainder(policy.spec, dict(policy.towers), dict(policy.state_dict()))
     whole, own = _size(rest.state), list[Cut]()
     with torch.no_grad():
         for what, cut in (
@@ -64,8 +64,8 @@ def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyMo
         ):
             before = dict(rest.state)
             cut(policy, rest)
-            gone, new = _size(_others(before, rest.state)), _size(_others(rest.state, before))
-            own.append(Cut(what, gone[0] - new[0], gone[1] - new[1]))
+            removed, added = _size(_changed(before, rest.state)), _size(_changed(rest.state, before))
+            own.append(Cut(what, removed[0] - added[0], removed[1] - added[1]))
     with torch.device("meta"):
         result = families.build(rest.spec, rest.towers)
     result.load_state_dict(rest.state, assign=True)
@@ -81,29 +81,30 @@ def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyMo
     }
 
 
-def _others(tensors: dict[str, Tensor], than: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if than.get(name) is not tensor}
+def _changed(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are not also in the other state dict."""
+    return {name: tensor for name, tensor in tensors.items() if others.get(name) is not tensor}
 
 
-def lines(report: Mapping[str, Any]) -> list[str]:
-    """The report for people; ``outside``, if it is there, counts observations (see the function)."""
-    found = [f"{cut['what']}: {cut['parameters']:,} parameters, {cut['bytes']:,} bytes" for cut in report["cuts"]]
+def format_report(report: Mapping[str, Any]) -> list[str]:
+    """The report as lines of text. An entry "outside" has the counts of ``count_outside``."""
+    lines = [f"{cut['what']}: {cut['parameters']:,} parameters, {cut['bytes']:,} bytes" for cut in report["cuts"]]
     numbers, size = report["parameters"], report["bytes"]
     part = 1 - size["after"] / size["before"]
-    found.append(
+    lines.append(
         f"{numbers['before']:,} parameters -> {numbers['after']:,}, {size['before']:,} bytes -> {size['after']:,} "
         f"({part:.1%} less)"
     )
     if outside := report.get("outside"):
-        found.append(
+        lines.append(
             f"the likeliest token of the whole vocabulary was no action token in {outside['changed']} of "
-            f"{outside['observations']} golden observations: only there may the action be another"
+            f"{outside['observations']} golden observations: only there the action may differ"
         )
-    return found
+    return lines
 
 
-def never_read(stored: Tensors, unused: Iterable[str]) -> list[Cut]:
-    """The official tensors that are not read, in as few modules as hold nothing else: ``model.vae_encoder``, say."""
+def list_unread(stored: Tensors, unused: Iterable[str]) -> list[Cut]:
+    """Official tensors that are not loaded, by the largest modules without any loaded tensor (model.vae_encoder)."""
     unused = set(unused)
     used = {prefix for name in stored if name not in unused for prefix in _prefixes(name)}
     modules: dict[str, list[Tensor]] = {}
@@ -115,22 +116,22 @@ def never_read(stored: Tensors, unused: Iterable[str]) -> list[Cut]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """Of a.b.weight: a, a.b."""
+    """a.b.weight -> [a, a.b]."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _size(tensors: Mapping[Any, Tensor]) -> tuple[int, int]:
-    """How many numbers they have, and how many bytes an artifact stores them in (without data: as they are)."""
+    """Numbers, and bytes in an artifact (tensors without data count in their own dtype)."""
     numbers = size = 0
     for tensor in tensors.values():
         numbers += tensor.numel()
-        size += (tensor if tensor.is_meta else narrowed(tensor, exact=True)).nbytes
+        size += (tensor if tensor.is_meta else narrow_dtype(tensor, exact=True)).nbytes
     return numbers, size
 
 
-def outside(tokens: NDArray[np.integer], action: ActionSpec) -> int:
-    """In how many observations a token (N, horizon, dim) is no action token."""
+def count_outside(tokens: NDArray[np.integer], action: ActionSpec) -> int:
+    """In how many of N observations one of the tokens (N, horizon, dim) is not an action token."""
     if action.tokens is None:
         return 0
     kept = _action_tokens(action)
@@ -139,12 +140,12 @@ def outside(tokens: NDArray[np.integer], action: ActionSpec) -> int:
 
 
 def _action_tokens(action: ActionSpec) -> TokenSpec:
-    """The same tokens, but the logits have a row for each action token only: one more than bins (OpenVLA's 256)."""
+    """The same tokens with logits for action tokens only: one row more than bins (256 for OpenVLA)."""
     assert action.tokens is not None
     return replace(action.tokens, rows=action.bins + 1, offset=action.tokens.first - action.bins)
 
 
-def _head(policy: PolicyModule, rest: _Rest) -> None:
+def _head(policy: PolicyModule, rest: _Remainder) -> None:
     tokens = rest.spec.action.tokens
     if tokens is None:
         return
@@ -154,14 +155,14 @@ def _head(policy: PolicyModule, rest: _Rest) -> None:
     rest.state["head.weight"] = rest.state["head.weight"][start : start + kept.rows].clone()
 
 
-def _modulations(policy: PolicyModule, rest: _Rest) -> None:
-    """pi0.5's adaRMS (arXiv 2504.16054): of every norm a table (steps, 3 * width)."""
+def _modulations(policy: PolicyModule, rest: _Remainder) -> None:
+    """A table (flow steps, 3 * width) for every norm of pi0.5's adaRMS (arXiv 2504.16054)."""
     tower, flow = rest.towers.get("expert"), rest.spec.flow
     if tower is None or flow is None or tower.norm != "adaptive":
         return
     assert isinstance(policy, FlowPolicy)
     x = torch.zeros(1, 1, flow.width, device=policy.action_in.weight.device)
-    # One step at a time, as the policy does it: the same numbers to the last bit.
+    # One step at a time, as the policy does: bit-identical.
     conditions = [policy.suffix(None, x, x.new_full((1,), 1 - i / flow.steps))[1] for i in range(flow.steps)]
     for name, module in policy.named_modules():
         if isinstance(module, AdaptiveRMSNorm):
@@ -171,8 +172,8 @@ def _modulations(policy: PolicyModule, rest: _Rest) -> None:
     rest.towers["expert"] = replace(tower, norm="steps")
 
 
-def _constant(policy: PolicyModule, rest: _Rest) -> None:
-    """Whatever the weights of its attention are, a mean of equal values is that value."""
+def _constant(policy: PolicyModule, rest: _Remainder) -> None:
+    """All values are equal, so their weighted mean is that value for any attention weights."""
     decoder = getattr(policy, "decoder", None)
     if not isinstance(decoder, detr.Transformer):
         return

@@ -1,4 +1,4 @@
-"""sensitivity.json: what ``rlrc sensitivity`` writes, and ``rlrc prune --allocation sensitivity`` reads."""
+"""sensitivity.json, which ``rlrc sensitivity`` writes and ``rlrc prune --allocation sensitivity`` reads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS: tuple[Kind, ...] = ("prune", "quantize", "drop")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """``module`` as in the state dict, ``parameters`` of it, ``error`` in normalised actions."""
+class SensitivityRow:
+    """``module``: its name in the state dict; ``parameters``: its size; ``error``: in normalised actions."""
 
     module: str
     kind: Kind
@@ -25,7 +25,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """sensitivity.json. ``digest`` of the artifact; an official folder has none."""
+    """sensitivity.json. ``digest`` of the artifact (None for an official checkpoint)."""
 
     kind: Literal["sensitivity"]
     source: str
@@ -33,11 +33,11 @@ class SensitivityReport:
     ratio: float
     bits: int
     observations: int
-    modules: tuple[Measured, ...]
+    modules: tuple[SensitivityRow, ...]
 
 
-def load(file: Path) -> SensitivityReport:
-    """Raises UserError for anything but a report."""
+def load_report(file: Path) -> SensitivityReport:
+    """Read a report. Raises UserError if the file is not one."""
     try:
         return strict.decode(SensitivityReport, strict.parse(file.read_bytes()))
     except OSError as error:
@@ -46,8 +46,8 @@ def load(file: Path) -> SensitivityReport:
         raise UserError(f"{error}, in {file}; make it again with rlrc sensitivity") from None
 
 
-def per_layer(report: SensitivityReport, kind: Kind, tower: str) -> dict[int, float]:
-    """Of every measured block of the tower the error, of a quantized one the sum of its parts'."""
+def errors_by_block(report: SensitivityReport, kind: Kind, tower: str) -> dict[int, float]:
+    """The error of every measured block of the tower; for "quantize", the sum over its modules."""
     found: dict[int, float] = {}
     for row in report.modules:
         name, *rest = row.module.split(".")

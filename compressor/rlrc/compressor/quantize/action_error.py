@@ -1,9 +1,8 @@
-"""How far changed weights move the actions: mean |difference| from the float policy's, in normalised units.
+"""How far changed weights move the actions: the mean absolute difference from the float policy, in normalised units.
 
-Of token policies the expected action is compared, the bins' centres weighted with the softmax of their logits: the
-likeliest bin stays the same under most small changes, which would all seem to cost nothing. Tokens that are no bins are
-left out of that softmax. An autoregressive policy goes on from the tokens it chose itself: where a change flips one,
-what follows from the flip counts too, as it does on the robot.
+For token policies the expected action is compared: bin centres weighted by the softmax of the logits of the bins alone.
+The likeliest bin would stay the same under most small changes and hide their cost. An autoregressive policy continues
+from the tokens it chose: if a change flips a token, the error includes all that follows, as on the robot.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.quantize.calibration import checked
+from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers
 
 
 class ActionError:
-    """Compares with the actions of the policy as it is now, on these observations.
+    """Compares with the policy's actions at construction, on these observations.
 
-    Raises UserError if there are none, or for NaN and infinity in them or in the actions.
+    Raises UserError if there are no observations, or if they or the actions are not finite.
     """
 
     def __init__(self, policy: PolicyModule, calibration: Iterable[Inputs]) -> None:
-        self.policy, self.inputs = policy, with_noise(policy, checked(calibration))
+        self.policy, self.inputs = policy, fix_noise(policy, check_calibration(calibration))
         if not self.inputs:
             raise UserError("expected calibration observations, found none; give at least one")
         self.expected = self._actions()
         if not self.expected.isfinite().all():
             raise UserError("expected finite actions of the float policy, found NaN or infinity; repair the checkpoint")
 
-    def of(self, changes: Mapping[str, Tensor]) -> float:
-        """With these tensors in place of the policy's own. Infinite if the actions are no longer numbers."""
-        with replaced(self.policy, changes):
+    def measure(self, changes: Mapping[str, Tensor]) -> float:
+        """The action error with these tensors in place of the policy's own; infinite if an action is not finite."""
+        with swap_tensors(self.policy, changes):
             error = (self._actions() - self.expected).abs().mean()
         return float(error.nan_to_num(float("inf")))
 
@@ -48,7 +47,7 @@ class ActionError:
 
 
 def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
-    """Normalised actions (B, horizon, dim); of token policies the expected ones."""
+    """Normalised actions (B, horizon, dim); for token policies the expected ones."""
     action, logits = policy.spec.action, outputs.logits
     if logits is None:
         return outputs.actions
@@ -59,8 +58,8 @@ def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
     return logits.softmax(-1) @ centers
 
 
-def with_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
-    """Flow policies start from the same noise every time."""
+def fix_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
+    """Add noise to the observations of a flow policy, so that it always starts from the same."""
     if policy.spec.flow is None:
         return calibration
     generator, shape = torch.Generator().manual_seed(0), (policy.spec.action.horizon, policy.spec.flow.width)
@@ -73,8 +72,8 @@ def with_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
 
 
 @contextmanager
-def replaced(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The policy with these tensors in place of its own, for a while."""
+def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context, the policy has these tensors in place of its own."""
     own = dict(policy.named_parameters()) | dict(policy.named_buffers())
     before = {name: own[name].data for name in tensors}
     try:

@@ -1,14 +1,14 @@
-"""AWQ's scaling (arXiv 2306.00978): input channels that matter are made larger before they are rounded.
+"""AWQ (arXiv 2306.00978): scale up the input channels that matter before rounding.
 
-Columns of a linear layer are multiplied by s and its inputs divided by it, which changes nothing but how the columns
-are rounded: a channel with a large s loses less. s = mean |x|^alpha (section 3.2, equations 4 and 5); alpha is the one
-of eleven with the smallest error in the outputs on calibration inputs, 0 (no scaling) among them.
+The columns of a linear layer are multiplied by s and its inputs divided by s. That changes only how the columns are
+rounded: a channel with a large s loses less. s = mean |x|^alpha (section 3.2, equations 4 and 5); of eleven alphas, 0
+(no scaling) included, the one with the smallest output error on calibration inputs is used.
 
-The division is folded into what makes the inputs, where that is exact: no graph and no runtime ever sees a scale. That
-is a norm whose output nobody else reads, or rows of another linear layer with nothing nonlinear between. Not scaled:
-what follows adaptive norms (pi0.5's expert: their scale is computed from the time), the values of towers that attend to
-each other (pi0: one row of v would have to serve two o), what follows norms that the residual stream or positions read
-too (DETR) or GELU, and projectors, of which several columns share a channel of the norm before.
+The division is folded into the module that makes the inputs, where that is exact, so exported graphs contain no scales.
+The module is a norm without other readers, or another linear layer with no nonlinearity in between. Not scaled are
+layers after adaptive norms (pi0.5's expert, whose scale depends on the time), values of towers that attend to each
+other (pi0, where one row of v feeds two o), layers after GELU or after a norm that the residual stream or positions
+read as well (DETR), and projectors, where several columns share a channel of the norm before.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from rlrc.compressor.models.nn import decoder, detr, vit
 from rlrc.compressor.models.oft import RegressionHead
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.quantize.grid import GROUP, quantize_groups, values_of
+from rlrc.compressor.quantize.grid import GROUP, dequantize_groups, quantize_groups
 
 ALPHAS = tuple(i / 10 for i in range(11))
 ROWS = 512
-"""of the calibration sample that alpha is searched with"""
+"""of the calibration sample, at most, to search alpha with"""
 NARROWEST = 1e-4
-"""a channel counts at least this part of the largest: no scale explodes for one that is hardly used"""
+"""times the largest channel's magnitude, at least: keeps the scales of unused channels bounded"""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Linear layers of one input, and the module whose outputs those are, from row ``first`` on.
+    """Linear layers that share an input, and the module ``before`` that makes it (with its rows from ``first`` on).
 
     ``offset`` is that of a norm's weight. Where ``shared`` query heads of ``size`` channels read the same value head,
-    their channels have one scale.
+    their channels share a scale.
     """
 
     linears: tuple[str, ...]
@@ -48,7 +48,7 @@ class Fold:
     size: int = 1
 
     def per_row(self, channels: Tensor) -> Tensor:
-        """Of the inputs' channels (in,) -> the mean over those that a row of ``before`` feeds (rows,)."""
+        """Input channels (in,) -> means over the channels that each row of ``before`` feeds (rows,)."""
         return channels.view(-1, self.shared, self.size).mean(1).flatten()
 
     def per_channel(self, rows: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Fold:
         return rows.view(-1, 1, self.size).expand(-1, self.shared, -1).flatten()
 
 
-def folds(policy: PolicyModule) -> list[Fold]:
-    """All places of the policy where scales can be folded."""
+def find_folds(policy: PolicyModule) -> list[Fold]:
+    """All places in the policy where scales can be folded."""
     found = list[Fold]()
     for name, module in policy.named_modules():
         if isinstance(module, decoder.Block):
@@ -88,11 +88,11 @@ def _decoder_block(name: str, block: decoder.Block, values_shared: bool) -> list
     found = list[Fold]()
     if attention.heads:
         found += _after(f"{name}.norm1", block.norm1, *(f"{own}.{reader}" for reader in readers))
-        # A cross block's values are its own, made of what it is given.
+        # No other tower reads a cross block's values.
         if block.kind == "cross" or (block.kind == "self" and not values_shared):
             shared = attention.heads // attention.kv_heads
             found.append(Fold((f"{own}.o",), f"{own}.v", shared=shared, size=attention.head_dim))
-    if block.kind != "half" and block.mlp.up.out_features:
+    if not block.kv_only and block.mlp.up.out_features:
         found += _after(f"{name}.norm2", block.norm2, f"{name}.mlp.gate", f"{name}.mlp.up")
         found.append(Fold((f"{name}.mlp.down",), f"{name}.mlp.up"))  # activation(gate) * up
     return found
@@ -120,19 +120,19 @@ def _detr_block(name: str, block: detr.DetrBlock) -> list[Fold]:
 
 
 def _after_relu(name: str, mlp: vit.VisionMLP) -> list[Fold]:
-    """relu(x / s) is relu(x) / s; nothing of the kind holds for GELU."""
+    """relu(x / s) is relu(x) / s; GELU has no such identity."""
     return [Fold((f"{name}.down",), f"{name}.up")] if mlp.activation is decoder.ACTIVATIONS["relu"] else []
 
 
-def scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
-    """Inputs (n, in) -> s of every row of ``before``, its largest and its smallest as far from 1."""
+def compute_scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
+    """Inputs (n, in) -> s (rows of ``before``,), normalised so that its largest times its smallest value is 1."""
     magnitude = fold.per_row(rows.abs().mean(0))
     s = magnitude.clamp(min=max(NARROWEST * float(magnitude.max()), torch.finfo().tiny)) ** alpha
-    return s / (s.max().sqrt() * s.min().sqrt())  # apart, for the product of tiny ones is 0
+    return s / (s.max().sqrt() * s.min().sqrt())  # two roots: the product of tiny numbers would be 0
 
 
-def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
-    """The tensors that change with the scales s (rows of ``before``,): together they compute the same as before."""
+def fold_scales(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
+    """The tensors that change when s (rows of ``before``,) is folded in. The policy computes the same as before."""
     changed = {f"{linear}.weight": tensors[f"{linear}.weight"] * fold.per_channel(s) for linear in fold.linears}
     rows = slice(fold.first, fold.first + len(s))
     for leaf, offset in (("weight", fold.offset), ("bias", 0.0)):
@@ -143,7 +143,7 @@ def folded(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Te
     return changed
 
 
-def scaled(
+def scale_channels(
     policy: PolicyModule,
     tensors: Mapping[str, Tensor],
     bits: Mapping[str, int],
@@ -151,13 +151,13 @@ def scaled(
     search: bool,
     group: int = GROUP,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors of an equal policy that loses less by rounding, and the alphas by the names of the folds' layers.
+    """Tensors of an equivalent policy that loses less by rounding, and each fold's alpha by the names of its layers.
 
-    ``bits`` of the tensors that will be rounded; ``inputs`` of their layers (n, in); ``search`` and ``group`` are those
-    of quantize_groups.
+    ``bits`` of the tensors to round; ``inputs`` (n, in) of their layers; ``search`` and ``group``: see
+    ``quantize_groups``.
     """
     result, alphas = dict(tensors), dict[str, float]()
-    for fold in folds(policy):
+    for fold in find_folds(policy):
         names = [f"{linear}.weight" for linear in fold.linears]
         names = [name for name in names if name in bits and name in inputs]
         if not names:
@@ -166,13 +166,15 @@ def scaled(
         few = rows[:: -(-len(rows) // ROWS)]
         errors = {}
         for alpha in ALPHAS:
-            columns = fold.per_channel(scales(fold, rows, alpha))
+            columns = fold.per_channel(compute_scales(fold, rows, alpha))
             errors[alpha] = 0.0
             for name in names:
-                rounded = values_of(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
+                rounded = (
+                    dequantize_groups(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
+                )
                 errors[alpha] += float((few @ (rounded - result[name]).T).square().sum())  # of the outputs
         best = min(errors, key=lambda alpha: errors[alpha])
         alphas["+".join(fold.linears)] = best
         if best:
-            result |= folded(result, fold, scales(fold, rows, best))
+            result |= fold_scales(result, fold, compute_scales(fold, rows, best))
     return result, alphas

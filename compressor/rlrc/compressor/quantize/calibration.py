@@ -1,7 +1,7 @@
-"""What linear layers are given on calibration observations: a sample of their inputs' rows, never all of them.
+"""Collects a sample of the input rows of linear layers, in one run of the float policy over calibration observations.
 
-The float policy is run once over the observations. Everything a method wants to know follows from the sample: mean |x|
-of the channels (AWQ), X^T X (GPTQ), the error that a rounded weight makes in a layer's outputs.
+The methods derive all their statistics from the sample: the channels' mean |x| (AWQ), X^T X (GPTQ), and the error that
+a rounded weight causes in the layer's outputs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.errors import UserError
 
 ROWS = 2048
-"""of a layer that are kept, drawn evenly: 33 MB for 4,096 channels, where X^T X would be 67 MB, and 90 against 484 for
-11,008. Layers wider than that have more channels than rows; GPTQ's dampening fills up what their X^T X does not say."""
+"""kept per layer, drawn uniformly: 33 MB for 4,096 channels (X^T X: 67 MB), 90 MB for 11,008 (X^T X: 484 MB). The X^T X
+of a layer with more channels than rows is singular; GPTQ's dampening makes it invertible."""
 
 
 class RowSample:
-    """At most ``ROWS`` of all rows that were added, every one with the same chance."""
+    """A uniform sample of at most ``ROWS`` of the rows that were added."""
 
     def __init__(self) -> None:
         self.rows, self.ranks = torch.empty(0), torch.empty(0)
@@ -36,8 +36,8 @@ class RowSample:
             self.rows, self.ranks = self.rows[kept], self.ranks[kept]
 
 
-def checked(calibration: Iterable[Inputs]) -> list[Inputs]:
-    """All of them, for they are gone through several times. Raises UserError for NaN and infinity."""
+def check_calibration(calibration: Iterable[Inputs]) -> list[Inputs]:
+    """The observations as a list. Raises UserError for NaN or infinity in one."""
     found = list(calibration)
     for i, inputs in enumerate(found):
         pixels = [(f"pixels[{camera}]", array) for camera, array in enumerate(inputs.pixels)]
@@ -50,13 +50,13 @@ def checked(calibration: Iterable[Inputs]) -> list[Inputs]:
     return found
 
 
-def linear_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
-    """Rows (n, in) in float32 that the linear layers with weights of these names were given.
+def collect_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
+    """Sampled float32 inputs (n, in) of the linear layers whose weights have these names, by weight name.
 
-    Layers that share an input (q, k and v) share the sample. A layer that was never run is left out.
+    Layers that share an input (q, k and v) share the sample. Layers that were never run are missing.
     """
     samples, source = dict[str, RowSample](), dict[str, str]()
-    last: list[tuple[Tensor, str]] = []  # the latest input, kept so that no other tensor can take its place in memory
+    last: list[tuple[Tensor, str]] = []  # the latest input; holding it keeps ``is`` below unambiguous
 
     def hook(name: str, rows: Callable[[Tensor], Tensor] | None = None) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def add(module: nn.Module, given: tuple[Tensor]) -> None:
@@ -74,7 +74,7 @@ def linear_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Co
         if isinstance(module, nn.Linear) and f"{name}.weight" in names:
             handles.append(module.register_forward_pre_hook(hook(f"{name}.weight")))
         elif isinstance(module, PatchStem) and len(module.factors) == 1 and f"{name}.steps.0.weight" in names:
-            # Computed as a convolution, so that the linear layer itself is never called.
+            # The stem runs as a convolution and never calls the linear layer itself.
             patches = _patches(module.factors[0])
             handles.append(module.register_forward_pre_hook(hook(f"{name}.steps.0.weight", patches)))
     try:

@@ -1,11 +1,11 @@
-"""What each way of rounding costs one policy, side by side: 4 bits by three methods, NF4 (never stored), 8 bits.
+"""Compares the errors of the rounding methods on one policy: 4 bits by three methods, NF4 (never stored), 8 bits.
 
-Weight error: Frobenius norm of the change of all rounded weights over that of the weights. Output error: the same of
-the layers' outputs on calibration inputs, the mean over layers. Action error: rlrc.compressor.quantize.action_error.
-AWQ's weights and outputs are those of its scaled policy, which is equal to the one given. Every row rounds the same
-tensors.
+Weight error: Frobenius norm of the change of all rounded weights, relative to that of the weights. Output error: the
+same for the layers' outputs on calibration inputs, averaged over layers. Action error: see
+rlrc.compressor.quantize.action_error. AWQ's weights and outputs are those of its scaled policy, which computes the same
+actions. All methods round the same tensors.
 
-Every second observation is calibrated on, and errors are measured on the others: GPTQ fits what it was shown.
+Every second observation is used for calibration and the others for measuring, since GPTQ fits its calibration data.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.quantize.action_error import ActionError, replaced, with_noise
-from rlrc.compressor.quantize.awq import scaled
-from rlrc.compressor.quantize.calibration import linear_inputs
+from rlrc.compressor.quantize.action_error import ActionError, fix_noise, swap_tensors
+from rlrc.compressor.quantize.awq import scale_channels
+from rlrc.compressor.quantize.calibration import collect_inputs
 from rlrc.compressor.quantize.gptq import gptq
-from rlrc.compressor.quantize.grid import quantize_groups, stored_bytes, values_of
-from rlrc.compressor.quantize.nf4 import BITS, nf4
-from rlrc.compressor.quantize.quantize import QuantizeConfig, chosen_bits, finite
+from rlrc.compressor.quantize.grid import count_bytes, dequantize_groups, quantize_groups
+from rlrc.compressor.quantize.nf4 import BITS, round_to_nf4
+from rlrc.compressor.quantize.quantize import QuantizeConfig, check_float16, choose_bits
 
 GRIDS = ("rtn", "awq", "gptq", "nf4", "int8")  # in the order of the rows
 
@@ -38,44 +38,46 @@ class RoundingRow:
     output_error: float
     action_error: float
     bytes: int
-    """of the rounded tensors"""
+    """size of the rounded tensors"""
 
 
 def compare(policy: PolicyModule, calibration: Iterable[Inputs], search: bool = True) -> Iterator[RoundingRow]:
-    """One row after another, as each takes its time. Raises UserError for NaN in the weights and observations."""
-    tensors = {name: finite(name, tensor.detach()) for name, tensor in policy.state_dict().items()}
-    bits, everything = chosen_bits(tensors, QuantizeConfig()), list(calibration)
-    shown, error = everything[::2], ActionError(policy, everything[1::2] or everything)
-    inputs, unseen = (linear_inputs(policy, some, bits) for some in (with_noise(policy, shown), error.inputs))
+    """Yield one row per method, as it is measured. Raises UserError for NaN in the weights or observations."""
+    tensors = {name: check_float16(name, tensor.detach()) for name, tensor in policy.state_dict().items()}
+    bits, everything = choose_bits(tensors, QuantizeConfig()), list(calibration)
+    seen, error = everything[::2], ActionError(policy, everything[1::2] or everything)
+    inputs, unseen = (collect_inputs(policy, some, bits) for some in (fix_noise(policy, seen), error.inputs))
 
-    def nearest(name: str, weight: Tensor, width: int) -> Tensor:
-        return values_of(*quantize_groups(weight, width, search))
+    def round_nearest(name: str, weight: Tensor, width: int) -> Tensor:
+        return dequantize_groups(*quantize_groups(weight, width, search))
 
-    def fed_back(name: str, weight: Tensor) -> Tensor:
-        return values_of(*gptq(weight, inputs[name], 4, search)) if name in inputs else nearest(name, weight, 4)
+    def round_gptq(name: str, weight: Tensor) -> Tensor:
+        if name not in inputs:
+            return round_nearest(name, weight, 4)
+        return dequantize_groups(*gptq(weight, inputs[name], 4, search))
 
-    def row(
+    def measure(
         grid: str, base: Mapping[str, Tensor], given: Mapping[str, Tensor], rounding: Round, size: float
     ) -> RoundingRow:
         rounded = {name: rounding(name, base[name]) for name in bits}
         change = {name: rounded[name] - base[name] for name in bits}
-        outputs = [ratio(x @ change[name].T, x @ base[name].T) for name, x in given.items()]
-        weights = ratio(*(torch.cat([of[name].flatten() for name in bits]) for of in (change, base)))
+        outputs = [norm_ratio(x @ change[name].T, x @ base[name].T) for name, x in given.items()]
+        weights = norm_ratio(*(torch.cat([of[name].flatten() for name in bits]) for of in (change, base)))
         return RoundingRow(
-            grid, weights, sum(outputs) / max(len(outputs), 1), error.of({**base, **rounded}), round(size)
+            grid, weights, sum(outputs) / max(len(outputs), 1), error.measure({**base, **rounded}), round(size)
         )
 
     numbers = sum(tensors[name].numel() for name in bits)
-    yield row("rtn", tensors, unseen, partial(nearest, width=4), stored_bytes(numbers, 4))
-    equal, _ = scaled(policy, tensors, bits, inputs, search)
-    with replaced(policy, equal):
-        given = linear_inputs(policy, error.inputs, bits)
-    yield row("awq", equal, given, partial(nearest, width=4), stored_bytes(numbers, 4))
-    yield row("gptq", tensors, unseen, fed_back, stored_bytes(numbers, 4))
-    yield row("nf4", tensors, unseen, lambda name, weight: nf4(weight), numbers * BITS / 8)
-    yield row("int8", tensors, unseen, partial(nearest, width=8), stored_bytes(numbers, 8))
+    yield measure("rtn", tensors, unseen, partial(round_nearest, width=4), count_bytes(numbers, 4))
+    equal, _ = scale_channels(policy, tensors, bits, inputs, search)
+    with swap_tensors(policy, equal):
+        given = collect_inputs(policy, error.inputs, bits)
+    yield measure("awq", equal, given, partial(round_nearest, width=4), count_bytes(numbers, 4))
+    yield measure("gptq", tensors, unseen, round_gptq, count_bytes(numbers, 4))
+    yield measure("nf4", tensors, unseen, lambda name, weight: round_to_nf4(weight), numbers * BITS / 8)
+    yield measure("int8", tensors, unseen, partial(round_nearest, width=8), count_bytes(numbers, 8))
 
 
-def ratio(change: Tensor, base: Tensor) -> float:
-    """Of the norms; 0 where there is nothing to change."""
+def norm_ratio(change: Tensor, base: Tensor) -> float:
+    """Norm of the change relative to that of the base; 0 for an empty base."""
     return float(change.norm() / base.norm().clamp(min=torch.finfo().tiny))

@@ -1,9 +1,9 @@
-"""GPTQ's error feedback (arXiv 2210.17323): what rounding a column costs, the columns not rounded yet make up for.
+"""GPTQ (arXiv 2210.17323): the columns that are not rounded yet compensate for the error of those that are.
 
-A layer's columns are rounded from the first to the last, each to the nearest level; the error then goes into the others
-so that the outputs on the calibration inputs change least: X^T X tells how (section 3, algorithm 1, with the Cholesky
-form of its step 3). A group's scale is chosen when its first column comes up, from weights that hold all errors so far:
-the result is on the same grid as any other. Inputs are those of the float policy, not of the layers rounded before.
+A layer's columns are rounded to the nearest level from first to last. Each column's error is distributed over the
+remaining columns so that the outputs on the calibration inputs change least, by X^T X (section 3, algorithm 1, with the
+Cholesky form of its step 3). A group's scale is chosen at its first column, from weights that include all errors so
+far; the result is on the same grid as with the other methods. The inputs X are those of the float policy.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlrc.compressor.quantize.grid import GROUP, LEVELS, group_of, integers_of, quantize_groups
+from rlrc.compressor.quantize.grid import GROUP, LEVELS, Rounded, fit_group, quantize_groups, round_to_grid
 
 DAMPENING = 0.01
-"""of the mean of the diagonal, added to all of it (the paper's)"""
+"""times the mean of the diagonal, added to the diagonal (as in the paper)"""
 
 
-def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """weight (out, in), inputs (n, in) -> integers int8 (out, in), scale fp16 (out, groups); see quantize_groups."""
-    factor, size = feedback(rows), group_of(weight.shape[1], group)
+def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
+    """Round weight (out, in) with inputs (n, in); other arguments: see ``quantize_groups``."""
+    factor, size = feedback(rows), fit_group(weight.shape[1], group)
     if factor is None:
         return quantize_groups(weight, bits, search, size)
     low, high = LEVELS[bits]
@@ -30,7 +30,7 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
         scale = quantize_groups(columns, bits, search, size)[1]
         step = scale[:, 0].float()
         for i in range(size):
-            rounded = integers_of(columns[:, i], step, low, high)
+            rounded = round_to_grid(columns[:, i], step, low, high)
             row = factor[start + i]
             error = (columns[:, i] - rounded * step) / row[start + i]
             columns[:, i + 1 :] -= error[:, None] * row[start + i + 1 : end]

@@ -1,8 +1,11 @@
-"""The one grid of all backends: symmetric integers of 4 or 8 bits, groups of inputs, an fp16 scale for each group.
+"""The quantization grid: symmetric integers of 4 or 8 bits, groups of inputs, and one fp16 scale for each group.
 
-With groups of 32 those integers ARE GGUF's Q4_0 and Q8_0, ONNX Runtime's MatMulNBits and TensorRT's blocked INT4
-DequantizeLinear: chosen once, exported bit-identically. Groups of 64 and 128 are what TensorRT documents and what CPUs
-read faster; GGUF repeats their scales. How integers are chosen: rlrc.compressor.quantize.quantize.
+All backends share it. With groups of 32 the integers are those of GGUF's Q4_0 and Q8_0, ONNX Runtime's MatMulNBits and
+TensorRT's blocked INT4 DequantizeLinear, so every export is bit-identical. Groups of 64 and 128 are what TensorRT
+documents, and CPUs read them faster; the GGUF export repeats their scales.
+
+A QuantizationSpec says which tensors of a state dict are quantized, and to how many bits; ``compress`` and
+``decompress`` convert the state dict. How the integers are chosen: rlrc.compressor.quantize.quantize.
 """
 
 from __future__ import annotations
@@ -15,28 +18,28 @@ from torch import Tensor
 from rlrc.artifact import QuantizationSpec
 
 GROUPS = (32, 64, 128)
-GROUP = GROUPS[0]  # the smallest, and the usual one: widths are multiples of it, where they are to be on the grid
+GROUP = GROUPS[0]  # the smallest, and the default: a weight on the grid has a multiple of it as inputs
 LEVELS = {4: (-8, 7), 8: (-127, 127)}
 
+Rounded = tuple[Tensor, Tensor]  # integers int8 (out, in), scale fp16 (out, groups)
 
-def group_of(inputs: int, most: int) -> int:
-    """The group of a tensor that reads so many inputs, a multiple of 32: the largest up to ``most`` that divides it."""
+
+def fit_group(inputs: int, most: int) -> int:
+    """The largest group size up to ``most`` that divides ``inputs`` (a multiple of 32)."""
     while inputs % most:
         most //= 2
     return most
 
 
-def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest of weight (out, in) -> integers int8 (out, in), scale fp16 (out, in / group).
+def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
+    """Round weight (out, in) to the nearest levels. ``group``: most inputs that share a scale (see ``fit_group``).
 
-    ``group``: the most inputs that share a scale (see ``group_of``).
-
-    A group's scale maps its value of largest magnitude to the end of the grid, -8 for 4 bits (as Q4_0 does: the grid
-    has one more negative level, so the sign of the scale follows that value). With ``search`` scales from 0.7 to 1.1 of
-    that are tried.
+    A group's scale maps its value of largest magnitude to the lowest level, -8 for 4 bits. As in Q4_0, the scale takes
+    the sign that makes that value negative, since the grid has one negative level more. With ``search``, scales from
+    0.7 to 1.1 times that one are tried, and the one with the smallest squared error is used.
     """
     low, high = LEVELS[bits]
-    groups = weight.detach().float().unflatten(1, (-1, group_of(weight.shape[1], group)))
+    groups = weight.detach().float().unflatten(1, (-1, fit_group(weight.shape[1], group)))
     index = groups.abs().argmax(-1, keepdim=True)
     extreme = groups.gather(-1, index)
     candidates = [i / 40 for i in range(28, 45)] if search else [1.0]
@@ -44,30 +47,26 @@ def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP)
     best_scale = torch.zeros_like(extreme)
     for factor in candidates:
         scale = (factor * extreme / low).half().float()
-        error = (dequantized(groups, scale, low, high) - groups).square().sum(-1, keepdim=True)
+        error = (round_to_grid(groups, scale, low, high) * scale - groups).square().sum(-1, keepdim=True)
         better = error < best_error
         best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
-    integers = integers_of(groups, best_scale, low, high)
+    integers = round_to_grid(groups, best_scale, low, high)
     return integers.flatten(1).to(torch.int8), best_scale[..., 0].half()
 
 
-def integers_of(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def round_to_grid(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
     return (groups * inverse).round().clamp(low, high)
 
 
-def dequantized(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return integers_of(groups, scale, low, high) * scale
-
-
-def values_of(integers: Tensor, scale: Tensor) -> Tensor:
-    """Integers (out, in) and scale (out, groups) -> the float32 weight (out, in) that they stand for."""
+def dequantize_groups(integers: Tensor, scale: Tensor) -> Tensor:
+    """Integers (out, in) and scale (out, groups) -> float32 weight (out, in)."""
     groups = integers.float().unflatten(1, (scale.shape[1], -1))
     return (groups * scale.float()[..., None]).flatten(1)
 
 
 def pack(integers: Tensor) -> Tensor:
-    """int8 (out, in) in [-8, 7] -> uint8 (out, in / 2), offset 8: byte j holds element 2j low and 2j + 1 high."""
+    """int8 (out, in) in [-8, 7] -> uint8 (out, in / 2), offset 8: byte j has element 2j low and 2j + 1 high."""
     nibbles = (integers + 8).to(torch.uint8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
@@ -78,21 +77,32 @@ def unpack(packed: Tensor) -> Tensor:
     return nibbles.to(torch.int8) - 8
 
 
-def stored_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
-    """Of so many weights on the grid, scales included."""
+def count_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
+    """Bytes of this many weights on the grid, scales included."""
     return numbers * bits // 8 + numbers // group * 2
 
 
-def dequantize(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> dict[str, Tensor]:
-    """Packed tensors -> float32 state dict; without a quantization the tensors are returned as they are."""
+def compress(
+    tensors: Mapping[str, Tensor], rounded: Mapping[str, Rounded], spec: QuantizationSpec
+) -> dict[str, Tensor]:
+    """A float state dict -> as stored: ``NAME.q`` (packed) and ``NAME.scale`` of the spec's tensors, others fp16."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in spec.tensors:
+            integers, result[f"{name}.scale"] = rounded[name]
+            result[f"{name}.q"] = pack(integers) if spec.tensors[name] == 4 else integers
+        else:
+            result[name] = tensor.half()
+    return result
+
+
+def decompress(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> dict[str, Tensor]:
+    """Inverse of ``compress``: a float32 state dict. Without a spec the tensors are returned unchanged."""
     if spec is None:
         return dict(tensors)
-    result = {
-        name: t.float()
-        for name, t in tensors.items()
-        if name.removesuffix(".q").removesuffix(".scale") not in spec.tensors
-    }
+    stored = {f"{name}.{part}" for name in spec.tensors for part in ("q", "scale")}
+    result = {name: tensor.float() for name, tensor in tensors.items() if name not in stored}
     for name, bits in spec.tensors.items():
         packed = tensors[f"{name}.q"]
-        result[name] = values_of(unpack(packed) if bits == 4 else packed, tensors[f"{name}.scale"])
+        result[name] = dequantize_groups(unpack(packed) if bits == 4 else packed, tensors[f"{name}.scale"])
     return result

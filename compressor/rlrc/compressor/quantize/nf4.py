@@ -1,7 +1,6 @@
-"""NF4 (QLoRA, arXiv 2305.14314, section 3 and appendix E): a yardstick for the int4 grid, never stored.
+"""NF4 (QLoRA, arXiv 2305.14314, section 3 and appendix E), to compare the int4 grid with. It is never stored.
 
-Its 16 levels are quantiles of a normal distribution and no runtime's integers: only bitsandbytes computes with them, on
-a GPU.
+Its 16 levels are quantiles of a normal distribution; only bitsandbytes, on a GPU, computes with them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 64
-BITS = 4 + 32 / GROUP  # a weight: a float32 scale for each group, without QLoRA's second quantization of the scales
+BITS = 4 + 32 / GROUP  # per weight, with a float32 scale per group; QLoRA quantizes the scales too, this does not
 
 LEVELS = (
     -1.0,
@@ -33,11 +32,8 @@ LEVELS = (
 )
 
 
-def nf4(weight: Tensor) -> Tensor:
-    """weight (out, in) -> the weight rounded to NF4, in float32.
-
-    Groups of 64 run through the weight row by row, as in bitsandbytes; each is divided by its largest magnitude.
-    """
+def round_to_nf4(weight: Tensor) -> Tensor:
+    """Round weight (out, in) to NF4, in float32. As in bitsandbytes, groups of 64 go row by row through the weight."""
     flat = weight.detach().float().flatten()
     groups = F.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
     largest = groups.abs().amax(1, keepdim=True)

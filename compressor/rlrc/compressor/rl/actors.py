@@ -116,10 +116,10 @@ class ParallelActor(Actor):
 
     def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action, logits = self.policy.spec.action, self._logits(seen)
-        outputs = decode.of_logits(logits, action)
+        outputs = decode.outputs_from_logits(logits, action)
         if sample and outputs.actions.isfinite().all():  # nothing is drawn of logits that are not
             drawn = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation)
-            outputs = decode.of_rows(drawn, action)
+            outputs = decode.outputs_from_rows(drawn, action)
         assert outputs.tokens is not None
         return outputs.actions, outputs.tokens
 
@@ -141,13 +141,13 @@ class AutoregressiveActor(Actor):
 
         def choose(logits: Tensor) -> Tensor:
             """(B, rows) -> (B, 1)."""
-            decode.check_sound(logits, "logits")
+            decode.check_finite_outputs(logits, "logits")
             if not sample:
                 return logits.argmax(-1, keepdim=True)
             return torch.multinomial(torch.softmax(logits / self.temperature, -1), 1)
 
         rows = self._by_length(seen, lambda image_tokens, ids, _: self._steps(image_tokens, ids, choose))
-        outputs = decode.of_rows(rows.unflatten(1, (action.horizon, action.dim)), action)
+        outputs = decode.outputs_from_rows(rows.unflatten(1, (action.horizon, action.dim)), action)
         assert outputs.tokens is not None
         return outputs.actions, outputs.tokens
 
@@ -164,21 +164,21 @@ class AutoregressiveActor(Actor):
     def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
         given = trace.flatten(1)
 
-        def forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        def force(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
             """Logits, and behind them the hidden state of the first: one tensor, to be put in order together."""
             sequence = torch.cat([ids, given[rows, :-1]], 1)
             with reading(last_module(self.policy)) as read:
-                logits = cast(decode.Autoregressive, self.policy).forced(image_tokens, sequence, given.shape[1])
+                logits = cast(decode.Autoregressive, self.policy).last_logits(image_tokens, sequence, given.shape[1])
             return torch.cat([logits.flatten(1), read[0][:, 0].float()], 1)
 
-        found = self._by_length(seen, forced)
+        found = self._by_length(seen, force)
         logits, hidden = found[:, : -self.width], found[:, -self.width :]
         logits = logits.reshape(*trace.shape, -1)
         return judged_tokens(logits / self.temperature, rows_of(trace, self.policy), hidden)
 
     def _by_length(self, seen: EncodedObservation, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         assert seen.ids is not None
-        return decode.by_length(seen.image_tokens, seen.ids, seen.mask, one)
+        return decode.map_by_length(seen.image_tokens, seen.ids, seen.mask, one)
 
 
 class GaussianActor(Actor):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlrc.artifact import Manifest
 from rlrc.compressor.models import precision
-from rlrc.compressor.models.decode import check_sound
+from rlrc.compressor.models.decode import check_finite_outputs
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.rl.actors import EncodedObservation, actor_of
@@ -100,7 +100,7 @@ class ActionSampler:
         with torch.inference_mode(), precision.autocast("cpu"):
             seen = self.actor.encode(inputs)
             actions, trace = self.actor.act(seen, self.mode.sample)
-        check_sound(actions, "actions")
+        check_finite_outputs(actions, "actions")
         return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
 
     def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> EncodedObservation:
@@ -210,7 +210,7 @@ def _work(
     manifest: Manifest,
     tokenizer: str | None,
     mode: SamplingMode,
-    products: precision.Chosen,
+    products: precision.PrecisionByDevice,
 ) -> tuple[list[RolloutEpisode], float]:
     """In a worker: episodes and the CPU-seconds they took."""
     began = time.process_time()
@@ -288,7 +288,7 @@ class Rollouts:
             manifest=manifest,
             tokenizer=self.tokenizer,
             mode=mode,
-            products=precision.used(),
+            products=precision.current(),
         )
         silence = TIMEOUT + EPISODE_TIMEOUT * len(shares[0])
         results = [result for _, result in self.workers.run(work, [share for share in shares if share], silence)]

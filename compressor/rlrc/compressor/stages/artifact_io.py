@@ -28,9 +28,9 @@ from rlrc.artifact import (
     PolicySpec,
 )
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.models.weights import narrowed, parameters, policy_of
-from rlrc.compressor.quantize.grid import dequantize
-from rlrc.compressor.quantize.quantize import Quantized
+from rlrc.compressor.models.weights import build_policy, count_parameters, narrow_dtype
+from rlrc.compressor.quantize.grid import decompress
+from rlrc.compressor.quantize.quantize import QuantizedWeights
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import prepare, unnormalise
 
@@ -51,8 +51,8 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
 def load_policy(artifact: Artifact) -> PolicyModule:
     """The policy in float32 and evaluation mode, integers dequantized. A tensor that does not fit is refused."""
     manifest = artifact.manifest
-    tensors = dequantize(read_tensors(artifact), manifest.quantization)
-    return policy_of(manifest.policy, manifest.towers, tensors, str(artifact.path))
+    tensors = decompress(read_tensors(artifact), manifest.quantization)
+    return build_policy(manifest.policy, manifest.towers, tensors, str(artifact.path))
 
 
 def read_observations(file: Path) -> dict[str, np.ndarray]:
@@ -103,10 +103,10 @@ def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
     return torch.cat([getattr(output, name) for output in outputs]).numpy()
 
 
-def quantized(policy: PolicyModule, result: Quantized) -> PolicyModule:
+def quantized(policy: PolicyModule, result: QuantizedWeights) -> PolicyModule:
     """The policy with the weights that the result's integers stand for, in float32."""
-    tensors = dequantize(result.tensors, result.spec)
-    return policy_of(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
+    tensors = decompress(result.tensors, result.spec)
+    return build_policy(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
 
 
 def write_policy(
@@ -114,7 +114,7 @@ def write_policy(
     policy: PolicyModule,
     observations: Mapping[str, np.ndarray],
     history: tuple[HistoryEntry, ...],
-    quantization: Quantized | None = None,
+    quantization: QuantizedWeights | None = None,
     exact: bool = False,
 ) -> Manifest:
     """Finish a draft with a policy's weights and the goldens of exactly those weights.
@@ -125,10 +125,10 @@ def write_policy(
     state = {name: tensor.detach().contiguous() for name, tensor in policy.state_dict().items()}
     spec = None
     if quantization is None:
-        tensors = {name: narrowed(tensor, exact) for name, tensor in state.items()}
+        tensors = {name: narrow_dtype(tensor, exact) for name, tensor in state.items()}
     else:
         tensors, spec = quantization.tensors, quantization.spec
-    stored = policy_of(policy.spec, policy.towers, dequantize(tensors, spec), "the new artifact", UNSOUND)
+    stored = build_policy(policy.spec, policy.towers, decompress(tensors, spec), "the new artifact", UNSOUND)
     save_file(tensors, draft.file(WEIGHTS))
     np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
     wide = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float32)
@@ -136,8 +136,8 @@ def write_policy(
         Manifest(
             policy=policy.spec,
             towers=policy.towers,
-            parameters=parameters(policy),
-            dtype=spec.grid if spec else "float32" if 2 * wide > parameters(policy) else "bfloat16",
+            parameters=count_parameters(policy),
+            dtype=spec.grid if spec else "float32" if 2 * wide > count_parameters(policy) else "bfloat16",
             quantization=spec,
             history=history,
         )

@@ -71,7 +71,7 @@ def check_teacher(student: PolicySource, teacher: PolicySource, config: DistillC
                 f"expected a teacher with the student's {what}, {ours}, found {its} in {config.teacher}; give the "
                 "policy that the student was pruned from"
             )
-    if "expert" in teacher.towers and teacher.towers["expert"].norm == "steps" != student.towers["expert"].norm:
+    if "expert" in teacher.towers and teacher.towers["expert"].tabulated and not student.towers["expert"].tabulated:
         raise UserError(
             f"expected a teacher that answers at every time of the flow, found {config.teacher}, cut to its flow "
             "steps; give what it was cut from"
@@ -115,6 +115,6 @@ def matched(student: PolicySource, teacher: PolicySource) -> list[tuple[str, str
             )
         for i, number in enumerate(whole[0]):
             j = whole[1].index(number)
-            if "half" not in (ours[i].kind, its[j].kind):
+            if not ours[i].kv_only and not its[j].kv_only:
                 pairs.append((f"{tower}.layers.{i}", f"{tower}.layers.{j}"))
     return pairs

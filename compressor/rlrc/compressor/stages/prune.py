@@ -9,7 +9,7 @@ from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune import prune as pruning
-from rlrc.compressor.prune.lossless import lossless, outside
+from rlrc.compressor.prune.lossless import count_outside, cut_lossless
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import training_data
 from rlrc.compressor.stages.artifact_io import answers
@@ -30,17 +30,17 @@ def run_prune(
         if config.lossless:
             return
         with status("looking for a shape"):
-            lean, _ = lossless(cost.shape_of(source.spec, source.towers))
+            lean, _ = cut_lossless(cost.build_on_meta(source.spec, source.towers))
             pruning.check(lean.spec, lean.towers, config)
         if config.needs_data:
             training_data.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
         pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
-        lean, cuts = lossless(work.policy, work.source.unread)
+        lean, cuts = cut_lossless(work.policy, work.source.unread)
         if lean.spec.action.tokens != work.policy.spec.action.tokens:
             whole = answers(work.policy, work.source.observations())["tokens"]
-            cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
+            cuts["outside"] = {"observations": len(whole), "changed": count_outside(whole, lean.spec.action)}
         report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
         if config.lossless:
             return work.finish(lean, exact=True, **report)

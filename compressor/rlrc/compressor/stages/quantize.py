@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.quantize.padding import filled
+from rlrc.compressor.quantize.padding import pad_policy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_exempt, quantize
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import PolicySource, shapes
@@ -29,6 +29,6 @@ def run_quantize(
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
         with status("rounding"):
-            policy, added = filled(work.policy, config.group)
+            policy, added = pad_policy(work.policy, config.group)
             result = quantize(policy, config, observations)
         return work.finish(policy, result, rounding=result.report | added)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from rlrc import strict
-from rlrc.compressor.models.coupling import Group, groups
+from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.prune.sensitivity_report import KINDS, Kind, Measured, SensitivityReport
-from rlrc.compressor.quantize.action_error import replaced, soft_actions
-from rlrc.compressor.quantize.grid import quantize_groups, values_of
+from rlrc.compressor.prune.sensitivity_report import KINDS, Kind, SensitivityReport, SensitivityRow
+from rlrc.compressor.quantize.action_error import soft_actions, swap_tensors
+from rlrc.compressor.quantize.grid import dequantize_groups, quantize_groups
 from rlrc.compressor.quantize.quantize import quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
 from rlrc.compressor.stages.sources import PolicySource, unquantized_only
@@ -77,10 +77,10 @@ def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbatio
     for tower, spec in policy.towers.items():
         for i, layer in enumerate(spec.layers):
             block = f"{tower}.layers.{i}"
-            if layer.kind == "half":  # it hands the residual stream on anyway
+            if layer.kv_only:  # it hands the residual stream on anyway
                 continue
             found.append(Perturbation(block, "drop", size(block)))
-            if parts := [group for group in groups(policy.towers, tower, i, state, align=1) if group.number]:
+            if parts := [group for group in find_groups(policy.towers, tower, i, state, align=1) if group.number]:
                 found.append(Perturbation(block, "prune", size(block), _pruned(state, parts, config.ratio)))
     modules: dict[str, list[str]] = {}
     for name, tensor in state.items():
@@ -103,8 +103,8 @@ def _pruned(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -
     def tensors() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for group in parts:
-            each = [group.sums(layer, state[f"{layer}.weight"].abs()) for layer in group.layers]
-            stay = group.best(torch.stack(each).sum(0), group.fewer(ratio))
+            each = [group.sum_parts(layer, state[f"{layer}.weight"].abs()) for layer in group.layers]
+            stay = group.select_best(torch.stack(each).sum(0), group.count_left(ratio))
             gone = torch.ones(group.number, dtype=torch.bool)
             gone[stay] = False
             for layer in group.columns:
@@ -124,7 +124,7 @@ def _rounded(state: Mapping[str, Tensor], names: Sequence[str], bits: int) -> Ca
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    return values_of(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
+    return dequantize_groups(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def applied(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
         finally:
             hook.remove()
         return
-    with replaced(policy, change.tensors()):
+    with swap_tensors(policy, change.tensors()):
         yield
 
 
@@ -196,7 +196,7 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
                 continue
             with applied(policy, change):
                 error = action_change(whole, answers())
-            measured = Measured(change.module, change.kind, error, change.parameters)
+            measured = SensitivityRow(change.module, change.kind, error, change.parameters)
             found[change.module, change.kind] = measured
             with journal.open("a") as file:
                 file.write(json.dumps(strict.encode(measured)) + "\n")
@@ -204,11 +204,11 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
     return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
 
 
-def _begun(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], Measured]:
+def _begun(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], SensitivityRow]:
     """What an interrupted call measured, if it did the same; else the journal begins anew."""
     head, *lines = journal.read_text().splitlines() if journal.exists() else [""]
     if head != (same := json.dumps(strict.encode(report))):
         journal.write_text(same + "\n")
         return {}
-    rows = [strict.decode(Measured, json.loads(line)) for line in lines if line.endswith("}")]
+    rows = [strict.decode(SensitivityRow, json.loads(line)) for line in lines if line.endswith("}")]
     return {(row.module, row.kind): row for row in rows}

@@ -21,8 +21,8 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.weights import policy_of
-from rlrc.compressor.prune.lossless import Cut, never_read
+from rlrc.compressor.models.weights import build_policy
+from rlrc.compressor.prune.lossless import Cut, list_unread
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import Tokenizer, prepare
@@ -70,7 +70,7 @@ def respecified(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
     """The policy's weights under another description of what it sees and does."""
     if policy.spec == spec:
         return policy
-    return policy_of(spec, policy.towers, policy.state_dict(), "the policy")
+    return build_policy(spec, policy.towers, policy.state_dict(), "the policy")
 
 
 def unquantized_only(found: PolicySource, path: str | Path) -> None:
@@ -137,7 +137,7 @@ class OfficialSource:
         after = {"normalisation": self.normalisation} if self.normalisation else {}
         origin = HistoryEntry("official", {"source": str(path), **given}, version("rlrc"), None, 0.0, after=after)
         self.history: tuple[HistoryEntry, ...] = (origin,)
-        self.unread = never_read(self.folder.tensors, layout.unused)
+        self.unread = list_unread(self.folder.tensors, layout.unused)
 
     def load(self) -> PolicyModule:
         return respecified(reader.read(self.folder, self.options)[0], self.spec)

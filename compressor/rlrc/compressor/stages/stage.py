@@ -25,10 +25,10 @@ from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models import precision
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.precision import Wanted
+from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
-from rlrc.compressor.models.weights import parameters
-from rlrc.compressor.quantize.quantize import Quantized
+from rlrc.compressor.models.weights import count_parameters
+from rlrc.compressor.quantize.quantize import QuantizedWeights
 from rlrc.compressor.stages import training_data
 from rlrc.compressor.stages.artifact_io import CURVES, quantized, write_policy
 from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, open_source, unquantized_only
@@ -51,7 +51,7 @@ class StageOptions:
     """processes that simulate (default: as many as there are cores)"""
     threads: int = field(default_factory=distributed.cores)
     """threads of torch (default: as many cores as this process may use, of several its share)"""
-    precision: Wanted = "auto"
+    precision: PrecisionOption = "auto"
     """what products are computed in; auto measures which one this machine is quicker at, which takes a tenth of a
     second. A run that goes on keeps its own"""
 
@@ -59,7 +59,7 @@ class StageOptions:
         for name, least in (("evaluate", 0), ("workers", 1), ("threads", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"expected --{name} >= {least}, found {getattr(self, name)}")
-        if self.precision not in (choices := get_args(Wanted)):
+        if self.precision not in (choices := get_args(PrecisionOption)):
             raise UserError(f"expected --precision {', '.join(choices)}, found {self.precision!r}")
 
 
@@ -93,11 +93,11 @@ class Stage:
         return self.simulated().batches(self.policy, demonstrations, config.seed)
 
     def finish(
-        self, policy: PolicyModule, quantization: Quantized | None = None, exact: bool = False, **after: Any
+        self, policy: PolicyModule, quantization: QuantizedWeights | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
         """``exact``: see write_policy; ``after``: metrics of the stage itself."""
         if self.draft is None:
-            return Manifest(policy.spec, policy.towers, parameters(policy), "float32")
+            return Manifest(policy.spec, policy.towers, count_parameters(policy), "float32")
         cpu_minutes = self.run.cpu_seconds() / 60
         if self.run.curve_file.exists():
             shutil.copy(self.run.curve_file, self.draft.file(f"{CURVES}/{len(self.source.history)}-{self.name}.jsonl"))
@@ -112,7 +112,7 @@ class Stage:
             cpu_minutes=round(cpu_minutes, 2),
             before=self.before,
             after=success | after,
-            precision=dict(precision.used()),
+            precision=dict(precision.current()),
         )
         history = (*self.source.history, entry)
         return write_policy(self.draft, policy, self.source.observations(), history, quantization, exact)

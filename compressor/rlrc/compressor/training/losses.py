@@ -55,7 +55,7 @@ def masked_mean(values: Tensor, real: Tensor | None) -> Tensor:
 def action_logits(policy: PolicyModule, inputs: Inputs, actions: Tensor) -> Tensor:
     """Logits (B, K, D, rows) of every action token, autoregressive ones after the ``actions`` (B, K, D) before each."""
     if policy.spec.decode == "autoregressive":
-        return decode.taught(cast(decode.Autoregressive, policy), inputs, tokens_of(actions, policy.spec.action))
+        return decode.teacher_force(cast(decode.Autoregressive, policy), inputs, tokens_of(actions, policy.spec.action))
     parallel = cast(decode.Parallel, policy)
     return parallel.decode(decode.encode_images(parallel, inputs), inputs.ids, inputs.mask, inputs.state)
 
@@ -80,7 +80,7 @@ def token_loss(logits: Tensor, batch: Batch, action: ActionSpec, smoothing: floa
         entropy = F.cross_entropy(logits.float().flatten(0, -2), rows.flatten(), reduction="none")
         loss = masked_mean(entropy.view(rows.shape), batch.real)
     with torch.no_grad():
-        error = masked_mean((decode.of_logits(logits, action).actions - batch.actions).abs(), batch.real)
+        error = masked_mean((decode.outputs_from_logits(logits, action).actions - batch.actions).abs(), batch.real)
     return loss, error
 
 
@@ -103,7 +103,7 @@ def drawn(policy: PolicyModule, batch: Batch) -> Batch:
     if spec.flow is None:
         return batch
     noise = torch.randn(len(batch), spec.action.horizon, spec.flow.width)
-    if policy.towers["expert"].norm == "steps":
+    if policy.towers["expert"].tabulated:
         times = 1 - torch.randint(0, spec.flow.steps, (len(batch),)) / spec.flow.steps
     else:
         times = 0.001 + 0.999 * torch.distributions.Beta(1.5, 1.0).sample((len(batch),))

@@ -47,7 +47,7 @@ class RunState:
         self.rollouts: Simulators | None = None
         self.began = 0.0
 
-    def open(self, stage: str, parent: str, config: Any, wanted: precision.Wanted = "auto") -> None:
+    def open(self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption = "auto") -> None:
         """Begin, or go on from the state an interrupted run saved. Refuses that of a run that did something else.
 
         Sets the precision of this process: that which the run began with, or else the one that is ``wanted``.
@@ -57,7 +57,7 @@ class RunState:
                 self._open(stage, parent, config, wanted)
         precision.use(json.loads((self.folder / "precision.json").read_text()))
 
-    def _open(self, stage: str, parent: str, config: Any, wanted: precision.Wanted) -> None:
+    def _open(self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption) -> None:
         if self.folder.exists() and not self.state_file.exists():
             self.remove()  # it was killed before there was anything to go on with
         self.folder.mkdir(parents=True, exist_ok=True)

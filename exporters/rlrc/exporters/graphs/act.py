@@ -8,6 +8,7 @@ import torch
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.models.act import ACTGeometry, sinusoidal
 from rlrc.compressor.models.nn.resnet import ConvNorm, FrozenBatchNorm, ResidualBlock, ResNet, feature_size
+from rlrc.compressor.models.policy import parse_geometry
 from rlrc.exporters.graphs.builder import Builder
 
 Towers = dict[str, TowerSpec]
@@ -18,7 +19,7 @@ Towers = dict[str, TowerSpec]
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (cameras, H, W, 3) -> ``image_tokens`` (cameras, N, width); any H and W if the cameras' differ."""
-    g, width = ACTGeometry.of(policy), towers["encoder"].width
+    g, width = parse_geometry(ACTGeometry, policy), towers["encoder"].width
     sizes = {(camera.height, camera.width) for camera in policy.cameras}
     size, tokens = ("height", "width"), "image_tokens"
     if len(sizes) == 1:
@@ -59,7 +60,7 @@ def conv_norm(b: Builder, x: str, name: str, module: ConvNorm) -> str:
 
 def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (batch, N, width) of all cameras, ``state`` (batch, S) -> ``actions`` (batch, horizon, dim)."""
-    geometry, action, width = ACTGeometry.of(policy), policy.action, towers["encoder"].width
+    geometry, action, width = parse_geometry(ACTGeometry, policy), policy.action, towers["encoder"].width
     grids = [feature_size(camera.height, camera.width, geometry.dilated) for camera in policy.cameras]
     seen = sum(rows * columns for rows, columns in grids) if len(set(grids)) == 1 else "image_tokens"
     image_tokens = b.input("image_tokens", "float32", ("batch", seen, width))

@@ -108,7 +108,7 @@ def decoder_block(
     """
     y, gate = norm(b, x, f"{name}.norm1", tower, around.condition)
     rotary, mask, source = around.rotary, around.mask, None
-    if layer.kind == "half":
+    if layer.kv_only:
         return x, heads_first(b, *keys_values(b, y, name, layer, rotary), layer)
     if keep is not None:
         x = b.last_rows(x, keep)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.flow import FlowGeometry, prefix_stride
+from rlrc.compressor.models.policy import parse_geometry
 from rlrc.exporters.graphs import blocks
 from rlrc.exporters.graphs.builder import Builder
 
@@ -21,7 +22,7 @@ Towers = dict[str, TowerSpec]
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (cameras, H, W, 3) -> ``image_tokens`` (cameras, N, decoder width)."""
-    geometry, camera, tower = FlowGeometry.parse(policy.geometry), policy.cameras[0], towers["vision"]
+    geometry, camera, tower = parse_geometry(FlowGeometry, policy), policy.cameras[0], towers["vision"]
     patch, merge = geometry.patch, geometry.merge
     rows, columns = camera.height // patch, camera.width // patch
     pixels = b.input("pixels", "float32", ("cameras", camera.height, camera.width, 3))
@@ -48,7 +49,7 @@ def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
     They are ``key.<i>`` and ``value.<i>`` (batch, kv_heads, P, head_dim).
     """
-    geometry, tower, stride = FlowGeometry.parse(policy.geometry), towers["decoder"], prefix_stride(towers)
+    geometry, tower, stride = parse_geometry(FlowGeometry, policy), towers["decoder"], prefix_stride(towers)
     scale = b.scalar(tower.width**0.5)
     image_tokens = b.input("image_tokens", "float32", ("batch", "image_tokens", tower.width))
     words = b.embed(b.input("ids", "int64", ("batch", "length")), "embedding")
@@ -77,7 +78,7 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
     An expert with norms for fixed steps takes their count ``step`` (batch,) instead of ``t``.
     """
-    geometry, tower, action = FlowGeometry.parse(policy.geometry), towers["expert"], policy.action
+    geometry, tower, action = parse_geometry(FlowGeometry, policy), towers["expert"], policy.action
     assert policy.flow is not None
     stride = prefix_stride(towers)
     past = [
@@ -89,7 +90,7 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     ]
     shape = ("batch", action.horizon, policy.flow.width)
     x, condition = b.linear(b.input("x", "float32", shape), "action_in", bias=True), None
-    if tower.norm == "steps":
+    if tower.tabulated:
         condition = b.input("step", "int64", ("batch",))
     else:
         time = sines(b, b.input("t", "float32", ("batch",)), tower.width, geometry.periods)

@@ -9,6 +9,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import rotary_tables
 from rlrc.compressor.models.nn.prismatic import TRANSFORMERS, PrismaticGeometry
 from rlrc.compressor.models.oft import STOP
+from rlrc.compressor.models.policy import parse_geometry
 from rlrc.exporters.graphs import blocks
 from rlrc.exporters.graphs.builder import Builder
 
@@ -17,7 +18,7 @@ Towers = dict[str, TowerSpec]
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (cameras, H, W, 3 for every vision transformer) -> ``image_tokens`` (cameras, N, decoder width)."""
-    geometry, camera = PrismaticGeometry.of(policy), policy.cameras[0]
+    geometry, camera = parse_geometry(PrismaticGeometry, policy), policy.cameras[0]
     names = [name for name in TRANSFORMERS if name in towers]
     rows, columns = camera.height // geometry.patch, camera.width // geometry.patch
     pixels = b.input("pixels", "float32", ("cameras", camera.height, camera.width, 3 * len(names)))
@@ -96,7 +97,7 @@ def step_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
 def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.GraphContext:
     """What the blocks share that keep keys and values in place: rotations of all positions that there can be."""
-    camera, patch = policy.cameras[0], PrismaticGeometry.of(policy).patch
+    camera, patch = policy.cameras[0], parse_geometry(PrismaticGeometry, policy).patch
     assert policy.prompt is not None
     prefix = (camera.height // patch) * (camera.width // patch) + policy.prompt.max_tokens
     length = prefix + policy.action.horizon * policy.action.dim
@@ -149,7 +150,7 @@ def read(policy: PolicySpec) -> int:
 
 def answer(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
     """Normalised hidden states of the chunk's numbers (batch, horizon * dim, width) -> ``logits`` or ``actions``."""
-    action, geometry = policy.action, PrismaticGeometry.of(policy)
+    action, geometry = policy.action, parse_geometry(PrismaticGeometry, policy)
     if action.tokens is not None:
         shape = (action.horizon, action.dim, action.tokens.rows)
         b.output("logits", b.reshape(b.linear(hidden, "head"), 0, *shape), "float32", ("batch", *shape))

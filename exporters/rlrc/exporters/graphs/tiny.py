@@ -12,6 +12,7 @@ from math import prod
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import rotary_tables
+from rlrc.compressor.models.policy import parse_geometry
 from rlrc.compressor.models.tiny import TinyGeometry
 from rlrc.exporters.graphs.blocks import GraphContext, decoder_block, norm, vision_block
 from rlrc.exporters.graphs.builder import Builder
@@ -21,7 +22,7 @@ Towers = dict[str, TowerSpec]
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``pixels`` (batch, H, W, 3), normalised -> ``image_tokens`` (batch, N, decoder width): encode_image."""
-    geometry = TinyGeometry.parse(policy.geometry)
+    geometry = parse_geometry(TinyGeometry, policy)
     (camera,), tower, merge = policy.cameras, towers["vision"], geometry.merge
     rows, columns = image_grid(policy, geometry)
     steps = (merge, *reversed(geometry.stem_factors))  # from an image token down to a pixel
@@ -83,7 +84,7 @@ def sequence(b: Builder, policy: PolicySpec, towers: Towers) -> tuple[str, int]:
     tower, horizon = towers["decoder"], policy.action.horizon
     assert policy.state is not None
     assert policy.prompt is not None
-    seen, dimensions = prod(image_grid(policy, TinyGeometry.parse(policy.geometry))), len(policy.state.names)
+    seen, dimensions = prod(image_grid(policy, parse_geometry(TinyGeometry, policy))), len(policy.state.names)
 
     image_tokens = b.input("image_tokens", "float32", ("batch", seen, tower.width))
     ids = b.input("ids", "int64", ("batch", policy.prompt.max_tokens))

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import WEIGHTS, Artifact, QuantizationSpec
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.tensors import Tensors, of_safetensors
+from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
 from rlrc.compressor.models.weights import check_shapes
-from rlrc.compressor.quantize.grid import unpack, values_of
+from rlrc.compressor.quantize.grid import dequantize_groups, unpack
 from rlrc.errors import UserError
 
 
@@ -47,20 +47,23 @@ class Weights:
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized."""
-        return self.tensors.sound(name).float().numpy()
+        return self.tensors.read_finite(name).float().numpy()
 
     def values(self, name: str) -> NDArray[np.float32]:
         """A tensor, or the weights that its integers stand for."""
         if (bits := self.bits(name)) is None:
             return self.array(name)
         integers = self.tensors.read(f"{name}.q")
-        return values_of(unpack(integers) if bits == 4 else integers, self.tensors.sound(f"{name}.scale")).numpy()
+        return dequantize_groups(
+            unpack(integers) if bits == 4 else integers, self.tensors.read_finite(f"{name}.scale")
+        ).numpy()
 
     def packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
         """Integers and scales of quantized tensors of the same bits, joined along the outputs."""
         names = list(names)
         integers, scales = (
-            np.concatenate([self.tensors.sound(f"{name}.{part}").numpy() for name in names]) for part in ("q", "scale")
+            np.concatenate([self.tensors.read_finite(f"{name}.{part}").numpy() for name in names])
+            for part in ("q", "scale")
         )
         return integers, scales
 
@@ -83,7 +86,7 @@ def nibbles(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def read_weights(artifact: Artifact) -> Weights:
     """Raises UserError for a damaged file, and for tensors that are not those of the policy."""
     manifest = artifact.manifest
-    tensors = of_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
+    tensors = tensors_from_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
     wide = {name for name in tensors if tensors.dtype(name) == torch.float32}
     weights = Weights(tensors, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
     with torch.device("meta"):

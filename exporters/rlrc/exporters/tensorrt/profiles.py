@@ -8,6 +8,7 @@ from rlrc.artifact import GraphSpec, PolicySpec
 from rlrc.artifact.build_plan import Bounds
 from rlrc.compressor.models.act import ACTGeometry
 from rlrc.compressor.models.nn.resnet import feature_size
+from rlrc.compressor.models.policy import parse_geometry
 
 Sizes = dict[str, tuple[int, int, int]]
 """Least, usual and largest value of a dynamic dimension by its name."""
@@ -71,6 +72,6 @@ def tokens(policy: PolicySpec, vision: GraphSpec) -> list[int]:
     count = vision.outputs[0].shape[1]
     if isinstance(count, int):
         return [count] * len(policy.cameras)
-    dilated = ACTGeometry.of(policy).dilated  # cameras of different sizes: ACT's
+    dilated = parse_geometry(ACTGeometry, policy).dilated  # cameras of different sizes: ACT's
     grids = [feature_size(camera.height, camera.width, dilated) for camera in policy.cameras]
     return [rows * columns for rows, columns in grids]

@@ -80,7 +80,7 @@ def decoder_block(tower: TowerSpec, layer: LayerSpec, rows: int, keys: int, keep
     modulation = [linear(1, width, 3 * width)] if tower.norm == "adaptive" else []
     yield elementwise(rows, width, width)
     yield from modulation
-    if layer.kind == "half":
+    if layer.kv_only:
         yield linear(rows, width, 2 * kv)
         yield elementwise(rows, kv)
         return
@@ -167,7 +167,7 @@ def stack(tower: TowerSpec, rows: int, keys: int, keep: int) -> Iterator[Op]:
     """All blocks of a decoder and the norm after them; the last block computes only the ``keep`` rows that are read."""
     for i, layer in enumerate(tower.layers):
         yield from decoder_block(tower, layer, rows, keys, keep if i == len(tower.layers) - 1 else rows)
-    if tower.layers[-1].kind != "half":
+    if not tower.layers[-1].kv_only:
         yield elementwise(keep, tower.width, tower.width)
 
 

@@ -186,7 +186,7 @@ def _flow(policy: PolicySpec, towers: dict[str, TowerSpec], words: int) -> tuple
     source = tower.layers[0].kv_heads * tower.layers[0].head_dim
     step = [linear(policy.action.horizon, flow.width, width)]
     step += [linear(1, numbers, width)] if g["state"] == "suffix" else []
-    if expert.norm != "steps":
+    if not expert.tabulated:
         once = expert.norm == "adaptive"
         step += mlp(1 if once else policy.action.horizon, [width if once else 2 * width, width, width])
     for layer in expert.layers:

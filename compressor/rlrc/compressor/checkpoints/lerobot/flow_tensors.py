@@ -8,7 +8,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
 from rlrc.compressor.checkpoints.tensors import BUFFERS
-from rlrc.compressor.models.tensors import Tensors, wrong_shape
+from rlrc.compressor.models.tensors import Tensors, wrong_shape_error
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OfficialTensors:
         """Raises UserError if the tensor is missing or has another number of dimensions."""
         shape = self.tensors.shape(self.name(name))
         if len(shape) != dimensions:
-            raise wrong_shape(f"tensor {self.name(name)}", f"{dimensions} dimensions", shape, self.tensors.origin)
+            raise wrong_shape_error(f"tensor {self.name(name)}", f"{dimensions} dimensions", shape, self.tensors.origin)
         return shape
 
     def depth(self, layers: str, first: str) -> int:
@@ -126,12 +126,12 @@ def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, s
         for i, layer in enumerate(tower.layers):
             ours, theirs = f"{name}.layers.{i}", f"{prefix}.layers.{i}"
             for inner, other in NORMS.items():
-                if layer.kind != "half" or inner in HALF:
+                if not layer.kv_only or inner in HALF:
                     norm(f"{ours}.{inner}", f"{theirs}.{other}", tower)
             for inner, other in LINEARS.items():
-                if layer.kind != "half" or inner in HALF:
+                if not layer.kv_only or inner in HALF:
                     take(f"{ours}.{inner}.weight", f"{theirs}.{other}.weight")
-        if tower.layers[-1].kind != "half":
+        if not tower.layers[-1].kv_only:
             norm(f"{name}.norm", f"{prefix}.norm", tower)
 
     affine("action_in", "action_in_proj")

@@ -18,7 +18,7 @@ from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.prismatic import pictures
 from rlrc.compressor.checkpoints.tensors import BUFFERS
 from rlrc.compressor.models.nn.prismatic import TRANSFORMERS
-from rlrc.compressor.models.tensors import Tensors, wrong_shape
+from rlrc.compressor.models.tensors import Tensors, wrong_shape_error
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:
     """A tensor's shape. Raises UserError if it is missing or has another number of dimensions."""
     shape = tensors.shape(name)
     if len(shape) != count:
-        raise wrong_shape(f"tensor {name}", f"{count} dimensions", shape, tensors.origin)
+        raise wrong_shape_error(f"tensor {name}", f"{count} dimensions", shape, tensors.origin)
     return shape
 
 

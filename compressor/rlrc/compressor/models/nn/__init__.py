@@ -1,1 +1,1 @@
-"""Native modules with explicit per-layer geometry, which express every family."""
+"""The modules of all families, with an explicit geometry for every layer."""

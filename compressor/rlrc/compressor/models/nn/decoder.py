@@ -1,7 +1,7 @@
-"""A decoder whose every block has its own geometry, so that every pruned shape is representable.
+"""A decoder-only transformer in which every block has its own geometry, so that it can hold any pruned shape.
 
-RMSNorm (Llama's, Gemma's, or adaptive to a condition), rotary positions, grouped-query attention to itself and to given
-keys and values, and a gated MLP: the decoders and action experts of all families differ by data alone.
+RMSNorm (Llama's, Gemma's, or adaptive), rotary positions, grouped-query attention with a key/value cache, cross
+attention to a prefix, and a gated MLP. The decoders and action experts of all families are configurations of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 
-KeyValue = tuple[Tensor, Tensor]  # of one block, (B, kv_heads, T, head_dim) each, keys rotated
+KeyValue = tuple[Tensor, Tensor]  # of one block, (B, kv_heads, T, head_dim) each; keys are rotated
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -26,60 +26,61 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467). The stored weight plus ``offset`` is the scale (Gemma: offset 1)."""
+
     def __init__(self, width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
         self.eps, self.offset = eps, offset
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + self.offset if self.offset else self.weight
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps), None
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """Scale, shift and gate of the residual branch from a condition (B, C): pi0.5's adaRMS (arXiv 2504.16054)."""
+    """Scale, shift and residual gate computed from a condition (B, C): adaRMS of pi0.5 (arXiv 2504.16054)."""
 
     def __init__(self, width: int, eps: float, condition: int) -> None:
         super().__init__()
         self.dense = nn.Linear(condition, 3 * width)
         self.eps = eps
 
-    def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert condition is not None
-        return modulated(x, self.dense(condition), self.eps)
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, width) -> the normalised x, and the gate (B, 1, width) of the branch that reads it."""
+        return modulate(x, self.dense(condition), self.eps)
 
 
-class StepRMSNorm(nn.Module):
-    """An AdaptiveRMSNorm whose modulations (steps, 3 * width) were computed beforehand for the fixed flow steps."""
+class TabulatedRMSNorm(nn.Module):
+    """An AdaptiveRMSNorm whose modulations were computed in advance: a table (flow steps, 3 * width)."""
 
     def __init__(self, width: int, eps: float, steps: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(steps, 3 * width))
         self.eps = eps
 
-    def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``condition`` (B,) counts the flow steps."""
-        assert condition is not None
-        return modulated(x, self.table[condition], self.eps)
+    def forward(self, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``AdaptiveRMSNorm``; ``step`` (B,) is the index of the flow step."""
+        return modulate(x, self.table[step], self.eps)
 
 
-def modulated(x: Tensor, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def modulate(x: Tensor, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (B, T, width), modulation (B, 3 * width) -> normalised and modulated x, gate (B, 1, width)."""
     scale, shift, gate = modulation[:, None].chunk(3, -1)
     return F.rms_norm(x, (x.shape[-1],), None, eps) * (1 + scale) + shift, gate
 
 
-def norm(tower: TowerSpec, condition: int = 0) -> nn.Module:
-    """The tower's kind of norm; ``condition`` is the width of an adaptive norm's condition, or the number of steps."""
+def build_norm(tower: TowerSpec, condition: int = 0) -> nn.Module:
+    """The norm of this tower. ``condition``: width of an adaptive norm's condition, or rows of a tabulated norm."""
     if tower.norm == "adaptive":
         return AdaptiveRMSNorm(tower.width, tower.eps, condition)
-    if tower.norm == "steps":
-        return StepRMSNorm(tower.width, tower.eps, condition)
+    if tower.tabulated:
+        return TabulatedRMSNorm(tower.width, tower.eps, condition)
     return RMSNorm(tower.width, tower.eps, tower.norm_offset)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of shape (length, head_dim / 2), for the half-split (Llama) convention."""
+    """Cosines and sines (length, head_dim / 2), in the half-split (Llama) convention."""
     return rotary_at(torch.arange(length), head_dim, theta)
 
 
@@ -90,7 +91,7 @@ def rotary_at(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, T
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Radians a position (head_dim / 2,)."""
+    """Radians per position (head_dim / 2,)."""
     return theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
@@ -103,8 +104,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
     """Softmax attention over (B, heads, T, head_dim); ``mask`` is additive. Returns (B, T, heads * head_dim).
 
-    ``fused`` is torch's kernel, which official policies run on: the same actions to the last digits. At the reference
-    policy's short sequences matmul-softmax-matmul trains two to three times faster on a CPU.
+    ``fused`` selects torch's kernel, which the official policies use. For the reference policy's short sequences,
+    separate matmul and softmax train two to three times faster on a CPU.
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -119,28 +120,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
 
 
 def causal_mask(length: int, past: int = 0) -> Tensor:
-    """Additive (length, past + length): position i sees all of the past and itself and what precedes it."""
+    """Additive mask (length, past + length): position i attends to the past and to positions up to i."""
     allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
     return additive(allowed)
 
 
 def additive(allowed: Tensor) -> Tensor:
-    """Where attention is allowed -> 0, elsewhere -> minus infinity."""
+    """Boolean mask -> additive mask: 0 where attention is allowed, minus infinity elsewhere."""
     return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, float("-inf"))
 
 
 class Attention(nn.Module):
-    """``source`` is the width of what keys and values are made of: the residual stream's, or a prefix's keys in one."""
+    """Grouped-query attention. ``source`` is the width that keys and values are projected from.
+
+    In a "self" block that is the residual stream; in a "cross" block, the flattened keys (or values) of a prefix block.
+    """
 
     def __init__(self, width: int, layer: LayerSpec, source: int, fused: bool = True) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
         self.fused = fused
-        if layer.kind != "half":
+        if not layer.kv_only:
             self.q = nn.Linear(width, layer.heads * layer.head_dim, bias=False)
         self.k = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
         self.v = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
-        if layer.kind != "half":
+        if not layer.kv_only:
             self.o = nn.Linear(layer.heads * layer.head_dim, width, bias=False)
 
     def split(self, y: Tensor, heads: int) -> Tensor:
@@ -148,12 +152,12 @@ class Attention(nn.Module):
         return y.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue | None) -> KeyValue:
-        """Of the past, if any, and of x."""
+        """Keys and values of x, appended to those of the past."""
         k, v = rotate(self.split(self.k(x), self.kv_heads), cos, sin), self.split(self.v(x), self.kv_heads)
         return (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
 
-    def reprojected(self, past: KeyValue) -> KeyValue:
-        """The prefix's rotated keys and values, projected once more and not rotated again (SmolVLA's experts)."""
+    def reproject(self, past: KeyValue) -> KeyValue:
+        """Project the prefix's keys (rotated already) and values once more, without another rotation (SmolVLA)."""
         k, v = (y.transpose(1, 2).flatten(2) for y in past)
         return self.split(self.k(k), self.kv_heads), self.split(self.v(v), self.kv_heads)
 
@@ -174,43 +178,16 @@ class MLP(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
-    """One block of a tower. ``source``: see Attention; ``condition``: see ``norm``; ``fused``: see ``attend``."""
-
-    def __init__(
-        self, tower: TowerSpec, layer: LayerSpec, source: int | None = None, condition: int = 0, fused: bool = True
-    ) -> None:
-        super().__init__()
-        self.kind = layer.kind
-        self.norm1 = norm(tower, condition)
-        self.attention = Attention(tower.width, layer, tower.width if source is None else source, fused)
-        if layer.kind != "half":
-            self.norm2 = norm(tower, condition)
-            self.mlp = MLP(tower.width, layer.mlp, tower.activation or "silu")
-
-    def forward(self, x: Tensor, around: AttentionContext, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """The residual stream after the block, and the keys and values it attended to."""
-        y, gate = self.norm1(x, around.condition)
-        if self.kind == "cross":
-            assert past is not None
-            source = self.attention.reprojected(past)
-            y = self.attention(y, *around.cross_rotary, around.cross_mask, source)
-        else:
-            source = self.attention.keys_values(y, *around.rotary, past)
-            if self.kind == "half":
-                return x, source
-            y = self.attention(y, *around.rotary, around.mask, source)
-        x = x + (y if gate is None else gate * y)
-        y, gate = self.norm2(x, around.condition)
-        y = self.mlp(y)
-        return x + (y if gate is None else gate * y), source
-
-
 class AttentionContext:
-    """What all blocks of one pass share: rotations, masks, condition."""
+    """What all blocks share in one forward pass: rotary tables, masks, and the condition of adaptive norms."""
 
     def __init__(
-        self, x: Tensor, tower: TowerSpec, positions: Tensor | None, mask: Tensor | None, condition: Tensor | None
+        self,
+        x: Tensor,
+        tower: TowerSpec,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> None:
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -218,23 +195,73 @@ class AttentionContext:
         self.mask, self.condition = mask, condition
         self.cross_rotary, self.cross_mask = self.rotary, mask
         if any(layer.kind == "cross" for layer in tower.layers):
-            # Positions of a cross block's queries count from zero, and it sees the prefix only.
+            # Query positions of a cross block count from zero, and only the prefix is attended to.
             self.cross_rotary = self._rotary(positions - positions.amin(-1, keepdim=True), x, tower)
             self.cross_mask = None if mask is None else mask[..., : mask.shape[-1] - x.shape[1]]
 
     @staticmethod
     def _rotary(positions: Tensor, x: Tensor, tower: TowerSpec) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_at(positions, tower.layers[0].head_dim, tower.theta)
-        if positions.ndim == 2:  # of every sequence its own: (B, T, .) -> (B, 1, T, .)
+        if positions.ndim == 2:  # positions differ per sequence: (B, T, .) -> (B, 1, T, .)
             cos, sin = cos[:, None], sin[:, None]
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-class Decoder(nn.Module):
-    """Blocks and the final norm (none after a "half" block). Bidirectional unless a mask says otherwise.
+class Block(nn.Module):
+    """One pre-norm block: attention, then the MLP, each added to the residual stream.
 
-    ``prefix`` is the tower whose keys and values cross blocks attend to, block by block; ``condition``: see ``norm``;
-    ``fused``: see ``attend``.
+    ``source``: see Attention; ``condition``: see ``build_norm``; ``fused``: see ``attend``.
+    """
+
+    def __init__(
+        self, tower: TowerSpec, layer: LayerSpec, source: int | None = None, condition: int = 0, fused: bool = True
+    ) -> None:
+        super().__init__()
+        self.kind, self.kv_only = layer.kind, layer.kv_only
+        self.norm1 = build_norm(tower, condition)
+        self.attention = Attention(tower.width, layer, tower.width if source is None else source, fused)
+        if not layer.kv_only:
+            self.norm2 = build_norm(tower, condition)
+            self.mlp = MLP(tower.width, layer.mlp, tower.activation or "silu")
+
+    def forward(self, x: Tensor, context: AttentionContext, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """-> the residual stream after the block, and the keys and values it attended to."""
+        y = self.norm1(x)
+        source = self.keys_values(y, context, past)
+        if self.kv_only:
+            return x, source
+        x = x + self.attend(y, context, source)
+        return x + self.mlp(self.norm2(x)), source
+
+    def keys_values(self, y: Tensor, context: AttentionContext, past: KeyValue | None) -> KeyValue:
+        """What the normalised input y attends to."""
+        if self.kind == "cross":
+            assert past is not None
+            return self.attention.reproject(past)
+        return self.attention.keys_values(y, *context.rotary, past)
+
+    def attend(self, y: Tensor, context: AttentionContext, source: KeyValue) -> Tensor:
+        if self.kind == "cross":
+            return self.attention(y, *context.cross_rotary, context.cross_mask, source)
+        return self.attention(y, *context.rotary, context.mask, source)
+
+
+class AdaptiveBlock(Block):
+    """A block whose norms depend on a condition and gate what its branches add (pi0.5's action expert)."""
+
+    def forward(self, x: Tensor, context: AttentionContext, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        y, gate = self.norm1(x, context.condition)
+        source = self.keys_values(y, context, past)
+        x = x + gate * self.attend(y, context, source)
+        y, gate = self.norm2(x, context.condition)
+        return x + gate * self.mlp(y), source
+
+
+class Decoder(nn.Module):
+    """Blocks, then the final norm (none after a key/value-only block). Bidirectional unless a mask is given.
+
+    ``prefix`` is the tower whose keys and values cross blocks attend to, block by block; ``condition``: see
+    ``build_norm``; ``fused``: see ``attend``. Raises ValueError for blocks of different head size.
     """
 
     def __init__(
@@ -245,14 +272,15 @@ class Decoder(nn.Module):
         if len(head_dims) != 1:
             raise ValueError(f"expected one head size in all blocks of the decoder, found {sorted(head_dims)}")
         self.tower = tower
+        block = Block if tower.norm == "rms" else AdaptiveBlock
         self.layers = nn.ModuleList()
         for i, layer in enumerate(tower.layers):
             source = None
             if layer.kind == "cross":
                 assert prefix is not None
                 source = prefix.layers[i].kv_heads * prefix.layers[i].head_dim
-            self.layers.append(Block(tower, layer, source, condition, fused))
-        self.norm = None if tower.layers[-1].kind == "half" else norm(tower, condition)
+            self.layers.append(block(tower, layer, source, condition, fused))
+        self.norm = None if tower.layers[-1].kv_only else build_norm(tower, condition)
 
     def blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]
@@ -264,28 +292,18 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         past: list[KeyValue] | None = None,
         condition: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, width) -> (B, T, width), normalised.
-
-        ``mask`` is additive, over (B, heads, T, P + T) or what broadcasts to it; ``positions`` (T,) or (B, T) integers;
-        ``past`` has the keys and values, P long, of every block; ``condition`` is that of adaptive norms.
-        """
-        return self.cached(x, mask, positions, past, condition)[0]
-
-    def cached(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        past: list[KeyValue] | None = None,
-        condition: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """As ``forward``, and every block's keys and values, those of the past included.
+        """(B, T, width) -> normalised hidden states (B, T, width), and every block's keys and values, past included.
 
-        After a "half" block at the end the hidden states are those before it, not normalised.
+        ``mask`` is additive and broadcasts to (B, heads, T, P + T); ``positions`` are integers (T,) or (B, T); ``past``
+        holds keys and values of every block, P long; ``condition`` is the adaptive norms'. After a key/value-only block
+        the hidden states are its input, not normalised.
         """
-        around, present = AttentionContext(x, self.tower, positions, mask, condition), list[KeyValue]()
-        for i, layer in enumerate(self.layers):
-            x, source = layer(x, around, None if past is None else past[i])
-            present.append(source)
-        return (x if self.norm is None else self.norm(x, condition)[0]), present
+        context = AttentionContext(x, self.tower, positions, mask, condition)
+        present = list[KeyValue]()
+        for i, block in enumerate(self.layers):
+            x, keys_values = block(x, context, None if past is None else past[i])
+            present.append(keys_values)
+        if self.norm is None:
+            return x, present
+        return (self.norm(x) if self.tower.norm == "rms" else self.norm(x, condition)[0]), present

@@ -1,8 +1,8 @@
-"""Transformer blocks whose positions are added to queries and keys, not to values (DETR, arXiv 2005.12872).
+"""Transformer blocks that add positions to queries and keys, not to values (DETR, arXiv 2005.12872).
 
-Encoder: "self" blocks. Decoder: every official layer is two blocks here, a "self" block without MLP and a "cross" block
-to the encoder's output, so that every attention has its own geometry. Heads and MLPs may be zero: of attention without
-heads its constant output remains.
+The encoder has "self" blocks. Every official decoder layer is two blocks here, so that each attention has its own
+geometry: a "self" block without an MLP, and a "cross" block to the encoder's output. Heads and MLPs may be absent;
+attention without heads has a constant output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DetrAttention(nn.Module):
 
 
 class Constant(nn.Module):
-    """What is left of a linear layer without inputs."""
+    """The bias of a linear layer that has no inputs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Constant(nn.Module):
 
 
 class DetrBlock(nn.Module):
-    """``pre_norm``: each branch normalises its input; else the residual stream is normalised after each."""
+    """``pre_norm``: the input of each branch is normalised, otherwise the residual stream after each branch."""
 
     def __init__(self, tower: TowerSpec, layer: LayerSpec, pre_norm: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class DetrBlock(nn.Module):
         self.has_mlp = layer.mlp > 0
 
     def forward(self, x: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor) -> Tensor:
-        """x (B, T, width) with positions (T, width); a "cross" block attends to the memory (B, S, width) instead."""
+        """x (B, T, width) with positions (T, width) attends to itself, or to the memory (B, S, width) if "cross"."""
         y = self.norm1(x) if self.pre_norm else x
         key, value = (memory + memory_position, memory) if self.cross else (y + position, y)
         x = x + self.attention(y + position, key, value)
@@ -70,7 +70,7 @@ class DetrBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A tower of such blocks, with a final norm if ``normed``."""
+    """A stack of ``DetrBlock``, with a final norm if ``normed``."""
 
     def __init__(self, tower: TowerSpec, pre_norm: bool, normed: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, memory: Tensor | None = None, memory_position: Tensor | None = None
     ) -> Tensor:
-        """See ``DetrBlock``; without a memory the sequence is its own."""
+        """See ``DetrBlock``."""
         for layer in self.layers:
             source = (x, position) if memory is None or memory_position is None else (memory, memory_position)
             x = layer(x, position, *source)

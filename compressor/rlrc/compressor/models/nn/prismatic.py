@@ -1,10 +1,9 @@
-"""The modules that OpenVLA and OpenVLA-OFT share: vision transformers, a projector, embeddings, a Llama."""
+"""What OpenVLA and OpenVLA-OFT share: vision transformers, projector, embeddings, and a Llama decoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,14 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.nn.vit import VisionTransformer
-from rlrc.compressor.models.policy import PolicyModule
-from rlrc.errors import UserError
+from rlrc.compressor.models.policy import PolicyModule, parse_geometry
 
 TRANSFORMERS = ("vision", "vision2")  # in the order of their channels
 
 
 @dataclass(frozen=True)
 class PrismaticGeometry:
-    """What the towers do not tell. ``extra`` and ``scaled`` have an entry for every vision transformer."""
+    """What the towers do not specify. ``extra`` and ``scaled`` have an entry for every vision transformer."""
 
     vocabulary: int
     patch: int  # pixels of a side
@@ -31,24 +29,13 @@ class PrismaticGeometry:
     head: int = 0  # width of the regression head; 0: tokens
     head_blocks: int = 0
 
-    @staticmethod
-    def of(spec: PolicySpec) -> PrismaticGeometry:
-        """Raises UserError for keys that are not of these families."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.geometry.items()}
-        try:
-            return PrismaticGeometry(**values)
-        except TypeError as error:
-            raise UserError(
-                f'geometry of family "{spec.family}" does not fit: {error}; make the artifact again'
-            ) from None
-
 
 class PrismaticPolicy(PolicyModule):
-    """All but the head."""
+    """The policy without its head."""
 
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
-        self.geometry, camera = PrismaticGeometry.of(spec), spec.cameras[0]
+        self.geometry, camera = parse_geometry(PrismaticGeometry, spec), spec.cameras[0]
         self.grid = (camera.height // self.geometry.patch, camera.width // self.geometry.patch)
         self.vision = self._transformer(0)
         self.vision2 = self._transformer(1) if TRANSFORMERS[1] in towers else None
@@ -65,7 +52,7 @@ class PrismaticPolicy(PolicyModule):
     def features(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3 for every vision transformer) -> their features side by side, (B, N, sum of their widths)."""
         rows, columns = (patches * self.geometry.patch for patches in self.grid)
-        # What does not fill a patch is not seen: 384 pixels are 27 patches of 14.
+        # Pixels that do not fill a patch are dropped: 384 pixels are 27 patches of 14.
         pixels = pixels[:, :rows, :columns].to(self.vision.position.dtype)
         found = [self.vision(pixels[..., :3])]
         if self.vision2 is not None:

@@ -1,6 +1,6 @@
-"""A ResNet without its pooling and classifier: pixels to a feature map (arXiv 1512.03385).
+"""A ResNet without pooling and classifier: pixels -> a feature map (arXiv 1512.03385).
 
-Batch norms are frozen: their statistics are buffers, stored as they were trained and never updated.
+Batch norms are frozen: their statistics are buffers that are never updated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIDE = 32  # pixels to a feature, half of it if the last stage is dilated
+STRIDE = 32  # pixels per feature; half as many if the last stage is dilated
 
 
 class FrozenBatchNorm(nn.Module):
@@ -33,13 +33,13 @@ class FrozenBatchNorm(nn.Module):
         return x * weight[:, None, None] + bias[:, None, None]
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """The same as ``x * weight + bias``: what a convolution before it can take over."""
+        """Weight and bias of the equivalent ``x * weight + bias``, which a convolution before it can absorb."""
         scale = self.weight * (self.variance + self.eps).rsqrt()
         return scale, self.bias - self.mean * scale
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias and its norm; padded so that stride 1 keeps the size."""
+    """A convolution without bias, and its norm. Stride 1 keeps the size."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions, or with ``bottleneck`` 1 x 1, 3 x 3, 1 x 1; the first 3 x 3 strides."""
+    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 (``bottleneck``); the first 3 x 3 one has the stride."""
 
     def __init__(
         self, inputs: int, width: int, outputs: int, stride: int, dilation: int, bottleneck: bool, projected: bool
@@ -74,9 +74,9 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem and four stages of ``blocks`` blocks, ``widths`` channels inside a block and ``outputs`` after it.
+    """Stem and four stages of ``blocks`` blocks, with ``widths`` channels inside a block and ``outputs`` after it.
 
-    All stages but the first halve the picture; with ``dilated`` the last spreads its 3 x 3 convolutions instead.
+    All stages but the first halve the resolution; with ``dilated``, the last dilates its 3 x 3 convolutions instead.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, H', W', channels), see ``feature_size``."""
-        # Contiguous: torch's convolutions of channels-last pictures round differently from the reference's.
+        # Contiguous, since torch's channels-last convolutions round differently from the official policy's.
         x = F.relu(self.stem(pixels.permute(0, 3, 1, 2).contiguous()))
         x = F.max_pool2d(x, 3, 2, 1)
         for stage in self.stages:
@@ -117,6 +117,6 @@ class ResNet(nn.Module):
 
 
 def feature_size(height: int, width: int, dilated: bool) -> tuple[int, int]:
-    """Rows and columns of the feature map of a picture: every halving rounds up."""
+    """Rows and columns of a picture's feature map: every halving rounds up."""
     stride = STRIDE // 2 if dilated else STRIDE
     return -(-height // stride), -(-width // stride)

@@ -1,4 +1,4 @@
-"""A vision transformer: pixels to patch tokens, with per-layer geometry."""
+"""A vision transformer in which every block has its own geometry: pixels -> patch tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlrc.compressor.models.nn.decoder import ACTIVATIONS, attend
 
 
 class PatchStem(nn.Module):
-    """Embeds patches in steps: each joins ``factor`` x ``factor`` neighbours in one linear layer, with GELU between.
+    """Patch embedding in steps: each merges ``factor`` x ``factor`` neighbours by a linear layer, with GELU in between.
 
-    A strided convolution stem written with linear layers, whose bf16 backward pass is fast on CPUs. With one step it is
-    the usual patch embedding, the convolution's weights as (out, row, column, colour).
+    This is a stem of strided convolutions as linear layers, whose bf16 backward pass is fast on CPUs. With one step it
+    is the usual patch embedding; the weight's columns are ordered (row, column, colour).
     """
 
     def __init__(self, factors: tuple[int, ...], widths: tuple[int, ...]) -> None:
@@ -25,7 +25,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, H', W', width)."""
-        if len(self.factors) == 1:  # as official policies do it: the same to the last digits
+        if len(self.factors) == 1:  # a convolution, as in the official policies: bit-identical
             (factor,), step = self.factors, self.steps[0]
             assert isinstance(step, nn.Linear)
             kernel = step.weight.unflatten(1, (factor, factor, -1)).permute(0, 3, 1, 2).contiguous()
@@ -67,7 +67,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """With ``scaled`` each branch is multiplied by a vector (LayerScale, as in DINOv2). ``fused``: see ``attend``."""
+    """A pre-norm block. ``scaled``: LayerScale on both branches, as in DINOv2. ``fused``: see ``attend``."""
 
     def __init__(self, tower: TowerSpec, layer: LayerSpec, scaled: bool = False, fused: bool = True) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class VisionBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Stem, learned positions, blocks, final norm: (B, H, W, 3) -> (B, H', W', width).
 
-    ``extra`` tokens (class, registers) stand before the patches, have no positions and are dropped at the end.
+    ``extra`` tokens (class, registers) precede the patches, have no positions, and are dropped at the end.
     """
 
     def __init__(
