@@ -307,7 +307,7 @@ def test_policies_of_every_family_play_and_learn(
 
     monkeypatch.setattr(Rollout, "of", rewarded)
     horizon = 2 if name == "openvla" else 10
-    monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=horizon))
+    monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=horizon))
     artifact = artifact_of(name, tmp_path / name)
     policy = artifact_io.load_policy(artifact)
     check_playable(policy.spec)

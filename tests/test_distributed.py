@@ -38,9 +38,9 @@ import torch
 from rlrc.compressor.rl import ppo
 from rlrc.compressor.stages import stage as stages
 from rlrc.compressor.training.distributed import Team
-from rlrc.compressor.rl.rollout import Mode
+from rlrc.compressor.rl.rollout import SamplingMode
 
-ppo.Mode = partial(Mode, horizon=int(os.environ.get("STEPS", 200)))
+ppo.SamplingMode = partial(SamplingMode, horizon=int(os.environ.get("STEPS", 200)))
 prepare, finish = Team.prepare, stages.Stage.finish
 
 def fsdp(team, module, optimizer):

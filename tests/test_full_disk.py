@@ -76,11 +76,11 @@ def test_a_state_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> N
     code = """
 import resource, sys, torch
 from pathlib import Path
-from rlrc.compressor.training.run_state import Run
+from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
-run = Run(Path(sys.argv[1]))
+run = RunState(Path(sys.argv[1]))
 run.open("sft", "parent", SFTConfig())
 run.save(1, weights=torch.ones(10))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

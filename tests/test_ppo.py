@@ -311,7 +311,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=20))
+    monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=20))
     config = PPOConfig(iterations=3, episodes=3, warmup=1, minibatch=4, behaviour_batch=8, demonstrations=1)
 
     def train(policy: TinyPolicy, folder: Path, progress: Callable[[int, str], None]) -> RunState:
@@ -365,7 +365,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(
     pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pupil goes mad after its first iteration."""
-    monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=5))
+    monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=5))
     config = PPOConfig(iterations=3, episodes=2, warmup=0, minibatch=4, behaviour_batch=8, demonstrations=1)
     run = RunState(tmp_path / "run")
     run.open("rl", "parent", config)

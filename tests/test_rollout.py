@@ -139,6 +139,24 @@ def test_noise_is_on_the_actions_and_not_in_the_labels(rollouts: Rollouts) -> No
     assert all(np.abs(label).max() <= 1 for label in noisy.chunk)
 
 
+def test_the_gripper_gets_no_noise(rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decision advances the simulation twice: five steps for the label, and five with noise to execute it."""
+    advanced: list[np.ndarray] = []
+
+    class RecordingEnv(MetaWorldEnv):
+        def advance(self, action: np.ndarray) -> bool:
+            advanced.append(np.array(action))
+            return super().advance(action)
+
+    monkeypatch.setattr(module, "_idle", [])
+    monkeypatch.setattr(module, "MetaWorldEnv", RecordingEnv)
+    (episode,) = in_process([Request(OPEN, 5, 0, 0.4)], None, rollouts, SamplingMode(horizon=20)).values()
+    labels, executed = np.stack(advanced).reshape(4, 2, 5, 4).swapaxes(0, 1)
+    np.testing.assert_array_equal(labels, np.stack(episode.chunk))
+    np.testing.assert_array_equal(executed[..., 3], labels[..., 3])
+    assert (executed[..., :3] != labels[..., :3]).all()
+
+
 def test_episodes_that_nobody_drives_are_refused(rollouts: Rollouts) -> None:
     for handover in (None, 3):
         with pytest.raises(ValueError, match="there is no policy"):

@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, lessons: Samples)
     """Episodes of 10 steps in the worker that all tests share; ``lessons`` are in the cache."""
     monkeypatch.setattr(simulation, "Rollouts", lambda *_: nullcontext(rollouts))
     for module in (simulation, dagger, ppo):
-        monkeypatch.setattr(module, "Mode", partial(SamplingMode, horizon=10))
+        monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=10))
 
 
 def listing(folder: Path) -> list[str]:
