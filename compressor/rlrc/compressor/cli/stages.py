@@ -32,6 +32,7 @@ from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.processes import cores
 from rlrc.progress import progress
+from rlrc.ranges import check_range
 from rlrc.tables import plain_console
 
 
@@ -137,8 +138,7 @@ class CompareGrids:
     """print the result as JSON"""
 
     def run(self) -> None:
-        if self.threads < 1:
-            raise UserError(f"expected --threads >= 1, found {self.threads}")
+        check_range(self, "--", "threads", at_least=1)
         source = open_source(self.path, self.official)
         unquantized_only(source, self.path)
         torch.set_num_threads(self.threads)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from rlrc.compressor.training.losses import SMOOTHING
 from rlrc.envs.seeds import DEMONSTRATION
-from rlrc.errors import UserError
+from rlrc.ranges import check_range
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,8 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "episodes", "epochs", "minibatch", "behaviour_batch", "demonstrations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"expected rl.{name} >= 1, found {getattr(self, name)}")
-        for name in ("rate", "value_rate", "clip", "temperature", "noise", "target_kl", "smoothing"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"expected rl.{name} > 0, found {getattr(self, name)}")
-        for name in ("warmup", "behaviour_cloning", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"expected rl.{name} >= 0, found {getattr(self, name)}")
-        for name in ("gamma", "lam", "correlation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"expected rl.{name} within [0, 1], found {getattr(self, name)}")
+        check = partial(check_range, self, "rl.")
+        check("iterations", "episodes", "epochs", "minibatch", "behaviour_batch", "demonstrations", at_least=1)
+        check("rate", "value_rate", "clip", "temperature", "noise", "target_kl", "smoothing", above=0)
+        check("warmup", "behaviour_cloning", "seed", at_least=0)
+        check("gamma", "lam", "correlation", within=(0, 1))

@@ -32,6 +32,7 @@ from rlrc.compressor.stages.artifact_io import inputs_of
 from rlrc.compressor.stages.sources import PolicySource, unquantized_only
 from rlrc.errors import UserError
 from rlrc.progress import progress
+from rlrc.ranges import check_range
 
 BATCH = 16  # observations in one pass
 WHOLE = 2.0  # the range of a normalised action: what an answer that is no number counts as
@@ -53,8 +54,7 @@ class SensitivityConfig:
             raise UserError(f"expected --ratio between 0 and 1 (excluded), found {self.ratio}")
         if not self.kinds:
             raise UserError(f"expected --kinds {', '.join(KINDS)}, found none; name one or more")
-        if self.observations < 1:
-            raise UserError(f"expected --observations >= 1, found {self.observations}")
+        check_range(self, "--", "observations", at_least=1)
 
 
 @dataclass(frozen=True)

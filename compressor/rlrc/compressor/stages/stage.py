@@ -35,6 +35,7 @@ from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, open_so
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.run_state import RunState
 from rlrc.errors import Interrupted, UserError
+from rlrc.ranges import check_range
 
 if TYPE_CHECKING:
     from rlrc.compressor.rl.simulation import Simulation
@@ -56,9 +57,8 @@ class StageOptions:
     second. A run that goes on keeps its own"""
 
     def __post_init__(self) -> None:
-        for name, least in (("evaluate", 0), ("workers", 1), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"expected --{name} >= {least}, found {getattr(self, name)}")
+        check_range(self, "--", "evaluate", at_least=0)
+        check_range(self, "--", "workers", "threads", at_least=1)
         if self.precision not in (choices := get_args(Wanted)):
             raise UserError(f"expected --precision {', '.join(choices)}, found {self.precision!r}")
 

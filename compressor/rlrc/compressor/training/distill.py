@@ -32,6 +32,7 @@ from rlrc.compressor.training.losses import chunk_loss
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 from rlrc.folders import storing
+from rlrc.ranges import check_range
 
 States = list[list[Tensor]]  # of every block what it put out (B, T, width), call by call
 
@@ -53,8 +54,7 @@ class DistillConfig(SFTConfig):
         super().__post_init__()
         if not self.hidden > 0:
             raise UserError(f"expected distill.hidden > 0, found {self.hidden}; without it the stage is sft")
-        if not self.task >= 0:
-            raise UserError(f"expected distill.task >= 0, found {self.task}")
+        check_range(self, "distill.", "task", at_least=0)
         for name in ("dagger_rounds", "state_noise"):
             if self.cache and getattr(self, name):
                 raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ from rlrc.compressor.training.losses import SMOOTHING, chunk_loss, drawn
 from rlrc.compressor.training.run_state import Keeper, RunState
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
+from rlrc.ranges import check_range
 
 LOG_EVERY = 50  # steps
 EMBEDDINGS = ("embedding", "query", "latent", "position", "vision.position", "vision2.position")
@@ -85,18 +87,11 @@ class SFTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "check_every", "demonstrations", "dagger_episodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"expected {self.STAGE}.{name} >= 1, found {getattr(self, name)}")
-        for name in ("rate", "smoothing"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"expected {self.STAGE}.{name} > 0, found {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "lora", "state_noise", "patience", "dagger_rounds", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"expected {self.STAGE}.{name} >= 0, found {getattr(self, name)}")
-        for name in ("decay", "dagger_start", "dagger_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"expected {self.STAGE}.{name} within [0, 1], found {getattr(self, name)}")
+        check = partial(check_range, self, f"{self.STAGE}.")
+        check("steps", "batch", "accumulate", "check_every", "demonstrations", "dagger_episodes", at_least=1)
+        check("rate", "smoothing", above=0)
+        check("warmup", "weight_decay", "lora", "state_noise", "patience", "dagger_rounds", "seed", at_least=0)
+        check("decay", "dagger_start", "dagger_end", within=(0, 1))
         if not 0 <= self.held_out < 1:
             raise UserError(f"expected {self.STAGE}.held_out from 0 to below 1, found {self.held_out}")
         if self.schedule not in ("linear", "cosine"):
