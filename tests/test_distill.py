@@ -42,7 +42,7 @@ from rlrc.compressor.training.distill import (
     numbers,
     recorded,
 )
-from rlrc.compressor.training.losses import chunk_loss, drawn
+from rlrc.compressor.training.losses import chunk_loss, draw_noise
 from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
@@ -150,7 +150,7 @@ def test_a_copy_of_the_teacher_has_no_error_in_any_family(name: str) -> None:
     source = sources.OfficialSource(DATA / name / "checkpoint", flags)
     policy, action = source.load(), source.spec.action
     inputs = inputs_of(source.spec, source.observations(), 0)
-    batch = drawn(policy, Batch(inputs, torch.rand(1, action.horizon, action.dim) - 0.5))
+    batch = draw_noise(policy, Batch(inputs, torch.rand(1, action.horizon, action.dim) - 0.5))
     pairs = matched(source, source)
     assert pairs
     assert all(ours == its for ours, its in pairs)

@@ -86,7 +86,7 @@ def test_pruned_by_taylor_and_fine_tuned(name: str, data: dict[str, str], tmp_pa
 
 def loss(path: Path, folder: str) -> float:
     from rlrc.compressor.stages.sources import ArtifactSource
-    from rlrc.compressor.training.losses import chunk_loss, drawn
+    from rlrc.compressor.training.losses import chunk_loss, draw_noise
 
     source = ArtifactSource(artifacts.load(path))
     policy = source.load()
@@ -94,7 +94,7 @@ def loss(path: Path, folder: str) -> float:
     assert isinstance(batches, training_data.DatasetBatches)
     torch.manual_seed(1)
     with torch.no_grad():
-        return chunk_loss(policy, drawn(policy, batches.rows(batches.frames)))[0].item()
+        return chunk_loss(policy, draw_noise(policy, batches.rows(batches.frames)))[0].item()
 
 
 def test_batches_by_hand(data: dict[str, str]) -> None:

@@ -126,7 +126,7 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         create_reference, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")}
     )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        create_reference.new(tmp_path / name, seed)
+        create_reference.create_reference(tmp_path / name, seed)
     a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
     assert a.manifest == b.manifest  # the hash of every file
     assert c.manifest.files[artifact_folder.WEIGHTS] != a.manifest.files[artifact_folder.WEIGHTS]
@@ -175,7 +175,7 @@ def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifac
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
             run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
     with pytest.raises(UserError, match="expected a new output"):
-        create_reference.new(tmp_path / "out")
+        create_reference.create_reference(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
         compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig(0.75)}, QUIET)
     assert listing(tmp_path) == ["out"]

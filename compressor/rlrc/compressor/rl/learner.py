@@ -18,7 +18,7 @@ from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.rollout import ActionSampler, RolloutEpisode
 from rlrc.compressor.training.batches import Batch, Batches
 from rlrc.compressor.training.distributed import Team
-from rlrc.compressor.training.losses import chunk_loss, drawn
+from rlrc.compressor.training.losses import chunk_loss, draw_noise
 
 VISION = ("vision.", "vision2.", "projector.")  # frozen
 
@@ -261,7 +261,7 @@ class Learner:
         if not self.config.behaviour_cloning:
             return None
         size, team = self.config.behaviour_batch, self.team
-        whole = drawn(self.policy, self.batches.draw(team.size * size))
+        whole = draw_noise(self.policy, self.batches.draw(team.size * size))
         return whole.part(slice(team.rank * size, (team.rank + 1) * size)).to(team.device)
 
     def check(self, name: str, values: Tensor) -> None:

@@ -36,7 +36,7 @@ from rlrc.runtime.inference.preprocess import prepare, unnormalise
 
 CURVES = "curves"
 UNSOUND = "nothing was written: start from sound weights, or train with a lower --rate"
-ANSWERS = ("actions", "tokens", "logits")
+OUTPUTS = ("actions", "tokens", "logits")
 
 
 def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ def load_policy(artifact: Artifact) -> PolicyModule:
 def read_observations(file: Path) -> dict[str, np.ndarray]:
     """The observations of a golden.npz, without the answers."""
     with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files if name not in ANSWERS}
+        return {name: arrays[name] for name in arrays.files if name not in OUTPUTS}
 
 
 def inputs_of(spec: PolicySpec, observations: Mapping[str, np.ndarray], row: int) -> Inputs:
@@ -79,7 +79,7 @@ def every_input(spec: PolicySpec, observations: Mapping[str, np.ndarray]) -> Ite
     return (inputs_of(spec, observations, row) for row in range(len(next(iter(observations.values())))))
 
 
-def answers(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def compute_outputs(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the policy makes of the observations, one by one, in float32: ANSWERS, as far as it has them."""
     spec = policy.eval().spec
     with torch.inference_mode():
@@ -96,7 +96,7 @@ def answers(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dic
 
 def golden(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The observations with the policy's answers: see the module's docstring."""
-    return {**observations, **answers(policy, observations)}
+    return {**observations, **compute_outputs(policy, observations)}
 
 
 def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:

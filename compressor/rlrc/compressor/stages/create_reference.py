@@ -21,7 +21,7 @@ from rlrc.runtime.inference.preprocess import Tokenizer
 GOLDEN_SCENES = 3  # of every task, at the start and half a second into the expert's way
 
 
-def new(out: Path, seed: int = 0) -> Manifest:
+def create_reference(out: Path, seed: int = 0) -> Manifest:
     """A reference policy with random weights: what training starts from."""
     torch.manual_seed(seed)
     with writing(out) as draft:

@@ -12,7 +12,7 @@ from rlrc.compressor.prune import prune as pruning
 from rlrc.compressor.prune.lossless import lossless, outside
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import training_data
-from rlrc.compressor.stages.artifact_io import answers
+from rlrc.compressor.stages.artifact_io import compute_outputs
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.training import memory
 from rlrc.progress import status
@@ -39,7 +39,7 @@ def run_prune(
     with stage("prune", source, out, config, options, check, flags) as work:
         lean, cuts = lossless(work.policy, work.source.unread)
         if lean.spec.action.tokens != work.policy.spec.action.tokens:
-            whole = answers(work.policy, work.source.observations())["tokens"]
+            whole = compute_outputs(work.policy, work.source.observations())["tokens"]
             cuts["outside"] = {"observations": len(whole), "changed": outside(whole, lean.spec.action)}
         report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
         if config.lossless:

@@ -29,7 +29,7 @@ from rlrc.compressor.quantize.action_error import replaced, soft_actions
 from rlrc.compressor.quantize.grid import quantize_groups, values_of
 from rlrc.compressor.quantize.quantize import quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
-from rlrc.compressor.stages.sources import PolicySource, unquantized_only
+from rlrc.compressor.stages.sources import PolicySource, check_unquantized
 from rlrc.errors import UserError
 from rlrc.progress import progress
 from rlrc.ranges import check_range
@@ -175,7 +175,7 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
 
     Raises UserError for a policy whose actions are no numbers, or that is quantized already.
     """
-    unquantized_only(source, name)
+    check_unquantized(source, name)
     policy, observations = source.load().eval(), source.observations()
     count = len(next(iter(observations.values())))
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)

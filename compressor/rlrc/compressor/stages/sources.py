@@ -73,7 +73,7 @@ def respecified(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
     return policy_of(spec, policy.towers, policy.state_dict(), "the policy")
 
 
-def unquantized_only(found: PolicySource, path: str | Path) -> None:
+def check_unquantized(found: PolicySource, path: str | Path) -> None:
     """Raises UserError for weights that were rounded before: every stage would store them as floats, or round twice."""
     if found.quantized:
         raise UserError(

@@ -31,7 +31,7 @@ from rlrc.compressor.models.weights import parameters
 from rlrc.compressor.quantize.quantize import Quantized
 from rlrc.compressor.stages import training_data
 from rlrc.compressor.stages.artifact_io import CURVES, quantized, write_policy
-from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, open_source, unquantized_only
+from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, check_unquantized, open_source
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.run_state import RunState
 from rlrc.errors import Interrupted, UserError
@@ -138,7 +138,7 @@ def stage(
     source.
     """
     source = open_source(path, flags or Flags(), incomplete)
-    unquantized_only(source, path)
+    check_unquantized(source, path)
     check(source)
     torch.set_num_threads(options.threads)
     run = RunState(out.parent / f".{out.name}.run")

@@ -32,7 +32,7 @@ def chunk_loss(policy: PolicyModule, batch: Batch, smoothing: float = SMOOTHING)
     """-> the loss, and the mean absolute difference of normalised actions (without gradient).
 
     ``smoothing``: see ``smoothed_cross_entropy``; only of policies whose logits are over the bins themselves. Of flow
-    policies the second is that of the actions that the velocity predicts, and the batch is one of ``drawn``.
+    policies the second is that of the actions that the velocity predicts, and the batch is one of ``draw_noise``.
     """
     if policy.spec.flow is not None:
         return flow_matching(policy, batch)
@@ -93,7 +93,7 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
     return -(weight * F.log_softmax(logits, -1)).sum(-1)
 
 
-def drawn(policy: PolicyModule, batch: Batch) -> Batch:
+def draw_noise(policy: PolicyModule, batch: Batch) -> Batch:
     """The batch with what its loss needs at random, from torch's generator: a flow policy's noise and times.
 
     Times are 0.001 + 0.999 Beta(1.5, 1) as in pi0's training, or of the flow steps alone where only their modulations

@@ -23,7 +23,7 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training import lora
 from rlrc.compressor.training.batches import Batch, TrainingData
 from rlrc.compressor.training.distributed import Team
-from rlrc.compressor.training.losses import SMOOTHING, chunk_loss, drawn
+from rlrc.compressor.training.losses import SMOOTHING, chunk_loss, draw_noise
 from rlrc.compressor.training.run_state import Keeper, RunState
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
@@ -211,7 +211,7 @@ def fixed(policy: PolicyModule, held_out: list[Batch]) -> list[Batch]:
     """With the same noise and times at every look; torch's generator is left where it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [drawn(policy, batch) for batch in held_out]
+        return [draw_noise(policy, batch) for batch in held_out]
 
 
 def check_finite(metrics: dict[str, float], step: int, run: RunState) -> None:
@@ -333,7 +333,7 @@ def sft(
             for group in optim.param_groups:
                 group["lr"] = config.rate_at(step)
             # Everything random is drawn for all processes alike; each takes its share.
-            whole = drawn(policy, batches.draw(team.size * config.batch).noisy(config.state_noise)).to(team.device)
+            whole = draw_noise(policy, batches.draw(team.size * config.batch).noisy(config.state_noise)).to(team.device)
             mine = range(team.rank * config.batch, (team.rank + 1) * config.batch, size)
             metrics = gradients(team, objective_, [whole.part(slice(i, i + size)) for i in mine])
             check_finite(metrics, step + 1, run)
