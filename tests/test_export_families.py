@@ -35,7 +35,7 @@ from rlrc.compressor.stages import artifact_io, quantize, rl, sft, sources  # no
 from rlrc.compressor.stages import prune as stages_prune  # noqa: E402
 from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E402
 from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
-from rlrc.compressor.training.sft import SFTConfig  # noqa: E402
+from rlrc.compressor.training.config import SFTConfig  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import builder  # noqa: E402

@@ -27,9 +27,9 @@ from rlrc.compressor.stages import sensitivity as module
 from rlrc.compressor.stages.sensitivity import (
     SensitivityConfig,
     action_change,
-    applied,
-    batched,
+    apply_change,
     changes,
+    make_batches,
     measure,
     part_of,
 )
@@ -175,7 +175,7 @@ def test_batches_answer_as_single_observations(source: ArtifactSource) -> None:
     policy, observations = source.load(), source.observations()
     singles = [module.inputs_of(source.spec, observations, row) for row in range(8)]
     short = replace(singles[0], ids=singles[0].ids[:, :2] if singles[0].ids is not None else None)
-    joined = batched([*singles, short])
+    joined = make_batches([*singles, short])
     assert [len(inputs.pixels[0]) for inputs in joined] == [8, 1]
     with torch.no_grad():
         together = policy.act(joined[0]).actions
@@ -251,7 +251,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 def test_change_is_undone_after_an_exception(pupil: PolicyModule) -> None:
     before = copy.deepcopy(pupil.state_dict())
     for change in changes(pupil, SensitivityConfig()):
-        with pytest.raises(KeyboardInterrupt), applied(pupil, change):
+        with pytest.raises(KeyboardInterrupt), apply_change(pupil, change):
             raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in pupil.state_dict().items())
     assert not any(block._forward_hooks for block in pupil.modules())

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.compressor.cli.next_commands import hint
 from rlrc.compressor.cli.stages import StageCommand
 from rlrc.compressor.rl.config import PPOConfig
-from rlrc.compressor.stages.create_reference import create_reference
+from rlrc.compressor.stages.reference import create_reference
 from rlrc.compressor.stages.rl import run_rl
 
 
