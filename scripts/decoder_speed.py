@@ -105,7 +105,7 @@ def make(folder: Path) -> None:
         "ids": np.array([range(WORDS)] * 2),
     }
     result = quantize(policy.state_dict(), QuantizeConfig(search=False))
-    meant = artifact_io.quantized(policy, result)
+    meant = artifact_io.apply_quantization(policy, result)
     wide = quantize(policy.state_dict(), QuantizeConfig(search=False, group=128))
     for name, given in (("int4", (policy, result)), ("int4-128", (policy, wide)), ("dense", (meant, None))):
         with artifacts.writing(folder / name) as draft:

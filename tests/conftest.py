@@ -398,7 +398,7 @@ def rollouts(pupil_artifact: Path, own_cache: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def lessons(rollouts: Any) -> Any:
+def demos(rollouts: Any) -> Any:
     """One expert demonstration of every task, as the stages find them in the cache with ``demonstrations=1``."""
     from rlrc.compressor.rl.demonstrations import DemonstrationConfig, demonstrations
 

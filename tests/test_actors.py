@@ -21,13 +21,14 @@ from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.rl import learner, observations
 from rlrc.compressor.rl import ppo as module
-from rlrc.compressor.rl.actors import NARROWEST, Actor, EncodedObservation, Noise, actor_of, chunk_noise
+from rlrc.compressor.rl.actors import MAX_STD_FACTOR, Actor, EncodedObservation, Noise, build_actor, chunk_noise
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import ObservedBatches, Samples
-from rlrc.compressor.rl.learner import Rollout, ppo_loss
-from rlrc.compressor.rl.observations import Observer, check_playable
+from rlrc.compressor.rl.objectives import ppo_loss
+from rlrc.compressor.rl.observations import Observer, check_fits_simulator
 from rlrc.compressor.rl.ppo import ppo
 from rlrc.compressor.rl.rollout import ActionSampler, Request, RolloutEpisode, Rollouts, SamplingMode, run_episodes
+from rlrc.compressor.rl.rollout_buffer import RolloutBuffer
 from rlrc.compressor.stages import artifact_io, reference
 from rlrc.compressor.stages.sources import OfficialSource, examples
 from rlrc.compressor.training.batches import collate
@@ -52,36 +53,36 @@ def official(name: str) -> tuple[PolicyModule, Inputs]:
 
 
 def acting(name: str, sample: bool = True, **settings: Any) -> tuple[Actor, EncodedObservation, Tensor, Tensor]:
-    """The actor, what it saw, its actions, and their trace."""
+    """The actor, the encoded observations, the actions, and what was sampled."""
     policy, inputs = official(name)
-    actor = actor_of(policy, **settings)
+    actor = build_actor(policy, **settings)
     torch.manual_seed(4)
     with torch.no_grad():
-        seen = actor.encode(inputs)
-        actions, trace = actor.act(seen, sample)
-    return actor, seen, actions, trace
+        observation = actor.encode(inputs)
+        actions, sampled = actor.act(observation, sample)
+    return actor, observation, actions, sampled
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_sampling_it_is_what_is_deployed(name: str) -> None:
-    _, _, actions, trace = acting(name, sample=False)
+    _, _, actions, sampled = acting(name, sample=False)
     policy, inputs = official(name)
     if policy.spec.flow is not None:
-        inputs = replace(inputs, noise=trace[:, 0])
+        inputs = replace(inputs, noise=sampled[:, 0])
     with torch.no_grad():
         deployed = policy.act(inputs)
     assert torch.equal(actions, deployed.actions)
     if deployed.tokens is not None:
-        assert torch.equal(trace, deployed.tokens)
+        assert torch.equal(sampled, deployed.tokens)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_state_knows_the_observation_and_nothing_of_what_was_drawn(name: str) -> None:
-    actor, seen, actions, trace = acting(name)
+    actor, observation, actions, sampled = acting(name)
     with torch.no_grad():
-        other = actor.act(seen, True)[1]
-        assert not torch.equal(trace, other)
-        first, second = actor.evaluate(seen, trace), actor.evaluate(seen, other)
+        other = actor.act(observation, True)[1]
+        assert not torch.equal(sampled, other)
+        first, second = actor.evaluate(observation, sampled), actor.evaluate(observation, other)
     assert first.hidden.shape == (3, actor.width)
     assert torch.equal(first.hidden, second.hidden)
     assert not torch.allclose(first.hidden[0], first.hidden[1])
@@ -93,26 +94,26 @@ def test_hidden_state_knows_the_observation_and_nothing_of_what_was_drawn(name: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_at_a_time_is_the_same(name: str) -> None:
     """Shorter prompts are padded in the batch, and matter nowhere."""
-    actor, seen, _, trace = acting(name)
+    actor, observation, _, sampled = acting(name)
     with torch.no_grad():
-        together = actor.evaluate(seen, trace)
+        together = actor.evaluate(observation, sampled)
         for i in range(3):
-            row = seen.rows(torch.tensor([i]))
+            row = observation.rows(torch.tensor([i]))
             if row.mask is not None:
                 assert row.ids is not None
                 row.ids, row.mask = row.ids[:, row.mask[0]], None
-            for part, alone in zip(together, actor.evaluate(row, trace[i : i + 1]), strict=True):
+            for part, alone in zip(together, actor.evaluate(row, sampled[i : i + 1]), strict=True):
                 torch.testing.assert_close(part[i], alone[0], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_everything_but_vision_learns_from_the_ratio(name: str) -> None:
-    actor, seen, _, trace = acting(name)
+    actor, observation, _, sampled = acting(name)
     try:
         for parameter_name, parameter in actor.policy.named_parameters():
             parameter.requires_grad_(not parameter_name.startswith(VISION))
-        judged = actor.evaluate(seen, trace)
-        loss, metrics = ppo_loss(judged.log_prob, judged.log_prob.detach(), torch.tensor([1.0, -1.0, 0.5]), 0.2)
+        evaluation = actor.evaluate(observation, sampled)
+        loss, metrics = ppo_loss(evaluation.log_prob, evaluation.log_prob.detach(), torch.tensor([1.0, -1.0, 0.5]), 0.2)
         loss.backward()
         silent = [key for key, parameter in actor.named_parameters() if parameter.grad is None]
         assert [key for key in silent if not key.removeprefix("policy.").startswith(VISION)] == []
@@ -123,32 +124,36 @@ def test_everything_but_vision_learns_from_the_ratio(name: str) -> None:
 
 def test_discrete_oft_by_hand() -> None:
     """Tokens of a vocabulary, at a temperature of 2."""
-    actor, seen, _, trace = acting("openvla-oft-discrete", temperature=2.0)
+    actor, observation, _, sampled = acting("openvla-oft-discrete", temperature=2.0)
     action = actor.policy.spec.action
     assert action.tokens is not None
     with torch.no_grad():
-        logits = actor.policy.decode(seen.image_tokens, seen.ids, seen.mask, seen.state)
-        judged = actor.evaluate(seen, trace)
+        logits = actor.policy.decode(observation.image_tokens, observation.ids, observation.mask, observation.state)
+        evaluation = actor.evaluate(observation, sampled)
     expected = torch.distributions.Categorical(logits=logits / 2)
-    torch.testing.assert_close(judged.log_prob, expected.log_prob(trace - action.tokens.offset))
-    torch.testing.assert_close(judged.entropy, expected.entropy())
+    torch.testing.assert_close(evaluation.log_prob, expected.log_prob(sampled - action.tokens.offset))
+    torch.testing.assert_close(evaluation.entropy, expected.entropy())
 
 
 def test_autoregressive_by_its_own_steps() -> None:
     """Each token's probability after those drawn before it, from the cache, one observation at a time."""
-    actor, seen, _, trace = acting("openvla", temperature=1.5)
+    actor, observation, _, sampled = acting("openvla", temperature=1.5)
     policy, action = actor.policy, actor.policy.spec.action
     assert action.tokens is not None
-    assert seen.ids is not None
+    assert observation.ids is not None
     with torch.no_grad():
-        judged = actor.evaluate(seen, trace)
+        evaluation = actor.evaluate(observation, sampled)
         for i in range(3):
-            ids = seen.ids[i : i + 1] if seen.mask is None else seen.ids[i : i + 1, seen.mask[i]]
-            past, image_tokens = None, seen.image_tokens[i : i + 1]
-            for j, token in enumerate(trace[i].flatten()):
+            ids = (
+                observation.ids[i : i + 1]
+                if observation.mask is None
+                else observation.ids[i : i + 1, observation.mask[i]]
+            )
+            past, image_tokens = None, observation.image_tokens[i : i + 1]
+            for j, token in enumerate(sampled[i].flatten()):
                 logits, past = policy.step(image_tokens if past is None else None, ids, past)
                 expected = torch.distributions.Categorical(logits=logits[0] / 1.5)
-                found = judged.log_prob[i].flatten()[j], judged.entropy[i].flatten()[j]
+                found = evaluation.log_prob[i].flatten()[j], evaluation.entropy[i].flatten()[j]
                 torch.testing.assert_close(found[0], expected.log_prob(token - action.tokens.offset))
                 torch.testing.assert_close(found[1], expected.entropy())
                 ids = token[None, None]
@@ -157,14 +162,14 @@ def test_autoregressive_by_its_own_steps() -> None:
 def test_autoregressive_tokens_are_drawn_from_their_distribution() -> None:
     """The first token of 600 draws: chi-square over the likelier tokens and the rest together."""
     policy, inputs = official("openvla")
-    actor = actor_of(policy)
+    actor = build_actor(policy)
     torch.manual_seed(0)
     with torch.no_grad():
-        seen = actor.encode(inputs).rows(torch.zeros(200, dtype=torch.long))
-        drawn = torch.cat([actor.act(seen, True)[1][:, 0, 0] for _ in range(3)])
-        assert seen.ids is not None
-        ids = seen.ids[:1] if seen.mask is None else seen.ids[:1, seen.mask[0]]
-        logits, _ = policy.step(seen.image_tokens[:1], ids, None)
+        observation = actor.encode(inputs).rows(torch.zeros(200, dtype=torch.long))
+        drawn = torch.cat([actor.act(observation, True)[1][:, 0, 0] for _ in range(3)])
+        assert observation.ids is not None
+        ids = observation.ids[:1] if observation.mask is None else observation.ids[:1, observation.mask[0]]
+        logits, _ = policy.step(observation.image_tokens[:1], ids, None)
     assert policy.spec.action.tokens is not None
     probabilities = logits[0].softmax(-1)
     counts = torch.bincount(drawn - policy.spec.action.tokens.offset, minlength=len(probabilities))
@@ -177,24 +182,24 @@ def test_autoregressive_tokens_are_drawn_from_their_distribution() -> None:
 @pytest.mark.parametrize("name", ["openvla-oft-l1", "act"])
 def test_gaussian_by_hand(name: str) -> None:
     """-(a - mean)^2 / 2 s^2 - ln s - ln(2 pi) / 2, with a standard deviation s of each dimension."""
-    actor, seen, actions, trace = acting(name, std=0.2)
+    actor, observation, actions, sampled = acting(name, std=0.2)
     dim, mean = actor.policy.spec.action.dim, acting(name, sample=False)[2]
     assert actor.noise is not None
     with torch.no_grad():
         actor.noise.raw.copy_(torch.linspace(-1, 1, dim))
-        judged, std = actor.evaluate(seen, trace), actor.noise()
-    assert torch.equal(actions, trace)
-    by_hand = 0.2 * NARROWEST ** np.tanh(np.linspace(-1, 1, dim))
+        evaluation, std = actor.evaluate(observation, sampled), actor.noise()
+    assert torch.equal(actions, sampled)
+    by_hand = 0.2 * MAX_STD_FACTOR ** np.tanh(np.linspace(-1, 1, dim))
     np.testing.assert_allclose(std, by_hand, rtol=1e-5)
     expected = -((actions - mean).numpy() ** 2) / (2 * by_hand**2) - np.log(by_hand) - 0.5 * np.log(2 * np.pi)
-    np.testing.assert_allclose(judged.log_prob, expected, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(judged.entropy[0, 0], np.log(by_hand) + 0.5 * np.log(2 * np.pi * np.e), rtol=1e-4)
+    np.testing.assert_allclose(evaluation.log_prob, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(evaluation.entropy[0, 0], np.log(by_hand) + 0.5 * np.log(2 * np.pi * np.e), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pi0", "pi05", "smolvla"])
 def test_flow_chain_by_hand(name: str) -> None:
     """Each link is the Euler step from the one before it plus the noise that the generator gave."""
-    actor, seen, actions, chain = acting(name, std=0.05, correlation=0.5)
+    actor, observation, actions, chain = acting(name, std=0.05, correlation=0.5)
     spec, policy = actor.policy.spec, actor.policy
     assert spec.flow is not None
     steps, dim, shape = spec.flow.steps, spec.action.dim, (3, spec.action.horizon, spec.flow.width)
@@ -203,16 +208,16 @@ def test_flow_chain_by_hand(name: str) -> None:
     assert torch.equal(chain[:, 0], torch.randn(shape))
     noise = torch.stack([chunk_noise(3, shape[1], dim, 0.5) for _ in range(steps)], 1)
     with torch.no_grad():
-        judged = actor.evaluate(seen, chain)
-        past, mask = policy.prefix(seen.image_tokens, seen.ids, seen.mask, seen.state)
+        evaluation = actor.evaluate(observation, chain)
+        past, mask = policy.prefix(observation.image_tokens, observation.ids, observation.mask, observation.state)
         for i in range(steps):
             t = torch.full((3,), 1 - i / steps)
-            plain = chain[:, i] - policy.velocity(past, mask, seen.state, chain[:, i], t) / steps
+            plain = chain[:, i] - policy.velocity(past, mask, observation.state, chain[:, i], t) / steps
             torch.testing.assert_close(chain[:, i + 1, :, :dim], plain[..., :dim] + 0.05 * noise[:, i])
             torch.testing.assert_close(chain[:, i + 1, :, dim:], plain[..., dim:])
     assert torch.equal(actions, chain[:, -1, :, :dim])
     expected = -noise.square() / 2 - math.log(0.05) - 0.5 * math.log(2 * math.pi)
-    torch.testing.assert_close(judged.log_prob, expected, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(evaluation.log_prob, expected, atol=2e-3, rtol=1e-3)
 
 
 def test_noise_starts_where_it_is_told_and_stays_within_bounds() -> None:
@@ -278,14 +283,14 @@ def lessons_of(policy: PolicyModule, rollouts: Rollouts) -> ObservedBatches:
 def test_policies_without_a_prompt_and_with_the_state_in_it_play(name: str, own_cache: Path) -> None:
     """What was kept of an episode is what was seen: evaluated again, the chain fits."""
     source, policy = metaworld(name)
-    check_playable(policy.spec)
-    driver = ActionSampler(policy, source.tokenizer, SamplingMode(sample=True, keep="image_tokens", horizon=10))
+    check_fits_simulator(policy.spec)
+    sampler = ActionSampler(policy, source.tokenizer, SamplingMode(sample=True, keep="image_tokens", horizon=10))
     size = policy.spec.cameras[0].height
-    (episode,) = run_episodes([Request("drawer-open-v3", 7)], driver, 5, driver.mode, size)
-    rollout = Rollout.of([episode], driver)
+    (episode,) = run_episodes([Request("drawer-open-v3", 7)], sampler, 5, sampler.mode, size)
+    rollout = RolloutBuffer.of([episode], sampler)
     assert len(rollout) == 2
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        log_prob = driver.actor.evaluate(rollout.seen.rows(torch.arange(2)), rollout.trace).log_prob
+        log_prob = sampler.actor.evaluate(rollout.observations.rows(torch.arange(2)), rollout.sampled).log_prob
     # Of standard normal noise: -e^2 / 2 - ln s - ln(2 pi) / 2 on average, and never above that without e.
     highest = -math.log(0.1) - 0.5 * math.log(2 * math.pi)
     assert log_prob.max() <= highest + 1e-4
@@ -300,17 +305,17 @@ def test_policies_of_every_family_play_and_learn(
 
     Random policies do not succeed: the first of the episodes is rewarded instead.
     """
-    of = Rollout.of
+    of = RolloutBuffer.of
 
-    def rewarded(episodes: list[RolloutEpisode], driver: ActionSampler) -> Rollout:
-        return of([replace(episodes[0], success=True), *episodes[1:]], driver)
+    def rewarded(episodes: list[RolloutEpisode], sampler: ActionSampler) -> RolloutBuffer:
+        return of([replace(episodes[0], success=True), *episodes[1:]], sampler)
 
-    monkeypatch.setattr(Rollout, "of", rewarded)
+    monkeypatch.setattr(RolloutBuffer, "of", rewarded)
     horizon = 2 if name == "openvla" else 10
     monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=horizon))
     artifact = artifact_of(name, tmp_path / name)
     policy = artifact_io.load_policy(artifact)
-    check_playable(policy.spec)
+    check_fits_simulator(policy.spec)
     before = {key: tensor.clone() for key, tensor in policy.state_dict().items()}
     config = PPOConfig(iterations=2, episodes=3, warmup=1, minibatch=4, behaviour_batch=4, demonstrations=1, noise=0.2)
     run = RunState(tmp_path / "run")
@@ -323,8 +328,8 @@ def test_policies_of_every_family_play_and_learn(
         ask = [Request("drawer-open-v3", 7)]
         plain = [rollouts.run(ask, policy, SamplingMode(keep="image_tokens", horizon=horizon))[0] for _ in range(2)]
         drawn = rollouts.run(ask, policy, SamplingMode(sample=True, keep="image_tokens", horizon=horizon))[0]
-    assert all(np.array_equal(a, b) for a, b in zip(plain[0].trace, plain[1].trace, strict=True))
-    assert not np.array_equal(plain[0].trace[0], drawn.trace[0])
+    assert all(np.array_equal(a, b) for a, b in zip(plain[0].sampled, plain[1].sampled, strict=True))
+    assert not np.array_equal(plain[0].sampled[0], drawn.sampled[0])
     rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
     assert rows[1]["updates"] > 0
     assert all(math.isfinite(value) for value in rows[1].values() if not isinstance(value, str))
@@ -341,7 +346,7 @@ def test_policies_of_every_family_play_and_learn(
 
 def test_policies_that_meta_world_does_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = reference.policy_spec()
-    check_playable(spec)
+    check_fits_simulator(spec)
     camera = spec.cameras[0]
     assert spec.state is not None
     wrong = {
@@ -352,8 +357,8 @@ def test_policies_that_meta_world_does_not_fit_are_refused(monkeypatch: pytest.M
     }
     for message, broken in wrong.items():
         with pytest.raises(UserError, match=message):
-            check_playable(broken)
+            check_fits_simulator(broken)
     monkeypatch.setattr(observations, "TASKS", TASKS | {"quiet": replace(TASKS["drawer-open-v3"], instruction=" ")})
     with pytest.raises(UserError, match=r"an instruction of every task.*found none of quiet"):
-        check_playable(spec)
-    check_playable(replace(spec, prompt=None))
+        check_fits_simulator(spec)
+    check_fits_simulator(replace(spec, prompt=None))

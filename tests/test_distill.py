@@ -28,7 +28,7 @@ from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.rl.rollout import Rollouts
 from rlrc.compressor.stages import sources
 from rlrc.compressor.stages.artifact_io import inputs_of, load_policy
-from rlrc.compressor.stages.distill import check_teacher, matched, run_distill
+from rlrc.compressor.stages.distill import check_teacher, match_blocks, run_distill
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import sft as module
 from rlrc.compressor.training.batches import Batch, TrainingData
@@ -37,12 +37,12 @@ from rlrc.compressor.training.distill import (
     Distillation,
     DistillConfig,
     LiveTeacher,
-    distillation,
+    build_objective,
     hidden_error,
-    numbers,
-    recorded,
+    original_numbers,
+    record_outputs,
 )
-from rlrc.compressor.training.losses import chunk_loss, drawn
+from rlrc.compressor.training.losses import chunk_loss, draw_noise
 from rlrc.compressor.training.run_state import RunState
 from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
@@ -108,7 +108,7 @@ def test_the_loss_is_the_sum_of_its_parts(
         task, error = chunk_loss(student, batch)
         states = []
         for policy in (student, teacher):
-            with recorded(policy, BLOCKS) as found:
+            with record_outputs(policy, BLOCKS) as found:
                 chunk_loss(policy, batch)
             states.append([calls[0].float() for calls in found])
     assert len(states[0]) == 4
@@ -126,7 +126,7 @@ def test_recorded_states_are_those_of_the_blocks(teacher: TinyPolicy, batches: S
     batch = batches.draw(2)
     assert batch.inputs.ids is not None
     assert batch.inputs.state is not None
-    with torch.no_grad(), recorded(teacher, BLOCKS) as found:
+    with torch.no_grad(), record_outputs(teacher, BLOCKS) as found:
         read = teacher.hidden(teacher.encode_image(batch.inputs.pixels[0]), batch.inputs.ids, batch.inputs.state)
     assert teacher.decoder.norm is not None
     torch.testing.assert_close(teacher.decoder.norm(found[-1][0])[0][:, -5:], read)
@@ -150,8 +150,8 @@ def test_a_copy_of_the_teacher_has_no_error_in_any_family(name: str) -> None:
     source = sources.OfficialSource(DATA / name / "checkpoint", flags)
     policy, action = source.load(), source.spec.action
     inputs = inputs_of(source.spec, source.observations(), 0)
-    batch = drawn(policy, Batch(inputs, torch.rand(1, action.horizon, action.dim) - 0.5))
-    pairs = matched(source, source)
+    batch = draw_noise(policy, Batch(inputs, torch.rand(1, action.horizon, action.dim) - 0.5))
+    pairs = match_blocks(source, source)
     assert pairs
     assert all(ours == its for ours, its in pairs)
     assert {ours.split(".")[0] for ours, _ in pairs} == {"decoder", "expert", "encoder"} & set(source.towers)
@@ -188,9 +188,9 @@ def entry(dropped: dict[str, list[int]] | None = None) -> HistoryEntry:
 def test_numbers_of_blocks_by_hand() -> None:
     """Of eight blocks 2 and 5 go, then what are now the first and the last of the six: 0 and 7."""
     history = (entry(), entry({"decoder": [2, 5]}), entry({"decoder": [0, 5], "expert": [1]}))
-    assert numbers(history, "decoder", 4) == [1, 3, 4, 6]
-    assert numbers(history, "expert", 2) == [0, 2]
-    assert numbers((), "decoder", 3) == [0, 1, 2]
+    assert original_numbers(history, "decoder", 4) == [1, 3, 4, 6]
+    assert original_numbers(history, "expert", 2) == [0, 2]
+    assert original_numbers((), "decoder", 3) == [0, 1, 2]
 
 
 def dropped(policy: TinyPolicy, gone: int) -> TinyPolicy:
@@ -215,7 +215,7 @@ def test_blocks_of_a_shallower_student_are_the_teacher_s(teacher: TinyPolicy, ba
         teacher.decoder.blocks()[1].mlp.down.weight.zero_()
     student = dropped(teacher, 1)
     shallow = SimpleNamespace(towers=student.towers, history=(entry({"decoder": [1]}),))
-    pairs = matched(shallow, SimpleNamespace(towers=teacher.towers, history=()))
+    pairs = match_blocks(shallow, SimpleNamespace(towers=teacher.towers, history=()))
     assert [its for _, its in pairs] == ["decoder.layers.0", "decoder.layers.2", "decoder.layers.3"]
     assert [ours for ours, _ in pairs] == BLOCKS[:3]
     batch = batches.draw(3)
@@ -238,7 +238,7 @@ def train(student: Any, teacher: Any, config: DistillConfig, batches: SampleBatc
     """As the stage does it."""
     batches = SampleBatches(batches.samples, batches.spec, batches.ids.numpy(), config.seed)
     pairs = [(block, block) for block in BLOCKS]
-    learn = distillation(config, teacher, pairs, batches, run.folder)
+    learn = build_objective(config, teacher, pairs, batches, run.folder)
     sft(student, config, TrainingData(batches), run, kw.get("progress", lambda step, text: None), None, learn)
 
 
@@ -331,10 +331,10 @@ def test_cache_is_refused_where_samples_change(teacher: TinyPolicy, batches: Sam
 
     config = DistillConfig(cache=True, state_noise=0.0)
     changing = Augmented(batches.samples, batches.spec, batches.ids.numpy(), 0)
-    with pytest.raises(UserError, match=r"expected samples that stay as they are .* found data that is augmented"):
-        distillation(config, teacher, [("decoder.layers.0",) * 2], changing, tmp_path)
+    with pytest.raises(UserError, match=r"expected samples that never change .* found augmented data"):
+        build_objective(config, teacher, [("decoder.layers.0",) * 2], changing, tmp_path)
     before = batches.state()
-    distillation(config, teacher, [("decoder.layers.0",) * 2], batches, tmp_path)
+    build_objective(config, teacher, [("decoder.layers.0",) * 2], batches, tmp_path)
     assert batches.state() == before
 
 
@@ -397,7 +397,7 @@ def test_a_teacher_of_fixed_flow_steps_is_refused() -> None:
 
 
 def test_the_stage_and_the_recipe_s_own_teacher(
-    pupil_artifact: Path, rollouts: Rollouts, lessons: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pupil_artifact: Path, rollouts: Rollouts, demos: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As part of a recipe it learns from what the recipe starts from; alone it must be told."""
     monkeypatch.setattr(simulation, "Rollouts", lambda *_: nullcontext(rollouts))

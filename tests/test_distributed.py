@@ -23,7 +23,7 @@ from subprocesses import environment
 from torch import Tensor
 
 from rlrc import artifact as artifacts
-from rlrc.compressor.rl.learner import minibatches
+from rlrc.compressor.rl.rollout_buffer import minibatches
 from rlrc.compressor.stages.artifact_io import read_tensors
 
 SFT = ("sft", "--steps", "100", "--demonstrations", "1", "--state-noise", "0")
@@ -52,7 +52,7 @@ def fsdp(team, module, optimizer):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     module, optimizer = prepare(team, module, optimizer)
-    assert team.sharded(module)
+    assert team.is_sharded(module)
     return module, optimizer
 
 def telling(work, policy, *rest, **more):
@@ -71,7 +71,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def script(tmp_path: Path, own_cache: Path, lessons: Any) -> Path:
+def script(tmp_path: Path, own_cache: Path, demos: Any) -> Path:
     file = tmp_path / "script.py"
     file.write_text(SCRIPT)
     return file

@@ -35,7 +35,7 @@ from rlrc.compressor.stages import artifact_io, quantize, rl, sft, sources  # no
 from rlrc.compressor.stages import prune as stages_prune  # noqa: E402
 from rlrc.compressor.stages.sources import OfficialSource, examples  # noqa: E402
 from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
-from rlrc.compressor.training.sft import SFTConfig  # noqa: E402
+from rlrc.compressor.training.config import SFTConfig  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import builder  # noqa: E402
@@ -255,7 +255,7 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
     assert silenced > 0
     masked = weights.build_policy(dense.spec, dense.towers, state, "the test")
     given = {name: array[:2] for name, array in source.observations().items()}
-    found, expected, whole = (artifact_io.answers(p, given) for p in (pruned, masked, dense))
+    found, expected, whole = (artifact_io.compute_outputs(p, given) for p in (pruned, masked, dense))
     np.testing.assert_allclose(found["actions"], expected["actions"], rtol=0, atol=1e-5)
     if name in TOKENS:
         scale = np.abs(expected["logits"]).max()  # up to 27
@@ -281,15 +281,15 @@ def test_without_a_block_exported_and_run(name: str, tmp_path: Path) -> None:
     blocks = [dense.get_submodule(f"{tower}.layers.{i}") for tower, layers in gone.items() for i in layers]
     given = {name: array[:2] for name, array in source.observations().items()}
     key = "logits" if name in TOKENS else "actions"
-    whole = artifact_io.answers(dense, given)[key]
+    whole = artifact_io.compute_outputs(dense, given)[key]
     hooks = [block.register_forward_hook(same) for block in blocks]
     try:
-        expected = artifact_io.answers(dense, given)[key]
+        expected = artifact_io.compute_outputs(dense, given)[key]
     finally:
         for hook in hooks:
             hook.remove()
     scale = max(1, np.abs(expected).max())
-    np.testing.assert_allclose(artifact_io.answers(pruned, given)[key], expected, rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(artifact_io.compute_outputs(pruned, given)[key], expected, rtol=0, atol=1e-5 * scale)
     assert np.abs(whole - expected).max() > 1e-3
     export(artifact, tmp_path / "exported")
     check_same(tmp_path / "exported", pruned, source, observations(source))

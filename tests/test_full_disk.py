@@ -77,7 +77,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> N
 import resource, sys, torch
 from pathlib import Path
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import SFTConfig
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.errors import UserError
 
 run = RunState(Path(sys.argv[1]))

@@ -21,8 +21,8 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.stage import StageOptions
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.distill import DistillConfig
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 

@@ -20,7 +20,7 @@ from rlrc import interrupts
 from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.stages.artifact_io import read_tensors
 from rlrc.compressor.stages.stage import StageOptions
-from rlrc.compressor.training.sft import interruptible
+from rlrc.compressor.training.sft import make_interruptible
 from rlrc.errors import Interrupted
 
 AT_ONCE = 5.0  # seconds: two on a machine of its own, but tests share theirs
@@ -72,7 +72,7 @@ sys.exit(cli.main())
 
 
 @pytest.fixture
-def script(tmp_path: Path, own_cache: Path, lessons: object) -> Path:
+def script(tmp_path: Path, own_cache: Path, demos: object) -> Path:
     file = tmp_path / "script.py"
     file.write_text(SCRIPT)
     return file
@@ -125,9 +125,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_weights(
     process.send_signal(number)
     code, errors = ended(process, AT_ONCE)
     assert code == 128 + number, errors
-    found = re.search(
-        rf"^rlrc: interrupted; the same command goes on from step (\d+) of {stage}$", errors, re.MULTILINE
-    )
+    found = re.search(rf"^rlrc: interrupted; the same command resumes at step (\d+) of {stage}$", errors, re.MULTILINE)
     assert found, errors
     assert not (tmp_path / "cut").exists()
     assert torch.load(tmp_path / ".cut.run" / "state.pt", weights_only=True)["step"] == int(found[1]) >= 50
@@ -151,7 +149,7 @@ def test_a_signal_in_a_long_backward_pass_ends_it_between_two_layers(
     process.terminate()
     code, errors = ended(process, AT_ONCE)
     assert code == 143
-    assert re.search(r"goes on from step \d of sft|begins it anew", errors), errors
+    assert re.search(r"resumes at step \d of sft|starts it again", errors), errors
 
 
 def test_a_signal_is_held_where_a_state_would_be_half_changed() -> None:
@@ -171,7 +169,7 @@ def test_a_signal_is_held_where_a_state_would_be_half_changed() -> None:
 def test_hooks_let_a_signal_into_a_backward_pass() -> None:
     """The signal comes while the second layer's gradient is computed; the first layer's is not any more."""
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    interruptible(layers.parameters())
+    make_interruptible(layers.parameters())
     layers[1].weight.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
     with interrupts.raising(), pytest.raises(Interrupted):
         layers(torch.ones(1, 4)).sum().backward()

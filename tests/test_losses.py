@@ -15,7 +15,7 @@ from rlrc.compressor.models import decode
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.stages.sources import examples
 from rlrc.compressor.training.batches import Batch, collate
-from rlrc.compressor.training.losses import bins_of, chunk_loss, drawn, masked_mean, tokens_of
+from rlrc.compressor.training.losses import bins_of, chunk_loss, draw_noise, masked_mean, tokens_of
 from rlrc.runtime.inference.preprocess import prepare, to_bins
 
 
@@ -59,7 +59,7 @@ def test_openvla_s_tokens_are_the_official_ones() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_learns_and_padding_counts_nowhere(name: str) -> None:
     policy, batch = batch_of(name)
-    batch = drawn(policy, batch)
+    batch = draw_noise(policy, batch)
     policy.requires_grad_(True).zero_grad()
     loss, error = chunk_loss(policy, batch)
     loss.backward()
@@ -84,7 +84,7 @@ def test_every_parameter_learns_and_padding_counts_nowhere(name: str) -> None:
 @pytest.mark.parametrize("name", ["act", "openvla-oft-l1", "openvla-oft-discrete", "pi0"])
 def test_steps_behind_the_end_do_not_count(name: str) -> None:
     policy, batch = batch_of(name)
-    batch = drawn(policy, batch)
+    batch = draw_noise(policy, batch)
     horizon = policy.spec.action.horizon
     assert horizon > 1
     real = torch.ones(len(batch), horizon, dtype=torch.bool)
@@ -133,7 +133,7 @@ def test_l1_by_hand() -> None:
 def test_flow_matching_by_hand(name: str) -> None:
     """x = t noise + (1 - t) actions, target noise - actions (lerobot's modeling_pi0.py writes it so too)."""
     policy, batch = batch_of(name)
-    batch = drawn(policy, batch)
+    batch = draw_noise(policy, batch)
     spec, inputs, t = policy.spec, batch.inputs, batch.times
     assert t is not None
     assert inputs.noise is not None
@@ -157,7 +157,7 @@ def test_times_are_beta_distributed_or_those_of_the_steps() -> None:
     policy, batch = batch_of("pi05")
     wide = Batch(batch.inputs, batch.actions[:1].expand(4000, -1, -1))
     torch.manual_seed(0)
-    t = drawn(policy, wide).times
+    t = draw_noise(policy, wide).times
     assert t is not None
     # Beta(1.5, 1) has the mean 0.6 and the distribution function t ** 1.5.
     assert t.mean().item() == pytest.approx(0.001 + 0.999 * 0.6, abs=0.015)
@@ -166,7 +166,7 @@ def test_times_are_beta_distributed_or_those_of_the_steps() -> None:
     towers = policy.towers
     try:
         policy.towers = towers | {"expert": fixed}
-        t = drawn(policy, wide).times
+        t = draw_noise(policy, wide).times
     finally:
         policy.towers = towers
     assert t is not None

@@ -12,7 +12,7 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.stages import prune, quantize, sft
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import memory
-from rlrc.compressor.training.sft import SFTConfig
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.errors import UserError
 
 QUIET = StageOptions(evaluate=0, workers=1, threads=1)
@@ -21,7 +21,7 @@ QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 def test_predictions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A billion parameters in float32: 4 GB of weights, 4 of gradients, 8 of moments, and the reserve."""
     tensors = {"a": torch.empty(1000, 999_000, device="meta"), "b": torch.empty(1_000_000, device="meta")}
-    assert memory.numbers(tensors) == 10**9
+    assert memory.count_numbers(tensors) == 10**9
     monkeypatch.setattr(memory, "available", lambda: 16_000_000_000)
     with pytest.raises(UserError, match=r"expected 16\.5 GB of free memory for training of all weights .*found 16\.0"):
         memory.check_training(tensors, adapters=False)

@@ -19,7 +19,7 @@ from rlrc.artifact import NormStats
 from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.stages import sft
 from rlrc.compressor.stages.stage import StageOptions
-from rlrc.compressor.training.sft import SFTConfig
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError

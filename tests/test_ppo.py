@@ -19,9 +19,11 @@ from rlrc.compressor.rl import ppo as module
 from rlrc.compressor.rl.actors import ActionEvaluation, EncodedObservation, sample_tokens
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples, ids_of_tasks
-from rlrc.compressor.rl.learner import Learner, NotFinite, Rollout, explained_variance, gae, ppo_loss
+from rlrc.compressor.rl.learner import Learner, NotFinite
+from rlrc.compressor.rl.objectives import explained_variance, gae, ppo_loss
 from rlrc.compressor.rl.ppo import ppo, requests
 from rlrc.compressor.rl.rollout import ActionSampler, Request, RolloutEpisode, Rollouts, SamplingMode
+from rlrc.compressor.rl.rollout_buffer import RolloutBuffer
 from rlrc.compressor.training.losses import chunk_loss
 from rlrc.compressor.training.run_state import RunState
 from rlrc.envs.seeds import REINFORCEMENT
@@ -181,11 +183,11 @@ def test_requests_of_an_iteration(check_requests: Callable[..., list[Request]]) 
         assert all(request.seed in REINFORCEMENT for request in requests(replace(config, seed=seed), 2, {}))
 
 
-def synthetic(policy: TinyPolicy, decisions: int = 64) -> Rollout:
+def synthetic(policy: TinyPolicy, decisions: int = 64) -> RolloutBuffer:
     generator, action = torch.Generator().manual_seed(0), policy.spec.action
     last = torch.zeros(decisions, dtype=torch.bool)
     last[15::16] = True
-    return Rollout(
+    return RolloutBuffer(
         EncodedObservation(
             torch.randn(decisions, policy.image_tokens, 64, generator=generator).half(),
             torch.randint(0, 7, (decisions, 6), generator=generator),
@@ -197,9 +199,9 @@ def synthetic(policy: TinyPolicy, decisions: int = 64) -> Rollout:
     )
 
 
-def learner_of(policy: TinyPolicy, lessons: Samples, rollouts: Rollouts, config: PPOConfig) -> Learner:
+def learner_of(policy: TinyPolicy, demos: Samples, rollouts: Rollouts, config: PPOConfig) -> Learner:
     torch.manual_seed(0)
-    batches = SampleBatches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
+    batches = SampleBatches(demos, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
     return Learner(policy, config, batches)
 
 
@@ -211,42 +213,42 @@ def copy_of(policy: TinyPolicy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
 
 
-def judged(learner: Learner, rollout: Rollout) -> ActionEvaluation:
-    return learner.judge(rollout, [len(rollout)])
+def evaluate(learner: Learner, rollout: RolloutBuffer) -> ActionEvaluation:
+    return learner.evaluate(rollout, [len(rollout)])
 
 
-def test_log_probs_entropy_and_hidden_are_the_policys(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
+def test_log_probs_entropy_and_hidden_are_the_policys(pupil: TinyPolicy, demos: Samples, rollouts: Rollouts) -> None:
     """Against float32 and torch.distributions, within bfloat16's rounding, at a temperature of 2."""
-    rollout, learner = synthetic(pupil, 32), learner_of(pupil, lessons, rollouts, PPOConfig(temperature=2.0))
-    seen = rollout.seen.rows(torch.arange(32))
+    rollout, learner = synthetic(pupil, 32), learner_of(pupil, demos, rollouts, PPOConfig(temperature=2.0))
+    observation = rollout.observations.rows(torch.arange(32))
     with torch.no_grad():
         pupil.head.weight *= 30
-        log_prob, entropy, hidden = judged(learner, rollout)
-        exact = pupil.hidden(seen.image_tokens, seen.ids, seen.state)
+        log_prob, entropy, hidden = evaluate(learner, rollout)
+        exact = pupil.hidden(observation.image_tokens, observation.ids, observation.state)
         expected = torch.distributions.Categorical(logits=pupil.logits(exact) / 2)
     assert log_prob.std() > 0.3
-    torch.testing.assert_close(log_prob, expected.log_prob(rollout.trace), atol=0.1, rtol=0)
+    torch.testing.assert_close(log_prob, expected.log_prob(rollout.sampled), atol=0.1, rtol=0)
     torch.testing.assert_close(entropy, expected.entropy(), atol=0.05, rtol=0)
     torch.testing.assert_close(hidden, exact[:, 0], atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_advantage_moves_the_probability_of_the_taken_tokens(
-    pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, sign: float
+    pupil: TinyPolicy, demos: Samples, rollouts: Rollouts, sign: float
 ) -> None:
     config = PPOConfig(behaviour_cloning=0.0, minibatch=32, epochs=4, rate=1e-3, target_kl=1.0)
-    learner, rollout = learner_of(pupil, lessons, rollouts, config), synthetic(pupil)
-    old = judged(learner, rollout).log_prob
+    learner, rollout = learner_of(pupil, demos, rollouts, config), synthetic(pupil)
+    old = evaluate(learner, rollout).log_prob
     metrics = learner.fit_policy(rollout, old, sign * torch.ones(len(rollout)), [len(rollout)])
-    moved = judged(learner, rollout).log_prob - old
+    moved = evaluate(learner, rollout).log_prob - old
     assert sign * moved.mean() > 0.02
     assert metrics["updates"] == 8
     assert "bc_loss" not in metrics
 
 
-def test_warm_up_trains_the_critic_alone(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
+def test_warm_up_trains_the_critic_alone(pupil: TinyPolicy, demos: Samples, rollouts: Rollouts) -> None:
     config = PPOConfig(warmup=2, minibatch=32)
-    learner, rollout, before = learner_of(pupil, lessons, rollouts, config), synthetic(pupil), copy_of(pupil)
+    learner, rollout, before = learner_of(pupil, demos, rollouts, config), synthetic(pupil), copy_of(pupil)
     assert (learner.critic(torch.randn(5, 64)) == 0).all()
     first = learner.update(rollout, 0)
     second = learner.update(rollout, 1)
@@ -260,53 +262,55 @@ def test_warm_up_trains_the_critic_alone(pupil: TinyPolicy, lessons: Samples, ro
     assert {name.split(".")[0] for name in moved} == {"embedding", "state", "query", "decoder", "head"}  # no vision
 
 
-def test_cloning_term_pulls_to_the_demonstrations(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
+def test_cloning_term_pulls_to_the_demonstrations(pupil: TinyPolicy, demos: Samples, rollouts: Rollouts) -> None:
     config = PPOConfig(behaviour_cloning=1.0, minibatch=32, epochs=6, rate=2e-3, target_kl=10.0)
-    learner, rollout = learner_of(pupil, lessons, rollouts, config), synthetic(pupil)
+    learner, rollout = learner_of(pupil, demos, rollouts, config), synthetic(pupil)
 
     def cloning() -> float:
         with torch.no_grad():
-            return float(np.mean([chunk_loss(pupil, learner.lesson())[0].item() for _ in range(4)]))
+            return float(np.mean([chunk_loss(pupil, learner.draw_demonstrations())[0].item() for _ in range(4)]))
 
-    before, old = cloning(), judged(learner, rollout).log_prob
+    before, old = cloning(), evaluate(learner, rollout).log_prob
     learner.fit_policy(rollout, old, torch.zeros(len(rollout)), [len(rollout)])
     assert cloning() < before - 0.1
 
 
-def test_updates_stop_at_the_target_kl(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts) -> None:
+def test_updates_stop_at_the_target_kl(pupil: TinyPolicy, demos: Samples, rollouts: Rollouts) -> None:
     config = PPOConfig(behaviour_cloning=0.0, minibatch=16, epochs=5, rate=1e-3, target_kl=1e-9, warmup=0)
-    learner, rollout = learner_of(pupil, lessons, rollouts, config), synthetic(pupil)
+    learner, rollout = learner_of(pupil, demos, rollouts, config), synthetic(pupil)
     assert learner.update(rollout, 0)["updates"] == 4  # one pass of 64 / 16
 
 
 def test_rollout_puts_episodes_end_to_end(pupil: TinyPolicy, rollouts: Rollouts) -> None:
-    driver = ActionSampler(pupil, rollouts.load_tokenizer(), SamplingMode())
+    sampler = ActionSampler(pupil, rollouts.load_tokenizer(), SamplingMode())
     tokens = np.arange(4 * 20).reshape(4, 5, 4)
     state = np.arange(28, dtype=np.float32).reshape(4, 7) / 100
 
     def episode(task: str, rows: slice, success: bool) -> RolloutEpisode:
         images = [np.full((4, 64), i, np.float16) for i in range(4)[rows]]
-        return RolloutEpisode(task, 0, success, state=list(state[rows]), image_tokens=images, trace=list(tokens[rows]))
+        return RolloutEpisode(
+            task, 0, success, state=list(state[rows]), image_tokens=images, sampled=list(tokens[rows])
+        )
 
     opened, closed = "drawer-open-v3", "drawer-close-v3"
-    rollout = Rollout.of([episode(opened, slice(0, 3), True), episode(closed, slice(3, 4), False)], driver)
+    rollout = RolloutBuffer.of([episode(opened, slice(0, 3), True), episode(closed, slice(3, 4), False)], sampler)
     assert rollout.rewards.tolist() == [0, 0, 1, 0]
     assert rollout.last.tolist() == [False, False, True, True]
-    assert rollout.seen.image_tokens[:, 0, 0].tolist() == [0, 1, 2, 3]
-    np.testing.assert_array_equal(rollout.trace.numpy(), tokens)
+    assert rollout.observations.image_tokens[:, 0, 0].tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(rollout.sampled.numpy(), tokens)
     tokenizer = rollouts.load_tokenizer()
     assert tokenizer is not None
     texts = ["open the drawer"] * 3 + ["close the drawer"]
-    np.testing.assert_array_equal(rollout.seen.ids, np.stack([tokenizer(text) for text in texts]))
-    assert rollout.seen.mask is None
+    np.testing.assert_array_equal(rollout.observations.ids, np.stack([tokenizer(text) for text in texts]))
+    assert rollout.observations.mask is None
     norm = pupil.spec.state.norm if pupil.spec.state else None
     assert norm is not None
-    np.testing.assert_allclose(rollout.seen.state, ((state - norm.center) / norm.scale).clip(-5, 5), atol=1e-5)
+    np.testing.assert_allclose(rollout.observations.state, ((state - norm.center) / norm.scale).clip(-5, 5), atol=1e-5)
 
 
 def test_killed_and_resumed_run_is_the_uninterrupted_one(
     make_pupil: Callable[[], TinyPolicy],
-    lessons: Samples,
+    demos: Samples,
     rollouts: Rollouts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -318,7 +322,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
         run = RunState(folder)
         run.open("rl", "parent", config)
         run.start_clock(rollouts)
-        batches = SampleBatches(lessons, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
+        batches = SampleBatches(demos, policy.spec, ids_of_tasks(rollouts.load_tokenizer()), config.seed)
         ppo(policy, config, batches, rollouts, run, progress)
         return run
 
@@ -344,10 +348,10 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
 
 
 def test_what_is_not_finite_is_refused_before_anything_is_learned(
-    pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts
+    pupil: TinyPolicy, demos: Samples, rollouts: Rollouts
 ) -> None:
     learner, rollout, before = (
-        learner_of(pupil, lessons, rollouts, PPOConfig(warmup=0)),
+        learner_of(pupil, demos, rollouts, PPOConfig(warmup=0)),
         synthetic(pupil),
         copy_of(pupil),
     )
@@ -355,14 +359,14 @@ def test_what_is_not_finite_is_refused_before_anything_is_learned(
     with pytest.raises(NotFinite, match="finite rewards, found nan"):
         learner.update(rollout, 0)
     rollout.rewards[3] = 0.0
-    rollout.seen.image_tokens[5] = math.inf
+    rollout.observations.image_tokens[5] = math.inf
     with pytest.raises(NotFinite, match="finite log-probabilities, found nan"):
         learner.update(rollout, 0)
     assert changed(pupil, before) == set()
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(
-    pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pupil: TinyPolicy, demos: Samples, rollouts: Rollouts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pupil goes mad after its first iteration."""
     monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=5))
@@ -370,7 +374,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_last_good_state(
     run = RunState(tmp_path / "run")
     run.open("rl", "parent", config)
     run.start_clock(rollouts)
-    batches = SampleBatches(lessons, pupil.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
+    batches = SampleBatches(demos, pupil.spec, ids_of_tasks(rollouts.load_tokenizer()), 0)
 
     def poison(iteration: int, text: str) -> None:
         with torch.no_grad():

@@ -22,8 +22,8 @@ from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import prune
 from rlrc.compressor.stages.sources import open_source
 from rlrc.compressor.stages.stage import StageOptions
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
 # Without bfloat16 instructions: AVX2, and AVX-512 where oneDNN says that it supports bfloat16 and emulates it.

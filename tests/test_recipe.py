@@ -10,7 +10,7 @@ from rlrc.compressor.prune.prune import PruneConfig, check
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.stages import recipe, reference
-from rlrc.compressor.training.sft import SFTConfig
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.errors import UserError
 
 

@@ -29,7 +29,7 @@ def some(number: int) -> list[Request]:
 
 
 def same(a: RolloutEpisode, b: RolloutEpisode) -> bool:
-    arrays = ("pictures", "state", "image_tokens", "trace", "chunk")
+    arrays = ("pictures", "state", "image_tokens", "sampled", "chunk")
     return (a.task, a.seed, a.success, a.steps) == (b.task, b.seed, b.success, b.steps) and all(
         len(getattr(a, name)) == len(getattr(b, name))
         and all(np.array_equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True))
@@ -48,8 +48,8 @@ def test_reproducible_with_one_worker_and_with_two(
         for pool in (rollouts, pair):
             first = pool.run(requests, pupil, mode)
             assert [(episode.task, episode.seed) for episode in first] == [(r.task, r.seed) for r in requests]
-            assert {len(episode.trace) for episode in first} == {4}
-            assert len({episode.trace[-1].tobytes() for episode in first}) > 1  # it looks at what it sees
+            assert {len(episode.sampled) for episode in first} == {4}
+            assert len({episode.sampled[-1].tobytes() for episode in first}) > 1  # it looks at what it sees
             pool.run(some(3), pupil, SamplingMode(sample=True, horizon=10))
             assert all(same(a, b) for a, b in zip(first, pool.run(requests, pupil, mode), strict=True))
         by_one, by_two = (pool.run(driven, None, mode) for pool in (rollouts, pair))
@@ -62,7 +62,7 @@ def test_sampled_episodes_are_reproducible_and_differ_from_argmax(pupil: TinyPol
     first, again = rollouts.run(requests, pupil, mode), rollouts.run(requests, pupil, mode)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     greedy = rollouts.run(requests, pupil, SamplingMode(keep="image_tokens", horizon=10))
-    assert not any(np.array_equal(a.trace[0], b.trace[0]) for a, b in zip(first, greedy, strict=True))
+    assert not any(np.array_equal(a.sampled[0], b.sampled[0]) for a, b in zip(first, greedy, strict=True))
     assert first[0].image_tokens[0].shape == (pupil.image_tokens, 64)
     assert first[0].image_tokens[0].dtype == np.float16
     np.testing.assert_array_equal(first[0].image_tokens[0], greedy[0].image_tokens[0])  # the same first picture
@@ -71,8 +71,8 @@ def test_sampled_episodes_are_reproducible_and_differ_from_argmax(pupil: TinyPol
 def in_process(
     requests: list[Request], pupil: TinyPolicy | None, rollouts: Rollouts, mode: SamplingMode
 ) -> dict[tuple[str, int], RolloutEpisode]:
-    driver = ActionSampler(pupil, rollouts.load_tokenizer(), mode) if pupil is not None else None
-    return {(e.task, e.seed): e for e in run_episodes(requests, driver, horizon=5, mode=mode, size=32)}
+    sampler = ActionSampler(pupil, rollouts.load_tokenizer(), mode) if pupil is not None else None
+    return {(e.task, e.seed): e for e in run_episodes(requests, sampler, horizon=5, mode=mode, size=32)}
 
 
 def test_the_policys_tokens_are_played(pupil: TinyPolicy, rollouts: Rollouts) -> None:
@@ -80,7 +80,7 @@ def test_the_policys_tokens_are_played(pupil: TinyPolicy, rollouts: Rollouts) ->
     (episode,) = in_process([Request(FAUCET, 3)], pupil, rollouts, SamplingMode(keep="pictures", horizon=15)).values()
     env, centers = make(FAUCET, size=32), bin_centers(16)
     env.reset(seed=3)
-    for picture, state, tokens in zip(episode.pictures, episode.state, episode.trace, strict=True):
+    for picture, state, tokens in zip(episode.pictures, episode.state, episode.sampled, strict=True):
         np.testing.assert_array_equal(env.render(), picture)
         np.testing.assert_array_equal(env.state(), state)
         for action in centers[tokens]:
@@ -105,7 +105,7 @@ def test_expert_drives_from_the_handover_on(pupil: TinyPolicy, rollouts: Rollout
         for k in range(5):
             if decision >= 2:
                 np.testing.assert_array_equal(driven.chunk[decision - 2][k], act(env.full_observation))
-            action = driven.chunk[decision - 2][k] if decision >= 2 else bin_centers(16)[driven.trace[decision][k]]
+            action = driven.chunk[decision - 2][k] if decision >= 2 else bin_centers(16)[driven.sampled[decision][k]]
             if env.advance(action):
                 break
     assert env.success
@@ -139,6 +139,24 @@ def test_noise_is_on_the_actions_and_not_in_the_labels(rollouts: Rollouts) -> No
     assert all(np.abs(label).max() <= 1 for label in noisy.chunk)
 
 
+def test_the_gripper_gets_no_noise(rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decision advances the simulation twice: five steps for the label, and five with noise to execute it."""
+    advanced: list[np.ndarray] = []
+
+    class RecordingEnv(MetaWorldEnv):
+        def advance(self, action: np.ndarray) -> bool:
+            advanced.append(np.array(action))
+            return super().advance(action)
+
+    monkeypatch.setattr(module, "_idle", [])
+    monkeypatch.setattr(module, "MetaWorldEnv", RecordingEnv)
+    (episode,) = in_process([Request(OPEN, 5, 0, 0.4)], None, rollouts, SamplingMode(horizon=20)).values()
+    labels, executed = np.stack(advanced).reshape(4, 2, 5, 4).swapaxes(0, 1)
+    np.testing.assert_array_equal(labels, np.stack(episode.chunk))
+    np.testing.assert_array_equal(executed[..., 3], labels[..., 3])
+    assert (executed[..., :3] != labels[..., :3]).all()
+
+
 def test_episodes_that_nobody_drives_are_refused(rollouts: Rollouts) -> None:
     for handover in (None, 3):
         with pytest.raises(ValueError, match="there is no policy"):
@@ -156,7 +174,7 @@ def test_more_requests_than_slots_all_come_back(rollouts: Rollouts, monkeypatch:
 
 
 def test_idle_environments_are_bounded(rollouts: Rollouts, pupil: TinyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those used last are kept, and serve a task and its shared variant without a trace of the other's scenes."""
+    """Those used last are kept, and serve a task and its shared variant without any of the other's scenes."""
     idle: list[MetaWorldEnv] = []
     monkeypatch.setattr(module, "_idle", idle)
     monkeypatch.setattr(module, "SLOTS", 3)

@@ -28,14 +28,15 @@ from rlrc.compressor.prune.sensitivity_report import (
     errors_by_block,
     load_report,
 )
-from rlrc.compressor.quantize.quantize import QuantizeConfig, dequantize, quantize
+from rlrc.compressor.quantize.grid import decompress
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import sensitivity as module
 from rlrc.compressor.stages.sensitivity import (
     SensitivityConfig,
     action_change,
-    applied,
-    batched,
+    apply_change,
     changes,
+    make_batches,
     measure,
     part_of,
 )
@@ -122,7 +123,7 @@ def test_dropped_is_a_policy_without_the_block(source: ArtifactSource, report: S
 def test_quantized_is_what_the_stage_makes(source: ArtifactSource, report: SensitivityReport) -> None:
     policy, name = source.load(), "decoder.layers.2.mlp"
     state = dict(policy.state_dict())
-    stored = dequantize(*quantize(state, QuantizeConfig())[:2])
+    stored = decompress(*quantize(state, QuantizeConfig())[:2])
     state |= {tensor: stored[tensor] for tensor in state if tensor.startswith(name)}
     expected = by_hand(policy, with_state(policy, state, policy.towers["decoder"].layers), source)
     assert expected > 1e-4
@@ -181,7 +182,7 @@ def test_batches_answer_as_single_observations(source: ArtifactSource) -> None:
     policy, observations = source.load(), source.observations()
     singles = [module.inputs_of(source.spec, observations, row) for row in range(8)]
     short = replace(singles[0], ids=singles[0].ids[:, :2] if singles[0].ids is not None else None)
-    joined = batched([*singles, short])
+    joined = make_batches([*singles, short])
     assert [len(inputs.pixels[0]) for inputs in joined] == [8, 1]
     with torch.no_grad():
         together = policy.act(joined[0]).actions
@@ -257,7 +258,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 def test_change_is_undone_after_an_exception(pupil: PolicyModule) -> None:
     before = copy.deepcopy(pupil.state_dict())
     for change in changes(pupil, SensitivityConfig()):
-        with pytest.raises(KeyboardInterrupt), applied(pupil, change):
+        with pytest.raises(KeyboardInterrupt), apply_change(pupil, change):
             raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in pupil.state_dict().items())
     assert not any(block._forward_hooks for block in pupil.modules())

@@ -21,9 +21,10 @@ from rlrc.compressor.rl.demonstrations import DemonstrationConfig, SampleBatches
 from rlrc.compressor.rl.rollout import Request, Rollouts, SamplingMode
 from rlrc.compressor.training import sft as module
 from rlrc.compressor.training.batches import TrainingData
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.losses import smoothed_cross_entropy
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import SFTConfig, optimizer, sft
+from rlrc.compressor.training.sft import build_optimizer, sft
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.errors import UserError
@@ -112,7 +113,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_only_matrices_decay(pupil: TinyPolicy) -> None:
-    decayed, free = optimizer(pupil, 1e-3, 0.1).param_groups
+    decayed, free = build_optimizer(pupil, 1e-3, 0.1).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in pupil.named_parameters()}
     without = {names[id(parameter)] for parameter in free["params"]}
@@ -163,20 +164,20 @@ def curve(run: RunState) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "cpu_seconds"} for row in rows]
 
 
-def test_demonstrations_are_made_once(lessons: Samples, rollouts: Rollouts, own_cache: Path) -> None:
-    assert sorted(set(lessons.task.tolist())) == list(range(13))
-    assert lessons.pictures.shape == (len(lessons), 32, 32, 3)
-    assert lessons.chunk.shape == (len(lessons), 5, 4)
-    assert np.abs(lessons.chunk).max() <= 1
+def test_demonstrations_are_made_once(demos: Samples, rollouts: Rollouts, own_cache: Path) -> None:
+    assert sorted(set(demos.task.tolist())) == list(range(13))
+    assert demos.pictures.shape == (len(demos), 32, 32, 3)
+    assert demos.chunk.shape == (len(demos), 5, 4)
+    assert np.abs(demos.chunk).max() <= 1
     before = sorted((own_cache / "demonstrations").iterdir())
     rollouts.cpu_seconds = 0.0
     again = demonstrations(DemonstrationConfig(1), rollouts)
     assert rollouts.cpu_seconds == 0  # nobody simulated
     assert sorted((own_cache / "demonstrations").iterdir()) == before
-    np.testing.assert_array_equal(again.chunk, lessons.chunk)
+    np.testing.assert_array_equal(again.chunk, demos.chunk)
 
 
-def test_short_run_lowers_the_loss(pupil: TinyPolicy, lessons: Samples, rollouts: Rollouts, tmp_path: Path) -> None:
+def test_short_run_lowers_the_loss(pupil: TinyPolicy, demos: Samples, rollouts: Rollouts, tmp_path: Path) -> None:
     config = SFTConfig(steps=100, batch=32, rate=2e-3, warmup=10, demonstrations=1)
     run = run_in(tmp_path / "run", config, rollouts)
     shown: list[tuple[int, str]] = []
@@ -187,13 +188,13 @@ def test_short_run_lowers_the_loss(pupil: TinyPolicy, lessons: Samples, rollouts
     # Knowing nothing costs log(16) = 2.77; the target's own entropy with two bins' smoothing is about 2.0.
     assert second["loss"] < first["loss"] - 0.1
     assert second["l1"] < first["l1"]
-    assert first["samples"] == len(lessons)
+    assert first["samples"] == len(demos)
     assert not pupil.training
 
 
 def test_killed_and_resumed_run_is_the_uninterrupted_one(
     make_pupil: Callable[[], TinyPolicy],
-    lessons: Samples,
+    demos: Samples,
     rollouts: Rollouts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -221,9 +222,9 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
 
     # Before it plays it says so; the round on the saved step was not saved with it.
     assert shown[0] == (40, "training")
-    told = [(step, text) for step, text in shown if text.startswith("DAgger")]
-    assert told == [(40, "DAgger round 3 of 4: 3 episodes"), (50, "DAgger round 4 of 4: 3 episodes")]
-    assert shown[1] == told[0]
+    shown_rounds = [(step, text) for step, text in shown if text.startswith("DAgger")]
+    assert shown_rounds == [(40, "DAgger round 3 of 4: 3 episodes"), (50, "DAgger round 4 of 4: 3 episodes")]
+    assert shown[1] == shown_rounds[0]
     assert shown[-1][0] == 80
     assert curve(cut) == curve(whole)
     assert [row["stage"] for row in curve(whole)] == ["sft", *["dagger"] * 2, "sft", *["dagger"] * 2, "sft", "sft"]

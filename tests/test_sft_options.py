@@ -22,13 +22,13 @@ from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.training import lora, sft
 from rlrc.compressor.training import run_state as run_module
 from rlrc.compressor.training.batches import Batch, TrainingData
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import Interrupted, UserError
 
 
 def samples(number: int, size: int = 32) -> Samples:
-    """Noise: what is learned of it is learned by heart."""
+    """Noise, which can only be memorised."""
     random = np.random.default_rng(0)
     return Samples(
         random.integers(0, 256, (number, size, size, 3), np.uint8),
@@ -38,7 +38,7 @@ def samples(number: int, size: int = 32) -> Samples:
     )
 
 
-def lessons(policy: PolicyModule, number: int = 24, held_out: int = 0, seed: int = 0) -> TrainingData:
+def training_data(policy: PolicyModule, number: int = 24, held_out: int = 0, seed: int = 0) -> TrainingData:
     ids = np.random.default_rng(1).integers(0, 7, (13, 6))
     batches = SampleBatches(samples(number + held_out), policy.spec, ids, seed)
     kept = batches.rows(np.arange(number, number + held_out))
@@ -53,8 +53,8 @@ def run_in(folder: Path, config: SFTConfig) -> RunState:
     return run
 
 
-def train(policy: TinyPolicy, config: SFTConfig, folder: Path, taught: TrainingData, **options: Any) -> dict[str, Any]:
-    return sft.sft(policy, config, taught, run_in(folder, config), options.pop("progress", lambda *_: None), **options)
+def train(policy: TinyPolicy, config: SFTConfig, folder: Path, data: TrainingData, **options: Any) -> dict[str, Any]:
+    return sft.sft(policy, config, data, run_in(folder, config), options.pop("progress", lambda *_: None), **options)
 
 
 def test_cosine_by_hand() -> None:
@@ -80,7 +80,7 @@ def test_parts_of_a_batch_give_the_same_step(make_pupil: Callable[[], TinyPolicy
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sft.Team, "clip", keep)
-            train(policy, config, tmp_path / str(parts), lessons(policy))
+            train(policy, config, tmp_path / str(parts), training_data(policy))
         trained.append(gradients)
     assert trained[0].keys() == trained[1].keys()
     for name, gradient in trained[0].items():
@@ -95,7 +95,7 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(make_pupil: Callab
     assert trained
     assert all(".lora_" in name and name.startswith("decoder.layers.") for name in trained)
     assert len(trained) == 2 * 7 * 4  # A and B of q, k, v, o, gate, up, down of four blocks
-    batch = lessons(plain).batches.draw(5)
+    batch = training_data(plain).batches.draw(5)
     pixels, ids, state = batch.inputs.pixels[0], batch.inputs.ids, batch.inputs.state
     with torch.no_grad():
         assert torch.equal(policy(pixels, ids, state), plain(pixels, ids, state))
@@ -115,7 +115,7 @@ def test_training_with_adapters_changes_what_is_adapted_only(
     make_pupil: Callable[[], TinyPolicy], tmp_path: Path
 ) -> None:
     policy, plain = make_pupil(), make_pupil()
-    train(policy, SFTConfig(steps=3, batch=8, lora=2, warmup=0), tmp_path / "run", lessons(policy))
+    train(policy, SFTConfig(steps=3, batch=8, lora=2, warmup=0), tmp_path / "run", training_data(policy))
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, plain.state_dict()[name])}
     assert changed == {f"{name}.weight" for name in lora.targets(plain)}
 
@@ -123,20 +123,20 @@ def test_training_with_adapters_changes_what_is_adapted_only(
 def test_the_weights_with_the_lowest_held_out_loss_are_kept(
     make_pupil: Callable[[], TinyPolicy], tmp_path: Path
 ) -> None:
-    """Noise is learned by heart, so what is held out gets worse: training stops after two looks without a gain."""
+    """The policy memorises noise, so what is held out gets worse: training stops after two checks without a gain."""
     config = SFTConfig(steps=400, batch=16, rate=5e-3, warmup=0, held_out=0.2, check_every=10, patience=2)
     policy = make_pupil()
     run = run_in(tmp_path / "run", config)
-    taught = lessons(policy, held_out=24)
-    report = sft.sft(policy, config, taught, run, lambda *_: None)
+    data = training_data(policy, held_out=24)
+    report = sft.sft(policy, config, data, run, lambda *_: None)
     rows = [json.loads(line) for line in run.curve_file.read_text().splitlines()]
-    seen = {row["step"]: row["loss"] for row in rows if row["stage"] == "held-out"}
-    assert report["best_step"] == min(seen, key=lambda step: seen[step])
-    assert max(seen) == report["best_step"] + 20 < 400
+    losses = {row["step"]: row["loss"] for row in rows if row["stage"] == "held-out"}
+    assert report["best_step"] == min(losses, key=lambda step: losses[step])
+    assert max(losses) == report["best_step"] + 20 < 400
     with torch.no_grad():
-        found = sft.SFTObjective(policy, config.smoothing)(taught.held_out[0])["loss"].item()
+        found = sft.SFTObjective(policy, config.smoothing)(data.held_out[0])["loss"].item()
     assert found == pytest.approx(report["held_out_loss"], abs=2e-5)
-    assert found == pytest.approx(min(seen.values()), abs=2e-5)
+    assert found == pytest.approx(min(losses.values()), abs=2e-5)
 
 
 def test_resumed_run_remembers_its_best_and_its_adapters(
@@ -147,11 +147,11 @@ def test_resumed_run_remembers_its_best_and_its_adapters(
 ) -> None:
     monkeypatch.setattr(sft, "LOG_EVERY", 10)
     config = SFTConfig(steps=40, batch=8, rate=2e-2, warmup=0, held_out=0.2, check_every=10, lora=2)
-    straight, resumed, taught = make_pupil(), make_pupil(), lambda: lessons(straight, held_out=8)
-    whole = train(straight, config, tmp_path / "whole", taught())
+    straight, resumed, data = make_pupil(), make_pupil(), lambda: training_data(straight, held_out=8)
+    whole = train(straight, config, tmp_path / "whole", data())
 
-    cut_short(lambda progress: train(make_pupil(), config, tmp_path / "cut", taught(), progress=progress), 20, 30)
-    assert train(resumed, config, tmp_path / "cut", taught()) == whole
+    cut_short(lambda progress: train(make_pupil(), config, tmp_path / "cut", data(), progress=progress), 20, 30)
+    assert train(resumed, config, tmp_path / "cut", data()) == whole
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -160,12 +160,12 @@ def test_resumed_run_remembers_its_best_and_its_adapters(
 def test_a_signal_in_the_middle_of_a_step_loses_nothing_but_that_step(
     make_pupil: Callable[[], TinyPolicy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """It comes when a batch and its noise are drawn; the state is that before they were. Step 20 was looked at."""
+    """It arrives after a batch was drawn; the saved state is that before. Step 20 follows a held-out loss."""
     monkeypatch.setattr(sft, "LOG_EVERY", 7)
     config = SFTConfig(steps=30, batch=8, rate=2e-2, warmup=0, held_out=0.2, check_every=10, lora=2)
-    straight, resumed, given = make_pupil(), make_pupil(), lambda: lessons(straight, held_out=8)
+    straight, resumed, given = make_pupil(), make_pupil(), lambda: training_data(straight, held_out=8)
     whole = train(straight, config, tmp_path / "whole", given())
-    real, calls = sft.gradients, []
+    real, calls = sft.compute_gradients, []
 
     def interrupted(*arguments: Any) -> dict[str, float]:
         found = real(*arguments)
@@ -174,7 +174,7 @@ def test_a_signal_in_the_middle_of_a_step_loses_nothing_but_that_step(
             signal.raise_signal(signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(sft, "gradients", interrupted)
+    monkeypatch.setattr(sft, "compute_gradients", interrupted)
     with interrupts.raising(), pytest.raises(Interrupted):
         train(make_pupil(), config, tmp_path / "cut", given())
     assert (tmp_path / "cut" / "state.pt").exists() == (step > 0)
@@ -207,7 +207,7 @@ def test_a_state_is_saved_by_time_and_less_often_where_that_takes_long(
             clock[0] += 50
 
         monkeypatch.setattr(RunState, "save", save)
-        train(make_pupil(), SFTConfig(steps=10, batch=4), folder, lessons(make_pupil()), progress=progress)
+        train(make_pupil(), SFTConfig(steps=10, batch=4), folder, training_data(make_pupil()), progress=progress)
         return list(saved)
 
     assert trained(tmp_path / "quick", 1.0) == [4, 7, 10]
@@ -218,9 +218,9 @@ def test_a_loss_that_is_none_stops_and_keeps_the_last_state(
     pupil: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_short: Callable[..., None]
 ) -> None:
     config = SFTConfig(steps=10, batch=4, warmup=0)
-    taught = lessons(pupil)
-    cut_short(lambda progress: train(pupil, config, tmp_path / "run", taught, progress=progress), 2)
-    draw, drawn = taught.batches.draw, []
+    data = training_data(pupil)
+    cut_short(lambda progress: train(pupil, config, tmp_path / "run", data, progress=progress), 2)
+    draw, drawn = data.batches.draw, []
 
     def poisoned(size: int) -> Batch:
         batch = draw(size)
@@ -229,9 +229,9 @@ def test_a_loss_that_is_none_stops_and_keeps_the_last_state(
             batch.inputs = Inputs(batch.inputs.pixels, batch.inputs.ids, batch.inputs.state * math.nan)
         return batch
 
-    monkeypatch.setattr(taught.batches, "draw", poisoned)
+    monkeypatch.setattr(data.batches, "draw", poisoned)
     with pytest.raises(UserError, match=r"expected a finite loss, found nan at step 4; .* keeps the state of step 2"):
-        train(pupil, config, tmp_path / "run", taught)
+        train(pupil, config, tmp_path / "run", data)
     kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert kept["step"] == 2
     assert all(tensor.isfinite().all() for tensor in kept["policy"].values())

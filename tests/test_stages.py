@@ -26,12 +26,12 @@ from rlrc.compressor.rl import dagger, ppo, simulation
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import Samples
 from rlrc.compressor.rl.rollout import Rollouts, SamplingMode
-from rlrc.compressor.stages import artifact_io, create_reference, prune, quantize, reference, rl
+from rlrc.compressor.stages import artifact_io, prune, quantize, reference, rl
 from rlrc.compressor.stages import sft as sft_stage
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import sft
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.errors import Interrupted, UserError
 
@@ -39,8 +39,8 @@ QUIET = StageOptions(evaluate=0, workers=1, threads=1)
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, lessons: Samples) -> None:
-    """Episodes of 10 steps in the worker that all tests share; ``lessons`` are in the cache."""
+def quick(monkeypatch: pytest.MonkeyPatch, rollouts: Rollouts, demos: Samples) -> None:
+    """Episodes of 10 steps in the worker that all tests share; ``demos`` are in the cache."""
     monkeypatch.setattr(simulation, "Rollouts", lambda *_: nullcontext(rollouts))
     for module in (simulation, dagger, ppo):
         monkeypatch.setattr(module, "SamplingMode", partial(SamplingMode, horizon=10))
@@ -121,12 +121,12 @@ def test_new_is_reproducible_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     layer = LayerSpec(1, 1, 32, 32)
     small = {"vision": TowerSpec(32, (layer,)), "decoder": TowerSpec(32, (layer,) * 3)}
     monkeypatch.setattr(reference, "towers", lambda: small)
-    monkeypatch.setattr(create_reference, "GOLDEN_SCENES", 1)
+    monkeypatch.setattr(reference, "GOLDEN_SCENES", 1)
     monkeypatch.setattr(
-        create_reference, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")}
+        reference, "TASKS", {name: TASKS[name] for name in ("faucet-open-v3", "drawer-close-v3/shared")}
     )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        create_reference.new(tmp_path / name, seed)
+        reference.create_reference(tmp_path / name, seed)
     a, b, c = (artifacts.load(tmp_path / name) for name in "abc")
     assert a.manifest == b.manifest  # the hash of every file
     assert c.manifest.files[artifact_folder.WEIGHTS] != a.manifest.files[artifact_folder.WEIGHTS]
@@ -175,7 +175,7 @@ def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifac
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
             run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
     with pytest.raises(UserError, match="expected a new output"):
-        create_reference.new(tmp_path / "out")
+        reference.create_reference(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
         compress(pupil_artifact, tmp_path / "out", {"prune": PruneConfig(0.75)}, QUIET)
     assert listing(tmp_path) == ["out"]
@@ -253,9 +253,9 @@ def test_interrupted_stage_goes_on_where_it_was(
         with pytest.raises(Interrupted, match=message):
             sft_stage.run_sft(pupil_artifact, out, config, QUIET)
 
-    interrupted(tmp_path / "early", 0, "the same command begins it anew")
+    interrupted(tmp_path / "early", 0, "the same command starts it again")
     assert listing(tmp_path) == []  # no step was done, so nothing is left
-    interrupted(tmp_path / "out", 30, "the same command goes on from step 30 of sft")
+    interrupted(tmp_path / "out", 30, "the same command resumes at step 30 of sft")
     assert listing(tmp_path) == [".out.run"]
     seen.clear()
     monkeypatch.setattr(sft_stage, "progress", bar(99))

@@ -15,9 +15,9 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.prune.sensitivity_report import KINDS, SensitivityReport
 from rlrc.compressor.stages.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.stages.sources import open_source
-from rlrc.errors import UserError
 from rlrc.folders import check_output, replacing, storing
 from rlrc.processes import cores
+from rlrc.ranges import check_range
 
 SHOWN = 5
 
@@ -44,8 +44,7 @@ class Sensitivity:
     """print the result as JSON"""
 
     def run(self) -> None:
-        if self.threads < 1:
-            raise UserError(f"expected --threads >= 1, found {self.threads}")
+        check_range(self, "--", "threads", at_least=1)
         for file in (self.out, self.picture):
             if file is not None:
                 check_output(file)

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.compressor.cli.next_commands import hint
 from rlrc.compressor.cli.stages import StageCommand
 from rlrc.compressor.rl.config import PPOConfig
-from rlrc.compressor.stages.create_reference import new
+from rlrc.compressor.stages.reference import create_reference
 from rlrc.compressor.stages.rl import run_rl
 
 
@@ -24,7 +24,7 @@ class New:
     seed: int = 0
 
     def run(self) -> None:
-        Console().print(f"next: {hint(self.out, new(self.out, self.seed))}", soft_wrap=True)
+        Console().print(f"next: {hint(self.out, create_reference(self.out, self.seed))}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from rlrc.compressor.stages import recipe as recipes
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.quantize import run_quantize
-from rlrc.compressor.stages.sources import open_source, unquantized_only
+from rlrc.compressor.stages.sources import check_unquantized, open_source
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.processes import cores
 from rlrc.progress import progress
+from rlrc.ranges import check_range
 from rlrc.tables import plain_console
 
 
@@ -142,10 +143,9 @@ class CompareGrids:
     """print the result as JSON"""
 
     def run(self) -> None:
-        if self.threads < 1:
-            raise UserError(f"expected --threads >= 1, found {self.threads}")
+        check_range(self, "--", "threads", at_least=1)
         source = open_source(self.path, self.official)
-        unquantized_only(source, self.path)
+        check_unquantized(source, self.path)
         torch.set_num_threads(self.threads)
         policy = source.load()
         rows = list[RoundingRow]()

@@ -17,8 +17,8 @@ from rlrc.compressor.stages.recipe import load
 from rlrc.compressor.stages.sft import run_sft
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.distill import DistillConfig
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.runtime.cli.describe import trial
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rlrc.compressor.models.coupling import ALIGN, TOWERS, VISION, Towers
 from rlrc.errors import UserError
+from rlrc.ranges import check_range
 
 RATIO = 0.9  # as in the paper
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -75,16 +76,8 @@ class PruneConfig:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"expected prune.{name} {', '.join(filter(None, choices))}, found {value!r}")
-        for name, least in (
-            ("keep", 0),
-            ("batches", 1),
-            ("demonstrations", 1),
-            ("drop", 0),
-            ("align", 1),
-            ("batch", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"expected prune.{name} >= {least}, found {getattr(self, name)}")
+        check_range(self, "prune.", "keep", "drop", at_least=0)
+        check_range(self, "prune.", "batches", "demonstrations", "align", "batch", at_least=1)
         goals = [name for name in ("to_bytes", "to_latency") if getattr(self, name) is not None]
         if goals and self.scope != "layer":
             raise UserError(

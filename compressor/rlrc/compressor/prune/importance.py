@@ -25,7 +25,7 @@ from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.prune.config import PruneConfig
-from rlrc.compressor.training.losses import chunk_loss, drawn
+from rlrc.compressor.training.losses import chunk_loss, draw_noise
 
 if TYPE_CHECKING:
     from rlrc.compressor.training.batches import Batches
@@ -91,7 +91,7 @@ def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: 
         hooks = [weight.register_post_accumulate_grad_hook(partial(reduce, name)) for name, weight in weights.items()]
         try:
             for _ in range(config.batches):
-                chunk_loss(policy, drawn(policy, batches.draw(config.batch)))[0].backward()
+                chunk_loss(policy, draw_noise(policy, batches.draw(config.batch)))[0].backward()
         finally:
             _remove(hooks)
 
@@ -123,7 +123,7 @@ def _wanda(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: B
     try:
         with torch.no_grad():
             for _ in range(config.batches):
-                chunk_loss(policy, drawn(policy, batches.draw(config.batch)))
+                chunk_loss(policy, draw_noise(policy, batches.draw(config.batch)))
     finally:
         _remove(hooks)
     _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))

@@ -1,23 +1,23 @@
-"""A policy as reinforcement learning sees it: chunks that are drawn, and how probable it was to draw them.
+"""Stochastic policies for PPO: each actor samples chunks of actions and gives their log-probabilities.
 
-- Tokens (family tiny, discrete OpenVLA-OFT; OpenVLA one after the other): every token has its own distribution, at a
-  temperature, and its own ratio (RL4VLA, arXiv 2505.19789; SimpleVLA-RL, 2509.09674).
-- Numbers (L1 heads of OpenVLA-OFT, ACT): a Gaussian around the answer, its standard deviation learned, one for each
-  dimension and no function of the state (as in PPO, arXiv 1707.06347, section 6.1).
-- Flow (pi0, pi0.5, SmolVLA): Flow-Noise (pi_RL, arXiv 2510.25889, after ReinFlow, 2505.22094): noise after every Euler
-  step makes each a Gaussian transition whose mean is the step itself, so that the chain has an exact log-probability.
-  Not Flow-SDE (Flow-GRPO, 2505.05470): it changes the mean by a score that is singular at t = 1, and what is deployed,
-  the plain Euler steps, would no longer be this policy without its noise. ReinFlow's noise network is a table here, a
-  learned standard deviation for each step and dimension. Dimensions beyond the robot's follow the plain steps.
+- Tokens (family tiny, discrete OpenVLA-OFT; OpenVLA autoregressively): one categorical distribution, at a temperature,
+  and one ratio for every token (RL4VLA, arXiv 2505.19789; SimpleVLA-RL, 2509.09674).
+- Numbers (L1 heads of OpenVLA-OFT, ACT): a Gaussian around the policy's action. Its standard deviation is learned, one
+  for each dimension, and does not depend on the state (PPO, arXiv 1707.06347, section 6.1).
+- Flow (pi0, pi0.5, SmolVLA): Flow-Noise (pi_RL, arXiv 2510.25889, after ReinFlow, 2505.22094). Noise after every Euler
+  step makes each step a Gaussian transition whose mean is the step itself, so the chain has an exact log-probability.
+  Flow-SDE (Flow-GRPO, 2505.05470) is not used: it changes the mean by a score that is singular at t = 1, so the
+  deployed policy, plain Euler steps, would not be the trained policy without noise. ReinFlow's noise network is a table
+  here: a learned standard deviation for each step and dimension. Padded dimensions get no noise.
 
-The noise of a dimension is correlated over the steps of a chunk: independent noise averages out within one and explores
-nothing. Ratios are those of single numbers all the same; the gradient is then the policy's own times the correlation
-matrix, which is positive definite: it still goes uphill, and alike for all steps of a chunk.
+The noise of a dimension is correlated over the steps of a chunk, because independent noise averages out within a chunk
+and explores little. The ratios nevertheless treat the numbers as independent. The gradient is then the policy's own
+times the correlation matrix, which is positive definite, so it still ascends.
 
-What the critic reads is the hidden state of the first action token, as in the paper (arXiv 2506.17639, stage 2b), which
-has seen the whole observation and no sampled action: the last module's input at the first place. A flow policy's expert
-would also see the sampled noise; its hidden state is therefore that of one more pass, at t = 1 from zeros (pi_RL
-averages over the sampled chain instead; its other choice, the prefix, does not know pi0's state).
+The critic reads the hidden state of the first action token (arXiv 2506.17639, stage 2b): the input of the last module
+at the first position. It depends on the whole observation and on no sampled action. A flow policy's expert also
+depends on the sampled noise, so its hidden state comes from one more pass, at t = 1 from zeros. (pi_RL averages over
+the sampled chain instead; its alternative, the prefix, does not contain pi0's state.)
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from torch.distributions import Normal
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 
-NARROWEST = 3.0  # a learned standard deviation stays within this factor of the one it starts from
+MAX_STD_FACTOR = 3.0  # a learned standard deviation stays within this factor of its initial value
 
 
 @dataclass
 class EncodedObservation:
-    """Observations behind the vision tower: image tokens (B, N, width), and the others as in Inputs."""
+    """Observations after the vision tower: image tokens (B, N, width); the other fields as in Inputs."""
 
     image_tokens: Tensor
     ids: Tensor | None = None
@@ -52,7 +52,7 @@ class EncodedObservation:
         return len(self.image_tokens)
 
     def rows(self, rows: Tensor) -> EncodedObservation:
-        """Some of them, image tokens in float32 whatever they were kept in."""
+        """Select rows; image tokens become float32."""
         others = (None if x is None else x[rows] for x in (self.ids, self.state, self.mask))
         return EncodedObservation(self.image_tokens[rows].float(), *others)
 
@@ -62,9 +62,9 @@ class EncodedObservation:
 
 
 class ActionEvaluation(NamedTuple):
-    """``log_prob`` and ``entropy`` (B, ...): one number for every token, or number, or number and flow step.
+    """``log_prob`` and ``entropy`` (B, ...): one value for each token, number, or number and flow step.
 
-    ``hidden`` (B, width): what the critic reads.
+    ``hidden`` (B, width): the input of the critic.
     """
 
     log_prob: Tensor
@@ -73,7 +73,7 @@ class ActionEvaluation(NamedTuple):
 
 
 class Noise(nn.Module):
-    """Learned standard deviations of this shape, which start at ``std`` and stay within a factor of NARROWEST."""
+    """Learned standard deviations, initially ``std`` and always within a factor of MAX_STD_FACTOR of it."""
 
     def __init__(self, shape: tuple[int, ...], std: float) -> None:
         super().__init__()
@@ -81,29 +81,32 @@ class Noise(nn.Module):
         self.raw = nn.Parameter(torch.zeros(shape))
 
     def forward(self) -> Tensor:
-        # ReinFlow bounds its noise by a tanh as well: unbounded, it grows until the steps no longer make sense.
-        return self.std * torch.exp(math.log(NARROWEST) * self.raw.tanh())
+        # As in ReinFlow, a tanh bounds the noise; unbounded, it grows until the actions are useless.
+        return self.std * torch.exp(math.log(MAX_STD_FACTOR) * self.raw.tanh())
 
 
 class Actor(nn.Module, ABC):
-    """``trace``: what was drawn, all that ``evaluate`` needs to know of it; its first dimension is the batch's."""
+    """A policy that samples actions. ``act`` returns ``sampled`` (B, ...): tokens, actions or a flow chain.
+
+    ``evaluate`` computes the log-probability of ``sampled`` under the current weights.
+    """
 
     def __init__(self, policy: PolicyModule, temperature: float, correlation: float) -> None:
         super().__init__()
         self.policy, self.temperature, self.correlation = policy, temperature, correlation
         self.noise: Noise | None = None
-        self.width = policy.towers["decoder"].width  # of what the critic reads
+        self.width = policy.towers["decoder"].width  # of the critic's input
 
     def encode(self, inputs: Inputs) -> EncodedObservation:
         return EncodedObservation(decode.encode_images(self.policy, inputs), inputs.ids, inputs.state, inputs.mask)
 
     @abstractmethod
-    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
-        """-> normalised actions (B, K, D), and the trace. ``sample``: drawn; otherwise what is deployed."""
+    def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
+        """-> normalised actions (B, K, D), and ``sampled``. Without ``sample``: the deployed, deterministic policy."""
 
     @abstractmethod
-    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
-        """How probable what was drawn is now. Differentiable."""
+    def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
+        """Log-probability and entropy of ``sampled`` under the current weights. Differentiable."""
 
     def chunk_noise(self, batch: int) -> Tensor:
         """Standard normal (B, K, D), correlated over the K steps of a chunk."""
@@ -112,31 +115,33 @@ class Actor(nn.Module, ABC):
 
 
 class ParallelActor(Actor):
-    """Tokens of one pass."""
+    """Tokens of one parallel pass."""
 
-    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
-        action, logits = self.policy.spec.action, self._logits(seen)
+    def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
+        action, logits = self.policy.spec.action, self._logits(observation)
         outputs = decode.outputs_from_logits(logits, action)
-        if sample and outputs.actions.isfinite().all():  # nothing is drawn of logits that are not
-            drawn = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation)
-            outputs = decode.outputs_from_rows(drawn, action)
+        if sample and outputs.actions.isfinite().all():
+            rows = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation)
+            outputs = decode.outputs_from_rows(rows, action)
         assert outputs.tokens is not None
         return outputs.actions, outputs.tokens
 
-    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
-        with reading(last_module(self.policy)) as read:
-            logits = self._logits(seen)
-        return judged_tokens(logits / self.temperature, rows_of(trace, self.policy), read[0][:, 0, : self.width])
+    def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
+        with record_inputs(last_module(self.policy)) as inputs:
+            logits = self._logits(observation)
+        return evaluate_tokens(
+            logits / self.temperature, logit_rows(sampled, self.policy), inputs[0][:, 0, : self.width]
+        )
 
-    def _logits(self, seen: EncodedObservation) -> Tensor:
+    def _logits(self, observation: EncodedObservation) -> Tensor:
         policy = cast(decode.Parallel, self.policy)
-        return policy.decode(seen.image_tokens, seen.ids, seen.mask, seen.state).float()
+        return policy.decode(observation.image_tokens, observation.ids, observation.mask, observation.state).float()
 
 
 class AutoregressiveActor(Actor):
-    """Tokens one after the other, each drawn from what the ones before it leave (the chunk is one step)."""
+    """Tokens one after the other, each conditioned on those before it (the chunk is one step)."""
 
-    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action = self.policy.spec.action
 
         def choose(logits: Tensor) -> Tensor:
@@ -146,7 +151,7 @@ class AutoregressiveActor(Actor):
                 return logits.argmax(-1, keepdim=True)
             return torch.multinomial(torch.softmax(logits / self.temperature, -1), 1)
 
-        rows = self._by_length(seen, lambda image_tokens, ids, _: self._steps(image_tokens, ids, choose))
+        rows = self._by_length(observation, lambda image_tokens, ids, _: self._steps(image_tokens, ids, choose))
         outputs = decode.outputs_from_rows(rows.unflatten(1, (action.horizon, action.dim)), action)
         assert outputs.tokens is not None
         return outputs.actions, outputs.tokens
@@ -161,54 +166,56 @@ class AutoregressiveActor(Actor):
             ids = action.tokens.offset + chosen[-1]
         return torch.cat(chosen, 1)
 
-    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
-        given = trace.flatten(1)
+    def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
+        tokens = sampled.flatten(1)
 
-        def force(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-            """Logits, and behind them the hidden state of the first: one tensor, to be put in order together."""
-            sequence = torch.cat([ids, given[rows, :-1]], 1)
-            with reading(last_module(self.policy)) as read:
-                logits = cast(decode.Autoregressive, self.policy).last_logits(image_tokens, sequence, given.shape[1])
-            return torch.cat([logits.flatten(1), read[0][:, 0].float()], 1)
+        def teacher_forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+            """Logits and the hidden state of the first token, concatenated, so that they are reordered together."""
+            sequence = torch.cat([ids, tokens[rows, :-1]], 1)
+            with record_inputs(last_module(self.policy)) as inputs:
+                logits = cast(decode.Autoregressive, self.policy).last_logits(image_tokens, sequence, tokens.shape[1])
+            return torch.cat([logits.flatten(1), inputs[0][:, 0].float()], 1)
 
-        found = self._by_length(seen, force)
-        logits, hidden = found[:, : -self.width], found[:, -self.width :]
-        logits = logits.reshape(*trace.shape, -1)
-        return judged_tokens(logits / self.temperature, rows_of(trace, self.policy), hidden)
+        joint = self._by_length(observation, teacher_forced)
+        logits, hidden = joint[:, : -self.width], joint[:, -self.width :]
+        logits = logits.reshape(*sampled.shape, -1)
+        return evaluate_tokens(logits / self.temperature, logit_rows(sampled, self.policy), hidden)
 
-    def _by_length(self, seen: EncodedObservation, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        assert seen.ids is not None
-        return decode.map_by_length(seen.image_tokens, seen.ids, seen.mask, one)
+    def _by_length(self, observation: EncodedObservation, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        assert observation.ids is not None
+        return decode.map_by_length(observation.image_tokens, observation.ids, observation.mask, one)
 
 
 class GaussianActor(Actor):
-    """Numbers of one pass, with noise around them."""
+    """Gaussian noise around the numbers of one pass."""
 
     def __init__(self, policy: PolicyModule, temperature: float, correlation: float, std: float) -> None:
         super().__init__(policy, temperature, correlation)
         self.noise: Noise = Noise((policy.spec.action.dim,), std)
 
-    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
-        actions = self._mean(seen)
+    def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
+        actions = self._mean(observation)
         if sample:
-            actions = actions + self.noise() * self.chunk_noise(len(seen)).to(actions)
+            actions = actions + self.noise() * self.chunk_noise(len(observation)).to(actions)
         return actions, actions
 
-    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
-        with reading(last_module(self.policy)) as read:
-            mean = self._mean(seen)
-        around = Normal(mean, self.noise().expand_as(mean), validate_args=False)
-        return ActionEvaluation(around.log_prob(trace), around.entropy(), read[0][:, 0, : self.width].float())
+    def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
+        with record_inputs(last_module(self.policy)) as inputs:
+            mean = self._mean(observation)
+        distribution = Normal(mean, self.noise().expand_as(mean), validate_args=False)
+        return ActionEvaluation(
+            distribution.log_prob(sampled), distribution.entropy(), inputs[0][:, 0, : self.width].float()
+        )
 
-    def _mean(self, seen: EncodedObservation) -> Tensor:
+    def _mean(self, observation: EncodedObservation) -> Tensor:
         policy = cast(decode.Parallel, self.policy)
-        return policy.decode(seen.image_tokens, seen.ids, seen.mask, seen.state).float()
+        return policy.decode(observation.image_tokens, observation.ids, observation.mask, observation.state).float()
 
 
 class FlowActor(Actor):
-    """Euler steps with noise after each. The trace is the chain (B, steps + 1, K, width), from noise to actions.
+    """Euler steps with noise after each. ``sampled`` is the chain (B, steps + 1, K, width), from noise to actions.
 
-    Its first link is drawn before the policy has a say, and so has no part in the ratio.
+    The first state of the chain does not depend on the policy, so it does not contribute to the log-probability.
     """
 
     def __init__(self, policy: PolicyModule, temperature: float, correlation: float, std: float) -> None:
@@ -218,52 +225,54 @@ class FlowActor(Actor):
         self.noise: Noise = Noise((self.steps, policy.spec.action.dim), std)
         self.width = policy.towers["expert"].width
 
-    def act(self, seen: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
+    def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         spec = self.policy.spec
         assert spec.flow is not None
-        step, dim = self._steps(seen), spec.action.dim
-        x = torch.randn(len(seen), spec.action.horizon, spec.flow.width).to(seen.image_tokens.device)
+        step, dim = self._steps(observation), spec.action.dim
+        x = torch.randn(len(observation), spec.action.horizon, spec.flow.width).to(observation.image_tokens.device)
         chain = [x]
         for i in range(self.steps):
             x = step(x, i)
             if sample:
-                noise = self.noise()[i] * self.chunk_noise(len(seen)).to(x)
+                noise = self.noise()[i] * self.chunk_noise(len(observation)).to(x)
                 x = torch.cat([x[..., :dim] + noise, x[..., dim:]], -1)
             chain.append(x)
         return x[..., :dim], torch.stack(chain, 1)
 
-    def evaluate(self, seen: EncodedObservation, trace: Tensor) -> ActionEvaluation:
-        step, dim = self._steps(seen), self.policy.spec.action.dim
-        mean = torch.stack([step(trace[:, i], i)[..., :dim] for i in range(self.steps)], 1)
-        around = Normal(mean, self.noise()[:, None].expand_as(mean), validate_args=False)
-        with reading(last_module(self.policy)) as read:
-            step(torch.zeros_like(trace[:, 0]), 0)
-        return ActionEvaluation(around.log_prob(trace[:, 1:, :, :dim]), around.entropy(), read[0][:, 0].float())
+    def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
+        step, dim = self._steps(observation), self.policy.spec.action.dim
+        mean = torch.stack([step(sampled[:, i], i)[..., :dim] for i in range(self.steps)], 1)
+        distribution = Normal(mean, self.noise()[:, None].expand_as(mean), validate_args=False)
+        with record_inputs(last_module(self.policy)) as inputs:
+            step(torch.zeros_like(sampled[:, 0]), 0)
+        return ActionEvaluation(
+            distribution.log_prob(sampled[:, 1:, :, :dim]), distribution.entropy(), inputs[0][:, 0].float()
+        )
 
-    def _steps(self, seen: EncodedObservation) -> Callable[[Tensor, int], Tensor]:
-        """Reads the prefix once; -> (x (B, K, width), number of the step) -> x after it, without noise."""
+    def _steps(self, observation: EncodedObservation) -> Callable[[Tensor, int], Tensor]:
+        """Encode the prefix once. -> a function (x (B, K, width), step number) -> x after that step, without noise."""
         policy = cast(decode.Flow, self.policy)
-        past, mask = policy.prefix(seen.image_tokens, seen.ids, seen.mask, seen.state)
+        past, mask = policy.prefix(observation.image_tokens, observation.ids, observation.mask, observation.state)
 
         def step(x: Tensor, i: int) -> Tensor:
             t = torch.full((len(x),), 1 - i / self.steps, device=x.device)
-            return x - policy.velocity(past, mask, seen.state, x, t).float() / self.steps
+            return x - policy.velocity(past, mask, observation.state, x, t).float() / self.steps
 
         return step
 
 
-def actor_of(policy: PolicyModule, temperature: float = 1.0, correlation: float = 0.0, std: float = 0.1) -> Actor:
-    """``temperature`` of tokens; ``std``: the initial standard deviation of the noise of all others."""
+def build_actor(policy: PolicyModule, temperature: float = 1.0, correlation: float = 0.0, std: float = 0.1) -> Actor:
+    """``temperature`` applies to tokens; ``std``, the initial standard deviation of the noise, to other actions."""
     if policy.spec.flow is not None:
         return FlowActor(policy, temperature, correlation, std)
     if not policy.spec.action.bins:
         return GaussianActor(policy, temperature, correlation, std)
-    kind = AutoregressiveActor if policy.spec.decode == "autoregressive" else ParallelActor
-    return kind(policy, temperature, correlation)
+    actor = AutoregressiveActor if policy.spec.decode == "autoregressive" else ParallelActor
+    return actor(policy, temperature, correlation)
 
 
 def chunk_noise(batch: int, steps: int, dims: int, correlation: float) -> Tensor:
-    """Standard normal (B, K, D); the numbers of a dimension have this correlation over the K steps."""
+    """Standard normal (B, K, D); the K values of a dimension have this pairwise correlation."""
     shared, own = torch.randn(batch, 1, dims), torch.randn(batch, steps, dims)
     return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
 
@@ -271,8 +280,7 @@ def chunk_noise(batch: int, steps: int, dims: int, correlation: float) -> Tensor
 def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
     """Draw tokens (B, K, D) from log-probabilities (B, K, D, bins).
 
-    Every token has exactly its own distribution, but the noise of a dimension is shared over the K steps of the chunk
-    with the given correlation (a Gaussian copula).
+    Every token has exactly its own distribution. A Gaussian copula correlates the K tokens of a dimension.
     """
     batch, steps, dims, bins = log_probs.shape
     uniform = torch.special.ndtr(chunk_noise(batch, steps, dims, correlation)).to(log_probs.device)
@@ -280,32 +288,32 @@ def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
     return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
 
 
-def judged_tokens(logits: Tensor, rows: Tensor, hidden: Tensor) -> ActionEvaluation:
-    """Of the logits (B, K, D, rows) that the tokens' rows (B, K, D) were drawn from."""
+def evaluate_tokens(logits: Tensor, rows: Tensor, hidden: Tensor) -> ActionEvaluation:
+    """Categorical log-probability and entropy: logits (B, K, D, rows), sampled ``rows`` (B, K, D)."""
     log_probs = torch.log_softmax(logits, -1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return ActionEvaluation(log_probs.gather(-1, rows[..., None])[..., 0], entropy, hidden.float())
 
 
-def rows_of(tokens: Tensor, policy: PolicyModule) -> Tensor:
-    """Tokens as ``decode`` gives them -> their rows in the logits."""
+def logit_rows(tokens: Tensor, policy: PolicyModule) -> Tensor:
+    """Tokens as returned by ``decode`` -> their rows in the logits."""
     vocabulary = policy.spec.action.tokens
     return tokens if vocabulary is None else tokens - vocabulary.offset
 
 
 def last_module(policy: PolicyModule) -> nn.Module:
-    """What makes actions, logits or velocities of hidden states."""
+    """The module that maps hidden states to actions, logits or velocities."""
     module = policy.head if policy.spec.flow is None else policy.action_out
     assert isinstance(module, nn.Module)
     return module
 
 
 @contextmanager
-def reading(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what the module is given."""
-    read = list[Tensor]()
-    hook = module.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+def record_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first input of every call of the module."""
+    inputs = list[Tensor]()
+    hook = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
-        yield read
+        yield inputs
     finally:
         hook.remove()

@@ -1,32 +1,33 @@
-"""The settings of ``rlrc rl``. Read without the simulator's packages."""
+"""The settings of ``rlrc rl``. Importing them does not need the simulator's packages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from rlrc.compressor.training.losses import SMOOTHING
 from rlrc.envs.seeds import DEMONSTRATION
-from rlrc.errors import UserError
+from rlrc.ranges import check_range
 
 
 @dataclass(frozen=True)
 class PPOConfig:
     iterations: int = 30
-    """rollout and update, this many times"""
+    """iterations of rollout and update"""
     episodes: int = 208
-    """episodes an iteration, all tasks and processes together; tasks that fail more get more"""
+    """episodes of an iteration, over all tasks and processes; tasks that fail more get more"""
     warmup: int = 2
-    """first iterations, in which only the critic learns"""
+    """first iterations, which train only the critic"""
     epochs: int = 2
     """passes over the rollouts of an iteration"""
     minibatch: int = 256
-    """decisions a step (of every process, under accelerate launch)"""
+    """decisions of a step (in each process, under accelerate launch)"""
     rate: float = 1e-4
     """learning rate of the decoder and head"""
     value_rate: float = 1e-3
-    """learning rate of the value MLP"""
+    """learning rate of the critic"""
     gamma: float = 0.99
-    """discount a decision"""
+    """discount factor, for each decision"""
     lam: float = 0.95
     """lambda of the generalised advantage estimate"""
     clip: float = 0.2
@@ -34,37 +35,30 @@ class PPOConfig:
     behaviour_cloning: float = 0.5
     """weight of the family's own loss on demonstrations"""
     behaviour_batch: int = 128
-    """demonstration samples a step (of every process, under accelerate launch)"""
+    """demonstration samples of a step (in each process, under accelerate launch)"""
     temperature: float = 1.0
-    """of sampling tokens in the rollouts"""
+    """softmax temperature of the tokens sampled in rollouts"""
     noise: float = 0.1
-    """initial standard deviation of the sampling noise of policies without tokens, in normalised actions; learned"""
+    """initial standard deviation of the learned sampling noise of policies without tokens, in normalised actions"""
     correlation: float = 0.8
-    """of the sampling noise over the steps of a chunk"""
+    """correlation of the sampling noise over the steps of a chunk"""
     target_kl: float = 0.02
-    """an iteration's updates stop when the mean KL a token exceeds this"""
+    """an iteration's updates stop when the mean KL divergence of a token exceeds this"""
     data: str = ""
     """LeRobotDataset folder for the behaviour-cloning term; empty: the simulator's scripted experts"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
+    """pairs of a camera of the policy and one of the data set, if their names differ; none: leave the camera out"""
     demonstrations: int = 60
-    """expert episodes a task for the behaviour-cloning term"""
+    """expert episodes of each task for the behaviour-cloning term"""
     first_seed: int = DEMONSTRATION.start
-    """scene of the first of them"""
+    """scene of the first of these episodes"""
     smoothing: float = SMOOTHING
-    """as in sft, for the behaviour-cloning term"""
+    """as in sft; for the behaviour-cloning term"""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "episodes", "epochs", "minibatch", "behaviour_batch", "demonstrations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"expected rl.{name} >= 1, found {getattr(self, name)}")
-        for name in ("rate", "value_rate", "clip", "temperature", "noise", "target_kl", "smoothing"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"expected rl.{name} > 0, found {getattr(self, name)}")
-        for name in ("warmup", "behaviour_cloning", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"expected rl.{name} >= 0, found {getattr(self, name)}")
-        for name in ("gamma", "lam", "correlation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"expected rl.{name} within [0, 1], found {getattr(self, name)}")
+        check = partial(check_range, self, "rl.")
+        check("iterations", "episodes", "epochs", "minibatch", "behaviour_batch", "demonstrations", at_least=1)
+        check("rate", "value_rate", "clip", "temperature", "noise", "target_kl", "smoothing", above=0)
+        check("warmup", "behaviour_cloning", "seed", at_least=0)
+        check("gamma", "lam", "correlation", within=(0, 1))

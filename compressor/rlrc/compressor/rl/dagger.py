@@ -1,7 +1,7 @@
 """DAgger (Ross et al., 2011, arXiv 1011.0686): the policy plays, the scripted expert labels every decision.
 
-The expert answers in any state; at a random decision it takes over, so that late stages of a task are seen as well.
-Only for the reference family, whose simulator and experts are here.
+In most episodes the expert takes over at a random decision, so that late stages of a task occur as well. Only for the
+reference family, which has a simulator with experts.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.rl.rollout import Request, RolloutEpisode, Rollouts, SamplingMode
 from rlrc.compressor.training import distributed
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import Progress, SFTConfig
+from rlrc.compressor.training.sft import Progress
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION, scene
 
-# DAgger's scenes lie in the upper half of the demonstration seeds, apart from those of plain demonstrations.
+# The upper half of the demonstration seeds; plain demonstrations start in the lower half.
 SCENES = DEMONSTRATION[len(DEMONSTRATION) // 2 :]
 
 
 @dataclass
 class Failures:
-    """How often each task failed in the last round it was played in, by the policy unaided."""
+    """Failure rate of each task, without the expert, in the last round that contains it."""
 
     rates: dict[str, float] = field(default_factory=dict)
 
     def update(self, requests: list[Request], episodes: list[RolloutEpisode]) -> dict[str, float]:
-        """-> what the round's curve tells: episodes without help, success of every task and their mean.
+        """-> values for the training curve: episodes without the expert, success of every task, and their mean.
 
-        Tasks are drawn by their failures: a mean over episodes would understate the policy, one over tasks not.
+        Tasks that fail more are drawn more often, so a mean over episodes would be biased; a mean over tasks is not.
         """
         unaided = [episode for request, episode in zip(requests, episodes, strict=True) if request.handover is None]
         for task in sorted({episode.task for episode in unaided}):
@@ -47,7 +48,7 @@ class Failures:
 
 
 def requests(config: SFTConfig, number: int, failures: dict[str, float]) -> list[Request]:
-    """Episodes of round ``number``: more for tasks that fail; in most the expert takes over at a random decision."""
+    """Episodes of round ``number``: tasks that fail more get more; the expert takes over in 60 % of them."""
     rng = np.random.default_rng((config.seed, number))
     weight = np.array([0.15 + failures.get(task, 1.0) for task in TASKS])
     tasks = rng.choice(list(TASKS), config.dagger_episodes, p=weight / weight.sum())
@@ -57,9 +58,9 @@ def requests(config: SFTConfig, number: int, failures: dict[str, float]) -> list
 
 
 class Dagger:
-    """The rounds of a training run: plays them and adds their samples to the training set.
+    """A BeforeStep hook: plays the rounds of a training run and adds their samples to the training set.
 
-    Of several processes the first one plays, and all of them learn.
+    Of several processes only the first plays; all read its samples.
     """
 
     name = "dagger"
@@ -71,7 +72,7 @@ class Dagger:
     def __call__(
         self, step: int, policy: PolicyModule, weights: Callable[[], dict[str, Tensor]], progress: Progress
     ) -> dict[str, float] | None:
-        """The round before this step, if there is one that has not been played: see BeforeStep."""
+        """Play the round scheduled before this step, if any and not yet played: see BeforeStep."""
         number = self.schedule.get(step)
         if number is None or number < self.done:
             return None
@@ -80,28 +81,25 @@ class Dagger:
         return self.play(policy, number, weights())
 
     def play(self, policy: PolicyModule, number: int, weights: dict[str, Tensor] | None = None) -> dict[str, float]:
-        """Round ``number``; its scenes are drawn by the failures so far. -> a row of the training curve.
-
-        ``weights``: see Rollouts.run.
-        """
+        """Play round ``number``. -> a row of the training curve. ``weights``: see Rollouts.run."""
         assert isinstance(policy, TinyPolicy)
-        told = dict[str, float]()
-        with distributed.first():
+        row = dict[str, float]()
+        with distributed.main_process_first():
             if distributed.rank() == 0:
-                asked = requests(self.config, number, self.failures.rates)
-                episodes = self.rollouts.run(asked, policy, SamplingMode(label=True, keep="pictures"), weights)
+                requested = requests(self.config, number, self.failures.rates)
+                episodes = self.rollouts.run(requested, policy, SamplingMode(label=True, keep="pictures"), weights)
                 Samples.of(episodes).save(self._file(number))
-                told = self.failures.update(asked, episodes)
+                row = self.failures.update(requested, episodes)
         fresh = Samples.load(self._file(number))
         self.batches.samples = Samples.join([self.batches.samples, fresh])
         self.done = number + 1
-        return {"fresh": len(fresh), **told}
+        return {"fresh": len(fresh), **row}
 
     def state(self) -> dict[str, Any]:
         return {"failures": dict(self.failures.rates), "rounds": self.done}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Reads the samples of the rounds before the saved state again."""
+        """Also read the samples of the rounds before the saved state again."""
         self.failures, self.done = Failures(saved["failures"]), saved["rounds"]
         rounds = [Samples.load(self._file(number)) for number in range(self.done)]
         self.batches.samples = Samples.join([self.batches.samples, *rounds])

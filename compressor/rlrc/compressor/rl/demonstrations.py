@@ -1,4 +1,4 @@
-"""Training samples: one picture, one state, one instruction, and the chunk of actions an expert plays from there."""
+"""Training samples of scripted experts: a picture, a state, a task, and the chunk of actions the expert plays."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rlrc.folders import replacing
 from rlrc.libraries import cache_folder
 from rlrc.runtime.inference.preprocess import Tokenizer, normalise, pictures
 
-VERSION = 2  # of the experts and of how samples are made: part of the cache's key
-NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, in turn
+VERSION = 2  # of the experts and of the recording: part of the cache's key
+NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, one episode each, in turn
 
 
 @dataclass(frozen=True)
 class DemonstrationConfig:
-    """Expert-driven episodes with action noise and clean labels."""
+    """Episodes driven by the expert: noise on the executed actions, none on the labels."""
 
     episodes_per_task: int = 60
     """episodes of each of the 13 tasks"""
@@ -41,7 +41,7 @@ class DemonstrationConfig:
 
 @dataclass
 class Samples:
-    """pictures uint8 (N, H, W, 3), state float32 raw (N, S), task index (N,), chunk float32 raw (N, K, D)."""
+    """Pictures uint8 (N, H, W, 3), raw states float32 (N, S), task indices (N,), raw chunks float32 (N, K, D)."""
 
     pictures: npt.NDArray[np.uint8]
     state: npt.NDArray[np.float32]
@@ -58,16 +58,13 @@ class Samples:
 
     @staticmethod
     def of(episodes: Sequence[RolloutEpisode]) -> Samples:
-        """The labelled decisions of episodes; a decision without a label is left out."""
+        """The labelled decisions of episodes. Decisions without a label are skipped."""
         names = list(TASKS)
         labelled = [episode for episode in episodes if episode.chunk]
-        # Labels may begin late (only while the expert drives), but run to the end.
-        start = [len(episode.pictures) - len(episode.chunk) for episode in labelled]
+        # Labels may start late (only while the expert drives), but continue to the end.
         return Samples(
-            np.concatenate(
-                [np.stack(episode.pictures[first:]) for episode, first in zip(labelled, start, strict=True)]
-            ),
-            np.concatenate([np.stack(episode.state[first:]) for episode, first in zip(labelled, start, strict=True)]),
+            np.concatenate([np.stack(episode.pictures[-len(episode.chunk) :]) for episode in labelled]),
+            np.concatenate([np.stack(episode.state[-len(episode.chunk) :]) for episode in labelled]),
             np.concatenate([np.full(len(episode.chunk), names.index(episode.task)) for episode in labelled]),
             np.concatenate([np.stack(episode.chunk) for episode in labelled]),
         )
@@ -83,15 +80,15 @@ class Samples:
 
 
 def demonstrations(config: DemonstrationConfig, rollouts: Rollouts) -> Samples:
-    """Expert demonstrations of all tasks, from the cache if the same were made before."""
+    """Expert demonstrations of all tasks, from the cache if it holds the same ones."""
     key = {
         **dataclasses.asdict(config),
         "version": VERSION,
         "noise": NOISE,
         "tasks": list(TASKS),
         "size": rollouts.manifest.policy.cameras[0].height,
+        "horizon": rollouts.manifest.policy.action.horizon,
     }
-    key["horizon"] = rollouts.manifest.policy.action.horizon
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_folder() / "demonstrations" / f"{digest}.npz"
     if file.exists():
@@ -114,10 +111,7 @@ def ids_of_tasks(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 
 class SampleBatches:
-    """Random batches of samples, with the tasks' instructions: see rlrc.compressor.training.batches.Batches.
-
-    ``ids`` (tasks, L): the prompts.
-    """
+    """Random batches of samples (see Batches). ``ids`` (tasks, L): the prompts of all tasks."""
 
     def __init__(self, samples: Samples, spec: PolicySpec, ids: npt.NDArray[np.int64], seed: int) -> None:
         self.samples, self.spec, self.ids = samples, spec, torch.from_numpy(ids)
@@ -152,7 +146,7 @@ class SampleBatches:
 
 
 class ObservedBatches(SampleBatches):
-    """The same for any family that Meta-World's observations fit."""
+    """SampleBatches for any family that Meta-World's observations fit."""
 
     def __init__(self, samples: Samples, observer: Observer, seed: int) -> None:
         self.samples, self.spec, self.observer = samples, observer.spec, observer

@@ -1,4 +1,4 @@
-"""Meta-World's observations as a policy takes them, for rollouts and demonstrations of any family that fits."""
+"""Meta-World's observations as inputs of a policy, for any family that fits the simulator."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import Prepared, Tokenizer, given_state, normalise, pictures, tells_state
 
 
-def check_playable(spec: PolicySpec) -> None:
-    """Raises UserError unless Meta-World's observations and actions are this policy's."""
+def check_fits_simulator(spec: PolicySpec) -> None:
+    """Raises UserError unless Meta-World's camera, state, actions and instructions fit the policy."""
     names = [camera.name for camera in spec.cameras]
     if len(names) != 1:
         raise UserError(
@@ -39,16 +39,16 @@ def check_playable(spec: PolicySpec) -> None:
             raise UserError(
                 f"expected {expected} numbers of {name}, as Meta-World has, found {found}; rlrc has no simulator for it"
             )
-    silent = [name for name, task in TASKS.items() if not task.instruction.strip()]
-    if spec.prompt is not None and silent:
+    without = [name for name, task in TASKS.items() if not task.instruction.strip()]
+    if spec.prompt is not None and without:
         raise UserError(
-            f"expected an instruction of every task for a policy that is told what to do, found none of {silent[0]}; "
+            f"expected an instruction of every task for a policy with a prompt, found none of {without[0]}; "
             "take another environment"
         )
 
 
 class Observer:
-    """Pictures, raw states and names of tasks -> a policy's inputs."""
+    """Pictures, raw states and task names -> the policy's inputs."""
 
     def __init__(self, spec: PolicySpec, tokenizer: Tokenizer | None) -> None:
         self.spec, self.tokenizer = spec, tokenizer
@@ -56,24 +56,24 @@ class Observer:
 
     def __call__(self, tasks: Sequence[str], images: np.ndarray, state: np.ndarray) -> Inputs:
         """Pictures (B, H, W, 3), raw state (B, S)."""
-        words = self.words(tasks, state)
+        prompt = self.prompt(tasks, state)
         pixels = torch.from_numpy(pictures(images, self.spec.cameras[0]))
-        return Inputs([pixels], words.ids, self.state(state), words.mask)
+        return Inputs([pixels], prompt.ids, self.state(state), prompt.mask)
 
     def state(self, state: np.ndarray) -> Tensor | None:
-        """Raw states (B, S) as the policy takes them."""
+        """Raw states (B, S) -> normalised states, or None if the policy does not take one as a tensor."""
         if self.spec.state is None:
             return None
         given = given_state(normalise(state, self.spec.state.norm), self.spec)
         return None if given is None else torch.from_numpy(given)
 
-    def words(self, tasks: Sequence[str], state: np.ndarray) -> Inputs:
-        """Prompts of tasks in raw states (B, S): only ids and mask (B, L)."""
+    def prompt(self, tasks: Sequence[str], state: np.ndarray) -> Inputs:
+        """Inputs with only ``ids`` and ``mask`` (B, L): the prompts of the tasks, for raw states (B, S)."""
         if self.tokenizer is None:
             return Inputs([])
-        return collate([Prepared([], self._prompt(task, row), None) for task, row in zip(tasks, state, strict=True)])
+        return collate([Prepared([], self._tokenize(task, row), None) for task, row in zip(tasks, state, strict=True)])
 
-    def _prompt(self, task: str, state: np.ndarray) -> np.ndarray:
+    def _tokenize(self, task: str, state: np.ndarray) -> np.ndarray:
         assert self.tokenizer is not None
         if tells_state(self.spec):
             assert self.spec.state is not None

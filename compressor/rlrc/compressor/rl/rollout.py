@@ -1,8 +1,7 @@
-"""Vectorised episodes: many environments a process, one batched inference for all of them, several processes.
+"""Vectorised episodes: several worker processes, each with many environments and one batched inference for all.
 
-The same loop drives evaluation (argmax), PPO's rollouts (sampled, with log-probabilities), demonstrations (expert with
-noise) and DAgger (the policy drives, the expert labels), so that all of them see the same observations and play the
-same chunks.
+The same loop runs evaluation (argmax), PPO's rollouts (sampled), demonstrations (expert with noise) and DAgger (the
+policy drives, the expert labels), so that observations and chunks are the same in all of them.
 """
 
 from __future__ import annotations
@@ -25,44 +24,46 @@ from rlrc.compressor.models import precision
 from rlrc.compressor.models.decode import check_finite_outputs
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.rl.actors import EncodedObservation, actor_of
+from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.training import distributed
 from rlrc.envs.experts import expert, relabel
-from rlrc.envs.metaworld import HORIZON, TASKS, MetaWorldEnv, MetaWorldTask
+from rlrc.envs.metaworld import ACTION_NAMES, HORIZON, TASKS, MetaWorldEnv, MetaWorldTask
 from rlrc.folders import replacing
 from rlrc.processes import Workers
 from rlrc.runtime.inference.preprocess import Tokenizer, unnormalise
 
-SLOTS = 20  # environments that run side by side in a process: what one batched inference serves
-TIMEOUT, EPISODE_TIMEOUT = 600.0, 10.0  # seconds, and more of them an episode, after which a worker is taken for stuck
+SLOTS = 20  # environments of a process, which share one batched inference
+TIMEOUT, EPISODE_TIMEOUT = 600.0, 10.0  # seconds until a worker counts as stuck: at least, and for each episode
 
 
 @dataclass(frozen=True)
 class Request:
-    """One episode to run. The expert takes over from the policy at decision ``handover`` (0: it drives all along)."""
+    """One episode. The expert takes over at decision ``handover`` (0: it drives from the start; None: never)."""
 
     task: str
     seed: int
     handover: int | None = None
-    noise: float = 0.0  # standard deviation of the noise on the expert's actions, half of it held over a chunk
+    noise: float = (
+        0.0  # standard deviation of the noise on the expert's actions; half the variance is constant over a chunk
+    )
 
 
 @dataclass(frozen=True)
 class SamplingMode:
-    sample: bool = False  # draw actions; otherwise play what is deployed
+    sample: bool = False  # sample actions; otherwise the deployed, deterministic policy
     temperature: float = 1.0  # of tokens
-    correlation: float = 0.0  # of the sampling noise over the steps of a chunk, see rlrc.compressor.rl.actors
+    correlation: float = 0.0  # of the sampling noise over the steps of a chunk (see actors.py)
     label: bool = False  # ask the expert at every decision
-    keep: Literal["", "pictures", "image_tokens"] = ""  # what of an observation to keep
+    keep: Literal["", "pictures", "image_tokens"] = ""  # which part of the observations to keep
     horizon: int = HORIZON
 
 
 @dataclass
 class RolloutEpisode:
-    """Lists have one entry a decision.
+    """Lists have one entry for each decision; which ones are filled depends on the SamplingMode.
 
-    Picture uint8 (H, W, 3), raw state (S,), image tokens fp16 (N, width), chunk (K, D), trace: see Actor.
+    Picture uint8 (H, W, 3), raw state (S,), image tokens fp16 (N, width), chunk (K, D); ``sampled``: see Actor.
     """
 
     task: str
@@ -72,12 +73,12 @@ class RolloutEpisode:
     pictures: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     state: list[npt.NDArray[np.float32]] = field(default_factory=list)
     image_tokens: list[npt.NDArray[np.float16]] = field(default_factory=list)
-    trace: list[npt.NDArray[Any]] = field(default_factory=list)  # what the policy drew
-    chunk: list[npt.NDArray[np.float32]] = field(default_factory=list)  # the expert's, if asked
+    sampled: list[npt.NDArray[Any]] = field(default_factory=list)
+    chunk: list[npt.NDArray[np.float32]] = field(default_factory=list)  # the expert's
 
 
 class ActionSampler:
-    """Turns a batch of observations into chunks of actions. ``noise``: the learned part of sampling, see Actor."""
+    """Batched inference: raw observations -> chunks of actions. ``noise``: state dict of the actor's learned noise."""
 
     def __init__(
         self,
@@ -88,36 +89,39 @@ class ActionSampler:
     ) -> None:
         self.policy, self.mode, self.spec = policy.eval(), mode, policy.spec
         self.observer = Observer(policy.spec, tokenizer)
-        self.actor = actor_of(policy, mode.temperature, mode.correlation)
+        self.actor = build_actor(policy, mode.temperature, mode.correlation)
         if noise and self.actor.noise is not None:
             self.actor.noise.load_state_dict(noise)
 
     def __call__(
         self, tasks: list[str], images: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), trace and actions (B, K, D)."""
+        """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), ``sampled``, actions (B, K, D)."""
         inputs = self.observer(tasks, images, state)
         with torch.inference_mode(), precision.autocast("cpu"):
-            seen = self.actor.encode(inputs)
-            actions, trace = self.actor.act(seen, self.mode.sample)
+            observation = self.actor.encode(inputs)
+            actions, sampled = self.actor.act(observation, self.mode.sample)
         check_finite_outputs(actions, "actions")
-        return seen.image_tokens.half().numpy(), trace.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
+        image_tokens = observation.image_tokens.half().numpy()
+        return image_tokens, sampled.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
 
-    def seen(self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray) -> EncodedObservation:
-        """What was seen at decisions, of what was kept of them: raw states (B, S), image tokens (B, N, width)."""
-        words = self.observer.words(tasks, state)
-        return EncodedObservation(torch.from_numpy(image_tokens), words.ids, self.observer.state(state), words.mask)
+    def restore_observations(
+        self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray
+    ) -> EncodedObservation:
+        """Encoded observations from what an episode keeps: raw states (B, S), image tokens (B, N, width)."""
+        prompt = self.observer.prompt(tasks, state)
+        return EncodedObservation(torch.from_numpy(image_tokens), prompt.ids, self.observer.state(state), prompt.mask)
 
 
-_idle: list[MetaWorldEnv] = []  # at most SLOTS environments that no slot uses; the one used last comes last
+_idle: list[MetaWorldEnv] = []  # at most SLOTS unused environments, the most recently used last
 
 
 def _borrow(task: MetaWorldTask, size: int) -> MetaWorldEnv:
-    """An idle environment of the same simulation, else a new one."""
+    """An idle environment of the same simulation, or else a new one."""
     for i in reversed(range(len(_idle))):
         if (_idle[i].task.environment, _idle[i].size) == (task.environment, size):
             env = _idle.pop(i)
-            env.task = task  # a task and its shared variant differ only in how a scene is drawn
+            env.task = task  # a task and its shared variant only draw scenes differently
             return env
     return MetaWorldEnv(task, size)
 
@@ -149,13 +153,15 @@ def _start(request: Request, size: int) -> _Slot:
     )
 
 
-def _decide(slots: list[_Slot], driver: ActionSampler | None, horizon: int, mode: SamplingMode) -> list[np.ndarray]:
-    """One decision for every slot: the chunks to play. Keeps what the mode asks for."""
+def _plan_chunks(
+    slots: list[_Slot], sampler: ActionSampler | None, horizon: int, mode: SamplingMode
+) -> list[np.ndarray]:
+    """One decision for every slot. -> the chunks to execute. Records what the mode keeps."""
     images = np.stack([slot.env.render() for slot in slots])
     state = np.stack([slot.env.state() for slot in slots])
     chunks: list[np.ndarray] = [np.empty(0)] * len(slots)
-    if driver is not None:
-        image_tokens, trace, actions = driver([slot.request.task for slot in slots], images, state)
+    if sampler is not None:
+        image_tokens, sampled, actions = sampler([slot.request.task for slot in slots], images, state)
         chunks = list(actions)
     for i, slot in enumerate(slots):
         decision = slot.episode.steps // horizon
@@ -164,8 +170,8 @@ def _decide(slots: list[_Slot], driver: ActionSampler | None, horizon: int, mode
             slot.episode.state.append(state[i])
             if mode.keep == "pictures":
                 slot.episode.pictures.append(images[i])
-            if driver is not None:
-                slot.episode.trace.append(trace[i])
+            if sampler is not None:
+                slot.episode.sampled.append(sampled[i])
                 if mode.keep == "image_tokens":
                     slot.episode.image_tokens.append(image_tokens[i])
         if mode.label or takes_over:
@@ -174,19 +180,19 @@ def _decide(slots: list[_Slot], driver: ActionSampler | None, horizon: int, mode
             if takes_over:
                 sigma, rng = slot.request.noise * 0.5**0.5, slot.rng
                 noise = rng.normal(0, sigma, label.shape) + rng.normal(0, sigma, label.shape[1])
-                noise[:, 3] = 0  # the gripper stays as the expert wants it
+                noise[:, ACTION_NAMES.index("gripper")] = 0  # the gripper executes the expert's own action
                 chunks[i] = label + noise
     return chunks
 
 
 def run_episodes(
-    requests: Iterable[Request], driver: ActionSampler | None, horizon: int, mode: SamplingMode, size: int
+    requests: Iterable[Request], sampler: ActionSampler | None, horizon: int, mode: SamplingMode, size: int
 ) -> Iterator[RolloutEpisode]:
-    """Episodes in the order they end. Without a driver the expert must drive from the start."""
+    """Yield episodes in the order in which they end. Without a sampler the expert must drive from the start."""
     waiting = iter(requests)
     slots = [_start(request, size) for request in islice(waiting, SLOTS)]
     while slots:
-        chunks = _decide(slots, driver, horizon, mode)
+        chunks = _plan_chunks(slots, sampler, horizon, mode)
         running = []
         for slot, chunk in zip(slots, chunks, strict=True):
             for action in chunk:
@@ -212,26 +218,24 @@ def _work(
     mode: SamplingMode,
     products: precision.PrecisionByDevice,
 ) -> tuple[list[RolloutEpisode], float]:
-    """In a worker: episodes and the CPU-seconds they took."""
+    """Run episodes in a worker process. -> episodes, and the CPU-seconds they took."""
     began = time.process_time()
     torch.set_num_threads(1)
     precision.use(products)
     torch.manual_seed(requests[0].seed)
-    driver = None
+    sampler = None
     if weights is not None:
-        policy, saved = (
-            build(manifest.policy, manifest.towers),
-            torch.load(weights, map_location="cpu", weights_only=True),
-        )
+        policy = build(manifest.policy, manifest.towers)
+        saved = torch.load(weights, map_location="cpu", weights_only=True)
         policy.load_state_dict(saved["policy"])
-        driver = ActionSampler(policy, tokenizer_of(manifest, tokenizer), mode, saved["noise"])
+        sampler = ActionSampler(policy, load_tokenizer(manifest, tokenizer), mode, saved["noise"])
     size = manifest.policy.cameras[0].height
-    episodes = list(run_episodes(requests, driver, manifest.policy.action.horizon, mode, size))
+    episodes = list(run_episodes(requests, sampler, manifest.policy.action.horizon, mode, size))
     return episodes, time.process_time() - began
 
 
-def tokenizer_of(manifest: Manifest, file: str | Path | None) -> Tokenizer | None:
-    """Of the policy's prompt, if it has one."""
+def load_tokenizer(manifest: Manifest, file: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of the policy's prompt; None for a policy without one."""
     if manifest.policy.prompt is None:
         return None
     assert file is not None
@@ -239,14 +243,14 @@ def tokenizer_of(manifest: Manifest, file: str | Path | None) -> Tokenizer | Non
 
 
 class Rollouts:
-    """Processes that run episodes. Use as a context manager; a dead or stuck worker raises UserError."""
+    """A pool of processes that run episodes. A context manager; a worker that died or hangs raises UserError."""
 
     def __init__(self, manifest: Manifest, tokenizer: Path | None, scratch: Path, workers: int = 2) -> None:
         self.manifest, self.scratch = manifest, scratch
         self.tokenizer = None if tokenizer is None else str(tokenizer)
         self.workers = Workers(workers)
         self.seconds = 0.0  # wall time of the last call
-        self.cpu_seconds = 0.0  # of all workers since the caller last set it
+        self.cpu_seconds = 0.0  # of all workers, since the caller last reset it
 
     def __enter__(self) -> Rollouts:
         return self
@@ -255,7 +259,7 @@ class Rollouts:
         self.workers.kill()
 
     def load_tokenizer(self) -> Tokenizer | None:
-        return tokenizer_of(self.manifest, self.tokenizer)
+        return load_tokenizer(self.manifest, self.tokenizer)
 
     def run(
         self,
@@ -265,10 +269,10 @@ class Rollouts:
         weights: dict[str, Tensor] | None = None,
         noise: dict[str, Tensor] | None = None,
     ) -> list[RolloutEpisode]:
-        """Run episodes with a policy's present weights; results in the order of the requests.
+        """Run episodes with the policy's current weights. -> episodes in the order of the requests.
 
-        ``weights``: instead of the policy's own, where those are spread over processes; ``noise``: see Driver.
-        Raises ValueError if there is no policy and a request leaves the start to it.
+        ``weights`` replace the policy's own, if those are sharded over processes; ``noise``: see ActionSampler.
+        Raises ValueError without a policy, unless the expert drives every episode from the start.
         """
         if policy is None and any(request.handover != 0 for request in requests):
             raise ValueError(

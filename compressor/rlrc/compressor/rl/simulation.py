@@ -1,4 +1,4 @@
-"""The simulator as a stage sees it, for policies that fit it: success on validation scenes, and demonstrations."""
+"""What a stage uses of the simulator: success on validation scenes, and demonstrations of scripted experts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.rl.rollout import Request, Rollouts, SamplingMode
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.batches import Batch, TrainingData
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import VALIDATION
 from rlrc.progress import status
@@ -27,7 +27,7 @@ from rlrc.progress import status
 
 @contextmanager
 def simulate(artifact: Artifact, folder: Path, workers: int, episodes: int) -> Iterator[Simulation]:
-    """For the artifact's policy; ``folder`` is that of the run, ``episodes`` see Simulation."""
+    """Start rollout workers for the artifact's policy; ``folder`` is that of the run, ``episodes``: see Simulation."""
     tokenizer = None if artifact.manifest.policy.prompt is None else artifact.file(TOKENIZER)
     with Rollouts(artifact.manifest, tokenizer, folder, workers) as rollouts:
         yield Simulation(rollouts, episodes)
@@ -37,10 +37,10 @@ def simulate(artifact: Artifact, folder: Path, workers: int, episodes: int) -> I
 class Simulation:
     rollouts: Rollouts
     episodes: int
-    """validation episodes a task; 0 leaves them out"""
+    """validation episodes of each task; 0: no evaluation"""
 
     def evaluate(self, policy: PolicyModule) -> dict[str, Any]:
-        """Success without noise on validation scenes: over all tasks, over hard ones (without closing), per task."""
+        """Success of the deterministic policy on validation scenes: all tasks, hard tasks (no closing), each task."""
         if self.episodes == 0:
             return {}
         requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
@@ -54,25 +54,24 @@ class Simulation:
             "per_task": {name: round(rate, 4) for name, rate in per_task.items()},
         }
 
-    def inherited(self, history: Sequence[HistoryEntry]) -> dict[str, Any]:
-        """The parent's own success, if its last stage measured it on the same scenes."""
+    def success_of(self, history: Sequence[HistoryEntry]) -> dict[str, Any]:
+        """The success that the last stage of a history measured, if it used the same scenes; else empty."""
         after = history[-1].after if history else {}
         if after.get("episodes") != self.episodes * len(TASKS):
             return {}
         return {name: after[name] for name in ("success", "success_hard", "episodes", "per_task")}
 
     def batches(self, policy: PolicyModule, config: DemonstrationConfig, seed: int) -> SampleBatches:
-        what = "playing demonstrations, unless they are in the cache"
-        with status(what, distributed.rank() == 0), distributed.first():
+        text = "playing demonstrations, unless they are in the cache"
+        with status(text, distributed.rank() == 0), distributed.main_process_first():
             samples = demonstrations(config, self.rollouts)
         return ObservedBatches(samples, Observer(policy.spec, self.rollouts.load_tokenizer()), seed)
 
     def training_data(self, policy: PolicyModule, config: SFTConfig, run: RunState) -> tuple[TrainingData, Dagger]:
-        """Demonstrations, held-out ones of further scenes, and the rounds in which the expert is asked."""
+        """Demonstrations, held-out ones from other scenes, and the DAgger rounds."""
         batches = self.batches(policy, DemonstrationConfig(config.demonstrations, config.first_seed), config.seed)
-        further = config.scenes() - config.demonstrations
         held_out = list[Batch]()
-        if further:
-            scenes = DemonstrationConfig(further, config.first_seed + config.demonstrations)
+        if number := config.scenes() - config.demonstrations:
+            scenes = DemonstrationConfig(number, config.first_seed + config.demonstrations)
             held_out = self.batches(policy, scenes, config.seed).all(config.batch)
         return TrainingData(batches, held_out), Dagger(config, self.rollouts, batches, run)

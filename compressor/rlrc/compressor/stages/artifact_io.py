@@ -1,9 +1,9 @@
-"""A torch policy from an artifact and back: weights in, weights out, with golden observations and their outputs.
+"""Read a torch policy from an artifact and write one, with golden observations and their outputs.
 
-golden.npz of every family: raw observations ``image.<camera>`` uint8 (N, H, W, 3), ``state`` (N, S), ``instructions``
-(N,), ``noise`` (N, horizon, width) of flow policies, ``ids`` (N, L) padded with -1; and what the policy makes of them
-in float32: ``actions`` (N, horizon, dim) un-normalised, of token policies also ``tokens`` (N, horizon, dim) and
-``logits`` (N, horizon, dim, rows). What a policy does not have is left out.
+golden.npz holds raw observations: ``image.<camera>`` uint8 (N, H, W, 3), ``state`` (N, S), ``instructions`` (N,),
+``noise`` (N, horizon, width) for flow policies, ``ids`` (N, L) padded with -1. It also holds the policy's outputs in
+float32: un-normalised ``actions`` (N, horizon, dim), and for token policies ``tokens`` (N, horizon, dim) and ``logits``
+(N, horizon, dim, rows). Arrays that a policy does not have are absent.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import prepare, unnormalise
 
 CURVES = "curves"
-UNSOUND = "nothing was written: start from sound weights, or train with a lower --rate"
-ANSWERS = ("actions", "tokens", "logits")
+UNSOUND = "nothing was written: start from finite weights, or train with a lower --rate"
+OUTPUTS = ("actions", "tokens", "logits")
 
 
 def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
@@ -49,20 +49,20 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
 
 
 def load_policy(artifact: Artifact) -> PolicyModule:
-    """The policy in float32 and evaluation mode, integers dequantized. A tensor that does not fit is refused."""
+    """The policy in float32 and evaluation mode, integers dequantized. Raises UserError for tensors that do not fit."""
     manifest = artifact.manifest
     tensors = decompress(read_tensors(artifact), manifest.quantization)
     return build_policy(manifest.policy, manifest.towers, tensors, str(artifact.path))
 
 
 def read_observations(file: Path) -> dict[str, np.ndarray]:
-    """The observations of a golden.npz, without the answers."""
+    """The observations of a golden.npz, without the outputs."""
     with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files if name not in ANSWERS}
+        return {name: arrays[name] for name in arrays.files if name not in OUTPUTS}
 
 
 def inputs_of(spec: PolicySpec, observations: Mapping[str, np.ndarray], row: int) -> Inputs:
-    """One observation of a golden.npz, as a batch of one: what the runtime gives the graphs."""
+    """One observation of a golden.npz as a batch of one, as the runtime passes it to the graphs."""
     values = {name: array[row] for name, array in observations.items()}
     prepared = prepare(values, spec, tokenizer=None)
 
@@ -75,36 +75,36 @@ def inputs_of(spec: PolicySpec, observations: Mapping[str, np.ndarray], row: int
 
 
 def every_input(spec: PolicySpec, observations: Mapping[str, np.ndarray]) -> Iterator[Inputs]:
-    """``inputs_of`` every row, one by one."""
+    """``inputs_of`` for every row."""
     return (inputs_of(spec, observations, row) for row in range(len(next(iter(observations.values())))))
 
 
-def answers(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the policy makes of the observations, one by one, in float32: ANSWERS, as far as it has them."""
+def compute_outputs(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The policy's outputs in float32, one observation at a time. Raises UserError for actions that are not finite."""
     spec = policy.eval().spec
     with torch.inference_mode():
         outputs = [policy.act(inputs) for inputs in every_input(spec, observations)]
-    with np.errstate(over="ignore"):  # it becomes infinite, which is refused
-        found = {"actions": unnormalise(_stacked(outputs, "actions"), spec.action.norm)}
-    if broken := [row for row, actions in enumerate(found["actions"]) if not np.isfinite(actions).all()]:
+    with np.errstate(over="ignore"):  # infinite actions are refused below
+        actions = unnormalise(_stack(outputs, "actions"), spec.action.norm)
+    if broken := [row for row in actions if not np.isfinite(row).all()]:
         raise UserError(
             f"expected finite actions of the policy, found nan or inf for {len(broken)} of {len(outputs)} golden "
             f"observations; {UNSOUND}"
         )
-    return found | {name: _stacked(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
+    return {"actions": actions} | {name: _stack(outputs, name) for name in ("tokens", "logits") if spec.action.bins}
 
 
 def golden(policy: PolicyModule, observations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The observations with the policy's answers: see the module's docstring."""
-    return {**observations, **answers(policy, observations)}
+    """The observations and the policy's outputs: see the module's docstring."""
+    return {**observations, **compute_outputs(policy, observations)}
 
 
-def _stacked(outputs: list[Outputs], name: str) -> np.ndarray:
+def _stack(outputs: list[Outputs], name: str) -> np.ndarray:
     return torch.cat([getattr(output, name) for output in outputs]).numpy()
 
 
-def quantized(policy: PolicyModule, result: QuantizedWeights) -> PolicyModule:
-    """The policy with the weights that the result's integers stand for, in float32."""
+def apply_quantization(policy: PolicyModule, result: QuantizedWeights) -> PolicyModule:
+    """The policy in float32 with the dequantized weights of ``result``."""
     tensors = decompress(result.tensors, result.spec)
     return build_policy(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
 
@@ -117,10 +117,10 @@ def write_policy(
     quantization: QuantizedWeights | None = None,
     exact: bool = False,
 ) -> Manifest:
-    """Finish a draft with a policy's weights and the goldens of exactly those weights.
+    """Finish a draft with a policy's weights and the goldens of exactly the stored weights.
 
-    Weights are stored in bfloat16, or as ``quantization`` of this policy has them. ``exact``: tensors that bfloat16
-    would change are stored in float32, for no training makes up for that. The manifest's dtype is that of most weights.
+    Weights are stored in bfloat16, or as in ``quantization``. ``exact`` stores tensors that bfloat16 would change in
+    float32, for stages without training. The manifest's dtype is that of most weights.
     """
     state = {name: tensor.detach().contiguous() for name, tensor in policy.state_dict().items()}
     spec = None

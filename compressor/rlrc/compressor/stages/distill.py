@@ -1,24 +1,20 @@
-"""The stage distill: demonstrations and a dense teacher's hidden states."""
+"""The stage distill: training on demonstrations and on a dense teacher's hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-
-from torch import nn
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.coupling import TOWERS
-from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.stages import training_data as lessons
-from rlrc.compressor.stages.sft import taught
 from rlrc.compressor.stages.sources import PolicySource, open_source, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage
-from rlrc.compressor.training import memory
-from rlrc.compressor.training.batches import TrainingData
-from rlrc.compressor.training.distill import DistillConfig, distillation, numbers
+from rlrc.compressor.stages.training_data import check_data
+from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training.distill import DistillConfig, build_objective, original_numbers
+from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
+from rlrc.progress import progress
 
 
 def run_distill(
@@ -35,51 +31,55 @@ def run_distill(
     teacher = open_source(Path(config.teacher), flags or Flags())
 
     def check(student: PolicySource) -> None:
-        lessons.check("distill", student, config)
+        check_data("distill", student, config)
         check_teacher(student, teacher, config)
-        besides = memory.numbers(shapes(teacher))
-        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), besides)
+        extra = memory.count_numbers(shapes(teacher))
+        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), extra)
 
     with stage("distill", source, out, config, options, check) as work:
-        pairs, folder = matched(work.source, teacher), work.run.folder
-
-        def objective(lessons: TrainingData) -> Callable[[PolicyModule, float], nn.Module]:
-            return distillation(config, teacher.load(), pairs, lessons.batches, folder)
-
-        report = taught(work, config, objective)
-        return work.finish(work.policy, teacher=teacher.digest, **report)
+        data, before_step = work.training_data(config)
+        blocks = match_blocks(work.source, teacher)
+        objective = build_objective(config, teacher.load(), blocks, data.batches, work.run.folder)
+        with progress("distill", config.steps, distributed.rank() == 0) as report:
+            metrics = sft(work.policy, config, data, work.run, report, before_step, objective)
+        return work.finish(work.policy, teacher=teacher.digest, **metrics)
 
 
 def check_teacher(student: PolicySource, teacher: PolicySource, config: DistillConfig) -> None:
     """Raises UserError unless the student can learn from this teacher."""
     if teacher.spec.family != student.spec.family:
-        found, wanted = teacher.spec.family, student.spec.family
-        raise UserError(f"expected a teacher of the family {wanted}, found {found} in {config.teacher}; give another")
+        raise UserError(
+            f"expected a teacher of the family {student.spec.family}, found {teacher.spec.family} in {config.teacher}; "
+            "give another"
+        )
     if config.cache and teacher.spec.flow is not None:
         raise UserError(
-            "expected a policy without flow steps for distill.cache, found noise and times that are drawn anew for "
+            "expected a policy without flow steps for distill.cache, found noise and times that are drawn for "
             "every batch; leave the cache out"
         )
-    for what, ours, its in (
+    widths = [
+        (f"{name} width", student.towers[name].width, teacher.towers[name].width) for name in _shared_towers(student)
+    ]
+    for name, expected, found in (
         ("cameras", _cameras(student), _cameras(teacher)),
         ("state", _state(student), _state(teacher)),
         ("numbers of a chunk", _chunk(student), _chunk(teacher)),
-        *((f"{name} width", student.towers[name].width, teacher.towers[name].width) for name in _shared(student)),
+        *widths,
     ):
-        if ours != its:
+        if expected != found:
             raise UserError(
-                f"expected a teacher with the student's {what}, {ours}, found {its} in {config.teacher}; give the "
-                "policy that the student was pruned from"
+                f"expected a teacher with the student's {name}, {expected}, found {found} in {config.teacher}; give "
+                "the policy that the student was pruned from"
             )
-    if "expert" in teacher.towers and teacher.towers["expert"].tabulated and not student.towers["expert"].tabulated:
+    if "expert" in teacher.towers and teacher.towers["expert"].norm == "steps" != student.towers["expert"].norm:
         raise UserError(
             f"expected a teacher that answers at every time of the flow, found {config.teacher}, cut to its flow "
             "steps; give what it was cut from"
         )
-    matched(student, teacher)
+    match_blocks(student, teacher)
 
 
-def _shared(source: PolicySource) -> list[str]:
+def _shared_towers(source: PolicySource) -> list[str]:
     return [name for name in TOWERS if name in source.towers]
 
 
@@ -88,7 +88,7 @@ def _cameras(source: PolicySource) -> list[str]:
 
 
 def _state(source: PolicySource) -> int:
-    """How many numbers."""
+    """Dimension of the state."""
     return 0 if source.spec.state is None else len(source.spec.state.names)
 
 
@@ -98,23 +98,24 @@ def _chunk(source: PolicySource) -> tuple[int, int, int]:
     return action.horizon, action.dim, action.bins
 
 
-def matched(student: PolicySource, teacher: PolicySource) -> list[tuple[str, str]]:
-    """The student's blocks and those of the teacher that they were, by name.
+def match_blocks(student: PolicySource, teacher: PolicySource) -> list[tuple[str, str]]:
+    """Pairs of names: each block of the student, and the teacher's block that it was pruned from.
 
-    Blocks that only make keys and values are left out: they hand the residual stream on. Raises UserError for a block
-    that the teacher does not have.
+    Blocks that only make keys and values are left out, because they pass the residual stream on unchanged. Raises
+    UserError for a block that the teacher does not have.
     """
     pairs = []
-    for tower in _shared(student):
-        ours, its = student.towers[tower].layers, teacher.towers[tower].layers
-        whole = [numbers(source.history, tower, len(source.towers[tower].layers)) for source in (student, teacher)]
-        if not set(whole[0]) <= set(whole[1]):
+    for tower in _shared_towers(student):
+        student_layers, teacher_layers = student.towers[tower].layers, teacher.towers[tower].layers
+        student_numbers = original_numbers(student.history, tower, len(student_layers))
+        teacher_numbers = original_numbers(teacher.history, tower, len(teacher_layers))
+        if not set(student_numbers) <= set(teacher_numbers):
             raise UserError(
-                f"expected a teacher with the blocks {whole[0]} of the student's {tower}, found {whole[1]}; give the "
-                "policy that the student was pruned from"
+                f"expected a teacher with the blocks {student_numbers} of the student's {tower}, found "
+                f"{teacher_numbers}; give the policy that the student was pruned from"
             )
-        for i, number in enumerate(whole[0]):
-            j = whole[1].index(number)
-            if not ours[i].kv_only and not its[j].kv_only:
+        for i, number in enumerate(student_numbers):
+            j = teacher_numbers.index(number)
+            if "half" not in (student_layers[i].kind, teacher_layers[j].kind):
                 pairs.append((f"{tower}.layers.{i}", f"{tower}.layers.{j}"))
     return pairs

@@ -1,9 +1,9 @@
-"""The stage prune: a smaller policy, by scores of its heads and channels or without any loss."""
+"""The stage prune: remove heads, channels and blocks by their scores, or only what no action depends on."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
@@ -11,42 +11,37 @@ from rlrc.compressor.prune import cost
 from rlrc.compressor.prune import prune as pruning
 from rlrc.compressor.prune.lossless import count_outside, cut_lossless
 from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.stages import training_data
-from rlrc.compressor.stages.artifact_io import answers
+from rlrc.compressor.stages.artifact_io import compute_outputs
 from rlrc.compressor.stages.sources import PolicySource, shapes
+from rlrc.compressor.stages.stage import StageOptions, stage
+from rlrc.compressor.stages.training_data import check_data
 from rlrc.compressor.training import memory
 from rlrc.progress import status
-
-if TYPE_CHECKING:
-    from rlrc.compressor.training.batches import Batches
-from rlrc.compressor.stages.stage import StageOptions, stage
 
 
 def run_prune(
     source: Path, out: Path, config: PruneConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
     def check(source: PolicySource) -> None:
-        memory.check(memory.numbers(shapes(source)) * memory.REWRITTEN, "pruning")
+        memory.check(memory.count_numbers(shapes(source)) * memory.REWRITTEN, "pruning")
         if config.lossless:
             return
-        with status("looking for a shape"):
+        with status("searching for a shape"):
             lean, _ = cut_lossless(cost.build_on_meta(source.spec, source.towers))
             pruning.check(lean.spec, lean.towers, config)
         if config.needs_data:
-            training_data.check(f"prune.score {config.score}", source, config, ", or --score magnitude")
+            check_data(f"prune.score {config.score}", source, config, ", or --score magnitude")
         pruning.warn(source.towers, config)
 
     with stage("prune", source, out, config, options, check, flags) as work:
         lean, cuts = cut_lossless(work.policy, work.source.unread)
         if lean.spec.action.tokens != work.policy.spec.action.tokens:
-            whole = answers(work.policy, work.source.observations())["tokens"]
-            cuts["outside"] = {"observations": len(whole), "changed": count_outside(whole, lean.spec.action)}
+            tokens = compute_outputs(work.policy, work.source.observations())["tokens"]
+            cuts["outside"] = {"observations": len(tokens), "changed": count_outside(tokens, lean.spec.action)}
         report: dict[str, Any] = {"lossless": cuts} if config.lossless or cuts["cuts"] else {}
         if config.lossless:
             return work.finish(lean, exact=True, **report)
-        batches: Batches | None = None
-        if config.needs_data:
-            batches = work.demonstrations(config)
-        with status("scoring what may go"):
+        batches = work.demonstrations(config) if config.needs_data else None
+        with status("scoring heads, channels and blocks"):
             pruned, removed = pruning.prune(lean, config, batches)
         return work.finish(pruned, exact=True, removed=removed, **report)

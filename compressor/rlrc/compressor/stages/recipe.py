@@ -1,4 +1,4 @@
-"""A recipe: one TOML file that says what the stages of a compression do; its tables are their configurations."""
+"""A recipe: a TOML file with one table for each stage of a compression, its configuration."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 from rlrc import strict, toml
 from rlrc.errors import UserError
 
-# Stage: where its configuration is, imported when asked for, because some need torch.
-# A stage that the file does not name is left out; they run in this order.
+# Stages in the order in which they run -> their configurations, imported when needed because some import torch.
 CONFIGS = {
     "prune": "rlrc.compressor.prune.prune:PruneConfig",
-    "sft": "rlrc.compressor.training.sft:SFTConfig",
+    "sft": "rlrc.compressor.training.config:SFTConfig",
     "distill": "rlrc.compressor.training.distill:DistillConfig",
     "rl": "rlrc.compressor.rl.config:PPOConfig",
     "quantize": "rlrc.compressor.quantize.quantize:QuantizeConfig",
@@ -24,10 +23,10 @@ BUILT_IN = Path(__file__).parent / "recipes"
 
 
 def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]:
-    """Read a recipe: a path, or the name of one that comes with rlrc ("reference", "rlrc-90", "demo").
+    """Read a recipe: a path, or the name of a built-in one ("reference", "rlrc-90", "demo").
 
-    Returns the configurations of its stages in their order; those not ``wanted`` are left out and their tables not
-    read. Raises UserError for a file that cannot be read, and for anything in it that the stages do not know or allow.
+    -> the configurations of its stages, in order. Tables of stages that are not ``wanted`` are ignored. Raises
+    UserError for a file that cannot be read, unknown keys, and values that a stage does not allow.
     """
     built_in = BUILT_IN / f"{recipe}.toml"
     file = built_in if built_in.exists() else Path(recipe)
@@ -48,13 +47,14 @@ def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]
 
 
 def config_of(stage: str) -> type:
-    """The class of a stage's configuration."""
+    """The configuration class of a stage."""
     module, name = CONFIGS[stage].split(":")
-    return getattr(importlib.import_module(module), name)
+    found: type = getattr(importlib.import_module(module), name)
+    return found
 
 
 def section(recipe: str | Path, stage: str) -> Any:
-    """One stage's configuration out of a recipe."""
+    """One stage's configuration. Raises UserError if the recipe has no such table."""
     if stage not in (found := load(recipe, (stage,))):
         raise UserError(f"expected a table [{stage}] in recipe {recipe}, found none; add it")
     return found[stage]

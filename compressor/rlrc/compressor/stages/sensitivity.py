@@ -29,9 +29,10 @@ from rlrc.compressor.quantize.action_error import soft_actions, swap_tensors
 from rlrc.compressor.quantize.grid import dequantize_groups, quantize_groups
 from rlrc.compressor.quantize.quantize import quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
-from rlrc.compressor.stages.sources import PolicySource, unquantized_only
+from rlrc.compressor.stages.sources import PolicySource, check_unquantized
 from rlrc.errors import UserError
 from rlrc.progress import progress
+from rlrc.ranges import check_range
 
 BATCH = 16  # observations in one pass
 WHOLE = 2.0  # the range of a normalised action: what an answer that is no number counts as
@@ -53,8 +54,7 @@ class SensitivityConfig:
             raise UserError(f"expected --ratio between 0 and 1 (excluded), found {self.ratio}")
         if not self.kinds:
             raise UserError(f"expected --kinds {', '.join(KINDS)}, found none; name one or more")
-        if self.observations < 1:
-            raise UserError(f"expected --observations >= 1, found {self.observations}")
+        check_range(self, "--", "observations", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbatio
                 continue
             found.append(Perturbation(block, "drop", size(block)))
             if parts := [group for group in find_groups(policy.towers, tower, i, state, align=1) if group.number]:
-                found.append(Perturbation(block, "prune", size(block), _pruned(state, parts, config.ratio)))
+                found.append(Perturbation(block, "prune", size(block), _prune_block(state, parts, config.ratio)))
     modules: dict[str, list[str]] = {}
     for name, tensor in state.items():
         if quantizable(name, tensor):
             modules.setdefault(part_of(name), []).append(name)
     for module, names in modules.items():
-        found.append(Perturbation(module, "quantize", size(module), _rounded(state, names, config.bits)))
+        found.append(Perturbation(module, "quantize", size(module), _round_weights(state, names, config.bits)))
     return [change for change in found if change.kind in config.kinds]
 
 
@@ -97,7 +97,7 @@ def part_of(tensor: str) -> str:
     return ".".join(names[:4] if names[1] == "layers" and len(names) > 5 else names[:-1])
 
 
-def _pruned(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -> Callable[[], dict[str, Tensor]]:
+def _prune_block(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -> Callable[[], dict[str, Tensor]]:
     """Without what a part adds to the residual stream it is as good as gone."""
 
     def tensors() -> dict[str, Tensor]:
@@ -116,22 +116,22 @@ def _pruned(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -
     return tensors
 
 
-def _rounded(state: Mapping[str, Tensor], names: Sequence[str], bits: int) -> Callable[[], dict[str, Tensor]]:
+def _round_weights(state: Mapping[str, Tensor], names: Sequence[str], bits: int) -> Callable[[], dict[str, Tensor]]:
     def tensors() -> dict[str, Tensor]:
-        return {name: rounded(state[name], bits) for name in names}
+        return {name: round_weight(state[name], bits) for name in names}
 
     return tensors
 
 
-def rounded(weight: Tensor, bits: int) -> Tensor:
+def round_weight(weight: Tensor, bits: int) -> Tensor:
     return dequantize_groups(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
 
 
 @contextmanager
-def applied(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
+def apply_change(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
     """The policy with this change. Afterwards its tensors are the very same."""
     if change.tensors is None:
-        hook = policy.get_submodule(change.module).register_forward_hook(_passed)
+        hook = policy.get_submodule(change.module).register_forward_hook(_pass_through)
         try:
             yield
         finally:
@@ -141,7 +141,7 @@ def applied(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
         yield
 
 
-def _passed(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+def _pass_through(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
     """The residual stream as the block got it; with the keys and values, if it gives them."""
     return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
 
@@ -152,16 +152,16 @@ def action_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return differences.abs().nan_to_num(WHOLE, posinf=WHOLE).mean().item()
 
 
-def batched(inputs: Sequence[Inputs]) -> list[Inputs]:
+def make_batches(inputs: Sequence[Inputs]) -> list[Inputs]:
     """Observations of one each -> batches of prompts of one length."""
     lengths: dict[int, list[Inputs]] = {}
     for one in inputs:
         lengths.setdefault(0 if one.ids is None else one.ids.shape[1], []).append(one)
     runs = [rows[i : i + BATCH] for rows in lengths.values() for i in range(0, len(rows), BATCH)]
-    return [_joined(run) for run in runs]
+    return [_concatenate(run) for run in runs]
 
 
-def _joined(rows: Sequence[Inputs]) -> Inputs:
+def _concatenate(rows: Sequence[Inputs]) -> Inputs:
     def of(name: str) -> Tensor | None:
         found = [getattr(row, name) for row in rows]
         return None if found[0] is None else torch.cat(found)
@@ -175,11 +175,11 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
 
     Raises UserError for a policy whose actions are no numbers, or that is quantized already.
     """
-    unquantized_only(source, name)
+    check_unquantized(source, name)
     policy, observations = source.load().eval(), source.observations()
     count = len(next(iter(observations.values())))
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)
-    batches = batched([inputs_of(source.spec, observations, row) for row in rows])
+    batches = make_batches([inputs_of(source.spec, observations, row) for row in rows])
 
     def answers() -> list[Tensor]:
         return [soft_actions(policy, policy.act(inputs)) for inputs in batches]
@@ -189,12 +189,12 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
         whole = answers()
         if not all(actions.isfinite().all() for actions in whole):
             raise UserError(f"expected finite actions of {name}, found nan or inf; are these weights sound?")
-        found = _begun(journal, report)
+        found = _read_journal(journal, report)
         for number, change in enumerate(todo):
             tell(number, change.module)
             if (change.module, change.kind) in found:
                 continue
-            with applied(policy, change):
+            with apply_change(policy, change):
                 error = action_change(whole, answers())
             measured = SensitivityRow(change.module, change.kind, error, change.parameters)
             found[change.module, change.kind] = measured
@@ -204,7 +204,7 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
     return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
 
 
-def _begun(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], SensitivityRow]:
+def _read_journal(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], SensitivityRow]:
     """What an interrupted call measured, if it did the same; else the journal begins anew."""
     head, *lines = journal.read_text().splitlines() if journal.exists() else [""]
     if head != (same := json.dumps(strict.encode(report))):

@@ -1,4 +1,4 @@
-"""What a stage starts from: an artifact, or a checkpoint in an official format, which need not become one first."""
+"""The input of a stage: an artifact, or directly an official checkpoint."""
 
 from __future__ import annotations
 
@@ -33,49 +33,50 @@ EXAMPLES = len(INSTRUCTIONS)
 
 
 class PolicySource(Protocol):
-    """``digest`` and ``history`` are those of an artifact; an official folder's history says where it came from."""
+    """``digest`` and ``history`` are those of an artifact; an official checkpoint has a history of one entry."""
 
     spec: PolicySpec
     towers: dict[str, TowerSpec]
     digest: str | None
     history: tuple[HistoryEntry, ...]
     quantized: bool
-    normalisation: Recorded  # how inputs and actions are normalised, as far as it is known
-    unread: list[Cut]  # what an official folder has that no action depends on
+    normalisation: Recorded  # the known normalisation of inputs and actions
+    unread: list[Cut]  # parts of an official checkpoint that no action depends on
 
     def load(self) -> PolicyModule: ...
 
     def hand_on(self, draft: Draft) -> None:
-        """The tokenizer, and the curves of earlier stages."""
+        """Copy the tokenizer and the curves of earlier stages to a draft."""
 
     def observations(self) -> dict[str, np.ndarray]:
-        """The raw ones of golden.npz."""
+        """The raw observations for golden.npz."""
         ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """That of the policy's prompt; None: a policy without language."""
+        """The tokenizer of the prompt; None for a policy without language."""
         ...
 
 
 def open_source(path: Path, flags: Flags, incomplete: bool = False) -> PolicySource:
-    """Reads no weights yet. ``incomplete``: statistics may be missing, for the caller supplies them.
+    """Open an artifact or an official checkpoint, without reading its weights.
 
-    Raises UserError for what a stage cannot start from.
+    ``incomplete``: statistics may be missing, because the caller supplies them. Raises UserError if no stage can start
+    from it.
     """
     return OfficialSource(path, flags, incomplete) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
 
 
-def respecified(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
-    """The policy's weights under another description of what it sees and does."""
+def replace_spec(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
+    """The policy's weights with another specification."""
     if policy.spec == spec:
         return policy
     return build_policy(spec, policy.towers, policy.state_dict(), "the policy")
 
 
-def unquantized_only(found: PolicySource, path: str | Path) -> None:
-    """Raises UserError for weights that were rounded before: every stage would store them as floats, or round twice."""
-    if found.quantized:
+def check_unquantized(source: PolicySource, path: str | Path) -> None:
+    """Raises UserError for quantized weights, which a stage would store as floats or round a second time."""
+    if source.quantized:
         raise UserError(
             f"expected an unquantized artifact, found int4 or int8 in {path}; start from the one that it was quantized "
             "from, and quantize last"
@@ -83,7 +84,7 @@ def unquantized_only(found: PolicySource, path: str | Path) -> None:
 
 
 def shapes(source: PolicySource) -> dict[str, Tensor]:
-    """The policy's tensors, without data."""
+    """The policy's state dict on the meta device."""
     with torch.device("meta"):
         return build(source.spec, source.towers).state_dict()
 
@@ -104,7 +105,7 @@ class ArtifactSource:
         self.unread: list[Cut] = []
 
     def load(self) -> PolicyModule:
-        return respecified(load_policy(self.artifact), self.spec)
+        return replace_spec(load_policy(self.artifact), self.spec)
 
     def hand_on(self, draft: Draft) -> None:
         draft.inherit(self.artifact, TOKENIZER, CURVES)
@@ -120,7 +121,7 @@ class ArtifactSource:
 
 
 class OfficialSource:
-    """An official folder, or a repository of the hub, which is downloaded."""
+    """An official checkpoint's folder, or a repository of the hub, which is downloaded."""
 
     def __init__(self, path: Path, flags: Flags, incomplete: bool = False) -> None:
         self.options = dataclasses.replace(folder.options_of(flags), incomplete=incomplete)
@@ -140,7 +141,7 @@ class OfficialSource:
         self.unread = list_unread(self.folder.tensors, layout.unused)
 
     def load(self) -> PolicyModule:
-        return respecified(reader.read(self.folder, self.options)[0], self.spec)
+        return replace_spec(reader.read(self.folder, self.options)[0], self.spec)
 
     def hand_on(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
@@ -151,20 +152,20 @@ class OfficialSource:
 
 
 def widths(spec: PolicySpec) -> tuple[int, int]:
-    """Numbers of the state and of an action."""
+    """Dimensions of the state and of an action."""
     return 0 if spec.state is None else len(spec.state.names), spec.action.dim
 
 
 def examples(spec: PolicySpec, tokenizer: Tokenizer | None, seed: int = 0) -> dict[str, np.ndarray]:
-    """Observations for a policy that came without any: see rlrc.compressor.stages.artifact_io for their form.
+    """Random observations for a policy without golden ones, in the form of golden.npz (see artifact_io.py).
 
-    Random pictures of coarse blocks, states drawn from where the normalisation expects most of them, fixed
-    instructions. They show whether two implementations compute the same, not whether the policy does its job.
+    Pictures of coarse random blocks, states within the range of the normalisation, fixed instructions. They compare
+    two implementations; they do not measure how well a policy works.
     """
     random, action = np.random.default_rng(seed), spec.action
     values: dict[str, np.ndarray] = {}
     for camera in spec.cameras:
-        # Another size and other proportions than the policy's, where it resizes at all.
+        # If the policy resizes pictures, give them another size and aspect ratio than its own.
         height, width = camera.height, camera.width
         if camera.resize != "none":
             height, width = height + height // 8, width + width // 2
@@ -180,11 +181,11 @@ def examples(spec: PolicySpec, tokenizer: Tokenizer | None, seed: int = 0) -> di
         values["instructions"] = np.array(INSTRUCTIONS)
         rows = [{name: array[i] for name, array in values.items()} for i in range(EXAMPLES)]
         ids = [prepare({**row, "instruction": str(row["instructions"])}, spec, tokenizer).ids for row in rows]
-        values["ids"] = joined([one for one in ids if one is not None])
+        values["ids"] = pad_ids([one for one in ids if one is not None])
     return values
 
 
-def joined(ids: list[np.ndarray]) -> np.ndarray:
-    """Prompts of different lengths -> (N, L), -1 behind the shorter ones."""
+def pad_ids(ids: list[np.ndarray]) -> np.ndarray:
+    """Stack prompts of different lengths: (N, L), padded with -1."""
     length = max(map(len, ids))
     return np.stack([np.pad(one, (0, length - len(one)), constant_values=-1) for one in ids])

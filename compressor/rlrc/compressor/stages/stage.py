@@ -1,10 +1,9 @@
-"""The stages of a compression as artifact -> artifact: load, evaluate, work, evaluate, write.
+"""What all stages share: open the input, evaluate, do the stage's work, evaluate again, write the output.
 
-Every output's history holds the stage's full configuration and the success before and after it, measured on validation
-scenes by argmax decoding. A stage that is interrupted leaves a run folder beside its output, from which the same
-command goes on. Only the reference family has simulated demonstrations: policies of other families, which may come
-straight from their official folders, learn from data sets and are not evaluated here, but by ``rl``. Nothing of the
-simulator is imported for them.
+The history of every output holds the stage's configuration and the success before and after it, on validation scenes.
+An interrupted stage leaves a run folder next to its output, from which the same command resumes. Only the reference
+family has a simulator here. Policies of other families learn from data sets and are not evaluated, except by ``rl``; no
+package of the simulator is imported for them.
 """
 
 from __future__ import annotations
@@ -29,45 +28,47 @@ from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.quantize.quantize import QuantizedWeights
-from rlrc.compressor.stages import training_data
-from rlrc.compressor.stages.artifact_io import CURVES, quantized, write_policy
-from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, open_source, unquantized_only
+from rlrc.compressor.stages.artifact_io import CURVES, apply_quantization, write_policy
+from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, check_unquantized, open_source
+from rlrc.compressor.stages.training_data import TrainingSettings, load_data
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.run_state import RunState
 from rlrc.errors import Interrupted, UserError
+from rlrc.ranges import check_range
 
 if TYPE_CHECKING:
     from rlrc.compressor.rl.simulation import Simulation
-    from rlrc.compressor.training.batches import Batches
+    from rlrc.compressor.training.batches import Batches, TrainingData
+    from rlrc.compressor.training.config import SFTConfig
+    from rlrc.compressor.training.sft import BeforeStep
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """What a stage needs besides its configuration."""
+    """Options that all stages have."""
 
     evaluate: int = 8
-    """validation episodes a task, before and after; 0 leaves them out"""
+    """validation episodes of each task, before and after the stage; 0: no evaluation"""
     workers: int = field(default_factory=distributed.cores)
-    """processes that simulate (default: as many as there are cores)"""
+    """processes that simulate (default: the number of cores)"""
     threads: int = field(default_factory=distributed.cores)
-    """threads of torch (default: as many cores as this process may use, of several its share)"""
+    """threads of torch (default: the number of cores that this process may use, its share if there are several)"""
     precision: PrecisionOption = "auto"
-    """what products are computed in; auto measures which one this machine is quicker at, which takes a tenth of a
-    second. A run that goes on keeps its own"""
+    """precision of matrix products; auto measures the faster one on this machine, in a tenth of a second. A resumed run
+    keeps its precision"""
 
     def __post_init__(self) -> None:
-        for name, least in (("evaluate", 0), ("workers", 1), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"expected --{name} >= {least}, found {getattr(self, name)}")
+        check_range(self, "--", "evaluate", at_least=0)
+        check_range(self, "--", "workers", "threads", at_least=1)
         if self.precision not in (choices := get_args(PrecisionOption)):
             raise UserError(f"expected --precision {', '.join(choices)}, found {self.precision!r}")
 
 
 @dataclass
 class Stage:
-    """One stage under way. ``simulation`` is None for families without a simulator here.
+    """A running stage. ``simulation`` is None for families without a simulator.
 
-    ``draft`` is None in all processes but the first, which writes.
+    ``draft`` is None in all processes except the first, which writes.
     """
 
     name: str
@@ -79,23 +80,29 @@ class Stage:
     config: Any
     before: dict[str, Any]
 
-    def simulated(self) -> Simulation:
+    def require_simulation(self) -> Simulation:
         assert self.simulation is not None
         return self.simulation
 
-    def demonstrations(self, config: training_data.TrainingSettings, first_seed: int = 0) -> Batches:
-        """Without held-out ones: of the data set, or by the simulator's experts from this scene on."""
+    def demonstrations(self, config: TrainingSettings, first_seed: int = 0) -> Batches:
+        """Without held-out ones: of the data set, or of the simulator's experts from this scene on."""
         if config.data:
-            return training_data.of_data(self.source, config).batches
+            return load_data(self.source, config).batches
         from rlrc.compressor.rl.demonstrations import DemonstrationConfig
 
         demonstrations = DemonstrationConfig(config.demonstrations, first_seed)
-        return self.simulated().batches(self.policy, demonstrations, config.seed)
+        return self.require_simulation().batches(self.policy, demonstrations, config.seed)
+
+    def training_data(self, config: SFTConfig) -> tuple[TrainingData, BeforeStep | None]:
+        """Training and held-out data of the data set, or of the simulator's experts with the DAgger rounds."""
+        if config.data:
+            return load_data(self.source, config, config.held_out, config.batch), None
+        return self.require_simulation().training_data(self.policy, config, self.run)
 
     def finish(
         self, policy: PolicyModule, quantization: QuantizedWeights | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
-        """``exact``: see write_policy; ``after``: metrics of the stage itself."""
+        """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history."""
         if self.draft is None:
             return Manifest(policy.spec, policy.towers, count_parameters(policy), "float32")
         cpu_minutes = self.run.cpu_seconds() / 60
@@ -103,7 +110,8 @@ class Stage:
             shutil.copy(self.run.curve_file, self.draft.file(f"{CURVES}/{len(self.source.history)}-{self.name}.jsonl"))
         success: dict[str, Any] = {}
         if self.simulation is not None:
-            success = self.simulation.evaluate(policy if quantization is None else quantized(policy, quantization))
+            stored = policy if quantization is None else apply_quantization(policy, quantization)
+            success = self.simulation.evaluate(stored)
         entry = HistoryEntry(
             stage=self.name,
             config=dataclasses.asdict(self.config),
@@ -130,15 +138,14 @@ def stage(
     plays: bool = False,
     incomplete: bool = False,
 ) -> Iterator[Stage]:
-    """Everything around a stage's own work.
+    """Run a stage's work in a context, with everything before and after it.
 
-    ``plays``: it needs the simulator, whatever the family. ``incomplete``: ``check`` supplies missing statistics. Of
-    several processes (see rlrc.compressor.training.distributed) all do the work, and the first one evaluates and
-    writes. Raises UserError before any work if input or output cannot be used, or if ``check`` raises it about the
-    source.
+    ``check(source)`` raises UserError before any work. ``plays``: the stage needs the simulator for every family.
+    ``incomplete``: ``check`` supplies missing statistics. Of several processes (see distributed.py) all do the work,
+    and the first evaluates and writes. Raises UserError before any work if input or output cannot be used.
     """
     source = open_source(path, flags or Flags(), incomplete)
-    unquantized_only(source, path)
+    check_unquantized(source, path)
     check(source)
     torch.set_num_threads(options.threads)
     run = RunState(out.parent / f".{out.name}.run")
@@ -151,23 +158,23 @@ def stage(
             with simulation_of(source, run, options, plays) as simulation:
                 before: dict[str, Any] = {}
                 if simulation is not None and draft is not None:
-                    before = simulation.inherited(source.history) or simulation.evaluate(policy)
+                    before = simulation.success_of(source.history) or simulation.evaluate(policy)
                 run.start_clock(None if simulation is None else simulation.rollouts)
                 yield Stage(name, source, draft, policy, simulation, run, config, before)
         except BaseException as error:
-            if run.folder.exists() and not run.state_file.exists():  # nothing to go on with
+            if run.folder.exists() and not run.state_file.exists():  # nothing to resume
                 run.remove()
             if isinstance(error, KeyboardInterrupt) and not distributed.rank():
                 raise Interrupted.by(error, run.continuation(name)) from None
             raise
     run.remove()
-    distributed.wait()  # the artifact is there for whatever comes next
+    distributed.wait_for_all()  # all processes find the artifact afterwards
 
 
 def simulation_of(
     source: PolicySource, run: RunState, options: StageOptions, plays: bool
 ) -> AbstractContextManager[Simulation | None]:
-    """For policies of the reference family and stages that play; all others do without the simulator's packages."""
+    """The simulator, for the reference family and for stages that play. Others do not import its packages."""
     if not isinstance(source, ArtifactSource) or not (plays or source.spec.family == REFERENCE):
         return nullcontext()
     from rlrc.compressor.rl.simulation import simulate

@@ -1,6 +1,6 @@
-"""What a stage learns from: the episodes of a LeRobotDataset, or the simulator's scripted experts.
+"""Training data from a LeRobotDataset (``--data FOLDER``).
 
-Only the reference family has a simulator with experts; any other brings a data set (``--data FOLDER``).
+Without it, the reference family learns from the simulator's scripted experts; other families need a data set.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
 if TYPE_CHECKING:
     from rlrc.datasets.fit import Matched
 
-HELD_OUT = 512  # frames, at most: they stay in memory
+MAX_HELD_OUT = 512  # frames, which stay in memory
 
 
 class DatasetBatches:
-    """Random batches of these frames of a data set: see rlrc.compressor.training.batches.Batches."""
+    """Random batches of these frames of a data set (see Batches)."""
 
     def __init__(self, matched: Matched, frames: NDArray[np.int64], tokenizer: Tokenizer | None, seed: int) -> None:
         self.matched, self.frames, self.tokenizer = matched, frames, tokenizer
@@ -40,7 +40,7 @@ class DatasetBatches:
         return self.rows(self.frames[self.rng.integers(0, len(self.frames), size)])
 
     def rows(self, frames: NDArray[np.int64]) -> Batch:
-        """Of these frames of the data set."""
+        """The batch of these frames."""
         spec, samples = self.matched.spec, self.matched.samples(frames)
         inputs = collate([prepare(sample.observation, spec, self.tokenizer) for sample in samples])
         actions = normalise(np.stack([sample.chunk for sample in samples]), spec.action.norm)
@@ -54,7 +54,7 @@ class DatasetBatches:
 
 
 class TrainingSettings(Protocol):
-    """What the configurations of all stages that learn have: see SFTConfig."""
+    """Fields that the configurations of all training stages share: see SFTConfig."""
 
     @property
     def data(self) -> str: ...
@@ -66,8 +66,11 @@ class TrainingSettings(Protocol):
     def seed(self) -> int: ...
 
 
-def check(stage: str, source: PolicySource, config: TrainingSettings, instead: str = "") -> None:
-    """Before any work: raises UserError if there is nothing to learn from, or a data set that does not fit."""
+def check_data(stage: str, source: PolicySource, config: TrainingSettings, instead: str = "") -> None:
+    """Raises UserError without training data, or for a data set that does not fit the policy.
+
+    ``instead`` continues the advice in the message.
+    """
     if config.data:
         open_data(config, source.spec)
     elif source.spec.family != REFERENCE:
@@ -78,19 +81,20 @@ def check(stage: str, source: PolicySource, config: TrainingSettings, instead: s
 
 
 def open_data(config: TrainingSettings, spec: PolicySpec) -> Matched:
-    """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
+    """Raises UserError for a folder without a data set, or with one that does not fit the policy."""
     from rlrc.datasets.fit import match
     from rlrc.datasets.lerobot import Dataset
 
     return match(Dataset.open(Path(config.data)), spec, config.cameras)
 
 
-def of_data(source: PolicySource, config: TrainingSettings, held_out: float = 0.0, size: int = 128) -> TrainingData:
-    """``held_out``: part of the episodes, whose batches have this ``size``."""
+def load_data(source: PolicySource, config: TrainingSettings, held_out: float = 0.0, size: int = 128) -> TrainingData:
+    """``held_out``: fraction of the episodes that is held out, in batches of ``size`` frames."""
     from rlrc.datasets.fit import split
 
     matched = open_data(config, source.spec)
-    taught, kept = split(matched.dataset, held_out, config.seed)
-    batches = DatasetBatches(matched, taught, source.tokenizer, config.seed)
-    frames = kept[np.linspace(0, len(kept) - 1, min(len(kept), HELD_OUT)).round().astype(int)] if len(kept) else kept
-    return TrainingData(batches, [batches.rows(frames[i : i + size]) for i in range(0, len(frames), size)])
+    training, held = split(matched.dataset, held_out, config.seed)
+    batches = DatasetBatches(matched, training, source.tokenizer, config.seed)
+    if len(held):
+        held = held[np.linspace(0, len(held) - 1, min(len(held), MAX_HELD_OUT)).round().astype(int)]
+    return TrainingData(batches, [batches.rows(held[i : i + size]) for i in range(0, len(held), size)])

@@ -1,4 +1,4 @@
-"""What training consumes: observations as the policy takes them, and the chunks of actions that belong to them."""
+"""Batches for training: inputs of the policy, and the chunks of actions that belong to them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlrc.runtime.inference.preprocess import Prepared
 
 @dataclass
 class Batch:
-    """``actions`` normalised (B, K, D); ``real`` (B, K) is false for steps behind an episode's end (None: all are).
+    """``actions`` normalised (B, K, D); ``real`` (B, K) is false for steps after an episode's end (None: all are real).
 
-    ``times`` (B,) of flow policies: where between noise and actions the velocity is asked for (see losses.drawn).
-    ``rows`` (B,): which rows of a training set these are, if it gives a row the same observation every time.
+    ``times`` (B,) of flow policies: interpolation times between actions (0) and noise (1), see losses.draw_noise.
+    ``rows`` (B,): indices in the training set, if a row's observation never changes.
     """
 
     inputs: Inputs
@@ -32,7 +32,7 @@ class Batch:
         return len(self.actions)
 
     def part(self, rows: slice | Tensor) -> Batch:
-        """Some rows of the batch."""
+        """Select rows."""
 
         return self._each(lambda tensor: tensor[rows])
 
@@ -40,15 +40,16 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def of(tensor: Tensor | None) -> Tensor | None:
+        def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
 
         i = self.inputs
-        inputs = Inputs([change(pixels) for pixels in i.pixels], of(i.ids), of(i.state), of(i.mask), of(i.noise))
-        return Batch(inputs, change(self.actions), of(self.real), of(self.times), of(self.rows))
+        pixels = [change(tensor) for tensor in i.pixels]
+        inputs = Inputs(pixels, *map(optional, (i.ids, i.state, i.mask, i.noise)))
+        return Batch(inputs, change(self.actions), *map(optional, (self.real, self.times, self.rows)))
 
-    def noisy(self, deviation: float) -> Batch:
-        """With normal noise on the normalised state, drawn from torch's generator."""
+    def add_state_noise(self, deviation: float) -> Batch:
+        """Add normal noise to the normalised state, drawn from torch's generator."""
         state = self.inputs.state
         if state is None or not deviation:
             return self
@@ -56,7 +57,7 @@ class Batch:
 
 
 def collate(rows: Sequence[Prepared]) -> Inputs:
-    """Observations with the same cameras as one batch; shorter prompts are padded on the right and masked."""
+    """Stack observations with the same cameras. Shorter prompts are padded on the right and masked."""
     pixels = [torch.from_numpy(np.stack(pictures)) for pictures in zip(*(row.pixels for row in rows), strict=True)]
     states = [row.state for row in rows if row.state is not None]
     state = torch.from_numpy(np.stack(states)) if states else None
@@ -71,16 +72,16 @@ def collate(rows: Sequence[Prepared]) -> Inputs:
 
 
 class Batches(Protocol):
-    """A training set that gives random batches, and where its generator is."""
+    """A training set that draws random batches."""
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
         ...
 
     def draw(self, size: int) -> Batch: ...
 
     def state(self) -> Any:
-        """Of the random generator, as JSON values."""
+        """State of the random generator, as JSON values."""
         ...
 
     def restore(self, state: Any) -> None: ...
@@ -88,7 +89,7 @@ class Batches(Protocol):
 
 @dataclass
 class TrainingData:
-    """What a stage trains on, and batches it must not train on, whose loss tells how well it learns."""
+    """The training set of a stage, and held-out batches to measure the loss on."""
 
     batches: Batches
     held_out: list[Batch] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., 2021, arXiv 2106.09685) through peft: put in place, and merged into the weights."""
+"""Low-rank adapters (LoRA; Hu et al., 2021, arXiv 2106.09685) through peft."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VISION = ("vision", "vision2")
 
 
 def targets(policy: PolicyModule) -> list[str]:
-    """Linear layers of all towers but the vision transformers."""
+    """Names of the linear layers of all towers except the vision transformers."""
     towers = tuple(f"{name}." for name in policy.towers if name not in VISION)
     return [
         name for name, module in policy.named_modules() if isinstance(module, nn.Linear) and name.startswith(towers)
@@ -21,7 +21,7 @@ def targets(policy: PolicyModule) -> list[str]:
 
 
 def adapt(policy: PolicyModule, rank: int) -> None:
-    """Freezes the policy and gives every target an adapter of this rank, in place. At first they change nothing."""
+    """Freeze the policy and add an adapter of this rank to every target, in place. Initially they change nothing."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if not (names := targets(policy)):
@@ -32,7 +32,7 @@ def adapt(policy: PolicyModule, rank: int) -> None:
 
 
 def merge(policy: PolicyModule) -> None:
-    """The adapters' products are added to the weights, in place, and the layers are plain again."""
+    """Add the adapters' products to the weights, and replace adapted layers by plain ones, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(policy.named_modules()):

@@ -1,13 +1,13 @@
-"""The loss of a chunk, by what the policy answers with: the objectives that the official checkpoints were trained with.
+"""The loss of a chunk, by the policy's kind of output: the objectives of the official checkpoints.
 
 - Logits over bins (the reference family): cross-entropy to a Gaussian around the expert's action.
-- Tokens of a vocabulary (OpenVLA, arXiv 2406.09246; discrete OpenVLA-OFT): cross-entropy, autoregressive ones taught
-  with the expert's own tokens before each.
-- Numbers (OpenVLA-OFT, arXiv 2502.19645; ACT, 2304.13705): L1. ACT's latent is zero as in inference: its variational
-  encoder is no part of the policy.
+- Tokens of a vocabulary (OpenVLA, arXiv 2406.09246; discrete OpenVLA-OFT): cross-entropy; autoregressive policies are
+  teacher-forced with the expert's tokens.
+- Numbers (OpenVLA-OFT, arXiv 2502.19645; ACT, 2304.13705): L1. ACT's latent is zero, as in inference, because its
+  variational encoder is not part of the policy.
 - Flow matching (pi0, arXiv 2410.24164, section IV; pi0.5; SmolVLA): squared error of the velocity at a random time.
 
-Steps behind an episode's end count in none of them. All are differentiable means over the batch's real numbers.
+Steps after an episode's end do not count. All losses are differentiable means over the batch's real numbers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SMOOTHING = 2.0  # bins
 
 
 def chunk_loss(policy: PolicyModule, batch: Batch, smoothing: float = SMOOTHING) -> tuple[Tensor, Tensor]:
-    """-> the loss, and the mean absolute difference of normalised actions (without gradient).
+    """-> the loss, and the mean absolute error of normalised actions (without gradient).
 
-    ``smoothing``: see ``smoothed_cross_entropy``; only of policies whose logits are over the bins themselves. Of flow
-    policies the second is that of the actions that the velocity predicts, and the batch is one of ``drawn``.
+    ``smoothing``: see ``smoothed_cross_entropy``; it applies only to logits over bins. A flow policy needs a batch with
+    noise and times (see ``draw_noise``); its error is that of the actions that the velocity predicts.
     """
     if policy.spec.flow is not None:
         return flow_matching(policy, batch)
@@ -45,7 +45,7 @@ def chunk_loss(policy: PolicyModule, batch: Batch, smoothing: float = SMOOTHING)
 
 
 def masked_mean(values: Tensor, real: Tensor | None) -> Tensor:
-    """Mean of values (B, K, ...) over the steps that are real (B, K)."""
+    """Mean of values (B, K, ...) over the steps marked by ``real`` (B, K)."""
     if real is None:
         return values.mean()
     weight = real.to(values.dtype).reshape(*real.shape, *[1] * (values.ndim - 2)).expand_as(values)
@@ -53,7 +53,7 @@ def masked_mean(values: Tensor, real: Tensor | None) -> Tensor:
 
 
 def action_logits(policy: PolicyModule, inputs: Inputs, actions: Tensor) -> Tensor:
-    """Logits (B, K, D, rows) of every action token, autoregressive ones after the ``actions`` (B, K, D) before each."""
+    """Logits (B, K, D, rows) of every action token; autoregressive policies are teacher-forced with ``actions``."""
     if policy.spec.decode == "autoregressive":
         return decode.teacher_force(cast(decode.Autoregressive, policy), inputs, tokens_of(actions, policy.spec.action))
     parallel = cast(decode.Parallel, policy)
@@ -61,18 +61,18 @@ def action_logits(policy: PolicyModule, inputs: Inputs, actions: Tensor) -> Tens
 
 
 def bins_of(actions: Tensor, bins: int) -> Tensor:
-    """Normalised actions -> the bin each falls into; as rlrc.runtime.inference.preprocess.to_bins."""
+    """Normalised actions -> bin indices; as rlrc.runtime.inference.preprocess.to_bins."""
     return ((actions.double() + 1) / 2 * bins).floor().clamp(0, bins - 1).long()
 
 
 def tokens_of(actions: Tensor, action: ActionSpec) -> Tensor:
-    """Normalised actions -> tokens, of the vocabulary if the policy has one, else bins."""
+    """Normalised actions -> tokens of the vocabulary if the policy has one, otherwise bin indices."""
     bins = bins_of(actions, action.bins)
     return bins if action.tokens is None else action.tokens.first - bins
 
 
 def token_loss(logits: Tensor, batch: Batch, action: ActionSpec, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits (B, K, D, rows), and the mean absolute difference of the likeliest bins' actions."""
+    """Cross-entropy of logits (B, K, D, rows), and the mean absolute error of the most likely actions."""
     if action.tokens is None:
         loss = masked_mean(smoothed_cross_entropy(logits, batch.actions, smoothing), batch.real)
     else:
@@ -93,11 +93,11 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
     return -(weight * F.log_softmax(logits, -1)).sum(-1)
 
 
-def drawn(policy: PolicyModule, batch: Batch) -> Batch:
-    """The batch with what its loss needs at random, from torch's generator: a flow policy's noise and times.
+def draw_noise(policy: PolicyModule, batch: Batch) -> Batch:
+    """Add the noise and times that a flow policy's loss needs, from torch's generator. Other batches are unchanged.
 
-    Times are 0.001 + 0.999 Beta(1.5, 1) as in pi0's training, or of the flow steps alone where only their modulations
-    are left (see rlrc.compressor.prune.lossless).
+    Times are 0.001 + 0.999 Beta(1.5, 1), as in pi0's training. A policy whose modulations are tabulated (see
+    rlrc.compressor.prune.lossless) only has those of its flow steps.
     """
     spec = policy.spec
     if spec.flow is None:
@@ -112,7 +112,7 @@ def drawn(policy: PolicyModule, batch: Batch) -> Batch:
 
 
 def flow_matching(policy: PolicyModule, batch: Batch) -> tuple[Tensor, Tensor]:
-    """x = t noise + (1 - t) actions has the velocity noise - actions; dimensions beyond the robot's are zeros."""
+    """x = t noise + (1 - t) actions has the velocity noise - actions; padded dimensions are zeros."""
     spec, flow, noise, t = policy.spec, cast(decode.Flow, policy), batch.inputs.noise, batch.times
     assert spec.flow is not None
     assert noise is not None

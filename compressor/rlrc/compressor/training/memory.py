@@ -1,4 +1,4 @@
-"""Whether a stage fits into memory, told before it starts instead of by the kernel in the middle of it."""
+"""Predict whether a stage fits into memory, before it starts, instead of being killed in the middle."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlrc.errors import UserError
 
-# Bytes of every parameter at the peak. A random SmolVLA (450 M parameters) took 4.4 GB to prune and 4.3 GB to quantize,
-# half a gigabyte of it torch itself: its float32 weights, and what is made of them.
+# Bytes for each parameter at the peak: float32 weights, and rewritten weights as well. A random SmolVLA (450 M
+# parameters) took 4.4 GB to prune and 4.3 GB to quantize, of which torch itself takes half a gigabyte.
 WEIGHTS, REWRITTEN = 4, 8
-ADAMW = 12  # a gradient and two moments of everything that is trained
+ADAMW = 12  # a gradient and two moments for each trained parameter
 RESERVE = 500_000_000  # torch, and the batch
 
 MEMINFO = Path("/proc/meminfo")
@@ -20,7 +20,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available() -> int | None:
-    """Bytes that this process may still take, by the machine and its control group; None where nothing tells."""
+    """Bytes that this process may still allocate, by the machine and its control group; None if unknown."""
     found = []
     if MEMINFO.exists():
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -35,8 +35,8 @@ def available() -> int | None:
     return min(found) if found else None
 
 
-def numbers(tensors: Mapping[str, Tensor]) -> int:
-    """How many there are in a state dict, which may be without data."""
+def count_numbers(tensors: Mapping[str, Tensor]) -> int:
+    """Number of elements of a state dict, which may be on the meta device."""
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -51,11 +51,11 @@ def check(needed: int, work: str) -> None:
         )
 
 
-def check_training(tensors: Mapping[str, Tensor], adapters: bool, copies: int = 1, besides: int = 0) -> None:
-    """Weights, gradients and AdamW's moments (adapters: hardly any); ``copies`` of the weights in all.
+def check_training(tensors: Mapping[str, Tensor], adapters: bool, copies: int = 1, teacher: int = 0) -> None:
+    """Check weights, gradients and AdamW's moments (negligible for adapters); see ``check``.
 
-    ``besides``: numbers of a teacher's weights.
+    ``copies`` of the weights in all; ``teacher``: number of a teacher's parameters.
     """
     advice = "" if adapters else " of all weights (adapters need less: --lora 16)"
-    trained = numbers(tensors) * (WEIGHTS * copies + (0 if adapters else ADAMW))
-    check(trained + besides * WEIGHTS, f"training{advice}")
+    trained = count_numbers(tensors) * (WEIGHTS * copies + (0 if adapters else ADAMW))
+    check(trained + teacher * WEIGHTS, f"training{advice}")

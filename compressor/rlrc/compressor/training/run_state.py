@@ -1,6 +1,6 @@
-"""What a stage keeps on disk while it trains, so that the same command goes on after Ctrl-C or a kill.
+"""The state of a training run on disk, from which the same command resumes after Ctrl-C or a kill.
 
-Of several processes only the first writes; all of them read.
+Of several processes only the first writes; all read.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from rlrc.folders import replacing
 
 FORMAT = 2  # of the saved state
 EVERY_S = 120.0  # seconds between two saves
-SHARE = 0.1  # of the time that saving may take: 80 GB of a large policy are not written every two minutes
+SHARE = 0.1  # of the time, at most, is spent on saving: the state of a large policy may have 80 GB
 
 
 class Simulators(Protocol):
-    """Processes that simulate (rlrc.compressor.rl.rollout), whose time counts as well."""
+    """Worker processes (rlrc.compressor.rl.rollout), whose CPU time counts as well."""
 
     cpu_seconds: float
 
 
 class RunState:
-    """A folder with the training state, the curve (one JSON line a row) and, for DAgger, the samples of each round."""
+    """A folder with the training state, the curve (one JSON line for each row) and the samples of DAgger rounds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,18 +48,18 @@ class RunState:
         self.began = 0.0
 
     def open(self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption = "auto") -> None:
-        """Begin, or go on from the state an interrupted run saved. Refuses that of a run that did something else.
+        """Start a run, or prepare to resume an interrupted one. Raises UserError if the folder is another run's.
 
-        Sets the precision of this process: that which the run began with, or else the one that is ``wanted``.
+        Sets the precision of this process: the one that the run started with, or ``wanted`` for a new run.
         """
-        with distributed.first():
+        with distributed.main_process_first():
             if distributed.rank() == 0:
                 self._open(stage, parent, config, wanted)
         precision.use(json.loads((self.folder / "precision.json").read_text()))
 
     def _open(self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption) -> None:
         if self.folder.exists() and not self.state_file.exists():
-            self.remove()  # it was killed before there was anything to go on with
+            self.remove()  # killed before the first save
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = json.dumps(
             {"stage": stage, "parent": parent, "config": dataclasses.asdict(config), "format": FORMAT}, sort_keys=True
@@ -85,11 +85,11 @@ class RunState:
             self.spent, self.saved = saved["cpu_seconds"], saved["step"]
 
     def continuation(self, stage: str) -> str:
-        """What the same command does after an interruption."""
+        """Message after an interruption: what the same command will do."""
         if self.saved is None:
-            return f"nothing of {stage} is done yet; the same command begins it anew"
+            return f"nothing of {stage} is saved yet; the same command starts it again"
         unit = "iteration" if stage == "rl" else "step"
-        return f"the same command goes on from {unit} {self.saved} of {stage}"
+        return f"the same command resumes at {unit} {self.saved} of {stage}"
 
     def start_clock(self, rollouts: Simulators | None) -> None:
         self.rollouts, self.began = rollouts, time.process_time()
@@ -97,24 +97,24 @@ class RunState:
             rollouts.cpu_seconds = 0.0
 
     def cpu_seconds(self) -> float:
-        """CPU time of this stage so far: this process, its workers, and earlier processes until their last save."""
+        """CPU time of this stage: this process, its workers, and earlier processes up to their last save."""
         workers = self.rollouts.cpu_seconds if self.rollouts else 0.0
         return self.spent + time.process_time() - self.began + workers
 
-    def moment(self) -> dict[str, Any]:
-        """What every saved state holds, whatever the stage."""
+    def common_state(self) -> dict[str, Any]:
+        """The part of a saved state that all stages have."""
         return {"torch_rng": torch.get_rng_state(), "rows": self.rows}
 
     def save(self, step: int, **state: Any) -> None:
-        """``state`` may hold an earlier ``moment()``; without one the present moment is saved."""
+        """Save ``state`` and ``common_state()``; an earlier ``common_state()`` in ``state`` takes precedence."""
         if distributed.rank() == 0:
-            values = {"step": step, "cpu_seconds": self.cpu_seconds(), **self.moment(), **state}
+            values = {"step": step, "cpu_seconds": self.cpu_seconds(), **self.common_state(), **state}
             with interrupts.held(), replacing(self.state_file) as partial, partial.open("wb") as stream:
-                torch.save(values, stream)  # to a stream: a full disk is an OSError then
+                torch.save(values, stream)  # to a stream, so that a full disk raises OSError
         self.saved = step
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, if any; drops the curve's rows after it and restores torch's generator."""
+        """Read the saved state, if any. Restores torch's generator and drops later rows of the curve."""
         if not self.state_file.exists():
             return None
         saved: dict[str, Any] = torch.load(self.state_file, map_location="cpu", weights_only=True)
@@ -141,10 +141,10 @@ class RunState:
 
 
 class Keeper:
-    """Saves the state of a run by time, and that of the end of the last step where it is interrupted.
+    """Saves the state of a run periodically, and on interruption that of the last complete step. A context manager.
 
-    ``large`` gives what changes only while signals are held (interrupts.held): weights and optimiser. What else changes
-    during a step is given at its end. A context manager.
+    ``large()`` gives the weights and the optimiser's state, which change only while signals are held
+    (interrupts.held). The rest of the state also changes during a step and is therefore passed at its end.
     """
 
     def __init__(self, run: RunState, team: distributed.Team, large: Callable[[], dict[str, Any]]) -> None:
@@ -153,11 +153,11 @@ class Keeper:
         self.last, self.pause = time.monotonic(), EVERY_S
 
     def __call__(self, step: int, **small: Any) -> None:
-        """At the end of a step (and before the first). Raises Interrupted if another process was interrupted."""
-        self.step, self.small = step, self.run.moment() | small
+        """Call at the end of a step and before the first. Raises Interrupted if another process was interrupted."""
+        self.step, self.small = step, self.run.common_state() | small
         due = time.monotonic() - self.last >= self.pause
         stop = interrupts.pending()
-        if self.team.size > 1:  # all save together, and end together
+        if self.team.size > 1:  # all processes save and stop at the same step
             due, stop = (self.team.mean(_flag(value, self.team.device)) > 0 for value in (due, stop))
         if due or stop:
             self.save()
@@ -165,7 +165,7 @@ class Keeper:
             interrupts.stop()
 
     def save(self) -> None:
-        """Unless it is saved already."""
+        """Save the last step, unless it is saved already."""
         began = time.monotonic()
         if self.step != (self.run.saved or 0):
             self.run.save(self.step, **self.small, **self.large())

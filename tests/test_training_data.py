@@ -20,8 +20,8 @@ from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages import artifact_io, distill, prune, sft, training_data
 from rlrc.compressor.stages.sources import OfficialSource
 from rlrc.compressor.stages.stage import StageOptions
+from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.distill import DistillConfig
-from rlrc.compressor.training.sft import SFTConfig
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
@@ -86,22 +86,22 @@ def test_pruned_by_taylor_and_fine_tuned(name: str, data: dict[str, str], tmp_pa
 
 def loss(path: Path, folder: str) -> float:
     from rlrc.compressor.stages.sources import ArtifactSource
-    from rlrc.compressor.training.losses import chunk_loss, drawn
+    from rlrc.compressor.training.losses import chunk_loss, draw_noise
 
     source = ArtifactSource(artifacts.load(path))
     policy = source.load()
-    batches = training_data.of_data(source, SFTConfig(data=folder)).batches
+    batches = training_data.load_data(source, SFTConfig(data=folder)).batches
     assert isinstance(batches, training_data.DatasetBatches)
     torch.manual_seed(1)
     with torch.no_grad():
-        return chunk_loss(policy, drawn(policy, batches.rows(batches.frames)))[0].item()
+        return chunk_loss(policy, draw_noise(policy, batches.rows(batches.frames)))[0].item()
 
 
 def test_batches_by_hand(data: dict[str, str]) -> None:
     """Frame 4 of the first episode of six: two steps are there, the others repeat the last and are not real."""
     name = "pi0"
     source = source_of(name)
-    given = training_data.of_data(source, SFTConfig(data=data[name], seed=3))
+    given = training_data.load_data(source, SFTConfig(data=data[name], seed=3))
     batches = given.batches
     assert isinstance(batches, training_data.DatasetBatches)
     assert len(batches) == 18
@@ -135,9 +135,9 @@ def test_cameras_of_other_names_are_said(data: dict[str, str]) -> None:
     """The wrist's pictures where the policy expects those from the top."""
     source = source_of("openvla-oft-l1")
     first, second = (camera.name for camera in source.spec.cameras)
-    plain = training_data.of_data(source, SFTConfig(data=data["openvla-oft-l1"])).batches
+    plain = training_data.load_data(source, SFTConfig(data=data["openvla-oft-l1"])).batches
     crossed = {first: second, second: f"observation.images.{first}"}
-    other = training_data.of_data(source, SFTConfig(data=data["openvla-oft-l1"], cameras=crossed)).batches
+    other = training_data.load_data(source, SFTConfig(data=data["openvla-oft-l1"], cameras=crossed)).batches
     ours, theirs = (batches.draw(2).inputs.pixels for batches in (plain, other))
     assert torch.equal(ours[0], theirs[1])
     assert torch.equal(ours[1], theirs[0])
@@ -146,7 +146,7 @@ def test_cameras_of_other_names_are_said(data: dict[str, str]) -> None:
 
 def test_held_out_episodes_are_whole_and_never_drawn(data: dict[str, str]) -> None:
     source = source_of("act")
-    given = training_data.of_data(source, SFTConfig(data=data["act"]), held_out=0.3, size=4)
+    given = training_data.load_data(source, SFTConfig(data=data["act"]), held_out=0.3, size=4)
     batches = given.batches
     assert isinstance(batches, training_data.DatasetBatches)
     assert [len(batch) for batch in given.held_out] == [4, 2]
@@ -157,11 +157,11 @@ def test_held_out_episodes_are_whole_and_never_drawn(data: dict[str, str]) -> No
 
 @pytest.mark.parametrize("name", ["openvla-oft-l1", "pi0"])
 def test_distilled_and_adapted(name: str, data: dict[str, str], tmp_path: Path) -> None:
-    given, told = DATA / name / "checkpoint", flags(name)
+    given, hints = DATA / name / "checkpoint", flags(name)
     cut = PruneConfig(0.5, "magnitude", keep=0 if name == "openvla-oft-l1" else 1)
-    prune.run_prune(given, tmp_path / "pruned", cut, QUIET, told)
+    prune.run_prune(given, tmp_path / "pruned", cut, QUIET, hints)
     config = DistillConfig(steps=4, batch=4, lora=2, warmup=0, data=data[name], teacher=str(given))
-    manifest = distill.run_distill(tmp_path / "pruned", tmp_path / "out", config, QUIET, told)
+    manifest = distill.run_distill(tmp_path / "pruned", tmp_path / "out", config, QUIET, hints)
     assert manifest.history[-1].stage == "distill"
     policy = artifact_io.load_policy(artifacts.load(tmp_path / "out"))
     assert not any("lora" in key for key in policy.state_dict())
@@ -183,8 +183,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
     data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OfficialSource, "load", lambda self: pytest.fail("work began before the refusal"))
-    given, told, out = DATA / "pi0" / "checkpoint", flags("pi0"), tmp_path / "out"
-    spec = OfficialSource(given, told).spec
+    given, hints, out = DATA / "pi0" / "checkpoint", flags("pi0"), tmp_path / "out"
+    spec = OfficialSource(given, hints).spec
     narrow = replace(
         spec.action,
         names=spec.action.names[:-1],
@@ -202,6 +202,6 @@ def test_what_does_not_fit_is_refused_before_any_work(
             (prune.run_prune, PruneConfig(0.5, data=folder)),
         ):
             with pytest.raises(UserError, match=message) as error:
-                run(given, out, config, QUIET, told)  # type: ignore[operator]
+                run(given, out, config, QUIET, hints)  # type: ignore[operator]
             assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
