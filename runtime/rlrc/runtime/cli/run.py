@@ -26,8 +26,7 @@ from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.cli.policy import check_failed
 from rlrc.runtime.control import episodes as loop
 from rlrc.runtime.control import telemetry
-from rlrc.runtime.control.control_loop import LoopTiming, why
-from rlrc.runtime.control.rearming import RearmController
+from rlrc.runtime.control.control_loop import LoopTiming, describe_failure
 from rlrc.runtime.control.session import ControlSession, SessionConfig
 from rlrc.runtime.control.stop_switch import ASKED, StopSwitch, uninterrupted
 from rlrc.runtime.control.watchdog import leave
@@ -73,8 +72,6 @@ class RunPolicy(SessionConfig):
     """PEM file with its key"""
     insecure: bool = False
     """a page for other machines without TLS: whoever listens in can stop the robot, and re-arm it"""
-    rearm: bool = False
-    """hold the robot after a stop, until somebody re-arms it (R, or the page) or ends the run (q, Ctrl-C)"""
     pin: tuple[int, ...] = ()
     """processors that the loop is to run on (default: any)"""
     json: bool = False
@@ -163,75 +160,84 @@ class RunPolicy(SessionConfig):
         limits, threads = profile.load(self._profile_name()), set(threading.enumerate())
         with ExitStack() as after:
             try:
-                run, granted = self._play(artifact, limits, after)
-            except (RobotError, WorkerDied) as error:  # before or between episodes; the loop makes a stop of them
+                session, granted = self._play(artifact, limits, after)
+            except (RobotError, WorkerDied) as error:  # before or between episodes; during one the loop stops the robot
                 raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
-            return leave(threads, self._report(run, granted))
+            return leave(threads, self._report(session, granted))
 
     def _play(
         self, artifact: Artifact, limits: RobotProfile, after: ExitStack
     ) -> tuple[ControlSession, dict[str, str]]:
-        """All episodes. What was run is closed, and still tells what it was like; what Linux granted.
+        """All episodes. -> the session, closed, with what it recorded; and what Linux granted.
 
-        Until ``after`` ends, Ctrl-C does not interrupt what is put away.
+        Until ``after`` ends, Ctrl-C does not interrupt the writing of log and recording.
         """
+        console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
+
+        def report_hang(session: ControlSession, reason: str) -> None:
+            self._report_hang(session, granted, reason)
+
         with ExitStack() as stack:
-            run = ControlSession(self, artifact, limits, stack)
-            console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
-            run.watchdog.put_away = lambda reason: self._put_away(run, switch, granted, reason)
-            if self.rearm:
-                run.standstill = RearmController(switch, lambda line: console.print(line, soft_wrap=True))
-            page = self._page(artifact, limits, run, stack)
-            shown = [] if page is None else [ControlPage(page, run.guard, switch, run.standstill, run.instructed)]
-            run.show = shown[0].show if shown else None
-            typed = None if run.standstill is None else run.standstill.typed
-            others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
+            session = ControlSession(
+                self, artifact, limits, stack, switch, report_hang, lambda line: console.print(line, soft_wrap=True)
+            )
+            page = self._open_page(artifact, limits, session, stack)
+            shown = (
+                None if page is None else ControlPage(page, session.guard, switch, session.rearming, session.instructed)
+            )
+            others = [] if page is None or shown is None else [shown.source, switch.over(page.stop)]
+            typed = None if session.rearming is None else session.rearming.handle_keys
             after.enter_context(uninterrupted())
             stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
-            console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
+            console.print(f"inference: {session.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
                 console.print(f"stop: POST {page.stop.url}", soft_wrap=True)
-            granted |= stack.enter_context(real_time(self.pin, run.beside))
-            run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
-            for seed in self.seeds if run.simulator else range(1):
+            granted |= stack.enter_context(real_time(self.pin, session.process_ids))
+            session.supervisor.ready(f"running {self.path} at {session.timing.hz:g} Hz")
+            for seed in self.seeds if session.simulator else range(1):
                 try:
-                    run.episode(seed, switch)
+                    session.play_episode(seed, None if shown is None else shown.show)
                 except BaseException as error:
-                    if not run.telemetry.steps:
+                    if not session.telemetry.steps:
                         raise
                     # The robot has been braked; what was logged and recorded until now is not lost.
-                    run.failures.append(why(error, "the loop"))
+                    session.failures.append(describe_failure(error, "the loop"))
                     break
-                if run.simulator:
-                    last = run.played[-1]
+                if session.simulator:
+                    last = session.played[-1]
                     console.print(_line(seed, last["success"], last["steps"]))
-                if run.guard.stopped:
+                if session.guard.stopped:
                     break
-            run.supervisor.stopping(f"stopped: {run.guard.reason}" if run.guard.stopped else "done")
-        return run, granted
+            reason = session.guard.reason
+            session.supervisor.stopping("done" if reason is None else f"stopped: {reason}")
+        return session, granted
 
-    def _put_away(self, run: ControlSession, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
-        """Writes and reports what there is, in the watchdog's thread, where the loop's does not go on."""
-        switch.put_back()
-        run.failures.append(reason)
-        if not run.guard.stopped:
-            run.guard.stop(reason)
+    def _report_hang(self, session: ControlSession, granted: dict[str, str], reason: str) -> None:
+        """Writes and reports what there is, in the watchdog's thread: the loop's thread does not go on."""
+        session.switch.put_back()
+        session.failures.append(reason)
+        if not session.guard.stopped:
+            session.guard.stop(reason)
         try:
-            self._report(run, granted)
+            self._report(session, granted)
         except Exception as error:
             print(f"rlrc: error: stopped: {reason}; {one_line(error)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def _page(self, artifact: Artifact, limits: RobotProfile, run: ControlSession, stack: ExitStack) -> Page | None:
+    def _open_page(
+        self, artifact: Artifact, limits: RobotProfile, session: ControlSession, stack: ExitStack
+    ) -> Page | None:
         if self.port is None:
             return None
         address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
-        can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
-        facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
-        told = page_metadata("run", artifact, limits, run.timing.period * 1e3, can, **facts)
-        page = Page(told, [camera.name for camera in run.spec.cameras], address)
+        can = {"stop"} | ({"rearm", "bench"} if self.rearm else set())
+        can |= {"instruction"} if session.instructed else set()
+        rate = f"{session.timing.hz:g} Hz, {session.planner.chunks.strategy}"
+        facts = {"warmed up": str(session.inference.warmth), "rate": rate}
+        metadata = page_metadata("run", artifact, limits, session.timing.period * 1e3, can, **facts)
+        page = Page(metadata, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         return page
 
@@ -250,28 +256,30 @@ class RunPolicy(SessionConfig):
             "none; see docs/robots.md (a simulator can be played without one at --hz 0)"
         )
 
-    def _report(self, run: ControlSession, granted: dict[str, str]) -> int:
-        totals = telemetry.summary(run.telemetry, 1 / run.timing.hz)
-        totals |= {"asked_hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
-        totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}
-        if stamped := run.board.readings():
+    def _report(self, session: ControlSession, granted: dict[str, str]) -> int:
+        totals = telemetry.summary(session.telemetry, 1 / session.timing.hz)
+        totals |= {"asked_hz": session.timing.hz, "granted": granted, "stop": session.guard.reason}
+        totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(session.guard.counts.items())}}
+        if stamped := session.board.readings():
             totals["board"] = monitor.summary(stamped)
-        if run.simulator:
-            totals |= {"episodes": len(run.played), "successes": sum(one["success"] for one in run.played)}
+        if session.simulator:
+            totals |= {"episodes": len(session.played), "successes": sum(one["success"] for one in session.played)}
         if self.log is not None:
-            telemetry.write(run.telemetry, run.spec.action.names, self.log, stamped)
-        if self.record is not None and run.recorder is not None:
-            totals["recorded_frames"] = run.recorder.finish()
-        if run.replay is not None:
-            totals["replay"] = cli_replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
+            telemetry.write(session.telemetry, session.spec.action.names, self.log, stamped)
+        if self.record is not None and session.recorder is not None:
+            totals["recorded_frames"] = session.recorder.finish()
+        if session.replay is not None:
+            totals["replay"] = cli_replay.errors(
+                session.replay.recorded, session.telemetry, session.spec.action.names, session.periods
+            )
         if self.json:
-            print(json.dumps(totals | {"played": run.played}))
+            print(json.dumps(totals | {"played": session.played}))
         else:
-            compared = cli_replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
+            compared = cli_replay.told(totals["replay"], session.spec.action.units) if session.replay else {}
             print_rows(telemetry.told(totals) | compared, plain_console())
-        reason = run.guard.reason
+        reason = session.guard.reason
         failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
-        failures += [one for one in dict.fromkeys(run.failures) if one not in str(reason)]
+        failures += [one for one in dict.fromkeys(session.failures) if one not in str(reason)]
         if failures:
             return check_failed("; ".join(failures))
         if not self.json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,17 @@ class Warmth:
         changing = "" if self.stable else f", still changing after {PATIENCE_S:g} s of warming up"
         after = f"after {self.calls} calls (the first took {self.first_ms:.1f} ms)"
         return f"{self.median_ms:.1f} ms an action {after}{changing}"
+
+
+class InferenceClient(Protocol):
+    """What the control loop needs of an InferenceProcess."""
+
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def asked(self) -> float | None: ...
+    def ask(self, observation: Mapping[str, Any], start: int, continuation: Continuation | None = None) -> None: ...
+    def poll(self) -> Answer | None: ...
 
 
 class InferenceProcess:

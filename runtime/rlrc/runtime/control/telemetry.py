@@ -54,15 +54,24 @@ class Telemetry:
         self._begun = 0.0  # when the first step was due, once that is forgotten
         self._gone = dict.fromkeys(COUNTED, 0)
 
-    def next(self) -> Any:
-        """The record of a new step, to be filled in."""
-        row = self._rows[self.steps % len(self._rows)]
+    def begin(self, step: int, due: float, skipped: int) -> None:
+        """A new step. Until ``write`` its row is empty: a step that never ends is in the log all the same."""
+        index = self.steps % len(self._rows)
+        row = self._rows[index]
         if self.steps >= len(self._rows):
             self._forget(row)
-        row["inference_ms"], row["command_ms"] = np.nan, np.nan
-        row["chunk"] = row["place"] = row["show_ms"] = 0  # an older step's, when the capacity is used up
+        self._rows[index] = 0
+        row["step"], row["due"], row["skipped"] = step, due, skipped
+        row["inference_ms"] = row["command_ms"] = np.nan
         self.steps += 1
-        return row
+
+    def write(self, command: NDArray[Any] | None, **values: float) -> None:
+        """The newest step's command, and its other columns by their names in STEP."""
+        index = (self.steps - 1) % len(self._rows)
+        self._commands[index] = np.nan if command is None else command
+        row = self._rows[index]
+        for name, value in values.items():
+            row[name] = value
 
     def _forget(self, row: Any) -> None:
         if self.steps == len(self._rows):
@@ -79,10 +88,6 @@ class Telemetry:
     def begun(self) -> float:
         """When the first step was due."""
         return self._begun if self.steps > len(self._rows) else float(self._rows["due"][0])
-
-    def commanded(self, command: NDArray[Any] | None) -> None:
-        """The command of the newest step."""
-        self._commands[(self.steps - 1) % len(self._commands)] = np.nan if command is None else command
 
     @property
     def rows(self) -> NDArray[Any]:
