@@ -167,6 +167,31 @@ def test_missed_steps_are_left_out_and_not_made_up_for() -> None:
     assert summary(control.telemetry, PERIOD)["skipped_steps"] == 1
 
 
+def test_a_chunk_is_requested_once_for_each_state() -> None:
+    control, arm, inference, _ = loop(0, "replace", late=4.0)
+    sense, kept = arm.sense, list[Sensed]()
+
+    def slow() -> Sensed:
+        """A new state at every third step; the robot repeats it in between."""
+        kept.append(sense() if len(kept) % 3 == 0 else kept[-1])
+        return kept[-1]
+
+    arm.sense, arm.live_pictures = slow, False  # type: ignore[method-assign]
+    control.run(steps=9)
+    assert not control.guard.stopped
+    # The first chunk, which the loop waits for, and one for each new state.
+    assert len({sensed.stamp for sensed in kept}) == 4
+    assert len(inference.starts) == 1 + 4
+
+
+def test_a_stopped_robot_requests_no_chunk() -> None:
+    control, arm, inference, _ = loop(0, "replace", stop_reason=lambda: "asked to stop" if len(arm.sent) > 4 else None)
+    control._await_rearming = lambda: True  # type: ignore[method-assign]
+    control.run(steps=12)
+    assert control.telemetry.rows["stopped"].tolist() == [False] * 5 + [True] * 7
+    assert len(inference.starts) == 1 + 5  # the first chunk, and one for each step before the stop
+
+
 def test_a_chunk_goes_on_from_the_one_before() -> None:
     control, _, inference, _ = loop(2, "continue")
     control.run(steps=6)
