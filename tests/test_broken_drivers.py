@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from driven import DRIVER, PROFILE, Running
-from looping import PERIOD, loop
+from fake_loop import PERIOD, loop
 
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from looping import HZ, PERIOD, Arm, Clock, FakeInference, joints, loop
+from fake_loop import HZ, PERIOD, Arm, Clock, FakeInference, joints, loop
 
 from rlrc.benchmarks.control import simulated_arm
 from rlrc.errors import UserError

@@ -179,13 +179,13 @@ def test_refuses_a_state_that_does_not_measure(names: list[str], units: list[str
 def test_units_convert() -> None:
     dimensions = (replace(ABSOLUTE, unit="cm"), replace(VELOCITY, name="turn", unit="rad/s", state="angle"))
     profile = RobotProfile("r", SOURCES, dimensions)
-    senses = profiles.senses(profile, action_of(profile), ["angle", "at_x"], ["deg", "mm"])
+    senses = profiles.match_state(profile, action_of(profile), ["angle", "at_x"], ["deg", "mm"])
     assert senses.dimensions == (0, 1)
     assert senses.entries == (1, 0)
     np.testing.assert_allclose(senses.factors, (0.1, math.pi / 180))
 
 
-@pytest.mark.parametrize("name", profiles.shipped())
+@pytest.mark.parametrize("name", profiles.list_shipped())
 def test_shipped_profiles_make_guards(name: str) -> None:
     profile = profiles.load(name)
     sensed = [dimension for dimension in profile.dimensions if dimension.state is not None]
@@ -237,7 +237,7 @@ def test_the_simulators_profile_covers_the_reference_policy() -> None:
 
 def test_the_guide_lists_every_profile() -> None:
     guide = (Path(__file__).parent.parent / "docs/robots.md").read_text()
-    assert [name for name in profiles.shipped() if f"`{name}`" not in guide] == []
+    assert [name for name in profiles.list_shipped() if f"`{name}`" not in guide] == []
 
 
 def test_the_guides_example_is_a_profile(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ class Driver:
     """
 
     def __init__(self, robot: Robot) -> None:
-        missing = [name for name in NEEDED if not callable(plain(name, getattr, robot, name, None))]
-        known = plain("live_pictures", hasattr, robot, "live_pictures")
+        missing = [name for name in NEEDED if not callable(call_driver(name, getattr, robot, name, None))]
+        known = call_driver("live_pictures", hasattr, robot, "live_pictures")
         missing += [] if known else ["live_pictures"]
         if missing:
             raise RobotError(f"a driver without {', '.join(missing)} ({type(robot).__name__}; docs/robots.md)")
@@ -37,17 +37,17 @@ class Driver:
 
     @property
     def live_pictures(self) -> bool:
-        return bool(plain("live_pictures", lambda: bool(self._robot.live_pictures)))
+        return bool(call_driver("live_pictures", lambda: bool(self._robot.live_pictures)))
 
     def sense(self) -> Sensed | None:
-        found: Sensed | None = plain("sense", checked, self._call("sense", self._robot.sense))
+        found: Sensed | None = call_driver("sense", check_sensed, self._call("sense", self._robot.sense))
         return found
 
     def command(self, action: NDArray[Any]) -> None:
         self._call("command", self._robot.command, action.copy())  # some convert it in place
 
     def stop(self) -> None:
-        plain("stop", self._robot.stop)
+        call_driver("stop", self._robot.stop)
 
     def close(self) -> None:
         self._call("close", self._robot.close)
@@ -62,21 +62,21 @@ class Driver:
             raise RobotError(self.halted)
         self.call = name, time.monotonic()
         try:
-            return plain(name, function, *arguments)
+            return call_driver(name, function, *arguments)
         finally:
             self.call = None
             if self.halted is not None and name != "close":  # what it gives, or raises, is as old as the call
                 raise RobotError(self.halted) from None
 
 
-def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def call_driver(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """What a driver's function returns. Raises RobotError for all else that it may do, except KeyboardInterrupt."""
     try:
         found = function(*arguments)
     except (RobotError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: a driver is not to end the program while the robot moves
-        raise RobotError(said(error)) from error
+        raise RobotError(describe_driver_error(error)) from error
     if isinstance(found, (Coroutine, Generator, AsyncGenerator)):
         if not isinstance(found, AsyncGenerator):
             found.close()
@@ -85,7 +85,7 @@ def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return found
 
 
-def checked(found: Any) -> Sensed | None:
+def check_sensed(found: Any) -> Sensed | None:
     """What ``sense`` gave. Raises RobotError unless its parts are what the loop computes with."""
     if found is None:
         return None
@@ -110,12 +110,12 @@ def checked(found: Any) -> Sensed | None:
     return found if type(observation) is dict else found._replace(observation=dict(observation))
 
 
-def said(error: BaseException) -> str:
+def describe_driver_error(error: BaseException) -> str:
     """What a driver meant to say, or which mistake it made; one line."""
-    return one_line(error) if isinstance(error, RobotError) else f"the driver failed: {named(error)}"
+    return one_line(error) if isinstance(error, RobotError) else f"the driver failed: {describe_exception(error)}"
 
 
-def named(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """The exception's class, and its message if it has one; one line."""
     return f"{printable(type(error).__name__)}: {one_line(error)}".removesuffix(": ")
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
-from rlrc.robots.driver import named
+from rlrc.robots.driver import describe_exception
 from rlrc.robots.robot import Robot, RobotError, Sensed
 
 WAITING = 256  # frames that the disk may be behind
@@ -124,19 +124,19 @@ class Recorder:
 
     def _write(self) -> None:
         try:
-            for frame in self._queued():
+            for frame in self._take_frames():
                 whole = io.BytesIO()
                 for name, array in (*frame.items(), ("", np.zeros(0))):
                     whole.write(name.encode() + b"\n")
                     np.save(whole, array, allow_pickle=False)
                 self._stream.write(whole.getvalue())
         except Exception as error:
-            why = error.strerror if isinstance(error, OSError) else named(error)
+            why = error.strerror if isinstance(error, OSError) else describe_exception(error)
             self._failure = f"the recording failed: {why}"
-            for _ in self._queued():  # so that whoever ends the recording finds room in the queue
+            for _ in self._take_frames():  # so that whoever ends the recording finds room in the queue
                 pass
 
-    def _queued(self) -> Iterator[dict[str, NDArray[Any]]]:
+    def _take_frames(self) -> Iterator[dict[str, NDArray[Any]]]:
         while (frame := self._frames.get()) is not None:
             yield frame
 

@@ -93,6 +93,6 @@ class ReplayRobot:
             return
 
 
-def untracked(profile: RobotProfile) -> RobotProfile:
+def drop_tracking(profile: RobotProfile) -> RobotProfile:
     """A robot's limits without those on how well it follows: a recording follows nothing."""
     return replace(profile, dimensions=tuple(replace(one, tracking=None) for one in profile.dimensions))

@@ -87,11 +87,11 @@ def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
     telemetry = Telemetry(4096, spec.action.dim)
     folder, switch = Path(tempfile.mkdtemp()), StopSwitch()
     driver = Driver(arm)
-    watchdog = Watchdog(driver, say=lambda line: None)
+    watchdog = Watchdog(driver, report=lambda line: None)
     recorder = Recorder(driver, spec, hz, folder / "recorded")
     recorder.begin("move")
     planner = Planner(inference, Chunks("replace", simulated_arm.HORIZON), spec)
-    hooks = LoopHooks(switch.asked, clock, switch.wait, watchdog.beat)
+    hooks = LoopHooks(switch.stop_reason, clock, switch.wait, watchdog.beat)
     control_loop = ControlLoop(recorder, planner, guard, telemetry, spec, timing, hooks)
     began: list[float] = []
 

@@ -24,12 +24,11 @@ from rlrc.robots.robot import RobotError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.cli.policy import check_failed
-from rlrc.runtime.control import episodes as loop
-from rlrc.runtime.control import telemetry
+from rlrc.runtime.control import episodes, telemetry
 from rlrc.runtime.control.control_loop import LoopTiming, describe_failure
 from rlrc.runtime.control.session import ControlSession, SessionConfig
-from rlrc.runtime.control.stop_switch import ASKED, StopSwitch, uninterrupted
-from rlrc.runtime.control.watchdog import leave
+from rlrc.runtime.control.stop_switch import ASKED, StopSource, StopSwitch, ignore_first_interrupt
+from rlrc.runtime.control.watchdog import finish_process
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.page.control_page import ControlPage
@@ -130,14 +129,14 @@ class RunPolicy(SessionConfig):
         env = open_environment(self.env, policy.spec, self.env_mapping)
         console, played = plain_console(stderr=self.json), []
         try:
-            for episode in loop.episodes(policy, env, self.seeds, loop.Rate(0), self.execute):
+            for episode in episodes.play_episodes(policy, env, self.seeds, episodes.Rate(0), self.execute):
                 played.append(episode)
                 console.print(_line(episode.seed, episode.success, episode.steps))
         except NoAction as error:
             return check_failed(str(error))
         finally:
             env.close()
-        totals = loop.summary(played)
+        totals = episodes.summary(played)
         if self.json:
             print(json.dumps(totals | {"played": [asdict(episode) for episode in played]}))
             return 0
@@ -163,7 +162,7 @@ class RunPolicy(SessionConfig):
                 session, granted = self._play(artifact, limits, after)
             except (RobotError, WorkerDied) as error:  # before or between episodes; during one the loop stops the robot
                 raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
-            return leave(threads, self._report(session, granted))
+            return finish_process(threads, self._report(session, granted))
 
     def _play(
         self, artifact: Artifact, limits: RobotProfile, after: ExitStack
@@ -182,13 +181,13 @@ class RunPolicy(SessionConfig):
                 self, artifact, limits, stack, switch, report_hang, lambda line: console.print(line, soft_wrap=True)
             )
             page = self._open_page(artifact, limits, session, stack)
-            shown = (
-                None if page is None else ControlPage(page, session.guard, switch, session.rearming, session.instructed)
-            )
-            others = [] if page is None or shown is None else [shown.source, switch.over(page.stop)]
-            typed = None if session.rearming is None else session.rearming.handle_keys
-            after.enter_context(uninterrupted())
-            stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
+            show, sources = None, list[StopSource]()
+            if page is not None:
+                shown = ControlPage(page, session.guard, switch, session.rearming, session.instruction_override)
+                show, sources = shown.show, [shown.source, switch.source_of(page.stop)]
+            handle_keys = None if session.rearming is None else session.rearming.handle_keys
+            after.enter_context(ignore_first_interrupt())
+            stack.enter_context(switch.listen(button=self.button, handle_keys=handle_keys, sources=sources))
             console.print(f"inference: {session.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
@@ -197,7 +196,7 @@ class RunPolicy(SessionConfig):
             session.supervisor.ready(f"running {self.path} at {session.timing.hz:g} Hz")
             for seed in self.seeds if session.simulator else range(1):
                 try:
-                    session.play_episode(seed, None if shown is None else shown.show)
+                    session.play_episode(seed, show)
                 except BaseException as error:
                     if not session.telemetry.steps:
                         raise
@@ -215,7 +214,7 @@ class RunPolicy(SessionConfig):
 
     def _report_hang(self, session: ControlSession, granted: dict[str, str], reason: str) -> None:
         """Writes and reports what there is, in the watchdog's thread: the loop's thread does not go on."""
-        session.switch.put_back()
+        session.switch.restore_terminal()
         session.failures.append(reason)
         if not session.guard.stopped:
             session.guard.stop(reason)
@@ -233,7 +232,7 @@ class RunPolicy(SessionConfig):
             return None
         address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
         can = {"stop"} | ({"rearm", "bench"} if self.rearm else set())
-        can |= {"instruction"} if session.instructed else set()
+        can |= {"instruction"} if session.instruction_override else set()
         rate = f"{session.timing.hz:g} Hz, {session.planner.chunks.strategy}"
         facts = {"warmed up": str(session.inference.warmth), "rate": rate}
         metadata = page_metadata("run", artifact, limits, session.timing.period * 1e3, can, **facts)
@@ -252,8 +251,8 @@ class RunPolicy(SessionConfig):
         if self.env is not None and self.env.startswith("metaworld:"):
             return "metaworld"
         raise UserError(
-            f"expected --profile with the robot's limits, one of {', '.join(profile.shipped())} or a TOML file, found "
-            "none; see docs/robots.md (a simulator can be played without one at --hz 0)"
+            f"expected --profile with the robot's limits, one of {', '.join(profile.list_shipped())} or a TOML file, "
+            "found none; see docs/robots.md (a simulator can be played without one at --hz 0)"
         )
 
     def _report(self, session: ControlSession, granted: dict[str, str]) -> int:
@@ -276,7 +275,7 @@ class RunPolicy(SessionConfig):
             print(json.dumps(totals | {"played": session.played}))
         else:
             compared = cli_replay.told(totals["replay"], session.spec.action.units) if session.replay else {}
-            print_rows(telemetry.told(totals) | compared, plain_console())
+            print_rows(telemetry.format_rows(totals) | compared, plain_console())
         reason = session.guard.reason
         failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
         failures += [one for one in dict.fromkeys(session.failures) if one not in str(reason)]

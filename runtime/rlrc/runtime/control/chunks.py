@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rlrc.errors import UserError
 from rlrc.runtime.inference.continuation import Continuation
-from rlrc.runtime.safety.angles import near
+from rlrc.runtime.safety.angles import nearest
 
 Strategy = Literal["synchronous", "replace", "ensemble", "continue"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -89,7 +89,7 @@ class Chunks:
             return Planned(actions[step - start], number, step - start)
         weights = np.exp(-DECAY * np.arange(len(covering)))
         each = np.stack([actions[step - start] for _, start, actions in covering])
-        each = near(each, each[0], self._periods)
+        each = nearest(each, each[0], self._periods)
         return Planned((weights @ each / weights.sum()).astype(np.float32), number, step - start)
 
     def wants(self, step: int) -> bool:

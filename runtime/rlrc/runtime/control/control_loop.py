@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
-from rlrc.robots.driver import named, one_line, said
+from rlrc.robots.driver import describe_driver_error, describe_exception, one_line
 from rlrc.robots.robot import Robot, RobotError, Sensed
 from rlrc.runtime.control.planner import Planner
 from rlrc.runtime.control.rearming import RearmController
@@ -220,7 +220,7 @@ class ControlLoop:
         try:
             step.sensed = self.robot.sense()
         except BaseException as error:  # a driver's own mistakes stop the robot as well
-            step.fault = said(error)
+            step.fault = describe_driver_error(error)
             self._fail(step.fault)
 
     def _watch(self, step: Step) -> None:
@@ -232,7 +232,7 @@ class ControlLoop:
             if step.fault is not None:
                 self._latch(step.fault)
         except BaseException as error:  # the pictures are the driver's objects
-            step.fault = said(error)
+            step.fault = describe_driver_error(error)
             self._fail(step.fault)
 
     def _plan(self, step: Step) -> None:
@@ -281,7 +281,7 @@ class ControlLoop:
             if command is not None:
                 self.robot.command(command)
         except BaseException as error:
-            self._fail(said(error))
+            self._fail(describe_driver_error(error))
             command = None
         if command is None:
             self._halt()
@@ -374,7 +374,7 @@ class ControlLoop:
         try:
             self.robot.stop()
         except BaseException as error:
-            self._fail(f"robot.stop() failed: {said(error)}")
+            self._fail(f"robot.stop() failed: {describe_driver_error(error)}")
 
     def _latch(self, reason: str) -> None:
         if not self.guard.stopped:
@@ -391,4 +391,4 @@ def describe_failure(error: BaseException, part: str) -> str:
     """What failed in a part of the loop, as one line. Expected errors have their own message."""
     if isinstance(error, (UserError, RobotError, WorkerDied)):
         return one_line(error)
-    return f"{part} failed: {named(error)}"
+    return f"{part} failed: {describe_exception(error)}"

@@ -56,7 +56,7 @@ class Rate:
         return 1 / self.hz if self.hz else math.inf
 
 
-def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> PlayedEpisode:
+def play_episode(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> PlayedEpisode:
     """One episode, of at most ``env.horizon`` steps; the environment is observed once a chunk.
 
     ``execute`` steps of every chunk are played before the next inference, all of them if None.
@@ -91,11 +91,11 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
     return PlayedEpisode(seed, success, steps, misses, rate.clock() - start, tuple(inference_ms))
 
 
-def episodes(
+def play_episodes(
     policy: Policy, env: Environment, seeds: Sequence[int], rate: Rate, execute: int | None = None
 ) -> Iterator[PlayedEpisode]:
     for seed in seeds:
-        yield play(policy, env, seed, rate, execute)
+        yield play_episode(policy, env, seed, rate, execute)
 
 
 def summary(played: Sequence[PlayedEpisode]) -> dict[str, float | int]:

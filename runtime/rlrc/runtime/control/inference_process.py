@@ -62,7 +62,7 @@ class InferenceClient(Protocol):
     @property
     def busy(self) -> bool: ...
     @property
-    def asked(self) -> float | None: ...
+    def requested_at(self) -> float | None: ...
     def ask(self, observation: Mapping[str, Any], start: int, continuation: Continuation | None = None) -> None: ...
     def poll(self) -> Answer | None: ...
 
@@ -106,7 +106,7 @@ class InferenceProcess:
         return self._child.busy
 
     @property
-    def asked(self) -> float | None:
+    def requested_at(self) -> float | None:
         """When what is outstanding was asked."""
         return None if self._pending is None else self._pending[1]
 

@@ -66,5 +66,5 @@ class Planner:
 
     def waiting(self, now: float) -> float:
         """Seconds since the outstanding request; 0 if there is none."""
-        since = self.inference.asked
+        since = self.inference.requested_at
         return 0.0 if since is None else now - since

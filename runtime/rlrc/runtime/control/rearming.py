@@ -90,7 +90,7 @@ class RearmController:
         if self.since is None or self._clock() - self.since < KEY_GRACE_S or keys not in (REARM_KEY, END_KEY):
             return False
         if keys == END_KEY:
-            self.switch.ended = True
+            self.switch.end_requested = True
         else:
             self.request(OperatorRequest("rearm", "a key", lambda _: None))
         return True
@@ -103,7 +103,7 @@ class RearmController:
             self.since = self._clock()
             keys = " (R re-arms, q ends, with the keys of this terminal)" if "any key" in self.switch.sources else ""
             self._print(f"stopped: {reason}; held until it is re-armed{keys}")
-        return not self.switch.ended
+        return not self.switch.end_requested
 
     def step(
         self, sensed: Sensed | None, measured: NDArray[Any] | None, fault: str | None

@@ -24,7 +24,7 @@ class Supervisor:
         self._address = f"\0{address[1:]}" if address is not None and address.startswith("@") else address
 
     @classmethod
-    def of(cls, environment: MutableMapping[str, str] = os.environ) -> Supervisor:
+    def from_environment(cls, environment: MutableMapping[str, str] = os.environ) -> Supervisor:
         """Who started this process; its children do not inherit it. Raises UserError for variables that are broken."""
         address, microseconds = environment.pop("NOTIFY_SOCKET", None), environment.pop("WATCHDOG_USEC", None)
         asked = environment.pop("WATCHDOG_PID", None)

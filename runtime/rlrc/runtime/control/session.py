@@ -15,8 +15,8 @@ from rlrc.artifact import Artifact, PolicySpec
 from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
 from rlrc.robots import replay
-from rlrc.robots.driver import Driver, named, said
-from rlrc.robots.instructed import Instructed
+from rlrc.robots.driver import Driver, describe_driver_error, describe_exception
+from rlrc.robots.instruction import InstructionOverride
 from rlrc.robots.recorder import Recorder
 from rlrc.robots.robot import Robot, RobotError
 from rlrc.robots.simulator import SimulatorRobot
@@ -113,7 +113,7 @@ class ControlSession:
         report: Callable[[str], None] = print,
     ) -> None:
         self.config, self.spec, self.switch = config, artifact.manifest.policy, switch
-        self.supervisor = Supervisor.of()
+        self.supervisor = Supervisor.from_environment()
         self.periods = profile.periods(limits)
         self.failures: list[str] = []
         """what failed in the robot or the loop, in words"""
@@ -145,10 +145,10 @@ class ControlSession:
 
         self.recorder = Recorder(self.driver, self.spec, self.timing.hz, config.record) if config.record else None
         self.robot: Robot = self.recorder or self.driver
-        self.instructed: Instructed | None = None
+        self.instruction_override: InstructionOverride | None = None
         if self.spec.prompt is not None:
             begin = self.recorder.begin if self.recorder else lambda task: None
-            self.robot = self.instructed = Instructed(self.robot, begin)
+            self.robot = self.instruction_override = InstructionOverride(self.robot, begin)
         self.board = stack.enter_context(Board.watched())
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self._is_open = True
@@ -174,7 +174,9 @@ class ControlSession:
         if self.recorder is not None:
             instruction = (sensed.observation.get("instruction") if sensed else None) or self.config.instruction
             self.recorder.begin(instruction or "run")
-        hooks = LoopHooks(self.switch.asked, sleep=self.switch.wait, beat=self._beat, show=show, rearming=self.rearming)
+        hooks = LoopHooks(
+            self.switch.stop_reason, sleep=self.switch.wait, beat=self._beat, show=show, rearming=self.rearming
+        )
         control_loop = ControlLoop(self.robot, self.planner, self.guard, self.telemetry, self.spec, self.timing, hooks)
         try:
             control_loop.run(self._is_over, self.config.steps, rest=self.simulator is None and self.replay is None)
@@ -184,7 +186,7 @@ class ControlSession:
     def _beat(self) -> None:
         self.watchdog.beat()
         self.supervisor.beat()
-        self.switch.keep()
+        self.switch.reclaim_signals()
 
     def _handle_hang(self, reason: str) -> None:
         if self._is_open:
@@ -203,13 +205,13 @@ class ControlSession:
             with self.watchdog.closing():
                 self.driver.close()
         except BaseException as error:
-            self.failures.append(f"closing the robot failed: {said(error)}")
+            self.failures.append(f"closing the robot failed: {describe_driver_error(error)}")
 
     def _build_guard(self, limits: profile.RobotProfile, hz: float) -> Guard:
         state = self.spec.state
         names, units = ((), ()) if state is None else (state.names, state.units)
         if self.replay:
-            limits = replay.untracked(limits)
+            limits = replay.drop_tracking(limits)
         return Guard(limits, hz, self.spec.action, names, units, self.timing.gap, self.replay is None)
 
 
@@ -236,15 +238,16 @@ def _open_robot(config: SessionConfig, spec: PolicySpec) -> Any:
         raise
     except BaseException as error:  # importing a module runs its code, which may raise anything
         raise UserError(
-            f"expected a driver MODULE:FUNCTION, found {config.driver}: {named(error)}; see docs/robots.md"
+            f"expected a driver MODULE:FUNCTION, found {config.driver}: {describe_exception(error)}; see docs/robots.md"
         ) from None
     try:
         return open_robot(spec, config.instruction)
     except (UserError, RobotError, KeyboardInterrupt):
         raise
     except BaseException as error:
+        found = describe_exception(error)
         raise UserError(
-            f"expected the driver {config.driver} to open, found: {named(error)}; correct it (docs/robots.md)"
+            f"expected the driver {config.driver} to open, found: {found}; correct it (docs/robots.md)"
         ) from None
 
 

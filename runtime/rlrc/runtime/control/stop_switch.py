@@ -61,16 +61,16 @@ class StopSwitch:
         self.stopped = False
         self.reason = ""
         self.presses = 0
-        self.ended = False
+        self.end_requested = False
         """whether the program is asked to end as well: by a signal"""
         self.sources: list[str] = []
         self.url: str | None = None
         self.token: str | None = None
         self._lost: list[str] = []
         self._signalled = -math.inf
-        self.put_back: Callable[[], None] = lambda: None
+        self.restore_terminal: Callable[[], None] = lambda: None
         """the terminal as it was, where the block of ``listen`` cannot end"""
-        self.keep: Callable[[], object] = _nothing
+        self.reclaim_signals: Callable[[], object] = _nothing
         """takes the signals again, which a driver's library may have taken meanwhile; in the main thread, 10 us"""
         self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
 
@@ -99,7 +99,7 @@ class StopSwitch:
             reader.recv(4096)
         return True
 
-    def asked(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why to stop, None if nobody wants that."""
         if not self.stopped:
             return None
@@ -125,15 +125,15 @@ class StopSwitch:
         button: Path | int | None = None,
         port: int | None = None,
         token: str | None = None,
-        typed: Callable[[bytes], bool] | None = None,
-        others: Sequence[StopSource] = (),
+        handle_keys: Callable[[bytes], bool] | None = None,
+        sources: Sequence[StopSource] = (),
     ) -> Iterator[StopSwitch]:
         """Listens until the end of the block, then puts everything back. In the main thread, for signals go there.
 
         ``keyboard``: a file descriptor; any key stops where it is a terminal. ``button``: a descriptor, or the path of
         a FIFO, device or socket; any byte stops, and its end. ``port`` on the loopback, 0 for any: POST /stop with
-        ``Authorization: Bearer`` and the token, which is drawn if it is not given. ``typed`` gets what was typed first:
-        it does not stop where that returns True.
+        ``Authorization: Bearer`` and the token, which is drawn if it is not given. ``handle_keys`` gets typed keys
+        first, and returns True for those that do not stop. ``sources``: what else stops.
 
         Raises UserError for a button or port that cannot be opened.
         """
@@ -145,8 +145,8 @@ class StopSwitch:
             if port is not None:
                 self._add_http(stack, selector, port, token)
             if keyboard is not None:
-                self._add_keyboard(stack, selector, keyboard, typed)
-            for source in others:
+                self._add_keyboard(stack, selector, keyboard, handle_keys)
+            for source in sources:
                 self._add(selector, source)
             self._add_signals(stack, selector)
             self._add_thread(stack, selector)
@@ -217,8 +217,8 @@ class StopSwitch:
         stack.callback(signal.set_wakeup_fd, before)
         for number, old in take().items():
             stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
-        self.keep = take
-        stack.callback(setattr, self, "keep", _nothing)
+        self.reclaim_signals = take
+        stack.callback(setattr, self, "reclaim_signals", _nothing)
         stack.callback(self._outlast_another)
         self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
 
@@ -228,32 +228,34 @@ class StopSwitch:
             time.sleep(left)
 
     def _signal(self, number: int) -> None:
-        if not self.ended:
+        if not self.end_requested:
             self._signalled = time.monotonic()
         self.press(f"signal {signal.Signals(number).name}")
-        self.ended = True
+        self.end_requested = True
 
     def _add_keyboard(
         self,
         stack: ExitStack,
         selector: selectors.BaseSelector,
         descriptor: int,
-        typed: Callable[[bytes], bool] | None,
+        handle_keys: Callable[[bytes], bool] | None,
     ) -> None:
         if not _foreground(descriptor):
             return
         import termios  # not everywhere
         import tty
 
-        def put_back() -> None:
+        def restore() -> None:
             with contextlib.suppress(termios.error):  # it may have hung up
                 termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
         before = termios.tcgetattr(descriptor)
         tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
-        self.put_back = put_back
-        stack.callback(put_back)
-        selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", typed))
+        self.restore_terminal = restore
+        stack.callback(restore)
+        selector.register(
+            descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", handle_keys)
+        )
         self.sources.append("any key")
 
     def _add_button(self, stack: ExitStack, selector: selectors.BaseSelector, button: Path | int) -> None:
@@ -270,7 +272,7 @@ class StopSwitch:
         self.sources.append(f"button {button}")
 
     def _reader(
-        self, descriptor: int, what: str, whole: str, typed: Callable[[bytes], bool] | None = None
+        self, descriptor: int, what: str, whole: str, handle_keys: Callable[[bytes], bool] | None = None
     ) -> Callable[[], bool]:
         def ready() -> bool:
             """Whether it goes on."""
@@ -283,7 +285,7 @@ class StopSwitch:
             if not read:
                 self._lose(whole)
                 return False
-            if typed is None or not typed(read):
+            if handle_keys is None or not handle_keys(read):
                 self.press(what)
             return True
 
@@ -295,9 +297,9 @@ class StopSwitch:
         stack.callback(stop.close)
         stop.start(self.token)
         self.url = stop.url
-        self._add(selector, self.over(stop))
+        self._add(selector, self.source_of(stop))
 
-    def over(self, stop: StopPort) -> StopSource:
+    def source_of(self, stop: StopPort) -> StopSource:
         """What ``listen`` listens to for another StopPort: the operator's page has one."""
 
         def state() -> dict[str, Any]:
@@ -307,7 +309,7 @@ class StopSwitch:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def ignore_first_interrupt() -> Iterator[None]:
     """The first Ctrl-C in this block does nothing: an operator who sees a robot stop by a fault presses it, and would
     lose log and recording. The second one interrupts. In the main thread."""
     pressed = list[int]()

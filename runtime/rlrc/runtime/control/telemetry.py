@@ -92,13 +92,13 @@ class Telemetry:
     @property
     def rows(self) -> NDArray[Any]:
         """Oldest first."""
-        return self._rolled(self._rows)
+        return self._in_order(self._rows)
 
     @property
     def commands(self) -> NDArray[np.float32]:
-        return self._rolled(self._commands)
+        return self._in_order(self._commands)
 
-    def _rolled(self, array: NDArray[Any]) -> NDArray[Any]:
+    def _in_order(self, array: NDArray[Any]) -> NDArray[Any]:
         if self.steps <= len(array):
             return array[: self.steps]
         return np.roll(array, -(self.steps % len(array)), 0)
@@ -140,7 +140,7 @@ def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
     }
 
 
-def told(totals: Mapping[str, Any]) -> dict[str, str]:
+def format_rows(totals: Mapping[str, Any]) -> dict[str, str]:
     """The summary in words, by heading."""
 
     def spread(name: str) -> str:
@@ -171,13 +171,13 @@ def told(totals: Mapping[str, Any]) -> dict[str, str]:
 
 def _board_columns(stamped: Sequence[Stamped], sent: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
     """nan where nothing is told, which a row of JSON leaves out."""
-    told = [
+    readings = [
         (np.nan,) * 4
         if reading is None
         else (reading.watts, reading.hottest, reading.gpu_load, float(len(reading.throttled)))
         for reading in monitor.at(stamped, sent.tolist())
     ]
-    values = np.array(told, np.float32).reshape(-1, 4)  # None becomes nan
+    values = np.array(readings, np.float32).reshape(-1, 4)  # None becomes nan
     return {f"board.{name}": values[:, i] for i, name in enumerate(("watts", "celsius", "gpu_load", "throttled"))}
 
 

@@ -1,11 +1,11 @@
 """A thread that watches the loop's: a driver's call that hangs would keep every way to stop from working.
 
-    dog = Watchdog(driver, put_away)
+    dog = Watchdog(driver, report_hang)
     with dog.watching(seconds):         # around the loop, which calls ``dog.beat`` at every step
         control.run(...)
 
 Where no beat comes for so many seconds, ``robot.stop()`` is called from here; where the loop does not go on after that
-either, ``put_away`` is called, and the process ends with exit code 1. It needs nothing of the loop's thread but the
+either, ``report_hang`` is called, and the process ends with exit code 1. It needs nothing of the loop's thread but the
 GIL: an extension that hangs without releasing it hangs this thread too, and only the service manager's watchdog
 (rlrc.runtime.control.service_manager) is left.
 """
@@ -21,28 +21,28 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 from rlrc.printable import printable
-from rlrc.robots.driver import Driver, said
+from rlrc.robots.driver import Driver, describe_driver_error
 
 GRACE = 0.25  # of the bound: a machine that has stood still lets the loop go on first
 RETURN_S = 2.0  # for the call to return after robot.stop()
-PUT_AWAY_S = 30.0  # for log and recording to be written
+REPORT_S = 30.0  # for log and recording to be written
 CLOSING_S = 10.0  # for the driver to be closed
 
-PutAway = Callable[[str], None]  # with the reason; prints one line
+ReportHang = Callable[[str], None]  # with the reason; prints one line
 Late = Callable[[], bool]  # whether there has been no beat yet
 
 
 class Watchdog:
-    """``put_away`` gets the reason where the process has to be ended, and prints it."""
+    """``report_hang`` gets the reason where the process has to be ended, and prints it."""
 
     def __init__(
         self,
         driver: Driver,
-        put_away: PutAway = lambda reason: print(reason, file=sys.stderr),
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        report_hang: ReportHang = lambda reason: print(reason, file=sys.stderr),
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        self._driver, self.put_away, self._say, self._end = driver, put_away, say, end
+        self._driver, self.report_hang, self._report, self._end = driver, report_hang, report, end
         self._beaten = time.monotonic()
 
     def beat(self) -> None:
@@ -93,8 +93,8 @@ class Watchdog:
         try:
             self._driver.halt(reason)
         except BaseException as error:
-            reason += f", and failed: {said(error)}"
-        self._tell(reason)
+            reason += f", and failed: {describe_driver_error(error)}"
+        self._print(reason)
 
     def _end_if_still(self, late: Late) -> None:
         time.sleep(RETURN_S)
@@ -104,9 +104,9 @@ class Watchdog:
     def _give_up(self, late: Late) -> None:
         """Log and recording, then the end: a thread that hangs cannot be ended alone."""
         reason = self._driver.halted or self._what()
-        thread = threading.Thread(target=self.put_away, args=(reason,), daemon=True)
+        thread = threading.Thread(target=self.report_hang, args=(reason,), daemon=True)
         thread.start()
-        thread.join(PUT_AWAY_S)
+        thread.join(REPORT_S)
         self._end(1)
 
     def _what(self) -> str:
@@ -115,12 +115,12 @@ class Watchdog:
         name, since = ("the loop", self._beaten) if call is None else (f"the driver's {call[0]}", call[1])
         return f"{name} has not returned for {(now - since) * 1e3:.0f} ms"
 
-    def _tell(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         """In another thread: a terminal may block its writers."""
-        threading.Thread(target=self._say, args=(line,), daemon=True).start()
+        threading.Thread(target=self._report, args=(line,), daemon=True).start()
 
 
-def leave(known: Set[threading.Thread], code: int, end: Callable[[int], object] = os._exit) -> int:
+def finish_process(known: Set[threading.Thread], code: int, end: Callable[[int], object] = os._exit) -> int:
     """The exit code of a program that is over. Threads that a driver has started and not ended, for which Python would
     wait, end with the process; those ``known`` before do not count."""
     deadline = time.monotonic() + RETURN_S

@@ -13,7 +13,7 @@ from rlrc.runtime.page.metadata import Events
 from rlrc.runtime.page.process import Page
 
 if TYPE_CHECKING:
-    from rlrc.robots.instructed import Instructed
+    from rlrc.robots.instruction import InstructionOverride
     from rlrc.runtime.safety.guard import Guard
 
 STATE_S = 0.5  # how often the state is told though nothing has changed
@@ -23,10 +23,15 @@ class ControlPage:
     """``show`` is for the loop's thread, ``source`` for the stop switch's."""
 
     def __init__(
-        self, page: Page, guard: Guard, switch: StopSwitch, rearming: RearmController | None, robot: Instructed | None
+        self,
+        page: Page,
+        guard: Guard,
+        switch: StopSwitch,
+        rearming: RearmController | None,
+        override: InstructionOverride | None,
     ) -> None:
         self._page, self._guard, self._switch = page, guard, switch
-        self._rearming, self._robot = rearming, robot
+        self._rearming, self._override = rearming, override
         self._events, self._state, self._told_at = Events(), dict[str, Any](), 0.0
 
     @property
@@ -79,7 +84,7 @@ class ControlPage:
             self._rearming.request(OperatorRequest("rearm", f"the page ({words})" if words else "the page", told))
 
     def _instruct(self, words: str | None) -> dict[str, str]:
-        if self._robot is None:
+        if self._override is None:
             return {"error": "expected a policy that takes an instruction, found one of a single task"}
-        self._robot.words = words or None
+        self._override.instruction = words or None
         return {}

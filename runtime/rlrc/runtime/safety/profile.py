@@ -146,7 +146,7 @@ class RobotProfile:
         return box.low[axis], box.high[axis]
 
 
-class Senses(NamedTuple):
+class StateMatch(NamedTuple):
     """Which dimensions are measured, by which entries of the state, and what those are multiplied by."""
 
     dimensions: tuple[int, ...]
@@ -154,21 +154,21 @@ class Senses(NamedTuple):
     factors: tuple[float, ...]
 
 
-def shipped() -> list[str]:
+def list_shipped() -> list[str]:
     """The names of the profiles that come with rlrc."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
 def load(profile: str | Path) -> RobotProfile:
     """A profile of ours by its name, or a TOML file. Raises UserError for what is none, or contradicts itself."""
-    path = SHIPPED / f"{profile}.toml" if str(profile) in shipped() else Path(profile)
+    path = SHIPPED / f"{profile}.toml" if str(profile) in list_shipped() else Path(profile)
     try:
         found = strict.decode(RobotProfile, toml.parse(path.read_bytes()))
         check(found)
         return found
     except OSError as error:
         raise UserError(
-            f"expected a robot profile (a TOML file, or one of {', '.join(shipped())}), found {str(profile)!r}: "
+            f"expected a robot profile (a TOML file, or one of {', '.join(list_shipped())}), found {str(profile)!r}: "
             f"{error.strerror}; give another"
         ) from None
     except UserError as error:
@@ -278,7 +278,7 @@ def periods(profile: RobotProfile) -> NDArray[np.float64] | None:
     return None if np.isinf(found).all() else found
 
 
-def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> Senses:
+def match_state(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> StateMatch:
     """Checks a profile against a policy's actions and the robot's state (``names`` and ``units`` of its entries).
 
     Raises UserError where a dimension is not covered, or differs in its name, place, meaning or unit, and where the
@@ -306,7 +306,7 @@ def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], unit
         expected = f"the state {dimension.state} in {dimension.length} or what converts into it"
         _check(factor is not None, expected, unit)
         wired.append((index, entry, factor or 1.0))
-    return Senses(*(tuple(column) for column in zip(*wired, strict=True))) if wired else Senses((), (), ())
+    return StateMatch(*(tuple(column) for column in zip(*wired, strict=True))) if wired else StateMatch((), (), ())
 
 
 def _factor(unit: str, target: str) -> float | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rlrc.robots.robot import Robot, Sensed
 
 
-class Instructed:
+class InstructionOverride:
     """Is a robot and holds one. ``words`` may be set from any thread; None: the robot's own.
 
     ``begin`` is told of other words before the first step with them: to a recorder they are another episode.
@@ -18,7 +18,7 @@ class Instructed:
 
     def __init__(self, robot: Robot, begin: Callable[[str], None] = lambda _: None) -> None:
         self._robot, self._begin = robot, begin
-        self.words: str | None = None
+        self.instruction: str | None = None
         self._last: str | None = None
 
     @property
@@ -26,7 +26,7 @@ class Instructed:
         return self._robot.live_pictures
 
     def sense(self) -> Sensed | None:
-        sensed, words = self._robot.sense(), self.words
+        sensed, words = self._robot.sense(), self.instruction
         if sensed is None:
             return None
         if words != self._last:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from looping import Arm, FakeInference, joints, loop
+from fake_loop import Arm, FakeInference, joints, loop
 
 from rlrc.runtime.control.inference_process import Answer
 from rlrc.runtime.control.rearming import BENCH_CALLS, REARM_KEY, OperatorRequest
@@ -201,7 +201,7 @@ def test_a_signal_ends_the_run_though_it_could_be_rearmed() -> None:
     run.at = {5: lambda: run.switch._signal(2)}
     run.run()
     assert len(run.held) < 10
-    assert run.switch.ended
+    assert run.switch.end_requested
 
 
 def test_a_bench_while_it_stands() -> None:

@@ -51,21 +51,21 @@ class FakeInference:
     """Answers after ``periods`` with a chunk that counts up from where the joints are: 0.01 rad a step."""
 
     def __init__(self, clock: Clock, periods: float) -> None:
-        self.clock, self.seconds, self.busy, self.asked = clock, periods * PERIOD, False, None
+        self.clock, self.seconds, self.busy, self.requested_at = clock, periods * PERIOD, False, None
         self.starts: list[int] = []
         self.continuations: list[Any] = []
 
     def ask(self, observation: Any, start: int, continuation: Any = None) -> None:
-        self.busy, self.asked, self.start = True, self.clock.now, start
+        self.busy, self.requested_at, self.start = True, self.clock.now, start
         self.state = np.array(observation["state"], float)
         self.starts.append(start)
         self.continuations.append(continuation)
 
     def poll(self) -> Answer | None:
-        if not self.busy or self.clock.now < self.asked + self.seconds - 1e-9:
+        if not self.busy or self.clock.now < self.requested_at + self.seconds - 1e-9:
             return None
         steps = 0.01 * np.arange(1, simulated_arm.HORIZON + 1)
-        self.busy, asked, self.asked = False, self.asked, None
+        self.busy, asked, self.requested_at = False, self.requested_at, None
         return Answer(self.start, asked, self.seconds, (self.state + steps[:, None]).astype(np.float32))
 
 
@@ -86,7 +86,7 @@ def loop(
     guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, ("rad", "rad"), gap)
     planner = Planner(inference, Chunks(strategy, simulated_arm.HORIZON, execute), spec)
     rearming = None if switch is None else RearmController(switch, guard, planner, report, clock)
-    stop_reason = stop_reason if switch is None else switch.asked
+    stop_reason = stop_reason if switch is None else switch.stop_reason
     hooks = LoopHooks(stop_reason, clock, sleep or clock.sleep, rearming=rearming)
     control = ControlLoop(arm, planner, guard, Telemetry(64, 2), spec, LoopTiming(HZ, **timing), hooks)
     return control, arm, inference, clock
