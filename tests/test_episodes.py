@@ -209,7 +209,7 @@ def test_run_closes_the_environment_when_something_fails(toy_artifact: Path, mon
         ({"replay": Path("set")}, "expected one of --env, --driver and --replay, found --env and --replay"),
         (
             {"env": None, "replay": Path("set"), "strategy": "synchronous"},
-            "expected a strategy that does not wait, as no recording does, found synchronous",
+            "expected a strategy that does not wait, since a recording does not, found synchronous",
         ),
         (
             {"hz": 0.0, "log": Path("/tmp/never/log.jsonl")},

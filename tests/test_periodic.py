@@ -199,7 +199,7 @@ def test_nonsense_is_refused(dimension: Dimension, message: str) -> None:
 def test_a_box_has_no_angles_that_wrap() -> None:
     free = replace(YAW, position=None)
     box = Workspace(("yaw",), (-90.0,), (90.0,), "s")
-    with pytest.raises(UserError, match="no workspace bounds of the periodic yaw"):
+    with pytest.raises(UserError, match="no workspace limits of the periodic yaw"):
         profiles.check(RobotProfile("r", SOURCES, (free,), box))
 
 

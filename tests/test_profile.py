@@ -65,7 +65,7 @@ def test_reads_a_file(tmp_path: Path) -> None:
         ("low = -1.0", 'low = 1.0, on = "stop"', "expected low < high at position of joint"),
         ("limit = 3.0", "limit = 0.0", "expected positive limits of joint"),
         ('limit = 3.0, source = "sheet"', 'limit = 3.0, source = "x"', "one of the sources sheet of joint, found 'x'"),
-        ('state = "q"', "", "expected the state that measures joint, which has bounds, found none"),
+        ('state = "q"', "", "expected the state that measures joint, which has position limits, found none"),
         ("robot =", "robot", "expected TOML in .*robot.toml"),
     ],
 )
@@ -103,7 +103,7 @@ def test_refuses_a_file_that_is_not_there() -> None:
         (replace(GRIPPER, rest=None), "expected either state or rest of grip"),
         (replace(GRIPPER, state="at"), "expected either state or rest of grip"),
         (replace(GRIPPER, rest=2.0), "expected a rest of grip within its position limits, found 2"),
-        (replace(GRIPPER, acceleration=Limit(1.0, "s")), "a velocity limit beside the acceleration limit of grip"),
+        (replace(GRIPPER, acceleration=Limit(1.0, "s")), "a velocity limit with the acceleration limit of grip"),
     ],
 )
 def test_refuses_a_dimension_with_a_gap(dimension: Dimension, message: str) -> None:

@@ -279,8 +279,8 @@ def test_a_button_as_a_descriptor() -> None:
 def test_refuses_a_button_that_never_tells(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("0")
     for path, message in [
-        (tmp_path / "file", "which never tells; for a GPIO, let gpiomon write into a FIFO"),
-        (tmp_path, "which never tells"),
+        (tmp_path / "file", "which reports no presses; for a GPIO, let gpiomon write into a FIFO"),
+        (tmp_path, "which reports no presses"),
         (tmp_path / "none", "No such file or directory; give another --button"),
     ]:
         with pytest.raises(UserError, match=message), StopSwitch().listen(keyboard=None, button=path):

@@ -1,4 +1,4 @@
-"""The command that closes the loop: `rlrc run`. The field docstrings are the help."""
+"""`rlrc run`: control a robot, a simulator or a recording. The field docstrings are the help."""
 
 from __future__ import annotations
 
@@ -44,35 +44,35 @@ from rlrc.worker import WorkerDied
 
 @dataclass(frozen=True)
 class RunPolicy(SessionConfig):
-    """Close the loop at a fixed rate on a robot or a simulator: observe, infer beside the loop, guard, act.
+    """Control a robot, a simulator or a recording at a fixed rate: observe, infer in parallel, guard, act.
 
-    Any key, Ctrl-C or what --button and --port bring stops the robot; so does whatever goes wrong (docs/robots.md).
+    Any key, Ctrl-C, --button and --port stop the robot; so does every failure (docs/robots.md).
     """
 
     path: Positional[Path]
     """the artifact"""
     profile: str | None = None
-    """the robot's limits: a TOML file, or the name of one of ours (default: that of metaworld)"""
+    """the robot's limits: a TOML file, or the name of a shipped profile (default: metaworld's in its simulator)"""
     log: Path | None = None
-    """write every step's times and what the guard did: JSON lines, or .parquet"""
+    """write the times and guard actions of every step: JSON lines, or .parquet"""
     button: Path | None = None
-    """FIFO, device or socket of a stop button: any byte stops, and its end"""
+    """FIFO, device or socket of a stop button: any byte stops, and so does its end"""
     port: int | None = None
-    """port of the operator's page, which stops too; 0 is any free one"""
+    """port of the operator's page, which can stop the robot; 0: any free port"""
     stop_port: int | None = None
-    """port that stops without the page (POST /stop), whatever keeps the page's busy (default: any free one)"""
+    """port for stops only (POST /stop), which a busy page does not delay (default: any free port)"""
     host: str = "127.0.0.1"
-    """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
+    """address of the page; one that other machines can reach needs --certificate and --key, or --insecure"""
     token: str | None = None
-    """what the page wants to be shown (or RLRC_TOKEN in the environment; default: one that is drawn and printed)"""
+    """the page's access token (or RLRC_TOKEN in the environment; default: a random one, which is printed)"""
     certificate: Path | None = None
     """PEM file with the page's certificate, for TLS"""
     key: Path | None = None
     """PEM file with its key"""
     insecure: bool = False
-    """a page for other machines without TLS: whoever listens in can stop the robot, and re-arm it"""
+    """permit a page for other machines without TLS: an eavesdropper can stop the robot, and re-arm it"""
     pin: tuple[int, ...] = ()
-    """processors that the loop is to run on (default: any)"""
+    """processors for the loop (default: any)"""
     json: bool = False
     """print the summary and every episode as JSON instead"""
 
@@ -83,15 +83,15 @@ class RunPolicy(SessionConfig):
             raise UserError(f"expected a seed of 0 or more, found {self.seed}; give another --seed")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"expected at least one step, found {self.steps}; give --steps 1 or more")
-        named = [name for name in ("env", "driver", "replay") if getattr(self, name) is not None]
-        if len(named) != 1:
-            found = " and ".join(f"--{name}" for name in named) or "none"
+        given = [name for name in ("env", "driver", "replay") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"--{name}" for name in given) or "none"
             raise UserError(
                 f"expected one of --env, --driver and --replay, found {found}; name a simulator, a robot or a data set"
             )
         if self.replay is not None and self.strategy == "synchronous":
             raise UserError(
-                "expected a strategy that does not wait, as no recording does, found synchronous; give replace"
+                "expected a strategy that does not wait, since a recording does not, found synchronous; give replace"
             )
         for out in (self.record, self.log):
             if out is not None:
@@ -100,15 +100,15 @@ class RunPolicy(SessionConfig):
         if self.port is not None:
             self._access()
         elif self.stop_port is not None:
-            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free one")
+            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free port")
         if self.hz == 0:
-            return self._in_lockstep()
-        # Refused now: a robot's driver or a simulator takes seconds to open.
+            return self._run_in_lockstep()
+        # Check the timing before a driver or a simulator, which takes seconds to open.
         LoopTiming(self.hz or 1.0, late=LoopTiming.late if self.late is None else self.late, patience=self.patience)
-        return self._in_time()
+        return self._run_at_rate()
 
     def _check_packages(self) -> None:
-        """What is only needed when the run is over had better be here before it begins."""
+        """Imports now what is needed only after the run, so that a missing package shows before it."""
         if self.record is not None:
             importlib.import_module("rlrc.datasets.writer")
         if self.log is not None and self.log.suffix == ".parquet":
@@ -118,10 +118,10 @@ class RunPolicy(SessionConfig):
 
     # As fast as possible, without a guard: a simulator only
 
-    def _in_lockstep(self) -> int:
+    def _run_in_lockstep(self) -> int:
         if self.env is None or self.record or self.log or self.port is not None or self.rearm:
             raise UserError(
-                "expected --env without --record, --log, --port and --rearm at --hz 0, found it otherwise; give a rate"
+                "expected --env without --record, --log, --port and --rearm at --hz 0, found other options; give a rate"
             )
         policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
         from rlrc.envs.environment import open_environment
@@ -150,7 +150,7 @@ class RunPolicy(SessionConfig):
 
     # At a fixed rate
 
-    def _in_time(self) -> int:
+    def _run_at_rate(self) -> int:
         artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
         if self.env is not None:
             from rlrc.envs.environment import check_environment
@@ -241,7 +241,7 @@ class RunPolicy(SessionConfig):
         return page
 
     def _access(self) -> Access:
-        """Who may see the page: whoever shows the token, which is drawn if there is none."""
+        """Access to the page requires the token; a random one is made if none is given."""
         shown = token(self.token) or secrets.token_urlsafe(16)
         return access(self.host, shown, self.certificate, self.key, self.insecure)
 

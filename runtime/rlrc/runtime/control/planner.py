@@ -60,7 +60,7 @@ class Planner:
         if sensed.stamp == self._requested_stamp or self.inference.busy:
             return
         start = self._position - sum(sent >= sensed.stamp for sent in self._sent)
-        if self.chunks.wants(start):
+        if self.chunks.needs_more(start):
             self.ask(sensed, start, self.chunks.continuation(start))
             self._requested_stamp = sensed.stamp
 

@@ -42,44 +42,44 @@ SIMULATED_LATE = 5.0  # periods: a simulator shares this machine
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """What is driven, by which policy, and how. Field docstrings are the help of `rlrc run`."""
+    """What to control, with which policy, and how. Field docstrings are the help of `rlrc run`."""
 
     path: Path
     """the artifact"""
     env: str | None = None
     """simulator to control: metaworld:TASK, gym:ID or libero:SUITE/NUMBER, such as metaworld:drawer-open-v3"""
     env_mapping: Path | None = None
-    """TOML file that says how the environment's values become the policy's, for gym:ID"""
+    """TOML file that maps the environment's values to the policy's, for gym:ID"""
     driver: str | None = None
-    """robot to control instead: MODULE:FUNCTION of yours, called with the policy's description and --instruction"""
+    """robot to control instead: your MODULE:FUNCTION, called with the policy's description and --instruction"""
     replay: Path | None = None
-    """LeRobotDataset to play instead: at the end the commands are compared with what was recorded"""
+    """LeRobotDataset to replay instead; at the end the commands are compared with the recorded ones"""
     episode: int = 0
     """episode of the data set to play"""
     cameras: dict[str, str] = field(default_factory=dict)
-    """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
+    """pairs of a camera of the policy and one of the data set, if their names differ; none: leave it out"""
     instruction: str = ""
-    """what a robot is to do, in words"""
+    """the task, in words"""
     hz: float | None = None
     """steps a second; 0 plays a simulator as fast as possible, in lockstep, without a guard (default: the simulator's
     or the data set's own rate)"""
     strategy: Strategy | None = None
     """how chunks follow each other: synchronous, where the robot waits for the next one (the default); replace by the
-    newest (the default of --replay, which does not wait); ensemble, their average; continue, where the newest is made
-    to go on from what is being executed (real-time chunking)"""
+    newest (the default of --replay, which does not wait); ensemble, their average; continue, where the newest continues
+    what is being executed (real-time chunking)"""
     execute: int | None = None
-    """steps of every chunk to play before the next inference (default: synchronously all, else as few as can be)"""
+    """steps of every chunk to play before the next inference (default: all if synchronous, else as few as possible)"""
     episodes: int = 1
     """episodes to play in a simulator"""
     seed: int | None = None
     """seed of the first episode, the next ones count up (default: the first seed kept for evaluation)"""
     steps: int | None = None
-    """steps after which to end (default: a robot's run ends when it is stopped)"""
+    """steps after which to end (default: a robot runs until it is stopped)"""
     late: float | None = None
-    """periods that a state or a picture may be old before that stops the robot; more for cameras slower than --hz
+    """periods that a state or a picture may be old before the robot is stopped; more for cameras slower than --hz
     (default: 1.5; 5 for a simulator or a recording, which share this machine)"""
     patience: float = LoopTiming.patience
-    """seconds that the robot is held for want of an action before that stops it"""
+    """seconds that the robot is held without an action before it is stopped"""
     record: Path | None = None
     """write every step into a new LeRobotDataset"""
     backend: Backend | None = None
@@ -87,7 +87,7 @@ class SessionConfig:
     threads: int = 1
     """threads of the engine"""
     rearm: bool = False
-    """hold the robot after a stop, until somebody re-arms it (R, or the page) or ends the run (q, Ctrl-C)"""
+    """hold the robot after a stop, until the operator re-arms it (R, or the page) or ends the run (q, Ctrl-C)"""
 
     @property
     def seeds(self) -> range:
@@ -155,11 +155,11 @@ class ControlSession:
 
     @property
     def process_ids(self) -> list[int]:
-        """The processes that the loop waits for in the end."""
+        """The processes that run in parallel with the loop, and that it needs."""
         return [self.inference.pid] + ([self.simulator.pid] if self.simulator else [])
 
     def play_episode(self, seed: int, show: Show | None = None) -> None:
-        """Of a simulator or a recording until it is over, of a robot until it is stopped."""
+        """Plays a simulator or a recording until it is over, a robot until it is stopped."""
         realtime.tidy()
         self.inference.reset()
         if self.simulator is not None:
@@ -200,7 +200,7 @@ class ControlSession:
         return self.replay is not None and self.replay.over
 
     def _close(self) -> None:
-        """A driver that cannot be closed does not cost the log."""
+        """A driver that cannot be closed must not cost the log."""
         try:
             with self.watchdog.closing():
                 self.driver.close()
