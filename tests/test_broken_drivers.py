@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from driven import DRIVER, PROFILE, Running
-from looping import PERIOD, loop
+from fake_loop import PERIOD, loop
 
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
@@ -162,7 +162,7 @@ class Nothing:
         raise SystemExit(name)
 
 
-@pytest.mark.parametrize("part", ["telemetry", "chunks", "thinking", "show", "over", "sleep"])
+@pytest.mark.parametrize("part", ["telemetry", "chunks", "inference", "show", "over", "sleep"])
 def test_whatever_ends_a_step_the_last_command_is_a_hold(part: str) -> None:
     control, arm, _, _ = loop(0, "replace")
 
@@ -171,8 +171,10 @@ def test_whatever_ends_a_step_the_last_command_is_a_hold(part: str) -> None:
 
     def over() -> bool:
         if len(arm.sent) == 5:
-            if part in ("telemetry", "chunks", "thinking"):
+            if part == "telemetry":
                 setattr(control, part, Nothing())
+            elif part in ("chunks", "inference"):
+                setattr(control.planner, part, Nothing())
             elif part == "over":
                 broken()
             else:
@@ -191,7 +193,7 @@ def test_whatever_ends_a_step_the_last_command_is_a_hold(part: str) -> None:
 
 
 def test_a_failure_after_a_stop_is_not_lost() -> None:
-    control, arm, _, _ = loop(0)
+    control, arm, _, _ = loop(0, stop_reason=lambda: "asked to stop: a key" if len(arm.sent) > 4 else None)
     follow = arm.command
 
     def command(action: Any) -> None:
@@ -200,7 +202,6 @@ def test_a_failure_after_a_stop_is_not_lost() -> None:
         follow(action)
 
     arm.command = command  # type: ignore[method-assign]
-    control._stop = lambda: "asked to stop: a key" if len(arm.sent) > 4 else None
     control.run(steps=20)
     assert control.guard.reason == "asked to stop: a key"
     assert control.failures == ["the driver failed: OSError: unplugged"]

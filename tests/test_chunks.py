@@ -36,9 +36,9 @@ def test_the_newest_chunk_replaces() -> None:
 
 def test_synchronously_a_chunk_is_played_to_its_end() -> None:
     chunks = Chunks("synchronous", 3)
-    assert chunks.wants(2)
+    assert chunks.needs_more(2)
     chunks.add(chunk(1, 2, 3), start=2, step=2)
-    assert [chunks.wants(step) for step in (2, 3, 4, 5)] == [False, False, False, True]
+    assert [chunks.needs_more(step) for step in (2, 3, 4, 5)] == [False, False, False, True]
     assert sent(chunks, 2, 3, 4, 5) == [1, 2, 3, None]
     some = Chunks("synchronous", 3, execute=2)
     some.add(chunk(1, 2, 3), start=0, step=0)
@@ -60,10 +60,10 @@ def test_the_ensemble_counts_older_chunks_more() -> None:
 def test_how_many_steps_are_played_before_asking_again() -> None:
     chunks = Chunks("replace", 5, execute=2)
     chunks.add(chunk(1, 2, 3, 4, 5), start=4, step=4)
-    assert [chunks.wants(step) for step in (4, 5, 6)] == [False, False, True]
+    assert [chunks.needs_more(step) for step in (4, 5, 6)] == [False, False, True]
     eager = Chunks("replace", 5)
     eager.add(chunk(1, 2, 3, 4, 5), start=4, step=4)
-    assert eager.wants(5)
+    assert eager.needs_more(5)
     with pytest.raises(UserError, match="expected to execute 1 to 5 steps of a chunk, found 6"):
         Chunks("replace", 5, execute=6)
 
@@ -88,4 +88,4 @@ def test_nothing_outlives_an_episode() -> None:
     chunks.add(chunk(1, 2, 3, 4, 5), start=0, step=0)
     chunks.clear()
     assert sent(chunks, 1) == [None]
-    assert chunks.wants(1)
+    assert chunks.needs_more(1)

@@ -7,34 +7,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-from looping import HZ, PERIOD, Arm, Clock, Thinking, joints, loop
+from fake_loop import HZ, PERIOD, Arm, Clock, FakeInference, joints, loop
 
 from rlrc.benchmarks.control import simulated_arm
 from rlrc.errors import UserError
 from rlrc.robots.robot import Sensed
 from rlrc.runtime.control.chunks import Chunks
-from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming
+from rlrc.runtime.control.control_loop import ControlLoop, LoopHooks, LoopTiming
 from rlrc.runtime.control.inference_process import Answer
+from rlrc.runtime.control.planner import Planner
 from rlrc.runtime.control.telemetry import Telemetry, summary
 from rlrc.runtime.safety.guard import Guard
 
 
 def test_synchronously_the_arm_is_held_during_inference() -> None:
-    control, arm, thinking, _ = loop(2, "synchronous", execute=3)
+    control, arm, inference, _ = loop(2, "synchronous", execute=3)
     control.run(steps=10)
     # The first chunk is waited for. When three steps of it have been played, asked about where the arm then is.
     assert joints(arm) == [0.01, 0.02, 0.03, 0.03, 0.03, 0.04, 0.05, 0.06, 0.06, 0.06]
     assert control.telemetry.rows["held"].tolist() == [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
-    assert thinking.starts == [0, 3, 6]
+    assert inference.starts == [0, 3, 6]
 
 
 def test_a_late_chunk_is_joined_by_the_time_of_its_observation() -> None:
-    control, arm, thinking, _ = loop(2, "replace")
+    control, arm, inference, _ = loop(2, "replace")
     control.run(steps=8)
     # The chunk asked for at step 0 is for the steps 0, 1, 2, ...: it comes before step 2, which gets its third action.
     # The next one is asked for at joint 0.02: 0.03 would be for step 2, so 0.05 is for step 4.
     assert joints(arm) == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
-    assert thinking.starts == [0, 0, 2, 4, 6]
+    assert inference.starts == [0, 0, 2, 4, 6]
     assert control.telemetry.rows["chunk"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
     assert control.telemetry.rows["place"].tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
 
@@ -89,7 +90,6 @@ def test_the_time_since_a_hold_that_came_late_counts_from_that_hold() -> None:
 
 
 def test_a_stop_between_two_steps_does_not_wait_for_the_next() -> None:
-    control, arm, _, clock = loop(0, "replace")
     pressed: list[float] = []
 
     def sleep(seconds: float) -> bool:
@@ -100,8 +100,8 @@ def test_a_stop_between_two_steps_does_not_wait_for_the_next() -> None:
             pressed.append(clock.now)
         return early
 
-    control._sleep, control._stop = sleep, lambda: "asked to stop" if pressed else None
-    control._rests = lambda: True  # type: ignore[method-assign]
+    control, arm, _, clock = loop(0, "replace", stop_reason=lambda: "asked to stop" if pressed else None, sleep=sleep)
+    control._await_rearming = lambda: True  # type: ignore[method-assign]
     control.run(steps=6)
     rows = control.telemetry.rows
     # The schedule goes on, and a second press brings no command forward.
@@ -113,7 +113,6 @@ def test_a_stop_between_two_steps_does_not_wait_for_the_next() -> None:
 
 
 def test_waking_without_a_stop_changes_nothing() -> None:
-    control, _, _, clock = loop(0, "replace")
     woken = 0
 
     def sleep(seconds: float) -> bool:
@@ -122,7 +121,7 @@ def test_waking_without_a_stop_changes_nothing() -> None:
         clock.sleep(seconds if woken % 2 else seconds / 2)
         return woken % 2 == 0
 
-    control._sleep = sleep
+    control, _, _, clock = loop(0, "replace", sleep=sleep)
     control.run(steps=6)
     sent = control.telemetry.rows["sent"]
     assert ((sent - sent[0]) / PERIOD).round(3).tolist() == [0, 1, 2, 3, 4, 5]
@@ -136,15 +135,15 @@ def test_repeated_misses_stop() -> None:
 
 
 def test_inference_that_hangs_stops() -> None:
-    control, _, thinking, _ = loop(0, "replace", patience=5.0, hung=0.35)
-    poll = thinking.poll
+    control, _, inference, _ = loop(0, "replace", patience=5.0, hung=0.35)
+    poll = inference.poll
 
     def once() -> Answer | None:
         answer = poll()
-        thinking.seconds = 1e6
+        inference.seconds = 1e6
         return answer
 
-    thinking.poll = once  # type: ignore[method-assign]
+    inference.poll = once  # type: ignore[method-assign]
     control.run(steps=24)
     assert control.guard.reason == "inference has not answered for 0.35 s"
     assert control.telemetry.steps == 5  # asked at step 0
@@ -168,10 +167,35 @@ def test_missed_steps_are_left_out_and_not_made_up_for() -> None:
     assert summary(control.telemetry, PERIOD)["skipped_steps"] == 1
 
 
+def test_a_chunk_is_requested_once_for_each_state() -> None:
+    control, arm, inference, _ = loop(0, "replace", late=4.0)
+    sense, kept = arm.sense, list[Sensed]()
+
+    def slow() -> Sensed:
+        """A new state at every third step; the robot repeats it in between."""
+        kept.append(sense() if len(kept) % 3 == 0 else kept[-1])
+        return kept[-1]
+
+    arm.sense, arm.live_pictures = slow, False  # type: ignore[method-assign]
+    control.run(steps=9)
+    assert not control.guard.stopped
+    # The first chunk, which the loop waits for, and one for each new state.
+    assert len({sensed.stamp for sensed in kept}) == 4
+    assert len(inference.starts) == 1 + 4
+
+
+def test_a_stopped_robot_requests_no_chunk() -> None:
+    control, arm, inference, _ = loop(0, "replace", stop_reason=lambda: "asked to stop" if len(arm.sent) > 4 else None)
+    control._await_rearming = lambda: True  # type: ignore[method-assign]
+    control.run(steps=12)
+    assert control.telemetry.rows["stopped"].tolist() == [False] * 5 + [True] * 7
+    assert len(inference.starts) == 1 + 5  # the first chunk, and one for each step before the stop
+
+
 def test_a_chunk_goes_on_from_the_one_before() -> None:
-    control, _, thinking, _ = loop(2, "continue")
+    control, _, inference, _ = loop(2, "continue")
     control.run(steps=6)
-    first, second, third = thinking.continuations[:3]
+    first, second, third = inference.continuations[:3]
     assert first is None
     assert (second.frozen, len(second.previous)) == (0, 8)  # no chunk has been late so far
     # Asked at step 2: what is left of the chunk of step 0, two steps of which will be gone when the answer comes.
@@ -180,8 +204,8 @@ def test_a_chunk_goes_on_from_the_one_before() -> None:
 
 
 def test_a_command_that_breaks_a_limit_is_not_sent() -> None:
-    control, arm, thinking, _ = loop(0, "replace")
-    poll = thinking.poll
+    control, arm, inference, _ = loop(0, "replace")
+    poll = inference.poll
 
     def jumping() -> Answer | None:
         answer = poll()
@@ -190,7 +214,7 @@ def test_a_command_that_breaks_a_limit_is_not_sent() -> None:
             answer.actions[:] += 0.9
         return answer
 
-    thinking.poll = jumping  # type: ignore[method-assign]
+    inference.poll = jumping  # type: ignore[method-assign]
     control.run(steps=20)
     assert "velocity of shoulder" in str(control.guard.reason)
     assert max(joints(arm)) < 0.1
@@ -242,7 +266,7 @@ def test_a_robot_that_never_answers_has_no_ages_to_sum_up() -> None:
     control, arm, _, _ = loop(0)
     control._begin()
     arm.break_down("lost robot")
-    control._tick(0, 100.0, 0)
+    control._step(0, 100.0, 0)
     assert summary(control.telemetry, PERIOD)["age_ms"] is None
 
 
@@ -255,20 +279,21 @@ class BlindArm(Arm):
         return found._replace(observation=observation, measured=None)
 
 
-class FromNowhere(Thinking):
+class FromNowhere(FakeInference):
     def ask(self, observation: Any, start: int, continuation: Any = None) -> None:
         super().ask({**observation, "state": np.zeros(2)}, start, continuation)
 
 
 def test_a_policy_without_a_state_moves_by_what_nothing_measures() -> None:
-    spec, clock, told = simulated_arm.spec(), Clock(), Telemetry(64, 2)
+    spec, clock, telemetry = simulated_arm.spec(), Clock(), Telemetry(64, 2)
     spec = replace(spec, state=None, action=replace(spec.action, meaning=("delta", "delta")))
     free = {"meaning": "delta", "state": None, "position": None, "unbounded": "rig"}
     limits = replace(
         simulated_arm.profile(), dimensions=tuple(replace(one, **free) for one in simulated_arm.profile().dimensions)
     )
-    guard, arm, thinking = Guard(limits, HZ, spec.action, (), ()), BlindArm(clock), FromNowhere(clock, 0)
-    chunks = Chunks("replace", simulated_arm.HORIZON, 8)
-    control = ControlLoop(arm, thinking, guard, chunks, spec, LoopTiming(HZ), told, clock=clock, sleep=clock.sleep)
+    guard, arm = Guard(limits, HZ, spec.action, (), ()), BlindArm(clock)
+    planner = Planner(FromNowhere(clock, 0), Chunks("replace", simulated_arm.HORIZON, 8), spec)
+    hooks = LoopHooks(clock=clock, sleep=clock.sleep)
+    control = ControlLoop(arm, planner, guard, telemetry, spec, LoopTiming(HZ), hooks)
     control.run(steps=3)
     assert (guard.reason, joints(arm)) == (None, [0.01, 0.02, 0.03])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlrc.benchmarks.control import simulated_arm
-from rlrc.robots.driver import Driver, checked, one_line, said
+from rlrc.robots.driver import Driver, check_sensed, describe_driver_error, one_line
 from rlrc.robots.robot import RobotError, Sensed
 from rlrc.runtime.cli.policy import check_failed
 from rlrc.runtime.control.sensor_watchdog import SensorWatchdog
@@ -41,13 +41,13 @@ def good() -> Sensed:
 )
 def test_what_sense_gives_is_checked(wrong: Any) -> None:
     with pytest.raises(RobotError, match="the driver's sense gave"):
-        checked(wrong(good()))
+        check_sensed(wrong(good()))
 
 
 def test_what_is_right_goes_through() -> None:
     sensed = good()
-    assert checked(sensed) is sensed
-    assert checked(None) is None
+    assert check_sensed(sensed) is sensed
+    assert check_sensed(None) is None
 
 
 def test_an_asynchronous_command_is_refused() -> None:
@@ -79,7 +79,7 @@ def test_an_asynchronous_generator_for_a_command_is_refused() -> None:
 )
 def test_what_a_driver_says_is_one_line_that_can_be_printed(message: str, line: str) -> None:
     assert one_line(OSError(message)) == line
-    assert said(type("A\x1b[31m", (Exception,), {})(message)) == f"the driver failed: A?[31m: {line}"
+    assert describe_driver_error(type("A\x1b[31m", (Exception,), {})(message)) == f"the driver failed: A?[31m: {line}"
 
 
 def test_a_reason_is_printed_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,15 +91,15 @@ def test_a_target_that_moves_on_is_followed_at_full_speed() -> None:
 def test_near_a_bound_there_is_room_to_stop() -> None:
     # .35 m before the bound, 1 m/s is the most: .1 m in this step, then v^2 / 2A = .25 m.
     limits = guard_of(replace(ABSOLUTE, position=NEAR)).limits
-    np.testing.assert_allclose(braking.fastest(at(0.35), limits, DT), 1.0)
-    lowest, highest = braking.reachable(at(0.65), at(1.0), limits, DT)
+    np.testing.assert_allclose(braking.highest_velocity(at(0.35), limits, DT), 1.0)
+    lowest, highest = braking.velocity_range(at(0.65), at(1.0), limits, DT)
     np.testing.assert_allclose((lowest[0], highest[0]), (0.8, 1.0))
     # .25 m before it, full speed is just still allowed to have been; now it is braking and little else.
-    lowest, highest = braking.reachable(at(0.75), at(1.0), limits, DT)
+    lowest, highest = braking.velocity_range(at(0.75), at(1.0), limits, DT)
     np.testing.assert_allclose((lowest[0], highest[0]), (0.8, 0.5 / (0.1 + np.sqrt(0.01 + 0.25))))
     assert lowest[0] < highest[0]
     # Nearer than that, at that speed, it never gets on its own. If something else brings it there: brake.
-    lowest, highest = braking.reachable(at(0.9), at(1.0), limits, DT)
+    lowest, highest = braking.velocity_range(at(0.9), at(1.0), limits, DT)
     np.testing.assert_allclose((lowest[0], highest[0]), (0.8, 0.8))
 
 
@@ -114,8 +114,8 @@ def test_braking_is_an_event_of_its_own() -> None:
 def test_a_velocity_lasts_until_the_next_command() -> None:
     # Up to .2 s late: 1 m/s needs .2 + .25 m.
     limits = guard_of(replace(VELOCITY, position=NEAR)).limits
-    assert braking.reachable(at(0.55), at(1.0), limits, DT)[1][0] == pytest.approx(1.0)
-    assert braking.reachable(at(0.56), at(1.0), limits, DT)[1][0] < 0.99
+    assert braking.velocity_range(at(0.55), at(1.0), limits, DT)[1][0] == pytest.approx(1.0)
+    assert braking.velocity_range(at(0.56), at(1.0), limits, DT)[1][0] < 0.99
 
 
 def test_a_clamped_position_ends_at_the_bound() -> None:
@@ -369,13 +369,13 @@ def test_a_mistake_of_the_guard_stops_and_holds(monkeypatch: pytest.MonkeyPatch)
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(braking, "reachable", broken)
+    monkeypatch.setattr(braking, "velocity_range", broken)
     verdict = guard.step(at(0.1), at(0.0), DT)
     assert verdict.stopped
     assert verdict.command == pytest.approx(0.08)
     assert guard.reason == "ZeroDivisionError: oops"
     assert guard.events[-1].kind == "fault"
-    monkeypatch.setattr(braking, "braked", broken)
+    monkeypatch.setattr(braking, "brake", broken)
     verdict = guard.step(at(0.1), at(0.0), DT)
     assert (verdict.command, verdict.held, verdict.stopped) == (None, True, True)
 

@@ -196,8 +196,8 @@ def test_the_newest_reading_at_every_step() -> None:
     assert boards.at(RUN, [9.9, 10.0, 10.9, 12.0, 99.0]) == [None, *(RUN[i].reading for i in (0, 0, 1, 2))]
     kept = telemetry.Telemetry(4, 1)
     for sent in (9.0, 10.5, 12.0):
-        kept.next()["sent"] = sent
-        kept.commanded(np.zeros(1))
+        kept.begin(0, 0.0, 0)
+        kept.write(np.zeros(1), sent=sent)
     columns = telemetry._board_columns(RUN, kept.rows["sent"])
     np.testing.assert_array_equal(columns["board.watts"], np.array([np.nan, 5, 7], np.float32))
     np.testing.assert_array_equal(columns["board.throttled"], np.array([np.nan, 0, 2], np.float32))
@@ -207,8 +207,8 @@ def test_the_newest_reading_at_every_step() -> None:
 def test_the_log_has_the_board_beside_the_steps(tmp_path: Path) -> None:
     kept = telemetry.Telemetry(4, 1)
     for sent in (9.0, 12.0):
-        kept.next()["sent"] = sent
-        kept.commanded(np.zeros(1))
+        kept.begin(0, 0.0, 0)
+        kept.write(np.zeros(1), sent=sent)
     telemetry.write(kept, ("dx",), tmp_path / "log.jsonl", RUN)
     first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert not any(name.startswith("board.") for name in first)  # nothing was read yet

@@ -27,9 +27,8 @@ from rlrc.runtime.control.telemetry import Telemetry
 def told(chunks: list[int], commands: list[list[float]], first: int = 0) -> Telemetry:
     kept = Telemetry(16, len(commands[0]))
     for step, (chunk, command) in enumerate(zip(chunks, commands, strict=True)):
-        row = kept.next()
-        row["step"], row["chunk"], row["due"], row["sent"] = first + step, chunk, 0.1 * step, 0.1 * step + 0.001
-        kept.commanded(np.array(command))
+        kept.begin(first + step, 0.1 * step, 0)
+        kept.write(np.array(command), chunk=chunk, sent=0.1 * step + 0.001)
     return kept
 
 
@@ -84,10 +83,9 @@ def test_a_log_of_the_steps(tmp_path: Path) -> None:
 def test_the_oldest_steps_make_room() -> None:
     kept = Telemetry(4, 1)
     for step in range(10):
-        row = kept.next()
-        assert (row["chunk"], row["place"]) == (0, 0)
-        row["step"], row["chunk"], row["place"] = step, step, step
-        kept.commanded(np.array([float(step)]))
+        kept.begin(step, 0.0, 0)
+        assert (kept.rows["chunk"][-1], kept.rows["place"][-1]) == (0, 0)
+        kept.write(np.array([float(step)]), chunk=step, place=step)
     assert kept.steps == 10
     assert kept.rows["step"].tolist() == [6, 7, 8, 9]
     assert kept.commands.ravel().tolist() == [6, 7, 8, 9]
@@ -96,9 +94,8 @@ def test_the_oldest_steps_make_room() -> None:
 def test_what_is_counted_is_counted_of_all_steps() -> None:
     kept = Telemetry(4, 1)
     for step in range(10):
-        row = kept.next()
-        row["due"], row["sent"] = 0.1 * step, 0.1 * step + 0.001
-        row["late"], row["held"], row["skipped"], row["clamped"] = step == 1, step % 2, 2 * (step == 3), 3 * (step > 5)
+        kept.begin(step, 0.1 * step, 2 * (step == 3))
+        kept.write(None, sent=0.1 * step + 0.001, late=step == 1, held=step % 2, clamped=3 * (step > 5))
     found = telemetry.summary(kept, 0.1)
     assert (found["steps"], found["late_actions"], found["held_steps"]) == (10, 1, 5)
     assert (found["skipped_steps"], found["clamped_steps"]) == (2, 4)

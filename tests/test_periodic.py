@@ -17,7 +17,7 @@ from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.control.chunks import Chunks
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.safety import profile as profiles
-from rlrc.runtime.safety.angles import near, shortest
+from rlrc.runtime.safety.angles import nearest, shortest
 from rlrc.runtime.safety.guard import Guard
 from rlrc.runtime.safety.profile import Dimension, Limit, Position, RobotProfile, Tracking, Workspace
 
@@ -54,8 +54,8 @@ def test_differences() -> None:
     periods = np.array([360.0, math.inf, 2 * math.pi])
     np.testing.assert_allclose(shortest(at(350.0, 350.0, 6.0), periods), [-10, 350, 6 - 2 * math.pi])
     values = at(-179.0, 5.0, 0.1)
-    np.testing.assert_allclose(near(values, at(179.0, -500.0, 0.0), periods), [181.0, 5.0, 0.1])
-    assert near(values, at(-170.0, 0.0, 0.0), periods).tobytes() == values.tobytes()
+    np.testing.assert_allclose(nearest(values, at(179.0, -500.0, 0.0), periods), [181.0, 5.0, 0.1])
+    assert nearest(values, at(-170.0, 0.0, 0.0), periods).tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("way", [1.0, -1.0])
@@ -168,7 +168,7 @@ def test_a_state_in_other_numbers() -> None:
 def test_what_a_chunk_foresees_is_in_the_states_numbers() -> None:
     guard = started(YAW, 175.0)
     sent(guard, -177.0, 175.0)
-    np.testing.assert_allclose(guard.foreseen(at(175.0)), [-177.0])
+    np.testing.assert_allclose(guard.predict_state(at(175.0)), [-177.0])
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,12 @@ def test_nonsense_is_refused(dimension: Dimension, message: str) -> None:
 def test_a_box_has_no_angles_that_wrap() -> None:
     free = replace(YAW, position=None)
     box = Workspace(("yaw",), (-90.0,), (90.0,), "s")
-    with pytest.raises(UserError, match="no workspace bounds of the periodic yaw"):
+    with pytest.raises(UserError, match="no workspace limits of the periodic yaw"):
         profiles.check(RobotProfile("r", SOURCES, (free,), box))
 
 
 def test_no_shipped_profile_is_periodic() -> None:
-    for name in profiles.shipped():
+    for name in profiles.list_shipped():
         assert not any(dimension.periodic for dimension in profiles.load(name).dimensions)
 
 
@@ -228,8 +228,8 @@ def test_an_ensemble_averages_on_the_circle() -> None:
 def test_errors_of_a_recording_are_those_on_the_circle() -> None:
     told = Telemetry(4, 2)
     for command in ([3.1, 3.1], [-3.1, -3.1]):
-        told.next()
-        told.commanded(np.array(command))
+        told.begin(0, 0.0, 0)
+        told.write(np.array(command))
     recorded = np.array([[-3.1, -3.1], [-3.1, -3.1]])
     found = cli_replay.errors(recorded, told, ("yaw", "x"), np.array([2 * math.pi, math.inf]))
     assert found["error"]["yaw"]["max"] == pytest.approx(2 * math.pi - 6.2, abs=1e-6)

@@ -65,7 +65,7 @@ def test_reads_a_file(tmp_path: Path) -> None:
         ("low = -1.0", 'low = 1.0, on = "stop"', "expected low < high at position of joint"),
         ("limit = 3.0", "limit = 0.0", "expected positive limits of joint"),
         ('limit = 3.0, source = "sheet"', 'limit = 3.0, source = "x"', "one of the sources sheet of joint, found 'x'"),
-        ('state = "q"', "", "expected the state that measures joint, which has bounds, found none"),
+        ('state = "q"', "", "expected the state that measures joint, which has position limits, found none"),
         ("robot =", "robot", "expected TOML in .*robot.toml"),
     ],
 )
@@ -103,7 +103,7 @@ def test_refuses_a_file_that_is_not_there() -> None:
         (replace(GRIPPER, rest=None), "expected either state or rest of grip"),
         (replace(GRIPPER, state="at"), "expected either state or rest of grip"),
         (replace(GRIPPER, rest=2.0), "expected a rest of grip within its position limits, found 2"),
-        (replace(GRIPPER, acceleration=Limit(1.0, "s")), "a velocity limit beside the acceleration limit of grip"),
+        (replace(GRIPPER, acceleration=Limit(1.0, "s")), "a velocity limit with the acceleration limit of grip"),
     ],
 )
 def test_refuses_a_dimension_with_a_gap(dimension: Dimension, message: str) -> None:
@@ -179,13 +179,13 @@ def test_refuses_a_state_that_does_not_measure(names: list[str], units: list[str
 def test_units_convert() -> None:
     dimensions = (replace(ABSOLUTE, unit="cm"), replace(VELOCITY, name="turn", unit="rad/s", state="angle"))
     profile = RobotProfile("r", SOURCES, dimensions)
-    senses = profiles.senses(profile, action_of(profile), ["angle", "at_x"], ["deg", "mm"])
+    senses = profiles.match_state(profile, action_of(profile), ["angle", "at_x"], ["deg", "mm"])
     assert senses.dimensions == (0, 1)
     assert senses.entries == (1, 0)
     np.testing.assert_allclose(senses.factors, (0.1, math.pi / 180))
 
 
-@pytest.mark.parametrize("name", profiles.shipped())
+@pytest.mark.parametrize("name", profiles.list_shipped())
 def test_shipped_profiles_make_guards(name: str) -> None:
     profile = profiles.load(name)
     sensed = [dimension for dimension in profile.dimensions if dimension.state is not None]
@@ -237,7 +237,7 @@ def test_the_simulators_profile_covers_the_reference_policy() -> None:
 
 def test_the_guide_lists_every_profile() -> None:
     guide = (Path(__file__).parent.parent / "docs/robots.md").read_text()
-    assert [name for name in profiles.shipped() if f"`{name}`" not in guide] == []
+    assert [name for name in profiles.list_shipped() if f"`{name}`" not in guide] == []
 
 
 def test_the_guides_example_is_a_profile(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from rlrc.artifact import Manifest, PolicySpec
 from rlrc.errors import UserError
-from rlrc.robots.replay import ReplayRobot, untracked
+from rlrc.robots.replay import ReplayRobot, drop_tracking
 from rlrc.robots.robot import Sensed
 from rlrc.runtime.cli.replay import errors, told
 from rlrc.runtime.cli.run import RunPolicy
@@ -127,8 +127,8 @@ def test_what_does_not_fit_is_refused(
 def telemetry(commands: list[list[float]], held: list[bool], capacity: int = 8) -> Telemetry:
     kept = Telemetry(capacity, 2)
     for command, hold in zip(commands, held, strict=True):
-        kept.next()["held"] = hold
-        kept.commanded(np.array(command))
+        kept.begin(0, 0.0, 0)
+        kept.write(np.array(command), held=hold)
     return kept
 
 
@@ -163,7 +163,9 @@ def test_nothing_is_compared_where_the_robot_is_held_all_the_time() -> None:
 def test_a_recording_follows_nothing() -> None:
     panda = profile.load("franka-panda")
     assert any(one.tracking for one in panda.dimensions)
-    assert untracked(panda) == replace(panda, dimensions=tuple(replace(one, tracking=None) for one in panda.dimensions))
+    assert drop_tracking(panda) == replace(
+        panda, dimensions=tuple(replace(one, tracking=None) for one in panda.dimensions)
+    )
 
 
 def test_run_replays_an_episode(

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.runtime.control.stop_switch import SIGNALS, StopSwitch, uninterrupted
+from rlrc.runtime.control.stop_switch import SIGNALS, StopSwitch, ignore_first_interrupt
 
 PATIENCE = 5.0  # seconds that a busy machine may take
 
@@ -117,7 +117,7 @@ def test_another_signal_soon_after_does_not_end_the_program() -> None:
 
 def test_what_is_put_away_is_interrupted_by_the_second_signal_only() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), ignore_first_interrupt():
         with StopSwitch().listen(keyboard=None):
             pass
         signal.raise_signal(signal.SIGINT)
@@ -146,12 +146,12 @@ def test_signals_that_a_library_has_taken_are_taken_again(take: Callable[[], obj
     switch = StopSwitch()
     with switch.listen(keyboard=None):
         take()
-        switch.keep()
+        switch.reclaim_signals()
         os.kill(os.getpid(), signal.SIGINT)
         wait(lambda: switch.stopped)
         assert switch.reason == "signal SIGINT"
     assert signal.getsignal(signal.SIGINT) is before
-    switch.keep()  # nobody listens any more
+    switch.reclaim_signals()  # nobody listens any more
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -279,8 +279,8 @@ def test_a_button_as_a_descriptor() -> None:
 def test_refuses_a_button_that_never_tells(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("0")
     for path, message in [
-        (tmp_path / "file", "which never tells; for a GPIO, let gpiomon write into a FIFO"),
-        (tmp_path, "which never tells"),
+        (tmp_path / "file", "which reports no presses; for a GPIO, let gpiomon write into a FIFO"),
+        (tmp_path, "which reports no presses"),
         (tmp_path / "none", "No such file or directory; give another --button"),
     ]:
         with pytest.raises(UserError, match=message), StopSwitch().listen(keyboard=None, button=path):

@@ -70,7 +70,7 @@ def test_what_is_told(manager: Manager) -> None:
 
 def test_nobody_listens() -> None:
     environment = {"WATCHDOG_USEC": "1000"}
-    supervisor = Supervisor.of(environment)
+    supervisor = Supervisor.from_environment(environment)
     supervisor.ready("runs")
     supervisor.beat()
     assert supervisor.seconds is None
@@ -81,12 +81,12 @@ def test_nobody_listens() -> None:
 
 def test_the_environment_is_systemds(listening: Manager) -> None:
     environment = listening.environment() | {"WATCHDOG_PID": str(os.getpid()), "OTHER": "stays"}
-    assert Supervisor.of(environment).seconds == pytest.approx(WATCHDOG_S)
+    assert Supervisor.from_environment(environment).seconds == pytest.approx(WATCHDOG_S)
     assert environment == {"OTHER": "stays"}  # children would speak in our name
-    other = Supervisor.of(listening.environment() | {"WATCHDOG_PID": "1"})
+    other = Supervisor.from_environment(listening.environment() | {"WATCHDOG_PID": "1"})
     assert other.seconds is None  # meant for another process
     with pytest.raises(UserError, match="expected microseconds in WATCHDOG_USEC, found 'soon'"):
-        Supervisor.of(listening.environment() | {"WATCHDOG_USEC": "soon"})
+        Supervisor.from_environment(listening.environment() | {"WATCHDOG_USEC": "soon"})
 
 
 DRIVER = """

@@ -12,7 +12,7 @@ from rlrc.benchmarks.control import simulated_arm
 from rlrc.robots.driver import Driver
 from rlrc.robots.robot import RobotError
 from rlrc.runtime.control import watchdog
-from rlrc.runtime.control.watchdog import Watchdog, leave
+from rlrc.runtime.control.watchdog import Watchdog, finish_process
 
 
 def test_threads_that_a_driver_leaves_do_not_keep_the_process(
@@ -22,9 +22,9 @@ def test_threads_that_a_driver_leaves_do_not_keep_the_process(
     known, over, ended = set(threading.enumerate()), threading.Event(), list[int]()
     brief = threading.Thread(target=time.sleep, args=(0.02,))
     brief.start()
-    assert (leave(known, 1, ended.append), ended) == (1, [])
+    assert (finish_process(known, 1, ended.append), ended) == (1, [])
     threading.Thread(target=over.wait, name="reader").start()
-    leave(known, 1, ended.append)
+    finish_process(known, 1, ended.append)
     over.set()
     assert ended == [1]
     assert "the driver's close has left threads that go on: reader" in capsys.readouterr().err

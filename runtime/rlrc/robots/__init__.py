@@ -1,4 +1,4 @@
-"""What `rlrc run` drives: robots, simulators in their place, recordings. The seam is rlrc.robots.robot."""
+"""What `rlrc run` drives: robots, simulators, recordings. Their interface is rlrc.robots.robot."""
 
 from rlrc.libraries import keep_local
 

@@ -1,4 +1,4 @@
-"""A user's driver, with its promises checked (rlrc.robots.robot)."""
+"""A user's driver, with its interface checked (rlrc.robots.robot)."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from numpy.typing import NDArray
 from rlrc.printable import printable
 from rlrc.robots.robot import Robot, RobotError, Sensed
 
-NEEDED = ("sense", "command", "stop", "close")
-LONGEST = 1000  # characters of an exception's message: some hold a whole array
+REQUIRED = ("sense", "command", "stop", "close")
+LONGEST = 1000  # characters of an exception's message: some contain a whole array
 
 
 class Driver:
-    """Is a robot and holds one. Its calls raise RobotError for whatever the robot's raise, Ctrl-C aside, or get wrong.
+    """A robot that wraps another. Any exception (except Ctrl-C) or wrong result of the other raises RobotError.
 
-    ``halt`` is for another thread, while a call of the robot's hangs. From then on nothing is sent any more.
+    ``halt`` is for another thread, while a call hangs. After it nothing is sent any more.
     """
 
     def __init__(self, robot: Robot) -> None:
-        missing = [name for name in NEEDED if not callable(plain(name, getattr, robot, name, None))]
-        known = plain("live_pictures", hasattr, robot, "live_pictures")
-        missing += [] if known else ["live_pictures"]
+        missing = [name for name in REQUIRED if not callable(call_driver(name, getattr, robot, name, None))]
+        has_flag = call_driver("live_pictures", hasattr, robot, "live_pictures")
+        missing += [] if has_flag else ["live_pictures"]
         if missing:
             raise RobotError(f"a driver without {', '.join(missing)} ({type(robot).__name__}; docs/robots.md)")
         self._robot = robot
         self.call: tuple[str, float] | None = None
-        """which call has not returned yet, and when it began (time.monotonic)"""
+        """the call that has not returned yet, and when it began (time.monotonic)"""
         self.halted: str | None = None
         """why ``halt`` was called"""
 
     @property
     def live_pictures(self) -> bool:
-        return bool(plain("live_pictures", lambda: bool(self._robot.live_pictures)))
+        return bool(call_driver("live_pictures", lambda: bool(self._robot.live_pictures)))
 
     def sense(self) -> Sensed | None:
-        found: Sensed | None = plain("sense", checked, self._call("sense", self._robot.sense))
+        found: Sensed | None = call_driver("sense", check_sensed, self._call("sense", self._robot.sense))
         return found
 
     def command(self, action: NDArray[Any]) -> None:
-        self._call("command", self._robot.command, action.copy())  # some convert it in place
+        self._call("command", self._robot.command, action.copy())  # some drivers convert it in place
 
     def stop(self) -> None:
-        plain("stop", self._robot.stop)
+        call_driver("stop", self._robot.stop)
 
     def close(self) -> None:
         self._call("close", self._robot.close)
@@ -62,21 +62,22 @@ class Driver:
             raise RobotError(self.halted)
         self.call = name, time.monotonic()
         try:
-            return plain(name, function, *arguments)
+            return call_driver(name, function, *arguments)
         finally:
             self.call = None
-            if self.halted is not None and name != "close":  # what it gives, or raises, is as old as the call
+            if self.halted is not None and name != "close":  # its result, or exception, is as old as the call
                 raise RobotError(self.halted) from None
 
 
-def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a driver's function returns. Raises RobotError for all else that it may do, except KeyboardInterrupt."""
+def call_driver(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a driver's function. Raises RobotError for any exception except KeyboardInterrupt, and for a
+    coroutine or generator instead of a result."""
     try:
         found = function(*arguments)
     except (RobotError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # SystemExit too: a driver is not to end the program while the robot moves
-        raise RobotError(said(error)) from error
+    except BaseException as error:  # SystemExit too: a driver must not end the program while the robot moves
+        raise RobotError(describe_driver_error(error)) from error
     if isinstance(found, (Coroutine, Generator, AsyncGenerator)):
         if not isinstance(found, AsyncGenerator):
             found.close()
@@ -85,8 +86,8 @@ def plain(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return found
 
 
-def checked(found: Any) -> Sensed | None:
-    """What ``sense`` gave. Raises RobotError unless its parts are what the loop computes with."""
+def check_sensed(found: Any) -> Sensed | None:
+    """The result of ``sense``. Raises RobotError unless its parts have the types that the loop computes with."""
     if found is None:
         return None
     if not isinstance(found, Sensed):
@@ -100,28 +101,28 @@ def checked(found: Any) -> Sensed | None:
         raise _wrong("a stamp in seconds", stamp)
     if not isinstance(pictures, Mapping) or not all(_is_time(at) for at in pictures.values()):
         raise _wrong("stamps of pictures in seconds", pictures)
-    seen = {name for name in observation if name.startswith("image.")}
-    if seen != set(pictures):
-        raise RobotError(f"the driver's sense gave stamps of {_names(pictures)} for the pictures {_names(seen)}")
-    for name in seen:
+    pictured = {name for name in observation if name.startswith("image.")}
+    if pictured != set(pictures):
+        raise RobotError(f"the driver's sense gave stamps of {_names(pictures)} for the pictures {_names(pictured)}")
+    for name in pictured:
         if not isinstance(observation[name], np.ndarray):
             raise _wrong(f"{name} as an array", observation[name])
-    # A mapping of the driver's own may compute, and fail, whenever it is asked.
+    # A driver's own mapping type may compute its values, and fail, at every access: copy it here.
     return found if type(observation) is dict else found._replace(observation=dict(observation))
 
 
-def said(error: BaseException) -> str:
-    """What a driver meant to say, or which mistake it made; one line."""
-    return one_line(error) if isinstance(error, RobotError) else f"the driver failed: {named(error)}"
+def describe_driver_error(error: BaseException) -> str:
+    """A RobotError's own message, or which other error the driver raised; one line."""
+    return one_line(error) if isinstance(error, RobotError) else f"the driver failed: {describe_exception(error)}"
 
 
-def named(error: BaseException) -> str:
-    """The exception's class, and its message if it has one; one line."""
+def describe_exception(error: BaseException) -> str:
+    """The exception's class, and its message if there is one; one line."""
     return f"{printable(type(error).__name__)}: {one_line(error)}".removesuffix(": ")
 
 
 def one_line(error: BaseException) -> str:
-    """Its message as one line of up to LONGEST printable characters. Raises nothing, whatever ``__str__`` does."""
+    """The message as one line of up to LONGEST printable characters. Raises nothing, even if ``__str__`` does."""
     try:
         text = printable(" ".join(str(error).split()))
     except BaseException:  # a driver's own class of exceptions

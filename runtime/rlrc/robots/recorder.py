@@ -1,7 +1,7 @@
-"""A robot that writes down what it does: every step a frame of a LeRobotDataset v3.0, so that a failure becomes data.
+"""Records every step of a robot as a frame of a LeRobotDataset v3.0.
 
-While the loop runs, frames go through a thread into one growing file, which takes no more than their copying; the data
-set is made of it at the end. A disk that is full or too slow stops the robot like a part of it that does not answer.
+While the loop runs, a thread writes the frames into one growing file, so that the loop only copies them; at the end the
+data set is made from that file. A disk that is full or too slow stops the robot, like a robot that does not answer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.folders import check_output
-from rlrc.robots.driver import named
+from rlrc.robots.driver import describe_exception
 from rlrc.robots.robot import Robot, RobotError, Sensed
 
-WAITING = 256  # frames that the disk may be behind
+WAITING = 256  # frames that may wait for the disk
 
 
 class Recorder:
-    """Is a robot and holds one. ``hz`` is the rate of the commands. Raises UserError if ``out`` cannot be written."""
+    """A robot that wraps another. ``hz``: rate of the commands. Raises UserError if ``out`` cannot be written."""
 
     def __init__(self, robot: Robot, spec: PolicySpec, hz: float, out: Path) -> None:
         check_output(out)
@@ -39,7 +39,7 @@ class Recorder:
         self._failure: str | None = None
         self._episodes: list[tuple[str, int]] = []  # task, frames
         self._sensed: Sensed | None = None
-        self._stream = (self._folder / "frames").open("wb", buffering=0)  # so that a failure is seen at once
+        self._stream = (self._folder / "frames").open("wb", buffering=0)  # so that a failure shows at once
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
@@ -48,7 +48,7 @@ class Recorder:
         return self._robot.live_pictures
 
     def begin(self, task: str) -> None:
-        """Frames from here on belong to a new episode, whose task this is, in words."""
+        """Begins a new episode, with this task in words."""
         self._episodes.append((task, 0))
 
     def sense(self) -> Sensed | None:
@@ -76,14 +76,14 @@ class Recorder:
         self._robot.stop()
 
     def close(self) -> None:
-        """The frames stay beside ``out`` unless they have become a data set."""
+        """The frames stay next to ``out`` unless ``finish`` has made a data set of them."""
         self._end()
         self._robot.close()
 
     def finish(self) -> int:
-        """Makes the data set of what was recorded, and returns its frames. Raises UserError if the disk failed.
+        """Makes the data set, and returns its number of frames. Raises UserError if the disk failed.
 
-        What has been recorded until then stays beside ``out`` in that case.
+        The frames recorded before that then stay next to ``out``.
         """
         self._end()
         if self._failure is not None:
@@ -124,19 +124,19 @@ class Recorder:
 
     def _write(self) -> None:
         try:
-            for frame in self._queued():
+            for frame in self._take_frames():
                 whole = io.BytesIO()
                 for name, array in (*frame.items(), ("", np.zeros(0))):
                     whole.write(name.encode() + b"\n")
                     np.save(whole, array, allow_pickle=False)
                 self._stream.write(whole.getvalue())
         except Exception as error:
-            why = error.strerror if isinstance(error, OSError) else named(error)
+            why = error.strerror if isinstance(error, OSError) else describe_exception(error)
             self._failure = f"the recording failed: {why}"
-            for _ in self._queued():  # so that whoever ends the recording finds room in the queue
+            for _ in self._take_frames():  # drain the queue, so that ``_end`` does not block
                 pass
 
-    def _queued(self) -> Iterator[dict[str, NDArray[Any]]]:
+    def _take_frames(self) -> Iterator[dict[str, NDArray[Any]]]:
         while (frame := self._frames.get()) is not None:
             yield frame
 

@@ -1,7 +1,7 @@
-"""A recorded episode in the place of a robot: what would the policy do with what this robot saw? Nothing moves.
+"""A recorded episode as a robot: which commands does the policy give for the recorded observations? Nothing moves.
 
-Every command brings the next frame, whatever it says, so that what the policy commands can be compared with what was
-recorded. A thread reads ahead; if it falls behind, the last frame grows old, which stops the loop like a slow camera.
+Every command brings the next frame, so that the policy's commands can be compared with the recorded ones. A thread
+reads ahead; if it falls behind, the last frame grows old, which stops the loop like a slow camera.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rlrc.robots.robot import RobotError, Sensed
 if TYPE_CHECKING:
     from rlrc.runtime.safety.profile import RobotProfile
 
-AHEAD = 16  # frames that are read before they are needed
+AHEAD = 16  # frames to read ahead
 
 
 class ReplayRobot:
-    """Raises UserError if the data set does not fit the policy (rlrc.datasets.fit) or has no such episode.
+    """Raises UserError if the data set does not fit the policy (rlrc.datasets.fit) or lacks the episode.
 
-    ``hz`` is the data set's rate, ``recorded`` (frames, dim) the episode's actions; ``over`` after the last frame's
-    command.
+    ``hz`` is the data set's rate, ``recorded`` (frames, dim) the episode's actions; ``over`` after the command for the
+    last frame.
     """
 
     live_pictures = False  # video may repeat a picture where nothing moves
@@ -57,14 +57,14 @@ class ReplayRobot:
             self._read_another()
         self._observation = self._reading.popleft().result()
         self._shown = 0
-        self._moved: list[float] = []  # when each command came, which brought the next frame
+        self._moved: list[float] = []  # the times of the commands; each brings the next frame
 
     @property
     def over(self) -> bool:
         return len(self._moved) >= len(self.recorded)
 
     def sense(self) -> Sensed | None:
-        """The recording stands still at its first frame until the first command."""
+        """Stays at the first frame until the first command."""
         while self._shown < len(self._moved) and self._reading and self._reading[0].done():
             try:
                 self._observation = self._reading.popleft().result()
@@ -93,6 +93,6 @@ class ReplayRobot:
             return
 
 
-def untracked(profile: RobotProfile) -> RobotProfile:
-    """A robot's limits without those on how well it follows: a recording follows nothing."""
+def drop_tracking(profile: RobotProfile) -> RobotProfile:
+    """A robot's limits without tracking limits: a recording does not follow commands."""
     return replace(profile, dimensions=tuple(replace(one, tracking=None) for one in profile.dimensions))

@@ -1,6 +1,6 @@
-"""The seam between the control loop and what it drives. A driver of your own has these methods, and none of them waits.
+"""The interface between the control loop and the robot. Your own driver has these methods, and none of them waits.
 
-A camera or an arm that takes its time is read by a thread or a process of the driver's; ``sense`` gives what is there.
+Read a slow camera or arm in a thread or process of the driver; ``sense`` returns the newest values.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 
 class Sensed(NamedTuple):
-    """One state of the robot. Stamps are seconds of time.monotonic() at which something was measured.
+    """One state of the robot. Stamps are times of measurement in seconds of time.monotonic().
 
-    ``observation`` is one of rlrc.runtime.inference.policy, ``measured`` (S,) its state vector or None if the policy
-    has none, of the time ``stamp``; ``pictures`` has a stamp for each picture of the observation, by its name there.
+    ``observation``: see rlrc.runtime.inference.policy. ``measured`` (S,) is its state vector, measured at ``stamp``;
+    None if the policy has no state. ``pictures`` has the stamp of each picture by its name in the observation.
     """
 
     observation: Mapping[str, Any]
@@ -27,21 +27,21 @@ class Sensed(NamedTuple):
 class Robot(Protocol):
     @property
     def live_pictures(self) -> bool:
-        """Whether two pictures of one camera are never equal bit by bit: one that is shows that the camera hangs."""
+        """Whether two pictures of one camera are never equal bit by bit: a repeated one then shows that it hangs."""
         ...
 
     def sense(self) -> Sensed | None:
-        """The newest state there is, None before the first. Raises RobotError if the robot is gone."""
+        """The newest state, None before the first. Raises RobotError if the robot does not answer."""
         ...
 
     def command(self, action: NDArray[Any]) -> None:
-        """Send an action (dim,), in the policy's units. Raises RobotError if the robot is gone."""
+        """Send an action (dim,), in the policy's units. Raises RobotError if the robot does not answer."""
         ...
 
     def stop(self) -> None:
-        """The robot's own stop, where no command is known to be safe. Raises nothing, and may be called twice.
+        """The robot's own stop, for when no command is known to be safe. Raises nothing, and may be called twice.
 
-        It has to work from another thread while ``sense`` or ``command`` hangs: it takes no lock that they hold.
+        It must work from another thread while ``sense`` or ``command`` hangs: it must take no lock that they hold.
         """
         ...
 
@@ -49,4 +49,4 @@ class Robot(Protocol):
 
 
 class RobotError(RuntimeError):
-    """The robot, or a part of it, does not answer. The message says which."""
+    """The robot, or a part of it, does not answer. The message names the part."""

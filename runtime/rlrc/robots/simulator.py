@@ -1,7 +1,7 @@
-"""A simulator in the place of a robot: it lives in a process of its own, as a robot does in a controller of its own.
+"""A simulator as a robot, in a process of its own.
 
-Every command is one step of the simulation; the picture of what came of it is there some milliseconds later. Between
-commands the simulated time stands still, so that a command that is held back costs the task nothing but steps.
+Every command is one step of the simulation; its picture arrives some milliseconds later. Between commands the simulated
+time stands still, so a delayed command costs the task nothing but steps.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ LARGEST = 64 * 2**20  # bytes of an observation
 
 
 class SimulatorRobot:
-    """Opens an environment by its name (rlrc.envs.environment). Raises UserError as that does.
+    """Opens an environment by its name. Raises UserError as rlrc.envs.environment.open_environment does.
 
-    ``hz`` and ``horizon`` are the environment's; ``over`` and ``success`` tell about the episode.
+    ``hz`` and ``horizon`` are the environment's; ``over`` and ``success`` describe the episode.
     """
 
-    live_pictures = False  # a renderer draws the same scene twice alike
+    live_pictures = False  # a renderer draws the same scene identically
 
     def __init__(self, name: str, spec: PolicySpec, mapping: Path | None = None) -> None:
-        self._child = WorkerProcess(_simulate, (name, spec, mapping), f"the simulator {name}", 2**16, LARGEST)
-        values, _ = self._child.wait(PATIENCE)
+        self._worker = WorkerProcess(_simulate, (name, spec, mapping), f"the simulator {name}", 2**16, LARGEST)
+        values, _ = self._worker.wait(PATIENCE)
         self.name, self.hz, self.horizon = values["name"], float(values["hz"]), int(values["horizon"])
         self.over = self.success = False
         self._sensed: Sensed | None = None
         self._waiting: NDArray[Any] | None = None
         self.steps = 0
-        """simulated since the episode began"""
+        """simulated steps of the episode"""
 
     @property
     def pid(self) -> int:
-        return self._child.pid
+        return self._worker.pid
 
     def reset(self, seed: int) -> None:
         """Begin an episode, outside of the loop."""
-        if self._child.busy:
-            self._child.wait(PATIENCE)
-        self._child.ask({"do": "reset", "seed": seed})
+        if self._worker.busy:
+            self._worker.wait(PATIENCE)
+        self._worker.ask({"do": "reset", "seed": seed})
         self._waiting, self.steps = None, 0
-        self._take(*self._child.wait(PATIENCE))
+        self._take(*self._worker.wait(PATIENCE))
 
     def sense(self) -> Sensed | None:
         try:
-            if self._child.busy and (answer := self._child.poll()) is not None:
+            if self._worker.busy and (answer := self._worker.poll()) is not None:
                 self._take(*answer)
                 if self._waiting is not None and not self.over:
                     waiting, self._waiting = self._waiting, None
@@ -67,24 +67,24 @@ class SimulatorRobot:
         return self._sensed
 
     def command(self, action: NDArray[Any]) -> None:
-        """While the simulation of the last one runs, this one waits; only the newest does."""
+        """Waits while the last command is simulated; only the newest command waits."""
         self.sense()
         if self.over:
             return
-        if self._child.busy:
+        if self._worker.busy:
             self._waiting = action
         else:
             self._send(action)
 
     def stop(self) -> None:
-        """It stands still by itself."""
+        """Simulated time already stands still between commands."""
 
     def close(self) -> None:
-        self._child.kill()
+        self._worker.kill()
 
     def _send(self, action: NDArray[Any]) -> None:
         try:
-            self._child.ask({"do": "advance"}, {"action": np.asarray(action, np.float32)})
+            self._worker.ask({"do": "advance"}, {"action": np.asarray(action, np.float32)})
         except WorkerDied as error:
             raise RobotError(str(error)) from None
         self.steps += 1
@@ -118,5 +118,5 @@ def _simulate(channel: Channel, name: str, spec: PolicySpec, mapping: Path | Non
             channel.reply({"error": str(error)})
             continue
         pictures = {key: np.asarray(value) for key, value in observation.items() if key != "instruction"}
-        told = {"stamp": time.monotonic(), "over": bool(success or env.over), "success": bool(success)}
-        channel.reply(told | {"instruction": observation.get("instruction")}, pictures)
+        status = {"stamp": time.monotonic(), "over": bool(success or env.over), "success": bool(success)}
+        channel.reply(status | {"instruction": observation.get("instruction")}, pictures)

@@ -19,8 +19,9 @@ from rlrc.realtime import real_time
 from rlrc.robots.driver import Driver
 from rlrc.robots.recorder import Recorder
 from rlrc.runtime.control.chunks import Chunks
-from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming
+from rlrc.runtime.control.control_loop import ControlLoop, LoopHooks, LoopTiming
 from rlrc.runtime.control.inference_process import InferenceProcess
+from rlrc.runtime.control.planner import Planner
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.control.watchdog import Watchdog
@@ -86,23 +87,12 @@ def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
     telemetry = Telemetry(4096, spec.action.dim)
     folder, switch = Path(tempfile.mkdtemp()), StopSwitch()
     driver = Driver(arm)
-    watchdog = Watchdog(driver, say=lambda line: None)
+    watchdog = Watchdog(driver, report=lambda line: None)
     recorder = Recorder(driver, spec, hz, folder / "recorded")
     recorder.begin("move")
-    chunks = Chunks("replace", simulated_arm.HORIZON)
-    control = ControlLoop(
-        recorder,
-        inference,
-        guard,
-        chunks,
-        spec,
-        timing,
-        telemetry,
-        switch.asked,
-        clock,
-        switch.wait,
-        beat=watchdog.beat,
-    )
+    planner = Planner(inference, Chunks("replace", simulated_arm.HORIZON), spec)
+    hooks = LoopHooks(switch.stop_reason, clock, switch.wait, watchdog.beat)
+    control_loop = ControlLoop(recorder, planner, guard, telemetry, spec, timing, hooks)
     began: list[float] = []
 
     def over() -> bool:
@@ -113,7 +103,7 @@ def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
 
     try:
         with switch.listen(keyboard=None), real_time(), watchdog.watching(timing.gap / hz):
-            control.run(over, steps=int((BEFORE_S + 3) * hz))
+            control_loop.run(over, steps=int((BEFORE_S + 3) * hz))
     finally:
         inference.close()
         recorder.close()

@@ -26,8 +26,10 @@ from rlrc.errors import UserError
 from rlrc.realtime import real_time, tidy
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime.control.chunks import STRATEGIES, Chunks, Strategy
-from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming, Show
+from rlrc.runtime.control.control_loop import ControlLoop, LoopHooks, LoopTiming
 from rlrc.runtime.control.inference_process import InferenceProcess
+from rlrc.runtime.control.planner import Planner
+from rlrc.runtime.control.step import Show
 from rlrc.runtime.control.stop_switch import StopSwitch
 from rlrc.runtime.control.telemetry import PARTS, Telemetry, jitter, summary
 from rlrc.runtime.inference import preprocess
@@ -87,9 +89,9 @@ class SimulatedPolicy:
         self.robot.reset(seed)
         if self.guard.stopped:
             self.guard = self._new_guard()
-        chunks = Chunks(self.strategy, self.spec.action.horizon)
-        control = ControlLoop(self.robot, self.inference, self.guard, chunks, self.spec, self.timing, self.telemetry)
-        control.run(lambda: self.robot.over or self.robot.steps >= self.robot.horizon)
+        planner = Planner(self.inference, Chunks(self.strategy, self.spec.action.horizon), self.spec)
+        control_loop = ControlLoop(self.robot, planner, self.guard, self.telemetry, self.spec, self.timing)
+        control_loop.run(lambda: self.robot.over or self.robot.steps >= self.robot.horizon)
         return self.robot.success, self.guard.reason
 
     @property
@@ -217,12 +219,12 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
         inference = InferenceProcess(Seeing, (spec,), sensed.observation)
         guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, spec.action.units)
         telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
-        chunks, timing = Chunks("replace", simulated_arm.HORIZON), LoopTiming(HZ)
+        planner = Planner(inference, Chunks("replace", simulated_arm.HORIZON), spec)
         try:
             with paged(guard, spec, names) if page else nullcontext() as show:
-                control = ControlLoop(arm, inference, guard, chunks, spec, timing, telemetry, show=show)
+                control_loop = ControlLoop(arm, planner, guard, telemetry, spec, LoopTiming(HZ), LoopHooks(show=show))
                 with real_time(beside=(inference.pid,)):
-                    control.run(steps=int(seconds * HZ))
+                    control_loop.run(steps=int(seconds * HZ))
         finally:
             inference.close()
         tick(1)

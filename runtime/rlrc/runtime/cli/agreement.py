@@ -16,7 +16,7 @@ from rlrc.artifact import VerifiedSpec
 from rlrc.envs.environment import open_environment
 from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
-from rlrc.runtime.control import episodes as loop
+from rlrc.runtime.control.episodes import Rate, play_episodes
 from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.policy import LocalPolicy, Result
 
@@ -62,7 +62,7 @@ def play(policy: LocalPolicy, names: Sequence[str], mapping: Path | None, episod
     for name in names:
         env = open_environment(name, policy.spec, mapping)
         try:
-            for _ in loop.episodes(remembering, env, EVALUATION[:episodes], loop.Rate(0)):
+            for _ in play_episodes(remembering, env, EVALUATION[:episodes], Rate(0)):
                 pass
         finally:
             env.close()

@@ -1,4 +1,4 @@
-"""The command that closes the loop: `rlrc run`. The field docstrings are the help."""
+"""`rlrc run`: control a robot, a simulator or a recording. The field docstrings are the help."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ from rlrc.robots.robot import RobotError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.cli import replay as cli_replay
 from rlrc.runtime.cli.policy import check_failed
-from rlrc.runtime.control import episodes as loop
-from rlrc.runtime.control import telemetry
-from rlrc.runtime.control.control_loop import LoopTiming, why
-from rlrc.runtime.control.rearming import RearmController
+from rlrc.runtime.control import episodes, telemetry
+from rlrc.runtime.control.control_loop import LoopTiming, describe_failure
 from rlrc.runtime.control.session import ControlSession, SessionConfig
-from rlrc.runtime.control.stop_switch import ASKED, StopSwitch, uninterrupted
-from rlrc.runtime.control.watchdog import leave
+from rlrc.runtime.control.stop_switch import ASKED, StopSource, StopSwitch, ignore_first_interrupt
+from rlrc.runtime.control.watchdog import finish_process
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.page.control_page import ControlPage
@@ -46,37 +44,35 @@ from rlrc.worker import WorkerDied
 
 @dataclass(frozen=True)
 class RunPolicy(SessionConfig):
-    """Close the loop at a fixed rate on a robot or a simulator: observe, infer beside the loop, guard, act.
+    """Control a robot, a simulator or a recording at a fixed rate: observe, infer in parallel, guard, act.
 
-    Any key, Ctrl-C or what --button and --port bring stops the robot; so does whatever goes wrong (docs/robots.md).
+    Any key, Ctrl-C, --button and --port stop the robot; so does every failure (docs/robots.md).
     """
 
     path: Positional[Path]
     """the artifact"""
     profile: str | None = None
-    """the robot's limits: a TOML file, or the name of one of ours (default: that of metaworld)"""
+    """the robot's limits: a TOML file, or the name of a shipped profile (default: metaworld's in its simulator)"""
     log: Path | None = None
-    """write every step's times and what the guard did: JSON lines, or .parquet"""
+    """write the times and guard actions of every step: JSON lines, or .parquet"""
     button: Path | None = None
-    """FIFO, device or socket of a stop button: any byte stops, and its end"""
+    """FIFO, device or socket of a stop button: any byte stops, and so does its end"""
     port: int | None = None
-    """port of the operator's page, which stops too; 0 is any free one"""
+    """port of the operator's page, which can stop the robot; 0: any free port"""
     stop_port: int | None = None
-    """port that stops without the page (POST /stop), whatever keeps the page's busy (default: any free one)"""
+    """port for stops only (POST /stop), which a busy page does not delay (default: any free port)"""
     host: str = "127.0.0.1"
-    """address of the page; one that other machines reach needs --certificate and --key, or --insecure"""
+    """address of the page; one that other machines can reach needs --certificate and --key, or --insecure"""
     token: str | None = None
-    """what the page wants to be shown (or RLRC_TOKEN in the environment; default: one that is drawn and printed)"""
+    """the page's access token (or RLRC_TOKEN in the environment; default: a random one, which is printed)"""
     certificate: Path | None = None
     """PEM file with the page's certificate, for TLS"""
     key: Path | None = None
     """PEM file with its key"""
     insecure: bool = False
-    """a page for other machines without TLS: whoever listens in can stop the robot, and re-arm it"""
-    rearm: bool = False
-    """hold the robot after a stop, until somebody re-arms it (R, or the page) or ends the run (q, Ctrl-C)"""
+    """permit a page for other machines without TLS: an eavesdropper can stop the robot, and re-arm it"""
     pin: tuple[int, ...] = ()
-    """processors that the loop is to run on (default: any)"""
+    """processors for the loop (default: any)"""
     json: bool = False
     """print the summary and every episode as JSON instead"""
 
@@ -87,15 +83,15 @@ class RunPolicy(SessionConfig):
             raise UserError(f"expected a seed of 0 or more, found {self.seed}; give another --seed")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"expected at least one step, found {self.steps}; give --steps 1 or more")
-        named = [name for name in ("env", "driver", "replay") if getattr(self, name) is not None]
-        if len(named) != 1:
-            found = " and ".join(f"--{name}" for name in named) or "none"
+        given = [name for name in ("env", "driver", "replay") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"--{name}" for name in given) or "none"
             raise UserError(
                 f"expected one of --env, --driver and --replay, found {found}; name a simulator, a robot or a data set"
             )
         if self.replay is not None and self.strategy == "synchronous":
             raise UserError(
-                "expected a strategy that does not wait, as no recording does, found synchronous; give replace"
+                "expected a strategy that does not wait, since a recording does not, found synchronous; give replace"
             )
         for out in (self.record, self.log):
             if out is not None:
@@ -104,15 +100,15 @@ class RunPolicy(SessionConfig):
         if self.port is not None:
             self._access()
         elif self.stop_port is not None:
-            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free one")
+            raise UserError("expected --port with --stop-port, found none; give --port 0 for a page on any free port")
         if self.hz == 0:
-            return self._in_lockstep()
-        # Refused now: a robot's driver or a simulator takes seconds to open.
+            return self._run_in_lockstep()
+        # Check the timing before a driver or a simulator, which takes seconds to open.
         LoopTiming(self.hz or 1.0, late=LoopTiming.late if self.late is None else self.late, patience=self.patience)
-        return self._in_time()
+        return self._run_at_rate()
 
     def _check_packages(self) -> None:
-        """What is only needed when the run is over had better be here before it begins."""
+        """Imports now what is needed only after the run, so that a missing package shows before it."""
         if self.record is not None:
             importlib.import_module("rlrc.datasets.writer")
         if self.log is not None and self.log.suffix == ".parquet":
@@ -122,10 +118,10 @@ class RunPolicy(SessionConfig):
 
     # As fast as possible, without a guard: a simulator only
 
-    def _in_lockstep(self) -> int:
+    def _run_in_lockstep(self) -> int:
         if self.env is None or self.record or self.log or self.port is not None or self.rearm:
             raise UserError(
-                "expected --env without --record, --log, --port and --rearm at --hz 0, found it otherwise; give a rate"
+                "expected --env without --record, --log, --port and --rearm at --hz 0, found other options; give a rate"
             )
         policy = LocalPolicy.load(self.path, self.threads, backend=self.backend)
         from rlrc.envs.environment import open_environment
@@ -133,14 +129,14 @@ class RunPolicy(SessionConfig):
         env = open_environment(self.env, policy.spec, self.env_mapping)
         console, played = plain_console(stderr=self.json), []
         try:
-            for episode in loop.episodes(policy, env, self.seeds, loop.Rate(0), self.execute):
+            for episode in episodes.play_episodes(policy, env, self.seeds, episodes.Rate(0), self.execute):
                 played.append(episode)
                 console.print(_line(episode.seed, episode.success, episode.steps))
         except NoAction as error:
             return check_failed(str(error))
         finally:
             env.close()
-        totals = loop.summary(played)
+        totals = episodes.summary(played)
         if self.json:
             print(json.dumps(totals | {"played": [asdict(episode) for episode in played]}))
             return 0
@@ -154,7 +150,7 @@ class RunPolicy(SessionConfig):
 
     # At a fixed rate
 
-    def _in_time(self) -> int:
+    def _run_at_rate(self) -> int:
         artifact = artifacts.load(self.path, verify=())  # the process that infers checks the graphs
         if self.env is not None:
             from rlrc.envs.environment import check_environment
@@ -163,80 +159,89 @@ class RunPolicy(SessionConfig):
         limits, threads = profile.load(self._profile_name()), set(threading.enumerate())
         with ExitStack() as after:
             try:
-                run, granted = self._play(artifact, limits, after)
-            except (RobotError, WorkerDied) as error:  # before or between episodes; the loop makes a stop of them
+                session, granted = self._play(artifact, limits, after)
+            except (RobotError, WorkerDied) as error:  # before or between episodes; during one the loop stops the robot
                 raise UserError(f"expected a robot that answers, found: {error}; check it and its driver") from None
-            return leave(threads, self._report(run, granted))
+            return finish_process(threads, self._report(session, granted))
 
     def _play(
         self, artifact: Artifact, limits: RobotProfile, after: ExitStack
     ) -> tuple[ControlSession, dict[str, str]]:
-        """All episodes. What was run is closed, and still tells what it was like; what Linux granted.
+        """All episodes. -> the session, closed, with what it recorded; and what Linux granted.
 
-        Until ``after`` ends, Ctrl-C does not interrupt what is put away.
+        Until ``after`` ends, Ctrl-C does not interrupt the writing of log and recording.
         """
+        console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
+
+        def report_hang(session: ControlSession, reason: str) -> None:
+            self._report_hang(session, granted, reason)
+
         with ExitStack() as stack:
-            run = ControlSession(self, artifact, limits, stack)
-            console, switch, granted = plain_console(stderr=self.json), StopSwitch(), dict[str, str]()
-            run.watchdog.put_away = lambda reason: self._put_away(run, switch, granted, reason)
-            if self.rearm:
-                run.standstill = RearmController(switch, lambda line: console.print(line, soft_wrap=True))
-            page = self._page(artifact, limits, run, stack)
-            shown = [] if page is None else [ControlPage(page, run.guard, switch, run.standstill, run.instructed)]
-            run.show = shown[0].show if shown else None
-            typed = None if run.standstill is None else run.standstill.typed
-            others = [] if page is None else [*(one.source for one in shown), switch.over(page.stop)]
-            after.enter_context(uninterrupted())
-            stack.enter_context(switch.listen(button=self.button, typed=typed, others=others))
-            console.print(f"inference: {run.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
+            session = ControlSession(
+                self, artifact, limits, stack, switch, report_hang, lambda line: console.print(line, soft_wrap=True)
+            )
+            page = self._open_page(artifact, limits, session, stack)
+            show, sources = None, list[StopSource]()
+            if page is not None:
+                shown = ControlPage(page, session.guard, switch, session.rearming, session.instruction_override)
+                show, sources = shown.show, [shown.source, switch.source_of(page.stop)]
+            handle_keys = None if session.rearming is None else session.rearming.handle_keys
+            after.enter_context(ignore_first_interrupt())
+            stack.enter_context(switch.listen(button=self.button, handle_keys=handle_keys, sources=sources))
+            console.print(f"inference: {session.inference.warmth}; stops: {', '.join(switch.sources)}", soft_wrap=True)
             if page is not None:
                 console.print(f"page: {page.link}", soft_wrap=True)
                 console.print(f"stop: POST {page.stop.url}", soft_wrap=True)
-            granted |= stack.enter_context(real_time(self.pin, run.beside))
-            run.supervisor.ready(f"running {self.path} at {run.timing.hz:g} Hz")
-            for seed in self.seeds if run.simulator else range(1):
+            granted |= stack.enter_context(real_time(self.pin, session.process_ids))
+            session.supervisor.ready(f"running {self.path} at {session.timing.hz:g} Hz")
+            for seed in self.seeds if session.simulator else range(1):
                 try:
-                    run.episode(seed, switch)
+                    session.play_episode(seed, show)
                 except BaseException as error:
-                    if not run.telemetry.steps:
+                    if not session.telemetry.steps:
                         raise
                     # The robot has been braked; what was logged and recorded until now is not lost.
-                    run.failures.append(why(error, "the loop"))
+                    session.failures.append(describe_failure(error, "the loop"))
                     break
-                if run.simulator:
-                    last = run.played[-1]
+                if session.simulator:
+                    last = session.played[-1]
                     console.print(_line(seed, last["success"], last["steps"]))
-                if run.guard.stopped:
+                if session.guard.stopped:
                     break
-            run.supervisor.stopping(f"stopped: {run.guard.reason}" if run.guard.stopped else "done")
-        return run, granted
+            reason = session.guard.reason
+            session.supervisor.stopping("done" if reason is None else f"stopped: {reason}")
+        return session, granted
 
-    def _put_away(self, run: ControlSession, switch: StopSwitch, granted: dict[str, str], reason: str) -> None:
-        """Writes and reports what there is, in the watchdog's thread, where the loop's does not go on."""
-        switch.put_back()
-        run.failures.append(reason)
-        if not run.guard.stopped:
-            run.guard.stop(reason)
+    def _report_hang(self, session: ControlSession, granted: dict[str, str], reason: str) -> None:
+        """Writes and reports what there is, in the watchdog's thread: the loop's thread does not go on."""
+        session.switch.restore_terminal()
+        session.failures.append(reason)
+        if not session.guard.stopped:
+            session.guard.stop(reason)
         try:
-            self._report(run, granted)
+            self._report(session, granted)
         except Exception as error:
             print(f"rlrc: error: stopped: {reason}; {one_line(error)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def _page(self, artifact: Artifact, limits: RobotProfile, run: ControlSession, stack: ExitStack) -> Page | None:
+    def _open_page(
+        self, artifact: Artifact, limits: RobotProfile, session: ControlSession, stack: ExitStack
+    ) -> Page | None:
         if self.port is None:
             return None
         address = Address(self.host, self.port, self._access().token, self.certificate, self.key, self.stop_port or 0)
-        can = {"stop"} | ({"rearm", "bench"} if self.rearm else set()) | ({"instruction"} if run.instructed else set())
-        facts = {"warmed up": str(run.inference.warmth), "rate": f"{run.timing.hz:g} Hz, {run.chunks.strategy}"}
-        told = page_metadata("run", artifact, limits, run.timing.period * 1e3, can, **facts)
-        page = Page(told, [camera.name for camera in run.spec.cameras], address)
+        can = {"stop"} | ({"rearm", "bench"} if self.rearm else set())
+        can |= {"instruction"} if session.instruction_override else set()
+        rate = f"{session.timing.hz:g} Hz, {session.planner.chunks.strategy}"
+        facts = {"warmed up": str(session.inference.warmth), "rate": rate}
+        metadata = page_metadata("run", artifact, limits, session.timing.period * 1e3, can, **facts)
+        page = Page(metadata, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         return page
 
     def _access(self) -> Access:
-        """Who may see the page: whoever shows the token, which is drawn if there is none."""
+        """Access to the page requires the token; a random one is made if none is given."""
         shown = token(self.token) or secrets.token_urlsafe(16)
         return access(self.host, shown, self.certificate, self.key, self.insecure)
 
@@ -246,32 +251,34 @@ class RunPolicy(SessionConfig):
         if self.env is not None and self.env.startswith("metaworld:"):
             return "metaworld"
         raise UserError(
-            f"expected --profile with the robot's limits, one of {', '.join(profile.shipped())} or a TOML file, found "
-            "none; see docs/robots.md (a simulator can be played without one at --hz 0)"
+            f"expected --profile with the robot's limits, one of {', '.join(profile.list_shipped())} or a TOML file, "
+            "found none; see docs/robots.md (a simulator can be played without one at --hz 0)"
         )
 
-    def _report(self, run: ControlSession, granted: dict[str, str]) -> int:
-        totals = telemetry.summary(run.telemetry, 1 / run.timing.hz)
-        totals |= {"asked_hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
-        totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}
-        if stamped := run.board.readings():
+    def _report(self, session: ControlSession, granted: dict[str, str]) -> int:
+        totals = telemetry.summary(session.telemetry, 1 / session.timing.hz)
+        totals |= {"asked_hz": session.timing.hz, "granted": granted, "stop": session.guard.reason}
+        totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(session.guard.counts.items())}}
+        if stamped := session.board.readings():
             totals["board"] = monitor.summary(stamped)
-        if run.simulator:
-            totals |= {"episodes": len(run.played), "successes": sum(one["success"] for one in run.played)}
+        if session.simulator:
+            totals |= {"episodes": len(session.played), "successes": sum(one["success"] for one in session.played)}
         if self.log is not None:
-            telemetry.write(run.telemetry, run.spec.action.names, self.log, stamped)
-        if self.record is not None and run.recorder is not None:
-            totals["recorded_frames"] = run.recorder.finish()
-        if run.replay is not None:
-            totals["replay"] = cli_replay.errors(run.replay.recorded, run.telemetry, run.spec.action.names, run.periods)
+            telemetry.write(session.telemetry, session.spec.action.names, self.log, stamped)
+        if self.record is not None and session.recorder is not None:
+            totals["recorded_frames"] = session.recorder.finish()
+        if session.replay is not None:
+            totals["replay"] = cli_replay.errors(
+                session.replay.recorded, session.telemetry, session.spec.action.names, session.periods
+            )
         if self.json:
-            print(json.dumps(totals | {"played": run.played}))
+            print(json.dumps(totals | {"played": session.played}))
         else:
-            compared = cli_replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
-            print_rows(telemetry.told(totals) | compared, plain_console())
-        reason = run.guard.reason
+            compared = cli_replay.told(totals["replay"], session.spec.action.units) if session.replay else {}
+            print_rows(telemetry.format_rows(totals) | compared, plain_console())
+        reason = session.guard.reason
         failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
-        failures += [one for one in dict.fromkeys(run.failures) if one not in str(reason)]
+        failures += [one for one in dict.fromkeys(session.failures) if one not in str(reason)]
         if failures:
             return check_failed("; ".join(failures))
         if not self.json:

@@ -115,7 +115,7 @@ class Serve:
         allowed: Access,
     ) -> str | None:
         """-> why it ended; None: somebody asked for it."""
-        console, asked, supervisor = plain_console(), asyncio.Event(), Supervisor.of()
+        console, asked, supervisor = plain_console(), asyncio.Event(), Supervisor.from_environment()
         session = Session(artifact.manifest.policy, guarded, self.waiting)
         kinds = {name: _server(name) for name in mapped}
         for number in (signal.SIGINT, signal.SIGTERM):

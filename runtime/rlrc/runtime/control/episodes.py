@@ -1,9 +1,8 @@
-"""The fixed-rate control loop: observe, infer a chunk, play it, again.
+"""Episodes in a simulator without a guard: observe, infer a chunk, play it, again.
 
-Step n of an episode is due at ``start + n / hz`` and its action has to be sent before step n + 1 is due. Inference is
-synchronous: at a step whose chunk is used up, the action waits for it. An action that comes too late is sent all the
-same (the environment waits for us), counted as a deadline miss, and the schedule starts anew from it, so that no burst
-of actions makes up for lost time.
+Step n of an episode is due at ``start + n / hz`` and its action must be sent before step n + 1 is due. Inference is
+synchronous: when a chunk is used up, the next action waits for inference. A late action is still sent (the environment
+waits) and counted as a deadline miss; the schedule starts anew from it, so that no burst of actions follows.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlayedEpisode:
-    """``inference_ms`` holds one duration per chunk; ``seconds`` runs from the first observation to the end."""
+    """``inference_ms`` has one duration per chunk; ``seconds``: from the first observation to the end."""
 
     seed: int
     success: bool
@@ -56,12 +55,12 @@ class Rate:
         return 1 / self.hz if self.hz else math.inf
 
 
-def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> PlayedEpisode:
+def play_episode(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int | None = None) -> PlayedEpisode:
     """One episode, of at most ``env.horizon`` steps; the environment is observed once a chunk.
 
     ``execute`` steps of every chunk are played before the next inference, all of them if None.
 
-    Raises UserError for an ``execute`` that the chunk does not hold and whatever policy and environment raise.
+    Raises UserError for an ``execute`` longer than the chunk, and the exceptions of policy and environment.
     """
     policy.reset()
     observation, _ = env.reset(seed=seed)
@@ -74,9 +73,9 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
         if not chunk:
             if steps:
                 observation = env.observe()
-            asked = rate.clock()
+            begun = rate.clock()
             actions = policy.infer(observation)["actions"]
-            inference_ms.append((rate.clock() - asked) * 1e3)
+            inference_ms.append((rate.clock() - begun) * 1e3)
             check_execute(execute, len(actions))
             chunk = list(actions[:execute])
         now = rate.clock()
@@ -91,15 +90,15 @@ def play(policy: Policy, env: Environment, seed: int, rate: Rate, execute: int |
     return PlayedEpisode(seed, success, steps, misses, rate.clock() - start, tuple(inference_ms))
 
 
-def episodes(
+def play_episodes(
     policy: Policy, env: Environment, seeds: Sequence[int], rate: Rate, execute: int | None = None
 ) -> Iterator[PlayedEpisode]:
     for seed in seeds:
-        yield play(policy, env, seed, rate, execute)
+        yield play_episode(policy, env, seed, rate, execute)
 
 
 def summary(played: Sequence[PlayedEpisode]) -> dict[str, float | int]:
-    """What a run was like: success, deadline misses, achieved rate, percentiles of inference in milliseconds."""
+    """Success, deadline misses, achieved rate, and percentiles of inference in milliseconds."""
     durations = [duration for episode in played for duration in episode.inference_ms]
     p50, p90, p99 = np.percentile(durations, (50, 90, 99)).tolist()
     steps, seconds = sum(episode.steps for episode in played), sum(episode.seconds for episode in played)

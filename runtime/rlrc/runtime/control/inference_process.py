@@ -1,7 +1,7 @@
-"""Inference beside the control loop, in a process of its own.
+"""Inference in parallel with the control loop, in a process of its own.
 
-The loop asks with an observation and the step that the chunk is for, and gets the chunk when it is there: asking again
-is its own affair, so is what to do with a chunk that comes too late.
+The loop asks for a chunk with an observation and the step that the chunk is for, and polls for the answer. When to ask
+again, and what to do with a late chunk, is decided by rlrc.runtime.control.planner.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from rlrc.runtime.inference.warmup import warm_up
 from rlrc.worker import Channel, WorkerProcess
 
 OPENING_S, WARMING_S = 120.0, 300.0  # longest waits before the loop starts
-PATIENCE_S = 1.0  # for latency to become stable: by then clocks have risen, and the robot waits
+PATIENCE_S = 1.0  # for latency to become stable; by then clock frequencies have risen
 Open = Callable[..., Any]
 
 
@@ -30,8 +30,8 @@ Open = Callable[..., Any]
 class Answer:
     """A chunk (horizon, dim) whose first action is for the step ``start``; ``asked`` in clock seconds.
 
-    ``seconds``: what inference took by itself, without the time until somebody looked.
-    ``error`` instead of actions: the policy gave none, and why.
+    ``seconds``: the duration of inference itself, without the time until the poll.
+    ``error``: why the policy gave no actions.
     """
 
     start: int
@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Warmth:
-    """Warming up: milliseconds of the first call, how many calls, the last ones' median, whether it was stable."""
+    """Warming up: milliseconds of the first call, number of calls, median of the last ones, whether it was stable."""
 
     first_ms: float
     calls: int
@@ -56,76 +56,87 @@ class Warmth:
         return f"{self.median_ms:.1f} ms an action {after}{changing}"
 
 
-class InferenceProcess:
-    """``open_policy(*arguments)`` gives the policy in the child. ``observation`` is one as they will come, ``more`` the
-    bytes that others may take beyond it.
+class InferenceClient(Protocol):
+    """What the control loop needs of an InferenceProcess."""
 
-    Raises UserError if the policy cannot be opened or does not take it.
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def requested_at(self) -> float | None: ...
+    def ask(self, observation: Mapping[str, Any], start: int, continuation: Continuation | None = None) -> None: ...
+    def poll(self) -> Answer | None: ...
+
+
+class InferenceProcess:
+    """The worker opens the policy with ``open_policy(*arguments)``. ``observation`` is an example of what will be sent;
+    later ones may be ``more`` bytes larger.
+
+    Raises UserError if the policy cannot be opened or does not accept the observation.
     """
 
     def __init__(
         self, open_policy: Open, arguments: tuple[Any, ...], observation: Mapping[str, Any], more: int = 2**16
     ) -> None:
         size = sum(np.asarray(value).nbytes for value in _arrays(observation).values())
-        self._child = WorkerProcess(_serve, (open_policy, arguments), "inference", size + more, 2**20)
+        self._worker = WorkerProcess(_serve, (open_policy, arguments), "inference", size + more, 2**20)
         try:
-            self._child.wait(OPENING_S)
-            self._child.ask({"do": "warm", "instruction": observation.get("instruction")}, _arrays(observation))
-            self.warmth = Warmth(**self._child.wait(WARMING_S)[0])
+            self._worker.wait(OPENING_S)
+            self._worker.ask({"do": "warm", "instruction": observation.get("instruction")}, _arrays(observation))
+            self.warmth = Warmth(**self._worker.wait(WARMING_S)[0])
         except BaseException:
-            self._child.kill()
+            self._worker.kill()
             raise
         self._pending: tuple[int, float] | None = None
 
     @property
     def pid(self) -> int:
-        return self._child.pid
+        return self._worker.pid
 
     @property
     def sentinel(self) -> int:
-        """Ready to be read once the process has ended."""
-        return self._child.sentinel
+        """Readable once the process has ended."""
+        return self._worker.sentinel
 
     def fileno(self) -> int:
-        """Ready to be read when ``poll`` has something to tell."""
-        return self._child.fileno()
+        """Readable when ``poll`` has an answer."""
+        return self._worker.fileno()
 
     @property
     def busy(self) -> bool:
-        return self._child.busy
+        return self._worker.busy
 
     @property
-    def asked(self) -> float | None:
-        """When what is outstanding was asked."""
+    def requested_at(self) -> float | None:
+        """When the outstanding request was made; None without one."""
         return None if self._pending is None else self._pending[1]
 
     def ask(self, observation: Mapping[str, Any], start: int, continuation: Continuation | None = None) -> None:
-        """``start``: the step that the chunk's first action is for. Raises Dead."""
+        """``start``: the step that the chunk's first action is for. Raises WorkerDied."""
         arrays, values = _arrays(observation), {"do": "infer", "instruction": observation.get("instruction")}
         if continuation is not None:
             arrays["previous"], values["frozen"] = continuation.previous, continuation.frozen
         self._pending = (start, time.monotonic())
-        self._child.ask(values, arrays)
+        self._worker.ask(values, arrays)
 
     def poll(self) -> Answer | None:
-        """What was asked last, if it has come. Raises Dead."""
-        answer = self._child.poll()
+        """The answer to the last request, if it has arrived. Raises WorkerDied."""
+        answer = self._worker.poll()
         if answer is None or self._pending is None:
             return None
-        (start, asked), self._pending = self._pending, None
+        (start, requested_at), self._pending = self._pending, None
         values, arrays = answer
-        return Answer(start, asked, values.get("seconds", np.nan), arrays.get("actions"), values.get("error"))
+        return Answer(start, requested_at, values.get("seconds", np.nan), arrays.get("actions"), values.get("error"))
 
     def reset(self) -> None:
-        """Forget the episode so far, outside of the loop. An outstanding chunk is waited for and dropped."""
-        if self._child.busy:
-            self._child.wait(WARMING_S)
+        """Forgets the episode so far, outside of the loop. Waits for an outstanding chunk and drops it."""
+        if self._worker.busy:
+            self._worker.wait(WARMING_S)
         self._pending = None
-        self._child.ask({"do": "reset"})
-        self._child.wait(WARMING_S)
+        self._worker.ask({"do": "reset"})
+        self._worker.wait(WARMING_S)
 
     def close(self) -> None:
-        self._child.kill()
+        self._worker.kill()
 
 
 def _arrays(observation: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -155,14 +166,14 @@ def _answer(
     if values["instruction"] is not None:
         observation["instruction"] = values["instruction"]
     if values["do"] == "warm":
-        return _warmed(policy, observation), {}
+        return _warm_up(policy, observation), {}
     begun = time.perf_counter()
     continuation = None if previous is None else Continuation(previous, values["frozen"])
     result = policy.infer(observation) if continuation is None else policy.infer(observation, continuation)
     return {"seconds": time.perf_counter() - begun}, {"actions": result["actions"]}
 
 
-def _warmed(policy: LocalPolicy, observation: Mapping[str, Any]) -> dict[str, Any]:
+def _warm_up(policy: LocalPolicy, observation: Mapping[str, Any]) -> dict[str, Any]:
     def call() -> float:
         begun = time.perf_counter()
         policy.infer(observation)

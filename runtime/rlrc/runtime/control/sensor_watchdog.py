@@ -1,4 +1,4 @@
-"""What the loop looks at before every command: does everything that it depends on still answer?"""
+"""Checks before every command that the state and all pictures are present, fresh and changing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlrc.robots.robot import Sensed
 
 
 class SensorWatchdog:
-    """``pictures`` are those that must be there, ``longest`` the seconds that one, or the state, may be old.
+    """``pictures``: names of the required pictures. ``longest``: seconds that the state or a picture may be old.
 
     ``live``: two pictures of one camera are never equal bit by bit.
     """
@@ -21,7 +21,7 @@ class SensorWatchdog:
     def __init__(self, pictures: frozenset[str], longest: float, live: bool) -> None:
         self._pictures, self._longest, self._live = pictures, longest, live
         self._last: dict[str, tuple[float, NDArray[Any]]] = {}
-        self._compared = False  # the cameras with each other
+        self._compared = False  # whether the cameras were compared with each other
 
     def fault(self, sensed: Sensed | None, now: float) -> str | None:
         """What is wrong, in words; None if nothing is."""
@@ -36,10 +36,12 @@ class SensorWatchdog:
                 return f"{name} comes from {(stamp - now) * 1e3:.0f} ms in the future"
         if not self._live:
             return None
-        return self._shared(sensed.observation, sensed.pictures) or self._repeated(sensed.observation, sensed.pictures)
+        return self._find_shared(sensed.observation, sensed.pictures) or self._find_repeated(
+            sensed.observation, sensed.pictures
+        )
 
-    def _shared(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
-        """Two cameras of the policy that are one of the robot's; looked for once."""
+    def _find_shared(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
+        """Two cameras of the policy that are wired to one camera of the robot; checked once."""
         if self._compared:
             return None
         for one, other in combinations(sorted(stamps), 2):
@@ -48,7 +50,7 @@ class SensorWatchdog:
         self._compared = True
         return None
 
-    def _repeated(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
+    def _find_repeated(self, observation: Mapping[str, Any], stamps: Mapping[str, float]) -> str | None:
         for name, stamp in stamps.items():
             before = self._last.get(name)
             if before is not None and stamp == before[0]:
@@ -56,5 +58,5 @@ class SensorWatchdog:
             picture = observation[name]
             if before is not None and np.array_equal(picture, before[1]):
                 return f"{name} has not changed since {(stamp - before[0]) * 1e3:.0f} ms before"
-            self._last[name] = (stamp, np.array(picture))  # a copy: some drivers fill one array again and again
+            self._last[name] = (stamp, np.array(picture))  # a copy: some drivers reuse one array
         return None

@@ -1,7 +1,7 @@
-"""What a service manager is told: that the program is ready, and, by the loop itself, that the loop still turns.
+"""Notifies a service manager that the program is ready, and that the loop still runs.
 
 systemd's protocol (man 3 sd_notify, man 3 sd_watchdog_enabled): lines in a datagram to the socket $NOTIFY_SOCKET. If no
-``beat`` comes for $WATCHDOG_USEC, systemd ends the program and starts it anew. Started by nobody, nothing is sent.
+``beat`` comes for $WATCHDOG_USEC, systemd ends the program and restarts it. Without a service manager, nothing is sent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlrc.errors import UserError
 
 
 class Supervisor:
-    """``address`` of the socket, ``seconds`` within which a beat is expected; None: nobody listens, or expects any."""
+    """``address`` of the socket, None: no service manager. ``seconds`` within which it expects a beat."""
 
     def __init__(
         self, address: str | None = None, seconds: float | None = None, clock: Callable[[], float] = time.monotonic
@@ -24,13 +24,13 @@ class Supervisor:
         self._address = f"\0{address[1:]}" if address is not None and address.startswith("@") else address
 
     @classmethod
-    def of(cls, environment: MutableMapping[str, str] = os.environ) -> Supervisor:
-        """Who started this process; its children do not inherit it. Raises UserError for variables that are broken."""
+    def from_environment(cls, environment: MutableMapping[str, str] = os.environ) -> Supervisor:
+        """Reads and removes the variables: child processes must not inherit them. Raises UserError for invalid ones."""
         address, microseconds = environment.pop("NOTIFY_SOCKET", None), environment.pop("WATCHDOG_USEC", None)
-        asked = environment.pop("WATCHDOG_PID", None)
+        expected_pid = environment.pop("WATCHDOG_PID", None)
         if address is None or not address.startswith(("/", "@")):
             return cls()
-        if microseconds is None or asked not in (None, str(os.getpid())):
+        if microseconds is None or expected_pid not in (None, str(os.getpid())):
             return cls(address)
         if not microseconds.isdecimal() or not int(microseconds):
             raise UserError(f"expected microseconds in WATCHDOG_USEC, found {microseconds!r}; set WatchdogSec")
@@ -41,7 +41,7 @@ class Supervisor:
         self.beat()
 
     def beat(self) -> None:
-        """Called by the loop at every step; sends four times in the time that is given."""
+        """Call this at every step. Sends four times within the expected time."""
         if self.seconds is None or self._clock() - self._beaten < self.seconds / 4:
             return
         if self._send("WATCHDOG=1"):
@@ -51,11 +51,11 @@ class Supervisor:
         self._send(f"STOPPING=1\nSTATUS={_line(status)}")
 
     def _send(self, text: str) -> bool:
-        """Whether it went out. Nothing else depends on that: it would be the wrong thing to stop a robot for."""
+        """Whether it was sent. A failure must not stop the robot."""
         if self._address is None:
             return False
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)  # a loop waits for nobody
+            sender.setblocking(False)  # the loop must not wait
             try:
                 sender.sendto(text.encode(), self._address)
             except OSError:

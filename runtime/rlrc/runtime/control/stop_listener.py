@@ -1,15 +1,15 @@
 """The process that answers POST /stop, and nothing else.
 
-No event loop, engine or library is shared with anything that other requests can keep busy: one thread, non-blocking
-sockets, heads parsed by rlrc.runtime.wire.http_head. Started and listened to by rlrc.runtime.control.stop_port.
+It shares no event loop, engine or library with other requests, so they cannot delay it: one thread, non-blocking
+sockets, heads parsed by rlrc.runtime.wire.http_head. rlrc.runtime.control.stop_port starts it and reads its messages.
 
     POST /stop       {"stopped", "reason"}, once the other process has latched the stop; the body is ignored
     GET /stop        the same, without stopping
     OPTIONS /stop    for browsers (CORS): the operator's page, which is on another port, may do both
 
-All but OPTIONS need ``Authorization: Bearer TOKEN``. Before a connection has shown the token, it gets a head's bytes,
-``UNKNOWN_S`` seconds and one of ``UNKNOWN`` places. The oldest connection of the address that has most of them makes
-room for a new one. A connection that has shown the token is served first and keeps its place, so a page that
+All but OPTIONS need ``Authorization: Bearer TOKEN``. A connection that has not shown the token yet is limited to one
+head, ``UNKNOWN_S`` seconds and ``UNKNOWN`` places. If all are taken, the oldest connection of the address with the most
+connections is closed. A connection that has shown the token is served first and keeps its place, so a page that
 stays connected does not compete with other clients.
 """
 
@@ -29,15 +29,15 @@ from rlrc.packets import LARGEST, receive
 from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Head, Refusal
 
-UNKNOWN, UNKNOWN_S = 128, 5.0  # connections without the token, and seconds until they have to have shown it
+UNKNOWN, UNKNOWN_S = 128, 5.0  # connections without the token, and seconds in which they must show it
 KNOWN, KNOWN_S = 64, 60.0  # connections with it, and seconds until an idle one is closed
 HEAD = 2**13  # bytes; browsers send no cookies here
-BODY = 4096  # bytes that are skipped; what has a larger body is closed after the answer
-ACCEPTED = 32  # connections in one turn: each is looked at before others can take its place
+BODY = 4096  # bytes that are skipped; after a request with a larger body the connection is closed
+ACCEPTED = 32  # connections accepted in one turn: each is read before others can displace it
 TURN_S = 0.01  # time in one turn for connections without the token: a TLS handshake may take milliseconds
 ANSWERED_S = 2.0
-LINGER_S, DISCARDED = 1.0, 2**16  # what a refused client still sends, seconds and bytes, or it would not see the answer
-ALIVE_S = 0.25  # how often deadlines are looked at
+LINGER_S, DISCARDED = 1.0, 2**16  # seconds and bytes that a refused client may still send, so that it sees the answer
+ALIVE_S = 0.25  # how often deadlines are checked
 
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
@@ -45,7 +45,7 @@ PREFLIGHT = {
     "Access-Control-Max-Age": "7200",
 }
 READY = "ready"
-PRESS, STATE = b"press ", b"state"  # PRESS is followed by what stopped, for the reason
+PRESS, STATE = b"press ", b"state"  # PRESS is followed by the source of the stop, for the reason
 
 
 class Caller:
@@ -57,21 +57,21 @@ class Caller:
         self.data = b""
         self.skip = 0  # bytes of a body that are still to come
         self.known = self.ending = self.closed = False
-        self.waiting: object | None = None  # a mark of the question that is to be answered
+        self.waiting: object | None = None  # identifies the question that is not answered yet
         self.shaking = isinstance(connection, ssl.SSLSocket)
         self.persistent = True
         self.cors: dict[str, str] = {}
 
 
 class Listener:
-    """``wire``: to the process that is to stop, a SOCK_SEQPACKET. ``page``: the port of the operator's page."""
+    """``wire``: a SOCK_SEQPACKET to the controlling process. ``page``: the port of the operator's page."""
 
     def __init__(
         self, listening: socket.socket, wire: socket.socket, token: str, tls: ssl.SSLContext | None, page: int | None
     ) -> None:
         self._listening, self._wire, self._tls, self._page = listening, wire, tls, page
         self._token = token
-        self._callers: dict[Caller, None] = {}  # in the order in which they came
+        self._callers: dict[Caller, None] = {}  # oldest first
         self._asked: deque[tuple[Caller, object, float]] = deque()  # the wire's answers come in this order
         self._selector = selectors.DefaultSelector()
         for one in (listening, wire):
@@ -84,9 +84,9 @@ class Listener:
             pass
 
     def turn(self, seconds: float | None) -> bool:
-        """What has come, after at most so long; whether the other process goes on."""
+        """Handles what arrives within ``seconds``; -> whether the other process goes on."""
         ready = [key for key, _ in self._selector.select(seconds)]
-        if any(key.fileobj is self._wire for key in ready) and not self._heard():
+        if any(key.fileobj is self._wire for key in ready) and not self._read_answers():
             return False
         callers: list[Caller] = [key.data for key in ready if key.data is not None]
         for caller in callers:
@@ -107,7 +107,7 @@ class Listener:
         for _ in range(ACCEPTED):
             try:
                 connection, address = self._listening.accept()
-            except OSError:  # no more, or one that has gone already
+            except OSError:  # no more, or one that is closed already
                 return
             try:
                 connection.setblocking(False)
@@ -139,13 +139,13 @@ class Listener:
         known = [caller for caller in self._callers if caller.known]
         for caller in sorted(known, key=lambda one: one.deadline)[: max(0, len(known) - KNOWN)]:
             self._drop(caller)
-        for caller, mark, deadline in list(self._asked):  # they stay there: their answers may still come
+        for caller, mark, deadline in list(self._asked):  # they stay in the queue: their answers may still arrive
             if now > deadline and caller.waiting is mark:
-                error = "expected an answer of the process that is to stop, found none; the stop was passed on"
-                self._tell(caller, 503, {"error": error})
+                error = "expected an answer from the controlling process, found none; the stop was passed on"
+                self._reply(caller, 503, {"error": error})
 
     def _serve(self, caller: Caller) -> None:
-        """What has come from it."""
+        """Reads what a connection has sent."""
         if caller.closed:
             return
         try:
@@ -218,21 +218,21 @@ class Listener:
         caller.waiting = object()
         try:
             self._wire.send(PRESS + (b"the page" if caller.cors else b"HTTP") if head.method == "POST" else STATE)
-        except OSError:  # hundreds of stops are on their way, and none has been read
-            self._tell(caller, 503, {"error": "expected a process that reads, found hundreds of requests before this"})
+        except OSError:  # hundreds of stops are waiting unread
+            self._reply(caller, 503, {"error": "expected a process that reads, found hundreds of requests before this"})
         else:
             self._asked.append((caller, caller.waiting, monotonic() + ANSWERED_S))
 
-    def _heard(self) -> bool:
-        """Answers of the other process, in the order of the questions; whether it goes on."""
+    def _read_answers(self) -> bool:
+        """Reads answers of the other process, in the order of the questions; -> whether it goes on."""
         while message := receive(self._wire):
             caller, mark, _ = self._asked.popleft()
             if caller.waiting is mark and not caller.closed:
-                self._tell(caller, 200, json.loads(message))
+                self._reply(caller, 200, json.loads(message))
         return message is None
 
     def _cors(self, head: Head) -> dict[str, str]:
-        """What lets the operator's page read the answer; nothing for the pages of others."""
+        """Headers that permit the operator's page to read the answer; none for other pages."""
         given, host = head.get("origin"), http_head.host(head.get("host") or "")
         scheme = "http" if self._tls is None else "https"
         if given is None or host is None or self._page is None or given != http_head.origin(scheme, host, self._page):
@@ -241,7 +241,7 @@ class Listener:
 
     # Responses
 
-    def _tell(self, caller: Caller, status: int, body: dict[str, Any]) -> None:
+    def _reply(self, caller: Caller, status: int, body: dict[str, Any]) -> None:
         caller.waiting = None
         response = http_head.response(
             status, json.dumps(body), "application/json", close=not caller.persistent, fields=caller.cors
@@ -258,7 +258,7 @@ class Listener:
             self._end(caller)
 
     def _send(self, caller: Caller, data: bytes) -> bool:
-        """Whether it is on its way. A client that does not read so few bytes is dropped."""
+        """Whether the bytes were sent. A client that does not read so few bytes is dropped."""
         if caller.closed:
             return False
         try:
@@ -278,19 +278,19 @@ class Listener:
 
 
 def main(listening: int, wire: int) -> None:
-    """With what it needs as the wire's first message; then says that it is ready."""
+    """Reads its configuration as the wire's first message, then reports that it is ready."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)  # the process that started this one ends it, when the robot is at rest
-    talk = socket.socket(fileno=wire)
-    given = json.loads(talk.recv(LARGEST))
+    control = socket.socket(fileno=wire)
+    given = json.loads(control.recv(LARGEST))
     tls = None
     if given["certificate"] is not None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             tls.load_cert_chain(given["certificate"], given["key"])
         except OSError as error:
-            talk.send(str(error).encode())
+            control.send(str(error).encode())
             return
-    listener = Listener(socket.socket(fileno=listening), talk, given["token"], tls, given["page"])
-    talk.send(READY.encode())
+    listener = Listener(socket.socket(fileno=listening), control, given["token"], tls, given["page"])
+    control.send(READY.encode())
     listener.run()

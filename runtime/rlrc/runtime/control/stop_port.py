@@ -1,11 +1,11 @@
-"""A port for POST /stop: its listener is a process of its own (stop_listener.py), this is its other end.
+"""A port for POST /stop. Its listener is a separate process (stop_listener.py); this is the controlling end.
 
     port = StopPort("127.0.0.1", 0)                      # takes the address; requests wait
     port.start(token)
-    while port.ready(press, state): ...                  # when its descriptor can be read; False: the listener ended
+    while port.ready(press, state): ...                  # if its descriptor is readable; False: the listener ended
     port.close()
 
-The address is taken first, so that the operator's page can be given the port before the listener answers.
+The address is bound first, so that the operator's page can get the port before the listener answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAITING = 512  # connections that the kernel keeps until the listener accepts th
 
 
 class StopPort:
-    """``url`` is what to POST to. Raises UserError if the address is taken."""
+    """``url`` is where to POST. Raises UserError if the address is in use."""
 
     def __init__(self, host: str, port: int) -> None:
         if not 0 <= port < 2**16:
@@ -57,7 +57,7 @@ class StopPort:
         """``page``: the port of the operator's page, which may send stops from a browser."""
         self.url = url("http" if certificate is None else "https", self._host, self.port) + "/stop"
         descriptors = self._listening.fileno(), self._theirs.fileno()
-        # Isolated: neither the folder that this was started in nor the environment decides what is imported.
+        # Isolated (-I): neither the current folder nor the environment can change what is imported.
         root = str(Path(__file__).parents[3])
         code = f"import sys; sys.path.insert(0, {root!r}); from {LISTENER} import main; main{descriptors}"
         self._process = subprocess.Popen(
@@ -89,7 +89,7 @@ class StopPort:
         return self._wire.fileno()
 
     def ready(self, press: Callable[[str], object], state: Callable[[], dict[str, Any]]) -> bool:
-        """Takes what has come: ``press(reason)`` for each stop, then the ``state`` as the answer. -> whether the
+        """Reads all messages: calls ``press(reason)`` for each stop, and answers with ``state()``. -> whether the
         listener goes on."""
         while message := receive(self._wire):
             if message.startswith(PRESS):
@@ -101,7 +101,7 @@ class StopPort:
     def watch(
         self, press: Callable[[str], object], state: Callable[[], dict[str, Any]], lost: Callable[[], object]
     ) -> None:
-        """``ready`` in a thread until ``close``; ``lost`` if the listener ends before."""
+        """Calls ``ready`` in a thread until ``close``; calls ``lost`` if the listener ends before."""
 
         def listen() -> None:
             while select.select([self._wire], (), ())[0] and self.ready(press, state):

@@ -5,16 +5,15 @@
             if switch.stopped:              # one attribute: no lock, well under a microsecond
                 guard.stop(switch.reason)
             ...
-            switch.wait(seconds)            # until then, or until somebody presses
-        robot.stop()                        # in here: outside, Ctrl-C ends the program again
+            switch.wait(seconds)            # returns early if somebody presses
+        robot.stop()                        # inside the block: after it, Ctrl-C ends the program again
 
-A thread of its own waits for all of them, so that the flag is set while the main thread is inside the engine: signals
-reach it through a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd), not when Python code
-next runs. What the thread needs is this process and its GIL: an engine that keeps the GIL would keep the flag too.
-Inference in a process of its own may die or hang without touching anything here; start it with "spawn", for a forked
-process inherits the signal handlers.
+A separate thread waits for all of them, so that the flag is set even while the main thread is inside the engine:
+signals reach the thread through a file descriptor that the interpreter writes to at once (signal.set_wakeup_fd). The
+thread needs the GIL: an engine that keeps the GIL delays the flag. Inference in its own process may die or hang without
+effect here; start it with "spawn", since a forked process inherits the signal handlers.
 
-Whatever stops listening, stops: a button whose file ends, a terminal that hangs up, a failure of the thread.
+A lost source stops the robot too: a button whose file ends, a terminal that hangs up, a failure of the thread.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from typing import Any, NamedTuple
 from rlrc.errors import UserError
 from rlrc.runtime.control.stop_port import StopPort
 
-# Ctrl-C, a service manager, a terminal that is gone, Ctrl-Z (a controller must not sleep), and one for scripts.
+# Ctrl-C, a service manager, a closed terminal, Ctrl-Z (a controller must not be suspended), and one for scripts.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1)
 ASKED = "asked to stop"
 LOOPBACK = "127.0.0.1"
 JOINED_S = 2.0
-AGAIN_S = 1.0  # who presses Ctrl-C twice wants one stop, and nothing lost of what is put away after it
+AGAIN_S = 1.0  # a second Ctrl-C within this time must not interrupt the saving of log and recording
 
 
 class StopSource(NamedTuple):
-    """Something else to listen to: ``ready`` reads what has come and returns whether it goes on; its end stops."""
+    """Another source of stops: ``ready`` reads what has arrived, and returns False at its end, which stops too."""
 
     descriptor: int
     what: str
@@ -55,39 +54,39 @@ class StopSource(NamedTuple):
 
 
 class StopSwitch:
-    """``stopped`` latches; ``reason`` is that of the first press. ``sources`` say what is listened to."""
+    """``stopped`` latches; ``reason`` is that of the first press. ``sources`` names what is listened to."""
 
     def __init__(self) -> None:
         self.stopped = False
         self.reason = ""
         self.presses = 0
-        self.ended = False
-        """whether the program is asked to end as well: by a signal"""
+        self.end_requested = False
+        """whether the program is to end as well: by a signal, or the key that ends the run"""
         self.sources: list[str] = []
         self.url: str | None = None
         self.token: str | None = None
         self._lost: list[str] = []
         self._signalled = -math.inf
-        self.put_back: Callable[[], None] = lambda: None
-        """the terminal as it was, where the block of ``listen`` cannot end"""
-        self.keep: Callable[[], object] = _nothing
-        """takes the signals again, which a driver's library may have taken meanwhile; in the main thread, 10 us"""
-        self._sleeper: tuple[socket.socket, socket.socket] | None = None  # whoever presses writes, ``wait`` reads
+        self.restore_terminal: Callable[[], None] = lambda: None
+        """restores the terminal, for a program that ends without leaving the block of ``listen``"""
+        self.reclaim_signals: Callable[[], object] = _nothing
+        """installs the signal handlers again, which a driver's library may have replaced; in the main thread, 10 us"""
+        self._sleeper: tuple[socket.socket, socket.socket] | None = None  # ``press`` writes, ``wait`` reads
 
     def press(self, reason: str) -> None:
         """From any thread or signal handler."""
         self.presses += 1
         if not self.stopped:
             self.reason = reason
-            self.stopped = True  # last: who reads it finds the reason
+            self.stopped = True  # last: a reader that sees it finds the reason
         if (sleeper := self._sleeper) is not None:
-            with contextlib.suppress(OSError):  # full: it will wake as it is; closed: nobody sleeps any more
+            with contextlib.suppress(OSError):  # full: the sleeper wakes anyway; closed: there is none
                 sleeper[1].send(b"x")
 
     def wait(self, seconds: float) -> bool:
-        """Sleeps, in one thread; -> whether somebody has pressed since the last call, which ends it at once.
+        """Sleeps, in one thread; -> True at once if somebody has pressed since the last call.
 
-        No lock and no condition: those cannot be set in a signal handler, and Python 3.10 times them by the wall clock.
+        No lock or condition: a signal handler cannot set those, and Python 3.10 times them by the wall clock.
         """
         if self._sleeper is None:
             time.sleep(seconds)
@@ -99,16 +98,16 @@ class StopSwitch:
             reader.recv(4096)
         return True
 
-    def asked(self) -> str | None:
-        """Why to stop, None if nobody wants that."""
+    def stop_reason(self) -> str | None:
+        """Why the robot is to stop; None while nobody has pressed."""
         if not self.stopped:
             return None
         return self.reason if self._lost else f"{ASKED}: {self.reason}"
 
     def release(self, presses: int | None = None) -> None:
-        """Lets it be pressed anew. Raises UserError if something that was listened to is gone.
+        """Clears the stop. Raises UserError if a source is lost.
 
-        ``presses``: how many there were when somebody decided so; one more since then counts, and raises as well.
+        ``presses``: their number when the operator decided to release. One more since then stops again, and raises.
         """
         if self._lost:
             raise UserError(f"expected all of {', '.join(self.sources)} to listen to, lost {self._lost[0]}; start anew")
@@ -116,7 +115,9 @@ class StopSwitch:
         self.stopped = False
         if self.presses != presses:
             self.stopped = True
-            raise UserError("expected nobody to press stop meanwhile, found that somebody did; look again, then re-arm")
+            raise UserError(
+                "expected no stop during the request, found that somebody pressed stop; check the robot, then re-arm"
+            )
 
     @contextmanager
     def listen(
@@ -125,15 +126,15 @@ class StopSwitch:
         button: Path | int | None = None,
         port: int | None = None,
         token: str | None = None,
-        typed: Callable[[bytes], bool] | None = None,
-        others: Sequence[StopSource] = (),
+        handle_keys: Callable[[bytes], bool] | None = None,
+        sources: Sequence[StopSource] = (),
     ) -> Iterator[StopSwitch]:
-        """Listens until the end of the block, then puts everything back. In the main thread, for signals go there.
+        """Listens until the end of the block, then restores everything. Call it in the main thread, which gets signals.
 
         ``keyboard``: a file descriptor; any key stops where it is a terminal. ``button``: a descriptor, or the path of
         a FIFO, device or socket; any byte stops, and its end. ``port`` on the loopback, 0 for any: POST /stop with
-        ``Authorization: Bearer`` and the token, which is drawn if it is not given. ``typed`` gets what was typed first:
-        it does not stop where that returns True.
+        ``Authorization: Bearer`` and the token, which is drawn if it is not given. ``handle_keys`` gets typed keys
+        first, and returns True for those that do not stop. ``sources``: what else stops.
 
         Raises UserError for a button or port that cannot be opened.
         """
@@ -145,8 +146,8 @@ class StopSwitch:
             if port is not None:
                 self._add_http(stack, selector, port, token)
             if keyboard is not None:
-                self._add_keyboard(stack, selector, keyboard, typed)
-            for source in others:
+                self._add_keyboard(stack, selector, keyboard, handle_keys)
+            for source in sources:
                 self._add(selector, source)
             self._add_signals(stack, selector)
             self._add_thread(stack, selector)
@@ -167,7 +168,7 @@ class StopSwitch:
         selector.register(theirs, selectors.EVENT_READ, None)
         thread = threading.Thread(target=self._watch, args=(selector,), name="stop switch", daemon=True)
         thread.start()
-        stack.callback(thread.join, JOINED_S)  # a driver may have closed the descriptors that it waits for
+        stack.callback(thread.join, JOINED_S)  # it may hang: a driver may have closed its descriptors
         stack.callback(ours.send, b"x")
 
     def _watch(self, selector: selectors.BaseSelector) -> None:
@@ -176,7 +177,7 @@ class StopSwitch:
                 for key, _ in selector.select():
                     if key.data is None:
                         return
-                    if not key.data():  # it has ended; it would be ready for ever
+                    if not key.data():  # an ended source would stay ready for ever
                         selector.unregister(key.fileobj)
         except Exception as error:
             self._lose(f"the thread that listens ({type(error).__name__}: {error})")
@@ -217,43 +218,45 @@ class StopSwitch:
         stack.callback(signal.set_wakeup_fd, before)
         for number, old in take().items():
             stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
-        self.keep = take
-        stack.callback(setattr, self, "keep", _nothing)
+        self.reclaim_signals = take
+        stack.callback(setattr, self, "reclaim_signals", _nothing)
         stack.callback(self._outlast_another)
         self.sources.append(f"signals {', '.join(number.name for number in SIGNALS)}")
 
     def _outlast_another(self) -> None:
-        """Listens for a moment more after a signal: the next one would end the program."""
+        """Listens a moment longer after a signal: a second one would end the program."""
         while (left := self._signalled + AGAIN_S - time.monotonic()) > 0:
             time.sleep(left)
 
     def _signal(self, number: int) -> None:
-        if not self.ended:
+        if not self.end_requested:
             self._signalled = time.monotonic()
         self.press(f"signal {signal.Signals(number).name}")
-        self.ended = True
+        self.end_requested = True
 
     def _add_keyboard(
         self,
         stack: ExitStack,
         selector: selectors.BaseSelector,
         descriptor: int,
-        typed: Callable[[bytes], bool] | None,
+        handle_keys: Callable[[bytes], bool] | None,
     ) -> None:
         if not _foreground(descriptor):
             return
         import termios  # not everywhere
         import tty
 
-        def put_back() -> None:
+        def restore() -> None:
             with contextlib.suppress(termios.error):  # it may have hung up
                 termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
         before = termios.tcgetattr(descriptor)
-        tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C stays a signal
-        self.put_back = put_back
-        stack.callback(put_back)
-        selector.register(descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", typed))
+        tty.setcbreak(descriptor)  # a key counts at once, without Enter; Ctrl-C remains a signal
+        self.restore_terminal = restore
+        stack.callback(restore)
+        selector.register(
+            descriptor, selectors.EVENT_READ, self._reader(descriptor, "a key", "the terminal", handle_keys)
+        )
         self.sources.append("any key")
 
     def _add_button(self, stack: ExitStack, selector: selectors.BaseSelector, button: Path | int) -> None:
@@ -270,10 +273,10 @@ class StopSwitch:
         self.sources.append(f"button {button}")
 
     def _reader(
-        self, descriptor: int, what: str, whole: str, typed: Callable[[bytes], bool] | None = None
+        self, descriptor: int, what: str, whole: str, handle_keys: Callable[[bytes], bool] | None = None
     ) -> Callable[[], bool]:
         def ready() -> bool:
-            """Whether it goes on."""
+            """Whether the source goes on."""
             try:
                 read = os.read(descriptor, 4096)
             except BlockingIOError:
@@ -283,7 +286,7 @@ class StopSwitch:
             if not read:
                 self._lose(whole)
                 return False
-            if typed is None or not typed(read):
+            if handle_keys is None or not handle_keys(read):
                 self.press(what)
             return True
 
@@ -295,10 +298,10 @@ class StopSwitch:
         stack.callback(stop.close)
         stop.start(self.token)
         self.url = stop.url
-        self._add(selector, self.over(stop))
+        self._add(selector, self.source_of(stop))
 
-    def over(self, stop: StopPort) -> StopSource:
-        """What ``listen`` listens to for another StopPort: the operator's page has one."""
+    def source_of(self, stop: StopPort) -> StopSource:
+        """A source for ``listen`` from another StopPort, such as the one of the operator's page."""
 
         def state() -> dict[str, Any]:
             return {"stopped": self.stopped, "reason": self.reason}
@@ -307,9 +310,9 @@ class StopSwitch:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """The first Ctrl-C in this block does nothing: an operator who sees a robot stop by a fault presses it, and would
-    lose log and recording. The second one interrupts. In the main thread."""
+def ignore_first_interrupt() -> Iterator[None]:
+    """The first Ctrl-C in this block does nothing, the second one interrupts: an operator who sees a fault stop the
+    robot presses Ctrl-C, which must not cost the log and the recording. In the main thread."""
     pressed = list[int]()
 
     def handle(number: int, frame: Any) -> None:
@@ -329,10 +332,10 @@ def _nothing() -> None:
 
 
 def _foreground(descriptor: int) -> bool:
-    """Whether it is a terminal that this process may read from: one in the background would be suspended."""
+    """Whether it is a terminal that this process may read: reading in the background would suspend the process."""
     if not os.isatty(descriptor):
         return False
-    with contextlib.suppress(OSError):  # another terminal than the one that controls us: no job control there
+    with contextlib.suppress(OSError):  # not the controlling terminal: no job control there
         return os.tcgetpgrp(descriptor) == os.getpgrp()
     return True
 
@@ -347,7 +350,7 @@ def _open(path: Path) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode) or stat.S_ISDIR(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(
-            f"expected a FIFO, device or socket as the button, found the file or folder {path}, which never tells; "
-            "for a GPIO, let gpiomon write into a FIFO (docs/robots.md)"
+            f"expected a FIFO, device or socket as the button, found the file or folder {path}, which reports "
+            "no presses; for a GPIO, let gpiomon write into a FIFO (docs/robots.md)"
         )
     return descriptor

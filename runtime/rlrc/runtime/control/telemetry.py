@@ -1,4 +1,4 @@
-"""What every step of the control loop was like: in memory that is there from the start, written when it is over."""
+"""The log of the control loop's steps: in memory allocated at the start, written at the end of the run."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ STEP = np.dtype(
         ("step", np.int64),
         ("due", np.float64),  # seconds of the loop's clock
         ("sent", np.float64),  # when the command went out
-        ("late_ms", np.float32),  # how long after it was due the step began
+        ("late_ms", np.float32),  # from when the step was due to when it began
         ("sense_ms", np.float32),
         ("plan_ms", np.float32),
         ("guard_ms", np.float32),
         ("command_ms", np.float32),
         ("ask_ms", np.float32),
         ("show_ms", np.float32),  # for the operator's page
-        ("inference_ms", np.float32),  # of the chunk that came at this step; nan: none did
+        ("inference_ms", np.float32),  # of the chunk that arrived at this step; nan: none did
         ("chunk", np.int32),  # 0: none
         ("place", np.int16),  # of the action in its chunk
-        ("age_ms", np.float32),  # since the state that the guard saw was measured
-        ("clamped", np.int16),  # guard events of this step, by what was done
-        ("late", np.bool_),  # an action was sent when the next step was due already (a hold may be)
+        ("age_ms", np.float32),  # of the state that the guard used
+        ("clamped", np.int16),  # number of the guard's clamp events
+        ("late", np.bool_),  # an action was sent after the next step was due (holds do not count)
         ("held", np.bool_),
         ("stopped", np.bool_),
-        ("skipped", np.int32),  # steps before this one that were not begun in time, and so left out
+        ("skipped", np.int32),  # steps before this one that were left out, since they could not begin in time
     ]
 )
 PARTS = ("sense", "plan", "guard", "command", "ask", "show")
@@ -45,55 +45,60 @@ COUNTED = ("late", "held", "skipped", "clamped")
 
 
 class Telemetry:
-    """The last ``capacity`` steps, and ``counts`` of all. ``commands`` are kept beside, (capacity, dim)."""
+    """The last ``capacity`` steps with their ``commands`` (capacity, dim), and ``counts`` of all steps."""
 
     def __init__(self, capacity: int, dim: int) -> None:
         self._rows, self._commands = np.zeros(capacity, STEP), np.zeros((capacity, dim), np.float32)
-        self._rows["sent"] = self._commands[...] = 0.0  # touched now, so that no page is missing later
+        self._rows["sent"] = self._commands[...] = 0.0  # touch every page now, so that none faults later
         self.steps = 0
-        self._begun = 0.0  # when the first step was due, once that is forgotten
-        self._gone = dict.fromkeys(COUNTED, 0)
+        self._begun = 0.0  # when the first step was due, once its row is overwritten
+        self._dropped = dict.fromkeys(COUNTED, 0)
 
-    def next(self) -> Any:
-        """The record of a new step, to be filled in."""
-        row = self._rows[self.steps % len(self._rows)]
+    def begin(self, step: int, due: float, skipped: int) -> None:
+        """A new step. Until ``write`` its row is empty: a step that never ends is in the log all the same."""
+        index = self.steps % len(self._rows)
+        row = self._rows[index]
         if self.steps >= len(self._rows):
-            self._forget(row)
-        row["inference_ms"], row["command_ms"] = np.nan, np.nan
-        row["chunk"] = row["place"] = row["show_ms"] = 0  # an older step's, when the capacity is used up
+            self._drop(row)
+        self._rows[index] = 0
+        row["step"], row["due"], row["skipped"] = step, due, skipped
+        row["inference_ms"] = row["command_ms"] = np.nan
         self.steps += 1
-        return row
 
-    def _forget(self, row: Any) -> None:
+    def write(self, command: NDArray[Any] | None, **values: float) -> None:
+        """The newest step's command, and its other columns by their names in STEP."""
+        index = (self.steps - 1) % len(self._rows)
+        self._commands[index] = np.nan if command is None else command
+        row = self._rows[index]
+        for name, value in values.items():
+            row[name] = value
+
+    def _drop(self, row: Any) -> None:
         if self.steps == len(self._rows):
             self._begun = float(row["due"])
         for name in COUNTED:
-            self._gone[name] += int(_count(name, row[name]))
+            self._dropped[name] += int(_count(name, row[name]))
 
     @property
     def counts(self) -> dict[str, int]:
         """Of all steps: those that were sent late, held, clamped; and how many were skipped before them."""
-        return {name: gone + int(_count(name, self.rows[name]).sum()) for name, gone in self._gone.items()}
+        return {name: dropped + int(_count(name, self.rows[name]).sum()) for name, dropped in self._dropped.items()}
 
     @property
     def begun(self) -> float:
         """When the first step was due."""
         return self._begun if self.steps > len(self._rows) else float(self._rows["due"][0])
 
-    def commanded(self, command: NDArray[Any] | None) -> None:
-        """The command of the newest step."""
-        self._commands[(self.steps - 1) % len(self._commands)] = np.nan if command is None else command
-
     @property
     def rows(self) -> NDArray[Any]:
         """Oldest first."""
-        return self._rolled(self._rows)
+        return self._in_order(self._rows)
 
     @property
     def commands(self) -> NDArray[np.float32]:
-        return self._rolled(self._commands)
+        return self._in_order(self._commands)
 
-    def _rolled(self, array: NDArray[Any]) -> NDArray[Any]:
+    def _in_order(self, array: NDArray[Any]) -> NDArray[Any]:
         if self.steps <= len(array):
             return array[: self.steps]
         return np.roll(array, -(self.steps % len(array)), 0)
@@ -104,17 +109,17 @@ def _count(name: str, values: Any) -> Any:
 
 
 def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
-    """What a run was like, in seconds and milliseconds.
+    """Summary of a run, in seconds and milliseconds. Raises UserError if there are no steps.
 
-    ``late_actions`` were sent when the next step was due already. That takes a driver that is stuck in the middle of
-    it: what is noticed before is replaced by a hold. Percentiles are those of the steps that are still there.
+    ``late_actions`` were sent after the next step was due. That happens only if a driver blocks while it sends: an
+    action that is late before that is replaced by a hold. Percentiles are over the steps that are still kept.
     """
     rows = telemetry.rows
     if not len(rows):
         raise UserError("expected at least one step to sum up, found none; run longer")
     overhead = np.sum([rows[f"{part}_ms"] for part in PARTS], 0)
     lag = (rows["sent"] - rows["due"]) * 1e3
-    came = rows["inference_ms"][np.isfinite(rows["inference_ms"])]
+    inference = rows["inference_ms"][np.isfinite(rows["inference_ms"])]
     seconds, counts = float(rows["due"][-1]) - telemetry.begun + period, telemetry.counts
     return {
         "steps": telemetry.steps,
@@ -130,13 +135,13 @@ def summary(telemetry: Telemetry, period: float) -> dict[str, Any]:
         "overhead_ms": _percentiles(overhead),
         **{f"{part}_ms": _percentiles(rows[f"{part}_ms"]) for part in PARTS},
         "age_ms": _percentiles(rows["age_ms"]),
-        "inference_ms": _percentiles(came),
-        "inferences": len(came),
+        "inference_ms": _percentiles(inference),
+        "inferences": len(inference),
     }
 
 
-def told(totals: Mapping[str, Any]) -> dict[str, str]:
-    """The summary in words, by heading."""
+def format_rows(totals: Mapping[str, Any]) -> dict[str, str]:
+    """The summary as text, by heading."""
 
     def spread(name: str) -> str:
         found = totals[name]
@@ -165,24 +170,24 @@ def told(totals: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _board_columns(stamped: Sequence[Stamped], sent: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
-    """nan where nothing is told, which a row of JSON leaves out."""
-    told = [
+    """The newest board reading at each step; nan without one, which a row of JSON leaves out."""
+    readings = [
         (np.nan,) * 4
         if reading is None
         else (reading.watts, reading.hottest, reading.gpu_load, float(len(reading.throttled)))
         for reading in monitor.at(stamped, sent.tolist())
     ]
-    values = np.array(told, np.float32).reshape(-1, 4)  # None becomes nan
+    values = np.array(readings, np.float32).reshape(-1, 4)  # None becomes nan
     return {f"board.{name}": values[:, i] for i, name in enumerate(("watts", "celsius", "gpu_load", "throttled"))}
 
 
 def jitter(gaps: NDArray[Any], period: float) -> float:
-    """How far the times between two commands of an episode are from whole periods, in ms, at the 99th percentile."""
+    """The 99th percentile, in ms, of how far the times between two commands are from whole periods."""
     return float(np.percentile(np.abs(gaps - np.round(gaps / period) * period), 99) * 1e3) if len(gaps) else 0.0
 
 
 def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float] | None:
-    """None where nothing was measured."""
+    """None if nothing was measured."""
     known = milliseconds[np.isfinite(milliseconds)]
     if not len(known):
         return None
@@ -191,9 +196,9 @@ def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float] | None:
 
 
 def write(telemetry: Telemetry, names: tuple[str, ...], path: Path, stamped: Sequence[Stamped] = ()) -> None:
-    """A row a step: JSON lines, or Parquet if the name ends so. Whole or not at all.
+    """Writes a row for each step, as JSON lines or Parquet (by the suffix), completely or not at all.
 
-    With the newest reading of the board at each step, where there are some.
+    ``stamped``: the board's readings; each row gets the newest one.
     """
     columns: Mapping[str, Any] = {name: telemetry.rows[name] for name in STEP.names or ()}
     columns = {**columns, **{f"command.{name}": telemetry.commands[:, i] for i, name in enumerate(names)}}

@@ -1,12 +1,12 @@
-"""A thread that watches the loop's: a driver's call that hangs would keep every way to stop from working.
+"""A thread that watches the loop's thread: a driver's call that hangs would block every other way to stop.
 
-    dog = Watchdog(driver, put_away)
-    with dog.watching(seconds):         # around the loop, which calls ``dog.beat`` at every step
-        control.run(...)
+    watchdog = Watchdog(driver, report_hang)
+    with watchdog.watching(seconds):         # around the loop, which calls ``watchdog.beat`` at every step
+        control_loop.run(...)
 
-Where no beat comes for so many seconds, ``robot.stop()`` is called from here; where the loop does not go on after that
-either, ``put_away`` is called, and the process ends with exit code 1. It needs nothing of the loop's thread but the
-GIL: an extension that hangs without releasing it hangs this thread too, and only the service manager's watchdog
+If no beat comes for so many seconds, this thread calls ``robot.stop()``. If the loop still does not go on, it calls
+``report_hang`` and ends the process with exit code 1. It depends on the loop's thread only for the GIL: an extension
+that hangs without releasing it blocks this thread too; then only the service manager's watchdog
 (rlrc.runtime.control.service_manager) is left.
 """
 
@@ -21,48 +21,48 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 from rlrc.printable import printable
-from rlrc.robots.driver import Driver, said
+from rlrc.robots.driver import Driver, describe_driver_error
 
-GRACE = 0.25  # of the bound: a machine that has stood still lets the loop go on first
+GRACE = 0.25  # of the bound: after the whole machine paused, the loop gets time to go on
 RETURN_S = 2.0  # for the call to return after robot.stop()
-PUT_AWAY_S = 30.0  # for log and recording to be written
+REPORT_S = 30.0  # for log and recording to be written
 CLOSING_S = 10.0  # for the driver to be closed
 
-PutAway = Callable[[str], None]  # with the reason; prints one line
-Late = Callable[[], bool]  # whether there has been no beat yet
+ReportHang = Callable[[str], None]  # takes the reason; prints one line
+IsLate = Callable[[], bool]  # whether there still is no beat
 
 
 class Watchdog:
-    """``put_away`` gets the reason where the process has to be ended, and prints it."""
+    """``report_hang`` gets the reason before the process is ended, and prints it. ``report`` prints a line."""
 
     def __init__(
         self,
         driver: Driver,
-        put_away: PutAway = lambda reason: print(reason, file=sys.stderr),
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        report_hang: ReportHang = lambda reason: print(reason, file=sys.stderr),
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        self._driver, self.put_away, self._say, self._end = driver, put_away, say, end
+        self._driver, self.report_hang, self._report, self._end = driver, report_hang, report, end
         self._beaten = time.monotonic()
 
     def beat(self) -> None:
-        """The loop goes on. From its thread."""
+        """The loop goes on. Call this from its thread."""
         self._beaten = time.monotonic()
 
     @contextmanager
     def watching(self, seconds: float) -> Iterator[None]:
-        """Until the end of the block a beat is expected every ``seconds``; else the robot is stopped."""
+        """Stops the robot if ``seconds`` pass without a beat in this block."""
         with self._thread(seconds, self._halt):
             yield
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """The block is to end within CLOSING_S; else the process is ended."""
-        with self._thread(CLOSING_S, self._give_up):
+        """Ends the process if the block takes longer than CLOSING_S."""
+        with self._thread(CLOSING_S, self._end_process):
             yield
 
     @contextmanager
-    def _thread(self, seconds: float, act: Callable[[Late], None]) -> Iterator[None]:
+    def _thread(self, seconds: float, act: Callable[[IsLate], None]) -> Iterator[None]:
         over = threading.Event()
         self.beat()
         threading.Thread(target=self._watch, args=(seconds, act, over), name="watchdog", daemon=True).start()
@@ -71,15 +71,15 @@ class Watchdog:
         finally:
             over.set()
 
-    def _watch(self, seconds: float, act: Callable[[Late], None], over: threading.Event) -> None:
+    def _watch(self, seconds: float, act: Callable[[IsLate], None], over: threading.Event) -> None:
         while not over.is_set():
-            seen = self._beaten
-            if (left := seen + seconds - time.monotonic()) > 0:
+            beaten = self._beaten
+            if (left := beaten + seconds - time.monotonic()) > 0:
                 time.sleep(min(left, 0.5))
                 continue
 
-            def late(seen: float = seen) -> bool:
-                return self._beaten == seen and not over.is_set()
+            def late(beaten: float = beaten) -> bool:
+                return self._beaten == beaten and not over.is_set()
 
             time.sleep(GRACE * seconds)
             if late():
@@ -87,42 +87,42 @@ class Watchdog:
                 while late():
                     time.sleep(0.01)
 
-    def _halt(self, late: Late) -> None:
-        reason = f"{self._what()}; robot.stop() was called"
+    def _halt(self, late: IsLate) -> None:
+        reason = f"{self._describe_hang()}; robot.stop() was called"
         _thread.start_new_thread(self._end_if_still, (late,))  # at once: starting a Thread waits until it runs
         try:
             self._driver.halt(reason)
         except BaseException as error:
-            reason += f", and failed: {said(error)}"
-        self._tell(reason)
+            reason += f", and failed: {describe_driver_error(error)}"
+        self._print(reason)
 
-    def _end_if_still(self, late: Late) -> None:
+    def _end_if_still(self, late: IsLate) -> None:
         time.sleep(RETURN_S)
         if late():
-            self._give_up(late)
+            self._end_process(late)
 
-    def _give_up(self, late: Late) -> None:
-        """Log and recording, then the end: a thread that hangs cannot be ended alone."""
-        reason = self._driver.halted or self._what()
-        thread = threading.Thread(target=self.put_away, args=(reason,), daemon=True)
+    def _end_process(self, late: IsLate) -> None:
+        """Saves log and recording, then ends the process: Python cannot end a single thread that hangs."""
+        reason = self._driver.halted or self._describe_hang()
+        thread = threading.Thread(target=self.report_hang, args=(reason,), daemon=True)
         thread.start()
-        thread.join(PUT_AWAY_S)
+        thread.join(REPORT_S)
         self._end(1)
 
-    def _what(self) -> str:
-        """What does not return."""
+    def _describe_hang(self) -> str:
+        """Which call does not return, and since when."""
         now, call = time.monotonic(), self._driver.call
         name, since = ("the loop", self._beaten) if call is None else (f"the driver's {call[0]}", call[1])
         return f"{name} has not returned for {(now - since) * 1e3:.0f} ms"
 
-    def _tell(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         """In another thread: a terminal may block its writers."""
-        threading.Thread(target=self._say, args=(line,), daemon=True).start()
+        threading.Thread(target=self._report, args=(line,), daemon=True).start()
 
 
-def leave(known: Set[threading.Thread], code: int, end: Callable[[int], object] = os._exit) -> int:
-    """The exit code of a program that is over. Threads that a driver has started and not ended, for which Python would
-    wait, end with the process; those ``known`` before do not count."""
+def finish_process(known: Set[threading.Thread], code: int, end: Callable[[int], object] = os._exit) -> int:
+    """Returns the exit code ``code``, unless threads other than the ``known`` ones still run: a driver has not ended
+    them, and Python would wait for them. Then this ends the process with ``code``."""
     deadline = time.monotonic() + RETURN_S
     left = [one for one in threading.enumerate() if not one.daemon and one not in known]
     for thread in left:

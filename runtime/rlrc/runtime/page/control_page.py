@@ -1,20 +1,19 @@
-"""The page of `rlrc run`: every step of the loop, and wishes to the stop switch and the standstill."""
+"""The page of `rlrc run`: every step of the loop, and the operator's requests to the stop switch and to re-arm."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from rlrc.robots.robot import Sensed
 from rlrc.runtime.control.rearming import OperatorRequest, RearmController
+from rlrc.runtime.control.step import Step
 from rlrc.runtime.control.stop_switch import StopSource, StopSwitch
 from rlrc.runtime.page.feed import TEXT
 from rlrc.runtime.page.metadata import Events
 from rlrc.runtime.page.process import Page
-from rlrc.runtime.safety.verdict import Verdict
 
 if TYPE_CHECKING:
-    from rlrc.robots.instructed import Instructed
+    from rlrc.robots.instruction import InstructionOverride
     from rlrc.runtime.safety.guard import Guard
 
 STATE_S = 0.5  # how often the state is told though nothing has changed
@@ -24,28 +23,34 @@ class ControlPage:
     """``show`` is for the loop's thread, ``source`` for the stop switch's."""
 
     def __init__(
-        self, page: Page, guard: Guard, switch: StopSwitch, standstill: RearmController | None, robot: Instructed | None
+        self,
+        page: Page,
+        guard: Guard,
+        switch: StopSwitch,
+        rearming: RearmController | None,
+        override: InstructionOverride | None,
     ) -> None:
         self._page, self._guard, self._switch = page, guard, switch
-        self._standstill, self._robot = standstill, robot
+        self._rearming, self._override = rearming, override
         self._events, self._state, self._told_at = Events(), dict[str, Any](), 0.0
 
     @property
     def source(self) -> StopSource:
         return StopSource(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
 
-    def show(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
-        """rlrc.runtime.control.control_loop's Show."""
-        now, lag, inference = float(row["sent"]), float(row["sent"] - row["due"]) * 1e3, float(row["inference_ms"])
+    def show(self, step: Step) -> None:
+        """rlrc.runtime.control.step's Show."""
+        sensed, verdict, now = step.sensed, step.verdict, step.sent
         command = None if verdict.command is None else verdict.command.tolist()
         measured = None if sensed is None or sensed.measured is None else sensed.measured.tolist()
-        infer = None if math.isnan(inference) else round(inference, 3)
-        step = (round(now, 4), round(lag, 3), infer, verdict.held, int(row["skipped"]), command, measured)
-        message: dict[str, Any] = {"step": step}
+        infer = None if math.isnan(step.inference_ms) else round(step.inference_ms, 3)
+        lag = round((step.sent - step.due) * 1e3, 3)
+        row = (round(now, 4), lag, infer, verdict.held, step.skipped, command, measured)
+        message: dict[str, Any] = {"step": row}
         reason, words = self._guard.reason, None if sensed is None else sensed.observation.get("instruction")
         state = {
             "stopped": reason and reason[:TEXT],
-            "resting": self._standstill is not None and self._standstill.since is not None,
+            "resting": self._rearming is not None and self._rearming.since is not None,
             "instruction": words and words[:TEXT],
         }
         if state != self._state or now - self._told_at > STATE_S:
@@ -71,15 +76,15 @@ class ControlPage:
             told({"stopped": True, "reason": self._switch.reason})
         elif what == "instruction":
             told(self._instruct(words))
-        elif self._standstill is None:
+        elif self._rearming is None:
             told({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
         elif what == "bench":
-            self._standstill.ask(OperatorRequest("bench", "the page", told))
+            self._rearming.request(OperatorRequest("bench", "the page", told))
         else:
-            self._standstill.ask(OperatorRequest("rearm", f"the page ({words})" if words else "the page", told))
+            self._rearming.request(OperatorRequest("rearm", f"the page ({words})" if words else "the page", told))
 
     def _instruct(self, words: str | None) -> dict[str, str]:
-        if self._robot is None:
+        if self._override is None:
             return {"error": "expected a policy that takes an instruction, found one of a single task"}
-        self._robot.words = words or None
+        self._override.instruction = words or None
         return {}

@@ -9,7 +9,7 @@ from typing import Any
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.artifact.describe import folder_bytes, policy_rows
 from rlrc.runtime.page.feed import TEXT
-from rlrc.runtime.safety.profile import RobotProfile, senses
+from rlrc.runtime.safety.profile import RobotProfile, match_state
 from rlrc.runtime.safety.verdict import Event
 
 CLAMPS_S = 1.0  # shortest time between two clamps of one limit that are told
@@ -76,7 +76,7 @@ def _measures(
 ) -> dict[int, tuple[int, float]]:
     """Which entry of the state a dimension of the action is measured by, and how it converts; absolutes only."""
     if profile is not None:
-        wired = senses(profile, spec.action, names, units)
+        wired = match_state(profile, spec.action, names, units)
         found = list(zip(wired.dimensions, wired.entries, wired.factors, strict=True))
     else:
         alike = [(i, list(names).index(name)) for i, name in enumerate(spec.action.names) if name in names]

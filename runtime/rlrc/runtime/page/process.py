@@ -24,7 +24,7 @@ class Page:
     """``hello`` is what does not change: see server.py. Raises UserError if the port is taken.
 
     ``link`` has the token behind ``#``, which a browser does not send; it is drawn if there is none. ``stop`` is the
-    port that the page sends its stops to first; the caller has to listen to it (StopSwitch.over, or its ``watch``).
+    port that the page sends its stops to first; the caller listens to it (StopSwitch.source_of, or its ``watch``).
     """
 
     def __init__(self, hello: Mapping[str, Any], cameras: Sequence[str], address: Address) -> None:

@@ -1,6 +1,6 @@
-"""Differences of angles: 3.13 and -3.14 rad are .01 apart, where a dimension is periodic (docs/robots.md).
+"""Differences of angles: 3.13 and -3.14 rad are .01 apart if a dimension is periodic (docs/robots.md).
 
-``periods`` (D,) are inf for the dimensions that are not; None: none is.
+``periods`` (D,) are inf for dimensions that are not periodic; None: no dimension is.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Vector = NDArray[np.float64]
 
 
 def shortest(difference: Vector, periods: Vector | None) -> Vector:
-    """Differences (..., D) the short way round: within half a period."""
+    """Differences (..., D) the short way round, within half a period."""
     if periods is None:
         return difference
     turns = np.rint(difference / periods)  # 0 for inf
     return difference - turns * np.where(np.isinf(periods), 0.0, periods)
 
 
-def near(values: Vector, reference: Vector, periods: Vector | None) -> Vector:
-    """Those of the same angles that are nearest to the reference; bit by bit the same where they are it already."""
+def nearest(values: Vector, reference: Vector, periods: Vector | None) -> Vector:
+    """The same angles, as the numbers nearest to the reference. Values that already are stay the same bit by bit."""
     if periods is None:
         return values
     away = values - reference
@@ -32,9 +32,9 @@ def near(values: Vector, reference: Vector, periods: Vector | None) -> Vector:
 
 
 class Angles:
-    """The periodic ones among D dimensions: which of the numbers of an angle, whole turns apart, is meant.
+    """For the periodic ones of D dimensions: which of the numbers of an angle, whole turns apart, is meant.
 
-    ``turns`` (D,): whether an angle may turn for ever; the others stay on the arc between their position limits.
+    ``turns`` (D,): whether an angle may turn without end; the others stay on the arc between their position limits.
     """
 
     def __init__(self, dimensions: Sequence[Dimension]) -> None:
@@ -44,12 +44,12 @@ class Angles:
         self.turns = np.array([dimension.turns for dimension in dimensions], bool)
         self._middle: Vector = np.array([0.0 if one is None else (one.low + one.high) / 2 for one in limits])
 
-    def unwrapped(self, values: Vector, position: Vector) -> Vector:
-        """Angles counted on from the position; those that have an arc as the arc's numbers."""
+    def unwrap(self, values: Vector, position: Vector) -> Vector:
+        """Angles as the numbers nearest to the position; those with an arc as the arc's numbers."""
         if self.periods is None:
             return values
-        return near(values, np.where(self.turns, position, self._middle), self.periods)
+        return nearest(values, np.where(self.turns, position, self._middle), self.periods)
 
-    def wrapped(self, values: Vector) -> Vector:
-        """Angles as the robot and the policy count them: from ``low`` to ``high`` of the profile."""
-        return near(values, self._middle, self.periods)
+    def wrap(self, values: Vector) -> Vector:
+        """Angles as the robot and the policy number them: from ``low`` to ``high`` of the profile."""
+        return nearest(values, self._middle, self.periods)

@@ -14,8 +14,8 @@ from rlrc.runtime.safety import braking
 from rlrc.runtime.safety.profile import REMEDY, On, RobotProfile
 
 
-class Bound(NamedTuple):
-    """What keeps a dimension's position. ``slack`` is what the robot, not a command, may be measured beyond."""
+class PositionLimit(NamedTuple):
+    """One limit of a dimension's position. The robot may be measured ``slack`` beyond it, a command may not be."""
 
     kind: Literal["position", "workspace"]
     on: On
@@ -23,40 +23,45 @@ class Bound(NamedTuple):
     high: float
     slack: float
 
-    def crossed(self, position: float, more: float) -> float | None:
-        """The end that a position is beyond, by more than ``more``."""
+    def exceeded(self, position: float, more: float) -> float | None:
+        """The end, ``low`` or ``high``, that a position exceeds by more than ``more``; None if it exceeds neither."""
         if position > self.high + more:
             return self.high
         return self.low if position < self.low - more else None
 
 
-def bounds(profile: RobotProfile, index: int) -> list[Bound]:
-    """Those of a dimension: its position limits and the workspace's, none or both."""
-    own, axis, box, found = profile.dimensions[index].position, profile.box(index), profile.workspace, list[Bound]()
-    if profile.dimensions[index].turns:
+def find_position_limits(profile: RobotProfile, index: int) -> list[PositionLimit]:
+    """The position limits of a dimension: its own, the workspace's, both or none."""
+    dimension, axis, box, found = (
+        profile.dimensions[index],
+        profile.box(index),
+        profile.workspace,
+        list[PositionLimit](),
+    )
+    if dimension.turns:
         return []  # every angle is within its limits
     if axis is not None and box is not None:
-        found.append(Bound("workspace", box.on, *axis, box.slack))
-    if own is not None:
-        found.append(Bound("position", own.on, own.low, own.high, own.slack))
+        found.append(PositionLimit("workspace", box.on, *axis, box.slack))
+    if (own := dimension.position) is not None:
+        found.append(PositionLimit("position", own.on, own.low, own.high, own.slack))
     return found
 
 
-def edges(measured: Sequence[Sequence[Bound]]) -> NDArray[np.float64]:
-    """(2, D) for the bounds of D dimensions: between which positions none of them holds or stops."""
-    strict = [[bound for bound in found if bound.on != "clamp"] for found in measured]
-    low = [max((bound.low - bound.slack for bound in found), default=-math.inf) for found in strict]
-    high = [min((bound.high + bound.slack for bound in found), default=math.inf) for found in strict]
+def strict_range(measured: Sequence[Sequence[PositionLimit]]) -> NDArray[np.float64]:
+    """(2, D) for the limits of D dimensions: the positions between which none of them holds or stops the robot."""
+    strict = [[limit for limit in found if limit.on != "clamp"] for found in measured]
+    low = [max((limit.low - limit.slack for limit in found), default=-math.inf) for found in strict]
+    high = [min((limit.high + limit.slack for limit in found), default=math.inf) for found in strict]
     return np.array([low, high])
 
 
-def limits_of(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float) -> braking.BrakingLimits:
-    """All limits as vectors. Raises UserError where position limits and workspace have nothing in common."""
+def braking_limits(profile: RobotProfile, lasting: NDArray[np.bool_], longest: float) -> braking.BrakingLimits:
+    """All limits as vectors. Raises UserError if position limits and workspace do not overlap."""
     rows = []
     for index, dimension in enumerate(profile.dimensions):
-        found = bounds(profile, index)
-        low = max((bound.low for bound in found), default=-braking.FAR)
-        high = min((bound.high for bound in found), default=braking.FAR)
+        found = find_position_limits(profile, index)
+        low = max((limit.low for limit in found), default=-braking.FAR)
+        high = min((limit.high for limit in found), default=braking.FAR)
         if low >= high:
             raise UserError(
                 f"expected position and workspace of {dimension.name} to overlap, found {high:.6g} to {low:.6g} "

@@ -1,8 +1,8 @@
-"""A robot's limits as a TOML file: what the guard (guard.py) lets through. docs/robots.md says how to write one.
+"""A robot's limits as a TOML file, for the guard (guard.py). docs/robots.md explains how to write one.
 
 Every dimension of the action has its own entry: its meaning and unit as in the artifact's manifest, its limits, each
 with its source and with what happens when a command breaks it, and the entry of the observed state that measures it.
-Nothing has a default that would loosen a limit: what is missing is refused.
+No default loosens a limit: a missing entry is refused.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ On = Literal["clamp", "hold", "stop"]  # the mildest first
 Meaning = Literal["absolute", "delta", "velocity", "gripper"]
 
 TURNS = {"rad": 2 * math.pi, "deg": 360.0}  # a whole turn
-WHOLE = 0.99  # of a turn between position limits counts as all of it: 3.14 for pi
-# How many of the base unit one of each is; units of one table convert into each other, all others only into themselves.
+WHOLE = 0.99  # position limits that span this share of a turn count as a whole turn: 3.14 for pi
+# Sizes in a base unit. Units of one table convert into each other, all other units only into themselves.
 _SCALES = ({"m": 1.0, "cm": 0.01, "mm": 0.001}, {"rad": 1.0, "deg": math.pi / 180})
 
 
 @dataclass(frozen=True)
 class Position:
-    """``low`` to ``high`` in the dimension's unit. The robot itself may be measured as much as ``slack`` outside."""
+    """``low`` to ``high`` in the dimension's unit. The robot may be measured up to ``slack`` outside."""
 
     low: float
     high: float
@@ -55,11 +55,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class Tracking:
-    """How far the measured position may be from the commanded one: a collision, a cable, a robot that is off.
+    """How far the measured position may be from the commanded one (collision, broken cable, robot switched off).
 
-    As ``jump``: how much further from the one measured before than the velocity limit explains. As ``lead``: how far
-    the commands may run ahead before the robot has moved at all; as ``still``, the same while the state is exactly
-    the same (rlrc.runtime.safety.plausibility).
+    As ``jump``: how much further from the previous measurement than the velocity limit explains. As ``lead``: how far
+    the commands may run ahead before the robot moves at all. As ``still``: the same, while the state does not change at
+    all (rlrc.runtime.safety.plausibility).
     """
 
     limit: float
@@ -73,8 +73,8 @@ class Dimension:
 
     The unit of a velocity ends in "/s"; its position limits are in the unit without that. ``state``: the entry of the
     observed state that measures the position, in the same unit or one that converts into it. ``base``: what the robot
-    adds a delta to, its last command or where it is. ``rest``: what a gripper without ``state`` is told until the
-    policy has told it something. ``unbounded``: the source that says why a delta or velocity has no position limits.
+    adds a delta to, its last command or where it is. ``rest``: the command of a gripper without ``state`` until
+    the policy gives one. ``unbounded``: the source that says why a delta or velocity has no position limits.
     ``periodic``: an angle that is the same after a whole turn.
     """
 
@@ -96,12 +96,12 @@ class Dimension:
 
     @property
     def period(self) -> float:
-        """A turn in the unit of its position, inf if it is not periodic."""
+        """A whole turn in the unit of its position, inf if it is not periodic."""
         return TURNS.get(self.length, math.inf) if self.periodic else math.inf
 
     @property
     def turns(self) -> bool:
-        """Whether it is periodic and may take every angle: its position limits are where its numbers begin and end."""
+        """Whether it is periodic and may take every angle; its position limits only fix the range of its numbers."""
         limit = self.position
         return self.periodic and (limit is None or limit.high - limit.low >= WHOLE * self.period)
 
@@ -112,7 +112,7 @@ class Dimension:
 
     @property
     def measured(self) -> bool:
-        """Whether its position is where the robot is, instead of where the commands have sent it."""
+        """Whether its position is the measured one, instead of where the commands lead."""
         return self.state is not None and (self.meaning == "velocity" or self.base == "measured")
 
 
@@ -138,7 +138,7 @@ class RobotProfile:
     workspace: Workspace | None = None
 
     def box(self, index: int) -> tuple[float, float] | None:
-        """The workspace's bounds of a dimension."""
+        """The workspace's limits of a dimension, None if it has none."""
         name, box = self.dimensions[index].name, self.workspace
         if box is None or name not in box.dimensions:
             return None
@@ -146,29 +146,29 @@ class RobotProfile:
         return box.low[axis], box.high[axis]
 
 
-class Senses(NamedTuple):
-    """Which dimensions are measured, by which entries of the state, and what those are multiplied by."""
+class StateMatch(NamedTuple):
+    """The measured dimensions, the entries of the state that measure them, and factors from the entries' units."""
 
     dimensions: tuple[int, ...]
     entries: tuple[int, ...]
     factors: tuple[float, ...]
 
 
-def shipped() -> list[str]:
+def list_shipped() -> list[str]:
     """The names of the profiles that come with rlrc."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
 def load(profile: str | Path) -> RobotProfile:
-    """A profile of ours by its name, or a TOML file. Raises UserError for what is none, or contradicts itself."""
-    path = SHIPPED / f"{profile}.toml" if str(profile) in shipped() else Path(profile)
+    """A shipped profile by its name, or a TOML file. Raises UserError if it is missing, invalid or inconsistent."""
+    path = SHIPPED / f"{profile}.toml" if str(profile) in list_shipped() else Path(profile)
     try:
         found = strict.decode(RobotProfile, toml.parse(path.read_bytes()))
         check(found)
         return found
     except OSError as error:
         raise UserError(
-            f"expected a robot profile (a TOML file, or one of {', '.join(shipped())}), found {str(profile)!r}: "
+            f"expected a robot profile (a TOML file, or one of {', '.join(list_shipped())}), found {str(profile)!r}: "
             f"{error.strerror}; give another"
         ) from None
     except UserError as error:
@@ -178,7 +178,7 @@ def load(profile: str | Path) -> RobotProfile:
 
 
 def check(profile: RobotProfile) -> None:
-    """What the types cannot say. Raises UserError."""
+    """Checks what the types cannot express. Raises UserError."""
     names = [dimension.name for dimension in profile.dimensions]
     _check(0 < len(set(names)) == len(names), "at least one dimension, and every one once", names)
     empty = [name for name, text in profile.sources.items() if not text.strip()]
@@ -230,9 +230,9 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
     if meaning == "gripper":
         _check(position is not None, f"position limits of {name}", None)
         fits = dimension.velocity is not None or dimension.acceleration is None
-        _check(fits, f"a velocity limit beside the acceleration limit of {name}", None)
-        told, rest = [dimension.state, dimension.rest].count(None) == 1, dimension.rest
-        _check(told, f"either state or rest of {name}", f"state {dimension.state} and rest {rest}")
+        _check(fits, f"a velocity limit with the acceleration limit of {name}", None)
+        has_one, rest = [dimension.state, dimension.rest].count(None) == 1, dimension.rest
+        _check(has_one, f"either state or rest of {name}", f"state {dimension.state} and rest {rest}")
         if position is not None and rest is not None:
             _check(position.low <= rest <= position.high, f"a rest of {name} within its position limits", rest)
     else:
@@ -241,7 +241,11 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
         _check(dimension.rest is None, f"a rest of grippers only, not of {name}", dimension.rest)
         _check(bounded or moves, f"position limits of {name}", None)
         _check(bounded != (dimension.unbounded is not None), f"either position limits or unbounded of {name}", None)
-        _check(dimension.state is not None or not bounded, f"the state that measures {name}, which has bounds", None)
+        _check(
+            dimension.state is not None or not bounded,
+            f"the state that measures {name}, which has position limits",
+            None,
+        )
     _check(dimension.unbounded is None or moves, f"unbounded of deltas and velocities only, not of {name}", meaning)
     _check(dimension.base == "command" or meaning == "delta", f"a base of deltas only, not of {name}", meaning)
     _check(dimension.base == "command" or dimension.state is not None, f"the state that measures {name}", None)
@@ -250,7 +254,7 @@ def _check_dimension(dimension: Dimension, box: tuple[float, float] | None) -> N
     _check(dimension.tracking is None or tracked, f"no tracking of {name}, whose commands are not followed", "one")
     limited = dimension.state is not None and dimension.velocity is not None
     for key, limit in plausible.items():
-        _check(limit is None or limited, f"a state and a velocity limit beside the {key} of {name}", None)
+        _check(limit is None or limited, f"a state and a velocity limit with the {key} of {name}", None)
     if dimension.periodic:
         _check_periodic(dimension, box)
 
@@ -262,7 +266,7 @@ def _check_periodic(dimension: Dimension, box: tuple[float, float] | None) -> No
         dimension.meaning in ("absolute", "delta"), f"absolutes and deltas as periodic, not {name}", dimension.meaning
     )
     _check(dimension.state is not None, f"the state that measures the periodic {name}", None)
-    _check(box is None, f"no workspace bounds of the periodic {name}", box)
+    _check(box is None, f"no workspace limits of the periodic {name}", box)
     if position is not None:
         fits = (position.high - position.low) * WHOLE <= period
         _check(fits, f"position limits of the periodic {name} within a turn", (position.low, position.high))
@@ -273,16 +277,16 @@ def _check_source(source: str, where: str, profile: RobotProfile) -> None:
 
 
 def periods(profile: RobotProfile) -> NDArray[np.float64] | None:
-    """(D,): after how much a command is the same again, inf for what does not wrap, as a delta; None: none does."""
+    """(D,): the periods of absolute commands, inf for those that do not wrap and for deltas; None: none wraps."""
     found = np.array([d.period if d.meaning == "absolute" else math.inf for d in profile.dimensions])
     return None if np.isinf(found).all() else found
 
 
-def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> Senses:
+def match_state(profile: RobotProfile, action: ActionSpec, names: Sequence[str], units: Sequence[str]) -> StateMatch:
     """Checks a profile against a policy's actions and the robot's state (``names`` and ``units`` of its entries).
 
-    Raises UserError where a dimension is not covered, or differs in its name, place, meaning or unit, and where the
-    state lacks what measures one.
+    Raises UserError if a dimension is missing, or differs in name, position, meaning or unit, or if the state lacks an
+    entry that measures one.
     """
     covered = [dimension.name for dimension in profile.dimensions]
     _check(
@@ -306,11 +310,11 @@ def senses(profile: RobotProfile, action: ActionSpec, names: Sequence[str], unit
         expected = f"the state {dimension.state} in {dimension.length} or what converts into it"
         _check(factor is not None, expected, unit)
         wired.append((index, entry, factor or 1.0))
-    return Senses(*(tuple(column) for column in zip(*wired, strict=True))) if wired else Senses((), (), ())
+    return StateMatch(*(tuple(column) for column in zip(*wired, strict=True))) if wired else StateMatch((), (), ())
 
 
 def _factor(unit: str, target: str) -> float | None:
-    """What a number in ``unit`` is multiplied by to be in ``target``; None if that is no conversion."""
+    """The factor from ``unit`` to ``target``; None if they do not convert."""
     if unit == target:
         return 1.0
     for scales in _SCALES:

@@ -1,4 +1,4 @@
-"""What the guard says of a step: what to send, and what it did about the policy's command."""
+"""The guard's verdict on a step: what to send, and what it did about the policy's command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Act = Literal["clamp", "hold", "stop", "start", "rearm"]
 
 
 class Event(NamedTuple):
-    """What the guard did at a step and why.
+    """What the guard did at a step, and why.
 
     ``found`` and ``limit`` are in the dimension's unit for positions, per second for velocities and braking, per second
     squared for accelerations.
@@ -36,9 +36,9 @@ class Event(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """``command`` (dim,) is what to send; None: nothing, the guard does not know where the robot is.
+    """``command`` (dim,) is what to send; None: nothing, since the guard does not know where the robot is.
 
-    ``held``: it is not the policy's but a hold. ``stopped``: it is latched.
+    ``held``: the command is a hold, not the policy's. ``stopped``: the stop is latched.
     """
 
     command: NDArray[np.float64] | None

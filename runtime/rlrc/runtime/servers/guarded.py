@@ -40,7 +40,7 @@ class GuardedChunks:
             if verdict.stopped or verdict.command is None:
                 raise self._stopped()
             kept[row] = verdict.command
-            measured = guard.foreseen(measured)
+            measured = guard.predict_state(measured)
         return kept
 
     def rearm(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""A robot with the operator's words in the place of its own instruction."""
+"""A robot whose own instruction can be replaced by the operator's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from rlrc.robots.robot import Robot, Sensed
 
 
-class Instructed:
-    """Is a robot and holds one. ``words`` may be set from any thread; None: the robot's own.
+class InstructionOverride:
+    """A robot that wraps another. ``instruction`` may be set from any thread; None: the robot's own.
 
-    ``begin`` is told of other words before the first step with them: to a recorder they are another episode.
+    ``begin`` is called with a new instruction before the first step with it: a recorder begins another episode.
     """
 
     def __init__(self, robot: Robot, begin: Callable[[str], None] = lambda _: None) -> None:
         self._robot, self._begin = robot, begin
-        self.words: str | None = None
+        self.instruction: str | None = None
         self._last: str | None = None
 
     @property
@@ -26,15 +26,15 @@ class Instructed:
         return self._robot.live_pictures
 
     def sense(self) -> Sensed | None:
-        sensed, words = self._robot.sense(), self.words
+        sensed, instruction = self._robot.sense(), self.instruction
         if sensed is None:
             return None
-        if words != self._last:
-            self._last = words
-            self._begin(words or sensed.observation.get("instruction") or "run")
-        if words is None:
+        if instruction != self._last:
+            self._last = instruction
+            self._begin(instruction or sensed.observation.get("instruction") or "run")
+        if instruction is None:
             return sensed
-        return sensed._replace(observation={**sensed.observation, "instruction": words})
+        return sensed._replace(observation={**sensed.observation, "instruction": instruction})
 
     def command(self, action: NDArray[Any]) -> None:
         self._robot.command(action)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlrc.benchmarks.control.simulated_arm import SimulatedArm
-from rlrc.robots.instructed import Instructed
+from rlrc.robots.instruction import InstructionOverride
 from rlrc.robots.robot import Sensed
 
 
@@ -20,7 +20,7 @@ class Told(SimulatedArm):
 
 def test_other_words_and_its_own_again() -> None:
     begun: list[str] = []
-    robot = Instructed(Told(), begun.append)
+    robot = InstructionOverride(Told(), begun.append)
 
     def words() -> Any:
         sensed = robot.sense()
@@ -28,17 +28,17 @@ def test_other_words_and_its_own_again() -> None:
         return sensed.observation["instruction"]
 
     assert [words(), words()] == ["wave", "wave"]
-    robot.words = "open"
+    robot.instruction = "open"
     assert [words(), words()] == ["open", "open"]
-    robot.words = None
+    robot.instruction = None
     assert words() == "wave"
     assert begun == ["open", "wave"]  # once each: another episode
 
 
 def test_it_is_the_robot_but_for_the_words() -> None:
     arm = Told()
-    robot = Instructed(arm)
-    robot.words = "open"
+    robot = InstructionOverride(arm)
+    robot.instruction = "open"
     robot.command(np.array([0.1, 0.2]))
     sensed = robot.sense()
     assert sensed is not None
