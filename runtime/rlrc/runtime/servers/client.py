@@ -24,7 +24,6 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from rlrc.errors import UserError
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import InferenceTiming, Result
-from rlrc.runtime.servers.shared import HEADER, METADATA, Written
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.ports import LARGEST, checked
 from rlrc.runtime.wire.websocket import WebSocket
@@ -36,8 +35,7 @@ class RemotePolicy:
     """A Policy. ``timeout_s``: the longest that ``infer`` takes, a new connection included.
 
     ``keys``: pairs of a name of ours and what the server calls it, where that is not `rlrc serve` with its own names.
-    ``authority``: a PEM file with the certificate to trust, for wss. ``shared``: pictures go through shared memory, to
-    `rlrc serve` on this machine and of this user. Raises UserError if nobody answers at ``url``
+    ``authority``: a PEM file with the certificate to trust, for wss. Raises UserError if nobody answers at ``url``
     within ``connect_s``, which a server that loads its policy may need.
     """
 
@@ -49,7 +47,6 @@ class RemotePolicy:
         connect_s: float = 60.0,
         keys: Mapping[str, str] | None = None,
         authority: Path | None = None,
-        shared: bool = False,
     ) -> None:
         if not url.startswith(("ws://", "wss://")) or not timeout_s > 0:
             raise UserError(
@@ -58,10 +55,6 @@ class RemotePolicy:
         self.url, self.timeout_s, self._keys = url, timeout_s, dict(keys or {})
         self._headers = {} if token is None else {"Authorization": f"Api-Key {checked(token, 'token')}"}
         self._tls = _trusting(authority) if url.startswith("wss://") else None
-        self._asks_shared = shared
-        self._shared: Written | None = None
-        if shared:
-            self._headers[HEADER] = "1"
         self._connection: WebSocket | None = None
         self._seconds: deque[float] = deque(maxlen=KEPT)
         self._packing_s = 0.0
@@ -111,7 +104,7 @@ class RemotePolicy:
         self.close()
 
     def close(self) -> None:
-        connection, self._connection, self._shared = self._connection, None, None
+        connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
@@ -137,7 +130,7 @@ class RemotePolicy:
     def _exchanged(self, message: Mapping[str, Any], deadline: float) -> Any:
         connection = self._connection or self._connect(deadline - monotonic())
         begun = perf_counter()
-        packed = self._packed(message)
+        packed = arrays.pack(dict(message))
         self._packing_s = perf_counter() - begun
         try:
             answer = connection.ask(packed, deadline - monotonic())
@@ -146,12 +139,6 @@ class RemotePolicy:
         if isinstance(answer, str):
             raise NoAction(f"{self.url} refused: {' '.join(answer.split())[:1000]}")
         return _unpacked(answer)
-
-    def _packed(self, message: Mapping[str, Any]) -> bytes:
-        if self._shared is None:
-            return arrays.pack(dict(message))
-        self._shared.clear()
-        return arrays.pack(dict(message), self._shared.place)
 
     def _connect(self, seconds: float) -> WebSocket:
         """Raises NoAction if that fails."""
@@ -168,16 +155,7 @@ class RemotePolicy:
             self.close()
             raise NoAction(f"expected an openpi server at {self.url}, found one that does not begin with its metadata")
         self.metadata = unpacked
-        if self._asks_shared:
-            self._shared = self._open_shared(unpacked.get(METADATA))
         return connection
-
-    def _open_shared(self, path: Any) -> Written:
-        try:
-            return Written(path)
-        except UserError as error:
-            self.close()
-            raise NoAction(str(error)) from None
 
 
 def _trusting(authority: Path | None) -> ssl.SSLContext:

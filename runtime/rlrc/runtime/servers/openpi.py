@@ -8,10 +8,11 @@ frame, which that client raises, and ends the connection with 1011. Encoding: rl
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import os
+from collections.abc import Callable
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +25,6 @@ from websockets.http11 import Request, Response
 from rlrc.errors import UserError
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.session import Client, Refused, Session
-from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
 from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.frames import WebSocketConnection
@@ -44,8 +44,6 @@ from rlrc.runtime.wire.ports import (
 PROTOCOL = "openpi"
 SENT_S = 10.0  # longest time that a client may take to read an answer
 CLOSED_S = 2.0  # and to say that it has seen the connection end
-
-FromMap = Callable[[dict[Any, Any]], Any]
 
 log = logging.getLogger(__name__)
 
@@ -134,18 +132,15 @@ class OpenpiServer:
     async def _talk(self, connection: ServerConnection) -> None:
         await self._loaded()
         client, total_ms = self._session.client(), None
-        with _offered(connection) as offered:
-            shared = {} if offered is None else {METADATA: offered.path}
-            from_map = None if offered is None else arrays.with_memory(offered.memory)
-            await connection.send(arrays.pack(self._metadata() | shared))
-            async for message in connection:
-                begun = perf_counter()
-                with self._session.answer(PROTOCOL):
-                    waits = partial(connected, connection.transport)
-                    result = await self._result(client, message, total_ms, from_map, waits)
-                    await _sent(connection, result)
-                self._clients.answered(connection)
-                total_ms = (perf_counter() - begun) * 1e3
+        await connection.send(arrays.pack(self._metadata() | _no_shared_memory(connection)))
+        async for message in connection:
+            begun = perf_counter()
+            with self._session.answer(PROTOCOL):
+                waits = partial(connected, connection.transport)
+                result = await self._result(client, message, total_ms, waits)
+                await _sent(connection, result)
+            self._clients.answered(connection)
+            total_ms = (perf_counter() - begun) * 1e3
 
     async def _loaded(self) -> None:
         """A client that comes early waits for its metadata, as it would wait for a server that does not listen yet."""
@@ -161,13 +156,12 @@ class OpenpiServer:
         client: Client,
         message: str | bytes,
         total_ms: float | None,
-        from_map: FromMap | None,
         waits: Callable[[], bool] = lambda: True,
     ) -> bytes:
         begun = perf_counter()
         if isinstance(message, str):
             raise UserError("expected a binary frame, found text; send msgpack")
-        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)), waits)
+        chunk = await client.infer(self._observations.of(arrays.unpack(message)), waits)
         server_timing = {"infer_ms": (perf_counter() - begun) * 1e3}
         if total_ms is not None:
             server_timing["prev_total_ms"] = total_ms
@@ -204,18 +198,19 @@ def _ended(error: Exception) -> tuple[str, str]:
     return "request", f"expected WebSocket frames, found: {error.sent.reason or error.sent.code}; use openpi-client"
 
 
-@contextmanager
-def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
-    """Memory for the pictures of a client that asks for it, on this machine."""
-    asked = connection.request is not None and HEADER in connection.request.headers
-    if not (asked and is_loopback(_peer(connection))):
-        yield None
-        return
-    offered = Offered()
-    try:
-        yield offered
-    finally:
-        offered.close()
+def _no_shared_memory(connection: ServerConnection) -> dict[str, str]:
+    """Metadata for clients of rlrc before December 2026 that ask for shared memory and refuse a server without it."""
+    asked = connection.request is not None and "X-Shared-Memory" in connection.request.headers
+    return {"shared_memory": _full_memory()} if asked and is_loopback(_peer(connection)) else {}
+
+
+@cache
+def _full_memory() -> str:
+    """The path of one sealed byte. Such clients open it, find no room for a picture, and send it in the message."""
+    descriptor = os.memfd_create("rlrc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 1)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 async def _sent(connection: ServerConnection, message: bytes) -> None:

@@ -24,26 +24,13 @@ DIMENSIONS = 8
 CONTAINERS = 1000  # maps and lists of one message: an empty one takes a byte there and many times that here
 ENTRIES = 4096  # of one map or list
 
-SHARED = b"__shared__"  # of an array that lies in shared memory: where it starts
-
 _ADVICE = "use openpi_client.msgpack_numpy"
 
 
-def pack(message: Any, place: Callable[[np.ndarray], int | None] | None = None) -> bytes:
-    """Raises UserError for what is no number, text, array of numbers, or dict or list of such.
-
-    ``place`` puts an array elsewhere and says where (rlrc.runtime.servers.shared); None: it goes with the message.
-    """
-
-    def packed_or_placed(value: Any) -> Any:
-        if isinstance(value, np.ndarray) and DTYPE.fullmatch(value.dtype.str):
-            start = None if place is None else place(value)
-            if start is not None:
-                return {SHARED: start, b"dtype": value.dtype.str, b"shape": value.shape}
-        return _packed(value)
-
+def pack(message: Any) -> bytes:
+    """Raises UserError for what is no number, text, array of numbers, or dict or list of such."""
     try:
-        packed: bytes = msgpack.packb(message, default=packed_or_placed)
+        packed: bytes = msgpack.packb(message, default=_packed)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"expected numbers, text and arrays to send, found: {error}; leave it out") from None
     return packed
@@ -84,23 +71,6 @@ def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = No
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         why = " ".join(str(error).split())[:100] or type(error).__name__
         raise UserError(f"expected a msgpack message, found: {why}; {advice}") from None
-
-
-def with_memory(memory: np.ndarray) -> Callable[[dict[Any, Any]], Any]:
-    """``from_map`` for messages whose arrays may lie in a memory, uint8 (bytes,): views of it."""
-
-    def from_map(values: dict[Any, Any]) -> Any:
-        if SHARED not in values:
-            return _array(values)
-        start, shape, dtype = values[SHARED], _shape(values), _dtype(values)
-        size = math.prod(shape) * dtype.itemsize
-        if type(start) is not int or not 0 <= start <= len(memory) - size:
-            raise UserError(
-                f"expected an array within {len(memory)} bytes, found {size} at {str(start)[:20]!a}; send it so"
-            )
-        return np.frombuffer(memory.data, dtype, math.prod(shape), start).reshape(shape)
-
-    return from_map
 
 
 def _packed(value: Any) -> Any:
