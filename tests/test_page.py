@@ -30,7 +30,7 @@ from serving import Served, wait_for
 from rlrc.runtime.cli import main
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.page.feed import SLOT, Feed, Mirror
-from rlrc.runtime.page.metadata import Events, plotted
+from rlrc.runtime.page.metadata import Events, list_plots
 from rlrc.runtime.safety.verdict import Event
 from rlrc.runtime.servers.client import RemotePolicy
 
@@ -403,7 +403,7 @@ def test_clamps_are_told_once_a_second() -> None:
 
 def test_what_is_plotted(tiny_manifest: Any) -> None:
     """Deltas are measured by nothing: the state has plots of its own."""
-    rows = plotted(tiny_manifest.policy, None)
+    rows = list_plots(tiny_manifest.policy, None)
     spec = tiny_manifest.policy
     assert [row["name"] for row in rows] == [*spec.action.names, *spec.state.names]
     assert [row["command"] for row in rows] == [*range(spec.action.dim), *[None] * len(spec.state.names)]

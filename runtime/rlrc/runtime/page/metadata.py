@@ -40,7 +40,7 @@ def page_metadata(
         "kind": kind,
         "name": artifact.path.name,
         "facts": list(rows.items()),
-        "rows": plotted(spec, profile),
+        "rows": list_plots(spec, profile),
         "cameras": [camera.name for camera in spec.cameras],
         "deadline_ms": deadline_ms,
         "can": sorted(can),
@@ -48,7 +48,7 @@ def page_metadata(
     }
 
 
-def plotted(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, Any]]:
+def list_plots(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, Any]]:
     """A plot for every dimension of the action, with what measures it, and for what else there is of the state.
 
     ``command`` and ``state`` are places in the action and in the state vector, None where there is none.

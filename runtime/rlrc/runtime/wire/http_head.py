@@ -91,7 +91,7 @@ def parse(data: bytes) -> Head:
     )
 
 
-def shows(authorization: str | None, token: str) -> bool:
+def has_token(authorization: str | None, token: str) -> bool:
     """``authorization``: the field, "Bearer TOKEN" or "Api-Key TOKEN" (openpi's clients)."""
     scheme, _, given = (authorization or "").partition(" ")
     right = hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())

@@ -39,7 +39,7 @@ class Access:
 
     def allows(self, authorization: str | None) -> bool:
         """``authorization``: the header."""
-        return self.token is None or http_head.shows(authorization, self.token)
+        return self.token is None or http_head.has_token(authorization, self.token)
 
 
 def connected(transport: asyncio.BaseTransport | None) -> bool:
