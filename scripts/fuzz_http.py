@@ -17,7 +17,7 @@ from aiohttp import web
 
 from rlrc.runtime.control.stop_listener import PRESS, Listener
 from rlrc.runtime.page.feed import Feed
-from rlrc.runtime.page.server import ASKED_S, CONNECTIONS, NEWS_S, Server
+from rlrc.runtime.page.server import CONNECTIONS, FIRST_REQUEST_S, NEWS_S, Server
 from rlrc.runtime.wire.gate import HttpConnection
 from rlrc.runtime.wire.ports import Places
 
@@ -84,7 +84,9 @@ class PageTarget:
         """Raises AssertionError where the page did what it should not."""
         wire, loop, server = Wire(), asyncio.get_running_loop(), self._runner.server
         assert server is not None
-        connection = HttpConnection(self._server.check, self._places, deque(), ASKED_S, ASKED_S, server, loop)
+        connection = HttpConnection(
+            self._server.check, self._places, deque(), FIRST_REQUEST_S, FIRST_REQUEST_S, server, loop
+        )
         connection.connection_made(wire)
         for start in range(0, len(message), 1000):
             if not wire.is_closing():

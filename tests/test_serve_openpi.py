@@ -267,7 +267,7 @@ def test_many_at_once_are_answered_or_refused_clearly(toy_artifact: Path) -> Non
         for thread in threads:
             thread.start()
         wait_for(lambda: len(found) == 2)
-        assert all("expected fewer than 2 observations that wait" in told for told in found)
+        assert all("expected fewer than 2 queued observations" in told for told in found)
         assert served.get("/healthz") == (200, "OK\n")  # nothing waits for the policy but who asked it
         assert "rlrc_observations_waiting 2\n" in served.get("/metrics")[1]
         os.kill(served.worker(), signal.SIGCONT)

@@ -25,6 +25,7 @@ from rlrc.benchmarks.control import simulated_arm
 from rlrc.processes import die_with_parent
 from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.client import RemotePolicy
+from rlrc.runtime.servers.key_mapping import OWN
 from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire.ports import Access
@@ -111,7 +112,7 @@ def _run(server: Any, size: tuple[int, int], names: tuple[str, ...], port: Any) 
 
 async def _ours(spec: Any, port: Any) -> None:
     session = Session(spec)
-    server = OpenpiServer(session, observations.load(observations.OWN, spec), Access())
+    server = OpenpiServer(session, observations.load(OWN, spec), Access())
     await session.open(simulated_arm.Circle, (HZ,))
     port.send(await server.start("127.0.0.1", 0))
     await asyncio.Event().wait()

@@ -26,6 +26,7 @@ from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.guard import Guard
 from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.guarded import GuardedChunks
+from rlrc.runtime.servers.key_mapping import OWN
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.session import WAITING, Session
@@ -96,12 +97,12 @@ class Serve:
         guarded, ports = self._guarded(spec), self._ports()
         mapped: dict[str, Observations] = {
             name: observations.load(
-                self.mapping.get(name, DEFAULT_MAPPINGS.get(name, observations.OWN)), spec, self.instruction, name
+                self.mapping.get(name, DEFAULT_MAPPINGS.get(name, OWN)), spec, self.instruction, name
             )
             for name in self.protocol
         }
         realtime.give_back_large_blocks()
-        logs.begin(self.log)
+        logs.configure(self.log)
         logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # every port scan is one
         failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
         return 0 if failure is None else check_failed(failure)
@@ -117,7 +118,7 @@ class Serve:
         """-> why it ended; None: somebody asked for it."""
         console, asked, supervisor = plain_console(), asyncio.Event(), Supervisor.of()
         session = Session(artifact.manifest.policy, guarded, self.waiting)
-        kinds = {name: _server(name) for name in mapped}
+        kinds = {name: _load_server(name) for name in mapped}
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, asked.set)
         async with AsyncExitStack() as stack:
@@ -127,21 +128,23 @@ class Serve:
                 found = await server.start(self.host, port)
                 stack.push_async_callback(server.stop)
                 scheme = SCHEMES[name] + ("s" if allowed.tls and name in ("openpi", "openvla") else "")
-                console.print(f"{name}: {url(scheme, self.host, found)}  {'; '.join(mapping.told)}", soft_wrap=True)
+                console.print(
+                    f"{name}: {url(scheme, self.host, found)}  {'; '.join(mapping.description)}", soft_wrap=True
+                )
             if self.page is not None:
                 await self._open_page(artifact, session, stack)
             opening = asyncio.ensure_future(
                 session.open(LocalPolicy.load, (self.path, self.threads, True, self.backend))
             )
-            await _first(opening, asked.wait())
+            await _wait_for_first(opening, asked.wait())
             if not asked.is_set():
                 opening.result()
-                console.print(f"ready: {session.warmth}", soft_wrap=True)
+                console.print(f"ready: {session.inference.warmth}", soft_wrap=True)
                 supervisor.ready(f"serving {self.path}")
-                await _first(asked.wait(), session.failed.wait(), _beating(supervisor))
-            supervisor.stopping(session.failure or "asked to end")
+                await _wait_for_first(asked.wait(), session.inference.failed.wait(), _beat(supervisor))
+            supervisor.stopping(session.inference.failure or "asked to end")
             await session.drain(DRAIN_S)
-        return session.failure
+        return session.inference.failure
 
     async def _open_page(self, artifact: Artifact, session: Session, stack: AsyncExitStack) -> None:
         """In a process of its own; if that ends, the server goes on without."""
@@ -159,7 +162,7 @@ class Serve:
         page = Page(told, [camera.name for camera in session.spec.cameras], address)
         stack.callback(page.close)
         telling = asyncio.ensure_future(SessionPage(page, session).run())
-        stack.push_async_callback(_ended, telling)  # before the page is closed, whose socket it listens to
+        stack.push_async_callback(_cancel, telling)  # before the page is closed, whose socket it listens to
         plain_console().print(f"page: {page.link}", soft_wrap=True)
         plain_console().print(f"stop: POST {page.stop.url}", soft_wrap=True)
 
@@ -182,7 +185,7 @@ class Serve:
         return ports
 
 
-def _server(name: str) -> Callable[..., Any]:
+def _load_server(name: str) -> Callable[..., Any]:
     """Only the module of a protocol that is spoken is imported: the extra "serve" brings what some need."""
     if name == "openpi":
         return OpenpiServer
@@ -190,7 +193,7 @@ def _server(name: str) -> Callable[..., Any]:
     return server
 
 
-async def _beating(supervisor: Supervisor) -> None:
+async def _beat(supervisor: Supervisor) -> None:
     """As long as the event loop turns. A policy that hangs is the session's matter."""
     while supervisor.seconds is not None:
         supervisor.beat()
@@ -198,12 +201,12 @@ async def _beating(supervisor: Supervisor) -> None:
     await asyncio.Event().wait()
 
 
-async def _ended(task: asyncio.Future[None]) -> None:
+async def _cancel(task: asyncio.Future[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
 
 
-async def _first(*waits: Any) -> None:
+async def _wait_for_first(*waits: Any) -> None:
     """Until one of them is done."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:

@@ -1,4 +1,4 @@
-"""The page of `rlrc run`: every step of the loop, and wishes to the stop switch and the standstill."""
+"""The page of `rlrc run`: every step of the loop, and requests to the stop switch and the rearming."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlrc.robots.robot import Sensed
 from rlrc.runtime.control.rearming import OperatorRequest, RearmController
 from rlrc.runtime.control.stop_switch import StopSource, StopSwitch
 from rlrc.runtime.page.feed import TEXT
-from rlrc.runtime.page.metadata import Events
+from rlrc.runtime.page.metadata import EventFilter
 from rlrc.runtime.page.process import Page
 from rlrc.runtime.safety.verdict import Verdict
 
@@ -24,11 +24,11 @@ class ControlPage:
     """``show`` is for the loop's thread, ``source`` for the stop switch's."""
 
     def __init__(
-        self, page: Page, guard: Guard, switch: StopSwitch, standstill: RearmController | None, robot: Instructed | None
+        self, page: Page, guard: Guard, switch: StopSwitch, rearming: RearmController | None, robot: Instructed | None
     ) -> None:
         self._page, self._guard, self._switch = page, guard, switch
-        self._standstill, self._robot = standstill, robot
-        self._events, self._state, self._told_at = Events(), dict[str, Any](), 0.0
+        self._rearming, self._robot = rearming, robot
+        self._events, self._state, self._sent_at = EventFilter(), dict[str, Any](), 0.0
 
     @property
     def source(self) -> StopSource:
@@ -45,38 +45,38 @@ class ControlPage:
         reason, words = self._guard.reason, None if sensed is None else sensed.observation.get("instruction")
         state = {
             "stopped": reason and reason[:TEXT],
-            "resting": self._standstill is not None and self._standstill.since is not None,
+            "resting": self._rearming is not None and self._rearming.since is not None,
             "instruction": words and words[:TEXT],
         }
-        if state != self._state or now - self._told_at > STATE_S:
-            self._state, self._told_at = state, now
+        if state != self._state or now - self._sent_at > STATE_S:
+            self._state, self._sent_at = state, now
             message["state"] = state
-        self._page.feed.show(message, self._events.told(verdict.events, now))
+        self._page.feed.show(message, self._events.format(verdict.events, now))
         if sensed is not None:
             self._page.feed.picture(sensed.observation)
 
     def _ready(self) -> bool:
         """Whether the page goes on."""
-        wishes = self._page.feed.receive()
-        for wish in wishes or ():
-            self._take(wish["do"], wish["id"], wish.get("words"))
-        return wishes is not None
+        requests = self._page.feed.receive()
+        for request in requests or ():
+            self._take(request["do"], request["id"], request.get("words"))
+        return requests is not None
 
     def _take(self, what: str, number: int, words: str | None) -> None:
-        def told(answer: Any) -> None:
+        def reply(answer: Any) -> None:
             self._page.feed.send({"id": number, "answer": dict(answer)})
 
         if what == "stop":
             self._switch.press("the page")
-            told({"stopped": True, "reason": self._switch.reason})
+            reply({"stopped": True, "reason": self._switch.reason})
         elif what == "instruction":
-            told(self._instruct(words))
-        elif self._standstill is None:
-            told({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
+            reply(self._instruct(words))
+        elif self._rearming is None:
+            reply({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
         elif what == "bench":
-            self._standstill.ask(OperatorRequest("bench", "the page", told))
+            self._rearming.ask(OperatorRequest("bench", "the page", reply))
         else:
-            self._standstill.ask(OperatorRequest("rearm", f"the page ({words})" if words else "the page", told))
+            self._rearming.ask(OperatorRequest("rearm", f"the page ({words})" if words else "the page", reply))
 
     def _instruct(self, words: str | None) -> dict[str, str]:
         if self._robot is None:

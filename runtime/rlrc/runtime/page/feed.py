@@ -28,7 +28,7 @@ EVENTS = 100  # that wait for the page, the last ones
 TEXT = 300  # characters of an event, or of a reason
 
 
-class Ends(NamedTuple):
+class FeedEnds(NamedTuple):
     """What the page's process gets."""
 
     socket: socket.socket
@@ -43,9 +43,9 @@ class Feed:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         memory = multiprocessing.get_context("spawn").RawArray(ctypes.c_uint8, 1 + 2 * SLOT * max(len(cameras), 1))
-        self.ends = Ends(theirs, memory, tuple(cameras))
+        self.ends = FeedEnds(theirs, memory, tuple(cameras))
         self._places = {name: index for index, name in enumerate(cameras)}
-        self._watched, self._slots = _parts(self.ends)
+        self._watched, self._slots = _split_memory(self.ends)
         self._due = dict.fromkeys(cameras, 0.0)
         self._turns = dict.fromkeys(cameras, 0)
         self._events: deque[Any] = deque(maxlen=EVENTS)
@@ -103,12 +103,12 @@ class Feed:
         self.send({"picture": self._places[name], "slot": place, "shape": list(picture.shape)})
 
 
-class Mirror:
+class FeedReader:
     """The end of the page's process."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: FeedEnds) -> None:
         self.socket, self.cameras = ends.socket, ends.cameras
-        self._watched, self._slots = _parts(ends)
+        self._watched, self._slots = _split_memory(ends)
 
     def watch(self, watched: bool) -> None:
         self._watched[0] = watched
@@ -118,7 +118,7 @@ class Mirror:
         return self._slots[slot][: int(np.prod(shape))].reshape(shape).copy()
 
 
-def _parts(ends: Ends) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _split_memory(ends: FeedEnds) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """-> whether somebody looks, (1,); the slots, two for every camera."""
     memory = np.frombuffer(ends.memory, np.uint8)
     return memory[:1], memory[1:].reshape(-1, SLOT)

@@ -61,10 +61,10 @@ def list_plots(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str,
         position = None if profile is None else profile.dimensions[index].position
         absolute = position is not None and spec.action.meaning[index] in ("absolute", "gripper")
         limits = (position.low, position.high) if position is not None and absolute else (None, None)
-        rows.append(_row(name, unit, index, entry, factor, *limits))
+        rows.append(_plot(name, unit, index, entry, factor, *limits))
     shown = {entry for entry, _ in measures.values()}
     rows += [
-        _row(name, unit, None, entry, 1.0)
+        _plot(name, unit, None, entry, 1.0)
         for entry, (name, unit) in enumerate(zip(names, units, strict=True))
         if entry not in shown
     ]
@@ -84,7 +84,7 @@ def _measures(
     return {i: (j, factor) for i, j, factor in found if spec.action.meaning[i] in ("absolute", "gripper")}
 
 
-def _row(
+def _plot(
     name: str,
     unit: str,
     command: int | None,
@@ -97,14 +97,14 @@ def _row(
     return {"name": name, "unit": told, "command": command, "state": state, "factor": factor, "low": low, "high": high}
 
 
-class Events:
+class EventFilter:
     """Guard events for the page: (seconds of the clock, what was done, in words), a limit's clamps once a second."""
 
     def __init__(self) -> None:
         self._clamped: dict[tuple[str, str | None], float] = {}
 
-    def told(self, events: Collection[Event], now: float) -> list[tuple[float, str, str]]:
-        return [(now, event.act, _worded(event)[:TEXT]) for event in events if self._is_new(event, now)]
+    def format(self, events: Collection[Event], now: float) -> list[tuple[float, str, str]]:
+        return [(now, event.act, _format_event(event)[:TEXT]) for event in events if self._is_new(event, now)]
 
     def _is_new(self, event: Event, now: float) -> bool:
         if event.act != "clamp":
@@ -116,6 +116,6 @@ class Events:
         return True
 
 
-def _worded(event: Event) -> str:
+def _format_event(event: Event) -> str:
     twice = f"{event.act}: {event.kind}" if event.act == event.kind else ""  # "stop: stop: the page"
     return str(event).replace(twice, event.act, 1) if twice else str(event)

@@ -13,7 +13,7 @@ from typing import Any
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
 from rlrc.runtime.control.stop_port import StopPort
-from rlrc.runtime.page.feed import Address, Ends, Feed
+from rlrc.runtime.page.feed import Address, Feed, FeedEnds
 from rlrc.runtime.wire.ports import url
 
 OPENING_S = 60.0
@@ -77,7 +77,7 @@ class Page:
         raise UserError("expected the operator's page to start, found that it did not; what it printed above says why")
 
 
-def _main(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+def _main(ends: FeedEnds, hello: dict[str, Any], address: Address, token: str) -> None:
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)  # whoever started us ends us, when the robot is at rest

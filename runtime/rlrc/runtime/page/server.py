@@ -37,9 +37,9 @@ from rlrc.errors import UserError
 from rlrc.packets import receive
 from rlrc.printable import printable
 from rlrc.runtime.board.monitor import Board
-from rlrc.runtime.page.feed import Address, Ends, Mirror
+from rlrc.runtime.page.feed import Address, FeedEnds, FeedReader
 from rlrc.runtime.wire import http_head, logs
-from rlrc.runtime.wire.gate import HttpConnection, answering, listen
+from rlrc.runtime.wire.gate import HttpConnection, count_answers, listen
 from rlrc.runtime.wire.http_head import Head, Refusal
 from rlrc.runtime.wire.ports import Access, Places
 
@@ -59,17 +59,17 @@ HEADERS = {
 }
 STEPS = 6000  # that a browser gets when it comes: half a minute at 200 Hz
 EVENTS = 200
-NEWS_S, WRITTEN_S = 0.1, 5.0  # how often there is news, and how long a browser may take to read it
+NEWS_S, WRITE_S = 0.1, 5.0  # how often there is news, and how long a browser may take to read it
 PICTURE_S = 2.0  # longest wait for a newer picture
-LOOKED_S = PICTURE_S + 2.0  # after its last request for one, which may have waited so long, nobody looks
+VIEW_S = PICTURE_S + 2.0  # after its last request for one, which may have waited so long, nobody looks
 VIEWERS = 16
-ASKED_S, IDLE_S = 10.0, 75.0  # longest until a connection's first request, and until the next one
+FIRST_REQUEST_S, IDLE_S = 10.0, 75.0  # longest until a connection's first request, and until the next one
 CONNECTIONS = 64 + 6 * VIEWERS  # one that has not shown the token makes room for a new one
 BODY, BODY_S = 4096, 5.0  # bytes, and seconds that a client may take to send them
 BOARD_S = 1.0
 CURSOR = re.compile("[0-9]{1,15}")
-WORDS = 500  # characters of an instruction, or of a reason
-ANSWERED_S = 60.0
+MAX_TEXT = 500  # characters of an instruction, or of a reason
+ANSWER_S = 60.0
 QUALITY = 80
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -78,8 +78,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Server:
     """Of one event loop. ``hello`` is sent to every browser as it is; ``board`` is what a Jetson tells of itself."""
 
-    def __init__(self, ends: Ends, hello: dict[str, Any], token: str, board: Board | None = None) -> None:
-        self.mirror, self.hello, self._access = Mirror(ends), hello, Access(token)
+    def __init__(self, ends: FeedEnds, hello: dict[str, Any], token: str, board: Board | None = None) -> None:
+        self.mirror, self.hello, self._access = FeedReader(ends), hello, Access(token)
         self._board, self._read, self._figures = board, -BOARD_S, dict[str, Any]()
         self.steps: deque[Any] = deque(maxlen=STEPS)
         self.events: deque[Any] = deque(maxlen=EVENTS)
@@ -93,7 +93,7 @@ class Server:
         self._numbers, self._asked = count(), dict[int, asyncio.Future[dict[str, Any]]]()
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=BODY, middlewares=[answering, _known])
+        app = web.Application(client_max_size=BODY, middlewares=[count_answers, _keep_place])
         for path in FILES:
             app.router.add_get(path, _file)
         app.router.add_get("/events", self._events)
@@ -157,7 +157,7 @@ class Server:
     async def watch(self) -> None:
         """For ever: pictures are only copied for those who look."""
         while True:
-            self.mirror.watch(time.monotonic() - self._looked < LOOKED_S)
+            self.mirror.watch(time.monotonic() - self._looked < VIEW_S)
             await asyncio.sleep(0.2)
 
     # To the browsers
@@ -205,7 +205,7 @@ class Server:
                     seen[name] = self.counted[name]
                 text = f"event: {kind}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n"
                 try:
-                    await asyncio.wait_for(response.write(text.encode()), WRITTEN_S)
+                    await asyncio.wait_for(response.write(text.encode()), WRITE_S)
                 except (OSError, asyncio.TimeoutError):
                     break
                 kind, told = "news", {}
@@ -242,7 +242,7 @@ class Server:
         if wish["do"] in ("rearm", "instruction"):
             try:
                 body = await asyncio.wait_for(request.read(), BODY_S)
-                wish["words"] = words(body, "text" if wish["do"] == "instruction" else "reason")
+                wish["words"] = read_text(body, "text" if wish["do"] == "instruction" else "reason")
             except UserError as error:
                 return web.json_response({"error": str(error)}, status=400)
             except asyncio.TimeoutError:
@@ -250,7 +250,7 @@ class Server:
         waiting = self._asked[wish["id"]] = asyncio.get_running_loop().create_future()
         try:
             self.mirror.socket.send(msgpack.packb(wish))
-            answer = await asyncio.wait_for(waiting, ANSWERED_S)
+            answer = await asyncio.wait_for(waiting, ANSWER_S)
         except (OSError, asyncio.TimeoutError):
             return web.json_response({"error": "expected an answer of the loop, found none"}, status=503)
         finally:
@@ -267,22 +267,22 @@ def is_file(method: str, path: str) -> bool:
     return method == "GET" and path in FILES
 
 
-def words(body: bytes, key: str) -> str | None:
+def read_text(body: bytes, key: str) -> str | None:
     """``{"KEY": "some words"}`` -> those words in one line, without control characters. Raises UserError."""
-    expected = f'expected {{"{key}": TEXT}} in JSON, with up to {WORDS} characters or null'
+    expected = f'expected {{"{key}": TEXT}} in JSON, with up to {MAX_TEXT} characters or null'
     try:
         text = json.loads(body)[key]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{expected}, found no such text; send one") from None
     if text is None:
         return None
-    if not isinstance(text, str) or len(text) > WORDS:
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
         raise UserError(f"{expected}, found another value; send such a text")
     return printable(" ".join(text.split()))
 
 
 @web.middleware
-async def _known(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _keep_place(request: web.Request, handler: Handler) -> web.StreamResponse:
     """``Server.check`` has let it through: a request for more than the page's files has shown the token."""
     if not is_file(request.method, request.path) and isinstance(request.protocol, HttpConnection):
         request.protocol.keep_place()
@@ -295,23 +295,23 @@ def _jpeg(picture: Any) -> bytes:
     return stream.getvalue()
 
 
-def serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+def serve(ends: FeedEnds, hello: dict[str, Any], address: Address, token: str) -> None:
     """Until the other end is closed."""
     asyncio.run(_serve(ends, hello, address, token))
 
 
-async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
-    logs.begin("text")  # of faults only, and so that no library's line is written as it comes
+async def _serve(ends: FeedEnds, hello: dict[str, Any], address: Address, token: str) -> None:
+    logs.configure("text")  # of faults only, and so that no library's line is written as it comes
     ends.socket.setblocking(False)
     with Board.watched() as board:
-        await _answer(Server(ends, hello, token, board), ends, address)
+        await _run(Server(ends, hello, token, board), ends, address)
 
 
-async def _answer(server: Server, ends: Ends, address: Address) -> None:
+async def _run(server: Server, ends: FeedEnds, address: Address) -> None:
     runner = web.AppRunner(server.app(), handle_signals=False, shutdown_timeout=0.5)
     places, tls = Places(CONNECTIONS, 0.0), _tls(address)
     try:
-        listening = await listen(runner, server.check, places, address.host, address.port, tls, ASKED_S, IDLE_S)
+        listening = await listen(runner, server.check, places, address.host, address.port, tls, FIRST_REQUEST_S, IDLE_S)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # asyncio's is longer
         ends.socket.send(msgpack.packb({"error": why}))

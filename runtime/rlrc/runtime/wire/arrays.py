@@ -20,9 +20,9 @@ import numpy as np
 from rlrc.errors import UserError
 
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")  # no objects, records, strings or complex numbers
-DIMENSIONS = 8
-CONTAINERS = 1000  # maps and lists of one message: an empty one takes a byte there and many times that here
-ENTRIES = 4096  # of one map or list
+MAX_DIMENSIONS = 8
+MAX_CONTAINERS = 1000  # maps and lists of one message: an empty one takes a byte there and many times that here
+MAX_ENTRIES = 4096  # of one map or list
 
 _ADVICE = "use openpi_client.msgpack_numpy"
 
@@ -30,7 +30,7 @@ _ADVICE = "use openpi_client.msgpack_numpy"
 def pack(message: Any) -> bytes:
     """Raises UserError for what is no number, text, array of numbers, or dict or list of such."""
     try:
-        packed: bytes = msgpack.packb(message, default=_packed)
+        packed: bytes = msgpack.packb(message, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"expected numbers, text and arrays to send, found: {error}; leave it out") from None
     return packed
@@ -41,13 +41,13 @@ def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = No
 
     ``from_map``: what a map stands for in another protocol than openpi's; ``advice``: what to send there.
     """
-    left, stands_for = CONTAINERS, from_map or _array
+    left, stands_for = MAX_CONTAINERS, from_map or _decode_map
 
     def spend() -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(f"more than {CONTAINERS} maps and lists")
+            raise ValueError(f"more than {MAX_CONTAINERS} maps and lists")
 
     def on_map(values: dict[Any, Any]) -> Any:
         spend()
@@ -62,8 +62,8 @@ def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = No
             message,
             object_hook=on_map,
             list_hook=on_list,
-            max_array_len=ENTRIES,
-            max_map_len=ENTRIES,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
             max_ext_len=0,
         )
     except UserError:
@@ -73,7 +73,7 @@ def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = No
         raise UserError(f"expected a msgpack message, found: {why}; {advice}") from None
 
 
-def _packed(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)) and not DTYPE.fullmatch(value.dtype.str):
         raise TypeError(f"{value.dtype}")
     if isinstance(value, np.ndarray):
@@ -83,7 +83,7 @@ def _packed(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def _array(values: dict[Any, Any]) -> Any:
+def _decode_map(values: dict[Any, Any]) -> Any:
     if b"__ndarray__" in values:
         data, shape, dtype = values.get(b"data"), _shape(values), _dtype(values)
         if not isinstance(data, bytes):
@@ -117,8 +117,10 @@ def _shape(values: dict[Any, Any]) -> tuple[int, ...]:
     found = values.get(b"shape")
     if (
         not isinstance(found, list)
-        or len(found) > DIMENSIONS
+        or len(found) > MAX_DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in found)
     ):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(found)[:40]!a}; {_ADVICE}")
+        raise UserError(
+            f"expected an array's shape as up to {MAX_DIMENSIONS} sizes, found {str(found)[:40]!a}; {_ADVICE}"
+        )
     return tuple(found)

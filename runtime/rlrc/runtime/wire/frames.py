@@ -15,17 +15,17 @@ from websockets.exceptions import ProtocolError
 from websockets.frames import CTRL_OPCODES, Frame
 from websockets.server import ServerProtocol
 
-from rlrc.runtime.wire.ports import PING_S, PINGS, Allowance, forget
+from rlrc.runtime.wire.ports import PING_S, PINGS, RateLimit, release_frames
 
-FRAMES = 256  # of one read: 256 KiB in the smallest fragments that libraries make are fewer
+MAX_FRAMES = 256  # of one read: 256 KiB in the smallest fragments that libraries make are fewer
 
 
-class FewFrames(ServerProtocol):
+class LimitedProtocol(ServerProtocol):
     """Fails a connection with 1002 for more frames than these."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._frames, self._pings = 0, Allowance(PINGS, PING_S)
+        self._frames, self._pings = 0, RateLimit(PINGS, PING_S)
 
     def receive_data(self, data: bytes | bytearray) -> None:
         self._frames = 0
@@ -33,7 +33,7 @@ class FewFrames(ServerProtocol):
 
     def recv_frame(self, frame: Frame) -> None:
         self._frames += 1
-        if self._frames > FRAMES:
+        if self._frames > MAX_FRAMES:
             raise ProtocolError("too many small frames")
         if frame.opcode in CTRL_OPCODES and not self._pings.spend():
             raise ProtocolError("too many pings")
@@ -48,22 +48,22 @@ class WebSocketConnection(ServerConnection):
         protocol: ServerProtocol,
         server: Server,
         *,
-        came: Callable[[WebSocketConnection], None],
-        gone: Callable[[WebSocketConnection], None],
+        on_open: Callable[[WebSocketConnection], None],
+        on_close: Callable[[WebSocketConnection], None],
         **options: Any,
     ) -> None:
-        few = FewFrames(origins=protocol.origins, max_size=protocol.max_message_size, logger=protocol.logger)
+        few = LimitedProtocol(origins=protocol.origins, max_size=protocol.max_message_size, logger=protocol.logger)
         super().__init__(few, server, **options)
-        self._came, self._gone = came, gone
+        self._on_open, self._on_close = on_open, on_close
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._came(self)
+        self._on_open(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gone(self)
+        self._on_close(self)
         super().connection_lost(exc)
         # The parser's frame holds the last message, until the garbage collector comes to it.
         self.protocol.parser.close()
         if self.protocol.parser_exc is not None:
-            forget(self.protocol.parser_exc)
+            release_frames(self.protocol.parser_exc)

@@ -22,19 +22,19 @@ from aiohttp import web
 
 from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Head, Refusal
-from rlrc.runtime.wire.ports import LARGEST, Allowance, Places
+from rlrc.runtime.wire.ports import LARGEST, Places, RateLimit
 
 Check = Callable[[Head], None]
 
-UNANSWERED = 8  # requests of a connection that wait for their answers; HTTP clients wait for each
+MAX_UNANSWERED = 8  # requests of a connection that wait for their answers; HTTP clients wait for each
 LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
-LINGERING = 64  # connections; then the first of them ends at once
+MAX_LINGERING = 64  # connections; then the first of them ends at once
 HANDSHAKE_S = 5.0
-WAITING = 256  # connections that the kernel keeps; a client beyond them tries again after a second
+BACKLOG = 256  # connections that the kernel keeps; a client beyond them tries again after a second
 FAULTS, FAULT_S = 8, 10.0  # lines about faults of handlers at once, and seconds until one more
 
 log = logging.getLogger(__name__)
-_faults = Allowance(FAULTS, FAULT_S)
+_faults = RateLimit(FAULTS, FAULT_S)
 
 
 class HttpConnection(web.RequestHandler):
@@ -81,9 +81,9 @@ class HttpConnection(web.RequestHandler):
 
     def keep_place(self) -> None:
         """The client has shown the token, or was answered: its connection makes no room for new ones."""
-        self._places.answered(self)
+        self._places.mark_answered(self)
 
-    def answered(self) -> None:
+    def mark_answered(self) -> None:
         self._unanswered -= 1
 
     def data_received(self, data: bytes) -> None:
@@ -107,7 +107,7 @@ class HttpConnection(web.RequestHandler):
                 return
             head, data, self._data = self._data[:end], self._data[end:], b""
             try:
-                self._body = self._judged(head)
+                self._body = self._check_head(head)
             except Refusal as error:
                 return self._refuse(error)
             self._timer.cancel()
@@ -118,12 +118,12 @@ class HttpConnection(web.RequestHandler):
             if self._discarded > LARGEST + http_head.LARGEST:
                 self.force_close()
 
-    def _judged(self, data: bytes) -> int:
+    def _check_head(self, data: bytes) -> int:
         """Bytes of the body. Raises Refusal."""
         if len(data) > http_head.LARGEST:
             raise _too_large()
-        if self._unanswered >= UNANSWERED:
-            raise Refusal(503, f"expected up to {UNANSWERED} requests before their answers, found more")
+        if self._unanswered >= MAX_UNANSWERED:
+            raise Refusal(503, f"expected up to {MAX_UNANSWERED} requests before their answers, found more")
         head = http_head.parse(data)
         self._check(head)
         return head.length
@@ -141,7 +141,7 @@ class HttpConnection(web.RequestHandler):
         self._timer = self._loop.call_later(LINGER_S, self.force_close)
         self._places.free(self)  # for those that have not been heard yet
         self._lingering.append(self)
-        if len(self._lingering) > LINGERING:
+        if len(self._lingering) > MAX_LINGERING:
             self._lingering.popleft().force_close()
 
     # What aiohttp logs by itself quotes the request, a token included.
@@ -182,11 +182,11 @@ async def listen(
     loop = asyncio.get_running_loop()
     connection = partial(HttpConnection, check, places, deque[HttpConnection](), unknown_s, idle_s, runner.server, loop)
     handshake = None if tls is None else HANDSHAKE_S
-    return await loop.create_server(connection, host, port, backlog=WAITING, ssl=tls, ssl_handshake_timeout=handshake)
+    return await loop.create_server(connection, host, port, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake)
 
 
 @web.middleware
-async def answering(
+async def count_answers(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Has to be the first middleware of the application."""
@@ -195,7 +195,7 @@ async def answering(
     finally:
         protocol = request.protocol
         if isinstance(protocol, HttpConnection):
-            protocol.answered()
+            protocol.mark_answered()
 
 
 def _too_large() -> Refusal:

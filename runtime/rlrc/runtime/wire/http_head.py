@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 LARGEST = 2**14  # bytes of a head; browsers send the cookies of everything that runs on this host
-FIELDS = 64
+MAX_FIELDS = 64
 END = b"\r\n\r\n"
 
 _BEGINNING = re.compile(rb"[A-Z]{1,16}(?: |\Z)")
@@ -70,8 +70,8 @@ def parse(data: bytes) -> Head:
     matched = _LINE.fullmatch(first)
     if matched is None:
         raise no_http()
-    if len(lines) > FIELDS:
-        raise Refusal(431, f"expected up to {FIELDS} header fields, found {len(lines)}")
+    if len(lines) > MAX_FIELDS:
+        raise Refusal(431, f"expected up to {MAX_FIELDS} header fields, found {len(lines)}")
     fields: dict[bytes, bytes] = {}
     for line in lines:
         name, colon, value = line.partition(b":")

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from rlrc.runtime.wire.ports import Allowance
+from rlrc.runtime.wire.ports import RateLimit
 
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-COUNTED_S = 30.0  # how often counts are written, and after how long a line is new again
+SUMMARY_S = 30.0  # how often counts are written, and after how long a line is new again
 LINES, LINE_S = 30, 2.0  # of one kind at once, and seconds until one more may come
 NUMBER = re.compile(r"\d+")
 
@@ -63,13 +63,13 @@ class _Line:
     number: int = 0
 
 
-class Limited(logging.StreamHandler):
+class RateLimitedHandler(logging.StreamHandler):
     """Writes a line at once, and of those that only differ in their numbers (ports, sizes) how often they came."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lines: dict[tuple[str, ...], _Line] = {}
-        self._allowed: dict[tuple[str, ...], Allowance] = {}
+        self._allowed: dict[tuple[str, ...], RateLimit] = {}
         self._counter: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -77,15 +77,15 @@ class Limited(logging.StreamHandler):
         error = record.exc_info[1] if record.exc_info else None
         key: tuple[str, ...] = (*kind, NUMBER.sub("#", record.getMessage()), NUMBER.sub("#", repr(error)))
         if key not in self._lines:
-            if self._allowed.setdefault(kind, Allowance(LINES, LINE_S)).spend():
-                self._lines[key] = _Line(_plain(record), time.monotonic())
+            if self._allowed.setdefault(kind, RateLimit(LINES, LINE_S)).spend():
+                self._lines[key] = _Line(_strip(record), time.monotonic())
                 super().emit(record)
                 return self._count_later()
             key = kind
         line = self._lines.setdefault(key, _Line(record, time.monotonic()))
         if not line.number:
             line.since = time.monotonic()
-        line.last, line.number = _plain(record), line.number + 1
+        line.last, line.number = _strip(record), line.number + 1
         self._count_later()
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Limited(logging.StreamHandler):
 
     def _count_later(self) -> None:
         if self._counter is None:
-            self._counter = threading.Timer(COUNTED_S, self._count)
+            self._counter = threading.Timer(SUMMARY_S, self._count)
             self._counter.daemon = True
             self._counter.start()
 
@@ -107,7 +107,7 @@ class Limited(logging.StreamHandler):
             self._counter = None
             for key, line in list(self._lines.items()):
                 if line.number:
-                    super().emit(_counted(line, "times" if len(key) > 2 else "lines"))
+                    super().emit(_summarize(line, "times" if len(key) > 2 else "lines"))
                     line.number = 0
                 else:  # it is new again
                     del self._lines[key]
@@ -117,23 +117,23 @@ class Limited(logging.StreamHandler):
             self.release()
 
 
-def _plain(record: logging.LogRecord, **changes: Any) -> logging.LogRecord:
+def _strip(record: logging.LogRecord, **changes: Any) -> logging.LogRecord:
     """Without arguments and traceback, which may hold a client's message."""
     values = {**record.__dict__, "msg": record.getMessage(), "args": (), "exc_info": None, "exc_text": None}
     return logging.makeLogRecord(values | changes)
 
 
-def _counted(line: _Line, what: str) -> logging.LogRecord:
+def _summarize(line: _Line, what: str) -> logging.LogRecord:
     seconds = max(1, round(time.monotonic() - line.since))
     message = f"{line.number:,} {what} more in {seconds:,} s: {line.last.getMessage()}"
-    return _plain(
+    return _strip(
         line.last, msg=message, created=time.time(), fields=getattr(line.last, "fields", {}) | {what: line.number}
     )
 
 
-def begin(form: Literal["text", "json"]) -> None:
+def configure(form: Literal["text", "json"]) -> None:
     """On stderr, from INFO on."""
-    handler = Limited()
+    handler = RateLimitedHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 

@@ -31,7 +31,7 @@ class Metrics:
         lines = []
         for name, counter in self._counts.items():
             lines.append(f"# TYPE {name} counter")
-            lines += [f"{name}{_braced(labels)} {number}" for labels, number in sorted(counter.items())]
+            lines += [f"{name}{_format_labels(labels)} {number}" for labels, number in sorted(counter.items())]
         for name, buckets in self._buckets.items():
             lines.append(f"# TYPE {name} histogram")
             total = 0
@@ -44,6 +44,6 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def _braced(labels: Labels) -> str:
+def _format_labels(labels: Labels) -> str:
     told = ",".join(f'{name}="{value}"' for name, value in labels)
     return f"{{{told}}}" if told else ""

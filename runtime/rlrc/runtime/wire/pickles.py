@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.runtime.wire.arrays import DIMENSIONS, DTYPE
+from rlrc.runtime.wire.arrays import DTYPE, MAX_DIMENSIONS
 
-OPCODES = 10_000  # of one message: a robot with a hundred joints takes a tenth
+MAX_OPCODES = 10_000  # of one message: a robot with a hundred joints takes a tenth
 ADVICE = "use LeRobot's robot client, with observations of numbers, texts and numpy arrays"
 
 LEROBOT = ("lerobot.async_inference.helpers", "lerobot.scripts.server.helpers")  # now, and in its first versions
@@ -62,8 +62,8 @@ def read(data: bytes) -> Any:
     machine = _Machine()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if number >= OPCODES:
-                raise UserError(f"expected up to {OPCODES} opcodes, found more; {ADVICE}")
+            if number >= MAX_OPCODES:
+                raise UserError(f"expected up to {MAX_OPCODES} opcodes, found more; {ADVICE}")
             machine.do(opcode.name, argument)
         (value,) = machine.stack
     except UserError:
@@ -115,7 +115,7 @@ class _Machine:
             stack.append(self._memo[argument])
         elif opcode in ("GLOBAL", "STACK_GLOBAL"):
             module, name = argument.split(" ") if opcode == "GLOBAL" else self._pop(2)
-            stack.append(_known(module, name))
+            stack.append(_check_name(module, name))
         elif opcode in ("REDUCE", "NEWOBJ"):
             function, arguments = self._pop(2)
             if not isinstance(function, Name) or type(arguments) is not tuple:
@@ -153,7 +153,7 @@ class _Machine:
             values[key] = value
 
 
-def _known(module: Any, name: Any) -> Name:
+def _check_name(module: Any, name: Any) -> Name:
     if (module, name) not in NAMES:
         told = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
         raise UserError(f"expected only numpy's arrays and LeRobot's messages, found {told[:80]!a}; {ADVICE}")
@@ -187,9 +187,9 @@ def array(value: Any) -> NDArray[Any]:
 
 
 def _array(raw: Any, dtype: np.dtype[Any], shape: Any, order: Any) -> NDArray[Any]:
-    sizes = shape if isinstance(shape, tuple) and len(shape) <= DIMENSIONS else (None,)
+    sizes = shape if isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS else (None,)
     if not all(type(size) is int and 0 <= size < 2**40 for size in sizes):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found another; {ADVICE}")
+        raise UserError(f"expected an array's shape as up to {MAX_DIMENSIONS} sizes, found another; {ADVICE}")
     if order not in ("C", "F") or not isinstance(raw, (bytes, bytearray)):
         raise UserError(f"expected an array in C's order or Fortran's, found another; {ADVICE}")
     if (size := math.prod(sizes) * dtype.itemsize) != len(raw):
@@ -212,28 +212,41 @@ def _dtype(value: Any) -> np.dtype[Any]:
     return np.dtype(found)
 
 
-def timed_actions(module: str, timestamp: float, step_s: float, timestep: int, actions: NDArray[np.float32]) -> bytes:
+def write_actions(module: str, timestamp: float, step_s: float, timestep: int, actions: NDArray[np.float32]) -> bytes:
     """A chunk (horizon, dim) as a pickle of ``module``'s TimedAction in a list, which LeRobot's client loads.
 
     Its actions are torch tensors (dim,): torch is there, not here, and makes them of lists of numbers.
     """
     written = [pickle.PROTO, b"\x03", pickle.EMPTY_LIST, pickle.MARK]
     for index, action in enumerate(actions.tolist()):
-        written += [_named(module, "TimedAction"), pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, pickle.MARK]
-        written += [_text("timestamp"), _number(timestamp + index * step_s)]
-        written += [_text("timestep"), pickle.BININT, struct.pack("<i", timestep + index)]
-        written += [_text("action"), _named("torch", "tensor"), pickle.EMPTY_LIST, pickle.MARK]
-        written += [*map(_number, action), pickle.APPENDS, pickle.TUPLE1, pickle.REDUCE, pickle.SETITEMS, pickle.BUILD]
+        written += [
+            _write_global(module, "TimedAction"),
+            pickle.EMPTY_TUPLE,
+            pickle.NEWOBJ,
+            pickle.EMPTY_DICT,
+            pickle.MARK,
+        ]
+        written += [_write_text("timestamp"), _write_number(timestamp + index * step_s)]
+        written += [_write_text("timestep"), pickle.BININT, struct.pack("<i", timestep + index)]
+        written += [_write_text("action"), _write_global("torch", "tensor"), pickle.EMPTY_LIST, pickle.MARK]
+        written += [
+            *map(_write_number, action),
+            pickle.APPENDS,
+            pickle.TUPLE1,
+            pickle.REDUCE,
+            pickle.SETITEMS,
+            pickle.BUILD,
+        ]
     return b"".join([*written, pickle.APPENDS, pickle.STOP])
 
 
-def _named(module: str, name: str) -> bytes:
+def _write_global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-def _text(text: str) -> bytes:
+def _write_text(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(text)) + text.encode()
 
 
-def _number(number: float) -> bytes:
+def _write_number(number: float) -> bytes:
     return pickle.BINFLOAT + struct.pack(">d", number)

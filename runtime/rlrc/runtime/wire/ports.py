@@ -22,7 +22,7 @@ CLIENTS = 32  # at once, on a port
 CONNECTIONS = 128  # at once, on a port, those included that have not said yet what they want
 PINGS, PING_S = 64, 1.0  # at once, and seconds until one more may come
 PATIENCE_S = 10.0  # a client that has had no answer for so long makes room for another
-CLOSED = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
+CLOSED_STATES = (6, 7, 8, 9, 11)  # TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK and CLOSING of linux/tcp_states.h
 TOKEN = "RLRC_TOKEN"  # in the environment: other users of the machine do not see it, as they see arguments
 
 VISIBLE = re.compile("[!-~]+")
@@ -42,16 +42,16 @@ class Access:
         return self.token is None or http_head.has_token(authorization, self.token)
 
 
-def connected(transport: asyncio.BaseTransport | None) -> bool:
+def is_connected(transport: asyncio.BaseTransport | None) -> bool:
     """Whether the peer is still there, from the kernel: while a request is answered, nothing is read from the peer."""
     if transport is None or transport.is_closing():
         return False
     peer = transport.get_extra_info("socket")
     state: int = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    return state not in CLOSED
+    return state not in CLOSED_STATES
 
 
-def forget(error: BaseException) -> None:
+def release_frames(error: BaseException) -> None:
     """Lets go of what its traceback's frames hold, such as 16 MiB of a message: asyncio's and aiohttp's exceptions are
     part of cycles, so that this would be freed when the garbage collector comes to it, after hundreds of them.
     """
@@ -61,7 +61,7 @@ def forget(error: BaseException) -> None:
         chained = chained.__cause__ or chained.__context__
 
 
-class Allowance:
+class RateLimit:
     """So many at once, and one more every ``seconds``: of pings, which are answered at once."""
 
     def __init__(self, number: int, seconds: float) -> None:
@@ -93,7 +93,7 @@ class Places:
         self._silent[who] = (time.monotonic(), leave)
         return True
 
-    def answered(self, who: object) -> None:
+    def mark_answered(self, who: object) -> None:
         if self._silent.pop(who, None) is not None:
             self._answered.add(who)
 
@@ -114,10 +114,10 @@ class Places:
 def token(given: str | None) -> str | None:
     """The option, or what the environment has; None if there is neither. Raises UserError for one that is no token."""
     name, found = (TOKEN, os.environ.get(TOKEN)) if given is None else ("--token", given)
-    return None if found is None else checked(found, name)
+    return None if found is None else check_token(found, name)
 
 
-def checked(token: str, name: str) -> str:
+def check_token(token: str, name: str) -> str:
     """Raises UserError, without the token in it, for what is none; ``name``: of what it was given as."""
     if not VISIBLE.fullmatch(token):
         found = "an empty one" if not token else "one with a line end" if token != token.rstrip("\r\n") else "another"
@@ -131,7 +131,7 @@ def checked(token: str, name: str) -> str:
 def access(host: str, token: str | None, certificate: Path | None, key: Path | None, insecure: bool) -> Access:
     """Raises UserError for files that are no certificate and key, and for an address that others reach unprotected."""
     if token is not None:
-        checked(token, "--token")
+        check_token(token, "--token")
     if (certificate is None) != (key is None):
         raise UserError("expected both --certificate and --key, found one; give the other")
     encrypted = None if certificate is None or key is None else tls(certificate, key)

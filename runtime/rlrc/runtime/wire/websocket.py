@@ -21,8 +21,8 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import CONNECTING, OPEN
 from websockets.uri import parse_uri
 
-PINGED_S = 5.0  # how often pings are looked for; servers wait for twenty seconds
-READ = 2**16  # bytes at once
+PING_CHECK_S = 5.0  # how often pings are looked for; servers wait for twenty seconds
+READ_BYTES = 2**16  # bytes at once
 
 
 class WebSocket:
@@ -106,7 +106,7 @@ class WebSocket:
         """What has come, once something has. Raises TimeoutError."""
         self._socket.settimeout(_left(deadline))
         try:
-            data = self._socket.recv(READ)
+            data = self._socket.recv(READ_BYTES)
         except TimeoutError:
             raise
         except OSError:  # reset
@@ -141,12 +141,12 @@ class WebSocket:
         return self._protocol.close_exc
 
     def _answer_pings(self) -> None:
-        while not self._closed.wait(PINGED_S):
+        while not self._closed.wait(PING_CHECK_S):
             if not self._lock.acquire(blocking=False):
                 continue  # somebody asks, and reads
             try:
                 self._socket.settimeout(0.0)
-                self._take(self._socket.recv(READ))
+                self._take(self._socket.recv(READ_BYTES))
                 self._flush(monotonic() + 1.0)
             except (BlockingIOError, ssl.SSLWantReadError):
                 continue

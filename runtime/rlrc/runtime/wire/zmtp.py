@@ -16,7 +16,7 @@ from functools import partial
 
 from rlrc.errors import UserError
 from rlrc.runtime.wire.logs import fields
-from rlrc.runtime.wire.ports import PING_S, PINGS, Allowance, Places, connected, forget
+from rlrc.runtime.wire.ports import PING_S, PINGS, Places, RateLimit, is_connected, release_frames
 
 # A request, or why there is none -> the answer.
 Answer = Callable[["bytes | UserError"], Awaitable[bytes]]
@@ -26,18 +26,18 @@ MORE, LONG, COMMAND = 1, 2, 4  # flags of a frame
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x05READY" + b"\x0bSocket-Type" + (3).to_bytes(4, "big") + b"REP"
 LARGEST_COMMAND = 2048
-DISCARDED = 8  # times the largest request: what is larger than that is not even read to its end
+DISCARD_FACTOR = 8  # times the largest request: what is larger than that is not even read to its end
 
 log = logging.getLogger(__name__)
 
 
-class Broken(Exception):
+class ProtocolViolation(Exception):
     """The peer does not speak the protocol, or asks for more than it may."""
 
 
 class Replier:
-    """``answering(peer, waits)`` gives what answers this peer's requests, one after the other, and never raises;
-    ``waits()``: whether the peer is still there.
+    """``answering(peer, connected)`` gives what answers this peer's requests, one after the other, and never raises;
+    ``connected()``: whether the peer is still there.
     """
 
     def __init__(self, answering: Callable[[str, Callable[[], bool]], Answer], largest: int, peers: int) -> None:
@@ -77,44 +77,44 @@ class Replier:
         try:
             _keep_alive(writer)
             await asyncio.wait_for(_introduce(reader, writer), SECONDS)
-            await self._talk(reader, writer, self._answering(peer, partial(connected, writer.transport)))
-        except Broken as error:
+            await self._talk(reader, writer, self._answering(peer, partial(is_connected, writer.transport)))
+        except ProtocolViolation as error:
             log.info("gr00t client %s: %s", peer, error, extra=fields(protocol="gr00t", client=peer, outcome="request"))
         except (asyncio.IncompleteReadError, asyncio.TimeoutError, ConnectionError) as error:
-            forget(error)
+            release_frames(error)
             log.info("gr00t client %s: gone", peer, extra=fields(protocol="gr00t", client=peer, outcome="gone"))
         finally:
             writer.transport.abort()  # what it has not read by now it will not get
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter, answer: Answer) -> None:
-        pings = Allowance(PINGS, PING_S)
+        pings = RateLimit(PINGS, PING_S)
         while True:
             await asyncio.sleep(0)  # the others' turn, even if the next request is there already
             first = await reader.readexactly(1)  # as long as it takes
             request = await asyncio.wait_for(self._request(reader, writer, first[0]), SECONDS)
             if request is None:
                 if not pings.spend():
-                    raise Broken("expected a ping a second, found more; send fewer")
+                    raise ProtocolViolation("expected a ping a second, found more; send fewer")
                 continue
             answered = await answer(request)
-            writer.write(_framed(MORE, b"") + _framed(0, answered))
+            writer.write(_encode_frame(MORE, b"") + _encode_frame(0, answered))
             await asyncio.wait_for(writer.drain(), SECONDS)
-            self._places.answered(writer)
+            self._places.mark_answered(writer)
 
     async def _request(self, reader: StreamReader, writer: StreamWriter, flags: int) -> bytes | UserError | None:
         """Its body, or why it was not kept; None if it was a command."""
-        frame = await _frame(reader, flags, LARGEST_COMMAND if flags & COMMAND else 0)
+        frame = await _read_frame(reader, flags, LARGEST_COMMAND if flags & COMMAND else 0)
         if flags & COMMAND:
             if frame[:5] == b"\x04PING":  # and two bytes of how long it waits
-                writer.write(_framed(COMMAND, b"\x04PONG" + frame[7:]))
+                writer.write(_encode_frame(COMMAND, b"\x04PONG" + frame[7:]))
                 await writer.drain()
             return None
         if not flags & MORE:
-            raise Broken("expected an empty frame and a request, found one frame; use a REQ socket")
+            raise ProtocolViolation("expected an empty frame and a request, found one frame; use a REQ socket")
         flags = (await reader.readexactly(1))[0]
         if flags & (MORE | COMMAND):
-            raise Broken("expected a request of one frame, found more; use a REQ socket")
-        size = await _size(reader, flags, DISCARDED * self._largest)
+            raise ProtocolViolation("expected a request of one frame, found more; use a REQ socket")
+        size = await _read_size(reader, flags, DISCARD_FACTOR * self._largest)
         if size <= self._largest:
             return await reader.readexactly(size)
         while size:  # or the client would wait for an answer, which would never come
@@ -127,30 +127,32 @@ async def _introduce(reader: StreamReader, writer: StreamWriter) -> None:
     writer.write(GREETING)
     greeting = await reader.readexactly(len(GREETING))
     if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
-        raise Broken("expected ZMTP 3, found another greeting; use ZeroMQ 4 or later")
+        raise ProtocolViolation("expected ZMTP 3, found another greeting; use ZeroMQ 4 or later")
     if greeting[12:32] != GREETING[12:32]:
-        raise Broken("expected no security (NULL), found another mechanism; leave it out")
-    writer.write(_framed(COMMAND, READY))
+        raise ProtocolViolation("expected no security (NULL), found another mechanism; leave it out")
+    writer.write(_encode_frame(COMMAND, READY))
     flags = (await reader.readexactly(1))[0]
-    ready = await _frame(reader, flags, LARGEST_COMMAND)
+    ready = await _read_frame(reader, flags, LARGEST_COMMAND)
     if not flags & COMMAND or ready[:6] != READY[:6]:
-        raise Broken("expected the command READY, found another frame; use a REQ socket")
+        raise ProtocolViolation("expected the command READY, found another frame; use a REQ socket")
 
 
-async def _frame(reader: StreamReader, flags: int, largest: int) -> bytes:
-    return await reader.readexactly(await _size(reader, flags, largest))
+async def _read_frame(reader: StreamReader, flags: int, largest: int) -> bytes:
+    return await reader.readexactly(await _read_size(reader, flags, largest))
 
 
-async def _size(reader: StreamReader, flags: int, largest: int) -> int:
+async def _read_size(reader: StreamReader, flags: int, largest: int) -> int:
     if flags & ~(MORE | LONG | COMMAND):
-        raise Broken(f"expected a frame, found flags {flags:#x}; use ZeroMQ")
+        raise ProtocolViolation(f"expected a frame, found flags {flags:#x}; use ZeroMQ")
     size = int.from_bytes(await reader.readexactly(8 if flags & LONG else 1), "big")
     if size > largest:
-        raise Broken(f"expected a frame of up to {largest} bytes, found {size}; send less, from a REQ socket")
+        raise ProtocolViolation(
+            f"expected a frame of up to {largest} bytes, found {size}; send less, from a REQ socket"
+        )
     return size
 
 
-def _framed(flags: int, body: bytes) -> bytes:
+def _encode_frame(flags: int, body: bytes) -> bytes:
     if len(body) < 256:
         return bytes((flags, len(body))) + body
     return bytes((flags | LONG,)) + len(body).to_bytes(8, "big") + body
