@@ -69,7 +69,7 @@ class PageTarget:
         self._server, self._feed, self._runner, self._places = server, feed, runner, Places(CONNECTIONS, 0.0)
         loop = asyncio.get_running_loop()
         loop.add_reader(feed.fileno(), self._wished)
-        loop.add_reader(server.mirror.socket.fileno(), server.listen)
+        loop.add_reader(server.mirror.reader.socket.fileno(), server.mirror.receive)
 
     @staticmethod
     async def open() -> PageTarget:
@@ -98,14 +98,14 @@ class PageTarget:
         return refusal(wire.written)
 
     async def close(self) -> None:
-        self._server.ended.set()
+        self._server.mirror.ended.set()
         await asyncio.sleep(2 * NEWS_S)  # the pages that are connected end
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._feed.fileno())
-        loop.remove_reader(self._server.mirror.socket.fileno())
+        loop.remove_reader(self._server.mirror.reader.socket.fileno())
         await self._runner.cleanup()
         self._feed.close()
-        self._server.mirror.socket.close()
+        self._server.mirror.reader.socket.close()
 
     def _wished(self) -> None:
         for wish in self._feed.receive() or ():

@@ -378,7 +378,7 @@ def test_pictures_are_copied_for_those_who_look_and_thinned_out_if_they_are_larg
     feed.picture(seen)
     with pytest.raises(BlockingIOError):
         mirror.socket.recv(2**16)
-    mirror.watch(True)
+    mirror.set_watched(True)
     import msgpack
 
     for _ in range(3):  # the third time none is due

@@ -1,4 +1,4 @@
-"""The page of `rlrc run`: every step of the loop, and requests to the stop switch and the rearming."""
+"""The page of `rlrc run`: shows every step of the loop, and passes requests to the stop switch and re-arming."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from rlrc.robots.instructed import Instructed
     from rlrc.runtime.safety.guard import Guard
 
-STATE_S = 0.5  # how often the state is told though nothing has changed
+STATE_S = 0.5  # interval of the state while nothing changes
 
 
 class ControlPage:
-    """``show`` is for the loop's thread, ``source`` for the stop switch's."""
+    """``show`` is for the loop's thread, ``source`` for the stop switch's thread."""
 
     def __init__(
         self, page: Page, guard: Guard, switch: StopSwitch, rearming: RearmController | None, robot: Instructed | None
@@ -35,7 +35,7 @@ class ControlPage:
         return StopSource(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
 
     def show(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
-        """rlrc.runtime.control.control_loop's Show."""
+        """Show a step; called by rlrc.runtime.control.control_loop."""
         now, lag, inference = float(row["sent"]), float(row["sent"] - row["due"]) * 1e3, float(row["inference_ms"])
         command = None if verdict.command is None else verdict.command.tolist()
         measured = None if sensed is None or sensed.measured is None else sensed.measured.tolist()
@@ -56,7 +56,7 @@ class ControlPage:
             self._page.feed.picture(sensed.observation)
 
     def _ready(self) -> bool:
-        """Whether the page goes on."""
+        """Whether the page's process is alive."""
         requests = self._page.feed.receive()
         for request in requests or ():
             self._take(request["do"], request["id"], request.get("words"))
@@ -72,7 +72,7 @@ class ControlPage:
         elif what == "instruction":
             reply(self._instruct(words))
         elif self._rearming is None:
-            reply({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
+            reply({"error": "expected rlrc run --rearm, found a run that ends with a stop; start it with --rearm"})
         elif what == "bench":
             self._rearming.ask(OperatorRequest("bench", "the page", reply))
         else:
@@ -80,6 +80,6 @@ class ControlPage:
 
     def _instruct(self, words: str | None) -> dict[str, str]:
         if self._robot is None:
-            return {"error": "expected a policy that takes an instruction, found one of a single task"}
+            return {"error": "expected a policy with an instruction, found one for a single task"}
         self._robot.words = words or None
         return {}

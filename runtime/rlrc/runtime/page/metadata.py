@@ -1,4 +1,4 @@
-"""What the page is told once: what runs here, and what its charts have."""
+"""The page's metadata, sent once to every browser: the artifact, its figures, and the plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlrc.runtime.page.feed import TEXT
 from rlrc.runtime.safety.profile import RobotProfile, senses
 from rlrc.runtime.safety.verdict import Event
 
-CLAMPS_S = 1.0  # shortest time between two clamps of one limit that are told
+CLAMPS_S = 1.0  # minimal interval between shown clamps of one limit
 
 
 def page_metadata(
@@ -23,17 +23,17 @@ def page_metadata(
     can: Collection[str],
     **facts: str,
 ) -> dict[str, Any]:
-    """``kind``: "run" or "serve". ``deadline_ms``: what takes longer is late. ``can``: what operators may wish."""
+    """``kind``: "run" or "serve"; ``deadline_ms``: what takes longer is late; ``can``: the requests offered."""
     manifest, spec = artifact.manifest, artifact.manifest.policy
-    told = policy_rows(spec)
+    described = policy_rows(spec)
     rows = {
         "artifact": f"{artifact.path.name} ({artifact.digest[:12]})",
-        "family": told["family"],
+        "family": described["family"],
         "parameters": f"{manifest.parameters:,} stored as {manifest.dtype}",
         "graphs": ", ".join(sorted({f"{one.backend} {one.precision}" for one in manifest.graphs})) or "none",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
-        "actions": told["actions"],
-        "robot": "no profile: no guard" if profile is None else profile.robot,
+        "actions": described["actions"],
+        "robot": "no profile, no guard" if profile is None else profile.robot,
         **facts,
     }
     return {
@@ -49,9 +49,9 @@ def page_metadata(
 
 
 def list_plots(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, Any]]:
-    """A plot for every dimension of the action, with what measures it, and for what else there is of the state.
+    """One plot per action dimension, with the state entry that measures it, and one per remaining state entry.
 
-    ``command`` and ``state`` are places in the action and in the state vector, None where there is none.
+    ``command`` and ``state`` are indices into the action and the state; None: there is none.
     """
     names, units = ((), ()) if spec.state is None else (spec.state.names, spec.state.units)
     measures = _measures(spec, profile, names, units)
@@ -74,7 +74,7 @@ def list_plots(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str,
 def _measures(
     spec: PolicySpec, profile: RobotProfile | None, names: Sequence[str], units: Sequence[str]
 ) -> dict[int, tuple[int, float]]:
-    """Which entry of the state a dimension of the action is measured by, and how it converts; absolutes only."""
+    """For absolute action dimensions: the state entry that measures it, and its conversion factor."""
     if profile is not None:
         wired = senses(profile, spec.action, names, units)
         found = list(zip(wired.dimensions, wired.entries, wired.factors, strict=True))
@@ -93,12 +93,12 @@ def _plot(
     low: float | None = None,
     high: float | None = None,
 ) -> dict[str, Any]:
-    told = "" if unit == "1" else unit
-    return {"name": name, "unit": told, "command": command, "state": state, "factor": factor, "low": low, "high": high}
+    unit = "" if unit == "1" else unit
+    return {"name": name, "unit": unit, "command": command, "state": state, "factor": factor, "low": low, "high": high}
 
 
 class EventFilter:
-    """Guard events for the page: (seconds of the clock, what was done, in words), a limit's clamps once a second."""
+    """Formats guard events as (clock seconds, action, text), and drops clamps of one limit within a second."""
 
     def __init__(self) -> None:
         self._clamped: dict[tuple[str, str | None], float] = {}

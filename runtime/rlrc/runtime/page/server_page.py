@@ -1,4 +1,4 @@
-"""The page of `rlrc serve`: every observation that was looked at, and requests to the session."""
+"""The page of `rlrc serve`: shows every inference, and passes requests to the session."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ BENCH_CALLS = 50
 
 
 class SessionPage:
-    """Of the session's event loop; ``run`` until it is cancelled."""
+    """Belongs to the session's event loop. Cancel ``run`` to end it."""
 
     def __init__(self, page: Page, session: Session) -> None:
         self._page, self._session = page, session
-        self._events, self._seen = EventFilter(), 0
+        self._events, self._shown = EventFilter(), 0
         self._benching: asyncio.Task[None] | None = None
         self.ended = asyncio.Event()
         session.show = self.show
 
     async def run(self) -> None:
-        """Tells the state twice a second, and takes requests as they come."""
+        """Send the state twice a second, and take requests as they arrive."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._page.feed.fileno(), self._ready)
         self._page.stop.watch(partial(self._press, loop), self._stop_state, partial(self._lose, loop))
@@ -50,7 +50,7 @@ class SessionPage:
     def show(
         self, observation: Mapping[str, Any], actions: NDArray[Any] | None, queue_s: float, inference_s: float | None
     ) -> None:
-        """``actions``: the chunk that left (horizon, dim); None: none did."""
+        """``actions``: the chunk that left (horizon, dim); None: it was refused."""
         state = observation.get("state")
         command = None if actions is None else np.asarray(actions[0], float).tolist()
         measured = None if state is None else np.asarray(state, float).tolist()
@@ -61,7 +61,7 @@ class SessionPage:
         )
         self._page.feed.picture(observation)
 
-    # From the stop port's thread: a busy event loop delays no stop.
+    # In the stop port's thread: a busy event loop does not delay a stop.
 
     def _press(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
         self._session.latch.halt(reason)
@@ -91,15 +91,15 @@ class SessionPage:
             "unready": explain_unready(session),
             "waiting": session.waiting,
         }
-        self._page.feed.show(message, self._fresh())
+        self._page.feed.show(message, self._new_events())
 
-    def _fresh(self) -> list[tuple[float, str, str]]:
-        """What the guard has done since the last time; that it starts with every chunk is no news."""
+    def _new_events(self) -> list[tuple[float, str, str]]:
+        """The guard's new events, without its start at every chunk."""
         if self._session.guarded is None:
             return []
         guard = self._session.guarded.guard
         total = sum(guard.counts.values())
-        new, self._seen = min(total - self._seen, len(guard.events)), total
+        new, self._shown = min(total - self._shown, len(guard.events)), total
         events = [guard.events[i] for i in range(len(guard.events) - new, len(guard.events))]
         return self._events.format([event for event in events if event.act != "start"], time.monotonic())
 
@@ -121,7 +121,7 @@ class SessionPage:
             self._stop("the page")
             answer = self._stop_state()
         elif what == "instruction" and self._session.spec.prompt is None:
-            answer = {"error": "expected a policy that takes an instruction, found one of a single task"}
+            answer = {"error": "expected a policy with an instruction, found one for a single task"}
         elif what == "instruction":
             self._session.instruction = words or None
         else:
