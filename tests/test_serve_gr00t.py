@@ -170,7 +170,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "words of nothing": (asked(language={"instruction": None}), "at language.instruction, found None there; send one"),
     "an array for an endpoint": (gr00t_packed({"endpoint": STATE}), "found ndarray; use one of these"),
     "an endpoint of maps": (gr00t_packed({"endpoint": {"get_action": 1}}), "found dict; use one of these"),
-    "too large": (b"\0" * (LARGEST + 1), "expected a request of up to 16777216 bytes, found a larger one; send less"),
+    "too large": (
+        b"\0" * (LARGEST + 1),
+        "expected a request of up to 16777216 bytes, found a larger one; send smaller images",
+    ),
 }
 
 

@@ -276,7 +276,7 @@ def test_many_at_once_are_answered_or_refused_clearly(toy_artifact: Path) -> Non
         assert [one["actions"].shape for one in found[2:]] == [(3, 4), (3, 4)]
 
 
-def test_sigterm_lets_what_was_asked_be_answered(toy_artifact: Path) -> None:
+def test_on_sigterm_accepted_requests_are_answered(toy_artifact: Path) -> None:
     served = Served(toy_artifact)
     worker = served.worker()
     os.kill(worker, signal.SIGSTOP)

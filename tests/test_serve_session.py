@@ -359,7 +359,7 @@ def test_protocols_without_tls_stay_on_this_machine() -> None:
     check_plain("127.0.0.1", ("gr00t", "lerobot"), insecure=False)
     check_plain("0.0.0.0", ("openpi", "openvla"), insecure=False)
     check_plain("0.0.0.0", ("gr00t",), insecure=True)
-    with pytest.raises(UserError, match=r"expected --insecure with gr00t on 0.0.0.0, whose clients know no TLS"):
+    with pytest.raises(UserError, match=r"--insecure with gr00t on 0.0.0.0, since GR00T's protocol has no TLS"):
         check_plain("0.0.0.0", ("openpi", "gr00t"), insecure=False)
     with pytest.raises(UserError, match=r"expected --host 127.0.0.1 with lerobot"):
         check_plain("0.0.0.0", ("lerobot",), insecure=True)

@@ -1,10 +1,10 @@
-"""openpi's messages: msgpack in which a map with bytes keys stands for an ndarray or a numpy scalar.
+"""openpi's messages: msgpack, with maps for arrays and numpy scalars.
 
     {b"__ndarray__": true, b"data": C-order bytes, b"dtype": "<f4", b"shape": [2, 3]}
     {b"__npgeneric__": true, b"data": a number, b"dtype": "<f4"}
 
-The package msgpack-numpy writes other maps, which would arrive as plain ones: those are refused by name. All that a
-message declares is checked against its own size before anything is allocated.
+The package msgpack-numpy writes different maps; these are refused. All declared sizes are checked against the size of
+the message before anything is allocated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rlrc.errors import UserError
 
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")  # no objects, records, strings or complex numbers
 MAX_DIMENSIONS = 8
-MAX_CONTAINERS = 1000  # maps and lists of one message: an empty one takes a byte there and many times that here
-MAX_ENTRIES = 4096  # of one map or list
+MAX_CONTAINERS = 1000  # maps and lists per message; even an empty one takes much more memory than its byte
+MAX_ENTRIES = 4096  # per map or list
 
 _ADVICE = "use openpi_client.msgpack_numpy"
 
 
 def pack(message: Any) -> bytes:
-    """Raises UserError for what is no number, text, array of numbers, or dict or list of such."""
+    """Raises UserError unless the message consists of numbers, text, arrays of numbers, dicts and lists."""
     try:
         packed: bytes = msgpack.packb(message, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
@@ -37,9 +37,9 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = None, advice: str = _ADVICE) -> Any:
-    """Raises UserError for what is not such a message, or declares more than it holds.
+    """Raises UserError for invalid messages, and for arrays whose declared size differs from their data.
 
-    ``from_map``: what a map stands for in another protocol than openpi's; ``advice``: what to send there.
+    ``from_map``: converts the maps of another protocol; ``advice``: what its clients should use.
     """
     left, stands_for = MAX_CONTAINERS, from_map or _decode_map
 
@@ -96,7 +96,7 @@ def _decode_map(values: dict[Any, Any]) -> Any:
         if not isinstance(number, (bool, int, float)):
             raise UserError(f"expected a number as data of a numpy scalar, found {type(number).__name__}; {_ADVICE}")
         try:
-            with np.errstate(over="ignore"):  # to infinity, of which others tell
+            with np.errstate(over="ignore"):  # to infinity, which is detected later
                 return dtype.type(number)
         except OverflowError as error:
             raise UserError(f"expected a number that {dtype} holds, found: {error}; {_ADVICE}") from None

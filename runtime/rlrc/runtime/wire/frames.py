@@ -1,7 +1,7 @@
-"""WebSocket connections that no client can make costly.
+"""WebSocket connections with limits on the frames of one read and on the rate of pings.
 
-The library parses all that came in one read before anything else has a turn, and answers every ping at once: a read of
-256 KiB can hold 40,000 of them. Here a read may hold so many frames, and pings come so often.
+The library parses all data of a read before other tasks run, and answers every ping at once: a read of 256 KiB may
+contain 40,000 pings.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from websockets.server import ServerProtocol
 
 from rlrc.runtime.wire.ports import PING_S, PINGS, RateLimit, release_frames
 
-MAX_FRAMES = 256  # of one read: 256 KiB in the smallest fragments that libraries make are fewer
+MAX_FRAMES = 256  # per read: 256 KiB in the smallest fragments of common libraries are fewer
 
 
 class LimitedProtocol(ServerProtocol):
-    """Fails a connection with 1002 for more frames than these."""
+    """Closes a connection that exceeds the limits with 1002."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -41,7 +41,7 @@ class LimitedProtocol(ServerProtocol):
 
 
 class WebSocketConnection(ServerConnection):
-    """Tells ``came`` when it is there and ``gone`` when it is no more."""
+    """Calls ``on_open`` when it is established and ``on_close`` when it ends."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class WebSocketConnection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._on_close(self)
         super().connection_lost(exc)
-        # The parser's frame holds the last message, until the garbage collector comes to it.
+        # The parser's frame would keep the last message until the next garbage collection.
         self.protocol.parser.close()
         if self.protocol.parser_exc is not None:
             release_frames(self.protocol.parser_exc)

@@ -12,7 +12,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Metrics:
-    """Of one thread."""
+    """For use by one thread."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[Labels]] = defaultdict(Counter)
@@ -27,7 +27,7 @@ class Metrics:
         self._sums[name] += seconds
 
     def text(self, **gauges: float) -> str:
-        """Everything so far, and the gauges as they are now."""
+        """All counters and histograms, and the given gauges."""
         lines = []
         for name, counter in self._counts.items():
             lines.append(f"# TYPE {name} counter")
@@ -45,5 +45,5 @@ class Metrics:
 
 
 def _format_labels(labels: Labels) -> str:
-    told = ",".join(f'{name}="{value}"' for name, value in labels)
-    return f"{{{told}}}" if told else ""
+    text = ",".join(f'{name}="{value}"' for name, value in labels)
+    return f"{{{text}}}" if text else ""

@@ -1,14 +1,14 @@
-"""LeRobot's pickles, read and written without pickle, whose loading does whatever the sender says (CVE-2026-25874).
+"""Reads and writes LeRobot's pickles without pickle.load, which runs code of the sender (CVE-2026-25874).
 
-``read`` follows the few opcodes that plain data, arrays and LeRobot's dataclasses need. Classes and functions stay
-names, out of a list; a call is only noted (``Call``), and ``array`` knows what numpy would have made of it. Nothing is
-imported or executed, and nothing is allocated that is not there: pickletools reads lengths against the data.
+``read`` interprets only the opcodes of plain data, arrays and LeRobot's dataclasses. Classes and functions stay names,
+restricted to a list; a call becomes a ``Call``, and ``array`` converts those of numpy. Nothing is imported or executed,
+and pickletools checks lengths against the data before anything is allocated.
 """
 
 from __future__ import annotations
 
 import math
-import pickle  # its names of opcodes
+import pickle  # only for its opcodes
 import pickletools
 import struct
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from rlrc.errors import UserError
 from rlrc.runtime.wire.arrays import DTYPE, MAX_DIMENSIONS
 
-MAX_OPCODES = 10_000  # of one message: a robot with a hundred joints takes a tenth
+MAX_OPCODES = 10_000  # per message; a robot with a hundred joints needs a tenth
 ADVICE = "use LeRobot's robot client, with observations of numbers, texts and numpy arrays"
 
-LEROBOT = ("lerobot.async_inference.helpers", "lerobot.scripts.server.helpers")  # now, and in its first versions
+LEROBOT = ("lerobot.async_inference.helpers", "lerobot.scripts.server.helpers")  # current and early versions
 
 
 class Name(NamedTuple):
-    """Of a class or function."""
+    """A class or function."""
 
     module: str
     name: str
@@ -35,7 +35,7 @@ class Name(NamedTuple):
 
 @dataclass
 class Call:
-    """What a pickle would have called, and the state it would have given to what came out."""
+    """A call in a pickle, and the state for its result."""
 
     function: Name
     arguments: tuple[Any, ...]
@@ -55,9 +55,9 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read(data: bytes) -> Any:
-    """The value that a pickle describes, with Call where one would be called.
+    """The value of a pickle, with ``Call`` for calls.
 
-    Raises UserError for what is no pickle, has other opcodes, or names what is not in ``NAMES``.
+    Raises UserError for invalid pickles, other opcodes, and names that are not in ``NAMES``.
     """
     machine = _Machine()
     try:
@@ -75,7 +75,7 @@ def read(data: bytes) -> Any:
 
 
 class _Machine:
-    """A stack, and what is on it as often as the pickle says."""
+    """The pickle machine: a stack with marks, and a memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -87,7 +87,7 @@ class _Machine:
         if opcode in PLAIN:
             stack.append(argument)
         elif opcode in TEXTS:
-            argument.encode()  # raises for half characters
+            argument.encode()  # raises for lone surrogates
             stack.append(argument)
         elif opcode in CONSTANTS:
             stack.append(CONSTANTS[opcode])
@@ -148,20 +148,20 @@ class _Machine:
 
     def _set(self, values: dict[str, Any], items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:  # the hashes of texts, unlike those of numbers, cannot be made to collide
+            if type(key) is not str:  # hashes of text, unlike numbers, cannot be made to collide
                 raise ValueError(f"a key that is a {type(key).__name__}, not text")
             values[key] = value
 
 
 def _check_name(module: Any, name: Any) -> Name:
     if (module, name) not in NAMES:
-        told = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
-        raise UserError(f"expected only numpy's arrays and LeRobot's messages, found {told[:80]!a}; {ADVICE}")
+        found = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
+        raise UserError(f"expected only numpy's arrays and LeRobot's messages, found {found[:80]!a}; {ADVICE}")
     return Name(module, name)
 
 
 def array(value: Any) -> NDArray[Any]:
-    """The array or scalar that numpy would have made of a Call. Raises UserError."""
+    """The array or scalar of a Call of numpy. Raises UserError."""
     if not isinstance(value, Call):
         raise UserError(f"expected a numpy array, found {type(value).__name__}; {ADVICE}")
     axes: Any = ()
@@ -183,7 +183,8 @@ def array(value: Any) -> NDArray[Any]:
     (axes,) = axes if len(axes) == 1 and type(axes[0]) is tuple else ((),)
     if not all(type(axis) is int for axis in axes) or sorted(axes) != list(range(transposed.ndim)):
         raise UserError(f"expected an order of the array's axes, found another; {ADVICE}")
-    return transposed.transpose(axes)
+    found: NDArray[Any] = transposed.transpose(axes)
+    return found
 
 
 def _array(raw: Any, dtype: np.dtype[Any], shape: Any, order: Any) -> NDArray[Any]:
@@ -196,12 +197,12 @@ def _array(raw: Any, dtype: np.dtype[Any], shape: Any, order: Any) -> NDArray[An
         raise UserError(f"expected {size} bytes for {dtype} {sizes}, found {len(raw)}; {ADVICE}")
     try:
         return np.frombuffer(raw, dtype).reshape(sizes, order=order)
-    except ValueError:  # nothing, of sizes that no array has
+    except ValueError:  # an empty array with sizes that numpy refuses
         raise UserError(f"expected an array's shape, found {sizes}, which numpy does not take; {ADVICE}") from None
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    """numpy pickles one as dtype("f4", False, True) with the state (3, "<", ...)."""
+    """numpy pickles a dtype as dtype("f4", False, True) with the state (3, "<", ...)."""
     kind = order = None
     if isinstance(value, Call) and value.function == Name("numpy", "dtype") and value.arguments:
         kind, state = value.arguments[0], value.state
@@ -213,9 +214,9 @@ def _dtype(value: Any) -> np.dtype[Any]:
 
 
 def write_actions(module: str, timestamp: float, step_s: float, timestep: int, actions: NDArray[np.float32]) -> bytes:
-    """A chunk (horizon, dim) as a pickle of ``module``'s TimedAction in a list, which LeRobot's client loads.
+    """A chunk (horizon, dim) as a pickled list of ``module``'s TimedAction, for LeRobot's client.
 
-    Its actions are torch tensors (dim,): torch is there, not here, and makes them of lists of numbers.
+    The client's torch creates the actions (dim,) from lists of numbers; torch is not needed here.
     """
     written = [pickle.PROTO, b"\x03", pickle.EMPTY_LIST, pickle.MARK]
     for index, action in enumerate(actions.tolist()):

@@ -1,8 +1,8 @@
-"""The replying side of ZeroMQ's request and reply over TCP: ZMTP 3.0 (rfc.zeromq.org/spec/23) without security.
+"""The reply side of ZeroMQ's request-reply over TCP: ZMTP 3.0 (rfc.zeromq.org/spec/23) without security.
 
-A REP or ROUTER socket of libzmq limits a frame, but neither how many frames a message may have nor how many peers may
-connect, and cannot drop a peer: whoever reaches its port fills the memory (docs/decisions). Here a request is one
-frame after the empty one that REQ sockets put before it, peers are counted, and each has seconds to send and to read.
+libzmq's REP and ROUTER sockets limit the size of a frame, but not the frames of a message or the number of peers, and
+they cannot drop a peer, so any peer can exhaust the memory (docs/decisions). Here a request is one frame after the
+empty frame of REQ sockets, and the number of peers and their times to send and read are limited.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from rlrc.errors import UserError
 from rlrc.runtime.wire.logs import fields
 from rlrc.runtime.wire.ports import PING_S, PINGS, Places, RateLimit, is_connected, release_frames
 
-# A request, or why there is none -> the answer.
+# (a request, or why it was refused) -> the answer
 Answer = Callable[["bytes | UserError"], Awaitable[bytes]]
 
-SECONDS = 10.0  # longest time to introduce oneself, to send a request that has begun, to read an answer
+SECONDS = 10.0  # limit for the handshake, for sending a request, and for reading an answer
 MORE, LONG, COMMAND = 1, 2, 4  # flags of a frame
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x05READY" + b"\x0bSocket-Type" + (3).to_bytes(4, "big") + b"REP"
 LARGEST_COMMAND = 2048
-DISCARD_FACTOR = 8  # times the largest request: what is larger than that is not even read to its end
+DISCARD_FACTOR = 8  # larger requests than so many times the limit end the connection
 
 log = logging.getLogger(__name__)
 
 
 class ProtocolViolation(Exception):
-    """The peer does not speak the protocol, or asks for more than it may."""
+    """The peer violates the protocol or a limit."""
 
 
 class Replier:
-    """``answering(peer, connected)`` gives what answers this peer's requests, one after the other, and never raises;
-    ``connected()``: whether the peer is still there.
+    """``answering(peer, connected)`` returns the function that answers this peer's requests in order and never raises;
+    ``connected()``: whether the peer is still connected.
     """
 
     def __init__(self, answering: Callable[[str, Callable[[], bool]], Answer], largest: int, peers: int) -> None:
@@ -46,11 +46,11 @@ class Replier:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """-> the port. Raises UserError if it is taken."""
+        """Returns the port. Raises UserError if it is taken."""
         try:
             self._server = await asyncio.start_server(self._accept, host, port)
         except OSError as error:
-            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
+            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; choose another") from None
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
@@ -58,7 +58,7 @@ class Replier:
             return
         self._server.close()
         for writer in self._open.values():
-            writer.close()  # ends its reads
+            writer.close()  # ends pending reads
         if self._open:
             await asyncio.wait(list(self._open), timeout=1.0)
         for task in self._open:
@@ -84,17 +84,17 @@ class Replier:
             release_frames(error)
             log.info("gr00t client %s: gone", peer, extra=fields(protocol="gr00t", client=peer, outcome="gone"))
         finally:
-            writer.transport.abort()  # what it has not read by now it will not get
+            writer.transport.abort()  # drops answers that were not read
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter, answer: Answer) -> None:
         pings = RateLimit(PINGS, PING_S)
         while True:
-            await asyncio.sleep(0)  # the others' turn, even if the next request is there already
-            first = await reader.readexactly(1)  # as long as it takes
+            await asyncio.sleep(0)  # let other tasks run, even if the next request has arrived
+            first = await reader.readexactly(1)  # without a limit
             request = await asyncio.wait_for(self._request(reader, writer, first[0]), SECONDS)
             if request is None:
                 if not pings.spend():
-                    raise ProtocolViolation("expected a ping a second, found more; send fewer")
+                    raise ProtocolViolation("expected at most one ping a second, found more; send fewer")
                 continue
             answered = await answer(request)
             writer.write(_encode_frame(MORE, b"") + _encode_frame(0, answered))
@@ -102,10 +102,10 @@ class Replier:
             self._places.mark_answered(writer)
 
     async def _request(self, reader: StreamReader, writer: StreamWriter, flags: int) -> bytes | UserError | None:
-        """Its body, or why it was not kept; None if it was a command."""
+        """The request's body, or why it was refused; None for a command."""
         frame = await _read_frame(reader, flags, LARGEST_COMMAND if flags & COMMAND else 0)
         if flags & COMMAND:
-            if frame[:5] == b"\x04PING":  # and two bytes of how long it waits
+            if frame[:5] == b"\x04PING":  # followed by two bytes of its time-out
                 writer.write(_encode_frame(COMMAND, b"\x04PONG" + frame[7:]))
                 await writer.drain()
             return None
@@ -117,19 +117,19 @@ class Replier:
         size = await _read_size(reader, flags, DISCARD_FACTOR * self._largest)
         if size <= self._largest:
             return await reader.readexactly(size)
-        while size:  # or the client would wait for an answer, which would never come
+        while size:  # a client that is not read would wait for its answer forever
             size -= len(await reader.readexactly(min(size, 2**16)))
-        return UserError(f"expected a request of up to {self._largest} bytes, found a larger one; send less")
+        return UserError(f"expected a request of up to {self._largest} bytes, found a larger one; send smaller images")
 
 
 async def _introduce(reader: StreamReader, writer: StreamWriter) -> None:
-    writer.transport.set_write_buffer_limits(0)  # so that ``drain`` waits until the peer has taken what was written
+    writer.transport.set_write_buffer_limits(0)  # so that ``drain`` waits until the peer has read everything
     writer.write(GREETING)
     greeting = await reader.readexactly(len(GREETING))
     if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
         raise ProtocolViolation("expected ZMTP 3, found another greeting; use ZeroMQ 4 or later")
     if greeting[12:32] != GREETING[12:32]:
-        raise ProtocolViolation("expected no security (NULL), found another mechanism; leave it out")
+        raise ProtocolViolation("expected the mechanism NULL, found another; disable security")
     writer.write(_encode_frame(COMMAND, READY))
     flags = (await reader.readexactly(1))[0]
     ready = await _read_frame(reader, flags, LARGEST_COMMAND)
@@ -159,7 +159,7 @@ def _encode_frame(flags: int, body: bytes) -> bytes:
 
 
 def _keep_alive(writer: StreamWriter) -> None:
-    """A peer that went away without a word is noticed within half a minute, and its place is free."""
+    """Detect peers that vanished within half a minute, to free their places."""
     connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
