@@ -18,7 +18,7 @@ class StopLatch:
         self.lost: str | None = None
         """a stop input that no longer works; if set, ``rearm`` is refused"""
         self.halted: str | None = None
-        """why somebody stopped the server"""
+        """the reason of ``halt`` or ``stop``"""
         self._halts = 0
 
     @property

@@ -88,21 +88,21 @@ class Places:
         self._silent: dict[object, tuple[float, Callable[[], None]]] = {}  # oldest first
         self._answered: set[object] = set()
 
-    def take(self, who: object, leave: Callable[[], None]) -> bool:
+    def take(self, connection: object, leave: Callable[[], None]) -> bool:
         """Returns whether there was a place. ``leave`` closes the connection."""
         if len(self._silent) + len(self._answered) >= self._number and not self._make_room():
             return False
-        self._silent[who] = (time.monotonic(), leave)
+        self._silent[connection] = (time.monotonic(), leave)
         return True
 
-    def mark_answered(self, who: object) -> None:
-        if self._silent.pop(who, None) is not None:
-            self._answered.add(who)
+    def mark_answered(self, connection: object) -> None:
+        if self._silent.pop(connection, None) is not None:
+            self._answered.add(connection)
 
-    def free(self, who: object) -> None:
+    def free(self, connection: object) -> None:
         """Free the connection's place, if it has one."""
-        self._silent.pop(who, None)
-        self._answered.discard(who)
+        self._silent.pop(connection, None)
+        self._answered.discard(connection)
 
     def _make_room(self) -> bool:
         first = next(iter(self._silent), None)
