@@ -3,9 +3,9 @@
     source /opt/ros/DISTRO/setup.bash         # rlrc installed for the same Python
     rlrc run ART --driver ros2_robot:open_robot --profile my_arm.toml --hz 20 --instruction "open the drawer"
 
-Commands go to a forward_command_controller of ros2_control, whose joints have to be those of the policy's action, in
-that order. It keeps the last command for ever: right for positions; for velocities it needs a watchdog behind it. Time
-stamps of another computer mean something only if its clock is synchronised with this one's (chrony, PTP).
+Commands go to a forward_command_controller of ros2_control with the joints of the policy's action, in the same order.
+That controller keeps the last command forever. This is fine for positions; velocities need a watchdog behind it.
+Timestamps of another computer require synchronised clocks (chrony, PTP).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPENING_S = 10.0
 
 
 class Ros2Robot:
-    live_pictures = True  # False for a simulator, which may draw the same picture twice
+    live_pictures = True  # False for a simulator, which may render identical images
 
     def __init__(self, spec: PolicySpec, instruction: str) -> None:
         import rclpy
@@ -41,7 +41,7 @@ class Ros2Robot:
         self._state: tuple[np.ndarray, float] | None = None
         self._pictures: dict[str, tuple[np.ndarray, float]] = {}
         self._failure = ""
-        # Signals stay ours: ROS would shut down on Ctrl-C, and the hold could not be sent any more.
+        # No signal handlers: ROS would shut down on Ctrl-C, before the hold command is sent.
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
         self._shut_down = rclpy.shutdown
         self._node = rclpy.create_node("rlrc")
@@ -60,7 +60,7 @@ class Ros2Robot:
         self._thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Until everything has come once: ``rlrc run`` warms up with it."""
+        """Wait for the first state and image of every topic; ``rlrc run`` warms up with them."""
         wanted = [PICTURE.format(name=camera.name) for camera in self._spec.cameras]
         deadline = time.monotonic() + seconds
         while self._state is None or len(self._pictures) < len(wanted):
@@ -73,7 +73,7 @@ class Ros2Robot:
 
     def sense(self) -> Sensed | None:
         if self._failure or not self._thread.is_alive():
-            raise RobotError(self._failure or "the thread that receives from ROS has ended")
+            raise RobotError(self._failure or "the ROS receiver thread has ended")
         if self._state is None:
             return None
         (state, stamp), pictures = self._state, dict(self._pictures)
@@ -85,7 +85,7 @@ class Ros2Robot:
         self._commands.publish(self._message(data=action.tolist()))
 
     def stop(self) -> None:
-        """The controller keeps its last command; call your robot's own stop here if it has one."""
+        """The controller keeps its last command. Call your robot's own stop here, if it has one."""
 
     def close(self) -> None:
         self._executor.shutdown()
@@ -105,21 +105,21 @@ class Ros2Robot:
             self._failure = f"{name}: {error}"
 
     def _measured_at(self, message: Any) -> float:
-        """Seconds of time.monotonic(): the message's stamp is of another clock."""
+        """The message's time stamp, converted to time.monotonic()."""
         stamp = message.header.stamp
         age = self._node.get_clock().now().nanoseconds - (stamp.sec * 10**9 + stamp.nanosec)
         return time.monotonic() - age * 1e-9
 
 
 def positions(message: Any, spec: PolicySpec) -> np.ndarray | None:
-    """The policy's state from a JointState, whose order is its own; None if it is about other joints."""
-    found = dict(zip(message.name, message.position, strict=False))  # some messages tell only velocities
+    """The policy's state from a JointState, in the policy's order; None if joints are missing."""
+    found = dict(zip(message.name, message.position, strict=False))  # some messages have only velocities
     names = () if spec.state is None else spec.state.names
     return np.array([found[name] for name in names], np.float32) if set(names) <= found.keys() else None
 
 
 def pixels(message: Any) -> np.ndarray:
-    """An Image as RGB, uint8 (height, width, 3). Its rows may be longer than their pixels."""
+    """An Image as RGB, uint8 (height, width, 3). Its rows may be padded."""
     if message.encoding not in ("rgb8", "bgr8"):
         raise ValueError(f"expected rgb8 or bgr8, found {message.encoding}")
     rows = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
@@ -128,7 +128,7 @@ def pixels(message: Any) -> np.ndarray:
 
 
 def open_robot(spec: PolicySpec, instruction: str) -> Ros2Robot:
-    """What ``--driver ros2_robot:open_robot`` calls."""
+    """Called by ``--driver ros2_robot:open_robot``."""
     try:
         robot = Ros2Robot(spec, instruction)
     except ModuleNotFoundError as error:

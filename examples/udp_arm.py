@@ -1,7 +1,7 @@
-"""The other side of udp_robot.py: a simulated arm that goes where it is told, and holds by itself when that ends.
+"""The counterpart of udp_robot.py: a simulated arm that follows commands, and holds when they stop arriving.
 
-Whatever becomes of the program that commands it (killed, hung, unplugged): WATCHDOG_S later the arm stands. Every robot
-needs such a watchdog of its own, in its controller; no program on the other side of a cable can replace it.
+If the commanding program is killed, hangs or is disconnected, the arm stops after WATCHDOG_S. Every robot needs such a
+watchdog in its own controller; no program at the other end of a cable can replace it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 import numpy as np
 from udp_robot import COMMAND, HEAD, HELLO, PICTURE, PIECE, STATE, STOP, PeerClock
 
-TICK_S, PICTURE_S = 0.01, 0.03  # between two states, and two pictures
+TICK_S, PICTURE_S = 0.01, 0.03  # intervals of states and images
 WATCHDOG_S = 0.2
-SPEED = 3.0  # rad/s that a joint can do
-PAYLOAD = 1400  # bytes of a picture in a datagram, so that none is split on its way
+SPEED = 3.0  # maximal speed of a joint, rad/s
+PAYLOAD = 1400  # bytes of an image per datagram, to avoid IP fragmentation
 
 
 class Arm:
@@ -26,9 +26,9 @@ class Arm:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind(("127.0.0.1", port))
         self.joints, self.target = np.zeros(joints), np.zeros(joints)
-        self.peer: tuple[str, int] | None = None  # who commands
+        self.peer: tuple[str, int] | None = None  # the commanding program
         self.clock, self.newest, self.heard = PeerClock(), 0, 0.0
-        self.moving = False  # commands come
+        self.moving = False  # commands are arriving
         self._size, self._counter, self._random = size, itertools.count(1), np.random.default_rng(0)
 
     def receive(self, seconds: float) -> None:
@@ -43,7 +43,7 @@ class Arm:
 
     def take(self, datagram: bytes, peer: tuple[str, int]) -> None:
         kind, count, theirs = HEAD.unpack_from(datagram)
-        if kind == HELLO and peer != self.peer and not self.moving:  # nobody takes over from another
+        if kind == HELLO and peer != self.peer and not self.moving:  # not while another program commands
             print(f"hello from {peer[0]}:{peer[1]}", flush=True)
             self.peer, self.clock, self.newest = peer, PeerClock(), 0
         if peer != self.peer or count <= self.newest:
@@ -51,7 +51,7 @@ class Arm:
         self.newest = count
         late = time.monotonic() - self.clock.ours(theirs) > WATCHDOG_S
         if kind == STOP:
-            self.hold("told to stop")
+            self.hold("stop requested")
             self.peer = None
         elif kind == COMMAND and not late:
             values = np.frombuffer(datagram, "<f4", offset=HEAD.size)
@@ -75,7 +75,7 @@ class Arm:
         self.send(STATE, self.joints.astype("<f4").tobytes(), next(self._counter))
 
     def send_picture(self) -> None:
-        """What its only camera sees is noise."""
+        """Send the only camera's image, which is noise."""
         pixels, count = self._random.bytes(self._size**2 * 3), next(self._counter)
         for place in range(0, len(pixels), PAYLOAD):
             piece = PIECE.pack(0, self._size, self._size, place) + pixels[place : place + PAYLOAD]

@@ -1,18 +1,18 @@
-"""A robot behind UDP, as a driver for ``rlrc run``; udp_arm.py is the other side.
+"""A robot over UDP, as a driver for ``rlrc run``; udp_arm.py is its counterpart.
 
     python udp_arm.py &
     rlrc run ART --driver udp_robot:open_robot --profile udp_arm.toml --hz 20
 
-A datagram is a kind, a counter, the sender's clock in seconds (little-endian), and:
+A datagram contains its kind, a counter, the sender's clock in seconds (little-endian), and:
 
     HELLO, STOP   to the arm     nothing
     COMMAND       to the arm     float32 for every dimension of the action
     STATE         from the arm   float32 for every entry of the state
-    PICTURE       from the arm   camera, height, width, place of this piece in the picture's bytes; then those bytes
+    PICTURE       from the arm   camera, height, width, offset of this piece in the image's bytes; then the bytes
 
-UDP loses, repeats and reorders: what is not newer than the last of its kind is dropped, and a picture is there once all
-its pieces are. Nothing is sent again, since the next one is worth more. Whoever can send to the port can drive the arm:
-use a network of its own.
+UDP loses, repeats and reorders datagrams. Those that are not newer than the last of their kind are dropped, and an
+image is complete once all its pieces have arrived. Nothing is resent, since newer data follow. Anyone who can send to
+the port can move the arm: use a separate network.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from rlrc.robots.robot import RobotError, Sensed
 ADDRESS = os.environ.get("UDP_ARM", "127.0.0.1:9870")
 HELLO, STOP, COMMAND, STATE, PICTURE = range(5)
 HEAD, PIECE = struct.Struct("<BId"), struct.Struct("<BHHI")
-DRIFT = 1e-4  # seconds in a second that two clocks may come apart
+DRIFT = 1e-4  # drift between two clocks, seconds per second
 OPENING_S = 5.0
 
 
 class PeerClock:
-    """The other side's clock in terms of ours: the datagram that took least shows how far they are apart."""
+    """Converts the peer's clock to ours: the datagram with the smallest delay gives the offset."""
 
     def __init__(self) -> None:
         self._apart, self._last = math.inf, 0.0
@@ -54,13 +54,13 @@ class PeerClock:
 
 
 class UdpRobot:
-    live_pictures = True  # no two pictures of a real camera are equal
+    live_pictures = True  # a real camera never sends identical images
 
     def __init__(self, spec: PolicySpec, instruction: str, address: tuple[str, int]) -> None:
         self._spec, self._instruction = spec, instruction
         self._names = () if spec.state is None else spec.state.names
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.connect(address)  # nothing from anyone else
+        self._socket.connect(address)  # receive from this address only
         self._socket.settimeout(0.1)
         self._counter, self._clock = itertools.count(1), PeerClock()
         self._state: tuple[np.ndarray, float] | None = None
@@ -72,23 +72,23 @@ class UdpRobot:
         self._thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Until everything has come once: ``rlrc run`` warms up with it."""
+        """Wait for the first state and images; ``rlrc run`` warms up with them."""
         deadline = time.monotonic() + seconds
         while self._state is None or len(self._pictures) < len(self._spec.cameras):
             if time.monotonic() > deadline:
                 wanted = f"a state of {len(self._names)} entries and {len(self._spec.cameras)} pictures"
                 raise UserError(
                     f"expected {wanted} from {ADDRESS}, found {self._heard} and {len(self._pictures)} pictures; start "
-                    "udp_arm.py with such an arm"
+                    "udp_arm.py with matching --joints"
                 )
             with suppress(OSError):  # not listening yet
                 self._send(HELLO)
             time.sleep(0.1)
 
     def sense(self) -> Sensed | None:
-        """What has come last; the loop sees by the stamps if that is long ago."""
+        """The newest data; the loop checks their age by the time stamps."""
         if self._gone:
-            raise RobotError("nothing listens at the arm's port any more")
+            raise RobotError("no program listens on the arm's port any more")
         if self._state is None:
             return None
         (state, stamp), pictures = self._state, dict(self._pictures)
@@ -103,7 +103,7 @@ class UdpRobot:
             raise RobotError(f"the arm cannot be reached: {error.strerror}") from None
 
     def stop(self) -> None:
-        with suppress(OSError):  # then its own watchdog stops it
+        with suppress(OSError):  # if this fails, the arm's watchdog stops it
             self._send(STOP)
 
     def close(self) -> None:
@@ -122,10 +122,10 @@ class UdpRobot:
                 datagram = self._socket.recv(65536)
             except TimeoutError:
                 continue
-            except OSError:  # the other computer says that nobody listens
+            except OSError:  # ICMP: the port is closed
                 self._gone = self._state is not None
                 continue
-            with suppress(struct.error, ValueError, LookupError):  # nothing of the arm's
+            with suppress(struct.error, ValueError, LookupError):  # not a datagram of the arm
                 self._take(datagram)
 
     def _take(self, datagram: bytes) -> None:
@@ -154,7 +154,7 @@ class UdpRobot:
 
 
 def open_robot(spec: PolicySpec, instruction: str) -> UdpRobot:
-    """What ``--driver udp_robot:open_robot`` calls."""
+    """Called by ``--driver udp_robot:open_robot``."""
     host, _, port = ADDRESS.rpartition(":")
     if not port.isdigit():
         raise UserError(f"expected HOST:PORT in UDP_ARM, found {ADDRESS!r}; correct it")

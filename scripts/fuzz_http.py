@@ -17,7 +17,7 @@ from aiohttp import web
 
 from rlrc.runtime.control.stop_listener import PRESS, Listener
 from rlrc.runtime.page.feed import Feed
-from rlrc.runtime.page.server import ASKED_S, CONNECTIONS, NEWS_S, Server
+from rlrc.runtime.page.server import CONNECTIONS, FIRST_REQUEST_S, NEWS_S, Server
 from rlrc.runtime.wire.gate import HttpConnection
 from rlrc.runtime.wire.ports import Places
 
@@ -69,7 +69,7 @@ class PageTarget:
         self._server, self._feed, self._runner, self._places = server, feed, runner, Places(CONNECTIONS, 0.0)
         loop = asyncio.get_running_loop()
         loop.add_reader(feed.fileno(), self._wished)
-        loop.add_reader(server.mirror.socket.fileno(), server.listen)
+        loop.add_reader(server.mirror.reader.socket.fileno(), server.mirror.receive)
 
     @staticmethod
     async def open() -> PageTarget:
@@ -84,7 +84,9 @@ class PageTarget:
         """Raises AssertionError where the page did what it should not."""
         wire, loop, server = Wire(), asyncio.get_running_loop(), self._runner.server
         assert server is not None
-        connection = HttpConnection(self._server.check, self._places, deque(), ASKED_S, ASKED_S, server, loop)
+        connection = HttpConnection(
+            self._server.check, self._places, deque(), FIRST_REQUEST_S, FIRST_REQUEST_S, server, loop
+        )
         connection.connection_made(wire)
         for start in range(0, len(message), 1000):
             if not wire.is_closing():
@@ -96,14 +98,14 @@ class PageTarget:
         return refusal(wire.written)
 
     async def close(self) -> None:
-        self._server.ended.set()
+        self._server.mirror.ended.set()
         await asyncio.sleep(2 * NEWS_S)  # the pages that are connected end
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._feed.fileno())
-        loop.remove_reader(self._server.mirror.socket.fileno())
+        loop.remove_reader(self._server.mirror.reader.socket.fileno())
         await self._runner.cleanup()
         self._feed.close()
-        self._server.mirror.socket.close()
+        self._server.mirror.reader.socket.close()
 
     def _wished(self) -> None:
         for wish in self._feed.receive() or ():

@@ -34,13 +34,16 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime.inference import preprocess
-from rlrc.runtime.servers import lerobot, observations
+from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.gr00t import Gr00tServer
+from rlrc.runtime.servers.key_mapping import OWN
 from rlrc.runtime.servers.lerobot import LerobotServer
+from rlrc.runtime.servers.lerobot_observations import BEGIN, END, MIDDLE, join_chunks
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.openvla import OpenvlaServer
-from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.servers.refusal import RequestRefused
+from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire import arrays, pickles, protobuf, zmtp
 from rlrc.runtime.wire.ports import Access
 
@@ -53,9 +56,6 @@ CONNECTION = b"\xff"  # a message that begins so is a whole connection of GR00T'
 
 # What a message to LeRobot's server is, by its first byte.
 OBSERVED, INSTRUCTED, CHUNKS = b"o", b"i", b"c"
-
-
-MEMORY = np.zeros(4096, np.uint8)  # as openpi's server shares it with clients of this machine
 
 
 class Still:
@@ -81,7 +81,7 @@ class Target:
         self._client = session.client()
         give = {"openpi": self._openpi, "openvla": self._openvla, "gr00t": self._gr00t, "lerobot": self._lerobot}
         self._give: Callable[[bytes], Any] = give[protocol]
-        name = "openvla-oft" if protocol == "openvla" else observations.OWN
+        name = "openvla-oft" if protocol == "openvla" else OWN
         mapped = observations.load(name, session.spec, None, protocol)
         kinds: dict[str, Callable[[Session, Observations, Access], Any]] = {
             "openpi": OpenpiServer,
@@ -115,26 +115,26 @@ class Target:
         """Raises AssertionError where the server did what it should not."""
         try:
             told = await self._give(message)
-        except (Refused, UserError) as error:
+        except (RequestRefused, UserError) as error:
             told = str(error)
         if told is not None:
             assert told.startswith("expected "), told
             assert "\n" not in told, told
-            assert "fault of the server" not in told, told
+            assert "internal server error" not in told, told
             assert "Traceback" not in told, told
             told.encode()
-        assert self.session.failure is None, self.session.failure
+        assert self.session.inference.failure is None, self.session.inference.failure
         assert not self.session.waiting
         assert not self.session.answering
         return told
 
     async def _openpi(self, message: bytes) -> None:
-        with self.session.answer(self.protocol):
-            answer = await self.server._result(self._client, message, None, arrays.with_memory(MEMORY))
+        with self.session.track(self.protocol):
+            answer = await self.server._result(self._client, message, None)
             assert arrays.unpack(answer)["actions"].shape == (5, 4)
 
     async def _openvla(self, message: bytes) -> None:
-        with self.session.answer(self.protocol):
+        with self.session.track(self.protocol):
             json.loads(await self.server._answer(message))
 
     async def _gr00t(self, message: bytes) -> str | None:
@@ -159,7 +159,7 @@ class Target:
     async def _lerobot(self, message: bytes) -> None:
         kind, content = message[:1], message[1:]
         if kind == CHUNKS:
-            content = await lerobot.whole(_chunks(content))
+            content = await join_chunks(_chunks(content))
         await self.server.ready("fuzzer", b"")
         await self.server.instruct("fuzzer", content if kind == INSTRUCTED else _INSTRUCTION)
         if kind != INSTRUCTED:
@@ -185,8 +185,7 @@ def seeds(protocol: str) -> list[bytes]:
     if protocol == "openpi":
         observation = {"image.corner4": picture, "state": state, "instruction": words}
         more = observation | {"noise": np.float32(1), "more": [1, None, True]}
-        shared = arrays.pack(observation, lambda array: len(MEMORY) - array.nbytes)
-        return [arrays.pack(observation), arrays.pack(more), shared]
+        return [arrays.pack(observation), arrays.pack(more)]
     if protocol == "openvla":
         body = {"full_image": _json_numpy(picture), "state": _json_numpy(state), "instruction": words}
         listed = body | {"state": state.tolist(), "unnorm_key": "x"}
@@ -221,7 +220,7 @@ def _gr00t_seeds(picture: np.ndarray, state: np.ndarray, words: str) -> list[byt
     requests += [{"endpoint": "reset", "data": {"options": None}}]
     bodies = [packed(request) for request in requests]
     hello = zmtp.GREETING + READY
-    connections = [hello + b"\x01\0" + zmtp._framed(0, bodies[index]) for index in (0, 3)]
+    connections = [hello + b"\x01\0" + zmtp._encode_frame(0, bodies[index]) for index in (0, 3)]
     ping = hello + b"\x04\x09\x04PING\0\0xy" + connections[1][len(hello) :] * 2
     return [*bodies, *connections, ping]
 
@@ -264,7 +263,7 @@ def _lerobot_seeds(picture: np.ndarray, state: np.ndarray, words: str) -> list[b
     cut = [observed[0][start : start + 200] for start in range(0, len(observed[0]), 200)]
     chunks = b""
     for index, data in enumerate(cut):
-        state_of = lerobot.END if index == len(cut) - 1 else lerobot.MIDDLE if index else lerobot.BEGIN
+        state_of = END if index == len(cut) - 1 else MIDDLE if index else BEGIN
         chunk = bytes((8, state_of, 0x12)) + protobuf.with_data(data)[1:]
         chunks += struct.pack(">H", len(chunk)) + chunk
     return [*(OBSERVED + one for one in observed), INSTRUCTED + instruction, CHUNKS + chunks]

@@ -148,7 +148,7 @@ def operate_server(visit: Visit) -> dict[str, Any]:
     page.click("#speak-form button")
     visit.wait("document.getElementById('words').textContent === 'close it'")
     page.click("#own")
-    visit.wait("document.getElementById('words').textContent === 'what the client says'")
+    visit.wait("document.getElementById('words').textContent === 'sent by the client'")
     visit.check("running")
     return told
 

@@ -62,7 +62,7 @@ def test_it_is_the_policy_elsewhere(toy_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "options", "told"),
     [
-        ("http://127.0.0.1:8000", {}, "expected a URL ws:// or wss:// and a time above 0 s"),
+        ("http://127.0.0.1:8000", {}, "expected a ws:// or wss:// URL and a timeout above 0 s"),
         ("ws://127.0.0.1:8000", {"timeout_s": float("nan")}, "found ws://127.0.0.1:8000 and nan"),
         ("ws://[::1", {}, "expected an openpi server at ws://[::1, found: "),
         ("ws://127.0.0.1:99999", {}, "expected an openpi server at ws://127.0.0.1:99999, found: "),

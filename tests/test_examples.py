@@ -90,7 +90,7 @@ def test_run_moves_an_arm_over_udp(arm_toy: Path, tmp_path: Path) -> None:
         assert running.returncode == 0, complaints
         assert 20 <= json.loads(printed)["steps"] <= 30  # it is brought to rest after the last one
         assert line(process).startswith("hello from 127.0.0.1")
-        assert line(process).startswith("held, told to stop")
+        assert line(process).startswith("held, stop requested")
         rows = [json.loads(row) for row in log.read_text().splitlines()]
         moved = np.array([[row[f"command.{name}"] for name in JOINTS] for row in rows])
         assert np.abs(moved).max() > 0.05

@@ -18,7 +18,7 @@ from rlrc.errors import UserError
 from rlrc.printable import printable
 
 pytest.importorskip("aiohttp", reason="needs the extra serve")
-from rlrc.runtime.page.server import words
+from rlrc.runtime.page.server import read_text
 
 TOKEN = "hush-hush"
 SLOW_S = 1.0  # beside other tests; gzipped blanks took 4 s a request before
@@ -192,11 +192,11 @@ def test_openpis_port_inflates_nothing(served: Served) -> None:
     ],
 )
 def test_words_are_one_line_that_can_be_printed(text: str, printed: str) -> None:
-    assert words(json.dumps({"reason": text}).encode(), "reason") == printed
+    assert read_text(json.dumps({"reason": text}).encode(), "reason") == printed
     assert printable(printed) == printed
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"reason": []}', b'{"reason": 1}', b'{"reason"', b"[" * 10**5, b"null"])
 def test_what_has_no_words_is_refused(body: Any) -> None:
     with pytest.raises(UserError, match=r"expected .*reason.* in JSON"):
-        words(body, "reason")
+        read_text(body, "reason")

@@ -116,7 +116,7 @@ def test_wrong_instructions_are_refused(client: LerobotClient) -> None:
         # What can never fit is refused here, not at the first observation.
         (
             replace(config, lerobot_features=features(list(MOTORS), {"front": (32, 32, 3)})),
-            "expected the cameras observation.images.corner4, found observation.images.front; name",
+            "expected the cameras observation.images.corner4, found observation.images.front; rename",
         ),
         (
             replace(config, lerobot_features=features([*MOTORS, "wrist.pos"], {"corner4": (32, 32, 3)})),

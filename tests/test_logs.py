@@ -32,8 +32,8 @@ class Waiting:
     def cancel(self) -> None: ...
 
 
-def logger(form: logging.Formatter | None = None) -> tuple[logging.Logger, logs.Limited, io.StringIO]:
-    found, handler, written = logging.Logger("servers"), logs.Limited(), io.StringIO()
+def logger(form: logging.Formatter | None = None) -> tuple[logging.Logger, logs.RateLimitedHandler, io.StringIO]:
+    found, handler, written = logging.Logger("servers"), logs.RateLimitedHandler(), io.StringIO()
     handler.setStream(written)
     handler.setFormatter(form or logging.Formatter("%(message)s"))
     found.addHandler(handler)

@@ -29,8 +29,8 @@ from serving import Served, wait_for
 
 from rlrc.runtime.cli import main
 from rlrc.runtime.inference.decode import NoAction
-from rlrc.runtime.page.feed import SLOT, Feed, Mirror
-from rlrc.runtime.page.metadata import Events, plotted
+from rlrc.runtime.page.feed import SLOT, Feed, FeedReader
+from rlrc.runtime.page.metadata import EventFilter, list_plots
 from rlrc.runtime.safety.verdict import Event
 from rlrc.runtime.servers.client import RemotePolicy
 
@@ -310,7 +310,7 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
             assert browser.post("/bench")[1]["calls"] == 50
             assert browser.post("/rearm", {"reason": "x"}) == (
                 409,
-                {"error": "expected a server that is stopped, found it not; stop it first"},
+                {"error": "expected a stopped server, found it running; stop it first"},
             )
             assert browser.post("/stop")[0] == 200
             with pytest.raises(NoAction, match=r"found it stopped .the page."):
@@ -331,7 +331,7 @@ def test_the_page_of_a_server(arm_toy: Path) -> None:
             wait_for(lambda: str(browser.state["stopped"]).startswith("lost POST http://127.0.0.1:"))
             with pytest.raises(NoAction, match="lost POST"):
                 policy.infer(observation)
-            assert "expected every way to stop to work" in browser.post("/rearm", {"reason": "x"})[1]["error"]
+            assert "expected every stop input to work" in browser.post("/rearm", {"reason": "x"})[1]["error"]
         code, complaints = served.end()
     assert code == 0
     records = [json.loads(line) for line in complaints.splitlines()]
@@ -350,7 +350,7 @@ def read(path: str) -> bytes:
 
 def test_a_page_that_does_not_read_loses_steps_but_no_events() -> None:
     feed = Feed(())
-    mirror = Mirror(feed.ends)
+    mirror = FeedReader(feed.ends)
     event = (0.0, "stop", "the reason")
     for step in range(5000):
         feed.show({"step": step}, [event] if step == 4000 else ())
@@ -370,7 +370,7 @@ def test_a_page_that_does_not_read_loses_steps_but_no_events() -> None:
 
 def test_pictures_are_copied_for_those_who_look_and_thinned_out_if_they_are_large() -> None:
     feed = Feed(("front", "wrist"))
-    mirror = Mirror(feed.ends)
+    mirror = FeedReader(feed.ends)
     large = np.arange(960 * 1280 * 3, dtype=np.uint32).astype(np.uint8).reshape(960, 1280, 3)
     small = large[:48, :64].copy()
     seen = {"image.front": large, "image.wrist": small}
@@ -378,7 +378,7 @@ def test_pictures_are_copied_for_those_who_look_and_thinned_out_if_they_are_larg
     feed.picture(seen)
     with pytest.raises(BlockingIOError):
         mirror.socket.recv(2**16)
-    mirror.watch(True)
+    mirror.set_watched(True)
     import msgpack
 
     for _ in range(3):  # the third time none is due
@@ -395,15 +395,15 @@ def test_pictures_are_copied_for_those_who_look_and_thinned_out_if_they_are_larg
 
 
 def test_clamps_are_told_once_a_second() -> None:
-    events, clamp = Events(), Event(3, "velocity", "clamp", "", "elbow", 2.0, 1.0)
+    events, clamp = EventFilter(), Event(3, "velocity", "clamp", "", "elbow", 2.0, 1.0)
     other, stop = clamp._replace(dimension="shoulder"), Event(4, "stop", "stop", "a key")
-    assert [len(events.told([clamp, other, stop], now)) for now in (0.0, 0.5, 1.1)] == [3, 1, 3]
-    assert events.told([stop], 2.0) == [(2.0, "stop", "step 4: stop: a key")]
+    assert [len(events.format([clamp, other, stop], now)) for now in (0.0, 0.5, 1.1)] == [3, 1, 3]
+    assert events.format([stop], 2.0) == [(2.0, "stop", "step 4: stop: a key")]
 
 
 def test_what_is_plotted(tiny_manifest: Any) -> None:
     """Deltas are measured by nothing: the state has plots of its own."""
-    rows = plotted(tiny_manifest.policy, None)
+    rows = list_plots(tiny_manifest.policy, None)
     spec = tiny_manifest.policy
     assert [row["name"] for row in rows] == [*spec.action.names, *spec.state.names]
     assert [row["command"] for row in rows] == [*range(spec.action.dim), *[None] * len(spec.state.names)]

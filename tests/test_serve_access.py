@@ -111,10 +111,10 @@ def test_a_client_without_tls_is_in_the_log(toy_artifact: Path, pem: Path) -> No
         trusting.wrap_socket(plain, server_hostname="127.0.0.1").close()
     code, log = served.end()
     assert code == 0
-    assert "found: http request; a client without TLS: let it use wss:// or https://" in log
-    assert "found: wrong version number; a client without TLS" in log
+    assert "found: http request; use wss:// or https:// in the client" in log
+    assert "found: wrong version number; use wss:// or https://" in log
     assert "3 times more in " in log  # both ports, twice
-    assert "unknown ca; see to its certificates" in log
+    assert "unknown ca; check the certificates the client trusts" in log
     assert "Traceback" not in log
 
 

@@ -14,7 +14,7 @@ from serving import Served, said, wait_for
 from test_serve_openpi import asked, observation, opened
 
 from rlrc.runtime.wire import ports
-from rlrc.runtime.wire.ports import CONNECTIONS, Allowance, Places
+from rlrc.runtime.wire.ports import CONNECTIONS, Places, RateLimit
 
 PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot")
 SECONDS = 8.0  # of a connection: less than any other limit that would end it
@@ -74,7 +74,7 @@ def test_a_place_is_made_by_who_has_waited_for_nothing(monkeypatch: pytest.Monke
     assert places.take("a", lambda: left.append("a"))
     now[0] = 5.0
     assert places.take("b", lambda: left.append("b"))
-    places.answered("a")
+    places.mark_answered("a")
     now[0] = 14.0
     assert not places.take("c", lambda: left.append("c"))  # b came 9 s ago, and a works
     now[0] = 15.0
@@ -89,9 +89,9 @@ def test_a_place_is_made_by_who_has_waited_for_nothing(monkeypatch: pytest.Monke
 def test_an_allowance_grows_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(ports.time, "monotonic", lambda: now[0])
-    allowance = Allowance(2, seconds=10)
+    allowance = RateLimit(2, seconds=10)
     assert [allowance.spend() for _ in range(3)] == [True, True, False]
-    allowance = Allowance(2, seconds=10)
+    allowance = RateLimit(2, seconds=10)
     assert allowance.spend()
     assert allowance.spend()
     now[0] = 10.0

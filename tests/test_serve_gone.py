@@ -29,7 +29,8 @@ from test_serve_openvla import OFT
 from rlrc.artifact import PolicySpec
 from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.lerobot import LerobotServer
-from rlrc.runtime.servers.session import Gone, Refused, Session
+from rlrc.runtime.servers.refusal import ClientGone, RequestRefused
+from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire import arrays, zmtp
 from rlrc.runtime.wire.ports import Access
 
@@ -69,7 +70,7 @@ def ask_and_go(served: Served, protocol: str) -> Callable[[], None]:
     sent = {
         "openpi": UPGRADE + masked(0x2, arrays.pack(observation())),
         "openvla": b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body,
-        "gr00t": HELLO + zmtp._framed(zmtp.MORE, b"") + zmtp._framed(0, request),
+        "gr00t": HELLO + zmtp._encode_frame(zmtp.MORE, b"") + zmtp._encode_frame(0, request),
     }[protocol]
     peer = socket.create_connection(("127.0.0.1", port), timeout=5)
     peer.sendall(sent)
@@ -164,7 +165,7 @@ def test_a_deadline_before_its_turn_is_told_at_once(tiny_manifest: Any) -> None:
             assert time.monotonic() - begun < 0.3
             found: Any = refused.value
             assert found.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "expected time for the 1 observations that wait, about 0.5 s, found a deadline in" in found.details()
+            assert "expected a deadline after the 1 queued observations (about 0.5 s), found one in" in found.details()
             assert first.result().data
 
     asyncio.run(serve())
@@ -186,14 +187,14 @@ def test_the_queue_knows_who_still_waits(tiny_manifest: Any) -> None:
         await asyncio.sleep(0)
         gone = asyncio.ensure_future(session.infer(given("gone"), lambda: there[0]))
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="expected fewer than 2"):
+        with pytest.raises(RequestRefused, match="expected fewer than 2"):
             await session.infer(given("refused"))
         there[0] = False
         latest = ["old"]
         last = asyncio.ensure_future(session.infer(lambda: given(latest[0])))
         await asyncio.sleep(0)
         latest[0] = "new"
-        with pytest.raises(Gone):
+        with pytest.raises(ClientGone):
             await gone
         await first
         cancelled = asyncio.ensure_future(session.infer(given("cancelled")))
@@ -202,12 +203,10 @@ def test_the_queue_knows_who_still_waits(tiny_manifest: Any) -> None:
         with suppress(asyncio.CancelledError):
             await cancelled
         await last
-        session._seconds = 0.5
+        session.inference.seconds = 0.5
         one = asyncio.ensure_future(session.infer(given("one")))
         await asyncio.sleep(0)
-        with pytest.raises(
-            Refused, match=r"time for the 1 observations that wait, about 0.5 s, found a deadline in 0.2"
-        ):
+        with pytest.raises(RequestRefused, match=r"after the 1 queued observations .about 0.5 s., found one in 0.2"):
             await session.infer(given("late"), within=0.2)
         await one
         await session.infer(given("alone"), within=0.01)  # nobody is before it

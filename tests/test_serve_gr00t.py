@@ -168,9 +168,12 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "no number": (asked(state={"state": None}), "expected state.state as an array, found None; send what was measured"),
     "a picture of bytes": (asked(video={"corner4": b"\xff"}), "expected video.corner4 as an array, found bytes"),
     "words of nothing": (asked(language={"instruction": None}), "at language.instruction, found None there; send one"),
-    "an array for an endpoint": (gr00t_packed({"endpoint": STATE}), "found ndarray; ask for one of them"),
-    "an endpoint of maps": (gr00t_packed({"endpoint": {"get_action": 1}}), "found dict; ask for one of them"),
-    "too large": (b"\0" * (LARGEST + 1), "expected a request of up to 16777216 bytes, found a larger one; send less"),
+    "an array for an endpoint": (gr00t_packed({"endpoint": STATE}), "found ndarray; use one of these"),
+    "an endpoint of maps": (gr00t_packed({"endpoint": {"get_action": 1}}), "found dict; use one of these"),
+    "too large": (
+        b"\0" * (LARGEST + 1),
+        "expected a request of up to 16777216 bytes, found a larger one; send smaller images",
+    ),
 }
 
 
@@ -228,7 +231,7 @@ HOSTILE = {
     "one frame": HELLO + b"\x00\x05hello",
     "a body before the request": HELLO + b"\x01\x05hello",
     "frames without end": HELLO + b"\x01\x00" + b"\x01\x05hello",
-    "a frame that is too large": HELLO + b"\x01\x00\x02" + (zmtp.DISCARDED * LARGEST + 1).to_bytes(8, "big"),
+    "a frame that is too large": HELLO + b"\x01\x00\x02" + (zmtp.DISCARD_FACTOR * LARGEST + 1).to_bytes(8, "big"),
     "a command that is too large": HELLO + b"\x06" + (2**20).to_bytes(8, "big"),
 }
 
@@ -289,7 +292,7 @@ def test_numpy_files_are_read_as_numpy_reads_them() -> None:
     ):
         file = io.BytesIO()
         np.save(file, array)
-        found = gr00t._read(file.getvalue())
+        found = gr00t._decode_npy(file.getvalue())
         assert found.dtype == array.dtype
         assert np.array_equal(found, array)
         assert found.shape == array.shape
@@ -341,13 +344,13 @@ def test_built_in_mappings(tiny_manifest: Any, name: str) -> None:
     assert mapped.mapping.instruction is not None
     words = {mapped.mapping.instruction[1]: WORDS}
     pictures = dict(zip(keys["video"], (PICTURE, PICTURE[::-1]), strict=True))
-    found = mapped.of({"video": pictures, "state": parts, "language": words})
+    found = mapped.convert({"video": pictures, "state": parts, "language": words})
     assert np.array_equal(found["image.first"], PICTURE)
     assert np.array_equal(found["image.second"], PICTURE[::-1])
     assert found["state"].tolist() == list(range(int(start)))
     assert found["instruction"] == WORDS
     assert tuple(columns.size for columns in mapped.mapping.actions) == sizes
-    assert json.loads(json.dumps(mapped.told))
+    assert json.loads(json.dumps(mapped.description))
 
 
 def test_the_log_has_no_tracebacks(toy_artifact: Path) -> None:

@@ -37,10 +37,12 @@ from rlrc.errors import UserError
 from rlrc.runtime import cli
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.servers import observations
-from rlrc.runtime.servers.lerobot import CLIENTS, LerobotServer, ReceivedObservation, RobotClient
-from rlrc.runtime.servers.session import Refused, Session
+from rlrc.runtime.servers.lerobot import LerobotServer
+from rlrc.runtime.servers.lerobot_observations import ReceivedObservation, RobotClient
+from rlrc.runtime.servers.refusal import RequestRefused
+from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire import pickles, protobuf
-from rlrc.runtime.wire.ports import LARGEST, Access
+from rlrc.runtime.wire.ports import CLIENTS, LARGEST, Access
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 MOTORS = {"shoulder.pos": 0.1, "elbow.pos": np.float32(0.5), "gripper.pos": np.float64(1.0)}
@@ -152,7 +154,7 @@ def test_what_is_left_out(tiny_manifest: Any) -> None:
 
     robot = RobotClient(None, spec)  # type: ignore[arg-type]
     assert robot.offer(at(0, 0.1))
-    robot.answered(at(0, 0.1))
+    robot.mark_answered(at(0, 0.1))
     # At 0.01 of the scale or more, it is another observation: 0.1 + 0.5 * 0.01.
     for one, taken in (
         (at(1, 0.1049), False),
@@ -261,7 +263,7 @@ WRONG: dict[str, tuple[Callable[[], bytes], str]] = {
     "step of text": (lambda: pickle.dumps(TimedObservation(0.0, "0", {})), "a timestep"),  # type: ignore[arg-type]
     "step too far": (lambda: pickle.dumps(TimedObservation(0.0, 2**40, {})), "a timestep"),
     "time of nan": (lambda: pickle.dumps(TimedObservation(float("nan"), 0, {})), "a timestamp in seconds, found nan"),
-    "words of numpy": (lambda: pickle.dumps(timed(task=np.float32(1))), "expected the task as text, found what scalar"),
+    "words of numpy": (lambda: pickle.dumps(timed(task=np.float32(1))), "expected the task as text, found scalar"),
     "sizes of no array": (lambda: pickle.dumps(timed(corner4=Huge())), "which numpy does not take"),
     "a reference to nothing": (lambda: b"\x80\x02h\x07.", "found: 'a reference to nothing'"),
     "no map": (lambda: pickle.dumps(TimedObservation(0.0, 0, [])), "as a map, found list"),  # type: ignore[arg-type]
@@ -328,7 +330,7 @@ def test_a_client_that_waits_keeps_its_place(tiny_manifest: Any) -> None:
         server = LerobotServer(Session(spec), observations.load("own", spec, None, "lerobot"), Access())
         for number in range(CLIENTS):
             await server.ready(f"{number}", b"")
-        with pytest.raises(Refused, match="expected at most 32 clients"):
+        with pytest.raises(RequestRefused, match=r"the server is full .32 clients.; retry later"):
             await server.ready("more", b"")
         waiting = asyncio.ensure_future(server.actions("0", b""))
         await asyncio.sleep(1.1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import mmap
 import os
 import signal
 import socket
@@ -265,7 +267,7 @@ def test_many_at_once_are_answered_or_refused_clearly(toy_artifact: Path) -> Non
         for thread in threads:
             thread.start()
         wait_for(lambda: len(found) == 2)
-        assert all("expected fewer than 2 observations that wait" in told for told in found)
+        assert all("expected fewer than 2 queued observations" in told for told in found)
         assert served.get("/healthz") == (200, "OK\n")  # nothing waits for the policy but who asked it
         assert "rlrc_observations_waiting 2\n" in served.get("/metrics")[1]
         os.kill(served.worker(), signal.SIGCONT)
@@ -274,7 +276,7 @@ def test_many_at_once_are_answered_or_refused_clearly(toy_artifact: Path) -> Non
         assert [one["actions"].shape for one in found[2:]] == [(3, 4), (3, 4)]
 
 
-def test_sigterm_lets_what_was_asked_be_answered(toy_artifact: Path) -> None:
+def test_on_sigterm_accepted_requests_are_answered(toy_artifact: Path) -> None:
     served = Served(toy_artifact)
     worker = served.worker()
     os.kill(worker, signal.SIGSTOP)
@@ -297,3 +299,16 @@ def test_a_policy_that_is_killed_ends_the_server(toy_artifact: Path) -> None:
         assert "inference ended" in complaints
         with pytest.raises(ConnectionClosed):
             asked(connection, observation())
+
+
+def test_an_earlier_client_that_asks_for_shared_memory_finds_no_room_in_it(served: Served) -> None:
+    url, asks = f"ws://127.0.0.1:{served.ports['openpi']}", {"X-Shared-Memory": "1"}
+    with connect(url, compression=None, max_size=None, proxy=None, additional_headers=asks) as connection:
+        path = arrays.unpack(connection.recv(30))["shared_memory"]  # type: ignore[arg-type]
+        descriptor = os.open(path, os.O_RDWR)
+        assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK  # that client opens no other memory
+        assert len(mmap.mmap(descriptor, 0)) == 1
+        os.close(descriptor)
+        assert asked(connection, observation())["actions"].dtype == np.float32
+    with connect(url, compression=None, max_size=None, proxy=None) as connection:
+        assert "shared_memory" not in arrays.unpack(connection.recv(30))  # type: ignore[arg-type]

@@ -33,20 +33,20 @@ from rlrc.runtime.wire.ports import Access, access, check_plain
 
 def test_every_action_of_a_chunk_keeps_the_limits_from_where_the_robot_is() -> None:
     chunks = GuardedChunks(guard_of(ABSOLUTE))
-    kept = chunks.through(np.full((3, 1), 50, np.float32), at(7.0))
+    kept = chunks.apply(np.full((3, 1), 50, np.float32), at(7.0))
     np.testing.assert_allclose(kept[:, 0], [7.02, 7.06, 7.12], atol=1e-6)
     small = np.array([[3.01], [3.02], [3.03]], np.float32)
-    assert np.array_equal(chunks.through(small, at(3.0)), small)  # what keeps them is not changed
+    assert np.array_equal(chunks.apply(small, at(3.0)), small)  # what keeps them is not changed
 
 
 def test_a_chunk_does_not_lose_track_of_itself() -> None:
     tracked = replace(ABSOLUTE, tracking=Tracking(0.05, "s"))  # less than the chunk moves in all
-    kept = GuardedChunks(guard_of(tracked)).through(np.full((3, 1), 50, np.float32), at(7.0))
+    kept = GuardedChunks(guard_of(tracked)).apply(np.full((3, 1), 50, np.float32), at(7.0))
     np.testing.assert_allclose(kept[:, 0], [7.02, 7.06, 7.12], atol=1e-6)
 
 
 def test_deltas_are_limited_too() -> None:
-    kept = GuardedChunks(guard_of(DELTA)).through(np.full((3, 1), 0.5, np.float32), at(0.0))
+    kept = GuardedChunks(guard_of(DELTA)).apply(np.full((3, 1), 0.5, np.float32), at(0.0))
     np.testing.assert_allclose(kept[:, 0], [0.02, 0.04, 0.06], atol=1e-7)
 
 
@@ -57,32 +57,32 @@ def test_deltas_are_limited_too() -> None:
 def test_what_does_not_do_gives_no_action_at_all(actions: Any, state: Any) -> None:
     chunks = GuardedChunks(guard_of(ABSOLUTE))
     with pytest.raises(UserError, match="expected"):
-        chunks.through(np.array(actions, np.float32), None if state is None else at(*state))
+        chunks.apply(np.array(actions, np.float32), None if state is None else at(*state))
 
 
 def test_a_stop_latches() -> None:
     chunks = GuardedChunks(guard_of(ABSOLUTE))
-    with pytest.raises(UserError, match=r"found it stopped .*nan in x.*; see to the robot"):
-        chunks.through(np.array([[np.nan]], np.float32), at(0.0))
+    with pytest.raises(UserError, match=r"found it stopped .*nan in x.*; check the robot"):
+        chunks.apply(np.array([[np.nan]], np.float32), at(0.0))
     with pytest.raises(UserError, match="found it stopped"):
-        chunks.through(np.array([[0.01]], np.float32), at(0.0))
+        chunks.apply(np.array([[0.01]], np.float32), at(0.0))
 
 
 def test_it_is_rearmed_once_the_newest_chunk_would_pass() -> None:
     chunks = GuardedChunks(guard_of(ABSOLUTE))
     good, bad = np.array([[0.01]], np.float32), np.array([[np.nan]], np.float32)
     with pytest.raises(UserError):
-        chunks.through(bad, at(0.0))
-    with pytest.raises(UserError, match=r"newest chunk and state to pass the guard, found: nan in x; let the client"):
+        chunks.apply(bad, at(0.0))
+    with pytest.raises(UserError, match=r"newest chunk and state to pass the guard, found: nan in x; send an obs"):
         chunks.rearm("the test")
     with pytest.raises(UserError, match="found it stopped"):
-        chunks.through(good, at(200.0))  # refused, but looked at
+        chunks.apply(good, at(200.0))  # refused, but looked at
     with pytest.raises(UserError, match=r"found: .*within its limits"):
         chunks.rearm("the test")
     with pytest.raises(UserError, match="found it stopped"):
-        chunks.through(good, at(0.0))
+        chunks.apply(good, at(0.0))
     chunks.rearm("the test")
-    assert np.array_equal(chunks.through(good, at(0.0)), good)
+    assert np.array_equal(chunks.apply(good, at(0.0)), good)
     assert ("rearm", "the test (was stopped: nan in x)") in [(one.act, one.reason) for one in chunks.guard.events]
 
 
@@ -90,7 +90,7 @@ def test_it_is_rearmed_once_the_newest_chunk_would_pass() -> None:
 def test_a_server_is_stopped_and_rearmed(arm_toy: Path, arm_spec: PolicySpec, guarded: bool) -> None:
     from rlrc.runtime.safety import profile
     from rlrc.runtime.safety.guard import Guard
-    from rlrc.runtime.servers.session import Refused
+    from rlrc.runtime.servers.refusal import RequestRefused
 
     assert arm_spec.state is not None
     limits = profile.load(Path(__file__).parents[1] / "examples/udp_arm.toml")
@@ -105,13 +105,13 @@ def test_a_server_is_stopped_and_rearmed(arm_toy: Path, arm_spec: PolicySpec, gu
         session, told = Session(arm_spec, GuardedChunks(guard) if guarded else None), []
         session.show = lambda observation, actions, *_: told.append((observation["instruction"], actions is not None))
         await session.open(policies.LocalPolicy.load, (arm_toy,))
-        with pytest.raises(UserError, match="expected a server that is stopped, found it not"):
+        with pytest.raises(UserError, match="expected a stopped server, found it running"):
             session.rearm("the test")
         client = session.client()
         await client.infer(seen)
-        session.stop("the test")
+        session.latch.stop("the test")
         assert status("/readyz", session, Access(), None)[:2] == (503, "stopped\n")  # type: ignore[index]
-        with pytest.raises(Refused, match=r"stopped.*the test"):
+        with pytest.raises(RequestRefused, match=r"stopped.*the test"):
             await client.infer(seen)
         session.rearm("the test")
         session.instruction = "close the drawer"
@@ -130,16 +130,16 @@ def test_a_stop_from_another_thread_is_not_lost_in_a_rearm(tiny_spec: PolicySpec
         class Slow(GuardedChunks):
             def rearm(self, reason: str) -> None:
                 super().rearm(reason)
-                session.halt("HTTP")
+                session.latch.halt("HTTP")
 
         session = Session(tiny_spec, Slow(guard_of(ABSOLUTE)))
-        session.opened.set()
-        session.stop("the page")
+        session.inference.opened.set()
+        session.latch.stop("the page")
         with pytest.raises(UserError, match="expected no stop during re-arming"):
             session.rearm("the test")
-        assert session.stopped == "the page"
-        session.lost = "POST http://127.0.0.1:1/stop"
-        with pytest.raises(UserError, match="expected every way to stop to work, found POST http"):
+        assert session.latch.reason == "the page"
+        session.latch.lost = "POST http://127.0.0.1:1/stop"
+        with pytest.raises(UserError, match="expected every stop input to work, found POST http"):
             session.rearm("the test")
 
     asyncio.run(play())
@@ -148,7 +148,7 @@ def test_a_stop_from_another_thread_is_not_lost_in_a_rearm(tiny_spec: PolicySpec
 def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: PolicySpec) -> None:
     from rlrc.runtime.safety import profile
     from rlrc.runtime.safety.guard import Guard
-    from rlrc.runtime.servers.session import Refused
+    from rlrc.runtime.servers.refusal import RequestRefused
 
     assert arm_spec.state is not None
     limits = profile.load(Path(__file__).parents[1] / "examples/udp_arm.toml")
@@ -165,10 +165,10 @@ def test_a_guarded_server_refuses_what_the_guard_stops(arm_toy: Path, arm_spec: 
         # At 20 Hz and 10 rad/s2 from rest: 0.025 rad, then 0.075, then 0.15, or the policy's where that is nearer.
         assert (np.abs(chunk.actions) <= np.array([[0.025], [0.075], [0.15]]) + 1e-6).all()
         assert np.abs(free).max() > 0.15
-        with pytest.raises(Refused, match=r"beyond 1\.5"):
+        with pytest.raises(RequestRefused, match=r"beyond 1\.5"):
             await client.infer({**rest, "state": np.array([2.0, 0.0], np.float32)})
         guard.stop("the test")
-        with pytest.raises(Refused, match=r"stopped .the test."):
+        with pytest.raises(RequestRefused, match=r"stopped .the test."):
             await client.infer(rest)
         assert status("/readyz", session, Access(), None) == (
             503,
@@ -252,7 +252,7 @@ BUILT_IN: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_mappings(two_cameras: PolicySpec, name: str) -> None:
-    found = observations.load(name, two_cameras).of(BUILT_IN[name]())
+    found = observations.load(name, two_cameras).convert(BUILT_IN[name]())
     assert np.array_equal(found["image.front"], HWC)
     assert np.array_equal(found["image.wrist"], HWC[::-1])
     assert found["state"].tolist() == [0, 1, 2]
@@ -261,10 +261,10 @@ def test_built_in_mappings(two_cameras: PolicySpec, name: str) -> None:
 
 def test_openvla_takes_one_picture_and_words(tiny_manifest: Any) -> None:
     mapped = observations.load("openvla", replace(tiny_manifest.policy, state=None), "close")
-    found = mapped.of({"image": HWC})
+    found = mapped.convert({"image": HWC})
     assert found.keys() == {"image.corner4", "instruction"}
     assert found["instruction"] == "close"
-    assert mapped.of({"image": HWC, "instruction": "open"})["instruction"] == "open"
+    assert mapped.convert({"image": HWC, "instruction": "open"})["instruction"] == "open"
 
 
 def test_mappings_that_do_not_fit_are_refused(tiny_manifest: Any, two_cameras: PolicySpec, tmp_path: Path) -> None:
@@ -293,7 +293,9 @@ def test_mappings_that_do_not_fit_are_refused(tiny_manifest: Any, two_cameras: P
             observations.load(tmp_path / "m.toml", spec)
     reordered = 'state = [["s"]]\ninstruction = ["i"]\n[[cameras]]\nkey = ["w"]\nlayout = "HWC"\ncamera = "wrist"\n'
     (tmp_path / "m.toml").write_text(reordered + '[[cameras]]\nkey = ["f"]\nlayout = "HWC"\n')
-    found = observations.load(tmp_path / "m.toml", two_cameras).of({"w": HWC[::-1], "f": HWC, "s": [1.0], "i": "open"})
+    found = observations.load(tmp_path / "m.toml", two_cameras).convert(
+        {"w": HWC[::-1], "f": HWC, "s": [1.0], "i": "open"}
+    )
     assert np.array_equal(found["image.front"], HWC)
 
 
@@ -357,7 +359,7 @@ def test_protocols_without_tls_stay_on_this_machine() -> None:
     check_plain("127.0.0.1", ("gr00t", "lerobot"), insecure=False)
     check_plain("0.0.0.0", ("openpi", "openvla"), insecure=False)
     check_plain("0.0.0.0", ("gr00t",), insecure=True)
-    with pytest.raises(UserError, match=r"expected --insecure with gr00t on 0.0.0.0, whose clients know no TLS"):
+    with pytest.raises(UserError, match=r"--insecure with gr00t on 0.0.0.0, since GR00T's protocol has no TLS"):
         check_plain("0.0.0.0", ("openpi", "gr00t"), insecure=False)
     with pytest.raises(UserError, match=r"expected --host 127.0.0.1 with lerobot"):
         check_plain("0.0.0.0", ("lerobot",), insecure=True)
@@ -389,4 +391,4 @@ VALUES = st.recursive(
 def test_whatever_comes_is_an_observation_or_refused_in_words(tiny_spec: PolicySpec, value: Any) -> None:
     message = value if isinstance(value, bytes) else msgpack.packb(value)
     with suppress(UserError):  # any other error is one of ours
-        observations.load("own", tiny_spec).of(arrays.unpack(message))
+        observations.load("own", tiny_spec).convert(arrays.unpack(message))

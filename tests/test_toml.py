@@ -20,12 +20,13 @@ from rlrc.envs.libero import LiberoMapping
 from rlrc.errors import UserError
 from rlrc.runtime.safety import profile
 from rlrc.runtime.servers import observations
+from rlrc.runtime.servers.key_mapping import MAPPINGS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED: dict[str, tuple[Path, Callable[[Path, Any], Any]]] = {
     "profile": (profile.SHIPPED / "metaworld.toml", lambda path, _: profile.load(path)),
     "recipe": (recipe.BUILT_IN / "demo.toml", lambda path, _: recipe.load(path)),
-    "mapping": (observations.SHIPPED / "libero.toml", lambda path, spec: observations.load(path, spec)),
+    "mapping": (MAPPINGS / "libero.toml", lambda path, spec: observations.load(path, spec)),
     "thresholds": (ROOT / "benchmarks/rlrc/benchmarks/claims/claims.toml", lambda path, _: claims.thresholds(path)),
 }
 

@@ -1,4 +1,4 @@
-"""The benchmark of what serving costs: three ways, asked in turn, less what the policy took."""
+"""The benchmark of what serving costs: two ways, asked in turn, less what the policy took."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def test_every_way_is_asked_as_often(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["name"] for row in result["rows"]] == [
         "minimal server, 2 x 32 x 32",
         "rlrc serve, 2 x 32 x 32",
-        "rlrc serve, shared memory, 2 x 32 x 32",
     ]
     for row in result["rows"]:
         spent = row["overhead_ms"]

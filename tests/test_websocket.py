@@ -63,7 +63,7 @@ def test_text_fragments_and_a_first_word() -> None:
 
 
 def test_pings_are_answered_while_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket, "PINGED_S", 0.05)
+    monkeypatch.setattr(websocket, "PING_CHECK_S", 0.05)
     with served(echo, ping_interval=0.1, ping_timeout=0.5) as url:
         connection = opened(url)
         time.sleep(1.5)

@@ -17,7 +17,7 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True)
 class Serving:
-    """Serving beside a minimal server on the same libraries, and with pictures in shared memory; no artifact needed."""
+    """Compare `rlrc serve` with a minimal server on the same libraries. Needs no artifact."""
 
     cameras: int = 2
     """pictures of an observation"""

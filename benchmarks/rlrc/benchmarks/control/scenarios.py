@@ -36,7 +36,7 @@ from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.policy import LocalPolicy
 from rlrc.runtime.page.control_page import ControlPage
 from rlrc.runtime.page.feed import Address
-from rlrc.runtime.page.metadata import plotted
+from rlrc.runtime.page.metadata import list_plots
 from rlrc.runtime.page.process import Page
 from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.guard import Guard
@@ -240,7 +240,7 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
 @contextmanager
 def paged(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[Show]:
     """The operator's page of a loop, with a viewer."""
-    hello = {"kind": "run", "name": "rig", "facts": [], "rows": plotted(spec, guard.profile), "cameras": cameras}
+    hello = {"kind": "run", "name": "rig", "facts": [], "rows": list_plots(spec, guard.profile), "cameras": cameras}
     page = Page(hello, cameras, Address())
     try:
         show = ControlPage(page, guard, StopSwitch(), None, None).show

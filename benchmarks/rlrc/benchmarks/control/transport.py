@@ -1,10 +1,9 @@
 """What serving costs beyond inference: an observation's way to the policy and its actions' way back, on this machine.
 
-Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of
-its own: a minimal one, written here on the same libraries, that calls the policy in its event loop and checks nothing;
-`rlrc serve`'s; and that with pictures in shared memory. They are asked in turn, so that what else the machine does
-meets all alike, at a real-time priority where that is granted: others' turns on a shared machine are not what serving
-costs.
+Two servers run a policy that hardly computes (rlrc.benchmarks.control.simulated_arm), each in its own process: a
+minimal one, written here on the same libraries, which calls the policy in its event loop and checks nothing; and that
+of `rlrc serve`. They are asked in turn, so that other load on the machine affects both alike, and at a real-time
+priority where the system grants one.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from rlrc.benchmarks.control import simulated_arm
 from rlrc.processes import die_with_parent
 from rlrc.runtime.servers import observations
 from rlrc.runtime.servers.client import RemotePolicy
+from rlrc.runtime.servers.key_mapping import OWN
 from rlrc.runtime.servers.openpi import OpenpiServer
 from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire.ports import Access
@@ -47,9 +47,8 @@ def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iter
     with ExitStack() as stack:
         priority = stack.enter_context(before_others())
         ways = {
-            "minimal server": stack.enter_context(_client(_minimal, size, names, False)),
-            "rlrc serve": stack.enter_context(_client(_ours, size, names, False)),
-            "rlrc serve, shared memory": stack.enter_context(_client(_ours, size, names, True)),
+            "minimal server": stack.enter_context(_client(_minimal, size, names)),
+            "rlrc serve": stack.enter_context(_client(_ours, size, names)),
         }
         for policy in ways.values():
             _asked(policy, observation, WARM)
@@ -92,14 +91,14 @@ def _asked(policy: RemotePolicy, observation: Mapping[str, Any], calls: int) -> 
 
 
 @contextmanager
-def _client(server: Any, size: tuple[int, int], names: tuple[str, ...], shared: bool) -> Iterator[RemotePolicy]:
+def _client(server: Any, size: tuple[int, int], names: tuple[str, ...]) -> Iterator[RemotePolicy]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(server, size, names, theirs))  # has a process of its own: no daemon
     process.start()
     theirs.close()
     try:
-        with RemotePolicy(f"ws://127.0.0.1:{ours.recv()}", timeout_s=30, shared=shared) as policy:
+        with RemotePolicy(f"ws://127.0.0.1:{ours.recv()}", timeout_s=30) as policy:
             yield policy
     finally:
         process.terminate()
@@ -113,7 +112,7 @@ def _run(server: Any, size: tuple[int, int], names: tuple[str, ...], port: Any) 
 
 async def _ours(spec: Any, port: Any) -> None:
     session = Session(spec)
-    server = OpenpiServer(session, observations.load(observations.OWN, spec), Access())
+    server = OpenpiServer(session, observations.load(OWN, spec), Access())
     await session.open(simulated_arm.Circle, (HZ,))
     port.send(await server.start("127.0.0.1", 0))
     await asyncio.Event().wait()

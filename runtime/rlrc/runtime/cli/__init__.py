@@ -70,7 +70,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench loop": ("rlrc.benchmarks.cli.loop:Loop", "the control loop: steady rate, slow inference, faults"),
     "bench serving": (
         "rlrc.benchmarks.cli.serving:Serving",
-        "what serving costs beyond inference, shared memory included",
+        "what serving costs beyond inference",
     ),
     "bench claims": ("rlrc.benchmarks.cli.claims:Claims", "check the project's claims against the results"),
     "bench compare": ("rlrc.benchmarks.cli.compare:Compare", "whether new results are worse than old ones"),

@@ -207,7 +207,7 @@ class Listener:
                     raise Refusal(403, "expected the operator's page")
                 self._send(caller, http_head.response(204, close=False, fields=PREFLIGHT | caller.cors))
                 return
-            if not http_head.shows(head.get("authorization"), self._token):
+            if not http_head.has_token(head.get("authorization"), self._token):
                 raise Refusal(401, "expected the header Authorization: Bearer TOKEN")
             if head.method not in ("GET", "POST"):
                 raise Refusal(405, "expected GET or POST")

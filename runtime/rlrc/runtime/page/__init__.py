@@ -1,8 +1,6 @@
-"""The operator's page of `rlrc run` and `rlrc serve`: in a process of its own, so that the loop hardly pays for it.
+"""The operator's page of `rlrc run` and `rlrc serve`, in its own process so that it costs the loop little time.
 
-    page = Page(hello, cameras, address)          # process.py: starts it, and hands over what there is to show
-    page.show({...}); page.picture(...)           # feed.py: never waits; what the page is too slow for is left out
-    page.requests()                               # what operators want: stop, re-arm, other words, a bench
-
-server.py answers browsers; static/ is the page itself, as it is sent.
+process.py starts the process, feed.py connects it to the loop, control_page.py (`rlrc run`) and server_page.py (`rlrc
+serve`) send what it shows and carry out operators' requests. In the page's process, loop_mirror.py receives and
+server.py answers browsers. static/ contains the page.
 """

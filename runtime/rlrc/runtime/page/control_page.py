@@ -1,4 +1,4 @@
-"""The page of `rlrc run`: every step of the loop, and the operator's requests to the stop switch and to re-arm."""
+"""The page of `rlrc run`: shows every step of the loop, and passes requests to the stop switch and re-arming."""
 
 from __future__ import annotations
 
@@ -9,38 +9,33 @@ from rlrc.runtime.control.rearming import OperatorRequest, RearmController
 from rlrc.runtime.control.step import Step
 from rlrc.runtime.control.stop_switch import StopSource, StopSwitch
 from rlrc.runtime.page.feed import TEXT
-from rlrc.runtime.page.metadata import Events
+from rlrc.runtime.page.metadata import EventFilter
 from rlrc.runtime.page.process import Page
 
 if TYPE_CHECKING:
     from rlrc.robots.instruction import InstructionOverride
     from rlrc.runtime.safety.guard import Guard
 
-STATE_S = 0.5  # how often the state is told though nothing has changed
+STATE_S = 0.5  # interval of the state while nothing changes
 
 
 class ControlPage:
-    """``show`` is for the loop's thread, ``source`` for the stop switch's."""
+    """``show`` is for the loop's thread, ``source`` for the stop switch's thread."""
 
     def __init__(
-        self,
-        page: Page,
-        guard: Guard,
-        switch: StopSwitch,
-        rearming: RearmController | None,
-        override: InstructionOverride | None,
+        self, page: Page, guard: Guard, switch: StopSwitch, rearming: RearmController | None, robot: Instructed | None
     ) -> None:
         self._page, self._guard, self._switch = page, guard, switch
-        self._rearming, self._override = rearming, override
-        self._events, self._state, self._told_at = Events(), dict[str, Any](), 0.0
+        self._rearming, self._robot = rearming, robot
+        self._events, self._state, self._sent_at = EventFilter(), dict[str, Any](), 0.0
 
     @property
     def source(self) -> StopSource:
         return StopSource(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
 
-    def show(self, step: Step) -> None:
-        """rlrc.runtime.control.step's Show."""
-        sensed, verdict, now = step.sensed, step.verdict, step.sent
+    def show(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
+        """Show a step; called by rlrc.runtime.control.control_loop."""
+        now, lag, inference = float(row["sent"]), float(row["sent"] - row["due"]) * 1e3, float(row["inference_ms"])
         command = None if verdict.command is None else verdict.command.tolist()
         measured = None if sensed is None or sensed.measured is None else sensed.measured.tolist()
         infer = None if math.isnan(step.inference_ms) else round(step.inference_ms, 3)
@@ -53,38 +48,38 @@ class ControlPage:
             "resting": self._rearming is not None and self._rearming.since is not None,
             "instruction": words and words[:TEXT],
         }
-        if state != self._state or now - self._told_at > STATE_S:
-            self._state, self._told_at = state, now
+        if state != self._state or now - self._sent_at > STATE_S:
+            self._state, self._sent_at = state, now
             message["state"] = state
-        self._page.feed.show(message, self._events.told(verdict.events, now))
+        self._page.feed.show(message, self._events.format(verdict.events, now))
         if sensed is not None:
             self._page.feed.picture(sensed.observation)
 
     def _ready(self) -> bool:
-        """Whether the page goes on."""
-        wishes = self._page.feed.receive()
-        for wish in wishes or ():
-            self._take(wish["do"], wish["id"], wish.get("words"))
-        return wishes is not None
+        """Whether the page's process is alive."""
+        requests = self._page.feed.receive()
+        for request in requests or ():
+            self._take(request["do"], request["id"], request.get("words"))
+        return requests is not None
 
     def _take(self, what: str, number: int, words: str | None) -> None:
-        def told(answer: Any) -> None:
+        def reply(answer: Any) -> None:
             self._page.feed.send({"id": number, "answer": dict(answer)})
 
         if what == "stop":
             self._switch.press("the page")
-            told({"stopped": True, "reason": self._switch.reason})
+            reply({"stopped": True, "reason": self._switch.reason})
         elif what == "instruction":
-            told(self._instruct(words))
+            reply(self._instruct(words))
         elif self._rearming is None:
-            told({"error": "expected rlrc run --rearm, found a run that a stop ends; start it so"})
+            reply({"error": "expected rlrc run --rearm, found a run that ends with a stop; start it with --rearm"})
         elif what == "bench":
-            self._rearming.request(OperatorRequest("bench", "the page", told))
+            self._rearming.ask(OperatorRequest("bench", "the page", reply))
         else:
-            self._rearming.request(OperatorRequest("rearm", f"the page ({words})" if words else "the page", told))
+            self._rearming.ask(OperatorRequest("rearm", f"the page ({words})" if words else "the page", reply))
 
     def _instruct(self, words: str | None) -> dict[str, str]:
-        if self._override is None:
-            return {"error": "expected a policy that takes an instruction, found one of a single task"}
-        self._override.instruction = words or None
+        if self._robot is None:
+            return {"error": "expected a policy with an instruction, found one for a single task"}
+        self._robot.words = words or None
         return {}

@@ -1,7 +1,7 @@
-"""From a control loop to the operator's page, and back: a socket for messages, shared memory for pictures.
+"""The connection between a control loop and the operator's page: a socket for messages, shared memory for images.
 
-Nothing in here waits. A message that the page is too slow for is left out, but for events, which go with a later one. A
-picture is copied only while somebody looks, so often at most, and only its newest state is there.
+Nothing here blocks. If the page is too slow, messages are dropped; their events go with a later message. Images are
+copied only while a browser shows them, at a limited rate, and only the newest is kept.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from rlrc.packets import receive
 
-SLOT = 2**20  # bytes of a picture; a larger one is thinned out
-PICTURE_S = 0.1  # shortest time between two pictures of a camera
-EVENTS = 100  # that wait for the page, the last ones
+SLOT = 2**20  # bytes of an image; larger ones are subsampled
+PICTURE_S = 0.1  # minimal interval of a camera's images
+EVENTS = 100  # the newest ones that are waiting for the page
 TEXT = 300  # characters of an event, or of a reason
 
 
-class Ends(NamedTuple):
-    """What the page's process gets."""
+class FeedEnds(NamedTuple):
+    """The arguments of the page's process."""
 
     socket: socket.socket
     memory: Any
@@ -37,15 +37,15 @@ class Ends(NamedTuple):
 
 
 class Feed:
-    """The end of the loop. ``show`` and ``picture`` are for one thread, ``send`` and ``receive`` for any."""
+    """The loop's end. ``show`` and ``picture`` are for one thread, ``send`` and ``receive`` for any."""
 
     def __init__(self, cameras: Sequence[str]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         memory = multiprocessing.get_context("spawn").RawArray(ctypes.c_uint8, 1 + 2 * SLOT * max(len(cameras), 1))
-        self.ends = Ends(theirs, memory, tuple(cameras))
+        self.ends = FeedEnds(theirs, memory, tuple(cameras))
         self._places = {name: index for index, name in enumerate(cameras)}
-        self._watched, self._slots = _parts(self.ends)
+        self._watched, self._slots = _split_memory(self.ends)
         self._due = dict.fromkeys(cameras, 0.0)
         self._turns = dict.fromkeys(cameras, 0)
         self._events: deque[Any] = deque(maxlen=EVENTS)
@@ -55,7 +55,7 @@ class Feed:
         return self._socket.fileno()
 
     def send(self, message: Mapping[str, Any]) -> bool:
-        """Whether it is under way."""
+        """Returns whether the message was sent."""
         try:
             self._socket.send(msgpack.packb(message))
         except OSError:  # full, or the page has ended
@@ -72,7 +72,7 @@ class Feed:
             self.lost += 1
 
     def picture(self, observation: Mapping[str, Any]) -> None:
-        """One of the pictures ``image.<camera>`` that are due, uint8 (H, W, 3)."""
+        """Copy one of the due images ``image.<camera>``, uint8 (H, W, 3)."""
         if not self._watched[0] or not self._due:
             return
         now = time.monotonic()
@@ -84,11 +84,11 @@ class Feed:
             self._put(name, picture)
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What operators want, as far as it has come; None: the page has ended."""
-        wanted: list[dict[str, Any]] = []
+        """Operators' requests that have arrived; None: the page's process has ended."""
+        requests: list[dict[str, Any]] = []
         while message := receive(self._socket):
-            wanted.append(msgpack.unpackb(message))
-        return wanted if message is None else None
+            requests.append(msgpack.unpackb(message))
+        return requests if message is None else None
 
     def close(self) -> None:
         self._socket.close()
@@ -97,36 +97,37 @@ class Feed:
         if picture.nbytes > SLOT:
             stride = int(np.ceil(np.sqrt(picture.nbytes / SLOT)))
             picture = picture[::stride, ::stride]
-        turn = self._turns[name] = 1 - self._turns[name]  # the other one may be being read
+        turn = self._turns[name] = 1 - self._turns[name]  # the page may be reading the other slot
         place = 2 * self._places[name] + turn
         self._slots[place][: picture.size].reshape(picture.shape)[...] = picture
         self.send({"picture": self._places[name], "slot": place, "shape": list(picture.shape)})
 
 
-class Mirror:
-    """The end of the page's process."""
+class FeedReader:
+    """The page's end."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: FeedEnds) -> None:
         self.socket, self.cameras = ends.socket, ends.cameras
-        self._watched, self._slots = _parts(ends)
+        self._watched, self._slots = _split_memory(ends)
 
-    def watch(self, watched: bool) -> None:
+    def set_watched(self, watched: bool) -> None:
         self._watched[0] = watched
 
     def picture(self, slot: int, shape: Sequence[int]) -> NDArray[np.uint8]:
-        """A copy of it (H, W, 3)."""
-        return self._slots[slot][: int(np.prod(shape))].reshape(shape).copy()
+        """A copy of a slot's image (H, W, 3)."""
+        picture: NDArray[np.uint8] = self._slots[slot][: int(np.prod(shape))].reshape(shape).copy()
+        return picture
 
 
-def _parts(ends: Ends) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """-> whether somebody looks, (1,); the slots, two for every camera."""
+def _split_memory(ends: FeedEnds) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Returns the flag "watched" (1,) and the slots, two per camera."""
     memory = np.frombuffer(ends.memory, np.uint8)
     return memory[:1], memory[1:].reshape(-1, SLOT)
 
 
 @dataclass(frozen=True)
 class Address:
-    """Ports of the page and of its stop, and who may use them: rlrc.runtime.wire.ports.access has checked that."""
+    """Ports of the page and of its stop, and their access, which rlrc.runtime.wire.ports.access has checked."""
 
     host: str = "127.0.0.1"
     port: int = 0

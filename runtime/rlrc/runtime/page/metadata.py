@@ -1,4 +1,4 @@
-"""What the page is told once: what runs here, and what its charts have."""
+"""The page's metadata, sent once to every browser: the artifact, its figures, and the plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlrc.runtime.page.feed import TEXT
 from rlrc.runtime.safety.profile import RobotProfile, match_state
 from rlrc.runtime.safety.verdict import Event
 
-CLAMPS_S = 1.0  # shortest time between two clamps of one limit that are told
+CLAMPS_S = 1.0  # minimal interval between shown clamps of one limit
 
 
 def page_metadata(
@@ -23,24 +23,24 @@ def page_metadata(
     can: Collection[str],
     **facts: str,
 ) -> dict[str, Any]:
-    """``kind``: "run" or "serve". ``deadline_ms``: what takes longer is late. ``can``: what operators may wish."""
+    """``kind``: "run" or "serve"; ``deadline_ms``: what takes longer is late; ``can``: the requests offered."""
     manifest, spec = artifact.manifest, artifact.manifest.policy
-    told = policy_rows(spec)
+    described = policy_rows(spec)
     rows = {
         "artifact": f"{artifact.path.name} ({artifact.digest[:12]})",
-        "family": told["family"],
+        "family": described["family"],
         "parameters": f"{manifest.parameters:,} stored as {manifest.dtype}",
         "graphs": ", ".join(sorted({f"{one.backend} {one.precision}" for one in manifest.graphs})) or "none",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
-        "actions": told["actions"],
-        "robot": "no profile: no guard" if profile is None else profile.robot,
+        "actions": described["actions"],
+        "robot": "no profile, no guard" if profile is None else profile.robot,
         **facts,
     }
     return {
         "kind": kind,
         "name": artifact.path.name,
         "facts": list(rows.items()),
-        "rows": plotted(spec, profile),
+        "rows": list_plots(spec, profile),
         "cameras": [camera.name for camera in spec.cameras],
         "deadline_ms": deadline_ms,
         "can": sorted(can),
@@ -48,10 +48,10 @@ def page_metadata(
     }
 
 
-def plotted(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, Any]]:
-    """A plot for every dimension of the action, with what measures it, and for what else there is of the state.
+def list_plots(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, Any]]:
+    """One plot per action dimension, with the state entry that measures it, and one per remaining state entry.
 
-    ``command`` and ``state`` are places in the action and in the state vector, None where there is none.
+    ``command`` and ``state`` are indices into the action and the state; None: there is none.
     """
     names, units = ((), ()) if spec.state is None else (spec.state.names, spec.state.units)
     measures = _measures(spec, profile, names, units)
@@ -61,10 +61,10 @@ def plotted(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, An
         position = None if profile is None else profile.dimensions[index].position
         absolute = position is not None and spec.action.meaning[index] in ("absolute", "gripper")
         limits = (position.low, position.high) if position is not None and absolute else (None, None)
-        rows.append(_row(name, unit, index, entry, factor, *limits))
+        rows.append(_plot(name, unit, index, entry, factor, *limits))
     shown = {entry for entry, _ in measures.values()}
     rows += [
-        _row(name, unit, None, entry, 1.0)
+        _plot(name, unit, None, entry, 1.0)
         for entry, (name, unit) in enumerate(zip(names, units, strict=True))
         if entry not in shown
     ]
@@ -74,7 +74,7 @@ def plotted(spec: PolicySpec, profile: RobotProfile | None) -> list[dict[str, An
 def _measures(
     spec: PolicySpec, profile: RobotProfile | None, names: Sequence[str], units: Sequence[str]
 ) -> dict[int, tuple[int, float]]:
-    """Which entry of the state a dimension of the action is measured by, and how it converts; absolutes only."""
+    """For absolute action dimensions: the state entry that measures it, and its conversion factor."""
     if profile is not None:
         wired = match_state(profile, spec.action, names, units)
         found = list(zip(wired.dimensions, wired.entries, wired.factors, strict=True))
@@ -84,7 +84,7 @@ def _measures(
     return {i: (j, factor) for i, j, factor in found if spec.action.meaning[i] in ("absolute", "gripper")}
 
 
-def _row(
+def _plot(
     name: str,
     unit: str,
     command: int | None,
@@ -93,18 +93,18 @@ def _row(
     low: float | None = None,
     high: float | None = None,
 ) -> dict[str, Any]:
-    told = "" if unit == "1" else unit
-    return {"name": name, "unit": told, "command": command, "state": state, "factor": factor, "low": low, "high": high}
+    unit = "" if unit == "1" else unit
+    return {"name": name, "unit": unit, "command": command, "state": state, "factor": factor, "low": low, "high": high}
 
 
-class Events:
-    """Guard events for the page: (seconds of the clock, what was done, in words), a limit's clamps once a second."""
+class EventFilter:
+    """Formats guard events as (clock seconds, action, text), and drops clamps of one limit within a second."""
 
     def __init__(self) -> None:
         self._clamped: dict[tuple[str, str | None], float] = {}
 
-    def told(self, events: Collection[Event], now: float) -> list[tuple[float, str, str]]:
-        return [(now, event.act, _worded(event)[:TEXT]) for event in events if self._is_new(event, now)]
+    def format(self, events: Collection[Event], now: float) -> list[tuple[float, str, str]]:
+        return [(now, event.act, _format_event(event)[:TEXT]) for event in events if self._is_new(event, now)]
 
     def _is_new(self, event: Event, now: float) -> bool:
         if event.act != "clamp":
@@ -116,6 +116,6 @@ class Events:
         return True
 
 
-def _worded(event: Event) -> str:
+def _format_event(event: Event) -> str:
     twice = f"{event.act}: {event.kind}" if event.act == event.kind else ""  # "stop: stop: the page"
     return str(event).replace(twice, event.act, 1) if twice else str(event)

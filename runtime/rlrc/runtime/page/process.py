@@ -1,4 +1,4 @@
-"""The page's process: started before the loop, asked for nothing while it runs, ended with it."""
+"""Starts and ends the page's process. While the loop runs, it never waits for the page."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from typing import Any
 from rlrc.errors import UserError
 from rlrc.processes import die_with_parent
 from rlrc.runtime.control.stop_port import StopPort
-from rlrc.runtime.page.feed import Address, Ends, Feed
+from rlrc.runtime.page.feed import Address, Feed, FeedEnds
 from rlrc.runtime.wire.ports import url
 
 OPENING_S = 60.0
-NICE = 10  # the loop and inference go first
+NICE = 10  # below the loop and inference
 
 
 class Page:
-    """``hello`` is what does not change: see server.py. Raises UserError if the port is taken.
+    """``metadata``: see server.py. Raises UserError if the port is taken.
 
-    ``link`` has the token behind ``#``, which a browser does not send; it is drawn if there is none. ``stop`` is the
-    port that the page sends its stops to first; the caller listens to it (StopSwitch.source_of, or its ``watch``).
+    ``link`` contains the token after ``#``, which browsers do not send; the default token is random. ``stop`` is the
+    port that receives the page's stops first; the caller has to watch it (StopSwitch.over, or its ``watch``).
     """
 
-    def __init__(self, hello: Mapping[str, Any], cameras: Sequence[str], address: Address) -> None:
-        import aiohttp  # noqa: F401  the extra "serve": better missing here than in the other process
+    def __init__(self, metadata: Mapping[str, Any], cameras: Sequence[str], address: Address) -> None:
+        import aiohttp  # noqa: F401  fail here, not in the other process, if the extra "serve" is missing
 
         self.token = address.token or secrets.token_urlsafe(16)
         self.stop = StopPort(address.host, address.stop)
         self.feed = Feed(cameras)
         context = multiprocessing.get_context("spawn")
-        arguments = (self.feed.ends, {**hello, "stop": self.stop.port}, address, self.token)
+        arguments = (self.feed.ends, {**metadata, "stop": self.stop.port}, address, self.token)
         self._process = context.Process(target=_main, args=arguments, name="operator's page", daemon=True)
         self._process.start()
-        self.feed.ends.socket.close()  # so that ours reports the end when it dies
+        self.feed.ends.socket.close()  # so that our end reports when the process dies
         try:
-            self.port = self._opened(address)
+            self.port = self._wait_for_port(address)
             self.stop.start(self.token, address.certificate, address.key, self.port)
         except BaseException:
             self.close()
@@ -62,26 +62,26 @@ class Page:
         self._process.join()
         self.feed.close()
 
-    def _opened(self, address: Address) -> int:
+    def _wait_for_port(self, address: Address) -> int:
         deadline = time.monotonic() + OPENING_S
         while time.monotonic() < deadline:
-            told = self.feed.receive()
-            if told is None:
+            messages = self.feed.receive()
+            if messages is None:
                 break
-            if told and "port" in told[0]:
-                return int(told[0]["port"])
-            if told:
-                where = f"{address.host}, found {address.port}: {told[0]['error']}"
-                raise UserError(f"expected a free port for the page on {where}; give another")
+            if messages and "port" in messages[0]:
+                return int(messages[0]["port"])
+            if messages:
+                where = f"{address.host}, found {address.port}: {messages[0]['error']}"
+                raise UserError(f"expected a free port for the page on {where}; choose another")
             time.sleep(0.02)
-        raise UserError("expected the operator's page to start, found that it did not; what it printed above says why")
+        raise UserError("expected the operator's page to start, found that it did not; see its messages above")
 
 
-def _main(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
+def _main(ends: FeedEnds, metadata: dict[str, Any], address: Address, token: str) -> None:
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_IGN)  # whoever started us ends us, when the robot is at rest
+        signal.signal(number, signal.SIG_IGN)  # the parent ends this process, once the robot is at rest
     os.nice(NICE)
     from rlrc.runtime.page.server import serve
 
-    serve(ends, hello, address, token)
+    serve(ends, metadata, address, token)

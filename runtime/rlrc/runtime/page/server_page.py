@@ -1,4 +1,4 @@
-"""The page of `rlrc serve`: every observation that was looked at, and wishes to the session."""
+"""The page of `rlrc serve`: shows every inference, and passes requests to the session."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from numpy.typing import NDArray
 from rlrc.errors import UserError
 from rlrc.runtime.control.rearming import spread
 from rlrc.runtime.page.feed import TEXT
-from rlrc.runtime.page.metadata import Events
+from rlrc.runtime.page.metadata import EventFilter
 from rlrc.runtime.page.process import Page
-from rlrc.runtime.servers.session import Refused, Session
-from rlrc.runtime.servers.status import unready
+from rlrc.runtime.servers.refusal import RequestRefused
+from rlrc.runtime.servers.session import Session
+from rlrc.runtime.servers.status import explain_unready
 
 STATE_S = 0.5
 BENCH_CALLS = 50
 
 
 class SessionPage:
-    """Of the session's event loop; ``run`` until it is cancelled."""
+    """Belongs to the session's event loop. Cancel ``run`` to end it."""
 
     def __init__(self, page: Page, session: Session) -> None:
         self._page, self._session = page, session
-        self._events, self._seen = Events(), 0
+        self._events, self._shown = EventFilter(), 0
         self._benching: asyncio.Task[None] | None = None
         self.ended = asyncio.Event()
         session.show = self.show
 
     async def run(self) -> None:
-        """Tells the state twice a second, and takes wishes as they come."""
+        """Send the state twice a second, and take requests as they arrive."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._page.feed.fileno(), self._ready)
-        self._page.stop.watch(partial(self._press, loop), self._latched, partial(self._lose, loop))
+        self._page.stop.watch(partial(self._press, loop), self._stop_state, partial(self._lose, loop))
         try:
             while not self.ended.is_set():
-                self._tell({})
+                self._send_state({})
                 await asyncio.sleep(STATE_S)
         finally:
             loop.remove_reader(self._page.feed.fileno())
@@ -49,66 +50,66 @@ class SessionPage:
     def show(
         self, observation: Mapping[str, Any], actions: NDArray[Any] | None, queue_s: float, inference_s: float | None
     ) -> None:
-        """``actions``: the chunk that left (horizon, dim); None: none did."""
+        """``actions``: the chunk that left (horizon, dim); None: it was refused."""
         state = observation.get("state")
         command = None if actions is None else np.asarray(actions[0], float).tolist()
         measured = None if state is None else np.asarray(state, float).tolist()
         total = (queue_s + (inference_s or 0.0)) * 1e3
         infer = None if inference_s is None else round(inference_s * 1e3, 3)
-        self._tell(
+        self._send_state(
             {"step": (round(time.monotonic(), 4), round(total, 3), infer, actions is None, 0, command, measured)}
         )
         self._page.feed.picture(observation)
 
-    # From the stop port's thread: a busy event loop delays no stop.
+    # In the stop port's thread: a busy event loop does not delay a stop.
 
     def _press(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
-        self._session.halt(reason)
+        self._session.latch.halt(reason)
         loop.call_soon_threadsafe(self._stop, reason)
 
-    def _latched(self) -> dict[str, Any]:
-        reason = self._session.stopped
+    def _stop_state(self) -> dict[str, Any]:
+        reason = self._session.latch.reason
         return {"stopped": reason is not None, "reason": reason or ""}
 
     def _lose(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._session.lost = f"POST {self._page.stop.url}"
-        self._press(loop, f"lost {self._session.lost}")
+        self._session.latch.lost = f"POST {self._page.stop.url}"
+        self._press(loop, f"lost {self._session.latch.lost}")
 
     # In the event loop
 
     def _stop(self, reason: str) -> None:
-        self._session.stop(reason)
+        self._session.latch.stop(reason)
         if self._session.guarded is None:
             self._page.feed.show({}, [(time.monotonic(), "stop", f"stop: {reason}")])
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _send_state(self, message: dict[str, Any]) -> None:
         session = self._session
         message["state"] = {
-            "stopped": session.stopped and session.stopped[:TEXT],
-            "resting": session.stopped is not None,
+            "stopped": session.latch.reason and session.latch.reason[:TEXT],
+            "resting": session.latch.reason is not None,
             "instruction": session.instruction,
-            "unready": unready(session),
+            "unready": explain_unready(session),
             "waiting": session.waiting,
         }
-        self._page.feed.show(message, self._fresh())
+        self._page.feed.show(message, self._new_events())
 
-    def _fresh(self) -> list[tuple[float, str, str]]:
-        """What the guard has done since the last time; that it starts with every chunk is no news."""
+    def _new_events(self) -> list[tuple[float, str, str]]:
+        """The guard's new events, without its start at every chunk."""
         if self._session.guarded is None:
             return []
         guard = self._session.guarded.guard
         total = sum(guard.counts.values())
-        new, self._seen = min(total - self._seen, len(guard.events)), total
+        new, self._shown = min(total - self._shown, len(guard.events)), total
         events = [guard.events[i] for i in range(len(guard.events) - new, len(guard.events))]
-        return self._events.told([event for event in events if event.act != "start"], time.monotonic())
+        return self._events.format([event for event in events if event.act != "start"], time.monotonic())
 
     def _ready(self) -> None:
-        wishes = self._page.feed.receive()
-        if wishes is None:
+        requests = self._page.feed.receive()
+        if requests is None:
             asyncio.get_running_loop().remove_reader(self._page.feed.fileno())
             return self.ended.set()
-        for wish in wishes:
-            self._take(wish["do"], wish["id"], wish.get("words"))
+        for request in requests:
+            self._take(request["do"], request["id"], request.get("words"))
 
     def _take(self, what: str, number: int, words: str | None) -> None:
         if what == "bench":
@@ -118,9 +119,9 @@ class SessionPage:
         who = f"the page ({words})" if words else "the page"
         if what == "stop":
             self._stop("the page")
-            answer = self._latched()
+            answer = self._stop_state()
         elif what == "instruction" and self._session.spec.prompt is None:
-            answer = {"error": "expected a policy that takes an instruction, found one of a single task"}
+            answer = {"error": "expected a policy with an instruction, found one for a single task"}
         elif what == "instruction":
             self._session.instruction = words or None
         else:
@@ -135,6 +136,6 @@ class SessionPage:
     async def _bench(self, number: int) -> None:
         try:
             answer: dict[str, Any] = spread(await self._session.bench(BENCH_CALLS))
-        except Refused as error:
+        except RequestRefused as error:
             answer = {"error": str(error)}
         self._page.feed.send({"id": number, "answer": answer})

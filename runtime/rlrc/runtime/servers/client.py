@@ -1,11 +1,10 @@
-"""A policy that runs elsewhere: openpi's protocol, of `rlrc serve` or of any openpi server.
+"""A client of openpi's protocol: a policy on `rlrc serve` or any openpi server.
 
     with RemotePolicy("ws://10.0.0.2:8000", token="...") as policy:
-        chunk = policy.infer(observation)["actions"]       # as rlrc.runtime.inference.policy takes observations
+        chunk = policy.infer(observation)["actions"]       # as rlrc.runtime.inference.policy takes it
         policy.latency()                                   # {"calls", "reconnects", "p50_ms", "p99_ms", "max_ms"}
 
-An answer that does not come in time never comes: the connection is given up with it, so that no later observation is
-answered by it.
+After a timeout the connection is closed, so that a late answer is never taken for the answer to a newer observation.
 """
 
 from __future__ import annotations
@@ -24,21 +23,19 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from rlrc.errors import UserError
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import InferenceTiming, Result
-from rlrc.runtime.servers.shared import HEADER, METADATA, Written
 from rlrc.runtime.wire import arrays
-from rlrc.runtime.wire.ports import LARGEST, checked
+from rlrc.runtime.wire.ports import LARGEST, check_token
 from rlrc.runtime.wire.websocket import WebSocket
 
-KEPT = 10_000  # latencies that the statistics are over, the last ones
+KEPT_LATENCIES = 10_000  # the newest ones, for the statistics
 
 
 class RemotePolicy:
-    """A Policy. ``timeout_s``: the longest that ``infer`` takes, a new connection included.
+    """A Policy. ``timeout_s``: limit of ``infer``, including a new connection.
 
-    ``keys``: pairs of a name of ours and what the server calls it, where that is not `rlrc serve` with its own names.
-    ``authority``: a PEM file with the certificate to trust, for wss. ``shared``: pictures go through shared memory, to
-    `rlrc serve` on this machine and of this user. Raises UserError if nobody answers at ``url``
-    within ``connect_s``, which a server that loads its policy may need.
+    ``keys``: from rlrc's names to the server's, for servers other than `rlrc serve` with mapping "own". ``authority``:
+    a PEM file with the certificate to trust, for wss. Raises UserError if no server answers at ``url`` within
+    ``connect_s``; a server that is loading its policy answers late.
     """
 
     def __init__(
@@ -49,21 +46,16 @@ class RemotePolicy:
         connect_s: float = 60.0,
         keys: Mapping[str, str] | None = None,
         authority: Path | None = None,
-        shared: bool = False,
     ) -> None:
         if not url.startswith(("ws://", "wss://")) or not timeout_s > 0:
             raise UserError(
-                f"expected a URL ws:// or wss:// and a time above 0 s, found {url} and {timeout_s}; give such"
+                f"expected a ws:// or wss:// URL and a timeout above 0 s, found {url} and {timeout_s}; correct them"
             )
         self.url, self.timeout_s, self._keys = url, timeout_s, dict(keys or {})
-        self._headers = {} if token is None else {"Authorization": f"Api-Key {checked(token, 'token')}"}
-        self._tls = _trusting(authority) if url.startswith("wss://") else None
-        self._asks_shared = shared
-        self._shared: Written | None = None
-        if shared:
-            self._headers[HEADER] = "1"
+        self._headers = {} if token is None else {"Authorization": f"Api-Key {check_token(token, 'token')}"}
+        self._tls = _load_authority(authority) if url.startswith("wss://") else None
         self._connection: WebSocket | None = None
-        self._seconds: deque[float] = deque(maxlen=KEPT)
+        self._seconds: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self._packing_s = 0.0
         self.metadata: dict[str, Any] = {}
         self.reconnects = 0
@@ -81,23 +73,23 @@ class RemotePolicy:
         self.close()
 
     def infer(self, observation: Mapping[str, Any]) -> Result:
-        """Raises NoAction for what the server refuses, and if it does not answer in time.
+        """Raises NoAction if the server refuses the observation or does not answer in time.
 
-        A connection that is lost is opened anew, and the observation sent once more. What the server needed counts as
-        decoder in the timing, the way there and back as postprocessing.
+        After a lost connection it reconnects and sends the observation once more. In the timing, ``decoder_ms`` is the
+        server's inference and ``postprocess_ms`` the transport.
         """
         begun = perf_counter()
         deadline = monotonic() + self.timeout_s
         message = {self._keys.get(name, name): value for name, value in observation.items()}
         try:
-            answer = self._asked(message, deadline)
-            actions = _actions(answer)
-        except BaseException:  # Ctrl-C, too: an answer to this must not be taken for one to the next
+            answer = self._ask(message, deadline)
+            actions = _check_actions(answer)
+        except BaseException:  # including Ctrl-C: a late answer must not be taken for the next one
             self.close()
             raise
         total = perf_counter() - begun
         self._seconds.append(total)
-        inferred_ms = _milliseconds(answer)
+        inferred_ms = _find_infer_ms(answer)
         timing = InferenceTiming(
             preprocess_ms=self._packing_s * 1e3,
             vision_ms=0.0,
@@ -107,37 +99,37 @@ class RemotePolicy:
         return Result(actions=actions, tokens=None, timing=timing)
 
     def reset(self) -> None:
-        """A new episode is a new connection, for the protocol has no word for it. The next ``infer`` opens it."""
+        """Start an episode: a new connection, since the protocol has no reset. The next ``infer`` opens it."""
         self.close()
 
     def close(self) -> None:
-        connection, self._connection, self._shared = self._connection, None, None
+        connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
     def latency(self) -> dict[str, float]:
-        """Of the last calls that were answered, in milliseconds as the caller saw them."""
-        told = {"calls": float(len(self._seconds)), "reconnects": float(self.reconnects)}
+        """Milliseconds of the last answered calls, as the caller saw them."""
+        statistics = {"calls": float(len(self._seconds)), "reconnects": float(self.reconnects)}
         if self._seconds:
             p50, p99, most = np.percentile(np.array(self._seconds) * 1e3, (50, 99, 100)).tolist()
-            told |= {"p50_ms": p50, "p99_ms": p99, "max_ms": most}
-        return told
+            statistics |= {"p50_ms": p50, "p99_ms": p99, "max_ms": most}
+        return statistics
 
-    def _asked(self, message: Mapping[str, Any], deadline: float) -> Any:
-        again = self._connection is not None  # one that was just opened is not opened twice
+    def _ask(self, message: Mapping[str, Any], deadline: float) -> Any:
+        again = self._connection is not None  # a new connection is not retried
         try:
-            return self._exchanged(message, deadline)
+            return self._exchange(message, deadline)
         except ConnectionClosed:
             if not again:
                 raise NoAction(f"the connection to {self.url} was lost before an answer came") from None
         self.close()
         self.reconnects += 1
-        return self._asked(message, deadline)
+        return self._ask(message, deadline)
 
-    def _exchanged(self, message: Mapping[str, Any], deadline: float) -> Any:
+    def _exchange(self, message: Mapping[str, Any], deadline: float) -> Any:
         connection = self._connection or self._connect(deadline - monotonic())
         begun = perf_counter()
-        packed = self._packed(message)
+        packed = arrays.pack(dict(message))
         self._packing_s = perf_counter() - begun
         try:
             answer = connection.ask(packed, deadline - monotonic())
@@ -145,42 +137,27 @@ class RemotePolicy:
             raise NoAction(f"{self.url} has not answered within {self.timeout_s:g} s") from None
         if isinstance(answer, str):
             raise NoAction(f"{self.url} refused: {' '.join(answer.split())[:1000]}")
-        return _unpacked(answer)
-
-    def _packed(self, message: Mapping[str, Any]) -> bytes:
-        if self._shared is None:
-            return arrays.pack(dict(message))
-        self._shared.clear()
-        return arrays.pack(dict(message), self._shared.place)
+        return _unpack(answer)
 
     def _connect(self, seconds: float) -> WebSocket:
-        """Raises NoAction if that fails."""
+        """Raises NoAction."""
         deadline = monotonic() + seconds
         self.close()
         try:
             self._connection = connection = WebSocket(self.url, self._tls, self._headers, LARGEST, seconds)
             metadata = connection.receive(deadline - monotonic())
-        except (OSError, WebSocketException, ValueError) as error:  # time-outs and malformed URLs among them
+        except (OSError, WebSocketException, ValueError) as error:  # including timeouts and malformed URLs
             self.close()
             raise NoAction(f"expected an openpi server at {self.url}, found: {error or 'no answer'}") from None
-        unpacked = None if isinstance(metadata, str) else _unpacked(metadata)
+        unpacked = None if isinstance(metadata, str) else _unpack(metadata)
         if not isinstance(unpacked, dict):
             self.close()
-            raise NoAction(f"expected an openpi server at {self.url}, found one that does not begin with its metadata")
+            raise NoAction(f"expected an openpi server at {self.url}, found no metadata in its first message")
         self.metadata = unpacked
-        if self._asks_shared:
-            self._shared = self._open_shared(unpacked.get(METADATA))
         return connection
 
-    def _open_shared(self, path: Any) -> Written:
-        try:
-            return Written(path)
-        except UserError as error:
-            self.close()
-            raise NoAction(str(error)) from None
 
-
-def _trusting(authority: Path | None) -> ssl.SSLContext:
+def _load_authority(authority: Path | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=authority)
     except OSError as error:
@@ -188,23 +165,23 @@ def _trusting(authority: Path | None) -> ssl.SSLContext:
         raise UserError(f"expected a PEM file with a certificate at {authority}, found: {why}; give another") from None
 
 
-def _unpacked(answer: bytes) -> Any:
+def _unpack(answer: bytes) -> Any:
     try:
         return arrays.unpack(answer)
     except UserError as error:
         raise NoAction(f"the server's answer: {error}") from None
 
 
-def _actions(answer: Any) -> Any:
+def _check_actions(answer: Any) -> Any:
     actions = answer.get("actions") if isinstance(answer, dict) else None
     if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.dtype.kind != "f":
         raise NoAction("expected actions (horizon, dim) from the server, found none")
     if not np.isfinite(actions).all():
         raise NoAction("expected finite actions from the server, found nan or inf")
-    return actions.astype(np.float32)  # a copy: what was unpacked is read-only
+    return actions.astype(np.float32)  # a copy: unpacked arrays are read-only
 
 
-def _milliseconds(answer: dict[Any, Any]) -> float:
+def _find_infer_ms(answer: dict[Any, Any]) -> float:
     for name in ("policy_timing", "server_timing"):
         timing = answer.get(name)
         if isinstance(timing, dict) and isinstance(timing.get("infer_ms"), (int, float)):

@@ -1,12 +1,11 @@
-"""GR00T's protocol (ZeroMQ's request and reply, msgpack), as the clients of N1.5 and those of N1.6 and N1.7 speak it.
+"""GR00T's protocol (ZeroMQ request-reply, msgpack) for the clients of N1.5, N1.6 and N1.7.
 
-    {"endpoint": "get_action", "data": ..., "api_token": ...} -> what was asked for, or {"error": text}
+    {"endpoint": "get_action", "data": ..., "api_token": ...} -> the result, or {"error": text}
 
-An array is {"__ndarray_class__": true, "as_npy": a .npy file}. N1.6's clients send {"observation", "options"} and get
-[actions, information], everything with axes for robots and times: pictures (1, 1, H, W, 3), states (1, 1, D), actions
-(1, horizon, D). N1.5's send the observation alone and get the actions alone, without the robots' axis if they sent
-none. Keys are "video" and "front" in maps of maps, or flat: "video.front". Each is answered as it asked. The endpoint
-"kill" is not honoured.
+An array is {"__ndarray_class__": true, "as_npy": a .npy file}. Clients of N1.6 send {"observation", "options"} and get
+[actions, information], with axes for robots and times: images (1, 1, H, W, 3), states (1, 1, D), actions (1, horizon,
+D). Clients of N1.5 send only the observation and get only the actions, with the robots' axis if they sent one. Keys are
+nested ("video", "front") or flat ("video.front"). The answer has the form of the request. "kill" is refused.
 """
 
 from __future__ import annotations
@@ -23,12 +22,15 @@ from typing import Any
 import numpy as np
 
 from rlrc.errors import UserError
-from rlrc.runtime.servers.observations import Columns, Observations, brief, listed, shown
-from rlrc.runtime.servers.session import Client, Refused, Session
+from rlrc.runtime.servers.key_mapping import Columns
+from rlrc.runtime.servers.observations import Observations
+from rlrc.runtime.servers.quoting import describe_value, escape_name, list_names
+from rlrc.runtime.servers.refusal import RequestRefused
+from rlrc.runtime.servers.session import Client, Session
 from rlrc.runtime.wire import arrays
-from rlrc.runtime.wire.arrays import DIMENSIONS, DTYPE
+from rlrc.runtime.wire.arrays import DTYPE, MAX_DIMENSIONS
 from rlrc.runtime.wire.logs import fields
-from rlrc.runtime.wire.ports import CLIENTS, LARGEST, Access, forget
+from rlrc.runtime.wire.ports import CLIENTS, LARGEST, Access, release_frames
 from rlrc.runtime.wire.zmtp import Answer, Replier
 
 PROTOCOL = "gr00t"
@@ -47,10 +49,9 @@ log = logging.getLogger(__name__)
 
 
 class Gr00tServer:
-    """On one port. ``start``, then ``stop`` once the session has been drained. An episode begins with a connection, and
-    when the client says "reset".
+    """Listens on one port. Call ``start``, and ``stop`` after the session has been drained.
 
-    Raises UserError for a mapping whose keys are not those of GR00T's clients.
+    An episode begins with a connection and with "reset". Raises UserError if the mapping's keys are not GR00T's.
     """
 
     def __init__(self, session: Session, observations: Observations, access: Access) -> None:
@@ -66,38 +67,37 @@ class Gr00tServer:
         self._session, self._observations, self._access = session, observations, access
         whole = (Columns("action", session.spec.action.dim),)
         self._columns = observations.mapping.actions or whole
-        self._replier = Replier(self._connected, LARGEST, CLIENTS)
+        self._replier = Replier(self._handler, LARGEST, CLIENTS)
 
     async def start(self, host: str, port: int) -> int:
-        """-> the port. Raises UserError if it is taken."""
+        """Returns the port. Raises UserError if it is taken."""
         return await self._replier.start(host, port)
 
     async def stop(self) -> None:
         await self._replier.stop()
 
-    def _connected(self, peer: str, waits: Callable[[], bool]) -> Answer:
-        return partial(self.answer, self._session.client(), peer, waits=waits)
+    def _handler(self, peer: str, connected: Callable[[], bool]) -> Answer:
+        return partial(self.answer, self._session.client(), peer, connected=connected)
 
     async def answer(
-        self, client: Client, peer: str, request: bytes | UserError, waits: Callable[[], bool] = lambda: True
+        self, client: Client, peer: str, request: bytes | UserError, connected: Callable[[], bool] = lambda: True
     ) -> bytes:
-        """Whatever the request is: what went wrong is an answer, too."""
+        """Answers every request; errors are answers too."""
         try:
             if isinstance(request, UserError):
                 raise request
-            return _packed(await self._asked(client, request, waits))
-        except (Refused, UserError) as error:
-            outcome = error.kind if isinstance(error, Refused) else "request"
-            told = fields(protocol=PROTOCOL, client=peer, outcome=outcome)
-            log.info("gr00t client %s: %s", peer, error, extra=told)
-            forget(error)
-            return _packed({"error": str(error)})
+            return _pack(await self._handle(client, request, connected))
+        except (RequestRefused, UserError) as error:
+            outcome = error.kind if isinstance(error, RequestRefused) else "request"
+            log.info("gr00t client %s: %s", peer, error, extra=fields(protocol=PROTOCOL, client=peer, outcome=outcome))
+            release_frames(error)
+            return _pack({"error": str(error)})
         except Exception:
             log.exception("gr00t client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
-            return _packed({"error": "expected to answer, found a fault of the server; its log says more"})
+            return _pack({"error": "internal server error; see the server's log"})
 
-    async def _asked(self, client: Client, message: bytes, waits: Callable[[], bool]) -> Any:
-        request = arrays.unpack(message, _from_map, ADVICE)
+    async def _handle(self, client: Client, message: bytes, connected: Callable[[], bool]) -> Any:
+        request = arrays.unpack(message, _decode_map, ADVICE)
         if not isinstance(request, dict):
             raise UserError(f"expected a request as a map, found {type(request).__name__}; {ADVICE}")
         token = request.get("api_token")
@@ -106,12 +106,12 @@ class Gr00tServer:
         endpoint = request.get("endpoint", "get_action")
         if not isinstance(endpoint, str) or endpoint not in ENDPOINTS:
             raise UserError(
-                f"expected the endpoint {', '.join(ENDPOINTS[:-1])} or {ENDPOINTS[-1]}, found {brief(endpoint)}; ask "
-                "for one of them (a server is ended where it runs)"
+                f"expected the endpoint {', '.join(ENDPOINTS[:-1])} or {ENDPOINTS[-1]}, found "
+                f"{describe_value(endpoint)}; use one of these (clients cannot stop a server)"
             )
         if endpoint == "get_action":
-            with self._session.answer(PROTOCOL):
-                return await self._actions(client, request.get("data"), waits)
+            with self._session.track(PROTOCOL):
+                return await self._actions(client, request.get("data"), connected)
         if endpoint == "reset":
             client.reset()
             return {}
@@ -119,17 +119,17 @@ class Gr00tServer:
             return self._modalities()
         return {"status": "ok", "message": "Server is running"}
 
-    async def _actions(self, client: Client, data: Any, waits: Callable[[], bool]) -> Any:
+    async def _actions(self, client: Client, data: Any, connected: Callable[[], bool]) -> Any:
         newer = isinstance(data, dict) and "observation" in data
         found = data["observation"] if newer else data
         if not isinstance(found, dict):
             raise UserError(f"expected an observation as a map, found {type(found).__name__}; {ADVICE}")
         nested = any(modality in found for modality in MODALITIES)
-        message, batched = _one(found if nested else _nested(found))
+        message, batched = _drop_axes(found if nested else _nest(found))
         if newer and not batched:
             raise UserError(f"expected axes for robots and times, found one axis; {ADVICE}, or data as N1.5's")
         self._check_cameras(message["video"])
-        chunk = await client.infer(self._observations.of(message), waits)
+        chunk = await client.infer(self._observations.convert(message), connected)
         rows = chunk.actions[None] if batched else chunk.actions  # (1, horizon, dim) or (horizon, dim)
         ends = np.cumsum([columns.size for columns in self._columns])
         parts = zip(self._columns, np.split(rows, ends[:-1], axis=-1), strict=True)
@@ -137,17 +137,17 @@ class Gr00tServer:
         return [actions, {}] if newer else actions
 
     def _check_cameras(self, video: Mapping[Any, Any]) -> None:
-        """Raises UserError if a camera that may be missing is, and there is another, which may be it."""
+        """Raises UserError if an optional camera is missing and an unknown one is there: probably a wrong name."""
         keys = {camera.key[1]: spec for camera, spec in self._observations.cameras}
         strange = sorted(str(name) for name in video.keys() - keys.keys())
         if strange and (lacking := [key for key, spec in keys.items() if spec.optional and key not in video]):
             raise UserError(
-                f"expected the cameras {listed(keys)} in video, found {listed(strange)} and no {listed(lacking)}; "
-                "rename it, or leave it out"
+                f"expected the cameras {list_names(keys)} in video, found {list_names(strange)} and no "
+                f"{list_names(lacking)}; rename it, or leave it out"
             )
 
     def _modalities(self) -> dict[str, Any]:
-        """What clients may send and will get, as GR00T's ModalityConfig."""
+        """What clients may send and receive, as GR00T's ModalityConfig."""
         mapping, spec = self._observations.mapping, self._session.spec
         keys = {
             "video": [camera.key[1] for camera, _ in self._observations.cameras],
@@ -167,8 +167,8 @@ class Gr00tServer:
         return configured
 
 
-def _nested(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
-    """{"video.front": ...} -> {"video": {"front": ...}}; all that is no video nor state may be words."""
+def _nest(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """{"video.front": ...} -> {"video": {"front": ...}}. Other keys than video and state go to "language"."""
     message: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
     for key, value in flat.items():
         modality, dot, name = str(key).partition(".")
@@ -179,10 +179,10 @@ def _nested(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     return message
 
 
-def _one(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """One robot at one time: -> without those axes, and whether there was one for robots.
+def _drop_axes(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Remove the axes for robots and times; also returns whether there was one for robots.
 
-    Raises UserError for more robots or times, and for arrays that do not agree.
+    Raises UserError for more than one robot or time, and if arrays differ in these axes.
     """
     message: dict[str, Any] = {}
     axes = set()
@@ -192,20 +192,20 @@ def _one(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             raise UserError(f"expected {modality} as a map, found {type(values).__name__}; {ADVICE}")
         message[modality] = {}
         for name, value in values.items():
-            message[modality][name], number = _without_axes(value, rank, f"{modality}.{shown(name)}")
+            message[modality][name], number = _drop_leading_axes(value, rank, f"{modality}.{escape_name(name)}")
             axes.add(number)
     if len(axes) > 1:
-        raise UserError(f"expected the same axes for robots and times everywhere, found others; {ADVICE}")
+        raise UserError(f"expected the same axes for robots and times everywhere, found different ones; {ADVICE}")
     language = observation.get("language", {})
     if not isinstance(language, dict):
         raise UserError(f"expected language as a map, found {type(language).__name__}; {ADVICE}")
-    message["language"] = {name: _words(value) for name, value in language.items()}
+    message["language"] = {name: _unwrap_text(value) for name, value in language.items()}
     return message, axes == {2}
 
 
-def _without_axes(value: Any, rank: int, what: str) -> tuple[Any, int]:
+def _drop_leading_axes(value: Any, rank: int, what: str) -> tuple[Any, int]:
     if not isinstance(value, np.ndarray):
-        raise UserError(f"expected {what} as an array, found {brief(value)}; send what was measured")
+        raise UserError(f"expected {what} as an array, found {describe_value(value)}; send what was measured")
     number = value.ndim - rank
     if number not in (1, 2) or any(size != 1 for size in value.shape[:number]):
         raise UserError(
@@ -215,37 +215,37 @@ def _without_axes(value: Any, rank: int, what: str) -> tuple[Any, int]:
     return value.reshape(value.shape[number:]), number
 
 
-def _words(value: Any) -> Any:
-    """A text, or one in lists: of robots and times."""
+def _unwrap_text(value: Any) -> Any:
+    """The text in nested lists for robots and times."""
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     return value
 
 
-def _packed(answer: Any) -> bytes:
-    return arrays.pack(_written(answer))
+def _pack(answer: Any) -> bytes:
+    return arrays.pack(_encode(answer))
 
 
-def _written(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         file = io.BytesIO()
         np.save(file, value, allow_pickle=False)
         return {"__ndarray_class__": True, "as_npy": file.getvalue()}
     if isinstance(value, dict):
-        return {key: _written(item) for key, item in value.items()}
-    return [_written(item) for item in value] if isinstance(value, list) else value
+        return {key: _encode(item) for key, item in value.items()}
+    return [_encode(item) for item in value] if isinstance(value, list) else value
 
 
-def _from_map(values: dict[Any, Any]) -> Any:
+def _decode_map(values: dict[Any, Any]) -> Any:
     if "__ndarray_class__" in values:
-        return _read(values.get("as_npy"))
+        return _decode_npy(values.get("as_npy"))
     if b"__ndarray__" in values or b"nd" in values:
         raise UserError(f"expected GR00T's encoding of arrays, found another's; {ADVICE}")
     return values
 
 
-def _read(file: Any) -> Any:
-    """A .npy file -> the array, or the one text in it."""
+def _decode_npy(file: Any) -> Any:
+    """The array in a .npy file, or the one text in it."""
     header = NPY.match(file) if isinstance(file, bytes) else None
     if header is None or 10 + int.from_bytes(header[1], "little") != header.end():
         raise UserError(f"expected an array as a .npy file of version 1.0, found another; {ADVICE}")
@@ -253,21 +253,21 @@ def _read(file: Any) -> Any:
     text = TEXT.fullmatch(kind) is not None
     if not text and not DTYPE.fullmatch(kind):
         raise UserError(f"expected an array of numbers, found dtype {kind!r}; send floats or integers")
-    if len(sizes) > DIMENSIONS or not all(len(size.strip()) < 20 and size.strip().isdigit() for size in sizes):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found another; {ADVICE}")
+    if len(sizes) > MAX_DIMENSIONS or not all(len(size.strip()) < 20 and size.strip().isdigit() for size in sizes):
+        raise UserError(f"expected an array's shape as up to {MAX_DIMENSIONS} sizes, found another; {ADVICE}")
     shape, dtype, raw = tuple(map(int, sizes)), np.dtype(kind), memoryview(file)[header.end() :]
     if (size := math.prod(shape) * dtype.itemsize) != len(raw):
         raise UserError(f"expected {size} bytes for {kind} {shape}, found {len(raw)}; {ADVICE}")
     if text:
-        return _text(raw.tobytes(), math.prod(shape), kind)
+        return _decode_text(raw.tobytes(), math.prod(shape), kind)
     return np.frombuffer(raw, dtype).reshape(shape, order="F" if header[3] == b"True" else "C")
 
 
-def _text(raw: bytes, number: int, kind: str) -> str:
-    """Not by way of numpy, which makes strings of anything."""
+def _decode_text(raw: bytes, number: int, kind: str) -> str:
+    """Decoded here, since numpy accepts invalid Unicode."""
     if number != 1:
         raise UserError(f"expected one text, found {number}; send the instruction alone")
     try:
         return raw.decode("utf-32-be" if kind[0] == ">" else "utf-32-le").rstrip("\0")
     except UnicodeDecodeError:
-        raise UserError(f"expected text in Unicode, found other; {ADVICE}") from None
+        raise UserError(f"expected text in Unicode, found invalid characters; {ADVICE}") from None

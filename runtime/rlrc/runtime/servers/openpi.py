@@ -1,17 +1,18 @@
 """openpi's protocol (WebSocket and msgpack), as its public client openpi-client speaks it.
 
-The server's metadata come first. Then an observation in, a chunk out, one at a time: {actions (horizon, dim),
-policy_timing {infer_ms}, server_timing {infer_ms, prev_total_ms from the second on}}. What goes wrong is told in a text
-frame, which that client raises, and ends the connection with 1011. Encoding: rlrc.runtime.wire.arrays.
+The server first sends its metadata. Then each observation is answered with a chunk: {actions (horizon, dim),
+policy_timing {infer_ms}, server_timing {infer_ms, prev_total_ms from the second on}}. An error is a text frame, which
+openpi-client raises, and closes the connection with 1011. Encoding: rlrc.runtime.wire.arrays.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import os
+from collections.abc import Callable
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -23,8 +24,8 @@ from websockets.http11 import Request, Response
 
 from rlrc.errors import UserError
 from rlrc.runtime.servers.observations import Observations
-from rlrc.runtime.servers.session import Client, Refused, Session
-from rlrc.runtime.servers.shared import HEADER, METADATA, Offered
+from rlrc.runtime.servers.refusal import RequestRefused
+from rlrc.runtime.servers.session import Client, Session
 from rlrc.runtime.servers.status import status
 from rlrc.runtime.wire import arrays
 from rlrc.runtime.wire.frames import WebSocketConnection
@@ -36,22 +37,20 @@ from rlrc.runtime.wire.ports import (
     PATIENCE_S,
     Access,
     Places,
-    connected,
-    forget,
+    is_connected,
     is_loopback,
+    release_frames,
 )
 
 PROTOCOL = "openpi"
-SENT_S = 10.0  # longest time that a client may take to read an answer
-CLOSED_S = 2.0  # and to say that it has seen the connection end
-
-FromMap = Callable[[dict[Any, Any]], Any]
+SEND_S = 10.0  # limit for a client to read an answer
+CLOSE_S = 2.0  # limit for a client to confirm the end of the connection
 
 log = logging.getLogger(__name__)
 
 
 class OpenpiServer:
-    """On one port. ``start``, then ``stop`` once the session has been drained."""
+    """Listens on one port. Call ``start``, and ``stop`` after the session has been drained."""
 
     def __init__(self, session: Session, observations: Observations, access: Access) -> None:
         self._session, self._observations, self._access = session, observations, access
@@ -59,7 +58,7 @@ class OpenpiServer:
         self._server: Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """-> the port. Raises UserError if it is taken."""
+        """Returns the port. Raises UserError if it is taken."""
         try:
             self._server = await serve(
                 self._serve,
@@ -67,16 +66,16 @@ class OpenpiServer:
                 port,
                 ssl=self._access.tls,
                 process_request=self._request,
-                origins=[None],  # no page in a browser, which would name its own
+                origins=[None],  # refuses pages in browsers, which always send an origin
                 compression=None,
                 max_size=LARGEST,
                 max_queue=1,
-                close_timeout=CLOSED_S,
-                create_connection=partial(WebSocketConnection, came=self._came, gone=self._gone),  # type: ignore[arg-type]
+                close_timeout=CLOSE_S,
+                create_connection=partial(WebSocketConnection, on_open=self._on_open, on_close=self._on_close),  # type: ignore[arg-type]
                 logger=logging.getLogger(f"{__name__}.frames"),
             )
         except OSError as error:
-            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; give another") from None
+            raise UserError(f"expected a free port on {host}, found {port}: {error.strerror}; choose another") from None
         return int(next(iter(self._server.sockets)).getsockname()[1])
 
     async def stop(self) -> None:
@@ -84,33 +83,35 @@ class OpenpiServer:
             self._server.close()
             await self._server.wait_closed()
 
-    def _came(self, connection: WebSocketConnection) -> None:
-        self._entering.take(connection, connection.transport.abort)  # for there is always one that has to leave
+    def _on_open(self, connection: WebSocketConnection) -> None:
+        self._entering.take(
+            connection, connection.transport.abort
+        )  # always succeeds: patience is 0, so the oldest leaves
 
-    def _gone(self, connection: WebSocketConnection) -> None:
+    def _on_close(self, connection: WebSocketConnection) -> None:
         self._entering.free(connection)
         self._clients.free(connection)
         error = connection.protocol.handshake_exc
-        if error is not None and not isinstance(error.__cause__, EOFError):  # not of one that left before it spoke
-            # Without its cause, which quotes the request and a token in it.
+        if error is not None and not isinstance(error.__cause__, EOFError):  # EOFError: it left before its request
+            # Not the cause: it quotes the request, including its token.
             _log(connection, "request", f"expected openpi's WebSocket, found: {str(error)[:100]}; use openpi-client")
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.headers.get_all("Content-Encoding"):
             return connection.respond(415, "expected a request without Content-Encoding, found one\n")
-        authorization = ", ".join(request.headers.get_all("Authorization"))  # of two, neither is taken
-        told = status(request.path, self._session, self._access, authorization)
-        if told is not None:
-            response = connection.respond(told[0], told[1])
-            response.headers = Headers({**response.headers, "Content-Type": told[2]})
+        authorization = ", ".join(request.headers.get_all("Authorization"))  # two headers never match
+        found = status(request.path, self._session, self._access, authorization)
+        if found is not None:
+            code, body, kind = found
+            response = connection.respond(code, body)
+            response.headers = Headers({**response.headers, "Content-Type": kind})
             return response
         if not self._access.allows(authorization):
             why = "expected the header Authorization: Api-Key TOKEN, found another token or none; send it"
             _log(connection, "token", why)
             return connection.respond(401, f"{why}\n")
         if self._session.draining or not self._clients.take(connection, connection.transport.abort):
-            found = "it ending" if self._session.draining else "as many"
-            why = f"expected a server that goes on, with at most {CLIENTS} clients, found {found}; try again later"
+            why = "the server is full or shutting down; retry later"
             _log(connection, "busy", why)
             return connection.respond(503, f"{why}\n")
         self._entering.free(connection)
@@ -120,36 +121,36 @@ class OpenpiServer:
         try:
             await self._talk(connection)
         except (ConnectionClosed, asyncio.TimeoutError) as error:
-            _log(connection, *_ended(error))
-            forget(error)
-        except Refused as error:
+            _log(connection, *_describe_end(error))
+            release_frames(error)
+        except RequestRefused as error:
             _log(connection, error.kind, str(error))
-            forget(error)
+            release_frames(error)
             await _refuse(connection, str(error))
         except Exception:
             peer = _peer(connection)
             log.exception("openpi client %s", peer, extra=fields(protocol=PROTOCOL, client=peer, outcome="fault"))
-            await _refuse(connection, "expected to answer, found a fault of the server; its log says more")
+            await _refuse(connection, "internal server error; see the server's log")
 
     async def _talk(self, connection: ServerConnection) -> None:
-        await self._loaded()
+        await self._wait_until_loaded()
         client, total_ms = self._session.client(), None
-        with _offered(connection) as offered:
-            shared = {} if offered is None else {METADATA: offered.path}
-            from_map = None if offered is None else arrays.with_memory(offered.memory)
-            await connection.send(arrays.pack(self._metadata() | shared))
-            async for message in connection:
-                begun = perf_counter()
-                with self._session.answer(PROTOCOL):
-                    waits = partial(connected, connection.transport)
-                    result = await self._result(client, message, total_ms, from_map, waits)
-                    await _sent(connection, result)
-                self._clients.answered(connection)
-                total_ms = (perf_counter() - begun) * 1e3
+        await connection.send(arrays.pack(self._metadata() | _no_shared_memory(connection)))
+        async for message in connection:
+            begun = perf_counter()
+            with self._session.track(PROTOCOL):
+                connected = partial(is_connected, connection.transport)
+                result = await self._result(client, message, total_ms, connected)
+                await _send(connection, result)
+            self._clients.mark_answered(connection)
+            total_ms = (perf_counter() - begun) * 1e3
 
-    async def _loaded(self) -> None:
-        """A client that comes early waits for its metadata, as it would wait for a server that does not listen yet."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._session.opened, self._session.failed)]
+    async def _wait_until_loaded(self) -> None:
+        """A client that connects while the policy is loading waits for the metadata."""
+        waits = [
+            asyncio.ensure_future(event.wait())
+            for event in (self._session.inference.opened, self._session.inference.failed)
+        ]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -161,13 +162,12 @@ class OpenpiServer:
         client: Client,
         message: str | bytes,
         total_ms: float | None,
-        from_map: FromMap | None,
-        waits: Callable[[], bool] = lambda: True,
+        connected: Callable[[], bool] = lambda: True,
     ) -> bytes:
         begun = perf_counter()
         if isinstance(message, str):
             raise UserError("expected a binary frame, found text; send msgpack")
-        chunk = await client.infer(self._observations.of(arrays.unpack(message, from_map)), waits)
+        chunk = await client.infer(self._observations.convert(arrays.unpack(message)), connected)
         server_timing = {"infer_ms": (perf_counter() - begun) * 1e3}
         if total_ms is not None:
             server_timing["prev_total_ms"] = total_ms
@@ -178,7 +178,7 @@ class OpenpiServer:
         action = self._session.spec.action
         return {
             "server": "rlrc",
-            "observation": self._observations.told,
+            "observation": self._observations.description,
             "horizon": action.horizon,
             "actions": [f"{name} ({unit})" for name, unit in zip(action.names, action.units, strict=True)],
             "guarded": self._session.guarded is not None,
@@ -186,7 +186,7 @@ class OpenpiServer:
 
 
 def _peer(connection: ServerConnection) -> str:
-    """Its address; one that has gone may have none."""
+    """The peer's address; empty if it has disconnected."""
     return str((connection.remote_address or ("",))[0])
 
 
@@ -195,8 +195,8 @@ def _log(connection: ServerConnection, outcome: str, why: str) -> None:
     log.info("openpi client %s: %s", peer, why, extra=fields(protocol=PROTOCOL, client=peer, outcome=outcome))
 
 
-def _ended(error: Exception) -> tuple[str, str]:
-    """What a connection ended by: the client, or something that it sent."""
+def _describe_end(error: Exception) -> tuple[str, str]:
+    """Outcome and message for the log: the client left, or sent something invalid."""
     if not isinstance(error, ConnectionClosed) or error.sent is None or error.rcvd_then_sent:
         return "gone", "gone"
     if error.sent.code == CloseCode.MESSAGE_TOO_BIG:
@@ -204,23 +204,24 @@ def _ended(error: Exception) -> tuple[str, str]:
     return "request", f"expected WebSocket frames, found: {error.sent.reason or error.sent.code}; use openpi-client"
 
 
-@contextmanager
-def _offered(connection: ServerConnection) -> Iterator[Offered | None]:
-    """Memory for the pictures of a client that asks for it, on this machine."""
-    asked = connection.request is not None and HEADER in connection.request.headers
-    if not (asked and is_loopback(_peer(connection))):
-        yield None
-        return
-    offered = Offered()
-    try:
-        yield offered
-    finally:
-        offered.close()
+def _no_shared_memory(connection: ServerConnection) -> dict[str, str]:
+    """Metadata for rlrc's clients before December 2026 that request shared memory and refuse servers without it."""
+    asked = connection.request is not None and "X-Shared-Memory" in connection.request.headers
+    return {"shared_memory": _full_memory()} if asked and is_loopback(_peer(connection)) else {}
 
 
-async def _sent(connection: ServerConnection, message: bytes) -> None:
-    """Raises ConnectionClosed if the client has not read it in time. Most often nothing has to be waited for."""
-    slow = asyncio.get_running_loop().call_later(SENT_S, connection.transport.abort)
+@cache
+def _full_memory() -> str:
+    """The path of one sealed byte. Such clients open it, find no room for a picture, and send it in the message."""
+    descriptor = os.memfd_create("rlrc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 1)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+async def _send(connection: ServerConnection, message: bytes) -> None:
+    """Raises ConnectionClosed if the client does not read the message in time."""
+    slow = asyncio.get_running_loop().call_later(SEND_S, connection.transport.abort)
     try:
         await connection.send(message)
     finally:
@@ -229,7 +230,7 @@ async def _sent(connection: ServerConnection, message: bytes) -> None:
 
 async def _refuse(connection: ServerConnection, message: str) -> None:
     try:
-        await asyncio.wait_for(connection.send(message), SENT_S)
+        await asyncio.wait_for(connection.send(message), SEND_S)
         await connection.close(1011, "see the text frame")
     except (ConnectionClosed, asyncio.TimeoutError):
         return

@@ -1,1 +1,1 @@
-"""Wire formats and what every network port has in common: parsers, limits, tokens, logs, metrics."""
+"""Wire formats, and what all network ports share: parsers, limits, tokens, logs, metrics."""

@@ -1,10 +1,10 @@
-"""openpi's messages: msgpack in which a map with bytes keys stands for an ndarray or a numpy scalar.
+"""openpi's messages: msgpack, with maps for arrays and numpy scalars.
 
     {b"__ndarray__": true, b"data": C-order bytes, b"dtype": "<f4", b"shape": [2, 3]}
     {b"__npgeneric__": true, b"data": a number, b"dtype": "<f4"}
 
-The package msgpack-numpy writes other maps, which would arrive as plain ones: those are refused by name. All that a
-message declares is checked against its own size before anything is allocated.
+The package msgpack-numpy writes different maps; these are refused. All declared sizes are checked against the size of
+the message before anything is allocated.
 """
 
 from __future__ import annotations
@@ -20,47 +20,34 @@ import numpy as np
 from rlrc.errors import UserError
 
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")  # no objects, records, strings or complex numbers
-DIMENSIONS = 8
-CONTAINERS = 1000  # maps and lists of one message: an empty one takes a byte there and many times that here
-ENTRIES = 4096  # of one map or list
-
-SHARED = b"__shared__"  # of an array that lies in shared memory: where it starts
+MAX_DIMENSIONS = 8
+MAX_CONTAINERS = 1000  # maps and lists per message; even an empty one takes much more memory than its byte
+MAX_ENTRIES = 4096  # per map or list
 
 _ADVICE = "use openpi_client.msgpack_numpy"
 
 
-def pack(message: Any, place: Callable[[np.ndarray], int | None] | None = None) -> bytes:
-    """Raises UserError for what is no number, text, array of numbers, or dict or list of such.
-
-    ``place`` puts an array elsewhere and says where (rlrc.runtime.servers.shared); None: it goes with the message.
-    """
-
-    def packed_or_placed(value: Any) -> Any:
-        if isinstance(value, np.ndarray) and DTYPE.fullmatch(value.dtype.str):
-            start = None if place is None else place(value)
-            if start is not None:
-                return {SHARED: start, b"dtype": value.dtype.str, b"shape": value.shape}
-        return _packed(value)
-
+def pack(message: Any) -> bytes:
+    """Raises UserError unless the message consists of numbers, text, arrays of numbers, dicts and lists."""
     try:
-        packed: bytes = msgpack.packb(message, default=packed_or_placed)
+        packed: bytes = msgpack.packb(message, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"expected numbers, text and arrays to send, found: {error}; leave it out") from None
     return packed
 
 
 def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = None, advice: str = _ADVICE) -> Any:
-    """Raises UserError for what is not such a message, or declares more than it holds.
+    """Raises UserError for invalid messages, and for arrays whose declared size differs from their data.
 
-    ``from_map``: what a map stands for in another protocol than openpi's; ``advice``: what to send there.
+    ``from_map``: converts the maps of another protocol; ``advice``: what its clients should use.
     """
-    left, stands_for = CONTAINERS, from_map or _array
+    left, stands_for = MAX_CONTAINERS, from_map or _decode_map
 
     def spend() -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(f"more than {CONTAINERS} maps and lists")
+            raise ValueError(f"more than {MAX_CONTAINERS} maps and lists")
 
     def on_map(values: dict[Any, Any]) -> Any:
         spend()
@@ -75,8 +62,8 @@ def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = No
             message,
             object_hook=on_map,
             list_hook=on_list,
-            max_array_len=ENTRIES,
-            max_map_len=ENTRIES,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
             max_ext_len=0,
         )
     except UserError:
@@ -86,24 +73,7 @@ def unpack(message: bytes, from_map: Callable[[dict[Any, Any]], Any] | None = No
         raise UserError(f"expected a msgpack message, found: {why}; {advice}") from None
 
 
-def with_memory(memory: np.ndarray) -> Callable[[dict[Any, Any]], Any]:
-    """``from_map`` for messages whose arrays may lie in a memory, uint8 (bytes,): views of it."""
-
-    def from_map(values: dict[Any, Any]) -> Any:
-        if SHARED not in values:
-            return _array(values)
-        start, shape, dtype = values[SHARED], _shape(values), _dtype(values)
-        size = math.prod(shape) * dtype.itemsize
-        if type(start) is not int or not 0 <= start <= len(memory) - size:
-            raise UserError(
-                f"expected an array within {len(memory)} bytes, found {size} at {str(start)[:20]!a}; send it so"
-            )
-        return np.frombuffer(memory.data, dtype, math.prod(shape), start).reshape(shape)
-
-    return from_map
-
-
-def _packed(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)) and not DTYPE.fullmatch(value.dtype.str):
         raise TypeError(f"{value.dtype}")
     if isinstance(value, np.ndarray):
@@ -113,7 +83,7 @@ def _packed(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def _array(values: dict[Any, Any]) -> Any:
+def _decode_map(values: dict[Any, Any]) -> Any:
     if b"__ndarray__" in values:
         data, shape, dtype = values.get(b"data"), _shape(values), _dtype(values)
         if not isinstance(data, bytes):
@@ -126,7 +96,7 @@ def _array(values: dict[Any, Any]) -> Any:
         if not isinstance(number, (bool, int, float)):
             raise UserError(f"expected a number as data of a numpy scalar, found {type(number).__name__}; {_ADVICE}")
         try:
-            with np.errstate(over="ignore"):  # to infinity, of which others tell
+            with np.errstate(over="ignore"):  # to infinity, which is detected later
                 return dtype.type(number)
         except OverflowError as error:
             raise UserError(f"expected a number that {dtype} holds, found: {error}; {_ADVICE}") from None
@@ -147,8 +117,10 @@ def _shape(values: dict[Any, Any]) -> tuple[int, ...]:
     found = values.get(b"shape")
     if (
         not isinstance(found, list)
-        or len(found) > DIMENSIONS
+        or len(found) > MAX_DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in found)
     ):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found {str(found)[:40]!a}; {_ADVICE}")
+        raise UserError(
+            f"expected an array's shape as up to {MAX_DIMENSIONS} sizes, found {str(found)[:40]!a}; {_ADVICE}"
+        )
     return tuple(found)

@@ -1,7 +1,7 @@
-"""WebSocket connections that no client can make costly.
+"""WebSocket connections with limits on the frames of one read and on the rate of pings.
 
-The library parses all that came in one read before anything else has a turn, and answers every ping at once: a read of
-256 KiB can hold 40,000 of them. Here a read may hold so many frames, and pings come so often.
+The library parses all data of a read before other tasks run, and answers every ping at once: a read of 256 KiB may
+contain 40,000 pings.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from websockets.exceptions import ProtocolError
 from websockets.frames import CTRL_OPCODES, Frame
 from websockets.server import ServerProtocol
 
-from rlrc.runtime.wire.ports import PING_S, PINGS, Allowance, forget
+from rlrc.runtime.wire.ports import PING_S, PINGS, RateLimit, release_frames
 
-FRAMES = 256  # of one read: 256 KiB in the smallest fragments that libraries make are fewer
+MAX_FRAMES = 256  # per read: 256 KiB in the smallest fragments of common libraries are fewer
 
 
-class FewFrames(ServerProtocol):
-    """Fails a connection with 1002 for more frames than these."""
+class LimitedProtocol(ServerProtocol):
+    """Closes a connection that exceeds the limits with 1002."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._frames, self._pings = 0, Allowance(PINGS, PING_S)
+        self._frames, self._pings = 0, RateLimit(PINGS, PING_S)
 
     def receive_data(self, data: bytes | bytearray) -> None:
         self._frames = 0
@@ -33,7 +33,7 @@ class FewFrames(ServerProtocol):
 
     def recv_frame(self, frame: Frame) -> None:
         self._frames += 1
-        if self._frames > FRAMES:
+        if self._frames > MAX_FRAMES:
             raise ProtocolError("too many small frames")
         if frame.opcode in CTRL_OPCODES and not self._pings.spend():
             raise ProtocolError("too many pings")
@@ -41,29 +41,29 @@ class FewFrames(ServerProtocol):
 
 
 class WebSocketConnection(ServerConnection):
-    """Tells ``came`` when it is there and ``gone`` when it is no more."""
+    """Calls ``on_open`` when it is established and ``on_close`` when it ends."""
 
     def __init__(
         self,
         protocol: ServerProtocol,
         server: Server,
         *,
-        came: Callable[[WebSocketConnection], None],
-        gone: Callable[[WebSocketConnection], None],
+        on_open: Callable[[WebSocketConnection], None],
+        on_close: Callable[[WebSocketConnection], None],
         **options: Any,
     ) -> None:
-        few = FewFrames(origins=protocol.origins, max_size=protocol.max_message_size, logger=protocol.logger)
+        few = LimitedProtocol(origins=protocol.origins, max_size=protocol.max_message_size, logger=protocol.logger)
         super().__init__(few, server, **options)
-        self._came, self._gone = came, gone
+        self._on_open, self._on_close = on_open, on_close
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._came(self)
+        self._on_open(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gone(self)
+        self._on_close(self)
         super().connection_lost(exc)
-        # The parser's frame holds the last message, until the garbage collector comes to it.
+        # The parser's frame would keep the last message until the next garbage collection.
         self.protocol.parser.close()
         if self.protocol.parser_exc is not None:
-            forget(self.protocol.parser_exc)
+            release_frames(self.protocol.parser_exc)

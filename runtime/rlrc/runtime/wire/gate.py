@@ -1,10 +1,10 @@
-"""aiohttp's connections behind a gate: a request is parsed strictly and judged before aiohttp sees a byte of it.
+"""A gate in front of aiohttp: each request is parsed strictly and checked before aiohttp receives any of it.
 
-    check(head)            # raises Refusal: no token, too large, ...; in the event loop, so it must be short
+    check(head)            # raises Refusal (no token, too large, ...); must be fast, since it runs in the event loop
     runner = web.AppRunner(app(...), ...); await listen(runner, check, Places(128, 0.0), host, port, tls)
 
-aiohttp by itself inflates compressed bodies, joins folded header fields, queues pipelined requests and logs what it
-cannot parse, all before it asks for a handler.
+aiohttp decompresses bodies, joins folded header fields, queues pipelined requests and logs what it cannot parse before
+it calls a handler.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from aiohttp import web
 
 from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Head, Refusal
-from rlrc.runtime.wire.ports import LARGEST, Allowance, Places
+from rlrc.runtime.wire.ports import LARGEST, Places, RateLimit
 
 Check = Callable[[Head], None]
 
-UNANSWERED = 8  # requests of a connection that wait for their answers; HTTP clients wait for each
-LINGER_S = 1.0  # what a refused client still sends is discarded for so long, or it would not see the answer
-LINGERING = 64  # connections; then the first of them ends at once
+MAX_UNANSWERED = 8  # pipelined requests of a connection; HTTP clients send one at a time
+LINGER_S = 1.0  # a refused client's data are discarded for so long; closing at once could lose the response
+MAX_LINGERING = 64  # connections; beyond that, the oldest is closed
 HANDSHAKE_S = 5.0
-WAITING = 256  # connections that the kernel keeps; a client beyond them tries again after a second
-FAULTS, FAULT_S = 8, 10.0  # lines about faults of handlers at once, and seconds until one more
+BACKLOG = 256  # connections queued by the kernel; clients beyond them retry after a second
+FAULTS, FAULT_S = 8, 10.0  # burst of log lines about errors in handlers, and seconds per further line
 
 log = logging.getLogger(__name__)
-_faults = Allowance(FAULTS, FAULT_S)
+_faults = RateLimit(FAULTS, FAULT_S)
 
 
 class HttpConnection(web.RequestHandler):
-    """``unknown_s``: seconds until the first request has to have passed; ``idle_s``: until the next one."""
+    """``unknown_s``: limit until the first accepted request; ``idle_s``: limit until the next one."""
 
     __slots__ = ("_body", "_check", "_data", "_discarded", "_lingering", "_places", "_refused", "_timer", "_unanswered")
 
@@ -55,7 +55,7 @@ class HttpConnection(web.RequestHandler):
         super().__init__(
             server,
             loop=loop,
-            access_log=None,  # type: ignore[arg-type]  # aiohttp takes None, as AppRunner does; annotated without
+            access_log=None,  # type: ignore[arg-type]  # AppRunner passes None too; its annotation is too narrow
             keepalive_timeout=idle_s,
             lingering_time=LINGER_S,
             max_line_size=http_head.LARGEST,
@@ -80,14 +80,14 @@ class HttpConnection(web.RequestHandler):
         super().connection_lost(exc)
 
     def keep_place(self) -> None:
-        """The client has shown the token, or was answered: its connection makes no room for new ones."""
-        self._places.answered(self)
+        """The client has shown the token or was answered: its connection is not replaced by new ones."""
+        self._places.mark_answered(self)
 
-    def answered(self) -> None:
+    def mark_answered(self) -> None:
         self._unanswered -= 1
 
     def data_received(self, data: bytes) -> None:
-        if not data:  # aiohttp's own call, for what it holds back
+        if not data:  # aiohttp's own call, for data it held back
             return super().data_received(data)
         while data and not self._refused:
             if self._body:
@@ -95,7 +95,7 @@ class HttpConnection(web.RequestHandler):
                 self._body -= len(part)
                 super().data_received(part)
                 continue
-            data = data if self._data else data.lstrip(b"\r\n")  # some clients end a body so
+            data = data if self._data else data.lstrip(b"\r\n")  # some clients send these after a body
             start = max(0, len(self._data) - len(http_head.END) + 1)
             self._data += data
             end = self._data.find(http_head.END, start) + len(http_head.END)
@@ -107,7 +107,7 @@ class HttpConnection(web.RequestHandler):
                 return
             head, data, self._data = self._data[:end], self._data[end:], b""
             try:
-                self._body = self._judged(head)
+                self._body = self._check_head(head)
             except Refusal as error:
                 return self._refuse(error)
             self._timer.cancel()
@@ -118,12 +118,12 @@ class HttpConnection(web.RequestHandler):
             if self._discarded > LARGEST + http_head.LARGEST:
                 self.force_close()
 
-    def _judged(self, data: bytes) -> int:
-        """Bytes of the body. Raises Refusal."""
+    def _check_head(self, data: bytes) -> int:
+        """Returns the size of the body. Raises Refusal."""
         if len(data) > http_head.LARGEST:
             raise _too_large()
-        if self._unanswered >= UNANSWERED:
-            raise Refusal(503, f"expected up to {UNANSWERED} requests before their answers, found more")
+        if self._unanswered >= MAX_UNANSWERED:
+            raise Refusal(503, f"expected up to {MAX_UNANSWERED} pipelined requests, found more")
         head = http_head.parse(data)
         self._check(head)
         return head.length
@@ -132,38 +132,36 @@ class HttpConnection(web.RequestHandler):
         self._refused, self._data = True, b""
         if self.transport is None:
             return
-        if self._unanswered:  # this one would come out of turn
+        if self._unanswered:  # this response would be out of order
             return self.close()
         self.transport.write(http_head.response(refusal.status, f"{refusal.text}\n"))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._timer.cancel()
         self._timer = self._loop.call_later(LINGER_S, self.force_close)
-        self._places.free(self)  # for those that have not been heard yet
+        self._places.free(self)  # for new connections
         self._lingering.append(self)
-        if len(self._lingering) > LINGERING:
+        if len(self._lingering) > MAX_LINGERING:
             self._lingering.popleft().force_close()
 
-    # What aiohttp logs by itself quotes the request, a token included.
+    # aiohttp's own log lines would quote the request, including its token.
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        if status >= 500 and not isinstance(exc, ConnectionError):  # a client that has gone
+        if status >= 500 and not isinstance(exc, ConnectionError):  # ConnectionError: the client disconnected
             self.log_exception(exc_info=exc)
-        text = (
-            "expected to answer, found a fault of the server; its log says more" if status >= 500 else "expected HTTP"
-        )
+        text = "internal server error; see the server's log" if status >= 500 else "expected HTTP"
         response = web.Response(status=status, text=f"{text}\n")
         response.force_close()
         return response
 
     def log_exception(self, *_: Any, exc_info: BaseException | None = None, **__: Any) -> None:
-        """What and where, without what it says; a bounded number of lines."""
+        """Log the error's type and place, without its text, at a limited rate."""
         if exc_info is not None and _faults.spend():
             frames = traceback.extract_tb(exc_info.__traceback__)
             where = f" in {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-            log.error("a fault of the server: %s%s", type(exc_info).__name__, where)
+            log.error("internal server error: %s%s", type(exc_info).__name__, where)
 
 
 async def listen(
@@ -182,20 +180,20 @@ async def listen(
     loop = asyncio.get_running_loop()
     connection = partial(HttpConnection, check, places, deque[HttpConnection](), unknown_s, idle_s, runner.server, loop)
     handshake = None if tls is None else HANDSHAKE_S
-    return await loop.create_server(connection, host, port, backlog=WAITING, ssl=tls, ssl_handshake_timeout=handshake)
+    return await loop.create_server(connection, host, port, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake)
 
 
 @web.middleware
-async def answering(
+async def count_answers(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Has to be the first middleware of the application."""
+    """Count a connection's unanswered requests. Has to be the application's first middleware."""
     try:
         return await handler(request)
     finally:
         protocol = request.protocol
         if isinstance(protocol, HttpConnection):
-            protocol.answered()
+            protocol.mark_answered()
 
 
 def _too_large() -> Refusal:

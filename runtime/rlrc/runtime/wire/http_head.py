@@ -1,11 +1,11 @@
-"""The head of an HTTP/1.1 request, parsed strictly and before any library sees it.
+"""A strict parser for the head of an HTTP/1.1 request, used before any library.
 
     head = parse(b"POST /stop HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")       # raises Refusal(400, 411, 415, 417, 431)
     head.method, head.path, head.length, head.get("authorization")
 
-HTTP allows more than rlrc's clients use. What is not needed is refused here: folded fields, those of ``_ONCE`` given
-twice, chunked and compressed bodies, upgrades, control characters. A compressed body would have to be inflated before
-it is known whether its sender may send one (RFC 9112; RFC 9110, 15.5.16).
+Features of HTTP that rlrc's clients do not need are refused: folded fields, repeated fields of ``_ONCE``, chunked and
+compressed bodies, upgrades, control characters. A compressed body would have to be decompressed before its sender is
+authorised (RFC 9112; RFC 9110, 15.5.16).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
-LARGEST = 2**14  # bytes of a head; browsers send the cookies of everything that runs on this host
-FIELDS = 64
+LARGEST = 2**14  # bytes; browsers send the cookies of all servers on the host
+MAX_FIELDS = 64
 END = b"\r\n\r\n"
 
 _BEGINNING = re.compile(rb"[A-Z]{1,16}(?: |\Z)")
@@ -30,7 +30,7 @@ _HOST = re.compile(r"[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 class Refusal(Exception):
-    """What a request is answered with instead: a status, and one line that quotes nothing of the request."""
+    """The response to a refused request: a status, and one line that does not quote the request."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -38,9 +38,9 @@ class Refusal(Exception):
 
 
 class Head(NamedTuple):
-    """``path``: the target up to ``?``; ``length``: bytes of the body; ``persistent``: whether a request may follow.
+    """``path``: without the query; ``length``: of the body, bytes; ``persistent``: whether a request may follow.
 
-    ``fields``: the values by their names in lower case.
+    ``fields``: values by lower-case names.
     """
 
     method: str
@@ -50,28 +50,28 @@ class Head(NamedTuple):
     persistent: bool
 
     def get(self, name: str) -> str | None:
-        """Bytes beyond ASCII as ISO-8859-1, so that it cannot fail."""
+        """A field's value; decoded as ISO-8859-1, which accepts all bytes."""
         value = self.fields.get(name.encode())
         return None if value is None else value.decode("latin-1")
 
 
 def begins(data: bytes) -> bool:
-    """Whether these bytes, at least one, may become a head: those of TLS and of other protocols do not."""
+    """Whether these bytes, at least one, may begin a head. Those of TLS and other protocols do not."""
     return _BEGINNING.match(data) is not None
 
 
 def no_http() -> Refusal:
-    return Refusal(400, "expected a request line of HTTP/1.1, found another")
+    return Refusal(400, "expected an HTTP/1.1 request line, found other bytes")
 
 
 def parse(data: bytes) -> Head:
-    """``data``: the request up to and with the empty line. Raises Refusal."""
+    """``data``: the request including the empty line after its head. Raises Refusal."""
     first, *lines = data[: -len(END)].split(b"\r\n")
     matched = _LINE.fullmatch(first)
     if matched is None:
         raise no_http()
-    if len(lines) > FIELDS:
-        raise Refusal(431, f"expected up to {FIELDS} header fields, found {len(lines)}")
+    if len(lines) > MAX_FIELDS:
+        raise Refusal(431, f"expected up to {MAX_FIELDS} header fields, found {len(lines)}")
     fields: dict[bytes, bytes] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
@@ -80,7 +80,7 @@ def parse(data: bytes) -> Head:
             raise Refusal(400, "expected header fields as name: value, found another line")
         name = name.lower()
         if name in fields and name in _ONCE:
-            raise Refusal(400, f"expected {name.decode()} once, found it again")
+            raise Refusal(400, f"expected {name.decode()} once, found it twice")
         fields[name] = value
     return Head(
         method=matched[1].decode(),
@@ -91,15 +91,15 @@ def parse(data: bytes) -> Head:
     )
 
 
-def shows(authorization: str | None, token: str) -> bool:
-    """``authorization``: the field, "Bearer TOKEN" or "Api-Key TOKEN" (openpi's clients)."""
+def has_token(authorization: str | None, token: str) -> bool:
+    """Whether the field is "Bearer TOKEN", or "Api-Key TOKEN" as openpi's clients send it."""
     scheme, _, given = (authorization or "").partition(" ")
     right = hmac.compare_digest(given.encode(errors="surrogatepass"), token.encode())
     return right and scheme.lower() in ("api-key", "bearer")
 
 
 def host(field: str) -> str | None:
-    """The name or address that a client used, of the field Host, without the port; None if it is malformed."""
+    """The host name or address in the field Host, without the port; None if it is malformed."""
     name = re.sub(r":[0-9]*\Z", "", field)
     return name if _HOST.fullmatch(name) else None
 
@@ -126,7 +126,7 @@ def response(
     close: bool = True,
     fields: Mapping[str, str] | None = None,
 ) -> bytes:
-    """A whole response. ``fields``: further ones of the header."""
+    """A complete response. ``fields``: further header fields."""
     header = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} if body else {}
     header |= {"Content-Length": str(len(body.encode()))} if status != 204 else {}
     header |= {"Connection": "close"} if close else {}
@@ -136,5 +136,5 @@ def response(
 
 
 def origin(scheme: str, host: str, port: int) -> str:
-    """As browsers write it."""
+    """The origin, as browsers write it."""
     return f"{scheme}://{host}" + ("" if port == {"http": 80, "https": 443}[scheme] else f":{port}")

@@ -12,7 +12,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Metrics:
-    """Of one thread."""
+    """For use by one thread."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[Labels]] = defaultdict(Counter)
@@ -27,11 +27,11 @@ class Metrics:
         self._sums[name] += seconds
 
     def text(self, **gauges: float) -> str:
-        """Everything so far, and the gauges as they are now."""
+        """All counters and histograms, and the given gauges."""
         lines = []
         for name, counter in self._counts.items():
             lines.append(f"# TYPE {name} counter")
-            lines += [f"{name}{_braced(labels)} {number}" for labels, number in sorted(counter.items())]
+            lines += [f"{name}{_format_labels(labels)} {number}" for labels, number in sorted(counter.items())]
         for name, buckets in self._buckets.items():
             lines.append(f"# TYPE {name} histogram")
             total = 0
@@ -44,6 +44,6 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def _braced(labels: Labels) -> str:
-    told = ",".join(f'{name}="{value}"' for name, value in labels)
-    return f"{{{told}}}" if told else ""
+def _format_labels(labels: Labels) -> str:
+    text = ",".join(f'{name}="{value}"' for name, value in labels)
+    return f"{{{text}}}" if text else ""

@@ -1,14 +1,14 @@
-"""LeRobot's pickles, read and written without pickle, whose loading does whatever the sender says (CVE-2026-25874).
+"""Reads and writes LeRobot's pickles without pickle.load, which runs code of the sender (CVE-2026-25874).
 
-``read`` follows the few opcodes that plain data, arrays and LeRobot's dataclasses need. Classes and functions stay
-names, out of a list; a call is only noted (``Call``), and ``array`` knows what numpy would have made of it. Nothing is
-imported or executed, and nothing is allocated that is not there: pickletools reads lengths against the data.
+``read`` interprets only the opcodes of plain data, arrays and LeRobot's dataclasses. Classes and functions stay names,
+restricted to a list; a call becomes a ``Call``, and ``array`` converts those of numpy. Nothing is imported or executed,
+and pickletools checks lengths against the data before anything is allocated.
 """
 
 from __future__ import annotations
 
 import math
-import pickle  # its names of opcodes
+import pickle  # only for its opcodes
 import pickletools
 import struct
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.runtime.wire.arrays import DIMENSIONS, DTYPE
+from rlrc.runtime.wire.arrays import DTYPE, MAX_DIMENSIONS
 
-OPCODES = 10_000  # of one message: a robot with a hundred joints takes a tenth
+MAX_OPCODES = 10_000  # per message; a robot with a hundred joints needs a tenth
 ADVICE = "use LeRobot's robot client, with observations of numbers, texts and numpy arrays"
 
-LEROBOT = ("lerobot.async_inference.helpers", "lerobot.scripts.server.helpers")  # now, and in its first versions
+LEROBOT = ("lerobot.async_inference.helpers", "lerobot.scripts.server.helpers")  # current and early versions
 
 
 class Name(NamedTuple):
-    """Of a class or function."""
+    """A class or function."""
 
     module: str
     name: str
@@ -35,7 +35,7 @@ class Name(NamedTuple):
 
 @dataclass
 class Call:
-    """What a pickle would have called, and the state it would have given to what came out."""
+    """A call in a pickle, and the state for its result."""
 
     function: Name
     arguments: tuple[Any, ...]
@@ -55,15 +55,15 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read(data: bytes) -> Any:
-    """The value that a pickle describes, with Call where one would be called.
+    """The value of a pickle, with ``Call`` for calls.
 
-    Raises UserError for what is no pickle, has other opcodes, or names what is not in ``NAMES``.
+    Raises UserError for invalid pickles, other opcodes, and names that are not in ``NAMES``.
     """
     machine = _Machine()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if number >= OPCODES:
-                raise UserError(f"expected up to {OPCODES} opcodes, found more; {ADVICE}")
+            if number >= MAX_OPCODES:
+                raise UserError(f"expected up to {MAX_OPCODES} opcodes, found more; {ADVICE}")
             machine.do(opcode.name, argument)
         (value,) = machine.stack
     except UserError:
@@ -75,7 +75,7 @@ def read(data: bytes) -> Any:
 
 
 class _Machine:
-    """A stack, and what is on it as often as the pickle says."""
+    """The pickle machine: a stack with marks, and a memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -87,7 +87,7 @@ class _Machine:
         if opcode in PLAIN:
             stack.append(argument)
         elif opcode in TEXTS:
-            argument.encode()  # raises for half characters
+            argument.encode()  # raises for lone surrogates
             stack.append(argument)
         elif opcode in CONSTANTS:
             stack.append(CONSTANTS[opcode])
@@ -115,7 +115,7 @@ class _Machine:
             stack.append(self._memo[argument])
         elif opcode in ("GLOBAL", "STACK_GLOBAL"):
             module, name = argument.split(" ") if opcode == "GLOBAL" else self._pop(2)
-            stack.append(_known(module, name))
+            stack.append(_check_name(module, name))
         elif opcode in ("REDUCE", "NEWOBJ"):
             function, arguments = self._pop(2)
             if not isinstance(function, Name) or type(arguments) is not tuple:
@@ -148,20 +148,20 @@ class _Machine:
 
     def _set(self, values: dict[str, Any], items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:  # the hashes of texts, unlike those of numbers, cannot be made to collide
+            if type(key) is not str:  # hashes of text, unlike numbers, cannot be made to collide
                 raise ValueError(f"a key that is a {type(key).__name__}, not text")
             values[key] = value
 
 
-def _known(module: Any, name: Any) -> Name:
+def _check_name(module: Any, name: Any) -> Name:
     if (module, name) not in NAMES:
-        told = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
-        raise UserError(f"expected only numpy's arrays and LeRobot's messages, found {told[:80]!a}; {ADVICE}")
+        found = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
+        raise UserError(f"expected only numpy's arrays and LeRobot's messages, found {found[:80]!a}; {ADVICE}")
     return Name(module, name)
 
 
 def array(value: Any) -> NDArray[Any]:
-    """The array or scalar that numpy would have made of a Call. Raises UserError."""
+    """The array or scalar of a Call of numpy. Raises UserError."""
     if not isinstance(value, Call):
         raise UserError(f"expected a numpy array, found {type(value).__name__}; {ADVICE}")
     axes: Any = ()
@@ -183,25 +183,26 @@ def array(value: Any) -> NDArray[Any]:
     (axes,) = axes if len(axes) == 1 and type(axes[0]) is tuple else ((),)
     if not all(type(axis) is int for axis in axes) or sorted(axes) != list(range(transposed.ndim)):
         raise UserError(f"expected an order of the array's axes, found another; {ADVICE}")
-    return transposed.transpose(axes)
+    found: NDArray[Any] = transposed.transpose(axes)
+    return found
 
 
 def _array(raw: Any, dtype: np.dtype[Any], shape: Any, order: Any) -> NDArray[Any]:
-    sizes = shape if isinstance(shape, tuple) and len(shape) <= DIMENSIONS else (None,)
+    sizes = shape if isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS else (None,)
     if not all(type(size) is int and 0 <= size < 2**40 for size in sizes):
-        raise UserError(f"expected an array's shape as up to {DIMENSIONS} sizes, found another; {ADVICE}")
+        raise UserError(f"expected an array's shape as up to {MAX_DIMENSIONS} sizes, found another; {ADVICE}")
     if order not in ("C", "F") or not isinstance(raw, (bytes, bytearray)):
         raise UserError(f"expected an array in C's order or Fortran's, found another; {ADVICE}")
     if (size := math.prod(sizes) * dtype.itemsize) != len(raw):
         raise UserError(f"expected {size} bytes for {dtype} {sizes}, found {len(raw)}; {ADVICE}")
     try:
         return np.frombuffer(raw, dtype).reshape(sizes, order=order)
-    except ValueError:  # nothing, of sizes that no array has
+    except ValueError:  # an empty array with sizes that numpy refuses
         raise UserError(f"expected an array's shape, found {sizes}, which numpy does not take; {ADVICE}") from None
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    """numpy pickles one as dtype("f4", False, True) with the state (3, "<", ...)."""
+    """numpy pickles a dtype as dtype("f4", False, True) with the state (3, "<", ...)."""
     kind = order = None
     if isinstance(value, Call) and value.function == Name("numpy", "dtype") and value.arguments:
         kind, state = value.arguments[0], value.state
@@ -212,28 +213,41 @@ def _dtype(value: Any) -> np.dtype[Any]:
     return np.dtype(found)
 
 
-def timed_actions(module: str, timestamp: float, step_s: float, timestep: int, actions: NDArray[np.float32]) -> bytes:
-    """A chunk (horizon, dim) as a pickle of ``module``'s TimedAction in a list, which LeRobot's client loads.
+def write_actions(module: str, timestamp: float, step_s: float, timestep: int, actions: NDArray[np.float32]) -> bytes:
+    """A chunk (horizon, dim) as a pickled list of ``module``'s TimedAction, for LeRobot's client.
 
-    Its actions are torch tensors (dim,): torch is there, not here, and makes them of lists of numbers.
+    The client's torch creates the actions (dim,) from lists of numbers; torch is not needed here.
     """
     written = [pickle.PROTO, b"\x03", pickle.EMPTY_LIST, pickle.MARK]
     for index, action in enumerate(actions.tolist()):
-        written += [_named(module, "TimedAction"), pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, pickle.MARK]
-        written += [_text("timestamp"), _number(timestamp + index * step_s)]
-        written += [_text("timestep"), pickle.BININT, struct.pack("<i", timestep + index)]
-        written += [_text("action"), _named("torch", "tensor"), pickle.EMPTY_LIST, pickle.MARK]
-        written += [*map(_number, action), pickle.APPENDS, pickle.TUPLE1, pickle.REDUCE, pickle.SETITEMS, pickle.BUILD]
+        written += [
+            _write_global(module, "TimedAction"),
+            pickle.EMPTY_TUPLE,
+            pickle.NEWOBJ,
+            pickle.EMPTY_DICT,
+            pickle.MARK,
+        ]
+        written += [_write_text("timestamp"), _write_number(timestamp + index * step_s)]
+        written += [_write_text("timestep"), pickle.BININT, struct.pack("<i", timestep + index)]
+        written += [_write_text("action"), _write_global("torch", "tensor"), pickle.EMPTY_LIST, pickle.MARK]
+        written += [
+            *map(_write_number, action),
+            pickle.APPENDS,
+            pickle.TUPLE1,
+            pickle.REDUCE,
+            pickle.SETITEMS,
+            pickle.BUILD,
+        ]
     return b"".join([*written, pickle.APPENDS, pickle.STOP])
 
 
-def _named(module: str, name: str) -> bytes:
+def _write_global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-def _text(text: str) -> bytes:
+def _write_text(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(text)) + text.encode()
 
 
-def _number(number: float) -> bytes:
+def _write_number(number: float) -> bytes:
     return pickle.BINFLOAT + struct.pack(">d", number)

@@ -1,4 +1,4 @@
-"""The messages of LeRobot's protocol on the wire, whose fields are a number or bytes: three functions need no compiler.
+"""The protobuf messages of LeRobot's protocol, whose fields are numbers or bytes. No compiler is needed.
 
     Observation { transfer_state = 1 (0 unknown, 1 begin, 2 middle, 3 end); data = 2 }
     PolicySetup { data = 1 }    Actions { data = 1 }    Empty { }
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from rlrc.errors import UserError
 
-VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5  # kinds of fields
-FIELDS = 64  # of one message: more are none of LeRobot's
+VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5  # wire types
+FIELDS = 64  # per message; LeRobot's have fewer
 
 
 def fields(message: bytes) -> dict[int, int | bytes]:
-    """What a message holds, by number; of one that comes twice the last. Raises UserError for what is no message."""
+    """A message's fields by number; of a repeated field, the last. Raises UserError for an invalid message."""
     found: dict[int, int | bytes] = {}
     try:
         place = 0
@@ -40,7 +40,7 @@ def fields(message: bytes) -> dict[int, int | bytes]:
 
 
 def data(message: bytes, number: int = 1) -> bytes:
-    """The bytes of a field, empty if it is not there. Raises UserError."""
+    """The bytes of a field; empty if it is missing. Raises UserError."""
     found = fields(message).get(number, b"")
     if not isinstance(found, bytes):
         raise UserError(f"expected bytes as field {number}, found a number; use LeRobot's client")
@@ -48,7 +48,7 @@ def data(message: bytes, number: int = 1) -> bytes:
 
 
 def with_data(content: bytes) -> bytes:
-    """A message whose field 1 has these bytes."""
+    """A message with these bytes in field 1."""
     size, left = b"", len(content)
     while left >= 128:
         size, left = size + bytes((left & 127 | 128,)), left >> 7
@@ -56,7 +56,7 @@ def with_data(content: bytes) -> bytes:
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """-> the number that begins there, and where it ends."""
+    """Returns the number at ``place`` and the place after it."""
     number = 0
     for index in range(10):
         byte = message[place + index]

@@ -1,8 +1,8 @@
-"""A WebSocket client for one who asks and waits: read by the thread that waits, not by one beside it.
+"""A blocking WebSocket client that reads in the caller's thread.
 
-The library's own client has a thread that reads. To wake that one and then the caller takes a third of a millisecond,
-half of what serving costs; so this is the library's protocol without its input and output (websockets.client). A thread
-that sleeps answers the server's pings while nobody asks.
+The library's own client reads in another thread; waking that thread and then the caller takes a third of a millisecond,
+half of the cost of serving. This client uses the library's protocol without its I/O (websockets.client). Between
+requests, a sleeping thread answers the server's pings.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import CONNECTING, OPEN
 from websockets.uri import parse_uri
 
-PINGED_S = 5.0  # how often pings are looked for; servers wait for twenty seconds
-READ = 2**16  # bytes at once
+PING_CHECK_S = 5.0  # interval of checks for pings; servers wait twenty seconds
+READ_BYTES = 2**16
 
 
 class WebSocket:
-    """Connected. Raises OSError, of which TimeoutError is one, or WebSocketException if that does not succeed in time.
+    """Connects. Raises OSError (including TimeoutError) or WebSocketException if that fails within ``seconds``.
 
-    For one thread, or several in turn. ``largest``: bytes of a message that may come.
+    For one thread at a time. ``largest``: limit of received messages, bytes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WebSocket:
         threading.Thread(target=self._answer_pings, name="pings", daemon=True).start()
 
     def ask(self, message: bytes, seconds: float) -> str | bytes:
-        """Sends a binary message -> the next one that comes. Raises ConnectionClosed, or TimeoutError."""
+        """Send a binary message and return the next message received. Raises ConnectionClosed or TimeoutError."""
         deadline = monotonic() + seconds
         with self._lock:
             if self._protocol.state is not OPEN:
@@ -65,12 +65,12 @@ class WebSocket:
             return self._message(deadline)
 
     def receive(self, seconds: float) -> str | bytes:
-        """The next message. Raises ConnectionClosed, or TimeoutError."""
+        """The next message. Raises ConnectionClosed or TimeoutError."""
         with self._lock:
             return self._message(monotonic() + seconds)
 
     def close(self) -> None:
-        """Says so, and does not wait for an answer."""
+        """Send a close frame and close, without waiting for the reply."""
         self._closed.set()
         with self._lock, suppress(OSError):
             if self._protocol.state is OPEN:
@@ -83,7 +83,7 @@ class WebSocket:
         request.headers.update(headers)
         self._protocol.send_request(request)
         self._flush(deadline)
-        while self._protocol.state is CONNECTING:  # a server may close at once: that is told to who asks
+        while self._protocol.state is CONNECTING:  # if the server then closes, ``ask`` raises
             if self._protocol.handshake_exc is not None:
                 raise self._protocol.handshake_exc
             if self._ended:
@@ -103,16 +103,16 @@ class WebSocket:
             self._read(deadline)
 
     def _read(self, deadline: float) -> None:
-        """What has come, once something has. Raises TimeoutError."""
+        """Wait for data and take them. Raises TimeoutError."""
         self._socket.settimeout(_left(deadline))
         try:
-            data = self._socket.recv(READ)
+            data = self._socket.recv(READ_BYTES)
         except TimeoutError:
             raise
         except OSError:  # reset
             data = b""
         self._take(data)
-        with suppress(OSError):  # pongs, for somebody who may be gone
+        with suppress(OSError):  # pongs; the peer may have disconnected
             self._flush(deadline)
 
     def _take(self, data: bytes) -> None:
@@ -131,22 +131,22 @@ class WebSocket:
             if data:
                 self._socket.sendall(data)
             else:
-                with suppress(OSError):  # nothing more from us
+                with suppress(OSError):  # the protocol asks to close the sending side
                     self._socket.shutdown(socket.SHUT_WR)
 
     def _end(self) -> ConnectionClosed:
-        """Why the connection is no more."""
+        """The reason why the connection ended."""
         if not self._ended:
             self._take(b"")
         return self._protocol.close_exc
 
     def _answer_pings(self) -> None:
-        while not self._closed.wait(PINGED_S):
+        while not self._closed.wait(PING_CHECK_S):
             if not self._lock.acquire(blocking=False):
-                continue  # somebody asks, and reads
+                continue  # a request is in progress and reads itself
             try:
                 self._socket.settimeout(0.0)
-                self._take(self._socket.recv(READ))
+                self._take(self._socket.recv(READ_BYTES))
                 self._flush(monotonic() + 1.0)
             except (BlockingIOError, ssl.SSLWantReadError):
                 continue

@@ -1,8 +1,8 @@
-// Canvases: latency against the deadline, and a line for every joint. Colours are the style sheet's.
+// Canvases: latency against the deadline, and a chart for every joint. Colours come from the style sheet.
 
 export const WINDOW = 30; // seconds
 
-function prepared(canvas) {
+function prepare(canvas) {
   const scale = window.devicePixelRatio || 1;
   const width = canvas.clientWidth, height = canvas.clientHeight;
   if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
@@ -22,10 +22,10 @@ export function colours() {
   return named;
 }
 
-// steps: {t, lag, infer, late}; newest: the time at the right edge. Milliseconds by decades: a deadline is far above what
-// keeps it.
+// steps: {t, lag, infer, late}; newest: the time at the right edge. The scale is logarithmic, since most latencies are far
+// below the deadline.
 export function drawLatency(canvas, steps, newest, deadline, colour) {
-  const { context, width, height } = prepared(canvas);
+  const { context, width, height } = prepare(canvas);
   const left = 72, bottom = height - 24, right = width - 8, up = 8;
   if (right <= left) return;
   let most = deadline ? deadline * 1.2 : 1, least = most;
@@ -49,9 +49,9 @@ export function drawLatency(canvas, steps, newest, deadline, colour) {
   }
   context.textAlign = "center";
   for (let ago = 0; ago <= WINDOW; ago += 10) {
-    const told = ago ? `−${ago} s` : "now";
-    const half = context.measureText(told).width / 2;
-    context.fillText(told, Math.min(Math.max(x(newest - ago), left + half), right - half), height - 9);
+    const label = ago ? `−${ago} s` : "now";
+    const half = context.measureText(label).width / 2;
+    context.fillText(label, Math.min(Math.max(x(newest - ago), left + half), right - half), height - 9);
   }
   columns(context, steps, x, y, left, bottom, colour);
   context.fillStyle = colour.blue;
@@ -70,13 +70,13 @@ export function drawLatency(canvas, steps, newest, deadline, colour) {
   }
 }
 
-// The latest step of every column of pixels: what was late must not vanish between its neighbours.
+// For every column of pixels the step with the largest delay, so that late steps stay visible.
 function columns(context, steps, x, y, left, bottom, colour) {
   const highest = new Map();
   for (const step of steps) {
     const column = Math.round(x(step.t));
-    const known = highest.get(column);
-    if (column >= left && (!known || step.lag > known.lag)) highest.set(column, step);
+    const other = highest.get(column);
+    if (column >= left && (!other || step.lag > other.lag)) highest.set(column, step);
   }
   for (const [column, step] of highest) {
     context.strokeStyle = step.late ? colour.red : colour.soft;
@@ -92,9 +92,9 @@ function line(context, x0, y0, x1, y1) {
   context.stroke();
 }
 
-// values: [t, command, measured], null where there is none.
+// values: [t, command, measured]; null: none.
 export function drawJoint(canvas, values, newest, low, high, colour) {
-  const { context, width, height } = prepared(canvas);
+  const { context, width, height } = prepare(canvas);
   let bottom = Infinity, top = -Infinity;
   for (const [, command, measured] of values) {
     for (const value of [command, measured]) {
@@ -113,11 +113,11 @@ export function drawJoint(canvas, values, newest, low, high, colour) {
     const upper = Math.max(0, y(high)), lower = Math.min(height, y(low));
     context.fillRect(0, upper, width, Math.max(0, lower - upper));
   }
-  trace(context, values, x, y, 2, colour.text, 1.4);
-  trace(context, values, x, y, 1, colour.blue, 2.2);
+  drawLine(context, values, x, y, 2, colour.text, 1.4);
+  drawLine(context, values, x, y, 1, colour.blue, 2.2);
 }
 
-function trace(context, values, x, y, which, colour, thickness) {
+function drawLine(context, values, x, y, which, colour, thickness) {
   context.strokeStyle = colour;
   context.lineWidth = thickness;
   context.lineJoin = "round";

@@ -1,24 +1,24 @@
-// The operator's page. What it shows comes as server-sent events; what it does are POSTs with the token.
+// The operator's page. Server-sent events bring what it shows; actions are POST requests with the token.
 
 import { WINDOW, colours, drawJoint, drawLatency } from "/chart.js";
 
 const HOLD_MS = 2000;      // to re-arm
-const SILENT_MS = 2500;    // without news there is no connection
-const LOOP_SILENT_S = 2;   // the page's own process answers, the loop does not
+const SILENT_MS = 2500;    // without news for so long, the connection is lost
+const LOOP_SILENT_S = 2;   // the page's process answers, but the loop does not
 const PICTURE_MS = 100;
-const STOP_MS = 1500;      // the stop's own port is asked so often whether it is there, and given so long to answer
+const STOP_MS = 1500;      // interval of requests to the stop's port, and limit of its answers
 const EVENTS = 60;
 
 const $ = (id) => document.getElementById(id);
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 let token = location.hash.slice(1) || sessionStorage.getItem("token") || "";
-let hello = null, state = {}, heard = 0, greeted = 0, refused = false, connecting = null;
+let metadata = null, state = {}, heard = 0, greeted = 0, refused = false, connecting = null;
 let steps = [], offset = 0, late = 0, plots = [], colour = colours();
 
-if (location.hash) history.replaceState(null, "", location.pathname); // not for those who look over a shoulder
+if (location.hash) history.replaceState(null, "", location.pathname); // hides the token from view
 
-// Talking to rlrc
+// Requests
 
 function ask(path, options = {}) {
   return fetch(path, { ...options, headers: { Authorization: `Bearer ${token}`, ...options.headers }, cache: "no-store" });
@@ -43,7 +43,7 @@ async function listen() {
         return;
       }
       if (response.ok) await read(response.body.getReader());
-    } catch { /* begun again below */ }
+    } catch { /* retried below */ }
     show();
     await sleep(1000);
   }
@@ -69,7 +69,7 @@ function enter() {
   refused = true;
   $("entry").hidden = false;
   $("main").hidden = $("stop").hidden = true;
-  $("entry-error").textContent = token ? "That is another token." : "";
+  $("entry-error").textContent = token ? "This token is wrong." : "";
   $("token").focus();
   show();
 }
@@ -82,12 +82,12 @@ $("entry-form").addEventListener("submit", (event) => {
   listen();
 });
 
-// The stop's own port: no other request keeps it busy. Regular requests keep its connection open, so that a stop does
-// not wait for a new one.
+// The stop's own port, which no other request can keep busy. Regular requests keep its connection open, so that a stop
+// does not wait for a new connection.
 
 let stopHeard = 0;
 
-const stopUrl = () => `${location.protocol}//${location.hostname}:${hello.stop}/stop`;
+const stopUrl = () => `${location.protocol}//${location.hostname}:${metadata.stop}/stop`;
 
 async function askStop(method) {
   const response = await ask(stopUrl(), { method, signal: AbortSignal.timeout(STOP_MS) });
@@ -98,19 +98,19 @@ async function askStop(method) {
 
 async function keepStopOpen() {
   for (;;) {
-    if (hello && !refused) await askStop("GET").catch(() => null);
+    if (metadata && !refused) await askStop("GET").catch(() => null);
     await sleep(STOP_MS);
   }
 }
 
-// What came
+// Received messages
 
-function take(kind, told) {
+function take(kind, message) {
   heard = performance.now();
-  if (kind === "hello") greet(told);
-  state = told.state;
-  for (const [t, lag, infer, held, skipped, command, measured] of told.steps) {
-    const isLate = hello.kind === "run" ? skipped > 0 || (hello.deadline_ms && lag >= hello.deadline_ms) : held;
+  if (kind === "hello") greet(message);
+  state = message.state;
+  for (const [t, lag, infer, held, skipped, command, measured] of message.steps) {
+    const isLate = metadata.kind === "run" ? skipped > 0 || (metadata.deadline_ms && lag >= metadata.deadline_ms) : held;
     late += isLate ? 1 : 0;
     steps.push({ t, lag, infer, held, late: isLate });
     for (const plot of plots) plot.values.push([t, at(command, plot.command, 1), at(measured, plot.state, plot.factor)]);
@@ -121,13 +121,13 @@ function take(kind, told) {
     steps.splice(0, old);
     for (const plot of plots) plot.values.splice(0, old);
   }
-  if (told.steps.length) offset = newest - performance.now() / 1000;
-  told.events.forEach(log);
-  tellBoard(told.board);
+  if (message.steps.length) offset = newest - performance.now() / 1000;
+  message.events.forEach(log);
+  showBoard(message.board);
   show();
 }
 
-function tellBoard(board) { // {} on a machine that is no Jetson
+function showBoard(board) { // {}: not a Jetson
   $("board").hidden = !("watts" in board);
   if ($("board").hidden) return;
   const figure = (value, unit, scale = 1) => (value === null ? "–" : `${(value * scale).toFixed(unit === "GB" ? 1 : 0)} ${unit}`);
@@ -142,90 +142,89 @@ function tellBoard(board) { // {} on a machine that is no Jetson
 
 const at = (values, index, factor) => (values === null || index === null ? null : values[index] * factor);
 
-function greet(told) {
-  hello = told;
+function greet(message) {
+  metadata = message;
   greeted = performance.now();
   sessionStorage.setItem("token", token);
   steps = [];
   late = 0;
   $("events").replaceChildren();
   $("main").hidden = $("stop").hidden = false;
-  $("name").textContent = told.name;
-  document.title = `${told.name} · rlrc ${told.kind}`;
-  const serving = told.kind === "serve";
-  $("lag-name").textContent = serving ? "with the queue, p99" : "step late by, p99";
-  $("late-name").textContent = serving ? "refused" : "late or left out";
-  $("key-lag").textContent = serving ? "queue and inference" : "command after it was due";
-  $("key-deadline").textContent = told.deadline_ms === null ? "no deadline: no --hz" : serving ? "what a chunk lasts" : "deadline";
-  for (const [id, wish] of [["speak-form", "instruction"], ["benching", "bench"]]) $(id).hidden = !told.can.includes(wish);
-  $("speak").hidden = !told.can.includes("instruction");
-  $("own").textContent = serving ? "The client's" : "Its own";
-  $("facts").replaceChildren(...told.facts.flatMap(([name, value]) => [made("dt", name), made("dd", value)]));
-  plots = told.rows.map(plotOf);
+  $("name").textContent = metadata.name;
+  document.title = `${metadata.name} · rlrc ${metadata.kind}`;
+  const serving = metadata.kind === "serve";
+  $("lag-name").textContent = serving ? "including the queue, p99" : "step delay, p99";
+  $("late-name").textContent = serving ? "refused" : "late or skipped";
+  $("key-lag").textContent = serving ? "queue and inference" : "delay of a command";
+  $("key-deadline").textContent = metadata.deadline_ms === null ? "no deadline without --hz" : serving ? "duration of a chunk" : "deadline";
+  for (const [id, request] of [["speak", "instruction"], ["benching", "bench"]]) $(id).hidden = !metadata.can.includes(request);
+  $("own").textContent = serving ? "Use the client's" : "Use the driver's";
+  $("facts").replaceChildren(...metadata.facts.flatMap(([name, value]) => [create("dt", name), create("dd", value)]));
+  plots = metadata.rows.map(createPlot);
   $("plots").replaceChildren(...plots.map((plot) => plot.element));
-  if (!$("cameras").childElementCount) told.cameras.forEach(watch);
+  if (!$("cameras").childElementCount) metadata.cameras.forEach(watch);
 }
 
-function made(kind, text, name) {
+function create(kind, text, name) {
   const element = document.createElement(kind);
   element.textContent = text;
   if (name) element.className = name;
   return element;
 }
 
-function plotOf(row) {
-  const element = made("div", "", "plot"), heading = document.createElement("div");
+function createPlot(row) {
+  const element = create("div", "", "plot"), heading = document.createElement("div");
   const canvas = document.createElement("canvas"), value = document.createElement("output");
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `${row.name}, the last ${WINDOW} seconds`);
-  heading.append(made("b", row.name), value);
+  heading.append(create("b", row.name), value);
   element.append(heading, canvas);
   return { ...row, element, canvas, value, values: [] };
 }
 
 function log([t, act, text]) {
-  const when = new Date((hello.clock[1] + t - hello.clock[0]) * 1000);
-  const entry = made("li", "", act), time = made("time", when.toLocaleTimeString("en-GB"));
+  const when = new Date((metadata.clock[1] + t - metadata.clock[0]) * 1000);
+  const entry = create("li", "", act), time = create("time", when.toLocaleTimeString("en-GB"));
   time.dateTime = when.toISOString();
-  entry.append(time, made("span", text));
+  entry.append(time, create("span", text));
   $("events").prepend(entry);
   while ($("events").childElementCount > EVENTS) $("events").lastChild.remove();
 }
 
-// What is shown
+// Display
 
-function judged() {
+function describeState() {
   if (refused) return ["lost", "Locked", ""];
-  if (!hello || performance.now() - heard > SILENT_MS) return ["lost", "No connection", "what is shown is old; a stop may not arrive"];
-  if (state.silent_s > LOOP_SILENT_S) return ["lost", "No answer", `the loop has said nothing for ${state.silent_s.toFixed(0)} s`];
+  if (!metadata || performance.now() - heard > SILENT_MS) return ["lost", "No connection", "this data is old; a stop may not arrive"];
+  if (state.silent_s > LOOP_SILENT_S) return ["lost", "No answer", `no message from the loop for ${state.silent_s.toFixed(0)} s`];
   if (state.stopped) return ["stopped", "Stopped", state.stopped];
   if (state.unready) return ["waiting", "Not ready", state.unready];
   if (performance.now() - stopHeard > 4 * STOP_MS && performance.now() - greeted > 4 * STOP_MS) {
-    return ["lost", "No stop", `port ${hello.stop}, which stops the robot, does not answer; a stop goes through this page`];
+    return ["lost", "No stop", `the stop's port ${metadata.stop} does not answer; a stop is sent through the page's port`];
   }
-  if (hello.kind === "run" && !steps.length) return ["waiting", "Starting", ""];
-  if (hello.kind === "run" && waits()) return ["held", "Held", "waiting for an action"];
-  return ["running", "Running", hello.kind === "serve" && state.waiting ? `${state.waiting} waiting` : ""];
+  if (metadata.kind === "run" && !steps.length) return ["waiting", "Starting", ""];
+  if (metadata.kind === "run" && isHeld()) return ["held", "Held", "waiting for an action"];
+  return ["running", "Running", metadata.kind === "serve" && state.waiting ? `${state.waiting} waiting` : ""];
 }
 
-function waits() { // for more than a second: between two chunks it may be held for some steps
+function isHeld() { // for more than a second; between two chunks it may be held for a few steps
   const newest = steps[steps.length - 1].t;
   return steps.every((step) => step.held || step.t < newest - 1);
 }
 
 const set = (id, text) => {
-  if ($(id).textContent !== text) $(id).textContent = text; // a live region speaks what changes
+  if ($(id).textContent !== text) $(id).textContent = text; // screen readers announce every change
 };
 
 function show() {
-  const [kind, word, reason] = judged();
+  const [kind, word, reason] = describeState();
   document.body.dataset.state = kind;
   set("state", word);
   set("reason", reason);
-  if (!hello) return;
-  $("rearming").hidden = !(state.stopped && state.resting && hello.can.includes("rearm"));
-  $("bench").disabled = hello.kind === "run" && !state.resting;
-  set("words", state.instruction ?? (hello.kind === "serve" ? "what the client says" : "none"));
+  if (!metadata) return;
+  $("rearming").hidden = !(state.stopped && state.resting && metadata.can.includes("rearm"));
+  $("bench").disabled = metadata.kind === "run" && !state.resting;
+  set("words", state.instruction ?? (metadata.kind === "serve" ? "sent by the client" : "none"));
   if (!document.hidden) requestAnimationFrame(draw);
 }
 
@@ -244,7 +243,7 @@ function draw() {
   set("lag", percentile(steps.map((step) => step.lag), 0.99));
   set("late", String(late));
   $("late").classList.toggle("bad", late > 0);
-  drawLatency($("latency"), steps, newest, hello.deadline_ms, colour);
+  drawLatency($("latency"), steps, newest, metadata.deadline_ms, colour);
   for (const plot of plots) {
     drawJoint(plot.canvas, plot.values, newest, plot.low, plot.high, colour);
     const last = plot.values[plot.values.length - 1];
@@ -265,9 +264,9 @@ setInterval(() => {
 
 async function watch(name, index) {
   const figure = document.createElement("figure"), image = document.createElement("img"), caption = document.createElement("figcaption");
-  const age = made("span", "no picture yet");
+  const age = create("span", "no picture yet");
   image.alt = `Camera ${name}, live`;
-  caption.append(made("span", name), age);
+  caption.append(create("span", name), age);
   figure.append(image, caption);
   $("cameras").append(figure);
   let number = 0, shown = 0;
@@ -294,7 +293,7 @@ async function watch(name, index) {
   }
 }
 
-// What is done
+// Actions
 
 async function stop() {
   set("answer", "");
@@ -304,7 +303,7 @@ async function stop() {
       await Promise.any([confirmed(askStop("POST")), confirmed(second)]);
       return set("answer", "");
     } catch (all) {
-      set("answer", `The stop was not confirmed (${all.errors[1].message}): trying again. Use the robot's own stop.`);
+      set("answer", `The stop was not confirmed (${all.errors[1].message}). Retrying; use the robot's own stop.`);
     }
     await sleep(250);
   }
@@ -315,12 +314,12 @@ async function confirmed(request) {
   if (!answer.stopped) throw new Error(answer.error ?? "not stopped");
 }
 
-$("stop").addEventListener("pointerdown", stop); // not click: that waits for the finger to rise
+$("stop").addEventListener("pointerdown", stop); // not click, which waits until the finger is lifted
 $("stop").addEventListener("keydown", (event) => {
   if ((event.key === "Enter" || event.key === " ") && !event.repeat) stop();
 });
 $("stop").addEventListener("click", (event) => {
-  if (event.detail === 0) stop(); // a screen reader's or a switch's, without a pointer
+  if (event.detail === 0) stop(); // from a screen reader or switch, without a pointer
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !event.repeat) stop();
@@ -335,44 +334,44 @@ function hold(event) {
   holding = setTimeout(rearm, HOLD_MS);
 }
 
-function letGo() {
+function release() {
   clearTimeout(holding);
   holding = null;
   $("rearm").classList.remove("holding");
 }
 
 async function rearm() {
-  letGo();
+  release();
   set("answer", "");
-  const told = await post("/rearm", { reason: $("why").value.trim() });
-  set("answer", told.error ? `Not re-armed: ${told.error}` : "");
-  if (!told.error) $("why").value = "";
+  const reply = await post("/rearm", { reason: $("why").value.trim() });
+  set("answer", reply.error ? `Not re-armed: ${reply.error}` : "");
+  if (!reply.error) $("why").value = "";
 }
 
 $("rearm").addEventListener("pointerdown", hold);
 $("rearm").addEventListener("contextmenu", (event) => event.preventDefault());
-for (const kind of ["pointerup", "pointerleave", "pointercancel", "blur", "keyup"]) $("rearm").addEventListener(kind, letGo);
+for (const kind of ["pointerup", "pointerleave", "pointercancel", "blur", "keyup"]) $("rearm").addEventListener(kind, release);
 $("rearm").addEventListener("keydown", (event) => {
   if ((event.key === "Enter" || event.key === " ") && !event.repeat) hold(event);
 });
 
-async function tell(text) {
-  const told = await post("/instruction", { text });
-  set("answer", told.error ?? "");
+async function instruct(text) {
+  const reply = await post("/instruction", { text });
+  set("answer", reply.error ?? "");
 }
 
 $("speak-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  tell($("text").value);
+  instruct($("text").value);
   $("text").value = "";
 });
-$("own").addEventListener("click", () => tell(null));
+$("own").addEventListener("click", () => instruct(null));
 
 $("bench").addEventListener("click", async () => {
   set("benched", "measuring …");
-  const told = await post("/bench");
-  const figures = () => `p50 ${told.p50_ms.toFixed(2)} ms, p99 ${told.p99_ms.toFixed(2)} ms, max ${told.max_ms.toFixed(2)} ms of ${told.calls} calls`;
-  set("benched", told.error ?? figures());
+  const reply = await post("/bench");
+  const figures = () => `p50 ${reply.p50_ms.toFixed(2)} ms, p99 ${reply.p99_ms.toFixed(2)} ms, max ${reply.max_ms.toFixed(2)} ms of ${reply.calls} calls`;
+  set("benched", reply.error ?? figures());
 });
 
 keepStopOpen();
