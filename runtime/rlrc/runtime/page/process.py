@@ -24,7 +24,7 @@ class Page:
     """``metadata``: see server.py. Raises UserError if the port is taken.
 
     ``link`` contains the token after ``#``, which browsers do not send; the default token is random. ``stop`` is the
-    port that receives the page's stops first; the caller has to watch it (StopSwitch.over, or its ``watch``).
+    port that receives the page's stops first; the caller has to watch it (StopSwitch.source_of, or its ``watch``).
     """
 
     def __init__(self, metadata: Mapping[str, Any], cameras: Sequence[str], address: Address) -> None:
