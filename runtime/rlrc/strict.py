@@ -11,12 +11,23 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from rlrc.errors import UserError
+
+if sys.version_info >= (3, 11):
+    from importlib.resources.abc import Traversable
+
+    import tomllib
+else:
+    from importlib.abc import Traversable
+
+    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -37,6 +48,25 @@ def parse(text: bytes) -> Any:
         raise
     except ValueError as error:  # broken syntax or broken UTF-8
         raise StrictError(f"expected JSON, found: {error}; copy the file again") from None
+
+
+def read_toml(kind: type[T], file: Path | Traversable, expected: str = "", advice: str = "correct it") -> T:
+    """The ``kind`` (a frozen dataclass, or a dict type) that a TOML file describes, with or without a byte order mark.
+
+    ``expected`` and ``advice`` complete the error messages. Raises StrictError for tables that do not fit ``kind``,
+    UserError for a file that cannot be read or is not TOML.
+    """
+    try:
+        return decode(kind, tomllib.loads(file.read_bytes().decode("utf-8-sig")))
+    except OSError as error:
+        expected = expected or f"a TOML file at {file}"
+        raise UserError(f"expected {expected}, found: {error.strerror}; {advice}") from None
+    except StrictError as error:
+        raise StrictError(f"{file}: {error}; {advice}") from None
+    except RecursionError:
+        raise UserError(f"expected TOML in {file}, found: endless nesting; {advice}") from None
+    except ValueError as error:  # broken syntax or broken UTF-8
+        raise UserError(f"expected TOML in {file}, found: {error}; {advice}") from None
 
 
 def encode(value: object, where: str = "") -> Any:
@@ -67,6 +97,22 @@ def check_keys(value: dict[str, Any], known: Collection[str], where: str = "") -
                 f"expected the keys {', '.join(known)} at {where or 'the top'}, found {_key(where, key)}, "
                 "which is unknown"
             )
+
+
+def check_distinct(sources: Mapping[str, Hashable], source: str, what: str, where: str) -> None:
+    """Raises UserError where two names have the same source: two cameras one key, two dimensions one state entry.
+
+    ``source`` and ``what`` are the nouns for the message; ``where`` is the file or option to correct.
+    """
+    first: dict[Hashable, str] = {}
+    for name, end in sources.items():
+        if end in first:
+            shown = ".".join(end) if isinstance(end, tuple) else end
+            raise UserError(
+                f"expected every {source} for one of the {what}, found {shown} for {first[end]} and {name}; "
+                f"correct {where}"
+            )
+        first[end] = name
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -25,7 +25,7 @@ from rlrc.folders import replacing
 from rlrc.runtime.servers.observations import Observations, brief, listed, shown
 from rlrc.runtime.wire import pickles
 from rlrc.runtime.wire.pickles import Call
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct
 
 NUMBERS = 1024  # of a robot's state
 SENSORS = 32  # cameras, and parts of a state

@@ -26,10 +26,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict, toml
 from rlrc.artifact import CameraSpec, PolicySpec
 from rlrc.errors import UserError
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct, read_toml
 
 SHIPPED = Path(__file__).parent / "mappings"
 OWN = "own"  # the policy's own names, as rlrc.runtime.inference.policy takes them
@@ -180,17 +179,8 @@ def _own(spec: PolicySpec, protocol: str) -> KeyMapping:
 
 def _read(name: str | Path) -> KeyMapping:
     path = SHIPPED / f"{name}.toml" if str(name) in shipped() else Path(name)
-    try:
-        return strict.decode(KeyMapping, toml.parse(path.read_bytes()))
-    except OSError as error:
-        raise UserError(
-            f"expected a mapping (a TOML file, or one of {', '.join(shipped())}), found {str(name)!r}: "
-            f"{error.strerror}; give another --mapping"
-        ) from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise UserError(f"expected TOML in {path}, found: {error}; correct it (docs/serving.md)") from None
+    expected = f"a mapping (a TOML file, or one of {', '.join(shipped())}) at {path}"
+    return read_toml(KeyMapping, path, expected, "correct it or give another --mapping (docs/serving.md)")
 
 
 def _wired(mapping: KeyMapping, spec: PolicySpec, name: str | Path) -> tuple[tuple[Camera, CameraSpec], ...]:
