@@ -45,7 +45,7 @@ def test_inference_never_imports_torch(toy_artifact: Path) -> None:
         policy = LocalPolicy.load(path)
         golden = verify.read_golden(path / "golden.npz", policy.spec)
         policy.infer(golden.observation(0, policy.spec))
-        verify.measure(policy, golden, verify.Limits(0.001))
+        verify.measure(policy, golden, verify.Tolerances(0.001))
         """,
         str(toy_artifact),
     )
@@ -64,8 +64,8 @@ def test_closing_the_loop_never_imports_torch(metaworld_toy: Path) -> None:
     packages = imported(
         """
         from pathlib import Path
-        from rlrc.runtime.cli.run import Run
-        Run(Path(sys.argv[1]), "metaworld:window-close-v3", hz=0, json=True).run()
+        from rlrc.runtime.cli.run import RunPolicy
+        RunPolicy(Path(sys.argv[1]), "metaworld:window-close-v3", hz=0, json=True).run()
         """,
         str(metaworld_toy),
     )

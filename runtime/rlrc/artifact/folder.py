@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rlrc import foreign
 from rlrc.artifact.consistency import check_consistent, is_inside
 from rlrc.artifact.spec import FORMAT_VERSION, FileSpec, Manifest
+from rlrc.checkpoint_folder import describe_path
 from rlrc.errors import UserError
 from rlrc.folders import appearing, sha256, sync
 from rlrc.strict import StrictError, decode, encode, parse
@@ -61,12 +61,12 @@ def load(path: str | Path, verify: Collection[str] | None = None) -> Artifact:
     path = Path(path)
     verify = (verify,) if isinstance(verify, str) else verify
     if not path.is_dir():
-        raise ArtifactError(f"expected an artifact folder at {path}, found {foreign.found(path)}")
+        raise ArtifactError(f"expected an artifact folder at {path}, found {describe_path(path)}")
     try:
         text = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         missing = f"expected {path / MANIFEST}, found: No such file or directory"
-        raise ArtifactError(f"{missing}; {path} is {foreign.found(path)}") from None
+        raise ArtifactError(f"{missing}; {path} is {describe_path(path)}") from None
     except OSError as error:
         raise ArtifactError(f"expected {path / MANIFEST}, found: {error.strerror}; make it readable") from None
     try:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlrc import foreign
+from rlrc.checkpoint_folder import unreadable
 from rlrc.errors import UserError
 
 DTYPES = {
@@ -173,7 +173,7 @@ def of_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensor
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:
-            raise foreign.unreadable("safetensors in", path, error, "copy that file again") from None
+            raise unreadable("safetensors in", path, error, "copy that file again") from None
 
     def read(name: str) -> Tensor:
         # Opened anew for every tensor: the mapping, and with it what was read of the file, goes with the tensor.

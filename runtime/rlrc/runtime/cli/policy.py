@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, VerifiedSpec
 from rlrc.artifact.describe import folder_bytes
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.npz import read_npz, write_npz
@@ -46,7 +46,7 @@ class InspectPolicy:
     def run(self) -> None:
         if (self.path is None) == (self.geometry is None):
             raise UserError("expected either a path or --geometry, found both or neither; give one of them")
-        if self.path is None or is_official(self.path, self.official):
+        if self.path is None or is_checkpoint(self.path, self.official):
             return import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
         artifact = artifacts.load(self.path)
         if self.json:
@@ -94,7 +94,7 @@ class Infer:
         return 0
 
     def _policy(self) -> Policy:
-        if is_official(self.path, self.official):
+        if is_checkpoint(self.path, self.official):
             return import_module(CHECKPOINTS).policy(self.path, self.official, self.threads)
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 

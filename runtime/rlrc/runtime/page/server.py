@@ -34,13 +34,13 @@ from aiohttp import web
 from PIL import Image
 
 from rlrc.errors import UserError
-from rlrc.packets import receive
 from rlrc.printable import printable
 from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.page.feed import Address, Ends, Mirror
 from rlrc.runtime.wire import http_head, logs
 from rlrc.runtime.wire.gate import HttpConnection, answering, listen
 from rlrc.runtime.wire.http_head import Head, Refusal
+from rlrc.runtime.wire.packets import receive
 from rlrc.runtime.wire.ports import Access, Places
 
 STATIC = Path(__file__).parent / "static"
