@@ -21,14 +21,14 @@ from rlrc.runtime.board import monitor as boards
 from rlrc.runtime.board.jetson import (
     MB,
     Reading,
-    of_jtop,
     parse_tegrastats,
     power_mode,
     power_modes,
+    read_jtop,
     read_sysfs,
     read_text,
 )
-from rlrc.runtime.board.monitor import Board, Stamped
+from rlrc.runtime.board.monitor import Board, StampedReading
 from rlrc.runtime.cli import main
 from rlrc.runtime.control import telemetry
 
@@ -148,7 +148,7 @@ def test_jetson_stats_in_its_units() -> None:
         memory={"RAM": {"tot": 128790528, "used": 37404672}},
         temperature={"gpu": {"temp": 62.9, "online": True}, "cv0": {"temp": -256, "online": False}},
     )
-    found = of_jtop(jetson)
+    found = read_jtop(jetson)
     assert (found.gpu_load, found.gpu_mhz, found.rails) == (0.975, 1575, {"VDD_GPU": 37.528})
     assert (found.celsius, found.memory_used) == ({"gpu": 62.9}, 37404672 * 1024)
     # It fills in what the others leave open, and nothing else.
@@ -164,14 +164,16 @@ def test_zero_is_an_answer_too() -> None:
 
 
 RUN = [
-    Stamped(10.0, Reading({"VDD_IN": 5.0}, gpu_load=0.0, celsius={"tj": 50.0}, memory_used=10, swap_used=0)),
-    Stamped(
+    StampedReading(10.0, Reading({"VDD_IN": 5.0}, gpu_load=0.0, celsius={"tj": 50.0}, memory_used=10, swap_used=0)),
+    StampedReading(
         11.0,
         Reading(
             {"VDD_IN": 7.0}, gpu_load=0.5, celsius={"tj": 60.0}, memory_used=30, swap_used=4, throttled=("cpu", "gpu")
         ),
     ),
-    Stamped(13.0, Reading({"VDD_IN": 9.0}, celsius={"tj": 55.0}, throttled=("gpu",), overcurrent={"peak current": 3})),
+    StampedReading(
+        13.0, Reading({"VDD_IN": 9.0}, celsius={"tj": 55.0}, throttled=("gpu",), overcurrent={"peak current": 3})
+    ),
 ]
 
 
@@ -184,7 +186,7 @@ def test_a_run_in_one_summary() -> None:
     assert totals["gpu_load"] == {"min": 0.0, "mean": 0.25, "max": 0.5}
     assert totals["throttled"] == {"cpu": pytest.approx(1 / 3), "gpu": pytest.approx(2 / 3)}
     assert totals["overcurrent"] == {"peak current": 3}
-    assert boards.told(totals) == (
+    assert boards.format_summary(totals) == (
         "7.0 W (max 9.0), 55.0 °C (max 60.0), 25.0 % GPU (max 50.0), 22.0 J, 0.00 GB used at most, swapped, "
         "cpu throttled 33% of the time, gpu throttled 67% of the time, peak current: 3 events"
     )
@@ -193,7 +195,7 @@ def test_a_run_in_one_summary() -> None:
 
 
 def test_the_newest_reading_at_every_step() -> None:
-    assert boards.at(RUN, [9.9, 10.0, 10.9, 12.0, 99.0]) == [None, *(RUN[i].reading for i in (0, 0, 1, 2))]
+    assert boards.readings_at(RUN, [9.9, 10.0, 10.9, 12.0, 99.0]) == [None, *(RUN[i].reading for i in (0, 0, 1, 2))]
     kept = telemetry.Telemetry(4, 1)
     for sent in (9.0, 10.5, 12.0):
         kept.next()["sent"] = sent

@@ -147,7 +147,7 @@ FREED = """
 from rlrc.benchmarks.measure.memory import read_process
 from rlrc import realtime
 
-realtime.give_back_large_blocks()
+realtime.return_large_blocks()
 before, kept = read_process()["anonymous"], []
 for _ in range(8):
     block = bytearray(24 << 20)

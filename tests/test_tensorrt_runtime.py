@@ -52,7 +52,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
     def make(name: str) -> Artifact:
         if name not in made:
             source, policy = official(name)
-            with artifacts.writing(folder / name) as draft:
+            with artifacts.create_artifact(folder / name) as draft:
                 source.hand_on(draft)
                 artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
             export(artifacts.load(folder / name), folder / f"{name}-exported", ("tensorrt",), "fp32")
@@ -235,11 +235,11 @@ def test_tensorrt_is_preferred_where_it_runs(of: OF, monkeypatch: pytest.MonkeyP
     manifest = artifacts.from_json(artifacts.to_json(manifest))
     object.__setattr__(manifest, "graphs", graphs)
     monkeypatch.setattr(backends, "runs_tensorrt", lambda: True)
-    assert backends.present(manifest) == backends.here(manifest) == ["tensorrt", "onnxruntime", "gguf"]
+    assert backends.list_backends(manifest) == backends.list_runnable(manifest) == ["tensorrt", "onnxruntime", "gguf"]
     monkeypatch.setattr(backends, "runs_tensorrt", lambda: False)
     assert backends.choose(manifest) == "onnxruntime"
-    assert backends.present(manifest) == ["onnxruntime", "gguf", "tensorrt"]
-    assert backends.here(manifest) == ["onnxruntime", "gguf"]
+    assert backends.list_backends(manifest) == ["onnxruntime", "gguf", "tensorrt"]
+    assert backends.list_runnable(manifest) == ["onnxruntime", "gguf"]
 
 
 def test_without_a_driver_one_line_says_so_before_tensorrt_is_touched(of: OF, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Output folders and files that appear whole or not at all. Needs the standard library only.
 
-Writers say in many ways that a disk is full: an OSError with or without its number, or a library's own exception with
-the system's words in it. ``storage_failure`` knows them, and outputs turn them into one line (``storing``).
+A full disk shows as an OSError with or without its number, or as a library's own exception that quotes the system.
+``storage_failure`` recognises these, and ``translate_storage_errors`` turns them into one line.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def storage_failure(error: BaseException | None) -> int | None:
     return guess
 
 
-def refused(error: BaseException, path: object) -> str | None:
+def storage_message(error: BaseException, path: object) -> str | None:
     """The user's message where a disk refused what was written into ``path``; None for any other error."""
     if (number := storage_failure(error)) is None:
         return None
@@ -54,14 +54,14 @@ def refused(error: BaseException, path: object) -> str | None:
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
+def translate_storage_errors(path: Path) -> Iterator[None]:
     """Raises UserError where the disk does not take what is written into ``path`` within the context."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if (message := refused(error, path)) is None:
+        if (message := storage_message(error, path)) is None:
             raise
         raise UserError(message) from None
 
@@ -86,7 +86,7 @@ def check_output(out: str | Path) -> None:
 
 
 @contextmanager
-def appearing(out: str | Path) -> Iterator[Path]:
+def create_folder(out: str | Path) -> Iterator[Path]:
     """Yields a new folder that becomes ``out`` in one rename when the block ends, and is removed when the block raises.
 
     It lies at ``.NAME.partial-PID`` beside ``out``, locked while its writer lives; what a killed writer left is removed
@@ -109,7 +109,7 @@ def appearing(out: str | Path) -> Iterator[Path]:
     try:
         with suppress(OSError):  # a disk without locks: stale folders stay there, nothing else is lost
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with storing(out):
+        with translate_storage_errors(out):
             yield partial
             _publish(partial, out)
     except BaseException:
@@ -123,14 +123,14 @@ def appearing(out: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """Yields a new file beside ``path`` that takes its place when the block ends, and is removed when it raises.
 
     Missing folders are made. Raises UserError where the disk is full.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with storing(path):
+        with translate_storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             sync(partial)

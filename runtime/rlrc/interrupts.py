@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says how to continue.
 
-``held`` puts that off where a state would be left half changed. Needs the standard library only.
+``hold`` puts that off where a state would be left half changed. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _pending: int | None = None  # the signal that came while it was held
 
 
 @contextmanager
-def raising() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """Within it the signals raise Interrupted in the main thread; in another thread it does nothing.
 
     One that is ignored stays so: nohup ignores SIGHUP, and shells ignore SIGINT for what a script starts with ``&``.
@@ -42,7 +42,7 @@ def raising() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def hold() -> Iterator[None]:
     """A signal that comes within it raises when it ends. May be nested."""
     global _holding
     _holding += 1

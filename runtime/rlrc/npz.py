@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -32,5 +32,5 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
     """All or nothing: a file beside ``path`` takes its place when it is complete. Missing folders are made."""
-    with replacing(path) as partial, partial.open("xb") as stream:
+    with replace_file(path) as partial, partial.open("xb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]

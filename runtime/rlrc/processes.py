@@ -37,7 +37,7 @@ def cores() -> int:
     return max(1, allowed)
 
 
-class Workers:
+class WorkerPool:
     """Up to ``number`` processes that do jobs. Use as a context manager: none outlives it, nor an error, nor this
     process.
 
@@ -50,7 +50,7 @@ class Workers:
         self.number = number
         self.processes: dict[Connection, SpawnProcess] = {}
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,7 +111,7 @@ class Workers:
             process = self.processes[connection]
             process.join(5)
             raise UserError(
-                f"expected every worker process to go on, found that one ended by {how_it_ended(process.exitcode)}; "
+                f"expected every worker process to go on, found that one ended by {describe_exit(process.exitcode)}; "
                 "it may have run out of memory: free some, or pass fewer --workers, and run the command again"
             ) from None
         if kind == "user error":
@@ -127,7 +127,7 @@ def _send(connection: Connection, function: Callable[[Job], Any], job: Job) -> J
     return job
 
 
-def how_it_ended(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
     """The signal or exit code of a process that has ended."""
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 

@@ -49,7 +49,7 @@ def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterat
                     os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
-def tidy() -> None:
+def collect_garbage() -> None:
     """Between two episodes, when the robot rests: a collection, short since nothing from before the loop is looked at.
 
     CPython's lists of freed tuples, which grow to 2,000 of each size, are given back by collections only.
@@ -57,7 +57,7 @@ def tidy() -> None:
     gc.collect()
 
 
-def give_back_large_blocks() -> None:
+def return_large_blocks() -> None:
     """Blocks of 1 MB and more go back to the system when they are freed (glibc; elsewhere nothing).
 
     By itself glibc takes blocks of up to 32 MB from the heap once such have been freed, and leaves gaps there that

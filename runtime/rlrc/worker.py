@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.processes import die_with_parent, how_it_ended
+from rlrc.processes import describe_exit, die_with_parent
 from rlrc.realtime import lock_used_memory
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -140,7 +140,7 @@ class WorkerProcess:
 
     def _death(self) -> WorkerDied:
         code = self._process.exitcode
-        return WorkerDied(f"{self.what} ended{f' by {how_it_ended(code)}' if code is not None else ''}")
+        return WorkerDied(f"{self.what} ended{f' by {describe_exit(code)}' if code is not None else ''}")
 
 
 def _main(serve: Callable[..., None], connection: Connection, question: Any, answer: Any, arguments: Any) -> None:

@@ -15,10 +15,10 @@ from rlrc.artifact.folder import (
     Artifact,
     ArtifactError,
     Draft,
+    create_artifact,
     from_json,
     load,
     to_json,
-    writing,
 )
 from rlrc.artifact.spec import (
     FORMAT_VERSION,
@@ -47,6 +47,6 @@ __all__ = [
     "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "WEIGHTS", "ActionSpec", "Artifact", "ArtifactError",
     "CameraSpec", "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats",
     "PolicySpec", "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
-    "check_output", "from_json", "load", "to_json", "writing",
+    "check_output", "create_artifact", "from_json", "load", "to_json",
 ]
 # fmt: on

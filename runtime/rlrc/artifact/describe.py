@@ -34,13 +34,15 @@ def policy_rows(spec: PolicySpec) -> dict[str, str]:
             f"{camera.name} {camera.height} x {camera.width}, resize {camera.resize}{', optional' * camera.optional}"
             for camera in spec.cameras
         ),
-        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units) + padding(spec),
+        "state": "none"
+        if spec.state is None
+        else format_names(spec.state.names, spec.state.units) + describe_padding(spec),
         "prompt": "none" if prompt is None else f"{prompt.template!r}, at most {prompt.max_tokens} tokens",
-        "actions": f"{together(action.names, kinds)}; chunks of {action.horizon}, {answers}",
+        "actions": f"{format_names(action.names, kinds)}; chunks of {action.horizon}, {answers}",
     }
 
 
-def padding(spec: PolicySpec) -> str:
+def describe_padding(spec: PolicySpec) -> str:
     """What is said of a state that is padded for the policy or its prompt."""
     names = () if spec.state is None else spec.state.names
     prompt, width = spec.prompt, (spec.state and spec.state.width) or 0
@@ -63,7 +65,7 @@ def normalisation_lines(recorded: Recorded) -> list[str]:
     return [f"{name}: {', then '.join(map(line, steps))}" for name, steps in recorded.items()]
 
 
-def together(names: Iterable[str], kinds: Iterable[str]) -> str:
+def format_names(names: Iterable[str], kinds: Iterable[str]) -> str:
     """Names with their kinds: "x, y, z (delta, m); gripper (gripper, 1)", "joint_0 to joint_6 (absolute, rad)"."""
     pairs = groupby(zip(names, kinds, strict=True), key=lambda pair: pair[1])
     return "; ".join(f"{_listed([name for name, _ in run])} ({kind})" for kind, run in pairs)
@@ -78,7 +80,7 @@ def _listed(names: list[str]) -> str:
     return f"{names[0]} to {names[-1]}" if counted else ", ".join(names)
 
 
-def prunable(towers: Mapping[str, TowerSpec]) -> str:
+def describe_prunable(towers: Mapping[str, TowerSpec]) -> str:
     """Heads and MLP channels of the towers that pruning cuts, but for their first and last blocks."""
     parts = []
     for name, tower in towers.items():
@@ -90,7 +92,7 @@ def prunable(towers: Mapping[str, TowerSpec]) -> str:
     return "; ".join(parts)
 
 
-def blocks(tower: TowerSpec) -> list[str]:
+def describe_blocks(tower: TowerSpec) -> list[str]:
     """Lines as "layers 1-30: 32 heads of 128, MLP 11,008", the width first."""
     places: dict[LayerSpec, list[int]] = {}
     for index, layer in enumerate(tower.layers):

@@ -16,7 +16,7 @@ from rlrc.artifact.consistency import check_consistent, is_inside
 from rlrc.artifact.spec import FORMAT_VERSION, FileSpec, Manifest
 from rlrc.checkpoint_folder import describe_path
 from rlrc.errors import UserError
-from rlrc.folders import appearing, sha256, sync
+from rlrc.folders import create_folder, sha256, sync
 from rlrc.strict import StrictError, decode, encode, parse
 
 MANIFEST = "manifest.json"
@@ -168,9 +168,9 @@ class Draft:
 
 
 @contextmanager
-def writing(out: str | Path) -> Iterator[Draft]:
-    """Writes a new artifact: the whole of it appears at ``out``, or nothing does (see rlrc.folders.appearing)."""
-    with appearing(out) as path:
+def create_artifact(out: str | Path) -> Iterator[Draft]:
+    """Writes a new artifact: the whole of it appears at ``out``, or nothing does (see rlrc.folders.create_folder)."""
+    with create_folder(out) as path:
         draft = Draft(path)
         yield draft
         if not draft.finished:

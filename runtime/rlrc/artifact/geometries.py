@@ -33,15 +33,15 @@ class _GeometryFile:
 
 
 @cache
-def known() -> dict[str, Geometry]:
+def load_geometries() -> dict[str, Geometry]:
     return strict.decode(_GeometryFile, strict.parse(FILE.read_bytes())).geometries
 
 
 def geometry(name: str) -> Geometry:
     """Raises UserError for an unknown name."""
-    if name not in known():
-        close = difflib.get_close_matches(name, known(), 1, 0)
+    if name not in load_geometries():
+        close = difflib.get_close_matches(name, load_geometries(), 1, 0)
         raise UserError(
-            f"expected one of the geometries {', '.join(known())}, found {name!r}; the nearest is {close[0]}"
+            f"expected one of the geometries {', '.join(load_geometries())}, found {name!r}; the nearest is {close[0]}"
         )
-    return known()[name]
+    return load_geometries()[name]

@@ -60,7 +60,7 @@ class MeasureLatency:
         )
         result = result_of("latency", rows, self.threads)
         if (during := monitor.summary(watched.readings())) is not None:
-            result, note = result | {"board": during}, f"{monitor.told(during)}; {note}".rstrip("; ")
+            result, note = result | {"board": during}, f"{monitor.format_summary(during)}; {note}".rstrip("; ")
         finish(self, result, table, note or "milliseconds; all trials are kept in --out")
 
 

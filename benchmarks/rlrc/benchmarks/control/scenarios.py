@@ -23,7 +23,7 @@ from rlrc.benchmarks.measure.memory import read_process
 from rlrc.benchmarks.results.stats import mcnemar, wilson
 from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
-from rlrc.realtime import real_time, tidy
+from rlrc.realtime import collect_garbage, real_time
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime.control.chunks import STRATEGIES, Chunks, Strategy
 from rlrc.runtime.control.control_loop import ControlLoop, LoopTiming, Show
@@ -82,7 +82,7 @@ class SimulatedPolicy:
         return Guard(profile.load("metaworld"), self.robot.hz, self.spec.action, names, units, self.timing.gap)
 
     def episode(self, seed: int) -> tuple[bool, str | None]:
-        tidy()
+        collect_garbage()
         self.inference.reset()
         self.robot.reset(seed)
         if self.guard.stopped:

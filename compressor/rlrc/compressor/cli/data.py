@@ -18,7 +18,7 @@ from rlrc.datasets.lerobot import Dataset
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import progress, status
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.tables import plain_console
 
 
@@ -50,7 +50,7 @@ class InspectDataset:
             inspection.show(found, plain_console())
         if spec is not None and not found["policy"]["fits"]:
             for reason in found["policy"]["reasons"]:
-                check_failed(reason)
+                fail_check(reason)
             return 1
         return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlrc.artifact import TOKENIZER, HistoryEntry, Manifest, writing
+from rlrc.artifact import TOKENIZER, HistoryEntry, Manifest, create_artifact
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.stages import reference
 from rlrc.compressor.stages.artifact_io import write_policy
@@ -24,7 +24,7 @@ GOLDEN_SCENES = 3  # of every task, at the start and half a second into the expe
 def new(out: Path, seed: int = 0) -> Manifest:
     """A reference policy with random weights: what training starts from."""
     torch.manual_seed(seed)
-    with writing(out) as draft:
+    with create_artifact(out) as draft:
         policy = TinyPolicy(reference.policy_spec(), reference.towers())
         reference.write_tokenizer(draft.file(TOKENIZER))
         assert policy.spec.prompt is not None

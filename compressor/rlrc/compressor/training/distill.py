@@ -31,7 +31,7 @@ from rlrc.compressor.training.distributed import rank
 from rlrc.compressor.training.losses import chunk_loss
 from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
-from rlrc.folders import storing
+from rlrc.folders import translate_storage_errors
 
 States = list[list[Tensor]]  # of every block what it put out (B, T, width), call by call
 
@@ -158,7 +158,7 @@ class CachedTeacher:
             )
         kinds = [np.bool_, *[np.float16] * len(self.teacher.blocks)]
         made = zip(reversed(names), reversed(kinds), reversed(shapes), strict=True)  # the first one tells of the others
-        with storing(names[0].parent):
+        with translate_storage_errors(names[0].parent):
             self.files = [_reserved(name, kind, shape) for name, kind, shape in made][::-1]
 
 

@@ -80,7 +80,7 @@ class Team:
 
     def together(self) -> AbstractContextManager[None]:
         """Within it a signal ends no process of several before the others: see run_state.Keeper."""
-        return interrupts.held() if self.size > 1 else nullcontext()
+        return interrupts.hold() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Both as the processes share them: on the device, gradients averaged over the processes in backward."""

@@ -21,7 +21,7 @@ from rlrc import interrupts
 from rlrc.compressor.models import precision
 from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 
 FORMAT = 2  # of the saved state
 EVERY_S = 120.0  # seconds between two saves
@@ -109,7 +109,7 @@ class RunState:
         """``state`` may hold an earlier ``moment()``; without one the present moment is saved."""
         if distributed.rank() == 0:
             values = {"step": step, "cpu_seconds": self.cpu_seconds(), **self.moment(), **state}
-            with interrupts.held(), replacing(self.state_file) as partial, partial.open("wb") as stream:
+            with interrupts.hold(), replace_file(self.state_file) as partial, partial.open("wb") as stream:
                 torch.save(values, stream)  # to a stream: a full disk is an OSError then
         self.saved = step
 
@@ -143,7 +143,7 @@ class RunState:
 class Keeper:
     """Saves the state of a run by time, and that of the end of the last step where it is interrupted.
 
-    ``large`` gives what changes only while signals are held (interrupts.held): weights and optimiser. What else changes
+    ``large`` gives what changes only while signals are held (interrupts.hold): weights and optimiser. What else changes
     during a step is given at its end. A context manager.
     """
 
@@ -177,7 +177,7 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None or (isinstance(error, KeyboardInterrupt) and self.team.size == 1):
-            with interrupts.held():
+            with interrupts.hold():
                 self.save()
 
 

@@ -323,7 +323,7 @@ def sft(
         for step in range(first, config.steps + 1):
             if best.held_out and step > best.seen and (step % config.check_every == 0 or step == config.steps):
                 loss = best.measure(step)
-                with interrupts.held():
+                with interrupts.hold():
                     run.log("held-out", step, loss=loss)
                     keep(step)
             if step == config.steps or (config.patience and best.looks >= config.patience):
@@ -331,7 +331,7 @@ def sft(
             if before_step and (
                 found := before_step(step, policy, lambda: team.weights(objective_, "policy."), progress)
             ):
-                with interrupts.held():
+                with interrupts.hold():
                     run.log(before_step.name, step + 1, **found)
                     keep(step)
             policy.train()
@@ -342,7 +342,7 @@ def sft(
             mine = range(team.rank * config.batch, (team.rank + 1) * config.batch, size)
             metrics = gradients(team, objective_, [whole.part(slice(i, i + size)) for i in mine])
             check_finite(metrics, step + 1, run)
-            with interrupts.held():
+            with interrupts.hold():
                 optim.step()
                 optim.zero_grad()
                 for name, value in metrics.items():

@@ -32,7 +32,7 @@ def build_engine(
     TensorRT's own reason for a graph that it cannot parse or build.
     """
     nvidia.check_version(trt, plan)
-    log = nvidia.log(trt)
+    log = nvidia.make_logger(trt)
     builder = trt.Builder(log)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # None: there are no others any more
     network = builder.create_network(0 if typed is None else 1 << int(typed))

@@ -55,7 +55,7 @@ class Reading:
     @property
     def watts(self) -> float | None:
         """Of the module."""
-        return of_module(self.rails)
+        return module_total(self.rails)
 
     @property
     def hottest(self) -> float | None:
@@ -68,7 +68,7 @@ class Reading:
         return Reading(**{name: value if value or value == 0 else getattr(other, name) for name, value in told.items()})
 
 
-def of_module(rails: Mapping[str, float]) -> float | None:
+def module_total(rails: Mapping[str, float]) -> float | None:
     """What the whole module drew, in watts or joules, of what its rails did; None where they are not all known."""
     for names in TOTALS:
         if all(name in rails for name in names):
@@ -251,7 +251,7 @@ def read_text(file: Path) -> str | None:
 # jetson-stats
 
 
-def of_jtop(jetson: Any) -> Reading:
+def read_jtop(jetson: Any) -> Reading:
     """What jetson-stats' ``jtop`` tells: Thor's GPU load is told by nothing else.
 
     Power is in milliwatts, loads are in percent, clocks in kHz, memory in kB (its documentation, class jtop).

@@ -28,7 +28,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from rlrc.runtime.board.jetson import Reading, below, of_jtop, parse_tegrastats, read_sysfs, read_text
+from rlrc.runtime.board.jetson import Reading, below, parse_tegrastats, read_jtop, read_sysfs, read_text
 
 ROOT = Path("/")
 SECONDS = 1.0
@@ -37,7 +37,7 @@ KEPT = 20_000  # readings, five hours and a half of them
 TAIL = 1 << 14  # bytes that the newest reading is looked for in
 
 
-class Stamped(NamedTuple):
+class StampedReading(NamedTuple):
     """``stamp``: of the monotonic clock, which all processes share."""
 
     stamp: float
@@ -82,7 +82,7 @@ class Board:
                     process.kill()
                     process.wait()
 
-    _kept: Sequence[Stamped] | None = None
+    _kept: Sequence[StampedReading] | None = None
 
     def _wait_for_one(self, process: subprocess.Popen[bytes]) -> None:
         """What ran may have been shorter than the start of the process beside."""
@@ -94,7 +94,7 @@ class Board:
     def is_there(self) -> bool:
         return self._file is not None
 
-    def readings(self) -> Sequence[Stamped]:
+    def readings(self) -> Sequence[StampedReading]:
         """Oldest first, of at least the last ``KEPT``; also after the end."""
         if self._kept is not None or self._file is None:
             return self._kept or []
@@ -118,7 +118,7 @@ def _older(file: Path) -> Path:
     return file.with_suffix(".older")
 
 
-def _read(file: Path, most: int = -1) -> list[Stamped]:
+def _read(file: Path, most: int = -1) -> list[StampedReading]:
     """The whole lines, of the last ``most`` bytes or of all."""
     try:
         with file.open("rb") as stream:
@@ -130,19 +130,19 @@ def _read(file: Path, most: int = -1) -> list[Stamped]:
     return [_stamped(json.loads(line)) for line in (lines[1:] if start else lines)]
 
 
-def _stamped(value: dict[str, Any]) -> Stamped:
-    told = value["reading"]
-    return Stamped(value["stamp"], Reading(**told | {"throttled": tuple(told["throttled"])}))
+def _stamped(value: dict[str, Any]) -> StampedReading:
+    values = value["reading"]
+    return StampedReading(value["stamp"], Reading(**values | {"throttled": tuple(values["throttled"])}))
 
 
-def at(stamped: Sequence[Stamped], times: Sequence[float]) -> list[Reading | None]:
+def readings_at(stamped: Sequence[StampedReading], times: Sequence[float]) -> list[Reading | None]:
     """The newest reading at each of the times; None before the first."""
     stamps = [one.stamp for one in stamped]
     places = [bisect(stamps, moment) - 1 for moment in times]
     return [stamped[place].reading if place >= 0 else None for place in places]
 
 
-def summary(stamped: Sequence[Stamped]) -> dict[str, Any] | None:
+def summary(stamped: Sequence[StampedReading]) -> dict[str, Any] | None:
     """Watts, degrees and loads of a run, energy as the area under the watts; None without a reading.
 
     ``throttled``: part of the readings in which each thing was held back; ``overcurrent``: events since the first one.
@@ -167,7 +167,7 @@ def summary(stamped: Sequence[Stamped]) -> dict[str, Any] | None:
     }
 
 
-def told(totals: Mapping[str, Any]) -> str:
+def format_summary(totals: Mapping[str, Any]) -> str:
     """A summary in words."""
     parts = []
     for name, unit, scale in (("watts", "W", 1.0), ("celsius", "°C", 1.0), ("gpu_load", "% GPU", 100.0)):
@@ -217,7 +217,7 @@ def readings(root: Path, seconds: float) -> Iterator[Reading]:
         jetson = _jtop(stack, seconds)
         for line in _ticks(stack, seconds):
             reading = parse_tegrastats(line).over(read_sysfs(root))
-            yield reading if jetson is None else reading.over(of_jtop(jetson))
+            yield reading if jetson is None else reading.over(read_jtop(jetson))
 
 
 def _ticks(stack: ExitStack, seconds: float) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from rlrc import interrupts
 from rlrc.errors import UserError
-from rlrc.folders import refused
+from rlrc.folders import storage_message
 from rlrc.printable import printable
 
 # Name: where its dataclass is, and what it does. The order is that of the work.
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if arguments is None:
         atexit.register(end_promptly)  # the first, so that it runs last: threads have ended, other handlers have run
-    with interrupts.raising():
+    with interrupts.raise_on_signal():
         code = _main(list(sys.argv[1:] if arguments is None else arguments))
     return code
 
@@ -181,7 +181,7 @@ def _main(arguments: list[str]) -> int:
         raise
     except Exception as error:
         names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
-        if (message := refused(error, next(filter(None, names), "a file"))) is None:
+        if (message := storage_message(error, next(filter(None, names), "a file"))) is None:
             raise
         return _refuse(message)
     except KeyboardInterrupt as error:

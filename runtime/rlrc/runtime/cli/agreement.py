@@ -21,7 +21,7 @@ from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.policy import LocalPolicy, Result
 
 
-class Remembering:
+class RecordingPolicy:
     """A policy that keeps what it was asked and what it answered, with the noise that it drew."""
 
     def __init__(self, policy: LocalPolicy) -> None:
@@ -58,7 +58,7 @@ def play(policy: LocalPolicy, names: Sequence[str], mapping: Path | None, episod
     """The observations on the policy's way through the environments' first evaluation episodes, with its answers."""
     if not 1 <= episodes <= len(EVALUATION):
         raise UserError(f"expected 1 to {len(EVALUATION)} episodes, found {episodes}; change --episodes")
-    remembering = Remembering(policy)
+    remembering = RecordingPolicy(policy)
     for name in names:
         env = open_environment(name, policy.spec, mapping)
         try:
@@ -71,7 +71,7 @@ def play(policy: LocalPolicy, names: Sequence[str], mapping: Path | None, episod
 
 def replay(policy: LocalPolicy, golden: verify.Golden) -> verify.Golden:
     """The same observations with this policy's answers."""
-    remembering = Remembering(policy)
+    remembering = RecordingPolicy(policy)
     for i in range(len(golden)):
         remembering.infer(golden.observation(i, policy.spec))
     return reference(remembering.asked, remembering.answered)
@@ -99,4 +99,4 @@ def measure(policy: LocalPolicy, golden: verify.Golden) -> VerifiedSpec:
     """Held to a part of the range: which of two tokens that are as good wins is nobody's fault here."""
     graphs = [graph for graph in policy.artifact.manifest.graphs if graph.backend == policy.backend]
     precision = graphs[-1].precision
-    return verify.measure(policy, golden, verify.default_limits(policy.spec.action, precision))
+    return verify.measure(policy, golden, verify.default_tolerances(policy.spec.action, precision))

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from rlrc.artifact import Artifact, PolicySpec, TowerSpec, VerifiedSpec
 from rlrc.artifact.describe import (
-    blocks,
+    describe_blocks,
+    describe_prunable,
     folder_bytes,
     module_parameters,
     normalisation_lines,
     policy_rows,
-    prunable,
     recorded_normalisation,
 )
 from rlrc.tables import print_rows, print_table
@@ -34,7 +34,7 @@ def describe(artifact: Artifact, console: Console) -> None:
         **({"normalisation": "\n".join(normalisation_lines(recorded))} if recorded else {}),
         "parameters": f"{manifest.parameters:,} stored as {stored}",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
-        "can be pruned": prunable(manifest.towers),
+        "can be pruned": describe_prunable(manifest.towers),
         "graphs": "; ".join(f"{g.backend} {g.name} ({g.precision})" for g in manifest.graphs) or "none",
     }
     print_rows(rows, console)
@@ -63,7 +63,7 @@ def modules_table(parameters: Mapping[str, int], towers: Mapping[str, TowerSpec]
     table.columns[1].justify = "right"
     for name in {**towers, **parameters}:
         size = f"{parameters[name]:,}" if name in parameters else ""
-        table.add_row(name, size, "\n".join(blocks(towers[name])) if name in towers else "")
+        table.add_row(name, size, "\n".join(describe_blocks(towers[name])) if name in towers else "")
     return table
 
 
@@ -87,7 +87,7 @@ def records_table(
             record.backend,
             str(record.observations),
             "\n".join(f"{name} {error:.3g}" for name, error in pairs),
-            tolerated(record),
+            describe_tolerance(record),
             flips,
             str(record.gripper_flips) if "gripper" in policy.action.meaning else "\u2013",
             f"{record.chunk_jitter:.3g}",
@@ -95,7 +95,7 @@ def records_table(
     return table
 
 
-def tolerated(record: VerifiedSpec) -> str:
+def describe_tolerance(record: VerifiedSpec) -> str:
     """What the record is held to, and what that came to."""
     if record.range_tolerance is None:
         return f"{record.tolerance:.3g}"
@@ -103,7 +103,7 @@ def tolerated(record: VerifiedSpec) -> str:
     return f"{record.range_tolerance:.1%} of the range\non 99 %: {largest:.2%}"
 
 
-def trial(path: object, policy: PolicySpec) -> str:
+def format_trial_command(path: object, policy: PolicySpec) -> str:
     """The command that tries exported graphs: only the reference policy has a simulator here."""
     if policy.family == "tiny":
         return f"rlrc run {path} --env metaworld:drawer-open-v3"

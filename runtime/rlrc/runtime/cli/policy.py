@@ -21,11 +21,11 @@ from rlrc.npz import read_npz, write_npz
 from rlrc.printable import printable
 from rlrc.progress import status
 from rlrc.runtime.cli import agreement
-from rlrc.runtime.cli.describe import describe, records_table, trial
+from rlrc.runtime.cli.describe import describe, format_trial_command, records_table
 from rlrc.runtime.inference import backends, verify
 from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.decode import NoAction
-from rlrc.runtime.inference.policy import LocalPolicy, Policy, recorded
+from rlrc.runtime.inference.policy import LocalPolicy, Policy, find_record
 from rlrc.tables import plain_console, print_table
 
 CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints; the robot has no torch
@@ -80,7 +80,7 @@ class Infer:
         try:
             result = self._policy().infer(observation)
         except NoAction as error:
-            return check_failed(str(error))
+            return fail_check(str(error))
         chunk: dict[str, Any] = {"actions": result["actions"]}
         if result["tokens"] is not None:
             chunk["tokens"] = result["tokens"]
@@ -126,15 +126,15 @@ class Verify:
         artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", GOLDEN))
         manifest = artifact.manifest
         first = backends.choose(manifest, self.backend, self.path)
-        here = backends.here(manifest)
+        here = backends.list_runnable(manifest)
         chosen = here if here and self.backend is None else [first]
         policies = [LocalPolicy(artifact, self.threads, backend) for backend in chosen]
         try:
             with status("verifying"):
                 measured = self._against_torch(policies) if self.against is None else self._against_other(policies)
         except NoAction as error:
-            return check_failed(str(error))
-        reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure(record))]
+            return fail_check(str(error))
+        reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure_reason(record))]
         if self.json:
             print(json.dumps({"verified": [asdict(record) for record in measured], "failures": reasons}))
         else:
@@ -142,16 +142,16 @@ class Verify:
             print_table(records_table(measured, manifest.policy, reference), plain_console())
         if reasons:
             remedy = f"export {self.path} again, with the versions of this machine"
-            return check_failed(f"{'; '.join(reasons)}; {'choose another precision' if self.against else remedy}")
+            return fail_check(f"{'; '.join(reasons)}; {'choose another precision' if self.against else remedy}")
         if not self.json:
-            plain_console().print(f"verified; next: {trial(self.path, manifest.policy)}")
+            plain_console().print(f"verified; next: {format_trial_command(self.path, manifest.policy)}")
         return 0
 
     def _against_torch(self, policies: list[LocalPolicy]) -> list[VerifiedSpec]:
         if self.env:
             raise UserError("expected --against with --env, for the torch policy is not here, found none; give both")
         artifact = policies[0].artifact
-        limits = [verify.limits_of(recorded(artifact, policy.backend)) for policy in policies]
+        limits = [verify.recorded_tolerances(find_record(artifact, policy.backend)) for policy in policies]
         golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
         return [verify.measure(policy, golden, limit) for policy, limit in zip(policies, limits, strict=True)]
 
@@ -168,7 +168,7 @@ class Verify:
         return [agreement.measure(policy, reference) for policy in policies]
 
 
-def check_failed(reason: str) -> int:
+def fail_check(reason: str) -> int:
     """Exit code 1, with the reason on stderr so that --json stays JSON."""
     print("rlrc: check failed: " + printable(reason, keep="\n"), file=sys.stderr)
     return 1

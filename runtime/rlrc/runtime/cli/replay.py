@@ -33,7 +33,7 @@ def errors(
     return found | {"error": {name: {"mean": float(of.mean()), "max": float(of.max())} for name, of in each}}
 
 
-def told(found: Mapping[str, Any], units: tuple[str, ...]) -> dict[str, str]:
+def format_errors(found: Mapping[str, Any], units: tuple[str, ...]) -> dict[str, str]:
     """The same in words, by heading."""
     rows = {"compared": f"{found['compared']:,} of {found['frames']:,} frames with the recorded actions"}
     for (name, error), unit in zip((found["error"] or {}).items(), units, strict=False):

@@ -23,7 +23,7 @@ from rlrc.robots.driver import one_line
 from rlrc.robots.robot import RobotError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.cli import replay as cli_replay
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.runtime.control import episodes as loop
 from rlrc.runtime.control import telemetry
 from rlrc.runtime.control.control_loop import LoopTiming, why
@@ -137,7 +137,7 @@ class RunPolicy(SessionConfig):
                 played.append(episode)
                 console.print(_line(episode.seed, episode.success, episode.steps))
         except NoAction as error:
-            return check_failed(str(error))
+            return fail_check(str(error))
         finally:
             env.close()
         totals = loop.summary(played)
@@ -267,13 +267,13 @@ class RunPolicy(SessionConfig):
         if self.json:
             print(json.dumps(totals | {"played": run.played}))
         else:
-            compared = cli_replay.told(totals["replay"], run.spec.action.units) if run.replay else {}
+            compared = cli_replay.format_errors(totals["replay"], run.spec.action.units) if run.replay else {}
             print_rows(telemetry.told(totals) | compared, plain_console())
         reason = run.guard.reason
         failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
         failures += [one for one in dict.fromkeys(run.failures) if one not in str(reason)]
         if failures:
-            return check_failed("; ".join(failures))
+            return fail_check("; ".join(failures))
         if not self.json:
             plain_console().print(f"next: rlrc bench latency {self.path}")
         return 0

@@ -18,7 +18,7 @@ from rlrc import artifact as artifacts
 from rlrc import realtime
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.runtime.control.service_manager import Supervisor
 from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.policy import LocalPolicy
@@ -100,11 +100,11 @@ class Serve:
             )
             for name in self.protocol
         }
-        realtime.give_back_large_blocks()
+        realtime.return_large_blocks()
         logs.begin(self.log)
         logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # every port scan is one
         failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
-        return 0 if failure is None else check_failed(failure)
+        return 0 if failure is None else fail_check(failure)
 
     async def _serve(
         self,

@@ -146,7 +146,7 @@ class ControlSession:
     def episode(self, seed: int, switch: StopSwitch) -> None:
         """Of a simulator or a recording until it is over, of a robot until it is stopped."""
         robot = self.simulator
-        realtime.tidy()
+        realtime.collect_garbage()
         self.inference.reset()
         if robot is not None:
             robot.reset(seed)

@@ -47,8 +47,8 @@ def parallel(run: Run, inputs: Tensors, action: ActionSpec, continuation: Contin
         return Decoded(actions)
     tokens = _best(_shaped(run("decoder", inputs), "logits", (*chunk, logit_rows(action))), action)
     if continuation is not None:
-        tokens[:, : continuation.frozen] = tokens_of(continuation.sent, action)
-    return Decoded(actions_of(tokens, action), tokens)
+        tokens[:, : continuation.frozen] = actions_to_tokens(continuation.sent, action)
+    return Decoded(tokens_to_actions(tokens, action), tokens)
 
 
 def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, continuation: Continuation | None = None) -> Decoded:
@@ -62,7 +62,7 @@ def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, continuation: 
     tokens: list[NDArray[np.int64]] = []
     given: list[int] = []
     if continuation is not None:
-        given = tokens_of(continuation.sent, action).ravel().tolist()
+        given = actions_to_tokens(continuation.sent, action).ravel().tolist()
     fed, start, end = dict(inputs), 0, inputs["image_tokens"].shape[1] + inputs["ids"].shape[1]
     while len(tokens) < action.horizon * action.dim:
         outputs = run("decoder", {**fed, "start": np.array([start]), "end": np.array([end])})
@@ -71,7 +71,7 @@ def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, continuation: 
         fed |= {"image_tokens": inputs["image_tokens"][:, :0], "ids": tokens[-1][:, None]}
         start, end = end, end + 1
     chunk = np.stack(tokens, 1).reshape(-1, action.horizon, action.dim)
-    return Decoded(actions_of(chunk, action), chunk)
+    return Decoded(tokens_to_actions(chunk, action), chunk)
 
 
 def flow(
@@ -110,14 +110,14 @@ def logit_row(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.int
     return tokens if action.tokens is None else tokens - action.tokens.offset
 
 
-def actions_of(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.float32]:
+def tokens_to_actions(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.float32]:
     """Tokens (..., dim), bins or ids of a vocabulary -> un-normalised actions of the same shape."""
     bins = tokens if action.tokens is None else np.clip(action.tokens.first - tokens, 0, action.bins - 1)
     return unnormalise(bin_centers(action.bins)[bins], action.norm)
 
 
-def tokens_of(actions: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
-    """Un-normalised actions (..., dim) -> the tokens that stand for them: the inverse of ``actions_of``."""
+def actions_to_tokens(actions: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
+    """Un-normalised actions (..., dim) -> the tokens that stand for them: the inverse of ``tokens_to_actions``."""
     bins = to_bins(normalise(actions, action.norm), action.bins)
     return bins if action.tokens is None else action.tokens.first - bins
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from rlrc.artifact import Artifact, GraphSpec, PolicySpec, TensorSpec, TowerSpec
 from rlrc.errors import UserError
 from rlrc.runtime.inference.decode import logit_rows
-from rlrc.runtime.inference.preprocess import tells_state
+from rlrc.runtime.inference.preprocess import prompt_has_state
 
 Shape = tuple[int | str, ...]
 Shapes = dict[str, Shape]
@@ -55,7 +55,7 @@ def _expected(
     if spec.prompt is not None:
         inputs["ids"] = (spec.prompt.max_tokens if spec.prompt.pad_id is not None else "length",)
     state: Shapes = {}
-    if spec.state is not None and not tells_state(spec):
+    if spec.state is not None and not prompt_has_state(spec):
         state = {"state": (spec.state.width or len(spec.state.names),)}
     if spec.decode == "parallel":
         chunk: Shape = (action.horizon, action.dim)

@@ -17,7 +17,7 @@ from rlrc.errors import UserError
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def pictures(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float32]:
+def to_pixels(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float32]:
     """uint8 (H, W, 3) or (N, H, W, 3) -> float32 ``(image / 255 - mean) / std`` of the camera's size and layout.
 
     Channels: three for every encoder, as ``mean`` has them. Raises UserError for another size when the camera says

@@ -22,7 +22,7 @@ from rlrc.runtime.inference import backends, decode, preprocess, recheck
 from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.continuation import Continuation
 from rlrc.runtime.inference.interfaces import check_interface
-from rlrc.runtime.inference.verify import failure
+from rlrc.runtime.inference.verify import failure_reason
 
 
 class InferenceTiming(TypedDict):
@@ -84,11 +84,11 @@ class LocalPolicy:
         graphs' answers (rlrc.runtime.inference.recheck). Raises UserError for an artifact without verified graphs."""
         artifact = artifacts.load(Path(path), verify=())
         backend = backends.choose(artifact.manifest, backend, artifact.path)
-        artifact.verify(*loaded(backend))
+        artifact.verify(*runtime_folders(backend))
         if not require_verified:
             return LocalPolicy(artifact, threads, backend)
-        record = recorded(artifact, backend)
-        if reason := failure(record):
+        record = find_record(artifact, backend)
+        if reason := failure_reason(record):
             raise UserError(f"expected verified graphs in {path}, found {reason}; run rlrc export")
         policy = LocalPolicy(artifact, threads, backend)
         recheck.check(policy, record)
@@ -183,7 +183,7 @@ class LocalPolicy:
         return self._noise.standard_normal(shape, np.float32) if given is None else np.asarray(given, np.float32)
 
 
-def _stacked(prepared: Sequence[preprocess.Prepared]) -> dict[str, NDArray[Any]]:
+def _stacked(prepared: Sequence[preprocess.ModelInputs]) -> dict[str, NDArray[Any]]:
     """``ids`` and ``state`` of all, as far as they have them. Raises UserError unless they fit together."""
     kinds = {(len(each.pixels), None if each.ids is None else len(each.ids)) for each in prepared}
     if len(kinds) != 1:
@@ -204,12 +204,12 @@ def _stack(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
-def loaded(backend: str) -> tuple[str, ...]:
+def runtime_folders(backend: str) -> tuple[str, ...]:
     """What a robot reads; the weights stay unread and so unhashed."""
     return backends.FOLDERS[backend], "tokenizer"
 
 
-def recorded(artifact: Artifact, backend: str) -> VerifiedSpec:
+def find_record(artifact: Artifact, backend: str) -> VerifiedSpec:
     """The record that the backend's graphs agree with the torch policy. Raises UserError if there is none."""
     records = [record for record in artifact.manifest.verified if record.backend == backend]
     if len(records) != 1:

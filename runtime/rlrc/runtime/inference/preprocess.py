@@ -15,11 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from rlrc.artifact import CameraSpec, NormStats, PolicySpec, StateSpec
 from rlrc.errors import UserError
-from rlrc.runtime.inference.pictures import pictures, wrong_size
+from rlrc.runtime.inference.pictures import to_pixels, wrong_size
 from rlrc.runtime.inference.prompts import Tokenizer
 
 
-class Prepared(NamedTuple):
+class ModelInputs(NamedTuple):
     """One observation as the policy takes it.
 
     ``pixels`` float32 (H, W, C) of every camera that is there, in the order of the policy's cameras; ``ids`` int64
@@ -31,13 +31,13 @@ class Prepared(NamedTuple):
     state: NDArray[np.float32] | None
 
 
-def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokenizer | None) -> Prepared:
+def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokenizer | None) -> ModelInputs:
     """An observation that ``check`` accepts, prepared. ``tokenizer`` is that of the policy's prompt, if it has one.
 
     Raises UserError for an instruction that does not fit, and for tokens that the policy does not have.
     """
     pixels = [
-        pictures(observation[f"image.{camera.name}"], camera)
+        to_pixels(observation[f"image.{camera.name}"], camera)
         for camera in spec.cameras
         if f"image.{camera.name}" in observation
     ]
@@ -45,7 +45,7 @@ def prepare(observation: Mapping[str, Any], spec: PolicySpec, tokenizer: Tokeniz
     ids = None if tokenizer is None else tokenizer(observation["instruction"], state)
     if ids is not None:
         _check_ids(ids, spec)
-    return Prepared(pixels, ids, None if state is None else given_state(state, spec))
+    return ModelInputs(pixels, ids, None if state is None else select_state(state, spec))
 
 
 def _check_ids(ids: NDArray[np.int64], spec: PolicySpec) -> None:
@@ -58,15 +58,15 @@ def _check_ids(ids: NDArray[np.int64], spec: PolicySpec) -> None:
         )
 
 
-def given_state(state: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32] | None:
+def select_state(state: NDArray[np.float32], spec: PolicySpec) -> NDArray[np.float32] | None:
     """What the policy gets of a normalised state (..., names): (..., width), zeros behind; None if its prompt tells."""
-    if spec.state is None or tells_state(spec):
+    if spec.state is None or prompt_has_state(spec):
         return None
     more = (spec.state.width or 0) - len(spec.state.names)
     return np.pad(state, [(0, 0)] * (state.ndim - 1) + [(0, more)]) if more > 0 else state
 
 
-def tells_state(spec: PolicySpec) -> bool:
+def prompt_has_state(spec: PolicySpec) -> bool:
     """Whether the prompt tells the state, so that the policy gets no other."""
     return spec.prompt is not None and spec.prompt.state_bins > 0
 

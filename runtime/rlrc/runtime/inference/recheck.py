@@ -61,7 +61,7 @@ def disagreement(policy: verify.GraphPolicy, record: VerifiedSpec) -> str | None
     """
     policy.artifact.verify(GOLDEN)
     golden, spec = verify.read_golden(policy.artifact.file(GOLDEN), policy.spec), policy.spec
-    limits = verify.limits_of(record)
+    limits = verify.recorded_tolerances(record)
     scale, limit, part = np.ones(spec.action.dim), limits.tolerance, 0
     if limits.of_range is not None:
         scale, limit, part = verify.action_range(spec.action), limits.of_range, verify.ONE_IN

@@ -23,7 +23,7 @@ from rlrc.artifact import GOLDEN, ActionSpec, Artifact, PolicySpec, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.npz import read_npz
 from rlrc.runtime.inference.backends.engine import Engine
-from rlrc.runtime.inference.decode import actions_of, logit_row, logit_rows
+from rlrc.runtime.inference.decode import logit_row, logit_rows, tokens_to_actions
 
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
@@ -126,7 +126,7 @@ def _check_answers(
         raise UserError(f"expected finite logits in {path}, found nan or inf; make the artifact again")
     # The reference's actions may be rounded otherwise, by less than a bin by far.
     rounding = 1e-3 * bin_widths(action) + 1e-6 * np.abs(np.asarray(action.norm.center))
-    follows = np.abs(actions_of(tokens, action).astype(np.float64) - actions) <= rounding
+    follows = np.abs(tokens_to_actions(tokens, action).astype(np.float64) - actions) <= rounding
     if (logits.argmax(-1) != logit_row(tokens, action)).any() or not follows.all():
         raise UserError(
             f"expected tokens and actions that follow from the logits in {path}, found others; make the artifact again"
@@ -163,7 +163,7 @@ class Tolerances:
     """relative difference of logits below which they are a tie, as those are that are closer than ``TIE``"""
 
 
-def default_limits(action: ActionSpec, precision: str | None = None) -> Tolerances:
+def default_tolerances(action: ActionSpec, precision: str | None = None) -> Tolerances:
     """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
 
     Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions do
@@ -176,7 +176,7 @@ def default_limits(action: ActionSpec, precision: str | None = None) -> Toleranc
     return Tolerances(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
 
 
-def limits_of(record: VerifiedSpec) -> Tolerances:
+def recorded_tolerances(record: VerifiedSpec) -> Tolerances:
     """Those that the record is held to."""
     return Tolerances(record.tolerance, record.range_tolerance, record.spacing)
 
@@ -256,10 +256,12 @@ def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerance
     error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
     if answers.tokens is None or golden.logits is None:
         return error
-    return np.where(excused(answers.tokens, golden, spec, limits.spacing), 0, error)
+    return np.where(mask_ties(answers.tokens, golden, spec, limits.spacing), 0, error)
 
 
-def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances) -> dict[str, NDArray[Any]]:
+def worst_observation(
+    spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances
+) -> dict[str, NDArray[Any]]:
     """The observation of the largest error, as ``rlrc infer`` reads it, with both answers to it."""
     parts = errors(spec, answers, golden, limits) / action_range(spec.action)
     index = int(np.nan_to_num(parts, nan=np.inf).max((1, 2)).argmax())
@@ -283,7 +285,7 @@ def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instr
         )
 
 
-def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing: float) -> NDArray[np.bool_]:
+def mask_ties(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing: float) -> NDArray[np.bool_]:
     """Where (N, horizon, dim) another token than the reference's is no error: at ties of the reference.
 
     In autoregressive decoding also all that comes after, for it continues another sequence.
@@ -291,13 +293,13 @@ def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing
     assert golden.tokens is not None
     assert golden.logits is not None
     rows = logit_row(tokens, spec.action)
-    tied = (tokens != golden.tokens) & at_tie(golden.logits, rows, spacing)
+    tied = (tokens != golden.tokens) & is_tie(golden.logits, rows, spacing)
     if spec.decode == "autoregressive":
         return np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
     return tied
 
 
-def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: float = 0.0) -> NDArray[np.bool_]:
+def is_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: float = 0.0) -> NDArray[np.bool_]:
     """Reference logits (..., rows), other rows (...) -> where the reference puts them within ``TIE`` of its best.
 
     ``spacing`` widens that to what numbers so far apart, relative to their size, cannot tell.
@@ -307,7 +309,7 @@ def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: floa
     return tied
 
 
-def failure(record: VerifiedSpec) -> str | None:
+def failure_reason(record: VerifiedSpec) -> str | None:
     """Why a record does not allow its graphs to be run, in a line; None if it does."""
     if record.observations < 1 or not record.max_error:
         return "a record of no observations"

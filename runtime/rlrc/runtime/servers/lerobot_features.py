@@ -21,7 +21,7 @@ import numpy as np
 from rlrc import strict
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.runtime.servers.observations import Observations, brief, listed, shown
 from rlrc.runtime.wire import pickles
 from rlrc.runtime.wire.pickles import Call
@@ -101,7 +101,7 @@ class Known:
             return
         text = json.dumps(strict.encode(_FeatureFile(tuple(self._clients.values()))), indent=1)
         try:
-            with replacing(self._file) as partial:
+            with replace_file(self._file) as partial:
                 partial.write_text(text, encoding="utf-8")
         except (OSError, UserError) as error:
             log.warning(

@@ -19,7 +19,7 @@ TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "gguf": "gguf"}
 """What `rlrc export --to` calls the set of graphs that a backend runs."""
 
 
-def present(manifest: Manifest) -> list[str]:
+def list_backends(manifest: Manifest) -> list[str]:
     """The backends that the artifact has graphs for, in the order in which they are preferred.
 
     TensorRT comes first where there are a GPU and TensorRT, else last.
@@ -31,14 +31,14 @@ def present(manifest: Manifest) -> list[str]:
     return found
 
 
-def here(manifest: Manifest) -> list[str]:
-    """Those of ``present`` that this machine can run, given their engines."""
-    return [backend for backend in present(manifest) if backend != "tensorrt" or runs_tensorrt()]
+def list_runnable(manifest: Manifest) -> list[str]:
+    """Those of ``list_backends`` that this machine can run, given their engines."""
+    return [backend for backend in list_backends(manifest) if backend != "tensorrt" or runs_tensorrt()]
 
 
 def choose(manifest: Manifest, asked: str | None = None, where: object = "the artifact") -> str:
-    """The backend asked for, or the first of ``present``. Raises UserError without any."""
-    found = present(manifest)
+    """The backend asked for, or the first of ``list_backends``. Raises UserError without any."""
+    found = list_backends(manifest)
     if asked is None and found:
         return found[0]
     if asked is None or asked not in found:

@@ -39,7 +39,7 @@ def engine_key(plan: BuildPlan, graph: GraphPlan, version: str, sm: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_whole(file: Path) -> bool:
+def is_intact(file: Path) -> bool:
     """Whether the engine is there and as it was written."""
     told = file.with_suffix(".sha256")
     return file.exists() and told.exists() and told.read_text() == sha256(file)

@@ -54,7 +54,7 @@ def _told(sm: int) -> str:
     return f"{sm // 10}.{sm % 10}"
 
 
-def tensorrt() -> Any:
+def import_tensorrt() -> Any:
     """TensorRT's module. Raises UserError where it cannot be imported."""
     try:
         return importlib.import_module("tensorrt")
@@ -68,18 +68,18 @@ def tensorrt() -> Any:
 def check_version(trt: Any, plan: BuildPlan) -> None:
     """TensorRT-RTX counts its releases anew, from 1.0; the first reads what TensorRT 10.3 does."""
     rtx = "rtx" in trt.__name__
-    if not rtx and numbers(trt.__version__) < numbers(plan.tensorrt):
+    if not rtx and parse_version(trt.__version__) < parse_version(plan.tensorrt):
         raise UserError(
             f"expected TensorRT {plan.tensorrt} or later for these graphs, found {trt.__version__}; upgrade JetPack"
         )
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def parse_version(version: str) -> tuple[int, ...]:
     """The version 10.3.0.26 -> (10, 3, 0, 26)."""
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
-def log(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
     """A logger of TensorRT's that keeps what went wrong, as ``errors``, for the one line that the user sees."""
 
     class Log(trt.ILogger):

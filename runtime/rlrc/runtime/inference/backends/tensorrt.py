@@ -20,7 +20,7 @@ from rlrc.artifact.build_plan import PLAN, BuildPlan, read_plan
 from rlrc.errors import UserError
 from rlrc.runtime.inference.backends import nvidia
 from rlrc.runtime.inference.backends.cuda import Cuda
-from rlrc.runtime.inference.backends.engine_cache import check_graphs, engine_cache, engine_file, is_whole
+from rlrc.runtime.inference.backends.engine_cache import check_graphs, engine_cache, engine_file, is_intact
 from rlrc.runtime.inference.backends.tensorrt_passes import Context, Passes
 from rlrc.runtime.inference.decode import NoAction
 
@@ -35,11 +35,11 @@ class TensorRT:
         check_graphs(artifact, plan)
         sm = nvidia.device_sm()
         nvidia.check_sm(plan, sm)
-        self._trt, self._sm = nvidia.tensorrt(), sm
+        self._trt, self._sm = nvidia.import_tensorrt(), sm
         nvidia.check_version(self._trt, plan)
         files = engine_files(artifact.path, plan, self._trt.__version__, sm)
         specs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == NAME}
-        self._log = nvidia.log(self._trt)
+        self._log = nvidia.make_logger(self._trt)
         try:
             self._device = Cuda()
             self._runtime = self._trt.Runtime(self._log)
@@ -97,7 +97,7 @@ def engine_files(path: Path, plan: BuildPlan, version: str, sm: int) -> dict[str
     """The engine of every graph. Raises UserError where one has not been built here, or is damaged."""
     cache = engine_cache()
     files = {graph.name: engine_file(cache, plan, graph, version, sm) for graph in plan.graphs}
-    missing = [name for name, file in files.items() if not is_whole(file)]
+    missing = [name for name, file in files.items() if not is_intact(file)]
     if missing:
         raise UserError(
             f"expected engines for TensorRT {version} and SM {sm} in {cache}, found none of {', '.join(missing)}; "
