@@ -315,7 +315,7 @@ def test_a_manifest_that_would_not_load_is_not_written(tmp_path: Path) -> None:
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="appeared meanwhile"), create_artifact(tmp_path / "a") as draft:
+    with pytest.raises(UserError, match="created meanwhile"), create_artifact(tmp_path / "a") as draft:
         draft.file("graphs/onnx/vision.onnx").touch()
         draft.finish(manifest())
         (tmp_path / "a").mkdir()
@@ -334,7 +334,9 @@ def test_paths_of_a_draft_stay_inside(tmp_path: Path) -> None:
 def test_a_living_writers_draft_is_left_alone(tmp_path: Path) -> None:
     with create_artifact(tmp_path / "a") as draft:
         draft.file("graphs/onnx/vision.onnx").write_bytes(b"graph")
-        again = f"from rlrc.folders import create_folder\nwith create_folder({str(tmp_path / 'a')!r}) as path: raise SystemExit(3)"
+        again = (
+            f"from rlrc.folders import create_folder\nwith create_folder({str(tmp_path / 'a')!r}): raise SystemExit(3)"
+        )
         ended = subprocess.run([sys.executable, "-c", again], env=os.environ | {"PYTHONPATH": RUNTIME}, check=False)
         assert ended.returncode == 3
         draft.finish(manifest())

@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON values and back, strictly, driven by the type hints.
 
 Nothing is guessed or dropped: an unknown key, a missing key, a wrong type and a number that is not finite are errors
-that name the path of the key, such as ``policy.cameras[0].height``. A key may be missing only where its field has a
-default, so that a later version may add one. Needs the standard library only.
+that name the path of the key, such as ``policy.cameras[0].height``. A key may be missing only if its field has a
+default, so that a later version can add fields. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_toml(kind: type[T], file: Path | Traversable, expected: str = "", advic
 
 
 def encode(value: object, where: str = "") -> Any:
-    """A dataclass (or what one may hold) as dicts, lists, strings, finite numbers, booleans and None."""
+    """A dataclass, or a value of one of its fields, as dicts, lists, strings, finite numbers, booleans and None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: encode(getattr(value, field.name), _key(where, field.name))
@@ -84,7 +84,7 @@ def encode(value: object, where: str = "") -> Any:
 
 
 def decode(kind: type[T], value: object, where: str = "") -> T:
-    """The ``kind`` that the JSON value describes. Raises StrictError."""
+    """The ``kind`` that a JSON value describes. Raises StrictError."""
     result: T = _decode(kind, value, where)
     return result
 
@@ -169,7 +169,7 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The member that fits; with one member besides None its own, more telling error."""
+    """The first member that fits. With a single member besides None, its own more specific error is raised."""
     if value is None and type(None) in kinds:
         return None
     others = [kind for kind in kinds if kind is not type(None)]
@@ -203,7 +203,7 @@ def _not_finite(text: str) -> NoReturn:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Any JSON value, copied."""
+    """A copy of any JSON value."""
     if isinstance(value, list):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, dict):

@@ -106,7 +106,7 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
     run = SimulatedPolicy(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
     ended, settled, growth = list[bool](), 0, 0
     try:
-        with loaded(), timer(HZ) as timed, real_time(beside=run.beside) as granted:
+        with loaded(), timer(HZ) as timed, real_time(background=run.beside) as granted:
             begun = time.monotonic()
             while (passed := time.monotonic() - begun) < minutes * 60:
                 success, reason = run.episode(EVALUATION[len(ended)])
@@ -152,7 +152,7 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
         for task in tasks:
             run = SimulatedPolicy(path, task, HZ, strategy, delay / HZ, 500 * episodes)
             try:
-                with real_time(beside=run.beside):
+                with real_time(background=run.beside):
                     for seed in EVALUATION[:episodes]:
                         success, reason = run.episode(seed)
                         ended.append(success)
@@ -221,7 +221,7 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
         try:
             with paged(guard, spec, names) if page else nullcontext() as show:
                 control = ControlLoop(arm, inference, guard, chunks, spec, timing, telemetry, show=show)
-                with real_time(beside=(inference.pid,)):
+                with real_time(background=(inference.pid,)):
                     control.run(steps=int(seconds * HZ))
         finally:
             inference.close()
