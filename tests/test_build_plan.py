@@ -55,7 +55,7 @@ def test_shapes_fit_a_profile_or_not() -> None:
         ({"precision": "fp6"}, "precision"),
         ({"strongly_typed": False}, "strongly_typed"),
         ({"format_version": 2}, "format_version 1, found 2"),
-        ({"graphs": []}, "graphs, each of another name, found none"),
+        ({"graphs": []}, "graphs with distinct names, found none"),
         ({"extra": 1}, "extra"),
         ({"least_sm": "8.0"}, "least_sm"),
     ],

@@ -65,7 +65,7 @@ def test_it_is_asked_one_thing_at_a_time(child: WorkerProcess) -> None:
 
 
 def test_what_does_not_fit_is_refused(child: WorkerProcess) -> None:
-    with pytest.raises(UserError, match=r"expected arrays of up to .* found image with 30000 behind 0"):
+    with pytest.raises(UserError, match=r"expected arrays of up to .* found image of 30000 after 0"):
         child.ask({}, {"image": np.zeros(30_000, np.uint8)})
 
 

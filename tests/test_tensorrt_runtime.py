@@ -244,7 +244,7 @@ def test_tensorrt_is_preferred_where_it_runs(of: OF, monkeypatch: pytest.MonkeyP
 
 def test_without_a_driver_one_line_says_so_before_tensorrt_is_touched(of: OF, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "DRIVER", "libcuda-that-is-not-there.so.1")
-    monkeypatch.setattr(nvidia, "tensorrt", lambda: pytest.fail("TensorRT may end the process"))
+    monkeypatch.setattr(nvidia, "import_tensorrt", lambda: pytest.fail("TensorRT may end the process"))
     assert not nvidia.runs_tensorrt()
     with pytest.raises(UserError, match=r"expected NVIDIA's driver .*found none; run it on the device itself"):
         LocalPolicy.load(of("act").path, backend="tensorrt")

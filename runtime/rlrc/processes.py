@@ -38,7 +38,7 @@ def cores() -> int:
 
 
 class WorkerPool:
-    """Up to ``number`` processes that run jobs. A context manager that ends them, as any error and the end of this process do.
+    """Up to ``number`` processes that run jobs. As a context manager it ends them on exit.
 
     They start with the first jobs and are kept from one ``run`` to the next.
     """

@@ -1,9 +1,9 @@
-"""The artifact: the only thing that passes between the parts of rlrc.
+"""The artifact: the format in which the parts of rlrc exchange policies.
 
 An artifact is a folder that is never changed in place. ``manifest.json`` describes it completely: the policy (cameras,
-state, prompt, action), the per-layer geometry of its towers, its quantization, its graphs, what was verified about
-them, how it came to be, and the sha256 and size of every other file. Reading is strict: unknown keys, missing files and
-wrong hashes are refused. Writing is atomic: a killed stage leaves no artifact or a whole one. Needs the standard
+state, prompt, action), the shape of every layer of its towers, its quantization, its graphs and their verification, its
+history, and the sha256 and size of every other file. Reading is strict: unknown keys, missing files and wrong hashes
+are refused. Writing is atomic: a killed stage leaves no artifact or a complete one. Needs the standard
 library only.
 """
 

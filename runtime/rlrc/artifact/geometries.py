@@ -1,7 +1,6 @@
-"""The real dimensions of official checkpoints, as the readers of their folders find them, for those who have no torch.
+"""The dimensions of official checkpoints, for machines without torch.
 
-geometries.json is written by ``python -m rlrc.compressor.checkpoints.geometry``, which holds the numbers that it comes
-from.
+``python -m rlrc.compressor.checkpoints.geometry`` writes geometries.json from the checkpoints' configurations.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True)
 class Geometry:
-    """A policy without weights. ``modules``: parameters of each of its modules, without what no action depends on."""
+    """A policy without weights. ``modules``: parameters by module, without those that no action depends on."""
 
     policy: PolicySpec
     towers: dict[str, TowerSpec]
