@@ -217,7 +217,7 @@ def test_weights_of_the_full_range_are_refused_where_they_go_wrong(tmp_path: Pat
     done = emulated(*infer, RLRC_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert f"kernels {kernels()}, to answer alike with onnxruntime" in line
+    assert f"kernels {kernels()}, to agree on onnxruntime" in line
     assert f"kernels {KERNELS}, found an error of 0." in line
     assert line.endswith("export it again on this machine, or with another --precision")
     assert not (tmp_path / "act.npz").exists()

@@ -136,8 +136,8 @@ def test_the_default_limit_is_half_the_narrowest_bin() -> None:
     [
         ({"max_error": (0.1, 0.3)}, "an error of 0.3 in action units where 0.2 is tolerated"),
         ({"max_error": (float("nan"), 0.1)}, "an error of nan"),
-        ({"max_error": ()}, "a record of no observations"),
-        ({"observations": 0}, "a record of no observations"),
+        ({"max_error": ()}, "a record without observations"),
+        ({"observations": 0}, "a record without observations"),
         ({}, "None"),
     ],
 )
@@ -191,12 +191,12 @@ def test_a_rounding_precision_may_miss_on_one_of_a_hundred() -> None:
     assert limits.of_range == 0.01
     error = np.full((200, 1), 0.009)  # of a range of 1
     error[[3, 77]] = 0.8
-    assert verify._all_but_a_hundredth(error).tolist() == [0.009]
+    assert verify._without_worst_percent(error).tolist() == [0.009]
     error[120] = 0.02
-    assert verify._all_but_a_hundredth(error).tolist() == [0.02]
-    assert verify._all_but_a_hundredth(error[:99]).tolist() == [0.8]  # of fewer, every one counts
+    assert verify._without_worst_percent(error).tolist() == [0.02]
+    assert verify._without_worst_percent(error[:99]).tolist() == [0.8]  # of fewer, every one counts
     error[:3] = np.nan
-    assert np.isnan(verify._all_but_a_hundredth(error)).all()
+    assert np.isnan(verify._without_worst_percent(error)).all()
 
 
 @pytest.mark.parametrize(("errors", "passes"), [((0.01, 0.0), True), ((0.0, 0.0101), False), ((0.0, np.nan), False)])
