@@ -160,7 +160,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"2 entries at policy\.action\.meaning",
     ),
     "no horizon": (lambda m: m["policy"]["action"].update(horizon=0), "horizon"),
-    "same camera twice": (lambda m: m["policy"]["cameras"].append(m["policy"]["cameras"][0]), "every one once"),
+    "same camera twice": (lambda m: m["policy"]["cameras"].append(m["policy"]["cameras"][0]), "each name once"),
     "camera without height": (lambda m: m["policy"]["cameras"][0].update(height=0), "height"),
     "impossible heads": (
         lambda m: m["towers"]["decoder"]["layers"][0].update(kv_heads=3),

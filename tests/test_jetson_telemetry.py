@@ -153,11 +153,11 @@ def test_jetson_stats_in_its_units() -> None:
     assert (found.celsius, found.memory_used) == ({"gpu": 62.9}, 37404672 * 1024)
     # It fills in what the others leave open, and nothing else.
     line = parse_tegrastats(recorded()["thor-jp72"])
-    assert line.over(found) == replace(line, gpu_load=0.975, gpu_mhz=1575.0)
+    assert line.merge(found) == replace(line, gpu_load=0.975, gpu_mhz=1575.0)
 
 
 def test_zero_is_an_answer_too() -> None:
-    assert Reading(gpu_load=0.0).over(Reading(gpu_load=0.5, gpu_mhz=7.0)) == Reading(gpu_load=0.0, gpu_mhz=7.0)
+    assert Reading(gpu_load=0.0).merge(Reading(gpu_load=0.5, gpu_mhz=7.0)) == Reading(gpu_load=0.0, gpu_mhz=7.0)
 
 
 # A run
@@ -178,7 +178,7 @@ RUN = [
 
 
 def test_a_run_in_one_summary() -> None:
-    totals = boards.summary(RUN)
+    totals = boards.summarise(RUN)
     assert totals is not None
     assert totals["watts"] == {"min": 5.0, "mean": 7.0, "max": 9.0}
     assert totals["joules"] == pytest.approx(6.0 * 1 + 8.0 * 2)
@@ -191,7 +191,7 @@ def test_a_run_in_one_summary() -> None:
         "cpu throttled 33% of the time, gpu throttled 67% of the time, peak current: 3 events"
     )
     json.dumps(totals)
-    assert boards.summary([]) is None
+    assert boards.summarise([]) is None
 
 
 def test_the_newest_reading_at_every_step() -> None:
@@ -232,8 +232,8 @@ def test_a_board_is_read_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     root = plant("orin-nano-jp62", tmp_path / "root")
     begun = time.monotonic()
-    with Board.watched(root, 0.05) as board:
-        assert board.is_there
+    with Board.monitor(root, 0.05) as board:
+        assert board.exists
         wait_for(lambda: len(board.readings()) > 2)
         latest = board.latest()
         assert latest == read_sysfs(root)
@@ -266,7 +266,7 @@ def test_tegrastats_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.Monke
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     root = plant("thor-jp71", tmp_path / "root")
-    with Board.watched(root, 0.1) as board:
+    with Board.monitor(root, 0.1) as board:
         wait_for(board.readings)
         latest = board.latest()
     assert latest is not None
@@ -292,7 +292,7 @@ from pathlib import Path
 from threading import Thread
 from rlrc.runtime.board.monitor import Board
 def read():
-  with Board.watched(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
+  with Board.monitor(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
     while not board.readings():
         time.sleep(0.01)
     print("reads", flush=True)
@@ -314,8 +314,8 @@ read()
 
 
 def test_elsewhere_nothing_is_started(tmp_path: Path) -> None:
-    with Board.watched(tmp_path) as board:
-        assert not board.is_there
+    with Board.monitor(tmp_path) as board:
+        assert not board.exists
         assert board.latest() is None
     assert board.readings() == []
 

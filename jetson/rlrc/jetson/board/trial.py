@@ -72,11 +72,11 @@ def _timed(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Rows by engine, and what the board was like meanwhile."""
     observed = latency.observations(artifact)
-    with Board.watched() as watched, progress("inferences", trials * len(policies)) as advance:
+    with Board.monitor() as watched, progress("inferences", trials * len(policies)) as advance:
         timed = latency.measure(policies, dict.fromkeys(policies, observed), trials, BLOCK, tick=advance)
     described = facts(Named(artifact.path.resolve().name, artifact))
     rows = [described | {"name": f"{described['name']} {name}"} | latency.row(found) for name, found in timed.items()]
-    return rows, monitor.summary(watched.readings())
+    return rows, monitor.summarise(watched.readings())
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a policy is, printed for people: one screen, whether it is an artifact or not."""
+"""Prints the description of an artifact, and tables that descriptions of checkpoints use too."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def describe(artifact: Artifact, console: Console) -> None:
 
 
 def modules_table(parameters: Mapping[str, int], towers: Mapping[str, TowerSpec]) -> Table:
-    """A row for every module, with its parameters; equal blocks of a tower are told in one line."""
+    """A row per module, with its parameters; equal blocks of a tower share one line."""
     table = Table("module", "parameters", "blocks")
     table.columns[1].justify = "right"
     for name in {**towers, **parameters}:
@@ -68,7 +68,7 @@ def modules_table(parameters: Mapping[str, int], towers: Mapping[str, TowerSpec]
 
 
 def scalars(metrics: dict[str, Any]) -> str:
-    """The single numbers among a stage's metrics; lists and tables are in --json."""
+    """The scalar metrics of a stage; --json also has lists and tables."""
     integers = {name: f"{value:,}" for name, value in metrics.items() if isinstance(value, int)}
     floats = {name: f"{value:.4g}" for name, value in metrics.items() if isinstance(value, float)}
     return ", ".join(f"{name} {(integers | floats)[name]}" for name in metrics if name in integers | floats)
@@ -77,8 +77,8 @@ def scalars(metrics: dict[str, Any]) -> str:
 def records_table(
     records: Sequence[VerifiedSpec], policy: PolicySpec, title: str = "against the torch policy, in action units"
 ) -> Table:
-    """A row for every backend: how far its actions are from the reference's."""
-    heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
+    """A row per backend: how far its actions are from the reference's."""
+    heads = ("graphs", "observations", "largest error", "tolerance", "token flips", "gripper flips", "jitter")
     table = Table(*heads, title=title, title_justify="left")
     for record in records:
         pairs = zip(policy.action.names, record.max_error, strict=False)
@@ -96,7 +96,7 @@ def records_table(
 
 
 def describe_tolerance(record: VerifiedSpec) -> str:
-    """What the record is held to, and what that came to."""
+    """The record's tolerance; if it is relative to the range, also the error to compare with it."""
     if record.range_tolerance is None:
         return f"{record.tolerance:.3g}"
     largest = max(record.range_error, default=float("nan"))
@@ -104,7 +104,7 @@ def describe_tolerance(record: VerifiedSpec) -> str:
 
 
 def format_trial_command(path: object, policy: PolicySpec) -> str:
-    """The command that tries exported graphs: only the reference policy has a simulator here."""
+    """The command to try exported graphs with: only the reference policy has a simulator here."""
     if policy.family == "tiny":
         return f"rlrc run {path} --env metaworld:drawer-open-v3"
     return f"rlrc infer {path} OBS.npz --out ACT.npz"

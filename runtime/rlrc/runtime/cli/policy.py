@@ -1,4 +1,4 @@
-"""The commands of the robot side but `rlrc run`: inspect, infer, verify. Dataclasses; field docstrings are the help."""
+"""The commands inspect, infer and verify, as dataclasses whose field docstrings are the help texts."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import LocalPolicy, Policy, find_record
 from rlrc.tables import plain_console, print_table
 
-CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints; the robot has no torch
+CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints with torch, which robots do not have
 
 
 @dataclass(frozen=True)
 class InspectPolicy:
-    """What a policy is: family, geometry of every layer, parameters, bytes, cameras, actions, graphs, history."""
+    """Describe a policy: family, shape of every layer, parameters, bytes, cameras, actions, graphs, history."""
 
     path: Positional[Path | None] = None
     """the artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     geometry: str | None = None
-    """instead of a path: the real dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
+    """instead of a path: the dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
     json: bool = False
-    """print everything as JSON; of an artifact the manifest, its digest and the bytes of each kind of file"""
+    """print everything as JSON; for an artifact the manifest, its digest and the bytes of each kind of file"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
@@ -58,20 +58,20 @@ class InspectPolicy:
 
 @dataclass(frozen=True)
 class Infer:
-    """One observation through an artifact's graphs, or through an official checkpoint with torch."""
+    """Compute one chunk of actions from one observation, with an artifact's graphs or an official checkpoint."""
 
     path: Positional[Path]
     """the artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     observation: Annotated[Positional[Path], arg(metavar="OBS.npz")]
-    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`, maybe `noise`"""
+    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`, optionally `noise`"""
     out: Annotated[Path, arg(metavar="ACT.npz")]
     """the .npz to write, with `actions` and `tokens`"""
     backend: Backend | None = None
-    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
+    """which of the artifact's graphs to run (default: the first available of onnxruntime, tensorrt, gguf)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
-    """print the actions, tokens and timing as JSON as well"""
+    """also print the actions, tokens and timing as JSON"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
@@ -106,17 +106,17 @@ class Verify:
     path: Positional[Path]
     """the artifact"""
     against: Path | None = None
-    """another artifact whose graphs give the answers, instead of the torch policy's recorded ones; then all is held to
-    a part of every dimension's range on 99 % of the observations: 2 % with int4 weights, else 1 %"""
+    """compare with another artifact's graphs instead of the torch policy's recorded actions; the tolerance is then a
+    fraction of every dimension's range on 99 % of the observations: 2 % with int4 weights, else 1 %"""
     env: tuple[str, ...] = ()
-    """observations from episodes that the other artifact plays here instead of the golden ones, such as
-    metaworld:drawer-open-v3; needs --against"""
+    """take the observations from episodes that the other artifact plays in these environments, such as
+    metaworld:drawer-open-v3, instead of the golden ones; needs --against"""
     env_mapping: Path | None = None
-    """TOML file that says how the environment's values become the policy's, for gym:ID"""
+    """TOML file that maps the environment's values to the policy's, for gym:ID"""
     episodes: int = 2
     """episodes to play in each environment"""
     backend: Backend | None = None
-    """only the graphs of this one (default: all there are)"""
+    """verify only this backend's graphs (default: all)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
@@ -149,7 +149,9 @@ class Verify:
 
     def _against_torch(self, policies: list[LocalPolicy]) -> list[VerifiedSpec]:
         if self.env:
-            raise UserError("expected --against with --env, for the torch policy is not here, found none; give both")
+            raise UserError(
+                "expected --against with --env, because the torch policy cannot be run here, found none; give both"
+            )
         artifact = policies[0].artifact
         limits = [verify.recorded_tolerances(find_record(artifact, policy.backend)) for policy in policies]
         golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
@@ -169,12 +171,12 @@ class Verify:
 
 
 def fail_check(reason: str) -> int:
-    """Exit code 1, with the reason on stderr so that --json stays JSON."""
+    """Prints the reason to stderr, so that --json stays valid. -> exit code 1"""
     print("rlrc: check failed: " + printable(reason, keep="\n"), file=sys.stderr)
     return 1
 
 
 def read_observation(path: Path) -> dict[str, Any]:
-    """numpy stores a string as an array of no dimensions; it becomes a string again."""
+    """Reads an observation. numpy stores strings as arrays without dimensions; they become strings again."""
     arrays = read_npz(path)
     return {name: str(a) if a.ndim == 0 and a.dtype.kind == "U" else a for name, a in arrays.items()}

@@ -255,7 +255,7 @@ class RunPolicy(SessionConfig):
         totals |= {"asked_hz": run.timing.hz, "granted": granted, "stop": run.guard.reason}
         totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(run.guard.counts.items())}}
         if stamped := run.board.readings():
-            totals["board"] = monitor.summary(stamped)
+            totals["board"] = monitor.summarise(stamped)
         if run.simulator:
             totals |= {"episodes": len(run.played), "successes": sum(one["success"] for one in run.played)}
         if self.log is not None:

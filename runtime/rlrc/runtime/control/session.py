@@ -134,7 +134,7 @@ class ControlSession:
             self.robot = self.instructed = Instructed(self.robot, self.recorder.begin if self.recorder else _nobody)
         self.standstill: RearmController | None = None  # with --rearm
         self.show: Show | None = None  # with --port
-        self.board = stack.enter_context(Board.watched())
+        self.board = stack.enter_context(Board.monitor())
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self.played: list[dict[str, Any]] = []
 

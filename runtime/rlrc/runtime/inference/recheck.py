@@ -45,8 +45,8 @@ def check(policy: verify.GraphPolicy, record: VerifiedSpec) -> None:
     policy.reset()
     if reason is not None:
         raise UserError(
-            f"expected the graphs of {policy.artifact.path}, verified on {_list_versions(record.versions)}, to agree on "
-            f"{_list_versions(here)}, found {reason}; export it again on this machine, or with another --precision"
+            f"expected the graphs of {policy.artifact.path}, verified with {_list_versions(record.versions)}, to agree "
+            f"on {_list_versions(here)}, found {reason}; export it again on this machine, or with another --precision"
         )
     with suppress(OSError):  # no writable cache: the next load replays them again
         passed.parent.mkdir(parents=True, exist_ok=True)

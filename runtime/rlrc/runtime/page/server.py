@@ -165,7 +165,7 @@ class Server:
     def figures(self) -> dict[str, Any]:
         """Of the board, read once a second; nothing on a machine that is no Jetson."""
         now = time.monotonic()
-        if self._board is not None and self._board.is_there and now - self._read >= BOARD_S:
+        if self._board is not None and self._board.exists and now - self._read >= BOARD_S:
             reading, self._read = self._board.latest(), now
             if reading is not None:
                 self._figures = {
@@ -303,7 +303,7 @@ def serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> No
 async def _serve(ends: Ends, hello: dict[str, Any], address: Address, token: str) -> None:
     logs.begin("text")  # of faults only, and so that no library's line is written as it comes
     ends.socket.setblocking(False)
-    with Board.watched() as board:
+    with Board.monitor() as board:
         await _answer(Server(ends, hello, token, board), ends, address)
 
 
