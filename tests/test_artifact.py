@@ -303,7 +303,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, raised: type[BaseE
 
 
 def test_a_writer_that_forgets_to_finish_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="without finish"), create_artifact(tmp_path / "a") as draft:
+    with pytest.raises(RuntimeError, match=r"finish\(\) was not called"), create_artifact(tmp_path / "a") as draft:
         draft.file("x").touch()
     assert os.listdir(tmp_path) == []
 

@@ -35,7 +35,7 @@ def storage_failure(error: BaseException | None) -> int | None:
     """The error number (a key of STORAGE) if the error comes from a failed write; None for any other error."""
     guess = None
     while error is not None:
-        number = getattr(error, "errno", None)
+        number: int | None = getattr(error, "errno", None)
         if found := re.search(NUMBERED, str(error)):
             number = int(found[1])
         if number in STORAGE:

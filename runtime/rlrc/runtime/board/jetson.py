@@ -34,7 +34,7 @@ OVERCURRENT = {"oc1": "under-voltage", "oc2": "average current", "oc3": "peak cu
 
 @dataclass(frozen=True)
 class Reading:
-    """One moment. ``rails`` in watts; loads from 0 to 1 (``cpu_load``: mean of the running cores); ``celsius`` by zone, in
+    """One moment. ``rails`` in watts; loads from 0 to 1, ``cpu_load`` of the running cores; ``celsius`` by zone,
     in lower case; memory in bytes; ``throttled``: what heat throttles now; ``overcurrent``: events since boot, by kind.
     """
 

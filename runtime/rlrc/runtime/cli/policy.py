@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -47,7 +47,8 @@ class InspectPolicy:
         if (self.path is None) == (self.geometry is None):
             raise UserError("expected either a path or --geometry, found both or neither; give one of them")
         if self.path is None or is_checkpoint(self.path, self.official):
-            return import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
+            import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
+            return
         artifact = artifacts.load(self.path)
         if self.json:
             values = artifacts.to_json(artifact.manifest) | {"digest": artifact.digest, "bytes": folder_bytes(artifact)}
@@ -95,7 +96,7 @@ class Infer:
 
     def _policy(self) -> Policy:
         if is_checkpoint(self.path, self.official):
-            return import_module(CHECKPOINTS).policy(self.path, self.official, self.threads)
+            return cast(Policy, import_module(CHECKPOINTS).policy(self.path, self.official, self.threads))
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 

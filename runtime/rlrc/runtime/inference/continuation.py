@@ -50,7 +50,7 @@ class Continuation:
         """
         known, mask = normalise(self.previous, action.norm), soft_mask(len(self.previous), self.frozen)
         part, weights = np.s_[:, : len(known), : action.dim], mask[:, None].astype(np.float32)
-        result = x.copy()
+        result: NDArray[np.float32] = x.copy()
         result[part] = (1 - weights) * x[part] + weights * (np.float32(t) * noise[part] + np.float32(1 - t) * known)
         return result
 

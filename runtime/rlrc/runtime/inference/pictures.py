@@ -6,6 +6,7 @@ For one picture or a batch. Needs numpy and PIL.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ def to_pixels(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float3
     *batch, rows, columns, _ = values.shape
     encoders = len(camera.mean) // 3
     # Whole rows at a time: numpy takes six times as long in loops over three colours.
-    pixels: NDArray = values.reshape(*batch, rows, columns * 3)
+    pixels: NDArray[Any] = values.reshape(*batch, rows, columns * 3)
     if encoders > 1:
         pixels = pixels.take(_colour_indices(columns, encoders), -1)
     pixels = pixels.astype(np.float32)
@@ -50,7 +51,7 @@ def wrong_size(camera: CameraSpec, found: tuple[int, ...]) -> UserError:
     )
 
 
-def _resize(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray:
+def _resize(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[Any]:
     """(..., H, W, 3) -> values from 0 to 255 of the camera's size, or smaller where padding follows."""
     found = (image.shape[-3], image.shape[-2])
     size = _fit_size(found, camera) if camera.resize in ("pad", "pad-left-top") else (camera.height, camera.width)

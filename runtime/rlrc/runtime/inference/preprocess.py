@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from rlrc.artifact import CameraSpec, NormStats, PolicySpec, StateSpec
 from rlrc.errors import UserError
 from rlrc.runtime.inference.pictures import to_pixels, wrong_size
-from rlrc.runtime.inference.prompts import Tokenizer
+from rlrc.runtime.inference.prompts import Tokenizer as Tokenizer
 
 
 class ModelInputs(NamedTuple):

@@ -45,7 +45,8 @@ class Tokenizer:
         text = self.text(instruction, state)
         if self._last is None or self._last[0] != text:  # usually repeated: this saves 10 us or more
             self._last = (text, self._ids(text, instruction))
-        return self._last[1].copy()
+        ids: NDArray[np.int64] = self._last[1].copy()
+        return ids
 
     def text(self, instruction: str, state: NDArray[np.floating] | None = None) -> str:
         """The prompt before tokenization."""

@@ -270,8 +270,9 @@ def worst_observation(
 
 def _without_worst_percent(error: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N, dim) -> the largest of each dimension (dim,), without its worst N // 100 observations."""
-    ranked: NDArray[np.float64] = np.sort(error, 0)  # nan sorts last
-    return ranked[len(ranked) - 1 - len(ranked) // ONE_IN]
+    ranked = np.sort(error, 0)  # nan sorts last
+    largest: NDArray[np.float64] = ranked[len(ranked) - 1 - len(ranked) // ONE_IN]
+    return largest
 
 
 def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instruction: str) -> None:
@@ -292,9 +293,9 @@ def mask_ties(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spaci
     assert golden.tokens is not None
     assert golden.logits is not None
     rows = logit_row(tokens, spec.action)
-    tied = (tokens != golden.tokens) & is_tie(golden.logits, rows, spacing)
+    tied: NDArray[np.bool_] = (tokens != golden.tokens) & is_tie(golden.logits, rows, spacing)
     if spec.decode == "autoregressive":
-        return np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
+        tied = np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
     return tied
 
 

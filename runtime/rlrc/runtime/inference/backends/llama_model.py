@@ -44,17 +44,19 @@ def library() -> ModuleType:
                 f"expected llama-cpp-python on this machine, found: {' '.join(str(error).split())}; "
                 "make gguf builds it for this processor, or pip install rlrc[gguf]"
             ) from None
-        llama_cpp.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         _loaded = llama_cpp
     return _loaded
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _keep_errors(level: int, text: bytes, _: Any) -> None:
     if level == ERROR:
         _errors.append(text.decode(errors="replace").strip())
         del _errors[:-3]
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_keep_errors)  # kept: llama.cpp calls it
 
 
 def last_errors() -> str:
@@ -112,8 +114,9 @@ class LlamaModel:
             self.length = 0  # the cache is in an unknown state: the next pass must start a new sequence
             raise NoAction(f"llama.cpp failed with status {status}: {last_errors()}")
         self.length += len(x)
-        hidden = self._lib.llama_get_embeddings(self._context)
-        return np.ctypeslib.as_array(hidden, (len(x), self._width))[-rows:].copy()
+        embeddings = self._lib.llama_get_embeddings(self._context)
+        hidden: NDArray[np.float32] = np.ctypeslib.as_array(embeddings, (len(x), self._width))[-rows:].copy()
+        return hidden
 
     def _open(self, length: int) -> None:
         self.close()

@@ -85,7 +85,7 @@ def parse_version(version: str) -> tuple[int, ...]:
 def make_logger(trt: Any) -> Any:
     """A TensorRT logger that keeps the last errors, as ``errors``, for the message to the user."""
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
