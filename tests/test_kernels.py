@@ -235,7 +235,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each golden observation that is replayed from now on."""
     seen, replay = list[int](), verify.replay
 
-    def counted(policy: LocalPolicy, golden: verify.Golden) -> verify.Answers:
+    def counted(policy: LocalPolicy, golden: verify.Golden) -> verify.ReplayOutputs:
         seen.append(len(golden))
         return replay(policy, golden)
 

@@ -270,7 +270,7 @@ def test_constant_dimensions_hide_nothing(precision: str | None, toy_artifact: P
 
     def record(actions: np.ndarray) -> VerifiedSpec:
         answering = Answering(spec, golden, np.zeros((0, 2, 3)))
-        return verify.compare(answering, verify.Answers(actions.astype(np.float64), None), golden, limits)  # type: ignore[arg-type]
+        return verify.compare(answering, verify.ReplayOutputs(actions.astype(np.float64), None), golden, limits)  # type: ignore[arg-type]
 
     rounded = ((normalised + 1e-4) * spec.action.norm.scale + spec.action.norm.center).astype(np.float32)
     assert verify.failure_reason(record(rounded)) is None

@@ -1,4 +1,4 @@
-"""What lies at a path: an artifact, a policy's checkpoint, or something else; and what to do about the last.
+"""Recognises what a path is - an artifact, a policy's checkpoint, something else - and advises on the last.
 
 Recognised by the names of files and a few keys. Nothing is unpickled. Needs the standard library only.
 """

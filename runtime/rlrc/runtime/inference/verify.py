@@ -183,7 +183,7 @@ def recorded_tolerances(record: VerifiedSpec) -> Tolerances:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ReplayOutputs:
     """The graphs' outputs for N observations."""
 
     actions: NDArray[np.float64]  # (N, horizon, dim)
@@ -203,7 +203,7 @@ class GraphPolicy(Protocol):
     def reset(self) -> None: ...
 
 
-def replay(policy: GraphPolicy, golden: Golden) -> Answers:
+def replay(policy: GraphPolicy, golden: Golden) -> ReplayOutputs:
     """Infers one observation after the other, as on a robot. Raises NoAction where the outputs are not valid."""
     results = []
     for i in range(len(golden)):
@@ -213,7 +213,7 @@ def replay(policy: GraphPolicy, golden: Golden) -> Answers:
         results.append(policy.infer(observation))
     actions = np.stack([result["actions"] for result in results]).astype(np.float64)
     tokens = None if golden.tokens is None else np.array([result["tokens"] for result in results])
-    return Answers(actions, tokens)
+    return ReplayOutputs(actions, tokens)
 
 
 def measure(policy: GraphPolicy, golden: Golden, limits: Tolerances) -> VerifiedSpec:
@@ -221,7 +221,7 @@ def measure(policy: GraphPolicy, golden: Golden, limits: Tolerances) -> Verified
     return compare(policy, replay(policy, golden), golden, limits)
 
 
-def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Tolerances) -> VerifiedSpec:
+def compare(policy: GraphPolicy, outputs: ReplayOutputs, golden: Golden, limits: Tolerances) -> VerifiedSpec:
     """The record of how the outputs differ from the reference's (fields: rlrc.artifact.spec.VerifiedSpec).
 
     ``gripper_flips`` counts actions of a gripper dimension on the other side of the middle of its range
@@ -229,16 +229,16 @@ def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Toler
     to the next.
     """
     spec = policy.spec
-    error = errors(spec, answers, golden, limits)
+    error = errors(spec, outputs, golden, limits)
     middle = np.asarray(spec.action.norm.center)
     gripper = np.asarray([meaning == "gripper" for meaning in spec.action.meaning])
-    sides = (answers.actions > middle) != (golden.actions > middle)
-    jitter = np.abs(np.diff(answers.actions - golden.actions.astype(np.float64), axis=1))
+    sides = (outputs.actions > middle) != (golden.actions > middle)
+    jitter = np.abs(np.diff(outputs.actions - golden.actions.astype(np.float64), axis=1))
     return VerifiedSpec(
         backend=policy.backend,
         observations=len(golden),
-        tokens=0 if answers.tokens is None else answers.tokens.size,
-        token_flips=0 if answers.tokens is None else int((answers.tokens != golden.tokens).sum()),
+        tokens=0 if outputs.tokens is None else outputs.tokens.size,
+        token_flips=0 if outputs.tokens is None else int((outputs.tokens != golden.tokens).sum()),
         gripper_flips=int(sides[..., gripper].sum()),
         max_error=tuple(error.max((0, 1)).tolist()),
         range_error=tuple((_without_worst_percent(error.max(1)) / action_range(spec.action)).tolist()),
@@ -250,22 +250,22 @@ def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Toler
     )
 
 
-def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances) -> NDArray[np.float64]:
+def errors(spec: PolicySpec, outputs: ReplayOutputs, golden: Golden, limits: Tolerances) -> NDArray[np.float64]:
     """Absolute differences (N, horizon, dim), zero for excused tokens."""
-    error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
-    if answers.tokens is None or golden.logits is None:
+    error: NDArray[np.float64] = np.abs(outputs.actions - golden.actions.astype(np.float64))
+    if outputs.tokens is None or golden.logits is None:
         return error
-    return np.where(mask_ties(answers.tokens, golden, spec, limits.spacing), 0, error)
+    return np.where(mask_ties(outputs.tokens, golden, spec, limits.spacing), 0, error)
 
 
 def worst_observation(
-    spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances
+    spec: PolicySpec, outputs: ReplayOutputs, golden: Golden, limits: Tolerances
 ) -> dict[str, NDArray[Any]]:
     """The observation with the largest error, as ``rlrc infer`` reads it, with both chunks of actions."""
-    parts = errors(spec, answers, golden, limits) / action_range(spec.action)
+    parts = errors(spec, outputs, golden, limits) / action_range(spec.action)
     index = int(np.nan_to_num(parts, nan=np.inf).max((1, 2)).argmax())
     observation = {name: np.asarray(value) for name, value in golden.observation(index, spec).items()}
-    return observation | {"expected": golden.actions[index], "found": answers.actions[index]}
+    return observation | {"expected": golden.actions[index], "found": outputs.actions[index]}
 
 
 def _without_worst_percent(error: NDArray[np.float64]) -> NDArray[np.float64]:
