@@ -21,7 +21,7 @@ from rlrc import artifact
 from rlrc.artifact import ArtifactError, Manifest, create_artifact, from_json, load, to_json
 from rlrc.errors import UserError
 
-RUNTIME = str(Path(artifact.__file__).parents[1])
+RUNTIME = str(Path(artifact.__file__).parents[2])
 
 
 def manifest() -> Manifest:

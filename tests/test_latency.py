@@ -95,14 +95,14 @@ class Watch:
 
 
 class Engine:
-    """Every pass takes its milliseconds by the watch; with a head beside it, that and the embedding take their own."""
+    """Every pass takes its milliseconds by the watch; a second engine's head and embedding take their own."""
 
     def __init__(self, watch: Watch, milliseconds: float) -> None:
         self.watch, self.milliseconds = watch, milliseconds
 
     def run(self, graph: str, inputs: Any) -> Any:
         self.watch.now += self.milliseconds / 1e3
-        if graph == "decoder" and hasattr(self, "beside"):
+        if graph == "decoder" and hasattr(self, "onnx"):
             self.onnx.run("embed", inputs)
             self.onnx.run("head", inputs)
         return {}
