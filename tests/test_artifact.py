@@ -395,10 +395,10 @@ def test_damage_is_not_inherited(tmp_path: Path) -> None:
 WRITER = """
 import json, os, sys
 from pathlib import Path
-from rlrc.artifact import from_json, writing
+from rlrc.artifact import from_json, create_artifact
 manifest = from_json(json.loads(Path(sys.argv[2]).read_text()))
 print("start", flush=True)
-with writing(sys.argv[1]) as draft:
+with create_artifact(sys.argv[1]) as draft:
     for name in ("graphs/onnx/vision.onnx", "weights/model.safetensors", "golden.npz"):
         with draft.file(name).open("wb") as stream:
             for _ in range(512):
