@@ -36,7 +36,7 @@ def main(folder: Path, to: str = "onnx") -> None:
     for name in FAMILIES if to == "onnx" else IN_GGUF:
         weights = folder / "weights" / name
         source, policy = official(name)
-        with artifacts.writing(weights) as draft:
+        with artifacts.create_artifact(weights) as draft:
             source.hand_on(draft)
             artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
         export(artifacts.load(weights), folder / f"{name}-fp32", (to,), "fp32")

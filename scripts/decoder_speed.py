@@ -108,7 +108,7 @@ def make(folder: Path) -> None:
     meant = artifact_io.apply_quantization(policy, result)
     wide = quantize(policy.state_dict(), QuantizeConfig(search=False, group=128))
     for name, given in (("int4", (policy, result)), ("int4-128", (policy, wide)), ("dense", (meant, None))):
-        with artifacts.writing(folder / name) as draft:
+        with artifacts.create_artifact(folder / name) as draft:
             words = {f"w{i}": i for i in range(VOCABULARY)}
             tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -72,7 +72,7 @@ def random_artifact(out: Path, spec: PolicySpec, towers: dict[str, TowerSpec], q
     bits = {name: 4 for name, shape in shapes.items() if quantized and len(shape) == 2 and fits(name, shape)}
     quantization = QuantizationSpec("int4", 32, bits) if quantized else None
     parameters = sum(map(prod, shapes.values()))
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         write_safetensors(draft.file(WEIGHTS), shapes, bits)
         draft.finish(Manifest(spec, towers, parameters, "int4" if quantized else "bfloat16", quantization))
     return artifacts.load(out, ())
@@ -147,7 +147,7 @@ def anonymous() -> float:
 def export(parent: Artifact, out: Path, precision: str) -> dict[str, Any]:
     """The graphs alone: there are no golden observations of random weights."""
     before = anonymous()
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         with peak() as exported:
             graphs = target.write_graphs(draft, parent, precision)
         draft.finish(replace(parent.manifest, graphs=graphs, files={}))

@@ -51,7 +51,7 @@ def errors(policy: LocalPolicy, golden: verify.Golden) -> dict[str, Any]:
     policy.engine = engine
     found = np.stack(logits)
     right = golden.logits.reshape(len(golden), -1)[:, : found.shape[1]]
-    answers = verify.Answers(
+    answers = verify.ReplayOutputs(
         np.concatenate([each.actions for each in tokens]),
         np.concatenate([each.tokens for each in tokens if each.tokens is not None]),
     )

@@ -61,7 +61,7 @@ def make(folder: Path) -> dict[str, list[Path]]:
         parent = artifacts.load(ROOT / "reference/compressed")
         policy, arrays = artifact_io.load_policy(parent), read_npz(parent.file(GOLDEN))
         observations = {name: array for name, array in arrays.items() if name not in ("tokens", "logits", "actions")}
-        with artifacts.writing(folder / "reference-dense") as draft:
+        with artifacts.create_artifact(folder / "reference-dense") as draft:
             draft.inherit(parent, "tokenizer")
             history = (HistoryEntry("new", {}, "0", None, 0.0),)
             artifact_io.write_policy(draft, policy, observations, history, exact=True)

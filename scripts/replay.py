@@ -24,7 +24,7 @@ from rlrc.artifact import GOLDEN
 from rlrc.npz import read_npz, write_npz
 from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.backends.engine import Engine
-from rlrc.runtime.inference.policy import LocalPolicy, recorded
+from rlrc.runtime.inference.policy import LocalPolicy, find_record
 from rlrc.runtime.inference.verify import Golden
 
 
@@ -51,7 +51,7 @@ def replayed(path: Path, out: Path, backend: str | None, against: Path | None, m
     policy.engine = watched = Watched(policy.engine)
     whole = verify.read_golden(artifact.file(GOLDEN), policy.spec)
     golden = chosen(whole, most)
-    limits = verify.limits_of(recorded(artifact, policy.backend))
+    limits = verify.recorded_tolerances(find_record(artifact, policy.backend))
     answers = verify.replay(policy, golden)
     record = verify.compare(policy, answers, golden, limits)
     arrays = {"actions": answers.actions}
@@ -64,7 +64,7 @@ def replayed(path: Path, out: Path, backend: str | None, against: Path | None, m
         "observations": len(golden),
         "of": len(whole),
         "record": asdict(record),
-        "failure": verify.failure(record),
+        "failure": verify.failure_reason(record),
     }
     if against is None:
         return row
@@ -83,7 +83,7 @@ def replayed(path: Path, out: Path, backend: str | None, against: Path | None, m
             "actions_of_range": float((difference / verify.action_range(policy.spec.action)).max()),
             "tokens": between.token_flips if "tokens" in arrays else None,
             "logits_of_range": logits,
-            "failure": verify.failure(between),
+            "failure": verify.failure_reason(between),
         }
     }
 

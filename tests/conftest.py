@@ -246,7 +246,7 @@ def write_toy(out: Path, spec: PolicySpec | None = None, weights: Toy | None = N
     here = {"onnxruntime": version("onnxruntime"), "kernels": kernels()}
     record = VerifiedSpec("onnxruntime", len(tokens), tokens.size, 0, 0, (0.0,) * action.dim, 0.0, 0.000625, here)
     described = replace(manifest(), policy=spec, graphs=toy_graphs(spec), verified=(record,))
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         (weights or toy).write(draft.file(VISION), draft.file(DECODER), spec)
         _write_tokenizer(draft.file(TOKENIZER))
         np.savez(draft.file(GOLDEN), logits=logits, tokens=tokens, actions=actions, **raw)
@@ -326,7 +326,7 @@ def _write_tiny(out: Path, quantization: Any = None) -> Path:
     policy = TinyPolicy(described.policy, described.towers)
     with torch.no_grad():
         policy.head.weight *= 100  # decided logits, as a trained policy has them
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         _write_tokenizer(draft.file(TOKENIZER))
         raw = raw_observations(described.policy)
         result = None if quantization is None else quantize(policy, quantization)
@@ -351,7 +351,7 @@ def pupil_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     torch.manual_seed(0)
     policy, out = TinyPolicy(spec, towers), tmp_path_factory.mktemp("artifacts") / "pupil"
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         reference.write_tokenizer(draft.file(TOKENIZER))
         raw = raw_observations(spec)
         tokenizer = Tokenizer(draft.file(TOKENIZER), spec.prompt)

@@ -28,7 +28,8 @@ from rlrc.compressor.prune.importance import score_parts as scores_of
 from rlrc.compressor.prune.lossless import cut_lossless
 from rlrc.compressor.prune.prune import PruneConfig, prune
 from rlrc.errors import UserError
-from rlrc.runtime.inference.preprocess import normalise, pictures, unnormalise
+from rlrc.runtime.inference.pictures import to_pixels
+from rlrc.runtime.inference.preprocess import normalise, unnormalise
 
 GOLDEN = Path(__file__).parent / "data" / "act"
 CHECKPOINT = GOLDEN / "checkpoint"
@@ -50,7 +51,7 @@ def inputs(policy: PolicyModule, golden: dict[str, np.ndarray]) -> Inputs:
     assert spec.state is not None
     shots = np.stack([golden[f"obs{i}.image.top"] for i in range(2)])
     state = normalise(np.stack([golden[f"obs{i}.state"] for i in range(2)]), spec.state.norm)
-    return Inputs([torch.from_numpy(pictures(shots, spec.cameras[0]))], state=torch.from_numpy(state))
+    return Inputs([torch.from_numpy(to_pixels(shots, spec.cameras[0]))], state=torch.from_numpy(state))
 
 
 def test_golden_every_array(opened: tuple[PolicyModule, Layout], golden: dict[str, np.ndarray]) -> None:
@@ -278,7 +279,7 @@ def test_other_geometries_against_torch_layers(name: str, tmp_path: Path) -> Non
     expected = reference(load_file(tmp_path / "act" / "model.safetensors"), geometry, stats, shots, felt)
 
     assert [camera.name for camera in spec.cameras] == list(geometry.cameras)
-    pixels = [torch.from_numpy(pictures(shots[camera.name], camera)) for camera in spec.cameras]
+    pixels = [torch.from_numpy(to_pixels(shots[camera.name], camera)) for camera in spec.cameras]
     state = None if spec.state is None else torch.from_numpy(normalise(felt, spec.state.norm))
     with torch.no_grad():
         actions = policy.act(Inputs(pixels, state=state)).actions

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from rlrc import artifact
-from rlrc.artifact import ArtifactError, Manifest, from_json, load, to_json, writing
+from rlrc.artifact import ArtifactError, Manifest, create_artifact, from_json, load, to_json
 from rlrc.errors import UserError
 
-RUNTIME = str(Path(artifact.__file__).parents[1])
+RUNTIME = str(Path(artifact.__file__).parents[2])
 
 
 def manifest() -> Manifest:
@@ -60,7 +60,7 @@ def manifest() -> Manifest:
 
 
 def write(out: Path, weights: bytes = b"weights" * 100) -> Path:
-    with writing(out) as draft:
+    with create_artifact(out) as draft:
         draft.file("weights/model.safetensors").write_bytes(weights)
         draft.file("graphs/onnx/vision.onnx").write_bytes(b"graph")
         draft.file("empty").touch()
@@ -160,7 +160,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"2 entries at policy\.action\.meaning",
     ),
     "no horizon": (lambda m: m["policy"]["action"].update(horizon=0), "horizon"),
-    "same camera twice": (lambda m: m["policy"]["cameras"].append(m["policy"]["cameras"][0]), "every one once"),
+    "same camera twice": (lambda m: m["policy"]["cameras"].append(m["policy"]["cameras"][0]), "each name once"),
     "camera without height": (lambda m: m["policy"]["cameras"][0].update(height=0), "height"),
     "impossible heads": (
         lambda m: m["towers"]["decoder"]["layers"][0].update(kv_heads=3),
@@ -270,7 +270,7 @@ def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     (tmp_path / "link").symlink_to("nowhere")
     for out in (folder, folder / "manifest.json", tmp_path / "link"):
-        with pytest.raises(UserError, match="already there") as error, writing(out):
+        with pytest.raises(UserError, match="already there") as error, create_artifact(out):
             pytest.fail("the body ran")
         assert is_one_line(error)
     load(folder)
@@ -280,7 +280,7 @@ def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["file/a", "file/deeper/a", "/proc/a", "/proc/deeper/a", "x" * 300])
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, out: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="expected to") as error, writing(tmp_path / out):
+    with pytest.raises(UserError, match="expected to") as error, create_artifact(tmp_path / out):
         pytest.fail("the body ran")
     assert is_one_line(error)
     assert os.listdir(tmp_path) == ["file"]
@@ -294,7 +294,7 @@ def test_checking_an_output_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("finished", [False, True])
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, raised: type[BaseException], finished: bool) -> None:
-    with pytest.raises(raised), writing(tmp_path / "new" / "a") as draft:
+    with pytest.raises(raised), create_artifact(tmp_path / "new" / "a") as draft:
         draft.file("graphs/onnx/vision.onnx").write_bytes(b"graph")
         if finished:
             draft.finish(manifest())
@@ -303,19 +303,19 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, raised: type[BaseE
 
 
 def test_a_writer_that_forgets_to_finish_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="without finish"), writing(tmp_path / "a") as draft:
+    with pytest.raises(RuntimeError, match=r"finish\(\) was not called"), create_artifact(tmp_path / "a") as draft:
         draft.file("x").touch()
     assert os.listdir(tmp_path) == []
 
 
 def test_a_manifest_that_would_not_load_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"vision\.onnx among files"), writing(tmp_path / "a") as draft:
+    with pytest.raises(ArtifactError, match=r"vision\.onnx among files"), create_artifact(tmp_path / "a") as draft:
         draft.finish(manifest())
     assert os.listdir(tmp_path) == []
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="appeared meanwhile"), writing(tmp_path / "a") as draft:
+    with pytest.raises(UserError, match="created meanwhile"), create_artifact(tmp_path / "a") as draft:
         draft.file("graphs/onnx/vision.onnx").touch()
         draft.finish(manifest())
         (tmp_path / "a").mkdir()
@@ -326,16 +326,16 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 
 def test_paths_of_a_draft_stay_inside(tmp_path: Path) -> None:
     for relative in ("../x", "/x", "a/../x", "manifest.json", ".", "a//b"):
-        with pytest.raises(RuntimeError, match="plain relative path"), writing(tmp_path / "a") as draft:
+        with pytest.raises(RuntimeError, match="plain relative path"), create_artifact(tmp_path / "a") as draft:
             draft.file(relative)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_living_writers_draft_is_left_alone(tmp_path: Path) -> None:
-    with writing(tmp_path / "a") as draft:
+    with create_artifact(tmp_path / "a") as draft:
         draft.file("graphs/onnx/vision.onnx").write_bytes(b"graph")
         again = (
-            f"from rlrc.folders import appearing\nwith appearing({str(tmp_path / 'a')!r}) as path: raise SystemExit(3)"
+            f"from rlrc.folders import create_folder\nwith create_folder({str(tmp_path / 'a')!r}): raise SystemExit(3)"
         )
         ended = subprocess.run([sys.executable, "-c", again], env=os.environ | {"PYTHONPATH": RUNTIME}, check=False)
         assert ended.returncode == 3
@@ -348,7 +348,7 @@ def test_a_living_writers_draft_is_left_alone(tmp_path: Path) -> None:
 
 def test_inherited_files_are_the_parents(tmp_path: Path) -> None:
     parent = load(write(tmp_path / "parent"))
-    with writing(tmp_path / "child") as draft:
+    with create_artifact(tmp_path / "child") as draft:
         draft.inherit(parent, "graphs", "weights/model.safetensors", "weight", "no/such/folder")
         draft.finish(manifest())
     child = load(tmp_path / "child")
@@ -364,7 +364,7 @@ def test_inherited_files_are_copied_where_links_are_impossible(tmp_path: Path, m
         raise OSError("cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    with writing(tmp_path / "child") as draft:
+    with create_artifact(tmp_path / "child") as draft:
         draft.inherit(parent, "graphs")
         draft.finish(manifest())
     assert load(tmp_path / "child").file("graphs/onnx/vision.onnx").read_bytes() == b"graph"
@@ -372,7 +372,10 @@ def test_inherited_files_are_copied_where_links_are_impossible(tmp_path: Path, m
 
 def test_an_inherited_file_is_not_written_through(tmp_path: Path) -> None:
     parent = load(write(tmp_path / "parent"))
-    with pytest.raises(RuntimeError, match="do not inherit what you rewrite"), writing(tmp_path / "child") as draft:
+    with (
+        pytest.raises(RuntimeError, match="do not inherit what you rewrite"),
+        create_artifact(tmp_path / "child") as draft,
+    ):
         draft.inherit(parent, "graphs")
         draft.file("graphs/onnx/vision.onnx")
     load(tmp_path / "parent")
@@ -381,7 +384,7 @@ def test_an_inherited_file_is_not_written_through(tmp_path: Path) -> None:
 def test_damage_is_not_inherited(tmp_path: Path) -> None:
     parent = load(write(tmp_path / "parent"), verify=())
     (parent.path / "graphs/onnx/vision.onnx").write_bytes(b"grapH")
-    with pytest.raises(ArtifactError, match="expected sha256"), writing(tmp_path / "child") as draft:
+    with pytest.raises(ArtifactError, match="expected sha256"), create_artifact(tmp_path / "child") as draft:
         draft.inherit(parent, "graphs")
         draft.finish(manifest())
     assert os.listdir(tmp_path) == ["parent"]
@@ -392,10 +395,10 @@ def test_damage_is_not_inherited(tmp_path: Path) -> None:
 WRITER = """
 import json, os, sys
 from pathlib import Path
-from rlrc.artifact import from_json, writing
+from rlrc.artifact import from_json, create_artifact
 manifest = from_json(json.loads(Path(sys.argv[2]).read_text()))
 print("start", flush=True)
-with writing(sys.argv[1]) as draft:
+with create_artifact(sys.argv[1]) as draft:
     for name in ("graphs/onnx/vision.onnx", "weights/model.safetensors", "golden.npz"):
         with draft.file(name).open("wb") as stream:
             for _ in range(512):

@@ -55,7 +55,7 @@ def test_shapes_fit_a_profile_or_not() -> None:
         ({"precision": "fp6"}, "precision"),
         ({"strongly_typed": False}, "strongly_typed"),
         ({"format_version": 2}, "format_version 1, found 2"),
-        ({"graphs": []}, "graphs, each of another name, found none"),
+        ({"graphs": []}, "graphs with distinct names, found none"),
         ({"extra": 1}, "extra"),
         ({"least_sm": "8.0"}, "least_sm"),
     ],
@@ -101,7 +101,7 @@ def test_the_device_side_imports_neither_torch_nor_onnx_nor_tensorrt() -> None:
 
 
 def write(out: Path, manifest: Manifest, content: bytes = b"graph") -> Path:
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         draft.file(FILE).write_bytes(content)
         write_plan(BUILD, draft.file(PLAN))
         spec = GraphSpec("decoder", "tensorrt", FILE, "int4", INPUTS, (), {"tensorrt": ">=10.3"})
@@ -171,13 +171,13 @@ def test_an_engine_is_named_by_all_that_it_depends_on() -> None:
 
 def test_half_an_engine_is_none(tmp_path: Path) -> None:
     file = tmp_path / "decoder.engine"
-    assert not engine_cache.is_whole(file)
-    building.write_atomically(file, b"engine")
-    assert not engine_cache.is_whole(file)
-    building.write_atomically(file.with_suffix(".sha256"), hashlib.sha256(b"engine").hexdigest().encode())
-    assert engine_cache.is_whole(file)
+    assert not engine_cache.is_intact(file)
+    building.write_whole(file, b"engine")
+    assert not engine_cache.is_intact(file)
+    building.write_whole(file.with_suffix(".sha256"), hashlib.sha256(b"engine").hexdigest().encode())
+    assert engine_cache.is_intact(file)
     file.write_bytes(b"engi")
-    assert not engine_cache.is_whole(file)
+    assert not engine_cache.is_intact(file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.engine", "decoder.sha256"]
 
 

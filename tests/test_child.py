@@ -55,17 +55,17 @@ def test_arrays_of_any_kind_go_there_and_back(child: WorkerProcess) -> None:
 
 def test_it_is_asked_one_thing_at_a_time(child: WorkerProcess) -> None:
     child.ask({"do": "sleep"})
-    with pytest.raises(RuntimeError, match="the doubler was asked before it answered"):
+    with pytest.raises(RuntimeError, match="the doubler got a request before it replied to the last one"):
         child.ask({})
     begun = time.monotonic()
     assert child.poll() is None
     assert time.monotonic() - begun < 0.05
-    with pytest.raises(UserError, match=r"expected the doubler to answer within 0.1 s, found that it did not"):
+    with pytest.raises(UserError, match=r"expected the doubler to reply within 0.1 s, found no reply"):
         child.wait(0.1)
 
 
 def test_what_does_not_fit_is_refused(child: WorkerProcess) -> None:
-    with pytest.raises(UserError, match=r"expected arrays of up to .* found image with 30000 behind 0"):
+    with pytest.raises(UserError, match=r"expected arrays of up to .* found image of 30000 after 0"):
         child.ask({}, {"image": np.zeros(30_000, np.uint8)})
 
 

@@ -174,5 +174,5 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     monkeypatch.setattr("rlrc.runtime.cli.parse", full)
     assert cli.main(["inspect", "somewhere"]) == 2
-    line = "expected to write out, found: No space left on device; make room there, and run the same command again"
+    line = "expected to write out, found: No space left on device; free space there, and run the same command again"
     assert capsys.readouterr().err.strip() == f"rlrc: error: {line}"

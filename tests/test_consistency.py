@@ -63,7 +63,7 @@ def test_cameras(parallel: Manifest) -> None:
     refused(rf"{three} \(0, 0\)", parallel, cameras=camera(policy, mean=(), std=()))
     refused("positive height, width and finite std", parallel, cameras=camera(policy, std=(0.5, 0.0, 0.5)))
     refused(r"at least one camera, .* found \[\]", parallel, cameras=())
-    refused(r"every one once, .* found \['corner4', 'corner4'\]", parallel, cameras=policy.cameras * 2)
+    refused(r"each name once, .* found \['corner4', 'corner4'\]", parallel, cameras=policy.cameras * 2)
 
 
 def test_state(parallel: Manifest) -> None:

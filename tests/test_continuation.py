@@ -43,7 +43,9 @@ def test_autoregressive_tokens_follow_from_the_frozen_ones() -> None:
 
 def test_tokens_are_the_inverse_of_actions() -> None:
     tokens = np.array([[14, 11], [12, 13]])
-    assert decode.tokens_of(decode.actions_of(tokens, VOCABULARY), VOCABULARY).tolist() == tokens.tolist()
+    assert (
+        decode.actions_to_tokens(decode.tokens_to_actions(tokens, VOCABULARY), VOCABULARY).tolist() == tokens.tolist()
+    )
 
 
 def test_flow_paints_the_former_actions_in() -> None:

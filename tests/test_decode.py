@@ -166,4 +166,4 @@ def test_actions_of_openvla_tokens() -> None:
     golden = np.load(DATA / "openvla/golden.npz")
     ids = np.resize(golden["decode_ids"], (38, 7))  # all 256 action tokens and five others, some of them twice
     expected = np.resize(golden["decode_normalized"], (38, 7))
-    np.testing.assert_allclose(decode.actions_of(ids, action), expected, atol=1e-7)
+    np.testing.assert_allclose(decode.tokens_to_actions(ids, action), expected, atol=1e-7)

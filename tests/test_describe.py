@@ -18,7 +18,7 @@ DENSE, THIN = LayerSpec(32, 32, 128, 11008), LayerSpec(3, 3, 128, 1088)
 
 
 def test_equal_blocks_are_one_line() -> None:
-    assert artifact_describe.blocks(TowerSpec(4096, (DENSE, *(THIN,) * 30, DENSE))) == [
+    assert artifact_describe.describe_blocks(TowerSpec(4096, (DENSE, *(THIN,) * 30, DENSE))) == [
         "width 4,096",
         "layers 0, 31: 32 heads of 128, MLP 11,008",
         "layers 1-30: 3 heads of 128, MLP 1,088",
@@ -28,21 +28,23 @@ def test_equal_blocks_are_one_line() -> None:
 def test_blocks_of_other_kinds() -> None:
     cross = LayerSpec(15, 5, 64, 2048, "cross")
     layers = (replace(cross, kind="self"), cross) * 3 + (LayerSpec(0, 1, 256, 0, "half"),)
-    assert artifact_describe.blocks(TowerSpec(720, layers)) == [
+    assert artifact_describe.describe_blocks(TowerSpec(720, layers)) == [
         "width 720",
         "layers 0, 2, ... 4: 15 heads of 64 (5 kv), MLP 2,048",
         "layers 1, 3, ... 5: cross-attention, 15 heads of 64 (5 kv), MLP 2,048",
         "layer 6: keys and values only, 1 of 256",
     ]
-    assert artifact_describe.blocks(TowerSpec(8, (LayerSpec(1, 1, 8, 0),)))[1] == "layer 0: 1 head of 8, MLP 0"
+    assert artifact_describe.describe_blocks(TowerSpec(8, (LayerSpec(1, 1, 8, 0),)))[1] == "layer 0: 1 head of 8, MLP 0"
 
 
 def test_dimensions_of_one_kind_are_told_together() -> None:
-    assert artifact_describe.together("xyzg", ("m", "m", "m", "1")) == "x, y, z (m); g (1)"
+    assert artifact_describe.format_names("xyzg", ("m", "m", "m", "1")) == "x, y, z (m); g (1)"
     joints = [f"joint_{i}" for i in range(7)]
-    assert artifact_describe.together([*joints, "grip"], ["rad"] * 7 + ["1"]) == "joint_0 to joint_6 (rad); grip (1)"
-    assert artifact_describe.together(joints[1:4], ["rad"] * 3) == "joint_1, joint_2, joint_3 (rad)"
-    assert artifact_describe.together(["a1", "a2", "a4", "a5"], ["1"] * 4) == "a1, a2, a4, a5 (1)"
+    assert (
+        artifact_describe.format_names([*joints, "grip"], ["rad"] * 7 + ["1"]) == "joint_0 to joint_6 (rad); grip (1)"
+    )
+    assert artifact_describe.format_names(joints[1:4], ["rad"] * 3) == "joint_1, joint_2, joint_3 (rad)"
+    assert artifact_describe.format_names(["a1", "a2", "a4", "a5"], ["1"] * 4) == "a1, a2, a4, a5 (1)"
 
 
 def test_rows_of_other_policies(tiny_manifest: Manifest) -> None:
@@ -64,7 +66,7 @@ def test_rows_of_other_policies(tiny_manifest: Manifest) -> None:
 def test_what_can_be_pruned() -> None:
     towers = {"vision": TowerSpec(8, (DENSE,) * 3), "decoder": TowerSpec(8, (DENSE, THIN, THIN, DENSE))}
     towers["expert"] = TowerSpec(8, (DENSE,) * 2)
-    assert artifact_describe.prunable(towers) == "decoder 6 heads, 2,176 MLP channels; expert nothing"
+    assert artifact_describe.describe_prunable(towers) == "decoder 6 heads, 2,176 MLP channels; expert nothing"
 
 
 @pytest.mark.parametrize("fixture", ["tiny_artifact", "tiny_int4_artifact"])

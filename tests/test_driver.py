@@ -11,7 +11,7 @@ import pytest
 from rlrc.benchmarks.control import simulated_arm
 from rlrc.robots.driver import Driver, check_sensed, describe_driver_error, one_line
 from rlrc.robots.robot import RobotError, Sensed
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.runtime.control.sensor_watchdog import SensorWatchdog
 
 
@@ -83,7 +83,7 @@ def test_what_a_driver_says_is_one_line_that_can_be_printed(message: str, line: 
 
 
 def test_a_reason_is_printed_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    check_failed("no picture image.\x1b[31mfront")
+    fail_check("no picture image.\x1b[31mfront")
     assert capsys.readouterr().err == "rlrc: check failed: no picture image.?[31mfront\n"
 
 

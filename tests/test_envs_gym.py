@@ -206,7 +206,7 @@ def test_rendered_pictures_and_what_the_file_overrides(opened: Callable[..., Any
         ([("text =", 'info = "words"\ntext =')], "expected one source of the instruction in .*, found text and info"),
         ([('info = "done.near"', "")], r"expected one of info, reward and terminated as \[success\] in .*, found none"),
         ([("[success]", "[success]\nreward = 1")], "found info and reward; keep the one"),
-        ([("state =", "stat =")], "found stat, which is unknown; correct .*point.toml"),
+        ([("state =", "stat =")], r"point\.toml: .* found stat, which is unknown; correct"),
         ([("scale =", "scales =")], r"found action\.scales, which is unknown"),
         ([("corner4 =", "front =")], r"expected an observation with image\.corner4, instruction, state, found no"),
         ([("agent.last", "agent.next")], r"expected 'agent\.next' in the observation of .*, found the keys agent, cam"),

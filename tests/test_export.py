@@ -261,7 +261,7 @@ def make_int4(parent: Path, out: Path) -> Path:
     weights, spec, _ = quantize(artifact_io.load_policy(dense).state_dict(), QuantizeConfig())
     meant = TinyPolicy(dense.manifest.policy, dense.manifest.towers)
     meant.load_state_dict(decompress(weights, spec))
-    with artifacts.writing(out) as draft, np.load(parent / "golden.npz") as observations:
+    with artifacts.create_artifact(out) as draft, np.load(parent / "golden.npz") as observations:
         draft.inherit(dense, "tokenizer")
         save_file(weights, draft.file("weights/model.safetensors"))
         np.savez(draft.file("golden.npz"), **artifact_io.golden(meant, dict(observations)))
@@ -272,7 +272,7 @@ def make_int4(parent: Path, out: Path) -> Path:
 def rewrite(parent: Path, out: Path, manifest: dict[str, Any] | None = None, **files: Any) -> Path:
     """A consistent copy with other fields of the manifest, weights or golden arrays."""
     original = artifacts.load(parent)
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         draft.inherit(original, "tokenizer")
         tensors = load_file(parent / "weights/model.safetensors") | files.get("tensors", {})
         save_file(tensors, draft.file("weights/model.safetensors"))

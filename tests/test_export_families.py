@@ -41,7 +41,7 @@ from rlrc.exporters.export import export  # noqa: E402
 from rlrc.exporters.graphs import builder  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
-from rlrc.runtime.inference.preprocess import tells_state  # noqa: E402
+from rlrc.runtime.inference.preprocess import prompt_has_state  # noqa: E402
 
 TOKENS = ("openvla", "openvla-oft-discrete")
 QUIET = StageOptions(evaluate=0, workers=1, threads=1)
@@ -91,7 +91,7 @@ def check_same(exported: Path, policy: PolicyModule, source: OfficialSource, row
 
 def alike(rows: list[dict[str, Any]], spec: PolicySpec) -> list[dict[str, Any]]:
     """With prompts of one length: all is the first row's but pictures, noise and, where it is not told, the state."""
-    own = ("image.", "noise") if tells_state(spec) else ("image.", "noise", "state")
+    own = ("image.", "noise") if prompt_has_state(spec) else ("image.", "noise", "state")
     return [{**rows[0], **{name: value for name, value in row.items() if name.startswith(own)}} for row in rows]
 
 
@@ -379,7 +379,7 @@ CASES = {
 
 
 def write(out: Path, policy: PolicyModule, source: OfficialSource) -> Path:
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     return out

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import DATA, flags, official
+from rlrc.artifact import create_artifact, load
 from rlrc.artifact import folder as artifact_folder
-from rlrc.artifact import load, writing
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
@@ -121,7 +121,7 @@ def test_no_artifact_is_written_with_them(tmp_path: Path, family: str, name: str
     source, policy = poisoned(family, name, value)
     with (
         pytest.raises(UserError, match=rf"finite numbers in the tensor {name} of the new artifact"),
-        writing(tmp_path / "out") as draft,
+        create_artifact(tmp_path / "out") as draft,
     ):
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, source.observations(), ())
@@ -133,7 +133,7 @@ def test_no_artifact_whose_answers_are_none(tmp_path: Path) -> None:
     source, policy = poisoned("openvla", "head.weight", 3e38)
     with (
         pytest.raises(UserError, match=r"finite actions of the policy, found nan or inf for 4 of 4 golden obs"),
-        writing(tmp_path / "out") as draft,
+        create_artifact(tmp_path / "out") as draft,
     ):
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, source.observations(), (), exact=True)
@@ -142,7 +142,7 @@ def test_no_artifact_whose_answers_are_none(tmp_path: Path) -> None:
 def rewritten(artifact: Path, target: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     """A copy with other weights, and the manifest that belongs to them."""
     parent = load(artifact)
-    with writing(target) as draft:
+    with create_artifact(target) as draft:
         draft.inherit(parent, "golden.npz", "tokenizer")
         tensors = load_file(parent.file(artifact_folder.WEIGHTS))
         change(tensors)
@@ -158,7 +158,7 @@ def test_no_artifact_is_read_with_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"finite numbers in the tensor head.bias of {bad}, found nan"):
         artifact_io.load_policy(load(bad))
     source, policy = official("smolvla")
-    with writing(rounded) as draft:
+    with create_artifact(rounded) as draft:
         source.hand_on(draft)
         result = quantize(policy.state_dict(), QuantizeConfig(bits=8))
         artifact_io.write_policy(draft, policy, source.observations(), (), result)

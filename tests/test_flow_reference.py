@@ -23,7 +23,7 @@ from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.shapes import Language, Vision
 from rlrc.compressor.models.policy import Inputs
-from rlrc.runtime.inference.preprocess import pictures
+from rlrc.runtime.inference.pictures import to_pixels
 
 Array = np.ndarray
 PAD = 7  # tokens of padding that the reference reads
@@ -311,7 +311,7 @@ def test_actions_of_any_geometry(case: Case, tmp_path: Path) -> None:
     rows, lengths = 3, (4, 1, 6)
     there = [camera for camera in policy.spec.cameras if camera.name not in case.absent]
     raw = random.integers(0, 256, (len(there), rows, 30, 40, 3), np.uint8)
-    pixels = [pictures(picture, camera) for picture, camera in zip(raw, there, strict=True)]
+    pixels = [to_pixels(picture, camera) for picture, camera in zip(raw, there, strict=True)]
     ids = random.integers(0, case.vocabulary, (rows, PAD))
     mask = np.arange(PAD) < np.array(lengths)[:, None]
     state = np.zeros((rows, case.width), np.float32)

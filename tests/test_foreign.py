@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import DATA, flags
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.compressor.checkpoints import hub
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.reader import read
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 )  # fmt: skip
 def test_a_policy_in_a_training_run(run: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "checkpoints" / given
-    assert is_official(path, Flags())
+    assert is_checkpoint(path, Flags())
     found = hub.locate(path)
     assert (found.name, (found / MODEL).is_file()) == ("pretrained_model", True)
     assert main(["inspect", str(path)]) == 0
@@ -99,7 +99,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "checkpoints": (files("0100/pretrained_model/config.json"), "the checkpoints 0100; give one"),
     "prismatic": (files("checkpoints/step-1.pt", "config.yaml"), "convert_openvla_weights_to_hf.py"),
-    "interrupted": (files("stage.json", "state.pt"), "what an interrupted stage keeps; run the command of that stage"),
+    "interrupted": (
+        files("stage.json", "state.pt"),
+        "the saved state of an interrupted stage; run that stage's command again",
+    ),
     "graphs": (files("decoder.onnx"), "graphs without an artifact's manifest.json"),
     "pickled": (files("config.json", "pytorch_model.bin"), "neither type nor model_type with pickled weights"),
     "of no family": (lambda path: pi(["a"], path, width=3), "has neither type nor model_type; is it a policy's folder"),
@@ -155,7 +158,7 @@ def test_a_link_to_nothing_is_no_repository(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last").symlink_to("010000")
-    assert not is_official(Path("checkpoints/last"), Flags())
+    assert not is_checkpoint(Path("checkpoints/last"), Flags())
     with pytest.raises(UserError, match="a link to 010000, which is missing"):
         open_folder(hub.locate("checkpoints/last"))
 

@@ -19,7 +19,7 @@ from subprocesses import environment
 
 from families import DATA
 from rlrc.errors import UserError
-from rlrc.folders import replacing, storage_failure, storing
+from rlrc.folders import replace_file, storage_failure, translate_storage_errors
 
 ROOT = Path(__file__).parents[1]
 LIMITED = """
@@ -77,7 +77,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> N
 import resource, sys, torch
 from pathlib import Path
 from rlrc.compressor.training.run_state import RunState
-from rlrc.compressor.training.config import SFTConfig
+from rlrc.compressor.training.sft import SFTConfig
 from rlrc.errors import UserError
 
 run = RunState(Path(sys.argv[1]))
@@ -179,7 +179,7 @@ def test_what_libraries_say_of_a_full_disk(error: Exception, tmp_path: Path) -> 
     wrapped = ValueError("while it was drawn")
     wrapped.__cause__ = error
     assert storage_failure(wrapped) == errno.ENOSPC
-    with pytest.raises(UserError, match="found: No space left on device"), replacing(tmp_path / "file") as partial:
+    with pytest.raises(UserError, match="found: No space left on device"), replace_file(tmp_path / "file") as partial:
         partial.write_bytes(b"half")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -190,7 +190,7 @@ def test_what_libraries_say_of_a_full_disk(error: Exception, tmp_path: Path) -> 
 )
 def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
     assert storage_failure(error) is None
-    with pytest.raises(type(error)), storing(tmp_path):
+    with pytest.raises(type(error)), translate_storage_errors(tmp_path):
         raise error
 
 

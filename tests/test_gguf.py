@@ -204,7 +204,7 @@ def test_quantized(name: str, bits: int, tmp_path: Path) -> None:
         for tensor in policy.state_dict().values():
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(0.5 + 0.25 * noise if tensor.ndim == 1 else noise / tensor[0].numel() ** 0.5)
-    with artifacts.writing(tmp_path / "quantized") as draft:
+    with artifacts.create_artifact(tmp_path / "quantized") as draft:
         source.hand_on(draft)
         result = quantize(policy, QuantizeConfig(bits=bits))
         artifact_io.write_policy(draft, policy, examples(spec, source.tokenizer), (), result)
@@ -268,7 +268,7 @@ def test_two_targets_side_by_side(tiny_artifact: Path, tmp_path: Path, capsys: p
 def test_passes_follow_one_another(tmp_path: Path) -> None:
     """The engine keeps what was computed, and says so to a pass that goes on from elsewhere."""
     source, policy = official("openvla")
-    with artifacts.writing(tmp_path / "artifact") as draft:
+    with artifacts.create_artifact(tmp_path / "artifact") as draft:
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
     export(artifacts.load(tmp_path / "artifact"), tmp_path / "out", ("gguf",), "fp32")
@@ -293,7 +293,7 @@ def test_passes_follow_one_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["act", "pi0", "pi05", "smolvla"])
 def test_other_families_are_refused(name: str, tmp_path: Path) -> None:
     source, policy = official(name)
-    with artifacts.writing(tmp_path / "artifact") as draft:
+    with artifacts.create_artifact(tmp_path / "artifact") as draft:
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
     with pytest.raises(

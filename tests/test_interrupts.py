@@ -154,8 +154,8 @@ def test_a_signal_in_a_long_backward_pass_ends_it_between_two_layers(
 
 def test_a_signal_is_held_where_a_state_would_be_half_changed() -> None:
     done = []
-    with interrupts.raising():
-        with pytest.raises(Interrupted) as caught, interrupts.held(), interrupts.held():
+    with interrupts.raise_on_signal():
+        with pytest.raises(Interrupted) as caught, interrupts.hold(), interrupts.hold():
             signal.raise_signal(signal.SIGTERM)
             done.append(interrupts.pending())
         assert caught.value.code == 143
@@ -171,7 +171,7 @@ def test_hooks_let_a_signal_into_a_backward_pass() -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     make_interruptible(layers.parameters())
     layers[1].weight.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
-    with interrupts.raising(), pytest.raises(Interrupted):
+    with interrupts.raise_on_signal(), pytest.raises(Interrupted):
         layers(torch.ones(1, 4)).sum().backward()
     assert layers[0].weight.grad is None
 
@@ -203,7 +203,7 @@ def test_an_interrupted_process_ends_before_its_modules_are_destroyed(number: si
 def test_a_signal_that_is_ignored_stays_so() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interrupts.raising():
+        with interrupts.raise_on_signal():
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

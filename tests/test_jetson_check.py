@@ -82,7 +82,7 @@ def test_what_nvidia_refuses_is_told(tiny_artifact: Path, tmp_path: Path) -> Non
     model = onnx.load(tmp_path / "out/graphs/tensorrt/vision.onnx")
     model.graph.node[-1].op_type = "Unheard"
     original = artifacts.load(tmp_path / "out")
-    with artifacts.writing(tmp_path / "other") as draft:
+    with artifacts.create_artifact(tmp_path / "other") as draft:
         draft.inherit(original, *(name for name in original.manifest.files if not name.endswith("vision.onnx")))
         draft.file("graphs/tensorrt/vision.onnx").write_bytes(model.SerializeToString())
         draft.finish(original.manifest)

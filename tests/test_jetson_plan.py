@@ -387,7 +387,7 @@ def test_peak_memory_on_this_machine(
 
 
 def test_every_number_of_a_plan_is_finite() -> None:
-    for name in geometries.known():
+    for name in geometries.load_geometries():
         for bits in precision.PRECISIONS:
             found = planned(name, bits, "thor")
             values = [

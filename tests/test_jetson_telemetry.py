@@ -21,14 +21,14 @@ from rlrc.runtime.board import monitor as boards
 from rlrc.runtime.board.jetson import (
     MB,
     Reading,
-    of_jtop,
     parse_tegrastats,
     power_mode,
     power_modes,
+    read_jtop,
     read_sysfs,
     read_text,
 )
-from rlrc.runtime.board.monitor import Board, Stamped
+from rlrc.runtime.board.monitor import Board, StampedReading
 from rlrc.runtime.cli import main
 from rlrc.runtime.control import telemetry
 
@@ -148,35 +148,37 @@ def test_jetson_stats_in_its_units() -> None:
         memory={"RAM": {"tot": 128790528, "used": 37404672}},
         temperature={"gpu": {"temp": 62.9, "online": True}, "cv0": {"temp": -256, "online": False}},
     )
-    found = of_jtop(jetson)
+    found = read_jtop(jetson)
     assert (found.gpu_load, found.gpu_mhz, found.rails) == (0.975, 1575, {"VDD_GPU": 37.528})
     assert (found.celsius, found.memory_used) == ({"gpu": 62.9}, 37404672 * 1024)
     # It fills in what the others leave open, and nothing else.
     line = parse_tegrastats(recorded()["thor-jp72"])
-    assert line.over(found) == replace(line, gpu_load=0.975, gpu_mhz=1575.0)
+    assert line.merge(found) == replace(line, gpu_load=0.975, gpu_mhz=1575.0)
 
 
 def test_zero_is_an_answer_too() -> None:
-    assert Reading(gpu_load=0.0).over(Reading(gpu_load=0.5, gpu_mhz=7.0)) == Reading(gpu_load=0.0, gpu_mhz=7.0)
+    assert Reading(gpu_load=0.0).merge(Reading(gpu_load=0.5, gpu_mhz=7.0)) == Reading(gpu_load=0.0, gpu_mhz=7.0)
 
 
 # A run
 
 
 RUN = [
-    Stamped(10.0, Reading({"VDD_IN": 5.0}, gpu_load=0.0, celsius={"tj": 50.0}, memory_used=10, swap_used=0)),
-    Stamped(
+    StampedReading(10.0, Reading({"VDD_IN": 5.0}, gpu_load=0.0, celsius={"tj": 50.0}, memory_used=10, swap_used=0)),
+    StampedReading(
         11.0,
         Reading(
             {"VDD_IN": 7.0}, gpu_load=0.5, celsius={"tj": 60.0}, memory_used=30, swap_used=4, throttled=("cpu", "gpu")
         ),
     ),
-    Stamped(13.0, Reading({"VDD_IN": 9.0}, celsius={"tj": 55.0}, throttled=("gpu",), overcurrent={"peak current": 3})),
+    StampedReading(
+        13.0, Reading({"VDD_IN": 9.0}, celsius={"tj": 55.0}, throttled=("gpu",), overcurrent={"peak current": 3})
+    ),
 ]
 
 
 def test_a_run_in_one_summary() -> None:
-    totals = boards.summary(RUN)
+    totals = boards.summarise(RUN)
     assert totals is not None
     assert totals["watts"] == {"min": 5.0, "mean": 7.0, "max": 9.0}
     assert totals["joules"] == pytest.approx(6.0 * 1 + 8.0 * 2)
@@ -184,16 +186,16 @@ def test_a_run_in_one_summary() -> None:
     assert totals["gpu_load"] == {"min": 0.0, "mean": 0.25, "max": 0.5}
     assert totals["throttled"] == {"cpu": pytest.approx(1 / 3), "gpu": pytest.approx(2 / 3)}
     assert totals["overcurrent"] == {"peak current": 3}
-    assert boards.told(totals) == (
+    assert boards.format_summary(totals) == (
         "7.0 W (max 9.0), 55.0 °C (max 60.0), 25.0 % GPU (max 50.0), 22.0 J, 0.00 GB used at most, swapped, "
         "cpu throttled 33% of the time, gpu throttled 67% of the time, peak current: 3 events"
     )
     json.dumps(totals)
-    assert boards.summary([]) is None
+    assert boards.summarise([]) is None
 
 
 def test_the_newest_reading_at_every_step() -> None:
-    assert boards.at(RUN, [9.9, 10.0, 10.9, 12.0, 99.0]) == [None, *(RUN[i].reading for i in (0, 0, 1, 2))]
+    assert boards.readings_at(RUN, [9.9, 10.0, 10.9, 12.0, 99.0]) == [None, *(RUN[i].reading for i in (0, 0, 1, 2))]
     kept = telemetry.Telemetry(4, 1)
     for sent in (9.0, 10.5, 12.0):
         kept.begin(0, 0.0, 0)
@@ -230,8 +232,8 @@ def test_a_board_is_read_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     root = plant("orin-nano-jp62", tmp_path / "root")
     begun = time.monotonic()
-    with Board.watched(root, 0.05) as board:
-        assert board.is_there
+    with Board.monitor(root, 0.05) as board:
+        assert board.exists
         wait_for(lambda: len(board.readings()) > 2)
         latest = board.latest()
         assert latest == read_sysfs(root)
@@ -264,7 +266,7 @@ def test_tegrastats_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.Monke
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     root = plant("thor-jp71", tmp_path / "root")
-    with Board.watched(root, 0.1) as board:
+    with Board.monitor(root, 0.1) as board:
         wait_for(board.readings)
         latest = board.latest()
     assert latest is not None
@@ -290,7 +292,7 @@ from pathlib import Path
 from threading import Thread
 from rlrc.runtime.board.monitor import Board
 def read():
-  with Board.watched(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
+  with Board.monitor(Path({str(plant("orin-nano-jp62", tmp_path / "root"))!r}), 0.05) as board:
     while not board.readings():
         time.sleep(0.01)
     print("reads", flush=True)
@@ -312,8 +314,8 @@ read()
 
 
 def test_elsewhere_nothing_is_started(tmp_path: Path) -> None:
-    with Board.watched(tmp_path) as board:
-        assert not board.is_there
+    with Board.monitor(tmp_path) as board:
+        assert not board.exists
         assert board.latest() is None
     assert board.readings() == []
 

@@ -75,7 +75,7 @@ def test_a_resnet_halves_its_pictures() -> None:
     assert sum(op.flops for op in ops if op.side) / 2 == pytest.approx(1.814e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name", geometries.known())
+@pytest.mark.parametrize("name", geometries.load_geometries())
 def test_stored_numbers_are_the_policys_parameters(name: str) -> None:
     """Biases and single vectors are left out: less than half a hundredth."""
     parameters = sum(geometries.geometry(name).modules.values())
@@ -86,7 +86,7 @@ SLOW = ("openvla-7b", "pi0")  # the others have the same forms of blocks
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in geometries.known()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in geometries.load_geometries()]
 )
 def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
     """Products, attention and convolutions on the meta device."""
@@ -118,7 +118,7 @@ def test_the_file_of_geometries_is_what_the_readers_find() -> None:
     for name in geometry.GEOMETRIES:
         known = geometries.geometry(name)
         assert encode(known) == geometry.described(name), "run python -m rlrc.compressor.checkpoints.geometry"
-    assert set(geometries.known()) == set(geometry.GEOMETRIES)
+    assert set(geometries.load_geometries()) == set(geometry.GEOMETRIES)
 
 
 def test_what_a_decision_is_given_changes_its_work() -> None:

@@ -171,7 +171,7 @@ def test_pairs_of_weights_fit_into_16_bits(inputs: int) -> None:
 def exported(name: str, out: Path, full_range: bool = False) -> Path:
     """A family's golden checkpoint in int8. ``full_range``: with weights as they were before."""
     source, policy = official(name)
-    with artifacts.writing(out / "weights") as draft:
+    with artifacts.create_artifact(out / "weights") as draft:
         source.hand_on(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -217,7 +217,7 @@ def test_weights_of_the_full_range_are_refused_where_they_go_wrong(tmp_path: Pat
     done = emulated(*infer, RLRC_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert f"kernels {kernels()}, to answer alike with onnxruntime" in line
+    assert f"kernels {kernels()}, to agree on onnxruntime" in line
     assert f"kernels {KERNELS}, found an error of 0." in line
     assert line.endswith("export it again on this machine, or with another --precision")
     assert not (tmp_path / "act.npz").exists()
@@ -235,7 +235,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each golden observation that is replayed from now on."""
     seen, replay = list[int](), verify.replay
 
-    def counted(policy: LocalPolicy, golden: verify.Golden) -> verify.Answers:
+    def counted(policy: LocalPolicy, golden: verify.Golden) -> verify.ReplayOutputs:
         seen.append(len(golden))
         return replay(policy, golden)
 

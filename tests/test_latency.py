@@ -95,16 +95,16 @@ class Watch:
 
 
 class Engine:
-    """Every pass takes its milliseconds by the watch; with a head beside it, that and the embedding take their own."""
+    """Every pass takes its milliseconds by the watch; a second engine's head and embedding take their own."""
 
     def __init__(self, watch: Watch, milliseconds: float) -> None:
         self.watch, self.milliseconds = watch, milliseconds
 
     def run(self, graph: str, inputs: Any) -> Any:
         self.watch.now += self.milliseconds / 1e3
-        if graph == "decoder" and hasattr(self, "beside"):
-            self.beside.run("embed", inputs)
-            self.beside.run("head", inputs)
+        if graph == "decoder" and hasattr(self, "onnx"):
+            self.onnx.run("embed", inputs)
+            self.onnx.run("head", inputs)
         return {}
 
     def versions(self) -> dict[str, str]:
@@ -146,7 +146,7 @@ def test_parts_of_every_way_to_decode(
     monkeypatch.setattr(latency, "time", watch)
     engine = Engine(watch, 2.0)
     if beside:
-        engine.beside = Engine(watch, 1.0)  # type: ignore[attr-defined]
+        engine.onnx = Engine(watch, 1.0)  # type: ignore[attr-defined]
     policy = Driver(engine, passes)
     # The pictures are the policy's own figure.
     expected = {"preprocess": 1.0, "vision": 5.0, **expected, "postprocess": 0.5}

@@ -113,7 +113,7 @@ def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:
 def test_real_time_is_put_back() -> None:
     before = os.sched_getscheduler(0)
     allowed = os.sched_getaffinity(0)
-    with realtime.real_time(pin=(min(allowed),), beside=(2**22 + 1,)) as granted:  # no process has this number
+    with realtime.real_time(pin=(min(allowed),), background=(2**22 + 1,)) as granted:  # no process has this number
         assert os.sched_getaffinity(0) == {min(allowed)}
         assert not realtime.gc.isenabled()
         assert set(granted) == {"garbage collection", "memory", "priority", "processors"}
@@ -144,7 +144,7 @@ FREED = """
 from rlrc.benchmarks.measure.memory import read_process
 from rlrc import realtime
 
-realtime.give_back_large_blocks()
+realtime.return_large_blocks()
 before, kept = read_process()["anonymous"], []
 for _ in range(8):
     block = bytearray(24 << 20)

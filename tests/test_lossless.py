@@ -23,7 +23,8 @@ from rlrc.compressor.models.tensors import tensors_from_shapes
 from rlrc.compressor.prune.lossless import Cut, count_outside, cut_lossless, format_report, list_unread
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.runtime.cli import main
-from rlrc.runtime.inference.preprocess import normalise, pictures
+from rlrc.runtime.inference.pictures import to_pixels
+from rlrc.runtime.inference.preprocess import normalise
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("act", "openvla", "openvla-oft-l1", "openvla-oft-discrete", "pi0", "pi05", "smolvla")
@@ -45,7 +46,7 @@ def observations(name: str, policy: PolicyModule) -> list[Inputs]:
         for i in range(2):
             shots = {k.removeprefix(f"obs{i}.").removeprefix("image."): v for k, v in arrays.items() if v.ndim == 3}
             pixels = [
-                torch.from_numpy(pictures(shots[c.name], c))[None] for c in policy.spec.cameras if c.name in shots
+                torch.from_numpy(to_pixels(shots[c.name], c))[None] for c in policy.spec.cameras if c.name in shots
             ]
             ids = state = noise = None
             if f"obs{i}.input_ids" in arrays:

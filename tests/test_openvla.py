@@ -23,8 +23,8 @@ from rlrc.compressor.models import decode, families
 from rlrc.compressor.models.oft import OFTPolicy
 from rlrc.compressor.models.openvla import OpenVLAPolicy
 from rlrc.compressor.models.policy import Inputs
-from rlrc.runtime.inference import preprocess
-from rlrc.runtime.inference.decode import actions_of
+from rlrc.runtime.inference import pictures, preprocess
+from rlrc.runtime.inference.decode import tokens_to_actions
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = DATA / "openvla" / "checkpoint" / "tokenizer.json"
@@ -49,7 +49,7 @@ class Golden:
         tokenizer = preprocess.Tokenizer(TOKENIZER, self.spec.prompt)
         ids = torch.from_numpy(tokenizer(self.observations[n]["instruction"]))[None]
         cameras = self.spec.cameras
-        shots = [preprocess.pictures(self.arrays[f"obs{n}.{camera.name}"], camera) for camera in cameras]
+        shots = [pictures.to_pixels(self.arrays[f"obs{n}.{camera.name}"], camera) for camera in cameras]
         pixels = [torch.from_numpy(shot)[None] for shot in shots]
         if self.spec.state is None:
             return Inputs(pixels, ids)
@@ -145,7 +145,7 @@ def test_every_token_is_a_bin(goldens: dict[str, Golden], name: str) -> None:
     ids, expected = arrays["decode_ids"], arrays["decode_normalized"]
     assert action.tokens is not None
     ones = replace(action, norm=NormStats((0.0,), (1.0,)), names=("x",))
-    np.testing.assert_allclose(actions_of(ids[:, None], ones)[:, 0], expected, atol=4e-8, rtol=0)
+    np.testing.assert_allclose(tokens_to_actions(ids[:, None], ones)[:, 0], expected, atol=4e-8, rtol=0)
     logits = F.one_hot(torch.from_numpy(ids.clip(0, action.tokens.rows - 1)), action.tokens.rows)
     outputs = decode.outputs_from_logits(logits[:, None, None], action)
     np.testing.assert_allclose(outputs.actions[:, 0, 0].numpy(), expected, atol=4e-8, rtol=0)

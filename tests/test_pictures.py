@@ -12,7 +12,7 @@ from PIL import Image
 
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
-from rlrc.runtime.inference.pictures import pictures
+from rlrc.runtime.inference.pictures import to_pixels
 
 DATA = Path(__file__).parent / "data"
 CAMERA = CameraSpec("front", 2, 2, "none", (0.5, 0.25, 0.0), (0.5, 0.25, 1.0), "HWC")
@@ -26,7 +26,7 @@ def test_pictures_by_hand() -> None:
     image = np.array([[[0, 0, 0], [255, 255, 255]], [[51, 102, 204], [255, 0, 51]]], np.uint8)
     # (v / 255 - mean) / std; 51 / 255 = 0.2, 102 / 255 = 0.4, 204 / 255 = 0.8
     expected = [[[-1, -1, 0], [1, 3, 1]], [[-0.6, 0.6, 0.8], [1, -1, 0.2]]]
-    pixels = pictures(image, CAMERA)
+    pixels = to_pixels(image, CAMERA)
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
 
@@ -35,12 +35,12 @@ def test_pictures_every_byte_value_is_exact_to_float32() -> None:
     image = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, -1)  # (256, 1, 3)
     camera = CameraSpec("front", 256, 1, "none", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "HWC")
     exact = (np.arange(256)[:, None, None] / 255.0 - camera.mean) / camera.std
-    np.testing.assert_allclose(pictures(image, camera), exact, atol=5e-7)  # 2 of the largest value's last places
+    np.testing.assert_allclose(to_pixels(image, camera), exact, atol=5e-7)  # 2 of the largest value's last places
 
 
 def test_pictures_channels_first() -> None:
     image = random_pictures(2, 2)
-    pixels = pictures(image, replace(CAMERA, layout="CHW"))
+    pixels = to_pixels(image, replace(CAMERA, layout="CHW"))
     assert pixels.shape == (3, 2, 2)
     assert pixels.flags.c_contiguous
     assert pixels[2, 1, 0] == pytest.approx(image[1, 0, 2] / 255, abs=1e-6)
@@ -52,7 +52,7 @@ def test_pictures_are_resized_as_pil_does(resize: Any, size: tuple[int, int]) ->
     camera = CameraSpec("front", 32, 24, resize, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "HWC")
     image = random_pictures(*size)
     resized = Image.fromarray(image).resize((24, 32), Image.Resampling[resize.upper()])  # PIL says (width, height)
-    np.testing.assert_allclose(pictures(image, camera), np.asarray(resized) / 255.0, atol=1e-6)
+    np.testing.assert_allclose(to_pixels(image, camera), np.asarray(resized) / 255.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["HWC", "CHW"])
@@ -64,12 +64,12 @@ def test_pictures_of_a_batch_are_those_of_its_members(
 ) -> None:
     camera = CameraSpec("front", 32, 24, resize, (0.5, 0.4, 0.3) * encoders, (0.25, 0.2, 0.1) * encoders, layout)
     batch = random_pictures(4, *size)
-    assert np.array_equal(pictures(batch, camera), np.stack([pictures(image, camera) for image in batch]))
+    assert np.array_equal(to_pixels(batch, camera), np.stack([to_pixels(image, camera) for image in batch]))
 
 
 def test_pictures_refuses_to_resize_where_the_camera_says_none() -> None:
     with pytest.raises(UserError, match=r"expected image.front of 2 x 2 pixels .* found 4 x 3"):
-        pictures(random_pictures(4, 3), CAMERA)
+        to_pixels(random_pictures(4, 3), CAMERA)
 
 
 # Written out by hand: three colours a pixel, all the same.
@@ -97,19 +97,19 @@ def shown(pixels: np.ndarray) -> list[list[float]]:
 )
 def test_padding_by_hand(resize: Any, height: int, width: int, expected: list[list[float]]) -> None:
     camera = CameraSpec("top", height, width, resize, (0.0,) * 3, (1.0,) * 3, "HWC")
-    assert shown(pictures(GREY, camera)) == expected
+    assert shown(to_pixels(GREY, camera)) == expected
 
 
 def test_padding_is_black_before_it_is_normalised() -> None:
     camera = CameraSpec("top", 4, 4, "pad", (0.5, 0.25, 0.0), (0.5, 0.5, 0.1), "HWC")
-    pixels = pictures(np.full((2, 4, 3), 255, np.uint8), camera)
+    pixels = to_pixels(np.full((2, 4, 3), 255, np.uint8), camera)
     np.testing.assert_allclose(pixels[0, 0], [-1, -0.5, 0], atol=1e-6)
     np.testing.assert_allclose(pixels[1, 0], [1, 1.5, 10], atol=1e-5)
 
 
 def test_a_picture_of_one_row_is_not_lost() -> None:
     camera = CameraSpec("top", 4, 4, "pad", (0.0,) * 3, (1.0,) * 3, "HWC")
-    assert pictures(np.full((1, 100, 3), 255, np.uint8), camera).sum() == pytest.approx(4 * 3)
+    assert to_pixels(np.full((1, 100, 3), 255, np.uint8), camera).sum() == pytest.approx(4 * 3)
 
 
 @pytest.mark.parametrize("found", [(480, 640), (1080, 1920), (719, 1281), (64, 50), (5, 7), (224, 224), (639, 427)])
@@ -126,7 +126,7 @@ def test_padding_resizes_as_torch_does(found: tuple[int, int], camera_size: tupl
         mode="bilinear",
         align_corners=False,
     )[0].permute(1, 2, 0)
-    pixels = pictures(image, CameraSpec("top", height, width, "pad-left-top", (0.5,) * 3, (0.5,) * 3, "HWC"))
+    pixels = to_pixels(image, CameraSpec("top", height, width, "pad-left-top", (0.5,) * 3, (0.5,) * 3, "HWC"))
     np.testing.assert_allclose(pixels[height - rows :, width - columns :], expected * 2 - 1, atol=2e-6)
     assert (pixels[: height - rows] == -1).all()
     assert (pixels[:, : width - columns] == -1).all()
@@ -155,7 +155,7 @@ def test_pixels_of_the_official_code(
     camera = CameraSpec("any", size, size, resize, *normalisation, layout="CHW")
     for i in range(2):
         raw = [golden[name] for name in sorted(golden.files) if name.startswith(f"obs{i}.image")]
-        pixels = np.stack([pictures(image, camera) for image in raw])
+        pixels = np.stack([to_pixels(image, camera) for image in raw])
         # OpenVLA's lie in the channels, one image after the other; the flow models' are (cameras, 3, H, W).
         expected = golden[f"obs{i}.pixel_values"][0] if resize == "bicubic" else golden["pixel_values"][i]
         np.testing.assert_allclose(pixels.reshape(expected.shape), expected, atol=tolerance)

@@ -33,7 +33,7 @@ from rlrc.artifact import (
 )
 from rlrc.errors import UserError
 from rlrc.runtime.inference import verify
-from rlrc.runtime.inference.decode import actions_of
+from rlrc.runtime.inference.decode import tokens_to_actions
 from rlrc.runtime.inference.policy import LocalPolicy
 
 KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
@@ -211,7 +211,7 @@ def write(tmp_path: Path, write_tokenizer: Callable[[Path], None]) -> Callable[.
     def make(kind: str, spec: PolicySpec | None = None, graphs: tuple[Graph, ...] | None = None) -> Path:
         towers = {"decoder": TowerSpec(1, (LAYER,))}
         spec, graphs = spec or KIND[kind][0], graphs or KIND[kind][1]
-        with artifacts.writing(tmp_path / kind) as draft:
+        with artifacts.create_artifact(tmp_path / kind) as draft:
             for graph in graphs:
                 graph.write(draft.file(graph.file))
             write_tokenizer(draft.file("tokenizer/tokenizer.json"))
@@ -421,11 +421,11 @@ def test_verification_of_every_kind(write: Callable[..., Path], kind: str, tmp_p
     arrays = golden(kind, policy, tmp_path)
     np.savez(tmp_path / "golden.npz", **arrays)
     read = verify.read_golden(tmp_path / "golden.npz", policy.spec)
-    tolerance = verify.default_limits(policy.spec.action).tolerance
+    tolerance = verify.default_tolerances(policy.spec.action).tolerance
     record = verify.measure(policy, read, verify.Tolerances(tolerance))
     assert record.max_error == (0, 0)
     assert (record.tokens, record.observations) == (12 if kind == "autoregressive" else 0, 3)
-    assert verify.failure(record) is None
+    assert verify.failure_reason(record) is None
     if kind == "autoregressive":
         return
     # Half of a 256th of the narrower range, 2 * 0.1 m.
@@ -437,7 +437,7 @@ def test_verification_of_every_kind(write: Callable[..., Path], kind: str, tmp_p
     )
     np.testing.assert_allclose(record.max_error, [1.1 * tolerance, 0], atol=1e-6)
     assert record.chunk_jitter == pytest.approx(1.1 * tolerance, abs=1e-6)
-    assert verify.failure(record)
+    assert verify.failure_reason(record)
 
 
 def test_what_follows_a_flip_at_a_tie_is_no_error(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ def test_what_follows_a_flip_at_a_tie_is_no_error(write: Callable[..., Path], tm
     for step in ((1, 0), (1, 1)):
         tokens[0][step] = 10 + (tokens[0][step] - 10 + 2) % 6
         logits[0][step] = np.eye(6)[tokens[0][step] - 10]
-    arrays["actions"] = actions_of(tokens, policy.spec.action)
+    arrays["actions"] = tokens_to_actions(tokens, policy.spec.action)
     np.savez(tmp_path / "golden.npz", **arrays)
     record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Tolerances(1e-3))
     assert record.token_flips == 3
@@ -460,7 +460,7 @@ def test_what_follows_a_flip_at_a_tie_is_no_error(write: Callable[..., Path], tm
     logits[0, 0, 1, other - 10] += 1
     np.savez(tmp_path / "golden.npz", **arrays)
     record = verify.measure(policy, verify.read_golden(tmp_path / "golden.npz", policy.spec), verify.Tolerances(1e-3))
-    assert verify.failure(record)
+    assert verify.failure_reason(record)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.processes import Workers
+from rlrc.processes import WorkerPool
 
 
 def pid_of(_: Any) -> int:
@@ -45,18 +45,18 @@ def alive(pid: int) -> bool:
         return False
 
 
-def pids(workers: Workers) -> list[int]:
+def pids(workers: WorkerPool) -> list[int]:
     return [process.pid for process in workers.processes.values() if process.pid is not None]
 
 
 def test_every_result_comes_back() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         assert sorted(workers.run(abs, [-3, -1, -2])) == [(-3, 3), (-2, 2), (-1, 1)]
         assert list(workers.run(abs, [])) == []
 
 
 def test_processes_are_kept_between_calls_and_no_more_than_needed() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         assert workers.processes == {}
         first = list(workers.run(pid_of, [0]))
         assert [(0, pid) for pid in pids(workers)] == first
@@ -68,7 +68,7 @@ def test_processes_are_kept_between_calls_and_no_more_than_needed() -> None:
 
 
 def test_a_worker_that_dies_is_one_line() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         pair = [pid for _, pid in workers.run(pid_of, [0, 1, 2, 3])]
         with pytest.raises(UserError, match=r"one ended by exit code 3; .* pass fewer --workers") as error:
             list(workers.run(die_at_zero, [60.0, 0.0]))
@@ -77,7 +77,7 @@ def test_a_worker_that_dies_is_one_line() -> None:
 
 
 def test_a_worker_that_was_killed_is_one_line() -> None:
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         (pid,) = [pid for _, pid in workers.run(pid_of, [0])]
         threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
         with pytest.raises(UserError, match="one ended by SIGKILL; it may have run out of memory"):
@@ -86,7 +86,7 @@ def test_a_worker_that_was_killed_is_one_line() -> None:
 
 def test_silence_is_one_line_and_is_not_waited_for() -> None:
     began = time.monotonic()
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         (pid,) = [pid for _, pid in workers.run(pid_of, [0])]
         with pytest.raises(UserError, match=r"report within 0\.5 s, found none .* pass fewer --workers") as error:
             list(workers.run(time.sleep, [60.0], silence_s=0.5))
@@ -96,7 +96,7 @@ def test_silence_is_one_line_and_is_not_waited_for() -> None:
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         with pytest.raises(
             RuntimeError, match=r"(?s)a worker failed:\nTraceback .*in divide\n.*ZeroDivisionError"
         ) as e:
@@ -108,14 +108,14 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_an_error_of_the_user_stays_one() -> None:
-    with Workers(1) as workers, pytest.raises(UserError, match=r"^expected a number from 0 on, found -1$"):
+    with WorkerPool(1) as workers, pytest.raises(UserError, match=r"^expected a number from 0 on, found -1$"):
         list(workers.run(divide, [-1]))
     with pytest.raises(UserError, match="at least one worker, found 0"):
-        Workers(0)
+        WorkerPool(0)
 
 
 def test_results_that_nobody_wants_do_not_answer_the_next_call() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         for _ in workers.run(time.sleep, [0.0, 60.0]):
             break
         assert list(workers.run(abs, [-5])) == [(-5, 5)]
@@ -126,10 +126,10 @@ def test_workers_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     program = tmp_path / "parent.py"
     program.write_text(
         "import os, time\n"
-        "from rlrc.processes import Workers\n"
+        "from rlrc.processes import WorkerPool\n"
         "def pid_of(_): return os.getpid()\n"
         "if __name__ == '__main__':\n"
-        "    with Workers(1) as workers:\n"
+        "    with WorkerPool(1) as workers:\n"
         "        print(*[pid for _, pid in workers.run(pid_of, [0])], flush=True)\n"
         "        list(workers.run(time.sleep, [60.0]))\n"
     )

@@ -78,7 +78,8 @@ def test_refuses_a_file(tmp_path: Path, old: str, new: str, message: str) -> Non
 
 
 def test_refuses_a_file_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"one of aloha, .*, found 'pandda': No such file or directory; give another"):
+    message = r"a robot profile at pandda .*one of aloha, .*, found: No such file or directory; correct it or give"
+    with pytest.raises(UserError, match=message):
         profiles.load("pandda")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlrc.artifact import PromptSpec
 from rlrc.errors import UserError
-from rlrc.runtime.inference.prompts import Tokenizer, digits
+from rlrc.runtime.inference.prompts import Tokenizer, format_bins
 
 DATA = Path(__file__).parent / "data"
 
@@ -70,7 +70,7 @@ def test_state_in_the_prompt(tokenizer_file: Path) -> None:
     state = np.array([-1.5, -1.0, -0.51, -0.5, 0.0, 0.49, 0.99, 1.0, 7.0], np.float32)
     # Bins of [-1, 1] begin at -1, -0.5, 0 and 0.5; what lies below is -1, what lies above is in the last.
     numbers = "-1 0 0 1 2 2 3 3 3"
-    assert digits(state, 4) == numbers
+    assert format_bins(state, 4) == numbers
     assert Tokenizer(tokenizer_file, prompt).text("go {state}", state) == f"go {{state}}, State: {numbers};"
     # Padded with zeros, whose bin is 2, but never cut.
     wide = replace(prompt, state_width=11)

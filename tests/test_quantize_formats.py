@@ -47,7 +47,7 @@ def make(tiny_artifact: Path, tmp_path: Path) -> Make:
     def made(config: QuantizeConfig) -> Artifact:
         parent, out = artifacts.load(tiny_artifact), tmp_path / "quantized"
         policy, raw = artifact_io.load_policy(parent), artifact_io.read_observations(parent.file("golden.npz"))
-        with artifacts.writing(out) as draft:
+        with artifacts.create_artifact(out) as draft:
             draft.inherit(parent, "tokenizer")
             artifact_io.write_policy(draft, policy, raw, parent.manifest.history, quantize(policy, config))
         return artifacts.load(out)

@@ -15,7 +15,7 @@ from rlrc.artifact import Manifest, PolicySpec
 from rlrc.errors import UserError
 from rlrc.robots.replay import ReplayRobot, drop_tracking
 from rlrc.robots.robot import Sensed
-from rlrc.runtime.cli.replay import errors, told
+from rlrc.runtime.cli.replay import errors, format_errors
 from rlrc.runtime.cli.run import RunPolicy
 from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.safety import profile
@@ -141,7 +141,7 @@ def test_errors_by_hand() -> None:
         "compared": 2,
         "error": {"x": {"mean": 0.25, "max": 0.5}, "y": {"mean": 2, "max": 3}},
     }
-    assert told(found, ("m", "1")) == {
+    assert format_errors(found, ("m", "1")) == {
         "compared": "2 of 4 frames with the recorded actions",
         "  x": "mean 0.25, max 0.5 m",
         "  y": "mean 2, max 3",
@@ -157,7 +157,7 @@ def test_errors_of_the_steps_that_are_remembered() -> None:
 def test_nothing_is_compared_where_the_robot_is_held_all_the_time() -> None:
     found = errors(np.zeros((2, 2)), telemetry([[1, 1], [1, 1]], [True, True]), ("x", "y"))
     assert found == {"frames": 2, "compared": 0, "error": None}
-    assert list(told(found, ("m", "m"))) == ["compared"]
+    assert list(format_errors(found, ("m", "m"))) == ["compared"]
 
 
 def test_a_recording_follows_nothing() -> None:

@@ -152,7 +152,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     opened = open_artifacts([f"a={toy_artifact}", f"b={toy_artifact}"])
     partial = tmp_path / "kept.jsonl"
     first: list[success.Job] = []
-    monkeypatch.setattr(success, "Workers", fake_workers(first, fail_after=3))
+    monkeypatch.setattr(success, "WorkerPool", fake_workers(first, fail_after=3))
     with pytest.raises(KeyboardInterrupt):
         success.measure(opened, SCENES, partial=partial)
     with partial.open("a") as stream:
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
     second: list[success.Job] = []
     ticks: list[int] = []
-    monkeypatch.setattr(success, "Workers", fake_workers(second))
+    monkeypatch.setattr(success, "WorkerPool", fake_workers(second))
     played = success.measure(opened, SCENES, partial=partial, tick=ticks.append)
     assert ticks[0] == 12  # 5 + 5 + 2 of the first task
     done = [(job.name, job.task, seed) for job in first + second for seed in job.seeds]
@@ -203,7 +203,7 @@ def test_a_task_counts_alike_with_and_without_a_shared_variant(
 
     # Both policies see the same scenes, every seed once, and each scene counts where it was played.
     scenes = success.scenes(per_task=3)
-    monkeypatch.setattr(success, "Workers", fake_workers([]))
+    monkeypatch.setattr(success, "WorkerPool", fake_workers([]))
     opened = open_artifacts([f"a={toy_artifact}", f"b={toy_artifact}"])
     rows = {name: success.row(played, scenes, ()) for name, played in success.measure(opened, scenes).items()}
     for row in rows.values():

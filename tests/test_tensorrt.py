@@ -81,7 +81,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
                 prune.run_prune(given, out, config, QUIET, flags(name))
             else:
                 source, policy = official(name)
-                with artifacts.writing(out) as draft:
+                with artifacts.create_artifact(out) as draft:
                     source.hand_on(draft)
                     observations = examples(policy.spec, source.tokenizer)
                     artifact_io.write_policy(draft, policy, observations, (), exact=True)

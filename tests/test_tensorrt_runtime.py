@@ -52,7 +52,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
     def make(name: str) -> Artifact:
         if name not in made:
             source, policy = official(name)
-            with artifacts.writing(folder / name) as draft:
+            with artifacts.create_artifact(folder / name) as draft:
                 source.hand_on(draft)
                 artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
             export(artifacts.load(folder / name), folder / f"{name}-exported", ("tensorrt",), "fp32")
@@ -131,7 +131,7 @@ def test_a_sequence_must_go_on_or_start_anew(of: OF) -> None:
     with pytest.raises(NoAction, match=rf"from position 0 or {end}, found one from 3"):
         engine.run("decoder", step | {"start": np.array([3]), "end": np.array([4])})
     engine.run("decoder", step | {"start": np.array([end]), "end": np.array([end + 1])})
-    with pytest.raises(NoAction, match=r"inputs of \"decoder\" within what its engine was built for"):
+    with pytest.raises(NoAction, match=r"inputs of \"decoder\" within the range of its engine"):
         engine.run("decoder", {"image_tokens": seen[:, :0], "ids": ids, "start": np.array([0]), "end": np.array([5])})
 
 
@@ -142,7 +142,7 @@ def test_a_pass_that_fails_gives_no_action_and_the_next_one_starts_anew(of: OF) 
     expected = policy.infer(observation)["actions"]
     decoder = engine._contexts["decoder"][1]
     execute, decoder.execute_async_v3 = decoder.execute_async_v3, lambda stream_handle: False  # type: ignore[method-assign]
-    with pytest.raises(NoAction, match="expected the pass to run, found that TensorRT does not: no reason given"):
+    with pytest.raises(NoAction, match="expected the pass to run, found that TensorRT refused: no reason given"):
         policy.infer(observation)
     decoder.execute_async_v3 = execute  # type: ignore[method-assign]
     with pytest.raises(NoAction, match="from position 0 or 0"):
@@ -171,11 +171,11 @@ def test_what_is_read_and_made_anew_changes_places() -> None:
     kept = RetainedTensor(machine.own, 2)
     made = kept.write(10)
     assert made != kept.read()
-    kept.made()
+    kept.swap()
     assert kept.read() == made
     other = kept.write(20)
     assert other != made
-    kept.made()
+    kept.swap()
     assert (kept.read(), kept.write(10)) == (other, made)
     kept.begin()
     assert kept.write(10) == made  # as in the first pass of the sequence before
@@ -235,18 +235,18 @@ def test_tensorrt_is_preferred_where_it_runs(of: OF, monkeypatch: pytest.MonkeyP
     manifest = artifacts.from_json(artifacts.to_json(manifest))
     object.__setattr__(manifest, "graphs", graphs)
     monkeypatch.setattr(backends, "runs_tensorrt", lambda: True)
-    assert backends.present(manifest) == backends.here(manifest) == ["tensorrt", "onnxruntime", "gguf"]
+    assert backends.list_backends(manifest) == backends.list_runnable(manifest) == ["tensorrt", "onnxruntime", "gguf"]
     monkeypatch.setattr(backends, "runs_tensorrt", lambda: False)
     assert backends.choose(manifest) == "onnxruntime"
-    assert backends.present(manifest) == ["onnxruntime", "gguf", "tensorrt"]
-    assert backends.here(manifest) == ["onnxruntime", "gguf"]
+    assert backends.list_backends(manifest) == ["onnxruntime", "gguf", "tensorrt"]
+    assert backends.list_runnable(manifest) == ["onnxruntime", "gguf"]
 
 
 def test_without_a_driver_one_line_says_so_before_tensorrt_is_touched(of: OF, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "DRIVER", "libcuda-that-is-not-there.so.1")
-    monkeypatch.setattr(nvidia, "tensorrt", lambda: pytest.fail("TensorRT may end the process"))
+    monkeypatch.setattr(nvidia, "import_tensorrt", lambda: pytest.fail("TensorRT may end the process"))
     assert not nvidia.runs_tensorrt()
-    with pytest.raises(UserError, match=r"expected NVIDIA's driver .*found none; run it on the device itself"):
+    with pytest.raises(UserError, match=r"expected NVIDIA's driver .*found none; run this on the device itself"):
         LocalPolicy.load(of("act").path, backend="tensorrt")
 
 

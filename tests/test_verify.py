@@ -31,7 +31,9 @@ def rolled(toy: Any, dimension: int, steps: int) -> Any:
 def measure(path: Path) -> VerifiedSpec:
     policy = LocalPolicy.load(path, require_verified=False)
     action = policy.spec.action
-    return verify.measure(policy, verify.read_golden(path / "golden.npz", policy.spec), verify.default_limits(action))
+    return verify.measure(
+        policy, verify.read_golden(path / "golden.npz", policy.spec), verify.default_tolerances(action)
+    )
 
 
 def test_graphs_that_agree(toy_artifact: Path) -> None:
@@ -40,7 +42,7 @@ def test_graphs_that_agree(toy_artifact: Path) -> None:
     assert (record.token_flips, record.gripper_flips, record.chunk_jitter) == (0, 0, 0)
     assert record.max_error == (0, 0, 0, 0)
     assert "onnxruntime" in record.versions
-    assert verify.failure(record) is None
+    assert verify.failure_reason(record) is None
 
 
 @pytest.mark.parametrize("steps", [1, 16])
@@ -53,7 +55,7 @@ def test_a_wrong_dimension(make_toy: MakeToy, toy: Any, tmp_path: Path, steps: i
     assert (record.token_flips, record.gripper_flips) == (8 * 3, 0)
     np.testing.assert_allclose(record.max_error, [0, np.abs(difference).max(), 0, 0], atol=1e-8)
     assert record.chunk_jitter == pytest.approx(np.abs(difference[:, 1:] - difference[:, :-1]).max(), abs=1e-8)
-    assert "in action units where 0.000625 is tolerated" in str(verify.failure(record))
+    assert "in action units where 0.000625 is tolerated" in str(verify.failure_reason(record))
 
 
 def test_gripper_flips_cross_the_middle_of_its_range(make_toy: MakeToy, toy: Any, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_flip_counts_unless_the_reference_is_undecided(
     error = abs(int(other) - int(best)) * 0.00125
     assert record.max_error[0] == pytest.approx(error if counts else 0, abs=1e-8)
     assert record.chunk_jitter == pytest.approx(error, abs=1e-8)  # reported in either case
-    assert (verify.failure(record) is not None) == counts
+    assert (verify.failure_reason(record) is not None) == counts
 
 
 def test_a_flip_at_a_tie_to_a_third_token_counts(toy_artifact: Path, tiny_manifest: Manifest) -> None:
@@ -112,21 +114,21 @@ def test_a_flip_at_a_tie_to_a_third_token_counts(toy_artifact: Path, tiny_manife
     best = tokens[0, 0, 0]
     golden.logits[0, 0, 0, (best + 1) % 32] = golden.logits[0, 0, 0, best]
     tokens[0, 0, 0] = np.argmin(golden.logits[0, 0, 0])  # neither of the two that tie
-    assert verify.failure(verify.measure(Answering(spec, golden, tokens), golden, verify.Tolerances(0.000625)))  # type: ignore[arg-type]
+    assert verify.failure_reason(verify.measure(Answering(spec, golden, tokens), golden, verify.Tolerances(0.000625)))  # type: ignore[arg-type]
 
 
 def test_logits_closer_than_the_precision_can_tell_are_a_tie() -> None:
     # Between 16 and 32 float16 counts in steps of 1/64; the spacing 2^-10 of 20 is 0.0195, bfloat16's 2^-7 0.156.
     logits, rows = np.array([[20, 19.99, 19.9, 5]] * 3, np.float32), np.array([1, 2, 3])
-    assert verify.at_tie(logits, rows).tolist() == [False, False, False]
+    assert verify.is_tie(logits, rows).tolist() == [False, False, False]
     for precision, tied in {"fp16": [True, False, False], "bf16": [True, True, False], "int8": [False] * 3}.items():
         action = ActionSpec(1, ("a",), ("delta",), ("m",), NormStats((0.0,), (1.0,)), 100)
-        assert verify.at_tie(logits, rows, verify.default_limits(action, precision).spacing).tolist() == tied
+        assert verify.is_tie(logits, rows, verify.default_tolerances(action, precision).spacing).tolist() == tied
 
 
 def test_the_default_limit_is_half_the_narrowest_bin() -> None:
     action = ActionSpec(1, ("a", "b"), ("delta", "delta"), ("m", "rad"), NormStats((0.0, 0.0), (0.5, 0.1)), 100)
-    assert verify.default_limits(action).tolerance == pytest.approx(0.001)  # 0.1 * 2 / 100 / 2
+    assert verify.default_tolerances(action).tolerance == pytest.approx(0.001)  # 0.1 * 2 / 100 / 2
 
 
 @pytest.mark.parametrize(
@@ -134,14 +136,14 @@ def test_the_default_limit_is_half_the_narrowest_bin() -> None:
     [
         ({"max_error": (0.1, 0.3)}, "an error of 0.3 in action units where 0.2 is tolerated"),
         ({"max_error": (float("nan"), 0.1)}, "an error of nan"),
-        ({"max_error": ()}, "a record of no observations"),
-        ({"observations": 0}, "a record of no observations"),
+        ({"max_error": ()}, "a record without observations"),
+        ({"observations": 0}, "a record without observations"),
         ({}, "None"),
     ],
 )
 def test_failure(changes: dict[str, Any], message: str) -> None:
     record = VerifiedSpec("onnxruntime", 4, 8, 0, 0, (0.2, 0.1), 0.0, 0.2, {})
-    assert message in str(verify.failure(replace(record, **changes)))
+    assert message in str(verify.failure_reason(replace(record, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -185,16 +187,16 @@ def test_another_tokenizer_is_refused(toy_artifact: Path, tiny_manifest: Manifes
 
 
 def test_a_rounding_precision_may_miss_on_one_of_a_hundred() -> None:
-    limits = verify.default_limits(ActionSpec(1, ("a",), ("delta",), ("m",), NormStats((0.0,), (0.5,)), 0), "int8")
+    limits = verify.default_tolerances(ActionSpec(1, ("a",), ("delta",), ("m",), NormStats((0.0,), (0.5,)), 0), "int8")
     assert limits.of_range == 0.01
     error = np.full((200, 1), 0.009)  # of a range of 1
     error[[3, 77]] = 0.8
-    assert verify._all_but_a_hundredth(error).tolist() == [0.009]
+    assert verify._without_worst_percent(error).tolist() == [0.009]
     error[120] = 0.02
-    assert verify._all_but_a_hundredth(error).tolist() == [0.02]
-    assert verify._all_but_a_hundredth(error[:99]).tolist() == [0.8]  # of fewer, every one counts
+    assert verify._without_worst_percent(error).tolist() == [0.02]
+    assert verify._without_worst_percent(error[:99]).tolist() == [0.8]  # of fewer, every one counts
     error[:3] = np.nan
-    assert np.isnan(verify._all_but_a_hundredth(error)).all()
+    assert np.isnan(verify._without_worst_percent(error)).all()
 
 
 @pytest.mark.parametrize(("errors", "passes"), [((0.01, 0.0), True), ((0.0, 0.0101), False), ((0.0, np.nan), False)])
@@ -202,7 +204,7 @@ def test_a_part_of_the_range_decides_where_it_is_given(
     toy_artifact: Path, errors: tuple[float, ...], passes: bool
 ) -> None:
     record = replace(measure(toy_artifact), max_error=(9.0, 9.0), range_error=errors, range_tolerance=0.01)
-    assert (verify.failure(record) is None) == passes
+    assert (verify.failure_reason(record) is None) == passes
 
 
 def test_command_passes(toy_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,18 +245,18 @@ def acting(center: tuple[float, ...], scale: tuple[float, ...], bins: int = 0) -
 @pytest.mark.parametrize("bins", [0, 100])
 def test_a_constant_dimension_has_no_say_in_the_limit(constant: float, bins: int) -> None:
     spec = acting((0.0, 0.3, 0.0), (0.5, constant, 0.1), bins)
-    assert verify.default_limits(spec).tolerance == pytest.approx(0.1 / (bins or 256))  # half of 0.2 / bins
+    assert verify.default_tolerances(spec).tolerance == pytest.approx(0.1 / (bins or 256))  # half of 0.2 / bins
 
 
 def test_a_dimension_of_steps_that_float32_does_not_resolve_is_constant() -> None:
     # Between 2048 and 4096 float32 counts in steps of 0.00024.
-    assert verify.default_limits(acting((2500.0, 0.0), (0.001, 0.1))).tolerance == pytest.approx(0.1 / 256)
-    assert verify.default_limits(acting((2500.0, 0.0), (1.0, 2.0))).tolerance == pytest.approx(1 / 256)
+    assert verify.default_tolerances(acting((2500.0, 0.0), (0.001, 0.1))).tolerance == pytest.approx(0.1 / 256)
+    assert verify.default_tolerances(acting((2500.0, 0.0), (1.0, 2.0))).tolerance == pytest.approx(1 / 256)
 
 
 def test_a_narrow_dimension_is_not_constant() -> None:
     # A tenth of a millimetre beside whole turns: what is right for the others would hide all that it does.
-    assert verify.default_limits(acting((0.0, 0.0), (180.0, 5e-5))).tolerance == pytest.approx(5e-5 / 256)
+    assert verify.default_tolerances(acting((0.0, 0.0), (180.0, 5e-5))).tolerance == pytest.approx(5e-5 / 256)
 
 
 @pytest.mark.parametrize("precision", [None, "int8"])
@@ -264,24 +266,24 @@ def test_constant_dimensions_hide_nothing(precision: str | None, toy_artifact: P
     random = np.random.default_rng(0)
     normalised = random.uniform(-1, 1, (8, 2, 3))
     right = (normalised * spec.action.norm.scale + spec.action.norm.center).astype(np.float32)
-    golden, limits = verify.Golden({}, right), verify.default_limits(spec.action, precision)
+    golden, limits = verify.Golden({}, right), verify.default_tolerances(spec.action, precision)
 
     def record(actions: np.ndarray) -> VerifiedSpec:
         answering = Answering(spec, golden, np.zeros((0, 2, 3)))
-        return verify.compare(answering, verify.Answers(actions.astype(np.float64), None), golden, limits)  # type: ignore[arg-type]
+        return verify.compare(answering, verify.ReplayOutputs(actions.astype(np.float64), None), golden, limits)  # type: ignore[arg-type]
 
     rounded = ((normalised + 1e-4) * spec.action.norm.scale + spec.action.norm.center).astype(np.float32)
-    assert verify.failure(record(rounded)) is None
+    assert verify.failure_reason(record(rounded)) is None
     steps = right.copy()
     steps[..., 1] = np.nextafter(steps[..., 1], np.float32(1))  # the last bit of a float32
-    assert verify.failure(record(steps)) is None
+    assert verify.failure_reason(record(steps)) is None
     for dimension, part in ((0, 0.03), (2, 0.03)):
         wrong = right.copy()
         wrong[3, 1, dimension] += part * 2 * spec.action.norm.scale[dimension]
-        assert verify.failure(record(wrong)) is not None
+        assert verify.failure_reason(record(wrong)) is not None
     lost = right.copy()
     lost[2, 0, 1] = np.nan
-    assert verify.failure(record(lost)) is not None
+    assert verify.failure_reason(record(lost)) is not None
     elsewhere = right.copy()
     elsewhere[2, 0, 1] = 0.0
-    assert verify.failure(record(elsewhere)) is not None
+    assert verify.failure_reason(record(elsewhere)) is not None

@@ -61,7 +61,7 @@ def compress(folder: Path) -> None:
     assert source.tokenizer is not None
     raw["ids"] = source.tokenizer(str(raw["instructions"][0]), raw["state"][0])[None]
     for name, result in (("dense", None), ("int4", quantize(policy, QuantizeConfig()))):
-        with artifacts.writing(folder / name) as draft:
+        with artifacts.create_artifact(folder / name) as draft:
             source.hand_on(draft)
             artifact_io.write_policy(draft, policy, raw, source.history, result)
 

@@ -66,7 +66,7 @@ class Assembled:
         while len(tokens) < action.horizon * action.dim:
             tokens.append(int(self.step(x, cache).argmax()) + action.tokens.offset)
             x = self.language.embed_tokens(torch.tensor([[tokens[-1]]]))
-        return decode.actions_of(np.array(tokens).reshape(action.horizon, action.dim), action)
+        return decode.tokens_to_actions(np.array(tokens).reshape(action.horizon, action.dim), action)
 
 
 def _vision(manifest: Manifest, state: dict[str, Tensor]) -> SiglipVisionModel:

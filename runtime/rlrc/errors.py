@@ -1,17 +1,17 @@
-"""What ends a command in one line: an error that a user can cause, and a signal."""
+"""The two exceptions that end a command with one line: an error of the user's, and a signal."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something the user can get wrong. The command line prints it in one line and exits with code 2.
+    """An error that the user can correct. The command line prints it in one line and exits with code 2.
 
-    The message is one line that says what was expected, what was found and what to do about it.
+    The message is one line: what was expected, what was found, what to do about it.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the command. The message says what goes on from where."""
+    """A signal ended the command. The message says how to resume it."""
 
     def __init__(self, message: str = "", code: int = 130) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""Output folders and files that appear whole or not at all. Needs the standard library only.
+"""Output folders and files that appear complete or not at all. Needs the standard library only.
 
-Writers say in many ways that a disk is full: an OSError with or without its number, or a library's own exception with
-the system's words in it. ``storage_failure`` knows them, and outputs turn them into one line (``storing``).
+A full disk shows as an OSError with or without its number, or as a library's own exception that quotes the system.
+``storage_failure`` recognises these, and ``translate_storage_errors`` turns them into one line.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from rlrc.errors import UserError
 
-# Errors of a disk that refuses a write, and the advice.
+# By error number of a failed write: the advice.
 STORAGE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there, or have the quota raised",
-    errno.EFBIG: "choose a disk, or a limit (ulimit -f), that takes larger files",
-    errno.EROFS: "choose a place that can be written",
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or have the quota raised",
+    errno.EFBIG: "choose a disk, or a limit (ulimit -f), that allows larger files",
+    errno.EROFS: "choose a writable folder",
     errno.EIO: "check the disk",
 }
 NUMBERED = r"\(os error (\d+)\)"  # Rust: safetensors, tokenizers
@@ -32,49 +32,49 @@ UNNUMBERED = r"PytorchStreamWriter|inline_container\.cc|\d+ requested and \d+ wr
 
 
 def storage_failure(error: BaseException | None) -> int | None:
-    """The system's number (see STORAGE) where a disk did not take what was written; None for any other error."""
+    """The error number (a key of STORAGE) if the error comes from a failed write; None for any other error."""
     guess = None
     while error is not None:
-        number = getattr(error, "errno", None)
+        number: int | None = getattr(error, "errno", None)
         if found := re.search(NUMBERED, str(error)):
             number = int(found[1])
         if number in STORAGE:
             return number
         if re.search(UNNUMBERED, str(error)):
-            guess = errno.ENOSPC  # unless what it came from says more
+            guess = errno.ENOSPC  # unless its cause is more specific
         error = error.__cause__ or error.__context__
     return guess
 
 
-def refused(error: BaseException, path: object) -> str | None:
-    """The user's message where a disk refused what was written into ``path``; None for any other error."""
+def storage_message(error: BaseException, path: object) -> str | None:
+    """The message for the user if writing ``path`` failed; None for any other error."""
     if (number := storage_failure(error)) is None:
         return None
     return f"expected to write {path}, found: {os.strerror(number)}; {STORAGE[number]}, and run the same command again"
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Raises UserError where the disk does not take what is written into ``path`` within the context."""
+def translate_storage_errors(path: Path) -> Iterator[None]:
+    """Raises UserError where writing into ``path`` fails within the context."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if (message := refused(error, path)) is None:
+        if (message := storage_message(error, path)) is None:
             raise
         raise UserError(message) from None
 
 
 def check_output(out: str | Path) -> None:
-    """Refuses an output that exists or cannot be written, before any work is done. Raises UserError; leaves nothing."""
+    """Raises UserError for an output that exists or cannot be written, before any work is done. Leaves no file."""
     out = Path(os.path.abspath(out))
     if os.path.lexists(out):
         raise UserError(f"expected a new output, found {out} already there; choose another name or remove it")
     parent = next(folder for folder in out.parents if os.path.lexists(folder))
     try:
-        # Really writing is the only honest probe: root passes every permission check, and fails on a read-only disk. A
-        # file without a name leaves nothing, whatever ends this process.
+        # Only a real write is a reliable test: root passes every permission check but fails on a read-only disk. A file
+        # without a name leaves nothing behind, even if this process is killed.
         with suppress(FileNotFoundError):
             os.lstat(parent / f".{out.name}.partial-00000000")  # too long a name?
         with tempfile.TemporaryFile(dir=parent):
@@ -86,12 +86,12 @@ def check_output(out: str | Path) -> None:
 
 
 @contextmanager
-def appearing(out: str | Path) -> Iterator[Path]:
+def create_folder(out: str | Path) -> Iterator[Path]:
     """Yields a new folder that becomes ``out`` in one rename when the block ends, and is removed when the block raises.
 
-    It lies at ``.NAME.partial-PID`` beside ``out``, locked while its writer lives; what a killed writer left is removed
-    by the next one. The block syncs its own files. Raises UserError if ``out`` exists or cannot be written, and where
-    the disk is full.
+    Until then it is ``.NAME.partial-PID`` next to ``out``, locked while its writer runs. The next writer removes what a
+    killed one left. The block syncs its own files. Raises UserError if ``out`` exists or cannot be written, or the disk
+    is full.
     """
     out = Path(os.path.abspath(out))
     check_output(out)
@@ -107,15 +107,15 @@ def appearing(out: str | Path) -> Iterator[Path]:
             f"expected to make {partial}, found: {error.strerror}; does another process write {out.name}?"
         ) from None
     try:
-        with suppress(OSError):  # a disk without locks: stale folders stay there, nothing else is lost
+        with suppress(OSError):  # a disk without locks: stale folders stay there
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with storing(out):
+        with translate_storage_errors(out):
             yield partial
             _publish(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in created:
-            with suppress(OSError):  # not empty: somebody else uses it by now
+            with suppress(OSError):  # not empty: another process uses it
                 folder.rmdir()
         raise
     finally:
@@ -123,14 +123,14 @@ def appearing(out: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a new file beside ``path`` that takes its place when the block ends, and is removed when it raises.
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields a new file next to ``path`` that replaces it when the block ends, and is removed when the block raises.
 
-    Missing folders are made. Raises UserError where the disk is full.
+    Creates missing folders. Raises UserError if the disk is full.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with storing(path):
+        with translate_storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             sync(partial)
@@ -141,7 +141,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file of any size, in hexadecimal."""
+    """The hash of a file, in hexadecimal. The file may be larger than memory."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -150,7 +150,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or a folder's list of names is on the disk."""
+    """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -163,16 +163,16 @@ def _publish(partial: Path, out: Path) -> None:
         os.rename(partial, out)
     except OSError as error:
         raise UserError(
-            f"expected a new output, found that {out} appeared meanwhile ({error.strerror}); run again"
+            f"expected a new output, found that {out} was created meanwhile ({error.strerror}); run again"
         ) from None
     sync(out.parent)
 
 
 def _clear_stale(out: Path) -> None:
-    """Removes the folders of dead writers. A lock says who lives: process numbers repeat, above all in containers."""
+    """Removes the folders of dead writers. Locks show which still run: process ids repeat, mainly in containers."""
     for path in out.parent.iterdir():
         if path.name.startswith(f".{out.name}.partial-") and path.is_dir():
-            # An error means that its writer lives, that another process clears it, or that this disk knows no locks.
+            # An error: its writer runs, another process removes it, or this disk has no locks.
             with suppress(OSError):
                 handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
                 try:

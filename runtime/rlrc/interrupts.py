@@ -1,6 +1,6 @@
-"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command works, so that it cleans up and says how to continue.
+"""SIGINT, SIGTERM and SIGHUP raise Interrupted while a command runs, so that it cleans up and says how to resume.
 
-``held`` puts that off where a state would be left half changed. Needs the standard library only.
+``hold`` delays that while a state is being changed. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODES = {128 + number for number in NUMBERS}  # exit codes of a command that was interrupted
 
 _holding = 0
-_pending: int | None = None  # the signal that came while it was held
+_pending: int | None = None  # the signal that arrived while signals were held
 
 
 @contextmanager
-def raising() -> Iterator[None]:
-    """Within it the signals raise Interrupted in the main thread; in another thread it does nothing.
+def raise_on_signal() -> Iterator[None]:
+    """Within the context, signals raise Interrupted in the main thread. In any other thread it does nothing.
 
-    One that is ignored stays so: nohup ignores SIGHUP, and shells ignore SIGINT for what a script starts with ``&``.
+    Ignored signals stay ignored: nohup ignores SIGHUP, and shells ignore SIGINT for background jobs of scripts.
     """
     global _pending
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heeded = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _on_signal) for number in heeded}
+    handled = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _on_signal) for number in handled}
     try:
         yield
     finally:
@@ -42,8 +42,8 @@ def raising() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """A signal that comes within it raises when it ends. May be nested."""
+def hold() -> Iterator[None]:
+    """A signal that arrives within the context raises when the context ends. May be nested."""
     global _holding
     _holding += 1
     try:
@@ -54,12 +54,12 @@ def held() -> Iterator[None]:
 
 
 def pending() -> bool:
-    """Whether a signal came that is still held."""
+    """Whether a signal has arrived and is still held."""
     return _pending is not None
 
 
 def check() -> None:
-    """Raises Interrupted for a signal that came and is no longer held."""
+    """Raises Interrupted for a signal that has arrived and is no longer held."""
     global _pending
     if _pending is not None and not _holding:
         number, _pending = _pending, None
@@ -67,7 +67,7 @@ def check() -> None:
 
 
 def stop() -> NoReturn:
-    """Raises Interrupted, held or not: all processes of a team end together, whichever of them received the signal."""
+    """Raises Interrupted even while signals are held: all processes of a distributed run end when one gets a signal."""
     global _pending
     number, _pending = _pending or signal.SIGINT, None
     raise Interrupted(code=128 + number)

@@ -1,4 +1,4 @@
-"""Reading and writing .npz files of plain arrays: nothing pickled comes in, nothing half written comes out."""
+"""Reading and writing .npz files of plain arrays, without pickle and without incomplete files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays by name. Raises UserError for a file that is missing, damaged or holds Python objects."""
     try:
-        # Opened here because numpy leaves the file open when it is damaged.
+        # Opened here because numpy leaves a damaged file open.
         with path.open("rb") as stream:
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -31,6 +31,6 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
-    """All or nothing: a file beside ``path`` takes its place when it is complete. Missing folders are made."""
-    with replacing(path) as partial, partial.open("xb") as stream:
+    """Replaces ``path`` once the new file is complete. Creates missing folders."""
+    with replace_file(path) as partial, partial.open("xb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]

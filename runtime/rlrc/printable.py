@@ -1,14 +1,15 @@
-"""Text of others as text that can be printed: in a log, on a terminal, in a header."""
+"""Makes foreign text safe to print: in a log, on a terminal, in a header."""
 
 from __future__ import annotations
 
-JOINERS = "\u200c\u200d"  # of letters in Persian and Indian scripts, and of emoji
+JOINERS = "\u200c\u200d"  # join letters in Persian and Indian scripts, and emoji
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Control and format characters, lone surrogates and the like as ``?``; those of ``keep`` stay, and joiners.
+    """Replaces characters that cannot be printed by ``?``, except those in ``keep`` and joiners.
 
-    A terminal obeys escape sequences, a line feed begins another line of a log, and a lone surrogate cannot be encoded.
+    A terminal would obey escape sequences, a line feed would start a new line of a log, and a lone surrogate cannot be
+    encoded.
     """
     if text.isprintable():
         return text

@@ -1,7 +1,7 @@
-"""Worker processes that never hang: one that dies, or silence of all, ends the run with one clear line.
+"""A pool of worker processes that cannot hang: if one dies, or none reports in time, the run ends with one clear line.
 
-The pools of the standard library wait for ever for a worker that the system killed (multiprocessing.Pool) or cannot be
-given a limit of silence (concurrent.futures); simulators and their renderers do crash.
+The standard library's pools wait forever for a worker that the system killed (multiprocessing.Pool) or have no time
+limit (concurrent.futures). Simulators and their renderers do crash.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Number of cores that this process may use, by its affinity and its control group's quota."""
+    """How many cores this process may use, by its CPU affinity and its control group's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = CPU_MAX.read_text().split()
@@ -37,11 +37,10 @@ def cores() -> int:
     return max(1, allowed)
 
 
-class Workers:
-    """Up to ``number`` processes that do jobs. Use as a context manager: none outlives it, nor an error, nor this
-    process.
+class WorkerPool:
+    """Up to ``number`` processes that run jobs. As a context manager it ends them on exit.
 
-    They start when the first jobs come and are kept from one ``run`` to the next.
+    They start with the first jobs and are kept from one ``run`` to the next.
     """
 
     def __init__(self, number: int) -> None:
@@ -50,7 +49,7 @@ class Workers:
         self.number = number
         self.processes: dict[Connection, SpawnProcess] = {}
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,10 +58,10 @@ class Workers:
     def run(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], silence_s: float = 300.0
     ) -> Iterator[tuple[Job, Result]]:
-        """Yield (job, function(job)) as they finish. ``function`` and jobs must be picklable.
+        """Yields (job, function(job)) as jobs finish. ``function`` and the jobs must be picklable.
 
-        Raises UserError as a worker raised it, if a worker dies, or if none reports within ``silence_s`` seconds;
-        RuntimeError with the worker's traceback if it fails otherwise.
+        Raises UserError if a worker raises one or dies, or if none reports within ``silence_s`` seconds; RuntimeError
+        with the worker's traceback for any other error.
         """
         waiting = list(reversed(jobs))
         running: dict[Connection, Job] = {}
@@ -83,12 +82,12 @@ class Workers:
                     if waiting:
                         running[connection] = _send(connection, function, waiting.pop())
                     yield job, result
-        except BaseException:  # an error, or nobody wants the rest: what is still running would answer the next call
+        except BaseException:  # or the caller stopped early: running jobs must not reply to the next call
             self.kill()
             raise
 
     def kill(self) -> None:
-        """End all processes at once, whatever they do."""
+        """Kills all processes."""
         for process in self.processes.values():
             process.kill()
         for connection, process in self.processes.items():
@@ -97,11 +96,11 @@ class Workers:
         self.processes.clear()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of engines and renderers
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks held by engine and renderer threads
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs,), daemon=True)
         process.start()
-        theirs.close()  # so that ours reports the end of the file when the worker dies
+        theirs.close()  # so that our end reports EOF when the worker dies
         self.processes[ours] = process
 
     def _receive(self, connection: Connection) -> Any:
@@ -111,7 +110,7 @@ class Workers:
             process = self.processes[connection]
             process.join(5)
             raise UserError(
-                f"expected every worker process to go on, found that one ended by {how_it_ended(process.exitcode)}; "
+                f"expected every worker process to finish, found that one ended by {describe_exit(process.exitcode)}; "
                 "it may have run out of memory: free some, or pass fewer --workers, and run the command again"
             ) from None
         if kind == "user error":
@@ -122,26 +121,26 @@ class Workers:
 
 
 def _send(connection: Connection, function: Callable[[Job], Any], job: Job) -> Job:
-    with suppress(ConnectionError):  # it died in between: the next wait tells
+    with suppress(ConnectionError):  # it died in between: the next wait reports it
         connection.send((function, job))
     return job
 
 
-def how_it_ended(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
     """The signal or exit code of a process that has ended."""
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 def _work(connection: Connection) -> None:
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent kills the workers
     while True:
         try:
             received = connection.recv_bytes()
         except EOFError:
             return
         try:
-            function, job = pickle.loads(received)  # imports the function's module, which may fail as well
+            function, job = pickle.loads(received)  # imports the function's module, which may fail
             connection.send(("done", function(job)))
         except UserError as error:
             connection.send(("user error", str(error)))
@@ -150,6 +149,6 @@ def _work(connection: Connection) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this worker when the process that started it dies, even by SIGKILL; it would work on alone."""
+    """Has Linux kill this process when the one that started it dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

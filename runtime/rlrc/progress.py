@@ -1,6 +1,6 @@
-"""Progress of long work, on stderr: a bar or spinner on a terminal; elsewhere a plain line, soon and every half minute.
+"""Progress on stderr: a bar or spinner on a terminal; elsewhere a line after 2 s and then every 30 s.
 
-A thread prints the lines: a step may take longer than that.
+A thread prints the lines, because a single step may take longer than that.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-FIRST_S, EVERY_S = 2.0, 30.0  # seconds: what is done sooner needs no line
-Tell = Callable[[float, str], None]
+FIRST_S, EVERY_S = 2.0, 30.0  # seconds; work that ends sooner prints nothing
+Report = Callable[[float, str], None]
 
 
 @contextmanager
-def progress(what: str, total: float, shown: bool = True) -> Iterator[Tell]:
-    """Yields ``tell(done, text)``; ``done`` is so much of ``total`` in all, and the first one where the work begins."""
+def progress(what: str, total: float, shown: bool = True) -> Iterator[Report]:
+    """Yields ``report(done, text)``, where ``done`` counts up to ``total``. The first call sets where work begins."""
     if not shown:
         yield lambda done, text: None
     elif not interactive():
         with _Lines(what, total) as lines:
             yield lines.count
     else:
-        # Imported late: a process whose memory is measured shows lines.
+        # Imported late to save memory where only lines are shown.
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -45,7 +45,7 @@ def progress(what: str, total: float, shown: bool = True) -> Iterator[Tell]:
 
 @contextmanager
 def status(what: str, shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """For work that cannot be counted. Yields ``tell(what)``, for what is being done now."""
+    """For work that cannot be counted. Yields ``report(what)``, which names the current step."""
     if not shown:
         yield lambda text: None
     elif not interactive():
@@ -68,7 +68,7 @@ def interactive() -> bool:
 
 
 class _Lines:
-    """A line soon and then every half minute, by a thread; one at the end if there was any."""
+    """Lines from a thread: after FIRST_S, then every EVERY_S, and a last one if any was printed."""
 
     def __init__(self, what: str, total: float | None = None) -> None:
         self.what, self.total = what, total

@@ -1,4 +1,4 @@
-"""What a control loop asks of Python and Linux for the time it runs, as far as they grant it."""
+"""Real-time settings of Python and Linux for a control loop, where the system grants them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
-PRIORITY, BESIDE = 20, 10  # of 1 to 99: above ordinary processes, below the kernel's own; BESIDE below the loop
+PRIORITY, BACKGROUND_PRIORITY = 20, 10  # of 1 to 99: above ordinary processes, below the kernel's threads
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
 
 @contextmanager
-def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterator[dict[str, str]]:
-    """For this thread, and a lower priority for the processes ``beside``, all threads of which get it.
+def real_time(pin: Collection[int] = (), background: Collection[int] = ()) -> Iterator[dict[str, str]]:
+    """Real-time settings for this thread within the context. Yields each setting and whether it was granted.
 
-    Yields what was asked for and whether it was granted.
-
-    No garbage collection in between, all memory kept in RAM, a real-time priority (SCHED_FIFO, which the processes
-    started meanwhile do not inherit), and this thread on the processors ``pin`` only.
+    No garbage collection, all memory locked in RAM, a real-time priority (SCHED_FIFO, not inherited by new processes),
+    and only the processors ``pin`` for this thread. All threads of the processes ``background`` (process ids) get a
+    lower real-time priority.
     """
     granted = {"garbage collection": "off", "memory": _lock_memory(), "priority": _raise_priority(0, PRIORITY)}
-    threads = [thread for process in beside for thread in _threads(process)]
+    threads = [thread for process in background for thread in _threads(process)]
     for thread in threads:
-        _raise_priority(thread, BESIDE)
+        _raise_priority(thread, BACKGROUND_PRIORITY)
     allowed = os.sched_getaffinity(0) if sys.platform == "linux" else set[int]()
     granted["processors"] = _pin(pin) if pin else "any"
     collecting = gc.isenabled()
@@ -42,26 +41,26 @@ def real_time(pin: Collection[int] = (), beside: Collection[int] = ()) -> Iterat
         if sys.platform == "linux":
             ctypes.CDLL(None).munlockall()
             if pin:
-                with suppress(OSError):  # they may have been taken away meanwhile
+                with suppress(OSError):  # the processors may have become unavailable
                     os.sched_setaffinity(0, allowed)
             for thread in (0, *threads):
-                with suppress(OSError):  # it has ended
+                with suppress(OSError):  # the thread has ended
                     os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
-def tidy() -> None:
-    """Between two episodes, when the robot rests: a collection, short since nothing from before the loop is looked at.
+def collect_garbage() -> None:
+    """Collects garbage between two episodes, while the robot rests. Short: objects from before the loop are frozen.
 
-    CPython's lists of freed tuples, which grow to 2,000 of each size, are given back by collections only.
+    Only a collection frees CPython's lists of unused tuples, which grow to 2,000 of each size.
     """
     gc.collect()
 
 
-def give_back_large_blocks() -> None:
-    """Blocks of 1 MB and more go back to the system when they are freed (glibc; elsewhere nothing).
+def return_large_blocks() -> None:
+    """Makes glibc return freed blocks of 1 MB and more to the system. Does nothing with other C libraries.
 
-    By itself glibc takes blocks of up to 32 MB from the heap once such have been freed, and leaves gaps there that
-    small blocks keep from being given back. 16 MB at the heap's end are kept: usual pictures cost no page faults.
+    By default glibc starts to allocate blocks of up to 32 MB on the heap once such blocks were freed. Small blocks then
+    keep the gaps from being returned. 16 MB at the heap's end are kept, so that usual pictures cost no page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -70,13 +69,13 @@ def give_back_large_blocks() -> None:
 
 
 def lock_used_memory() -> None:
-    """What this process has touched or will touch stays in RAM, if that is granted. Of a model more may be mapped."""
+    """Locks the pages that this process uses in RAM, if granted. Unused pages of a mapped model stay out."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT)
 
 
 def _threads(process: int) -> list[int]:
-    """None of a process that has ended: the loop tells that by itself."""
+    """Empty for a process that has ended: the loop notices that itself."""
     with suppress(OSError):
         return [int(thread) for thread in os.listdir(f"/proc/{process}/task")]
     return []
@@ -106,6 +105,6 @@ def _pin(pin: Collection[int]) -> str:
         return "any: no Linux"
     try:
         os.sched_setaffinity(0, pin)
-    except (OSError, ValueError, OverflowError) as error:  # numbers below zero, or beyond any processor's
+    except (OSError, ValueError, OverflowError) as error:  # no such processor
         return f"any: {error}; choose some of {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
     return ", ".join(map(str, sorted(pin)))

@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON values and back, strictly, driven by the type hints.
 
 Nothing is guessed or dropped: an unknown key, a missing key, a wrong type and a number that is not finite are errors
-that name the path of the key, such as ``policy.cameras[0].height``. A key may be missing only where its field has a
-default, so that a later version may add one. Needs the standard library only.
+that name the path of the key, such as ``policy.cameras[0].height``. A key may be missing only if its field has a
+default, so that a later version can add fields. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -11,12 +11,23 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from rlrc.errors import UserError
+
+if sys.version_info >= (3, 11):
+    from importlib.resources.abc import Traversable
+
+    import tomllib
+else:
+    from importlib.abc import Traversable
+
+    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -39,8 +50,27 @@ def parse(text: bytes) -> Any:
         raise StrictError(f"expected JSON, found: {error}; copy the file again") from None
 
 
+def read_toml(kind: type[T], file: Path | Traversable, expected: str = "", advice: str = "correct it") -> T:
+    """The ``kind`` (a frozen dataclass, or a dict type) that a TOML file describes, with or without a byte order mark.
+
+    ``expected`` and ``advice`` complete the error messages. Raises StrictError for tables that do not fit ``kind``,
+    UserError for a file that cannot be read or is not TOML.
+    """
+    try:
+        return decode(kind, tomllib.loads(file.read_bytes().decode("utf-8-sig")))
+    except OSError as error:
+        expected = expected or f"a TOML file at {file}"
+        raise UserError(f"expected {expected}, found: {error.strerror}; {advice}") from None
+    except StrictError as error:
+        raise StrictError(f"{file}: {error}; {advice}") from None
+    except RecursionError:
+        raise UserError(f"expected TOML in {file}, found: endless nesting; {advice}") from None
+    except ValueError as error:  # broken syntax or broken UTF-8
+        raise UserError(f"expected TOML in {file}, found: {error}; {advice}") from None
+
+
 def encode(value: object, where: str = "") -> Any:
-    """A dataclass (or what one may hold) as dicts, lists, strings, finite numbers, booleans and None."""
+    """A dataclass, or a value of one of its fields, as dicts, lists, strings, finite numbers, booleans and None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: encode(getattr(value, field.name), _key(where, field.name))
@@ -54,7 +84,7 @@ def encode(value: object, where: str = "") -> Any:
 
 
 def decode(kind: type[T], value: object, where: str = "") -> T:
-    """The ``kind`` that the JSON value describes. Raises StrictError."""
+    """The ``kind`` that a JSON value describes. Raises StrictError."""
     result: T = _decode(kind, value, where)
     return result
 
@@ -67,6 +97,22 @@ def check_keys(value: dict[str, Any], known: Collection[str], where: str = "") -
                 f"expected the keys {', '.join(known)} at {where or 'the top'}, found {_key(where, key)}, "
                 "which is unknown"
             )
+
+
+def check_distinct(sources: Mapping[str, Hashable], source: str, what: str, where: str) -> None:
+    """Raises UserError where two names have the same source: two cameras one key, two dimensions one state entry.
+
+    ``source`` and ``what`` are the nouns for the message; ``where`` is the file or option to correct.
+    """
+    first: dict[Hashable, str] = {}
+    for name, end in sources.items():
+        if end in first:
+            shown = ".".join(end) if isinstance(end, tuple) else end
+            raise UserError(
+                f"expected every {source} for one of the {what}, found {shown} for {first[end]} and {name}; "
+                f"correct {where}"
+            )
+        first[end] = name
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -123,7 +169,7 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The member that fits; with one member besides None its own, more telling error."""
+    """The first member that fits. With a single member besides None, its own more specific error is raised."""
     if value is None and type(None) in kinds:
         return None
     others = [kind for kind in kinds if kind is not type(None)]
@@ -157,7 +203,7 @@ def _not_finite(text: str) -> NoReturn:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Any JSON value, copied."""
+    """A copy of any JSON value."""
     if isinstance(value, list):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, dict):

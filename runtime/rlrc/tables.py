@@ -1,4 +1,4 @@
-"""Tables for people, never truncated whatever the width of the terminal."""
+"""Tables on the terminal, never truncated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.segment import Segments
 from rich.table import Table
 
 _WIDE = 100_000
-_WORD = 24  # characters; longer words are folded, shorter ones (numbers among them) stay whole
+_WORD = 24  # characters; longer words are folded, shorter ones (such as numbers) are not
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Without a terminal a table is as wide as its cells. In a terminal cells are wrapped between words.
+    """Prints a table as wide as its cells; on a terminal, cells wrap between words.
 
-    A terminal too narrow for the words wraps the lines.
+    On a terminal too narrow for the words, lines wrap.
     """
     wide = console.options.update_width(_WIDE)
     for column in table.columns:
@@ -28,12 +28,12 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def plain_console(stderr: bool = False) -> Console:
-    """Prints what it is given: names and paths may hold brackets, which rich would take for its markup."""
+    """Prints text as it is: rich would read brackets in names and paths as its markup."""
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_rows(rows: Mapping[str, str], console: Console) -> None:
-    """Headings and what there is to say under each."""
+    """Prints a two-column table: bold names, and their values."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()

@@ -18,7 +18,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rlrc.artifact import GOLDEN, Artifact, Manifest, writing
+from rlrc.artifact import GOLDEN, Artifact, Manifest, create_artifact
 from rlrc.errors import UserError
 from rlrc.exporters.export import Disagreement, export, with_graphs
 from rlrc.exporters.graphs import graphs_of
@@ -122,7 +122,7 @@ def measure(parent: Artifact, threads: int) -> list[Candidate]:
     with tempfile.TemporaryDirectory() as folder:
         policies = {}
         for precision in precisions:
-            with writing(Path(folder) / precision) as draft:
+            with create_artifact(Path(folder) / precision) as draft:
                 draft.inherit(parent, TOKENIZER)
                 written = draft.finish(with_graphs(manifest, draft, write_graphs(draft, parent, precision)))
             artifact = Artifact(Path(folder) / precision, written, digest="")

@@ -15,7 +15,7 @@ from rlrc import artifact as artifacts
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
-from rlrc.runtime.cli.describe import records_table, trial
+from rlrc.runtime.cli.describe import format_trial_command, records_table
 from rlrc.runtime.inference.backends import TARGETS
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.tables import print_table
@@ -110,5 +110,5 @@ class Export:
         print_table(records_table(records, manifest.policy), console)
         on_device = f"rlrc jetson build {self.out} --engine-cache engines, on the device"
         here = set(self.to) - {"tensorrt"}
-        console.print(f"next: {trial(self.out, manifest.policy) if here else on_device}", soft_wrap=True)
+        console.print(f"next: {format_trial_command(self.out, manifest.policy) if here else on_device}", soft_wrap=True)
         return 0

@@ -11,7 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlrc.artifact import GOLDEN, Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
+from rlrc.artifact import (
+    GOLDEN,
+    Artifact,
+    Draft,
+    FileSpec,
+    GraphSpec,
+    HistoryEntry,
+    Manifest,
+    VerifiedSpec,
+    create_artifact,
+)
 from rlrc.errors import UserError
 from rlrc.folders import sha256
 from rlrc.npz import write_npz
@@ -66,7 +76,7 @@ def export(
     }
     golden = verify.read_golden(parent.file(GOLDEN), manifest.policy)
     check_room(parent, out, chosen)
-    with writing(out) as draft:
+    with create_artifact(out) as draft:
         replaced = [FOLDERS[backend] for backend in chosen]
         draft.inherit(parent, *(name for name in manifest.files if not _lies_in(name, replaced)))
         written = [
@@ -116,7 +126,7 @@ def limits(
         return verify.Tolerances(tolerance)
     names = [precision] if isinstance(precision, str) else precision.values()
     rounding = sorted((name for name in names if not exporter(backend).is_exact(name)), key=lambda name: "4" in name)
-    return verify.default_limits(manifest.policy.action, rounding[-1] if rounding else None)
+    return verify.default_tolerances(manifest.policy.action, rounding[-1] if rounding else None)
 
 
 def check(
@@ -126,9 +136,9 @@ def check(
     policy = LocalPolicy(exported, backend=backend, engine=reference_engine(exported, backend))
     answers = verify.replay(policy, golden)
     record = verify.compare(policy, answers, golden, limits)
-    if reason := verify.failure(record):
+    if reason := verify.failure_reason(record):
         worst = out.with_name(f"{out.name}.worst.npz")
-        write_npz(worst, **verify.worst(policy.spec, answers, golden, limits))
+        write_npz(worst, **verify.worst_observation(policy.spec, answers, golden, limits))
         raise Disagreement(record, reason, worst)
     return record
 

@@ -1,9 +1,9 @@
-"""The artifact: the only thing that passes between the parts of rlrc.
+"""The artifact: the format in which the parts of rlrc exchange policies.
 
 An artifact is a folder that is never changed in place. ``manifest.json`` describes it completely: the policy (cameras,
-state, prompt, action), the per-layer geometry of its towers, its quantization, its graphs, what was verified about
-them, how it came to be, and the sha256 and size of every other file. Reading is strict: unknown keys, missing files and
-wrong hashes are refused. Writing is atomic: a killed stage leaves no artifact or a whole one. Needs the standard
+state, prompt, action), the shape of every layer of its towers, its quantization, its graphs and their verification, its
+history, and the sha256 and size of every other file. Reading is strict: unknown keys, missing files and wrong hashes
+are refused. Writing is atomic: a killed stage leaves no artifact or a complete one. Needs the standard
 library only.
 """
 
@@ -15,10 +15,10 @@ from rlrc.artifact.folder import (
     Artifact,
     ArtifactError,
     Draft,
+    create_artifact,
     from_json,
     load,
     to_json,
-    writing,
 )
 from rlrc.artifact.spec import (
     FORMAT_VERSION,
@@ -47,6 +47,6 @@ __all__ = [
     "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "WEIGHTS", "ActionSpec", "Artifact", "ArtifactError",
     "CameraSpec", "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats",
     "PolicySpec", "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
-    "check_output", "from_json", "load", "to_json", "writing",
+    "check_output", "create_artifact", "from_json", "load", "to_json",
 ]
 # fmt: on

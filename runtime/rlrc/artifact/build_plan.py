@@ -1,7 +1,7 @@
-"""graphs/tensorrt/plan.json: how an artifact's graphs become engines. Needs the standard library only.
+"""graphs/tensorrt/plan.json: how to build TensorRT engines from an artifact's graphs. Needs the standard library only.
 
-The exporter writes it, `rlrc jetson build` carries it out on the device: an engine is a cache, made for one GPU and one
-release of TensorRT, and no part of the artifact.
+The exporter writes it; `rlrc jetson build` carries it out on the device. Engines fit one GPU and one release of
+TensorRT, so they are cached and are not part of the artifact.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Bounds:
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """``files`` are the graph, named first, and what lies beside it, relative to the artifact, with their sha256.
+    """``files``: the graph first, then its external data; paths relative to the artifact, with their sha256.
 
-    Every profile bounds every input; one engine holds them all, and a pass chooses the profile that its shapes fit.
+    Every profile bounds every input. One engine holds all profiles; each pass uses the first that its shapes fit.
     """
 
     name: str
@@ -43,14 +43,14 @@ class GraphPlan:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """``least_sm``: the lowest compute capability that has the precision's products, 87 for 8.7.
+    """``least_sm``: the lowest compute capability that supports the precision, 87 for 8.7.
 
-    ``int4_block``: inputs that share a scale of 4-bit weights, None without any.
+    ``int4_block``: how many inputs share a scale of 4-bit weights; None if there are none.
     """
 
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
     tensorrt: str
-    """the oldest release that reads the graphs, "10.3" """
+    """the oldest release that reads the graphs, such as "10.3" """
     least_sm: int
     workspace_bytes: int
     graphs: tuple[GraphPlan, ...]
@@ -60,7 +60,7 @@ class BuildPlan:
 
 
 def read_plan(path: Path) -> BuildPlan:
-    """Raises UserError for a file that is missing, damaged, of a later version, or contradicts itself."""
+    """Raises UserError for a file that is missing, damaged, of a later version, or inconsistent."""
     try:
         values = parse(path.read_bytes())
         version = values.get("format_version") if isinstance(values, dict) else None
@@ -81,10 +81,10 @@ def write_plan(plan: BuildPlan, path: Path) -> None:
 
 
 def check_plan(plan: BuildPlan) -> None:
-    """Raises StrictError unless every profile bounds every input by shapes that fit it, in order."""
+    """Raises StrictError unless every profile has, for every input, shapes that fit it with min <= opt <= max."""
     names = [graph.name for graph in plan.graphs]
     if not names or len(set(names)) != len(names):
-        raise StrictError(f"expected graphs, each of another name, found {', '.join(names) or 'none'}")
+        raise StrictError(f"expected graphs with distinct names, found {', '.join(names) or 'none'}")
     for graph in plan.graphs:
         if not graph.files or not graph.profiles:
             raise StrictError(f"expected files and profiles of the graph {graph.name}, found none")
@@ -106,7 +106,7 @@ def _check_bounds(bounds: Bounds, shape: tuple[int | str, ...], where: str) -> N
 
 
 def fits(profile: dict[str, Bounds], shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether inputs of these shapes may be given under the profile."""
+    """Whether the profile allows inputs of these shapes."""
 
     def fit(shape: tuple[int, ...], bounds: Bounds) -> bool:
         return len(shape) == len(bounds.min) and all(

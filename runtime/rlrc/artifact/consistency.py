@@ -1,4 +1,4 @@
-"""What the types of a manifest cannot say: lengths that must agree, and references between its parts."""
+"""Checks of a manifest beyond its types: lengths that must agree, and references between its parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlrc.strict import StrictError
 
 
 def is_inside(relative: str) -> bool:
-    """Whether the name is a plain path below the artifact's folder (and not the manifest itself)."""
+    """Whether the name is a plain path inside the artifact's folder, and not the manifest."""
     parts = PurePosixPath(relative)
     return (
         not parts.is_absolute()
@@ -21,12 +21,12 @@ def is_inside(relative: str) -> bool:
 
 
 def check_consistent(manifest: Manifest) -> None:
-    """What the types cannot say: lengths that must agree, and references between the parts. Raises StrictError."""
+    """Raises StrictError where lengths disagree, numbers are out of range, or a reference leads nowhere."""
     check_policy(manifest.policy)
     for name, tower in manifest.towers.items():
         _check_tower(name, tower, manifest.policy)
     if manifest.policy.decode != "parallel":
-        _check("decoder" in manifest.towers, "a tower decoder, whose keys and values are kept", list(manifest.towers))
+        _check("decoder" in manifest.towers, "a tower decoder, which caches keys and values", list(manifest.towers))
     _check_quantization(manifest)
     for relative in manifest.files:
         _check(is_inside(relative), "plain relative paths at files", repr(relative))
@@ -46,9 +46,9 @@ def _check_quantization(manifest: Manifest) -> None:
 
 
 def check_policy(policy: PolicySpec) -> None:
-    """The same for a policy alone. Raises StrictError."""
+    """``check_consistent`` for a policy alone."""
     names = [camera.name for camera in policy.cameras]
-    _check(0 < len(set(names)) == len(names), "at least one camera, and every one once, at policy.cameras", names)
+    _check(0 < len(set(names)) == len(names), "at least one camera, each name once, at policy.cameras", names)
     for camera in policy.cameras:
         _check_camera(camera)
     _check_vector(policy.action, "policy.action")
@@ -84,13 +84,15 @@ def _check_vector(part: ActionSpec | StateSpec, where: str) -> None:
 
 
 def _check_prompt(prompt: PromptSpec, policy: PolicySpec) -> None:
-    room, told = len(prompt.suffix), "{state}" in prompt.template
-    _check(prompt.max_tokens > room, f"more than {room} at policy.prompt.max_tokens", prompt.max_tokens)
+    suffix, has_state = len(prompt.suffix), "{state}" in prompt.template
+    _check(prompt.max_tokens > suffix, f"more than {suffix} at policy.prompt.max_tokens", prompt.max_tokens)
     bins = prompt.state_bins
-    _check(bins >= 0 and told == (bins > 0), "policy.prompt.state_bins exactly where the template has {state}", bins)
-    _check(not told or policy.state is not None, "a policy.state for the prompt's {state}", None)
-    least = len(policy.state.names) if told and policy.state is not None else 1
-    fits = not prompt.state_width or (told and prompt.state_width >= least)
+    _check(
+        bins >= 0 and has_state == (bins > 0), "policy.prompt.state_bins exactly where the template has {state}", bins
+    )
+    _check(not has_state or policy.state is not None, "a policy.state for the prompt's {state}", None)
+    least = len(policy.state.names) if has_state and policy.state is not None else 1
+    fits = not prompt.state_width or (has_state and prompt.state_width >= least)
     _check(fits, f"0 or at least {least}, with {{state}}, at policy.prompt.state_width", prompt.state_width)
 
 

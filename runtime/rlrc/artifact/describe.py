@@ -1,4 +1,4 @@
-"""What a policy is, in words: rows of a table and lines."""
+"""Describes a policy for people, as rows of a table and as lines."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ Recorded = dict[str, list[dict[str, Any]]]
 
 
 def recorded_normalisation(history: Sequence[HistoryEntry]) -> Recorded:
-    """What the last stage that changed an artifact's normalisation recorded; empty if none did."""
+    """The normalisation that the last stage that changed it recorded; empty if none did."""
     records = [entry.after["normalisation"] for entry in history if "normalisation" in entry.after]
     return records[-1] if records else {}
 
 
 def policy_rows(spec: PolicySpec) -> dict[str, str]:
-    """What the policy is, sees and does, by heading; dimensions of one meaning and unit are told together."""
+    """Family, inputs and outputs of the policy, by heading. Dimensions of one meaning and unit are grouped."""
     prompt, action, flow = spec.prompt, spec.action, spec.flow
     kinds = [", ".join(kind) for kind in zip(action.meaning, action.units, strict=True)]
-    answers = f"{action.bins} bins" if action.bins else "continuous"
+    values = f"{action.bins} bins" if action.bins else "continuous"
     if action.tokens is not None:
-        answers += f" among {action.tokens.rows:,} tokens"
+        values += f" among {action.tokens.rows:,} tokens"
     return {
         "family": f"{spec.family}, {spec.decode} decoding{f' in {flow.steps} steps' if flow else ''}",
         "cameras": "; ".join(
             f"{camera.name} {camera.height} x {camera.width}, resize {camera.resize}{', optional' * camera.optional}"
             for camera in spec.cameras
         ),
-        "state": "none" if spec.state is None else together(spec.state.names, spec.state.units) + padding(spec),
+        "state": "none"
+        if spec.state is None
+        else format_names(spec.state.names, spec.state.units) + describe_padding(spec),
         "prompt": "none" if prompt is None else f"{prompt.template!r}, at most {prompt.max_tokens} tokens",
-        "actions": f"{together(action.names, kinds)}; chunks of {action.horizon}, {answers}",
+        "actions": f"{format_names(action.names, kinds)}; chunks of {action.horizon}, {values}",
     }
 
 
-def padding(spec: PolicySpec) -> str:
-    """What is said of a state that is padded for the policy or its prompt."""
+def describe_padding(spec: PolicySpec) -> str:
+    """How the state is padded for the policy or its prompt, as the end of a sentence; empty if it is not."""
     names = () if spec.state is None else spec.state.names
     prompt, width = spec.prompt, (spec.state and spec.state.width) or 0
     if prompt is None or not prompt.state_bins:
@@ -52,7 +54,7 @@ def padding(spec: PolicySpec) -> str:
 
 
 def normalisation_lines(recorded: Recorded) -> list[str]:
-    """How each input and the action are normalised and by which statistics: "action: MEAN_STD by action in FILE"."""
+    """How each input and the action are normalised, and by which statistics: "action: MEAN_STD by action in FILE"."""
 
     def line(one: Mapping[str, Any]) -> str:
         if one["missing"]:
@@ -63,7 +65,7 @@ def normalisation_lines(recorded: Recorded) -> list[str]:
     return [f"{name}: {', then '.join(map(line, steps))}" for name, steps in recorded.items()]
 
 
-def together(names: Iterable[str], kinds: Iterable[str]) -> str:
+def format_names(names: Iterable[str], kinds: Iterable[str]) -> str:
     """Names with their kinds: "x, y, z (delta, m); gripper (gripper, 1)", "joint_0 to joint_6 (absolute, rad)"."""
     pairs = groupby(zip(names, kinds, strict=True), key=lambda pair: pair[1])
     return "; ".join(f"{_listed([name for name, _ in run])} ({kind})" for kind, run in pairs)
@@ -78,8 +80,8 @@ def _listed(names: list[str]) -> str:
     return f"{names[0]} to {names[-1]}" if counted else ", ".join(names)
 
 
-def prunable(towers: Mapping[str, TowerSpec]) -> str:
-    """Heads and MLP channels of the towers that pruning cuts, but for their first and last blocks."""
+def describe_prunable(towers: Mapping[str, TowerSpec]) -> str:
+    """Heads and MLP channels that pruning can cut: those of all towers but vision, without first and last blocks."""
     parts = []
     for name, tower in towers.items():
         if name.startswith("vision"):
@@ -90,8 +92,8 @@ def prunable(towers: Mapping[str, TowerSpec]) -> str:
     return "; ".join(parts)
 
 
-def blocks(tower: TowerSpec) -> list[str]:
-    """Lines as "layers 1-30: 32 heads of 128, MLP 11,008", the width first."""
+def describe_blocks(tower: TowerSpec) -> list[str]:
+    """Lines such as "layers 1-30: 32 heads of 128, MLP 11,008", after one with the width."""
     places: dict[LayerSpec, list[int]] = {}
     for index, layer in enumerate(tower.layers):
         places.setdefault(layer, []).append(index)
@@ -104,8 +106,8 @@ def _places(indices: list[int]) -> str:
     if len(indices) > 2 and len(steps) == 1 and steps != {1}:
         return f"layers {indices[0]}, {indices[1]}, ... {indices[-1]}"
     runs = [[at for _, at in run] for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])]
-    told = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f"layer{'s' * (len(indices) > 1)} {told}"
+    listed = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"layer{'s' * (len(indices) > 1)} {listed}"
 
 
 def _shape(layer: LayerSpec) -> str:
@@ -118,7 +120,7 @@ def _shape(layer: LayerSpec) -> str:
 
 
 def folder_bytes(artifact: Artifact) -> dict[str, int]:
-    """Bytes of the files by their first folder: weights, graphs, tokenizer, golden.npz."""
+    """Bytes by top-level entry: weights, graphs, tokenizer, golden.npz."""
     totals: dict[str, int] = {}
     for relative, file in artifact.manifest.files.items():
         top = relative.split("/")[0]
@@ -127,7 +129,7 @@ def folder_bytes(artifact: Artifact) -> dict[str, int]:
 
 
 def module_parameters(artifact: Artifact) -> dict[str, int]:
-    """Parameters by module, from the headers of the weights' files. Packed integers count as what they stand for."""
+    """Parameters by module, from the headers of the weight files. Packed integers count as unpacked."""
     quantization, totals = artifact.manifest.quantization, dict[str, int]()
     packed = {} if quantization is None else {f"{name}.q": 8 // bits for name, bits in quantization.tensors.items()}
     scales = set() if quantization is None else {f"{name}.scale" for name in quantization.tensors}

@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rlrc import foreign
 from rlrc.artifact.consistency import check_consistent, is_inside
 from rlrc.artifact.spec import FORMAT_VERSION, FileSpec, Manifest
+from rlrc.checkpoint_folder import describe_path
 from rlrc.errors import UserError
-from rlrc.folders import appearing, sha256, sync
+from rlrc.folders import create_folder, sha256, sync
 from rlrc.strict import StrictError, decode, encode, parse
 
 MANIFEST = "manifest.json"
-GOLDEN = "golden.npz"  # observations with what the torch policy answers
+GOLDEN = "golden.npz"  # observations with the torch policy's actions
 TOKENIZER = "tokenizer/tokenizer.json"
 
 
 class ArtifactError(UserError):
-    """An artifact that is incomplete, damaged or does not fit its own description."""
+    """An artifact that is incomplete, damaged or does not match its manifest."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Artifact:
         if relative not in self.manifest.files:
             listed = ", ".join(sorted(self.manifest.files)) or "no files"
             raise ArtifactError(
-                f"expected {relative} in the artifact {self.path}, found {listed}; run the stage that makes it first"
+                f"expected {relative} in the artifact {self.path}, found {listed}; run the stage that creates it first"
             )
         return self.path / relative
 
@@ -55,18 +55,18 @@ class Artifact:
 def load(path: str | Path, verify: Collection[str] | None = None) -> Artifact:
     """Reads and checks an artifact.
 
-    The presence and size of every file are always checked. ``verify`` None also checks every sha256; else only those
-    of the given files and folders ("graphs", "golden.npz"). Raises ArtifactError.
+    The presence and size of every file are always checked. ``verify``: the files and folders ("graphs", "golden.npz")
+    whose sha256 is checked as well; None: all. Raises ArtifactError.
     """
     path = Path(path)
     verify = (verify,) if isinstance(verify, str) else verify
     if not path.is_dir():
-        raise ArtifactError(f"expected an artifact folder at {path}, found {foreign.found(path)}")
+        raise ArtifactError(f"expected an artifact folder at {path}, found {describe_path(path)}")
     try:
         text = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         missing = f"expected {path / MANIFEST}, found: No such file or directory"
-        raise ArtifactError(f"{missing}; {path} is {foreign.found(path)}") from None
+        raise ArtifactError(f"{missing}; {path} is {describe_path(path)}") from None
     except OSError as error:
         raise ArtifactError(f"expected {path / MANIFEST}, found: {error.strerror}; make it readable") from None
     try:
@@ -92,7 +92,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def from_json(values: Any) -> Manifest:
-    """The manifest that these values describe. Raises ArtifactError naming the key of anything that does not fit."""
+    """The manifest that these values describe. Raises ArtifactError that names the key of what does not fit."""
     version = values.get("format_version") if isinstance(values, dict) else None
     if type(version) is not int or version < 1:
         raise ArtifactError(
@@ -103,9 +103,7 @@ def from_json(values: Any) -> Manifest:
             f"expected a format_version up to {FORMAT_VERSION}, found {version}, which is newer; upgrade rlrc"
         )
     try:
-        if (
-            "files" not in values
-        ):  # it has a default for the stages' sake, but a manifest that pins nothing is no manifest
+        if "files" not in values:  # the field has a default for stages, but a manifest must list its files
             raise StrictError("expected the key files, found none")
         manifest = decode(Manifest, values)
         check_consistent(manifest)
@@ -123,7 +121,7 @@ class Draft:
         self._inherited: dict[str, FileSpec] = {}
 
     def file(self, relative: str) -> Path:
-        """Where to write this file; its folder exists. An inherited one is refused: that would change the parent."""
+        """Where to write this file; creates its folder. Raises RuntimeError for an inherited one, maybe a hard link."""
         if relative in self._inherited:
             raise RuntimeError(
                 f"{relative} is inherited and may be a hard link into the parent; do not inherit what you rewrite"
@@ -135,7 +133,7 @@ class Draft:
         return path
 
     def inherit(self, parent: Artifact, *prefixes: str) -> None:
-        """Takes over these files and folders of the parent, unchanged: hard-linked where possible, else copied."""
+        """Takes these files and folders from the parent unchanged: hard-linked where possible, else copied."""
         for relative, spec in parent.manifest.files.items():
             if any(PurePosixPath(relative).is_relative_to(prefix) for prefix in prefixes):
                 target = self.file(relative)
@@ -146,9 +144,9 @@ class Draft:
                 self._inherited[relative] = spec
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Hashes and syncs what was written, then writes manifest.json. Returns the manifest with ``files`` filled in.
+        """Hashes and syncs all files, then writes manifest.json. Returns the manifest with ``files`` filled in.
 
-        Raises ArtifactError if the manifest contradicts itself or an inherited file is not what its parent promised.
+        Raises ArtifactError if the manifest is inconsistent or an inherited file does not match its parent's manifest.
         """
         if self.finished:
             raise RuntimeError("finish() was called twice")
@@ -168,13 +166,13 @@ class Draft:
 
 
 @contextmanager
-def writing(out: str | Path) -> Iterator[Draft]:
-    """Writes a new artifact: the whole of it appears at ``out``, or nothing does (see rlrc.folders.appearing)."""
-    with appearing(out) as path:
+def create_artifact(out: str | Path) -> Iterator[Draft]:
+    """Writes a new artifact, which appears at ``out`` complete or not at all (see rlrc.folders.create_folder)."""
+    with create_folder(out) as path:
         draft = Draft(path)
         yield draft
         if not draft.finished:
-            raise RuntimeError(f"the artifact {out} was left without finish()")
+            raise RuntimeError(f"finish() was not called for the artifact {out}")
 
 
 def _check_file(path: Path, spec: FileSpec, hashed: bool) -> None:

@@ -1,7 +1,6 @@
-"""The real dimensions of official checkpoints, as the readers of their folders find them, for those who have no torch.
+"""The dimensions of official checkpoints, for machines without torch.
 
-geometries.json is written by ``python -m rlrc.compressor.checkpoints.geometry``, which holds the numbers that it comes
-from.
+``python -m rlrc.compressor.checkpoints.geometry`` writes geometries.json from the checkpoints' configurations.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True)
 class Geometry:
-    """A policy without weights. ``modules``: parameters of each of its modules, without what no action depends on."""
+    """A policy without weights. ``modules``: parameters by module, without those that no action depends on."""
 
     policy: PolicySpec
     towers: dict[str, TowerSpec]
@@ -33,15 +32,15 @@ class _GeometryFile:
 
 
 @cache
-def known() -> dict[str, Geometry]:
+def load_geometries() -> dict[str, Geometry]:
     return strict.decode(_GeometryFile, strict.parse(FILE.read_bytes())).geometries
 
 
 def geometry(name: str) -> Geometry:
     """Raises UserError for an unknown name."""
-    if name not in known():
-        close = difflib.get_close_matches(name, known(), 1, 0)
+    if name not in load_geometries():
+        close = difflib.get_close_matches(name, load_geometries(), 1, 0)
         raise UserError(
-            f"expected one of the geometries {', '.join(known())}, found {name!r}; the nearest is {close[0]}"
+            f"expected one of the geometries {', '.join(load_geometries())}, found {name!r}; the nearest is {close[0]}"
         )
-    return known()[name]
+    return load_geometries()[name]

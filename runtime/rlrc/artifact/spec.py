@@ -1,4 +1,4 @@
-"""What an artifact's manifest holds: the policy, its towers, quantization, graphs, records and history."""
+"""The manifest's types: the policy, its towers, quantization, graphs, verification records and history."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ FORMAT_VERSION = 1
 class NormStats:
     """Per-dimension affine normalisation: ``normalised = (raw - center) / scale``, clipped to ``[-clip, clip]`` if set.
 
-    Mean/std statistics are (mean, std); bounds or quantiles are ((high + low) / 2, (high - low) / 2); a dimension left
-    alone is (0, 1).
+    Mean/std statistics are (mean, std); min/max or quantiles are ((high + low) / 2, (high - low) / 2); (0, 1) leaves a
+    dimension unchanged.
     """
 
     center: tuple[float, ...]
@@ -23,12 +23,12 @@ class NormStats:
 
 @dataclass(frozen=True)
 class CameraSpec:
-    """The policy gets ``(picture / 255 - mean) / std``, float32 (height, width, C) or (C, height, width).
+    """The policy's input is ``(picture / 255 - mean) / std``, float32 (height, width, C) or (C, height, width).
 
-    ``mean`` and ``std`` have three numbers for every vision encoder: the colours are repeated for each. ``resize``:
-    "none" refuses a picture of any other size; "bilinear" and "bicubic" are PIL's, which filter when they shrink;
-    "pad" and "pad-left-top" keep the proportions (bilinear on floats, without a filter) and fill the rest with black,
-    on all sides or on the left and top only. An ``optional`` camera may be missing: its tokens are left out.
+    ``mean`` and ``std`` have three numbers per vision encoder; the colour channels are repeated for each encoder.
+    ``resize``: "none" refuses a picture of any other size; "bilinear" and "bicubic" are PIL's, with anti-aliasing;
+    "pad" and "pad-left-top" keep the proportions (bilinear on floats, no anti-aliasing) and fill the rest with black,
+    on all sides or on the left and top only. An ``optional`` camera may be missing; its tokens are then left out.
     """
 
     name: str
@@ -43,9 +43,9 @@ class CameraSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Proprioception: the meaning of every dimension, its unit, and how it is normalised.
+    """Proprioception: name and unit of every dimension, and the normalisation.
 
-    The policy gets ``width`` numbers, the last ones zero (None: as many as there are names).
+    The policy's input is padded with zeros to ``width`` numbers (None: not padded).
     """
 
     names: tuple[str, ...]
@@ -56,15 +56,14 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """Instruction to ids: edited, put into ``template``, tokenized, completed by ``suffix``, padded on the right.
+    """How an instruction becomes ids: edit, fill ``template``, tokenize, append ``suffix``, pad on the right.
 
-    ``edits``, in order: "lower" case; "strip" blanks at both ends; "blanks" for underscores and line ends; "newline" at
-    the end if there is none. ``{instruction}`` and ``{state}`` in the template are replaced, the latter by the
-    normalised state as numbers of ``state_bins`` equal bins over [-1, 1] (the policy then gets no other state), after
-    zeros behind it have made it ``state_width`` numbers long (0: as many as it has).
-    ``suffix`` is appended unless the ids already end with it. Beyond ``max_tokens`` a prompt is cut (``truncate``) or
-    refused.
-    ``pad_id`` None: not padded. ``known`` are pieces whose ids tell that the vocabulary is the right one.
+    ``edits``, in order: "lower" case; "strip" white space at both ends; "blanks" for underscores and line ends;
+    "newline" at the end if there is none. In the template, ``{instruction}`` and ``{state}`` are replaced. The state is
+    normalised, padded with zeros to ``state_width`` numbers (0: not padded), and written as the numbers of
+    ``state_bins`` equal bins over [-1, 1]; the policy then has no other state input. ``suffix`` is appended unless the
+    ids already end with it. A prompt longer than ``max_tokens`` is truncated (``truncate``) or refused. ``pad_id``
+    None: not padded. ``known``: tokens with their ids, to check that the tokenizer has the right vocabulary.
     """
 
     template: str
@@ -82,7 +81,7 @@ class PromptSpec:
 class TokenSpec:
     """Action bins among a language model's tokens: row r of the logits is token ``offset + r``; ``first - i`` is bin i.
 
-    Any other token counts as the nearest bin (OpenVLA, arXiv 2406.09246, section 3.2).
+    Any other token is taken as the nearest bin (OpenVLA, arXiv 2406.09246, section 3.2).
     """
 
     rows: int
@@ -102,7 +101,7 @@ class FlowSpec:
 class ActionSpec:
     """A chunk of ``horizon`` actions. ``bins`` of equal width over [-1, 1] in normalised units; 0: continuous.
 
-    ``tokens``: which tokens of a vocabulary stand for the bins (None: the logits are over the bins themselves).
+    ``tokens``: the vocabulary's tokens that represent the bins (None: the logits are over the bins).
     """
 
     horizon: int
@@ -120,13 +119,13 @@ class ActionSpec:
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a policy sees and does. ``geometry``: its own scalars (patch sizes, ...), checked by the backbone."""
+    """A policy's inputs and outputs. ``geometry``: the family's own values (patch sizes, ...), which it checks."""
 
     family: str
     decode: Literal["parallel", "autoregressive", "flow"]
     cameras: tuple[CameraSpec, ...]
     state: StateSpec | None
-    prompt: PromptSpec | None  # None: a policy of one task, without language
+    prompt: PromptSpec | None  # None: a policy for one task, without language
     action: ActionSpec
     geometry: dict[str, Any]
     flow: FlowSpec | None = None
@@ -136,8 +135,8 @@ class PolicySpec:
 class LayerSpec:
     """One transformer block: attention heads, key/value heads, size of a head, width of the MLP.
 
-    A "cross" block attends to another tower's keys and values only; a "half" one has nothing but keys and values, which
-    is all that is used of the last block of a prefix.
+    A "cross" block attends only to another tower's keys and values. A "half" block computes only keys and values: the
+    last block of a prefix, whose output is not used.
     """
 
     heads: int
@@ -154,11 +153,11 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """A stack of blocks on one residual stream of ``width`` channels; every block may have its own shape.
+    """A stack of transformer blocks with ``width`` channels; every block may have its own shape.
 
     ``eps`` of the norms; ``activation`` of the MLPs (None: SiLU in decoders, GELU in vision transformers); ``theta`` of
     the rotary positions; ``norm_offset`` is added to the norms' weights (Gemma stores them minus one). ``norm``
-    "adaptive": modulated by the flow's time; "steps": the same from a table of the fixed flow steps.
+    "adaptive": modulated by the flow's time; "steps": the modulation is tabulated for the fixed flow steps.
     """
 
     width: int
@@ -177,11 +176,10 @@ class TowerSpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """Symmetric integers, groups along the input dimension with an fp16 scale each: ``group`` inputs, or half of that
-    (and so on, down to 32) where the dimension is no multiple of it.
+    """Symmetric integers with an fp16 scale per group of inputs.
 
-    ``tensors`` maps the name of every quantized tensor to its bits, 4 or 8; ``grid`` says which most of the weights
-    have.
+    A group has ``group`` inputs, or half of that (and so on, down to 32) if the input dimension is not a multiple.
+    ``tensors``: the bits, 4 or 8, of every quantized tensor by name. ``grid``: the bits of most weights.
     """
 
     grid: Literal["int4", "int8"]
@@ -198,7 +196,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A file the runtime loads. ``needs`` says what the engine must offer, e.g. {"onnxruntime": ">=1.18"}."""
+    """A graph file that the runtime loads. ``needs``: the engine's version, such as {"onnxruntime": ">=1.18"}."""
 
     name: str
     backend: Literal["onnxruntime", "tensorrt", "gguf"]
@@ -213,11 +211,11 @@ class GraphSpec:
 class VerifiedSpec:
     """Measured agreement of a backend's graphs with the fp32 torch policy on golden.npz, in action units.
 
-    ``max_error`` is per action dimension, over all tokens but flips at ties of the reference; ``token_flips`` counts
-    differing tokens of ``tokens``; ``chunk_jitter`` is the largest step-to-step difference that the graphs add within
-    a chunk. ``range_error`` is per dimension and part of its range, without the worst hundredth of the observations;
-    where ``range_tolerance`` is given, that is what it is held to instead of ``tolerance``. Logits of the reference
-    within ``spacing`` of its best, relative to that, counted as ties too.
+    ``max_error`` is per action dimension, without flips at ties of the reference; ``token_flips`` counts differing
+    tokens among ``tokens``; ``chunk_jitter`` is the largest step-to-step difference that the graphs add within a chunk.
+    ``range_error``: per dimension, as a fraction of its range, without the worst 1 % of the observations. The limit is
+    ``tolerance`` for ``max_error``, or ``range_tolerance`` for ``range_error`` if it is set. ``spacing``: logits of the
+    reference within this relative distance of its best also count as ties.
     """
 
     backend: str
@@ -236,9 +234,9 @@ class VerifiedSpec:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One stage: its full configuration, the tool's version, the parent's manifest hash, its cost and metrics.
+    """One stage: its full configuration, rlrc's version, the hash of the parent's manifest, its cost and metrics.
 
-    ``precision``: what its products were computed in, by type of device.
+    ``precision``: the precision of its matrix products, by type of device.
     """
 
     stage: str

@@ -16,7 +16,7 @@ from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import ACTION, ENVIRONMENT, PICTURES, STATE
 from rlrc.errors import UserError
 from rlrc.runtime.inference.pictures import wrong_size
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct
 
 NONE = "none"  # instead of a camera's name: to do without it
 EMPTY = re.compile(r"empty_camera_\d+")  # what lerobot calls places for cameras that are not there

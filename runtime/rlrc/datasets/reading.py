@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlrc.checkpoint_folder import unreadable
 from rlrc.errors import UserError
-from rlrc.foreign import unreadable
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from rlrc.datasets.meta import (
 )
 from rlrc.datasets.stats import Colours, Stats, of_vectors
 from rlrc.errors import UserError
-from rlrc.folders import appearing, sync
+from rlrc.folders import create_folder, sync
 
 DATA_MB, VIDEO_MB = 100, 200  # lerobot's own limits of a file's size
 _ROWS = 100  # episodes that are gathered before their rows are written
@@ -65,7 +65,7 @@ def write(
     not fit its feature, and for no episodes at all; leaves nothing then.
     """
     _check_features(fps, features)
-    with appearing(path) as folder, ExitStack() as files:
+    with create_folder(path) as folder, ExitStack() as files:
         writer = _Writer(folder, fps, dict(features), robot_type, data_mb, video_mb, files)
         for episode in episodes:
             writer.add(episode)

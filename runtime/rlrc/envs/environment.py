@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict, toml
 from rlrc.artifact import PolicySpec
 from rlrc.errors import UserError
 from rlrc.runtime.inference import preprocess
+from rlrc.strict import read_toml
 
 T = TypeVar("T")
 
@@ -108,13 +108,4 @@ def check_fits(name: str, observation: Mapping[str, Any], actions: int, spec: Po
 
 def read_mapping(kind: type[T], path: Path) -> T:
     """A TOML file as the frozen dataclass ``kind``. Raises UserError for a file that is none, or has unknown keys."""
-    try:
-        return strict.decode(kind, toml.parse(path.read_bytes()))
-    except OSError as error:
-        raise UserError(
-            f"expected a mapping file at {path}, found: {error.strerror}; correct --env-mapping (docs/simulators.md)"
-        ) from None
-    except UserError as error:
-        raise UserError(f"{error}; correct {path} (docs/simulators.md)") from None
-    except ValueError as error:
-        raise UserError(f"expected TOML in {path}, found: {error}; correct it") from None
+    return read_toml(kind, path, f"a mapping file at {path}", "correct --env-mapping (docs/simulators.md)")

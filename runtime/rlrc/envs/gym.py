@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rlrc.artifact import PolicySpec
 from rlrc.envs.environment import check_fits, read_mapping
 from rlrc.errors import UserError
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct
 
 RENDER, WHOLE = "render", "."  # paths of what has no key: the rendered picture, an observation that is no dict
 REMEDY = "correct the mapping file (docs/simulators.md)"

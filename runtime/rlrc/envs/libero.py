@@ -22,7 +22,7 @@ from rlrc.envs.gl import working_backend
 from rlrc.envs.libero_worker import pack, unpacked_array
 from rlrc.envs.peer import Peer
 from rlrc.errors import UserError
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct
 
 PYTHON = "RLRC_LIBERO_PYTHON"
 INITIAL_STATES = 50  # of every task: so many different episodes there are

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlrc import toml
 from rlrc.artifact import GOLDEN, Artifact, Manifest
 from rlrc.benchmarks.measure.latency import Trials
 from rlrc.benchmarks.measure.success import compare, same_scenes
@@ -18,6 +17,7 @@ from rlrc.benchmarks.results.results import Named, facts, sizes
 from rlrc.benchmarks.results.stats import Estimate, difference_limit, paired_difference_limit, ratio_interval
 from rlrc.errors import UserError
 from rlrc.runtime.inference.verify import read_golden
+from rlrc.strict import read_toml
 
 SAME = "compare a policy with its own dense parent"
 
@@ -44,26 +44,14 @@ class ClaimCheck:
 
 def thresholds(path: Path | None = None) -> Thresholds:
     """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
-    where = str(path or "claims.toml")
-    try:
-        table = toml.parse((path or files("rlrc.benchmarks.claims") / "claims.toml").read_bytes())
-        flat = {f"{section}_{key}": value for section, entries in table.items() for key, value in entries.items()}
-    except OSError as error:
-        raise UserError(
-            f"expected thresholds in {where}, found that it cannot be read ({error.strerror}); check --thresholds"
-        ) from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"expected sections of numbers in {where}, found {error}; compare with rlrc/benchmarks/claims/claims.toml"
-        ) from None
+    file = path or files("rlrc.benchmarks.claims") / "claims.toml"
+    advice = "compare with rlrc/benchmarks/claims/claims.toml"
+    sections = read_toml(dict[str, dict[str, int | float]], file, f"thresholds in {file}", advice)
+    flat = {f"{section}_{key}": value for section, entries in sections.items() for key, value in entries.items()}
     expected = [field.name for field in fields(Thresholds)]
-    numbers = [value for value in flat.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if sorted(flat) != sorted(expected) or len(numbers) != len(expected):
-        raise UserError(
-            f"expected numbers {', '.join(expected)} in {where}, found {flat}; compare with "
-            "rlrc/benchmarks/claims/claims.toml"
-        )
-    return Thresholds(**flat)
+    if sorted(flat) != sorted(expected):
+        raise UserError(f"expected numbers {', '.join(expected)} in {file}, found {flat}; {advice}")
+    return Thresholds(**flat)  # type: ignore[arg-type]
 
 
 def figure(check: ClaimCheck, number: float | None) -> str:

@@ -27,7 +27,7 @@ from rlrc.errors import UserError
 from rlrc.jetson.model.devices import CPU, Device
 from rlrc.jetson.model.plan import Setting, prune
 from rlrc.jetson.model.precision import PRECISIONS
-from rlrc.processes import Workers
+from rlrc.processes import WorkerPool
 
 COMPRESSED = 0.75  # bytes a parameter, most of them in 4 bits
 ROOM = 1e9  # bytes of memory beside the weights: two processes with their libraries, activations
@@ -116,7 +116,7 @@ def strongest(both: Both, step: Step) -> tuple[str, float]:
 
     Float32 that this machine has no memory for cannot compete: bfloat16 is then the strongest that runs.
     """
-    with Workers(1) as worker:
+    with WorkerPool(1) as worker:
         ((_, kind),) = worker.run(policy_process.quicker_in_torch, [None])
     wide = needed(both, 4.0 * both.dense.parameters)
     if kind == "fp32" and wide > total():
@@ -151,7 +151,7 @@ def make(point: OperatingPoint, both: Both, folder: Path, step: Step) -> dict[st
         graphs["elsewhere"] = (both.compressed, *point.elsewhere)
     graphs["dense"] = (both.dense, point.runtime, point.dense)
     found = {}
-    with Workers(1) as worker:  # what a process has freed it does not always give back
+    with WorkerPool(1) as worker:  # what a process has freed it does not always give back
         for name, (manifest, runtime, precision) in graphs.items():
             step(f"writing graphs for {runtime}, {name} ({manifest.parameters / 1e9:.2f} billion parameters)")
             job = (folder / name, manifest, runtime, precision)

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from importlib.resources import files
 
-from rlrc import strict, toml
+from rlrc import strict
 from rlrc.errors import UserError
 
 RUNTIMES = ("gguf", "onnxruntime")
@@ -47,11 +47,11 @@ class _Entry:
 
 def point(name: str, runtime: str | None = None) -> OperatingPoint:
     """``runtime`` None: the first that the geometry has. Raises UserError for an unknown name or runtime."""
-    known = toml.parse((files("rlrc.benchmarks.claims") / FILE).read_bytes())
+    known = strict.read_toml(dict[str, _Entry], files("rlrc.benchmarks.claims") / FILE)
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0)
         raise UserError(f"expected a geometry of {', '.join(known)}, found {name!r}; the nearest is {close[0]}")
-    entry: _Entry = strict.decode(_Entry, known[name])
+    entry = known[name]
     found = {other: getattr(entry, other) for other in RUNTIMES if getattr(entry, other) is not None}
     chosen = runtime or next(iter(found))
     if chosen not in found:

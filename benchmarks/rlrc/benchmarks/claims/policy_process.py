@@ -25,7 +25,7 @@ from rlrc.benchmarks.claims import roofline
 from rlrc.benchmarks.measure import latency
 from rlrc.benchmarks.measure.memory import read_process
 from rlrc.errors import UserError
-from rlrc.processes import die_with_parent, how_it_ended
+from rlrc.processes import describe_exit, die_with_parent
 
 if TYPE_CHECKING:
     from rlrc.compressor.models.policy import PolicyModule
@@ -101,7 +101,7 @@ class PolicyProcess:
             self._process.join()
             raise UserError(
                 f"expected the process of {self.name} to go on, found that it ended by "
-                f"{how_it_ended(self._process.exitcode)}; is there memory enough for it?"
+                f"{describe_exit(self._process.exitcode)}; is there memory enough for it?"
             ) from None
         if "error" in answer:
             raise UserError(answer["error"])

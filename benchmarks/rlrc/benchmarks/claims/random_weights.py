@@ -86,7 +86,7 @@ def manifest(spec: PolicySpec, towers: Towers, eight: Sequence[str] | None = Non
 def write(out: Path, policy: Manifest, target: str, precision: str | Mapping[str, str]) -> Artifact:
     """An artifact with the graphs of one backend, and a tokenizer of made-up words; nothing is verified."""
     exporter = import_module(MODULES[target])
-    with artifacts.writing(out) as draft:
+    with artifacts.create_artifact(out) as draft:
         write_tokenizer(draft.file(TOKENIZER), policy.policy)
         parent = Artifact(draft.path, policy, digest="")
         draft.finish(replace(policy, graphs=exporter.write_graphs(draft, parent, precision, weights(policy))))

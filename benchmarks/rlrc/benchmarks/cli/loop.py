@@ -18,7 +18,7 @@ from rlrc.benchmarks.control import scenarios as loop
 from rlrc.benchmarks.results import machine
 from rlrc.benchmarks.results.results import check_out, read
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.runtime.control.chunks import STRATEGIES
 
 Scenario = Literal["steady", "slow", "overhead", "page", "faults"]
@@ -111,5 +111,5 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.set(xlabel="jump of the command, action units", ylabel="share of splices above", yscale="log")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    with replacing(file) as partial:
+    with replace_file(file) as partial:
         figure.savefig(partial, format="svg", metadata={"Date": None})

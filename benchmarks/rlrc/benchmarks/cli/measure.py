@@ -42,7 +42,7 @@ class MeasureLatency:
     def run(self) -> None:
         check_out(self.out, self.force)
         opened = baseline_first(self.artifacts, self.baseline)
-        with Board.watched() as watched:
+        with Board.monitor() as watched:
             trials = time_inferences(opened, self.trials, self.threads)
         rows = [facts(named) | latency.row(trials[named.name]) for named in opened]
         parts = [part for part in latency.PARTS if any(part in row["parts_ms"] for row in rows)]
@@ -59,8 +59,8 @@ class MeasureLatency:
             else ""
         )
         result = result_of("latency", rows, self.threads)
-        if (during := monitor.summary(watched.readings())) is not None:
-            result, note = result | {"board": during}, f"{monitor.told(during)}; {note}".rstrip("; ")
+        if (during := monitor.summarise(watched.readings())) is not None:
+            result, note = result | {"board": during}, f"{monitor.format_summary(during)}; {note}".rstrip("; ")
         finish(self, result, table, note or "milliseconds; all trials are kept in --out")
 
 

@@ -23,7 +23,7 @@ from rlrc.benchmarks.measure.memory import read_process
 from rlrc.benchmarks.results.stats import mcnemar, wilson
 from rlrc.envs.seeds import EVALUATION
 from rlrc.errors import UserError
-from rlrc.realtime import real_time, tidy
+from rlrc.realtime import collect_garbage, real_time
 from rlrc.robots.simulator import SimulatorRobot
 from rlrc.runtime.control.chunks import STRATEGIES, Chunks, Strategy
 from rlrc.runtime.control.control_loop import ControlLoop, LoopHooks, LoopTiming
@@ -84,7 +84,7 @@ class SimulatedPolicy:
         return Guard(profile.load("metaworld"), self.robot.hz, self.spec.action, names, units, self.timing.gap)
 
     def episode(self, seed: int) -> tuple[bool, str | None]:
-        tidy()
+        collect_garbage()
         self.inference.reset()
         self.robot.reset(seed)
         if self.guard.stopped:
@@ -108,7 +108,7 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
     run = SimulatedPolicy(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
     ended, settled, growth = list[bool](), 0, 0
     try:
-        with loaded(), timer(HZ) as timed, real_time(beside=run.beside) as granted:
+        with loaded(), timer(HZ) as timed, real_time(background=run.beside) as granted:
             begun = time.monotonic()
             while (passed := time.monotonic() - begun) < minutes * 60:
                 success, reason = run.episode(EVALUATION[len(ended)])
@@ -154,7 +154,7 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
         for task in tasks:
             run = SimulatedPolicy(path, task, HZ, strategy, delay / HZ, 500 * episodes)
             try:
-                with real_time(beside=run.beside):
+                with real_time(background=run.beside):
                     for seed in EVALUATION[:episodes]:
                         success, reason = run.episode(seed)
                         ended.append(success)
@@ -223,7 +223,7 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
         try:
             with paged(guard, spec, names) if page else nullcontext() as show:
                 control_loop = ControlLoop(arm, planner, guard, telemetry, spec, LoopTiming(HZ), LoopHooks(show=show))
-                with real_time(beside=(inference.pid,)):
+                with real_time(background=(inference.pid,)):
                     control_loop.run(steps=int(seconds * HZ))
         finally:
             inference.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlrc.benchmarks.results.stats import Estimate, mean_interval
-from rlrc.runtime.board.jetson import hwmon, of_module, read_text
+from rlrc.runtime.board.jetson import hwmon, module_total, read_text
 
 PERIOD_S = 0.02  # between samples of the rails; an INA3221 averages over as much
 RAPL = "sys/class/powercap"
@@ -54,7 +54,7 @@ class Spent:
     @property
     def total(self) -> float:
         """Of the module, as its rails add up to it; of an unknown board all rails, of processors all packages."""
-        whole = of_module(self.joules)
+        whole = module_total(self.joules)
         return sum(self.joules.values()) if whole is None else whole
 
 

@@ -101,14 +101,14 @@ def by_part(trials: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 class TimedEngine:
     """An engine whose passes are timed. ``parts``: milliseconds since the last ``take``, by part.
 
-    Of llama.cpp's set, the graphs beside it are timed too: the pass of the decoder goes without that of its head.
+    Of llama.cpp's set, the graphs on ONNX Runtime are timed too: the pass of the decoder goes without that of its head.
     """
 
     def __init__(self, engine: Engine, parts: dict[str, float] | None = None) -> None:
         self._engine, self.parts = engine, {} if parts is None else parts
-        beside = getattr(engine, "beside", None)
-        if beside is not None:
-            engine.beside = TimedEngine(beside, self.parts)  # type: ignore[attr-defined]
+        onnx = getattr(engine, "onnx", None)
+        if onnx is not None:
+            engine.onnx = TimedEngine(onnx, self.parts)  # type: ignore[attr-defined]
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         inside = sum(self.parts.values())

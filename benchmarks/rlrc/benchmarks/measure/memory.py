@@ -148,11 +148,11 @@ def _load(path: Path, threads: int) -> tuple[Any, dict[str, int]]:
     """The policy, and the rise of pss by graph where each can be loaded by itself."""
     from rlrc import artifact as artifacts
     from rlrc.runtime.inference import backends
-    from rlrc.runtime.inference.policy import LocalPolicy, loaded
+    from rlrc.runtime.inference.policy import LocalPolicy, runtime_folders
 
     artifact = artifacts.load(path, verify=())
     backend = backends.choose(artifact.manifest, None, path)
-    artifact.verify(*loaded(backend))
+    artifact.verify(*runtime_folders(backend))
     engines: dict[str, backends_engine.Engine] = {}
     risen: dict[str, int] = {}
 

@@ -17,7 +17,7 @@ from rlrc.benchmarks.results.results import Named
 from rlrc.benchmarks.results.stats import mcnemar, paired_difference_limit, wilson
 from rlrc.errors import UserError
 from rlrc.folders import sha256
-from rlrc.processes import Workers
+from rlrc.processes import WorkerPool
 
 if TYPE_CHECKING:
     from rlrc.envs.environment import Environment
@@ -154,7 +154,7 @@ def measure(
         "scenes": {"episodes": dict(scenes.episodes)} | scenes.describe(),
         "artifacts": {named.name: named.artifact.digest for named in artifacts},
     }
-    with _Partial(partial, key) as kept, Workers(workers) as pool:
+    with _Partial(partial, key) as kept, WorkerPool(workers) as pool:
         tick(len(kept.episodes))
         jobs = [job for named in artifacts for job in _jobs(named, scenes, threads, kept.episodes)]
         silence = LONG_SILENCE_S if any(task.startswith("libero:") for task in scenes.episodes) else SILENCE_S

@@ -83,7 +83,7 @@ def points_of(result: Row, which: str) -> list[RooflinePoint]:
 def _geometry(result: Row) -> str:
     """The geometry that a claim of this name was measured with: smolvla-450m is smolvla's."""
     name = str(result["geometry"])
-    return name if name in geometries.known() else name.split("-")[0]
+    return name if name in geometries.load_geometries() else name.split("-")[0]
 
 
 def moved(part: Part, width: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlrc.artifact import TOKENIZER, Artifact, Manifest, check_output, load
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.runtime.inference import backends
 
 BASELINE = "dense"
@@ -145,7 +145,7 @@ def check_out(out: Path | None, force: bool) -> None:
 
 def write(out: Path, text: str) -> None:
     """Whole or not at all."""
-    with replacing(out) as partial:
+    with replace_file(out) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

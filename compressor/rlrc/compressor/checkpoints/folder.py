@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlrc import foreign
-from rlrc.checkpoint_folder import Flags
+from rlrc.checkpoint_folder import CONFIG, Flags, describe_path, is_adapter
 from rlrc.compressor.checkpoints import tensors as weights
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 
-CONFIG = foreign.CONFIG
 HINTS = {  # what a file of hints may hold
     *("family", "prompt", "ignore", "tokenizer"),
     *("dinov2", "siglip", "image_size"),
@@ -91,12 +89,12 @@ class Folder:
 def open_folder(path: Path) -> Folder:
     """Reads config.json and the headers of the weights. Raises UserError for what is missing or broken."""
     if not path.is_dir():
-        raise UserError(f"expected a checkpoint's folder at {path}, found {foreign.found(path)}")
-    if foreign.is_adapter(path):
-        raise UserError(f"expected a checkpoint with its weights at {path}, found {foreign.found(path)}")
+        raise UserError(f"expected a checkpoint's folder at {path}, found {describe_path(path)}")
+    if is_adapter(path):
+        raise UserError(f"expected a checkpoint with its weights at {path}, found {describe_path(path)}")
     if not (path / CONFIG).exists():
         missing = f"expected {path / CONFIG}, found: No such file or directory"
-        raise UserError(f"{missing}; {path} is {foreign.found(path)}")
+        raise UserError(f"{missing}; {path} is {describe_path(path)}")
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"expected an object in {path / CONFIG}, found {type(config).__name__}; copy that file again")

@@ -12,8 +12,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from rlrc import foreign
 from rlrc.artifact.consistency import check_policy
+from rlrc.checkpoint_folder import describe_path
 from rlrc.compressor.checkpoints import tensors as weights
 from rlrc.compressor.checkpoints.folder import CONFIG, Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
@@ -41,7 +41,7 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
     kind = folder.config.get("type") or folder.config.get("model_type")
     expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
     if not kind:
-        raise UserError(f"{expected} {foreign.found(folder.path)}")
+        raise UserError(f"{expected} {describe_path(folder.path)}")
     close = difflib.get_close_matches(str(kind).lower(), known, 1)
     near = f"the nearest is {close[0]}" if close and kind not in UNSUPPORTED else "rlrc does not support that policy"
     raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlrc import foreign
+from rlrc.checkpoint_folder import describe_path
 from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
 from rlrc.errors import UserError
@@ -29,7 +29,7 @@ def of_model(folder: Path) -> Tensors:
     if (folder / MODEL).is_file():
         return tensors_from_safetensors([folder / MODEL], str(folder))
     if not (folder / INDEX).is_file():
-        raise UserError(f"expected {MODEL} or {INDEX} in {folder}, found neither: {foreign.found(folder)}")
+        raise UserError(f"expected {MODEL} or {INDEX} in {folder}, found neither: {describe_path(folder)}")
     try:
         index = json.loads((folder / INDEX).read_bytes())
         shards = sorted(set(index["weight_map"].values()))

@@ -20,7 +20,7 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.quantize.padding import unpad_policy
 from rlrc.errors import UserError
-from rlrc.folders import appearing, sync
+from rlrc.folders import create_folder, sync
 
 SKIPPED = (".git", ".cache")  # what download tools leave; a clone's history holds the weights once more
 
@@ -38,7 +38,7 @@ def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadO
     _check_geometry(policy, expected, like)
     _check_normalisation(policy.spec, expected.spec, like)
     files, state = reader.sources(like, layout), policy.state_dict()
-    with appearing(out) as partial:
+    with create_folder(out) as partial:
         written = {path: tensors for tensors in files.values() for path in tensors.paths}
         for path in sorted(like.path.rglob("*")):
             relative = path.relative_to(like.path)

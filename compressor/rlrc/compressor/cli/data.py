@@ -12,13 +12,13 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.datasets import inspection
 from rlrc.datasets.lerobot import Dataset
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import progress, status
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.tables import plain_console
 
 
@@ -50,7 +50,7 @@ class InspectDataset:
             inspection.show(found, plain_console())
         if spec is not None and not found["policy"]["fits"]:
             for reason in found["policy"]["reasons"]:
-                check_failed(reason)
+                fail_check(reason)
             return 1
         return 0
 
@@ -91,7 +91,7 @@ def policy_spec(path: Path, flags: Flags, dataset: Dataset, cameras: Mapping[str
 
     A base checkpoint without statistics is what ``rlrc sft`` makes of it with this data set.
     """
-    if is_official(path, flags):
+    if is_checkpoint(path, flags):
         from rlrc.compressor.checkpoints.lerobot import dataset_statistics  # imported late: it needs torch
         from rlrc.compressor.stages.sources import open_source
 

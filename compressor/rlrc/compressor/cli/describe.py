@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from rlrc.artifact.describe import describe_prunable as prunable_parts
 from rlrc.artifact.describe import normalisation_lines, policy_rows
-from rlrc.artifact.describe import prunable as prunable_parts
 from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout

@@ -15,7 +15,7 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.prune.sensitivity_report import KINDS, SensitivityReport
 from rlrc.compressor.stages.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.stages.sources import open_source
-from rlrc.folders import check_output, replacing, storing
+from rlrc.folders import check_output, replace_file, translate_storage_errors
 from rlrc.processes import cores
 from rlrc.ranges import check_range
 
@@ -53,15 +53,15 @@ class Sensitivity:
         torch.set_num_threads(self.threads)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         journal = self.out.with_name(f".{self.out.name}.run")
-        with storing(self.out):
+        with translate_storage_errors(self.out):
             report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
         text = json.dumps(strict.encode(report), indent=1)
-        with replacing(self.out) as partial:
+        with replace_file(self.out) as partial:
             partial.write_text(text + "\n")
         if self.picture is not None:
             from rlrc.compressor.cli.sensitivity_chart import draw
 
-            with replacing(self.picture) as partial:
+            with replace_file(self.picture) as partial:
                 draw(report, partial)
         journal.unlink()
         if self.json:

@@ -19,7 +19,7 @@ from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
 from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.distill import DistillConfig
-from rlrc.runtime.cli.describe import trial
+from rlrc.runtime.cli.describe import format_trial_command
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,7 @@ class Compress:
         compress(self.source, self.out, load(self.recipe), self.options, self.official)
         if distributed.rank() == 0:
             spec = artifacts.load(self.out, verify=()).manifest.policy
-            following = f"next: {trial(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
+            following = (
+                f"next: {format_trial_command(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
+            )
             Console().print(following, soft_wrap=True)

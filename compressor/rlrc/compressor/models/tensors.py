@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlrc import foreign
+from rlrc.checkpoint_folder import unreadable
 from rlrc.errors import UserError
 
 DTYPES = {
@@ -175,7 +175,7 @@ def tensors_from_safetensors(files: Iterable[Path], origin: str, file: str = "")
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:
-            raise foreign.unreadable("safetensors in", path, error, "copy that file again") from None
+            raise unreadable("safetensors in", path, error, "copy that file again") from None
 
     def read(name: str) -> Tensor:
         # Opened again for every tensor, so that the mapped memory is released together with the tensor.

@@ -21,9 +21,10 @@ from rlrc.compressor.rl.rollout import Request, RolloutEpisode, Rollouts, Sampli
 from rlrc.compressor.training.batches import Batch
 from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.libraries import cache_folder
-from rlrc.runtime.inference.preprocess import Tokenizer, normalise, pictures
+from rlrc.runtime.inference.pictures import to_pixels
+from rlrc.runtime.inference.preprocess import Tokenizer, normalise
 
 VERSION = 2  # of the experts and of the recording: part of the cache's key
 NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, one episode each, in turn
@@ -70,7 +71,7 @@ class Samples:
         )
 
     def save(self, file: Path) -> None:
-        with replacing(file) as partial, partial.open("wb") as stream:
+        with replace_file(file) as partial, partial.open("wb") as stream:
             np.savez(stream, **dataclasses.asdict(self))
 
     @staticmethod
@@ -132,7 +133,7 @@ class SampleBatches:
         assert self.spec.state is not None
         samples, (camera,) = self.samples, self.spec.cameras
         inputs = Inputs(
-            [torch.from_numpy(pictures(samples.pictures[rows], camera))],
+            [torch.from_numpy(to_pixels(samples.pictures[rows], camera))],
             self.ids[samples.task[rows]],
             torch.from_numpy(normalise(samples.state[rows], self.spec.state.norm)),
         )

@@ -13,7 +13,8 @@ from rlrc.compressor.models.policy import Inputs
 from rlrc.compressor.training.batches import collate
 from rlrc.envs.metaworld import ACTION_NAMES, STATE_NAMES, TASKS
 from rlrc.errors import UserError
-from rlrc.runtime.inference.preprocess import Prepared, Tokenizer, given_state, normalise, pictures, tells_state
+from rlrc.runtime.inference.pictures import to_pixels
+from rlrc.runtime.inference.preprocess import ModelInputs, Tokenizer, normalise, prompt_has_state, select_state
 
 
 def check_fits_simulator(spec: PolicySpec) -> None:
@@ -57,25 +58,27 @@ class Observer:
     def __call__(self, tasks: Sequence[str], images: np.ndarray, state: np.ndarray) -> Inputs:
         """Pictures (B, H, W, 3), raw state (B, S)."""
         prompt = self.prompt(tasks, state)
-        pixels = torch.from_numpy(pictures(images, self.spec.cameras[0]))
+        pixels = torch.from_numpy(to_pixels(images, self.spec.cameras[0]))
         return Inputs([pixels], prompt.ids, self.state(state), prompt.mask)
 
     def state(self, state: np.ndarray) -> Tensor | None:
         """Raw states (B, S) -> normalised states, or None if the policy does not take one as a tensor."""
         if self.spec.state is None:
             return None
-        given = given_state(normalise(state, self.spec.state.norm), self.spec)
+        given = select_state(normalise(state, self.spec.state.norm), self.spec)
         return None if given is None else torch.from_numpy(given)
 
     def prompt(self, tasks: Sequence[str], state: np.ndarray) -> Inputs:
         """Inputs with only ``ids`` and ``mask`` (B, L): the prompts of the tasks, for raw states (B, S)."""
         if self.tokenizer is None:
             return Inputs([])
-        return collate([Prepared([], self._tokenize(task, row), None) for task, row in zip(tasks, state, strict=True)])
+        return collate(
+            [ModelInputs([], self._tokenize(task, row), None) for task, row in zip(tasks, state, strict=True)]
+        )
 
     def _tokenize(self, task: str, state: np.ndarray) -> np.ndarray:
         assert self.tokenizer is not None
-        if tells_state(self.spec):
+        if prompt_has_state(self.spec):
             assert self.spec.state is not None
             return self.tokenizer(TASKS[task].instruction, normalise(state, self.spec.state.norm))
         if task not in self._prompts:

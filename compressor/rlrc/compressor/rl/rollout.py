@@ -29,8 +29,8 @@ from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.training import distributed
 from rlrc.envs.experts import expert, relabel
 from rlrc.envs.metaworld import ACTION_NAMES, HORIZON, TASKS, MetaWorldEnv, MetaWorldTask
-from rlrc.folders import replacing
-from rlrc.processes import Workers
+from rlrc.folders import replace_file
+from rlrc.processes import WorkerPool
 from rlrc.runtime.inference.preprocess import Tokenizer, unnormalise
 
 SLOTS = 20  # environments of a process, which share one batched inference
@@ -248,7 +248,7 @@ class Rollouts:
     def __init__(self, manifest: Manifest, tokenizer: Path | None, scratch: Path, workers: int = 2) -> None:
         self.manifest, self.scratch = manifest, scratch
         self.tokenizer = None if tokenizer is None else str(tokenizer)
-        self.workers = Workers(workers)
+        self.workers = WorkerPool(workers)
         self.seconds = 0.0  # wall time of the last call
         self.cpu_seconds = 0.0  # of all workers, since the caller last reset it
 
@@ -283,7 +283,7 @@ class Rollouts:
         if policy is not None:
             manifest = replace(manifest, towers=policy.towers)
             file = self.scratch / f"rollout-weights-{distributed.rank()}.pt"
-            with replacing(file) as new, new.open("wb") as stream:
+            with replace_file(file) as new, new.open("wb") as stream:
                 torch.save({"policy": weights or policy.state_dict(), "noise": noise}, stream)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(

@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from rlrc import strict, toml
+from rlrc import strict
 from rlrc.errors import UserError
 
 # Stages in the order in which they run -> their configurations, imported when needed because some import torch.
@@ -30,20 +30,16 @@ def load(recipe: str | Path, wanted: Container[str] = CONFIGS) -> dict[str, Any]
     """
     built_in = BUILT_IN / f"{recipe}.toml"
     file = built_in if built_in.exists() else Path(recipe)
+    names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.toml")))
+    tables = strict.read_toml(dict[str, Any], file, f"a recipe at {file} or one of {names}")
     try:
-        tables = toml.parse(file.read_bytes())
         strict.check_keys(tables, CONFIGS)
         if not tables:
             raise UserError(f"expected at least one of the tables {', '.join(CONFIGS)}, found none")
         chosen = [stage for stage in CONFIGS if stage in tables and stage in wanted]
         return {stage: strict.decode(config_of(stage), tables[stage], stage) for stage in chosen}
-    except OSError as error:
-        names = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.toml")))
-        raise UserError(f"expected a recipe at {file} or one of {names}; found: {error.strerror}; correct it") from None
     except UserError as error:
         raise UserError(f"{error}; correct {file}") from None
-    except ValueError as error:
-        raise UserError(f"expected TOML in {file}, found: {error}; correct it") from None
 
 
 def config_of(stage: str) -> type:

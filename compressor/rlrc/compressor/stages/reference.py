@@ -22,7 +22,7 @@ from rlrc.artifact import (
     PromptSpec,
     StateSpec,
     TowerSpec,
-    writing,
+    create_artifact,
 )
 from rlrc.compressor.models.tiny import FAMILY, TinyPolicy
 from rlrc.compressor.stages.artifact_io import write_policy
@@ -83,7 +83,7 @@ def towers() -> dict[str, TowerSpec]:
 def create_reference(out: Path, seed: int = 0) -> Manifest:
     """Write a reference policy with random weights, from which training starts."""
     torch.manual_seed(seed)
-    with writing(out) as draft:
+    with create_artifact(out) as draft:
         policy = TinyPolicy(policy_spec(), towers())
         write_tokenizer(draft.file(TOKENIZER))
         assert policy.spec.prompt is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, TOKENIZER, WEIGHTS, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
 from rlrc.artifact.describe import Recorded, recorded_normalisation
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
@@ -64,7 +64,9 @@ def open_source(path: Path, flags: Flags, incomplete: bool = False) -> PolicySou
     ``incomplete``: statistics may be missing, because the caller supplies them. Raises UserError if no stage can start
     from it.
     """
-    return OfficialSource(path, flags, incomplete) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
+    return (
+        OfficialSource(path, flags, incomplete) if is_checkpoint(path, flags) else ArtifactSource(artifacts.load(path))
+    )
 
 
 def replace_spec(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from rlrc import interrupts
-from rlrc.artifact import Draft, HistoryEntry, Manifest, writing
+from rlrc.artifact import Draft, HistoryEntry, Manifest, create_artifact
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models import precision
 from rlrc.compressor.models.policy import PolicyModule
@@ -149,7 +149,7 @@ def stage(
     check(source)
     torch.set_num_threads(options.threads)
     run = RunState(out.parent / f".{out.name}.run")
-    with interrupts.raising(), writing(out) if distributed.rank() == 0 else nullcontext() as draft:
+    with interrupts.raise_on_signal(), create_artifact(out) if distributed.rank() == 0 else nullcontext() as draft:
         if draft is not None:
             source.hand_on(draft)
         policy = source.load()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.policy import Inputs
-from rlrc.runtime.inference.preprocess import Prepared
+from rlrc.runtime.inference.preprocess import ModelInputs
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Batch:
         return replace(self, inputs=replace(self.inputs, state=state + deviation * torch.randn_like(state)))
 
 
-def collate(rows: Sequence[Prepared]) -> Inputs:
+def collate(rows: Sequence[ModelInputs]) -> Inputs:
     """Stack observations with the same cameras. Shorter prompts are padded on the right and masked."""
     pixels = [torch.from_numpy(np.stack(pictures)) for pictures in zip(*(row.pixels for row in rows), strict=True)]
     states = [row.state for row in rows if row.state is not None]

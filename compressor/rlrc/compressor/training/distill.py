@@ -31,7 +31,7 @@ from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.distributed import rank
 from rlrc.compressor.training.losses import chunk_loss
 from rlrc.errors import UserError
-from rlrc.folders import storing
+from rlrc.folders import translate_storage_errors
 from rlrc.ranges import check_range
 
 HiddenStates = list[list[Tensor]]  # for each block, its output (B, T, width) in each call
@@ -158,7 +158,9 @@ class CachedTeacher:
             )
         kinds = [np.bool_, *[np.float16] * len(self.teacher.blocks)]
         files = list(zip(names, kinds, shapes, strict=True))
-        with storing(names[0].parent):  # the first file last: its existence shows that all others are complete
+        with translate_storage_errors(
+            names[0].parent
+        ):  # the first file last: its existence shows that all others are complete
             self.files = [_allocate_file(*file) for file in reversed(files)][::-1]
 
 

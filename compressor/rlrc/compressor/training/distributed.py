@@ -80,7 +80,7 @@ class Team:
 
     def together(self) -> AbstractContextManager[None]:
         """Hold signals if there are several processes, so that all stop at the same step: see run_state.Keeper."""
-        return interrupts.held() if self.size > 1 else nullcontext()
+        return interrupts.hold() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move both to the device and wrap them, so that backward averages gradients over the processes."""

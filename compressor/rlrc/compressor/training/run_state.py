@@ -21,7 +21,7 @@ from rlrc import interrupts
 from rlrc.compressor.models import precision
 from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 
 FORMAT = 2  # of the saved state
 EVERY_S = 120.0  # seconds between two saves
@@ -109,7 +109,7 @@ class RunState:
         """Save ``state`` and ``common_state()``; an earlier ``common_state()`` in ``state`` takes precedence."""
         if distributed.rank() == 0:
             values = {"step": step, "cpu_seconds": self.cpu_seconds(), **self.common_state(), **state}
-            with interrupts.held(), replacing(self.state_file) as partial, partial.open("wb") as stream:
+            with interrupts.hold(), replace_file(self.state_file) as partial, partial.open("wb") as stream:
                 torch.save(values, stream)  # to a stream, so that a full disk raises OSError
         self.saved = step
 
@@ -177,7 +177,7 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None or (isinstance(error, KeyboardInterrupt) and self.team.size == 1):
-            with interrupts.held():
+            with interrupts.hold():
                 self.save()
 
 

@@ -201,13 +201,13 @@ def sft(
         for step in range(first, config.steps + 1):
             if best.held_out and step > best.checked and (step % config.check_every == 0 or step == config.steps):
                 loss = best.measure(step)
-                with interrupts.held():
+                with interrupts.hold():
                     run.log("held-out", step, loss=loss)
                     keep(step)
             if step == config.steps or (config.patience and best.stale >= config.patience):
                 break
             if before_step and (row := before_step(step, policy, weights, progress)):
-                with interrupts.held():
+                with interrupts.hold():
                     run.log(before_step.name, step + 1, **row)
                     keep(step)
             policy.train()
@@ -219,7 +219,7 @@ def sft(
             starts = range(team.rank * config.batch, (team.rank + 1) * config.batch, size)
             metrics = compute_gradients(team, loss_module, [whole.part(slice(i, i + size)) for i in starts])
             check_finite(metrics, step + 1, run)
-            with interrupts.held():
+            with interrupts.hold():
                 optimizer.step()
                 optimizer.zero_grad()
                 for name, value in metrics.items():

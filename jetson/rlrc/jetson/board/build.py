@@ -18,12 +18,12 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import Artifact
 from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, read_plan
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.jetson.board.engines import build_engine
 from rlrc.runtime.board.jetson import meminfo
 from rlrc.runtime.inference.backends import FOLDERS
-from rlrc.runtime.inference.backends.engine_cache import check_graphs, engine_file, is_whole
-from rlrc.runtime.inference.backends.nvidia import check_sm, check_version, device_sm, tensorrt
+from rlrc.runtime.inference.backends.engine_cache import check_graphs, engine_file, is_intact
+from rlrc.runtime.inference.backends.nvidia import check_sm, check_version, device_sm, import_tensorrt
 
 FLOOR = 256 * 2**20
 SWAPPED = 64 * 2**20  # allowed: the kernel swaps out pages that have not been used for long
@@ -52,7 +52,7 @@ def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> 
     check_graphs(artifact, plan)
     sm = device_sm()
     check_sm(plan, sm)
-    trt = tensorrt()
+    trt = import_tensorrt()
     check_version(trt, plan)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def build(path: Path, cache: Path, watch: Callable[[str, str, float], None]) -> 
         raise UserError(f"expected to write to {cache}, found: {error.strerror}; choose another folder") from None
     for graph in plan.graphs:
         file = engine_file(cache, plan, graph, trt.__version__, sm)
-        if not is_whole(file):
+        if not is_intact(file):
             _build_into(file, trt, artifact, plan, graph, sm, watch)
             yield BuiltEngine(graph.name, file, file.stat().st_size, cached=False)
         else:
@@ -97,7 +97,7 @@ def _build_into(
 
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
-    with replacing(file) as partial:
+    with replace_file(file) as partial:
         partial.write_bytes(content)
 
 

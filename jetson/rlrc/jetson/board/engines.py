@@ -32,7 +32,7 @@ def build_engine(
     TensorRT's own reason for a graph that it cannot parse or build.
     """
     nvidia.check_version(trt, plan)
-    log = nvidia.log(trt)
+    log = nvidia.make_logger(trt)
     builder = trt.Builder(log)
     typed = getattr(
         trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None

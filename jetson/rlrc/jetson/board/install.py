@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from rlrc.errors import UserError
-from rlrc.folders import appearing
+from rlrc.folders import create_folder
 from rlrc.jetson.model import devices
 from rlrc.jetson.model.devices import JetPack
 
@@ -24,7 +24,7 @@ def write(out: Path, package: str) -> None:
     wheel = Path(package) if package.endswith(".whl") else None
     if wheel is not None and not wheel.is_file():
         raise UserError(f"expected a wheel, found no file {wheel}; make one: pip wheel --no-deps -w DIR .")
-    with appearing(out) as folder:
+    with create_folder(out) as folder:
         for file in sorted(FILES.iterdir()):
             shutil.copy2(file, folder / file.name)
         (folder / "packages").mkdir()

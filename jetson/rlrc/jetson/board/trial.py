@@ -17,7 +17,7 @@ from rlrc.runtime.board import monitor
 from rlrc.runtime.board.monitor import Board
 from rlrc.runtime.inference import backends, verify
 from rlrc.runtime.inference.decode import NoAction
-from rlrc.runtime.inference.policy import LocalPolicy, recorded
+from rlrc.runtime.inference.policy import LocalPolicy, find_record
 
 BLOCK = 10
 
@@ -30,7 +30,7 @@ def try_out(path: Path, trials: int, threads: int) -> tuple[list[Finding], dict[
     artifact = artifacts.load(path, verify=("graphs", "tokenizer", GOLDEN))
     backends.choose(artifact.manifest, None, path)  # refuses one without graphs
     findings, policies, records = [], {}, []
-    for backend in backends.present(artifact.manifest):
+    for backend in backends.list_backends(artifact.manifest):
         finding, policy, record = _replay(artifact, backend, threads)
         findings.append(finding)
         if record is not None:
@@ -44,12 +44,12 @@ def try_out(path: Path, trials: int, threads: int) -> tuple[list[Finding], dict[
 
 def _replay(artifact: Artifact, backend: str, threads: int) -> tuple[Finding, LocalPolicy | None, VerifiedSpec | None]:
     name = f"goldens on {backend}"
-    if backend not in backends.here(artifact.manifest):
+    if backend not in backends.list_runnable(artifact.manifest):
         return Finding(name, "none", "needs TensorRT and a GPU, which are not here"), None, None
     try:
         policy = LocalPolicy(artifact, threads, backend)
         golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
-        record = verify.measure(policy, golden, verify.limits_of(recorded(artifact, backend)))
+        record = verify.measure(policy, golden, verify.recorded_tolerances(find_record(artifact, backend)))
     except ModuleNotFoundError as error:
         return Finding(name, "advice", f"the module {error.name} is not installed", "rlrc jetson install"), None, None
     except (UserError, NoAction) as error:
@@ -58,7 +58,7 @@ def _replay(artifact: Artifact, backend: str, threads: int) -> tuple[Finding, Lo
             None,
             None,
         )
-    reason = verify.failure(record)
+    reason = verify.failure_reason(record)
     if reason is not None:
         return Finding(name, "fix", reason, "export the artifact again, with the versions of this board"), None, record
     text = f"{record.observations} observations, at most {max(record.max_error):.3g} off in action units"
@@ -70,11 +70,11 @@ def _measure_latency(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Rows by engine, and the board's readings in the meantime."""
     observed = latency.observations(artifact)
-    with Board.watched() as watched, progress("inferences", trials * len(policies)) as advance:
+    with Board.monitor() as watched, progress("inferences", trials * len(policies)) as advance:
         timed = latency.measure(policies, dict.fromkeys(policies, observed), trials, BLOCK, tick=advance)
     described = facts(Named(artifact.path.resolve().name, artifact))
     rows = [described | {"name": f"{described['name']} {name}"} | latency.row(found) for name, found in timed.items()]
-    return rows, monitor.summary(watched.readings())
+    return rows, monitor.summarise(watched.readings())
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -83,4 +83,4 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{row['name']}: p50 {row['latency_ms']['p50']:.2f}, p99 {row['latency_ms']['p99']:.2f} ms an action chunk"
         for row in result["rows"]
     ]
-    return [*rows, monitor.told(result["board"])] if "board" in result else rows
+    return [*rows, monitor.format_summary(result["board"])] if "board" in result else rows

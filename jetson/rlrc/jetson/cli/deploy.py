@@ -17,7 +17,7 @@ from rlrc.jetson.board import deploy
 from rlrc.jetson.board.deploy import FOLDER, KEPT, RemoteFolder, TrialFailed, Watch
 from rlrc.jetson.board.remote import Shell
 from rlrc.progress import progress
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.tables import plain_console
 
 CHECK = "/opt/rlrc/venv/bin/rlrc jetson doctor"
@@ -70,16 +70,16 @@ class Deploy:
             try:
                 report = deploy.try_out(place, digest, self.check)
             except TrialFailed as error:
-                return check_failed(f"{error}; {place.folder}/current is still {before or 'none'}")
+                return fail_check(f"{error}; {place.folder}/current is still {before or 'none'}")
             if self.out is not None:
                 write(self.out, dump(report))
         deploy.switch(place, digest)
         if self.after is not None and (failure := self._after(place)) is not None:
             if before is None:
-                return check_failed(f"{self.after} failed: {failure}; there is no former artifact")
+                return fail_check(f"{self.after} failed: {failure}; there is no former artifact")
             deploy.switch(place, before)
             self._after(place)
-            return check_failed(f"{self.after} failed: {failure}; back to {before}")
+            return fail_check(f"{self.after} failed: {failure}; back to {before}")
         gone = deploy.clear(place, self.keep)
         if self.json:
             print(json.dumps({"before": before, "current": digest, "removed": gone}))
@@ -121,7 +121,7 @@ class Rollback:
         if self.after is not None:
             code, _, complaint = place.retry(lambda: place.shell.attempt(str(self.after)))
             if code:
-                return check_failed(f"{self.after} failed: {complaint}")
+                return fail_check(f"{self.after} failed: {complaint}")
         return 0
 
 

@@ -17,7 +17,7 @@ from rlrc.jetson.board import install
 from rlrc.jetson.board.remote import ConnectionLost, Shell
 from rlrc.jetson.model import devices
 from rlrc.runtime.board.monitor import is_jetson
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.tables import plain_console
 
 Stage = Literal["check", "packages", "user", "python", "onnxruntime", "llama", "service", "doctor"]
@@ -72,7 +72,7 @@ class Install:
             raise UserError(
                 f"expected {shell.where} to answer, found: {error}; run the same command again; finished stages stay"
             ) from None
-        return check_failed(f"install.sh on {shell.where} ended with code {code}") if code else 0
+        return fail_check(f"install.sh on {shell.where} ended with code {code}") if code else 0
 
     @property
     def _stages(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import geometries
-from rlrc.jetson.model.devices import device, read_toml
+from rlrc.jetson.model.devices import device, read_table
 from rlrc.jetson.model.precision import precision
 from rlrc.jetson.model.roofline import LAUNCH, Demand, Efficiency, Stack, compute, demand
 from rlrc.jetson.model.work import Load, work
@@ -76,7 +76,7 @@ class PredictionRow:
 
 
 def measurements() -> tuple[Measurement, ...]:
-    found: _MeasurementFile = read_toml(_MeasurementFile, FILE)
+    found = read_table(_MeasurementFile, FILE)
     return found.measurements
 
 

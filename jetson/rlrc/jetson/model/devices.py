@@ -6,13 +6,14 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from rlrc import strict, toml
 from rlrc.errors import UserError
+from rlrc.strict import read_toml
 
 FILE = Path(__file__).with_name("devices.toml")
 CPU = "cpu"  # this machine, measured (see probe.py)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,12 @@ class Device:
 
 @cache
 def table() -> DeviceTable:
-    return read_toml(DeviceTable, FILE)
+    return read_table(DeviceTable, FILE)
 
 
-def read_toml(kind: Any, file: Path) -> Any:
-    """A TOML file as this dataclass. Raises UserError for what does not fit."""
-    try:
-        return strict.decode(kind, toml.parse(file.read_bytes()))
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"expected {kind.__name__} in {file}, found: {error}; install rlrc again") from None
+def read_table(kind: type[T], file: Path) -> T:
+    """A table that comes with rlrc. Raises UserError for a file that is missing or does not fit ``kind``."""
+    return read_toml(kind, file, f"{kind.__name__} in {file}", "install rlrc again")
 
 
 def find(name: str) -> str:

@@ -1,1 +1,1 @@
-"""Sensors of the board: power, temperatures, throttling, memory, read beside the control loop."""
+"""Sensors of the board: power, temperatures, throttling, memory, read in a separate process."""

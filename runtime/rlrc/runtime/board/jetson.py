@@ -1,7 +1,7 @@
-"""What a Jetson tells about itself without NVML: tegrastats' lines, files below /sys and /proc, jetson-stats' object.
+"""A Jetson's sensors without NVML: tegrastats, files under /sys and /proc, and jetson-stats.
 
-All three become a ``Reading``; what a source does not tell is None or missing in it. tegrastats' spelling changes from
-release to release (tests/data/jetson/tegrastats.txt has recorded lines of JetPack 3 to 7). Needs the standard library
+All three become a ``Reading``; values that a source does not have are None or missing. The format of tegrastats changes
+between releases (tests/data/jetson/tegrastats.txt has recorded lines of JetPack 3 to 7). Needs the standard library
 only.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 MB = 2**20
-# The rails whose sum a module draws, the first set that is there: Orin Nano and NX, Xavier NX, TX2; Thor; Nano; AGX
-# Orin (its VDDQ is fed by VIN_SYS_5V0); Thor by its files, which have no VIN; AGX Xavier.
+# Sets of rails whose sum is the module's power; the first complete set counts. Orin Nano and NX, Xavier NX, TX2;
+# Thor; Nano; AGX Orin (VIN_SYS_5V0 feeds its VDDQ); Thor by its files, which have no VIN; AGX Xavier.
 TOTALS = (
     ("VDD_IN",),
     ("VIN",),
@@ -25,8 +25,8 @@ TOTALS = (
     ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),
     ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),
 )
-NO_SENSOR = ("pmic",)  # a number that never changes
-OFF = -200.0  # degrees: what is powered down says -256
+NO_SENSOR = ("pmic",)  # a constant
+OFF = -200.0  # degrees: sensors that are powered down report -256
 GPU_NODE = re.compile(r"gpu(?!-nvd)|ga10b|gv11b|gp10b")
 THROTTLES = re.compile(r"-alert$|^cpufreq-|^devfreq-.*gpu")
 OVERCURRENT = {"oc1": "under-voltage", "oc2": "average current", "oc3": "peak current"}
@@ -34,9 +34,8 @@ OVERCURRENT = {"oc1": "under-voltage", "oc2": "average current", "oc3": "peak cu
 
 @dataclass(frozen=True)
 class Reading:
-    """One moment. ``rails`` in watts; loads from 0 to 1, that of the processors the mean of those that run; ``celsius``
-    by zone, in small letters; memory in bytes; ``throttled``: what is held back by heat just now; ``overcurrent``:
-    events since the start of the board, by kind.
+    """One moment. ``rails`` in watts; loads from 0 to 1, ``cpu_load`` of the running cores; ``celsius`` by zone,
+    in lower case; memory in bytes; ``throttled``: what heat throttles now; ``overcurrent``: events since boot, by kind.
     """
 
     rails: Mapping[str, float] = field(default_factory=dict)
@@ -54,22 +53,24 @@ class Reading:
 
     @property
     def watts(self) -> float | None:
-        """Of the module."""
-        return of_module(self.rails)
+        """The power of the whole module."""
+        return module_total(self.rails)
 
     @property
     def hottest(self) -> float | None:
-        """Degrees of the junction, or of the hottest zone."""
+        """The junction's temperature, or that of the hottest zone."""
         return self.celsius.get("tj", max(self.celsius.values(), default=None))
 
-    def over(self, other: Reading) -> Reading:
-        """What this one tells, and the other's word for the rest."""
-        told = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Reading(**{name: value if value or value == 0 else getattr(other, name) for name, value in told.items()})
+    def merge(self, other: Reading) -> Reading:
+        """This reading, with missing values taken from the other."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Reading(
+            **{name: value if value or value == 0 else getattr(other, name) for name, value in values.items()}
+        )
 
 
-def of_module(rails: Mapping[str, float]) -> float | None:
-    """What the whole module drew, in watts or joules, of what its rails did; None where they are not all known."""
+def module_total(rails: Mapping[str, float]) -> float | None:
+    """The whole module's watts or joules from those of its rails; None if a rail is missing."""
     for names in TOTALS:
         if all(name in rails for name in names):
             return sum(rails[name] for name in names)
@@ -77,7 +78,7 @@ def of_module(rails: Mapping[str, float]) -> float | None:
 
 
 def parse_tegrastats(line: str) -> Reading:
-    """A line of tegrastats, of any release; an empty reading of any other line."""
+    """Parses a line of tegrastats of any release; any other line is an empty reading."""
     gpu = re.search(r"\bGR3D(?:_FREQ)? (?:(\d+)%)?(?:@\[?([\d,]+)\]?)?", line)
     emc = re.search(r"\bEMC(?:_FREQ)? (\d+)%", line)
     memory, swap = re.search(r"\bRAM (\d+)/(\d+)MB", line), re.search(r"\bSWAP (\d+)/\d+MB", line)
@@ -97,7 +98,7 @@ def parse_tegrastats(line: str) -> Reading:
 
 
 def _processors(line: str) -> tuple[float | None, float | None]:
-    """``CPU [7%@1224,off]``, before JetPack 4 ``cpu [7%,0%]@1224``: load, and the fastest clock in MHz."""
+    """Load, and the fastest clock in MHz, from ``CPU [7%@1224,off]``; before JetPack 4 ``cpu [7%,0%]@1224``."""
     found = re.search(r"\bCPU \[([^\]]*)\](?:@(\d+))?", line, re.IGNORECASE)
     if found is None:
         return None, None
@@ -107,7 +108,7 @@ def _processors(line: str) -> tuple[float | None, float | None]:
 
 
 def _rails(line: str) -> dict[str, float]:
-    """``VDD_IN 5313mW/5313mW``: now, and on average; JetPack 7.2 adds the peak, JetPack 4 has no unit."""
+    """Watts from ``VDD_IN 5313mW/5313mW``: now and average. JetPack 7.2 adds the peak; JetPack 4 has no unit."""
     number = r"(-?\d+)(?:mW(?:/-?\d+mW){0,2}|/-?\d+)(?!\S)"
     return {name: int(now) / 1e3 for name, now in re.findall(rf"\b([A-Z][A-Z0-9_]*) {number}", line) if name != "NC"}
 
@@ -121,7 +122,7 @@ def _zones(named: list[tuple[str, str]], unit: float) -> dict[str, float]:
 
 
 def read_sysfs(root: Path = Path("/")) -> Reading:
-    """From /sys and /proc below ``root``; a board that is none tells of its memory, clocks and zones only."""
+    """Reads /sys and /proc under ``root``. Other machines than Jetsons have memory, clocks and zones only."""
     memory = meminfo(root)
     gpu = gpu_node(root)
     clocks = [read_number(file) for file in root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")]
@@ -147,7 +148,7 @@ def read_sysfs(root: Path = Path("/")) -> Reading:
 
 
 def _ina3221(root: Path) -> Iterator[tuple[str, float]]:
-    """Volts and amperes of the three channels, in their thousandths; channels 4 to 7 are of the shunts."""
+    """Watts of the three channels of each chip, from mV and mA. Channels 4 to 7 are shunt voltages."""
     for chip in hwmon(root, "ina3221"):
         for channel in (1, 2, 3):
             label = read_text(chip / f"in{channel}_label")
@@ -157,24 +158,25 @@ def _ina3221(root: Path) -> Iterator[tuple[str, float]]:
 
 
 def hwmon(root: Path, name: str) -> list[Path]:
-    """The monitors of a driver: their numbers change from start to start."""
+    """The monitors of a driver. Their numbers may change at every boot."""
     return [chip for chip in sorted(root.glob("sys/class/hwmon/hwmon*")) if read_text(chip / "name") == name]
 
 
 def gpu_node(root: Path) -> Path | None:
-    """The GPU among what scales its clock: 17000000.gpu (Orin), gpu-gpc-0 (Thor), 17000000.gv11b (Xavier)."""
+    """The GPU's devfreq folder: 17000000.gpu (Orin), gpu-gpc-0 (Thor), 17000000.gv11b (Xavier)."""
     nodes = sorted(node for node in root.glob("sys/class/devfreq/*") if GPU_NODE.search(node.name))
     return nodes[0] if nodes else None
 
 
 def throttled(root: Path) -> tuple[str, ...]:
-    """Cooling devices that hold something back: an alert of the firmware, or a clock below its ceiling."""
+    """Active cooling devices: a firmware alert, or a clock limited below its maximum."""
     devices = root.glob("sys/class/thermal/cooling_device*")
     active = {read_text(device / "type") or "" for device in devices if read_number(device / "cur_state")}
     return tuple(sorted(kind.removesuffix("-throttle-alert") for kind in active if THROTTLES.search(kind)))
 
 
 def overcurrent(root: Path) -> dict[str, int]:
+    """Overcurrent events since boot, by kind."""
     found = {}
     for chip in hwmon(root, "soctherm_oc"):
         for short, kind in OVERCURRENT.items():
@@ -190,25 +192,25 @@ def meminfo(root: Path = Path("/")) -> dict[str, int]:
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
-    """nvpmodel's mode by its name."""
+    """The name of the active nvpmodel mode."""
     modes = power_modes(root)
     chosen = re.search(r"pmode:0*(\d+)", read_text(below(root, "var/lib/nvpmodel/status")) or "")
     return None if chosen is None else modes.get(int(chosen[1]), f"mode {chosen[1]}")
 
 
 def power_modes(root: Path = Path("/")) -> dict[int, str]:
-    """Names of the modes that this board has, by number. The largest number is not the fastest."""
+    """The names of this board's power modes, by number. The largest number is not the fastest."""
     text = read_text(below(root, "etc/nvpmodel.conf")) or ""
     return {int(number): name for number, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", text)}
 
 
 def below(root: Path, path: str) -> Path:
-    """Where ``path`` leads on the machine whose root directory is ``root``, such as a card that is mounted here.
+    """Resolves ``path`` on the machine whose root directory is ``root``, such as a mounted SD card.
 
-    Links are followed as that machine follows them: an absolute one begins at its root, not at ours.
+    Links are followed as on that machine: absolute ones start at its root.
     """
     found, left = root, list(reversed(PurePosixPath(path).parts))
-    for _ in range(1000):  # steps, so that a ring of links ends
+    for _ in range(1000):  # a limit for cyclic links
         if not left:
             break
         part = left.pop()
@@ -229,9 +231,9 @@ def read_number(file: Path) -> int | None:
 
 
 def read_text(file: Path) -> str | None:
-    """None where it is not there or cannot be read now: sensors of what is powered down say EAGAIN.
+    """A file's text; None if it is missing or cannot be read now: sensors that are powered down return EAGAIN.
 
-    Without Python's buffers, which make another error of that.
+    Unbuffered, because Python's buffered reader turns EAGAIN into another error.
     """
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
@@ -251,8 +253,8 @@ def read_text(file: Path) -> str | None:
 # jetson-stats
 
 
-def of_jtop(jetson: Any) -> Reading:
-    """What jetson-stats' ``jtop`` tells: Thor's GPU load is told by nothing else.
+def read_jtop(jetson: Any) -> Reading:
+    """Reads jetson-stats' ``jtop``, the only source of Thor's GPU load.
 
     Power is in milliwatts, loads are in percent, clocks in kHz, memory in kB (its documentation, class jtop).
     """

@@ -1,12 +1,12 @@
-"""What the board was like while something ran on it: a process beside reads it, so that nothing waits for a sensor.
+"""Monitors a Jetson's sensors while something else runs on it.
 
-    with Board.watched() as board:
-        ...                                # a reading a second
+    with Board.monitor() as board:
+        ...                                # one reading per second
         board.latest()                     # the newest one
-    summary(board.readings())              # watts, joules, degrees, what was throttled
+    summarise(board.readings())            # watts, joules, degrees, throttling
 
-A process and a file rather than a thread: Python's lock, held while a sensor answers, would delay the control loop.
-On a machine that is no Jetson nothing is started, and there are no readings.
+A separate process reads the sensors and writes a file. In a thread, Python's global lock, held while a sensor answers,
+would delay the control loop. On other machines than Jetsons no process is started, and there are no readings.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from rlrc.runtime.board.jetson import Reading, below, of_jtop, parse_tegrastats, read_sysfs, read_text
+from rlrc.runtime.board.jetson import Reading, below, parse_tegrastats, read_jtop, read_sysfs, read_text
 
 ROOT = Path("/")
 SECONDS = 1.0
 ENDS_S = 2.0
-KEPT = 20_000  # readings, five hours and a half of them
-TAIL = 1 << 14  # bytes that the newest reading is looked for in
+KEPT = 20_000  # readings: five and a half hours
+TAIL = 1 << 14  # bytes that are searched for the newest reading
 
 
-class Stamped(NamedTuple):
-    """``stamp``: of the monotonic clock, which all processes share."""
+class StampedReading(NamedTuple):
+    """``stamp``: the monotonic clock, which all processes share."""
 
     stamp: float
     reading: Reading
 
 
 class Board:
+    """The readings of a monitoring process; none if ``file`` is None."""
+
     def __init__(self, file: Path | None) -> None:
         self._file = file
 
     @classmethod
     @contextmanager
-    def watched(cls, root: Path | None = None, seconds: float = SECONDS) -> Iterator[Board]:
-        """Reads the board below ``root`` every so many seconds until the end of the block."""
+    def monitor(cls, root: Path | None = None, seconds: float = SECONDS) -> Iterator[Board]:
+        """Reads the board whose root directory is ``root`` every ``seconds`` until the end of the block."""
         root = ROOT if root is None else root
         if not is_jetson(root):
             yield cls(None)
@@ -82,20 +84,21 @@ class Board:
                     process.kill()
                     process.wait()
 
-    _kept: Sequence[Stamped] | None = None
+    _kept: Sequence[StampedReading] | None = None
 
     def _wait_for_one(self, process: subprocess.Popen[bytes]) -> None:
-        """What ran may have been shorter than the start of the process beside."""
+        """Waits for a first reading: the block may have ended before the process started."""
         deadline = time.monotonic() + ENDS_S
         while not self.readings() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
 
     @property
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
+        """Whether this machine is a Jetson, so that there are readings."""
         return self._file is not None
 
-    def readings(self) -> Sequence[Stamped]:
-        """Oldest first, of at least the last ``KEPT``; also after the end."""
+    def readings(self) -> Sequence[StampedReading]:
+        """The last ``KEPT`` readings or more, oldest first; also after the end of the block."""
         if self._kept is not None or self._file is None:
             return self._kept or []
         return _read(_older(self._file)) + _read(self._file)
@@ -114,38 +117,38 @@ def is_jetson(root: Path = ROOT) -> bool:
 
 
 def _older(file: Path) -> Path:
-    """What was written before the file was begun anew."""
+    """The previous file, from before the last rotation."""
     return file.with_suffix(".older")
 
 
-def _read(file: Path, most: int = -1) -> list[Stamped]:
-    """The whole lines, of the last ``most`` bytes or of all."""
+def _read(file: Path, most: int = -1) -> list[StampedReading]:
+    """The complete lines within the last ``most`` bytes, or in the whole file."""
     try:
         with file.open("rb") as stream:
             start = max(0, stream.seek(0, os.SEEK_END) - most) if most >= 0 else 0
             stream.seek(start)
-            lines = stream.read().split(b"\n")[:-1]  # what follows the last end of a line is still written
+            lines = stream.read().split(b"\n")[:-1]  # the rest is still being written
     except FileNotFoundError:
         return []
-    return [_stamped(json.loads(line)) for line in (lines[1:] if start else lines)]
+    return [_decode(json.loads(line)) for line in (lines[1:] if start else lines)]
 
 
-def _stamped(value: dict[str, Any]) -> Stamped:
-    told = value["reading"]
-    return Stamped(value["stamp"], Reading(**told | {"throttled": tuple(told["throttled"])}))
+def _decode(value: dict[str, Any]) -> StampedReading:
+    values = value["reading"]
+    return StampedReading(value["stamp"], Reading(**values | {"throttled": tuple(values["throttled"])}))
 
 
-def at(stamped: Sequence[Stamped], times: Sequence[float]) -> list[Reading | None]:
+def readings_at(stamped: Sequence[StampedReading], times: Sequence[float]) -> list[Reading | None]:
     """The newest reading at each of the times; None before the first."""
     stamps = [one.stamp for one in stamped]
     places = [bisect(stamps, moment) - 1 for moment in times]
     return [stamped[place].reading if place >= 0 else None for place in places]
 
 
-def summary(stamped: Sequence[Stamped]) -> dict[str, Any] | None:
-    """Watts, degrees and loads of a run, energy as the area under the watts; None without a reading.
+def summarise(stamped: Sequence[StampedReading]) -> dict[str, Any] | None:
+    """Watts, energy (the integral of the watts), degrees and loads of a run; None without readings.
 
-    ``throttled``: part of the readings in which each thing was held back; ``overcurrent``: events since the first one.
+    ``throttled``: by kind, the fraction of the readings with it; ``overcurrent``: events since the first reading.
     """
     if not stamped:
         return None
@@ -167,8 +170,8 @@ def summary(stamped: Sequence[Stamped]) -> dict[str, Any] | None:
     }
 
 
-def told(totals: Mapping[str, Any]) -> str:
-    """A summary in words."""
+def format_summary(totals: Mapping[str, Any]) -> str:
+    """A summary as one line of text."""
     parts = []
     for name, unit, scale in (("watts", "W", 1.0), ("celsius", "°C", 1.0), ("gpu_load", "% GPU", 100.0)):
         if (found := totals[name]) is not None:
@@ -190,15 +193,15 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def _area(pairs: Sequence[tuple[float, float]]) -> float:
-    """Trapezoids; nothing before the first and behind the last reading."""
+    """The integral by trapezoids, between the first and the last reading."""
     return sum((end - start) * (first + last) / 2 for (start, first), (end, last) in pairwise(pairs))
 
 
-# The process beside
+# The monitoring process
 
 
 def record(following: Iterator[Reading], out: Path, kept: int = KEPT) -> None:
-    """A line each. After so many the file is begun anew, and the one before kept."""
+    """Writes a line per reading. After ``kept`` readings it starts a new file and keeps the previous one."""
     while True:
         written = 0
         with out.open("w", encoding="utf-8") as stream:
@@ -212,16 +215,16 @@ def record(following: Iterator[Reading], out: Path, kept: int = KEPT) -> None:
 
 
 def readings(root: Path, seconds: float) -> Iterator[Reading]:
-    """By everything that tells: tegrastats' word counts before that of the files, and before that of jetson-stats."""
+    """Readings from all sources: tegrastats first, missing values from the files, then from jetson-stats."""
     with ExitStack() as stack:
         jetson = _jtop(stack, seconds)
         for line in _ticks(stack, seconds):
-            reading = parse_tegrastats(line).over(read_sysfs(root))
-            yield reading if jetson is None else reading.over(of_jtop(jetson))
+            reading = parse_tegrastats(line).merge(read_sysfs(root))
+            yield reading if jetson is None else reading.merge(read_jtop(jetson))
 
 
 def _ticks(stack: ExitStack, seconds: float) -> Iterator[str]:
-    """tegrastats' lines as they come; empty ones where there is no tegrastats, and when it has ended."""
+    """tegrastats' lines as they arrive; empty ones at the same interval without tegrastats or after it has ended."""
     if shutil.which("tegrastats"):
         command = ["tegrastats", "--interval", str(max(1, round(seconds * 1e3)))]
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
@@ -238,32 +241,30 @@ def _lines(stream: IO[str] | None) -> Iterator[str]:
 
 
 def _jtop(stack: ExitStack, seconds: float) -> Any:
-    """jetson-stats, where it is installed and its service answers."""
+    """jetson-stats, if it is installed and its service answers; else None."""
     try:
         from jtop import jtop
 
         return stack.enter_context(jtop(interval=seconds))
-    except Exception:  # its own errors are none that could be named without it
+    except Exception:  # its errors cannot be named without importing it
         return None
 
 
 def _end_with(parent: int, folder: Path) -> None:
-    """On SIGTERM, which Linux sends too when the parent, or the thread of it that started us, is gone: then nobody else
-    removes the folder.
-    """
+    """Removes the folder and exits on SIGTERM, which Linux also sends when the parent (or its thread) has died."""
 
-    def ended(*_: Any) -> None:
+    def end(*_: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        sys.exit(0)  # and not at once, so that tegrastats is ended too
+        sys.exit(0)  # a regular exit also terminates tegrastats
 
-    signal.signal(signal.SIGTERM, ended)
+    signal.signal(signal.SIGTERM, end)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     if os.getppid() != parent:
-        ended()
+        end()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends this process
     _end_with(int(sys.argv[4]), Path(sys.argv[3]).parent)
     record(readings(Path(sys.argv[1]), float(sys.argv[2])), Path(sys.argv[3]))

@@ -1,8 +1,7 @@
-"""The command ``rlrc``: finds the command's dataclass, lets tyro fill it from the arguments, and runs it.
+"""The command ``rlrc``: finds the command's dataclass, fills it from the arguments with tyro, and runs it.
 
-Only the chosen command's module is imported, so that the robot side never pays for torch. Exit codes: 0 done; 1 a check
-or claim failed; 2 wrong usage or bad input, with one line on stderr; 128 + the
-signal's number where it was interrupted.
+Only the chosen command's module is imported, so that robots never import torch. Exit codes: 0 success; 1 a check or
+claim failed; 2 wrong usage or bad input, with one line on stderr; 128 + the signal's number if interrupted.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from typing import Any
 
 from rlrc import interrupts
 from rlrc.errors import UserError
-from rlrc.folders import refused
+from rlrc.folders import storage_message
 from rlrc.printable import printable
 
-# Name: where its dataclass is, and what it does. The order is that of the work.
+# Command: where its dataclass is, and what it does; in the order of the work.
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (
         "rlrc.runtime.cli.policy:InspectPolicy",
-        "what a policy is: family, geometry, bytes, cameras, actions, history",
+        "describe a policy: family, geometry, bytes, cameras, actions, history",
     ),
-    "new": ("rlrc.compressor.cli.simulator:New", "an untrained policy of the reference family"),
+    "new": ("rlrc.compressor.cli.simulator:New", "create an untrained policy of the reference family"),
     "sft": ("rlrc.compressor.cli.training:SFT", "train on demonstrations"),
     "distill": (
         "rlrc.compressor.cli.training:Distill",
@@ -39,75 +38,93 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "sensitivity": (
         "rlrc.compressor.cli.sensitivity:Sensitivity",
-        "which modules the actions depend on, measured one by one",
+        "measure how much the actions depend on each module",
     ),
     "prune": ("rlrc.compressor.cli.stages:Prune", "cut attention heads and MLP channels"),
     "rl": ("rlrc.compressor.cli.simulator:RL", "recover by reinforcement learning (PPO)"),
-    "quantize": ("rlrc.compressor.cli.stages:Quantize", "weights to 4 or 8 bits"),
-    "compare-grids": ("rlrc.compressor.cli.stages:CompareGrids", "what rounding costs, by method and number of bits"),
+    "quantize": ("rlrc.compressor.cli.stages:Quantize", "quantize the weights to 4 or 8 bits"),
+    "compare-grids": ("rlrc.compressor.cli.stages:CompareGrids", "compare the errors of quantization methods and bits"),
     "compress": (
         "rlrc.compressor.cli.training:Compress",
-        "all stages from a recipe: prune, sft, distill, rl, quantize",
+        "run all stages of a recipe: prune, sft, distill, rl, quantize",
     ),
-    "write-back": ("rlrc.compressor.cli.checkpoints:WriteBack", "weights in the official format they came from"),
-    "export": ("rlrc.exporters.cli:Export", "the graphs that the runtime loads, verified"),
-    "verify": ("rlrc.runtime.cli.policy:Verify", "replay the golden observations through every graph here"),
-    "infer": ("rlrc.runtime.cli.policy:Infer", "one observation in, one chunk of actions out"),
-    "run": ("rlrc.runtime.cli.run:RunPolicy", "the control loop on a simulator, at a fixed rate"),
-    "serve": ("rlrc.runtime.cli.serve:Serve", "the policy over the network, in protocols that robots' clients speak"),
-    "bench latency": ("rlrc.benchmarks.cli.measure:MeasureLatency", "milliseconds an action chunk, against a baseline"),
+    "write-back": (
+        "rlrc.compressor.cli.checkpoints:WriteBack",
+        "write the weights in the checkpoint's original format",
+    ),
+    "export": ("rlrc.exporters.cli:Export", "create and verify the graphs that the runtime loads"),
+    "verify": ("rlrc.runtime.cli.policy:Verify", "replay the golden observations through the graphs on this machine"),
+    "infer": ("rlrc.runtime.cli.policy:Infer", "compute one chunk of actions from one observation"),
+    "run": ("rlrc.runtime.cli.run:RunPolicy", "run the control loop on a robot, a simulator or a recording"),
+    "serve": ("rlrc.runtime.cli.serve:Serve", "serve a policy over the network, in the protocols of robot clients"),
+    "bench latency": (
+        "rlrc.benchmarks.cli.measure:MeasureLatency",
+        "milliseconds per action chunk, against a baseline",
+    ),
     "bench memory": ("rlrc.benchmarks.cli.measure:MeasureMemory", "bytes on disk and in memory"),
-    "bench energy": ("rlrc.benchmarks.cli.resources:Energy", "joules an action, where the machine can tell"),
+    "bench energy": ("rlrc.benchmarks.cli.resources:Energy", "joules per action, on machines that can measure it"),
     "bench throughput": (
         "rlrc.benchmarks.cli.resources:Throughput",
-        "actions a second, one policy or more at once",
+        "actions per second of one or more policies at once",
     ),
-    "bench overhead": ("rlrc.benchmarks.cli.resources:Overhead", "what measuring itself costs a call"),
+    "bench overhead": ("rlrc.benchmarks.cli.resources:Overhead", "the cost of the measurement itself per call"),
     "bench success": (
         "rlrc.benchmarks.cli.measure:MeasureSuccess",
-        "success in the simulator, with confidence intervals",
+        "success rate in the simulator, with confidence intervals",
     ),
     "bench loop": ("rlrc.benchmarks.cli.loop:Loop", "the control loop: steady rate, slow inference, faults"),
     "bench serving": (
         "rlrc.benchmarks.cli.serving:Serving",
-        "what serving costs beyond inference",
+        "the cost of serving beyond inference, with shared memory",
     ),
     "bench claims": ("rlrc.benchmarks.cli.claims:Claims", "check the project's claims against the results"),
-    "bench compare": ("rlrc.benchmarks.cli.compare:Compare", "whether new results are worse than old ones"),
+    "bench compare": ("rlrc.benchmarks.cli.compare:Compare", "check whether new results are worse than old ones"),
     "bench selfcheck": (
         "rlrc.benchmarks.cli.selfcheck:SelfCheck",
-        "whether the stop-watch finds what is there, and nothing else",
+        "check that latency measurements find known differences",
     ),
-    "data inspect": ("rlrc.compressor.cli.data:InspectDataset", "what a LeRobotDataset holds, and whether it fits"),
+    "data inspect": (
+        "rlrc.compressor.cli.data:InspectDataset",
+        "describe a LeRobotDataset and check that it fits a policy",
+    ),
     "data demonstrations": (
         "rlrc.compressor.cli.data:Demonstrations",
-        "scripted experts in the simulator as a LeRobotDataset",
+        "record scripted experts in the simulator as a LeRobotDataset",
     ),
-    "jetson build": ("rlrc.jetson.cli.engines:BuildEngines", "TensorRT engines of an artifact's graphs, on the device"),
-    "jetson check": ("rlrc.jetson.cli.engines:CheckGraphs", "whether NVIDIA's builder takes the graphs, without a GPU"),
-    "jetson install": ("rlrc.jetson.cli.install:Install", "set a board up: JetPack, engines with CUDA, services"),
+    "jetson build": (
+        "rlrc.jetson.cli.engines:BuildEngines",
+        "build TensorRT engines from an artifact's graphs, on the device",
+    ),
+    "jetson check": (
+        "rlrc.jetson.cli.engines:CheckGraphs",
+        "check that NVIDIA's builder accepts the graphs, without a GPU",
+    ),
+    "jetson install": ("rlrc.jetson.cli.install:Install", "set up a board: JetPack, engines with CUDA, services"),
     "jetson doctor": (
         "rlrc.jetson.cli.doctor:Doctor",
-        "whether this board is as it should be, and an artifact on it",
+        "check this board's set-up, and an artifact on it",
     ),
     "jetson deploy": (
         "rlrc.jetson.cli.deploy:Deploy",
-        "an artifact onto the robot's computer by ssh, tried there",
+        "copy an artifact to the robot's computer by ssh and try it there",
     ),
-    "jetson rollback": ("rlrc.jetson.cli.deploy:Rollback", "back to the last artifact that was verified there"),
-    "jetson devices": ("rlrc.jetson.cli.plan:ListDevices", "the modules, their power modes, memory and throughput"),
+    "jetson rollback": ("rlrc.jetson.cli.deploy:Rollback", "go back to the last artifact that was verified there"),
+    "jetson devices": (
+        "rlrc.jetson.cli.plan:ListDevices",
+        "list the modules, their power modes, memory and throughput",
+    ),
     "jetson plan": (
         "rlrc.jetson.cli.plan:PredictPlan",
-        "what a policy will take on a module, before it is copied there",
+        "predict a policy's memory and latency on a module",
     ),
     "jetson calibration": (
         "rlrc.jetson.cli.plan:ShowCalibration",
-        "what plans rest on, and how far they were off",
+        "show the measurements behind the plans, and their errors",
     ),
-    "report": ("rlrc.benchmarks.cli.report:WriteReport", "results as one self-contained HTML page"),
+    "report": ("rlrc.benchmarks.cli.report:WriteReport", "write results as one self-contained HTML page"),
 }
 
-# Which extra brings a module that may be missing.
+# The extra that installs each optional module.
 EXTRAS = {
     "onnxruntime": "cpu",
     "aiohttp": "serve",
@@ -137,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
 
     def end_promptly() -> None:
-        """An interrupted process ends here: to destroy the modules of torch and its friends takes a second or more."""
+        """Ends an interrupted process at once: tearing down torch and similar modules takes a second or more."""
         if code in interrupts.CODES:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -145,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(code)
 
     if arguments is None:
-        atexit.register(end_promptly)  # the first, so that it runs last: threads have ended, other handlers have run
-    with interrupts.raising():
+        atexit.register(end_promptly)  # registered first, so it runs last, after threads and other handlers have ended
+    with interrupts.raise_on_signal():
         code = _main(list(sys.argv[1:] if arguments is None else arguments))
     return code
 
@@ -164,7 +181,7 @@ def _main(arguments: list[str]) -> int:
             return 0
         name, rest = choose(arguments)
         code: int = parse(name, rest).run() or 0
-        sys.stdout.flush()  # here, where a reader that has gone can still be answered
+        sys.stdout.flush()  # here, where a broken pipe can still be handled
         return code
     except UserError as error:
         return _refuse(str(error))
@@ -174,14 +191,16 @@ def _main(arguments: list[str]) -> int:
             raise  # a bug, not something to install
         return _refuse(f"expected the module {module}, found none; run pip install 'rlrc[{EXTRAS[module]}]'")
     except BrokenPipeError:  # as in `rlrc sft --help | head`
-        return _reader_has_gone()
+        return _handle_broken_pipe()
     except SystemExit as exit_:
-        if isinstance(exit_.__context__, BrokenPipeError):  # rich's answer, with 1: here that is a failed check
-            return _reader_has_gone()
+        if isinstance(
+            exit_.__context__, BrokenPipeError
+        ):  # rich exits with 1 on a broken pipe, but here 1 is a failed check
+            return _handle_broken_pipe()
         raise
     except Exception as error:
-        names = [getattr(error, name, None) for name in ("filename2", "filename")]  # a copy's second is what is written
-        if (message := refused(error, next(filter(None, names), "a file"))) is None:
+        names = [getattr(error, name, None) for name in ("filename2", "filename")]  # of a copy, the second is written
+        if (message := storage_message(error, next(filter(None, names), "a file"))) is None:
             raise
         return _refuse(message)
     except KeyboardInterrupt as error:
@@ -190,15 +209,15 @@ def _main(arguments: list[str]) -> int:
 
 
 def overview(prefix: str = "") -> str:
-    """The help page of all commands whose names begin with ``prefix``."""
+    """The help page of all commands whose names start with ``prefix``."""
     chosen = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(prefix)}
     lines = [f"  {name:<21}{text}" for name, text in chosen.items()]
-    usage = f"usage: rlrc {prefix}COMMAND ...   (rlrc {prefix}COMMAND --help tells more)"
+    usage = f"usage: rlrc {prefix}COMMAND ...   (rlrc {prefix}COMMAND --help for details)"
     return "\n".join([usage, "", "Compress vision-language-action policies and run them on the robot.", "", *lines])
 
 
 def groups() -> set[str]:
-    """The first words of the commands of two words."""
+    """The first words of two-word commands."""
     return {name.split()[0] for name in COMMANDS if " " in name}
 
 
@@ -217,26 +236,28 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """The command's dataclass, filled. Raises UserError for bad arguments; prints help and exits if asked to."""
     module, attribute = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), attribute)
-    import tyro  # here, because the overview and wrong names should answer at once
+    import tyro  # imported here, so that the overview and unknown names answer at once
 
-    complaint = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(output):
             return tyro.cli(command, prog=f"rlrc {name}", args=list(arguments))
     except SystemExit as exit_:
         if not exit_.code:
             sys.stdout.flush()
             raise  # --help
         _refuse_unknown_options(name, command, arguments)
-        found = _unbox(complaint.getvalue())
+        found = _unbox(output.getvalue())
         own = re.fullmatch(r"Value error; Error parsing \S+: (expected .*)", found)  # a configuration's UserError
-        told = own[1] if own else found
-        raise UserError(told if own and ";" in told else f"{told}; run rlrc {name} --help") from None
+        message = own[1] if own else found
+        raise UserError(message if own and ";" in message else f"{message}; run rlrc {name} --help") from None
 
 
 def _refuse_unknown_options(name: str, command: Any, arguments: Sequence[str]) -> None:
-    """Raises UserError for an option that the command has not: tyro may complain of something else first, such as a
-    positional argument that the misspelt option leaves without a value."""
+    """Raises UserError for an option that the command does not have.
+
+    tyro may report something else first, such as a positional argument that the misspelt option leaves without a value.
+    """
     import tyro
 
     page = io.StringIO()
@@ -252,14 +273,14 @@ def _refuse_unknown_options(name: str, command: Any, arguments: Sequence[str]) -
             raise UserError(f"expected an option of rlrc {name}, found {option}{nearest}; run rlrc {name} --help")
 
 
-def _reader_has_gone() -> int:
-    """The exit code of a program that SIGPIPE ends. What is left to print goes nowhere, or Python would complain."""
+def _handle_broken_pipe() -> int:
+    """The exit code of a program that SIGPIPE ends. Discards remaining output, or Python would report an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
 def _unbox(text: str) -> str:
-    """Tyro's framed complaint as one line, without its heading and its advice to read the help."""
+    """tyro's framed error message as one line, without its heading and its advice to read the help."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in text.splitlines()]
     sections: list[list[str]] = [[]]
     for line in lines:

@@ -1,4 +1,4 @@
-"""``python -m rlrc.runtime.cli``, as accelerate and torchrun start it."""
+"""``python -m rlrc.runtime.cli``, for accelerate and torchrun."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a policy is, printed for people: one screen, whether it is an artifact or not."""
+"""Prints the description of an artifact, and tables that descriptions of checkpoints use too."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.table import Table
 
 from rlrc.artifact import Artifact, PolicySpec, TowerSpec, VerifiedSpec
 from rlrc.artifact.describe import (
-    blocks,
+    describe_blocks,
+    describe_prunable,
     folder_bytes,
     module_parameters,
     normalisation_lines,
     policy_rows,
-    prunable,
     recorded_normalisation,
 )
 from rlrc.tables import print_rows, print_table
@@ -34,7 +34,7 @@ def describe(artifact: Artifact, console: Console) -> None:
         **({"normalisation": "\n".join(normalisation_lines(recorded))} if recorded else {}),
         "parameters": f"{manifest.parameters:,} stored as {stored}",
         "bytes": ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in folder_bytes(artifact).items()),
-        "can be pruned": prunable(manifest.towers),
+        "can be pruned": describe_prunable(manifest.towers),
         "graphs": "; ".join(f"{g.backend} {g.name} ({g.precision})" for g in manifest.graphs) or "none",
     }
     print_rows(rows, console)
@@ -58,17 +58,17 @@ def describe(artifact: Artifact, console: Console) -> None:
 
 
 def modules_table(parameters: Mapping[str, int], towers: Mapping[str, TowerSpec]) -> Table:
-    """A row for every module, with its parameters; equal blocks of a tower are told in one line."""
+    """A row per module, with its parameters; equal blocks of a tower share one line."""
     table = Table("module", "parameters", "blocks")
     table.columns[1].justify = "right"
     for name in {**towers, **parameters}:
         size = f"{parameters[name]:,}" if name in parameters else ""
-        table.add_row(name, size, "\n".join(blocks(towers[name])) if name in towers else "")
+        table.add_row(name, size, "\n".join(describe_blocks(towers[name])) if name in towers else "")
     return table
 
 
 def scalars(metrics: dict[str, Any]) -> str:
-    """The single numbers among a stage's metrics; lists and tables are in --json."""
+    """The scalar metrics of a stage; --json also has lists and tables."""
     integers = {name: f"{value:,}" for name, value in metrics.items() if isinstance(value, int)}
     floats = {name: f"{value:.4g}" for name, value in metrics.items() if isinstance(value, float)}
     return ", ".join(f"{name} {(integers | floats)[name]}" for name in metrics if name in integers | floats)
@@ -77,8 +77,8 @@ def scalars(metrics: dict[str, Any]) -> str:
 def records_table(
     records: Sequence[VerifiedSpec], policy: PolicySpec, title: str = "against the torch policy, in action units"
 ) -> Table:
-    """A row for every backend: how far its actions are from the reference's."""
-    heads = ("graphs", "seen", "largest error", "held to", "token flips", "gripper flips", "jitter")
+    """A row per backend: how far its actions are from the reference's."""
+    heads = ("graphs", "observations", "largest error", "tolerance", "token flips", "gripper flips", "jitter")
     table = Table(*heads, title=title, title_justify="left")
     for record in records:
         pairs = zip(policy.action.names, record.max_error, strict=False)
@@ -87,7 +87,7 @@ def records_table(
             record.backend,
             str(record.observations),
             "\n".join(f"{name} {error:.3g}" for name, error in pairs),
-            tolerated(record),
+            describe_tolerance(record),
             flips,
             str(record.gripper_flips) if "gripper" in policy.action.meaning else "\u2013",
             f"{record.chunk_jitter:.3g}",
@@ -95,16 +95,16 @@ def records_table(
     return table
 
 
-def tolerated(record: VerifiedSpec) -> str:
-    """What the record is held to, and what that came to."""
+def describe_tolerance(record: VerifiedSpec) -> str:
+    """The record's tolerance; if it is relative to the range, also the error to compare with it."""
     if record.range_tolerance is None:
         return f"{record.tolerance:.3g}"
     largest = max(record.range_error, default=float("nan"))
     return f"{record.range_tolerance:.1%} of the range\non 99 %: {largest:.2%}"
 
 
-def trial(path: object, policy: PolicySpec) -> str:
-    """The command that tries exported graphs: only the reference policy has a simulator here."""
+def format_trial_command(path: object, policy: PolicySpec) -> str:
+    """The command to try exported graphs with: only the reference policy has a simulator here."""
     if policy.family == "tiny":
         return f"rlrc run {path} --env metaworld:drawer-open-v3"
     return f"rlrc infer {path} OBS.npz --out ACT.npz"

@@ -1,4 +1,4 @@
-"""The commands of the robot side but `rlrc run`: inspect, infer, verify. Dataclasses; field docstrings are the help."""
+"""The commands inspect, infer and verify, as dataclasses whose field docstrings are the help texts."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, VerifiedSpec
 from rlrc.artifact.describe import folder_bytes
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.npz import read_npz, write_npz
 from rlrc.printable import printable
 from rlrc.progress import status
 from rlrc.runtime.cli import agreement
-from rlrc.runtime.cli.describe import describe, records_table, trial
+from rlrc.runtime.cli.describe import describe, format_trial_command, records_table
 from rlrc.runtime.inference import backends, verify
 from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.decode import NoAction
-from rlrc.runtime.inference.policy import LocalPolicy, Policy, recorded
+from rlrc.runtime.inference.policy import LocalPolicy, Policy, find_record
 from rlrc.tables import plain_console, print_table
 
-CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints; the robot has no torch
+CHECKPOINTS = "rlrc.compressor.cli.checkpoints"  # opens official checkpoints with torch, which robots do not have
 
 
 @dataclass(frozen=True)
 class InspectPolicy:
-    """What a policy is: family, geometry of every layer, parameters, bytes, cameras, actions, graphs, history."""
+    """Describe a policy: family, shape of every layer, parameters, bytes, cameras, actions, graphs, history."""
 
     path: Positional[Path | None] = None
     """the artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     geometry: str | None = None
-    """instead of a path: the real dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
+    """instead of a path: the dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
     json: bool = False
-    """print everything as JSON; of an artifact the manifest, its digest and the bytes of each kind of file"""
+    """print everything as JSON; for an artifact the manifest, its digest and the bytes of each kind of file"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
         if (self.path is None) == (self.geometry is None):
             raise UserError("expected either a path or --geometry, found both or neither; give one of them")
-        if self.path is None or is_official(self.path, self.official):
-            return import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
+        if self.path is None or is_checkpoint(self.path, self.official):
+            import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
+            return
         artifact = artifacts.load(self.path)
         if self.json:
             values = artifacts.to_json(artifact.manifest) | {"digest": artifact.digest, "bytes": folder_bytes(artifact)}
@@ -58,20 +59,20 @@ class InspectPolicy:
 
 @dataclass(frozen=True)
 class Infer:
-    """One observation through an artifact's graphs, or through an official checkpoint with torch."""
+    """Compute one chunk of actions from one observation, with an artifact's graphs or an official checkpoint."""
 
     path: Positional[Path]
     """the artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
     observation: Annotated[Positional[Path], arg(metavar="OBS.npz")]
-    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`, maybe `noise`"""
+    """an .npz with `image.<camera>` (uint8, height x width x 3), `state` and `instruction`, optionally `noise`"""
     out: Annotated[Path, arg(metavar="ACT.npz")]
     """the .npz to write, with `actions` and `tokens`"""
     backend: Backend | None = None
-    """which of the artifact's graphs to run (default: the first there are of onnxruntime, tensorrt, gguf)"""
+    """which of the artifact's graphs to run (default: the first available of onnxruntime, tensorrt, gguf)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
-    """print the actions, tokens and timing as JSON as well"""
+    """also print the actions, tokens and timing as JSON"""
     official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
@@ -80,7 +81,7 @@ class Infer:
         try:
             result = self._policy().infer(observation)
         except NoAction as error:
-            return check_failed(str(error))
+            return fail_check(str(error))
         chunk: dict[str, Any] = {"actions": result["actions"]}
         if result["tokens"] is not None:
             chunk["tokens"] = result["tokens"]
@@ -94,8 +95,8 @@ class Infer:
         return 0
 
     def _policy(self) -> Policy:
-        if is_official(self.path, self.official):
-            return import_module(CHECKPOINTS).policy(self.path, self.official, self.threads)
+        if is_checkpoint(self.path, self.official):
+            return cast(Policy, import_module(CHECKPOINTS).policy(self.path, self.official, self.threads))
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 
@@ -106,17 +107,17 @@ class Verify:
     path: Positional[Path]
     """the artifact"""
     against: Path | None = None
-    """another artifact whose graphs give the answers, instead of the torch policy's recorded ones; then all is held to
-    a part of every dimension's range on 99 % of the observations: 2 % with int4 weights, else 1 %"""
+    """compare with another artifact's graphs instead of the torch policy's recorded actions; the tolerance is then a
+    fraction of every dimension's range on 99 % of the observations: 2 % with int4 weights, else 1 %"""
     env: tuple[str, ...] = ()
-    """observations from episodes that the other artifact plays here instead of the golden ones, such as
-    metaworld:drawer-open-v3; needs --against"""
+    """take the observations from episodes that the other artifact plays in these environments, such as
+    metaworld:drawer-open-v3, instead of the golden ones; needs --against"""
     env_mapping: Path | None = None
-    """TOML file that says how the environment's values become the policy's, for gym:ID"""
+    """TOML file that maps the environment's values to the policy's, for gym:ID"""
     episodes: int = 2
     """episodes to play in each environment"""
     backend: Backend | None = None
-    """only the graphs of this one (default: all there are)"""
+    """verify only this backend's graphs (default: all)"""
     threads: int = 1
     """threads of the engine"""
     json: bool = False
@@ -126,15 +127,15 @@ class Verify:
         artifact = artifacts.load(self.path, verify=("graphs", "tokenizer", GOLDEN))
         manifest = artifact.manifest
         first = backends.choose(manifest, self.backend, self.path)
-        here = backends.here(manifest)
+        here = backends.list_runnable(manifest)
         chosen = here if here and self.backend is None else [first]
         policies = [LocalPolicy(artifact, self.threads, backend) for backend in chosen]
         try:
             with status("verifying"):
                 measured = self._against_torch(policies) if self.against is None else self._against_other(policies)
         except NoAction as error:
-            return check_failed(str(error))
-        reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure(record))]
+            return fail_check(str(error))
+        reasons = [f"{record.backend}: {reason}" for record in measured if (reason := verify.failure_reason(record))]
         if self.json:
             print(json.dumps({"verified": [asdict(record) for record in measured], "failures": reasons}))
         else:
@@ -142,16 +143,18 @@ class Verify:
             print_table(records_table(measured, manifest.policy, reference), plain_console())
         if reasons:
             remedy = f"export {self.path} again, with the versions of this machine"
-            return check_failed(f"{'; '.join(reasons)}; {'choose another precision' if self.against else remedy}")
+            return fail_check(f"{'; '.join(reasons)}; {'choose another precision' if self.against else remedy}")
         if not self.json:
-            plain_console().print(f"verified; next: {trial(self.path, manifest.policy)}")
+            plain_console().print(f"verified; next: {format_trial_command(self.path, manifest.policy)}")
         return 0
 
     def _against_torch(self, policies: list[LocalPolicy]) -> list[VerifiedSpec]:
         if self.env:
-            raise UserError("expected --against with --env, for the torch policy is not here, found none; give both")
+            raise UserError(
+                "expected --against with --env, because the torch policy cannot be run here, found none; give both"
+            )
         artifact = policies[0].artifact
-        limits = [verify.limits_of(recorded(artifact, policy.backend)) for policy in policies]
+        limits = [verify.recorded_tolerances(find_record(artifact, policy.backend)) for policy in policies]
         golden = verify.read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
         return [verify.measure(policy, golden, limit) for policy, limit in zip(policies, limits, strict=True)]
 
@@ -168,13 +171,13 @@ class Verify:
         return [agreement.measure(policy, reference) for policy in policies]
 
 
-def check_failed(reason: str) -> int:
-    """Exit code 1, with the reason on stderr so that --json stays JSON."""
+def fail_check(reason: str) -> int:
+    """Prints the reason to stderr, so that --json stays valid. -> exit code 1"""
     print("rlrc: check failed: " + printable(reason, keep="\n"), file=sys.stderr)
     return 1
 
 
 def read_observation(path: Path) -> dict[str, Any]:
-    """numpy stores a string as an array of no dimensions; it becomes a string again."""
+    """Reads an observation. numpy stores strings as arrays without dimensions; they become strings again."""
     arrays = read_npz(path)
     return {name: str(a) if a.ndim == 0 and a.dtype.kind == "U" else a for name, a in arrays.items()}

@@ -18,11 +18,10 @@ def errors(
     names: tuple[str, ...],
     periods: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
-    """How far the commands are from the recorded actions, by dimension, in its unit; the n-th is for the n-th frame.
+    """How far the commands are from the recorded actions, by dimension, in its unit; step n is compared with frame n.
 
-    ``periods`` (dim,): of the angles that wrap, inf for all else; None: none does.
-
-    Where the robot was held, nothing is compared: there was no command of the policy's.
+    ``periods`` (dim,): the period of angles that wrap, inf for all else; None: none wraps. Steps at which the robot was
+    held are left out: they have no command from the policy.
     """
     first, rows = telemetry.steps - len(telemetry.rows), telemetry.rows
     off = np.abs(shortest(telemetry.commands - recorded[first : first + len(rows)], periods))[~rows["held"]]
@@ -33,8 +32,8 @@ def errors(
     return found | {"error": {name: {"mean": float(of.mean()), "max": float(of.max())} for name, of in each}}
 
 
-def told(found: Mapping[str, Any], units: tuple[str, ...]) -> dict[str, str]:
-    """The same in words, by heading."""
+def format_errors(found: Mapping[str, Any], units: tuple[str, ...]) -> dict[str, str]:
+    """The errors as text, by heading."""
     rows = {"compared": f"{found['compared']:,} of {found['frames']:,} frames with the recorded actions"}
     for (name, error), unit in zip((found["error"] or {}).items(), units, strict=False):
         rows[f"  {name}"] = f"mean {error['mean']:.4g}, max {error['max']:.4g} {'' if unit == '1' else unit}".rstrip()

@@ -23,7 +23,7 @@ from rlrc.robots.driver import one_line
 from rlrc.robots.robot import RobotError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.cli import replay as cli_replay
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.runtime.control import episodes, telemetry
 from rlrc.runtime.control.control_loop import LoopTiming, describe_failure
 from rlrc.runtime.control.session import ControlSession, SessionConfig
@@ -133,7 +133,7 @@ class RunPolicy(SessionConfig):
                 played.append(episode)
                 console.print(_line(episode.seed, episode.success, episode.steps))
         except NoAction as error:
-            return check_failed(str(error))
+            return fail_check(str(error))
         finally:
             env.close()
         totals = episodes.summary(played)
@@ -260,7 +260,7 @@ class RunPolicy(SessionConfig):
         totals |= {"asked_hz": session.timing.hz, "granted": granted, "stop": session.guard.reason}
         totals |= {"guard": {f"{kind} {act}": n for (kind, act), n in sorted(session.guard.counts.items())}}
         if stamped := session.board.readings():
-            totals["board"] = monitor.summary(stamped)
+            totals["board"] = monitor.summarise(stamped)
         if session.simulator:
             totals |= {"episodes": len(session.played), "successes": sum(one["success"] for one in session.played)}
         if self.log is not None:
@@ -274,13 +274,13 @@ class RunPolicy(SessionConfig):
         if self.json:
             print(json.dumps(totals | {"played": session.played}))
         else:
-            compared = cli_replay.told(totals["replay"], session.spec.action.units) if session.replay else {}
+            compared = cli_replay.format_errors(totals["replay"], session.spec.action.units) if session.replay else {}
             print_rows(telemetry.format_rows(totals) | compared, plain_console())
         reason = session.guard.reason
         failures = [] if reason is None or reason.startswith(ASKED) else [f"stopped: {reason}"]
         failures += [one for one in dict.fromkeys(session.failures) if one not in str(reason)]
         if failures:
-            return check_failed("; ".join(failures))
+            return fail_check("; ".join(failures))
         if not self.json:
             plain_console().print(f"next: rlrc bench latency {self.path}")
         return 0

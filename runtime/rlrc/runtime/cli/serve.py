@@ -18,7 +18,7 @@ from rlrc import artifact as artifacts
 from rlrc import realtime
 from rlrc.artifact import Artifact, PolicySpec
 from rlrc.errors import UserError
-from rlrc.runtime.cli.policy import check_failed
+from rlrc.runtime.cli.policy import fail_check
 from rlrc.runtime.control.service_manager import Supervisor
 from rlrc.runtime.inference.backends import Backend
 from rlrc.runtime.inference.policy import LocalPolicy
@@ -101,11 +101,11 @@ class Serve:
             )
             for name in self.protocol
         }
-        realtime.give_back_large_blocks()
+        realtime.return_large_blocks()
         logs.configure(self.log)
         logging.getLogger("rlrc.runtime.servers.openpi.frames").setLevel(logging.CRITICAL)  # port scans cause errors
         failure = asyncio.run(self._serve(artifact, guarded, mapped, ports, allowed))
-        return 0 if failure is None else check_failed(failure)
+        return 0 if failure is None else fail_check(failure)
 
     async def _serve(
         self,
@@ -116,7 +116,7 @@ class Serve:
         allowed: Access,
     ) -> str | None:
         """Returns why the policy failed; None: the server was asked to end."""
-        console, stop, supervisor = plain_console(), asyncio.Event(), Supervisor.of()
+        console, stop, supervisor = plain_console(), asyncio.Event(), Supervisor.from_environment()
         session = Session(artifact.manifest.policy, guarded, self.waiting)
         kinds = {name: _load_server(name) for name in mapped}
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -149,7 +149,7 @@ class ControlSession:
         if self.spec.prompt is not None:
             begin = self.recorder.begin if self.recorder else lambda task: None
             self.robot = self.instruction_override = InstructionOverride(self.robot, begin)
-        self.board = stack.enter_context(Board.watched())
+        self.board = stack.enter_context(Board.monitor())
         self.telemetry = telemetry.Telemetry(REMEMBERED, self.spec.action.dim)
         self._is_open = True
 
@@ -160,7 +160,7 @@ class ControlSession:
 
     def play_episode(self, seed: int, show: Show | None = None) -> None:
         """Plays a simulator or a recording until it is over, a robot until it is stopped."""
-        realtime.tidy()
+        realtime.collect_garbage()
         self.inference.reset()
         if self.simulator is not None:
             self.simulator.reset(seed)

@@ -25,9 +25,9 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from rlrc.packets import LARGEST, receive
 from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Head, Refusal
+from rlrc.runtime.wire.packets import LARGEST, receive
 
 UNKNOWN, UNKNOWN_S = 128, 5.0  # connections without the token, and seconds in which they must show it
 KNOWN, KNOWN_S = 64, 60.0  # connections with it, and seconds until an idle one is closed

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from rlrc.errors import UserError
-from rlrc.packets import receive
 from rlrc.runtime.control.stop_listener import PRESS, READY
+from rlrc.runtime.wire.packets import receive
 from rlrc.runtime.wire.ports import url
 
 LISTENER = "rlrc.runtime.control.stop_listener"

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.runtime.board import monitor
-from rlrc.runtime.board.monitor import Stamped
+from rlrc.runtime.board.monitor import StampedReading
 
 STEP = np.dtype(
     [
@@ -161,7 +161,7 @@ def format_rows(totals: Mapping[str, Any]) -> dict[str, str]:
         "granted": ", ".join(f"{what} {how}" for what, how in totals["granted"].items()),
     }
     if totals.get("board"):
-        rows["board"] = monitor.told(totals["board"])
+        rows["board"] = monitor.format_summary(totals["board"])
     if totals["stop"]:
         rows["stopped"] = totals["stop"]
     if "successes" in totals:
@@ -169,13 +169,13 @@ def format_rows(totals: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _board_columns(stamped: Sequence[Stamped], sent: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+def _board_columns(stamped: Sequence[StampedReading], sent: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
     """The newest board reading at each step; nan without one, which a row of JSON leaves out."""
     readings = [
         (np.nan,) * 4
         if reading is None
         else (reading.watts, reading.hottest, reading.gpu_load, float(len(reading.throttled)))
-        for reading in monitor.at(stamped, sent.tolist())
+        for reading in monitor.readings_at(stamped, sent.tolist())
     ]
     values = np.array(readings, np.float32).reshape(-1, 4)  # None becomes nan
     return {f"board.{name}": values[:, i] for i, name in enumerate(("watts", "celsius", "gpu_load", "throttled"))}
@@ -195,7 +195,7 @@ def _percentiles(milliseconds: NDArray[Any]) -> dict[str, float] | None:
     return {"p50": p50, "p99": p99, "max": largest}
 
 
-def write(telemetry: Telemetry, names: tuple[str, ...], path: Path, stamped: Sequence[Stamped] = ()) -> None:
+def write(telemetry: Telemetry, names: tuple[str, ...], path: Path, stamped: Sequence[StampedReading] = ()) -> None:
     """Writes a row for each step, as JSON lines or Parquet (by the suffix), completely or not at all.
 
     ``stamped``: the board's readings; each row gets the newest one.
@@ -204,7 +204,7 @@ def write(telemetry: Telemetry, names: tuple[str, ...], path: Path, stamped: Seq
     columns = {**columns, **{f"command.{name}": telemetry.commands[:, i] for i, name in enumerate(names)}}
     if stamped:
         columns = {**columns, **_board_columns(stamped, telemetry.rows["sent"])}
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         if path.suffix == ".parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq

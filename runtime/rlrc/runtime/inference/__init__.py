@@ -1,1 +1,1 @@
-"""From an observation to a chunk of actions: preprocessing, engines, decode drivers, verification."""
+"""From an observation to a chunk of actions: preprocessing, engines, decoding, verification."""

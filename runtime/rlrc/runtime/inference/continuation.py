@@ -1,4 +1,4 @@
-"""What a new chunk goes on from while the former one is being executed: real-time chunking (arXiv 2506.07339)."""
+"""Real-time chunking (arXiv 2506.07339): a new chunk continues the one that is being executed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlrc.runtime.inference.preprocess import normalise
 
 @dataclass(frozen=True)
 class Continuation:
-    """``previous`` (n, dim): the former chunk's actions for the first n steps of the new one, in action units.
+    """``previous`` (n, dim): the current chunk's actions for the first n steps of the new one, in action units.
 
-    The first ``frozen`` of them will have been sent when the new chunk is there, so it has to begin with these.
+    The first ``frozen`` of them will have been sent by the time the new chunk is computed, so it must begin with them.
     """
 
     previous: NDArray[np.float32]
@@ -24,14 +24,15 @@ class Continuation:
 
     @property
     def sent(self) -> NDArray[np.float32]:
-        """(frozen, dim)."""
+        """The frozen actions (frozen, dim)."""
         return self.previous[: self.frozen]
 
-    def only_sent(self) -> Continuation:
+    def without_future(self) -> Continuation:
+        """Only the frozen actions."""
         return Continuation(self.sent, self.frozen)
 
     def check(self, action: ActionSpec) -> None:
-        """Raises UserError unless it fits the policy's chunks."""
+        """Raises UserError if the shapes do not fit the policy's chunks."""
         n = len(self.previous) if self.previous.ndim == 2 else -1
         if self.previous.shape != (n, action.dim) or not 0 <= self.frozen <= n <= action.horizon:
             raise UserError(
@@ -39,22 +40,22 @@ class Continuation:
                 f"found {self.previous.shape} and {self.frozen}; take them from the policy's last chunk"
             )
 
-    def painted(
+    def inpaint(
         self, x: NDArray[np.float32], noise: NDArray[np.float32], t: float, action: ActionSpec
     ) -> NDArray[np.float32]:
-        """x (B, horizon, width) of the flow's time t, the previous actions at its noise level painted in.
+        """Blends the previous actions, at the noise level of the flow's time t, into x (B, horizon, width).
 
-        As RePaint does (arXiv 2201.09865), with the soft mask of real-time chunking. That one's own guidance would need
-        the gradient of the velocity, which graphs of inference do not have.
+        As in RePaint (arXiv 2201.09865), with the soft mask of real-time chunking. The guidance of real-time chunking
+        itself needs the gradient of the velocity, which inference graphs do not have.
         """
         known, mask = normalise(self.previous, action.norm), soft_mask(len(self.previous), self.frozen)
         part, weights = np.s_[:, : len(known), : action.dim], mask[:, None].astype(np.float32)
-        result = x.copy()
+        result: NDArray[np.float32] = x.copy()
         result[part] = (1 - weights) * x[part] + weights * (np.float32(t) * noise[part] + np.float32(1 - t) * known)
         return result
 
 
 def soft_mask(count: int, frozen: int) -> NDArray[np.float64]:
-    """Weights of ``count`` previous actions: 1 for the frozen ones, then falling (arXiv 2506.07339, equation 5)."""
+    """Weights of ``count`` previous actions: 1 for the frozen ones, then decreasing (arXiv 2506.07339, equation 5)."""
     c = (count - np.arange(frozen, count)) / (count - frozen + 1)
     return np.concatenate([np.ones(frozen), c * np.expm1(c) / np.expm1(1)])

@@ -1,9 +1,9 @@
-"""Decode drivers: from the graphs behind "vision" to a chunk of actions.
+"""Decoding: from image tokens, ids and state to a chunk of actions, by the graphs after "vision".
 
-A driver is called with ``run(graph, tensors)``, which takes from the tensors what the graph has inputs for and returns
-its outputs by name. It runs one graph once (parallel), once a token (autoregressive; the engine keeps the keys and
-values) or a second one at every step (flow); it knows neither the engine nor the pictures. ``inputs`` hold
-``image_tokens`` (B, N, width) and, where the policy has them, ``ids`` (B, L) and ``state`` (B, S).
+Every decoder takes ``run(graph, tensors)``, which passes a graph those tensors that it has inputs for and returns its
+outputs by name. ``parallel`` runs a graph once; ``autoregressive`` once per token, while the engine caches keys and
+values; ``flow`` runs one graph once and a second one per step. ``inputs`` hold ``image_tokens`` (B, N, width) and,
+where the policy has them, ``ids`` (B, L) and ``state`` (B, S).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Run = Callable[[str, Tensors], Tensors]
 
 
 class NoAction(RuntimeError):
-    """The graphs gave nothing that a sound action could be made of. The robot gets none; the message says why."""
+    """The graphs' outputs are not a valid action. The robot gets none; the message says why."""
 
 
 class Decoded(NamedTuple):
@@ -34,44 +34,43 @@ class Decoded(NamedTuple):
 
 
 def parallel(run: Run, inputs: Tensors, action: ActionSpec, continuation: Continuation | None = None) -> Decoded:
-    """The whole chunk from one pass: tokens, or actions themselves (OpenVLA-OFT, arXiv 2502.19645, section 4).
+    """The whole chunk from one pass: tokens, or continuous actions (OpenVLA-OFT, arXiv 2502.19645, section 4).
 
-    A continuation's frozen actions take the place of those decoded; the others do not depend on them. Raises NoAction
-    for outputs that are not finite or do not fit.
+    A continuation's frozen actions replace the decoded ones; the others do not depend on them. Raises NoAction for
+    outputs that are not finite or have another shape.
     """
     chunk = (action.horizon, action.dim)
     if not action.bins:
-        actions = _raw(_shaped(run("decoder", inputs), "actions", chunk), action)
+        actions = _unnormalise_checked(_get_output(run("decoder", inputs), "actions", chunk), action)
         if continuation is not None:
             actions[:, : continuation.frozen] = continuation.sent
         return Decoded(actions)
-    tokens = _best(_shaped(run("decoder", inputs), "logits", (*chunk, logit_rows(action))), action)
+    tokens = _best_tokens(_get_output(run("decoder", inputs), "logits", (*chunk, logit_rows(action))), action)
     if continuation is not None:
-        tokens[:, : continuation.frozen] = tokens_of(continuation.sent, action)
-    return Decoded(actions_of(tokens, action), tokens)
+        tokens[:, : continuation.frozen] = actions_to_tokens(continuation.sent, action)
+    return Decoded(tokens_to_actions(tokens, action), tokens)
 
 
 def autoregressive(run: Run, inputs: Tensors, action: ActionSpec, continuation: Continuation | None = None) -> Decoded:
-    """Greedy, a token a pass, every pass continuing the keys and values of those before (OpenVLA, arXiv 2406.09246).
+    """Greedy decoding, one token per pass; the engine caches keys and values (OpenVLA, arXiv 2406.09246).
 
-    The engine keeps those. ``start`` and ``end``, int64 (1,), say which positions of the sequence a pass computes: from
-    0 all is new. The first pass takes the image tokens and all ids, the others no image token and the last id. The
-    tokens of a continuation's frozen actions are not chosen but given, and those after them follow from them. Raises
-    NoAction as ``parallel``.
+    ``start`` and ``end``, int64 (1,), are the positions that a pass computes; a start of 0 begins a new sequence. The
+    first pass takes the image tokens and all ids, later ones no image tokens and the last id. A continuation's frozen
+    actions are forced, and later tokens are conditioned on them. Raises NoAction as ``parallel`` does.
     """
     tokens: list[NDArray[np.int64]] = []
-    given: list[int] = []
+    forced: list[int] = []
     if continuation is not None:
-        given = tokens_of(continuation.sent, action).ravel().tolist()
+        forced = actions_to_tokens(continuation.sent, action).ravel().tolist()
     fed, start, end = dict(inputs), 0, inputs["image_tokens"].shape[1] + inputs["ids"].shape[1]
     while len(tokens) < action.horizon * action.dim:
         outputs = run("decoder", {**fed, "start": np.array([start]), "end": np.array([end])})
-        best = _best(_shaped(outputs, "logits", (logit_rows(action),)), action)
-        tokens.append(best if len(tokens) >= len(given) else np.full_like(best, given[len(tokens)]))
+        best = _best_tokens(_get_output(outputs, "logits", (logit_rows(action),)), action)
+        tokens.append(best if len(tokens) >= len(forced) else np.full_like(best, forced[len(tokens)]))
         fed |= {"image_tokens": inputs["image_tokens"][:, :0], "ids": tokens[-1][:, None]}
         start, end = end, end + 1
     chunk = np.stack(tokens, 1).reshape(-1, action.horizon, action.dim)
-    return Decoded(actions_of(chunk, action), chunk)
+    return Decoded(tokens_to_actions(chunk, action), chunk)
 
 
 def flow(
@@ -84,60 +83,60 @@ def flow(
 ) -> Decoded:
     """Euler steps from ``noise`` (B, horizon, width) at t = 1 to actions at t = 0 (pi0, arXiv 2410.24164, section IV).
 
-    "prefix" gives the keys and values of everything but the actions, once; "step" the velocity, from them, ``x`` and
-    the time, as ``t`` (B,) or counted in steps, ``step`` (B,). A continuation is painted in before every step, what has
-    been sent of it at the end as well. Raises NoAction as ``parallel``.
+    "prefix" runs once and returns the keys and values of all but the actions. "step" returns the velocity from these,
+    ``x`` and the time, given as ``t`` (B,) and as the step's number, ``step`` (B,). A continuation is blended in before
+    every step, and its frozen actions once more at the end. Raises NoAction as ``parallel`` does.
     """
     known, x = {**inputs, **run("prefix", inputs)}, noise
     for i in range(flow.steps):
         if continuation is not None:
-            x = continuation.painted(x, noise, 1 - i / flow.steps, action)
+            x = continuation.inpaint(x, noise, 1 - i / flow.steps, action)
         t, step = np.full(len(x), 1 - i / flow.steps, np.float32), np.full(len(x), i, np.int64)
         velocity = run("step", {**known, "x": x, "t": t, "step": step})
-        x = x - _shaped(velocity, "velocity", (action.horizon, flow.width)) / np.float32(flow.steps)
+        x = x - _get_output(velocity, "velocity", (action.horizon, flow.width)) / np.float32(flow.steps)
     if continuation is not None:
-        x = continuation.only_sent().painted(x, noise, 0.0, action)
-    return Decoded(_raw(x[..., : action.dim], action))
+        x = continuation.without_future().inpaint(x, noise, 0.0, action)
+    return Decoded(_unnormalise_checked(x[..., : action.dim], action))
 
 
 def logit_rows(action: ActionSpec) -> int:
-    """How many tokens the logits are over."""
+    """The number of tokens that the logits cover."""
     return action.bins if action.tokens is None else action.tokens.rows
 
 
 def logit_row(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.integer]:
-    """Where a token stands in the logits."""
+    """The index of a token in the logits."""
     return tokens if action.tokens is None else tokens - action.tokens.offset
 
 
-def actions_of(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.float32]:
+def tokens_to_actions(tokens: NDArray[np.integer], action: ActionSpec) -> NDArray[np.float32]:
     """Tokens (..., dim), bins or ids of a vocabulary -> un-normalised actions of the same shape."""
     bins = tokens if action.tokens is None else np.clip(action.tokens.first - tokens, 0, action.bins - 1)
     return unnormalise(bin_centers(action.bins)[bins], action.norm)
 
 
-def tokens_of(actions: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
-    """Un-normalised actions (..., dim) -> the tokens that stand for them: the inverse of ``actions_of``."""
+def actions_to_tokens(actions: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
+    """Un-normalised actions (..., dim) -> the tokens that represent them: the inverse of ``tokens_to_actions``."""
     bins = to_bins(normalise(actions, action.norm), action.bins)
     return bins if action.tokens is None else action.tokens.first - bins
 
 
-def _shaped(outputs: Tensors, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def _get_output(outputs: Tensors, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """The output (B, *shape). Raises NoAction if it has another shape."""
     if outputs[name].shape[1:] != shape:
         raise NoAction(f"expected {name} (B, {', '.join(map(str, shape))}), found {outputs[name].shape}")
     return outputs[name]
 
 
-def _best(logits: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
-    """The most likely tokens, the first of equals."""
+def _best_tokens(logits: NDArray[np.floating], action: ActionSpec) -> NDArray[np.int64]:
+    """The most likely tokens; the first where several are equal."""
     _check_finite(logits, "logits")
     rows: NDArray[np.int64] = logits.argmax(-1)
     return rows if action.tokens is None else rows + action.tokens.offset
 
 
-def _raw(normalised: NDArray[np.floating], action: ActionSpec) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # it becomes infinite, which is refused
+def _unnormalise_checked(normalised: NDArray[np.floating], action: ActionSpec) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # becomes infinite, which _check_finite refuses
         actions = unnormalise(normalised, action.norm)
     _check_finite(actions, "actions")
     return actions

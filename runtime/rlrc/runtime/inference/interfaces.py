@@ -1,6 +1,6 @@
-"""The graphs that a decode driver runs: what their inputs and outputs must be, given the policy's description.
+"""The inputs and outputs that a policy's graphs must have, by its manifest.
 
-Shapes are without the batch dimension. A string names a dimension that must be dynamic; a number may be that number or
+Shapes are without the batch dimension. A string is a dimension that must be dynamic; a number may be that number or
 dynamic.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from rlrc.artifact import Artifact, GraphSpec, PolicySpec, TensorSpec, TowerSpec
 from rlrc.errors import UserError
 from rlrc.runtime.inference.decode import logit_rows
-from rlrc.runtime.inference.preprocess import tells_state
+from rlrc.runtime.inference.preprocess import prompt_has_state
 
 Shape = tuple[int | str, ...]
 Shapes = dict[str, Shape]
@@ -21,11 +21,11 @@ NAMES = {
     "autoregressive": ("vision", "decoder"),
     "flow": ("vision", "prefix", "step"),
 }
-ENDS = ("embed", "head")  # what is before and after the blocks where a decoder's file holds those alone
+ENDS = ("embed", "head")  # the layers before and after the blocks, where the decoder's file holds only the blocks
 
 
 def check_interface(artifact: Artifact, graphs: Mapping[str, GraphSpec]) -> None:
-    """Raises UserError unless the graphs' declared names and shapes are those that the policy's description implies."""
+    """Raises UserError unless the graphs' declared names and shapes are those that the policy implies."""
     spec, towers = artifact.manifest.policy, artifact.manifest.towers
     names = NAMES[spec.decode]
     if any(graph.file.endswith(".gguf") for graph in graphs.values()):
@@ -47,22 +47,22 @@ def check_interface(artifact: Artifact, graphs: Mapping[str, GraphSpec]) -> None
 def _expected(
     spec: PolicySpec, towers: Mapping[str, TowerSpec], graphs: Mapping[str, GraphSpec]
 ) -> dict[str, tuple[Shapes, Shapes]]:
-    """Inputs and outputs of every graph. What a family decides for itself is taken over from the graphs."""
+    """Inputs and outputs of every graph. Family-specific shapes are taken from the graphs themselves."""
     action = spec.action
-    seen = _shapes(graphs["vision"].outputs).get("image_tokens", ("tokens", "width"))
-    expected = {"vision": ({"pixels": _pixels(spec)}, {"image_tokens": seen})}
-    inputs: Shapes = {"image_tokens": (_image_tokens(spec, seen[0]), *seen[1:])}
+    image_tokens = _shapes(graphs["vision"].outputs).get("image_tokens", ("tokens", "width"))
+    expected = {"vision": ({"pixels": _pixels(spec)}, {"image_tokens": image_tokens})}
+    inputs: Shapes = {"image_tokens": (_image_tokens(spec, image_tokens[0]), *image_tokens[1:])}
     if spec.prompt is not None:
         inputs["ids"] = (spec.prompt.max_tokens if spec.prompt.pad_id is not None else "length",)
     state: Shapes = {}
-    if spec.state is not None and not tells_state(spec):
+    if spec.state is not None and not prompt_has_state(spec):
         state = {"state": (spec.state.width or len(spec.state.names),)}
     if spec.decode == "parallel":
         chunk: Shape = (action.horizon, action.dim)
         outputs: Shapes = {"logits": (*chunk, logit_rows(action))} if action.bins else {"actions": chunk}
         return expected | _decoder(inputs | state, outputs, graphs)
     if spec.decode == "autoregressive":
-        # An engine that keeps keys and values itself declares none, one that counts the positions itself no start.
+        # An engine that caches keys and values internally declares none, and no start if it counts positions.
         past = _cache(towers["decoder"], "past.{layer}.{part}", graphs["decoder"].inputs)
         if "start" in _shapes(graphs["decoder"].inputs):
             inputs["start"] = ()
@@ -80,7 +80,7 @@ def _expected(
 
 
 def _decoder(inputs: Shapes, outputs: Shapes, graphs: Mapping[str, GraphSpec]) -> dict[str, tuple[Shapes, Shapes]]:
-    """Of the decoder; and of its ends, if the graphs have them: vectors from one end, hidden states to the other."""
+    """Of the decoder, and of "embed" and "head" where the graphs have them."""
     expected = {"decoder": (inputs, outputs)}
     if "embed" in graphs and "head" in graphs:
         expected |= {"embed": (inputs, _shapes(graphs["embed"].outputs))}
@@ -89,7 +89,7 @@ def _decoder(inputs: Shapes, outputs: Shapes, graphs: Mapping[str, GraphSpec]) -
 
 
 def _pixels(spec: PolicySpec) -> Shape:
-    """Of one camera. Cameras of different sizes need a graph that takes any."""
+    """The shape of one camera's pixels. Cameras of different sizes need a graph with dynamic sizes."""
     sizes = {(camera.height, camera.width, len(camera.mean), camera.layout) for camera in spec.cameras}
     height, width, channels, layout = next(iter(sizes))
     size: Shape = (height, width) if len(sizes) == 1 else ("height", "width")
@@ -97,13 +97,13 @@ def _pixels(spec: PolicySpec) -> Shape:
 
 
 def _image_tokens(spec: PolicySpec, of_one: int | str) -> int | str:
-    """Of all cameras that are there. Dynamic where they may be missing, and where later passes have none."""
+    """The number of image tokens of all cameras. Dynamic where cameras may be missing or later passes have none."""
     fixed = spec.decode != "autoregressive" and not any(camera.optional for camera in spec.cameras)
     return of_one * len(spec.cameras) if fixed and isinstance(of_one, int) else "image_tokens"
 
 
 def _cache(tower: TowerSpec, name: str, declared: tuple[TensorSpec, ...]) -> Shapes:
-    """Keys and values of the prefix's blocks, of those that the graph has."""
+    """Keys and values of those blocks for which the graph declares them."""
     names = {tensor.name for tensor in declared}
     cache: Shapes = {}
     for i, layer in enumerate(tower.layers):

@@ -1,11 +1,12 @@
-"""Pictures to pixels: resized by the camera's rule, normalised, the colours repeated for every vision encoder.
+"""Pictures to pixels: resize by the camera's rule, normalise, repeat the colours for every vision encoder.
 
-Works on one picture or a batch of them. Needs numpy and PIL.
+For one picture or a batch. Needs numpy and PIL.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +18,25 @@ from rlrc.errors import UserError
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def pictures(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float32]:
+def to_pixels(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float32]:
     """uint8 (H, W, 3) or (N, H, W, 3) -> float32 ``(image / 255 - mean) / std`` of the camera's size and layout.
 
-    Channels: three for every encoder, as ``mean`` has them. Raises UserError for another size when the camera says
-    "none".
+    Three channels per encoder, as in ``mean``. Raises UserError for another size if the camera's ``resize`` is "none".
     """
-    values = _resized(image, camera)
+    values = _resize(image, camera)
     *batch, rows, columns, _ = values.shape
     encoders = len(camera.mean) // 3
-    # Whole rows at a time: numpy's loops over three colours would take six times as long.
-    pixels: NDArray = values.reshape(*batch, rows, columns * 3)
+    # Whole rows at a time: numpy takes six times as long in loops over three colours.
+    pixels: NDArray[Any] = values.reshape(*batch, rows, columns * 3)
     if encoders > 1:
-        pixels = pixels.take(_repeated_colours(columns, encoders), -1)
+        pixels = pixels.take(_colour_indices(columns, encoders), -1)
     pixels = pixels.astype(np.float32)
     mean, std = _row_colours(camera.mean, camera.std, columns)
-    pixels /= 255  # in the official codes' order of operations: the same bits
+    pixels /= 255  # the order of operations of the policies' own code, for bit-identical results
     pixels -= mean
     pixels /= std
     if (rows, columns) != (camera.height, camera.width):
-        pixels = _padded(pixels, camera)
+        pixels = _pad(pixels, camera)
     pixels = pixels.reshape(*batch, camera.height, camera.width, 3 * encoders)
     if camera.layout == "CHW":
         return np.ascontiguousarray(np.moveaxis(pixels, -1, -3))
@@ -44,48 +44,48 @@ def pictures(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.float32
 
 
 def wrong_size(camera: CameraSpec, found: tuple[int, ...]) -> UserError:
-    """For a picture of ``found`` (height, width) where the camera does not resize."""
+    """The error for a picture of size ``found`` (height, width) where the camera does not resize."""
     return UserError(
         f"expected image.{camera.name} of {camera.height} x {camera.width} pixels (height x width), "
         f"found {found[0]} x {found[1]}; set the camera to that size (this policy does not resize)"
     )
 
 
-def _resized(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray:
-    """(..., H, W, 3) -> values from 0 to 255 of the camera's size, or of the part of it that the padding leaves."""
+def _resize(image: NDArray[np.uint8], camera: CameraSpec) -> NDArray[Any]:
+    """(..., H, W, 3) -> values from 0 to 255 of the camera's size, or smaller where padding follows."""
     found = (image.shape[-3], image.shape[-2])
-    size = _fitted(found, camera) if camera.resize in ("pad", "pad-left-top") else (camera.height, camera.width)
+    size = _fit_size(found, camera) if camera.resize in ("pad", "pad-left-top") else (camera.height, camera.width)
     if found == size:
         return image
     if camera.resize == "none":
         raise wrong_size(camera, found)
     if camera.resize not in _FILTERS:
-        return _interpolated(image, size)
-    flat = [_filtered(picture, camera) for picture in image.reshape(-1, *image.shape[-3:])]
+        return _interpolate(image, size)
+    flat = [_resize_with_pil(picture, camera) for picture in image.reshape(-1, *image.shape[-3:])]
     return np.stack(flat).reshape(*image.shape[:-3], *size, 3)
 
 
-def _filtered(picture: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.uint8]:
+def _resize_with_pil(picture: NDArray[np.uint8], camera: CameraSpec) -> NDArray[np.uint8]:
     resized = Image.fromarray(picture).resize((camera.width, camera.height), _FILTERS[camera.resize])
     return np.asarray(resized)
 
 
-def _fitted(found: tuple[int, int], camera: CameraSpec) -> tuple[int, int]:
+def _fit_size(found: tuple[int, int], camera: CameraSpec) -> tuple[int, int]:
     """The largest size of the same proportions within the camera's, rounded down as lerobot does."""
     ratio = max(found[1] / camera.width, found[0] / camera.height)
     return max(1, int(found[0] / ratio)), max(1, int(found[1] / ratio))
 
 
-def _interpolated(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Bilinear without a filter, as torch's ``F.interpolate(mode="bilinear", align_corners=False)``."""
+def _interpolate(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Bilinear without anti-aliasing, as torch's ``F.interpolate(mode="bilinear", align_corners=False)``."""
     top, bottom, down = _taps(image.shape[-3], size[0])
     left, right, across = _taps(image.shape[-2], size[1])
     flat = image.reshape(*image.shape[:-2], -1)  # (..., H, W * 3)
     first, last = ((taps[:, None] * 3 + np.arange(3)).ravel() for taps in (left, right))
     across = np.repeat(across, 3)
 
-    def blended(taps: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The rows at these places, interpolated to the columns wanted."""
+    def blend(taps: NDArray[np.int64]) -> NDArray[np.float32]:
+        """These rows, interpolated along the columns."""
         rows = flat.take(taps, -2)
         values, others = rows.take(first, -1).astype(np.float32), rows.take(last, -1).astype(np.float32)
         others -= values
@@ -93,7 +93,7 @@ def _interpolated(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
         others += values
         return others
 
-    above, below = blended(top), blended(bottom)
+    above, below = blend(top), blend(bottom)
     below -= above
     below *= down[:, None]
     below += above
@@ -102,10 +102,10 @@ def _interpolated(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
 
 @lru_cache(maxsize=32)
 def _taps(found: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """For every output place the two input places around it and the second one's share.
+    """For every output position, the two input positions around it and the weight of the second.
 
-    In float32 with one rounding, as torch computes them with a fused multiply-add: rounded otherwise, pixels of large
-    pictures would differ by 6e-5.
+    In float32 with a single rounding, as torch's fused multiply-add: other rounding changes pixels of large pictures by
+    6e-5.
     """
     scale = np.float64(np.float32(found) / np.float32(wanted))
     place = np.maximum((scale * (np.arange(wanted) + 0.5) - 0.5).astype(np.float32), np.float32(0))
@@ -113,8 +113,8 @@ def _taps(found: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return first, np.minimum(first + 1, found - 1), np.clip(place - first.astype(np.float32), 0, 1)
 
 
-def _padded(pixels: NDArray[np.float32], camera: CameraSpec) -> NDArray[np.float32]:
-    """Normalised rows (..., rows, columns * C) on a canvas of the camera's size that is black where they are not."""
+def _pad(pixels: NDArray[np.float32], camera: CameraSpec) -> NDArray[np.float32]:
+    """Puts normalised rows (..., rows, columns * C) on a black canvas of the camera's size."""
     channels = len(camera.mean)
     rows, columns = pixels.shape[-2], pixels.shape[-1] // channels
     top, left = camera.height - rows, camera.width - columns
@@ -128,8 +128,8 @@ def _padded(pixels: NDArray[np.float32], camera: CameraSpec) -> NDArray[np.float
 
 
 @lru_cache(maxsize=16)
-def _repeated_colours(columns: int, encoders: int) -> NDArray[np.int64]:
-    """Where the channels of a row (columns * 3 * encoders,) come from in a row of three colours."""
+def _colour_indices(columns: int, encoders: int) -> NDArray[np.int64]:
+    """For a row of repeated channels (columns * 3 * encoders,): the index of each in the row of three colours."""
     return (np.arange(columns)[:, None] * 3 + np.arange(3 * encoders) % 3).ravel()
 
 
@@ -137,5 +137,5 @@ def _repeated_colours(columns: int, encoders: int) -> NDArray[np.int64]:
 def _row_colours(
     mean: tuple[float, ...], std: tuple[float, ...], columns: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and std for a row of so many columns."""
+    """Mean and std for a row of ``columns`` pixels."""
     return np.tile(np.asarray(mean, np.float32), columns), np.tile(np.asarray(std, np.float32), columns)

@@ -1,8 +1,13 @@
-"""The policy seam: ``infer`` and ``reset``. LocalPolicy runs an artifact's graphs on this machine.
+"""The policy interface: ``infer`` and ``reset``. LocalPolicy runs an artifact's graphs on this machine.
 
-An observation is a dict of ``image.<camera>`` uint8 (H, W, 3), ``state`` floats (S,) in raw units and the string
-``instruction``, as far as the policy has cameras, a state and a prompt. Optional cameras may be missing, all but one. A
-flow policy also takes ``noise`` float (horizon, width); left out, it is drawn.
+The observation format, here and everywhere in rlrc, is a dict of
+
+- ``image.<camera>``: uint8 (H, W, 3) RGB, for every camera of the policy; optional ones may be missing, but not all;
+- ``state``: floats (S,) in raw units, if the policy has a state;
+- ``instruction``: a non-empty string, if the policy has a prompt (ignored otherwise);
+- ``noise``: optional, float (horizon, width), of flow policies only; drawn if missing.
+
+``preprocess.check`` enforces it.
 """
 
 from __future__ import annotations
@@ -22,11 +27,11 @@ from rlrc.runtime.inference import backends, decode, preprocess, recheck
 from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.continuation import Continuation
 from rlrc.runtime.inference.interfaces import check_interface
-from rlrc.runtime.inference.verify import failure
+from rlrc.runtime.inference.verify import failure_reason
 
 
 class InferenceTiming(TypedDict):
-    """Milliseconds of one inference. The checks count as preprocessing, all graphs but "vision" as decoder."""
+    """Milliseconds of one inference. Checks count as preprocessing, all graphs but "vision" as decoder."""
 
     preprocess_ms: float
     vision_ms: float
@@ -37,7 +42,7 @@ class InferenceTiming(TypedDict):
 class Result(TypedDict):
     """One chunk: ``actions`` float32 (horizon, dim) un-normalised, ``tokens`` int64 (horizon, dim) or None.
 
-    Tokens are bins, or ids of the vocabulary that holds them; a policy of continuous actions has none.
+    Tokens are bins, or ids of the vocabulary; policies of continuous actions have none.
     """
 
     actions: NDArray[np.float32]
@@ -47,19 +52,19 @@ class Result(TypedDict):
 
 class Policy(Protocol):
     def infer(self, observation: Mapping[str, Any]) -> Result:
-        """Raises UserError for an observation that does not fit and NoAction where no sound action comes out."""
+        """Raises UserError for an observation that does not fit, NoAction if the result is not a valid action."""
         ...
 
     def reset(self) -> None:
-        """Forget the episode so far."""
+        """Starts a new episode."""
         ...
 
 
 class LocalPolicy:
-    """An artifact's graphs of one backend (by default the first there is), on its engine or a given one.
+    """An artifact's graphs of one backend (by default the preferred one), on its engine or a given one.
 
-    A flow policy draws its noise from a generator of its own, which ``reset`` starts anew: an episode can be repeated
-    exactly, and the chunks of one episode differ in their noise.
+    A flow policy draws noise from its own generator, which ``reset`` seeds again: episodes are reproducible, and the
+    chunks of one episode have different noise.
     """
 
     def __init__(
@@ -80,32 +85,35 @@ class LocalPolicy:
     def load(
         path: Path | str, threads: int = 1, require_verified: bool = True, backend: str | None = None
     ) -> LocalPolicy:
-        """Checks the hashes of all files that are read. On kernels other than those of the record, also checks the
-        graphs' answers (rlrc.runtime.inference.recheck). Raises UserError for an artifact without verified graphs."""
+        """Loads an artifact and checks the hashes of the files that it reads.
+
+        On other kernels than those of the verification record, it verifies the graphs again
+        (rlrc.runtime.inference.recheck). Raises UserError for an artifact without verified graphs.
+        """
         artifact = artifacts.load(Path(path), verify=())
         backend = backends.choose(artifact.manifest, backend, artifact.path)
-        artifact.verify(*loaded(backend))
+        artifact.verify(*runtime_folders(backend))
         if not require_verified:
             return LocalPolicy(artifact, threads, backend)
-        record = recorded(artifact, backend)
-        if reason := failure(record):
+        record = find_record(artifact, backend)
+        if reason := failure_reason(record):
             raise UserError(f"expected verified graphs in {path}, found {reason}; run rlrc export")
         policy = LocalPolicy(artifact, threads, backend)
         recheck.check(policy, record)
         return policy
 
     def infer(self, observation: Mapping[str, Any], continuation: Continuation | None = None) -> Result:
-        """``continuation``: what the chunk has to go on from (rlrc.runtime.inference.continuation)."""
+        """``continuation``: the actions that the chunk continues (rlrc.runtime.inference.continuation)."""
         if continuation is not None:
             continuation.check(self.spec.action)
         return self._infer([observation], continuation)[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[Result]:
-        """A chunk for each, from one pass of every graph over all; ``timing`` is that of all.
+        """A chunk per observation, from one batched pass of every graph; ``timing`` is of the whole batch.
 
-        Raises UserError as ``infer``, and unless all have the same cameras and prompts of as many tokens; NoAction from
-        engines that take one observation at a time. Precisions that scale all activations of a layer together (int8)
-        round an observation otherwise beside others than alone.
+        Raises UserError as ``infer``, and unless all observations have the same cameras and prompts of the same length;
+        NoAction from engines that take one observation at a time. Precisions that scale all activations of a layer
+        together (int8) round an observation differently in a batch than alone.
         """
         return self._infer(observations, None)
 
@@ -114,10 +122,10 @@ class LocalPolicy:
         for observation in observations:
             preprocess.check(observation, self.spec)
         prepared = [preprocess.prepare(observation, self.spec, self._tokenizer) for observation in observations]
-        inputs = _stacked(prepared)
+        inputs = _batch(prepared)
         ready = perf_counter()
-        inputs["image_tokens"] = self._see([each.pixels for each in prepared])
-        seen = perf_counter()
+        inputs["image_tokens"] = self._encode_images([each.pixels for each in prepared])
+        encoded = perf_counter()
         graphs_s = 0.0
 
         def run(graph: str, tensors: decode.Tensors) -> decode.Tensors:
@@ -131,9 +139,9 @@ class LocalPolicy:
         finished = perf_counter()
         timing = InferenceTiming(
             preprocess_ms=(ready - started) * 1e3,
-            vision_ms=(seen - ready) * 1e3,
+            vision_ms=(encoded - ready) * 1e3,
             decoder_ms=graphs_s * 1e3,
-            postprocess_ms=(finished - seen - graphs_s) * 1e3,
+            postprocess_ms=(finished - encoded - graphs_s) * 1e3,
         )
         tokens = [None] * len(prepared) if decoded.tokens is None else decoded.tokens
         return [
@@ -141,24 +149,24 @@ class LocalPolicy:
         ]
 
     def reset(self) -> None:
-        """Starts the generator of the noise anew. Nothing else outlives a chunk."""
+        """Seeds the noise generator again. There is no other state between chunks."""
         self._noise = np.random.default_rng(0)
 
     def ids(self, observation: Mapping[str, Any]) -> NDArray[np.int64] | None:
-        """The token ids (L,) that the policy makes of an observation, None if it takes no prompt."""
+        """The token ids (L,) of an observation's prompt; None if the policy has no prompt."""
         preprocess.check(observation, self.spec)
         return preprocess.prepare(observation, self.spec, self._tokenizer).ids
 
-    def _see(self, pictures: list[list[NDArray[np.float32]]]) -> NDArray[np.float32]:
-        """Of every observation -> image tokens (B, N, width) of its cameras, one after the other.
+    def _encode_images(self, pictures: list[list[NDArray[np.float32]]]) -> NDArray[np.float32]:
+        """The pictures of every observation -> image tokens (B, N, width), one camera after the other.
 
-        All pictures go in together if they have one size, else those of each camera.
+        One batch for all pictures if they have the same size, else one per camera.
         """
         cameras = list(zip(*pictures, strict=True))
         if len({picture.shape for camera in cameras for picture in camera}) == 1:
             cameras = [tuple(picture for own in pictures for picture in own)]
-        seen = [self.engine.run("vision", {"pixels": _stack(camera)})["image_tokens"] for camera in cameras]
-        tokens = [each.reshape(len(pictures), -1, each.shape[-1]) for each in seen]
+        outputs = [self.engine.run("vision", {"pixels": _stack(camera)})["image_tokens"] for camera in cameras]
+        tokens = [each.reshape(len(pictures), -1, each.shape[-1]) for each in outputs]
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens, 1)
 
     def _decode(
@@ -171,25 +179,25 @@ class LocalPolicy:
         action, flow = self.spec.action, self.spec.flow
         if flow is not None:
             noise = np.stack(
-                [self._noise_of(observation, (action.horizon, flow.width)) for observation in observations]
+                [self._draw_noise(observation, (action.horizon, flow.width)) for observation in observations]
             )
             return decode.flow(run, inputs, action, flow, noise, continuation)
         if self.spec.decode == "autoregressive":
             return decode.autoregressive(run, inputs, action, continuation)
         return decode.parallel(run, inputs, action, continuation)
 
-    def _noise_of(self, observation: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.float32]:
+    def _draw_noise(self, observation: Mapping[str, Any], shape: tuple[int, int]) -> NDArray[np.float32]:
         given = observation.get("noise")
         return self._noise.standard_normal(shape, np.float32) if given is None else np.asarray(given, np.float32)
 
 
-def _stacked(prepared: Sequence[preprocess.Prepared]) -> dict[str, NDArray[Any]]:
-    """``ids`` and ``state`` of all, as far as they have them. Raises UserError unless they fit together."""
+def _batch(prepared: Sequence[preprocess.ModelInputs]) -> dict[str, NDArray[Any]]:
+    """``ids`` and ``state`` as batches. Raises UserError if the observations cannot be batched."""
     kinds = {(len(each.pixels), None if each.ids is None else len(each.ids)) for each in prepared}
     if len(kinds) != 1:
         found = ", ".join(f"{cameras} and {ids}" for cameras, ids in sorted(kinds)) or "none"
         raise UserError(
-            f"expected observations with as many cameras and prompt tokens each, found {found}; infer them one by one"
+            f"expected as many cameras and prompt tokens in all observations, found {found}; infer them one by one"
         )
     inputs: dict[str, NDArray[Any]] = {}
     for name in ("ids", "state"):
@@ -200,21 +208,21 @@ def _stacked(prepared: Sequence[preprocess.Prepared]) -> dict[str, NDArray[Any]]
 
 
 def _stack(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """One is not copied."""
+    """Stacks arrays; a single one is not copied."""
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
-def loaded(backend: str) -> tuple[str, ...]:
-    """What a robot reads; the weights stay unread and so unhashed."""
+def runtime_folders(backend: str) -> tuple[str, ...]:
+    """The artifact's folders that a robot reads. The weights are not read, so they are not hashed."""
     return backends.FOLDERS[backend], "tokenizer"
 
 
-def recorded(artifact: Artifact, backend: str) -> VerifiedSpec:
-    """The record that the backend's graphs agree with the torch policy. Raises UserError if there is none."""
+def find_record(artifact: Artifact, backend: str) -> VerifiedSpec:
+    """The verification record of the backend's graphs. Raises UserError if there is none."""
     records = [record for record in artifact.manifest.verified if record.backend == backend]
     if len(records) != 1:
         raise UserError(
-            f"expected one record that the {backend} graphs of {artifact.path} agree with the policy, "
+            f"expected one verification record of the {backend} graphs of {artifact.path}, "
             f"found {len(records)}; run rlrc export"
         )
     return records[0]

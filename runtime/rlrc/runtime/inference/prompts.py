@@ -1,4 +1,4 @@
-"""Instructions to token ids, by the artifact's tokenizer and prompt template."""
+"""From an instruction to token ids, by the artifact's tokenizer and prompt template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rlrc.errors import UserError
 
 
 class Tokenizer:
-    """Needs the tokenizers library, imported when one is made. Raises UserError for another vocabulary than known."""
+    """The policy's tokenizer and template. Needs the tokenizers library.
+
+    Raises UserError for a damaged file, and unless the tokens of ``prompt.known`` have their ids.
+    """
 
     def __init__(self, path: Path, prompt: PromptSpec) -> None:
         from tokenizers import Tokenizer as Tokenizers
@@ -26,7 +29,7 @@ class Tokenizer:
             ) from None
         self.prompt = prompt
         self._check_vocabulary(path)
-        # A file may carry its own rules for these; the prompt's are the only ones.
+        # The file may set padding and truncation; only the prompt's rules count.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if prompt.truncate:
@@ -34,17 +37,19 @@ class Tokenizer:
         self._last: tuple[str, NDArray[np.int64]] | None = None
 
     def __call__(self, instruction: str, state: NDArray[np.floating] | None = None) -> NDArray[np.int64]:
-        """-> ids (max_tokens,), padded on the right, or (L,) where the prompt is not padded.
+        """-> ids (max_tokens,), padded on the right, or (L,) if the prompt is not padded.
 
-        ``state`` (S,), normalised, for a prompt that tells it. Raises UserError for an instruction that does not fit.
+        ``state`` (S,), normalised, for prompts that contain it. Raises UserError for an instruction that is too long or
+        cannot be tokenized.
         """
         text = self.text(instruction, state)
-        if self._last is None or self._last[0] != text:  # robots repeat themselves: this saves 10 us and more
+        if self._last is None or self._last[0] != text:  # usually repeated: this saves 10 us or more
             self._last = (text, self._ids(text, instruction))
-        return self._last[1].copy()
+        ids: NDArray[np.int64] = self._last[1].copy()
+        return ids
 
     def text(self, instruction: str, state: NDArray[np.floating] | None = None) -> str:
-        """The prompt in words."""
+        """The prompt before tokenization."""
         for edit in self.prompt.edits:
             if edit == "lower":
                 instruction = instruction.lower()
@@ -58,7 +63,7 @@ class Tokenizer:
         if self.prompt.state_bins:
             assert state is not None
             state = np.pad(state, (0, max(self.prompt.state_width - len(state), 0)))
-            values["{state}"] = digits(state, self.prompt.state_bins)
+            values["{state}"] = format_bins(state, self.prompt.state_bins)
         # In one pass: an instruction may itself hold "{state}".
         return re.sub(r"\{instruction\}|\{state\}", lambda match: values.get(match[0], match[0]), self.prompt.template)
 
@@ -93,7 +98,7 @@ class Tokenizer:
                 )
 
 
-def digits(state: NDArray[np.floating], bins: int) -> str:
-    """A normalised state as the numbers of its bins over [-1, 1]; -1 stands for what lies below (pi0.5's prompt)."""
+def format_bins(state: NDArray[np.floating], bins: int) -> str:
+    """A normalised state as the numbers of its bins over [-1, 1], with -1 for values below (pi0.5's prompt)."""
     edges = np.linspace(-1, 1, bins + 1)[:-1]
     return " ".join(map(str, (np.digitize(state, edges) - 1).tolist()))

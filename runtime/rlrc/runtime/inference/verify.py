@@ -1,12 +1,11 @@
-"""Do the graphs on this machine do what the torch policy does? Measured on the artifact's golden.npz, in action units.
+"""Compares the graphs on this machine with the torch policy, on the artifact's golden.npz, in action units.
 
-golden.npz holds raw observations and what the fp32 torch policy made of them; ``measure`` replays them through the
-whole runtime (pictures, tokenizer, graphs, decoding). Bins make the comparison all or nothing: a token that flips to
-the next bin is an error of one bin width, one that agrees no error at all. One kind of flip says nothing about the
-graphs: where the reference itself prefers its token to the other by less than ``TIE``, the order of floating-point sums
-decides. Such a flip is counted, but its action is not held against the tolerance. Continuous actions are compared as
-they are, against the same tolerance as bins of 1/256 of their range. Precisions that round more than sums do are held
-to a part of each dimension's range on 99 % of the observations instead.
+golden.npz holds raw observations and the fp32 torch policy's outputs for them (the reference). ``measure`` replays them
+through the whole runtime: pictures, tokenizer, graphs, decoding. With bins, an action agrees exactly or is off by at
+least one bin width. A flipped token is excused where the reference prefers its own token by less than ``TIE``: there
+the order of floating-point sums decides. Such flips are counted, but do not count as errors. Continuous actions have
+the tolerance of bins of 1/256 of their range. Precisions that round more than the order of sums does have a tolerance
+relative to each dimension's range, on 99 % of the observations.
 """
 
 from __future__ import annotations
@@ -23,35 +22,35 @@ from rlrc.artifact import GOLDEN, ActionSpec, Artifact, PolicySpec, VerifiedSpec
 from rlrc.errors import UserError
 from rlrc.npz import read_npz
 from rlrc.runtime.inference.backends.engine import Engine
-from rlrc.runtime.inference.decode import actions_of, logit_row, logit_rows
+from rlrc.runtime.inference.decode import logit_row, logit_rows, tokens_to_actions
 
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
 in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."""
 SPACING = {"fp16": 2.0**-10, "int4": 2.0**-10, "bf16": 2.0**-7}
-"""From one number to the next, relative to it, in what these precisions round products to: logits that are closer are a
-tie to them. On the reference policy fp16 changed tokens up to 0.0014 apart and bf16 up to 0.043, at logits of 20."""
-ONE_IN = 100  # observations may be beyond a limit that is a part of the range
+"""The relative spacing of numbers in these precisions: closer logits are a tie. On the reference policy, fp16 flipped
+tokens whose logits of about 20 differed by up to 0.0014, and bf16 by up to 0.043."""
+ONE_IN = 100  # one observation in so many may exceed a tolerance relative to the range
 FINE = 256
-"""Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
+"""The number of bins by which continuous actions are measured: that of OpenVLA's action tokens."""
 NARROW, RESOLVED = 1e-5, 2.0**-14
-"""A dimension with a smaller range, in action units or relative to its center, is constant. Data in which a dimension
-never moves has a deviation or range of zero, which normalisation replaces by 1e-8 to 1e-6. Below 2^-14 of the center
-the bins are no wider than two steps of float32."""
+"""A dimension with a smaller range, in action units or relative to its center, counts as constant. If a dimension never
+moves in the data, its deviation or range is zero, which normalisation replaces by 1e-8 to 1e-6. Below 2^-14 of the
+center, bins are at most two float32 steps wide."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """N observations and the reference's answers; what the policy does not have or take is None.
+    """N observations and the reference's outputs; None for inputs and outputs that the policy does not have.
 
-    In golden.npz under the same names, the pictures of every camera as ``image.<camera>``.
+    golden.npz has the same names, with the pictures of each camera as ``image.<camera>``.
     """
 
     images: dict[str, NDArray[np.uint8]]  # (N, H, W, 3) by camera, raw; an optional one may be missing
     actions: NDArray[np.float32]  # (N, horizon, dim), un-normalised
     state: NDArray[np.float32] | None = None  # (N, S), raw
     instructions: NDArray[np.str_] | None = None  # (N,)
-    ids: NDArray[np.int64] | None = None  # (N, L), -1 behind the shorter ones of prompts that are not padded
+    ids: NDArray[np.int64] | None = None  # (N, L); shorter prompts that are not padded end with -1
     noise: NDArray[np.float32] | None = None  # (N, horizon, width) of flow policies
     tokens: NDArray[np.int64] | None = None  # (N, horizon, dim): bins, or ids of the vocabulary
     logits: NDArray[np.float32] | None = None  # (N, horizon, dim, rows)
@@ -60,11 +59,12 @@ class Golden:
         return len(self.actions)
 
     def rows(self, indices: Sequence[int] | NDArray[np.integer]) -> Golden:
-        """The golden set of these observations only."""
+        """The golden set with only these observations."""
         arrays = {name: array[indices] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
         return replace(self, images={name: pictures[indices] for name, pictures in self.images.items()}, **arrays)
 
     def observation(self, index: int, spec: PolicySpec) -> dict[str, Any]:
+        """One observation, as policies take it."""
         values: dict[str, Any] = {
             f"image.{camera.name}": self.images[camera.name][index]
             for camera in spec.cameras
@@ -80,7 +80,7 @@ class Golden:
 
 
 def read_golden(path: Path, spec: PolicySpec) -> Golden:
-    """Raises UserError unless every array is there and fits the policy, and the answers follow from the logits."""
+    """Raises UserError if an array is missing or does not fit the policy, or actions do not follow from the logits."""
     arrays, shapes = read_npz(path), _shapes(spec)
     needed = shapes.keys() - {f"image.{camera.name}" for camera in spec.cameras if camera.optional}
     if not needed <= arrays.keys() <= shapes.keys():
@@ -96,7 +96,7 @@ def read_golden(path: Path, spec: PolicySpec) -> Golden:
     images = {name.removeprefix("image."): array for name, array in arrays.items() if name.startswith("image.")}
     golden = Golden(images, **{name: array for name, array in arrays.items() if not name.startswith("image.")})
     if golden.tokens is not None and golden.logits is not None:
-        _check_answers(golden.tokens, golden.logits, golden.actions, spec.action, path)
+        _check_outputs(golden.tokens, golden.logits, golden.actions, spec.action, path)
     elif not np.isfinite(golden.actions).all():
         raise UserError(f"expected finite actions in {path}, found nan or inf; make the artifact again")
     return golden
@@ -119,14 +119,14 @@ def _shapes(spec: PolicySpec) -> dict[str, tuple[int | None, ...]]:
     return shapes
 
 
-def _check_answers(
+def _check_outputs(
     tokens: NDArray[np.int64], logits: NDArray[np.float32], actions: NDArray[np.float32], action: ActionSpec, path: Path
 ) -> None:
     if not np.isfinite(logits).all():
         raise UserError(f"expected finite logits in {path}, found nan or inf; make the artifact again")
-    # The reference's actions may be rounded otherwise, by less than a bin by far.
+    # The reference may round its actions differently, by much less than a bin.
     rounding = 1e-3 * bin_widths(action) + 1e-6 * np.abs(np.asarray(action.norm.center))
-    follows = np.abs(actions_of(tokens, action).astype(np.float64) - actions) <= rounding
+    follows = np.abs(tokens_to_actions(tokens, action).astype(np.float64) - actions) <= rounding
     if (logits.argmax(-1) != logit_row(tokens, action)).any() or not follows.all():
         raise UserError(
             f"expected tokens and actions that follow from the logits in {path}, found others; make the artifact again"
@@ -134,12 +134,12 @@ def _check_answers(
 
 
 def bin_widths(action: ActionSpec) -> NDArray[np.float64]:
-    """Width of a bin in action units, per dimension; continuous actions are counted as ``FINE`` bins."""
+    """Width of a bin in action units, per dimension; continuous actions count as having ``FINE`` bins."""
     return action_range(action) / (action.bins or FINE)
 
 
 def action_range(action: ActionSpec) -> NDArray[np.float64]:
-    """From -1 to 1 in normalised units, in action units, per dimension; at least what float32 resolves there."""
+    """Width of the normalised range [-1, 1] in action units, per dimension; at least what float32 resolves there."""
     return np.maximum(_nominal_range(action), _narrowest_range(action))
 
 
@@ -153,21 +153,22 @@ def _narrowest_range(action: ActionSpec) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far actions may be from the reference's. With ``of_range`` that decides, else ``tolerance``."""
+    """How far actions may be from the reference's: by ``of_range`` if it is set, else by ``tolerance``."""
 
     tolerance: float
-    """in action units, of every observation"""
+    """in action units, for every observation"""
     of_range: float | None = None
-    """part of a dimension's range, of all but one in a hundred observations"""
+    """as a fraction of a dimension's range, for 99 % of the observations"""
     spacing: float = 0.0
-    """relative difference of logits below which they are a tie, as those are that are closer than ``TIE``"""
+    """relative difference of logits that also counts as a tie, besides ``TIE``"""
 
 
-def default_limits(action: ActionSpec, precision: str | None = None) -> Tolerances:
-    """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
+def default_tolerances(action: ActionSpec, precision: str | None = None) -> Tolerances:
+    """Half of the narrowest bin, so that all tokens must agree except at ties.
 
-    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions do
-    not count for the narrowest bin, unless all are constant: graphs cannot move them by more than their own range.
+    With a ``precision`` that rounds: 2 % of the range for 4-bit weights (against the policy with these weights), else
+    1 %. Constant dimensions do not count for the narrowest bin, unless all are constant: graphs cannot move them by
+    more than their own range.
     """
     moving = _nominal_range(action) >= _narrowest_range(action)
     half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2
@@ -176,21 +177,21 @@ def default_limits(action: ActionSpec, precision: str | None = None) -> Toleranc
     return Tolerances(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
 
 
-def limits_of(record: VerifiedSpec) -> Tolerances:
-    """Those that the record is held to."""
+def recorded_tolerances(record: VerifiedSpec) -> Tolerances:
+    """The tolerances of a verification record."""
     return Tolerances(record.tolerance, record.range_tolerance, record.spacing)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What graphs made of N observations."""
+class ReplayOutputs:
+    """The graphs' outputs for N observations."""
 
     actions: NDArray[np.float64]  # (N, horizon, dim)
-    tokens: NDArray[np.int64] | None  # the same, or None
+    tokens: NDArray[np.int64] | None  # the same shape, or None
 
 
 class GraphPolicy(Protocol):
-    """What is replayed: rlrc.runtime.inference.policy.LocalPolicy."""
+    """The interface of rlrc.runtime.inference.policy.LocalPolicy that verification uses."""
 
     artifact: Artifact
     spec: PolicySpec
@@ -202,8 +203,8 @@ class GraphPolicy(Protocol):
     def reset(self) -> None: ...
 
 
-def replay(policy: GraphPolicy, golden: Golden) -> Answers:
-    """One observation after the other, as a robot sends them. Raises NoAction where the graphs give no answer."""
+def replay(policy: GraphPolicy, golden: Golden) -> ReplayOutputs:
+    """Infers one observation after the other, as on a robot. Raises NoAction where the outputs are not valid."""
     results = []
     for i in range(len(golden)):
         observation = golden.observation(i, policy.spec)
@@ -212,37 +213,35 @@ def replay(policy: GraphPolicy, golden: Golden) -> Answers:
         results.append(policy.infer(observation))
     actions = np.stack([result["actions"] for result in results]).astype(np.float64)
     tokens = None if golden.tokens is None else np.array([result["tokens"] for result in results])
-    return Answers(actions, tokens)
+    return ReplayOutputs(actions, tokens)
 
 
 def measure(policy: GraphPolicy, golden: Golden, limits: Tolerances) -> VerifiedSpec:
-    """``replay`` and ``compare``."""
+    """Replays the golden observations and compares the outputs."""
     return compare(policy, replay(policy, golden), golden, limits)
 
 
-def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Tolerances) -> VerifiedSpec:
-    """The record of how the answers differ from the reference's.
+def compare(policy: GraphPolicy, outputs: ReplayOutputs, golden: Golden, limits: Tolerances) -> VerifiedSpec:
+    """The record of how the outputs differ from the reference's (fields: rlrc.artifact.spec.VerifiedSpec).
 
-    ``max_error`` is per action dimension, flips at ties and what follows from them aside; ``range_error`` the same
-    without the worst hundredth of the observations, as part of the dimension's range; ``token_flips`` counts every
-    differing token, ``gripper_flips`` the actions of a gripper dimension that cross the middle of its range
-    (``norm.center``); ``chunk_jitter`` is the largest amount by which an action's change from one step to the next
-    differs from the reference's.
+    ``gripper_flips`` counts actions of a gripper dimension on the other side of the middle of its range
+    (``norm.center``); ``chunk_jitter`` is the largest difference from the reference in an action's change from one step
+    to the next.
     """
     spec = policy.spec
-    error = errors(spec, answers, golden, limits)
+    error = errors(spec, outputs, golden, limits)
     middle = np.asarray(spec.action.norm.center)
     gripper = np.asarray([meaning == "gripper" for meaning in spec.action.meaning])
-    sides = (answers.actions > middle) != (golden.actions > middle)
-    jitter = np.abs(np.diff(answers.actions - golden.actions.astype(np.float64), axis=1))
+    sides = (outputs.actions > middle) != (golden.actions > middle)
+    jitter = np.abs(np.diff(outputs.actions - golden.actions.astype(np.float64), axis=1))
     return VerifiedSpec(
         backend=policy.backend,
         observations=len(golden),
-        tokens=0 if answers.tokens is None else answers.tokens.size,
-        token_flips=0 if answers.tokens is None else int((answers.tokens != golden.tokens).sum()),
+        tokens=0 if outputs.tokens is None else outputs.tokens.size,
+        token_flips=0 if outputs.tokens is None else int((outputs.tokens != golden.tokens).sum()),
         gripper_flips=int(sides[..., gripper].sum()),
         max_error=tuple(error.max((0, 1)).tolist()),
-        range_error=tuple((_all_but_a_hundredth(error.max(1)) / action_range(spec.action)).tolist()),
+        range_error=tuple((_without_worst_percent(error.max(1)) / action_range(spec.action)).tolist()),
         chunk_jitter=float(jitter.max(initial=0)),
         tolerance=limits.tolerance,
         range_tolerance=limits.of_range,
@@ -251,26 +250,29 @@ def compare(policy: GraphPolicy, answers: Answers, golden: Golden, limits: Toler
     )
 
 
-def errors(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances) -> NDArray[np.float64]:
-    """(N, horizon, dim), zero where another token is no error."""
-    error: NDArray[np.float64] = np.abs(answers.actions - golden.actions.astype(np.float64))
-    if answers.tokens is None or golden.logits is None:
+def errors(spec: PolicySpec, outputs: ReplayOutputs, golden: Golden, limits: Tolerances) -> NDArray[np.float64]:
+    """Absolute differences (N, horizon, dim), zero for excused tokens."""
+    error: NDArray[np.float64] = np.abs(outputs.actions - golden.actions.astype(np.float64))
+    if outputs.tokens is None or golden.logits is None:
         return error
-    return np.where(excused(answers.tokens, golden, spec, limits.spacing), 0, error)
+    return np.where(mask_ties(outputs.tokens, golden, spec, limits.spacing), 0, error)
 
 
-def worst(spec: PolicySpec, answers: Answers, golden: Golden, limits: Tolerances) -> dict[str, NDArray[Any]]:
-    """The observation of the largest error, as ``rlrc infer`` reads it, with both answers to it."""
-    parts = errors(spec, answers, golden, limits) / action_range(spec.action)
+def worst_observation(
+    spec: PolicySpec, outputs: ReplayOutputs, golden: Golden, limits: Tolerances
+) -> dict[str, NDArray[Any]]:
+    """The observation with the largest error, as ``rlrc infer`` reads it, with both chunks of actions."""
+    parts = errors(spec, outputs, golden, limits) / action_range(spec.action)
     index = int(np.nan_to_num(parts, nan=np.inf).max((1, 2)).argmax())
     observation = {name: np.asarray(value) for name, value in golden.observation(index, spec).items()}
-    return observation | {"expected": golden.actions[index], "found": answers.actions[index]}
+    return observation | {"expected": golden.actions[index], "found": outputs.actions[index]}
 
 
-def _all_but_a_hundredth(error: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The largest of each dimension (N, dim) -> (dim,), the worst N // 100 observations of it left out."""
-    ranked: NDArray[np.float64] = np.sort(error, 0)  # nan comes last
-    return ranked[len(ranked) - 1 - len(ranked) // ONE_IN]
+def _without_worst_percent(error: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, dim) -> the largest of each dimension (dim,), without its worst N // 100 observations."""
+    ranked = np.sort(error, 0)  # nan sorts last
+    largest: NDArray[np.float64] = ranked[len(ranked) - 1 - len(ranked) // ONE_IN]
+    return largest
 
 
 def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instruction: str) -> None:
@@ -279,38 +281,38 @@ def _check_ids(found: NDArray[np.int64] | None, golden: NDArray[np.int64], instr
         raise UserError(
             f"expected token ids {expected} for {instruction!r} as in {GOLDEN}, "
             f"found {None if found is None else found.tolist()}; "
-            "put the tokenizer that the policy was trained with into the artifact"
+            "use the tokenizer that the policy was trained with in the artifact"
         )
 
 
-def excused(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing: float) -> NDArray[np.bool_]:
-    """Where (N, horizon, dim) another token than the reference's is no error: at ties of the reference.
+def mask_ties(tokens: NDArray[np.int64], golden: Golden, spec: PolicySpec, spacing: float) -> NDArray[np.bool_]:
+    """Where (N, horizon, dim) tokens that differ from the reference's are excused: at ties of the reference.
 
-    In autoregressive decoding also all that comes after, for it continues another sequence.
+    In autoregressive decoding also all later tokens, since they continue a different sequence.
     """
     assert golden.tokens is not None
     assert golden.logits is not None
     rows = logit_row(tokens, spec.action)
-    tied = (tokens != golden.tokens) & at_tie(golden.logits, rows, spacing)
+    tied: NDArray[np.bool_] = (tokens != golden.tokens) & is_tie(golden.logits, rows, spacing)
     if spec.decode == "autoregressive":
-        return np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
+        tied = np.logical_or.accumulate(tied.reshape(len(tied), -1), 1).reshape(tied.shape)
     return tied
 
 
-def at_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: float = 0.0) -> NDArray[np.bool_]:
-    """Reference logits (..., rows), other rows (...) -> where the reference puts them within ``TIE`` of its best.
+def is_tie(logits: NDArray[np.float32], rows: NDArray[np.integer], spacing: float = 0.0) -> NDArray[np.bool_]:
+    """Reference logits (..., rows) and chosen rows (...) -> where the choice is within ``TIE`` of the best logit.
 
-    ``spacing`` widens that to what numbers so far apart, relative to their size, cannot tell.
+    ``spacing``, relative to the best logit, widens that.
     """
     chosen, best = np.take_along_axis(logits, rows[..., None], -1)[..., 0], logits.max(-1)
     tied: NDArray[np.bool_] = best - chosen < np.maximum(TIE, spacing * np.abs(best))
     return tied
 
 
-def failure(record: VerifiedSpec) -> str | None:
-    """Why a record does not allow its graphs to be run, in a line; None if it does."""
+def failure_reason(record: VerifiedSpec) -> str | None:
+    """Why a record does not allow its graphs to run, in one line; None if it does."""
     if record.observations < 1 or not record.max_error:
-        return "a record of no observations"
+        return "a record without observations"
     if record.range_tolerance is not None:
         if all(error <= record.range_tolerance for error in record.range_error):  # false for nan
             return None

@@ -1,4 +1,4 @@
-"""Calling until it takes no longer: some devices need hundreds of calls until their latency is stable."""
+"""Warm-up: some devices need hundreds of calls before their latency is stable."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ WINDOW, TOLERANCE, CAP = 20, 0.02, 25  # medians of two windows agree within 2 %
 
 
 def warm_up(call: Callable[[], float], patience: float = math.inf) -> tuple[int, bool, float]:
-    """Call until the medians of two successive windows differ by less than 2 %, or for ``patience`` seconds.
+    """Calls until the medians of two successive windows differ by less than 2 %, or for ``patience`` seconds.
 
-    -> the calls made, whether they became stable, and the last median of what ``call`` returns.
+    ``call`` returns its latency. -> the number of calls, whether they became stable, and the last median.
     """
     began, before, calls = perf_counter(), math.inf, 0
     for _ in range(CAP):

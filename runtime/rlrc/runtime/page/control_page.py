@@ -23,19 +23,24 @@ class ControlPage:
     """``show`` is for the loop's thread, ``source`` for the stop switch's thread."""
 
     def __init__(
-        self, page: Page, guard: Guard, switch: StopSwitch, rearming: RearmController | None, robot: Instructed | None
+        self,
+        page: Page,
+        guard: Guard,
+        switch: StopSwitch,
+        rearming: RearmController | None,
+        override: InstructionOverride | None,
     ) -> None:
         self._page, self._guard, self._switch = page, guard, switch
-        self._rearming, self._robot = rearming, robot
+        self._rearming, self._override = rearming, override
         self._events, self._state, self._sent_at = EventFilter(), dict[str, Any](), 0.0
 
     @property
     def source(self) -> StopSource:
         return StopSource(self._page.feed.fileno(), f"the page {self._page.url}", self._ready)
 
-    def show(self, sensed: Sensed | None, row: Any, verdict: Verdict) -> None:
+    def show(self, step: Step) -> None:
         """Show a step; called by rlrc.runtime.control.control_loop."""
-        now, lag, inference = float(row["sent"]), float(row["sent"] - row["due"]) * 1e3, float(row["inference_ms"])
+        sensed, verdict, now = step.sensed, step.verdict, step.sent
         command = None if verdict.command is None else verdict.command.tolist()
         measured = None if sensed is None or sensed.measured is None else sensed.measured.tolist()
         infer = None if math.isnan(step.inference_ms) else round(step.inference_ms, 3)
@@ -74,12 +79,12 @@ class ControlPage:
         elif self._rearming is None:
             reply({"error": "expected rlrc run --rearm, found a run that ends with a stop; start it with --rearm"})
         elif what == "bench":
-            self._rearming.ask(OperatorRequest("bench", "the page", reply))
+            self._rearming.request(OperatorRequest("bench", "the page", reply))
         else:
-            self._rearming.ask(OperatorRequest("rearm", f"the page ({words})" if words else "the page", reply))
+            self._rearming.request(OperatorRequest("rearm", f"the page ({words})" if words else "the page", reply))
 
     def _instruct(self, words: str | None) -> dict[str, str]:
-        if self._robot is None:
+        if self._override is None:
             return {"error": "expected a policy with an instruction, found one for a single task"}
-        self._robot.words = words or None
+        self._override.instruction = words or None
         return {}

@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.packets import receive
+from rlrc.runtime.wire.packets import receive
 
 SLOT = 2**20  # bytes of an image; larger ones are subsampled
 PICTURE_S = 0.1  # minimal interval of a camera's images

@@ -13,8 +13,8 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.packets import receive
 from rlrc.runtime.page.feed import FeedEnds, FeedReader
+from rlrc.runtime.wire.packets import receive
 
 STEPS = 6000  # sent to a new browser: half a minute at 200 Hz
 EVENTS = 200

@@ -99,7 +99,7 @@ class Server:
     def figures(self) -> dict[str, Any]:
         """The board's readings, updated once a second; empty on a machine that is no Jetson."""
         now = time.monotonic()
-        if self._board is not None and self._board.is_there and now - self._read >= BOARD_S:
+        if self._board is not None and self._board.exists and now - self._read >= BOARD_S:
             reading, self._read = self._board.latest(), now
             if reading is not None:
                 self._figures = {
@@ -236,7 +236,7 @@ def serve(ends: FeedEnds, metadata: dict[str, Any], address: Address, token: str
 async def _serve(ends: FeedEnds, metadata: dict[str, Any], address: Address, token: str) -> None:
     logs.configure("text")  # for errors, and to limit what libraries log
     ends.socket.setblocking(False)
-    with Board.watched() as board:
+    with Board.monitor() as board:
         await _run(Server(ends, metadata, token, board), ends, address)
 
 

@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc import strict, toml
 from rlrc.artifact import ActionSpec
 from rlrc.errors import UserError
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct, read_toml
 
 SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "correct the profile (docs/robots.md)"
@@ -162,19 +161,13 @@ def list_shipped() -> list[str]:
 def load(profile: str | Path) -> RobotProfile:
     """A shipped profile by its name, or a TOML file. Raises UserError if it is missing, invalid or inconsistent."""
     path = SHIPPED / f"{profile}.toml" if str(profile) in list_shipped() else Path(profile)
+    expected = f"a robot profile at {path} (a TOML file, or one of {', '.join(list_shipped())})"
+    found = read_toml(RobotProfile, path, expected, "correct it or give another (docs/robots.md)")
     try:
-        found = strict.decode(RobotProfile, toml.parse(path.read_bytes()))
         check(found)
-        return found
-    except OSError as error:
-        raise UserError(
-            f"expected a robot profile (a TOML file, or one of {', '.join(list_shipped())}), found {str(profile)!r}: "
-            f"{error.strerror}; give another"
-        ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise UserError(f"expected TOML in {path}, found: {error}; correct it (docs/robots.md)") from None
+    return found
 
 
 def check(profile: RobotProfile) -> None:

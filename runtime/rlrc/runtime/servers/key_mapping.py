@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlrc import strict, toml
 from rlrc.artifact import CameraSpec, PolicySpec
 from rlrc.errors import UserError
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct, read_toml
 
 MAPPINGS = Path(__file__).parent / "mappings"
 OWN = "own"  # the policy's own names, as rlrc.runtime.inference.policy takes them
@@ -83,17 +82,8 @@ def own_mapping(spec: PolicySpec, protocol: str) -> KeyMapping:
 
 def read_mapping(name: str | Path) -> KeyMapping:
     path = MAPPINGS / f"{name}.toml" if str(name) in list_mappings() else Path(name)
-    try:
-        return strict.decode(KeyMapping, toml.parse(path.read_bytes()))
-    except OSError as error:
-        raise UserError(
-            f"expected a mapping (a TOML file, or one of {', '.join(list_mappings())}), found {str(name)!r}: "
-            f"{error.strerror}; give another --mapping"
-        ) from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise UserError(f"expected TOML in {path}, found: {error}; correct it (docs/serving.md)") from None
+    expected = f"a mapping (a TOML file, or one of {', '.join(list_mappings())}) at {path}"
+    return read_toml(KeyMapping, path, expected, "correct it or give another --mapping (docs/serving.md)")
 
 
 def match_cameras(mapping: KeyMapping, spec: PolicySpec, name: str | Path) -> tuple[tuple[Camera, CameraSpec], ...]:

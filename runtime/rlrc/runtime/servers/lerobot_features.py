@@ -21,12 +21,12 @@ import numpy as np
 from rlrc import strict
 from rlrc.artifact import CameraSpec
 from rlrc.errors import UserError
-from rlrc.folders import replacing
+from rlrc.folders import replace_file
 from rlrc.runtime.servers.observations import Observations
 from rlrc.runtime.servers.quoting import describe_value, escape_name, list_names
 from rlrc.runtime.wire import pickles
 from rlrc.runtime.wire.pickles import Call
-from rlrc.wiring import check_distinct
+from rlrc.strict import check_distinct
 
 MAX_NUMBERS = 1024  # in a state
 MAX_SENSORS = 32  # cameras, and parts of a state
@@ -102,7 +102,7 @@ class RememberedFeatures:
             return
         text = json.dumps(strict.encode(_FeatureFile(tuple(self._clients.values()))), indent=1)
         try:
-            with replacing(self._file) as partial:
+            with replace_file(self._file) as partial:
                 partial.write_text(text, encoding="utf-8")
         except (OSError, UserError) as error:
             log.warning(

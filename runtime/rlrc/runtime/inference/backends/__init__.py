@@ -1,7 +1,7 @@
-"""The engines that run an artifact's graphs, and which of an artifact's sets of graphs is run.
+"""The engines that run an artifact's graphs, and the choice among them.
 
-An artifact has up to one set of graphs for every backend, each in a folder of its own. Engines are imported when they
-are opened: that takes time, and a robot has only those that it needs.
+An artifact has at most one set of graphs per backend, each in its own folder. An engine is imported when it is opened:
+imports take time, and a robot installs only the engines that it needs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rlrc.runtime.inference.backends.nvidia import runs_tensorrt
 Backend = Literal["onnxruntime", "tensorrt", "gguf"]
 FOLDERS = {"onnxruntime": "graphs/onnx", "tensorrt": "graphs/tensorrt", "gguf": "graphs/gguf"}
 TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "gguf": "gguf"}
-"""What `rlrc export --to` calls the set of graphs that a backend runs."""
+"""The names of the backends' graphs in `rlrc export --to`."""
 
 
-def present(manifest: Manifest) -> list[str]:
-    """The backends that the artifact has graphs for, in the order in which they are preferred.
+def list_backends(manifest: Manifest) -> list[str]:
+    """The backends that the artifact has graphs for, preferred ones first.
 
-    TensorRT comes first where there are a GPU and TensorRT, else last.
+    TensorRT comes first on machines with a GPU and TensorRT, else last.
     """
     found = [backend for backend in FOLDERS if any(graph.backend == backend for graph in manifest.graphs)]
     if "tensorrt" in found:
@@ -31,29 +31,29 @@ def present(manifest: Manifest) -> list[str]:
     return found
 
 
-def here(manifest: Manifest) -> list[str]:
-    """Those of ``present`` that this machine can run, given their engines."""
-    return [backend for backend in present(manifest) if backend != "tensorrt" or runs_tensorrt()]
+def list_runnable(manifest: Manifest) -> list[str]:
+    """Those of ``list_backends`` that this machine can run if their engines are installed."""
+    return [backend for backend in list_backends(manifest) if backend != "tensorrt" or runs_tensorrt()]
 
 
-def choose(manifest: Manifest, asked: str | None = None, where: object = "the artifact") -> str:
-    """The backend asked for, or the first of ``present``. Raises UserError without any."""
-    found = present(manifest)
-    if asked is None and found:
+def choose(manifest: Manifest, requested: str | None = None, where: object = "the artifact") -> str:
+    """The requested backend, or the first of ``list_backends``. Raises UserError without graphs for it."""
+    found = list_backends(manifest)
+    if requested is None and found:
         return found[0]
-    if asked is None or asked not in found:
-        target = TARGETS.get(asked or "onnxruntime")
+    if requested is None or requested not in found:
+        target = TARGETS.get(requested or "onnxruntime")
         if target is None:
-            raise UserError(f"expected a backend of {', '.join(FOLDERS)}, found {asked}; choose one of those")
+            raise UserError(f"expected a backend of {', '.join(FOLDERS)}, found {requested}; choose one of those")
         raise UserError(
-            f"expected {asked or 'onnxruntime'} graphs in {where}, found {', '.join(found) or 'none'}; "
+            f"expected {requested or 'onnxruntime'} graphs in {where}, found {', '.join(found) or 'none'}; "
             f"run rlrc export {where} OUT{'' if target == 'onnx' else f' --to {target}'}"
         )
-    return asked
+    return requested
 
 
 def open_engine(artifact: Artifact, backend: str, threads: int) -> Engine:
-    """Raises UserError for graphs that the engine does not take."""
+    """Loads the graphs. Raises UserError for graphs that the engine rejects."""
     if backend == "onnxruntime":
         from rlrc.runtime.inference.backends.onnxruntime import OnnxRuntime
 

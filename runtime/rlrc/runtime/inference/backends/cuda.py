@@ -1,6 +1,6 @@
-"""CUDA's memory, one stream, and what is captured of it, by cuda-python (cuda.bindings.runtime, CUDA 12 and 13).
+"""CUDA memory, one stream, and CUDA graphs, by cuda-python (cuda.bindings.runtime, CUDA 12 and 13).
 
-Written by its documentation; nothing of it has run on a device.
+Written from the documentation; not yet run on a device.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from rlrc.runtime.inference.decode import NoAction
 
 
 @dataclass(frozen=True, eq=False)
-class Bytes:
-    """See tensorrt_memory.Memory. ``host`` is empty where the host does not see them."""
+class CudaMemory:
+    """A tensorrt_memory.DeviceMemory. ``host`` is empty for memory that the host cannot access."""
 
     address: int
     host: NDArray[np.uint8]
 
 
 class Cuda:
-    """The first device. Raises UserError without cuda-python, NoAction where a call fails."""
+    """The first device. Raises UserError without cuda-python, NoAction if a call fails."""
 
     def __init__(self) -> None:
         self._runtime = _runtime()
         self._stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
         self.stream = int(self._stream)
 
-    def shared(self, nbytes: int) -> Bytes:
-        """Page-locked and mapped: on a Jetson the same chips for both, on a card read and written through its bus."""
+    def shared(self, nbytes: int) -> CudaMemory:
+        """Page-locked, mapped memory: on a Jetson the same RAM, on a card accessed through its bus."""
         pointer = self._call("cudaHostAlloc", nbytes, self._runtime.cudaHostAllocMapped)
-        memory = Bytes(self._call("cudaHostGetDevicePointer", pointer, 0), _seen(pointer, nbytes))
+        memory = CudaMemory(self._call("cudaHostGetDevicePointer", pointer, 0), _host_view(pointer, nbytes))
         weakref.finalize(memory, self._call, "cudaFreeHost", pointer)
         return memory
 
-    def own(self, nbytes: int) -> Bytes:
-        memory = Bytes(self._call("cudaMalloc", nbytes), np.empty(0, np.uint8))
+    def own(self, nbytes: int) -> CudaMemory:
+        memory = CudaMemory(self._call("cudaMalloc", nbytes), np.empty(0, np.uint8))
         weakref.finalize(memory, self._call, "cudaFree", memory.address)
         return memory
 
@@ -51,7 +51,7 @@ class Cuda:
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
             enqueue()
-        finally:  # a stream that is left capturing takes nothing else
+        finally:  # a stream left capturing accepts no other work
             graph = self._call("cudaStreamEndCapture", self._stream)
         captured = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
@@ -66,7 +66,7 @@ class Cuda:
         self._call("cudaStreamSynchronize", self._stream)
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Every function gives its error first, then what it has to give. Raises NoAction."""
+        """Calls a function, which returns its error and then its results. Raises NoAction."""
         error, *results = getattr(self._runtime, function)(*arguments)
         if error != self._runtime.cudaError_t.cudaSuccess:
             _, text = self._runtime.cudaGetErrorString(error)
@@ -82,5 +82,5 @@ def _runtime() -> Any:
     return runtime
 
 
-def _seen(pointer: int, nbytes: int) -> NDArray[np.uint8]:
+def _host_view(pointer: int, nbytes: int) -> NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))

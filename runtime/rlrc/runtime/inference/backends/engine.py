@@ -1,4 +1,4 @@
-"""What every engine of the artifact's graphs offers."""
+"""The interface of the engines."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 
 
 class Engine(Protocol):
-    """A set of graphs, loaded."""
+    """A loaded set of graphs."""
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
+        """Outputs by name. Ignores tensors that the graph has no input for; all others have the same batch size.
 
-        All have the same number of observations. Of a graph that decodes token by token the engine keeps the keys and
-        values from pass to pass: ``start`` says how many positions came before, ``end`` how many there are after it
-        (int64 (1,) each). At 0 nothing is kept. Raises rlrc.runtime.inference.decode.NoAction where the engine fails.
+        For a graph that decodes token by token, the engine caches keys and values between passes: ``start`` and
+        ``end``, int64 (1,), are the number of positions before and after the pass. A start of 0 clears the cache.
+        Raises rlrc.runtime.inference.decode.NoAction if the engine fails.
         """
         ...
 
     def versions(self) -> dict[str, str]:
-        """What a measurement on this engine depends on."""
+        """Versions that a measurement on this engine depends on."""
         ...

@@ -1,7 +1,7 @@
-"""Built TensorRT engines: where they lie and how they are named. Needs the standard library only.
+"""The cache of built TensorRT engines: its folder and file names. Needs the standard library only.
 
-`rlrc jetson build` writes them, the runtime reads them. An engine's file is named by a hash of all that it depends on,
-so that a cache may hold those of many artifacts and survives an upgrade of TensorRT.
+`rlrc jetson build` writes the engines; the runtime reads them. A file's name has a hash of all that the engine depends
+on, so that a cache can hold engines of many artifacts and survives an upgrade of TensorRT.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rlrc.libraries import cache_folder
 from rlrc.strict import encode
 
 FOLDER = "RLRC_ENGINE_CACHE"
-"""The variable that names another folder."""
+"""The environment variable that sets another folder."""
 
 
 def engine_cache() -> Path:
-    """The folder that engines are built into and read from unless another is given."""
+    """The default folder for engines."""
     if named := os.environ.get(FOLDER):
         return Path(named)
     return cache_folder() / "engines"
@@ -34,19 +34,19 @@ def engine_file(cache: Path, plan: BuildPlan, graph: GraphPlan, version: str, sm
 
 
 def engine_key(plan: BuildPlan, graph: GraphPlan, version: str, sm: int) -> str:
-    """Of the graph's files, its profiles, the builder's settings, the release of TensorRT and the GPU."""
+    """A hash of the graph's files, its profiles, the builder's settings, the release of TensorRT and the GPU."""
     parts = [encode(graph), plan.precision, plan.workspace_bytes, version, sm]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_whole(file: Path) -> bool:
-    """Whether the engine is there and as it was written."""
-    told = file.with_suffix(".sha256")
-    return file.exists() and told.exists() and told.read_text() == sha256(file)
+def is_intact(file: Path) -> bool:
+    """Whether the engine exists and has the sha256 that was recorded when it was written."""
+    recorded = file.with_suffix(".sha256")
+    return file.exists() and recorded.exists() and recorded.read_text() == sha256(file)
 
 
 def check_graphs(artifact: Artifact, plan: BuildPlan) -> None:
-    """Raises UserError unless the plan is of the very graphs in the artifact."""
+    """Raises UserError unless the plan was made from the artifact's graphs."""
     for graph in plan.graphs:
         for name, expected in graph.files.items():
             if (found := sha256(artifact.file(name))) != expected:

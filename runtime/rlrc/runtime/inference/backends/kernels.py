@@ -1,8 +1,7 @@
-"""The class of this processor: the instruction sets by which engines choose the kernels of their matrix products.
+"""The class of this processor: the instruction sets by which engines choose their matrix kernels.
 
-Read as an engine does, from the processor itself (through the C library) and not from /proc/cpuinfo, which under an
-emulator describes the host. ONNX Runtime and llama.cpp choose 8-bit kernels by these sets, and not
-all kernels give the same answer (docs/export.md).
+Read from the processor itself through the C library, as engines do. /proc/cpuinfo describes the host under an emulator.
+ONNX Runtime and llama.cpp choose 8-bit kernels by these sets, and kernels differ in their results (docs/export.md).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def kernels() -> str:
 
 
 def x86_class(found: set[str]) -> str:
-    """Of instruction sets by their names in /proc/cpuinfo."""
+    """The class for instruction sets, given by their names in /proc/cpuinfo."""
     if found >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"}:
         width = "avx512"
     else:
@@ -54,19 +53,19 @@ def x86_class(found: set[str]) -> str:
 
 
 def arm_class(found: set[str]) -> str:
-    """Of instruction sets by their names in /proc/cpuinfo."""
+    """The class for instruction sets, given by their names in /proc/cpuinfo."""
     names = ("dotprod" if name == "asimddp" else name for name in ARM if name in found)
     return "-".join(names) or "neon"
 
 
 def _x86() -> set[str] | None:
-    """The sets that the system lets programs use; None if they cannot be found out."""
+    """The instruction sets that programs may use; None if unknown."""
     try:
         leaf = ctypes.CDLL("libc.so.6").__x86_get_cpuid_feature_leaf  # glibc 2.33 and later
     except (AttributeError, OSError):
         return _cpuinfo()
     leaf.restype, leaf.argtypes = ctypes.POINTER(ctypes.c_uint32 * 8), [ctypes.c_uint32]
-    # Four registers as the processor gives them, then the same with only what can be used.
+    # Four registers as the processor reports them, then the same four with only usable features.
     return {name for name, (index, register, bit) in X86.items() if leaf(index).contents[4 + register] >> bit & 1}
 
 

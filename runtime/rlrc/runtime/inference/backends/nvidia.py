@@ -1,6 +1,6 @@
-"""NVIDIA's driver and TensorRT, and whether this machine has them. Needs the standard library only.
+"""Access to NVIDIA's driver and TensorRT. Needs the standard library only.
 
-The driver is asked before TensorRT is: without one, TensorRT may end the process.
+The driver is checked before TensorRT is imported: without a driver, TensorRT may end the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 def runs_tensorrt() -> bool:
-    """Whether there are a driver with a GPU and TensorRT's module, which is not imported."""
+    """Whether this machine has a GPU with a driver, and TensorRT's module, which is not imported."""
     try:
         device_sm()
     except UserError:
@@ -32,9 +32,9 @@ def device_sm() -> int:
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
-        raise UserError(f"expected NVIDIA's driver ({DRIVER}), found none; run it on the device itself") from None
+        raise UserError(f"expected NVIDIA's driver ({DRIVER}), found none; run this on the device itself") from None
     if (code := driver.cuInit(0)) != 0:
-        raise UserError(f"expected a GPU that starts, found error {code} of cuInit; see nvidia-smi or dmesg")
+        raise UserError(f"expected a working GPU, found error {code} of cuInit; see nvidia-smi or dmesg")
     numbers = [ctypes.c_int() for _ in (MAJOR, MINOR)]
     for number, attribute in zip(numbers, (MAJOR, MINOR), strict=True):
         if (code := driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)) != 0:
@@ -45,44 +45,47 @@ def device_sm() -> int:
 def check_sm(plan: BuildPlan, sm: int) -> None:
     if sm < plan.least_sm:
         raise UserError(
-            f"expected a GPU of SM {_told(plan.least_sm)} or later for {plan.precision}, found SM {_told(sm)}; "
+            f"expected a GPU of SM {_dotted(plan.least_sm)} or later for {plan.precision}, found SM {_dotted(sm)}; "
             "export the artifact with another --precision"
         )
 
 
-def _told(sm: int) -> str:
+def _dotted(sm: int) -> str:
     return f"{sm // 10}.{sm % 10}"
 
 
-def tensorrt() -> Any:
-    """TensorRT's module. Raises UserError where it cannot be imported."""
+def import_tensorrt() -> Any:
+    """TensorRT's module. Raises UserError if it cannot be imported."""
     try:
         return importlib.import_module("tensorrt")
     except ImportError as error:
         raise UserError(
-            f"expected the module tensorrt, found: {error}; JetPack brings it for the system's Python: make the "
-            "environment with --system-site-packages"
+            f"expected the module tensorrt, found: {error}; JetPack installs it for the system's Python: create "
+            "the environment with --system-site-packages"
         ) from None
 
 
 def check_version(trt: Any, plan: BuildPlan) -> None:
-    """TensorRT-RTX counts its releases anew, from 1.0; the first reads what TensorRT 10.3 does."""
+    """Raises UserError if TensorRT is older than the plan needs.
+
+    TensorRT-RTX numbers its releases from 1.0; its first one reads what TensorRT 10.3 does.
+    """
     rtx = "rtx" in trt.__name__
-    if not rtx and numbers(trt.__version__) < numbers(plan.tensorrt):
+    if not rtx and parse_version(trt.__version__) < parse_version(plan.tensorrt):
         raise UserError(
             f"expected TensorRT {plan.tensorrt} or later for these graphs, found {trt.__version__}; upgrade JetPack"
         )
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def parse_version(version: str) -> tuple[int, ...]:
     """The version 10.3.0.26 -> (10, 3, 0, 26)."""
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
-def log(trt: Any) -> Any:
-    """A logger of TensorRT's that keeps what went wrong, as ``errors``, for the one line that the user sees."""
+def make_logger(trt: Any) -> Any:
+    """A TensorRT logger that keeps the last errors, as ``errors``, for the message to the user."""
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -1,7 +1,7 @@
 """The graphs of an artifact on ONNX Runtime's CPU provider.
 
-External data beside a graph is memory-mapped by ONNX Runtime itself, because sessions are created from a path. I/O
-binding is used for keys and values only: it saves 1 us of a 96 px picture's way through a graph.
+Sessions are created from a path, so that ONNX Runtime memory-maps external data. I/O binding is used only for keys and
+values: for a 96 px picture it would save 1 us per graph.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rlrc.runtime.inference.backends.onnxruntime_cache import PAST, Cache
 from rlrc.runtime.inference.decode import NoAction
 
 NAME = "onnxruntime"
-SPIN_US, BOUNDS_SPINNING = "10", (1, 26)  # older engines do not know how long
+SPIN_US, BOUNDS_SPINNING = "10", (1, 26)  # older releases cannot limit the spinning time
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 
 
 class OnnxRuntime:
-    """One session per graph of the backend's set, but those that llama.cpp runs."""
+    """One session per graph of the backend, except those that llama.cpp runs."""
 
     def __init__(self, artifact: Artifact, threads: int, backend: str = NAME) -> None:
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
@@ -50,17 +50,15 @@ class OnnxRuntime:
             self._outputs[graph.name] = [tensor.name for tensor in graph.outputs]
             if any(tensor.name.startswith(PAST) for tensor in graph.inputs):
                 self._caches[graph.name] = Cache(self._sessions[graph.name], graph)
-        _give_back()
+        _trim_memory()
 
     def _open(self, path: Path, graph: GraphSpec, threads: int) -> onnxruntime.InferenceSession:
         return _session(path, graph, threads)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name, from the tensors that the graph has inputs for; the others are left aside.
+        """Outputs by name: see rlrc.runtime.inference.backends.engine.Engine.
 
-        Keys and values of a graph that decodes token by token are kept here: see
-        rlrc.runtime.inference.backends.engine.Engine. Raises NoAction where the engine fails, on an unknown token id
-        for instance.
+        Raises NoAction if the engine fails, on an unknown token id for instance.
         """
         names = self._outputs[graph]
         try:
@@ -74,7 +72,7 @@ class OnnxRuntime:
         return dict(zip(names, outputs, strict=True))
 
     def versions(self) -> dict[str, str]:
-        """What a measurement on this engine depends on."""
+        """Versions that a measurement on this engine depends on."""
         versions = {NAME: onnxruntime.__version__, "numpy": np.__version__, "machine": platform.machine()}
         return versions | {"kernels": kernels()}
 
@@ -86,9 +84,9 @@ def _session(path: Path, graph: GraphSpec, threads: int) -> onnxruntime.Inferenc
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # errors
-    # Threads that spin between the parts of a pass save a sixth of a token; 10 us do as well as a millisecond, which
-    # displaces the control loop and everything else where the threads are as many as the processors (measured on two
-    # busy cores). An engine that cannot bound it sleeps there. None spins on after a pass, beside the next graph's.
+    # Spinning between the operators of a pass saves a sixth of the time per token. 10 us are as good as a millisecond,
+    # which starves the control loop if there are as many threads as cores (measured on two busy cores). With as many
+    # threads as cores, releases that cannot limit it do not spin. Threads stop spinning after a pass.
     spins = threads < _cores() or _numbers(onnxruntime.__version__) >= BOUNDS_SPINNING
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
@@ -108,10 +106,10 @@ def _session(path: Path, graph: GraphSpec, threads: int) -> onnxruntime.Inferenc
     return session
 
 
-def _give_back() -> None:
-    """What a load took for a while, unpacking weights for instance: the C library would keep it (glibc; else nothing).
+def _trim_memory() -> None:
+    """Returns memory that loading used temporarily, for unpacking weights for instance (glibc only).
 
-    Measured on a decoder of 154 M parameters in w4a8: 218 MB instead of 6.3 GB stay resident.
+    For a decoder of 154 M parameters in w4a8, 218 MB instead of 6.3 GB stay resident.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -119,12 +117,12 @@ def _give_back() -> None:
 
 
 def _cores() -> int:
-    """How many this process may run on."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_interface(path: Path, kind: str, declared: tuple[TensorSpec, ...], actual: list[Any]) -> None:
-    """The manifest must tell the truth: names, types, and shapes with the dynamic dimensions in the same places."""
+    """Raises UserError unless the graph has the names, types and shapes that the manifest declares."""
     expected = {tensor.name: (tensor.dtype, tuple(_size(size) for size in tensor.shape)) for tensor in declared}
     found = {
         node.name: (_DTYPES.get(node.type, node.type), tuple(_size(size) for size in node.shape)) for node in actual
@@ -148,15 +146,15 @@ def _describe(tensors: dict[str, tuple[str, tuple[int | str, ...]]]) -> str:
 
 
 def check_needs(graph: GraphSpec, engine: str, found: str) -> None:
-    """Raises UserError unless the engine of this version is what the graph needs."""
+    """Raises UserError unless this version of the engine satisfies the graph's needs."""
     for need, version in graph.needs.items():
-        wanted = re.fullmatch(r">=(\d+(?:\.\d+)*)", version)
-        if need != engine or wanted is None:
+        needed = re.fullmatch(r">=(\d+(?:\.\d+)*)", version)
+        if need != engine or needed is None:
             raise UserError(
                 f'expected graph "{graph.name}" to need {engine} ">=VERSION" only, found {need} "{version}"; '
                 "upgrade rlrc or export the artifact again"
             )
-        if _numbers(found) < _numbers(wanted[1]):
+        if _numbers(found) < _numbers(needed[1]):
             raise UserError(
                 f'graph "{graph.name}" expected {engine} {version}, found {found}; '
                 f"upgrade {engine} or export the artifact again"

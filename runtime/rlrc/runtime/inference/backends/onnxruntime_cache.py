@@ -1,8 +1,8 @@
-"""Keys and values of a graph that decodes token by token, kept from pass to pass as ONNX Runtime's own tensors.
+"""The cache of keys and values between passes of a graph that decodes token by token, as ONNX Runtime tensors.
 
 Nothing is copied between passes. A graph whose pasts are declared (batch, kv_heads, "capacity", head_dim) writes its
-presents into the buffers that it reads; they have room for more positions than a sequence has, and stay for the next
-one. Any other graph gives longer keys and values at every pass, which become the past of the next.
+presents into the buffers that it reads. These have more positions than the sequence and are reused for the next one.
+Any other graph returns longer keys and values at every pass, which become the past of the next pass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rlrc.runtime.inference.decode import NoAction
 
 PAST, PRESENT = "past.", "present."
 CAPACITY = "capacity"
-ROOM = 64  # buffers have a multiple of so many positions, and half of that to spare
+ROOM = 64  # buffers have a multiple of so many positions, and at least half of that spare
 
 
 class Cache:
-    """Of one session. ``run`` gives all outputs but the keys and values."""
+    """The cache of one session. ``run`` returns all outputs except keys and values."""
 
     def __init__(self, session: onnxruntime.InferenceSession, graph: GraphSpec) -> None:
         self._session = session
@@ -35,11 +35,11 @@ class Cache:
         self._batch = self._length = self._capacity = 0
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Raises NoAction for a pass that does not follow the one before, or start anew."""
+        """Raises NoAction for a pass that neither continues the last one nor starts a new sequence."""
         start, end = int(inputs["start"][0]), int(inputs["end"][0])
         if start not in (0, self._length):
             raise NoAction(f"expected a pass from position 0 or {self._length}, found one from {start}")
-        self._length = 0  # until the pass has succeeded: the next one would have to start anew
+        self._length = 0  # until the pass has succeeded: after a failure, a new sequence must start
         batch = len(inputs[self._inputs[0]])
         if start and batch != self._batch:
             raise NoAction(f"expected {self._batch} observations, as in the pass before, found {batch}")
@@ -63,11 +63,11 @@ class Cache:
         if not self._in_place:
             self._kept = dict(zip(self._kept, outputs[len(self._outputs) :], strict=True))
         self._batch, self._length = batch, end
-        # Copied: in newer versions numpy() is a view of memory that the next pass takes.
+        # Copied: in newer versions numpy() is a view of memory that the next pass overwrites.
         return {name: outputs[i].numpy().copy() for i, name in enumerate(self._outputs)}
 
     def _make_room(self, start: int, end: int, batch: int) -> None:
-        """Buffers for ``end`` positions, the first ``start`` as they are."""
+        """Ensures buffers for ``end`` positions; keeps the first ``start``."""
         if end <= self._capacity and batch == self._batch:
             return
         self._capacity = -(-(end + ROOM // 2) // ROOM) * ROOM

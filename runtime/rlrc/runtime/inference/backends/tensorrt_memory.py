@@ -1,8 +1,7 @@
-"""Which memory a graph's tensors lie in, and which of its profiles fits them. Needs no device.
+"""The memory of a graph's tensors, and the profile that fits their shapes. Needs no device.
 
-A tensor that one pass makes and a later one reads stays where it was made: it is never copied, nor seen by the host. An
-autoregressive decoder reads its past from one memory and writes the present, which is longer, into another; for the
-next pass they change places.
+A tensor that one pass writes and a later one reads stays on the device and is not copied. An autoregressive decoder
+reads its past from one memory and writes the present, which is longer, into another; the next pass swaps them.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from rlrc.runtime.inference.decode import NoAction
 
 PAST, PRESENT = "past.", "present."
 BY_HOST = ("image_tokens",)
-"""Outputs that another graph takes but the policy first puts together: those of all cameras."""
-SPARE = 8  # a memory that grows gets an eighth more than is needed: the next token needs no other
-ALIGNMENT = 256  # of what is asked for; no memory is empty, because TensorRT wants an address for an empty tensor too
+"""Outputs that go through the host, because the policy concatenates those of all cameras for the next graph."""
+SPARE = 8  # a growing memory gets an eighth more than needed, so that it does not grow with every token
+ALIGNMENT = 256  # also the smallest size: TensorRT needs an address for empty tensors too
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
 
 class DeviceMemory(Protocol):
-    """Bytes on the device; ``host`` are the same bytes where the host sees them too. Freed with the object."""
+    """Bytes on the device; ``host``: the same bytes if the host can access them. Freed with the object."""
 
     @property
     def address(self) -> int: ...
@@ -41,14 +40,14 @@ Allocate = Callable[[int], DeviceMemory]
 
 
 class Buffer:
-    """Memory that grows. What was in it is then lost."""
+    """Memory that grows and then loses its contents."""
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate, self._nbytes = allocate, 0
         self._memory: DeviceMemory | None = None
 
     def room(self, nbytes: int) -> DeviceMemory:
-        """At least so many bytes."""
+        """Memory of at least ``nbytes``."""
         if self._memory is None or nbytes > self._nbytes:
             self._memory = None  # freed before more is taken
             self._nbytes = 0
@@ -58,27 +57,27 @@ class Buffer:
 
 
 class RetainedTensor:
-    """A tensor that stays on the device from the pass that makes it to those that read it."""
+    """A tensor that stays on the device between the pass that writes it and those that read it."""
 
     def __init__(self, allocate: Allocate, sides: Literal[1, 2]) -> None:
-        """``sides``: 2 where a pass that reads it makes it anew."""
+        """``sides``: 2 if the same pass reads and writes it."""
         self._buffers = [Buffer(allocate) for _ in range(sides)]
         self._reading = 0
 
     def begin(self) -> None:
-        """A new sequence: always with the same side, so that its first pass has the same addresses every time."""
+        """Starts a new sequence, always with the same side, so that first passes always have the same addresses."""
         self._reading = 0
 
     def read(self) -> int:
-        """The address of what was made last."""
+        """The address of the last value."""
         return self._buffers[self._reading].room(0).address
 
     def write(self, nbytes: int) -> int:
-        """The address for what is made next."""
+        """The address for the next value."""
         return self._buffers[self._next()].room(nbytes).address
 
-    def made(self) -> None:
-        """It has been made: from now on it is what is read."""
+    def swap(self) -> None:
+        """Makes the written value the one to read."""
         self._reading = self._next()
 
     def _next(self) -> int:
@@ -86,28 +85,28 @@ class RetainedTensor:
 
 
 class Repeats:
-    """When a pass is worth capturing: the third time that shapes and addresses are the same.
+    """Decides when to capture a pass: the third time that shapes and addresses are the same.
 
-    The first pass with other shapes has to run uncaptured, because TensorRT then prepares itself for them.
+    The first pass with new shapes must run uncaptured, because TensorRT then prepares for them.
     """
 
     def __init__(self) -> None:
-        self._seen: Any = None
+        self._last: Any = None
         self._times = 0
 
     def next(self, signature: Any) -> Literal["run", "capture", "replay"]:
-        if signature != self._seen:
-            self._seen, self._times = signature, 0
+        if signature != self._last:
+            self._last, self._times = signature, 0
         self._times += 1
         return "run" if self._times < 3 else "capture" if self._times == 3 else "replay"
 
     def forget(self) -> None:
-        """The pass failed."""
-        self._seen = None
+        """After a failed pass."""
+        self._last = None
 
 
 def links(graphs: Mapping[str, GraphSpec]) -> dict[tuple[str, str], str]:
-    """(graph, output) -> the name of the input, of the same or another graph, that takes it without the host."""
+    """(graph, output) -> the name of the input of the same or another graph that reads it on the device."""
     taken = {tensor.name for graph in graphs.values() for tensor in graph.inputs}
     found = {}
     for graph in graphs.values():
@@ -119,9 +118,9 @@ def links(graphs: Mapping[str, GraphSpec]) -> dict[tuple[str, str], str]:
 
 
 def input_shapes(graph: GraphSpec, inputs: Mapping[str, NDArray[Any]], made: Mapping[str, Shape], start: int) -> Shapes:
-    """Of every input: of what is given, of what was ``made`` on the device, of a past of ``start`` positions.
+    """The shape of every input: as given, as ``made`` on the device, or a past of ``start`` positions.
 
-    The past is of one observation, as the profiles are.
+    A past has batch size 1, as the profiles have.
     """
     shapes: Shapes = {}
     for tensor in graph.inputs:
@@ -135,14 +134,12 @@ def input_shapes(graph: GraphSpec, inputs: Mapping[str, NDArray[Any]], made: Map
 
 
 def profile_of(plan: GraphPlan, shapes: Shapes) -> int:
-    """The first profile that the shapes fit. Raises NoAction if none does."""
+    """The index of the first profile that fits the shapes. Raises NoAction if none does."""
     for number, profile in enumerate(plan.profiles):
         if fits(profile, shapes):
             return number
     largest = {name: bounds.max for name, bounds in plan.profiles[0].items()}
-    raise NoAction(
-        f'expected inputs of "{plan.name}" within what its engine was built for, up to {largest}, found {shapes}'
-    )
+    raise NoAction(f'expected inputs of "{plan.name}" within the range of its engine, up to {largest}, found {shapes}')
 
 
 def nbytes(shape: Shape, dtype: str) -> int:

@@ -1,7 +1,7 @@
-"""Passes through TensorRT's contexts: which memory every tensor gets, what is set anew, what is captured and replayed.
+"""Runs passes on TensorRT contexts: assigns memory to tensors, updates what changed, captures and replays.
 
-Of the device it asks the few things of ``DeviceStream`` and ``Context``; the latter is the part of TensorRT's
-IExecutionContext that is needed. What a policy gives and gets lies in memory that host and device both see.
+The device is accessed through ``DeviceStream`` and ``Context``, the latter a part of TensorRT's IExecutionContext. The
+policy's inputs and outputs are in memory that host and device share.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rlrc.runtime.inference.decode import NoAction
 
 
 class Context(Protocol):
-    """One profile of one engine."""
+    """An execution context for one profile of one engine."""
 
     def set_input_shape(self, name: str, shape: Shape) -> bool: ...
 
@@ -44,31 +44,31 @@ class Context(Protocol):
 
 
 class DeviceStream(Protocol):
-    """What runs on ``stream`` runs in order."""
+    """A device with one stream, whose work runs in order."""
 
     @property
     def stream(self) -> int: ...
 
     def shared(self, nbytes: int) -> DeviceMemory:
-        """Memory that the host sees too."""
+        """Memory that the host can access too."""
         ...
 
     def own(self, nbytes: int) -> DeviceMemory:
-        """Memory of the device alone."""
+        """Memory that only the device can access."""
         ...
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """What ``enqueue`` puts on the stream, to be put there again by one call; it is not run yet."""
+        """Captures, without running it, what ``enqueue`` puts on the stream. The returned function runs it."""
         ...
 
     def finish(self) -> None:
-        """Waits for all that is on the stream."""
+        """Waits until the stream is empty."""
         ...
 
 
 @dataclass
-class _Prepared:
-    """What a context has been told."""
+class _ContextState:
+    """What was last set in a context."""
 
     shapes: Shapes = field(default_factory=dict)
     outputs: Shapes = field(default_factory=dict)
@@ -78,7 +78,7 @@ class _Prepared:
 
 
 class Passes:
-    """``contexts`` of every graph, one for each profile of the plan. ``reason`` tells what TensorRT complained of."""
+    """``contexts``: of every graph, one per profile of the plan. ``reason``: returns TensorRT's last errors."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Passes:
     ) -> None:
         self._graphs, self._contexts, self._device, self._reason = graphs, contexts, device, reason
         self._plans = {graph.name: graph for graph in plan.graphs}
-        self._prepared = {name: [_Prepared() for _ in each] for name, each in contexts.items()}
+        self._state = {name: [_ContextState() for _ in each] for name, each in contexts.items()}
         self._links = links(graphs)
         self._kept = {
             name: RetainedTensor(device.own, 2 if name.startswith(PAST) else 1) for name in self._links.values()
@@ -100,33 +100,33 @@ class Passes:
         self._length = 0
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name, but those that stay on the device. Raises NoAction where the device fails."""
+        """Outputs by name, except those that stay on the device. Raises NoAction if the device fails."""
         spec = self._graphs[graph]
         start, end = self._positions(spec, inputs)
         shapes = input_shapes(spec, inputs, self._made, start)
         profile = profile_of(self._plans[graph], shapes)
-        context, prepared = self._contexts[graph][profile], self._prepared[graph][profile]
-        self._length = 0  # until the pass has succeeded: the next one would have to start anew
+        context, state = self._contexts[graph][profile], self._state[graph][profile]
+        self._length = 0  # until the pass has succeeded: after a failure, a new sequence must start
         try:
-            self._shape(spec, context, prepared, shapes)
-            shared = self._fill(spec, inputs, shapes, prepared.outputs)
-            self._address(spec, context, prepared, shared)
-            self._enqueue(context, prepared)
+            self._shape(spec, context, state, shapes)
+            shared = self._fill(spec, inputs, shapes, state.outputs)
+            self._address(spec, context, state, shared)
+            self._enqueue(context, state)
             self._device.finish()
         except BaseException:
-            prepared.shapes, prepared.captured = {}, None
-            prepared.repeats.forget()
+            state.shapes, state.captured = {}, None
+            state.repeats.forget()
             raise
-        self._keep(spec, prepared.outputs)
+        self._keep(spec, state.outputs)
         self._length = end
         return {
-            tensor.name: _view(shared[tensor.name], prepared.outputs[tensor.name], tensor.dtype).copy()
+            tensor.name: _view(shared[tensor.name], state.outputs[tensor.name], tensor.dtype).copy()
             for tensor in spec.outputs
             if (graph, tensor.name) not in self._links
         }
 
     def _positions(self, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
-        """Of the pass in its sequence. Raises NoAction for one that does not follow the one before, or start anew."""
+        """Start and end of the pass. Raises NoAction if it neither continues the last pass nor starts a sequence."""
         if not any(tensor.name.startswith(PAST) for tensor in spec.inputs):
             return 0, self._length
         start, end = int(inputs["start"][0]), int(inputs["end"][0])
@@ -138,22 +138,22 @@ class Passes:
                     kept.begin()
         return start, end
 
-    def _shape(self, spec: GraphSpec, context: Context, prepared: _Prepared, shapes: Shapes) -> None:
-        """The shapes of the inputs, and those of the outputs that follow from them."""
-        if shapes == prepared.shapes:
+    def _shape(self, spec: GraphSpec, context: Context, state: _ContextState, shapes: Shapes) -> None:
+        """Sets the shapes of the inputs and reads the resulting shapes of the outputs."""
+        if shapes == state.shapes:
             return
         for name, shape in shapes.items():
-            if shape != prepared.shapes.get(name):
-                self._ask(context.set_input_shape(name, shape), f"{spec.name} to take {name} of {shape}")
-        prepared.outputs = {tensor.name: tuple(context.get_tensor_shape(tensor.name)) for tensor in spec.outputs}
-        if any(size < 0 for shape in prepared.outputs.values() for size in shape):
-            raise NoAction(f"expected {spec.name}'s outputs to have shapes, found {prepared.outputs}: {self._reason()}")
-        prepared.shapes = shapes
+            if shape != state.shapes.get(name):
+                self._require(context.set_input_shape(name, shape), f"{spec.name} to take {name} of {shape}")
+        state.outputs = {tensor.name: tuple(context.get_tensor_shape(tensor.name)) for tensor in spec.outputs}
+        if any(size < 0 for shape in state.outputs.values() for size in shape):
+            raise NoAction(f"expected {spec.name}'s outputs to have shapes, found {state.outputs}: {self._reason()}")
+        state.shapes = shapes
 
     def _fill(
         self, spec: GraphSpec, inputs: Mapping[str, NDArray[Any]], shapes: Shapes, outputs: Shapes
     ) -> dict[str, DeviceMemory]:
-        """The memories of what host and device both see, with the inputs in them."""
+        """The shared memory of inputs and outputs, with the inputs copied in."""
         shared = {}
         for tensor in spec.inputs:
             if tensor.name not in self._kept:
@@ -169,7 +169,7 @@ class Passes:
         return buffer.room(nbytes(shape, tensor.dtype))
 
     def _address(
-        self, spec: GraphSpec, context: Context, prepared: _Prepared, shared: Mapping[str, DeviceMemory]
+        self, spec: GraphSpec, context: Context, state: _ContextState, shared: Mapping[str, DeviceMemory]
     ) -> None:
         addresses = {name: memory.address for name, memory in shared.items()}
         for tensor in spec.inputs:
@@ -178,33 +178,33 @@ class Passes:
         for tensor in spec.outputs:
             if (spec.name, tensor.name) in self._links:
                 kept = self._kept[self._links[spec.name, tensor.name]]
-                addresses[tensor.name] = kept.write(nbytes(prepared.outputs[tensor.name], tensor.dtype))
+                addresses[tensor.name] = kept.write(nbytes(state.outputs[tensor.name], tensor.dtype))
         for name, address in addresses.items():
-            if address != prepared.addresses.get(name):
-                self._ask(context.set_tensor_address(name, address), f"{spec.name} to take an address for {name}")
-        prepared.addresses = addresses
+            if address != state.addresses.get(name):
+                self._require(context.set_tensor_address(name, address), f"{spec.name} to take an address for {name}")
+        state.addresses = addresses
 
-    def _enqueue(self, context: Context, prepared: _Prepared) -> None:
+    def _enqueue(self, context: Context, state: _ContextState) -> None:
         def execute() -> None:
-            self._ask(context.execute_async_v3(self._device.stream), "the pass to run")
+            self._require(context.execute_async_v3(self._device.stream), "the pass to run")
 
-        step = prepared.repeats.next((prepared.shapes, prepared.addresses))
+        step = state.repeats.next((state.shapes, state.addresses))
         if step == "run":
-            prepared.captured = None
+            state.captured = None
         if step == "capture":
-            with suppress(NoAction):  # an engine that waits within a pass cannot be captured: it is run every time
-                prepared.captured = self._device.capture(execute)
-        (prepared.captured or execute)()
+            with suppress(NoAction):  # an engine that synchronises within a pass cannot be captured
+                state.captured = self._device.capture(execute)
+        (state.captured or execute)()
 
     def _keep(self, spec: GraphSpec, outputs: Shapes) -> None:
         for (graph, output), name in self._links.items():
             if graph == spec.name:
-                self._kept[name].made()
+                self._kept[name].swap()
                 self._made[name] = outputs[output]
 
-    def _ask(self, done: bool, what: str) -> None:
+    def _require(self, done: bool, what: str) -> None:
         if not done:
-            raise NoAction(f"expected {what}, found that TensorRT does not: {self._reason()}")
+            raise NoAction(f"expected {what}, found that TensorRT refused: {self._reason()}")
 
 
 def _view(memory: DeviceMemory, shape: Shape, dtype: str) -> NDArray[Any]:
