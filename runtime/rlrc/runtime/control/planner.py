@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import PolicySpec
@@ -26,7 +27,7 @@ class Planner:
         self._sent: deque[float] = deque(maxlen=4 * chunks.horizon)  # when the last actions were sent
         self.restart()
 
-    def restart(self, actions: NDArray | None = None) -> None:
+    def restart(self, actions: NDArray[np.float32] | None = None) -> None:
         """Drops every chunk and begins anew, with the chunk ``actions`` (horizon, dim) if one is given."""
         self.chunks.clear()
         self._sent.clear()

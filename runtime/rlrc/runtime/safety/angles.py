@@ -20,7 +20,8 @@ def shortest(difference: Vector, periods: Vector | None) -> Vector:
     if periods is None:
         return difference
     turns = np.rint(difference / periods)  # 0 for inf
-    return difference - turns * np.where(np.isinf(periods), 0.0, periods)
+    within: Vector = difference - turns * np.where(np.isinf(periods), 0.0, periods)
+    return within
 
 
 def nearest(values: Vector, reference: Vector, periods: Vector | None) -> Vector:

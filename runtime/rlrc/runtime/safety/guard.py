@@ -244,7 +244,7 @@ class Guard:
         if not isinstance(measured, np.ndarray) or measured.dtype.kind != "f" or measured.shape != (self._states,):
             raise ValueError(f"{_form(measured)} as state, expected floats ({self._states},)")
         with np.errstate(over="ignore", invalid="ignore"):
-            sensed = measured[self._entries].astype(np.float64) * self._factors
+            sensed: NDArray[np.float64] = measured[self._entries].astype(np.float64) * self._factors
         if (broken := ~(np.abs(sensed) <= braking.FAR)).any():  # NaN too
             raise ValueError(f"{measured[self._entries][broken][0]} in the state")
         return sensed
