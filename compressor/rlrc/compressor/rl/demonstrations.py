@@ -23,7 +23,9 @@ from rlrc.envs.metaworld import TASKS
 from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.folders import replacing
 from rlrc.libraries import cache_folder
-from rlrc.runtime.inference.preprocess import Tokenizer, normalise, pictures
+from rlrc.runtime.inference.pictures import pictures
+from rlrc.runtime.inference.preprocess import normalise
+from rlrc.runtime.inference.prompts import Tokenizer
 
 VERSION = 2  # of the experts and of the recording: part of the cache's key
 NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, one episode each, in turn

@@ -13,7 +13,9 @@ from rlrc.compressor.models.policy import Inputs
 from rlrc.compressor.training.batches import collate
 from rlrc.envs.metaworld import ACTION_NAMES, STATE_NAMES, TASKS
 from rlrc.errors import UserError
-from rlrc.runtime.inference.preprocess import Prepared, Tokenizer, given_state, normalise, pictures, tells_state
+from rlrc.runtime.inference.pictures import pictures
+from rlrc.runtime.inference.preprocess import Prepared, given_state, normalise, tells_state
+from rlrc.runtime.inference.prompts import Tokenizer
 
 
 def check_fits_simulator(spec: PolicySpec) -> None:

@@ -25,7 +25,8 @@ from rlrc.compressor.models.weights import policy_of
 from rlrc.compressor.prune.lossless import Cut, never_read
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
 from rlrc.errors import UserError
-from rlrc.runtime.inference.preprocess import Tokenizer, prepare
+from rlrc.runtime.inference.preprocess import prepare
+from rlrc.runtime.inference.prompts import Tokenizer
 from rlrc.strict import encode
 
 INSTRUCTIONS = ("pick up the red cube", "close the drawer", "put the spoon on the towel", "open the box on the left")
