@@ -62,7 +62,7 @@ def compress(folder: Path) -> None:
     raw["ids"] = source.tokenizer(str(raw["instructions"][0]), raw["state"][0])[None]
     for name, result in (("dense", None), ("int4", quantize(policy, QuantizeConfig()))):
         with artifacts.writing(folder / name) as draft:
-            source.hand_on(draft)
+            source.copy_files(draft)
             artifact_io.write_policy(draft, policy, raw, source.history, result)
 
 

@@ -46,7 +46,7 @@ class PolicySource(Protocol):
 
     def load(self) -> PolicyModule: ...
 
-    def hand_on(self, draft: Draft) -> None:
+    def copy_files(self, draft: Draft) -> None:
         """Copy the tokenizer and the curves of earlier stages to a draft."""
 
     def observations(self) -> dict[str, np.ndarray]:
@@ -108,7 +108,7 @@ class ArtifactSource:
     def load(self) -> PolicyModule:
         return replace_spec(load_policy(self.artifact), self.spec)
 
-    def hand_on(self, draft: Draft) -> None:
+    def copy_files(self, draft: Draft) -> None:
         draft.inherit(self.artifact, TOKENIZER, CURVES)
 
     def observations(self) -> dict[str, np.ndarray]:
@@ -144,7 +144,7 @@ class OfficialSource:
     def load(self) -> PolicyModule:
         return replace_spec(reader.read(self.folder, self.options)[0], self.spec)
 
-    def hand_on(self, draft: Draft) -> None:
+    def copy_files(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
             tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 
