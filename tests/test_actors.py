@@ -258,7 +258,7 @@ def metaworld(name: str) -> tuple[OfficialSource, PolicyModule]:
 def artifact_of(name: str, out: Path) -> artifacts.Artifact:
     source, policy = metaworld(name)
     with artifacts.create_artifact(out) as draft:
-        source.hand_on(draft)
+        source.copy_files(draft)
         raw = examples(policy.spec, source.tokenizer)
         artifact_io.write_policy(draft, policy, raw, (HistoryEntry("new", {}, "0.1.0", None, 0.0),), exact=True)
     return artifacts.load(out)

@@ -380,7 +380,7 @@ CASES = {
 
 def write(out: Path, policy: PolicyModule, source: OfficialSource) -> Path:
     with artifacts.create_artifact(out) as draft:
-        source.hand_on(draft)
+        source.copy_files(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     return out
 

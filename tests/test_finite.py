@@ -123,7 +123,7 @@ def test_no_artifact_is_written_with_them(tmp_path: Path, family: str, name: str
         pytest.raises(UserError, match=rf"finite numbers in the tensor {name} of the new artifact"),
         create_artifact(tmp_path / "out") as draft,
     ):
-        source.hand_on(draft)
+        source.copy_files(draft)
         artifact_io.write_policy(draft, policy, source.observations(), ())
     assert not (tmp_path / "out").exists()
 
@@ -135,7 +135,7 @@ def test_no_artifact_whose_answers_are_none(tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"finite actions of the policy, found nan or inf for 4 of 4 golden obs"),
         create_artifact(tmp_path / "out") as draft,
     ):
-        source.hand_on(draft)
+        source.copy_files(draft)
         artifact_io.write_policy(draft, policy, source.observations(), (), exact=True)
 
 
@@ -158,8 +158,8 @@ def test_no_artifact_is_read_with_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"finite numbers in the tensor head.bias of {bad}, found nan"):
         artifact_io.load_policy(load(bad))
     source, policy = official("smolvla")
-    with create_artifact(rounded) as draft:
-        source.hand_on(draft)
+    with writing(rounded) as draft:
+        source.copy_files(draft)
         result = quantize(policy.state_dict(), QuantizeConfig(bits=8))
         artifact_io.write_policy(draft, policy, source.observations(), (), result)
     name = next(iter(result.spec.tensors))

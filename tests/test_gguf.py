@@ -205,7 +205,7 @@ def test_quantized(name: str, bits: int, tmp_path: Path) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(0.5 + 0.25 * noise if tensor.ndim == 1 else noise / tensor[0].numel() ** 0.5)
     with artifacts.create_artifact(tmp_path / "quantized") as draft:
-        source.hand_on(draft)
+        source.copy_files(draft)
         result = quantize(policy, QuantizeConfig(bits=bits))
         artifact_io.write_policy(draft, policy, examples(spec, source.tokenizer), (), result)
     artifact = artifacts.load(tmp_path / "quantized")
@@ -269,7 +269,7 @@ def test_passes_follow_one_another(tmp_path: Path) -> None:
     """The engine keeps what was computed, and says so to a pass that goes on from elsewhere."""
     source, policy = official("openvla")
     with artifacts.create_artifact(tmp_path / "artifact") as draft:
-        source.hand_on(draft)
+        source.copy_files(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
     export(artifacts.load(tmp_path / "artifact"), tmp_path / "out", ("gguf",), "fp32")
     engine, width = LocalPolicy.load(tmp_path / "out").engine, policy.towers["decoder"].width
@@ -294,7 +294,7 @@ def test_passes_follow_one_another(tmp_path: Path) -> None:
 def test_other_families_are_refused(name: str, tmp_path: Path) -> None:
     source, policy = official(name)
     with artifacts.create_artifact(tmp_path / "artifact") as draft:
-        source.hand_on(draft)
+        source.copy_files(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), ())
     with pytest.raises(
         UserError, match=rf"of tiny, openvla, openvla-oft for gguf, found {name}, which has .*export it --to onnx"

@@ -34,7 +34,7 @@ from rlrc.compressor.training import sft
 from rlrc.runtime.cli import main
 
 if os.environ.get("SLOW"):
-    real = sft.Objective.forward
+    real = sft.SFTObjective.forward
 
     def slow(self, batch):
         for parameter in self.parameters():
@@ -43,7 +43,7 @@ if os.environ.get("SLOW"):
                 parameter.register_hook(lambda gradient: time.sleep(0.1))
         return real(self, batch)
 
-    sft.Objective.forward = slow
+    sft.SFTObjective.forward = slow
 if __name__ == "__main__":
     sys.exit(main())
 """

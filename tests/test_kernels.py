@@ -172,7 +172,7 @@ def exported(name: str, out: Path, full_range: bool = False) -> Path:
     """A family's golden checkpoint in int8. ``full_range``: with weights as they were before."""
     source, policy = official(name)
     with artifacts.create_artifact(out / "weights") as draft:
-        source.hand_on(draft)
+        source.copy_files(draft)
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     with pytest.MonkeyPatch.context() as patch:
         if full_range:

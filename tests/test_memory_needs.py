@@ -29,8 +29,8 @@ def test_predictions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"expected 20\.5 GB of free memory for training \(?.*") as error:
         memory.check_training(tensors, adapters=False, copies=2)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"expected 22\.5 GB of free memory"):  # a teacher of 1.5 billion besides
-        memory.check_training(tensors, adapters=False, besides=1_500_000_000)
+    with pytest.raises(UserError, match=r"expected 22\.5 GB of free memory"):  # and a teacher of 1.5 billion
+        memory.check_training(tensors, adapters=False, teacher=1_500_000_000)
     monkeypatch.setattr(memory, "available", lambda: None)
     memory.check_training(tensors, adapters=False)
 

@@ -35,10 +35,10 @@ from rlrc.compressor.stages.sensitivity import (
     SensitivityConfig,
     action_change,
     apply_change,
-    changes,
     make_batches,
     measure,
     part_of,
+    perturbations,
 )
 from rlrc.compressor.stages.sources import ArtifactSource, OfficialSource
 from rlrc.errors import UserError
@@ -257,7 +257,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_change_is_undone_after_an_exception(pupil: PolicyModule) -> None:
     before = copy.deepcopy(pupil.state_dict())
-    for change in changes(pupil, SensitivityConfig()):
+    for change in perturbations(pupil, SensitivityConfig()):
         with pytest.raises(KeyboardInterrupt), apply_change(pupil, change):
             raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in pupil.state_dict().items())

@@ -82,7 +82,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
             else:
                 source, policy = official(name)
                 with artifacts.create_artifact(out) as draft:
-                    source.hand_on(draft)
+                    source.copy_files(draft)
                     observations = examples(policy.spec, source.tokenizer)
                     artifact_io.write_policy(draft, policy, observations, (), exact=True)
             made[name, kind] = artifacts.load(out)

@@ -53,7 +53,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> OF:
         if name not in made:
             source, policy = official(name)
             with artifacts.create_artifact(folder / name) as draft:
-                source.hand_on(draft)
+                source.copy_files(draft)
                 artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
             export(artifacts.load(folder / name), folder / f"{name}-exported", ("tensorrt",), "fp32")
             made[name] = artifacts.load(folder / f"{name}-exported")

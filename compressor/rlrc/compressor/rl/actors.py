@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ class AutoregressiveActor(Actor):
             return torch.multinomial(torch.softmax(logits / self.temperature, -1), 1)
 
         rows = self._by_length(observation, lambda image_tokens, ids, _: self._steps(image_tokens, ids, choose))
-        outputs = decode.outputs_from_rows(rows.unflatten(1, (action.horizon, action.dim)), action)
+        outputs = decode.outputs_from_rows(rows.reshape(-1, action.horizon, action.dim), action)
         assert outputs.tokens is not None
         return outputs.actions, outputs.tokens
 
@@ -202,10 +202,7 @@ class GaussianActor(Actor):
     def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
         with record_inputs(last_module(self.policy)) as inputs:
             mean = self._mean(observation)
-        distribution = Normal(mean, self.noise().expand_as(mean), validate_args=False)
-        return ActionEvaluation(
-            distribution.log_prob(sampled), distribution.entropy(), inputs[0][:, 0, : self.width].float()
-        )
+        return evaluate_gaussian(mean, self.noise(), sampled, inputs[0][:, 0, : self.width])
 
     def _mean(self, observation: EncodedObservation) -> Tensor:
         policy = cast(decode.Parallel, self.policy)
@@ -242,12 +239,9 @@ class FlowActor(Actor):
     def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
         step, dim = self._steps(observation), self.policy.spec.action.dim
         mean = torch.stack([step(sampled[:, i], i)[..., :dim] for i in range(self.steps)], 1)
-        distribution = Normal(mean, self.noise()[:, None].expand_as(mean), validate_args=False)
         with record_inputs(last_module(self.policy)) as inputs:
             step(torch.zeros_like(sampled[:, 0]), 0)
-        return ActionEvaluation(
-            distribution.log_prob(sampled[:, 1:, :, :dim]), distribution.entropy(), inputs[0][:, 0].float()
-        )
+        return evaluate_gaussian(mean, self.noise()[:, None], sampled[:, 1:, :, :dim], inputs[0][:, 0])
 
     def _steps(self, observation: EncodedObservation) -> Callable[[Tensor, int], Tensor]:
         """Encode the prefix once. -> a function (x (B, K, width), step number) -> x after that step, without noise."""
@@ -274,7 +268,8 @@ def build_actor(policy: PolicyModule, temperature: float = 1.0, correlation: flo
 def chunk_noise(batch: int, steps: int, dims: int, correlation: float) -> Tensor:
     """Standard normal (B, K, D); the K values of a dimension have this pairwise correlation."""
     shared, own = torch.randn(batch, 1, dims), torch.randn(batch, steps, dims)
-    return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
+    noise: Tensor = correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
+    return noise
 
 
 def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
@@ -285,7 +280,8 @@ def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
     batch, steps, dims, bins = log_probs.shape
     uniform = torch.special.ndtr(chunk_noise(batch, steps, dims, correlation)).to(log_probs.device)
     cumulative = log_probs.exp().cumsum(-1)
-    return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
+    rows: Tensor = (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
+    return rows
 
 
 def evaluate_tokens(logits: Tensor, rows: Tensor, hidden: Tensor) -> ActionEvaluation:
@@ -293,6 +289,12 @@ def evaluate_tokens(logits: Tensor, rows: Tensor, hidden: Tensor) -> ActionEvalu
     log_probs = torch.log_softmax(logits, -1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return ActionEvaluation(log_probs.gather(-1, rows[..., None])[..., 0], entropy, hidden.float())
+
+
+def evaluate_gaussian(mean: Tensor, std: Tensor, values: Tensor, hidden: Tensor) -> ActionEvaluation:
+    """Gaussian log-probability and entropy of each of the sampled ``values``."""
+    distribution: Any = Normal(mean, std.expand_as(mean), validate_args=False)
+    return ActionEvaluation(distribution.log_prob(values), distribution.entropy(), hidden.float())
 
 
 def logit_rows(tokens: Tensor, policy: PolicyModule) -> Tensor:

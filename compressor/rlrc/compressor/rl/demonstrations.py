@@ -24,7 +24,8 @@ from rlrc.envs.seeds import DEMONSTRATION
 from rlrc.folders import replace_file
 from rlrc.libraries import cache_folder
 from rlrc.runtime.inference.pictures import to_pixels
-from rlrc.runtime.inference.preprocess import Tokenizer, normalise
+from rlrc.runtime.inference.preprocess import normalise
+from rlrc.runtime.inference.prompts import Tokenizer
 
 VERSION = 2  # of the experts and of the recording: part of the cache's key
 NOISE = (0.0, 0.15, 0.3, 0.45)  # standard deviations of the action noise, one episode each, in turn
@@ -44,7 +45,7 @@ class DemonstrationConfig:
 class Samples:
     """Pictures uint8 (N, H, W, 3), raw states float32 (N, S), task indices (N,), raw chunks float32 (N, K, D)."""
 
-    pictures: npt.NDArray[np.uint8]
+    to_pixels: npt.NDArray[np.uint8]
     state: npt.NDArray[np.float32]
     task: npt.NDArray[np.int64]
     chunk: npt.NDArray[np.float32]

@@ -14,7 +14,8 @@ from rlrc.compressor.training.batches import collate
 from rlrc.envs.metaworld import ACTION_NAMES, STATE_NAMES, TASKS
 from rlrc.errors import UserError
 from rlrc.runtime.inference.pictures import to_pixels
-from rlrc.runtime.inference.preprocess import ModelInputs, Tokenizer, normalise, prompt_has_state, select_state
+from rlrc.runtime.inference.preprocess import ModelInputs, normalise, prompt_has_state, select_state
+from rlrc.runtime.inference.prompts import Tokenizer
 
 
 def check_fits_simulator(spec: PolicySpec) -> None:

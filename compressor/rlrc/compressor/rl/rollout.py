@@ -7,7 +7,7 @@ policy drives, the expert labels), so that observations and chunks are the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -27,11 +27,12 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.training import distributed
-from rlrc.envs.experts import expert, relabel
+from rlrc.envs.experts import Expert, expert, relabel
 from rlrc.envs.metaworld import ACTION_NAMES, HORIZON, TASKS, MetaWorldEnv, MetaWorldTask
 from rlrc.folders import replace_file
 from rlrc.processes import WorkerPool
-from rlrc.runtime.inference.preprocess import Tokenizer, unnormalise
+from rlrc.runtime.inference.preprocess import unnormalise
+from rlrc.runtime.inference.prompts import Tokenizer
 
 SLOTS = 20  # environments of a process, which share one batched inference
 TIMEOUT, EPISODE_TIMEOUT = 600.0, 10.0  # seconds until a worker counts as stuck: at least, and for each episode
@@ -136,7 +137,7 @@ class _Slot:
     request: Request
     env: MetaWorldEnv
     episode: RolloutEpisode
-    act: Callable
+    act: Expert
     rng: np.random.Generator
 
 

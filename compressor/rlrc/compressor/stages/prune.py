@@ -9,8 +9,8 @@ from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune import prune as pruning
+from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.prune.lossless import count_outside, cut_lossless
-from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.stages.artifact_io import compute_outputs
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage

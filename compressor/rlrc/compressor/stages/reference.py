@@ -30,7 +30,7 @@ from rlrc.envs.experts import expert
 from rlrc.envs.metaworld import ACTION_NAMES, PICTURE, STATE_NAMES, STATE_UNITS, TASKS, make
 from rlrc.envs.render import CAMERA
 from rlrc.envs.seeds import VALIDATION
-from rlrc.runtime.inference.preprocess import Tokenizer
+from rlrc.runtime.inference.prompts import Tokenizer
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 GOLDEN_SCENES = 3  # of every task: observed at the start, and after ten steps of the expert

@@ -1,11 +1,11 @@
-"""Which modules the actions depend on: how far they move when one module alone is pruned, rounded, or dropped.
+"""Sensitivity: how far the actions move when one module alone is pruned, quantized or dropped.
 
-- prune: of one block so many heads and channels go as a ratio says, those with the smallest weights;
-- quantize: the attention or the MLP of one block, or another linear layer, is rounded to the grid of ``quantize``;
-- drop: one whole block hands the residual stream on. Keys and values of it that another tower reads stay.
+- prune: a part of a block's heads and channels is removed, those with the smallest weights;
+- quantize: the attention or the MLP of a block, or another linear layer, is rounded as in ``quantize``;
+- drop: a whole block passes the residual stream on. Keys and values that another tower reads stay.
 
-The error is the mean |difference| of normalised actions over the policy's own golden observations. Nothing is copied:
-one module's tensors are replaced at a time, and put back.
+The error is the mean |difference| of normalised actions over the policy's golden observations. The policy is not
+copied: the tensors of one module at a time are replaced, and then restored.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from rlrc.progress import progress
 from rlrc.ranges import check_range
 
 BATCH = 16  # observations in one pass
-WHOLE = 2.0  # the range of a normalised action: what an answer that is no number counts as
+ACTION_RANGE = 2.0  # of a normalised action: the error of an action that is not finite
 
 
 @dataclass(frozen=True)
 class SensitivityConfig:
     ratio: float = 0.5
-    """part of a block's heads and MLP channels that goes"""
+    """fraction of a block's heads and MLP channels that is removed"""
     bits: Literal[4, 8] = 4
-    """of the rounded weights"""
+    """bits of the quantized weights"""
     kinds: tuple[Kind, ...] = KINDS
-    """what is done to the modules"""
+    """which changes are measured"""
     observations: int = 64
-    """golden observations, at most"""
+    """maximum number of golden observations"""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -59,7 +59,7 @@ class SensitivityConfig:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What is done to one module: other ``tensors`` are put in place of its own; of a dropped block none."""
+    """A change of one module: ``tensors()`` replaces some of its tensors; None drops the block."""
 
     module: str
     kind: Kind
@@ -67,8 +67,8 @@ class Perturbation:
     tensors: Callable[[], Mapping[str, Tensor]] | None = None
 
 
-def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbation]:
-    """Everything that is measured, in the order of the modules."""
+def perturbations(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbation]:
+    """All changes to measure, in the order of the modules."""
     state, found = policy.state_dict(), list[Perturbation]()
 
     def size(module: str) -> int:
@@ -77,7 +77,7 @@ def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbatio
     for tower, spec in policy.towers.items():
         for i, layer in enumerate(spec.layers):
             block = f"{tower}.layers.{i}"
-            if layer.kv_only:  # it hands the residual stream on anyway
+            if layer.kind == "half":  # it passes the residual stream on anyway
                 continue
             found.append(Perturbation(block, "drop", size(block)))
             if parts := [group for group in find_groups(policy.towers, tower, i, state, align=1) if group.number]:
@@ -92,13 +92,13 @@ def changes(policy: PolicyModule, config: SensitivityConfig) -> list[Perturbatio
 
 
 def part_of(tensor: str) -> str:
-    """The module that a tensor is rounded with: a block's attention or MLP, else the layer itself."""
+    """The module that a tensor is quantized with: a block's attention or MLP, otherwise the layer itself."""
     names = tensor.split(".")
     return ".".join(names[:4] if names[1] == "layers" and len(names) > 5 else names[:-1])
 
 
 def _prune_block(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: float) -> Callable[[], dict[str, Tensor]]:
-    """Without what a part adds to the residual stream it is as good as gone."""
+    """Zero the output columns of the smallest heads and channels, so that they add nothing to the residual stream."""
 
     def tensors() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ def round_weight(weight: Tensor, bits: int) -> Tensor:
 
 @contextmanager
 def apply_change(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
-    """The policy with this change. Afterwards its tensors are the very same."""
+    """Apply the change within the context. Afterwards the policy has its original tensors."""
     if change.tensors is None:
         hook = policy.get_submodule(change.module).register_forward_hook(_pass_through)
         try:
@@ -141,19 +141,19 @@ def apply_change(policy: PolicyModule, change: Perturbation) -> Iterator[None]:
         yield
 
 
-def _pass_through(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
-    """The residual stream as the block got it; with the keys and values, if it gives them."""
-    return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
+def _pass_through(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Replace a block's output by its input; keys and values are unchanged."""
+    return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
 
 
 def action_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Mean |difference| of normalised actions (see action_error.py); one that is no number counts as the range."""
+    """Mean |difference| of normalised actions (see action_error.py); one that is not finite counts ACTION_RANGE."""
     differences = torch.cat([b - a for a, b in zip(before, after, strict=True)])
-    return differences.abs().nan_to_num(WHOLE, posinf=WHOLE).mean().item()
+    return differences.abs().nan_to_num(ACTION_RANGE, posinf=ACTION_RANGE).mean().item()
 
 
 def make_batches(inputs: Sequence[Inputs]) -> list[Inputs]:
-    """Observations of one each -> batches of prompts of one length."""
+    """Single observations -> batches in which all prompts have the same length."""
     lengths: dict[int, list[Inputs]] = {}
     for one in inputs:
         lengths.setdefault(0 if one.ids is None else one.ids.shape[1], []).append(one)
@@ -162,18 +162,18 @@ def make_batches(inputs: Sequence[Inputs]) -> list[Inputs]:
 
 
 def _concatenate(rows: Sequence[Inputs]) -> Inputs:
-    def of(name: str) -> Tensor | None:
-        found = [getattr(row, name) for row in rows]
-        return None if found[0] is None else torch.cat(found)
+    def concatenate(name: str) -> Tensor | None:
+        tensors = [getattr(row, name) for row in rows]
+        return None if tensors[0] is None else torch.cat(tensors)
 
     pixels = [torch.cat(pictures) for pictures in zip(*(row.pixels for row in rows), strict=True)]
-    return Inputs(pixels, of("ids"), of("state"), noise=of("noise"))
+    return Inputs(pixels, concatenate("ids"), concatenate("state"), noise=concatenate("noise"))
 
 
 def measure(source: PolicySource, name: str, config: SensitivityConfig, journal: Path) -> SensitivityReport:
-    """Every change alone. ``journal`` keeps what is measured, for a later call to go on from.
+    """Measure every change alone. A later call with the same ``journal`` file resumes after the last measurement.
 
-    Raises UserError for a policy whose actions are no numbers, or that is quantized already.
+    Raises UserError for a quantized policy, and for one whose actions are not finite.
     """
     check_unquantized(source, name)
     policy, observations = source.load().eval(), source.observations()
@@ -181,31 +181,31 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)
     batches = make_batches([inputs_of(source.spec, observations, row) for row in rows])
 
-    def answers() -> list[Tensor]:
+    def actions() -> list[Tensor]:
         return [soft_actions(policy, policy.act(inputs)) for inputs in batches]
 
     report = SensitivityReport("sensitivity", name, source.digest, config.ratio, config.bits, len(rows), ())
-    with torch.inference_mode(), progress("sensitivity", len(todo := changes(policy, config))) as tell:
-        whole = answers()
-        if not all(actions.isfinite().all() for actions in whole):
-            raise UserError(f"expected finite actions of {name}, found nan or inf; are these weights sound?")
+    with torch.inference_mode(), progress("sensitivity", len(todo := perturbations(policy, config))) as report_progress:
+        before = actions()
+        if not all(values.isfinite().all() for values in before):
+            raise UserError(f"expected finite actions of {name}, found nan or inf; check its weights")
         found = _read_journal(journal, report)
         for number, change in enumerate(todo):
-            tell(number, change.module)
+            report_progress(number, change.module)
             if (change.module, change.kind) in found:
                 continue
             with apply_change(policy, change):
-                error = action_change(whole, answers())
-            measured = SensitivityRow(change.module, change.kind, error, change.parameters)
+                error = action_change(before, actions())
+            measured = Measured(change.module, change.kind, error, change.parameters)
             found[change.module, change.kind] = measured
             with journal.open("a") as file:
                 file.write(json.dumps(strict.encode(measured)) + "\n")
-        tell(len(todo), "")
+        report_progress(len(todo), "")
     return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
 
 
-def _read_journal(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], SensitivityRow]:
-    """What an interrupted call measured, if it did the same; else the journal begins anew."""
+def _read_journal(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], Measured]:
+    """The measurements of an interrupted call with the same settings; otherwise start a new journal."""
     head, *lines = journal.read_text().splitlines() if journal.exists() else [""]
     if head != (same := json.dumps(strict.encode(report))):
         journal.write_text(same + "\n")

@@ -25,7 +25,8 @@ from rlrc.compressor.models.weights import build_policy
 from rlrc.compressor.prune.lossless import Cut, list_unread
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
 from rlrc.errors import UserError
-from rlrc.runtime.inference.preprocess import Tokenizer, prepare
+from rlrc.runtime.inference.preprocess import prepare
+from rlrc.runtime.inference.prompts import Tokenizer
 from rlrc.strict import encode
 
 INSTRUCTIONS = ("pick up the red cube", "close the drawer", "put the spoon on the towel", "open the box on the left")
@@ -45,7 +46,7 @@ class PolicySource(Protocol):
 
     def load(self) -> PolicyModule: ...
 
-    def hand_on(self, draft: Draft) -> None:
+    def copy_files(self, draft: Draft) -> None:
         """Copy the tokenizer and the curves of earlier stages to a draft."""
 
     def observations(self) -> dict[str, np.ndarray]:
@@ -109,7 +110,7 @@ class ArtifactSource:
     def load(self) -> PolicyModule:
         return replace_spec(load_policy(self.artifact), self.spec)
 
-    def hand_on(self, draft: Draft) -> None:
+    def copy_files(self, draft: Draft) -> None:
         draft.inherit(self.artifact, TOKENIZER, CURVES)
 
     def observations(self) -> dict[str, np.ndarray]:
@@ -145,7 +146,7 @@ class OfficialSource:
     def load(self) -> PolicyModule:
         return replace_spec(reader.read(self.folder, self.options)[0], self.spec)
 
-    def hand_on(self, draft: Draft) -> None:
+    def copy_files(self, draft: Draft) -> None:
         if self.spec.prompt is not None:
             tokenizers.write(tokenizers.of_folder(self.folder, self.options), draft.file(TOKENIZER), self.spec)
 

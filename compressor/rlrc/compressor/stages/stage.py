@@ -151,7 +151,7 @@ def stage(
     run = RunState(out.parent / f".{out.name}.run")
     with interrupts.raise_on_signal(), create_artifact(out) if distributed.rank() == 0 else nullcontext() as draft:
         if draft is not None:
-            source.hand_on(draft)
+            source.copy_files(draft)
         policy = source.load()
         run.open(name, source.digest or str(path), config, options.precision)
         try:

@@ -18,7 +18,8 @@ from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.stages.sources import PolicySource
 from rlrc.compressor.training.batches import Batch, TrainingData, collate
 from rlrc.errors import UserError
-from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
+from rlrc.runtime.inference.preprocess import normalise, prepare
+from rlrc.runtime.inference.prompts import Tokenizer
 
 if TYPE_CHECKING:
     from rlrc.datasets.fit import Matched

@@ -84,7 +84,8 @@ class Team:
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move both to the device and wrap them, so that backward averages gradients over the processes."""
-        return self._accelerator.prepare(objective, optimizer)
+        prepared: tuple[nn.Module, Any] = self._accelerator.prepare(objective, optimizer)
+        return prepared
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
@@ -140,11 +141,11 @@ class Team:
 
     def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
         """The whole state, as in ``weights``; it fits the same number of processes."""
-        state = optimizer.state_dict()
+        state: dict[str, Any] = optimizer.state_dict()
         # Before the first step torch would initialise the state by a step with zero gradients.
-        if not self.is_sharded(module) or not state["state"]:
-            return state
-        return _checkpoint().get_optimizer_state_dict(module, optimizer.optimizer, options=_full_state_options())
+        if self.is_sharded(module) and state["state"]:
+            state = _checkpoint().get_optimizer_state_dict(module, optimizer.optimizer, options=_full_state_options())
+        return state
 
     def load_optimizer(self, module: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
         """Load the result of ``optimizer_state``."""

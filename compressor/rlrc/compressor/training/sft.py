@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class BestWeights:
         """The held-out loss; copies the weights if it is the lowest so far."""
         self.policy.eval()
         with torch.no_grad():
-            losses = [(self.objective(batch)["loss"].item(), len(batch)) for batch in self.held_out]
+            losses = [(float(self.objective(batch)["loss"]), len(batch)) for batch in self.held_out]
         loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
         self.stale, self.checked = self.stale + 1, step
         if loss < self.loss:
@@ -127,7 +127,7 @@ def make_interruptible(parameters: Iterable[nn.Parameter]) -> None:
     """Let a signal end a backward pass between two layers: Python handles signals whenever a hook runs."""
     for parameter in parameters:
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda _: None)
+            cast(Any, parameter).register_post_accumulate_grad_hook(lambda _: None)
 
 
 class BeforeStep(Protocol):
