@@ -123,7 +123,7 @@ def test_an_expert_s_block_takes_all_of_its_prefix_along() -> None:
     assert after["expert"].layers == (cross, cross)
     longer = {"decoder": tower(*(BLOCK,) * 6), "expert": towers["expert"]}  # one more that nobody attends to
     assert find_units(longer, "expert")[-1] == {"decoder": (4, 5), "expert": (2,)}
-    with pytest.raises(UserError, match=r"every one has its 2 of the prefix"):
+    with pytest.raises(UserError, match=r"a stride of 2 prefix blocks per expert block, found"):
         drop_from_towers(longer, find_units(longer, "expert")[:1])
 
 

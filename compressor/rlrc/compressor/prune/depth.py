@@ -65,8 +65,8 @@ def drop_from_towers(towers: Towers, dropped: Collection[Unit]) -> dict[str, Tow
         stride, expert = prefix_stride(dict(towers)), after["expert"].layers
         if prefix_stride(after) != stride or len(after["decoder"].layers[::stride]) != len(expert):
             raise UserError(
-                f"expected {stride} prefix blocks for every expert block, found {len(after['decoder'].layers)} for "
-                f"{len(expert)}; drop fewer"
+                f"expected a stride of {stride} prefix blocks per expert block, found {prefix_stride(after)} with "
+                f"{len(after['decoder'].layers)} prefix and {len(expert)} expert blocks; drop fewer"
             )
     return after
 

@@ -43,7 +43,7 @@ class TargetLimit:
 
     def refuse(self, best: Towers, how: str) -> UserError:
         return UserError(
-            f"expected a {self.what} of {self.describe(self.cost(best))} or more (what is left when {how}), found "
+            f"expected a {self.what} of {self.describe(self.cost(best))} or more, the minimum when {how}, found "
             f"{self.describe(self.limit)}; give more, or prune another tower too"
         )
 
