@@ -45,7 +45,7 @@ class DemonstrationConfig:
 class Samples:
     """Pictures uint8 (N, H, W, 3), raw states float32 (N, S), task indices (N,), raw chunks float32 (N, K, D)."""
 
-    to_pixels: npt.NDArray[np.uint8]
+    pictures: npt.NDArray[np.uint8]
     state: npt.NDArray[np.float32]
     task: npt.NDArray[np.int64]
     chunk: npt.NDArray[np.float32]

@@ -196,7 +196,7 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
                 continue
             with apply_change(policy, change):
                 error = action_change(before, actions())
-            measured = Measured(change.module, change.kind, error, change.parameters)
+            measured = SensitivityRow(change.module, change.kind, error, change.parameters)
             found[change.module, change.kind] = measured
             with journal.open("a") as file:
                 file.write(json.dumps(strict.encode(measured)) + "\n")
@@ -204,7 +204,7 @@ def measure(source: PolicySource, name: str, config: SensitivityConfig, journal:
     return replace(report, modules=tuple(found[change.module, change.kind] for change in todo))
 
 
-def _read_journal(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], Measured]:
+def _read_journal(journal: Path, report: SensitivityReport) -> dict[tuple[str, Kind], SensitivityRow]:
     """The measurements of an interrupted call with the same settings; otherwise start a new journal."""
     head, *lines = journal.read_text().splitlines() if journal.exists() else [""]
     if head != (same := json.dumps(strict.encode(report))):
