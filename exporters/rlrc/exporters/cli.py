@@ -12,6 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
+from rlrc.artifact.precisions import ExportPrecision
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
@@ -35,12 +36,7 @@ class Export:
     to: tuple[Literal["onnx", "gguf", "tensorrt"], ...] = ("onnx",)
     """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime); of tensorrt,
     rlrc jetson build makes engines on the device"""
-    precision: (
-        Literal[
-            "auto", "fp16", "bf16", "fp32", "int8", "int8-rows", "int8+int4", "int4", "int4a8", "w4a8", "w8", "q4_k_m"
-        ]
-        | None
-    ) = None
+    precision: Literal["auto", ExportPrecision] | None = None
     """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default),
     int4a8, int8 or w4a8, for int8 weights w8 (default) or int8. fp16, int4 and w8 say how weights are stored, and
     compute in fp32; the others compute in 8 bits, which is faster but no longer exact: int4a8 with 4-bit weights, int8

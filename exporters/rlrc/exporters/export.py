@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rlrc.artifact import GOLDEN, Artifact, Draft, FileSpec, GraphSpec, HistoryEntry, Manifest, VerifiedSpec, writing
+from rlrc.artifact.precisions import PRECISIONS
 from rlrc.errors import UserError
 from rlrc.folders import sha256
 from rlrc.npz import write_npz
@@ -25,7 +26,7 @@ MODULES = {
     "tensorrt": "rlrc.exporters.tensorrt.target",
     "gguf": "rlrc.exporters.gguf.target",
 }
-"""By backend. Each chooses a precision, tells whether it is exact, and writes the graphs."""
+"""By backend. Each chooses a precision and writes the graphs."""
 
 
 class Disagreement(Exception):
@@ -115,8 +116,9 @@ def limits(
     if tolerance is not None:
         return verify.Tolerances(tolerance)
     names = [precision] if isinstance(precision, str) else precision.values()
-    rounding = sorted((name for name in names if not exporter(backend).is_exact(name)), key=lambda name: "4" in name)
-    return verify.default_limits(manifest.policy.action, rounding[-1] if rounding else None)
+    rounding = [PRECISIONS[name] for name in names if backend not in PRECISIONS[name].exact]
+    coarsest = sorted(rounding, key=lambda each: each.range_tolerance)[-1].name if rounding else None
+    return verify.default_limits(manifest.policy.action, coarsest)
 
 
 def check(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest, TensorSpec, TowerSpec
+from rlrc.artifact.precisions import CHOICES
 from rlrc.errors import UserError
 from rlrc.exporters.gguf import file as gguf_file
 from rlrc.exporters.graphs import Define, openvla, tiny
@@ -29,21 +30,18 @@ OTHERS = {
     "pi05": EXPERT,
     "smolvla": EXPERT,
 }
-FLOATS = {"fp16": "fp16", "fp32": "fp32", "int8": "fp16", "q4_k_m": "fp16"}
-"""Precisions of float weights, the default first, and the flavour of the graphs around: nothing is rounded to 8 bits or
-less there."""
-QUANTIZED = {"int4": {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows"}, "int8": {"int8": "w8"}}
-"""The same of quantized weights, by their grid. The blocks have their own integers in all, and llama.cpp rounds their
-activations to 8 bits; int4a8 and int8+int4 do so around them too, with weights in 4 or 8 bits."""
+AROUND = {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows", "int8": "w8"}
+"""The ONNX precision of the graphs around the blocks, of quantized weights. llama.cpp rounds the blocks' activations to
+8 bits in all of these; int4a8 and int8+int4 do so around them too, with weights in 4 or 8 bits."""
 
 
 def choose_precision(parent: Artifact, precision: str | None) -> str:
     """The precision asked for, or the default. Raises UserError for one, or a policy, that llama.cpp does not run."""
     manifest = parent.manifest
     check_policy(manifest)
-    choices = flavours(manifest)
+    choices = CHOICES["gguf"][manifest.quantization.grid if manifest.quantization else "float"]
     if precision is None:
-        precision = "fp32" if manifest.dtype == "float32" else next(iter(choices))
+        precision = "fp32" if manifest.dtype == "float32" else choices[0]
     if precision not in choices:
         what = "quantize the policy first" if precision == "int4" else "choose one of those"
         raise UserError(
@@ -55,8 +53,11 @@ def choose_precision(parent: Artifact, precision: str | None) -> str:
     return precision
 
 
-def flavours(manifest: Manifest) -> Mapping[str, str]:
-    return FLOATS if manifest.quantization is None else QUANTIZED[manifest.quantization.grid]
+def choose_around(manifest: Manifest, precision: str) -> str:
+    """The ONNX precision of the graphs around the blocks; float weights are not rounded to 8 bits there."""
+    if manifest.quantization is not None:
+        return AROUND[precision]
+    return "fp32" if precision == "fp32" else "fp16"
 
 
 def check_policy(manifest: Manifest) -> None:
@@ -69,18 +70,13 @@ def check_policy(manifest: Manifest) -> None:
     gguf_file.architecture(manifest.towers["decoder"])
 
 
-def is_exact(precision: str) -> bool:
-    """Whether only the order of sums tells the answers from torch's: otherwise llama.cpp rounds activations too."""
-    return precision == "fp32"
-
-
 def write_graphs(
     draft: Draft, parent: Artifact, precision: str, weights: Weights | None = None
 ) -> tuple[GraphSpec, ...]:
     """``weights``: other ones than the parent's."""
     manifest, folder = parent.manifest, FOLDERS["gguf"]
     weights = read_weights(parent) if weights is None else weights
-    specs, flavour = dict[str, GraphSpec](), flavours(manifest)[precision]
+    specs, flavour = dict[str, GraphSpec](), choose_around(manifest, precision)
     blocks = precision if manifest.quantization is None else manifest.quantization.grid
     for name, define in FAMILIES[manifest.policy.family].items():
         builder, file = OnnxRuntimeBuilder(weights, FLAVOURS[flavour]), f"{folder}/{name}.onnx"

@@ -50,11 +50,6 @@ FLAVOURS = {
     "w4a8": OnnxFormat(np.float16, "int8", packed=True),  # int4 in the file, 8 bits in memory and in products
     "w8": OnnxFormat(np.float16, "int4"),  # 8 bits in the file, but for what has 4
 }
-DENSE = ("fp16", "fp32", "int8", "int8-rows")  # for float weights, the default first
-QUANTIZED = {
-    "int4": ("int4", "int4a8", "int8", "int8-rows", "w4a8"),
-    "int8": ("w8", "int8", "int8-rows"),
-}  # for quantized weights, by the grid of most of them
 
 
 class OnnxRuntimeBuilder(Builder):

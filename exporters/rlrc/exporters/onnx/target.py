@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
+from rlrc.artifact.precisions import CHOICES
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.graphs.weights import Weights, read_weights
-from rlrc.exporters.onnx.builder import DENSE, FLAVOURS, NEEDS, QUANTIZED, OnnxRuntimeBuilder
+from rlrc.exporters.onnx.builder import FLAVOURS, NEEDS, OnnxRuntimeBuilder
 from rlrc.exporters.onnx.mixed import MIXED, PARTS, MixedBuilder
 from rlrc.runtime.inference.backends import FOLDERS
 
@@ -18,10 +19,10 @@ Precision = str | Mapping[str, str]
 
 def choices(manifest: Manifest) -> tuple[str, ...]:
     """The precisions that these weights can have, the default first."""
-    if manifest.quantization is not None:
-        mixed = (MIXED,) if manifest.quantization.grid == "int4" and manifest.policy.decode == "autoregressive" else ()
-        return (*QUANTIZED[manifest.quantization.grid], *mixed)
-    return ("fp32", *(name for name in DENSE if name != "fp32")) if manifest.dtype == "float32" else DENSE
+    found = CHOICES["onnxruntime"][manifest.quantization.grid if manifest.quantization else "float"]
+    if manifest.policy.decode != "autoregressive":
+        found = tuple(name for name in found if name != MIXED)
+    return ("fp32", *(name for name in found if name != "fp32")) if manifest.dtype == "float32" else found
 
 
 def choose_precision(parent: Artifact, precision: Precision | None) -> Precision:
@@ -36,11 +37,6 @@ def choose_precision(parent: Artifact, precision: Precision | None) -> Precision
                 "choose one of those, or auto"
             )
     return precision
-
-
-def is_exact(precision: str) -> bool:
-    """Whether only the order of floating-point sums tells the graphs' answers from torch's."""
-    return precision != MIXED and FLAVOURS[precision].products in ("float", "int4")
 
 
 def write_graphs(

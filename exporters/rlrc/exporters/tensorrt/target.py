@@ -8,6 +8,7 @@ import numpy as np
 
 from rlrc.artifact import GOLDEN, Artifact, Draft, GraphSpec, PolicySpec
 from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
+from rlrc.artifact.precisions import CHOICES, OVERFLOWS, PRECISIONS
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import graphs_of
 from rlrc.exporters.graphs.weights import Weights, read_weights
@@ -15,21 +16,17 @@ from rlrc.exporters.tensorrt.builder import Float, TensorRTBuilder, TensorRTForm
 from rlrc.exporters.tensorrt.int8 import scales
 from rlrc.exporters.tensorrt.profiles import Lengths, profiles
 from rlrc.folders import sha256
-from rlrc.jetson.model.precision import OVERFLOWS
 from rlrc.runtime.inference.backends import FOLDERS
 from rlrc.runtime.inference.verify import read_golden
 
 TENSORRT = "10.3"  # JetPack 6's; its parser reads blocked 4-bit integers, and has no highest opset
-DENSE = ("fp16", "bf16", "fp32", "int8", "fp8")  # for float weights, the default first
-QUANTIZED = {"int4": ("int4", "fp16", "bf16", "int8", "fp8"), "int8": ("fp16", "bf16", "int8", "fp8")}
-LEAST_SM = {"fp32": 50, "fp16": 53, "bf16": 80, "int8": 72, "fp8": 89, "int4": 80}
 WORKSPACE = 2**30
 
 
 def choose_precision(parent: Artifact, precision: str | None) -> str:
     """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
     manifest = parent.manifest
-    choices: tuple[str, ...] = DENSE if manifest.quantization is None else QUANTIZED[manifest.quantization.grid]
+    choices = CHOICES["tensorrt"][manifest.quantization.grid if manifest.quantization else "float"]
     if manifest.policy.family in OVERFLOWS:
         choices = tuple(choice for choice in choices if choice != "fp16")
         if precision == "fp16":
@@ -45,11 +42,6 @@ def choose_precision(parent: Artifact, precision: str | None) -> str:
             f"found {precision}; choose one of those"
         )
     return precision
-
-
-def is_exact(precision: str) -> bool:
-    """Whether only the order of floating-point sums tells the graphs' answers from torch's."""
-    return precision == "fp32"
 
 
 def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphSpec, ...]:
@@ -83,7 +75,8 @@ def plan(folder: Path, parent: Artifact, specs: list[GraphSpec], precision: str)
         hashes = {file: sha256(folder / file) for file in files}
         graphs.append(GraphPlan(spec.name, hashes, spec.inputs, profiles(policy, spec, specs[0], prompt)))
     block = quantization.group if quantization and precision == "int4" else None
-    least = max(LEAST_SM[precision], LEAST_SM["bf16"] if policy.family in OVERFLOWS and precision != "fp32" else 0)
+    used = [precision, "bf16"] if policy.family in OVERFLOWS and precision != "fp32" else [precision]
+    least = max(PRECISIONS[name].least_sm or 0 for name in used)
     return BuildPlan(precision, TENSORRT, least, WORKSPACE, tuple(graphs), block)  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import GOLDEN, ActionSpec, Artifact, PolicySpec, VerifiedSpec
+from rlrc.artifact.precisions import find_precision
 from rlrc.errors import UserError
 from rlrc.npz import read_npz
 from rlrc.runtime.inference.backends.engine import Engine
@@ -28,9 +29,6 @@ from rlrc.runtime.inference.decode import actions_of, logit_row, logit_rows
 TIE = 1e-3
 """Logits closer than this are a tie: the reference gives both tokens the same probability to 0.1 %. Graphs that compute
 in fp32 differ from torch by about 2e-5 on logits of size 30, fifty times less."""
-SPACING = {"fp16": 2.0**-10, "int4": 2.0**-10, "bf16": 2.0**-7}
-"""From one number to the next, relative to it, in what these precisions round products to: logits that are closer are a
-tie to them. On the reference policy fp16 changed tokens up to 0.0014 apart and bf16 up to 0.043, at logits of 20."""
 ONE_IN = 100  # observations may be beyond a limit that is a part of the range
 FINE = 256
 """Bins that continuous actions are measured by: as fine as the action tokens of OpenVLA and its successors."""
@@ -166,14 +164,15 @@ class Tolerances:
 def default_limits(action: ActionSpec, precision: str | None = None) -> Tolerances:
     """Half of the narrowest bin, so that every token has to agree, ties aside; ``precision`` names one that rounds.
 
-    Weights in 4 bits against the policy with just these weights: 2 % of the range; others 1 %. Constant dimensions do
-    not count for the narrowest bin, unless all are constant: graphs cannot move them by more than their own range.
+    That one is held to its ``range_tolerance``, against the policy with just these weights. Constant dimensions do not
+     count for the narrowest bin, unless all are constant: graphs cannot move them by more than their own range.
     """
     moving = _nominal_range(action) >= _narrowest_range(action)
     half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2
     if precision is None:
         return Tolerances(half)
-    return Tolerances(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
+    rounded = find_precision(precision)
+    return Tolerances(half, rounded.range_tolerance, rounded.spacing)
 
 
 def limits_of(record: VerifiedSpec) -> Tolerances:
