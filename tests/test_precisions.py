@@ -23,9 +23,9 @@ def test_every_choice_of_every_backend_is_in_the_table_and_on_the_command_line()
 def test_onnx_formats_are_precisions_and_exact_where_they_compute_in_floats() -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("torch")
-    from rlrc.exporters.onnx.builder import FLAVOURS
+    from rlrc.exporters.onnx.builder import FORMATS
 
-    for name, form in FLAVOURS.items():
+    for name, form in FORMATS.items():
         assert ("onnxruntime" in PRECISIONS[name].exact) == (form.products in ("float", "int4"))
         assert not form.packed or PRECISIONS[name].in_memory == 8
 

@@ -1,7 +1,7 @@
-"""The llama.cpp target: graphs/gguf. The decoder's blocks are a model file; what is around them is ONNX.
+"""The llama.cpp target (graphs/gguf): the decoder's blocks are a GGUF file, the graphs around them ONNX.
 
-"decoder" takes and gives what it does as one ONNX graph, but for the past, which stays in llama.cpp. Its file holds the
-blocks alone: the engine computes "embed", the blocks and "head" one after the other.
+The graph "decoder" has the inputs and outputs that it has in ONNX, except the past, which stays in llama.cpp. Its file
+holds the blocks only: the engine computes "embed", the blocks and "head" in this order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlrc.errors import UserError
 from rlrc.exporters.gguf import file as gguf_file
 from rlrc.exporters.graphs import Define, openvla, tiny
 from rlrc.exporters.graphs.weights import Weights, read_weights
-from rlrc.exporters.onnx.builder import FLAVOURS, NEEDS, OnnxRuntimeBuilder
+from rlrc.exporters.onnx.builder import FORMATS, NEEDS, OnnxRuntimeBuilder
 from rlrc.runtime.inference.backends import FOLDERS, llama_model
 
 FAMILIES: Mapping[str, Mapping[str, Define]] = {
@@ -36,7 +36,7 @@ AROUND = {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows", "int8": 
 
 
 def choose_precision(parent: Artifact, precision: str | None) -> str:
-    """The precision asked for, or the default. Raises UserError for one, or a policy, that llama.cpp does not run."""
+    """The precision asked for, or the default. Raises UserError for what llama.cpp does not run."""
     manifest = parent.manifest
     check_policy(manifest)
     choices = CHOICES["gguf"][manifest.quantization.grid if manifest.quantization else "float"]
@@ -49,7 +49,7 @@ def choose_precision(parent: Artifact, precision: str | None) -> str:
         )
     if manifest.quantization is None:
         gguf_file.check_rows(manifest.towers["decoder"], precision)
-    llama_model.library()  # what is written is also run, so it had better be here
+    llama_model.library()  # raises if llama.cpp is missing: the graphs are verified with it
     return precision
 
 
@@ -67,35 +67,35 @@ def check_policy(manifest: Manifest) -> None:
             f"expected a family of {', '.join(FAMILIES)} for gguf, found {family}, which has {OTHERS.get(family)}; "
             "export it --to onnx"
         )
-    gguf_file.architecture(manifest.towers["decoder"])
+    gguf_file.choose_architecture(manifest.towers["decoder"])
 
 
 def write_graphs(
     draft: Draft, parent: Artifact, precision: str, weights: Weights | None = None
 ) -> tuple[GraphSpec, ...]:
-    """``weights``: other ones than the parent's."""
+    """``weights``: used instead of the parent's."""
     manifest, folder = parent.manifest, FOLDERS["gguf"]
     weights = read_weights(parent) if weights is None else weights
-    specs, flavour = dict[str, GraphSpec](), choose_around(manifest, precision)
+    specs, around = dict[str, GraphSpec](), choose_around(manifest, precision)
     blocks = precision if manifest.quantization is None else manifest.quantization.grid
     for name, define in FAMILIES[manifest.policy.family].items():
-        builder, file = OnnxRuntimeBuilder(weights, FLAVOURS[flavour]), f"{folder}/{name}.onnx"
+        builder, file = OnnxRuntimeBuilder(weights, FORMATS[around]), f"{folder}/{name}.onnx"
         define(builder, manifest.policy, manifest.towers)
         builder.write(name, draft.file(file))
-        specs[name] = GraphSpec(name, "gguf", file, flavour, tuple(builder.inputs), tuple(builder.outputs), NEEDS)
+        specs[name] = GraphSpec(name, "gguf", file, around, tuple(builder.inputs), tuple(builder.outputs), NEEDS)
     file = f"{folder}/decoder.gguf"
     write_blocks(draft.file(file), weights, manifest.towers["decoder"], blocks)
-    inputs, outputs = of_one(specs["embed"].inputs), of_one(specs["head"].outputs)
+    inputs, outputs = fix_batch(specs["embed"].inputs), fix_batch(specs["head"].outputs)
     return *specs.values(), GraphSpec("decoder", "gguf", file, blocks, inputs, outputs, llama_model.NEEDS)
 
 
-def of_one(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """In batches of one."""
+def fix_batch(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The tensors with a batch size of one."""
     return tuple(TensorSpec(tensor.name, tensor.dtype, (1, *tensor.shape[1:])) for tensor in tensors)
 
 
 def write_blocks(path: Path, weights: Weights, tower: TowerSpec, precision: str) -> None:
-    """K-quants are llama.cpp's own, made of a file in float16."""
+    """Write the blocks; llama.cpp makes K-quants from a file in float16."""
     if precision != "q4_k_m":
         gguf_file.write(path, weights, tower, precision)
         return
