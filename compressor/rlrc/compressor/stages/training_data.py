@@ -21,7 +21,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import Tokenizer, normalise, prepare
 
 if TYPE_CHECKING:
-    from rlrc.datasets.fit import Matched
+    from rlrc.datasets.fit import MatchedDataset
 
 HELD_OUT = 512  # frames, at most: they stay in memory
 
@@ -29,7 +29,9 @@ HELD_OUT = 512  # frames, at most: they stay in memory
 class DatasetBatches:
     """Random batches of these frames of a data set: see rlrc.compressor.training.batches.Batches."""
 
-    def __init__(self, matched: Matched, frames: NDArray[np.int64], tokenizer: Tokenizer | None, seed: int) -> None:
+    def __init__(
+        self, matched: MatchedDataset, frames: NDArray[np.int64], tokenizer: Tokenizer | None, seed: int
+    ) -> None:
         self.matched, self.frames, self.tokenizer = matched, frames, tokenizer
         self.rng = np.random.default_rng(seed)
 
@@ -77,7 +79,7 @@ def check(stage: str, source: PolicySource, config: TrainingSettings, instead: s
         )
 
 
-def open_data(config: TrainingSettings, spec: PolicySpec) -> Matched:
+def open_data(config: TrainingSettings, spec: PolicySpec) -> MatchedDataset:
     """Raises UserError for a folder that is no data set, and for one that does not fit the policy."""
     from rlrc.datasets.fit import match
     from rlrc.datasets.lerobot import Dataset
