@@ -143,7 +143,7 @@ def _is_number(kind: pa.DataType) -> bool:
 def _convert(array: pa.Array, dtype: np.dtype[Any]) -> NDArray[Any]:
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
-    values = array.to_numpy(zero_copy_only=False)
+    values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     if values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):

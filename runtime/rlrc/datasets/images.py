@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rlrc.datasets.columns import check_columns, translate_parquet_errors
 from rlrc.errors import UserError
@@ -39,7 +39,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
                     "is_depth_map in meta/info.json)"
                 )
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"{len(data)} bytes that are not a picture") from None
     except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from None  # PIL's decoders raise all of these

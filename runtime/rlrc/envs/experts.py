@@ -37,18 +37,18 @@ def _steady(stock: Any, handle: str, offset: Triple, push: Triple, hover: float)
     stock expert's.
     """
 
-    class SteadyPolicy(stock):
-        @staticmethod
-        def _desired_pos(o_d: dict[str, npt.NDArray[np.float64]]) -> npt.NDArray[Any]:
-            start = o_d[handle] + np.array(offset)
-            away = o_d["hand_pos"] - start
-            stray = float(np.linalg.norm(away[:2]))
-            behind = away[0] * np.sign(push[0]) < 0.02
-            if abs(away[2]) < _LOW and stray < _STRAY and behind:
-                return start + np.array(push)
-            return start + np.array([0.0, 0.0, hover * np.interp(stray, _FUNNEL, (0.0, 1.0))])
+    def choose_target(o_d: dict[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        start: npt.NDArray[np.float64] = o_d[handle] + np.array(offset)
+        away = o_d["hand_pos"] - start
+        stray = float(np.linalg.norm(away[:2]))
+        behind = away[0] * np.sign(push[0]) < 0.02
+        if abs(away[2]) < _LOW and stray < _STRAY and behind:
+            start += push
+        else:
+            start[2] += hover * np.interp(stray, _FUNNEL, (0.0, 1.0))
+        return start
 
-    return SteadyPolicy
+    return type("SteadyPolicy", (stock,), {"_desired_pos": staticmethod(choose_target)})
 
 
 _EXPERTS: dict[str, Any] = dict(ENV_POLICY_MAP) | {
@@ -66,7 +66,8 @@ def expert(task: MetaWorldTask) -> Expert:
     def act(full_observation: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "Constant(s) may be too high": clipped as in the simulator
-            return np.clip(policy.get_action(full_observation), -1.0, 1.0).astype(np.float32)
+            action: npt.NDArray[np.float64] = policy.get_action(full_observation)
+            return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     return act
 

@@ -78,7 +78,7 @@ class Simulator:
 
     def instruction(self) -> str:
         """Policies were trained on the text in the file names; a perturbed suite has its text in the problem file."""
-        return self.task.language if self.suite in HORIZONS else self.env.language_instruction
+        return str(self.task.language if self.suite in HORIZONS else self.env.language_instruction)
 
     def reset(self, episode: int) -> None:
         self.env.reset()
@@ -140,7 +140,7 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 def pack(message: dict[str, Any]) -> bytes:
     """A message with its length in front."""
-    packed = msgpack.packb(message, default=_pack_array)
+    packed: bytes = msgpack.packb(message, default=_pack_array)
     return struct.pack(">I", len(packed)) + packed
 
 
@@ -151,7 +151,7 @@ def _pack_array(array: Any) -> dict[str, Any]:
 
 def unpack_array(value: dict[str, Any]) -> np.ndarray:
     """Raises ValueError for anything but numbers."""
-    array = np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"])
+    array: np.ndarray = np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"])
     if array.dtype.kind not in "fiub":
         raise ValueError(f"expected numbers, found {array.dtype}")
     return array

@@ -103,12 +103,11 @@ def _make_class(environment: str) -> Any:
     """Meta-World's class of a task, on the shared model."""
     stock: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[environment]
 
-    class Simulation(stock):
-        def _initialize_simulation(self) -> tuple[Any, Any]:
-            model = _load_model(self.fullpath)
-            return model, mujoco.MjData(model)
+    def initialize(self: Any) -> tuple[Any, Any]:
+        model = _load_model(self.fullpath)
+        return model, mujoco.MjData(model)
 
-    return Simulation
+    return type("Simulation", (stock,), {"_initialize_simulation": initialize})
 
 
 class MetaWorldEnv(gymnasium.Env):
@@ -150,7 +149,9 @@ class MetaWorldEnv(gymnasium.Env):
     def over(self) -> bool:
         return self.success
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
         self.reset_scene()
         return self.observe(), {"success": False}

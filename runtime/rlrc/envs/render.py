@@ -85,7 +85,8 @@ class SceneRenderer:
         mujoco.mj_comPos(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
         self.renderer.update_scene(self.data, camera=CAMERA, scene_option=self.options)
-        return self.renderer.render().copy()
+        picture: npt.NDArray[np.uint8] = self.renderer.render()
+        return picture.copy()
 
 
 _renderers: dict[tuple[str, int], SceneRenderer] = {}

@@ -156,7 +156,8 @@ def list_entries(weights: Weights, tower: TowerSpec, precision: str) -> Iterator
 
 def interleave_pairs(heads: int, head_dim: int) -> NDArray[np.intp]:
     """The order of query and key channels in which the two channels of a rotated pair are adjacent, as in llama.cpp."""
-    return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+    order: NDArray[np.intp] = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+    return order
 
 
 def choose_type(weights: Weights, name: str, precision: str) -> Kind:
@@ -172,12 +173,11 @@ def read_data(weights: Weights, name: str, kind: Kind, order: NDArray[np.intp] |
     rows: Any = slice(None) if order is None else order
     if bits := weights.bits(name):
         integers, scales = weights.read_packed([name])
-        scales = np.repeat(
-            scales, weights.shape(name)[1] // scales.shape[1] // GROUP, axis=1
-        )  # llama.cpp has groups of 32
+        # llama.cpp has groups of 32; larger groups repeat their scale.
+        scales = np.repeat(scales, weights.shape(name)[1] // scales.shape[1] // GROUP, axis=1)
         signed = unpack_nibbles(integers).astype(np.int8) - np.int8(8) if bits == 4 else integers
         return pack_blocks(signed[rows], scales[rows], bits)
-    values = weights.array(name)[rows]
+    values: NDArray[Any] = weights.array(name)[rows]
     if kind == Kind.Q8_0:
         blocks: NDArray[Any] = gguf.quants.quantize(values, kind)
         return blocks
