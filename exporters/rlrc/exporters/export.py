@@ -148,7 +148,7 @@ def reference_engine(exported: Artifact, backend: str) -> Engine | None:
 
 
 def load_exporter(backend: str) -> ModuleType:
-    """The backend's module, imported on demand: each needs packages of its own."""
+    """The backend's module, imported on demand: each needs different packages."""
     return import_module(MODULES[backend])
 
 

@@ -61,7 +61,7 @@ class LiberoTask:
         self, pictures: Mapping[str, NDArray[Any]], state: NDArray[Any], instruction: str
     ) -> dict[str, Any]:
         """The policy's observation, from ``pictures`` by LIBERO's names."""
-        images = {f"image.{ours}": pictures[theirs] for ours, theirs in self.rules.cameras.items()}
+        images = {f"image.{camera}": pictures[source] for camera, source in self.rules.cameras.items()}
         values = {"state": state} if self.with_state else {}  # OpenVLA takes none
         return images | values | {"instruction": instruction}
 

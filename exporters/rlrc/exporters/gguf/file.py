@@ -119,36 +119,36 @@ def write_metadata(writer: gguf.GGUFWriter, tower: TowerSpec, precision: str) ->
 def list_entries(weights: Weights, tower: TowerSpec, precision: str) -> Iterator[Entry]:
     """The file's tensors, in file order."""
 
-    def norm(name: str, ours: str) -> Entry:
-        return Entry(name, (tower.width,), Kind.F32, lambda: weights.array(ours) + np.float32(tower.norm_offset))
+    def norm(name: str, tensor: str) -> Entry:
+        return Entry(name, (tower.width,), Kind.F32, lambda: weights.array(tensor) + np.float32(tower.norm_offset))
 
-    def product(name: str, ours: str, order: NDArray[np.intp] | None = None) -> Entry:
-        kind = choose_type(weights, ours, precision)
-        return Entry(name, weights.shape(ours), kind, lambda: read_data(weights, ours, kind, order))
+    def product(name: str, tensor: str, order: NDArray[np.intp] | None = None) -> Entry:
+        kind = choose_type(weights, tensor, precision)
+        return Entry(name, weights.shape(tensor), kind, lambda: read_data(weights, tensor, kind, order))
 
     def zeros(name: str, *shape: int) -> Entry:
         return Entry(name, shape, Kind.F32, lambda: np.zeros(shape, np.float32))
 
     yield zeros("token_embd.weight", 1, tower.width)
     for i, layer in enumerate(tower.layers):
-        ours, theirs = f"decoder.layers.{i}", f"blk.{i}"
+        block, prefix = f"decoder.layers.{i}", f"blk.{i}"
         if layer.heads:
-            yield norm(f"{theirs}.attn_norm.weight", f"{ours}.norm1.weight")
+            yield norm(f"{prefix}.attn_norm.weight", f"{block}.norm1.weight")
             for part, heads in (("q", layer.heads), ("k", layer.kv_heads)):
                 order = interleave_pairs(heads, layer.head_dim)
-                yield product(f"{theirs}.attn_{part}.weight", f"{ours}.attention.{part}.weight", order)
-            yield product(f"{theirs}.attn_v.weight", f"{ours}.attention.v.weight")
-            yield product(f"{theirs}.attn_output.weight", f"{ours}.attention.o.weight")
+                yield product(f"{prefix}.attn_{part}.weight", f"{block}.attention.{part}.weight", order)
+            yield product(f"{prefix}.attn_v.weight", f"{block}.attention.v.weight")
+            yield product(f"{prefix}.attn_output.weight", f"{block}.attention.o.weight")
         elif i == 0:  # llama.cpp reads the head size of all blocks from the first one: give it a head of zeros
-            yield zeros(f"{theirs}.attn_norm.weight", tower.width)
+            yield zeros(f"{prefix}.attn_norm.weight", tower.width)
             for part in "qkv":
-                yield zeros(f"{theirs}.attn_{part}.weight", layer.head_dim, tower.width)
-            yield zeros(f"{theirs}.attn_output.weight", tower.width, layer.head_dim)
-        yield norm(f"{theirs}.ffn_norm.weight", f"{ours}.norm2.weight")
+                yield zeros(f"{prefix}.attn_{part}.weight", layer.head_dim, tower.width)
+            yield zeros(f"{prefix}.attn_output.weight", tower.width, layer.head_dim)
+        yield norm(f"{prefix}.ffn_norm.weight", f"{block}.norm2.weight")
         for part in ("gate", "up", "down"):
-            name = f"{theirs}.ffn_{part}.weight"
+            name = f"{prefix}.ffn_{part}.weight"
             if layer.mlp:
-                yield product(name, f"{ours}.mlp.{part}.weight")
+                yield product(name, f"{block}.mlp.{part}.weight")
             else:
                 yield zeros(name, *((tower.width, EMPTY) if part == "down" else (EMPTY, tower.width)))
     yield norm("output_norm.weight", "decoder.norm.weight")
