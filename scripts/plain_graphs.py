@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 
 from rlrc.artifact import Artifact
-from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.builder import Activation, Builder
 from rlrc.exporters.graphs.weights import read_weights
 
@@ -84,7 +84,7 @@ class Stock:
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         weights, manifest = read_weights(artifact), artifact.manifest
         folder.mkdir(exist_ok=True)
-        for name, define in graphs_of("openvla").items():
+        for name, define in find_graphs("openvla").items():
             builder, file = PlainBuilder(weights), folder / f"{name}.onnx"
             define(builder, manifest.policy, manifest.towers)
             builder.write(name, file)

@@ -377,9 +377,9 @@ def pupil(make_pupil: Callable[[], Any]) -> Any:
 @pytest.fixture(scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty $RLRC_CACHE, but for the decimated meshes, for the rest of the session."""
-    from rlrc.envs.render import light_assets
+    from rlrc.envs.render import make_light_assets
 
-    assets = light_assets()
+    assets = make_light_assets()
     folder = tmp_path_factory.mktemp("cache")
     (folder / assets.name).symlink_to(assets)
     with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlrc.artifact import Artifact, GraphSpec
 from rlrc.artifact.build_plan import PLAN, Bounds, read_plan
-from rlrc.exporters.tensorrt.cpu_reference import session
+from rlrc.exporters.tensorrt.cpu_reference import open_session
 from rlrc.runtime.inference.backends.tensorrt_memory import fits, nbytes
 from rlrc.runtime.inference.backends.tensorrt_passes import Passes
 
@@ -128,7 +128,7 @@ class Played(Passes):
     def __init__(self, artifact: Artifact, machine: Machine) -> None:
         plan = read_plan(artifact.file(PLAN))
         graphs = {graph.name: graph for graph in artifact.manifest.graphs if graph.backend == "tensorrt"}
-        sessions = {name: session(artifact.file(graph.file), 1) for name, graph in graphs.items()}
+        sessions = {name: open_session(artifact.file(graph.file), 1) for name, graph in graphs.items()}
         contexts = {
             each.name: [
                 PlayedContext(machine, graphs[each.name], sessions[each.name], profile) for profile in each.profiles

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rlrc.datasets.inspection import facts
+from rlrc.datasets.inspection import describe
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
@@ -244,7 +244,7 @@ def test_a_column_that_is_there_twice_is_refused(images: Path) -> None:
 def test_tasks_of_episodes_are_those_of_their_frames(images: Path) -> None:
     """lerobot/libero has no tasks in meta/episodes."""
     pq.write_table(pq.read_table(images / ROWS).drop_columns(["tasks", "length"]), images / ROWS)
-    found = facts(Dataset.open(images))
+    found = describe(Dataset.open(images))
     assert found["tasks"] == {"task 0": {"episodes": 2, "frames": 9}, "task 1": {"episodes": 1, "frames": 3}}
 
 
@@ -337,7 +337,7 @@ def test_pictures_of_more_bits_are_refused(images: Path, image: Image.Image, kin
     ("data", "kind", "message"),
     [
         (None, pa.binary(), "found no bytes"),
-        (b"", pa.binary(), "found 0 bytes that are no picture"),
+        (b"", pa.binary(), "found 0 bytes that are not a picture"),
         (encoded(Image.fromarray(COLOURS))[:100], pa.binary(), "row 0, found "),
         (encoded(Image.fromarray(COLOURS), "JPEG")[:300], pa.binary(), "row 0, found "),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), pa.binary(), "row 0, found "),
@@ -377,7 +377,7 @@ def test_broken_videos_are_refused(video: Path) -> None:
     for data, message in (
         (b"", "expected a readable video .*found: "),
         (whole[: len(whole) // 2], "expected a readable video .*found: "),
-        (whole[:-1], "expected a readable video .*found: less of it than its index says"),
+        (whole[:-1], "expected a readable video .*found: that it is shorter than its index says"),
         (whole.replace(b"avc1", b"zzzz"), "expected a video in .* that PyAV's FFmpeg decodes, found an unknown codec"),
     ):
         (video / MP4).write_bytes(data)

@@ -19,8 +19,8 @@ import pytest
 from families import DATA as DATA_FOLDER
 from families import source_of
 from rlrc.artifact import ActionSpec, CameraSpec, Manifest, NormStats, PolicySpec
-from rlrc.datasets.fit import Matched, match, split
-from rlrc.datasets.inspection import facts, fit
+from rlrc.datasets.fit import MatchedDataset, match, split
+from rlrc.datasets.inspection import check_fit, describe
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
@@ -118,9 +118,7 @@ def test_cameras_by_another_name(folder: Path, spec: PolicySpec) -> None:
     for name in ("corner4", CAMERA):
         assert match(dataset, other, {"image0": name}).cameras == {"image0": CAMERA}
     assert match(dataset, other, {"observation.images.image0": "corner4"}).cameras == {"image0": CAMERA}
-    with pytest.raises(
-        UserError, match=r"camera image0 in .*, found corner4; say which is which: --cameras image0 NAME$"
-    ):
+    with pytest.raises(UserError, match=r"camera image0 in .*, found corner4; map them with --cameras image0 NAME$"):
         match(dataset, other)
     with pytest.raises(UserError, match=r"expected the policy's camera image0 as top in .*, found corner4"):
         match(dataset, other, {"image0": "top"})
@@ -191,7 +189,7 @@ def test_dimensions_of_other_names_are_noted(tmp_path: Path, spec: PolicySpec) -
     own = features(observation__state=Feature("float32", (3,), ("x", "y", "hand")))
     own[WRIST] = Feature("image", (SIZE, SIZE, 3))
     dataset = Dataset.open(record(tmp_path / "set", own))
-    found = fit(dataset, spec, {})
+    found = check_fit(dataset, spec, {})
     assert found["fits"]
     assert found["notes"] == [
         "the policy's state (x, y, grip) is taken in this order from observation.state (x, y, hand)",
@@ -199,10 +197,10 @@ def test_dimensions_of_other_names_are_noted(tmp_path: Path, spec: PolicySpec) -
     ]
     assert spec.state is not None
     counted = replace(spec, state=replace(spec.state, names=("joint_0", "joint_1", "joint_2")))
-    assert [note for note in fit(dataset, counted, {})["notes"] if "order" in note] == []
+    assert [note for note in check_fit(dataset, counted, {})["notes"] if "order" in note] == []
     own = features(observation__state=Feature("float32", (3,), ("joint_1", "joint_2", "joint_3")))
-    assert fit(Dataset.open(record(tmp_path / "counted", own)), counted, {})["fits"]
-    blind = fit(dataset, replace(spec, state=None), {})
+    assert check_fit(Dataset.open(record(tmp_path / "counted", own)), counted, {})["fits"]
+    blind = check_fit(dataset, replace(spec, state=None), {})
     assert (blind["state"], f"{STATE} is not used: the policy does not take it" in blind["notes"]) == ([], True)
 
 
@@ -260,7 +258,7 @@ DATA = "data/chunk-000/file-000.parquet"
 def test_a_policy_with_a_prompt_needs_tasks_in_words(tmp_path: Path, spec: PolicySpec) -> None:
     edit(record(tmp_path / "set"), "meta/tasks.parquet", "task", ["open the drawer", ""])
     dataset = Dataset.open(tmp_path / "set")
-    with pytest.raises(UserError, match=r"expected a task in words for .* found none for task_index 1"):
+    with pytest.raises(UserError, match=r"expected a task for .* found none for task_index 1"):
         match(dataset, spec)
     assert match(dataset, replace(spec, prompt=None))
 
@@ -302,7 +300,7 @@ def test_one_episode_cannot_be_split(tmp_path: Path) -> None:
 
 
 def test_what_a_data_set_holds(folder: Path) -> None:
-    found = facts(Dataset.open(folder))
+    found = describe(Dataset.open(folder))
     assert (found["version"], found["fps"], found["episodes"], found["frames"]) == ("v3.0", 10, 4, 17)
     assert found["seconds"] == pytest.approx(1.7)
     assert found["tasks"] == {
@@ -327,14 +325,14 @@ def test_what_looks_wrong_is_told(tmp_path: Path) -> None:
     stamps = np.concatenate([np.arange(200) / 10 + 0.02, [0, 0.2, 0.1]])
     edit(path, DATA, "timestamp", stamps)
     dataset = Dataset.open(path)
-    assert facts(dataset)["warnings"] == [
+    assert describe(dataset)["warnings"] == [
         "observation.state dimension 0 (x): constant, always 0.25",
         "observation.state dimension 1 (y): nan or inf in 1 frames",
         "action dimension 2: 1 values beyond 10 standard deviations, such as 1000",
         "time stamps do not grow in 1 episodes, the first is 1",
         "time stamps are off 10 a second in 1 episodes, the first is 0",
     ]
-    assert facts(dataset)["statistics"][STATE]["max"][1] == pytest.approx(np.nanmax(np.float32(states[:, 1])))
+    assert describe(dataset)["statistics"][STATE]["max"][1] == pytest.approx(np.nanmax(np.float32(states[:, 1])))
 
 
 DEPTH = "observation.depth"
@@ -362,7 +360,7 @@ def test_large_features_are_described_by_one_line(
     monkeypatch.setattr("rlrc.datasets.columns._BATCH", 100_000)  # four frames at a time
     path = with_depth(tmp_path / "set")
     dataset = Dataset.open(path)
-    found = facts(dataset)
+    found = describe(dataset)
     values = dataset.column(DEPTH)[np.isfinite(dataset.column(DEPTH))].astype(np.float64)
     expected = {"min": [values.min()], "max": [values.max()], "mean": [values.mean()], "std": [values.std()]}
     for kind, numbers in expected.items():
@@ -379,7 +377,7 @@ def test_large_features_are_described_by_one_line(
 
 def test_a_long_vector_is_described_by_one_line(tmp_path: Path) -> None:
     dataset = Dataset.open(record(tmp_path / "set", features(observation__audio=Feature("int16", (4000,)))))
-    assert facts(dataset)["statistics"]["observation.audio"]["max"] == [33.0]
+    assert describe(dataset)["statistics"]["observation.audio"]["max"] == [33.0]
 
 
 def test_tables_of_inspect_are_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,9 +428,7 @@ def test_inspect_and_training_refuse_alike(tmp_path: Path, capsys: pytest.Captur
     own = {f"observation.images.{name}": Feature("image", (SIZE, SIZE, 3)) for name in ("top", "hand")}
     own |= {STATE: Feature("float32", (len(spec.state.names),)), ACTION: Feature("float32", (spec.action.dim,))}
     path = record(tmp_path / "set", own)
-    said = (
-        f"expected the policy's camera wrist in {path}, found top, hand; say which is which: --cameras wrist NAME, or"
-    )
+    said = f"expected the policy's camera wrist in {path}, found top, hand; map them with --cameras wrist NAME, or"
     code, out, err = command(capsys, "inspect", path, "--policy", checkpoint, *named)
     assert (code, "fits the policy" in out, said in err) == (1, False, True)
     arguments = ["sft", checkpoint, tmp_path / "out", "--data", path, "--steps", "1", *named]
@@ -514,7 +510,7 @@ def test_demonstrations_become_a_data_set(
         state=replace(spec.state, names=dataset.features[STATE].names, norm=NormStats((0.0,) * 7, (1.0,) * 7)),
         action=ActionSpec(5, ACTION_NAMES, spec.action.meaning, spec.action.units, spec.action.norm, 32),
     )
-    matched: Matched = match(dataset, fitting)
+    matched: MatchedDataset = match(dataset, fitting)
     sample = matched.samples([0])[0]
     np.testing.assert_array_equal(sample.chunk, dataset.column(ACTION)[:5])
 

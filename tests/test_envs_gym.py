@@ -241,7 +241,7 @@ def test_refuses_before_anything_is_played(
 def test_refuses_names_files_and_action_spaces(opened: Callable[..., Any], spec: PolicySpec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected gym:rlrc/Pint-v0 to open, found NameNotFound: Environment `Pint`"):
         opened(name="gym:rlrc/Pint-v0")
-    with pytest.raises(UserError, match="expected a mapping file that says what gym:X gives"):
+    with pytest.raises(UserError, match="expected a mapping file from the values of gym:X"):
         open_environment("gym:X", spec)
     with pytest.raises(UserError, match=r"expected a mapping file at .*none\.toml, found: No such file"):
         open_environment("gym:X", spec, tmp_path / "none.toml")

@@ -191,7 +191,7 @@ def test_the_gripper_follows_the_family(stand_in: None, spec: PolicySpec, family
 def test_inverted_gripper() -> None:
     for given, sent in ((0.0, 1.0), (0.4, 1.0), (0.6, -1.0), (1.0, -1.0)):
         action = np.full(7, given, np.float32)
-        np.testing.assert_allclose(libero.inverted_gripper(action), [*[given] * 6, sent], rtol=1e-6)
+        np.testing.assert_allclose(libero.invert_gripper(action), [*[given] * 6, sent], rtol=1e-6)
         assert action[-1] == np.float32(given)
 
 
@@ -293,19 +293,21 @@ def test_refuses_without_a_python(spec: PolicySpec, monkeypatch: pytest.MonkeyPa
 def test_a_simulator_that_fails(opened: libero.LiberoEnvironment) -> None:
     opened.reset(seed=0)
     with pytest.raises(
-        UserError, match="ended with code 1: RuntimeError: the simulation is unstable; correct that, or"
+        UserError, match="exited with code 1: RuntimeError: the simulation is unstable; correct that, or"
     ):
         opened.advance(np.full(7, 77, np.float32))
 
 
 def test_a_simulator_that_is_killed(opened: libero.LiberoEnvironment) -> None:
-    opened.peer._process.kill()
-    with pytest.raises(UserError, match=r"expected an answer of the simulator of libero:libero_goal/1, .* by SIGKILL"):
+    opened.simulator._process.kill()
+    with pytest.raises(
+        UserError, match=r"expected an answer from the simulator of libero:libero_goal/1, .* by SIGKILL"
+    ):
         opened.reset(seed=0)
 
 
 def test_the_simulator_ends_with_its_environment(opened: libero.LiberoEnvironment) -> None:
-    process = opened.peer._process
+    process = opened.simulator._process
     assert process.poll() is None
     opened.close()
     assert process.returncode == 0
@@ -319,7 +321,7 @@ HELLO = "import sys, struct, msgpack, time\nsys.stdout.buffer.write(%s)\nsys.std
     ("said", "message"),
     [
         ("b'Hello, world'", "found a message of 1214606444 bytes"),
-        ("struct.pack('>I', 1) + b'\\xc1'", "found a message that is no msgpack"),
+        ("struct.pack('>I', 1) + b'\\xc1'", "found a message that is not msgpack"),
         ("struct.pack('>I', 1) + msgpack.packb(5)", "found a message that is a int"),
         ("(lambda m: struct.pack('>I', len(m)) + m)(msgpack.packb({'hello': 2}))", "expected protocol 1 .*, found 2"),
         ("b''", "found no answer within 1 s"),
@@ -330,7 +332,7 @@ def test_a_peer_that_speaks_nonsense_or_nothing(
 ) -> None:
     monkeypatch.setenv("RLRC_LIBERO_PYTHON", interpreter(tmp_path, HELLO % said))
     monkeypatch.setattr(libero, "START_S", 1 if said == "b''" else 60)
-    monkeypatch.setattr("rlrc.envs.peer.PATIENCE", 0.1)
+    monkeypatch.setattr("rlrc.envs.subprocess_client.CLOSE_TIMEOUT_S", 0.1)
     with pytest.raises(UserError, match=message) as caught:
         open_environment("libero:libero_goal/0", spec)
     assert "\n" not in str(caught.value)

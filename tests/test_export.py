@@ -30,7 +30,7 @@ from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.graphs import FAMILIES  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
-from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.onnx.builder import FORMATS, OnnxRuntimeBuilder  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
@@ -80,7 +80,7 @@ def in_torch(policy: TinyPolicy, given: dict[str, np.ndarray]) -> np.ndarray:
 def models(manifest: Manifest, weights: Weights, precision: str) -> dict[str, Any]:
     built = {}
     for name, define in FAMILIES["tiny"].items():
-        builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
+        builder = OnnxRuntimeBuilder(weights, FORMATS[precision])
         define(builder, manifest.policy, manifest.towers)
         built[name] = builder.model(name)
     return built
@@ -214,7 +214,7 @@ def test_w4a8_stores_four_bits(tiny_manifest: Manifest) -> None:
 
 def product(weights: Weights, precision: str, x: np.ndarray) -> np.ndarray:
     """x times the first block's queries, keys and values, as a graph of that one product."""
-    builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
+    builder = OnnxRuntimeBuilder(weights, FORMATS[precision])
     value = builder.input("x", "float32", ("batch", 64))
     names = [f"decoder.layers.0.attention.{part}" for part in "qkv"]
     builder.output("y", builder.linear(value, *names), "float32", ("batch", 3 * 64))
@@ -371,7 +371,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     refuse(
         parent,
         tmp_path / "out",
-        r"expected [1-9][\d,]+ bytes of room in .* for fp32, found [\d,]+;",
+        r"expected [1-9][\d,]+ bytes of free space in .* for fp32, found [\d,]+;",
         precision="fp32",
     )
     export(parent, tmp_path / "out", precision="fp16")  # half of that

@@ -21,11 +21,11 @@ from rlrc.compressor.models.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import decompress  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
-from rlrc.exporters.auto import Candidate, fastest_first, measure  # noqa: E402
-from rlrc.exporters.export import export, with_graphs  # noqa: E402
+from rlrc.exporters.auto import Candidate, measure_candidates, rank_plans  # noqa: E402
+from rlrc.exporters.export import export, replace_graphs  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
-from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
-from rlrc.exporters.onnx.target import built, write_graphs  # noqa: E402
+from rlrc.exporters.onnx.builder import FORMATS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.onnx.target import build_graph, write_graphs  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.backends.onnxruntime import OnnxRuntime  # noqa: E402
 
@@ -64,9 +64,9 @@ def engine(manifest: Manifest, tensors: dict[str, Any], precision: str, folder: 
 
     draft = artifacts.Draft(folder)
     save_file(tensors, draft.file("weights/model.safetensors"))
-    manifest = with_graphs(manifest, draft, [])
+    manifest = replace_graphs(manifest, draft, [])
     parent = Artifact(folder, manifest, "")
-    return OnnxRuntime(Artifact(folder, with_graphs(manifest, draft, write_graphs(draft, parent, precision)), ""), 1)
+    return OnnxRuntime(Artifact(folder, replace_graphs(manifest, draft, write_graphs(draft, parent, precision)), ""), 1)
 
 
 @pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-4), ("int8-rows", 0.3), ("int8+int4", 0.3)])
@@ -116,7 +116,9 @@ def test_the_two_parts_of_a_mixed_graph_share_all_but_the_products(tiny_manifest
     manifest, policy = openvla(tiny_manifest)
     tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig())
     weights = Weights(Tensors("int4", tensors), spec)
-    mixed, many, one = (built(weights, manifest, "decoder", name) for name in ("int8+int4", "int8-rows", "int4a8"))
+    mixed, many, one = (
+        build_graph(weights, manifest, "decoder", name) for name in ("int8+int4", "int8-rows", "int4a8")
+    )
     stored = {tensor.name: len(tensor.raw_data) for tensor in mixed.model("decoder").graph.initializer}
     assert stored["embedding.weight"] == 2 * 32 * 64
     assert not [name for name in stored if "norm" in name and name.startswith("one.")]
@@ -128,7 +130,7 @@ def test_8_bit_products_keep_small_rows_beside_large_ones() -> None:
     """One scale for all rows would leave rows a thousand times smaller than the largest one or two integers."""
     random = np.random.default_rng(0)
     weight = random.standard_normal((48, 64)).astype(np.float32)
-    builder = OnnxRuntimeBuilder(Weights(Tensors("w", {"m.weight": torch.from_numpy(weight)})), FLAVOURS["int8-rows"])
+    builder = OnnxRuntimeBuilder(Weights(Tensors("w", {"m.weight": torch.from_numpy(weight)})), FORMATS["int8-rows"])
     builder.output("y", builder.linear(builder.input("x", "float32", (1, "rows", 64)), "m"), "float32", (1, "rows", 48))
     session = ort.InferenceSession(builder.model("m").SerializeToString(), providers=["CPUExecutionProvider"])
     x = random.standard_normal((1, 9, 64)).astype(np.float32)
@@ -149,14 +151,14 @@ def test_combinations_from_the_fastest_on() -> None:
         Candidate("decoder", "x", 8, 900),
     )
     # By milliseconds: 10, 11, 13, 14, 32, 35.
-    assert fastest_first([a, b, c, d, e]) == [(b, e), (b, d), (a, e), (a, d), (b, c), (a, c)]
-    assert fastest_first([a, b, c, d, e], budget=600) == [(b, d), (a, d)]
+    assert rank_plans([a, b, c, d, e]) == [(b, e), (b, d), (a, e), (a, d), (b, c), (a, c)]
+    assert rank_plans([a, b, c, d, e], budget=600) == [(b, d), (a, d)]
     with pytest.raises(UserError, match="fit into 299 bytes, found that the smallest take 300"):
-        fastest_first([a, b, c, d, e], budget=299)
+        rank_plans([a, b, c, d, e], budget=299)
 
 
 def test_every_precision_is_measured(tiny_int4_artifact: Path) -> None:
-    found = {(each.graph, each.precision): each for each in measure(artifacts.load(tiny_int4_artifact), 1)}
+    found = {(each.graph, each.precision): each for each in measure_candidates(artifacts.load(tiny_int4_artifact), 1)}
     assert found.keys() == {
         (graph, name) for graph in ("vision", "decoder") for name in ("int4", "int4a8", "int8", "int8-rows")
     }

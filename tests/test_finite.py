@@ -158,7 +158,7 @@ def test_no_artifact_is_read_with_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"finite numbers in the tensor head.bias of {bad}, found nan"):
         artifact_io.load_policy(load(bad))
     source, policy = official("smolvla")
-    with writing(rounded) as draft:
+    with create_artifact(rounded) as draft:
         source.copy_files(draft)
         result = quantize(policy.state_dict(), QuantizeConfig(bits=8))
         artifact_io.write_policy(draft, policy, source.observations(), (), result)

@@ -317,7 +317,7 @@ def test_precisions_that_the_weights_do_not_have_are_refused(
 
 def test_weights_of_others_are_noticed(tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries and keys in our own order: llama.cpp would rotate other pairs, and the export fails."""
-    monkeypatch.setattr(file, "neighbours", lambda heads, head_dim: np.arange(heads * head_dim))
+    monkeypatch.setattr(file, "interleave_pairs", lambda heads, head_dim: np.arange(heads * head_dim))
     with pytest.raises(Disagreement):
         export(artifacts.load(tiny_artifact), tmp_path / "out", ("gguf",), "fp32")
 

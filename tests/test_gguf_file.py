@@ -89,7 +89,7 @@ def test_every_weight_is_in_the_file(tower: TowerSpec, tmp_path: Path) -> None:
 
 
 def test_pairs_stand_side_by_side() -> None:
-    assert file.neighbours(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert file.interleave_pairs(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_integers_are_the_artifacts_own(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
 )
 def test_what_llama_cpp_does_not_compute_is_refused(changes: dict[str, Any], found: str) -> None:
     with pytest.raises(UserError, match=rf"expected a decoder of self-attention.*found {found}; export it --to onnx"):
-        file.architecture(replace(UNIFORM, **changes))
+        file.choose_architecture(replace(UNIFORM, **changes))
 
 
 @pytest.mark.parametrize(

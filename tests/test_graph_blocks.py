@@ -22,7 +22,7 @@ from rlrc.exporters.graphs import blocks  # noqa: E402
 from rlrc.exporters.graphs.blocks import GraphContext  # noqa: E402
 from rlrc.exporters.graphs.builder import Builder  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
-from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder  # noqa: E402
+from rlrc.exporters.onnx.builder import FORMATS, OnnxRuntimeBuilder  # noqa: E402
 
 WIDTH = 20
 SHARED = (LayerSpec(4, 2, 6, 24), LayerSpec(6, 2, 6, 33), LayerSpec(2, 2, 6, 5))  # per layer other heads and channels
@@ -49,7 +49,7 @@ class Wrapped(nn.Module):
 
 def run(module: Wrapped, given: dict[str, Tensor], define: Callable[..., dict[str, str]]) -> dict[str, Tensor]:
     """What the graph computes that ``define(builder, **values)`` describes, all of its dimensions dynamic."""
-    b = OnnxRuntimeBuilder(module.weights(), FLAVOURS["fp32"])
+    b = OnnxRuntimeBuilder(module.weights(), FORMATS["fp32"])
     values = {}
     for name, x in given.items():
         dtype = "int64" if x.dtype == torch.int64 else "float32"
@@ -173,7 +173,7 @@ def test_an_expert_attends_to_the_prefix_and_crosses_to_it(kind: str) -> None:
 def test_nothing_is_computed_that_nobody_reads() -> None:
     """Which onnxruntime 1.18 pays for with wrong results from the second run on."""
     module = Wrapped(decoder=Decoder(LLAMA))
-    b = OnnxRuntimeBuilder(module.weights(), FLAVOURS["fp32"])
+    b = OnnxRuntimeBuilder(module.weights(), FORMATS["fp32"])
     x = b.input("x", "float32", (1, WIDTH))
     b.linear(x, "decoder.layers.0.attention.q")
     b.output("y", b.linear(x, "decoder.layers.0.mlp.up"), "float32", (1, 24))

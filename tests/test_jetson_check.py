@@ -19,13 +19,12 @@ pytest.importorskip("onnxruntime")
 
 from families import DATA, FAMILIES, flags  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
+from rlrc.artifact.precisions import CHOICES, OVERFLOWS  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig  # noqa: E402
 from rlrc.compressor.stages import prune, quantize  # noqa: E402
 from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.exporters.tensorrt.target import DENSE, QUANTIZED  # noqa: E402
-from rlrc.jetson.model.precision import OVERFLOWS  # noqa: E402
 
 PYTHON = os.environ.get("RLRC_TENSORRT_PYTHON", sys.executable)
 QUIET = StageOptions(evaluate=0, workers=1, threads=1)
@@ -62,7 +61,7 @@ def test_nvidia_builds_the_graphs(name: str, kind: str, tmp_path: Path) -> None:
         config = config if kind == "pruned" else PruneConfig(lossless=True)
         prune.run_prune(source, tmp_path / kind, config, QUIET, flags(name))
     parent = artifacts.load(tmp_path / kind)
-    for precision in QUANTIZED["int4"] if kind == "int4" else DENSE:
+    for precision in CHOICES["tensorrt"]["int4" if kind == "int4" else "float"]:
         if precision == "fp16" and parent.manifest.policy.family in OVERFLOWS:
             continue
         out = tmp_path / f"to-{precision}"

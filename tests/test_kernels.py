@@ -32,7 +32,7 @@ from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import Disagreement, export  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.onnx import builder as ours  # noqa: E402
-from rlrc.exporters.onnx.builder import FLAVOURS, OnnxRuntimeBuilder, largest_pairs  # noqa: E402
+from rlrc.exporters.onnx.builder import FORMATS, OnnxRuntimeBuilder, find_largest_pairs  # noqa: E402
 from rlrc.runtime.inference import recheck, verify  # noqa: E402
 from rlrc.runtime.inference.backends.kernels import arm_class, kernels, x86_class  # noqa: E402
 from rlrc.runtime.inference.decode import NoAction  # noqa: E402
@@ -62,7 +62,7 @@ def weights_of(matrix: np.ndarray, bits: int | None) -> Weights:
 
 
 def write_product(path: Path, form: str, weights: Weights, x: np.ndarray) -> None:
-    builder = OnnxRuntimeBuilder(weights, FLAVOURS[form.partition(" ")[0]])
+    builder = OnnxRuntimeBuilder(weights, FORMATS[form.partition(" ")[0]])
     given = builder.input("x", "float32", ("rows", INPUTS))
     builder.output("y", builder.linear(given, "layer"), "float32", ("rows", OUTPUTS))
     builder.write("product", path)
@@ -84,7 +84,7 @@ def expected(form: str, weights: Weights, x: np.ndarray) -> np.ndarray:
         blocks = x.reshape(len(x), -1, 32).astype(np.float64)
         step = np.abs(blocks).max(-1, keepdims=True) / 127
         return (np.rint(blocks / step) * step).reshape(x.shape) @ matrix.astype(np.float64)
-    scale = (largest_pairs(matrix) / 127).astype(np.float32)
+    scale = (find_largest_pairs(matrix) / 127).astype(np.float32)
     rounded = np.rint(matrix / scale).astype(np.float64) * scale
     if form in ("int8-rows", "int4a8 of 8 bits"):
         largest = np.abs(x).max(-1, keepdims=True)
@@ -116,7 +116,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
                 write_product(folder / f"{name}.onnx", form, weights, x)
                 right[name] = expected(form, weights, x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours, "largest_pairs", lambda matrix: np.abs(matrix).max(0))
+        patch.setattr(ours, "find_largest_pairs", lambda matrix: np.abs(matrix).max(0))
         write_product(folder / "control.onnx", "int8", weights_of(normal, None), inputs["positive"])
     return folder, right
 
@@ -158,7 +158,7 @@ def test_pairs_of_weights_fit_into_16_bits(inputs: int) -> None:
         np.full((inputs, 40), 0.5),
         np.zeros((inputs, 40)),
     ):
-        numbers, scale = ours.int8_columns(matrix.astype(np.float32), largest_pairs(matrix.astype(np.float32)))
+        numbers, scale = ours.quantize_columns(matrix.astype(np.float32), find_largest_pairs(matrix.astype(np.float32)))
         pairs = np.concatenate([numbers, np.zeros((inputs % 2, 40), np.int8)]).reshape(-1, 2, 40).astype(int)
         assert np.maximum(pairs, 0).sum(1).max() * 255 <= 32767
         assert np.minimum(pairs, 0).sum(1).min() * 255 >= -32768
@@ -176,7 +176,7 @@ def exported(name: str, out: Path, full_range: bool = False) -> Path:
         artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
     with pytest.MonkeyPatch.context() as patch:
         if full_range:
-            patch.setattr(ours, "largest_pairs", lambda matrix: np.abs(matrix).max(0))
+            patch.setattr(ours, "find_largest_pairs", lambda matrix: np.abs(matrix).max(0))
         export(artifacts.load(out / "weights"), out / "int8", precision="int8", tolerance=0.5)
     return out / "int8"
 

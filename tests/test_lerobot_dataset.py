@@ -24,7 +24,7 @@ import pytest
 
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import Feature
-from rlrc.datasets.stats import Colours, of_vectors
+from rlrc.datasets.stats import Colours, compute_stats
 from rlrc.datasets.video import Video
 from rlrc.datasets.writer import Recording, write
 from rlrc.errors import UserError
@@ -222,7 +222,7 @@ def test_statistics_of_pictures_are_numpys() -> None:
         more.add(picture)
     colours.join(more)
     flat, stats = pictures.reshape(-1, 3) / 255, colours.stats()
-    for name, value in of_vectors(flat).items():
+    for name, value in compute_stats(flat).items():
         wanted = np.reshape(value, (3, 1, 1)) if name != "count" else [3]
         np.testing.assert_allclose(stats[name], wanted, rtol=1e-12, err_msg=name)
     large = Colours()
@@ -408,7 +408,9 @@ def test_broken_pictures_are_refused(folders: dict[str, Path], tmp_path: Path) -
     table = pq.read_table(path / DATA)
     broken = pa.array([{"bytes": b"no picture", "path": ""}] * len(table), table.schema.field(TOP).type)
     pq.write_table(table.set_column(table.column_names.index(TOP), TOP, broken), path / DATA)
-    with pytest.raises(UserError, match=r"expected a picture of 8 bits .* row 3, found 10 bytes that are no picture"):
+    with pytest.raises(
+        UserError, match=r"expected a picture of 8 bits .* row 3, found 10 bytes that are not a picture"
+    ):
         Dataset.open(path).frame(3)
 
 
@@ -443,8 +445,8 @@ def test_a_value_that_does_not_fit_is_refused(tmp_path: Path, wrong: dict[str, A
         ((0, features(), []), "expected a positive fps, found 0"),
         ((FPS, features(), []), "expected at least one episode, found none"),
         ((FPS, features(), [Recording("go", [])]), "expected at least one frame in every episode"),
-        ((FPS, features(), [Recording(" ", [frame(0, 0)])]), "expected a task in words"),
-        ((FPS, {"index": Feature("int64", (1,))}, []), "found index; give it another name"),
+        ((FPS, features(), [Recording(" ", [frame(0, 0)])]), "expected a task, found none"),
+        ((FPS, {"index": Feature("int64", (1,))}, []), "found index; rename it"),
         ((FPS, {"a": Feature("video", (31, 64, 3))}, []), "expected an even height and width of the video a"),
         ((FPS, {"a": Feature("image", (31, 64))}, []), r"expected pictures of a of shape \(height, width, 3\)"),
         ((FPS, {"a": Feature("float32", (2, 2))}, []), "expected numbers of one dimension in a"),

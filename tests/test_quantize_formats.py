@@ -27,7 +27,7 @@ from rlrc.compressor.stages import quantize as stages_quantize  # noqa: E402
 from rlrc.compressor.stages.stage import StageOptions  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.export import export  # noqa: E402
-from rlrc.exporters.gguf.blocks import gguf_blocks  # noqa: E402
+from rlrc.exporters.gguf.blocks import pack_blocks  # noqa: E402
 from rlrc.runtime.cli import main  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
@@ -97,7 +97,7 @@ def test_integers_are_identical_in_safetensors_gguf_and_onnx(make: Make, kind: s
     writer = gguf.GGUFWriter(tmp_path / "all.gguf", "test")
     for name, (integers, scale) in ours.items():
         bits = spec.tensors[name]
-        writer.add_tensor(name, gguf_blocks(integers, scale, bits), raw_dtype=types[bits])
+        writer.add_tensor(name, pack_blocks(integers, scale, bits), raw_dtype=types[bits])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -137,7 +137,7 @@ def test_one_block_by_hand(bits: int) -> None:
     """Scale 0.5 is 0x3800. Q4_0: element j low, j + 16 high, offset 8; Q8_0: two's complement."""
     integers = np.zeros((1, 32), np.int8)
     integers[0, 0], integers[0, 1], integers[0, 16] = -8, 7, 3
-    (row,) = gguf_blocks(integers, np.array([[0.5]], np.float16), bits)
+    (row,) = pack_blocks(integers, np.array([[0.5]], np.float16), bits)
     assert row[:2].tolist() == [0x00, 0x38]
     if bits == 4:
         assert row[2:].tolist() == [0xB0, 0x8F] + [0x88] * 14
@@ -151,7 +151,7 @@ def test_dequantized_is_what_gguf_makes_of_random_integers() -> None:
     scale = torch.randn(8, 3, generator=generator).half()
     for bits, low, high, kind in ((4, -8, 7, "Q4_0"), (8, -127, 127, "Q8_0")):
         integers = torch.randint(low, high + 1, (8, 96), generator=generator, dtype=torch.int8)
-        blocks = gguf_blocks(integers.numpy(), scale.numpy(), bits)
+        blocks = pack_blocks(integers.numpy(), scale.numpy(), bits)
         expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
         found = integers.float() * scale.float().repeat_interleave(32, 1)
         np.testing.assert_array_equal(found.numpy(), expected)

@@ -38,8 +38,8 @@ from rlrc.exporters.graphs import FAMILIES as GRAPHS  # noqa: E402
 from rlrc.exporters.graphs import builder  # noqa: E402
 from rlrc.exporters.graphs.weights import Weights  # noqa: E402
 from rlrc.exporters.tensorrt.builder import TensorRTBuilder, TensorRTFormat  # noqa: E402
-from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine, session  # noqa: E402
-from rlrc.exporters.tensorrt.int8 import step_of  # noqa: E402
+from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine, open_session  # noqa: E402
+from rlrc.exporters.tensorrt.int8 import int8_scale  # noqa: E402
 from rlrc.exporters.tensorrt.target import choose_precision  # noqa: E402
 from rlrc.runtime.inference.policy import LocalPolicy  # noqa: E402
 from rlrc.runtime.inference.verify import read_golden  # noqa: E402
@@ -246,11 +246,11 @@ def random_policy(manifest: Any) -> TinyPolicy:
     return policy
 
 
-def built(define: Callable[[Any], None], weights: Weights, flavour: TensorRTFormat, path: Path) -> Any:
-    b = TensorRTBuilder(weights, flavour)
+def built(define: Callable[[Any], None], weights: Weights, format: TensorRTFormat, path: Path) -> Any:
+    b = TensorRTBuilder(weights, format)
     define(b)
     b.write("graph", path)
-    return session(path, threads=1)
+    return open_session(path, threads=1)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -284,12 +284,12 @@ def test_the_reference_family(tiny_manifest: Any, batch: int, tmp_path: Path) ->
 # Single products
 
 
-def product(weights: Weights, flavour: TensorRTFormat, x: np.ndarray, path: Path, *parts: str) -> np.ndarray:
+def product(weights: Weights, format: TensorRTFormat, x: np.ndarray, path: Path, *parts: str) -> np.ndarray:
     def define(b: TensorRTBuilder) -> None:
         rows = b.input("x", "float32", ("rows", x.shape[1]))
         b.output("y", b.linear(rows, *(f"layer.{part}" for part in parts)), "float32", ("rows", "columns"))
 
-    return built(define, weights, flavour, path).run(None, {"x": x})[0]
+    return built(define, weights, format, path).run(None, {"x": x})[0]
 
 
 def layers(**shapes: tuple[int, int]) -> dict[str, Any]:
@@ -358,8 +358,8 @@ def test_a_group_of_zeros_gets_a_scale_that_tensorrt_takes(tmp_path: Path) -> No
 def test_8_bit_products_are_close(tmp_path: Path) -> None:
     # Inputs reach 4 sigma: a step of 4 / 127 sigma and an error of 0.9 %; weights up to 3 sigma, 0.7 %: 1.1 % together.
     state, x = layers(a=(48, 256)), np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
-    flavour = TensorRTFormat("float16", scales={"layer.a.weight": float(np.abs(x).max()) / 127})
-    found = product(Weights(Tensors("one", state)), flavour, x, tmp_path / "m.onnx", "a")
+    format = TensorRTFormat("float16", scales={"layer.a.weight": float(np.abs(x).max()) / 127})
+    found = product(Weights(Tensors("one", state)), format, x, tmp_path / "m.onnx", "a")
     expected = x @ state["layer.a.weight"].numpy().T
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 0.008 < error < 0.014
@@ -370,8 +370,8 @@ def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
     x[3] *= 1e-4  # a row of small numbers keeps its digits
     one = float(np.abs(x).max()) / 448
     weights = Weights(Tensors("one", state))
-    flavour = TensorRTFormat("float16", scales={"layer.a.weight": one}, eight="fp8")
-    found = product(weights, flavour, x, tmp_path / "m.onnx", "a")
+    format = TensorRTFormat("float16", scales={"layer.a.weight": one}, eight="fp8")
+    found = product(weights, format, x, tmp_path / "m.onnx", "a")
 
     def rounded(values: torch.Tensor, one: float) -> torch.Tensor:
         return (values / one).to(torch.float8_e4m3fn).float() * one
@@ -387,9 +387,9 @@ def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
 
 def test_a_static_scale_is_taken_where_it_is_fine_enough() -> None:
     # 127 / 127 is a step of 1, an error of 1 / sqrt(12) = 0.289; allowed are 2 % of the root mean square.
-    assert step_of(np.array([[127, 400], [60, 20]], np.float32)) == pytest.approx(1)  # rms sqrt(210) = 14.49: 1.99 %
-    assert step_of(np.array([[127, 400], [60, 10]], np.float32)) is None  # rms sqrt(205) = 14.32: 2.02 %
-    assert step_of(np.zeros((3, 2), np.float32)) is None
+    assert int8_scale(np.array([[127, 400], [60, 20]], np.float32)) == pytest.approx(1)  # rms sqrt(210) = 14.49: 1.99 %
+    assert int8_scale(np.array([[127, 400], [60, 10]], np.float32)) is None  # rms sqrt(205) = 14.32: 2.02 %
+    assert int8_scale(np.zeros((3, 2), np.float32)) is None
 
 
 # What is refused

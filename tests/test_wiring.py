@@ -121,8 +121,8 @@ def gym_rules(tmp_path: Path, text: str, meaning: Any = ("absolute", "absolute")
         ('cameras = { wrist = "cam", front = "cam" }', "found cam for wrist and front"),
         ('cameras = { wrist = "render", front = "render" }', "found render for wrist and front"),
         ('state = ["agent.pos", "goal", "agent.pos"]', "found 'agent.pos' twice"),
-        ('state = ["agent.pos", "agent"]', "found 'agent.pos' and 'agent', which holds it"),
-        ('state = [".", "goal"]', "found 'goal' and '.', which holds it"),
+        ('state = ["agent.pos", "agent"]', "found 'agent.pos' and 'agent', which contains it"),
+        ('state = [".", "goal"]', "found 'goal' and '.', which contains it"),
         ("action = { index = [0, 0] }", "found shoulder for 2 of the environment's"),
         ("action = { index = [1, 0, 1] }", "found elbow for 2 of the environment's"),
     ],
@@ -147,7 +147,7 @@ def test_two_cameras_of_libero(tmp_path: Path) -> None:
     action = ActionSpec(4, tuple("abcdefg"), ("delta",) * 7, ("1",) * 7, norm, 0)
     spec = replace(two_cameras(False), action=action)
     with pytest.raises(UserError, match=r"every camera of LIBERO for one of .*, found agentview") as e:
-        libero._task("libero_spatial/0", spec, path)
+        libero._parse_task("libero_spatial/0", spec, path)
     one_line(e)
 
 

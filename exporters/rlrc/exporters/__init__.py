@@ -1,4 +1,4 @@
-"""From an artifact's weights to the graphs that the runtime loads, each verified against torch. Needs torch."""
+"""Write the graphs that the runtime loads from an artifact's weights, and verify them against torch. Needs torch."""
 
 from rlrc.libraries import keep_local
 

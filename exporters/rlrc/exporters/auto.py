@@ -1,9 +1,9 @@
-"""``rlrc export --precision auto``: of every graph the precision that is fastest on this machine, by measurement.
+"""``rlrc export --precision auto``: measure which precision of every graph is fastest on this machine.
 
-Which one that is differs between processors: with matrix units 8-bit products are ten times as fast as floats over a
-whole prompt, without them hardly faster, and 4-bit weights win where memory is the bound. So all precisions that the
-weights can have are tried on golden observations, in turns; then combinations are exported from the fastest on, until
-one stays within the tolerance. Measure on the robot's computer, with the robot's threads.
+The answer depends on the processor. With matrix units, 8-bit products over a whole prompt are ten times as fast as
+floats; without them they are hardly faster. Where memory bandwidth is the limit, 4-bit weights are fastest. Every
+precision that the weights can have is timed on golden observations, in turns. Combinations are then exported, fastest
+first, until one stays within the tolerance. Measure on the robot's computer, with the robot's number of threads.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import GOLDEN, Artifact, Manifest, create_artifact
 from rlrc.errors import UserError
-from rlrc.exporters.export import Disagreement, export, with_graphs
-from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.export import Disagreement, export, replace_graphs
+from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.weights import read_weights
-from rlrc.exporters.onnx.builder import FLAVOURS
+from rlrc.exporters.onnx.builder import FORMATS
 from rlrc.exporters.onnx.mixed import MIXED
-from rlrc.exporters.onnx.target import built, choices, write_graphs
+from rlrc.exporters.onnx.target import build_graph, list_precisions, write_graphs
 from rlrc.runtime.inference import verify
 from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy
 
-ROUNDS = 7  # the first warms up
+ROUNDS = 7  # observations timed; the first is a warm-up
 TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """``ms`` of all passes of the graph for one action, the least disturbed; ``memory``: bytes of weights, loaded."""
+    """``ms``: the fastest time of all passes of the graph for one action; ``memory``: bytes of loaded weights."""
 
     graph: str
     precision: str
@@ -45,7 +45,7 @@ class Candidate:
 
 
 class TimedGraphs:
-    """An engine that adds up the milliseconds of each graph's passes."""
+    """An engine that sums the milliseconds of each graph's passes."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.ms = engine, dict[str, float]()
@@ -68,16 +68,16 @@ def export_fastest(
     tolerance: float | None = None,
     budget: int | None = None,
 ) -> Manifest:
-    """``export`` in the fastest precisions whose weights take at most ``budget`` bytes in memory.
+    """Export in the fastest precisions whose weights take at most ``budget`` bytes in memory.
 
-    The history tells what was measured. Raises UserError for another target, or if nothing fits into the budget;
-    Disagreement if no combination within it stays within the tolerance.
+    The measurements are recorded in the history. Raises UserError for a target other than onnx or if no combination
+    fits the budget, and Disagreement if none that fits stays within the tolerance.
     """
     if tuple(to) != ("onnx",):
         raise UserError(f"expected --to onnx with --precision auto, found {' '.join(to)}; name a precision for others")
-    candidates = measure(parent, threads)
+    candidates = measure_candidates(parent, threads)
     refused: list[Disagreement] = []
-    for plan in fastest_first(candidates, budget):
+    for plan in rank_plans(candidates, budget):
         precisions = {candidate.graph: candidate.precision for candidate in plan}
         reasons = {
             "auto": {"threads": threads, "budget_bytes": budget, "refused": len(refused)},
@@ -95,8 +95,8 @@ def export_fastest(
     raise refused[-1]
 
 
-def fastest_first(candidates: Sequence[Candidate], budget: int | None = None) -> list[tuple[Candidate, ...]]:
-    """One candidate for each graph, in every combination that fits. Raises UserError if none does."""
+def rank_plans(candidates: Sequence[Candidate], budget: int | None = None) -> list[tuple[Candidate, ...]]:
+    """All combinations of one candidate per graph that fit the budget, fastest first. Raises UserError if none fits."""
     graphs = list(dict.fromkeys(candidate.graph for candidate in candidates))
     plans = list(product(*([each for each in candidates if each.graph == graph] for graph in graphs)))
     sizes = [sum(candidate.memory for candidate in plan) for plan in plans]
@@ -109,13 +109,13 @@ def fastest_first(candidates: Sequence[Candidate], budget: int | None = None) ->
     return sorted(fitting, key=lambda plan: sum(candidate.ms for candidate in plan))
 
 
-def measure(parent: Artifact, threads: int) -> list[Candidate]:
-    """Every graph in every precision of these weights, measured in turns on golden observations.
+def measure_candidates(parent: Artifact, threads: int) -> list[Candidate]:
+    """Time every graph in every precision of these weights, in turns, on golden observations.
 
-    But for those that differ from another one in the file only, and need much memory to be loaded.
+    Packed precisions are skipped: they differ from another one in the file only, and need much memory to load.
     """
     manifest, weights = parent.manifest, read_weights(parent)
-    precisions = [name for name in choices(manifest) if name == MIXED or not FLAVOURS[name].packed]
+    precisions = [name for name in list_precisions(manifest) if name == MIXED or not FORMATS[name].packed]
     golden = verify.read_golden(parent.file(GOLDEN), manifest.policy)
     observations = cycle(golden.observation(i, manifest.policy) for i in range(len(golden)))
     best: dict[tuple[str, str], float] = {}
@@ -124,7 +124,7 @@ def measure(parent: Artifact, threads: int) -> list[Candidate]:
         for precision in precisions:
             with create_artifact(Path(folder) / precision) as draft:
                 draft.inherit(parent, TOKENIZER)
-                written = draft.finish(with_graphs(manifest, draft, write_graphs(draft, parent, precision)))
+                written = draft.finish(replace_graphs(manifest, draft, write_graphs(draft, parent, precision)))
             artifact = Artifact(Path(folder) / precision, written, digest="")
             policies[precision] = LocalPolicy(artifact, threads, backend="onnxruntime")
         for i, observation in enumerate(islice(observations, ROUNDS)):
@@ -134,7 +134,7 @@ def measure(parent: Artifact, threads: int) -> list[Candidate]:
                 for graph, ms in timed.ms.items() if i else ():
                     best[graph, precision] = min(ms, best.get((graph, precision), ms))
     return [
-        Candidate(graph, precision, best[graph, precision], built(weights, manifest, graph, precision).memory)
-        for graph in graphs_of(manifest.policy.family)
+        Candidate(graph, precision, best[graph, precision], build_graph(weights, manifest, graph, precision).memory)
+        for graph in find_graphs(manifest.policy.family)
         for precision in precisions
     ]

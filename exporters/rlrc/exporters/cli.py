@@ -1,4 +1,4 @@
-"""The command of the exporters. A dataclass; the field docstrings are the help."""
+"""The command ``rlrc export``: a dataclass whose field docstrings are the help texts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from rlrc import artifact as artifacts
+from rlrc.artifact.precisions import ExportPrecision
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
@@ -25,7 +26,7 @@ from rlrc.tables import print_table
 class Export:
     """Write a new artifact with the graphs that the runtime loads, verified on its golden observations.
 
-    Exit code 1, and no output, if the graphs disagree with the torch policy.
+    If the graphs disagree with the torch policy, nothing is written and the exit code is 1.
     """
 
     path: Positional[Path]
@@ -33,33 +34,28 @@ class Export:
     out: Positional[Path]
     """the artifact to write"""
     to: tuple[Literal["onnx", "gguf", "tensorrt"], ...] = ("onnx",)
-    """the kinds of graphs: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures still on ONNX Runtime); of tensorrt,
-    rlrc jetson build makes engines on the device"""
-    precision: (
-        Literal[
-            "auto", "fp16", "bf16", "fp32", "int8", "int8-rows", "int8+int4", "int4", "int4a8", "w4a8", "w8", "q4_k_m"
-        ]
-        | None
-    ) = None
-    """for float weights fp16 (default, but for weights in float32), fp32 or int8, for int4 weights int4 (default),
-    int4a8, int8 or w4a8, for int8 weights w8 (default) or int8. fp16, int4 and w8 say how weights are stored, and
-    compute in fp32; the others compute in 8 bits, which is faster but no longer exact: int4a8 with 4-bit weights, int8
-    with 8-bit ones, w4a8 too, but the file has them in 4 bits; int8-rows is int8 for language models, some of whose
-    rows are much larger than others; int8+int4 reads the prompt in int8-rows and makes its tokens one by one in int4a8,
-    with both weights in memory. auto (onnx): of each graph the fastest on this machine that keeps to the tolerance.
-    gguf: fp16 (default), fp32, int8 or q4_k_m, and of quantized weights their own int4 or int8; there llama.cpp rounds
-    activations too, unless in fp32; int4a8 and int8+int4 compute what is around its blocks (pictures, heads) in 8 bits
-    as well, the latter with 8-bit weights.
-    tensorrt: what products are computed in, fp16 (default), bf16 (default of pi0.5, whose activations overflow fp16),
-    fp32 or int8 with static scales; int4 weights as they are (default), int8 ones widened"""
+    """kinds of graphs to write: onnx runs on ONNX Runtime, gguf on llama.cpp (pictures on ONNX Runtime); from tensorrt
+    graphs, rlrc jetson build makes engines on the device"""
+    precision: Literal["auto", ExportPrecision] | None = None
+    """onnx, float weights: fp16 (default unless the weights are float32), fp32, int8; int4 weights: int4 (default),
+    int4a8, int8, w4a8; int8 weights: w8 (default), int8. fp16, int4 and w8 only set how weights are stored; products
+    are in fp32. The others compute in 8 bits, which is faster but not exact: int4a8 with 4-bit weights, int8 with
+    8-bit weights, w4a8 the same with 4-bit weights in the file. int8-rows is int8 for language models, where some rows
+    are much larger than others. int8+int4 reads the prompt in int8-rows and generates tokens in int4a8; both copies of
+    the weights are in memory. auto (onnx only): the fastest on this machine within the tolerance, for each graph.
+    gguf: fp16 (default), fp32, int8 or q4_k_m; quantized weights keep their int4 or int8. llama.cpp also rounds
+    activations, except in fp32; int4a8 and int8+int4 also compute the graphs around its blocks (pictures, heads) in
+    8 bits, int8+int4 with 8-bit weights.
+    tensorrt: the type of products: fp16 (default), bf16 (default for pi0.5, whose activations overflow fp16), fp32, or
+    int8 with static scales; int4 weights stay int4 (default), int8 weights are widened"""
     tolerance: float | None = None
-    """largest error allowed, in action units (default: of fp32, and onnx's fp16, int4 and w8, half a bin, so that every
-    token agrees but where the reference itself is undecided; of the others 1 % of every dimension's range, 2 % with
-    int4 weights, on 99 % of the observations)"""
+    """largest error allowed, in action units (default for fp32, and onnx's fp16, int4 and w8: half a bin, so that every
+    token agrees except at ties of the reference; for the others 1 % of every dimension's range, 2 % with int4 weights,
+    on 99 % of the observations)"""
     threads: int = 1
-    """of auto's measurements: those of the robot"""
+    """threads for the measurements of auto; use the robot's number"""
     budget_bytes: int | None = None
-    """of auto: how many bytes the weights of all graphs may take in memory (default: any)"""
+    """for auto: the most bytes that the weights of all graphs may take in memory (default: no limit)"""
     json: bool = False
     """print the result as JSON"""
 
@@ -70,12 +66,12 @@ class Export:
                 f"expected --budget-bytes with --precision auto, found {self.precision or 'none'}; leave it out"
             )
         parent = artifacts.load(self.path)
-        from rlrc.exporters.auto import export_fastest  # imported late: torch takes seconds, a refusal none
+        from rlrc.exporters.auto import export_fastest  # imported late: torch takes seconds to load
         from rlrc.exporters.export import Disagreement, export
 
         console = Console()
         try:
-            with status(f"exporting to {', '.join(self.to)}, and verifying"):
+            with status(f"exporting to {', '.join(self.to)} and verifying"):
                 if self.precision == "auto":
                     manifest = export_fastest(
                         parent, self.out, self.to, self.threads, self.tolerance, self.budget_bytes

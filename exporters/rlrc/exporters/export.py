@@ -1,4 +1,4 @@
-"""The export stage: an artifact in, the same artifact with graphs out, each set verified on the golden observations."""
+"""The export stage: copy an artifact, add graphs, and verify each set of graphs on the golden observations."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rlrc.artifact import (
     VerifiedSpec,
     create_artifact,
 )
+from rlrc.artifact.precisions import PRECISIONS
 from rlrc.errors import UserError
 from rlrc.folders import sha256
 from rlrc.npz import write_npz
@@ -35,13 +36,13 @@ MODULES = {
     "tensorrt": "rlrc.exporters.tensorrt.target",
     "gguf": "rlrc.exporters.gguf.target",
 }
-"""By backend. Each chooses a precision, tells whether it is exact, and writes the graphs."""
+"""By backend. Each chooses a precision and writes the graphs."""
 
 
 class Disagreement(Exception):
-    """The graphs answer otherwise than the torch policy. ``record`` says by how much.
+    """The graphs disagree with the torch policy beyond the tolerance; ``record`` has the errors.
 
-    ``worst``: the file with the observation that they differ on most, both answers beside it.
+    ``worst``: the file with the observation of the largest error and both answers to it.
     """
 
     def __init__(self, record: VerifiedSpec, reason: str, worst: Path) -> None:
@@ -57,20 +58,22 @@ def export(
     tolerance: float | None = None,
     reasons: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Writes ``out``: the parent's files and the targets' graphs, which replace those it may have.
+    """Write ``out``: the parent's files, with the graphs of these targets added or replaced.
 
-    ``precision`` is one for all graphs or, of onnx, one for each; ``reasons`` for it go into the history. ``tolerance``
-    is the largest error in action units, by default that of ``limits``. Raises UserError for a bad request,
-    and Disagreement above the tolerance; nothing is written then but the worst observation.
+    ``precision`` is one for all graphs or, for onnx, one for each by name; ``reasons`` for it go into the history.
+    ``tolerance`` is the largest error in action units (default: ``choose_limits``). Raises UserError for a bad request.
+    Raises Disagreement beyond the tolerance; then only the worst observation is written.
     """
     started = time.process_time()
     if tolerance is not None and not tolerance > 0:
-        raise UserError(f"expected a positive tolerance in action units, found {tolerance}; leave it out for none")
+        raise UserError(
+            f"expected a positive tolerance in action units, found {tolerance}; leave it out for the default"
+        )
     if not to or not set(to) <= set(TARGETS.values()):
         raise UserError(f"expected targets of {', '.join(TARGETS.values())}, found {' '.join(to) or 'none'}; name some")
     manifest = parent.manifest
     chosen = {
-        backend: exporter(backend).choose_precision(parent, precision)
+        backend: load_exporter(backend).choose_precision(parent, precision)
         for backend, target in TARGETS.items()
         if target in to
     }
@@ -78,14 +81,14 @@ def export(
     check_room(parent, out, chosen)
     with create_artifact(out) as draft:
         replaced = [FOLDERS[backend] for backend in chosen]
-        draft.inherit(parent, *(name for name in manifest.files if not _lies_in(name, replaced)))
+        draft.inherit(parent, *(name for name in manifest.files if not _is_within(name, replaced)))
         written = [
-            graph for backend in chosen for graph in exporter(backend).write_graphs(draft, parent, chosen[backend])
+            graph for backend in chosen for graph in load_exporter(backend).write_graphs(draft, parent, chosen[backend])
         ]
-        candidate = with_graphs(manifest, draft, written)
+        candidate = replace_graphs(manifest, draft, written)
         exported = Artifact(draft.path, candidate, digest="")
         records = [
-            check(exported, backend, golden, limits(manifest, backend, name, tolerance), out)
+            check(exported, backend, golden, choose_limits(manifest, backend, name, tolerance), out)
             for backend, name in chosen.items()
         ]
         others = [record for record in manifest.verified if record.backend not in chosen]
@@ -103,9 +106,10 @@ def export(
 
 
 def check_room(parent: Artifact, out: Path, chosen: Mapping[str, str | Mapping[str, str]]) -> None:
-    """Raises UserError where the disk has less room than the graphs may take: as much as the weights, or twice that.
+    """Raises UserError if the disk may lack space for the graphs: as much as the weights take, or twice that.
 
-    Twice: in fp32, where they are stored in 16 bits; with two copies of them; and for K-quants, made of a wide file.
+    Twice in fp32 (weights are stored in 16 bits), with two copies of the weights, and for K-quants, which are made from
+    a float16 file.
     """
     weights = sum(file.size for name, file in parent.manifest.files.items() if name.startswith("weights/"))
     names = [name for each in chosen.values() for name in ([each] if isinstance(each, str) else set(each.values()))]
@@ -113,26 +117,27 @@ def check_room(parent: Artifact, out: Path, chosen: Mapping[str, str | Mapping[s
     folder = next(path for path in out.absolute().parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise UserError(
-            f"expected {needed:,} bytes of room in {folder} for {', '.join(names)}, found {free:,}; "
-            "make some, or choose another place or --precision"
+            f"expected {needed:,} bytes of free space in {folder} for {', '.join(names)}, found {free:,}; "
+            "free some, or choose another place or --precision"
         )
 
 
-def limits(
+def choose_limits(
     manifest: Manifest, backend: str, precision: str | Mapping[str, str], tolerance: float | None
 ) -> verify.Tolerances:
-    """What the graphs may differ by: what was asked for, or what this precision should keep to, the coarsest of all."""
+    """The tolerance asked for, or else the limits of the coarsest precision among the graphs."""
     if tolerance is not None:
         return verify.Tolerances(tolerance)
     names = [precision] if isinstance(precision, str) else precision.values()
-    rounding = sorted((name for name in names if not exporter(backend).is_exact(name)), key=lambda name: "4" in name)
-    return verify.default_tolerances(manifest.policy.action, rounding[-1] if rounding else None)
+    rounding = [PRECISIONS[name] for name in names if backend not in PRECISIONS[name].exact]
+    coarsest = sorted(rounding, key=lambda each: each.range_tolerance)[-1].name if rounding else None
+    return verify.default_tolerances(manifest.policy.action, coarsest)
 
 
 def check(
     exported: Artifact, backend: str, golden: verify.Golden, limits: verify.Tolerances, out: Path
 ) -> VerifiedSpec:
-    """Replays the golden observations. Raises Disagreement beyond the limits, the worst observation written."""
+    """Replay the golden observations. Raises Disagreement beyond the limits, after writing the worst observation."""
     policy = LocalPolicy(exported, backend=backend, engine=reference_engine(exported, backend))
     answers = verify.replay(policy, golden)
     record = verify.compare(policy, answers, golden, limits)
@@ -144,7 +149,7 @@ def check(
 
 
 def reference_engine(exported: Artifact, backend: str) -> Engine | None:
-    """The engine that replays the graphs here; None: their own. TensorRT's graphs have to be verified without a GPU."""
+    """The engine to verify with; None for the backend's own. TensorRT's graphs must be verified without a GPU."""
     if backend != "tensorrt":
         return None
     from rlrc.exporters.tensorrt.cpu_reference import CpuReferenceEngine
@@ -152,13 +157,13 @@ def reference_engine(exported: Artifact, backend: str) -> Engine | None:
     return CpuReferenceEngine(exported)
 
 
-def exporter(backend: str) -> ModuleType:
-    """Imported when asked for: each needs packages of its own."""
+def load_exporter(backend: str) -> ModuleType:
+    """The backend's module, imported on demand: each needs different packages."""
     return import_module(MODULES[backend])
 
 
-def with_graphs(manifest: Manifest, draft: Draft, graphs: Sequence[GraphSpec]) -> Manifest:
-    """The manifest with these graphs in place of their backends', and the draft's present files."""
+def replace_graphs(manifest: Manifest, draft: Draft, graphs: Sequence[GraphSpec]) -> Manifest:
+    """The manifest with these graphs instead of others of the same backends, and the draft's current files."""
     paths = (path for path in draft.path.rglob("*") if path.is_file())
     files = {path.relative_to(draft.path).as_posix(): FileSpec(sha256(path), path.stat().st_size) for path in paths}
     written = {graph.backend for graph in graphs}
@@ -166,5 +171,5 @@ def with_graphs(manifest: Manifest, draft: Draft, graphs: Sequence[GraphSpec]) -
     return replace(manifest, graphs=(*others, *graphs), files=files)
 
 
-def _lies_in(name: str, folders: Sequence[str]) -> bool:
+def _is_within(name: str, folders: Sequence[str]) -> bool:
     return any(Path(name).is_relative_to(folder) for folder in folders)

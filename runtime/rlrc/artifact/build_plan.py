@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlrc.artifact.precisions import TensorRTPrecision
 from rlrc.artifact.spec import TensorSpec
 from rlrc.errors import UserError
 from rlrc.strict import StrictError, decode, encode, parse
@@ -48,7 +49,7 @@ class BuildPlan:
     ``int4_block``: how many inputs share a scale of 4-bit weights; None if there are none.
     """
 
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+    precision: TensorRTPrecision
     tensorrt: str
     """the oldest release that reads the graphs, such as "10.3" """
     least_sm: int

@@ -1,4 +1,4 @@
-"""LeRobotDataset v3.0 folders, read and written without lerobot: parquet, pictures or video, metadata."""
+"""Read and write LeRobotDataset v3.0 folders without lerobot: parquet files, pictures or videos, metadata."""
 
 from rlrc.libraries import keep_local
 

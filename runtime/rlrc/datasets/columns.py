@@ -1,4 +1,4 @@
-"""Columns of parquet files as numpy arrays and texts. Types that say the same are converted, others refused by name."""
+"""Columns of parquet files as numpy arrays and texts. Equivalent types are converted; others raise an error."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rlrc.datasets.reading import reading
+from rlrc.datasets.reading import translate_errors
 from rlrc.errors import UserError
 
-_BATCH = 32 << 20  # bytes of numbers that ``parts`` reads at a time
+_BATCH = 32 << 20  # bytes of numbers that ``read_parts`` reads at a time
 
 
-def reading_parquet(file: Path) -> AbstractContextManager[None]:
-    """What pyarrow raises within it becomes a UserError that names the file."""
-    return reading("parquet file", file, pa.ArrowException)
+def translate_parquet_errors(file: Path) -> AbstractContextManager[None]:
+    """Within this context, errors of pyarrow become a UserError that names the file."""
+    return translate_errors("parquet file", file, pa.ArrowException)
 
 
 @contextmanager
-def opened(file: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
-    """An open parquet file. Raises UserError for a broken one, and unless it has each of these columns once."""
-    with reading_parquet(file), pq.ParquetFile(file, memory_map=True) as parquet:
+def open_parquet(file: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """An open parquet file. Raises UserError for a damaged file, and unless it has each of these columns once."""
+    with translate_parquet_errors(file), pq.ParquetFile(file, memory_map=True) as parquet:
         check_columns(parquet, file, columns)
         yield parquet
 
@@ -40,70 +40,72 @@ def check_columns(parquet: pq.ParquetFile, file: Path, columns: Sequence[str]) -
             raise UserError(f"expected the column {name} in {file}, found {found or 'none'}; write the data set again")
 
 
-def rows(file: Path) -> int:
-    with opened(file, ()) as parquet:
+def count_rows(file: Path) -> int:
+    with open_parquet(file, ()) as parquet:
         return int(parquet.metadata.num_rows)
 
 
-def read(file: Path, columns: Sequence[str]) -> pa.Table:
-    with opened(file, columns) as parquet:
-        # pyarrow takes a name for a path into nested columns, so "a.b" also brings a column "a.b.c".
+def read_table(file: Path, columns: Sequence[str]) -> pa.Table:
+    with open_parquet(file, columns) as parquet:
+        # pyarrow reads a name as a path into nested columns, so "a.b" also selects a column "a.b.c".
         return parquet.read(columns=list(columns)).select(list(columns))
 
 
-def parts(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
-    """A column of numbers in pieces of some megabytes, as ``numbers`` gives them."""
+def read_parts(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    """A column of numbers in pieces of some megabytes, converted by ``to_numbers``."""
     size = max(1, _BATCH // (prod(shape) * 8))
-    with opened(file, [name]) as parquet:
+    with open_parquet(file, [name]) as parquet:
         for batch in parquet.iter_batches(size, columns=[name]):
-            yield numbers(pa.chunked_array([batch.column(batch.schema.names.index(name))]), name, file, dtype, shape)
+            yield to_numbers(pa.chunked_array([batch.column(batch.schema.names.index(name))]), name, file, dtype, shape)
 
 
-def numbers(column: pa.ChunkedArray, name: str, file: Path, dtype: str, shape: tuple[int, ...] = (1,)) -> NDArray[Any]:
+def to_numbers(
+    column: pa.ChunkedArray, name: str, file: Path, dtype: str, shape: tuple[int, ...] = (1,)
+) -> NDArray[Any]:
     """A column of numbers as (rows, *shape), or (rows,) for the shape (1,).
 
-    Any numeric type, decimal and bool among them, is converted to ``dtype`` if no value changes but by rounding to a
-    float's precision; lists of any kind may be nested as the shape is, or flat. Raises UserError, which names file and
-    column, for other types, other lengths, empty values and numbers that ``dtype`` cannot hold.
+    Any numeric type, including decimal and bool, is converted to ``dtype`` if values change by rounding to a float's
+    precision at most. Lists may be nested like the shape, or flat. Raises UserError, which names file and column, for
+    other types, other lengths, empty values and numbers that ``dtype`` cannot hold.
     """
     try:
-        pieces = [_converted(_flat(chunk, shape), np.dtype(dtype)) for chunk in column.chunks]
+        pieces = [_convert(_flatten(chunk, shape), np.dtype(dtype)) for chunk in column.chunks]
     except _Unfit as unfit:
         wanted = dtype if shape == (1,) else f"{dtype} {shape}"
-        raise _refused(wanted, name, file, str(unfit)) from None
+        raise _make_error(wanted, name, file, str(unfit)) from None
     values = np.concatenate(pieces) if pieces else np.empty(0, dtype)
     return values.reshape(len(column), *(() if shape == (1,) else shape))
 
 
-def texts(column: pa.ChunkedArray, name: str, file: Path) -> list[str | None]:
+def to_texts(column: pa.ChunkedArray, name: str, file: Path) -> list[str | None]:
     """A column of strings. Raises UserError, which names file and column, for another type."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise _refused("strings", name, file, str(kind))
+        raise _make_error("strings", name, file, str(kind))
     try:
         found: list[str | None] = column.to_pylist()
     except UnicodeDecodeError as error:
-        raise _refused("strings in UTF-8", name, file, str(error)) from None
+        raise _make_error("strings in UTF-8", name, file, str(error)) from None
     return found
 
 
 class _Unfit(Exception):
-    """What was found instead of the numbers expected."""
+    """The message says what was found instead of the expected numbers."""
 
 
-def _refused(expected: str, name: str, file: Path, found: str) -> UserError:
+def _make_error(expected: str, name: str, file: Path, found: str) -> UserError:
     return UserError(
         f"expected {expected} in every row of the column {name} in {file}, found {found}; write the data set again"
     )
 
 
-def _flat(array: pa.Array, shape: tuple[int, ...]) -> pa.Array:
-    """The numbers of all rows, one after the other."""
+def _flatten(array: pa.Array, shape: tuple[int, ...]) -> pa.Array:
+    """The numbers of all rows as one flat array."""
     lengths: list[int] = []
     count = len(array)
     while True:
         kind = array.type
-        if isinstance(kind, pa.BaseExtensionType):  # tensors, which are stored as lists
+        if isinstance(kind, pa.BaseExtensionType):  # tensors, stored as lists
             if getattr(kind, "permutation", None) not in (None, list(range(len(shape)))):
                 raise _Unfit(str(kind))
             array = array.storage
@@ -138,10 +140,10 @@ def _is_number(kind: pa.DataType) -> bool:
     return any(one(kind) for one in (types.is_boolean, types.is_integer, types.is_floating, types.is_decimal))
 
 
-def _converted(array: pa.Array, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _convert(array: pa.Array, dtype: np.dtype[Any]) -> NDArray[Any]:
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
-    values = array.to_numpy(zero_copy_only=False)
+    values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     if values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):

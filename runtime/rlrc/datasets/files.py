@@ -1,4 +1,4 @@
-"""The files of a data set that is being written: when one is full, the next follows, as lerobot numbers them."""
+"""The files of a data set that is being written: a full file is followed by the next, numbered as by lerobot."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FILES_PER_CHUNK = 1000
 
 
 @dataclass
-class Tables:
-    """Parquet files that follow one another. ``room`` says where the next rows go, ``write`` puts them there."""
+class ParquetFiles:
+    """A sequence of parquet files. ``choose_place`` returns the file of the next rows, ``write`` appends them."""
 
     folder: Path
     template: str
     limit: float
     files: ExitStack
-    number: int = 0  # of the present file
-    rows: int = 0  # in it
+    number: int = 0  # of the current file
+    rows: int = 0  # in the current file
     _writer: pq.ParquetWriter | None = None
 
-    def room(self, rows: int) -> tuple[int, int]:
-        """Chunk and file of so many further rows, as large as those before them."""
+    def choose_place(self, rows: int) -> tuple[int, int]:
+        """Chunk and file for this many more rows, estimated to be as large as the rows before."""
         size = self._path.stat().st_size / (1 << 20) if self._writer is not None else 0.0
         if self.rows and size + size / self.rows * rows >= self.limit:
             self.close()
@@ -62,8 +62,8 @@ class Tables:
 
 
 @dataclass
-class Videos:
-    """The video files of a camera, one after the other."""
+class VideoFiles:
+    """The sequence of video files of a camera."""
 
     folder: Path
     camera: str
@@ -71,11 +71,11 @@ class Videos:
     limit: float
     files: ExitStack
     number: int = 0
-    episodes: int = 0  # in the present file
+    episodes: int = 0  # in the current file
     _writer: VideoWriter | None = None
 
     def write(self, pictures: list[NDArray[np.uint8]]) -> dict[str, Any]:
-        """An episode; returns what its row says about it."""
+        """Append an episode; returns the video columns of its row in meta/episodes."""
         if self._writer is not None:
             size = self._writer.bytes / (1 << 20)
             if size + size / self._writer.pictures * len(pictures) >= self.limit:

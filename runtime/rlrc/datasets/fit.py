@@ -1,4 +1,4 @@
-"""A data set as a policy sees it: which camera is which, whether state and actions fit, and raw training samples."""
+"""Match a data set to a policy: its cameras, whether state and actions fit, and raw training samples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.pictures import wrong_size
 from rlrc.strict import check_distinct
 
-NONE = "none"  # instead of a camera's name: to do without it
-EMPTY = re.compile(r"empty_camera_\d+")  # what lerobot calls places for cameras that are not there
+NONE = "none"  # instead of a camera's name: leave this camera out
+EMPTY = re.compile(r"empty_camera_\d+")  # lerobot's name for a camera that does not exist
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An observation as rlrc.runtime.inference.preprocess.prepare takes it, and what follows it.
+    """An observation for rlrc.runtime.inference.preprocess.prepare, and the actions that follow it.
 
     ``chunk`` float32 (horizon, D), raw; ``real`` bool (horizon,) is false beyond the episode's end.
     """
@@ -35,10 +35,10 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Matched:
-    """A data set that fits a policy. ``cameras``: the policy's cameras that are there, and the features they are.
+class MatchedDataset:
+    """A data set that fits a policy. ``cameras``: from the policy's cameras to the data set's features.
 
-    ``state``: the features that make up the policy's state, one behind the other.
+    ``state``: the features that are concatenated to the policy's state.
     """
 
     dataset: Dataset
@@ -50,14 +50,14 @@ class Matched:
         return len(self.dataset)
 
     def samples(self, indices: Sequence[int] | NDArray[np.integer]) -> list[Sample]:
-        """Of these frames of the data set, in the order given. Raises UserError for a damaged file."""
+        """The samples of these frames, in the given order. Raises UserError for a damaged file."""
         found: dict[int, Sample] = {}
-        for i in sorted({int(i) for i in indices}):  # pictures are cheap to decode in the order of the files
+        for i in sorted({int(i) for i in indices}):  # decoding pictures is cheap in the order of the files
             found[i] = self._sample(i)
         return [found[int(i)] for i in indices]
 
     def observation(self, i: int) -> dict[str, Any]:
-        """Of frame ``i``, as a robot would give it. Raises UserError for a damaged file."""
+        """The observation of frame ``i``, in a robot's format. Raises UserError for a damaged file."""
         dataset = self.dataset
         observation: dict[str, Any] = {
             f"image.{name}": dataset.picture(i, feature) for name, feature in self.cameras.items()
@@ -73,23 +73,23 @@ class Matched:
         return Sample(self.observation(i), *self.dataset.chunk(i, self.spec.action.horizon))
 
 
-def match(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None = None) -> Matched:
-    """Raises UserError, which names the feature, what was expected and what was found, if the data set does not fit.
+def match(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None = None) -> MatchedDataset:
+    """Raises UserError, which names the feature, if the data set does not fit the policy.
 
-    A camera of the policy is the data set's of the same name behind ``observation.images.``, unless ``cameras`` maps it
-    to another, or to "none": an optional camera may be missing, but only if that is asked for. (lerobot's
-    ``empty_camera_0`` and so on are meant to be missing.) The state is ``observation.state``, and
-    ``observation.environment_state`` behind it where the policy's is that wide.
+    A camera of the policy is the feature ``observation.images.`` plus its name, unless ``cameras`` maps it to another
+    one, or to "none": an optional camera may only be missing on request (except lerobot's ``empty_camera_0`` and so
+    on). The state is ``observation.state``, followed by ``observation.environment_state`` if the policy's state has the
+    width of both.
     """
     _check_frames(dataset)
-    matched = Matched(dataset, spec, _cameras(dataset, spec, cameras or {}), _state(dataset, spec))
+    matched = MatchedDataset(dataset, spec, _cameras(dataset, spec, cameras or {}), _state(dataset, spec))
     _check_action(dataset, spec)
     _check_tasks(dataset, spec)
     return matched
 
 
-def misfits(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None = None) -> list[str]:
-    """A line for each reason of ``match`` to refuse."""
+def find_misfits(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | None = None) -> list[str]:
+    """One line for each reason why ``match`` would fail."""
     lines = []
     checks: tuple[Callable[[], object], ...] = (
         lambda: _check_frames(dataset),
@@ -108,16 +108,16 @@ def misfits(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str] | Non
     return lines
 
 
-def renamed(dataset: Dataset, matched: Matched) -> list[str]:
-    """What fits by its place only, because policy and data set name it differently, and what is not used: a line each.
+def describe_differences(dataset: Dataset, matched: MatchedDataset) -> list[str]:
+    """One line for each vector matched by position although the names differ, and for each unused feature.
 
-    Whether it is the same is for a person to judge.
+    The user must decide whether such vectors mean the same.
     """
     spec, lines = matched.spec, []
     state = spec.state.names if spec.state is not None else ()
     for what, features, names in (("state", matched.state, state), ("action", (ACTION,), spec.action.names)):
         found = _dimensions(dataset, features)
-        if found and found != names and not _numbered(names) and not _numbered(found):
+        if found and found != names and not _are_numbered(names) and not _are_numbered(found):
             lines.append(
                 f"the policy's {what} ({', '.join(names)}) is taken in this order from {' and '.join(features)} "
                 f"({', '.join(found)})"
@@ -129,9 +129,9 @@ def renamed(dataset: Dataset, matched: Matched) -> list[str]:
 
 
 def split(dataset: Dataset, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The frames to train on and those of the held-out episodes, a share of ``held_out`` of all, drawn by the seed.
+    """The frames to train on and those of held-out episodes: a random share ``held_out`` of all episodes, by the seed.
 
-    Whole episodes, and at least one on either side (none is held out for a share of 0). Raises UserError.
+    At least one episode on either side; a share of 0 holds none out. Raises UserError if that is impossible.
     """
     episodes = dataset.episodes
     if not 0 <= held_out < 1:
@@ -154,7 +154,7 @@ def _check_frames(dataset: Dataset) -> None:
 
 
 def _cameras(dataset: Dataset, spec: PolicySpec, mapping: Mapping[str, str]) -> dict[str, str]:
-    """The feature of every camera of the policy that is not left out on purpose."""
+    """The feature of every camera of the policy, except those left out on request."""
     mapping = {name.removeprefix(PICTURES): other for name, other in mapping.items()}
     names = {camera.name: camera for camera in spec.cameras}
     there = ", ".join(name.removeprefix(PICTURES) for name in dataset.cameras) or "none"
@@ -175,22 +175,22 @@ def _cameras(dataset: Dataset, spec: PolicySpec, mapping: Mapping[str, str]) -> 
             lacking[name] = name if wanted in (name, NONE) else f"{name} as {wanted}"
     if lacking:
         first = next(iter(lacking))
-        without = f", or --cameras {first} {NONE} to do without it" if names[first].optional else ""
+        without = f", or --cameras {first} {NONE} to leave it out" if names[first].optional else ""
         raise UserError(
             f"expected the policy's camera{'s' * (len(lacking) > 1)} {', '.join(lacking.values())} in {dataset.path}, "
-            f"found {there}; say which is which: --cameras {first} NAME{without}"
+            f"found {there}; map them with --cameras {first} NAME{without}"
         )
     check_distinct(chosen, "camera of the data set", "cameras of the policy", "--cameras POLICY DATASET")
     if names and not chosen:
         raise UserError(
-            f"expected one of the cameras {', '.join(names)} in {dataset.path}, found {there}; say which is which: "
+            f"expected one of the cameras {', '.join(names)} in {dataset.path}, found {there}; map it with "
             f"--cameras {next(iter(names))} NAME"
         )
     return chosen
 
 
 def _camera(dataset: Dataset, name: str) -> str | None:
-    """The feature of a camera that is called by its full name or by what follows ``observation.images.``."""
+    """The feature of a camera, given by its full name or the part behind ``observation.images.``."""
     return next((full for full in (name, PICTURES + name) if full in dataset.cameras), None)
 
 
@@ -215,7 +215,7 @@ def _check_action(dataset: Dataset, spec: PolicySpec) -> None:
 
 
 def _check_numbers(dataset: Dataset, features: tuple[str, ...], names: tuple[str, ...], what: str) -> None:
-    """Whether features, one behind the other, have the policy's width and none of its names at another place."""
+    """Raises UserError unless the concatenated features have the policy's width, with no known name out of place."""
     found = [dataset.features.get(name) for name in features]
     widths = [
         feature.shape[0] if feature and feature.numeric and len(feature.shape) == 1 else None for feature in found
@@ -228,7 +228,7 @@ def _check_numbers(dataset: Dataset, features: tuple[str, ...], names: tuple[str
             f"expected {' and '.join(features)} of shape ({len(names)},) in {dataset.path}, the policy's {what} "
             f"({', '.join(names)}), found {text}; choose a data set of the same robot"
         )
-    if dimensions and not _numbered(names) and not _numbered(dimensions):
+    if dimensions and not _are_numbered(names) and not _are_numbered(dimensions):
         for i, name in enumerate(names):
             if name in dimensions and dimensions.index(name) != i:
                 raise UserError(
@@ -240,13 +240,13 @@ def _check_numbers(dataset: Dataset, features: tuple[str, ...], names: tuple[str
 
 
 def _dimensions(dataset: Dataset, features: Sequence[str]) -> tuple[str, ...]:
-    """The names of the features' dimensions, or nothing unless all have names."""
+    """The names of the features' dimensions; empty unless all features have names."""
     found = [dataset.features[name].names or () if name in dataset.features else () for name in features]
     return tuple(name for names in found for name in names) if all(found) else ()
 
 
-def _numbered(names: Sequence[str]) -> bool:
-    """Names that only count (joint_0, joint_1, ...), as those that rlrc gives where a checkpoint has none."""
+def _are_numbered(names: Sequence[str]) -> bool:
+    """Whether names only count (joint_0, joint_1, ...), as rlrc makes them up for a checkpoint without names."""
     found = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
     heads = {match[1] for match in found if match}
     numbers = [int(match[2]) for match in found if match]
@@ -271,6 +271,6 @@ def _check_tasks(dataset: Dataset, spec: PolicySpec) -> None:
     for index in np.unique(dataset.column("task_index")):
         if not dataset.tasks[index].strip():
             raise UserError(
-                f"expected a task in words for the policy's prompt with every frame in {dataset.path}, found none for "
+                f"expected a task for the policy's prompt with every frame in {dataset.path}, found none for "
                 f"task_index {index}; write it into meta/tasks.parquet"
             )

@@ -1,4 +1,4 @@
-"""Pictures that lie encoded in the columns of data files."""
+"""Encoded pictures in the columns of data files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from rlrc.datasets.columns import check_columns, reading_parquet
+from rlrc.datasets.columns import check_columns, translate_parquet_errors
 from rlrc.errors import UserError
 
-_TABLES = 64  # data files that stay open
-_ROWS = 64 << 20  # bytes of encoded pictures that are kept
-# The modes of PIL whose values are 0 to 255, or 0 and 1. The range of the others is not known (12 bits of a camera,
-# millimetres, ...), and PIL would silently clip them to 255.
+_TABLES = 64  # data files kept open
+_ROWS = 64 << 20  # bytes of encoded pictures kept in memory
+# Modes of PIL with values of 0 to 255, or 0 and 1. The range of other modes is unknown (12 bits, millimetres, ...), and
+# PIL would silently clip it to 255.
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 _OTHERS = {"I": "32-bit grey", "F": "floating-point grey"} | {
     f"I;16{order}": "16-bit grey" for order in ("", "B", "L", "N")
@@ -27,26 +27,26 @@ _OTHERS = {"I": "32-bit grey", "F": "floating-point grey"} | {
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
-    """An encoded picture as uint8 (H, W, 3), turned as its EXIF orientation says, without its transparency.
+    """An encoded picture as uint8 (H, W, 3), rotated by its EXIF orientation, without transparency, as in LeRobot.
 
-    As LeRobot reads it. Raises ValueError for anything that is not a whole picture of 8 bits a channel.
+    Raises ValueError for anything but a complete picture of 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in _MODES:
                 raise ValueError(
-                    f"{_OTHERS.get(image.mode, f'the mode {image.mode}')} (meta/info.json says of a depth map that it "
-                    "is one: is_depth_map)"
+                    f"{_OTHERS.get(image.mode, f'the mode {image.mode}')} (mark a depth map with "
+                    "is_depth_map in meta/info.json)"
                 )
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{len(data)} bytes that are no picture") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(data)} bytes that are not a picture") from None
     except (OSError, SyntaxError, EOFError, KeyError, IndexError, TypeError, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from None  # PIL's decoders raise all of these
 
 
 class EncodedPictures:
-    """Pictures in data files. A row group is the least that can be read; the ones read last are kept, as bytes."""
+    """Reads pictures from data files, by whole row groups; the latest row groups stay in memory, encoded."""
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[pq.ParquetFile, NDArray[np.int64]]] = {}
@@ -55,7 +55,7 @@ class EncodedPictures:
 
     def picture(self, file: Path, camera: str, row: int) -> NDArray[np.uint8]:
         """uint8 (H, W, 3). Raises UserError, which names the file, the column and the row."""
-        with reading_parquet(file):
+        with translate_parquet_errors(file):
             parquet, ends = self._open(file)
             group = int(np.searchsorted(ends, row, side="right"))
             column = self._group(file, parquet, camera, group)
@@ -80,7 +80,7 @@ class EncodedPictures:
         return self._files[file]
 
     def _group(self, file: Path, parquet: pq.ParquetFile, camera: str, group: int) -> pa.Array:
-        """The bytes of a row group's pictures: a binary column, or what a struct of bytes and path has of them."""
+        """The encoded pictures of a row group: a binary column, or the field "bytes" of a struct."""
         key = (file, camera, group)
         column = self._groups.pop(key, None)
         if column is None:

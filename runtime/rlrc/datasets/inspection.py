@@ -1,4 +1,4 @@
-"""What is in a data set, and what looks wrong: for people and as JSON."""
+"""Describe a data set and what looks wrong in it, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrc.artifact import PolicySpec
-from rlrc.datasets.fit import match, misfits, renamed
+from rlrc.datasets.fit import describe_differences, find_misfits, match
 from rlrc.datasets.lerobot import Dataset
 from rlrc.datasets.meta import INDICES, VERSION
 from rlrc.tables import print_rows, print_table
 
-ONE_BY_ONE = 64  # numbers of a vector, at most, that are described one by one; of more, and of tensors, all together
+ONE_BY_ONE = 64  # longest vector whose dimensions are described one by one; others and tensors are described as a whole
 FAR = 10  # standard deviations beyond which a value is an outlier
-_LATE = 1e-3  # seconds that a time stamp may be off the frame rate, float32's rounding included
+_LATE = 1e-3  # seconds that a time stamp may differ from the frame rate, including the rounding of float32
 
 
-def facts(dataset: Dataset) -> dict[str, Any]:
-    """Everything that is printed, as JSON values; ``statistics`` are over the finite values of the numeric features.
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Everything that ``show`` prints, as JSON values.
 
-    They are lists of a value for each dimension of a vector, and of one value for all numbers of a larger feature.
-    Raises UserError if the first or the last picture of a camera cannot be decoded.
+    ``statistics`` are over the finite values of numeric features: lists with a value for each dimension of a vector, or
+    with one value for all numbers of a larger feature. Raises UserError if the first or last picture of a camera cannot
+    be decoded.
     """
     for camera in dataset.cameras:
         for i in (0, len(dataset) - 1)[: len(dataset)]:
             dataset.picture(i, camera)
     own = [name for name, feature in dataset.features.items() if feature.numeric and name not in INDICES]
-    described = {name: _described(dataset, name) for name in own} if len(dataset) else {}
+    described = {name: _describe_feature(dataset, name) for name in own} if len(dataset) else {}
     tasks = dataset.column("task_index") if len(dataset) else np.empty(0, np.int64)
     frames = Counter(tasks.tolist())
     episodes = Counter(
@@ -56,13 +57,13 @@ def facts(dataset: Dataset) -> dict[str, Any]:
             if name not in INDICES
         },
         "statistics": {name: numbers for name, (numbers, _) in described.items()},
-        "warnings": [line for _, lines in described.values() for line in lines] + _times(dataset),
+        "warnings": [line for _, lines in described.values() for line in lines] + _check_times(dataset),
     }
 
 
-def fit(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str]) -> dict[str, Any]:
-    """Whether a policy can be trained on it, with the mapping, or the reasons why not."""
-    if reasons := misfits(dataset, spec, cameras):
+def check_fit(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str]) -> dict[str, Any]:
+    """Whether a policy can be trained on the data set, with the mapping or the reasons against it."""
+    if reasons := find_misfits(dataset, spec, cameras):
         return {"fits": False, "reasons": reasons}
     matched = match(dataset, spec, cameras)
     return {
@@ -71,20 +72,20 @@ def fit(dataset: Dataset, spec: PolicySpec, cameras: Mapping[str, str]) -> dict[
         "without": [camera.name for camera in spec.cameras if camera.name not in matched.cameras],
         "state": list(matched.state),
         "chunk": spec.action.horizon,
-        "notes": renamed(dataset, matched),
+        "notes": describe_differences(dataset, matched),
     }
 
 
-def _described(dataset: Dataset, name: str) -> tuple[dict[str, list[float | None]], list[str]]:
-    """Statistics of a feature, and what looks wrong in it."""
+def _describe_feature(dataset: Dataset, name: str) -> tuple[dict[str, list[float | None]], list[str]]:
+    """Statistics of a feature, and warnings about it."""
     shape = dataset.features[name].shape
     if len(shape) == 1 and shape[0] <= ONE_BY_ONE:
-        return statistics(dataset.column(name)), _suspicions(dataset, name)
-    return _together(dataset, name)
+        return compute_statistics(dataset.column(name)), _check_values(dataset, name)
+    return _describe_together(dataset, name)
 
 
-def _together(dataset: Dataset, name: str) -> tuple[dict[str, list[float | None]], list[str]]:
-    """The same over all numbers of a large feature, which is read in pieces: a depth picture has 300,000 of them."""
+def _describe_together(dataset: Dataset, name: str) -> tuple[dict[str, list[float | None]], list[str]]:
+    """The same over all numbers of a large feature, read in pieces: a depth picture has 300,000 numbers."""
     count, least, most, mean, squares, broken = 0, np.inf, -np.inf, 0.0, 0.0, 0
     for part in dataset.parts(name):
         values = part.reshape(len(part), -1).astype(np.float64)
@@ -92,7 +93,7 @@ def _together(dataset: Dataset, name: str) -> tuple[dict[str, list[float | None]
         broken += int((~finite.all(1)).sum())
         if not len(values := values[finite]):
             continue
-        more, ahead = len(values), values.mean() - mean  # Chan et al. 1979: mean and variance of two parts together
+        more, ahead = len(values), values.mean() - mean  # merging mean and variance: Chan et al. 1979
         squares += values.var() * more + ahead**2 * count * more / (count + more)
         mean += ahead * more / (count + more)
         count, least, most = count + more, min(least, values.min()), max(most, values.max())
@@ -102,8 +103,8 @@ def _together(dataset: Dataset, name: str) -> tuple[dict[str, list[float | None]
     return {kind: [float(value) if count else None] for kind, value in found.items()}, lines
 
 
-def statistics(values: np.ndarray) -> dict[str, list[float | None]]:
-    """(N, ...) -> min, max, mean and std of every dimension over its finite values; None where there is none."""
+def compute_statistics(values: np.ndarray) -> dict[str, list[float | None]]:
+    """(N, ...) -> min, max, mean and std of every dimension over its finite values; None without finite values."""
     columns = np.asarray(values, np.float64).reshape(len(values), -1).T
     finite = [column[np.isfinite(column)] for column in columns]
     kinds: dict[str, Any] = {"min": np.min, "max": np.max, "mean": np.mean, "std": np.std}
@@ -148,8 +149,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"fits the policy: cameras {cameras}; state {state}; chunks of {chosen['chunk']}", style="green")
 
 
-def _suspicions(dataset: Dataset, name: str) -> list[str]:
-    """What a sensor or a recording may have spoilt, by dimension."""
+def _check_values(dataset: Dataset, name: str) -> list[str]:
+    """Warnings about values that a sensor or recording may have corrupted, by dimension."""
     columns = np.asarray(dataset.column(name), np.float64).reshape(len(dataset), -1).T
     names = dataset.features[name].names or ()
     lines = []
@@ -170,7 +171,7 @@ def _suspicions(dataset: Dataset, name: str) -> list[str]:
     return lines
 
 
-def _times(dataset: Dataset) -> list[str]:
+def _check_times(dataset: Dataset) -> list[str]:
     lines = []
     stamps = np.asarray(dataset.column("timestamp"), np.float64) if len(dataset) else np.empty(0)
     if not np.isfinite(stamps).all():

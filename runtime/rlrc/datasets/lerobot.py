@@ -1,4 +1,4 @@
-"""A LeRobotDataset v3.0 folder, read frame by frame: pictures, state, action, task. Needs pyarrow, PyAV and pillow."""
+"""Read a LeRobotDataset v3.0 folder frame by frame. Needs pyarrow, PyAV and pillow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlrc.datasets.meta import (
 from rlrc.datasets.video import Video, check_header
 from rlrc.errors import UserError
 
-_OPEN = 8  # videos that stay open, each where its last picture was
+_OPEN = 8  # videos kept open, each at its last picture
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,28 @@ class Frame:
 
 
 class Dataset:
-    """An open data set. Frames are counted through all episodes.
+    """An open data set; frames are numbered through all episodes. Not thread-safe.
 
-    The columns that are asked for stay in memory (some bytes a dimension and frame); pictures are decoded one by one,
-    cheaply for frames in their order: sort what you can. Not for several threads at once.
+    Columns stay in memory once they are read (a few bytes per dimension and frame). Pictures are decoded one by one,
+    which is cheap for frames in ascending order.
     """
 
     def __init__(
         self, path: Path, info: Info, features: dict[str, Feature], tasks: list[str], episodes: list[Episode]
     ) -> None:
         self.path, self.info, self.features, self.tasks, self.episodes = path, info, features, tasks, episodes
-        # All that are there, in the order of their names: lerobot reads them so, whatever meta/episodes says.
+        # All existing files in the order of their names, as in lerobot, which ignores meta/episodes here.
         self._files = sorted((path / "data").glob("*/*.parquet"))
         if episodes and not self._files:
             raise UserError(f"expected data/*/*.parquet in {path}, found none; copy the data set again")
-        self._starts = np.cumsum([0, *map(columns.rows, self._files)])  # the first frame of each file, and the end
+        self._starts = np.cumsum([0, *map(columns.count_rows, self._files)])  # first frame of each file, and the end
         self._columns: dict[str, NDArray[Any]] = {}
         self._videos: OrderedDict[Path, Video] = OrderedDict()
         self._pictures = EncodedPictures()
 
     @staticmethod
     def open(path: str | Path) -> Dataset:
-        """Reads what the folder says about itself and checks that its frames are all there. Raises UserError."""
+        """Read the metadata and check that all frames exist. Raises UserError."""
         path = Path(path)
         info = read_info(path)
         features = read_features(info, path)
@@ -83,17 +83,17 @@ class Dataset:
 
     @property
     def cameras(self) -> dict[str, Feature]:
-        """By the feature's full name; depth maps are left out."""
+        """The cameras by the feature's full name, without depth maps."""
         return {name: feature for name, feature in self.features.items() if feature.camera and not feature.depth}
 
     def column(self, name: str) -> NDArray[Any]:
-        """A numeric feature of all frames, (frames, *shape), or (frames,) for the shape (1,). Raises UserError."""
+        """A numeric feature of all frames: (frames, *shape), or (frames,) for the shape (1,). Raises UserError."""
         if name not in self._columns:
             self._columns[name] = np.concatenate(list(self.parts(name)) or [np.empty(0)])
         return self._columns[name]
 
     def parts(self, name: str) -> Iterator[NDArray[Any]]:
-        """The same in pieces, none of which stays in memory."""
+        """The same in pieces that do not stay in memory."""
         feature = self.features.get(name)
         if feature is None or not feature.numeric:
             raise UserError(
@@ -101,15 +101,15 @@ class Dataset:
                 f"{', '.join(self.features) if feature is None else feature.dtype}; choose another data set"
             )
         for file in self._files:
-            yield from columns.parts(file, name, feature.dtype, feature.shape)
+            yield from columns.read_parts(file, name, feature.dtype, feature.shape)
 
     def frame(self, i: int) -> Frame:
-        """Everything of one frame; IndexError beyond the last one."""
+        """All values of one frame; raises IndexError beyond the last one."""
         episode = self.episode(i)
         return Frame(
             {name: self.picture(i, name) for name in self.cameras},
-            _floats(self.column(STATE)[i]) if STATE in self.features else None,
-            _floats(self.column(ACTION)[i]),
+            _to_floats(self.column(STATE)[i]) if STATE in self.features else None,
+            _to_floats(self.column(ACTION)[i]),
             self.task(i),
             episode.index,
             i - episode.start,
@@ -117,17 +117,17 @@ class Dataset:
         )
 
     def episode(self, i: int) -> Episode:
-        """The one that frame ``i`` belongs to."""
+        """The episode of frame ``i``."""
         return self.episodes[int(self.column("episode_index")[self._within(i)])]
 
     def task(self, i: int) -> str:
         return self.tasks[int(self.column("task_index")[self._within(i)])]
 
     def chunk(self, i: int, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Actions (horizon, D) from frame ``i`` on; beyond the episode the last one again, where real is false."""
+        """Actions (horizon, D) from frame ``i`` on, and which are real: beyond the episode the last one repeats."""
         last = self.episode(i).end - 1
         steps = np.arange(i, i + horizon)
-        return _floats(self.column(ACTION)[np.minimum(steps, last)]), steps <= last
+        return _to_floats(self.column(ACTION)[np.minimum(steps, last)]), steps <= last
 
     def picture(self, i: int, camera: str) -> NDArray[np.uint8]:
         """A camera's picture of frame ``i``, uint8 (H, W, 3). Raises UserError for a damaged or missing file."""
@@ -146,13 +146,13 @@ class Dataset:
         return picture
 
     def close(self) -> None:
-        """Closes the files; the data set can still be read, and opens them again."""
+        """Close the files; reading opens them again."""
         while self._videos:
             self._videos.popitem()[1].close()
         self._pictures = EncodedPictures()
 
     def _check(self) -> None:
-        """Whether the rows are the frames that the episodes say, in their order."""
+        """Raises UserError unless the rows are the frames of the episodes, in order."""
         if (found := int(self._starts[-1])) != len(self):
             raise UserError(
                 f"expected {len(self)} rows in {self.path / 'data'}, found {found}; copy or write the data set again"
@@ -168,7 +168,7 @@ class Dataset:
                     f"expected rows with {name} in order in {self.path / 'data'}, found another order; write the data "
                     "set again"
                 )
-        self._columns.pop("index", None)  # it is the row's own number
+        self._columns.pop("index", None)  # equal to the row number
         least, most = self.column("task_index").min(), self.column("task_index").max()
         if least < 0 or most >= len(self.tasks):
             raise UserError(
@@ -180,7 +180,7 @@ class Dataset:
                 self._check_videos(name)
 
     def _check_videos(self, camera: str) -> None:
-        """Whether every episode has its own part of a video, which is long enough."""
+        """Raises UserError unless every episode has a separate part of a video that is long enough."""
         stamps = np.asarray(self.column("timestamp"), np.float64)
         if not np.isfinite(stamps).all():
             i = int(np.argmin(np.isfinite(stamps)))
@@ -219,6 +219,6 @@ class Dataset:
         return video
 
 
-def _floats(values: NDArray[Any]) -> NDArray[np.float32]:
+def _to_floats(values: NDArray[Any]) -> NDArray[np.float32]:
     """A copy, in at least one dimension."""
     return np.atleast_1d(np.array(values, np.float32))

@@ -1,13 +1,13 @@
-"""What a LeRobotDataset v3.0 folder says about itself: meta/info.json, meta/tasks.parquet, meta/episodes/*.
+"""The metadata of a LeRobotDataset v3.0 folder: meta/info.json, meta/tasks.parquet, meta/episodes/*.
 
-The layout is that of lerobot's ``lerobot.datasets`` (0.4 to 0.6, codebase version v3.0):
+The layout is that of ``lerobot.datasets`` (lerobot 0.4 to 0.6, codebase version v3.0):
 
     meta/info.json                                  features, frame rate, path templates, size limits
     meta/stats.json                                 statistics of every feature over the whole data set
     meta/tasks.parquet                              task (a sentence) and its task_index
-    meta/episodes/chunk-000/file-000.parquet        a row an episode: its frames, files, place in the videos, statistics
-    data/chunk-000/file-000.parquet                 a row a frame, many episodes a file; pictures as PNG bytes, unless
-    videos/CAMERA/chunk-000/file-000.mp4            they are video, many episodes one after the other in a file
+    meta/episodes/chunk-000/file-000.parquet        a row per episode: frames, files, place in the videos, statistics
+    data/chunk-000/file-000.parquet                 a row per frame, many episodes in a file; pictures as PNG bytes
+    videos/CAMERA/chunk-000/file-000.mp4            or as video, many episodes in a file
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ INFO, STATS, TASKS, EPISODES = "meta/info.json", "meta/stats.json", "meta/tasks.
 CHUNK_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 DATA_PATH = f"data/{CHUNK_FILE}.parquet"
 VIDEO_PATH = f"videos/{{video_key}}/{CHUNK_FILE}.mp4"
-PICTURES = "observation.images."  # what a camera's key begins with
+PICTURES = "observation.images."  # prefix of a camera's key
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
-
-
 _NUMBERS = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))} - {"float8"}
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A column: ``dtype`` "image", "video", "string" or a numpy dtype; ``names`` of its dimensions, if any."""
+    """A column. ``dtype``: "image", "video", "string" or a numpy dtype. ``names``: of its dimensions, if any."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,7 +55,7 @@ class Feature:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a camera's pictures, wherever the shape has its channels."""
+        """Height and width of a camera's pictures; the shape may have channels first or last."""
         channels = [i for i, name in enumerate(self.names or ()) if name in ("channels", "channel")]
         first = channels == [0] if channels else self.shape[0] in (1, 3) and self.shape[-1] not in (1, 3)
         height, width = self.shape[1:] if first else self.shape[:2]
@@ -75,7 +73,7 @@ INDICES = {  # the columns that every data set has
 
 @dataclass(frozen=True)
 class Info:
-    """info.json, as far as it is read; the defaults are lerobot's. Other keys are left alone, as lerobot does."""
+    """The keys of info.json that are read, with lerobot's defaults. Other keys are ignored, as in lerobot."""
 
     codebase_version: str
     fps: float
@@ -88,7 +86,7 @@ class Info:
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where an episode begins in the videos of a camera, in seconds from the start of the file."""
+    """Where an episode starts in the videos of a camera, in seconds from the start of the file."""
 
     file: Path
     start: float
@@ -108,7 +106,7 @@ class Episode:
 
 
 def read_info(path: Path) -> Info:
-    """Raises UserError for another version of the format, and for a folder that is no data set."""
+    """Raises UserError for another version of the format and for a folder that is not a data set."""
     if not path.is_dir():
         raise UserError(
             f"expected a LeRobotDataset folder at {path}, found {'a file' if path.exists() else 'nothing'}; "
@@ -138,7 +136,7 @@ def read_info(path: Path) -> Info:
 
 
 def read_features(info: Info, path: Path) -> dict[str, Feature]:
-    features = {name: _feature(name, values, path) for name, values in info.features.items()}
+    features = {name: _parse_feature(name, values, path) for name, values in info.features.items()}
     for name, index in INDICES.items():
         if name not in features:
             raise UserError(
@@ -155,7 +153,7 @@ def read_features(info: Info, path: Path) -> dict[str, Feature]:
     return features
 
 
-def _feature(name: str, values: dict[str, Any], path: Path) -> Feature:
+def _parse_feature(name: str, values: dict[str, Any], path: Path) -> Feature:
     dtype, shape = values.get("dtype"), values.get("shape")
     if not isinstance(dtype, str) or not (isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)):
         raise UserError(
@@ -164,7 +162,7 @@ def _feature(name: str, values: dict[str, Any], path: Path) -> Feature:
         )
     more = [part for part in (values.get("info"), values.get("video_info")) if isinstance(part, dict)]
     depth = any(part.get("is_depth_map") or part.get("video.is_depth_map") for part in more)
-    feature = Feature(dtype, tuple(shape) or (1,), _names(values.get("names")), depth)
+    feature = Feature(dtype, tuple(shape) or (1,), _parse_names(values.get("names")), depth)
     if feature.camera and len(shape) != 3:
         raise UserError(
             f"expected pictures of {name} of three dimensions in {path / INFO}, found shape {shape}; correct it"
@@ -172,8 +170,8 @@ def _feature(name: str, values: dict[str, Any], path: Path) -> Feature:
     return feature
 
 
-def _names(names: Any) -> tuple[str, ...] | None:
-    """A list, or lists by kind as in {"motors": [...]}; anything else names no dimension."""
+def _parse_names(names: Any) -> tuple[str, ...] | None:
+    """Names from a list, or from lists by kind as in {"motors": [...]}; None for anything else."""
     if isinstance(names, dict):
         lists = [part for part in names.values() if isinstance(part, list)]
         names = [name for part in lists for name in part] if len(lists) == len(names) else None
@@ -181,27 +179,27 @@ def _names(names: Any) -> tuple[str, ...] | None:
 
 
 def read_tasks(path: Path) -> list[str]:
-    """The sentences by task_index. lerobot writes them as the index of a pandas table, which may have no name."""
+    """The tasks by task_index. lerobot writes them as the index of a pandas table, which may have no name."""
     file = path / TASKS
-    with columns.opened(file, ()) as parquet:
+    with columns.open_parquet(file, ()) as parquet:
         found = parquet.schema_arrow.names
     names = [name for name in ("task", "__index_level_0__") if name in found]
     if not names or "task_index" not in found:
         raise UserError(
             f"expected the columns task and task_index in {file}, found {', '.join(found)}; write the data set again"
         )
-    table = columns.read(file, ("task_index", names[0]))
-    indices = columns.numbers(table["task_index"], "task_index", file, "int64")
+    table = columns.read_table(file, ("task_index", names[0]))
+    indices = columns.to_numbers(table["task_index"], "task_index", file, "int64")
     if sorted(indices.tolist()) != list(range(len(indices))):
         raise UserError(
             f"expected task_index 0, 1, ... in {file}, found {sorted(indices.tolist())[:5]}; write it again"
         )
-    tasks = columns.texts(table[names[0]], names[0], file)
+    tasks = columns.to_texts(table[names[0]], names[0], file)
     return [tasks[i] or "" for i in np.argsort(indices)]
 
 
 def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[Episode]:
-    """In their order. Raises UserError unless they cover the frames of the data set without a gap."""
+    """The episodes in order. Raises UserError unless they cover all frames of the data set without gaps."""
     files = sorted((path / EPISODES).glob("*/*.parquet"))
     if not files:
         raise UserError(f"expected {EPISODES}/*/*.parquet in {path}, found none; copy the data set again")
@@ -212,10 +210,10 @@ def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[
         wanted[f"videos/{name}/from_timestamp"] = "float64"
     rows: list[dict[str, Any]] = []
     for file in files:
-        table = columns.read(file, tuple(wanted))
-        values = {name: columns.numbers(table[name], name, file, dtype).tolist() for name, dtype in wanted.items()}
+        table = columns.read_table(file, tuple(wanted))
+        values = {name: columns.to_numbers(table[name], name, file, dtype).tolist() for name, dtype in wanted.items()}
         rows += [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    episodes = [_episode(path, info, row, videos) for row in sorted(rows, key=lambda row: row["episode_index"])]
+    episodes = [_parse_episode(path, info, row, videos) for row in sorted(rows, key=lambda row: row["episode_index"])]
     ends = [0, *(episode.end for episode in episodes)]
     consistent = all(
         (episode.index, episode.start) == (i, end) and end < episode.end
@@ -229,7 +227,7 @@ def read_episodes(path: Path, info: Info, features: dict[str, Feature]) -> list[
     return episodes
 
 
-def _episode(path: Path, info: Info, row: dict[str, Any], videos: Sequence[str]) -> Episode:
+def _parse_episode(path: Path, info: Info, row: dict[str, Any], videos: Sequence[str]) -> Episode:
     def file(name: str) -> Path:
         numbers = {part: row[f"videos/{name}/{part}"] for part in ("chunk_index", "file_index")}
         try:

@@ -1,4 +1,4 @@
-"""Errors of the libraries that read a data set's files, as one line that names the file."""
+"""Turn errors of libraries that read a data set's files into one line that names the file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rlrc.errors import UserError
 
 
 @contextmanager
-def reading(what: str, file: Path, *errors: type[Exception]) -> Iterator[None]:
-    """``errors``, and those of the system, become a UserError: expected a readable ``what``."""
+def translate_errors(what: str, file: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn ``errors`` and OSError into a UserError: expected a readable ``what``."""
     foreign: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
@@ -22,8 +22,8 @@ def reading(what: str, file: Path, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"expected the file {file}, found none; copy the data set again") from None
     except foreign as error:
         reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
-        raise broken(what, file, reason or type(error).__name__) from None
+        raise make_error(what, file, reason or type(error).__name__) from None
 
 
-def broken(what: str, file: Path, reason: str) -> UserError:
+def make_error(what: str, file: Path, reason: str) -> UserError:
     return unreadable(f"a readable {what}", file, reason, "copy the data set again")

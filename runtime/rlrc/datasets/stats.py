@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-_LARGE, _ABOUT = 300, 150  # pixels: of larger pictures every n-th pixel counts, about so many a side, as lerobot does
+_LARGE, _ABOUT = (
+    300,
+    150,
+)  # pixels: pictures at least this large are thinned to about so many pixels a side, as in lerobot
 
 Stats = dict[str, list[Any]]
 
 
-def of_vectors(values: NDArray[Any]) -> Stats:
+def compute_stats(values: NDArray[Any]) -> Stats:
     """(N,) or (N, D) -> lists of D numbers (1 for a plain column), computed in float64; ``count`` is [N]."""
     x = np.asarray(values, np.float64).reshape(len(values), -1)
     quantiles = np.quantile(x, list(QUANTILES.values()), axis=0)
@@ -26,13 +29,13 @@ def of_vectors(values: NDArray[Any]) -> Stats:
 
 
 class Colours:
-    """Counts of the 256 values of every colour: all statistics of any number of pictures, exactly, and additive."""
+    """Counts of the 256 values of every colour, from which exact statistics of any number of pictures follow."""
 
     def __init__(self) -> None:
         self.counts, self.pictures = np.zeros((3, 256), np.int64), 0
 
     def add(self, picture: NDArray[np.uint8]) -> None:
-        """A picture (H, W, 3)."""
+        """Count a picture (H, W, 3)."""
         height, width = picture.shape[:2]
         step = max(1, max(height, width) // _ABOUT) if max(height, width) >= _LARGE else 1
         thinned = picture[::step, ::step]
@@ -45,7 +48,7 @@ class Colours:
         self.pictures += other.pictures
 
     def stats(self) -> Stats:
-        """Of values in [0, 1], each (3, 1, 1); ``count`` is the number of pictures."""
+        """Statistics of values in [0, 1], each (3, 1, 1); ``count`` is the number of pictures."""
         per_colour = [self._of(counts) for counts in self.counts]
         found: Stats = {name: [[[one[name]]] for one in per_colour] for name in per_colour[0]}
         return found | {"count": [self.pictures]}
@@ -59,7 +62,7 @@ class Colours:
         reached = np.cumsum(counts)
 
         def quantile(q: float) -> float:
-            """numpy's rule: linear between the two values around place q * (total - 1) of the sorted pixels."""
+            """As in numpy: linear between the two values around position q * (total - 1) of the sorted pixels."""
             place = q * (int(total) - 1)
             below, above = (
                 values[np.searchsorted(reached, n, side="right")] for n in (np.floor(place), np.ceil(place))

@@ -1,4 +1,4 @@
-"""Videos of many episodes, through PyAV: pictures by their time, and pictures one after the other into a new file."""
+"""Videos of many episodes, read and written by PyAV."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import numpy as np
 from av.video.frame import PictureType
 from numpy.typing import NDArray
 
-from rlrc.datasets.reading import broken, reading
+from rlrc.datasets.reading import make_error, translate_errors
 from rlrc.errors import UserError
 
 CODEC: Final = "h264"
 PIXELS = "yuv420p"
-# A key frame every second picture, as lerobot encodes: any picture is then at most two decodings away. Without B-frames
-# the first picture's time is 0.
+# A key frame every second picture, as in lerobot: any picture then takes at most two decodings. Without B-frames, the
+# first picture's time is 0.
 _OPTIONS = {"g": "2", "bf": "0", "crf": "18", "preset": "veryfast", "forced-idr": "1"}
-_AHEAD = 8  # pictures; what lies further ahead is sought
-_TOLERANCE = 0.25  # of a picture's duration: no other picture is as near, whatever the file's units of time
+_AHEAD = 8  # pictures; seek to pictures further ahead
+_TOLERANCE = 0.25  # of a picture's duration: unambiguous in any time base
 
 
 def check_header(file: Path, pictures: int, seconds: float) -> None:
-    """Whether a video holds so many pictures, one of them at this time, as far as its header and index tell.
+    """Check by header and index that a video has this many pictures and reaches this time, without decoding it.
 
-    Raises UserError if not, and for a file that is cut short or cannot be decoded. No picture is decoded.
+    Raises UserError if not, and for a file that is truncated or cannot be decoded.
     """
-    with _reading(file):
+    with _translate_errors(file):
         container = av.open(str(file))
     with container:
-        stream = _stream(container, file)
-        entries: Any = getattr(stream, "index_entries", ())  # older versions of PyAV have none
+        stream = _find_stream(container, file)
+        entries: Any = getattr(stream, "index_entries", ())  # missing in older versions of PyAV
         if len(entries) and entries[-1].pos + entries[-1].size > container.size:
-            raise broken("video", file, "less of it than its index says")
+            raise make_error("video", file, "that it is shorter than its index says")
         end = container.duration / av.time_base if container.duration is not None else seconds
         if stream.duration is not None:
             end = float(stream.time_base * ((stream.start_time or 0) + stream.duration))
@@ -47,16 +47,18 @@ def check_header(file: Path, pictures: int, seconds: float) -> None:
             )
 
 
-def _reading(file: Path) -> AbstractContextManager[None]:
-    """What PyAV raises within it becomes a UserError that names the file."""
-    return reading("video", file, av.FFmpegError, EOFError, ValueError)  # ValueError: pictures that cannot be converted
+def _translate_errors(file: Path) -> AbstractContextManager[None]:
+    """Within this context, errors of PyAV become a UserError that names the file."""
+    return translate_errors(
+        "video", file, av.FFmpegError, EOFError, ValueError
+    )  # ValueError: pictures that cannot be converted
 
 
-def _stream(container: Any, file: Path) -> Any:
-    """The video of a container. Raises UserError if it has none, or none that can be decoded."""
+def _find_stream(container: Any, file: Path) -> Any:
+    """The video stream of a container. Raises UserError if there is none that can be decoded."""
     streams = container.streams.video
     if not streams:
-        raise broken("video", file, "no video in it")
+        raise make_error("video", file, "no video in it")
     if streams[0].codec_context is None:
         raise UserError(
             f"expected a video in {file} that PyAV's FFmpeg decodes, found an unknown codec; encode it as H.264 or AV1"
@@ -65,21 +67,21 @@ def _stream(container: Any, file: Path) -> Any:
 
 
 class Video:
-    """Pictures of one file by their time. Going on from picture to picture decodes each once; anything else seeks."""
+    """Pictures of one file by their time. Reading in order decodes each picture once; anything else seeks."""
 
     def __init__(self, file: Path, fps: float) -> None:
         self.file, self.fps = file, fps
-        with _reading(file):
+        with _translate_errors(file):
             self._container = av.open(str(file))
-        self._stream = _stream(self._container, file)
-        self._stream.codec_context.thread_count = 1  # several threads hold pictures back, which makes each seek slower
+        self._stream = _find_stream(self._container, file)
+        self._stream.codec_context.thread_count = 1  # several threads delay pictures, which slows down each seek
         self._frames: Iterator[Any] = iter(())
-        self._last: Any = None  # the frame decoded last
+        self._last: Any = None  # the last decoded frame
 
     def at(self, seconds: float) -> NDArray[np.uint8]:
         """The picture (H, W, 3) at this time. Raises UserError if the file has none there."""
         slack = _TOLERANCE / self.fps
-        with _reading(self.file):
+        with _translate_errors(self.file):
             if self._last is None or not -slack <= seconds - self._last.time <= _AHEAD / self.fps:
                 self._seek(max(0.0, seconds - slack))
             while self._last is not None and self._last.time < seconds - slack:
@@ -97,7 +99,7 @@ class Video:
         self._container.close()
 
     def _seek(self, seconds: float) -> None:
-        """To the last key frame that is not later, or to the start where the file's index is wrong about that."""
+        """Seek to the last key frame before this time, or to the start of the file if its index is wrong."""
         for time in (seconds, 0.0):
             self._container.seek(int(time / self._stream.time_base), stream=self._stream)
             self._frames = self._container.decode(self._stream)
@@ -110,7 +112,7 @@ class Video:
 
 
 class VideoWriter:
-    """One file, to which pictures are appended. ``seconds`` is what is in it, ``bytes`` what has been encoded of it."""
+    """A new file to which pictures are appended. ``seconds``: its duration, ``bytes``: encoded so far."""
 
     def __init__(self, file: Path, fps: float, height: int, width: int) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ class VideoWriter:
         return float(self.pictures / self.rate)
 
     def append(self, picture: NDArray[np.uint8], first: bool) -> None:
-        """A picture (H, W, 3); the ``first`` of an episode becomes a key frame, so that episodes can be cut apart."""
+        """Append a picture (H, W, 3). The ``first`` of an episode becomes a key frame, so that episodes can be cut."""
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame.pts, frame.time_base = self.pictures, 1 / self.rate
         if first:
@@ -141,15 +143,15 @@ class VideoWriter:
             self._container.close()
 
     def _write(self, packets: list[Any]) -> None:
-        self._failed = True  # libavformat crashes when it is given another packet after one that it could not write
+        self._failed = True  # libavformat crashes on a packet that follows a failed write
         for packet in packets:
             self.bytes += packet.size
             self._container.mux(packet)
         self._failed = False
 
 
-def description(fps: float, height: int, width: int) -> dict[str, Any]:
-    """What info.json says about a camera's videos."""
+def describe_video(fps: float, height: int, width: int) -> dict[str, Any]:
+    """The entry of info.json about a camera's videos."""
     return {
         "video.height": height,
         "video.width": width,

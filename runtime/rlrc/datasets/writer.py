@@ -1,4 +1,4 @@
-"""A LeRobotDataset v3.0 folder, written episode by episode as lerobot writes it; it appears whole or not at all."""
+"""Write a LeRobotDataset v3.0 folder episode by episode, in lerobot's layout; the folder appears only when complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rlrc.datasets import video
-from rlrc.datasets.files import FILES_PER_CHUNK, Tables, Videos
+from rlrc.datasets.files import FILES_PER_CHUNK, ParquetFiles, VideoFiles
 from rlrc.datasets.meta import (
     CHUNK_FILE,
     DATA_PATH,
@@ -30,19 +30,19 @@ from rlrc.datasets.meta import (
     VIDEO_PATH,
     Feature,
 )
-from rlrc.datasets.stats import Colours, Stats, of_vectors
+from rlrc.datasets.stats import Colours, Stats, compute_stats
 from rlrc.errors import UserError
 from rlrc.folders import create_folder, sync
 
-DATA_MB, VIDEO_MB = 100, 200  # lerobot's own limits of a file's size
-_ROWS = 100  # episodes that are gathered before their rows are written
+DATA_MB, VIDEO_MB = 100, 200  # lerobot's limits of a file's size
+_ROWS = 100  # episodes buffered before their rows are written
 
 
 @dataclass(frozen=True)
 class Recording:
-    """An episode to write: its task in words, and its frames, each with a value for every feature.
+    """An episode to write: its task (a sentence) and its frames, each with a value for every feature.
 
-    Pictures are uint8 (H, W, 3), everything else arrays of the feature's shape.
+    Pictures are uint8 (H, W, 3), other values arrays of the feature's shape.
     """
 
     task: str
@@ -58,11 +58,11 @@ def write(
     data_mb: float = DATA_MB,
     video_mb: float = VIDEO_MB,
 ) -> None:
-    """Writes a new data set. An episode at a time is in memory, and the numbers of all (their statistics are exact).
+    """Write a new data set. In memory are one episode and the numbers of all (for exact statistics).
 
-    Cameras of dtype "image" are stored as PNG, without loss; those of dtype "video" as H.264, with loss. A file that an
-    episode would take beyond ``data_mb`` or ``video_mb`` is followed by another. Raises UserError for a value that does
-    not fit its feature, and for no episodes at all; leaves nothing then.
+    Cameras of dtype "image" are stored as PNG, lossless; those of dtype "video" as H.264, lossy. A new file begins when
+    an episode would exceed ``data_mb`` or ``video_mb``. Raises UserError for a value that does not fit its feature, and
+    if there are no episodes; nothing is written then.
     """
     _check_features(fps, features)
     with create_folder(path) as folder, ExitStack() as files:
@@ -90,29 +90,31 @@ class _Writer:
     episodes: int = 0
 
     def __post_init__(self) -> None:
-        self._data = Tables(self.folder, DATA_PATH, self.data_mb, self.files)
-        self._meta = Tables(self.folder, f"{EPISODES}/{CHUNK_FILE}.parquet", self.data_mb, self.files)
+        self._data = ParquetFiles(self.folder, DATA_PATH, self.data_mb, self.files)
+        self._meta = ParquetFiles(self.folder, f"{EPISODES}/{CHUNK_FILE}.parquet", self.data_mb, self.files)
         self._videos = {
-            name: Videos(self.folder, name, self.fps, self.video_mb, self.files)
+            name: VideoFiles(self.folder, name, self.fps, self.video_mb, self.files)
             for name, feature in self.features.items()
             if feature.dtype == "video"
         }
-        self._schema = _schema(self.features | INDICES)
+        self._schema = _make_schema(self.features | INDICES)
         self._rows: list[dict[str, Any]] = []
         self._numbers: dict[str, list[NDArray[Any]]] = {}
         self._colours = {name: Colours() for name, feature in self.features.items() if feature.camera}
 
     def add(self, episode: Recording) -> None:
         if not episode.task.strip():
-            raise UserError(f"expected a task in words, found none at episode {self.episodes}; say what it shows")
+            raise UserError(
+                f"expected a task, found none at episode {self.episodes}; describe the episode in a sentence"
+            )
         values = self._values(episode.frames)
         length = len(values["index"])
         if episode.task not in self.tasks:
             self.tasks.append(episode.task)
         values["task_index"] = np.full(length, self.tasks.index(episode.task))
         stats = self._stats(values)
-        chunk, file = self._data.room(length)
-        columns = [_column(values[one.name], one.type) for one in self._schema]
+        chunk, file = self._data.choose_place(length)
+        columns = [_encode_column(values[one.name], one.type) for one in self._schema]
         self._data.write(pa.Table.from_arrays(columns, schema=self._schema))
         row: dict[str, Any] = {"episode_index": self.episodes, "tasks": [episode.task], "length": length}
         row |= {"data/chunk_index": chunk, "data/file_index": file}
@@ -131,7 +133,7 @@ class _Writer:
         self._flush()
         sentences = pa.table({"task_index": pa.array(range(len(self.tasks)), pa.int64()), "task": self.tasks})
         pq.write_table(sentences.replace_schema_metadata({"pandas": json.dumps(_INDEX)}), self.folder / TASKS)
-        stats = {name: of_vectors(np.concatenate(parts)) for name, parts in self._numbers.items()}
+        stats = {name: compute_stats(np.concatenate(parts)) for name, parts in self._numbers.items()}
         stats |= {name: colours.stats() for name, colours in self._colours.items()}
         self._json(STATS, stats)
         info = {
@@ -147,12 +149,14 @@ class _Writer:
             "splits": {"train": f"0:{self.episodes}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self._videos else None,
-            "features": {name: _described(feature, self.fps) for name, feature in (self.features | INDICES).items()},
+            "features": {
+                name: _describe_feature(feature, self.fps) for name, feature in (self.features | INDICES).items()
+            },
         }
         self._json(INFO, info)
 
     def _values(self, frames: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """The checked values of an episode: lists of pictures, and arrays (N, *shape)."""
+        """The validated values of an episode: lists of pictures, and arrays (N, *shape)."""
         values: dict[str, Any] = {name: [] for name in self.features}
         for number, frame in enumerate(frames):
             if frame.keys() != self.features.keys():
@@ -161,7 +165,9 @@ class _Writer:
                     f"frame {number} of episode {self.episodes}; give them all"
                 )
             for name, feature in self.features.items():
-                values[name].append(_checked(frame[name], name, feature, f"frame {number} of episode {self.episodes}"))
+                values[name].append(
+                    _check_value(frame[name], name, feature, f"frame {number} of episode {self.episodes}")
+                )
         length = len(values[next(iter(self.features))])
         if not length:
             raise UserError(f"expected at least one frame in every episode, found none in episode {self.episodes}")
@@ -171,7 +177,7 @@ class _Writer:
         return values | dict(zip(INDICES, indices, strict=False))
 
     def _stats(self, values: dict[str, Any]) -> dict[str, Stats]:
-        """Of an episode; what the data set's need is kept."""
+        """The statistics of an episode; also collects values for those of the data set."""
         stats = {}
         for name, feature in (self.features | INDICES).items():
             if feature.camera:
@@ -182,13 +188,13 @@ class _Writer:
                 stats[name] = colours.stats()
             else:
                 self._numbers.setdefault(name, []).append(values[name])
-                stats[name] = of_vectors(values[name])
+                stats[name] = compute_stats(values[name])
         return stats
 
     def _flush(self) -> None:
         if not self._rows:
             return
-        chunk, file = self._meta.room(len(self._rows))
+        chunk, file = self._meta.choose_place(len(self._rows))
         place = {"meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
         self._meta.write(pa.Table.from_pylist([row | place for row in self._rows]))
         self._rows = []
@@ -203,7 +209,9 @@ def _check_features(fps: float, features: Mapping[str, Feature]) -> None:
         raise UserError(f"expected a positive fps, found {fps:g}; give the rate at which the frames were taken")
     for name, feature in features.items():
         if name in INDICES or "/" in name:
-            raise UserError(f"expected features of one's own and without a slash, found {name}; give it another name")
+            raise UserError(
+                f"expected feature names without a slash and other than {', '.join(INDICES)}, found {name}; rename it"
+            )
         if feature.camera:
             if feature.shape[2:] != (3,):
                 raise UserError(f"expected pictures of {name} of shape (height, width, 3), found {feature.shape}")
@@ -216,7 +224,7 @@ def _check_features(fps: float, features: Mapping[str, Feature]) -> None:
             raise UserError(f"expected numbers of one dimension in {name}, found {feature.dtype} {feature.shape}")
 
 
-def _checked(value: Any, name: str, feature: Feature, where: str) -> NDArray[Any]:
+def _check_value(value: Any, name: str, feature: Feature, where: str) -> NDArray[Any]:
     array = np.asarray(value)
     dtype = np.dtype(np.uint8) if feature.camera else np.dtype(feature.dtype)
     if array.shape != feature.shape or array.dtype != dtype:
@@ -231,50 +239,50 @@ def _checked(value: Any, name: str, feature: Feature, where: str) -> NDArray[Any
     return array
 
 
-def _described(feature: Feature, fps: float) -> dict[str, Any]:
-    """As info.json has it."""
+def _describe_feature(feature: Feature, fps: float) -> dict[str, Any]:
+    """A feature's entry in info.json."""
     names = list(feature.names) if feature.names else ["height", "width", "channels"] if feature.camera else None
     described: dict[str, Any] = {"dtype": feature.dtype, "shape": list(feature.shape), "names": names}
     if feature.dtype == "video":
-        described["info"] = video.description(fps, *feature.size)
+        described["info"] = video.describe_video(fps, *feature.size)
     return described
 
 
-def _schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Of a data file. The metadata tells Hugging Face's datasets library which columns are pictures."""
+def _make_schema(features: Mapping[str, Feature]) -> pa.Schema:
+    """The schema of data files; its metadata marks pictures for Hugging Face's datasets library."""
     fields: list[pa.Field] = []
-    told: dict[str, dict[str, Any]] = {}
+    descriptions: dict[str, dict[str, Any]] = {}
     for name, feature in features.items():
         if feature.dtype == "video":
             continue
         value = {"dtype": feature.dtype, "_type": "Value"}
         if feature.camera:
-            kind, told[name] = pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Image"}
+            kind, descriptions[name] = pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Image"}
         elif feature.shape == (1,):
-            kind, told[name] = pa.from_numpy_dtype(np.dtype(feature.dtype)), value
+            kind, descriptions[name] = pa.from_numpy_dtype(np.dtype(feature.dtype)), value
         else:
             kind = pa.list_(pa.from_numpy_dtype(np.dtype(feature.dtype)), feature.shape[0])
-            told[name] = {"feature": value, "length": feature.shape[0], "_type": "Sequence"}
+            descriptions[name] = {"feature": value, "length": feature.shape[0], "_type": "Sequence"}
         fields.append(pa.field(name, kind))
-    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": told}})})
+    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": descriptions}})})
 
 
-def _column(values: Any, kind: pa.DataType) -> pa.Array:
+def _encode_column(values: Any, kind: pa.DataType) -> pa.Array:
     if pa.types.is_struct(kind):
-        encoded = [{"bytes": _png(picture), "path": f"frame-{i:06d}.png"} for i, picture in enumerate(values)]
+        encoded = [{"bytes": _encode_png(picture), "path": f"frame-{i:06d}.png"} for i, picture in enumerate(values)]
         return pa.array(encoded, kind)
     if pa.types.is_fixed_size_list(kind):
         return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind.value_type), kind.list_size)
     return pa.array(values.reshape(-1), kind)
 
 
-def _png(picture: NDArray[np.uint8]) -> bytes:
+def _encode_png(picture: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG")
     return stream.getvalue()
 
 
-# With this pandas, which lerobot reads the tasks with, makes the sentences the table's index.
+# With this metadata, pandas (with which lerobot reads the tasks) makes the tasks the table's index.
 _INDEX: dict[str, Any] = {
     "index_columns": ["task"],
     "column_indexes": [],

@@ -1,4 +1,4 @@
-"""Simulators behind one seam, see rlrc.envs.environment."""
+"""Simulators behind one interface, rlrc.envs.environment."""
 
 from importlib.util import find_spec
 
@@ -7,7 +7,7 @@ from rlrc.libraries import keep_local
 
 keep_local()
 
-# mujoco reads MUJOCO_GL when it is first imported, so this comes before every module of this package.
-# Not every simulator needs it: LIBERO's is in another Python environment.
+# mujoco reads MUJOCO_GL at its first import, so the choice precedes all modules of this package. mujoco may be missing:
+# LIBERO's is in another Python environment.
 if find_spec("mujoco") is not None:
     choose_backend()

@@ -1,6 +1,7 @@
-"""The seam between what plays a policy and what it is played on, and how an environment is opened by its name.
+"""The interface of simulators, and opening one by its name.
 
-``rlrc run`` and ``rlrc bench success`` know nothing else of a simulator. Opening one checks that it fits the policy.
+``rlrc run`` and ``rlrc bench success`` use simulators through this interface only. Opening one checks that it fits the
+policy.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from rlrc.strict import read_toml
 
 T = TypeVar("T")
 
-# Scheme: the module whose ``for_policy(rest, spec, mapping)`` opens what is named behind the colon for a policy, and
-# whose ``check``, of the same arguments, only sees whether that would fit, as far as it can tell in a moment.
+# By scheme: a module with ``for_policy(rest, spec, mapping)``, which opens the environment named behind the colon for a
+# policy, and ``check`` with the same arguments, which only makes the quick checks of whether it fits.
 SCHEMES = {"metaworld": "rlrc.envs.metaworld", "gym": "rlrc.envs.gym", "libero": "rlrc.envs.libero"}
 
 
 class Environment(Protocol):
-    """One task, played an episode after the other.
+    """One task, run episode by episode.
 
-    ``name`` is what tables call it, ``hz`` its control rate and ``horizon`` the steps after which players end an
-    episode. Observations are those of rlrc.runtime.inference.policy; actions (dim,) are the policy's, in its units.
+    ``name``: its label in tables; ``hz``: its control rate; ``horizon``: the steps after which callers end an episode.
+    Observations are those of rlrc.runtime.inference.policy; actions (dim,) are the policy's, in its units.
     """
 
     @property
@@ -47,11 +48,11 @@ class Environment(Protocol):
         ...
 
     def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start the episode that belongs to the seed: its first observation, and whatever else (as Gymnasium)."""
+        """Start the episode of this seed: returns its first observation, and additional information as in Gymnasium."""
         ...
 
     def advance(self, action: NDArray[np.float32], /) -> bool:
-        """One control step without a picture; returns whether the task has been achieved, which ends the episode."""
+        """One control step without a picture; returns whether the task is achieved, which ends the episode."""
         ...
 
     def observe(self) -> dict[str, Any]: ...
@@ -60,23 +61,23 @@ class Environment(Protocol):
 
 
 def open_environment(name: str, spec: PolicySpec, mapping: Path | None = None) -> Environment:
-    """The environment of a name such as metaworld:drawer-open-v3, for a policy.
+    """Open an environment by a name such as metaworld:drawer-open-v3, for a policy.
 
-    Raises UserError for a name that is not known, a mapping file that does not tell what is needed, and an environment
-    whose cameras, state, instruction or actions are not the policy's.
+    Raises UserError for an unknown name, an incomplete mapping file, and an environment whose cameras, state,
+    instruction or actions do not fit the policy.
     """
-    module, rest = _module(name)
+    module, rest = _find_module(name)
     environment: Environment = module.for_policy(rest, spec, mapping)
     return environment
 
 
 def check_environment(name: str, spec: PolicySpec, mapping: Path | None = None) -> None:
-    """Raises UserError as ``open_environment`` would, without what takes long."""
-    module, rest = _module(name)
+    """Make the quick checks of ``open_environment`` only. Raises UserError."""
+    module, rest = _find_module(name)
     module.check(rest, spec, mapping)
 
 
-def _module(name: str) -> tuple[Any, str]:
+def _find_module(name: str) -> tuple[Any, str]:
     scheme, _, rest = name.partition(":")
     if scheme not in SCHEMES or not rest:
         raise UserError(
@@ -87,14 +88,12 @@ def _module(name: str) -> tuple[Any, str]:
 
 
 def check_fits(name: str, observation: Mapping[str, Any], actions: int, spec: PolicySpec, remedy: str) -> None:
-    """Raises UserError unless the policy takes such observations and gives actions of so many dimensions.
+    """Raises UserError unless the policy takes such observations and its actions have this many dimensions.
 
-    ``remedy`` says what to do about an observation that does not fit.
+    ``remedy``: what to do about an observation that does not fit.
     """
     if spec.prompt is not None and not observation.get("instruction"):
-        raise UserError(
-            f"expected an instruction from {name}, for the policy is told what to do in words, found none; {remedy}"
-        )
+        raise UserError(f"expected an instruction from {name}, which the policy needs, found none; {remedy}")
     try:
         preprocess.check(observation, spec)
     except UserError as error:
@@ -107,5 +106,5 @@ def check_fits(name: str, observation: Mapping[str, Any], actions: int, spec: Po
 
 
 def read_mapping(kind: type[T], path: Path) -> T:
-    """A TOML file as the frozen dataclass ``kind``. Raises UserError for a file that is none, or has unknown keys."""
+    """A TOML file as the frozen dataclass ``kind``. Raises UserError for another file, and for unknown keys."""
     return read_toml(kind, path, f"a mapping file at {path}", "correct --env-mapping (docs/simulators.md)")

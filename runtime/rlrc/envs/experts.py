@@ -1,6 +1,6 @@
-"""Meta-World's scripted experts: full observation in, action out.
+"""Meta-World's scripted experts: from a full observation to an action.
 
-They answer in any state, so they can relabel a policy's own.
+They work in any state, so they can relabel the states that a policy reaches.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from rlrc.envs.metaworld import MetaWorldEnv, MetaWorldTask
 
 Expert = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float32]]
 
-# The stock window and faucet experts rise again whenever the hand is 4 cm off in the plane, even while pushing. In the
-# states that a policy gets itself into most labels then say "up", and whether they do hangs on a millimetre
-# that no picture shows: with them DAgger made these tasks worse. Ours go on pushing, and come down along a funnel.
-_LOW, _STRAY = 0.05, 0.10  # metres above the pushing height, and in the plane, within which a hand goes on pushing
-_FUNNEL = (0.02, 0.10)  # metres off in the plane where the funnel has its bottom and its rim
+# The stock window and faucet experts move up whenever the hand is 4 cm off in the horizontal plane, even while pushing.
+# In states that a policy reaches, most labels are then "up", depending on a millimetre that no picture shows. DAgger
+# with such labels made the tasks worse. The experts below keep pushing, and descend along a funnel.
+_LOW, _STRAY = 0.05, 0.10  # metres above the pushing height, and in the plane, within which the hand keeps pushing
+_FUNNEL = (0.02, 0.10)  # horizontal distance in metres of the funnel's bottom and rim
 
 Triple = tuple[float, float, float]
 
 
 def _steady(stock: Any, handle: str, offset: Triple, push: Triple, hover: float) -> type:
-    """A stock expert without its jumps. ``handle`` names its position in the expert's parsed observation.
+    """A stock expert without its jumps. ``handle``: the key of its position in the expert's parsed observation.
 
-    ``offset`` (where to come down, from the handle), ``push`` and ``hover`` (height of the approach) are the stock
-    expert's own.
+    ``offset`` (from the handle to where the hand descends), ``push`` and ``hover`` (height of the approach) are the
+    stock expert's.
     """
 
-    class SteadyPolicy(stock):
-        @staticmethod
-        def _desired_pos(o_d: dict[str, npt.NDArray[np.float64]]) -> npt.NDArray[Any]:
-            start = o_d[handle] + np.array(offset)
-            away = o_d["hand_pos"] - start
-            stray = float(np.linalg.norm(away[:2]))
-            behind = away[0] * np.sign(push[0]) < 0.02
-            if abs(away[2]) < _LOW and stray < _STRAY and behind:
-                return start + np.array(push)
-            return start + np.array([0.0, 0.0, hover * np.interp(stray, _FUNNEL, (0.0, 1.0))])
+    def choose_target(o_d: dict[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        start: npt.NDArray[np.float64] = o_d[handle] + np.array(offset)
+        away = o_d["hand_pos"] - start
+        stray = float(np.linalg.norm(away[:2]))
+        behind = away[0] * np.sign(push[0]) < 0.02
+        if abs(away[2]) < _LOW and stray < _STRAY and behind:
+            start += push
+        else:
+            start[2] += hover * np.interp(stray, _FUNNEL, (0.0, 1.0))
+        return start
 
-    return SteadyPolicy
+    return type("SteadyPolicy", (stock,), {"_desired_pos": staticmethod(choose_target)})
 
 
 _EXPERTS: dict[str, Any] = dict(ENV_POLICY_MAP) | {
@@ -65,14 +65,15 @@ def expert(task: MetaWorldTask) -> Expert:
 
     def act(full_observation: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "Constant(s) may be too high": we clip as the simulator does
-            return np.clip(policy.get_action(full_observation), -1.0, 1.0).astype(np.float32)
+            warnings.simplefilter("ignore", UserWarning)  # "Constant(s) may be too high": clipped as in the simulator
+            action: npt.NDArray[np.float64] = policy.get_action(full_observation)
+            return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     return act
 
 
 def relabel(env: MetaWorldEnv, act: Expert, horizon: int) -> npt.NDArray[np.float32]:
-    """The chunk (horizon, 4) that the expert would play from here; the simulation is left exactly as it was."""
+    """The expert's chunk (horizon, 4) from the current state; the simulation is restored exactly afterwards."""
     saved = env.save()
     chunk = np.empty((horizon, 4), np.float32)
     for step in range(horizon):

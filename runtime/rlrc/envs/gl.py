@@ -1,4 +1,4 @@
-"""Chooses how MuJoCo renders without a screen: EGL, else OSMesa. The package calls it before mujoco is imported."""
+"""Choose how MuJoCo renders without a screen: EGL, else OSMesa. Called before mujoco is imported."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def _works(backend: str, python: str) -> bool:
 
 
 def choose_backend() -> str:
-    """Set MUJOCO_GL for this process and its children, and return it. A value the user has set is left alone.
+    """Set MUJOCO_GL for this process and its child processes, unless the user has set it; returns it.
 
-    Raises UserError if neither EGL nor OSMesa can make a context, or if mujoco has been imported without a choice.
+    Raises UserError if neither EGL nor OSMesa can make a context, or if mujoco was imported without a choice.
     """
-    # Mesa's software rasteriser starts a thread a core; several simulators at once then fight over them.
+    # Mesa's software rasterizer starts a thread per core; several simulators at once would compete for the cores.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     if chosen := os.environ.get("MUJOCO_GL"):
         return chosen
-    if "mujoco" in sys.modules:  # it has settled on GLFW, which needs a screen, and cannot change any more
+    if "mujoco" in sys.modules:  # it has chosen GLFW, which needs a screen, and cannot change that
         raise UserError(
             "expected rlrc.envs to be imported before mujoco, found mujoco imported without MUJOCO_GL; "
             "import rlrc.envs first, or set MUJOCO_GL to egl or osmesa before Python starts"
@@ -35,7 +35,7 @@ def choose_backend() -> str:
 
 
 def working_backend(python: str) -> str:
-    """What the mujoco of this interpreter can render with. Raises UserError if there is none."""
+    """The backend that the mujoco of this interpreter can render with. Raises UserError if there is none."""
     for backend in ("egl", "osmesa"):
         if _works(backend, python):
             return backend

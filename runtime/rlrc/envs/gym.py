@@ -1,4 +1,4 @@
-"""``gym:ID``: any Gymnasium environment, by a mapping file that says which of its values the policy gets as what."""
+"""``gym:ID``: any Gymnasium environment, with a mapping file from its values to the policy's inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlrc.envs.environment import check_fits, read_mapping
 from rlrc.errors import UserError
 from rlrc.strict import check_distinct
 
-RENDER, WHOLE = "render", "."  # paths of what has no key: the rendered picture, an observation that is no dict
+RENDER, WHOLE = "render", "."  # special paths: the rendered picture, the whole observation
 REMEDY = "correct the mapping file (docs/simulators.md)"
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of: the words themselves, or the path of what holds them in the observation or the info."""
+    """One of: the text itself, or its path in the observation or the info."""
 
     text: str | None = None
     observation: str | None = None
@@ -32,7 +32,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class SuccessRule:
-    """One of: the path of a flag in the info, the least reward of a step that tells it, or that the episode ends."""
+    """One of: the path of a flag in the info, the least reward of a successful step, or that the episode terminates."""
 
     info: str | None = None
     reward: float | None = None
@@ -53,9 +53,9 @@ class ActionMapping:
 class GymMapping:
     """The mapping file. Paths have dots between keys; "." is the whole observation.
 
-    ``cameras``: the policy's camera -> a path or "render". ``state``: what is concatenated. ``module`` is imported
-    first, so that the ID gets registered; ``arguments`` go to gymnasium.make. ``hz`` and ``horizon`` need be given
-    only where the environment does not tell them (render_fps, max_episode_steps).
+    ``cameras``: from the policy's cameras to a path or "render". ``state``: paths to concatenate. ``module``: imported
+    first, to register the ID. ``arguments`` go to gymnasium.make. ``hz`` and ``horizon`` are needed only if the
+    environment does not define them (render_fps, max_episode_steps).
     """
 
     success: SuccessRule
@@ -70,12 +70,14 @@ class GymMapping:
 
 
 class GymEnvironment:
-    """``env`` under the seam of rlrc.envs.environment. Raises UserError where ``env`` and ``mapping`` do not fit."""
+    """An rlrc.envs.environment.Environment of ``env``. Raises UserError if ``env`` and ``mapping`` do not fit."""
 
     def __init__(self, name: str, env: gymnasium.Env[Any, Any], mapping: GymMapping) -> None:
         self.name, self.env, self.mapping = name, env, mapping
-        self.hz = _told("hz", mapping.hz, env.metadata.get("render_fps"), name)
-        self.horizon = int(_told("horizon", mapping.horizon, env.spec.max_episode_steps if env.spec else None, name))
+        self.hz = _choose_positive("hz", mapping.hz, env.metadata.get("render_fps"), name)
+        self.horizon = int(
+            _choose_positive("horizon", mapping.horizon, env.spec.max_episode_steps if env.spec else None, name)
+        )
         space = env.action_space
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise UserError(
@@ -101,57 +103,57 @@ class GymEnvironment:
     def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         self._observation, self._info = self.env.reset(seed=seed)
         self.over, self.steps = False, 0
-        self._words = self._instruction()
+        self._instruction = self._read_instruction()
         return self.observe(), self._info
 
     def advance(self, action: NDArray[np.float32]) -> bool:
-        self._observation, reward, terminated, truncated, self._info = self.env.step(self._given(action))
+        self._observation, reward, terminated, truncated, self._info = self.env.step(self._map_action(action))
         self.steps += 1
         last = terminated or truncated or self.steps >= self.horizon
-        success = self._succeeded(float(reward), terminated, last)
+        success = self._is_success(float(reward), terminated, last)
         self.over = success or terminated or truncated
         return success
 
     def observe(self) -> dict[str, Any]:
         observation: dict[str, Any] = {
-            f"image.{camera}": np.asarray(self.env.render() if path == RENDER else self._look(path))
+            f"image.{camera}": np.asarray(self.env.render() if path == RENDER else self._read(path))
             for camera, path in self.mapping.cameras.items()
         }
         if self.mapping.state:
-            parts = [np.asarray(self._look(path), np.float32).ravel() for path in self.mapping.state]
+            parts = [np.asarray(self._read(path), np.float32).ravel() for path in self.mapping.state]
             observation["state"] = np.concatenate(parts)
-        if self._words is not None:
-            observation["instruction"] = self._words
+        if self._instruction is not None:
+            observation["instruction"] = self._instruction
         return observation
 
     def close(self) -> None:
         self.env.close()
 
-    def _look(self, path: str) -> Any:
+    def _read(self, path: str) -> Any:
         return look_up(self._observation, path, f"the observation of {self.name}")
 
-    def _instruction(self) -> str | None:
+    def _read_instruction(self) -> str | None:
         source = self.mapping.instruction
         if source.observation is not None:
-            return str(self._look(source.observation))
+            return str(self._read(source.observation))
         if source.info is not None:
             return str(look_up(self._info, source.info, f"the info that {self.name} gives at reset"))
         return source.text
 
-    def _given(self, action: NDArray[np.float32]) -> NDArray[Any]:
-        """The environment's action (dim,) of the policy's."""
-        rule, given = self.mapping.action, np.asarray(action, np.float64)
+    def _map_action(self, action: NDArray[np.float32]) -> NDArray[Any]:
+        """The environment's action (dim,) from the policy's."""
+        rule, mapped = self.mapping.action, np.asarray(action, np.float64)
         if rule.index is not None:
-            given = given[list(rule.index)]
+            mapped = mapped[list(rule.index)]
         if rule.scale is not None:
-            given = given * rule.scale
+            mapped = mapped * rule.scale
         if rule.offset is not None:
-            given = given + rule.offset
+            mapped = mapped + rule.offset
         if rule.clip:
-            given = np.clip(given, self.space.low, self.space.high)
-        return given.astype(self.space.dtype)
+            mapped = np.clip(mapped, self.space.low, self.space.high)
+        return mapped.astype(self.space.dtype)
 
-    def _succeeded(self, reward: float, terminated: bool, last: bool) -> bool:
+    def _is_success(self, reward: float, terminated: bool, last: bool) -> bool:
         rule = self.mapping.success
         if rule.reward is not None:
             return reward >= rule.reward
@@ -160,13 +162,13 @@ class GymEnvironment:
         try:
             return bool(np.any(look_up(self._info, rule.info, f"the info of {self.name}")))
         except UserError:
-            if last:  # some environments tell it at the end only, but one that never does would never succeed
+            if last:  # some environments set the flag only at the end; without it, no episode would ever succeed
                 raise
             return False
 
 
 def look_up(values: Any, path: str, where: str) -> Any:
-    """The value at a path of keys with dots between them; a key may have dots itself. Raises UserError for none."""
+    """The value at a path of keys joined by dots; keys may contain dots. Raises UserError if there is none."""
 
     def at(values: Any, path: str) -> Any:
         if not isinstance(values, Mapping):
@@ -188,11 +190,11 @@ def look_up(values: Any, path: str, where: str) -> Any:
 
 
 def for_policy(identity: str, spec: PolicySpec, mapping: Path | None) -> GymEnvironment:
-    """``identity`` is a registered ID. Resets it once, with seed 0, to see that its observations fit the policy."""
+    """Open a registered ID and reset it once, with seed 0, to check that its observations fit the policy."""
     name = f"gym:{identity}"
     if mapping is None:
         raise UserError(
-            f"expected a mapping file that says what {name} gives as which camera, state and instruction, found none; "
+            f"expected a mapping file from the values of {name} to the policy's inputs, found none; "
             "give --env-mapping FILE.toml (docs/simulators.md)"
         )
     rules = read_mapping(GymMapping, mapping)
@@ -201,7 +203,7 @@ def for_policy(identity: str, spec: PolicySpec, mapping: Path | None) -> GymEnvi
     try:
         environment = GymEnvironment(name, env, rules)
         observation, _ = environment.reset(seed=0)
-        # With an index any policy fits whose dimensions it names.
+        # With an index, any policy fits that has the dimensions named there.
         actions = environment.actions if rules.action.index is None else spec.action.dim
         check_fits(name, observation, actions, spec, f"correct {mapping} (docs/simulators.md)")
     except BaseException:
@@ -220,9 +222,9 @@ def _make(identity: str, rules: GymMapping, mapping: Path) -> gymnasium.Env[Any,
     try:
         if rules.module is not None:
             importlib.import_module(rules.module)
-        # The checker warns of style; what matters here is checked against the policy.
+        # The checker only warns about style; what matters is checked against the policy.
         return gymnasium.make(identity, disable_env_checker=True, **(mode | rules.arguments))
-    except Exception as error:  # whatever an environment's own code raises for the arguments it was given
+    except Exception as error:  # an environment's code may raise anything
         reason = " ".join(str(error).split())
         raise UserError(
             f"expected gym:{identity} to open, found {type(error).__name__}: {reason}; install its package, or correct "
@@ -231,16 +233,16 @@ def _make(identity: str, rules: GymMapping, mapping: Path) -> gymnasium.Env[Any,
 
 
 def _check_rules(rules: GymMapping, spec: PolicySpec, mapping: Path) -> None:
-    words, success = rules.instruction, rules.success
-    told = [key for key in ("text", "observation", "info") if getattr(words, key) is not None]
-    if len(told) > 1:
-        raise UserError(f"expected one source of the instruction in {mapping}, found {' and '.join(told)}; keep one")
+    instruction, success = rules.instruction, rules.success
+    sources = [key for key in ("text", "observation", "info") if getattr(instruction, key) is not None]
+    if len(sources) > 1:
+        raise UserError(f"expected one source of the instruction in {mapping}, found {' and '.join(sources)}; keep one")
     signs = [key for key in ("info", "reward") if getattr(success, key) is not None]
     signs += ["terminated"] * success.terminated
     if len(signs) != 1:
         raise UserError(
             f"expected one of info, reward and terminated as [success] in {mapping}, found "
-            f"{' and '.join(signs) or 'none'}; keep the one that tells that the task is done"
+            f"{' and '.join(signs) or 'none'}; keep the one that shows success"
         )
     check_distinct(rules.cameras, "observation of the environment", "cameras of the policy", str(mapping))
     _check_apart(rules.state, mapping)
@@ -253,18 +255,18 @@ def _check_rules(rules: GymMapping, spec: PolicySpec, mapping: Path) -> None:
 
 
 def _check_apart(paths: tuple[str, ...], mapping: Path) -> None:
-    """Raises UserError where a part of the state is another part, or within it: the policy would get it twice."""
+    """Raises UserError if a part of the state equals or contains another part."""
     for place, path in enumerate(paths):
         for other in paths[:place] + paths[place + 1 :]:
             if other in (path, WHOLE) or path.startswith(f"{other}."):
                 raise UserError(
                     f"expected every part of the observation once as state in {mapping}, found {path!r} "
-                    f"{'twice' if other == path else f'and {other!r}, which holds it'}; keep one"
+                    f"{'twice' if other == path else f'and {other!r}, which contains it'}; keep one"
                 )
 
 
 def _check_fan_out(index: Sequence[int], spec: PolicySpec, mapping: Path) -> None:
-    """Raises UserError where a dimension of the policy that is no gripper's drives several of the environment's."""
+    """Raises UserError if a dimension of the policy, other than a gripper, drives several of the environment."""
     names, meanings = spec.action.names, spec.action.meaning
     for place in sorted(set(index)):
         if list(index).count(place) > 1 and meanings[place] != "gripper":
@@ -274,8 +276,8 @@ def _check_fan_out(index: Sequence[int], spec: PolicySpec, mapping: Path) -> Non
             )
 
 
-def _told(key: str, ours: float | None, own: float | None, name: str) -> float:
-    value = own if ours is None else ours
+def _choose_positive(key: str, mapped: float | None, own: float | None, name: str) -> float:
+    value = own if mapped is None else mapped
     if not value or value <= 0:
         raise UserError(f"expected {key} of {name} as a number above 0, found {value}; give {key} in the mapping file")
     return value

@@ -1,6 +1,6 @@
 """``libero:SUITE/NUMBER``: a LIBERO task, simulated by ``libero_worker`` in the Python of $RLRC_LIBERO_PYTHON.
 
-Conventions are those of OpenVLA's, OpenVLA-OFT's and openpi's own evaluations; see the worker for what it does.
+Conventions are those of the evaluations of OpenVLA, OpenVLA-OFT and openpi; see the worker.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rlrc.artifact import PolicySpec
 from rlrc.envs import libero_worker
 from rlrc.envs.environment import check_fits, read_mapping
 from rlrc.envs.gl import working_backend
-from rlrc.envs.libero_worker import pack, unpacked_array
-from rlrc.envs.peer import Peer
+from rlrc.envs.libero_worker import pack, unpack_array
+from rlrc.envs.subprocess_client import SubprocessClient
 from rlrc.errors import UserError
 from rlrc.strict import check_distinct
 
 PYTHON = "RLRC_LIBERO_PYTHON"
-INITIAL_STATES = 50  # of every task: so many different episodes there are
-START_S, RESET_S, STEP_S = 600.0, 600.0, 120.0  # seconds of patience, on a busy machine without a GPU
+INITIAL_STATES = 50  # of every task: its number of different episodes
+START_S, RESET_S, STEP_S = 600.0, 600.0, 120.0  # timeouts in seconds, for a busy machine without a GPU
 REMEDY = "name the policy's cameras in a mapping file (docs/simulators.md)"
 
 
@@ -34,10 +34,9 @@ REMEDY = "name the policy's cameras in a mapping file (docs/simulators.md)"
 class LiberoMapping:
     """The mapping file, all of it optional.
 
-    ``cameras``: the policy's camera -> LIBERO's (default: the first two in their order, an optional third is left
-    out). ``gripper``: "openvla" where the policy gives 0 (close) to 1 (open), as OpenVLA's data does, and the nearer
-    end is taken; "libero" for LIBERO's own -1 (open) to 1 (close) (default: by family). ``size``: pixels of the
-    pictures.
+    ``cameras``: from the policy's cameras to LIBERO's (default: the first two in order; an optional third is left out).
+    ``gripper``: "openvla" for a policy whose gripper is 0 (close) to 1 (open), as in OpenVLA's data, rounded to the
+    nearer end; "libero" for LIBERO's -1 (open) to 1 (close) (default: by family). ``size``: pixels of the pictures.
     """
 
     cameras: dict[str, Literal["agentview", "robot0_eye_in_hand"]] = field(default_factory=dict)
@@ -47,7 +46,7 @@ class LiberoMapping:
 
 @dataclass(frozen=True)
 class LiberoTask:
-    """What is opened, and what the policy takes of it: ``cameras`` as in the mapping, all of them named."""
+    """A task, and what the policy takes of it; ``rules`` name all cameras."""
 
     suite: str
     number: int
@@ -61,73 +60,74 @@ class LiberoTask:
     def observation(
         self, pictures: Mapping[str, NDArray[Any]], state: NDArray[Any], instruction: str
     ) -> dict[str, Any]:
-        """As the policy takes it, of ``pictures`` by LIBERO's names."""
-        seen = {f"image.{ours}": pictures[theirs] for ours, theirs in self.rules.cameras.items()}
-        told = {"state": state} if self.with_state else {}  # OpenVLA takes none
-        return seen | told | {"instruction": instruction}
+        """The policy's observation, from ``pictures`` by LIBERO's names."""
+        images = {f"image.{camera}": pictures[source] for camera, source in self.rules.cameras.items()}
+        values = {"state": state} if self.with_state else {}  # OpenVLA takes none
+        return images | values | {"instruction": instruction}
 
 
 class LiberoEnvironment:
-    """One task; a seed's episode starts from initial state ``seed % 50``. Raises UserError for what the worker says."""
+    """One task; the episode of a seed starts from initial state ``seed % 50``. Raises UserError if the worker fails."""
 
     def __init__(self, task: LiberoTask) -> None:
         self.task, self.name, self.over = task, task.name, False
-        python = _python()
-        # Isolated: neither our PYTHONPATH nor the worker's folder, whose modules would hide LIBERO's, are searched.
-        worker = [python, "-I", libero_worker.__file__, task.suite, str(task.number), "--size", str(task.rules.size)]
-        self.peer = Peer(worker, _environment(python), f"the simulator of {self.name}")
-        hello = self.peer.receive(START_S)
-        if hello.get("hello") != libero_worker.PROTOCOL:
-            self.peer.close()
+        python = _find_python()
+        # -I: search neither PYTHONPATH nor the worker's folder, whose modules would hide LIBERO's.
+        command = [python, "-I", libero_worker.__file__, task.suite, str(task.number), "--size", str(task.rules.size)]
+        self.simulator = SubprocessClient(command, _make_environment(python), f"the simulator of {self.name}")
+        metadata = self.simulator.receive(START_S)
+        if metadata.get("hello") != libero_worker.PROTOCOL:
+            self.simulator.close()
             raise UserError(
-                f"expected protocol {libero_worker.PROTOCOL} of {self.peer.what}, found {hello.get('hello')!r}; "
-                "install rlrc again"
+                f"expected protocol {libero_worker.PROTOCOL} of {self.simulator.what}, found "
+                f"{metadata.get('hello')!r}; install rlrc again"
             )
-        self.hz, self.horizon, self.episodes = float(hello["hz"]), int(hello["horizon"]), int(hello["episodes"])
-        self.instruction, self.versions = str(hello["instruction"]), dict(hello["versions"])
+        self.hz, self.horizon = float(metadata["hz"]), int(metadata["horizon"])
+        self.episodes = int(metadata["episodes"])
+        self.instruction, self.versions = str(metadata["instruction"]), dict(metadata["versions"])
 
     def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        self.peer.ask(pack({"do": "reset", "episode": seed % self.episodes}), RESET_S)
+        self.simulator.request(pack({"do": "reset", "episode": seed % self.episodes}), RESET_S)
         self.over = False
         return self.observe(), {}
 
     def advance(self, action: NDArray[np.float32]) -> bool:
         openvla = self.task.rules.gripper == "openvla"
-        given = inverted_gripper(action) if openvla else np.asarray(action, np.float64)
-        self.over = bool(self.peer.ask(pack({"do": "step", "action": given}), STEP_S)["success"])
+        given = invert_gripper(action) if openvla else np.asarray(action, np.float64)
+        self.over = bool(self.simulator.request(pack({"do": "step", "action": given}), STEP_S)["success"])
         return self.over
 
     def observe(self) -> dict[str, Any]:
-        seen = self.peer.ask(pack({"do": "observe"}), STEP_S)
-        pictures = {name: unpacked_array(picture) for name, picture in seen["pictures"].items()}
-        return self.task.observation(pictures, unpacked_array(seen["state"]), self.instruction)
+        reply = self.simulator.request(pack({"do": "observe"}), STEP_S)
+        pictures = {name: unpack_array(picture) for name, picture in reply["pictures"].items()}
+        return self.task.observation(pictures, unpack_array(reply["state"]), self.instruction)
 
     def close(self) -> None:
-        self.peer.close()
+        self.simulator.close()
 
 
-def inverted_gripper(action: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The last dimension from 0 (close) .. 1 (open) to 1 (close) or -1 (open), whichever end is nearer.
+def invert_gripper(action: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Map the last dimension from 0 (close) .. 1 (open) to 1 (close) or -1 (open), the nearer end.
 
     OpenVLA's ``normalize_gripper_action(binarize=True)`` and ``invert_gripper_action``.
     """
-    given = np.array(action, np.float64)
-    given[-1] = -np.sign(2 * given[-1] - 1)
-    return given
+    inverted = np.array(action, np.float64)
+    inverted[-1] = -np.sign(2 * inverted[-1] - 1)
+    return inverted
 
 
 def for_policy(task: str, spec: PolicySpec, mapping: Path | None) -> LiberoEnvironment:
-    """``task`` is SUITE/NUMBER, such as libero_spatial/0. Starts the simulator, which takes seconds."""
-    return LiberoEnvironment(_task(task, spec, mapping))
+    """Start the simulator of SUITE/NUMBER, such as libero_spatial/0; this takes seconds."""
+    return LiberoEnvironment(_parse_task(task, spec, mapping))
 
 
 def check(task: str, spec: PolicySpec, mapping: Path | None) -> None:
-    """Raises UserError unless the policy takes what LIBERO gives; whether the task is there its simulator tells."""
-    _task(task, spec, mapping)
-    _python()
+    """Raises UserError unless the policy fits LIBERO; only the simulator can check that the task exists."""
+    _parse_task(task, spec, mapping)
+    _find_python()
 
 
-def _task(text: str, spec: PolicySpec, mapping: Path | None) -> LiberoTask:
+def _parse_task(text: str, spec: PolicySpec, mapping: Path | None) -> LiberoTask:
     suite, _, number = text.rpartition("/")
     if not suite or not number.isdecimal():
         raise UserError(
@@ -140,7 +140,7 @@ def _task(text: str, spec: PolicySpec, mapping: Path | None) -> LiberoTask:
     task = LiberoTask(
         suite,
         int(number),
-        LiberoMapping(_cameras(spec, rules), _gripper(spec, rules), rules.size),
+        LiberoMapping(_choose_cameras(spec, rules), _choose_gripper(spec, rules), rules.size),
         spec.state is not None,
     )
     black = np.zeros((rules.size, rules.size, 3), np.uint8)
@@ -149,26 +149,26 @@ def _task(text: str, spec: PolicySpec, mapping: Path | None) -> LiberoTask:
     return task
 
 
-def _cameras(spec: PolicySpec, rules: LiberoMapping) -> dict[str, Any]:
+def _choose_cameras(spec: PolicySpec, rules: LiberoMapping) -> dict[str, Any]:
     return rules.cameras or dict(zip((camera.name for camera in spec.cameras), libero_worker.CAMERAS, strict=False))
 
 
-def _gripper(spec: PolicySpec, rules: LiberoMapping) -> Literal["openvla", "libero"]:
-    """OpenVLA's data sets have the gripper as 0 to 1; openpi and lerobot leave it as LIBERO has it."""
+def _choose_gripper(spec: PolicySpec, rules: LiberoMapping) -> Literal["openvla", "libero"]:
+    """OpenVLA's data sets have a gripper of 0 to 1; openpi and lerobot keep LIBERO's."""
     return rules.gripper or ("openvla" if spec.family in ("openvla", "openvla-oft") else "libero")
 
 
-def _python() -> str:
+def _find_python() -> str:
     python = os.environ.get(PYTHON)
     if python and shutil.which(python):
         return python
     raise UserError(
         f"expected {PYTHON} to name the Python of an environment that has LIBERO, found {python or 'it unset'}; "
-        "run scripts/libero.sh, which makes one and says what to set (docs/simulators.md)"
+        "run scripts/libero.sh, which makes one and prints the setting (docs/simulators.md)"
     )
 
 
-def _environment(python: str) -> dict[str, str]:
-    """The worker's environment variables: where nobody has chosen how it renders, EGL, else OSMesa."""
+def _make_environment(python: str) -> dict[str, str]:
+    """The worker's environment variables; it renders with MUJOCO_GL if set, else with EGL or OSMesa."""
     chosen = os.environ.get("MUJOCO_GL") or working_backend(python)
     return os.environ | {"MUJOCO_GL": chosen, "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS", "0")}

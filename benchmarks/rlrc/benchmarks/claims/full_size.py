@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrc.artifact import Artifact, Manifest
+from rlrc.artifact.precisions import PRECISIONS
 from rlrc.benchmarks.claims import full_size_result, policy_process, roofline
 from rlrc.benchmarks.claims.claims import Thresholds
 from rlrc.benchmarks.claims.full_size_result import WORDS, InterleavedTrials
@@ -26,7 +27,6 @@ from rlrc.benchmarks.claims.policy_process import ActionTimes, PolicyProcess
 from rlrc.errors import UserError
 from rlrc.jetson.model.devices import CPU, Device
 from rlrc.jetson.model.plan import Setting, prune
-from rlrc.jetson.model.precision import PRECISIONS
 from rlrc.processes import WorkerPool
 
 COMPRESSED = 0.75  # bytes a parameter, most of them in 4 bits

@@ -16,26 +16,21 @@ from typing import Any
 import numpy as np
 
 from rlrc.artifact import Manifest
+from rlrc.artifact.precisions import PRECISIONS, Precision
 from rlrc.benchmarks.measure.bandwidth import read_bandwidth
 from rlrc.jetson.model.devices import CPU, Device
-from rlrc.jetson.model.precision import PRECISIONS, Precision
 from rlrc.jetson.model.roofline import MEASURED, demand
 from rlrc.jetson.model.work import Load, Part, work
 
 ROWS, WIDE = 512, 4096  # of the product that the throughput is measured with
 TRIALS = 5
 WIDE_ACTIVATIONS = 4  # bytes: both runtimes keep float32 between products
-# Precisions of graphs as what they read of memory and compute in. ONNX Runtime widens float16 to float32 at load.
+# Precisions of graphs as what they read of memory and compute in: ONNX Runtime's, llama.cpp's and torch's.
 KERNELS: dict[str, Precision] = {
-    "fp32": replace(PRECISIONS["fp32"], compute=("fp32",)),
-    "fp16": replace(PRECISIONS["fp16"], compute=("fp32",)),
+    **{name: replace(each, compute=(each.cpu,)) for name, each in PRECISIONS.items() if each.cpu},
     "llama.cpp fp16": replace(PRECISIONS["fp16"], compute=("fp32",), widened=None),
     "torch fp32": replace(PRECISIONS["fp32"], compute=("fp32",)),
     "torch bf16": replace(PRECISIONS["bf16"], compute=("bf16",), widened=None),
-    "int8": replace(PRECISIONS["int8"], compute=("int8",)),
-    "int8-rows": replace(PRECISIONS["int8"], compute=("int8",)),
-    "int4": replace(PRECISIONS["int4"], compute=("fp32",)),
-    "int4a8": replace(PRECISIONS["int4"], compute=("int8",)),
     "llama.cpp int4": replace(PRECISIONS["int4"], compute=("int8",)),
 }
 GRAPHS = {"vision": "vision", "prefix": "prefix", "steps": "step", "head": "decoder"}  # others are the decoder's

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlrc.artifact import geometries
+from rlrc.artifact.precisions import PRECISIONS
 from rlrc.benchmarks.report import tradeoffs
 from rlrc.benchmarks.report.document import (
     DASH,
@@ -25,7 +26,6 @@ from rlrc.benchmarks.results.results import ARMS, GEOMETRY
 from rlrc.benchmarks.results.stats import Estimate
 from rlrc.jetson.model import devices
 from rlrc.jetson.model.plan import Setting, of_geometry, plan, prune
-from rlrc.jetson.model.precision import PRECISIONS
 from rlrc.jetson.model.work import Load, Part, work
 
 Row = Mapping[str, Any]
@@ -34,8 +34,6 @@ PRUNED = 0.9  # of heads and channels: of what is compressed, and of what is pre
 
 # What the machine allows
 
-# Bits of a weight in memory as its products read it. ONNX Runtime widens float16 to float32 at load.
-BITS = {"fp32": 32.0, "fp16": 32.0, "int8": 8.0, "int8-rows": 8.0, "int4": 4.5, "int4a8": 4.5}
 ACTIVATION = 4  # bytes: every runtime here keeps float32 between products
 GRAPHS = {"vision": "vision", "prefix": "prefix", "steps": "step"}
 
@@ -101,7 +99,7 @@ def bits(result: Row, which: str, part: str) -> float:
     name = each.get(graph, told)
     if result["runtime"] == "gguf" and graph == "decoder" and name == "fp16":
         return 16.0  # llama.cpp reads it as it is
-    return BITS.get(name, 32.0)
+    return PRECISIONS[name].in_memory if name in PRECISIONS else 32.0
 
 
 def _shares(result: Row) -> ReportTable:

@@ -40,9 +40,9 @@ class InspectDataset:
         dataset = Dataset.open(self.path)
         spec = None if self.policy is None else policy_spec(self.policy, self.official, dataset, self.cameras)
         with status(f"reading {self.path}"):
-            found = inspection.facts(dataset)
+            found = inspection.describe(dataset)
             if spec is not None:
-                found["policy"] = inspection.fit(dataset, spec, self.cameras)
+                found["policy"] = inspection.check_fit(dataset, spec, self.cameras)
         dataset.close()
         if self.json:
             print(json.dumps(found, indent=1))

@@ -1,7 +1,7 @@
-"""Record scripted experts in the simulator as a data set, one frame for each control step.
+"""Record a data set of scripted experts in the simulator, one frame per control step.
 
-As in demonstrations.py, noise is added to the executed actions but not to the recorded ones: a frame's action is the
-expert's own in that state. A chunk read from the data set is therefore the expert's actions along the disturbed path.
+As in rlrc.compressor.rl.demonstrations, noise is added to the executed actions but not to the recorded ones: a frame's
+action is the expert's in that state. A chunk thus has the expert's actions along the disturbed path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlrc.envs.metaworld import ACTION_NAMES, HORIZON, PICTURE, STATE_NAMES, Met
 from rlrc.envs.seeds import DEMONSTRATION, scene
 from rlrc.errors import UserError
 
-HELD = 5  # steps over which half of the noise's variance is constant: the reference policy's chunk
+HELD = 5  # steps for which half of the noise is held constant: the reference policy's chunk
 _CAMERA = PICTURES + PICTURE.removeprefix("image.")
 
 
@@ -35,8 +35,7 @@ def record(
 ) -> None:
     """Write a new data set with square pictures of ``size`` pixels.
 
-    An episode ends when it succeeds, or after ``horizon`` steps; ``report(task, steps, success)`` is called after each.
-    Raises UserError for an unknown task, no episodes or no pixels.
+    An episode ends with success, or after ``horizon`` steps. ``report`` is called after each episode.
     """
     if episodes_per_task < 1 or size < 1:
         raise UserError(
@@ -61,7 +60,7 @@ def record(
 
 
 def play(env: MetaWorldEnv, number: int, horizon: int = HORIZON) -> Iterator[dict[str, Any]]:
-    """Yield the frames of one demonstration. Its number selects scene and noise, as in demonstrations.py."""
+    """The frames of one demonstration; its number determines scene and noise, as in demonstrations."""
     seed, noise = scene(DEMONSTRATION, number), NOISE[number % len(NOISE)]
     env.reset(seed=seed)
     act, rng, held = expert(env.task), np.random.default_rng(seed + 1), np.zeros(len(ACTION_NAMES))
@@ -71,6 +70,6 @@ def play(env: MetaWorldEnv, number: int, horizon: int = HORIZON) -> Iterator[dic
             held = rng.normal(0, sigma, len(ACTION_NAMES))
         action = act(env.full_observation)
         disturbance = held + rng.normal(0, sigma, len(ACTION_NAMES))
-        disturbance[ACTION_NAMES.index("gripper")] = 0  # the gripper executes the expert's own action
+        disturbance[ACTION_NAMES.index("gripper")] = 0  # no noise on the gripper
         yield {_CAMERA: env.render(), STATE: env.state(), ACTION: action}
         env.advance(action + disturbance)

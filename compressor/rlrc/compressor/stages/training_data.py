@@ -22,7 +22,7 @@ from rlrc.runtime.inference.preprocess import normalise, prepare
 from rlrc.runtime.inference.prompts import Tokenizer
 
 if TYPE_CHECKING:
-    from rlrc.datasets.fit import Matched
+    from rlrc.datasets.fit import MatchedDataset
 
 MAX_HELD_OUT = 512  # frames, which stay in memory
 
@@ -30,7 +30,9 @@ MAX_HELD_OUT = 512  # frames, which stay in memory
 class DatasetBatches:
     """Random batches of these frames of a data set (see Batches)."""
 
-    def __init__(self, matched: Matched, frames: NDArray[np.int64], tokenizer: Tokenizer | None, seed: int) -> None:
+    def __init__(
+        self, matched: MatchedDataset, frames: NDArray[np.int64], tokenizer: Tokenizer | None, seed: int
+    ) -> None:
         self.matched, self.frames, self.tokenizer = matched, frames, tokenizer
         self.rng = np.random.default_rng(seed)
 
@@ -81,7 +83,7 @@ def check_data(stage: str, source: PolicySource, config: TrainingSettings, inste
         )
 
 
-def open_data(config: TrainingSettings, spec: PolicySpec) -> Matched:
+def open_data(config: TrainingSettings, spec: PolicySpec) -> MatchedDataset:
     """Raises UserError for a folder without a data set, or with one that does not fit the policy."""
     from rlrc.datasets.fit import match
     from rlrc.datasets.lerobot import Dataset

@@ -1,1 +1,1 @@
-"""llama.cpp: a decoder's blocks as a GGUF file."""
+"""Export for llama.cpp: a decoder's blocks as a GGUF file."""

@@ -1,4 +1,4 @@
-"""The grid's integers as GGUF's quantized blocks: the same integers and scales, laid out as ggml reads them."""
+"""Quantized weights as GGUF blocks: the same integers and scales in the layout of ggml."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def gguf_blocks(integers: NDArray[np.int8], scale: NDArray[np.float16], bits: int) -> NDArray[np.uint8]:
-    """Integers (out, in), one scale for 32 of them (out, in / 32) -> rows of blocks (out, bytes).
+def pack_blocks(integers: NDArray[np.int8], scale: NDArray[np.float16], bits: int) -> NDArray[np.uint8]:
+    """Integers (out, in) with a scale for every 32 of them (out, in / 32) -> rows of blocks (out, bytes).
 
-    A block is its scale and then, of Q4_0, 16 bytes with elements 0 to 15 in the low halves and 16 to 31 in the high
-    ones, offset 8; of Q8_0 (``bits`` 8) its 32 integers.
+    A block starts with its scale. In Q4_0 (``bits`` 4), 16 bytes follow with elements 0 to 15 in the low nibbles and 16
+    to 31 in the high ones, offset 8; in Q8_0 (``bits`` 8) the 32 integers.
     """
     blocks: NDArray[Any] = integers.reshape(*scale.shape, 32)
     if bits == 4:

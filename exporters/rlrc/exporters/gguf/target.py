@@ -1,7 +1,7 @@
-"""The llama.cpp target: graphs/gguf. The decoder's blocks are a model file; what is around them is ONNX.
+"""The llama.cpp target (graphs/gguf): the decoder's blocks are a GGUF file, the graphs around them ONNX.
 
-"decoder" takes and gives what it does as one ONNX graph, but for the past, which stays in llama.cpp. Its file holds the
-blocks alone: the engine computes "embed", the blocks and "head" one after the other.
+The graph "decoder" has the inputs and outputs that it has in ONNX, except the past, which stays in llama.cpp. Its file
+holds the blocks only: the engine computes "embed", the blocks and "head" in this order.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest, TensorSpec, TowerSpec
+from rlrc.artifact.precisions import CHOICES
 from rlrc.errors import UserError
 from rlrc.exporters.gguf import file as gguf_file
 from rlrc.exporters.graphs import Define, openvla, tiny
 from rlrc.exporters.graphs.weights import Weights, read_weights
-from rlrc.exporters.onnx.builder import FLAVOURS, NEEDS, OnnxRuntimeBuilder
+from rlrc.exporters.onnx.builder import FORMATS, NEEDS, OnnxRuntimeBuilder
 from rlrc.runtime.inference.backends import FOLDERS, llama_model
 
 FAMILIES: Mapping[str, Mapping[str, Define]] = {
@@ -29,21 +30,18 @@ OTHERS = {
     "pi05": EXPERT,
     "smolvla": EXPERT,
 }
-FLOATS = {"fp16": "fp16", "fp32": "fp32", "int8": "fp16", "q4_k_m": "fp16"}
-"""Precisions of float weights, the default first, and the flavour of the graphs around: nothing is rounded to 8 bits or
-less there."""
-QUANTIZED = {"int4": {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows"}, "int8": {"int8": "w8"}}
-"""The same of quantized weights, by their grid. The blocks have their own integers in all, and llama.cpp rounds their
-activations to 8 bits; int4a8 and int8+int4 do so around them too, with weights in 4 or 8 bits."""
+AROUND = {"int4": "int4", "int4a8": "int4a8", "int8+int4": "int8-rows", "int8": "w8"}
+"""The ONNX precision of the graphs around the blocks, of quantized weights. llama.cpp rounds the blocks' activations to
+8 bits in all of these; int4a8 and int8+int4 do so around them too, with weights in 4 or 8 bits."""
 
 
 def choose_precision(parent: Artifact, precision: str | None) -> str:
-    """The precision asked for, or the default. Raises UserError for one, or a policy, that llama.cpp does not run."""
+    """The precision asked for, or the default. Raises UserError for what llama.cpp does not run."""
     manifest = parent.manifest
     check_policy(manifest)
-    choices = flavours(manifest)
+    choices = CHOICES["gguf"][manifest.quantization.grid if manifest.quantization else "float"]
     if precision is None:
-        precision = "fp32" if manifest.dtype == "float32" else next(iter(choices))
+        precision = "fp32" if manifest.dtype == "float32" else choices[0]
     if precision not in choices:
         what = "quantize the policy first" if precision == "int4" else "choose one of those"
         raise UserError(
@@ -51,12 +49,15 @@ def choose_precision(parent: Artifact, precision: str | None) -> str:
         )
     if manifest.quantization is None:
         gguf_file.check_rows(manifest.towers["decoder"], precision)
-    llama_model.library()  # what is written is also run, so it had better be here
+    llama_model.library()  # raises if llama.cpp is missing: the graphs are verified with it
     return precision
 
 
-def flavours(manifest: Manifest) -> Mapping[str, str]:
-    return FLOATS if manifest.quantization is None else QUANTIZED[manifest.quantization.grid]
+def choose_around(manifest: Manifest, precision: str) -> str:
+    """The ONNX precision of the graphs around the blocks; float weights are not rounded to 8 bits there."""
+    if manifest.quantization is not None:
+        return AROUND[precision]
+    return "fp32" if precision == "fp32" else "fp16"
 
 
 def check_policy(manifest: Manifest) -> None:
@@ -66,40 +67,35 @@ def check_policy(manifest: Manifest) -> None:
             f"expected a family of {', '.join(FAMILIES)} for gguf, found {family}, which has {OTHERS.get(family)}; "
             "export it --to onnx"
         )
-    gguf_file.architecture(manifest.towers["decoder"])
-
-
-def is_exact(precision: str) -> bool:
-    """Whether only the order of sums tells the answers from torch's: otherwise llama.cpp rounds activations too."""
-    return precision == "fp32"
+    gguf_file.choose_architecture(manifest.towers["decoder"])
 
 
 def write_graphs(
     draft: Draft, parent: Artifact, precision: str, weights: Weights | None = None
 ) -> tuple[GraphSpec, ...]:
-    """``weights``: other ones than the parent's."""
+    """``weights``: used instead of the parent's."""
     manifest, folder = parent.manifest, FOLDERS["gguf"]
     weights = read_weights(parent) if weights is None else weights
-    specs, flavour = dict[str, GraphSpec](), flavours(manifest)[precision]
+    specs, around = dict[str, GraphSpec](), choose_around(manifest, precision)
     blocks = precision if manifest.quantization is None else manifest.quantization.grid
     for name, define in FAMILIES[manifest.policy.family].items():
-        builder, file = OnnxRuntimeBuilder(weights, FLAVOURS[flavour]), f"{folder}/{name}.onnx"
+        builder, file = OnnxRuntimeBuilder(weights, FORMATS[around]), f"{folder}/{name}.onnx"
         define(builder, manifest.policy, manifest.towers)
         builder.write(name, draft.file(file))
-        specs[name] = GraphSpec(name, "gguf", file, flavour, tuple(builder.inputs), tuple(builder.outputs), NEEDS)
+        specs[name] = GraphSpec(name, "gguf", file, around, tuple(builder.inputs), tuple(builder.outputs), NEEDS)
     file = f"{folder}/decoder.gguf"
     write_blocks(draft.file(file), weights, manifest.towers["decoder"], blocks)
-    inputs, outputs = of_one(specs["embed"].inputs), of_one(specs["head"].outputs)
+    inputs, outputs = fix_batch(specs["embed"].inputs), fix_batch(specs["head"].outputs)
     return *specs.values(), GraphSpec("decoder", "gguf", file, blocks, inputs, outputs, llama_model.NEEDS)
 
 
-def of_one(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """In batches of one."""
+def fix_batch(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The tensors with a batch size of one."""
     return tuple(TensorSpec(tensor.name, tensor.dtype, (1, *tensor.shape[1:])) for tensor in tensors)
 
 
 def write_blocks(path: Path, weights: Weights, tower: TowerSpec, precision: str) -> None:
-    """K-quants are llama.cpp's own, made of a file in float16."""
+    """Write the blocks; llama.cpp makes K-quants from a file in float16."""
     if precision != "q4_k_m":
         gguf_file.write(path, weights, tower, precision)
         return

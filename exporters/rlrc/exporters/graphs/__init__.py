@@ -1,7 +1,7 @@
-"""The graphs of every family, one module for each group of families, from the blocks that they share.
+"""The graphs of every family, one module for each group of families, built from shared blocks.
 
-Written once, in terms of a builder's layers; which operators those become, and in which precision, is the builder's
-affair (rlrc.exporters.graphs.builder). Their inputs and outputs are what the decode drivers pass
+A graph is written once, in terms of a builder's layers; the builder chooses operators and precision
+(rlrc.exporters.graphs.builder). Inputs and outputs are those that the decode drivers pass
 (rlrc.runtime.inference.interfaces).
 """
 
@@ -27,8 +27,8 @@ FAMILIES: Mapping[str, Mapping[str, Define]] = {
 }
 
 
-def graphs_of(family: str) -> Mapping[str, Define]:
-    """The family's graphs by name. Raises UserError for one that has none."""
+def find_graphs(family: str) -> Mapping[str, Define]:
+    """The family's graphs by name. Raises UserError for an unknown family."""
     if family not in FAMILIES:
         raise UserError(f"expected a family of {', '.join(FAMILIES)}, found {family!r}; upgrade rlrc to export it")
     return FAMILIES[family]

@@ -1,4 +1,4 @@
-"""Graphs of ACT: ACTPolicy.encode_image and .decode. Frozen batch norms are folded into the convolutions."""
+"""The graphs of ACT: ACTPolicy.encode_image and .decode, with frozen batch norms folded into the convolutions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlrc.exporters.graphs.builder import Builder
 Towers = dict[str, TowerSpec]
 
 
-# Eyes
+# Pictures
 
 
 def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
@@ -46,7 +46,7 @@ def residual_block(b: Builder, x: str, name: str, block: ResidualBlock) -> str:
 
 
 def conv_norm(b: Builder, x: str, name: str, module: ConvNorm) -> str:
-    """ConvNorm: the norm's scale goes into the weights, at load; its bias is the convolution's."""
+    """ConvNorm: the norm's scale is multiplied into the weights at load; its bias becomes the convolution's."""
     conv, norm = module.conv, FrozenBatchNorm(module.conv.out_channels, module.norm.eps)
     norm.load_state_dict({part: torch.from_numpy(b.weights.array(f"{name}.norm.{part}")) for part in norm.state_dict()})
     scale, bias = (y.numpy() for y in norm.affine())
@@ -62,16 +62,16 @@ def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (batch, N, width) of all cameras, ``state`` (batch, S) -> ``actions`` (batch, horizon, dim)."""
     geometry, action, width = parse_geometry(ACTGeometry, policy), policy.action, towers["encoder"].width
     grids = [feature_size(camera.height, camera.width, geometry.dilated) for camera in policy.cameras]
-    seen = sum(rows * columns for rows, columns in grids) if len(set(grids)) == 1 else "image_tokens"
-    image_tokens = b.input("image_tokens", "float32", ("batch", seen, width))
+    count = sum(rows * columns for rows, columns in grids) if len(set(grids)) == 1 else "image_tokens"
+    image_tokens = b.input("image_tokens", "float32", ("batch", count, width))
     parts = [b.repeat(b.reshape(b.weight("latent"), 1, width), batch_of=image_tokens)]
     if policy.state is not None:
         state = b.input("state", "float32", ("batch", geometry.state + geometry.environment))
         start = 0
         for name, numbers in (("state", geometry.state), ("environment", geometry.environment)):
             if numbers:
-                felt = b.slice(state, start, start + numbers)
-                parts.append(b.linear(b.reshape(felt, 0, 1, numbers), name, bias=True))
+                values = b.slice(state, start, start + numbers)
+                parts.append(b.linear(b.reshape(values, 0, 1, numbers), name, bias=True))
                 start += numbers
     tables = [sinusoidal(rows, columns, width).numpy() for rows, columns in grids]
     position = b.concat(b.weight("position"), *map(b.constant, tables), axis=0)
@@ -97,10 +97,10 @@ def transformer(
     for i, layer in enumerate(tower.layers):
         block = f"{name}.layers.{i}"
 
-        def normed(x: str, norm: str, block: str = block) -> str:
+        def normalise(x: str, norm: str, block: str = block) -> str:
             return b.layer_norm(x, f"{block}.{norm}", tower.eps)
 
-        y = normed(x, "norm1") if pre_norm else x
+        y = normalise(x, "norm1") if pre_norm else x
         query = b.add(y, position)
         if layer.kind == "cross":
             assert memory is not None
@@ -109,12 +109,12 @@ def transformer(
         else:
             y = attention(b, query, query, y, f"{block}.attention", layer)
         x = b.add(x, y)
-        x = x if pre_norm else normed(x, "norm1")
+        x = x if pre_norm else normalise(x, "norm1")
         if layer.mlp:
-            y = normed(x, "norm2") if pre_norm else x
+            y = normalise(x, "norm2") if pre_norm else x
             y = b.linear_activated(y, f"{block}.mlp.up", tower.activation or "relu")
             x = b.add(x, b.linear(y, f"{block}.mlp.down", bias=True))
-            x = x if pre_norm else normed(x, "norm2")
+            x = x if pre_norm else normalise(x, "norm2")
     return b.layer_norm(x, f"{name}.norm", tower.eps) if pre_norm or name == "decoder" else x
 
 

@@ -1,6 +1,6 @@
-"""Blocks that the graphs of all families share, each beside the torch module that it computes.
+"""Blocks that the graphs of several families share; comments name the torch modules that they compute.
 
-Values are (batch, rows, channels). ``tower`` tells the epsilon, the activation and the kind of norm.
+Values are (batch, rows, channels). ``tower`` gives the epsilon, the activation and the kind of norm.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ KeyValue = tuple[str, str]  # (batch, kv_heads, T, head_dim) each, keys rotated
 def vision_transformer(
     b: Builder, pixels: str, name: str, tower: TowerSpec, grid: tuple[int, int], patch: int, extra: int, scaled: bool
 ) -> str:
-    """VisionTransformer with one step to its patches: (pictures, rows * patch, columns * patch, 3) -> (pictures, N, W).
+    """VisionTransformer with a one-step stem: (pictures, rows * patch, columns * patch, 3) -> (pictures, N, W).
 
-    The final norm is left to the caller.
+    Without the final norm.
     """
     rows, columns = grid
     x = b.transpose(b.reshape(pixels, 0, rows, patch, columns, patch, 3), 0, 1, 3, 2, 4, 5)
     x = b.linear(b.reshape(x, 0, rows * columns, patch * patch * 3), f"{name}.stem.steps.0")
-    # Added to the positions, the bias costs nothing: a sum of constants is computed at load.
+    # Adding the bias to the positions costs nothing: a sum of constants is computed at load.
     x = b.add(x, b.add(b.weight(f"{name}.position"), b.weight(f"{name}.stem.steps.0.bias")))
     if extra:
         x = b.concat(b.repeat(b.weight(f"{name}.extra"), batch_of=pixels), x)
@@ -38,8 +38,8 @@ def vision_transformer(
     return b.slice(x, extra, None) if extra else x
 
 
-def cropped(b: Builder, pixels: str, camera: CameraSpec, patch: int) -> str:
-    """Without the last rows and columns that do not fill a patch: a convolution does not see those either."""
+def crop_to_patches(b: Builder, pixels: str, camera: CameraSpec, patch: int) -> str:
+    """Drop the last rows and columns that do not fill a patch, as a convolution does."""
     for axis, size in ((1, camera.height), (2, camera.width)):
         if size % patch:
             pixels = b.slice(pixels, 0, size - size % patch, axis)
@@ -53,7 +53,7 @@ def vision_block(b: Builder, x: str, name: str, tower: TowerSpec, layer: LayerSp
         return b.linear_scaled(y, module, f"{name}.{scale}") if scaled else b.linear(y, module, bias=True)
 
     def constant(module: str, scale: str) -> str:
-        """All that a branch cut to nothing still adds."""
+        """What a branch that was pruned away entirely still adds."""
         bias = b.weight(f"{module}.bias")
         return b.multiply(bias, b.weight(f"{name}.{scale}")) if scaled else bias
 
@@ -76,12 +76,12 @@ def vision_block(b: Builder, x: str, name: str, tower: TowerSpec, layer: LayerSp
 
 @dataclass(frozen=True)
 class GraphContext:
-    """What all blocks of one pass share.
+    """The values that all blocks of one pass share.
 
-    ``rotary`` are cosines and sines (T, head_dim / 2); ``mask`` is additive, (T, P + T), or None; ``cross_rotary`` are
-    those of cross blocks' queries; ``condition`` is what adaptive norms take: (batch, C), or the step's count (batch,).
-    With ``start``, the first position (1,), attention is causal and in the past's own place, and the cosines and sines
-    are those of all positions.
+    ``rotary``: cosines and sines (T, head_dim / 2), ``cross_rotary``: those of cross blocks' queries. ``mask``:
+    additive, (T, P + T). ``condition``: the input of adaptive norms (batch, C), or of tabulated ones the step's number
+    (batch,). With ``start``, the first position (1,), attention is causal, keys and values are written into the past's
+    buffers, and ``rotary`` covers all positions.
     """
 
     rotary: tuple[str, str]
@@ -97,32 +97,33 @@ def decoder_block(
     name: str,
     tower: TowerSpec,
     layer: LayerSpec,
-    around: GraphContext,
+    context: GraphContext,
     past: KeyValue | None = None,
     keep: int | None = None,
     cached: bool = False,
 ) -> tuple[str, KeyValue | None]:
-    """Block: x (batch, T, width) -> the last ``keep`` rows of its output (None: all), keys and values if ``cached``.
+    """Block: x (batch, T, width) -> the last ``keep`` rows of the output (None: all); keys and values if ``cached``.
 
-    A "half" block returns x. Observations of one batch have the same T, and the same positions.
+    A block of the kind "half" (keys and values only) returns x. All observations of a batch have the same T and
+    positions.
     """
-    y, gate = norm(b, x, f"{name}.norm1", tower, around.condition)
-    rotary, mask, source = around.rotary, around.mask, None
-    if layer.kv_only:
+    y, gate = norm(b, x, f"{name}.norm1", tower, context.condition)
+    rotary, mask, source = context.rotary, context.mask, None
+    if layer.kind == "half":
         return x, heads_first(b, *keys_values(b, y, name, layer, rotary), layer)
     if keep is not None:
         x = b.last_rows(x, keep)
         mask = None if mask is None else b.last_rows(mask, keep, axis=0)
     if layer.kind == "cross":
         assert past is not None
-        assert around.cross_rotary is not None
-        source = reprojected(b, past, name, layer)
-        q = b.rotary(b.linear(y, f"{name}.attention.q"), layer.heads, around.cross_rotary)
+        assert context.cross_rotary is not None
+        source = reproject(b, past, name, layer)
+        q = b.rotary(b.linear(y, f"{name}.attention.q"), layer.heads, context.cross_rotary)
         mixed = attend(b, q, source, layer, None)
-    elif layer.heads and around.start is not None:
+    elif layer.heads and context.start is not None:
         assert past is not None
         qkv = b.linear(y, *(f"{name}.attention.{part}" for part in "qkv"))
-        mixed, source = b.cached_attention(qkv, past, around.start, rotary, layer.heads, layer.kv_heads)
+        mixed, source = b.cached_attention(qkv, past, context.start, rotary, layer.heads, layer.kv_heads)
         mixed = mixed if keep is None else b.last_rows(mixed, keep)
     elif layer.heads:
         q, k, v = queries_keys_values(b, y, name, layer, rotary, keep)
@@ -138,7 +139,7 @@ def decoder_block(
     if layer.heads:
         x = branch(b, x, b.linear(mixed, f"{name}.attention.o"), gate)
     if layer.mlp:
-        y, gate = norm(b, x, f"{name}.norm2", tower, around.condition)
+        y, gate = norm(b, x, f"{name}.norm2", tower, context.condition)
         x = branch(b, x, gated_mlp(b, y, f"{name}.mlp", tower.activation or "silu"), gate)
     return x, source
 
@@ -146,7 +147,7 @@ def decoder_block(
 def queries_keys_values(
     b: Builder, y: str, name: str, layer: LayerSpec, rotary: tuple[str, str], keep: int | None
 ) -> tuple[str, str, str]:
-    """Attention's three of y, the queries of its last ``keep`` rows only; all in as few products as that allows."""
+    """Queries, keys and values of y in as few products as possible; queries of its last ``keep`` rows only."""
     if keep is not None:
         last = (b.last_rows(rotary[0], keep, axis=0), b.last_rows(rotary[1], keep, axis=0))
         q = b.linear(b.last_rows(y, keep), f"{name}.attention.q")
@@ -163,8 +164,8 @@ def keys_values(b: Builder, y: str, name: str, layer: LayerSpec, rotary: tuple[s
     return b.rotary(k, layer.kv_heads, rotary), v
 
 
-def reprojected(b: Builder, past: KeyValue, name: str, layer: LayerSpec) -> KeyValue:
-    """Attention.reprojected: the prefix's keys and values, projected once more."""
+def reproject(b: Builder, past: KeyValue, name: str, layer: LayerSpec) -> KeyValue:
+    """Project the prefix's keys and values once more, as the torch Attention does."""
 
     def flat(y: str, part: str) -> str:
         module = f"{name}.attention.{part}"
@@ -195,7 +196,7 @@ def gated_mlp(b: Builder, x: str, name: str, activation: Activation) -> str:
 
 
 def norm(b: Builder, x: str, name: str, tower: TowerSpec, condition: str | None = None) -> tuple[str, str | None]:
-    """x normalised by the tower's kind of norm, and the gate of the branch if that has one."""
+    """Normalise x as the tower does; also returns the gate of the branch, if the norm has one."""
     if tower.norm == "rms":
         weight = b.weight(f"{name}.weight")
         if tower.norm_offset:
@@ -216,7 +217,7 @@ def norm(b: Builder, x: str, name: str, tower: TowerSpec, condition: str | None 
 
 
 def positions(b: Builder, start: str | None, length: str) -> str:
-    """``length`` integers from ``start`` (None: 0); int64 (1,) each -> (length,)."""
+    """The positions from ``start`` (None: 0) on; both arguments int64 (1,) -> (length,)."""
     first = b.integers(0) if start is None else start
     ends = (b.op("Squeeze", value, b.integers(0)) for value in (first, b.add(first, length), b.integers(1)))
     return b.op("Range", *ends)
@@ -231,10 +232,10 @@ def rotary_tables(b: Builder, places: str, tower: TowerSpec) -> tuple[str, str]:
 
 
 def additive(b: Builder, allowed: str) -> str:
-    """Where attention is allowed -> 0, elsewhere -> minus infinity."""
+    """An additive mask: 0 where attention is allowed, minus infinity elsewhere."""
     return b.op("Where", allowed, b.scalar(0.0), b.scalar(-np.inf))
 
 
 def causal_mask(b: Builder, places: str, columns: str) -> str:
-    """Rows at these places (T,) see the columns (S,) up to their own: additive (T, S)."""
+    """Additive mask (T, S): rows at ``places`` (T,) attend to the ``columns`` (S,) up to their own position."""
     return additive(b, b.op("GreaterOrEqual", b.reshape(places, -1, 1), columns))

@@ -1,9 +1,9 @@
-"""ONNX graphs built by hand: values, constants, the interface, moving data. What a layer becomes is a flavour's affair.
+"""Build ONNX graphs by hand: values, constants, inputs and outputs, data movement.
 
-By hand rather than traced by torch.onnx, which takes a minute where this takes a moment, and leaves norms, rotary
-positions, attention and 4-bit products as dozens of small operators. The graphs are written in terms of ``Builder``
-(rlrc.exporters.graphs); a flavour is a subclass that says which operators its engine runs best, and how weights are
-stored (rlrc.exporters.onnx.builder).
+torch.onnx would take a minute instead of a moment to trace a graph, and would leave norms, rotary positions, attention
+and 4-bit products as dozens of small operators. Graphs are written in terms of ``Builder`` (rlrc.exporters.graphs). Its
+subclasses choose the operators that an engine runs fastest, and how weights are stored (rlrc.exporters.onnx.builder,
+rlrc.exporters.tensorrt.builder).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlrc.exporters.graphs.weights import Weights
 
 TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
 LARGE = 2**30
-EXTERNAL, PAGE = 1024, 4096  # bytes of a constant that goes into another file, and where it may begin there
-INT8_MIN_INPUTS = 32  # narrower products (the state's) keep floats: one scale for all of a few unlike numbers is coarse
+EXTERNAL, PAGE = 1024, 4096  # bytes: smallest constant stored in the separate file, and its alignment there
+INT8_MIN_INPUTS = 32  # narrower products (the state's) stay in floats: one scale for a few unlike numbers is coarse
 Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 
 
@@ -37,7 +37,7 @@ class Builder(ABC):
     IR_VERSION: ClassVar[int]
     MAX_DIMS: ClassVar[int] = 64
     WIDE: ClassVar[str]
-    """the widest floats that its engine computes in"""
+    """the widest float type that the engine computes in"""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -55,47 +55,47 @@ class Builder(ABC):
         return name
 
     def output(self, name: str, value: str, dtype: str, shape: tuple[int | str, ...]) -> None:
-        """Names a value, which other operators may read too."""
+        """Make a value an output of this name; other operators may still read it."""
         self.outputs.append(TensorSpec(name, dtype, shape))
         for node in self._nodes:
             for values in (node.input, node.output):
                 values[:] = [name if each == value else each for each in values]
 
     def bytes(self) -> int:
-        """Of all constants."""
+        """Bytes of all constants."""
         return sum(len(tensor.raw_data) for tensor in self._initializers.values())
 
     def model(self, name: str) -> onnx.ModelProto:
-        def declared(tensors: list[TensorSpec]) -> list[onnx.ValueInfoProto]:
+        def declare(tensors: list[TensorSpec]) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(spec.name, TYPES[spec.dtype], spec.shape) for spec in tensors]
 
-        nodes, initializers = self._needed()
-        graph = helper.make_graph(nodes, name, declared(self.inputs), declared(self.outputs), initializers)
+        nodes, initializers = self._drop_unused()
+        graph = helper.make_graph(nodes, name, declare(self.inputs), declare(self.outputs), initializers)
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.OPSETS.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=self.IR_VERSION, producer_name="rlrc")
 
     def write(self, name: str, path: Path) -> None:
-        """One file; where its constants come near what protobuf can hold (2 GB), those in one beside it."""
+        """Write one file, and PATH.data with the constants if they approach protobuf's limit of 2 GB."""
         if self.bytes() >= LARGE:
             self._write_constants(path.with_name(f"{path.name}.data"))
         path.write_bytes(self.model(name).SerializeToString(deterministic=True))
 
     def _write_constants(self, path: Path) -> None:
-        """One after the other, each forgotten once it is written: none is ever there twice."""
-        _, tensors = self._needed()
+        """Write constants one by one and drop each from memory, so that none is held twice."""
+        _, tensors = self._drop_unused()
         with path.open("wb") as stream:
             for tensor in tensors:
                 if (length := len(tensor.raw_data)) < EXTERNAL:
                     continue
-                stream.seek(-(-stream.tell() // PAGE) * PAGE)  # so that it can be mapped into memory
+                stream.seek(-(-stream.tell() // PAGE) * PAGE)  # aligned, so that it can be memory-mapped
                 set_external_data(tensor, path.name, stream.tell(), length)
                 stream.write(tensor.raw_data)
                 tensor.ClearField("raw_data")
 
-    def _needed(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        """What the outputs depend on.
+    def _drop_unused(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """The nodes and constants that the outputs depend on.
 
-        onnxruntime 1.18 goes wrong from the second run on if a graph computes what nobody reads.
+        onnxruntime 1.18 gives wrong results from the second run on if a graph computes values that are never read.
         """
         nodes, read = list[onnx.NodeProto](), {tensor.name for tensor in self.outputs}
         for node in reversed(self._nodes):
@@ -107,7 +107,7 @@ class Builder(ABC):
     # Constants
 
     def constant(self, array: NDArray[Any]) -> str:
-        """Stored as it is; equal ones are stored once."""
+        """A constant stored unchanged; equal constants are stored once."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self._store(f"c{len(self._constants)}", array)
@@ -115,7 +115,7 @@ class Builder(ABC):
 
     @abstractmethod
     def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
-        """A float32 constant stored in the flavour's precision under this name. ``of``: tensors joined in it."""
+        """A float32 constant, stored in the builder's format under this name. ``of``: names of the tensors in it."""
 
     def weight(self, name: str) -> str:
         return self.table(name, self.weights.array(name))
@@ -129,7 +129,7 @@ class Builder(ABC):
     # Moving data
 
     def reshape(self, x: str, *shape: int) -> str:
-        """0 keeps a dimension."""
+        """In ``shape``, 0 keeps a dimension."""
         return self._op("Reshape", x, self.integers(*shape))
 
     def transpose(self, x: str, *axes: int) -> str:
@@ -139,7 +139,7 @@ class Builder(ABC):
         return self._op("Concat", *values, axis=axis)
 
     def split(self, x: str, *sizes: int) -> list[str]:
-        """Parts of the last axis."""
+        """Split the last axis into parts of these sizes."""
         outputs = [self._name() for _ in sizes]
         self._nodes.append(helper.make_node("Split", [x, self.constant(np.array(sizes, np.int64))], outputs, axis=-1))
         return outputs
@@ -155,11 +155,11 @@ class Builder(ABC):
         return self._op("Slice", x, *map(self.integers, (start, last, axis)))
 
     def size(self, x: str, axis: int) -> str:
-        """How long x is along an axis, int64 (1,)."""
+        """The size of x along an axis, int64 (1,)."""
         return self._op("Shape", x, start=axis, end=axis + 1)
 
     def repeat(self, x: str, batch_of: str) -> str:
-        """The same (rows, channels) for every observation: (batch, rows, channels)."""
+        """Repeat (rows, channels) for every observation of the batch: (batch, rows, channels)."""
         shape = self.concat(self.size(batch_of, 0), self.integers(1, 1), axis=0)
         return self._op("Expand", x, shape)
 
@@ -172,11 +172,11 @@ class Builder(ABC):
         return self._op("Mul", a, b)
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Any operator of the standard."""
+        """Any operator of the ONNX standard."""
         return self._op(kind, *inputs, **attributes)
 
     def linear(self, x: str, *modules: str, bias: bool = False) -> str:
-        """Linear layers of one input as one product: their outputs side by side. ``bias`` allows a single module."""
+        """Linear layers of one input as one product, outputs concatenated. ``bias`` needs a single module."""
         y = self._product(x, *modules)
         if bias:
             (module,) = modules
@@ -184,15 +184,15 @@ class Builder(ABC):
         return y
 
     def linears(self, x: str, *modules: str) -> list[str]:
-        """Linear layers of one input, each with its own outputs."""
+        """Linear layers of one input, with separate outputs."""
         return [self.linear(x, module) for module in modules]
 
     def attend(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, mask: str | None = None) -> str:
         """q (B, T, heads * head_dim), keys and values (B, kv_heads, P, head_dim) -> (B, T, heads * head_dim).
 
-        Written out, as in torch: ONNX Runtime's own operators take no past of length zero, or no mask, or not both.
+        Made of basic operators: ONNX Runtime's fused ones do not take an empty past and a mask together.
         """
-        # (B, kv_heads, queries of each, T, head_dim): no key is repeated
+        # (B, kv_heads, queries per kv head, T, head_dim): no key is repeated
         q = self.reshape(q, 0, 0, kv_heads, heads // kv_heads, head_dim)
         q = self.multiply(self.transpose(q, 0, 2, 3, 1, 4), self.scalar(head_dim**-0.5))
         k, v = (self._op("Unsqueeze", x, self.integers(2)) for x in (k, v))
@@ -208,48 +208,49 @@ class Builder(ABC):
 
     @abstractmethod
     def embed(self, ids: str, module: str) -> str:
-        """Rows of a table, in float32."""
+        """Look up rows of a table, in float32."""
 
     @abstractmethod
     def layer_norm(self, x: str, module: str, epsilon: float) -> str: ...
 
     @abstractmethod
     def rms_norm(self, x: str, weight: str, epsilon: float) -> str:
-        """``weight`` is a value, not a name."""
+        """``weight`` is a value of the graph, not the name of a tensor."""
 
     @abstractmethod
     def activation(self, x: str, kind: Activation) -> str: ...
 
     @abstractmethod
     def linear_activated(self, x: str, module: str, kind: Activation) -> str:
-        """The activation of a linear layer with bias."""
+        """A linear layer with bias, then an activation."""
 
     @abstractmethod
     def linear_scaled(self, x: str, module: str, scale: str) -> str:
-        """A linear layer with bias, its outputs multiplied by a weight of the policy (LayerScale)."""
+        """A linear layer with bias, its outputs multiplied by a tensor of the policy (LayerScale)."""
 
     @abstractmethod
     def rotary(self, x: str, heads: int, tables: tuple[str, str]) -> str:
-        """Rotates rows by the rows of ``tables``: cosines and sines (positions, head_dim / 2)."""
+        """Rotary embedding by the rows of ``tables``: cosines and sines (positions, head_dim / 2)."""
 
     @abstractmethod
     def attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int) -> str:
-        """Bidirectional softmax attention: q has heads * head_dim channels, k and v kv_heads * head_dim (own rows).
+        """Bidirectional softmax attention: q has heads * head_dim channels, k and v have kv_heads * head_dim.
 
-        With a mask or a past: rlrc.exporters.graphs.blocks.
+        For attention with a mask or a past, see ``attend``.
         """
 
-    def caches(self, head_dim: int) -> bool:
-        """Whether ``cached_attention`` is there, for heads of this size."""
+    def has_cached_attention(self, head_dim: int) -> bool:
+        """Whether ``cached_attention`` exists for heads of this size."""
         return False
 
     def cached_attention(
         self, qkv: str, past: tuple[str, str], start: str, tables: tuple[str, str], heads: int, kv_heads: int
     ) -> tuple[str, tuple[str, str]]:
-        """Causal attention of the rows from position ``start`` (1,) to themselves and to the past.
+        """Causal attention of the rows from position ``start`` (1,) on to themselves and to the past.
 
-        ``qkv`` (B, T, (heads + 2 * kv_heads) * head_dim) not rotated; ``past`` keys and values (B, kv_heads, capacity,
-        head_dim), into which the rows' own are written, as ``present``. -> (B, T, heads * head_dim), present.
+        ``qkv``: (B, T, (heads + 2 * kv_heads) * head_dim), not rotated. ``past``: keys and values (B, kv_heads,
+        capacity, head_dim); the new ones are written into these buffers. Returns (B, T, heads * head_dim) and the
+        updated buffers.
         """
         raise NotImplementedError
 
@@ -257,11 +258,11 @@ class Builder(ABC):
     def convolution(
         self, x: str, module: str, scale: NDArray[np.float32], bias: NDArray[np.float32], **shape: Any
     ) -> str:
-        """A convolution (batch, channels, H, W), its outputs multiplied by ``scale`` before ``bias`` is added."""
+        """A convolution of (batch, channels, H, W); outputs are multiplied by ``scale``, then ``bias`` is added."""
 
     @abstractmethod
     def _product(self, x: str, *modules: str) -> str:
-        """x times the transposed weights of these modules, side by side."""
+        """x times the transposed weights of these modules, outputs concatenated."""
 
     # Operators
 
@@ -280,18 +281,18 @@ class Builder(ABC):
         return f"v{self._values}"
 
 
-def joined(names: list[str]) -> str:
-    """One name for tensors of one module: a.q.weight, a.k.weight -> a.q+k.weight."""
+def join_names(names: list[str]) -> str:
+    """One name for several tensors of a module: a.q.weight, a.k.weight -> a.q+k.weight."""
     first, *others = (name.removesuffix(".weight") for name in names)
     return "+".join([first, *(other.rpartition(".")[2] for other in others)]) + ".weight"
 
 
-def int8_columns(
+def quantize_columns(
     matrix: NDArray[np.float32], largest: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Weights (in, out) -> integers of the same shape and a scale for every output (out,).
+    """Quantize weights (in, out) to int8, with a scale for every output (out,).
 
-    ``largest`` (out,): what becomes 127, by default the largest weight of each output.
+    ``largest`` (out,): the magnitude that becomes 127 (default: each output's largest weight).
     """
     largest = np.abs(matrix).max(0) if largest is None else largest
     scale = np.maximum(largest / 127, np.finfo(np.float32).tiny).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Graphs of pi0, pi0.5 and SmolVLA: FlowPolicy.encode_image, .prefix and .velocity.
+"""The graphs of pi0, pi0.5 and SmolVLA: FlowPolicy.encode_image, .prefix and .velocity.
 
-"prefix" runs once, "step" once for every Euler step. Nothing is padded, so that only the blocks' own order needs masks:
-the state's token at the end of a prefix sees itself alone among tokens that do not see it, one at the beginning of the
-expert's sequence does not see the actions, and causal actions do not see later ones.
+"prefix" runs once for an action, "step" once for every Euler step. Sequences are not padded, so masks are needed in
+three cases only: no other token attends to a state token at the end of the prefix; a state token at the start of the
+expert's sequence does not attend to the actions; causal actions do not attend to later ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     patch, merge = geometry.patch, geometry.merge
     rows, columns = camera.height // patch, camera.width // patch
     pixels = b.input("pixels", "float32", ("cameras", camera.height, camera.width, 3))
-    pixels = blocks.cropped(b, pixels, camera, patch)
+    pixels = blocks.crop_to_patches(b, pixels, camera, patch)
     x = blocks.vision_transformer(b, pixels, "vision", tower, (rows, columns), patch, extra=0, scaled=False)
     x = b.layer_norm(x, "vision.norm", tower.eps)
     tokens = rows * columns // merge**2
@@ -45,9 +45,9 @@ def state_token(b: Builder, policy: PolicySpec) -> str:
 
 
 def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), ``state`` -> what the expert needs: keys and values.
+    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), ``state`` -> keys and values for the expert.
 
-    They are ``key.<i>`` and ``value.<i>`` (batch, kv_heads, P, head_dim).
+    Outputs are ``key.<i>`` and ``value.<i>`` (batch, kv_heads, P, head_dim).
     """
     geometry, tower, stride = parse_geometry(FlowGeometry, policy), towers["decoder"], prefix_stride(towers)
     scale = b.scalar(tower.width**0.5)
@@ -61,12 +61,12 @@ def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     places, mask = blocks.positions(b, None, b.size(x, 1)), None
     if geometry.state == "prefix":
         last = b.op("Sub", b.size(x, 1), b.integers(1))
-        seen, own = b.op("Less", places, last), b.op("Equal", b.reshape(places, -1, 1), last)
-        mask = blocks.additive(b, b.op("Or", seen, own))
-    around = blocks.GraphContext(blocks.rotary_tables(b, places, tower), mask)
+        before, own = b.op("Less", places, last), b.op("Equal", b.reshape(places, -1, 1), last)
+        mask = blocks.additive(b, b.op("Or", before, own))
+    context = blocks.GraphContext(blocks.rotary_tables(b, places, tower), mask)
     for i, layer in enumerate(tower.layers):
         needed = i % stride == 0
-        x, source = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, cached=needed)
+        x, source = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, context, cached=needed)
         if needed:
             assert source is not None
             for part, cached in zip(("key", "value"), source, strict=True):
@@ -74,9 +74,9 @@ def prefix(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
 
 def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The prefix's keys and values, ``state``, ``x`` (batch, horizon, width) and ``t`` (batch,) -> its ``velocity``.
+    """The prefix's keys and values, ``state``, ``x`` (batch, horizon, width), ``t`` (batch,) -> ``velocity`` as x.
 
-    An expert with norms for fixed steps takes their count ``step`` (batch,) instead of ``t``.
+    An expert with tabulated norms takes the number ``step`` (batch,) instead of ``t``.
     """
     geometry, tower, action = parse_geometry(FlowGeometry, policy), towers["expert"], policy.action
     assert policy.flow is not None
@@ -93,7 +93,7 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     if tower.tabulated:
         condition = b.input("step", "int64", ("batch",))
     else:
-        time = sines(b, b.input("t", "float32", ("batch",)), tower.width, geometry.periods)
+        time = embed_time(b, b.input("t", "float32", ("batch",)), tower.width, geometry.periods)
         if tower.norm == "adaptive":
             condition = b.linear_activated(b.linear_activated(time, "time_in", "silu"), "time_out", "silu")
         else:
@@ -107,28 +107,28 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     if any(layer.kind == "cross" for layer in tower.layers):
         crossing = blocks.rotary_tables(b, b.constant(np.arange(length)), tower)
     places = b.add(b.constant(np.arange(length)), before)
-    around = blocks.GraphContext(
-        blocks.rotary_tables(b, places, tower), own_mask(b, geometry, length, before), crossing, condition
+    context = blocks.GraphContext(
+        blocks.rotary_tables(b, places, tower), expert_mask(b, geometry, length, before), crossing, condition
     )
     for i, (layer, (key, value)) in enumerate(zip(tower.layers, past, strict=True)):
         keep = action.horizon if i == len(tower.layers) - 1 and length > action.horizon else None
-        x, _ = blocks.decoder_block(b, x, f"expert.layers.{i}", tower, layer, around, (key, value), keep)
+        x, _ = blocks.decoder_block(b, x, f"expert.layers.{i}", tower, layer, context, (key, value), keep)
     hidden = blocks.norm(b, x, "expert.norm", tower, condition)[0]
     b.output("velocity", b.linear(hidden, "action_out", bias=True), "float32", shape)
 
 
-def sines(b: Builder, t: str, width: int, periods: tuple[float, float]) -> str:
-    """FlowPolicy.time: t (batch,) -> sines and cosines (batch, width), of angles in float64 if the engine has that."""
+def embed_time(b: Builder, t: str, width: int, periods: tuple[float, float]) -> str:
+    """FlowPolicy.time: t (batch,) -> sines and cosines (batch, width); angles are in the engine's widest floats."""
     shortest, longest = periods
     speed = 2 * math.pi / (shortest * (longest / shortest) ** np.linspace(0, 1, width // 2))
     angle = b.multiply(b.cast(b.reshape(t, -1, 1), b.WIDE), b.constant(speed[None].astype(b.WIDE)))
-    # ONNX Runtime has sines of float64, but no cosines.
+    # ONNX Runtime has no cosine of float64.
     both = b.concat(angle, b.add(angle, b.constant(np.array(math.pi / 2, b.WIDE))))
     return b.cast(b.op("Sin", both), "float32")
 
 
-def own_mask(b: Builder, geometry: FlowGeometry, length: int, before: str) -> str | None:
-    """Additive (length, P + length): what the expert's tokens see of each other; of the prefix they see everything."""
+def expert_mask(b: Builder, geometry: FlowGeometry, length: int, before: str) -> str | None:
+    """Additive mask (length, P + length) of the expert's tokens, which attend to all of the prefix; None if all 0."""
     blocked = np.zeros((length, length), bool)
     if geometry.causal:
         blocked = ~np.tri(length, dtype=bool)

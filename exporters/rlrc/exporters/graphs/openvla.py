@@ -1,6 +1,6 @@
-"""Graphs of OpenVLA and OpenVLA-OFT: PrismaticPolicy.encode_image, OpenVLAPolicy.step and OFTPolicy.decode.
+"""The graphs of OpenVLA and OpenVLA-OFT: PrismaticPolicy.encode_image, OpenVLAPolicy.step and OFTPolicy.decode.
 
-The last block computes the rows that the head reads; the others are only keys and values there.
+The last block computes only the rows that the head reads; of the other rows, only keys and values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     names = [name for name in TRANSFORMERS if name in towers]
     rows, columns = camera.height // geometry.patch, camera.width // geometry.patch
     pixels = b.input("pixels", "float32", ("cameras", camera.height, camera.width, 3 * len(names)))
-    pixels = blocks.cropped(b, pixels, camera, geometry.patch)
+    pixels = blocks.crop_to_patches(b, pixels, camera, geometry.patch)
     colours = b.split(pixels, *[3] * len(names)) if len(names) > 1 else [pixels]
     features = [
         blocks.vision_transformer(b, x, name, towers[name], (rows, columns), geometry.patch, extra, scaled)
@@ -41,14 +41,14 @@ def gelu_mlp(b: Builder, x: str, name: str, linears: int) -> str:
 
 
 def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), the past -> ``logits`` (batch, rows) of the last one.
+    """``image_tokens`` (batch, N, width), ``ids`` (batch, L), the past -> ``logits`` (batch, rows) of the last.
 
-    The sequence is the first id, the image tokens, the other ids; without image tokens, the ids. It is causal, from
-    the position ``start``. Keys and values stay in the past's place where the builder has an attention for that.
+    The sequence is the first id, the image tokens (if any), then the other ids. Attention is causal, from the position
+    ``start`` on. Keys and values are written into the past's buffers if the builder has an attention for that.
     """
     tower = towers["decoder"]
-    x = seen_and_told(b, tower)
-    in_place = b.caches(tower.layers[0].head_dim)
+    x = embed_sequence(b, tower)
+    in_place = b.has_cached_attention(tower.layers[0].head_dim)
     lengths = {"past": "capacity", "present": "capacity"} if in_place else {"past": "past", "present": "present"}
     past = [
         tuple(
@@ -57,46 +57,46 @@ def step(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         )
         for i, layer in enumerate(tower.layers)
     ]
-    around = cached(b, policy, tower) if in_place else continued(b, tower, past[0][0], b.size(x, 1))
+    context = capacity_context(b, policy, tower) if in_place else past_context(b, tower, past[0][0], b.size(x, 1))
     for i, (layer, (key, value)) in enumerate(zip(tower.layers, past, strict=True)):
         keep = 1 if i == len(tower.layers) - 1 else None
         x, present = blocks.decoder_block(
-            b, x, f"decoder.layers.{i}", tower, layer, around, (key, value), keep, cached=True
+            b, x, f"decoder.layers.{i}", tower, layer, context, (key, value), keep, cached=True
         )
         assert present is not None
         for part, kept in zip(("key", "value"), present, strict=True):
             shape = ("batch", layer.kv_heads, lengths["present"], layer.head_dim)
             b.output(f"present.{i}.{part}", kept, "float32", shape)
-    next_token(b, blocks.norm(b, x, "decoder.norm", tower)[0], policy)
+    output_logits(b, blocks.norm(b, x, "decoder.norm", tower)[0], policy)
 
 
-def seen_and_told(b: Builder, tower: TowerSpec) -> str:
-    """The first id's embedding, the image tokens, those of the other ids: (batch, T, width)."""
+def embed_sequence(b: Builder, tower: TowerSpec) -> str:
+    """The embedding of the first id, the image tokens, the embeddings of the other ids: (batch, T, width)."""
     image_tokens = b.input("image_tokens", "float32", ("batch", "image_tokens", tower.width))
     words = b.embed(b.input("ids", "int64", ("batch", "length")), "embedding")
     return b.concat(b.slice(words, 0, 1), image_tokens, b.slice(words, 1, None))
 
 
-def next_token(b: Builder, hidden: str, policy: PolicySpec) -> None:
-    """The normalised hidden state of the last position (batch, 1, width) -> ``logits``."""
+def output_logits(b: Builder, hidden: str, policy: PolicySpec) -> None:
+    """Normalised hidden state of the last position (batch, 1, width) -> ``logits``."""
     assert policy.action.tokens is not None
     rows = policy.action.tokens.rows
     b.output("logits", b.reshape(b.linear(hidden, "head"), 0, rows), "float32", ("batch", rows))
 
 
 def step_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The step's inputs but the past -> ``x`` (batch, T, width), where another engine computes the blocks."""
+    """The inputs of ``step`` without the past -> ``x`` (batch, T, width), for another engine to compute the blocks."""
     tower = towers["decoder"]
-    b.output("x", seen_and_told(b, tower), "float32", ("batch", "x", tower.width))
+    b.output("x", embed_sequence(b, tower), "float32", ("batch", "x", tower.width))
 
 
 def step_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``hidden`` (batch, 1, width) of the last position, normalised -> ``logits`` (batch, rows)."""
-    next_token(b, b.input("hidden", "float32", ("batch", 1, towers["decoder"].width)), policy)
+    output_logits(b, b.input("hidden", "float32", ("batch", 1, towers["decoder"].width)), policy)
 
 
-def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.GraphContext:
-    """What the blocks share that keep keys and values in place: rotations of all positions that there can be."""
+def capacity_context(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.GraphContext:
+    """The context of blocks that write keys and values into the past's buffers: rotations of all possible positions."""
     camera, patch = policy.cameras[0], parse_geometry(PrismaticGeometry, policy).patch
     assert policy.prompt is not None
     prefix = (camera.height // patch) * (camera.width // patch) + policy.prompt.max_tokens
@@ -106,8 +106,8 @@ def cached(b: Builder, policy: PolicySpec, tower: TowerSpec) -> blocks.GraphCont
     return blocks.GraphContext((cos, sin), start=b.input("start", "int64", (1,)))
 
 
-def continued(b: Builder, tower: TowerSpec, past: str, length: str) -> blocks.GraphContext:
-    """What the blocks share that append their keys and values to the past's."""
+def past_context(b: Builder, tower: TowerSpec, past: str, length: str) -> blocks.GraphContext:
+    """The context of blocks that append their keys and values to the past's."""
     before = b.size(past, 2)
     places = blocks.positions(b, before, length)
     mask = blocks.causal_mask(b, places, blocks.positions(b, None, b.add(before, length)))
@@ -118,16 +118,16 @@ def chunk(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     """``image_tokens`` (batch, N, width), ``ids`` (batch, L), ``state`` (batch, S) -> ``logits`` or ``actions``."""
     tower = towers["decoder"]
     x = chunk_sequence(b, policy, tower)
-    around = blocks.GraphContext(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
+    context = blocks.GraphContext(blocks.rotary_tables(b, blocks.positions(b, None, b.size(x, 1)), tower))
     for i, layer in enumerate(tower.layers):
-        keep = read(policy) if i == len(tower.layers) - 1 else None
-        x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
+        keep = count_rows_read(policy) if i == len(tower.layers) - 1 else None
+        x, _ = blocks.decoder_block(b, x, f"decoder.layers.{i}", tower, layer, context, keep=keep)
     x = blocks.norm(b, b.slice(x, 0, policy.action.horizon * policy.action.dim), "decoder.norm", tower)[0]
-    answer(b, x, policy, tower.width)
+    output_actions(b, x, policy, tower.width)
 
 
 def chunk_sequence(b: Builder, policy: PolicySpec, tower: TowerSpec) -> str:
-    """What the decoder's blocks take: OFTPolicy.sequence, (batch, T, width)."""
+    """The input of the decoder's blocks, OFTPolicy.sequence: (batch, T, width)."""
     numbers = policy.action.horizon * policy.action.dim
     image_tokens = b.input("image_tokens", "float32", ("batch", "image_tokens", tower.width))
     ids = b.input("ids", "int64", ("batch", "length"))
@@ -143,13 +143,13 @@ def chunk_sequence(b: Builder, policy: PolicySpec, tower: TowerSpec) -> str:
     return b.concat(*parts, b.slice(words, 1, None), *end)
 
 
-def read(policy: PolicySpec) -> int:
-    """How many of the last positions: the chunk's hidden states are those one place before its own, then comes </s>."""
+def count_rows_read(policy: PolicySpec) -> int:
+    """How many of the last positions the head reads: the chunk's, one position earlier, and </s> behind them."""
     return policy.action.horizon * policy.action.dim + 2
 
 
-def answer(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
-    """Normalised hidden states of the chunk's numbers (batch, horizon * dim, width) -> ``logits`` or ``actions``."""
+def output_actions(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
+    """Normalised hidden states of the chunk (batch, horizon * dim, width) -> ``logits`` or ``actions``."""
     action, geometry = policy.action, parse_geometry(PrismaticGeometry, policy)
     if action.tokens is not None:
         shape = (action.horizon, action.dim, action.tokens.rows)
@@ -160,20 +160,20 @@ def answer(b: Builder, hidden: str, policy: PolicySpec, width: int) -> None:
 
 
 def chunk_embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The chunk's inputs -> ``x`` (batch, T, width), where another engine computes the blocks."""
+    """The inputs of ``chunk`` -> ``x`` (batch, T, width), for another engine to compute the blocks."""
     tower = towers["decoder"]
     b.output("x", chunk_sequence(b, policy, tower), "float32", ("batch", "x", tower.width))
 
 
 def chunk_head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``hidden`` of the last positions that the chunk is read from, normalised -> ``logits`` or ``actions``."""
+    """``hidden``, the normalised hidden states of the positions that the head reads -> ``logits`` or ``actions``."""
     width = towers["decoder"].width
-    hidden = b.input("hidden", "float32", ("batch", read(policy), width))
-    answer(b, b.slice(hidden, 0, policy.action.horizon * policy.action.dim), policy, width)
+    hidden = b.input("hidden", "float32", ("batch", count_rows_read(policy), width))
+    output_actions(b, b.slice(hidden, 0, policy.action.horizon * policy.action.dim), policy, width)
 
 
 def regression(b: Builder, x: str, count: int) -> str:
-    """RegressionHead, whose norms have torch's own epsilon."""
+    """RegressionHead; its norms have torch's default epsilon."""
     x = b.linear_activated(b.layer_norm(x, "head.norm1", 1e-5), "head.input", "relu")
     for i in range(count):
         y = b.layer_norm(x, f"head.blocks.{i}.0", 1e-5)

@@ -1,9 +1,9 @@
-"""Graphs of the reference family: what TinyPolicy computes, in a cheaper order.
+"""The graphs of the reference family: what TinyPolicy computes, in a cheaper order.
 
-- One transposition (or, for an engine of few dimensions, one for each level) puts the pixels in the order of their
-  image tokens, so that every step that joins neighbours (the stem's, the merged patches) is a mere reshape. Attention
-  does not mind the order; the positions' weights move along.
-- The last decoder block computes the action tokens alone: the others are only keys and values there.
+- One transposition (or one per level, for engines with few dimensions) puts the pixels in the order of their image
+  tokens. Every step that joins neighbours (the stem's, the merged patches) is then a reshape. Attention does not depend
+  on the order; the position weights are reordered too.
+- The last decoder block computes only the action tokens; of the other tokens, only keys and values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     steps = (merge, *reversed(geometry.stem_factors))  # from an image token down to a pixel
 
     x = b.input("pixels", "float32", ("batch", camera.height, camera.width, 3))
-    x = tiled(b, x, (rows, columns), steps)
+    x = tile_pixels(b, x, (rows, columns), steps)
 
     tokens, channels = camera.height * camera.width, 3
     for i, factor in enumerate(geometry.stem_factors):
@@ -40,19 +40,19 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
 
     position = b.weights.array("vision.position").reshape(rows, merge, columns, merge, tower.width)
     positions = b.table("vision.position", position.swapaxes(1, 2).reshape(-1, tower.width))
-    # Added to the positions, the last bias costs nothing: a sum of constants is computed at load.
+    # Adding the last bias to the positions costs nothing: a sum of constants is computed at load.
     x = b.add(x, b.add(positions, b.weight(f"{step}.bias")))
     for i, layer in enumerate(tower.layers):
         x = vision_block(b, x, f"vision.layers.{i}", tower, layer)
-    # Reshaped before the norm too, or ONNX Runtime would fuse it with the sum before: see Builder.layer_norm.
+    # Reshaped before the norm, so that ONNX Runtime does not fuse it with the sum (see OnnxRuntimeBuilder.layer_norm).
     x = b.layer_norm(b.reshape(x, 0, rows * columns, merge**2, tower.width), "vision.norm", tower.eps)
     x = b.reshape(x, 0, rows * columns, merge**2 * tower.width)
     shape = ("batch", rows * columns, towers["decoder"].width)
     b.output("image_tokens", b.linear(x, "projector", bias=True), "float32", shape)
 
 
-def tiled(b: Builder, x: str, grid: tuple[int, int], steps: tuple[int, ...]) -> str:
-    """Pixels (batch, H, W, 3) in the order of ``grid``'s cells, of the ``steps`` ** 2 cells in each, and so on."""
+def tile_pixels(b: Builder, x: str, grid: tuple[int, int], steps: tuple[int, ...]) -> str:
+    """Reorder pixels (batch, H, W, 3): by ``grid`` cell, within it by its ``steps[0]`` ** 2 cells, and so on."""
     rows, columns = grid
     depth = len(steps) + 1
     if 2 * depth + 1 <= b.MAX_DIMS:
@@ -72,44 +72,44 @@ def decoder(b: Builder, policy: PolicySpec, towers: Towers) -> None:
     tower, action = towers["decoder"], policy.action
     x, length = sequence(b, policy, towers)
     cos, sin = (b.constant(table.numpy()) for table in rotary_tables(length, tower.layers[0].head_dim, tower.theta))
-    around = GraphContext((cos, sin))
+    context = GraphContext((cos, sin))
     for i, layer in enumerate(tower.layers):
         keep = action.horizon if i == len(tower.layers) - 1 else None
-        x, _ = decoder_block(b, x, f"decoder.layers.{i}", tower, layer, around, keep=keep)
-    answer(b, norm(b, x, "decoder.norm", tower)[0], policy)
+        x, _ = decoder_block(b, x, f"decoder.layers.{i}", tower, layer, context, keep=keep)
+    output_logits(b, norm(b, x, "decoder.norm", tower)[0], policy)
 
 
 def sequence(b: Builder, policy: PolicySpec, towers: Towers) -> tuple[str, int]:
-    """What the decoder's blocks take (batch, T, width), and T."""
+    """The input of the decoder's blocks (batch, T, width), and T."""
     tower, horizon = towers["decoder"], policy.action.horizon
     assert policy.state is not None
     assert policy.prompt is not None
-    seen, dimensions = prod(image_grid(policy, parse_geometry(TinyGeometry, policy))), len(policy.state.names)
+    count, dimensions = prod(image_grid(policy, parse_geometry(TinyGeometry, policy))), len(policy.state.names)
 
-    image_tokens = b.input("image_tokens", "float32", ("batch", seen, tower.width))
+    image_tokens = b.input("image_tokens", "float32", ("batch", count, tower.width))
     ids = b.input("ids", "int64", ("batch", policy.prompt.max_tokens))
     state = b.input("state", "float32", ("batch", dimensions))
-    felt = b.linear(b.reshape(state, 0, 1, dimensions), "state", bias=True)
-    x = b.concat(image_tokens, b.embed(ids, "embedding"), felt, b.repeat(b.weight("query"), batch_of=ids))
-    return x, seen + policy.prompt.max_tokens + 1 + horizon
+    token = b.linear(b.reshape(state, 0, 1, dimensions), "state", bias=True)
+    x = b.concat(image_tokens, b.embed(ids, "embedding"), token, b.repeat(b.weight("query"), batch_of=ids))
+    return x, count + policy.prompt.max_tokens + 1 + horizon
 
 
-def answer(b: Builder, hidden: str, policy: PolicySpec) -> None:
-    """Normalised hidden states of the chunk's steps (batch, horizon, width) -> ``logits``."""
+def output_logits(b: Builder, hidden: str, policy: PolicySpec) -> None:
+    """Normalised hidden states of the chunk (batch, horizon, width) -> ``logits``."""
     shape = (policy.action.horizon, policy.action.dim, policy.action.bins)
     b.output("logits", b.reshape(b.linear(hidden, "head"), 0, *shape), "float32", ("batch", *shape))
 
 
 def embed(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """The decoder's inputs -> ``x`` (batch, T, width), where another engine computes its blocks."""
+    """The decoder's inputs -> ``x`` (batch, T, width), for another engine to compute the blocks."""
     x, length = sequence(b, policy, towers)
     b.output("x", x, "float32", ("batch", length, towers["decoder"].width))
 
 
 def head(b: Builder, policy: PolicySpec, towers: Towers) -> None:
-    """``hidden`` (batch, horizon, width), the last ones and normalised -> ``logits``."""
+    """``hidden`` (batch, horizon, width), the last hidden states, normalised -> ``logits``."""
     shape = ("batch", policy.action.horizon, towers["decoder"].width)
-    answer(b, b.input("hidden", "float32", shape), policy)
+    output_logits(b, b.input("hidden", "float32", shape), policy)
 
 
 def image_grid(policy: PolicySpec, geometry: TinyGeometry) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""An artifact's tensors for the exporters, read one at a time: a graph or file is written without holding them all."""
+"""An artifact's tensors for the exporters, read one at a time so that they are never all in memory."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True)
 class Weights:
-    """An artifact's tensors as stored: floats under their own names, quantized ones as NAME.q and NAME.scale."""
+    """An artifact's tensors as stored: floats by name, quantized tensors as NAME.q and NAME.scale."""
 
     tensors: Tensors
     quantization: QuantizationSpec | None = None
     exact: frozenset[str] = frozenset()
-    """what is stored in float32 because less would change it; graphs keep it so"""
+    """tensors that graphs keep in float32, because fewer bits would change them"""
 
     def bits(self, name: str) -> int | None:
-        """Bits of a quantized tensor, None for floats."""
+        """Bits of a quantized tensor; None for floats."""
         return None if self.quantization is None else self.quantization.tensors.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """That of the tensor, quantized or not."""
+        """The shape of a tensor, quantized or not."""
         if (bits := self.bits(name)) is None:
             return self.tensors.shape(name)
         rows, columns = self.tensors.shape(f"{name}.q")
         return rows, columns * 8 // bits
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by the names of the policy."""
+        """The shapes of all tensors, by the policy's names."""
         listed, stored = {} if self.quantization is None else self.quantization.tensors, set(self.tensors)
         quantized = [name for name in listed if stored >= {f"{name}.q", f"{name}.scale"}]
         packed = {f"{name}.{part}" for name in quantized for part in ("q", "scale")}
         return {name: self.shape(name) for name in (*quantized, *(stored - packed))}
 
     def array(self, name: str) -> NDArray[np.float32]:
-        """A tensor that is not quantized."""
+        """The values of a tensor that is not quantized."""
         return self.tensors.read_finite(name).float().numpy()
 
     def values(self, name: str) -> NDArray[np.float32]:
-        """A tensor, or the weights that its integers stand for."""
+        """The values of a tensor, dequantized if needed."""
         if (bits := self.bits(name)) is None:
             return self.array(name)
         integers = self.tensors.read(f"{name}.q")
@@ -58,8 +58,8 @@ class Weights:
             unpack(integers) if bits == 4 else integers, self.tensors.read_finite(f"{name}.scale")
         ).numpy()
 
-    def packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
-        """Integers and scales of quantized tensors of the same bits, joined along the outputs."""
+    def read_packed(self, names: Iterable[str]) -> tuple[NDArray[Any], NDArray[np.float16]]:
+        """Integers and scales of quantized tensors of the same bits, concatenated along the outputs."""
         names = list(names)
         integers, scales = (
             np.concatenate([self.tensors.read_finite(f"{name}.{part}").numpy() for name in names])
@@ -68,8 +68,8 @@ class Weights:
         return integers, scales
 
 
-def in_float16(name: str, array: NDArray[np.float32], instead: str) -> NDArray[np.float16]:
-    """Raises UserError, with the precision to use ``instead``, for values that float16 does not reach."""
+def to_float16(name: str, array: NDArray[np.float32], instead: str) -> NDArray[np.float16]:
+    """Raises UserError for values beyond float16's range; it names the precision to use ``instead``."""
     with np.errstate(over="ignore"):
         narrow = array.astype(np.float16)
     if not np.isfinite(narrow).all():
@@ -78,13 +78,13 @@ def in_float16(name: str, array: NDArray[np.float32], instead: str) -> NDArray[n
     return narrow
 
 
-def nibbles(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Packed pairs (out, in / 2), low half first -> the numbers from 0 to 15 (out, in), which stand for -8 to 7."""
+def unpack_nibbles(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Packed pairs (out, in / 2), low nibble first -> integers from 0 to 15 (out, in), which stand for -8 to 7."""
     return np.stack([integers & 15, integers >> 4], -1).reshape(len(integers), -1)
 
 
 def read_weights(artifact: Artifact) -> Weights:
-    """Raises UserError for a damaged file, and for tensors that are not those of the policy."""
+    """Raises UserError for a damaged file and for tensors that are not the policy's."""
     manifest = artifact.manifest
     tensors = tensors_from_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
     wide = {name for name in tensors if tensors.dtype(name) == torch.float32}

@@ -1,1 +1,1 @@
-"""ONNX Runtime: its operators, its precisions."""
+"""Export for ONNX Runtime: its operators and precisions."""

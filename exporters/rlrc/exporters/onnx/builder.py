@@ -1,7 +1,7 @@
-"""ONNX graphs for ONNX Runtime: its fused operators, its int4 and int8 products, how weights are stored.
+"""ONNX graphs for ONNX Runtime: fused operators, int4 and int8 products, storage of weights.
 
-All choices of operators are in ``OnnxRuntimeBuilder``; each was the fastest of those measured that run on onnxruntime
-1.18 and later (docs/decisions).
+``OnnxRuntimeBuilder`` makes all choices of operators; each was the fastest in measurements among those that run on
+onnxruntime 1.18 and later (docs/decisions).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, Activation, Builder, int8_columns, joined
-from rlrc.exporters.graphs.weights import Weights, in_float16
+from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, Activation, Builder, join_names, quantize_columns
+from rlrc.exporters.graphs.weights import Weights, to_float16
 
 NEEDS = {"onnxruntime": ">=1.18"}
 CONTRIB = "com.microsoft"
@@ -29,18 +29,18 @@ class OnnxFormat:
     """How weights are stored, and how linear layers are computed."""
 
     store: type[np.float32] | type[np.float16]
-    """float16 holds bfloat16 weights above 6e-5 exactly; a Cast, which ONNX Runtime folds at load, restores float32"""
+    """float16 holds bfloat16 weights above 6e-5 exactly; a Cast to float32 is folded by ONNX Runtime at load"""
     products: Literal["float", "int8", "int4", "int4a8"]
-    """int4: in 4 bits where the weights have them (MatMulNBits), else in floats, widened at load; int4a8: the same with
-    activations rounded to 8 bits, in blocks of 32; what the weights have in 8 bits is computed so, rows apart"""
+    """int4: products of 4-bit weights in MatMulNBits, others in floats, widened at load. int4a8: the same with
+    activations rounded to 8 bits in blocks of 32, and 8-bit weights in 8-bit products with a scale for each row"""
     packed: bool = False
-    """of int8: quantized weights are in the file as they are, and unpacked when it is loaded, which takes about 40
-    bytes a weight for a while; else in the 8 bits that are computed in"""
+    """for int8: the file has the quantized weights as they are; unpacking at load takes about 40 bytes a weight for a
+    while. Otherwise the file has the 8-bit integers of the products"""
     rows: bool = False
-    """of int8: activations have a scale for each row, not one for all"""
+    """for int8: activations have a scale for each row instead of one for all"""
 
 
-FLAVOURS = {
+FORMATS = {
     "fp32": OnnxFormat(np.float32, "float"),
     "fp16": OnnxFormat(np.float16, "float"),
     "int8": OnnxFormat(np.float16, "int8"),
@@ -48,13 +48,8 @@ FLAVOURS = {
     "int4": OnnxFormat(np.float16, "int4"),
     "int4a8": OnnxFormat(np.float16, "int4a8"),
     "w4a8": OnnxFormat(np.float16, "int8", packed=True),  # int4 in the file, 8 bits in memory and in products
-    "w8": OnnxFormat(np.float16, "int4"),  # 8 bits in the file, but for what has 4
+    "w8": OnnxFormat(np.float16, "int4"),  # 8 bits in the file, 4 where the weights have 4
 }
-DENSE = ("fp16", "fp32", "int8", "int8-rows")  # for float weights, the default first
-QUANTIZED = {
-    "int4": ("int4", "int4a8", "int8", "int8-rows", "w4a8"),
-    "int8": ("w8", "int8", "int8-rows"),
-}  # for quantized weights, by the grid of most of them
 
 
 class OnnxRuntimeBuilder(Builder):
@@ -62,35 +57,35 @@ class OnnxRuntimeBuilder(Builder):
     IR_VERSION: ClassVar = 9
     WIDE: ClassVar = "float64"
 
-    def __init__(self, weights: Weights, flavour: OnnxFormat) -> None:
+    def __init__(self, weights: Weights, format: OnnxFormat) -> None:
         super().__init__(weights)
-        self.flavour = flavour
+        self.format = format
         self._ends: tuple[str, str] | None = None
-        """the last position of every observation and how many there are, the same for all blocks"""
+        """the last position of every observation and their number, shared by all blocks"""
         self.memory = 0
-        """bytes of the products' weights once loaded: in 4 bits with their float32 scales, in 8 bits, or in float32"""
+        """bytes of the products' weights once loaded: 4 bits with float32 scales, 8 bits, or float32"""
 
     def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
-        if self.flavour.store is np.float32 or not self.weights.exact.isdisjoint((name, *of)):
+        if self.format.store is np.float32 or not self.weights.exact.isdisjoint((name, *of)):
             return self._store(name, array)
         value = f"{name}:f"
         if name not in self._initializers:
-            self._op("Cast", self._store(name, in_float16(name, array, "fp32")), to=TensorProto.FLOAT, out=value)
+            self._op("Cast", self._store(name, to_float16(name, array, "fp32")), to=TensorProto.FLOAT, out=value)
         return value
 
     def embed(self, ids: str, module: str) -> str:
-        """Rows of a table, which is widened to float32 as a whole only if it is small."""
+        """Look up rows of a table; only a small table is widened to float32 as a whole."""
         name = f"{module}.weight"
         if self.weights.bits(name) is not None:
-            return self._embed_int8(ids, name)
-        if self.flavour.store is np.float32 or np.prod(self.weights.shape(name)) < LARGE_TABLE:
+            return self._embed_8_bits(ids, name)
+        if self.format.store is np.float32 or np.prod(self.weights.shape(name)) < LARGE_TABLE:
             return self._op("Gather", self.weight(name), ids)
-        narrow = self._store(name, in_float16(name, self.weights.array(name), "fp32"))
+        narrow = self._store(name, to_float16(name, self.weights.array(name), "fp32"))
         return self.cast(self._op("Gather", narrow, ids), "float32")
 
-    def _embed_int8(self, ids: str, name: str) -> str:
-        """Rows of a table in 8 bits: only those that are looked up are widened."""
-        integers, scales = self.weights.packed([name])
+    def _embed_8_bits(self, ids: str, name: str) -> str:
+        """Look up rows of an 8-bit table and widen only these."""
+        integers, scales = self.weights.read_packed([name])
         width, groups = integers.shape[1], scales.shape[1]
         rows = self._op("Gather", self._store(f"{name}.q", integers.reshape(-1, groups, width // groups)), ids)
         scale = self._op("Gather", self._store(f"{name}.scale", scales[..., None]), ids)
@@ -98,7 +93,7 @@ class OnnxRuntimeBuilder(Builder):
         return self.reshape(values, 0, 0, width)
 
     def layer_norm(self, x: str, module: str, epsilon: float) -> str:
-        """Apart from the addition before it: SkipLayerNormalization takes three times as long as the two."""
+        """Not fused with the addition before it: SkipLayerNormalization takes three times as long as the two."""
         scale, bias = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
         return self._op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
 
@@ -114,7 +109,7 @@ class OnnxRuntimeBuilder(Builder):
         return self._op("Gelu" if kind == "gelu" else "FastGelu", x, domain=CONTRIB)
 
     def linear_activated(self, x: str, module: str, kind: Activation) -> str:
-        if kind in ("gelu", "gelu-tanh"):  # ONNX Runtime adds the bias on the way
+        if kind in ("gelu", "gelu-tanh"):  # fused with the bias by ONNX Runtime
             bias = self.weight(f"{module}.bias")
             return self._op("BiasGelu" if kind == "gelu" else "FastGelu", self.linear(x, module), bias, domain=CONTRIB)
         return self.activation(self.linear(x, module, bias=True), kind)
@@ -136,8 +131,8 @@ class OnnxRuntimeBuilder(Builder):
         weight = self.multiply(self.weight(f"{module}.weight"), self.constant(scale.reshape(-1, 1, 1, 1)))
         return self._op("Conv", x, weight, self.constant(bias), **shape)
 
-    def caches(self, head_dim: int) -> bool:
-        return head_dim % 16 == 0  # what GroupQueryAttention rotates
+    def has_cached_attention(self, head_dim: int) -> bool:
+        return head_dim % 16 == 0  # required by the rotation in GroupQueryAttention
 
     def cached_attention(
         self, qkv: str, past: tuple[str, str], start: str, tables: tuple[str, str], heads: int, kv_heads: int
@@ -155,7 +150,7 @@ class OnnxRuntimeBuilder(Builder):
     def linear_scaled(self, x: str, module: str, scale: str) -> str:
         factor, weight = self.weight(scale), f"{module}.weight"
         bias = self.multiply(self.weight(f"{module}.bias"), factor)
-        if self.flavour.products == "float":  # folded: a product of constants is computed at load
+        if self.format.products == "float":  # a product of constants is computed at load
             matrix = np.ascontiguousarray(self.weights.array(weight).T)
             return self.add(self._op("MatMul", x, self.multiply(self.table(weight, matrix), factor)), bias)
         return self.add(self.multiply(self._product(x, module), factor), bias)
@@ -163,7 +158,7 @@ class OnnxRuntimeBuilder(Builder):
     # How products are computed
 
     def linears(self, x: str, *modules: str) -> list[str]:
-        """One product where all weights have the same bits: each wakes the threads, a twentieth of a token in all."""
+        """One product if all weights have the same bits: waking the threads for each takes 5 % of a token's time."""
         names = [f"{module}.weight" for module in modules]
         if len({self.weights.bits(name) for name in names}) > 1:
             return super().linears(x, *modules)
@@ -173,61 +168,61 @@ class OnnxRuntimeBuilder(Builder):
         names = [f"{module}.weight" for module in modules]
         bits = {self.weights.bits(name) for name in names}
         size = sum(prod(self.weights.shape(name)) for name in names)
-        in_4_bits = self.flavour.products in ACCURACY and bits == {4}
-        in_8_bits = self.flavour.products == "int8" or (self.flavour.products == "int4a8" and bits == {8})
+        in_4_bits = self.format.products in ACCURACY and bits == {4}
+        in_8_bits = self.format.products == "int8" or (self.format.products == "int4a8" and bits == {8})
         self.memory += size * 5 // 8 if in_4_bits else size if in_8_bits else 4 * size
         if in_4_bits:
             return self._int4_product(x, names)
-        if bits == {None} or (in_8_bits and not self.flavour.packed):
+        if bits == {None} or (in_8_bits and not self.format.packed):
             matrix = np.concatenate([self.weights.values(name) for name in names]).T  # (in, out)
             if in_8_bits and len(matrix) >= INT8_MIN_INPUTS:
-                return self._int8_product(x, *self._int8(joined(names), matrix))
-            return self._op("MatMul", x, self.table(joined(names), np.ascontiguousarray(matrix), names))
-        folded = self._op("Transpose", self.concat(*map(self._unpacked, names), axis=0), perm=(1, 0))
+                return self._int8_product(x, *self._quantize_int8(join_names(names), matrix))
+            return self._op("MatMul", x, self.table(join_names(names), np.ascontiguousarray(matrix), names))
+        folded = self._op("Transpose", self.concat(*map(self._unpack, names), axis=0), perm=(1, 0))
         if in_8_bits:
-            return self._int8_product(x, *self._folded_int8(folded, sum(self.weights.shape(name)[0] for name in names)))
+            return self._int8_product(x, *self._fold_int8(folded, sum(self.weights.shape(name)[0] for name in names)))
         return self._op("MatMul", x, folded)
 
     def _int4_product(self, x: str, names: list[str]) -> str:
-        """The artifact's own integers: MatMulNBits stores pairs in the same order, low nibble first, offset 8."""
-        integers, scales = self.weights.packed(names)
+        """MatMulNBits on the artifact's integers, which have its layout: pairs with the low nibble first, offset 8."""
+        integers, scales = self.weights.read_packed(names)
         outputs, inputs = len(integers), integers.shape[1] * 2
         group = inputs // scales.shape[1]
-        blocks = self._store(f"{joined(names)}.q", integers.reshape(outputs, inputs // group, group // 2))
-        scale = self.table(f"{joined(names)}.scale", scales.reshape(-1).astype(np.float32))
+        blocks = self._store(f"{join_names(names)}.q", integers.reshape(outputs, inputs // group, group // 2))
+        scale = self.table(f"{join_names(names)}.scale", scales.reshape(-1).astype(np.float32))
         shape = {
             "K": inputs,
             "N": outputs,
             "bits": 4,
             "block_size": group,
-            "accuracy_level": ACCURACY[self.flavour.products],
+            "accuracy_level": ACCURACY[self.format.products],
         }
         return self._op("MatMulNBits", x, blocks, scale, domain=CONTRIB, **shape)
 
     def _int8_product(self, x: str, integers: str, scale: str) -> str:
-        """Activations are quantized as they come, weights (in, out) have a scale for each output.
+        """An 8-bit product: activations are quantized at run time, weights (in, out) have a scale for each output.
 
-        The operator has one scale for all rows. Language models have rows a thousand times as large as the others
-        (arXiv 2402.17762), which would leave those nothing; with ``rows`` each is brought to a largest value of 1
-        before. That is a twelfth of the time of a long prompt, but half of that of the reference policy's 22 rows.
-        The weights keep to ``largest_pairs``, so that the products are the same integers on every processor.
+        The operator has one scale for all rows. Language models have rows a thousand times as large as others (arXiv
+        2402.17762), which would round the others to zero. With ``rows``, each row is first scaled to a maximum of 1;
+        this takes a twelfth of the time of a long prompt, but half of that of the reference policy's 22 rows. Weights
+        are scaled by ``find_largest_pairs``, so that the products are the same integers on every processor.
         """
         zero = self.constant(np.zeros((), np.int8))
-        if not self.flavour.rows and self.flavour.products == "int8":
+        if not self.format.rows and self.format.products == "int8":
             return self._op("DynamicQuantizeMatMul", x, integers, scale, zero, domain=CONTRIB)
         largest = self._op("ReduceMax", self._op("Abs", x), self.integers(-1), keepdims=1)
         largest = self._op("Max", largest, self.constant(np.array(np.finfo(np.float32).tiny)))
         rows = self._op("Div", x, largest)
         return self.multiply(self._op("DynamicQuantizeMatMul", rows, integers, scale, zero, domain=CONTRIB), largest)
 
-    def _int8(self, name: str, matrix: NDArray[np.float32]) -> tuple[str, str]:
-        integers, scale = int8_columns(matrix, largest_pairs(matrix))
+    def _quantize_int8(self, name: str, matrix: NDArray[np.float32]) -> tuple[str, str]:
+        integers, scale = quantize_columns(matrix, find_largest_pairs(matrix))
         return self._store(f"{name}.q", integers), self.constant(scale)
 
-    # What is computed from constants alone, ONNX Runtime computes once, at load: the file keeps the packed integers.
+    # ONNX Runtime computes what depends on constants only once, at load: the file keeps the packed integers.
 
-    def _folded_int8(self, matrix: str, outputs: int) -> tuple[str, str]:
-        """``_int8`` as operators; quantized weights have groups of inputs, so an even number of them."""
+    def _fold_int8(self, matrix: str, outputs: int) -> tuple[str, str]:
+        """``_quantize_int8`` as operators; grouped weights always have an even number of inputs."""
         sums = self._op("ReduceSum", self.reshape(matrix, -1, 2, outputs), self.integers(1), keepdims=0)
         both = self.concat(matrix, sums, axis=0)
         largest = self._op("ReduceMax", self._op("Abs", both), self.integers(0), keepdims=0)
@@ -235,9 +230,9 @@ class OnnxRuntimeBuilder(Builder):
         scale = self._op("Max", self._op("Div", largest, self.constant(np.array(127, np.float32))), tiny)
         return self._op("Cast", self._op("Round", self._op("Div", matrix, scale)), to=TensorProto.INT8), scale
 
-    def _unpacked(self, name: str) -> str:
-        """A quantized tensor -> float32 (out, in)."""
-        integers, scales = self.weights.packed([name])
+    def _unpack(self, name: str) -> str:
+        """Dequantize a tensor to float32 (out, in), as operators."""
+        integers, scales = self.weights.read_packed([name])
         stored = self._store(f"{name}.q", integers)
         outputs, groups = scales.shape
         if self.weights.bits(name) == 4:
@@ -257,12 +252,12 @@ class OnnxRuntimeBuilder(Builder):
         return self.reshape(repeated, 0, 0, heads * head_dim)
 
 
-def largest_pairs(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of weights (in, out) -> (out,): the largest sum of the weights of one sign among the inputs 2i and 2i + 1.
+def find_largest_pairs(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """For weights (in, out) -> (out,): the largest of |a|, |b| and |a + b| over the pairs of inputs 2i and 2i + 1.
 
-    x86-64 processors without VNNI multiply unsigned activations (up to 255) by signed weights two inputs at a time, and
-    add the two products in 16 bits, which saturate (vpmaddubsw). With this sum as 127 no two rounded weights of a pair
-    add up to more than 128, and 255 x 128 fits. Of weights a, b of a pair the sum is the largest of |a|, |b|, |a + b|.
+    x86-64 processors without VNNI multiply unsigned activations (up to 255) by signed weights two inputs at a time and
+    add both products in saturating 16-bit integers (vpmaddubsw). If this value becomes 127, no two rounded weights of a
+    pair sum to more than 128, and 255 x 128 fits.
     """
     even = len(matrix) // 2 * 2
     sums = np.abs(matrix[0:even:2] + matrix[1:even:2]).max(0, initial=0)

@@ -1,14 +1,15 @@
-"""The ONNX Runtime target: graphs/onnx."""
+"""The ONNX Runtime target (graphs/onnx)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
+from rlrc.artifact.precisions import CHOICES
 from rlrc.errors import UserError
-from rlrc.exporters.graphs import graphs_of
+from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.weights import Weights, read_weights
-from rlrc.exporters.onnx.builder import DENSE, FLAVOURS, NEEDS, QUANTIZED, OnnxRuntimeBuilder
+from rlrc.exporters.onnx.builder import FORMATS, NEEDS, OnnxRuntimeBuilder
 from rlrc.exporters.onnx.mixed import MIXED, PARTS, MixedBuilder
 from rlrc.runtime.inference.backends import FOLDERS
 
@@ -16,17 +17,17 @@ Precision = str | Mapping[str, str]
 """One for all graphs, or one for each by name."""
 
 
-def choices(manifest: Manifest) -> tuple[str, ...]:
-    """The precisions that these weights can have, the default first."""
-    if manifest.quantization is not None:
-        mixed = (MIXED,) if manifest.quantization.grid == "int4" and manifest.policy.decode == "autoregressive" else ()
-        return (*QUANTIZED[manifest.quantization.grid], *mixed)
-    return ("fp32", *(name for name in DENSE if name != "fp32")) if manifest.dtype == "float32" else DENSE
+def list_precisions(manifest: Manifest) -> tuple[str, ...]:
+    """The precisions available for these weights, the default first."""
+    found = CHOICES["onnxruntime"][manifest.quantization.grid if manifest.quantization else "float"]
+    if manifest.policy.decode != "autoregressive":
+        found = tuple(name for name in found if name != MIXED)
+    return ("fp32", *(name for name in found if name != "fp32")) if manifest.dtype == "float32" else found
 
 
 def choose_precision(parent: Artifact, precision: Precision | None) -> Precision:
-    """The precision asked for, or the default of these weights. Raises UserError for one that they do not have."""
-    known = choices(parent.manifest)
+    """The precision asked for, or the default. Raises UserError for one that these weights cannot have."""
+    known = list_precisions(parent.manifest)
     if precision is None:
         return known[0]
     for name in [precision] if isinstance(precision, str) else precision.values():
@@ -38,32 +39,27 @@ def choose_precision(parent: Artifact, precision: Precision | None) -> Precision
     return precision
 
 
-def is_exact(precision: str) -> bool:
-    """Whether only the order of floating-point sums tells the graphs' answers from torch's."""
-    return precision != MIXED and FLAVOURS[precision].products in ("float", "int4")
-
-
 def write_graphs(
     draft: Draft, parent: Artifact, precision: Precision, weights: Weights | None = None
 ) -> tuple[GraphSpec, ...]:
-    """``weights``: other ones than the parent's."""
+    """``weights``: used instead of the parent's."""
     manifest = parent.manifest
     weights = read_weights(parent) if weights is None else weights
     specs = []
-    for name in graphs_of(manifest.policy.family):
+    for name in find_graphs(manifest.policy.family):
         own = precision if isinstance(precision, str) else precision[name]
-        builder, file = built(weights, manifest, name, own), f"{FOLDERS['onnxruntime']}/{name}.onnx"
+        builder, file = build_graph(weights, manifest, name, own), f"{FOLDERS['onnxruntime']}/{name}.onnx"
         builder.write(name, draft.file(file))
         inputs, outputs = tuple(builder.inputs), tuple(builder.outputs)
         specs.append(GraphSpec(name, "onnxruntime", file, own, inputs, outputs, NEEDS))
     return tuple(specs)
 
 
-def built(weights: Weights, manifest: Manifest, graph: str, precision: str) -> OnnxRuntimeBuilder:
-    """``MIXED`` is for decoders; other graphs read their inputs at once, as a decoder its prompt."""
+def build_graph(weights: Weights, manifest: Manifest, graph: str, precision: str) -> OnnxRuntimeBuilder:
+    """In ``MIXED``, graphs other than the decoder are built in the precision of prompts."""
     if precision == MIXED:
-        many, one = (built(weights, manifest, graph, part) for part in PARTS)
+        many, one = (build_graph(weights, manifest, graph, part) for part in PARTS)
         return MixedBuilder(many, one) if graph == "decoder" else many
-    builder = OnnxRuntimeBuilder(weights, FLAVOURS[precision])
-    graphs_of(manifest.policy.family)[graph](builder, manifest.policy, manifest.towers)
+    builder = OnnxRuntimeBuilder(weights, FORMATS[precision])
+    find_graphs(manifest.policy.family)[graph](builder, manifest.policy, manifest.towers)
     return builder

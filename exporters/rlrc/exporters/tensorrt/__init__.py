@@ -1,1 +1,1 @@
-"""TensorRT: standard operators, optimisation profiles, 8-bit scales."""
+"""Export for TensorRT: standard operators, optimization profiles, 8-bit scales."""

@@ -1,11 +1,10 @@
 """ONNX graphs for TensorRT: standard operators only, opset 21, strongly typed.
 
-Products (linear layers, convolutions, attention's two) are computed in the flavour's precision, of operands cast to it;
-everything between them in float32: norms, softmax, rotary positions and the residual stream, whose large activations
-16 bits would lose. TensorRT fuses the casts with their neighbours, and what is between the products is small beside
-their weights. Quantization is explicit: blocked DequantizeLinear of the artifact's own 4-bit integers, or
-QuantizeLinear and DequantizeLinear around 8-bit products, of integers or of floats (E4M3: 4 bits of exponent, 3 of
-mantissa, arXiv 2209.05433).
+Products (linear layers, convolutions, the two of attention) are computed in the format's type, on operands cast to it.
+All else is in float32: norms, softmax, rotary positions, and the residual stream, whose large activations 16 bits would
+lose. TensorRT fuses the casts with neighbouring operators, and the time outside products is small. Quantization
+is explicit: blocked DequantizeLinear of the artifact's 4-bit integers, or QuantizeLinear and DequantizeLinear around
+8-bit products of integers or floats (E4M3: 4 bits of exponent, 3 of mantissa, arXiv 2209.05433).
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from rlrc.exporters.graphs.builder import Activation, Builder, int8_columns, joined
-from rlrc.exporters.graphs.weights import Weights, in_float16, nibbles
+from rlrc.exporters.graphs.builder import Activation, Builder, join_names, quantize_columns
+from rlrc.exporters.graphs.weights import Weights, to_float16, unpack_nibbles
 
 Float = Literal["float32", "float16", "bfloat16"]
-Eight = Literal["int8", "fp8"]
+EightBit = Literal["int8", "fp8"]
 E4M3_MAX = 448.0
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
@@ -33,11 +32,10 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16
 class TensorRTFormat:
     products: Float
     keep_int4: bool = False
-    """4-bit weights as they are, else widened"""
+    """4-bit weights stay as they are; otherwise they are widened"""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """what 1 of the 8-bit input stands for, of every product that is to be computed in 8 bits, by its weights' joined
-    name"""
-    eight: Eight = "int8"
+    """the scale of the 8-bit input of every product to compute in 8 bits, by the ``join_names`` of its weights"""
+    eight: EightBit = "int8"
 
 
 class TensorRTBuilder(Builder):
@@ -46,17 +44,17 @@ class TensorRTBuilder(Builder):
     MAX_DIMS: ClassVar = 8
     WIDE: ClassVar = "float32"
 
-    def __init__(self, weights: Weights, flavour: TensorRTFormat) -> None:
+    def __init__(self, weights: Weights, format: TensorRTFormat) -> None:
         super().__init__(weights)
-        self.flavour = flavour
+        self.format = format
         self._cast: dict[str, str] = {}
 
     def table(self, name: str, array: NDArray[np.float32], of: Iterable[str] = ()) -> str:
         return self._store(name, array)
 
     def embed(self, ids: str, module: str) -> str:
-        rows = self._op("Gather", self._float(f"{module}.weight", self.weights.values(f"{module}.weight")), ids)
-        return rows if self.flavour.products == "float32" else self.cast(rows, "float32")
+        rows = self._op("Gather", self._store_float(f"{module}.weight", self.weights.values(f"{module}.weight")), ids)
+        return rows if self.format.products == "float32" else self.cast(rows, "float32")
 
     # Layers, in float32
 
@@ -101,83 +99,85 @@ class TensorRTBuilder(Builder):
     # Products
 
     def matmul(self, a: str, b: str) -> str:
-        return self._widened(self._op("MatMul", self._narrowed(a), self._narrowed(b)))
+        return self._widen(self._op("MatMul", self._narrow(a), self._narrow(b)))
 
     def convolution(
         self, x: str, module: str, scale: NDArray[np.float32], bias: NDArray[np.float32], **shape: Any
     ) -> str:
         weight = self.weights.array(f"{module}.weight") * scale.reshape(-1, 1, 1, 1)
         names = f"{module}.weight", f"{module}.bias"
-        if self.flavour.products != "float16":  # opset 21 has no convolution in bfloat16
+        if self.format.products != "float16":  # opset 21 has no convolution in bfloat16
             return self._op("Conv", x, self.table(names[0], weight), self.table(names[1], bias), **shape)
-        stored = self._float(names[0], weight), self._float(names[1], bias)
-        return self._widened(self._op("Conv", self._narrowed(x), *stored, **shape))
+        stored = self._store_float(names[0], weight), self._store_float(names[1], bias)
+        return self._widen(self._op("Conv", self._narrow(x), *stored, **shape))
 
     def _product(self, x: str, *modules: str) -> str:
         names = [f"{module}.weight" for module in modules]
-        kinds = {self._in_four_bits(name) for name in names}
-        if len(kinds) > 1:  # some of the layers are stored otherwise: as many products
+        kinds = {self._keeps_4_bits(name) for name in names}
+        if len(kinds) > 1:  # layers stored differently need separate products
             return self.concat(*(self._product(x, module) for module in modules), axis=-1)
         if kinds == {True}:
-            return self._widened(self._op("MatMul", self._narrowed(x), self._four_bits(names)))
-        name = joined(names)
+            return self._widen(self._op("MatMul", self._narrow(x), self._store_4_bits(names)))
+        name = join_names(names)
         matrix = np.concatenate([self.weights.values(each) for each in names]).T  # (in, out)
-        if name in self.flavour.scales:
-            return self._op("MatMul", self._rounded(x, self.flavour.scales[name]), self._eight_bits(name, matrix))
-        return self._widened(self._op("MatMul", self._narrowed(x), self._float(name, matrix)))
+        if name in self.format.scales:
+            return self._op(
+                "MatMul", self._round_activations(x, self.format.scales[name]), self._store_8_bits(name, matrix)
+            )
+        return self._widen(self._op("MatMul", self._narrow(x), self._store_float(name, matrix)))
 
-    def _in_four_bits(self, name: str) -> bool:
-        """Whether the weights go into the file as the artifact's integers. TensorRT wants pairs of outputs."""
-        return self.flavour.keep_int4 and self.weights.bits(name) == 4 and self.weights.shape(name)[0] % 2 == 0
+    def _keeps_4_bits(self, name: str) -> bool:
+        """Whether the file gets the artifact's 4-bit integers; TensorRT needs an even number of outputs for them."""
+        return self.format.keep_int4 and self.weights.bits(name) == 4 and self.weights.shape(name)[0] % 2 == 0
 
-    def _four_bits(self, names: list[str]) -> str:
-        """The artifact's own integers (in, out), with a scale for every group of inputs: (in / group, out)."""
-        name, (integers, scales) = joined(names), self.weights.packed(names)
-        signed = nibbles(integers).T ^ 8
+    def _store_4_bits(self, names: list[str]) -> str:
+        """The artifact's integers (in, out), with a scale for every group of inputs: (in / group, out)."""
+        name, (integers, scales) = join_names(names), self.weights.read_packed(names)
+        signed = unpack_nibbles(integers).T ^ 8
         packed = signed[:, 0::2] | signed[:, 1::2] << 4
         self._store_as(f"{name}.q", TensorProto.INT4, signed.shape, packed)
-        # A group of zeros has the scale 0, which TensorRT refuses; any other says the same.
-        scale = self._float(f"{name}.scale", np.where(scales == 0, 1, scales).astype(np.float32).T)
-        # Scales may be negative, which TensorRT's parser refuses, but only of constants that it sees as such.
+        # TensorRT refuses the scale 0 of a group of zeros; any other scale gives the same values.
+        scale = self._store_float(f"{name}.scale", np.where(scales == 0, 1, scales).astype(np.float32).T)
+        # Scales may be negative. TensorRT's parser refuses these as direct constants, but not behind an Identity.
         scale = self._op("Identity", scale)
         group = self.weights.shape(names[0])[1] // scales.shape[1]
         return self._op("DequantizeLinear", f"{name}.q", scale, axis=0, block_size=group)
 
-    def _rounded(self, x: str, step: float) -> str:
-        """x in 8 bits and back."""
+    def _round_activations(self, x: str, step: float) -> str:
+        """Round x to 8 bits and back."""
         scale, zero = self.constant(np.array(step, np.float32)), self.constant(np.zeros((), np.int8))
-        if self.flavour.eight == "fp8":
+        if self.format.eight == "fp8":
             zero = self._store_as("zero:e4m3", TensorProto.FLOAT8E4M3FN, (), np.zeros((), np.uint8))
         return self._op("DequantizeLinear", self._op("QuantizeLinear", x, scale, zero), scale, zero)
 
-    def _eight_bits(self, name: str, matrix: NDArray[np.float32]) -> str:
-        """Integers with a scale for every output; floats have their own exponents, and one scale does."""
-        if self.flavour.eight == "fp8":
-            numbers, one = e4m3(matrix)
+    def _store_8_bits(self, name: str, matrix: NDArray[np.float32]) -> str:
+        """8-bit weights: integers with a scale for every output, or floats with one scale for all."""
+        if self.format.eight == "fp8":
+            numbers, one = quantize_e4m3(matrix)
             stored = self._store_as(f"{name}.q", TensorProto.FLOAT8E4M3FN, matrix.shape, numbers)
             return self._op("DequantizeLinear", stored, self.constant(np.array(one, np.float32)))
-        integers, scale = int8_columns(matrix)
+        integers, scale = quantize_columns(matrix)
         return self._op("DequantizeLinear", self._store(f"{name}.q", integers), self.constant(scale), axis=1)
 
     # Types
 
-    def _narrowed(self, x: str) -> str:
-        """x in the precision of products; once for all that read it."""
-        if self.flavour.products == "float32":
+    def _narrow(self, x: str) -> str:
+        """x in the type of products, cast once for all its readers."""
+        if self.format.products == "float32":
             return x
         if x not in self._cast:
-            self._cast[x] = self._op("Cast", x, to=TYPES[self.flavour.products])
+            self._cast[x] = self._op("Cast", x, to=TYPES[self.format.products])
         return self._cast[x]
 
-    def _widened(self, x: str) -> str:
-        return x if self.flavour.products == "float32" else self.cast(x, "float32")
+    def _widen(self, x: str) -> str:
+        return x if self.format.products == "float32" else self.cast(x, "float32")
 
-    def _float(self, name: str, array: NDArray[np.float32]) -> str:
-        """A constant in the precision of products."""
-        if self.flavour.products == "bfloat16":
+    def _store_float(self, name: str, array: NDArray[np.float32]) -> str:
+        """A constant in the type of products."""
+        if self.format.products == "bfloat16":
             bits = torch.from_numpy(np.ascontiguousarray(array)).bfloat16().view(torch.int16).numpy()
             return self._store_as(name, TensorProto.BFLOAT16, array.shape, bits)
-        return self._store(name, array if self.flavour.products == "float32" else in_float16(name, array, "bf16"))
+        return self._store(name, array if self.format.products == "float32" else to_float16(name, array, "bf16"))
 
     def _store_as(self, name: str, kind: int, shape: Iterable[int], data: NDArray[Any]) -> str:
         """A constant of a type that numpy does not have."""
@@ -187,8 +187,8 @@ class TensorRTBuilder(Builder):
         return name
 
 
-def e4m3(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:
-    """Weights as 8-bit floats, in bytes of the same shape, and what 1 stands for: the largest becomes 448."""
+def quantize_e4m3(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:
+    """Weights as 8-bit floats (bytes of the same shape), and their scale: the largest magnitude becomes 448."""
     one = max(float(np.abs(matrix).max()) / E4M3_MAX, float(np.finfo(np.float32).tiny))
     numbers = torch.from_numpy(np.ascontiguousarray(matrix)) / one
     bits: NDArray[np.uint8] = numbers.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).numpy()

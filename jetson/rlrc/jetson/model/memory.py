@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from rlrc.artifact.precisions import Precision
 from rlrc.jetson.model.devices import Device
-from rlrc.jetson.model.precision import Precision
 from rlrc.jetson.model.work import DecisionWork, Part
 
 MIB = 2**20

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlrc.artifact import Artifact, PolicySpec, TowerSpec, geometries
+from rlrc.artifact.precisions import Precision
 from rlrc.jetson.model import memory as memory_model
 from rlrc.jetson.model import roofline
 from rlrc.jetson.model.devices import Device
 from rlrc.jetson.model.memory import PeakMemory, weight_bytes
-from rlrc.jetson.model.precision import PRECISIONS, Precision, computes, precision, refusals
+from rlrc.jetson.model.precision import PRECISIONS, computes, precision, refusals, resident_bits
 from rlrc.jetson.model.roofline import Stack, latencies
 from rlrc.jetson.model.work import DecisionWork, Load, work
 
@@ -154,8 +155,8 @@ def assumptions(setting: Setting) -> list[str]:
     device, chosen = setting.device, setting.precision
     found = list(setting.work.assumptions)
     found.append(
-        f"{chosen.name}: {chosen.resident(device):g} bits a weight of the linear layers, {chosen.other:g} of others; "
-        f"products in {computes(chosen, device)}"
+        f"{chosen.name}: {resident_bits(chosen, device):g} bits a weight of the linear layers, {chosen.other:g} of "
+        f"others; products in {computes(chosen, device)}"
     )
     if device.sm is None:
         found.append("throughput and bandwidth of this machine, measured now and reached in full")

@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlrc.artifact.precisions import Precision
 from rlrc.jetson.model.devices import Device
-from rlrc.jetson.model.precision import Precision, computes
+from rlrc.jetson.model.precision import computes, resident_bits
 from rlrc.jetson.model.work import DecisionWork, Part
 
 Stack = Literal["compiled", "plain"]
@@ -59,7 +60,7 @@ class Demand:
 def demand(part: Part, precision: Precision, device: Device) -> Demand:
     """The demand of all repeats of one part. Each repeat reads the weights again: no cache holds them."""
     peak = device.peaks[computes(precision, device)]
-    bits, other = precision.resident(device), precision.other
+    bits, other = resident_bits(precision, device), precision.other
 
     def column(name: str) -> NDArray[np.float64]:
         return np.array([getattr(op, name) for op in part.ops], np.float64)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlrc.artifact import GOLDEN, ActionSpec, Artifact, PolicySpec, VerifiedSpec
+from rlrc.artifact.precisions import find_precision
 from rlrc.errors import UserError
 from rlrc.npz import read_npz
 from rlrc.runtime.inference.backends.engine import Engine
@@ -174,7 +175,8 @@ def default_tolerances(action: ActionSpec, precision: str | None = None) -> Tole
     half = float(bin_widths(action)[moving if moving.any() else ...].min()) / 2
     if precision is None:
         return Tolerances(half)
-    return Tolerances(half, 0.02 if "4" in precision else 0.01, SPACING.get(precision, 0.0))
+    rounded = find_precision(precision)
+    return Tolerances(half, rounded.range_tolerance, rounded.spacing)
 
 
 def recorded_tolerances(record: VerifiedSpec) -> Tolerances:

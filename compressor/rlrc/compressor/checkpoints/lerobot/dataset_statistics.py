@@ -92,11 +92,11 @@ def _stored(dataset: Dataset, feature: str, mode: str) -> Values | None:
 
 
 def _of_numbers(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
-    from rlrc.datasets.stats import of_vectors
+    from rlrc.datasets.stats import compute_stats
 
     if (values := _stored(dataset, feature, mode)) is not None:
         return values, f"{feature} in {dataset.path / 'meta/stats.json'}"
-    found = of_vectors(dataset.column(feature))
+    found = compute_stats(dataset.column(feature))
     rows = {name: torch.tensor(found[name], dtype=torch.float64) for name in MODES[mode]}
     return rows, f"{feature} in the rows of {dataset.path}"
 
