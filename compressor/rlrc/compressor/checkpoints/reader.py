@@ -19,9 +19,9 @@ from rlrc.compressor.checkpoints.folder import CONFIG, Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import act, flow
 from rlrc.compressor.checkpoints.prismatic import openvla
-from rlrc.compressor.models import families
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.families import FAMILIES
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
@@ -76,8 +76,7 @@ def print_assumed(layout: Layout) -> None:
 
 def build(layout: Layout) -> PolicyModule:
     """The layout's policy on the meta device: all shapes, no data."""
-    with torch.device("meta"):
-        return families.build(layout.spec, layout.towers)
+    return build_on_meta(layout.spec, layout.towers)
 
 
 def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:

@@ -113,7 +113,17 @@ def convert(part: TensorOrigin, tensors: list[Tensor]) -> Tensor:
         tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     if part.convert in THIRDS:
         return tensors[0].unflatten(0, (3, -1))[THIRDS.index(part.convert)]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return tensors[0] if len(tensors) == 1 else _concatenate(tensors)
+
+
+def _concatenate(tensors: list[Tensor]) -> Tensor:
+    """``torch.cat``, which imports torch._dynamo on the meta device. Raises RuntimeError where shapes differ."""
+    shape = tensors[0].shape
+    if not shape or not tensors[0].is_meta:
+        return torch.cat(tensors)
+    if any(not tensor.shape or tensor.shape[1:] != shape[1:] for tensor in tensors):
+        raise RuntimeError("the shapes differ")
+    return torch.empty((sum(len(tensor) for tensor in tensors), *shape[1:]), device="meta")
 
 
 def restore(parts: list[TensorOrigin], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.quantize.grid import stored_bytes
 from rlrc.compressor.quantize.quantize import quantizable
@@ -35,8 +35,7 @@ aten = torch.ops.aten
 
 def shape_of(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
     """The policy on the meta device."""
-    with torch.device("meta"):
-        return build(spec, dict(towers)).eval()
+    return build_on_meta(spec, towers).eval()
 
 
 def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlrc.artifact import ActionSpec, PolicySpec, TokenSpec, TowerSpec
-from rlrc.compressor.models import families
 from rlrc.compressor.models.flow import FlowPolicy
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import PolicyModule
@@ -66,8 +66,7 @@ def lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[PolicyMo
             cut(policy, rest)
             gone, new = _size(_others(before, rest.state)), _size(_others(rest.state, before))
             own.append(Cut(what, gone[0] - new[0], gone[1] - new[1]))
-    with torch.device("meta"):
-        result = families.build(rest.spec, rest.towers)
+    result = build_on_meta(rest.spec, rest.towers)
     result.load_state_dict(rest.state, assign=True)
 
     def counts(unit: Literal["parameters", "bytes"], size: int) -> dict[str, int]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rlrc import artifact as artifacts
@@ -19,7 +18,7 @@ from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import policy_of
 from rlrc.compressor.prune.lossless import Cut, never_read
@@ -84,8 +83,7 @@ def unquantized_only(found: PolicySource, path: str | Path) -> None:
 
 def shapes(source: PolicySource) -> dict[str, Tensor]:
     """The policy's tensors, without data."""
-    with torch.device("meta"):
-        return build(source.spec, source.towers).state_dict()
+    return build_on_meta(source.spec, source.towers).state_dict()
 
 
 class ArtifactSource:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlrc.artifact import WEIGHTS, Artifact, QuantizationSpec
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.tensors import Tensors, of_safetensors
 from rlrc.compressor.models.weights import check_shapes
 from rlrc.compressor.quantize.grid import unpack, values_of
@@ -86,6 +86,5 @@ def read_weights(artifact: Artifact) -> Weights:
     tensors = of_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
     wide = {name for name in tensors if tensors.dtype(name) == torch.float32}
     weights = Weights(tensors, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
-    with torch.device("meta"):
-        check_shapes(build(manifest.policy, manifest.towers), weights.shapes(), str(artifact.path))
+    check_shapes(build_on_meta(manifest.policy, manifest.towers), weights.shapes(), str(artifact.path))
     return weights
