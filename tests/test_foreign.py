@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families import DATA, flags
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.compressor.checkpoints import hub
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 )  # fmt: skip
 def test_a_policy_in_a_training_run(run: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "checkpoints" / given
-    assert is_official(path, Flags())
+    assert is_checkpoint(path, Flags())
     found = hub.locate(path)
     assert (found.name, (found / MODEL).is_file()) == ("pretrained_model", True)
     assert main(["inspect", str(path)]) == 0
@@ -155,7 +155,7 @@ def test_a_link_to_nothing_is_no_repository(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last").symlink_to("010000")
-    assert not is_official(Path("checkpoints/last"), Flags())
+    assert not is_checkpoint(Path("checkpoints/last"), Flags())
     with pytest.raises(UserError, match="a link to 010000, which is missing"):
         open_folder(hub.locate("checkpoints/last"))
 
@@ -193,7 +193,7 @@ def test_what_stands_before_every_name(tmp_path: Path, family: str, prefix: str)
     policy, _ = read(open_folder(folder), options)
     expected, _ = read(open_folder(DATA / family / "checkpoint"), options)
     assert all(torch.equal(policy.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
-    write_official(policy, open_folder(folder), tmp_path / "back", options)
+    write_checkpoint(policy, open_folder(folder), tmp_path / "back", options)
     back = load_file(tmp_path / "back" / MODEL)
     assert back.keys() == {f"{prefix}{name}" for name in tensors}
     assert all(torch.equal(back[f"{prefix}{name}"], tensor) for name, tensor in tensors.items())

@@ -40,7 +40,7 @@ def checkpoint_folder(path: Path) -> Path:
     return inner if not (path / CONFIG).exists() and inner.is_dir() else path
 
 
-def is_official(path: Path, flags: Flags) -> bool:
+def is_checkpoint(path: Path, flags: Flags) -> bool:
     """Whether it is an official folder or a repository of the hub. Raises UserError for flags that do not fit."""
     path = checkpoint_folder(path)
     if (path / MANIFEST).exists():

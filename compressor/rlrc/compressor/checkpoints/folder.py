@@ -103,7 +103,7 @@ def open_folder(path: Path) -> Folder:
     mark, root = NAMES.get(str(config.get("type") or config.get("model_type")), ("", ""))
     tensors = weights.of_model(path)
     weights.check_merged(tensors)
-    return Folder(path, config, weights.unwrapped(tensors, mark, root))
+    return Folder(path, config, weights.strip_wrappers(tensors, mark, root))
 
 
 def read_json(path: Path) -> Any:

@@ -46,7 +46,7 @@ def folder(name: str) -> tuple[Folder, ReadOptions]:
     return GEOMETRIES[name](name)
 
 
-def described(name: str) -> dict[str, Any]:
+def describe_geometry(name: str) -> dict[str, Any]:
     """An entry of rlrc/geometries.json."""
     opened, options = folder(name)
     layout = reader.layout(opened, options)
@@ -228,11 +228,11 @@ def _statistics(features: dict[str, Any]) -> Tensors:
     return Tensors("statistics", stored)
 
 
-def write() -> None:
+def write_geometries() -> None:
     """Writes rlrc/geometries.json: a line for every geometry."""
-    lines = (f"{json.dumps(name)}: {json.dumps(described(name))}" for name in GEOMETRIES)
+    lines = (f"{json.dumps(name)}: {json.dumps(describe_geometry(name))}" for name in GEOMETRIES)
     geometries.FILE.write_text('{"geometries": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 if __name__ == "__main__":
-    write()
+    write_geometries()

@@ -17,7 +17,7 @@ class TensorOrigin:
     last third of one tensor (three parts are then of the same official tensor, and stand in this order).
     """
 
-    official: tuple[str, ...]
+    names: tuple[str, ...]
     convert: str = "same"
     file: str = ""  # another file than the model's safetensors: an official ``.pt``
 
@@ -46,7 +46,7 @@ class Layout:
 
     spec: PolicySpec
     towers: dict[str, TowerSpec]
-    parts: dict[str, TensorOrigin] = field(default_factory=dict)  # by the name of the policy's tensor
+    origins: dict[str, TensorOrigin] = field(default_factory=dict)  # by the name of the policy's tensor
     unused: tuple[str, ...] = ()  # official tensors that no action depends on
     assumed: tuple[str, ...] = ()  # what the folder does not say and was concluded from its contents, and the flag
     # How inputs ("image.top", "state") and the action are normalised, first what is nearest to the raw values.

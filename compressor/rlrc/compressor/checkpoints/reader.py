@@ -60,15 +60,15 @@ def read(
     check(folder, found, policy)
     files = sources(folder, found)
     for name, stored in policy.state_dict().items():
-        part = found.parts[name]
-        tensors = files[part.file]
-        tensor = weights.convert(part, [tensors.sound(official) for official in part.official])
+        origin = found.origins[name]
+        tensors = files[origin.file]
+        tensor = weights.convert(origin, [tensors.sound(source) for source in origin.names])
         wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
         _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
     return policy.eval(), found
 
 
-def print_assumed(layout: Layout) -> None:
+def print_assumptions(layout: Layout) -> None:
     """Prints on stderr what was assumed."""
     for line in layout.assumed:
         print(f"rlrc: assumed {line}", file=sys.stderr)
@@ -85,27 +85,27 @@ def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
     And a description that an artifact may have, with finite statistics.
     """
     check_policy(layout.spec)
-    if strange := policy.state_dict().keys() ^ layout.parts.keys():
+    if strange := policy.state_dict().keys() ^ layout.origins.keys():
         raise RuntimeError(f"the layout of {layout.spec.family} and its module differ in {sorted(strange)}")
     files, unused = sources(folder, layout), set(layout.unused)
     for name, expected in policy.state_dict().items():
-        part = layout.parts[name]
-        tensors = files[part.file]
-        metas = [tensors.meta(official) for official in part.official]
-        for official, meta in zip(part.official, metas, strict=True):
+        origin = layout.origins[name]
+        tensors = files[origin.file]
+        metas = [tensors.meta(source) for source in origin.names]
+        for source, meta in zip(origin.names, metas, strict=True):
             if meta.dtype not in models_tensors.FLOATS:
-                raise models_tensors.not_floats(official, meta.dtype, tensors.origin)
+                raise models_tensors.not_floats(source, meta.dtype, tensors.origin)
         try:
-            found = weights.convert(part, metas).shape
+            found = weights.convert(origin, metas).shape
         except RuntimeError:  # they cannot be joined
             found = None
         if found != expected.shape:
             shapes = ", ".join(str(tuple(meta.shape)) for meta in metas)
-            what = f"tensor{'s' * (len(metas) > 1)} {', '.join(part.official)}"
-            wanted = f"{tuple(expected.shape)}" + f" (after {part.convert!r})" * (part.convert != "same")
+            what = f"tensor{'s' * (len(metas) > 1)} {', '.join(origin.names)}"
+            wanted = f"{tuple(expected.shape)}" + f" (after {origin.convert!r})" * (origin.convert != "same")
             raise models_tensors.wrong_shape(what, wanted, shapes, tensors.origin)
     for file, tensors in files.items():
-        used = {official for part in layout.parts.values() if part.file == file for official in part.official}
+        used = {source for origin in layout.origins.values() if origin.file == file for source in origin.names}
         if left := [name for name in tensors if name not in used and name not in unused]:
             raise UserError(
                 f"expected a config that fits the weights of {tensors.origin}, found {len(left)} tensors more than "
@@ -114,12 +114,12 @@ def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
 
 
 def sources(folder: Folder, layout: Layout) -> dict[str, Tensors]:
-    """The official tensors by Part.file, opened."""
+    """The tensors of every file that the layout names, by TensorOrigin.file."""
     files = {"": folder.tensors}
-    for part in layout.parts.values():
-        if part.file not in files:
-            virtual = folder.virtual.get(part.file)
-            files[part.file] = weights.of_pt(folder.path / part.file) if virtual is None else virtual
+    for origin in layout.origins.values():
+        if origin.file not in files:
+            virtual = folder.virtual.get(origin.file)
+            files[origin.file] = weights.of_pt(folder.path / origin.file) if virtual is None else virtual
     return files
 
 

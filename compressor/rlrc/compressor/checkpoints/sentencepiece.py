@@ -46,8 +46,8 @@ def parse(path: Path) -> Sentencepiece:
         return Sentencepiece(
             pieces,
             algorithm=trainer.get(3, UNIGRAM),
-            bos=_signed(trainer.get(41, 1)),
-            eos=_signed(trainer.get(42, 2)),
+            bos=_to_signed(trainer.get(41, 1)),
+            eos=_to_signed(trainer.get(42, 2)),
             byte_fallback=bool(trainer.get(35, False)),
             characters=normalizer.get(2, b""),
             add_prefix=bool(normalizer.get(3, True)),
@@ -88,6 +88,6 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
         position += length
 
 
-def _signed(value: int) -> int:
+def _to_signed(value: int) -> int:
     """Negative numbers are stored as 64-bit two's complement."""
     return value - (1 << 64) if value >> 63 else value

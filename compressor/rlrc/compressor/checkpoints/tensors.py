@@ -62,7 +62,7 @@ def check_merged(tensors: Tensors) -> None:
         )
 
 
-def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
+def strip_wrappers(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
     """The tensors by the names that the training code gives them.
 
     Parts that wrappers put into names (DistributedDataParallel, torch.compile, FSDP) are left out, and whatever else
@@ -102,17 +102,17 @@ def of_pt(path: Path) -> Tensors:
                 f"expected nothing but tensors in {path}, found {type(value).__name__} at {name!r}; "
                 "save the module's state_dict()"
             )
-    return unwrapped(Tensors(str(path), values, file=path.name, paths=(path,)))
+    return strip_wrappers(Tensors(str(path), values, file=path.name, paths=(path,)))
 
 
-def convert(part: TensorOrigin, tensors: list[Tensor]) -> Tensor:
-    """Official tensors -> the policy's (see Part); on the meta device for the shape alone."""
-    if part.convert == "patches":
+def convert(origin: TensorOrigin, tensors: list[Tensor]) -> Tensor:
+    """The checkpoint's tensors -> the policy's (see TensorOrigin); on the meta device for the shape alone."""
+    if origin.convert == "patches":
         return tensors[0].permute(0, 2, 3, 1).flatten(1)
-    if part.convert == "flat":
+    if origin.convert == "flat":
         tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    if part.convert in THIRDS:
-        return tensors[0].unflatten(0, (3, -1))[THIRDS.index(part.convert)]
+    if origin.convert in THIRDS:
+        return tensors[0].unflatten(0, (3, -1))[THIRDS.index(origin.convert)]
     return tensors[0] if len(tensors) == 1 else _concatenate(tensors)
 
 
@@ -126,18 +126,18 @@ def _concatenate(tensors: list[Tensor]) -> Tensor:
     return torch.empty((sum(len(tensor) for tensor in tensors), *shape[1:]), device="meta")
 
 
-def restore(parts: list[TensorOrigin], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+def restore(origins: list[TensorOrigin], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:
     """The inverse of ``convert``: the official tensor ``name``, from all of the policy's that have something of it.
 
-    ``shapes`` are those of ``parts[0].official``, of which it is one.
+    ``shapes`` are those of ``origins[0].names``, of which it is one.
     """
-    part, tensor, index = parts[0], tensors[0], parts[0].official.index(name)
-    if part.convert == "patches":
+    origin, tensor, index = origins[0], tensors[0], origins[0].names.index(name)
+    if origin.convert == "patches":
         _, colours, rows, columns = shapes[0]
         return tensor.unflatten(1, (rows, columns, colours)).permute(0, 3, 1, 2)
-    if part.convert in THIRDS:
-        thirds = {part.convert: tensor for part, tensor in zip(parts, tensors, strict=True)}
+    if origin.convert in THIRDS:
+        thirds = {origin.convert: tensor for origin, tensor in zip(origins, tensors, strict=True)}
         return torch.cat([thirds[third] for third in THIRDS])
-    lengths = [prod(shape[:-1]) if part.convert == "flat" else shape[0] if shape else 1 for shape in shapes]
+    lengths = [prod(shape[:-1]) if origin.convert == "flat" else shape[0] if shape else 1 for shape in shapes]
     pieces = tensor.split(lengths) if len(shapes) > 1 else [tensor]
     return pieces[index].reshape(shapes[index])

@@ -240,7 +240,7 @@ def convert(path: Path) -> Tokenizer:
         raise UserError(f"expected different pieces, one for unknown text, in {path}, found others; copy it again")
     if model.algorithm == BPE:
         unk_token = pieces[unknown][0]
-        merges = sorted_merges(pieces)
+        merges = sort_merges(pieces)
         tokenizer = Tokenizer(
             models.BPE(vocabulary, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=model.byte_fallback)
         )
@@ -276,7 +276,7 @@ def convert(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def sorted_merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+def sort_merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     """Sentencepiece joins the neighbours whose union has the best score; so every way to split a piece is a merge."""
     ranks = {text: index for index, (text, _, kind) in enumerate(pieces) if kind in (NORMAL, UNUSED)}
     merges = [

@@ -36,10 +36,10 @@ class TorchPolicy:
         self.reset()
 
     @staticmethod
-    def official(folder: Folder, options: ReadOptions) -> TorchPolicy:
+    def from_folder(folder: Folder, options: ReadOptions) -> TorchPolicy:
         """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
         layout = reader.layout(folder, options)
-        reader.print_assumed(layout)
+        reader.print_assumptions(layout)
         spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
         return TorchPolicy(spec, tokenizer, lambda: reader.read(folder, options)[0])

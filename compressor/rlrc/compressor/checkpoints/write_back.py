@@ -25,7 +25,7 @@ from rlrc.folders import appearing, sync
 SKIPPED = (".git", ".cache")  # what download tools leave; a clone's history holds the weights once more
 
 
-def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadOptions | None = None) -> None:
+def write_checkpoint(policy: PolicyModule, like: Folder, out: Path, options: ReadOptions | None = None) -> None:
     """Copies the folder ``like`` to ``out`` with this policy's weights: same files, names, shapes and dtypes.
 
     Tensors that the policy does not have (Layout.unused) are those of ``like``. Raises UserError if the geometry is not
@@ -47,7 +47,7 @@ def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadO
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if path in written:
                     write = _write_pt if written[path].file else _write_safetensors
-                    write(path, target, _New(state, layout, written[path]))
+                    write(path, target, _NewTensors(state, layout, written[path]))
                 else:
                     shutil.copyfile(path, target)
         for path in partial.rglob("*"):
@@ -55,29 +55,29 @@ def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadO
         sync(partial)
 
 
-class _New:
+class _NewTensors:
     """The official tensors of one file of the layout, made from the policy's when they are asked for."""
 
     def __init__(self, state: dict[str, Tensor], layout: Layout, old: Tensors) -> None:
         self.old, self.state, self.layout = old, state, layout
         self.ours: dict[str, list[str]] = {}  # which of the policy's tensors have something of an official one
-        for ours, part in layout.parts.items():
-            for name in part.official if part.file == old.file else ():
+        for ours, origin in layout.origins.items():
+            for name in origin.names if origin.file == old.file else ():
                 self.ours.setdefault(name, []).append(ours)
 
     def __call__(self, name: str) -> Tensor:
         """``name``: as it stands in the file."""
-        name = self._tied(self.old.aliases.get(name, name))
+        name = self._resolve_tied(self.old.aliases.get(name, name))
         if name not in self.ours:
             return self.old.read(name)
-        parts = [self.layout.parts[ours] for ours in self.ours[name]]
+        origins = [self.layout.origins[ours] for ours in self.ours[name]]
         tensors = [self.state[ours] for ours in self.ours[name]]
-        new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
+        new = weights.restore(origins, tensors, name, [self.old.shape(source) for source in origins[0].names])
         new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
         models_tensors.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
         return new
 
-    def _tied(self, name: str) -> str:
+    def _resolve_tied(self, name: str) -> str:
         """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""
         if name in self.ours or not name.endswith("lm_head.weight"):
             return name
@@ -99,11 +99,11 @@ def _check_geometry(policy: PolicyModule, expected: PolicyModule, like: Folder) 
         )
     for name, tower in expected.towers.items():
         if policy.towers.get(name) != tower:
-            raise _other_geometry(f"the tower {name}", like)
+            raise _geometry_error(f"the tower {name}", like)
     found, wanted = policy.state_dict(), expected.state_dict()
     for name in wanted | found:
         if name not in wanted or name not in found or wanted[name].shape != found[name].shape:
-            raise _other_geometry(name, like)
+            raise _geometry_error(name, like)
 
 
 def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -> None:
@@ -122,14 +122,14 @@ def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -
         )
 
 
-def _other_geometry(where: str, like: Folder) -> UserError:
+def _geometry_error(where: str, like: Folder) -> UserError:
     return UserError(
         f"expected the geometry of {like.path}, found another one in {where}; the official format cannot hold a pruned "
         "policy: export it (rlrc export), or write back one that was not pruned"
     )
 
 
-def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
+def _write_safetensors(source: Path, target: Path, tensors: _NewTensors) -> None:
     """The header of the source as it is, then every tensor's bytes where the header says."""
     with source.open("rb") as old, target.open("wb") as new:
         length = old.read(8)
@@ -142,7 +142,7 @@ def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
             new.write(data.data)
 
 
-def _write_pt(source: Path, target: Path, tensors: _New) -> None:
+def _write_pt(source: Path, target: Path, tensors: _NewTensors) -> None:
     """The names of the source, with their prefixes."""
     old = torch.load(source, map_location="cpu", weights_only=True)
     torch.save({name: tensors(name).clone() for name in old}, target)

@@ -11,14 +11,13 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.checkpoints import folder as official
 from rlrc.compressor.checkpoints import geometry as geometries
 from rlrc.compressor.checkpoints import hub, reader
-from rlrc.compressor.checkpoints.folder import options_of
+from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.prismatic import norm_stats
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
-from rlrc.compressor.checkpoints.write_back import write_official
-from rlrc.compressor.cli.describe import describe, record
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
+from rlrc.compressor.cli.describe import describe_checkpoint, print_checkpoint
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.errors import UserError
 from rlrc.folders import check_output
@@ -31,7 +30,7 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         folder, options = geometries.folder(geometry)
     else:
         assert path is not None
-        folder, options = official.open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
+        folder, options = open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
     data_sets, shown = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
     if len(data_sets) > 1 and options.unnorm_key is None:
         options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
@@ -40,11 +39,11 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
     layout = replace(layout, assumed=shown + layout.assumed)
     built = reader.build(layout)
     reader.check(folder, layout, built)
-    facts = record(folder, layout, built, data_sets)
+    facts = describe_checkpoint(folder, layout, built, data_sets)
     if as_json:
         print(json.dumps(facts, indent=1))
     else:
-        describe(facts, layout, console := plain_console())
+        print_checkpoint(facts, layout, console := plain_console())
         if geometry is None:
             missing = [how for steps in layout.normalisation.values() for how in steps if how.missing]
             key = " --unnorm-key KEY" if missing or shown else ""
@@ -59,7 +58,7 @@ def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
     if threads < 1:
         raise UserError(f"expected at least one thread, found {threads}; give --threads 1 or more")
     torch.set_num_threads(threads)
-    return TorchPolicy.official(official.open_folder(hub.locate(path)), options_of(flags))
+    return TorchPolicy.from_folder(open_folder(hub.locate(path)), options_of(flags))
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ class WriteBack:
     """folder to write; must not exist"""
     like: Path
     """the official folder (or owner/name of the hub) that the artifact was made from"""
-    flags: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
         check_output(self.out)
-        folder = official.open_folder(hub.locate(self.like))
-        write_official(load_policy(artifacts.load(self.path)), folder, self.out, options_of(self.flags))
+        folder = open_folder(hub.locate(self.like))
+        write_checkpoint(load_policy(artifacts.load(self.path)), folder, self.out, options_of(self.checkpoint))
         print(f"{self.out}: the weights of {self.path} in the format of {folder.path}; next: rlrc inspect {self.out}")

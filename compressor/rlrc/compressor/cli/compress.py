@@ -59,7 +59,7 @@ def compress(
         if taught:
             config = dataclasses.replace(config, teacher=str(source))
         target, told = folder / name, (flags if current is source else None) or Flags()
-        with _continued(name):
+        with _explain_interruption(name):
             if target.exists():
                 check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
             else:
@@ -67,12 +67,12 @@ def compress(
                 runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
         current = target
     if distributed.rank() == 0:
-        with _continued("the export"), status("exporting, and verifying"):
+        with _explain_interruption("the export"), status("exporting, and verifying"):
             export(artifacts.load(current), out)
 
 
 @contextmanager
-def _continued(step: str) -> Iterator[None]:
+def _explain_interruption(step: str) -> Iterator[None]:
     """An interruption within it says that the same command goes on with this step, unless it says more already."""
     try:
         yield

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.datasets import inspection
 from rlrc.datasets.lerobot import Dataset
 from rlrc.errors import UserError
@@ -34,11 +34,11 @@ class InspectDataset:
     """pairs of a camera of the policy and one of the data set, where their names differ; none: do without it"""
     json: bool = False
     """print everything as JSON"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
         dataset = Dataset.open(self.path)
-        spec = None if self.policy is None else policy_spec(self.policy, self.official, dataset, self.cameras)
+        spec = None if self.policy is None else policy_spec(self.policy, self.checkpoint, dataset, self.cameras)
         with status(f"reading {self.path}"):
             found = inspection.facts(dataset)
             if spec is not None:
@@ -91,13 +91,13 @@ def policy_spec(path: Path, flags: Flags, dataset: Dataset, cameras: Mapping[str
 
     A base checkpoint without statistics is what ``rlrc sft`` makes of it with this data set.
     """
-    if is_official(path, flags):
+    if is_checkpoint(path, flags):
         from rlrc.compressor.checkpoints.lerobot import dataset_statistics  # imported late: it needs torch
         from rlrc.compressor.stages.sources import open_source
 
         source = open_source(path, flags, incomplete=True)
-        names = dataset_statistics.undecided(source.spec, source.normalisation)
+        names = dataset_statistics.find_undecided(source.spec, source.normalisation)
         with suppress(UserError):  # inspection.fit reports what does not match
-            return dataset_statistics.adopted(source.spec, source.normalisation, names, dataset, cameras)[0]
+            return dataset_statistics.adopt_statistics(source.spec, source.normalisation, names, dataset, cameras)[0]
         return source.spec
     return artifacts.load(path, verify=()).manifest.policy

@@ -40,7 +40,7 @@ COMPONENTS = {
 }
 
 
-def record(folder: Folder, layout: Layout, policy: PolicyModule, data_sets: list[str]) -> dict[str, Any]:
+def describe_checkpoint(folder: Folder, layout: Layout, policy: PolicyModule, data_sets: list[str]) -> dict[str, Any]:
     """JSON values. ``policy`` is on the meta device."""
     stored, components, dead = list[Tensor](), dict[str, list[Tensor]](), list[Tensor]()
     unused = set(layout.unused)
@@ -101,9 +101,9 @@ def prunable(layout: Layout, policy: PolicyModule) -> dict[str, int]:
     return sums
 
 
-def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
+def print_checkpoint(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     parts = "; ".join(
-        f"{name} {short(part['parameters'])} in {part['tensors']}" for name, part in facts["components"].items()
+        f"{name} {format_count(part['parameters'])} in {part['tensors']}" for name, part in facts["components"].items()
     )
     rows = {
         "checkpoint": facts["path"],
@@ -112,7 +112,7 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors: {parts}",
         "bytes": f"{facts['bytes']:,} as {', '.join(facts['dtypes'])}",
         "data sets": ", ".join(facts["data_sets"]),
-        "never read": f"{short(facts['unused']['parameters'])} parameters in {facts['unused']['tensors']} tensors: "
+        "never read": f"{format_count(facts['unused']['parameters'])} parameters in {facts['unused']['tensors']} tensors: "
         "no action depends on them",
         "can be pruned": prunable_parts(layout.towers),
         "assumed": "; ".join(facts["assumed"]),
@@ -121,5 +121,5 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     print_table(modules_table(facts["modules"], layout.towers), console)
 
 
-def short(parameters: int) -> str:
+def format_count(parameters: int) -> str:
     return f"{parameters / 1e6:.1f}M" if parameters >= 1e5 else f"{parameters / 1e3:.1f}k"

@@ -26,18 +26,18 @@ def following(manifest: Manifest) -> tuple[str, ...]:
     pruned = any(entry.stage == "prune" and not entry.config.get("lossless") for entry in manifest.history)
     # Reinforcement learning is a recovery, in the simulator of the reference family; a policy is pruned once.
     left = {"prune"} if pruned else {"rl"}
-    return tuple(name for name in after if name not in left | (set() if _simulated(manifest) else {"rl"}))
+    return tuple(name for name in after if name not in left | (set() if _uses_simulator(manifest) else {"rl"}))
 
 
 def hint(out: Path, manifest: Manifest) -> str:
     """ "rlrc quantize OUT1 OUT2, or ...", with the flags that a command cannot do without."""
     recipe = "reference" if manifest.history[-1].stage == "new" else "rlrc-90"
-    lessons = f" --recipe {recipe}" if _simulated(manifest) else " --data FOLDER"
-    flags = {"sft": lessons, "distill": f" --teacher DENSE{'' if _simulated(manifest) else ' --data FOLDER'}"}
-    flags["prune"] = "" if _simulated(manifest) else " --data FOLDER"
+    lessons = f" --recipe {recipe}" if _uses_simulator(manifest) else " --data FOLDER"
+    flags = {"sft": lessons, "distill": f" --teacher DENSE{'' if _uses_simulator(manifest) else ' --data FOLDER'}"}
+    flags["prune"] = "" if _uses_simulator(manifest) else " --data FOLDER"
     return ", or ".join(f"rlrc {name} {out} OUT{flags.get(name, '')}" for name in following(manifest))
 
 
-def _simulated(manifest: Manifest) -> bool:
+def _uses_simulator(manifest: Manifest) -> bool:
     """Whether its demonstrations come from the simulator."""
     return manifest.policy.family == REFERENCE

@@ -39,7 +39,7 @@ class Sensitivity:
     config: OmitArgPrefixes[SensitivityConfig] = field(default_factory=SensitivityConfig)
     threads: int = field(default_factory=cores)
     """threads of torch (default: as many cores as this process may use)"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
 
@@ -55,7 +55,7 @@ class Sensitivity:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         journal = self.out.with_name(f".{self.out.name}.run")
         with storing(self.out):
-            report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
+            report = measure(open_source(self.path, self.checkpoint), str(self.path), self.config, journal)
         text = json.dumps(strict.encode(report), indent=1)
         with replacing(self.out) as partial:
             partial.write_text(text + "\n")

@@ -19,7 +19,7 @@ LEAST = 1e-6  # of an error on the logarithmic scale
 
 def draw(report: SensitivityReport, file: Path) -> None:
     """Writes an SVG."""
-    towers, others = tabulated(report)
+    towers, others = tabulate(report)
     rows = [len(cells) for cells in towers.values()] + ([0.4 * len(others) + 0.6] if others else [])
     widest = max((1 + max(cell) for cells in towers.values() for cell in cells.values()), default=12)
     errors = [max(row.error, LEAST) for row in report.modules]
@@ -36,7 +36,7 @@ def draw(report: SensitivityReport, file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def tabulated(report: SensitivityReport) -> tuple[dict[str, Cells], dict[str, float]]:
+def tabulate(report: SensitivityReport) -> tuple[dict[str, Cells], dict[str, float]]:
     """Of every tower its rows; and the errors of layers that are in no block."""
     towers: dict[str, Cells] = {}
     others: dict[str, float] = {}

@@ -97,10 +97,10 @@ class Prune(StageCommand):
     """
 
     config: OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("prune", run_prune, self.config, self.official)
+        self._run("prune", run_prune, self.config, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Quantize(StageCommand):
     """
 
     config: OmitArgPrefixes[QuantizeConfig] = field(default_factory=QuantizeConfig)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("quantize", run_quantize, self.config, self.official)
+        self._run("quantize", run_quantize, self.config, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ class CompareGrids:
     """what to round"""
     threads: int = field(default_factory=cores)
     """threads of torch (default: as many cores as this process may use)"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
 
     def run(self) -> None:
         if self.threads < 1:
             raise UserError(f"expected --threads >= 1, found {self.threads}")
-        source = open_source(self.path, self.official)
+        source = open_source(self.path, self.checkpoint)
         unquantized_only(source, self.path)
         torch.set_num_threads(self.threads)
         policy = source.load()

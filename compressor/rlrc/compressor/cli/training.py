@@ -30,10 +30,10 @@ class SFT(StageCommand):
     """
 
     config: OmitArgPrefixes[SFTConfig] = field(default_factory=SFTConfig)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("sft", run_sft, self.config, self.official)
+        self._run("sft", run_sft, self.config, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Distill(StageCommand):
     """Train a pruned policy on demonstrations and on what the blocks of its dense teacher put out."""
 
     config: OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        self._run("distill", run_distill, self.config, self.official)
+        self._run("distill", run_distill, self.config, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Compress:
     recipe: str = "rlrc-90"
     """a TOML file, or the name of a built-in recipe"""
     options: OmitArgPrefixes[StageOptions] = field(default_factory=StageOptions)
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
-        compress(self.source, self.out, load(self.recipe), self.options, self.official)
+        compress(self.source, self.out, load(self.recipe), self.options, self.checkpoint)
         if distributed.rank() == 0:
             spec = artifacts.load(self.out, verify=()).manifest.policy
             following = f"next: {trial(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, TOKENIZER, WEIGHTS, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
 from rlrc.artifact.describe import Recorded, recorded_normalisation
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
@@ -62,7 +62,9 @@ def open_source(path: Path, flags: Flags, incomplete: bool = False) -> PolicySou
 
     Raises UserError for what a stage cannot start from.
     """
-    return OfficialSource(path, flags, incomplete) if is_official(path, flags) else ArtifactSource(artifacts.load(path))
+    return (
+        OfficialSource(path, flags, incomplete) if is_checkpoint(path, flags) else ArtifactSource(artifacts.load(path))
+    )
 
 
 def respecified(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
@@ -124,7 +126,7 @@ class OfficialSource:
         self.options = dataclasses.replace(folder.options_of(flags), incomplete=incomplete)
         self.folder: Folder = folder.open_folder(hub.locate(path))
         layout: Layout = reader.layout(self.folder, self.options)
-        reader.print_assumed(layout)
+        reader.print_assumptions(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, VerifiedSpec
 from rlrc.artifact.describe import folder_bytes
-from rlrc.checkpoint_folder import Flags, is_official
+from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.npz import read_npz, write_npz
@@ -41,13 +41,13 @@ class InspectPolicy:
     """instead of a path: the real dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
     json: bool = False
     """print everything as JSON; of an artifact the manifest, its digest and the bytes of each kind of file"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
         if (self.path is None) == (self.geometry is None):
             raise UserError("expected either a path or --geometry, found both or neither; give one of them")
-        if self.path is None or is_official(self.path, self.official):
-            return import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
+        if self.path is None or is_checkpoint(self.path, self.checkpoint):
+            return import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.checkpoint, self.json)
         artifact = artifacts.load(self.path)
         if self.json:
             values = artifacts.to_json(artifact.manifest) | {"digest": artifact.digest, "bytes": folder_bytes(artifact)}
@@ -72,7 +72,7 @@ class Infer:
     """threads of the engine"""
     json: bool = False
     """print the actions, tokens and timing as JSON as well"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
         check_output(self.out)
@@ -94,8 +94,8 @@ class Infer:
         return 0
 
     def _policy(self) -> Policy:
-        if is_official(self.path, self.official):
-            return import_module(CHECKPOINTS).policy(self.path, self.official, self.threads)
+        if is_checkpoint(self.path, self.checkpoint):
+            return import_module(CHECKPOINTS).policy(self.path, self.checkpoint, self.threads)
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 

@@ -154,22 +154,22 @@ def _parts(geometry: ACTGeometry, encoder: int, decoder: int) -> Iterator[tuple[
         renamed |= {f"{own}.norm1": f"{own}.norm1", f"{own}.norm2": f"{own}.norm2"}
         renamed |= {f"{own}.mlp.up": f"{own}.linear1", f"{own}.mlp.down": f"{own}.linear2"}
     for i in range(0, decoder, 2):
-        first, second, official = f"decoder.layers.{i}", f"decoder.layers.{i + 1}", f"decoder.layers.{i // 2}"
-        yield from _attention(f"{first}.attention", f"{official}.self_attn")
-        yield from _attention(f"{second}.attention", f"{official}.multihead_attn")
-        renamed |= {f"{first}.norm1": f"{official}.norm1"}
-        renamed |= {f"{second}.norm1": f"{official}.norm2", f"{second}.norm2": f"{official}.norm3"}
-        renamed |= {f"{second}.mlp.up": f"{official}.linear1", f"{second}.mlp.down": f"{official}.linear2"}
-    for own, official in renamed.items():
+        first, second, theirs = f"decoder.layers.{i}", f"decoder.layers.{i + 1}", f"decoder.layers.{i // 2}"
+        yield from _attention(f"{first}.attention", f"{theirs}.self_attn")
+        yield from _attention(f"{second}.attention", f"{theirs}.multihead_attn")
+        renamed |= {f"{first}.norm1": f"{theirs}.norm1"}
+        renamed |= {f"{second}.norm1": f"{theirs}.norm2", f"{second}.norm2": f"{theirs}.norm3"}
+        renamed |= {f"{second}.mlp.up": f"{theirs}.linear1", f"{second}.mlp.down": f"{theirs}.linear2"}
+    for own, theirs in renamed.items():
         for leaf in ("weight", "bias"):
-            yield f"{own}.{leaf}", TensorOrigin((f"model.{official}.{leaf}",))
+            yield f"{own}.{leaf}", TensorOrigin((f"model.{theirs}.{leaf}",))
 
 
-def _attention(own: str, official: str) -> Iterator[tuple[str, TensorOrigin]]:
+def _attention(own: str, theirs: str) -> Iterator[tuple[str, TensorOrigin]]:
     for leaf in ("weight", "bias"):
         for name, third in (("q", "query"), ("k", "key"), ("v", "value")):
-            yield f"{own}.{name}.{leaf}", TensorOrigin((f"model.{official}.in_proj_{leaf}",), third)
-        yield f"{own}.o.{leaf}", TensorOrigin((f"model.{official}.out_proj.{leaf}",))
+            yield f"{own}.{name}.{leaf}", TensorOrigin((f"model.{theirs}.in_proj_{leaf}",), third)
+        yield f"{own}.o.{leaf}", TensorOrigin((f"model.{theirs}.out_proj.{leaf}",))
 
 
 def _trunk(geometry: ACTGeometry) -> Iterator[tuple[str, TensorOrigin]]:
@@ -177,11 +177,11 @@ def _trunk(geometry: ACTGeometry) -> Iterator[tuple[str, TensorOrigin]]:
     channels = geometry.stem
     for stage, (count, outputs) in enumerate(zip(geometry.blocks, geometry.outputs, strict=True)):
         for i in range(count):
-            own, official = f"stages.{stage}.{i}", f"layer{stage + 1}.{i}"
+            own, theirs = f"stages.{stage}.{i}", f"layer{stage + 1}.{i}"
             for conv in range(2 + geometry.bottleneck):
-                pairs[f"{own}.convs.{conv}"] = (f"{official}.conv{conv + 1}", f"{official}.bn{conv + 1}")
+                pairs[f"{own}.convs.{conv}"] = (f"{theirs}.conv{conv + 1}", f"{theirs}.bn{conv + 1}")
             if i == 0 and (stage or channels != outputs):
-                pairs[f"{own}.skip"] = (f"{official}.downsample.0", f"{official}.downsample.1")
+                pairs[f"{own}.skip"] = (f"{theirs}.downsample.0", f"{theirs}.downsample.1")
         channels = outputs
     leaves = {"weight": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
     for own, (convolution, norm) in pairs.items():

@@ -21,7 +21,7 @@ BUFFER = re.compile(
 )
 
 
-def among_weights(folder: Folder) -> tuple[Statistics, Statistics]:
+def read_buffers(folder: Folder) -> tuple[Statistics, Statistics]:
     """Of inputs and of the action. Those that were never filled, with infinity, are left out."""
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in folder.tensors:
@@ -33,7 +33,7 @@ def among_weights(folder: Folder) -> tuple[Statistics, Statistics]:
     return Statistics("the weights", inwards), Statistics("the weights", outwards)
 
 
-def of_config(config: Mapping[str, Any], kinds: Mapping[str, str], statistics: Statistics) -> list[Effect]:
+def read_modes(config: Mapping[str, Any], kinds: Mapping[str, str], statistics: Statistics) -> list[Effect]:
     """Of a folder without pipelines: modes from config.json, for inputs of these kinds and the action.
 
     LeRobot before 0.4 added eps to every range on the way in, which is less than float32 can tell.

@@ -29,16 +29,16 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # LeRo
 PARTS = {"state": "observation.state", "environment_state": "observation.environment_state", "action": "action"}
 
 
-def missing(record: Recorded) -> list[str]:
+def find_missing(record: Recorded) -> list[str]:
     return [name for name, steps in record.items() if any(step["missing"] for step in steps)]
 
 
-def normalised(record: Recorded) -> list[str]:
+def find_normalised(record: Recorded) -> list[str]:
     """What is normalised by one of LeRobot's modes, with or without statistics."""
     return [name for name, steps in record.items() if any(step["mode"] in MODES for step in steps)]
 
 
-def undecided(spec: PolicySpec, record: Recorded) -> list[str]:
+def find_undecided(spec: PolicySpec, record: Recorded) -> list[str]:
     """What is the data set's to say: what lacks statistics, and what is as wide as a base declares and has IDENTITY."""
     wide = [
         name
@@ -46,10 +46,10 @@ def undecided(spec: PolicySpec, record: Recorded) -> list[str]:
         if spec.flow is not None and all(step["mode"] == IDENTITY for step in record.get(name, [{"mode": ""}]))
         if len(set(_range(spec, name))) == 1
     ]
-    return missing(record) + wide
+    return find_missing(record) + wide
 
 
-def adopted(
+def adopt_statistics(
     spec: PolicySpec, record: Recorded, names: Collection[str], dataset: Dataset, cameras: Mapping[str, str]
 ) -> tuple[PolicySpec, Recorded]:
     """The policy with the data set's statistics for what is named, and its new record.
@@ -67,22 +67,22 @@ def adopted(
         mode, eps = record[name][0]["mode"], record[name][0]["eps"]
         feature = PARTS.get(name) or _camera(dataset, name.removeprefix("image."), cameras)
         if name.startswith("image."):
-            values, origin = _of_pictures(dataset, feature, mode)
-            spec = _with_picture(spec, name.removeprefix("image."), affine(mode, values, 3, eps, feature))
+            values, origin = _picture_statistics(dataset, feature, mode)
+            spec = _replace_picture(spec, name.removeprefix("image."), affine(mode, values, 3, eps, feature))
         else:
             width = _width(dataset, feature, spec, name)
             if mode == IDENTITY:
                 if width != _range(spec, name)[0]:
-                    spec = _with_numbers(spec, name, identity(width), dataset.features[feature].names)
+                    spec = _replace_numbers(spec, name, identity(width), dataset.features[feature].names)
                 continue
-            values, origin = _of_numbers(dataset, feature, mode)
+            values, origin = _number_statistics(dataset, feature, mode)
             norm = affine(mode, values, width, eps, f"{feature} in {dataset.path}", inverse=name == "action")
-            spec = _with_numbers(spec, name, norm, dataset.features[feature].names)
+            spec = _replace_numbers(spec, name, norm, dataset.features[feature].names)
         record[name] = [encode(Normalisation(feature, mode, f"{', '.join(MODES[mode])} of {origin}", eps=eps))]
     return spec, record
 
 
-def _stored(dataset: Dataset, feature: str, mode: str) -> Values | None:
+def _read_stats(dataset: Dataset, feature: str, mode: str) -> Values | None:
     """Those of meta/stats.json, which LeRobot trains with; None if it does not have what the mode takes."""
     try:
         stats = parse((dataset.path / "meta/stats.json").read_bytes())[feature]
@@ -91,20 +91,20 @@ def _stored(dataset: Dataset, feature: str, mode: str) -> Values | None:
         return None
 
 
-def _of_numbers(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
+def _number_statistics(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
     from rlrc.datasets.stats import of_vectors
 
-    if (values := _stored(dataset, feature, mode)) is not None:
+    if (values := _read_stats(dataset, feature, mode)) is not None:
         return values, f"{feature} in {dataset.path / 'meta/stats.json'}"
     found = of_vectors(dataset.column(feature))
     rows = {name: torch.tensor(found[name], dtype=torch.float64) for name in MODES[mode]}
     return rows, f"{feature} in the rows of {dataset.path}"
 
 
-def _of_pictures(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
+def _picture_statistics(dataset: Dataset, feature: str, mode: str) -> tuple[Values, str]:
     if mode == "MEAN_STD":
         return {name: torch.tensor(values) for name, values in IMAGENET.items()}, "ImageNet, as LeRobot trains"
-    if (values := _stored(dataset, feature, mode)) is not None:
+    if (values := _read_stats(dataset, feature, mode)) is not None:
         return values, f"{feature} in {dataset.path / 'meta/stats.json'}"
     raise UserError(
         f"expected {' and '.join(MODES[mode])} of {feature} in {dataset.path / 'meta/stats.json'}, for the policy's "
@@ -143,7 +143,7 @@ def _range(spec: PolicySpec, part: str) -> tuple[int, int]:
     return own, max(own, (spec.state and spec.state.width) or 0)
 
 
-def _with_numbers(spec: PolicySpec, part: str, norm: NormStats, names: Any) -> PolicySpec:
+def _replace_numbers(spec: PolicySpec, part: str, norm: NormStats, names: Any) -> PolicySpec:
     dim = len(norm.center)
     called = dimension_names(names, dim)
     if part == "action":
@@ -167,14 +167,14 @@ def _with_numbers(spec: PolicySpec, part: str, norm: NormStats, names: Any) -> P
     return replace(spec, state=new)
 
 
-def _with_picture(spec: PolicySpec, name: str, norm: NormStats) -> PolicySpec:
+def _replace_picture(spec: PolicySpec, name: str, norm: NormStats) -> PolicySpec:
     cameras = (
         replace(camera, mean=norm.center, std=norm.scale) if camera.name == name else camera for camera in spec.cameras
     )
     return replace(spec, cameras=tuple(cameras))
 
 
-def from_data(path: str) -> Dataset:
+def open_dataset(path: str) -> Dataset:
     from rlrc.datasets.lerobot import Dataset
 
     return Dataset.open(Path(path))

@@ -31,7 +31,7 @@ class PolicyFeature:
         return self.shape[0]
 
 
-def short(name: str) -> str:
+def short_name(name: str) -> str:
     """ "front" of "observation.images.front", "state" of "observation.state"."""
     return name.removeprefix("observation.").removeprefix("images.")
 

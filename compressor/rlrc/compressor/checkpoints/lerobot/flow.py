@@ -16,10 +16,10 @@ from rlrc.compressor.checkpoints import settings
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
 from rlrc.compressor.checkpoints.lerobot.features import PolicyFeature, number, real
-from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, OfficialTensors, parts, unused
+from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, CanonicalTensors, find_unused, map_tensors
 from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY
 from rlrc.compressor.checkpoints.lerobot.processors import Processors
-from rlrc.compressor.checkpoints.lerobot.prompt_state import with_prompt_state
+from rlrc.compressor.checkpoints.lerobot.prompt_state import set_prompt_state
 from rlrc.compressor.checkpoints.lerobot.steps import BEFORE
 from rlrc.errors import UserError
 
@@ -58,7 +58,7 @@ class Reader:
     folder: Folder
     hints: Mapping[str, Any]
     processors: Processors
-    official: OfficialTensors
+    tensors: CanonicalTensors
 
     @property
     def config(self) -> dict[str, Any]:
@@ -95,21 +95,21 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
         )
     settings.check_lerobot(folder, options)
     processors = lerobot.read(folder, True, options)
-    reader = Reader(family, folder, options.hints, processors, OfficialTensors(folder.tensors, family))
+    reader = Reader(family, folder, options.hints, processors, CanonicalTensors(folder.tensors, family))
     vision, grid = _vision(reader)
     decoder, expert = _decoders(reader)
     towers = {"vision": vision, "decoder": decoder, "expert": expert}
     spec = _spec(reader, _cameras(reader, grid), _merge(reader, vision, grid))
-    spec, assumed = with_prompt_state(folder, processors, spec, options.prompt_state)
-    taken = parts(reader.official, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
+    spec, assumed = set_prompt_state(folder, processors, spec, options.prompt_state)
+    taken = map_tensors(reader.tensors, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
     shown = processors.normalisation([*processors.inputs("VISUAL"), _state_feature(reader)])
-    return Layout(spec, towers, taken, unused(reader.official, towers, taken), assumed, shown)
+    return Layout(spec, towers, taken, find_unused(reader.tensors, towers, taken), assumed, shown)
 
 
 def _vision(reader: Reader) -> tuple[TowerSpec, int]:
     """SigLIP, and how many patches a side has."""
-    official, prefix = reader.official, reader.official.where.vision
-    width = official.shape(f"{prefix}.embeddings.patch_embedding.weight", 4)[0]
+    tensors, prefix = reader.tensors, reader.tensors.where.vision
+    width = tensors.shape(f"{prefix}.embeddings.patch_embedding.weight", 4)[0]
     heads = reader.hint("vision", "num_attention_heads") or SIGLIP.get(width)
     if heads is None or width % heads:
         raise UserError(
@@ -117,25 +117,25 @@ def _vision(reader: Reader) -> tuple[TowerSpec, int]:
             f"{reader.folder.path}, found {heads or 'none'}; give vision.num_attention_heads with --hints"
         )
     layers = f"{prefix}.encoder.layers"
-    depth = official.depth(layers, "mlp.fc1.weight")
-    mlps = [official.shape(f"{layers}.{i}.mlp.fc1.weight", 2)[0] for i in range(depth)]
+    depth = tensors.depth(layers, "mlp.fc1.weight")
+    mlps = [tensors.shape(f"{layers}.{i}.mlp.fc1.weight", 2)[0] for i in range(depth)]
     blocks = tuple(LayerSpec(heads, heads, width // heads, mlp) for mlp in mlps)
-    positions = official.shape(f"{prefix}.embeddings.position_embedding.weight", 2)[0]
+    positions = tensors.shape(f"{prefix}.embeddings.position_embedding.weight", 2)[0]
     return TowerSpec(width, blocks, eps=1e-6, activation="gelu-tanh"), isqrt(positions)
 
 
 def _decoders(reader: Reader) -> tuple[TowerSpec, TowerSpec]:
     """The prefix as far as it is used, and the expert."""
-    official, smol = reader.official, reader.smol
-    prefixes = (official.where.decoder, official.where.expert)
-    depth, blocks = (official.depth(f"{prefix}.layers", "self_attn.q_proj.weight") for prefix in prefixes)
+    tensors, smol = reader.tensors, reader.smol
+    prefixes = (tensors.where.decoder, tensors.where.expert)
+    depth, blocks = (tensors.depth(f"{prefix}.layers", "self_attn.q_proj.weight") for prefix in prefixes)
     kinds = _kinds(reader, depth, blocks)
     # Of the last block of the prefix that serves one of the expert's only keys and values are used, of later ones none.
     seen: list[Kind] = ["self"] * ((blocks - 1) * (depth // blocks))
 
     def tower(prefix: str, model: tuple[str, str, str], kinds: list[Kind], adaptive: bool) -> TowerSpec:
         heads = _heads(reader, prefix, *model)
-        gates = [official.shape(f"{prefix}.layers.{i}.mlp.gate_proj.weight", 2) for i in range(len(kinds))]
+        gates = [tensors.shape(f"{prefix}.layers.{i}.mlp.gate_proj.weight", 2) for i in range(len(kinds))]
         eps = real(reader.hints, "rms_eps", 1e-5) if smol else real(reader.hints, "vlm_rms_eps", 1e-6)
         # SmolVLA's base is 10,000 whatever the configuration of its language model says.
         theta = real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0)
@@ -178,7 +178,7 @@ def _heads(reader: Reader, prefix: str, setting: str, default: str, section: str
             f"give {wanted} with --hints"
         )
     heads, kv_heads, head_dim = (own or known for own, known in zip(given, HEADS.get(model, (0,) * 3), strict=True))
-    rows = [reader.official.shape(f"{prefix}.layers.0.self_attn.{name}_proj.weight", 2)[0] for name in "qk"]
+    rows = [reader.tensors.shape(f"{prefix}.layers.0.self_attn.{name}_proj.weight", 2)[0] for name in "qk"]
     if rows != [heads * head_dim, kv_heads * head_dim] or heads % kv_heads:
         raise UserError(
             f"expected {heads} query and {kv_heads} key/value heads of {head_dim} numbers in {prefix} of "
@@ -222,12 +222,12 @@ def _layers(config: Mapping[str, Any], name: str, every: int) -> int:
 
 def _merge(reader: Reader, vision: TowerSpec, grid: int) -> int:
     """SmolVLM's connector joins merge x merge patches to one token."""
-    columns = reader.official.shape(f"{reader.official.where.projector}.weight", 2)[1]
+    columns = reader.tensors.shape(f"{reader.tensors.where.projector}.weight", 2)[1]
     merge = isqrt(columns // vision.width)
     if not merge or columns != merge**2 * vision.width or grid % merge:
         raise UserError(
             f"expected a projector of whole squares of the {grid} x {grid} patches of {vision.width} channels, found "
-            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of "
+            f"{columns} columns in {reader.tensors.where.projector} of {reader.folder.path}; is its config.json of "
             "these weights?"
         )
     return merge
@@ -267,11 +267,11 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
 
 
 def _patch(reader: Reader) -> int:
-    return reader.official.shape(f"{reader.official.where.vision}.embeddings.patch_embedding.weight", 4)[-1]
+    return reader.tensors.shape(f"{reader.tensors.where.vision}.embeddings.patch_embedding.weight", 4)[-1]
 
 
 def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> PolicySpec:
-    config, family, official = reader.config, reader.family, reader.official
+    config, family, tensors = reader.config, reader.family, reader.tensors
     width = number(config, "max_action_dim", 32)
     action = reader.processors.action(None if reader.smol else width, padded=width)
     if action.dim > width:
@@ -287,10 +287,10 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
             "is that file of this policy?"
         )
     geometry: dict[str, Any] = {
-        "vocabulary": official.shape(official.embedding, 2)[0],
+        "vocabulary": tensors.shape(tensors.embedding, 2)[0],
         "patch": _patch(reader),
         "merge": merge,
-        "bias": f"{official.where.projector}.bias" in official,
+        "bias": f"{tensors.where.projector}.bias" in tensors,
         "scaled": reader.smol,
         "state": STATE[family],
         "causal": reader.smol,

@@ -47,7 +47,7 @@ LINEARS |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")
 HALF = ("norm1", "attention.k", "attention.v")  # what a "half" block has
 
 
-class OfficialTensors:
+class CanonicalTensors:
     """A folder's tensors by names that do not depend on who saved them.
 
     Files derived from openpi have no leading "model.", compiled ones an "_orig_mod", and pi0's and pi0.5's files may
@@ -56,7 +56,7 @@ class OfficialTensors:
 
     def __init__(self, tensors: Tensors, family: str) -> None:
         self.tensors, self.where = tensors, NAMES[family]
-        self.names = {_plain(name): name for name in tensors}
+        self.names = {_canonical(name): name for name in tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -84,16 +84,18 @@ class OfficialTensors:
         return self.where.head if stored not in self and self.where.head in self else stored
 
 
-def _plain(name: str) -> str:
+def _canonical(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("model.").replace("action_time_mlp_", "time_mlp_", 1)
 
 
-def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, state: bool) -> dict[str, TensorOrigin]:
+def map_tensors(
+    tensors: CanonicalTensors, towers: dict[str, TowerSpec], bias: bool, state: bool
+) -> dict[str, TensorOrigin]:
     """By the names of the policy's tensors. ``bias`` of the projector; ``state``: whether it has a token."""
-    where, found = official.where, dict[str, TensorOrigin]()
+    where, found = tensors.where, dict[str, TensorOrigin]()
 
     def take(ours: str, *theirs: str, convert: str = "same") -> None:
-        found[ours] = TensorOrigin(tuple(map(official.name, theirs)), convert)
+        found[ours] = TensorOrigin(tuple(map(tensors.name, theirs)), convert)
 
     def affine(ours: str, theirs: str) -> None:
         for leaf in ("weight", "bias"):
@@ -119,7 +121,7 @@ def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, s
     take("projector.weight", f"{where.projector}.weight")
     if bias:
         take("projector.bias", f"{where.projector}.bias")
-    take("embedding.weight", official.embedding)
+    take("embedding.weight", tensors.embedding)
 
     for name, prefix in (("decoder", where.decoder), ("expert", where.expert)):
         tower = towers[name]
@@ -143,12 +145,14 @@ def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, s
     return found
 
 
-def unused(official: OfficialTensors, towers: dict[str, TowerSpec], taken: dict[str, TensorOrigin]) -> tuple[str, ...]:
+def find_unused(
+    tensors: CanonicalTensors, towers: dict[str, TowerSpec], taken: dict[str, TensorOrigin]
+) -> tuple[str, ...]:
     """Stored, but no action depends on it: heads, what is left of the prefix's last blocks, old folders' statistics."""
-    where, used = official.where, {name for part in taken.values() for name in part.official}
+    where, used = tensors.where, {name for origin in taken.values() for name in origin.names}
     begins = [f"{where.decoder}.norm.", f"{where.vision}.head.", f"{where.expert}.embed_tokens."]
     last = len(towers["decoder"].layers) - 1
-    while f"{where.decoder}.layers.{last}.{LINEARS['attention.q']}.weight" in official:
+    while f"{where.decoder}.layers.{last}.{LINEARS['attention.q']}.weight" in tensors:
         begins.append(f"{where.decoder}.layers.{last}.")
         last += 1
     if towers["expert"].norm == "adaptive":  # files may still have what pi0 has in its place
@@ -158,6 +162,6 @@ def unused(official: OfficialTensors, towers: dict[str, TowerSpec], taken: dict[
     ends = ("lm_head.weight", *BUFFERS)
     return tuple(
         stored
-        for plain, stored in official.names.items()
+        for plain, stored in tensors.names.items()
         if stored not in used and (plain.startswith(tuple(begins)) or plain.endswith(ends) or BUFFER.fullmatch(plain))
     )

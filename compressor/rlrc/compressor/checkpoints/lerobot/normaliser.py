@@ -58,7 +58,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[_/]", ".", name)
 
 
-def stored(folder: Folder, file: str | None) -> Statistics:
+def read_statistics(folder: Folder, file: str | None) -> Statistics:
     """The statistics of a step's file; none without one."""
     if file is None:
         return Statistics("", {})
@@ -105,23 +105,23 @@ def affine(mode: str, values: Values, numbers: int, eps: float, what: str, inver
 
 
 def _numbers(values: Values, name: str, numbers: int, what: str) -> tuple[float, ...]:
-    stored = values.get(name)
-    if stored is not None and stored.is_floating_point():
-        found = stored.double().flatten()
+    tensor = values.get(name)
+    if tensor is not None and tensor.is_floating_point():
+        found = tensor.double().flatten()
         if len(found) == numbers and bool(torch.isfinite(found).all()):
             return tuple(found.tolist())
         listed = f"{found[:8].tolist()}{' ...' if len(found) > 8 else ''}"
         shown = f"{len(found)}: {listed}" if len(found) != numbers else listed
     else:
         others = ", ".join(values) or "no statistics"
-        shown = f"only {others}" if stored is None else f"{str(stored.dtype).removeprefix('torch.')} numbers"
+        shown = f"only {others}" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} numbers"
     raise UserError(
         f"expected {numbers} finite floating-point numbers as {what}, found {shown}; copy the folder again or compute "
         "the statistics again"
     )
 
 
-def after(first: NormStats, second: NormStats) -> NormStats:
+def compose(first: NormStats, second: NormStats) -> NormStats:
     """One map for two normalisations, the first of which is nearer to the raw values."""
     pairs = list(zip(first.center, first.scale, second.center, second.scale, strict=True))
     return NormStats(tuple(c + s * d for c, s, d, _ in pairs), tuple(s * t for _, s, _, t in pairs))

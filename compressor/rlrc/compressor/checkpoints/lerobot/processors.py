@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
 from rlrc.compressor.checkpoints import settings
 from rlrc.compressor.checkpoints.layout import Normalisation
-from rlrc.compressor.checkpoints.lerobot.buffers import among_weights, of_config
+from rlrc.compressor.checkpoints.lerobot.buffers import read_buffers, read_modes
 from rlrc.compressor.checkpoints.lerobot.features import (
     PolicyFeature,
     dimension_names,
     features,
     meanings,
     number,
-    short,
+    short_name,
 )
 from rlrc.compressor.checkpoints.lerobot.normaliser import (
     IDENTITY,
@@ -30,8 +30,8 @@ from rlrc.compressor.checkpoints.lerobot.normaliser import (
     Statistics,
     Values,
     affine,
-    after,
     check_mode,
+    compose,
     identity,
 )
 from rlrc.compressor.checkpoints.lerobot.steps import (
@@ -78,7 +78,7 @@ class Processors:
 
     def called(self, feature: PolicyFeature) -> str:
         """The robot's name of a feature: "front" of "observation.images.front"."""
-        return short(chain(self.before, feature.name)[0])
+        return short_name(chain(self.before, feature.name)[0])
 
     def camera(
         self,
@@ -99,7 +99,7 @@ class Processors:
                 f"{list(feature.shape)}; rlrc takes RGB pictures"
             )
         height, width = size or feature.shape[1:]
-        norm = after(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
+        norm = compose(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
         return CameraSpec(self.called(feature), height, width, resize, norm.center, norm.scale, "HWC", optional)
 
     def state(self, feature: PolicyFeature, width: int | None = None, padded: int | None = None) -> StateSpec:
@@ -149,7 +149,7 @@ class Processors:
             if how.mode != IDENTITY and not how.missing:
                 what = f"{how.feature} ({how.origin})"
                 one = affine(how.mode, values, numbers, how.eps, what, inverse=feature.kind == "ACTION")
-                norm = after(norm, one)
+                norm = compose(norm, one)
         return norm
 
     def normalisation(self, inputs: Iterable[PolicyFeature]) -> dict[str, tuple[Normalisation, ...]]:
@@ -232,11 +232,11 @@ def read(folder: Folder, language: bool, options: ReadOptions) -> Processors:
     Raises UserError for steps and settings that rlrc does not know or that do what it cannot, and for an
     ``ReadOptions.unnorm_key`` that is no group of the statistics.
     """
-    inwards, outwards = among_weights(folder)
+    inwards, outwards = read_buffers(folder)
     prompt: PromptSpec | None
     if BEFORE not in folder and AFTER not in folder and folder.config.get("type") != "pi05":  # which 0.4 brought
         kinds = {feature.name: feature.kind for feature in features(folder.config, "input_features")}
-        before, after = of_config(folder.config, kinds, inwards), of_config(folder.config, kinds, outwards)
+        before, after = read_modes(folder.config, kinds, inwards), read_modes(folder.config, kinds, outwards)
         # Before 0.4 an instruction ended with a newline and was not cut.
         longest = number(folder.config, "tokenizer_max_length", 48)
         prompt, state_step = PromptSpec("{instruction}", longest, None, ("newline",)), None

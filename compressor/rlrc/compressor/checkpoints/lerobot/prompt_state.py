@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRAINED = "train_config.json"  # how LeRobot was started
 
 
-def with_prompt_state(
+def set_prompt_state(
     folder: Folder, processors: Processors, spec: PolicySpec, given: str | None
 ) -> tuple[PolicySpec, tuple[str, ...]]:
     """The spec with the state in the prompt as in training, and what was assumed. ``given``: --prompt-state.
@@ -31,7 +31,7 @@ def with_prompt_state(
     most = effect.padded or number(folder.config, "max_state_dim", 32)
     if most <= numbers and given is None:  # the same by both rules
         return spec, ()
-    rule, assumed = (given, "") if given else _trained_with(folder)
+    rule, assumed = (given, "") if given else _training_rule(folder)
     if rule is None:
         raise UserError(
             f"expected the version of LeRobot that trained {folder.path}, found neither {TRAINED} nor {RELATIVE}; "
@@ -44,7 +44,7 @@ def with_prompt_state(
     return spec, (assumed,) if assumed else ()
 
 
-def _trained_with(folder: Folder) -> tuple[str | None, str]:
+def _training_rule(folder: Folder) -> tuple[str | None, str]:
     """The rule of the LeRobot that trained a pi0.5, and what was concluded from train_config.json."""
     if RELATIVE in step_names(folder, BEFORE) or "use_relative_actions" in folder.config:  # since 0.5.1
         return "unpadded", ""

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlrc.artifact import PromptSpec
-from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY, KINDS, MODES, Statistics, check_mode, stored
+from rlrc.compressor.checkpoints.lerobot.normaliser import (
+    IDENTITY,
+    KINDS,
+    MODES,
+    Statistics,
+    check_mode,
+    read_statistics,
+)
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -246,11 +253,11 @@ def _normaliser(folder: Folder, settings: StepSettings, state: str | None) -> No
     if only is not None and not (isinstance(only, list) and all(isinstance(name, str) for name in only)):
         raise settings.refused("normalize_observation_keys", only, "names of inputs")
     given = settings.take("stats")  # LeRobot prefers them to those of the file
-    statistics = _given(settings, given) if given else stored(folder, state)
+    statistics = _parse_stats(settings, given) if given else read_statistics(folder, state)
     return NormalizerStep(settings.step, f"norm_map of {settings.step}", modes, kinds, statistics, float(eps), only)
 
 
-def _given(settings: StepSettings, given: Any) -> Statistics:
+def _parse_stats(settings: StepSettings, given: Any) -> Statistics:
     try:
         values = {
             str(name): {str(one): torch.tensor(numbers, dtype=torch.float64) for one, numbers in dict(stats).items()}

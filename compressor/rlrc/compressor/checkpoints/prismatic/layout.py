@@ -66,7 +66,7 @@ class Prismatic:
     camera: CameraSpec
     tokens: int  # of one picture
     towers: dict[str, TowerSpec]
-    parts: dict[str, TensorOrigin]
+    origins: dict[str, TensorOrigin]
     unused: list[str]
     geometry: dict[str, Any]
     head: str  # the official tensor of the language model's head
@@ -106,7 +106,7 @@ def prismatic(folder: Folder, options: ReadOptions) -> Prismatic:
     for i, linear in enumerate(linears):
         parts |= affine(f"projector.{2 * i}", linear)
     geometry = {
-        "vocabulary": whole(text, "vocab_size"),
+        "vocabulary": read_count(text, "vocab_size"),
         "patch": patch,
         "extra": extra,
         "scaled": [kind == "dinov2" for kind in kinds],
@@ -156,8 +156,8 @@ def _transformer(folder: Folder, options: ReadOptions, prefix: str, kind: str) -
     if depth < 2:
         raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; is it a whole policy?")
     hint, backbone = options.hints.get(kind), _backbone(folder)
-    official = backbone in pictures.PIXELS and width == WIDTHS[kind]
-    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if official else None
+    known = backbone in pictures.PIXELS and width == WIDTHS[kind]
+    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if known else None
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(
             f"expected a number of attention heads that divides the {width} channels of {kind} in {folder.path}, found "
@@ -179,8 +179,8 @@ def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[s
     names = {"attention.qkv": "attn.qkv", "attention.out": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
     names |= {"norm1": "norm1", "norm2": "norm2"}
     for i in range(depth):
-        for ours, official in names.items():
-            parts |= affine(f"{tower}.layers.{i}.{ours}", f"{prefix}blocks.{i}.{official}")
+        for ours, theirs in names.items():
+            parts |= affine(f"{tower}.layers.{i}.{ours}", f"{prefix}blocks.{i}.{theirs}")
         if kind == "dinov2":
             for n in (1, 2):
                 parts[f"{tower}.layers.{i}.scale{n}"] = TensorOrigin((f"{prefix}blocks.{i}.ls{n}.scale_factor",))
@@ -196,9 +196,9 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
             f"{text['model_type']!r} with hidden_act {text['hidden_act']!r} and attention_bias "
             f"{text.get('attention_bias')!r}; rlrc does not read that language model"
         )
-    width, heads, depth = (whole(text, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    kv_heads = heads if text.get("num_key_value_heads") is None else whole(text, "num_key_value_heads")
-    head_dim = width // heads if text.get("head_dim") is None else whole(text, "head_dim")
+    width, heads, depth = (read_count(text, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads = heads if text.get("num_key_value_heads") is None else read_count(text, "num_key_value_heads")
+    head_dim = width // heads if text.get("head_dim") is None else read_count(text, "head_dim")
     if (text.get("head_dim") is None and width % heads) or heads % kv_heads:
         raise UserError(
             f"expected heads that divide the hidden_size and kv heads that divide the heads in text_config of "
@@ -209,7 +209,7 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
             f"expected {depth} layers in the weights of {folder.path}, as num_hidden_layers of its config.json says, "
             f"found {found}; copy both from one checkpoint"
         )
-    layer = LayerSpec(heads, kv_heads, head_dim, whole(text, "intermediate_size"))
+    layer = LayerSpec(heads, kv_heads, head_dim, read_count(text, "intermediate_size"))
     eps = text["rms_norm_eps"]
     if not all(type(value) in (int, float) and 0 < value < inf for value in (eps, theta)):
         raise UserError(
@@ -228,15 +228,15 @@ def _llama_parts(depth: int) -> dict[str, TensorOrigin]:
         "decoder.norm.weight": TensorOrigin((f"{LLAMA}norm.weight",)),
     }
     for i in range(depth):
-        for ours, official in names.items():
-            parts[f"decoder.layers.{i}.{ours}.weight"] = TensorOrigin((f"{LLAMA}layers.{i}.{official}.weight",))
+        for ours, theirs in names.items():
+            parts[f"decoder.layers.{i}.{ours}.weight"] = TensorOrigin((f"{LLAMA}layers.{i}.{theirs}.weight",))
     return parts
 
 
 def prompt_spec(folder: Folder, options: ReadOptions, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
     """``others``: tokens of the sequence that are not the prompt's. Also what was assumed."""
     kind, assumed = _prompt_kind(folder, options)
-    room = (longest := whole({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
+    room = (longest := read_count({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
     if room < 1:
         raise UserError(
             f"expected an llm_max_length of more than the {others} tokens outside the prompt in config.json of "
@@ -264,13 +264,15 @@ def _prompt_kind(folder: Folder, options: ReadOptions) -> tuple[str, tuple[str, 
 def action_tokens(folder: Folder) -> tuple[int, TokenSpec]:
     """How many bins there are, one less than their edges, and the tokens at the vocabulary's end that are theirs."""
     config = {"n_action_bins": 256, "pad_to_multiple_of": 64, **folder.config}
-    rows = whole(text_config(folder), "vocab_size")
-    return whole(config, "n_action_bins") - 1, TokenSpec(rows, 0, rows - whole(config, "pad_to_multiple_of") - 1)
+    rows = read_count(text_config(folder), "vocab_size")
+    return read_count(config, "n_action_bins") - 1, TokenSpec(
+        rows, 0, rows - read_count(config, "pad_to_multiple_of") - 1
+    )
 
 
-def affine(ours: str, official: str, file: str = "") -> dict[str, TensorOrigin]:
+def affine(ours: str, theirs: str, file: str = "") -> dict[str, TensorOrigin]:
     """Weight and bias of a layer."""
-    return {f"{ours}.{name}": TensorOrigin((f"{official}.{name}",), file=file) for name in ("weight", "bias")}
+    return {f"{ours}.{name}": TensorOrigin((f"{theirs}.{name}",), file=file) for name in ("weight", "bias")}
 
 
 def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:
@@ -281,7 +283,7 @@ def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:
     return shape
 
 
-def whole(values: Mapping[str, Any], key: str) -> int:
+def read_count(values: Mapping[str, Any], key: str) -> int:
     """Raises UserError unless it is there and a positive whole number."""
     value = values.get(key)
     if type(value) is not int or value < 1:

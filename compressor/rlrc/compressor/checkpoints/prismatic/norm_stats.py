@@ -63,7 +63,7 @@ def statistics(folder: Folder, options: ReadOptions) -> tuple[str, Mapping[str, 
     return key, found[key]
 
 
-def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
+def describe_statistics(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
     """What ``rlrc inspect`` shows of ``normalisation``."""
     file = STATISTICS if STATISTICS in folder else "norm_stats of config.json"
     name = what if dataset == UNNAMED else f"{dataset}.{what}"

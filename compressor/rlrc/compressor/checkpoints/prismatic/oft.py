@@ -28,7 +28,7 @@ from rlrc.compressor.checkpoints.prismatic.norm_stats import (
     STATISTICS,
     action_spec,
     data_sets,
-    described,
+    describe_statistics,
     normalisation,
     state_spec,
     statistics,
@@ -76,7 +76,7 @@ def recognise(folder: Folder, options: ReadOptions) -> tuple[bool, tuple[str, ..
     if family not in (None, *FAMILIES):
         raise UserError(f"expected the hint family to be one of {', '.join(FAMILIES)}, found {family!r}; correct it")
     files = [found.file for pattern in (ACTION_HEAD, PROPRIO, DIFFUSION, FILM) if (found := folder.pt(pattern))]
-    images = _told_images(options)
+    images = _requested_images(options)
     hinted = [key for key in ("robot", "num_actions_chunk", "head") if options.hints.get(key) is not None]
     hinted += ["images"] if isinstance(images, int) and images > 1 else []
     if family == FAMILIES[0] and (files or hinted):
@@ -130,8 +130,8 @@ def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
     key, stats = statistics(folder, options)
     images, (horizon, bounds, assumed) = _images(folder, options, shared), _chunk(folder, options, key)
     norm = normalisation(stats, "action", bounds, NARROWEST)
-    shown = {"action": described(folder, key, "action", bounds)}
-    parts, unused, geometry = dict(shared.parts), list(shared.unused), dict(shared.geometry)
+    shown = {"action": describe_statistics(folder, key, "action", bounds)}
+    parts, unused, geometry = dict(shared.origins), list(shared.unused), dict(shared.geometry)
     if head is None:
         action = action_spec(horizon, norm, *action_tokens(folder))
         parts["head.weight"] = TensorOrigin((shared.head,))
@@ -144,7 +144,7 @@ def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
     state = None
     if proprio is not None:
         state = state_spec(normalisation(stats, "proprio", bounds, NARROWEST, clip=1.0))
-        shown["state"] = described(folder, key, "proprio", bounds)
+        shown["state"] = describe_statistics(folder, key, "proprio", bounds)
         geometry["state"] = dimensions(proprio, "fc1.weight", 2)[0]
         proprio.expect("fc1.weight", (geometry["state"], len(state.names)))
         parts |= affine("state.0", "fc1", proprio.file) | affine("state.2", "fc2", proprio.file)
@@ -156,7 +156,7 @@ def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     prompt, guessed = prompt_spec(folder, options, others)
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt, action, geometry)
-    shown |= pictures.described(folder, cameras)
+    shown |= pictures.describe_pictures(folder, cameras)
     return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, shown)
 
 
@@ -176,12 +176,12 @@ def _check_head(folder: Folder, options: ReadOptions, found: bool) -> None:
         )
 
 
-def _told_images(options: ReadOptions) -> Any:
+def _requested_images(options: ReadOptions) -> Any:
     return options.hints.get("num_images_in_input") if options.images is None else options.images
 
 
 def _images(folder: Folder, options: ReadOptions, shared: Prismatic) -> int:
-    images = _told_images(options)
+    images = _requested_images(options)
     if images is None and "vision2" not in shared.towers:
         return 1  # the official code takes several with fused vision backbones only
     if not isinstance(images, int) or images < 1:
@@ -222,6 +222,6 @@ def _head_parts(blocks: int, file: str) -> dict[str, TensorOrigin]:
         block = f"{BLOCKS.removeprefix('model.')}{i}.ffn"
         names |= {f"blocks.{i}.0": f"{block}.0", f"blocks.{i}.1": f"{block}.1"}
     parts = dict[str, TensorOrigin]()
-    for ours, official in names.items():
-        parts |= affine(f"head.{ours}", f"model.{official}", file)
+    for ours, theirs in names.items():
+        parts |= affine(f"head.{ours}", f"model.{theirs}", file)
     return parts

@@ -9,7 +9,7 @@ from rlrc.compressor.checkpoints.layout import Layout, TensorOrigin
 from rlrc.compressor.checkpoints.prismatic import oft as prismatic_oft
 from rlrc.compressor.checkpoints.prismatic import pictures
 from rlrc.compressor.checkpoints.prismatic.layout import action_tokens, prismatic, prompt_spec
-from rlrc.compressor.checkpoints.prismatic.norm_stats import action_spec, described, normalisation, statistics
+from rlrc.compressor.checkpoints.prismatic.norm_stats import action_spec, describe_statistics, normalisation, statistics
 
 if TYPE_CHECKING:
     from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
@@ -28,9 +28,9 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
         return prismatic_oft.layout(folder, options, shared)
     key, stats = statistics(folder, options)
     action = action_spec(1, normalisation(stats, "action", "bounds_q99"), *action_tokens(folder))
-    shown = {"action": described(folder, key, "action", "bounds_q99")}
-    shown |= pictures.described(folder, [shared.camera])
+    shown = {"action": describe_statistics(folder, key, "action", "bounds_q99")}
+    shown |= pictures.describe_pictures(folder, [shared.camera])
     prompt, guessed = prompt_spec(folder, options, shared.tokens + action.dim)
     spec = PolicySpec(FAMILY, "autoregressive", (shared.camera,), None, prompt, action, shared.geometry)
-    parts = {**shared.parts, "head.weight": TensorOrigin((shared.head,))}
+    parts = {**shared.origins, "head.weight": TensorOrigin((shared.head,))}
     return Layout(spec, shared.towers, parts, tuple(shared.unused), assumed + guessed, shown)

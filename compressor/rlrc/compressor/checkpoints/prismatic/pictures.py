@@ -40,7 +40,7 @@ def camera(folder: Folder, options: ReadOptions, kinds: list[str]) -> CameraSpec
     processor = _processor(folder)
     settings.check(processor, settings.IMAGE_PROCESSOR, PREPROCESSOR, options)
     strategies = [values.get("image_resize_strategy", NAIVE) for values in (processor, folder.config)]
-    methods = _listed(processor, "interpolations")
+    methods = _read_list(processor, "interpolations")
     if strategies != [NAIVE, NAIVE] or any(method != "bicubic" for method in methods):
         raise UserError(
             f'expected image_resize_strategy "{NAIVE}" and interpolations "bicubic" in {folder.path}, found '
@@ -58,7 +58,7 @@ def camera(folder: Folder, options: ReadOptions, kinds: list[str]) -> CameraSpec
     return CameraSpec("image0", listed[0], listed[0], "bicubic", means, deviations, "HWC")
 
 
-def described(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
+def describe_pictures(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
     """What ``rlrc inspect`` shows of how these pictures are normalised."""
     processor = _processor(folder)
     keys = ("tvf_normalize_params",) if processor.get("tvf_normalize_params") else ("means", "stds")
@@ -76,7 +76,7 @@ def check_sizes(folder: Folder, seen: CameraSpec) -> None:
         "tvf_crop_params": {"output_size": square},
     }
     for key, expected in wanted.items():
-        for entry in _listed(processor, key):
+        for entry in _read_list(processor, key):
             if entry != expected:
                 raise UserError(
                     f"expected {key} {expected} in {PREPROCESSOR}, as the vision backbones are, found {entry}; rlrc "
@@ -91,7 +91,7 @@ def _processor(folder: Folder) -> dict[str, Any]:
     return values
 
 
-def _listed(processor: Mapping[str, Any], key: str) -> list[Any]:
+def _read_list(processor: Mapping[str, Any], key: str) -> list[Any]:
     """Of a setting that has one entry for each vision transformer; empty without it."""
     values = processor.get(key) or []
     if not isinstance(values, list):
@@ -103,7 +103,7 @@ def _colours(processor: Mapping[str, Any], key: str, derived: str, kinds: list[s
     """Three numbers for every vision transformer: those of the derived transforms, which must be the settings'."""
     defaults = MEANS if key == "means" else DEVIATIONS
     values = processor.get(key, [defaults[kind] for kind in kinds])
-    transforms = _listed(processor, "tvf_normalize_params")
+    transforms = _read_list(processor, "tvf_normalize_params")
     found = [entry.get(derived) for entry in transforms if isinstance(entry, Mapping)] or values
     for listed in (values, found):
         if not _is_three_each(listed, len(kinds)):
