@@ -105,6 +105,7 @@ def print_checkpoint(facts: dict[str, Any], layout: Layout, console: Console) ->
     parts = "; ".join(
         f"{name} {format_count(part['parameters'])} in {part['tensors']}" for name, part in facts["components"].items()
     )
+    unused = facts["unused"]
     rows = {
         "checkpoint": facts["path"],
         **policy_rows(layout.spec),
@@ -112,7 +113,7 @@ def print_checkpoint(facts: dict[str, Any], layout: Layout, console: Console) ->
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors: {parts}",
         "bytes": f"{facts['bytes']:,} as {', '.join(facts['dtypes'])}",
         "data sets": ", ".join(facts["data_sets"]),
-        "never read": f"{format_count(facts['unused']['parameters'])} parameters in {facts['unused']['tensors']} tensors: "
+        "never read": f"{format_count(unused['parameters'])} parameters in {unused['tensors']} tensors: "
         "no action depends on them",
         "can be pruned": prunable_parts(layout.towers),
         "assumed": "; ".join(facts["assumed"]),
