@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import artifact as artifacts
@@ -18,8 +17,8 @@ from rlrc.compressor.checkpoints.prismatic import norm_stats
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
 from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.cli.describe import describe_checkpoint, print_checkpoint
+from rlrc.compressor.cli.threads import set_threads
 from rlrc.compressor.stages.artifact_io import load_policy
-from rlrc.errors import UserError
 from rlrc.folders import check_output
 from rlrc.tables import plain_console
 
@@ -55,9 +54,7 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
 
 def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
     """An official checkpoint, to infer with."""
-    if threads < 1:
-        raise UserError(f"expected at least one thread, found {threads}; give --threads 1 or more")
-    torch.set_num_threads(threads)
+    set_threads(threads)
     return TorchPolicy.from_folder(open_folder(hub.locate(path)), options_of(flags))
 
 

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.runtime.cli.policy:InspectPolicy",
         "what a policy is: family, geometry, bytes, cameras, actions, history",
     ),
-    "new": ("rlrc.compressor.cli.simulator:New", "an untrained policy of the reference family"),
+    "new": ("rlrc.compressor.cli.new:New", "an untrained policy of the reference family"),
     "sft": ("rlrc.compressor.cli.training:SFT", "train on demonstrations"),
     "distill": (
         "rlrc.compressor.cli.training:Distill",
@@ -42,11 +42,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "which modules the actions depend on, measured one by one",
     ),
     "prune": ("rlrc.compressor.cli.stages:Prune", "cut attention heads and MLP channels"),
-    "rl": ("rlrc.compressor.cli.simulator:RL", "recover by reinforcement learning (PPO)"),
+    "rl": ("rlrc.compressor.cli.training:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.cli.stages:Quantize", "weights to 4 or 8 bits"),
-    "compare-grids": ("rlrc.compressor.cli.stages:CompareGrids", "what rounding costs, by method and number of bits"),
+    "compare-grids": (
+        "rlrc.compressor.cli.compare_grids:CompareGrids",
+        "what rounding costs, by method and number of bits",
+    ),
     "compress": (
-        "rlrc.compressor.cli.training:Compress",
+        "rlrc.compressor.cli.compress:Compress",
         "all stages from a recipe: prune, sft, distill, rl, quantize",
     ),
     "write-back": ("rlrc.compressor.cli.checkpoints:WriteBack", "weights in the official format they came from"),
