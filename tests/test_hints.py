@@ -13,7 +13,7 @@ from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry, LayerSpec, TowerSpec
 from rlrc.compressor.cli import next_commands
-from rlrc.compressor.cli.compress import runner
+from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.prune import PruneConfig, lines, prune

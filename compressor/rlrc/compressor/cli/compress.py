@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models.precision import Wanted
 from rlrc.compressor.stages.recipe import load
 from rlrc.compressor.stages.sources import PolicySource, open_source
@@ -27,15 +26,6 @@ from rlrc.errors import Interrupted, UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
 from rlrc.runtime.cli.describe import trial
-
-# Stage: its function, imported when the stage runs because that of rl needs the simulator's packages.
-RUNNERS = {
-    "prune": "rlrc.compressor.stages.prune:run_prune",
-    "sft": "rlrc.compressor.stages.sft:run_sft",
-    "distill": "rlrc.compressor.stages.distill:run_distill",
-    "rl": "rlrc.compressor.stages.rl:run_rl",
-    "quantize": "rlrc.compressor.stages.quantize:run_quantize",
-}
 
 
 @dataclass(frozen=True)
@@ -57,13 +47,6 @@ class Compress:
             spec = artifacts.load(self.out, verify=()).manifest.policy
             following = f"next: {trial(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
             Console().print(following, soft_wrap=True)
-
-
-def runner(stage: str) -> Callable[..., Manifest]:
-    """The function of a stage: (source, out, config, options, flags) -> manifest."""
-    module, name = RUNNERS[stage].split(":")
-    found: Callable[..., Manifest] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def compress(

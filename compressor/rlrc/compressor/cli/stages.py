@@ -14,8 +14,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.artifact import Manifest
 from rlrc.artifact.describe import normalisation_lines
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.cli.compress import runner
 from rlrc.compressor.cli.next_commands import next_commands
+from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.prune.lossless import lines as lossless_lines
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.prune.prune import lines as prune_lines
