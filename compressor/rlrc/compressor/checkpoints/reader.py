@@ -1,7 +1,7 @@
-"""Official checkpoint folders as policies: whose layout it is, whether every tensor fits, and the weights.
+"""Reads checkpoint folders as policies: recognises the family, checks every tensor, and loads the weights.
 
-Nothing of the folder is executed or unpickled and nothing is downloaded. The weights are read tensor by tensor into a
-module without storage, so that there are never two copies of them.
+No code of the folder runs, nothing is unpickled, and nothing is downloaded. The weights are read tensor by tensor into
+a module on the meta device, so memory never holds two copies of them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 
-UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
+UNSUPPORTED = ("pi0_fast", "pi0fast")  # similar names, but other architectures
 
 
 def layout(folder: Folder, options: ReadOptions) -> Layout:
-    """What policy the folder holds, without reading its weights.
+    """The layout of the folder's policy. Reads no weights.
 
-    Raises UserError for an unknown family, with the nearest match, and as the family's own ``layout``.
+    Raises UserError for an unknown family, naming the nearest one, and as the family's own ``layout``.
     """
     for family in (openvla, flow, act):
         if family.recognise(folder):
@@ -69,7 +69,7 @@ def read(
 
 
 def print_assumptions(layout: Layout) -> None:
-    """Prints on stderr what was assumed."""
+    """Prints the layout's assumptions on stderr."""
     for line in layout.assumed:
         print(f"rlrc: assumed {line}", file=sys.stderr)
 
@@ -80,9 +80,9 @@ def build(layout: Layout) -> PolicyModule:
 
 
 def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
-    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
+    """Checks that every tensor of the policy has an origin of the right shape, and that every other tensor is unused.
 
-    And a description that an artifact may have, with finite statistics.
+    Raises UserError if not, and for a description that no artifact may have (check_policy).
     """
     check_policy(layout.spec)
     if strange := policy.state_dict().keys() ^ layout.origins.keys():
@@ -97,7 +97,7 @@ def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
                 raise models_tensors.not_floats(source, meta.dtype, tensors.origin)
         try:
             found = weights.convert(origin, metas).shape
-        except RuntimeError:  # they cannot be joined
+        except RuntimeError:  # torch.cat refuses them
             found = None
         if found != expected.shape:
             shapes = ", ".join(str(tuple(meta.shape)) for meta in metas)
