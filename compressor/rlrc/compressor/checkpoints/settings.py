@@ -46,7 +46,7 @@ def check(values: Mapping[str, Any], keys: Keys, where: object, options: ReadOpt
         if key in ("quantization_config", "compression_config"):
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             raise UserError(
-                f"expected floating-point weights, found {key} of {method!r} in {where}: they are quantized; use the "
+                f"expected floating-point weights, found {key} of {method!r} in {where}: they are quantized; give the "
                 "checkpoint that they were quantized from (rlrc quantize comes after)"
             )
         if key in keys.only:

@@ -1,4 +1,4 @@
-"""What the commands do with official checkpoints: inspect, infer, and write-back."""
+"""Checkpoint folders in the commands `rlrc inspect`, `rlrc infer` and `rlrc write-back`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from rlrc.tables import plain_console
 
 
 def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool) -> None:
-    """A folder, or the real dimensions of an official checkpoint. Reads no weights."""
+    """Prints what a folder holds, or the real dimensions of an official checkpoint. Reads no weights."""
     if geometry is not None:
         folder, options = geometries.folder(geometry)
     else:
         assert path is not None
         folder, options = open_folder(hub.locate(path)), replace(options_of(flags), incomplete=True)
-    data_sets, shown = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
+    data_sets, chosen = sorted(norm_stats.data_sets(folder)), tuple[str, ...]()
     if len(data_sets) > 1 and options.unnorm_key is None:
-        options = replace(options, unnorm_key=data_sets[0])  # they are all of one form; who infers must choose
-        shown = (f"the statistics of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)",)
+        options = replace(options, unnorm_key=data_sets[0])  # all have the same form; infer requires a choice
+        chosen = (f"the statistics of {data_sets[0]}, one of {len(data_sets)} data sets (--unnorm-key)",)
     layout = reader.layout(folder, options)
-    layout = replace(layout, assumed=shown + layout.assumed)
+    layout = replace(layout, assumed=chosen + layout.assumed)
     built = reader.build(layout)
     reader.check(folder, layout, built)
     facts = describe_checkpoint(folder, layout, built, data_sets)
@@ -45,29 +45,29 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
         print_checkpoint(facts, layout, console := plain_console())
         if geometry is None:
             missing = [how for steps in layout.normalisation.values() for how in steps if how.missing]
-            key = " --unnorm-key KEY" if missing or shown else ""
+            key = " --unnorm-key KEY" if missing or chosen else ""
             following = f"rlrc infer {path} OBS.npz --out ACT.npz{key}, or rlrc prune {path} OUT{key}"
             if not all(how.groups for how in missing):
-                following = f"rlrc sft {path} OUT --data FOLDER, which takes the statistics of your data"
+                following = f"rlrc sft {path} OUT --data FOLDER, which uses the statistics of your data"
             console.print(f"next: {following}")
 
 
 def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
-    """An official checkpoint, to infer with."""
+    """The policy of a checkpoint folder, for inference with torch."""
     set_threads(threads)
     return TorchPolicy.from_folder(open_folder(hub.locate(path)), options_of(flags))
 
 
 @dataclass(frozen=True)
 class WriteBack:
-    """An artifact's weights in the official format it came from, so that other tools load them."""
+    """Write an artifact's weights in the format of its original checkpoint, so that other tools load them."""
 
     path: Positional[Path]
-    """the artifact; its geometry must be that of the official folder (not pruned)"""
+    """the artifact; its geometry must be that of the checkpoint (not pruned)"""
     out: Positional[Path]
     """folder to write; must not exist"""
     like: Path
-    """the official folder (or owner/name of the hub) that the artifact was made from"""
+    """the checkpoint's folder (or owner/name on the hub) that the artifact was made from"""
     checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:

@@ -1,4 +1,4 @@
-"""What an official checkpoint is, for people (one screen) and as JSON. Reads shapes, never weights."""
+"""Describes a checkpoint folder on one screen and as JSON. Reads shapes, never weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlrc.runtime.cli.describe import modules_table
 from rlrc.strict import encode
 from rlrc.tables import print_rows, print_table
 
-# Parts of official files that people have names for; what is in none of them is "other".
+# Prefixes of the tensors in well-known components; all others are "other".
 COMPONENTS = {
     "featurizer": "vision_backbone.featurizer.",
     "fused_featurizer": "vision_backbone.fused_featurizer.",
@@ -41,7 +41,7 @@ COMPONENTS = {
 
 
 def describe_checkpoint(folder: Folder, layout: Layout, policy: PolicyModule, data_sets: list[str]) -> dict[str, Any]:
-    """JSON values. ``policy`` is on the meta device."""
+    """The description as JSON values. ``policy`` is on the meta device."""
     stored, components, dead = list[Tensor](), dict[str, list[Tensor]](), list[Tensor]()
     unused = set(layout.unused)
     for file, tensors in reader.sources(folder, layout).items():

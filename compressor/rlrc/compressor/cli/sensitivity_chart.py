@@ -1,4 +1,4 @@
-"""A sensitivity report as a picture: a heat map of every tower, and bars of the layers outside the towers."""
+"""Draws a sensitivity report: a heat map of every tower, and bars for the layers outside the towers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from rlrc.compressor.prune.sensitivity_report import SensitivityReport
 
-Cells = dict[str, dict[int, float]]  # of every row of a map the errors by block
-LEAST = 1e-6  # of an error on the logarithmic scale
+Cells = dict[str, dict[int, float]]  # by row of a map, the errors by block
+LEAST = 1e-6  # the smallest error on the logarithmic scale
 
 
 def draw(report: SensitivityReport, file: Path) -> None:
@@ -37,7 +37,7 @@ def draw(report: SensitivityReport, file: Path) -> None:
 
 
 def tabulate(report: SensitivityReport) -> tuple[dict[str, Cells], dict[str, float]]:
-    """Of every tower its rows; and the errors of layers that are in no block."""
+    """The rows of every tower, and the errors of the layers outside the blocks."""
     towers: dict[str, Cells] = {}
     others: dict[str, float] = {}
     names = {"prune": f"{report.ratio:.0%} pruned", "quantize": f"{report.bits} bits", "drop": "dropped"}
