@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlrc import foreign
 from rlrc.checkpoint_folder import Flags
@@ -69,7 +69,7 @@ class Folder:
     def safetensors(self, name: str) -> Tensors:
         """The tensors of a file other than the model's, such as a processor's state. Raises UserError without it."""
         if name in self.virtual:
-            return self.virtual[name]
+            return cast(Tensors, self.virtual[name])
         if not (self.path / name).is_file():
             raise UserError(f"expected {name} in {self.path}, found none; copy that file too")
         return models_tensors.of_safetensors([self.path / name], str(self.path / name), name)

@@ -36,7 +36,8 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
     """
     for family in (openvla, flow, act):
         if family.recognise(folder):
-            return family.layout(folder, options)
+            found: Layout = family.layout(folder, options)
+            return found
     known = [family for family in FAMILIES if family != "tiny"]
     kind = folder.config.get("type") or folder.config.get("model_type")
     expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"

@@ -112,7 +112,7 @@ def convert(origin: TensorOrigin, tensors: list[Tensor]) -> Tensor:
     if origin.convert == "flat":
         tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     if origin.convert in THIRDS:
-        return tensors[0].unflatten(0, (3, -1))[THIRDS.index(origin.convert)]
+        return tensors[0].reshape(3, -1, *tensors[0].shape[1:])[THIRDS.index(origin.convert)]
     return tensors[0] if len(tensors) == 1 else _concatenate(tensors)
 
 
@@ -134,10 +134,10 @@ def restore(origins: list[TensorOrigin], tensors: list[Tensor], name: str, shape
     origin, tensor, index = origins[0], tensors[0], origins[0].names.index(name)
     if origin.convert == "patches":
         _, colours, rows, columns = shapes[0]
-        return tensor.unflatten(1, (rows, columns, colours)).permute(0, 3, 1, 2)
+        return tensor.reshape(-1, rows, columns, colours).permute(0, 3, 1, 2)
     if origin.convert in THIRDS:
         thirds = {origin.convert: tensor for origin, tensor in zip(origins, tensors, strict=True)}
         return torch.cat([thirds[third] for third in THIRDS])
     lengths = [prod(shape[:-1]) if origin.convert == "flat" else shape[0] if shape else 1 for shape in shapes]
-    pieces = tensor.split(lengths) if len(shapes) > 1 else [tensor]
+    pieces = torch.split(tensor, lengths) if len(shapes) > 1 else [tensor]
     return pieces[index].reshape(shapes[index])

@@ -19,6 +19,7 @@ from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import InferenceTiming, Result
+from rlrc.runtime.inference.prompts import Tokenizer
 
 
 class TorchPolicy:
@@ -27,9 +28,7 @@ class TorchPolicy:
     ``load`` returns the module. It runs at the first inference, after the observation has been checked.
     """
 
-    def __init__(
-        self, spec: PolicySpec, tokenizer: preprocess.Tokenizer | None, load: Callable[[], PolicyModule]
-    ) -> None:
+    def __init__(self, spec: PolicySpec, tokenizer: Tokenizer | None, load: Callable[[], PolicyModule]) -> None:
         self.spec, self._tokenizer, self._load = spec, tokenizer, load
         self._policy: PolicyModule | None = None
         self.reset()
@@ -90,7 +89,7 @@ class TorchPolicy:
         )
 
 
-def tokenizer_of(folder: Folder, options: ReadOptions, spec: PolicySpec) -> preprocess.Tokenizer | None:
+def tokenizer_of(folder: Folder, options: ReadOptions, spec: PolicySpec) -> Tokenizer | None:
     """The tokenizer of the policy's prompt. Raises UserError if there is none or its vocabulary differs."""
     if spec.prompt is None:
         return None
@@ -98,7 +97,7 @@ def tokenizer_of(folder: Folder, options: ReadOptions, spec: PolicySpec) -> prep
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / tokenizers.JSON
         tokenizers.write(source, target, spec)
-        return preprocess.Tokenizer(target, spec.prompt)
+        return Tokenizer(target, spec.prompt)
 
 
 def _batch(array: np.ndarray) -> Tensor:

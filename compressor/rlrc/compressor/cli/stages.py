@@ -16,8 +16,8 @@ from rlrc.artifact.describe import normalisation_lines
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.next_commands import next_commands
 from rlrc.compressor.cli.runners import runner
+from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.prune.lossless import lines as lossless_lines
-from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.prune.prune import lines as prune_lines
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.quantize.quantize import lines as rounding_lines
