@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rlrc import artifact as artifacts
 from rlrc.artifact import WEIGHTS, Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.exporters.gguf import target
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.backends import open_engine
@@ -66,8 +66,7 @@ def main() -> None:
 
 
 def random_artifact(out: Path, spec: PolicySpec, towers: dict[str, TowerSpec], quantized: bool) -> Artifact:
-    with torch.device("meta"):
-        policy = build(spec, towers)
+    policy = build_on_meta(spec, towers)
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     bits = {name: 4 for name, shape in shapes.items() if quantized and len(shape) == 2 and fits(name, shape)}
     quantization = QuantizationSpec("int4", 32, bits) if quantized else None

@@ -21,7 +21,7 @@ from rlrc.compressor.checkpoints import shapes
 from rlrc.compressor.checkpoints.folder import open_folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.prune.importance import score_parts as scores_of
@@ -88,7 +88,7 @@ def test_what_the_folder_says(opened: tuple[PolicyModule, Layout]) -> None:
     assert len(unused) == 21
     assert "model.encoder_latent_input_proj.weight" in unused
     assert all("vae" in name for name in unused - {"model.encoder_latent_input_proj.weight"})
-    used = {name for part in layout.parts.values() for name in part.official}
+    used = {name for origin in layout.origins.values() for name in origin.names}
     assert used | unused == set(load_file(CHECKPOINT / "model.safetensors"))
 
 
@@ -134,13 +134,13 @@ def test_pruned_equals_masked(
 
 def test_written_back_as_it_was(opened: tuple[PolicyModule, Layout], tmp_path: Path) -> None:
     policy, _ = opened
-    write_official(policy, open_folder(CHECKPOINT), tmp_path / "same")
+    write_checkpoint(policy, open_folder(CHECKPOINT), tmp_path / "same")
     for file in CHECKPOINT.iterdir():
         assert (tmp_path / "same" / file.name).read_bytes() == file.read_bytes()
 
     other = build(policy.spec, policy.towers).eval()
     other.load_state_dict({name: tensor * 2 for name, tensor in policy.state_dict().items()})
-    write_official(other, open_folder(CHECKPOINT), tmp_path / "other")
+    write_checkpoint(other, open_folder(CHECKPOINT), tmp_path / "other")
     before, after = (load_file(folder / "model.safetensors") for folder in (CHECKPOINT, tmp_path / "other"))
     for name, tensor in before.items():
         unused = "vae" in name or name == "model.encoder_latent_input_proj.weight"

@@ -13,6 +13,7 @@ import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Group, find_groups
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.allocation import (
@@ -37,7 +38,7 @@ VISION = TowerSpec(32, (LayerSpec(2, 2, 16, 32),))
 def decoder(*layers: LayerSpec, **settings: Any) -> list[LayerSpec]:
     """What is left of them."""
     towers = {"vision": VISION, "decoder": TowerSpec(256, layers)}
-    policy, config = cost.build_on_meta(SPEC, towers), PruneConfig(score="random", **settings)
+    policy, config = build_on_meta(SPEC, towers), PruneConfig(score="random", **settings)
     return list(choose_shape(policy, "decoder", None, build_target(policy, config), config)["decoder"].layers)
 
 
@@ -92,7 +93,7 @@ def test_keys_that_another_tower_reads_stay() -> None:
 
 def test_rest_of_a_tower_is_kept() -> None:
     tower = TowerSpec(16, (LayerSpec(2, 2, 8, 64),) * 3, 1e-6, "gelu-tanh", 500.0, norm_offset=1.0)
-    policy, config = cost.build_on_meta(SPEC, {"vision": VISION, "decoder": tower}), PruneConfig(0.5)
+    policy, config = build_on_meta(SPEC, {"vision": VISION, "decoder": tower}), PruneConfig(0.5)
     after = choose_shape(policy, "decoder", None, None, config)
     assert after["decoder"] == replace(tower, layers=after["decoder"].layers)
     assert after["decoder"].layers[1] == LayerSpec(1, 1, 8, 32)
@@ -111,7 +112,7 @@ def test_how_many_blocks_stay_whole() -> None:
 
 def place(*layers: LayerSpec, align: int = 32) -> PruneScope:
     towers = {"vision": VISION, "decoder": TowerSpec(64, layers)}
-    return PruneScope(cost.build_on_meta(SPEC, towers), "decoder", range(len(layers)), align)
+    return PruneScope(build_on_meta(SPEC, towers), "decoder", range(len(layers)), align)
 
 
 def test_ranking_by_hand() -> None:
@@ -150,7 +151,7 @@ def test_global_has_as_many_parameters_as_uniform(pupil: Any, ratio: float) -> N
         config = PruneConfig(ratio, "random", allocation=allocation)
         found = score_parts(pupil, "decoder", range(1, 3), config)
         towers = choose_shape(pupil, "decoder", found, None, config)
-        sizes[allocation] = count_parameters(cost.build_on_meta(pupil.spec, towers))
+        sizes[allocation] = count_parameters(build_on_meta(pupil.spec, towers))
         assert towers["decoder"].layers[0] == pupil.towers["decoder"].layers[0]
     whole = count_parameters(pupil)
     assert sizes["global"] <= sizes["uniform"] < whole
@@ -201,18 +202,16 @@ def policy() -> tuple[PolicySpec, dict[str, TowerSpec]]:
 
 
 COSTS: dict[str, Callable[[dict[str, TowerSpec]], float]] = {
-    "to_bytes": lambda towers: cost.weight_bytes(cost.build_on_meta(SPEC, towers)),
+    "to_bytes": lambda towers: cost.weight_bytes(build_on_meta(SPEC, towers)),
     "to_latency": lambda towers: (
-        cost.decision_cost(cost.build_on_meta(SPEC, towers))
-        / cost.decision_cost(cost.build_on_meta(SPEC, reference.towers()))
+        cost.decision_cost(build_on_meta(SPEC, towers)) / cost.decision_cost(build_on_meta(SPEC, reference.towers()))
     ),
     "tower": lambda towers: (
-        count_parameters(cost.build_on_meta(SPEC, towers), "decoder.")
-        / count_parameters(cost.build_on_meta(SPEC, reference.towers()), "decoder.")
+        count_parameters(build_on_meta(SPEC, towers), "decoder.")
+        / count_parameters(build_on_meta(SPEC, reference.towers()), "decoder.")
     ),
     "whole": lambda towers: (
-        count_parameters(cost.build_on_meta(SPEC, towers))
-        / count_parameters(cost.build_on_meta(SPEC, reference.towers()))
+        count_parameters(build_on_meta(SPEC, towers)) / count_parameters(build_on_meta(SPEC, reference.towers()))
     ),
 }
 
@@ -231,7 +230,7 @@ COSTS: dict[str, Callable[[dict[str, TowerSpec]], float]] = {
 )
 def test_a_target_is_met_and_no_more(of: str, settings: dict[str, Any], limit: float) -> None:
     spec, towers = policy()
-    dense, config = cost.build_on_meta(spec, towers), PruneConfig(**settings)
+    dense, config = build_on_meta(spec, towers), PruneConfig(**settings)
     after = choose_shape(dense, "decoder", None, build_target(dense, config), config)
     assert COSTS[of](after) <= limit
     inner = after["decoder"].layers[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlrc.artifact import ActionSpec, CameraSpec, LayerSpec, NormStats, PolicySpec, PromptSpec, TokenSpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn.decoder import Decoder
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
@@ -21,7 +22,7 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 
 
 def test_bytes_are_those_of_the_quantized_tensors(pupil: TinyPolicy) -> None:
-    meta = cost.build_on_meta(pupil.spec, pupil.towers)
+    meta = build_on_meta(pupil.spec, pupil.towers)
     packed, *_ = quantize(pupil.state_dict(), QuantizeConfig(search=False))
     assert cost.weight_bytes(meta) == sum(tensor.nbytes for tensor in packed.values())
     assert cost.weight_bytes(meta, "bf16") == 2 * count_parameters(pupil) == 2 * count_parameters(meta)
@@ -66,7 +67,7 @@ def counted(policy: PolicyModule, inputs: Inputs) -> float:
 def test_a_decision_of_the_reference_family_is_what_it_really_passes(pupil: TinyPolicy) -> None:
     inputs = Inputs([torch.randn(1, 32, 32, 3)], torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 7))
     linear = counted(pupil, inputs)
-    found = cost.decision_cost(cost.build_on_meta(pupil.spec, pupil.towers))
+    found = cost.decision_cost(build_on_meta(pupil.spec, pupil.towers))
     sequence = pupil.image_tokens + 6 + 1 + 5
     patches = (32 // 8) ** 2
     attention = 4 * 2 * sequence**2 * 128 + 2 * patches**2 * 32
@@ -92,7 +93,7 @@ def test_an_autoregressive_decision_reads_the_decoder_for_every_token() -> None:
     first, patches = cost.PROMPT + 16, 16
     attention = 2 * (2 * first**2 * 32 + 6 * 2 * (first + 1) * 32) + 2 * patches**2 * 24
     stem = product(patches, 14 * 14 * 3, 24)
-    assert cost.decision_cost(cost.build_on_meta(spec, towers)) == linear + attention + stem
+    assert cost.decision_cost(build_on_meta(spec, towers)) == linear + attention + stem
 
 
 @pytest.mark.parametrize("kind", ["heads", "mlp"])
@@ -102,4 +103,4 @@ def test_less_costs_less(pupil: TinyPolicy, kind: str) -> None:
     narrow = replace(layer, heads=2, kv_heads=2) if kind == "heads" else replace(layer, mlp=64)
     towers = pupil.towers | {"decoder": replace(decoder, layers=(narrow,) * 4)}
     for price in (cost.decision_cost, cost.weight_bytes, count_parameters):
-        assert price(cost.build_on_meta(pupil.spec, towers)) < price(cost.build_on_meta(pupil.spec, pupil.towers))
+        assert price(build_on_meta(pupil.spec, towers)) < price(build_on_meta(pupil.spec, pupil.towers))

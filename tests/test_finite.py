@@ -21,7 +21,7 @@ from rlrc.artifact import folder as artifact_folder
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
-from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.prune import PruneConfig
@@ -185,7 +185,7 @@ def test_nothing_is_written_back_that_the_type_cannot_hold(tmp_path: Path) -> No
     save_file(tensors, folder / MODEL)
     _, policy = poisoned("act", "head.bias", 1e5)
     with pytest.raises(UserError, match=r"model.action_head.bias of the policy as torch.float16, found inf"):
-        write_official(policy, open_folder(folder), tmp_path / "out")
+        write_checkpoint(policy, open_folder(folder), tmp_path / "out")
 
 
 def test_no_action_comes_of_logits_that_are_none() -> None:

@@ -17,7 +17,7 @@ from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.compressor.checkpoints import hub
 from rlrc.compressor.checkpoints.folder import open_folder, options_of
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 
@@ -196,7 +196,7 @@ def test_what_stands_before_every_name(tmp_path: Path, family: str, prefix: str)
     policy, _ = read(open_folder(folder), options)
     expected, _ = read(open_folder(DATA / family / "checkpoint"), options)
     assert all(torch.equal(policy.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
-    write_official(policy, open_folder(folder), tmp_path / "back", options)
+    write_checkpoint(policy, open_folder(folder), tmp_path / "back", options)
     back = load_file(tmp_path / "back" / MODEL)
     assert back.keys() == {f"{prefix}{name}" for name in tensors}
     assert all(torch.equal(back[f"{prefix}{name}"], tensor) for name, tensor in tensors.items())

@@ -13,7 +13,7 @@ from families import DATA, flags
 from rlrc import artifact as artifacts
 from rlrc.artifact import HistoryEntry, LayerSpec, TowerSpec
 from rlrc.compressor.cli import next_commands
-from rlrc.compressor.cli.compress import runner
+from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.prune import PruneConfig, format_report, prune
@@ -53,7 +53,7 @@ def entries(*stages: str) -> tuple[HistoryEntry, ...]:
 def test_what_follows_a_stage(tiny_artifact: Path, stages: tuple[str, ...], expected: list[str]) -> None:
     manifest = replace(artifacts.load(tiny_artifact).manifest, history=entries(*stages))
     assert list(next_commands.following(manifest)) == expected
-    told = next_commands.hint(Path("runs/x"), manifest)
+    told = next_commands.next_commands(Path("runs/x"), manifest)
     assert [part.split()[1] for part in told.split(", or ")] == expected
     assert "--data" not in told
 
@@ -78,7 +78,7 @@ def test_families_without_a_simulator_need_data_and_play_nothing(
 ) -> None:
     manifest = artifacts.load(tiny_artifact).manifest
     manifest = replace(manifest, policy=replace(manifest.policy, family="pi0"), history=entries(*stages))
-    assert next_commands.hint(Path("x"), manifest).startswith(expected)
+    assert next_commands.next_commands(Path("x"), manifest).startswith(expected)
 
 
 @pytest.mark.parametrize(

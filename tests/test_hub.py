@@ -145,7 +145,7 @@ def test_an_interrupted_download_resumes(served: type[Hub], monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("owner/nothing", "expected a folder or a repository of the hub called owner/nothing, found neither"),
+        ("owner/nothing", "expected a folder or a repository of the hub with the name owner/nothing, found neither"),
         ("owner/policy@v2", "expected the revision v2 of owner/policy on the hub, found none"),
         ("owner/gated", "expected access to owner/gated on the hub, .*https://huggingface.co/owner/gated"),
     ],

@@ -217,6 +217,6 @@ def test_an_interrupted_compression_says_what_goes_on(
         raise Interrupted(code=143)
 
     monkeypatch.setattr("rlrc.exporters.export.export", interrupted)
-    with pytest.raises(Interrupted, match=r"^the same command goes on with the export$") as caught:
+    with pytest.raises(Interrupted, match=r"^the same command continues with the export$") as caught:
         compress(tiny_artifact, tmp_path / "out", {}, StageOptions(evaluate=0))
     assert caught.value.code == 143

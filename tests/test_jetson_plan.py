@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from rlrc.artifact import Manifest, geometries
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.errors import UserError
 from rlrc.jetson.model import memory as memory_model
 from rlrc.jetson.model import operations, precision, roofline
@@ -259,11 +260,11 @@ def test_pruned_shapes_are_those_of_rlrc_prune() -> None:
     from rlrc.compressor.prune.allocation import PruneScope, allocate_uniformly
 
     known = geometries.geometry("openvla-7b")
-    dense = cost.build_on_meta(known.policy, known.towers)
+    dense = build_on_meta(known.policy, known.towers)
     place = PruneScope(dense, "decoder", range(1, 31), 32)
     cut = prune(setting("openvla-7b", "int4", "orin-nano-8gb"), 0.7)
     ours = memory_model.predict(cut.work, cut.precision, cut.device, 1).weights
-    theirs = cost.weight_bytes(cost.build_on_meta(known.policy, allocate_uniformly(place)(0.7)))
+    theirs = cost.weight_bytes(build_on_meta(known.policy, allocate_uniformly(place)(0.7)))
     assert ours == pytest.approx(theirs, rel=0.01)
 
 

@@ -117,7 +117,7 @@ def test_the_file_of_geometries_is_what_the_readers_find() -> None:
 
     for name in geometry.GEOMETRIES:
         known = geometries.geometry(name)
-        assert encode(known) == geometry.described(name), "run python -m rlrc.compressor.checkpoints.geometry"
+        assert encode(known) == geometry.describe_geometry(name), "run python -m rlrc.compressor.checkpoints.geometry"
     assert set(geometries.load_geometries()) == set(geometry.GEOMETRIES)
 
 

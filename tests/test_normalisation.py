@@ -149,7 +149,7 @@ def test_a_base_that_lists_no_features_takes_the_data_sets_statistics(
     assert main(["inspect", str(folder), *hints]) == 0
     assert f"next: rlrc sft {folder} OUT --data FOLDER" in capsys.readouterr().out
     assert main(["quantize", str(folder), str(tmp_path / "out"), *hints]) == 2
-    assert f"or take those of your data: rlrc sft {folder} OUT --data FOLDER" in capsys.readouterr().err
+    assert f"or use those of your data: rlrc sft {folder} OUT --data FOLDER" in capsys.readouterr().err
     policy = train(folder, tmp_path / "out", data, family).policy
     felt, done = columns(data)
     assert policy.state is not None

@@ -80,7 +80,7 @@ def same(first: PolicyModule, second: PolicyModule) -> bool:
 def test_every_tensor_of_a_folder_is_used_or_known_as_unused(family: str) -> None:
     folder = open_folder(DATA / family / "checkpoint")
     policy, layout = read(folder, options(family))
-    used = {name for part in layout.parts.values() if not part.file for name in part.official}
+    used = {name for origin in layout.origins.values() if not origin.file for name in origin.names}
     assert used | set(layout.unused) == set(folder.tensors)
     assert not used & set(layout.unused)
     state = policy.state_dict()
@@ -96,10 +96,10 @@ def test_as_stored_or_in_the_dtype_that_is_asked_for() -> None:
     narrow, _ = read(folder, options("pi0"), dtype=torch.float16)
     truth = load_file(folder.path / MODEL)
     for name, tensor in stored.state_dict().items():
-        part = layout.parts[name]
+        origin = layout.origins[name]
         assert tensor.dtype == torch.bfloat16
-        if part.convert == "same":
-            assert torch.equal(tensor, truth[part.official[0]])
+        if origin.convert == "same":
+            assert torch.equal(tensor, truth[origin.names[0]])
         assert torch.equal(wide.state_dict()[name], tensor.float())
         assert narrow.state_dict()[name].dtype == torch.float16
 
@@ -424,7 +424,7 @@ def test_the_layout_must_name_every_tensor_of_the_module(monkeypatch: pytest.Mon
     """A mistake in a backbone file, not the user's: a traceback."""
     folder = open_folder(DATA / "act/checkpoint")
     layout = reader.layout(folder, ReadOptions())
-    del layout.parts["head.bias"]
+    del layout.origins["head.bias"]
     monkeypatch.setattr(act, "layout", lambda *_: layout)
     with pytest.raises(RuntimeError, match=r"differ in \['head.bias'\]"):
         read(folder)

@@ -256,7 +256,9 @@ def test_an_instruction_with_a_word_beyond_the_embedding(tmp_path: Path) -> None
     size = Tokenizer.from_file(str(gemma / "tokenizer.json")).get_vocab_size()
     words = {f"<extra{i}>": size + i for i in range(rows - size + 1)}
     (gemma / "added_tokens.json").write_text(json.dumps(words))
-    policy = TorchPolicy.official(folder, ReadOptions(official.read_hints(DATA / "pi0/golden.json"), tokenizer=gemma))
+    policy = TorchPolicy.from_folder(
+        folder, ReadOptions(official.read_hints(DATA / "pi0/golden.json"), tokenizer=gemma)
+    )
     observation: dict[str, Any] = {
         f"image.{camera.name}": np.zeros((64, 64, 3), np.uint8) for camera in policy.spec.cameras
     }

@@ -15,7 +15,7 @@ from rlrc.compressor.checkpoints import tensors as weights
 from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hints
 from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.reader import read
-from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.models.families import build
 from rlrc.errors import UserError
 
@@ -32,7 +32,7 @@ def options(family: str) -> ReadOptions:
 def test_an_unchanged_policy_gives_the_same_files(family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
     folder = open_folder(DATA / family / "checkpoint")
     policy, _ = read(folder, options(family), dtype)
-    write_official(policy, folder, tmp_path / "out", options(family))
+    write_checkpoint(policy, folder, tmp_path / "out", options(family))
     files = {path.name for path in folder.path.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     for name in files:
@@ -50,12 +50,12 @@ def test_a_changed_policy_is_what_is_read_again(family: str, tmp_path: Path) -> 
     policy, layout = read(folder, options(family))
     for tensor in policy.state_dict().values():
         tensor.mul_(2)  # exact in bfloat16
-    write_official(policy, folder, tmp_path / "out", options(family))
+    write_checkpoint(policy, folder, tmp_path / "out", options(family))
     again, _ = read(open_folder(tmp_path / "out"), options(family))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in policy.state_dict().items())
     old, new = (load_file(path / "model.safetensors") for path in (folder.path, tmp_path / "out"))
     assert all(torch.equal(old[name], new[name]) for name in layout.unused)
-    used = [name for part in layout.parts.values() if not part.file for name in part.official]
+    used = [name for origin in layout.origins.values() if not origin.file for name in origin.names]
     assert all(torch.equal(2 * old[name], new[name]) for name in used)
 
 
@@ -79,7 +79,7 @@ def test_shards_prefixes_and_other_files_stay(tmp_path: Path) -> None:
 
     opened = open_folder(folder)
     policy, _ = read(opened, options("openvla-oft-l1"))
-    write_official(policy, opened, tmp_path / "out", options("openvla-oft-l1"))
+    write_checkpoint(policy, opened, tmp_path / "out", options("openvla-oft-l1"))
     for path in folder.rglob("*"):
         written = tmp_path / "out" / path.relative_to(folder)
         if ".cache" in path.parts:
@@ -101,7 +101,7 @@ def test_a_head_tied_to_the_embedding_stays_tied(tmp_path: Path) -> None:
     opened = open_folder(folder)
     policy, _ = read(opened, options("pi0"))
     policy.state_dict()["embedding.weight"].mul_(2)
-    write_official(policy, opened, tmp_path / "out", options("pi0"))
+    write_checkpoint(policy, opened, tmp_path / "out", options("pi0"))
     written = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(written[head], 2 * tensors[embedding])
     assert torch.equal(written[embedding], 2 * tensors[embedding])
@@ -114,19 +114,19 @@ def test_another_geometry_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     smaller = replace(decoder, layers=(decoder.layers[0], replace(decoder.layers[1], mlp=32), decoder.layers[2]))
     pruned = build(policy.spec, {**policy.towers, "decoder": smaller})
     with pytest.raises(UserError, match=r"expected the geometry of .*, found another one in the tower decoder; "):
-        write_official(pruned, folder, tmp_path / "out", options("openvla"))
+        write_checkpoint(pruned, folder, tmp_path / "out", options("openvla"))
     assert policy.spec.action.tokens is not None
     rows = replace(policy.spec.action.tokens, rows=256, offset=31744)
     cut = build(replace(policy.spec, action=replace(policy.spec.action, tokens=rows)), policy.towers)
     with pytest.raises(UserError, match=r"found another one in head.weight"):
-        write_official(cut, folder, tmp_path / "out", options("openvla"))
+        write_checkpoint(cut, folder, tmp_path / "out", options("openvla"))
     other = open_folder(DATA / "act/checkpoint")
     with pytest.raises(UserError, match=r"expected a policy of act as in .*, found one of openvla"):
-        write_official(policy, other, tmp_path / "out", options("act"))
+        write_checkpoint(policy, other, tmp_path / "out", options("act"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="expected a new output"):
-        write_official(policy, folder, tmp_path / "out", options("openvla"))
+        write_checkpoint(policy, folder, tmp_path / "out", options("openvla"))
 
 
 def test_conversions_by_hand() -> None:
@@ -162,6 +162,6 @@ def test_a_killed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(weights, "restore", fail)
     with pytest.raises(KeyboardInterrupt):
-        write_official(policy, folder, tmp_path / "out")
+        write_checkpoint(policy, folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert official.open_folder(folder.path).config["type"] == "act"

@@ -23,7 +23,7 @@ from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.shapes import Language, Vision
-from rlrc.compressor.checkpoints.write_back import write_official
+from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 
 HEAD, PROPRIO = "action_head--7_checkpoint.pt", "proprio_projector--7_checkpoint.pt"
@@ -307,7 +307,7 @@ def test_written_back_and_read_again(opened: Opened, tmp_path: Path) -> None:
     policy, _ = read(folder, options)
     for tensor in policy.parameters():
         tensor.mul_(1.01)
-    write_official(policy, folder, tmp_path / "again", options)
+    write_checkpoint(policy, folder, tmp_path / "again", options)
     again, layout = read(open_folder(tmp_path / "again"), options)
     assert layout == opened.layout
     assert torch.equal(again.act(opened.inputs).actions, policy.act(opened.inputs).actions)

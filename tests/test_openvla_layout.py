@@ -163,7 +163,7 @@ def test_a_state_that_is_left_out_is_said(copied: Callable[..., Path]) -> None:
     next(folder.glob("proprio_projector--*.pt")).unlink()
     layout = layout_of(folder, hints("openvla-oft-l1", "use_proprio"))
     assert layout.spec.state is None
-    assert "no state, for it has no proprio_projector--*.pt (--hints use_proprio)" in layout.assumed
+    assert "no state, because there is no proprio_projector--*.pt (--hints use_proprio)" in layout.assumed
     assert not layout_of(folder, hints("openvla-oft-l1", use_proprio=False)).assumed
 
 
@@ -270,7 +270,7 @@ TEXT = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 44, "num_
         ("openvla-oft-l1", {"llm_max_length": 90}, None, "llm_max_length of more than the 90 tokens .* found 90"),
         ("openvla", {"norm_stats": {"a": 3}}, None, "an object as statistics of 'a'"),
         ("openvla", {"text_config": {**TEXT, "rms_norm_eps": "1e-5"}}, None, "positive numbers as rms_norm_eps"),
-        ("openvla-oft-l1", {}, ("num_images_in_input",), "number of pictures .*weights do not tell.*--images"),
+        ("openvla-oft-l1", {}, ("num_images_in_input",), "number of pictures .*weights do not say.*--images"),
         ("openvla-oft-discrete", {}, {"head": "l1"}, r"action_head--\*.pt .* as the hints say"),
         ("openvla-oft-discrete", {}, {"use_proprio": True}, r"proprio_projector--\*.pt .* as the hints say"),
         ("openvla-oft-l1", {}, {"num_actions_chunk": 0}, "chunk's length .* found none"),
@@ -291,7 +291,7 @@ def test_other_vision_backbones_are_refused(copied: Callable[..., Path]) -> None
     weights = load_file(folder / "model.safetensors")
     del weights["vision_backbone.featurizer.reg_token"]
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"class token and no registers .*'dinoclip-vit-l-336px'.*does not read"):
+    with pytest.raises(UserError, match=r"class token and no registers .*'dinoclip-vit-l-336px'.*does not support"):
         layout_of(folder, hints("openvla"))
 
 
@@ -307,7 +307,7 @@ def test_refused_by_its_files(copied: Callable[..., Path]) -> None:
     stats = json.loads((folder / "dataset_statistics.json").read_text())
     (only,) = stats.values()
     (folder / "dataset_statistics.json").write_text(json.dumps({"kitchen": only}))
-    with pytest.raises(UserError, match=r"chunk's length .* 'kitchen' do not tell.*num_actions_chunk"):
+    with pytest.raises(UserError, match=r"chunk's length .* 'kitchen' do not say.*num_actions_chunk"):
         layout_of(folder, hints("openvla-oft-l1", *SAID))
     torch.save({**weights, "model.fc2.weight": torch.zeros(5, 16)}, head)
     refused(r"\(7, 16\) for tensor model.fc2.weight, found \(5, 16\)")

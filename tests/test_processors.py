@@ -334,7 +334,7 @@ def test_two_normalisers_one_after_the_other(tmp_path: Path) -> None:
         ("pi0", PRE, "tokenizer_processor", {"max_length": None}, "a positive whole number as max_length"),
         ("pi0", PRE, "tokenizer_processor", {"add_special_tokens": False}, "found add_special_tokens False"),
         ("smolvla", PRE, "smolvla_new_line_processor", {"separator": "\n\n"}, r"rlrc knows \(none\), found separator"),
-        ("smolvla", PRE, "to_batch_processor", {"size": 2}, "found size 2; rlrc cannot tell what it changes"),
+        ("smolvla", PRE, "to_batch_processor", {"size": 2}, "found size 2; rlrc does not know its effect"),
         ("act", PRE, "device_processor", {"float_dtype": "bfloat16"}, "as float_dtype of device_processor"),
         (
             "act",

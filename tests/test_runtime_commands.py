@@ -145,5 +145,8 @@ def test_what_an_artifact_says_itself_is_not_told(
 ) -> None:
     with pytest.raises(UserError, match=r"with an official checkpoint only, found the artifact .*toy"):
         Infer(
-            toy_artifact, save(tmp_path / "obs.npz", observation), tmp_path / "act.npz", official=Flags(unnorm_key="a")
+            toy_artifact,
+            save(tmp_path / "obs.npz", observation),
+            tmp_path / "act.npz",
+            checkpoint=Flags(unnorm_key="a"),
         ).run()

@@ -193,5 +193,5 @@ def test_a_head_that_is_tied_to_the_embedding(tmp_path: Path) -> None:
         tensors = tensors if saved else {name: tensor for name, tensor in tensors.items() if name != head}
         save_file(tensors, folder / "model.safetensors")
         layout = layout_of(folder, "openvla")
-        assert layout.parts["head.weight"].official == ("language_model.model.embed_tokens.weight",)
+        assert layout.origins["head.weight"].names == ("language_model.model.embed_tokens.weight",)
         assert (head in layout.unused) == saved

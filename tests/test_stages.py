@@ -17,7 +17,8 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.artifact import folder as artifact_folder
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.cli.compress import compress, runner
+from rlrc.compressor.cli.compress import compress
+from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models import weights
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune.prune import PruneConfig

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, Artifact, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.prune.lossless import cut_lossless
@@ -57,8 +57,7 @@ def compressed(spec: PolicySpec, towers: Towers) -> tuple[PolicySpec, Towers]:
 
 
 def shape_of(spec: PolicySpec, towers: Towers) -> PolicyModule:
-    with torch.device("meta"):
-        return build(spec, towers)
+    return build_on_meta(spec, towers)
 
 
 def modules(spec: PolicySpec, towers: Towers) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Official checkpoint folders: recognised, read natively, written back."""
+"""Checkpoint folders of other projects: recognise them, read them without their code, write policies back."""

@@ -1,4 +1,4 @@
-"""An official checkpoint folder: its configuration files, its tensors, and what the user adds with options."""
+"""A checkpoint folder: its configuration files, its tensors, and the options that complete them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlrc.checkpoint_folder import CONFIG, Flags, describe_path, is_adapter
 from rlrc.compressor.checkpoints import tensors as weights
@@ -15,7 +15,7 @@ from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 
-HINTS = {  # what a file of hints may hold
+HINTS = {  # the keys of a file of hints
     *("family", "prompt", "ignore", "tokenizer"),
     *("dinov2", "siglip", "image_size"),
     *("head", "robot", "num_actions_chunk", "normalization", "num_images_in_input", "use_proprio"),
@@ -25,11 +25,12 @@ HINTS = {  # what a file of hints may hold
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a folder may not say itself.
+    """Facts that a folder may lack.
 
-    ``hints``: geometry that shapes cannot tell (see ``read_hints``); ``unnorm_key``: which data set's statistics;
-    ``images``: how many pictures OpenVLA-OFT sees; ``tokenizer``: a file, or a folder that holds one; ``prompt_state``:
-    whether pi0.5's prompt pads the state. ``incomplete``: statistics may be missing, for they are not used.
+    ``hints``: geometry that the shapes do not determine (see ``read_hints``); ``unnorm_key``: the data set whose
+    statistics apply; ``images``: the number of pictures of OpenVLA-OFT; ``tokenizer``: a file, or a folder that holds
+    one; ``prompt_state``: whether pi0.5's prompt pads the state; ``incomplete``: accept missing statistics, because the
+    caller does not use them.
     """
 
     hints: Mapping[str, Any] = field(default_factory=dict)
@@ -41,14 +42,14 @@ class ReadOptions:
 
 
 def options_of(flags: Flags) -> ReadOptions:
-    """What the command line says. Raises UserError for a file of hints that is missing or broken."""
+    """The options of the command line. Raises UserError for a file of hints that is missing or broken."""
     hints = {} if flags.hints is None else read_hints(flags.hints)
     return ReadOptions(hints, flags.unnorm_key, flags.images, flags.tokenizer, flags.prompt_state)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """An official folder. ``virtual``: files that exist in memory only, JSON values or Tensors (geometry.py)."""
+    """A checkpoint folder. ``virtual``: files in memory only, JSON values or Tensors (see geometry.py)."""
 
     path: Path
     config: dict[str, Any]
@@ -64,22 +65,22 @@ class Folder:
         return self.virtual[name] if name in self.virtual else read_json(self.path / name)
 
     def safetensors(self, name: str) -> Tensors:
-        """Another file of tensors than the model's, such as a processor's state. Raises UserError if it is missing."""
+        """The tensors of a file other than the model's, such as a processor's state. Raises UserError without it."""
         if name in self.virtual:
-            return self.virtual[name]
+            return cast(Tensors, self.virtual[name])
         if not (self.path / name).is_file():
             raise UserError(f"expected {name} in {self.path}, found none; copy that file too")
         return models_tensors.tensors_from_safetensors([self.path / name], str(self.path / name), name)
 
     def pt(self, pattern: str) -> Tensors | None:
-        """The one ``.pt`` whose name fits the pattern, such as "action_head--*_checkpoint.pt"; None if there is none.
+        """The tensors of the one ``.pt`` whose name matches the pattern; None if no name does.
 
-        Its name is ``Tensors.file``. Raises UserError if several fit or if it has anything but tensors.
+        ``Tensors.file`` is its name. Raises UserError if several match or if it holds anything but tensors.
         """
         names = sorted({path.name for path in self.path.glob(pattern)} | {n for n in self.virtual if _fits(n, pattern)})
         if len(names) > 1:
             raise UserError(
-                f"expected one file {pattern} in {self.path}, found {', '.join(names)}; keep those of one step"
+                f"expected one file {pattern} in {self.path}, found {', '.join(names)}; keep the files of one step"
             )
         if not names:
             return None
@@ -87,7 +88,7 @@ class Folder:
 
 
 def open_folder(path: Path) -> Folder:
-    """Reads config.json and the headers of the weights. Raises UserError for what is missing or broken."""
+    """Reads config.json and the headers of the weights. Raises UserError for files that are missing or broken."""
     if not path.is_dir():
         raise UserError(f"expected a checkpoint's folder at {path}, found {describe_path(path)}")
     if is_adapter(path):
@@ -101,12 +102,14 @@ def open_folder(path: Path) -> Folder:
     mark, root = NAMES.get(str(config.get("type") or config.get("model_type")), ("", ""))
     tensors = weights.of_model(path)
     weights.check_merged(tensors)
-    return Folder(path, config, weights.unwrapped(tensors, mark, root))
+    return Folder(path, config, weights.strip_wrappers(tensors, mark, root))
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a file that is missing or is not JSON. A whole number of 19 digits or more becomes a float:
-    no setting is that large, and Python's integers of any length overflow wherever they are computed with."""
+    """The values of a JSON file. Raises UserError if it is missing or is not JSON.
+
+    An integer of 19 digits or more becomes a float: no setting is that large, and longer integers overflow in torch.
+    """
     try:
         return json.loads(path.read_bytes(), parse_int=lambda text: int(text) if len(text) < 19 else float(text))
     except OSError as error:
@@ -116,13 +119,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_hints(path: Path) -> dict[str, Any]:
-    """Keys of ``geometry``, ``loader_hints`` and ``oft`` of a file that has these sections, or the file's own keys.
+    """The keys of the sections ``geometry``, ``loader_hints`` and ``oft``, or the file's own keys without sections.
 
-    ``tokenizer``, if there, is a path from the file on; what follows it in brackets is a remark.
+    ``tokenizer`` is a path relative to the file; a remark in brackets may follow it. Raises UserError for unknown keys.
     """
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"expected an object in {path}, found {type(values).__name__}; give keys with values")
+        raise UserError(f"expected an object in {path}, found {type(values).__name__}; write keys with values")
     sections = [values[name] for name in ("geometry", "loader_hints", "oft") if isinstance(values.get(name), dict)]
     if unknown := sorted(values.keys() - HINTS) if not sections else ():
         close = difflib.get_close_matches(unknown[0], HINTS, 1)
@@ -140,7 +143,7 @@ def _fits(name: str, pattern: str) -> bool:
     return Path(name).match(pattern)
 
 
-# By type or model_type of config.json: a part of a family's names of tensors, and the prefix of that part.
+# By type or model_type of config.json: a part of the names of a family's tensors, and the prefix of that part.
 NAMES = {
     "openvla": ("language_model.", ""),
     "pi0": ("paligemma_with_expert.", "model."),

@@ -1,10 +1,10 @@
-"""The official checkpoints' real dimensions without their weights: folders that exist in memory, of shapes alone.
+"""The real dimensions of the official checkpoints without their weights: folders in memory that hold only shapes.
 
-They go the same way as real ones (recognise, layout, build on the meta device), so memory plans and full-size
-benchmarks need no download. Statistics are those of data that is normalised already.
+The readers treat them as real folders (recognise, layout, build on the meta device), so memory plans and full-size
+benchmarks need no download. Their statistics change nothing: low -1, high 1, mean 0, deviation 1.
 
-``python -m rlrc.compressor.checkpoints.geometry`` writes what the readers find into rlrc/geometries.json, for who has
-no torch.
+``python -m rlrc.compressor.checkpoints.geometry`` writes the readers' result to rlrc/geometries.json, for machines
+without torch.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ SMOLVLM_VOCABULARY = 49280
 def folder(name: str) -> tuple[Folder, ReadOptions]:
     """The official checkpoint of a known name, and the options that it needs. Raises UserError for another name."""
     if name not in GEOMETRIES:
-        geometries.geometry(name)  # refuses it
+        geometries.geometry(name)  # raises
     return GEOMETRIES[name](name)
 
 
-def described(name: str) -> dict[str, Any]:
-    """An entry of rlrc/geometries.json."""
+def describe_geometry(name: str) -> dict[str, Any]:
+    """An entry of rlrc/geometries.json: the policy, its towers, and the parameters of each module."""
     opened, options = folder(name)
     layout = reader.layout(opened, options)
     modules: dict[str, int] = {}
@@ -70,7 +70,7 @@ def _openvla(name: str) -> tuple[Folder, ReadOptions]:
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
         "text_config": {"model_type": "llama", "vocab_size": PATCHED_LLAMA_VOCABULARY, "pad_token_id": 32000},
-        "norm_stats": {"normalised": {"action": _bounds(7, gripper=True), "proprio": _bounds(8)}},
+        "norm_stats": {"normalised": {"action": _bound_statistics(7, gripper=True), "proprio": _bound_statistics(8)}},
     }
     return Folder(Path(name), config, tensors), ReadOptions()
 
@@ -181,16 +181,16 @@ GEOMETRIES: dict[str, Callable[[str], tuple[Folder, ReadOptions]]] = {
 }
 
 
-def _bounds(dim: int, gripper: bool = False) -> dict[str, list[Any]]:
+def _bound_statistics(dim: int, gripper: bool = False) -> dict[str, list[Any]]:
     low, high = [-1.0] * dim, [1.0] * dim
     mask = [True] * (dim - gripper) + [False] * gripper
     return {"q01": low, "q99": high, "min": low, "max": high, "mask": mask}
 
 
 def _features(cameras: tuple[str, ...], size: tuple[int, int], state: int, action: int) -> dict[str, Any]:
-    seen = {f"observation.images.{camera}": {"type": "VISUAL", "shape": [3, *size]} for camera in cameras}
+    visual = {f"observation.images.{camera}": {"type": "VISUAL", "shape": [3, *size]} for camera in cameras}
     return {
-        "input_features": seen | {"observation.state": {"type": "STATE", "shape": [state]}},
+        "input_features": visual | {"observation.state": {"type": "STATE", "shape": [state]}},
         "output_features": {"action": {"type": "ACTION", "shape": [action]}},
     }
 
@@ -202,7 +202,7 @@ def _modes(pictures: str, numbers: str) -> dict[str, str]:
 def _lerobot(
     name: str, config: dict[str, Any], tensors: shapes.Shapes, prompt: list[str]
 ) -> tuple[Folder, ReadOptions]:
-    """With the processors that lerobot writes; ``prompt``: the steps before the tokenizer's, none without language."""
+    """A folder with lerobot's processors; ``prompt``: the steps before the tokenizer (none: no language)."""
     features, file = config["input_features"] | config["output_features"], "normalizer_processor.safetensors"
     norm = {"eps": 1e-8, "features": features, "norm_map": config["normalization_mapping"]}
     tokens = {"max_length": config.get("tokenizer_max_length"), "padding": "max_length", "truncation": True}
@@ -218,7 +218,7 @@ def _lerobot(
 
 
 def _statistics(features: dict[str, Any]) -> Tensors:
-    """Values and all, for they become part of the policy's description."""
+    """Statistics with data, because they become part of the policy's description."""
     values = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
     stored = {
         f"{name}.{statistic}": torch.full((feature["shape"][0],), value)
@@ -228,11 +228,11 @@ def _statistics(features: dict[str, Any]) -> Tensors:
     return Tensors("statistics", stored)
 
 
-def write() -> None:
+def write_geometries() -> None:
     """Writes rlrc/geometries.json: a line for every geometry."""
-    lines = (f"{json.dumps(name)}: {json.dumps(described(name))}" for name in GEOMETRIES)
+    lines = (f"{json.dumps(name)}: {json.dumps(describe_geometry(name))}" for name in GEOMETRIES)
     geometries.FILE.write_text('{"geometries": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 if __name__ == "__main__":
-    write()
+    write_geometries()

@@ -1,4 +1,4 @@
-"""A checkpoint by its name on the Hugging Face hub: what is needed of it is downloaded once, as data."""
+"""Checkpoints on the Hugging Face hub: downloads the configuration, weights and tokenizer of a repository once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from rlrc.checkpoint_folder import REPOSITORY, checkpoint_folder
 from rlrc.errors import UserError
 
-# Never *.py, optimizer states or other formats of the same weights; the second takes away what lies in subfolders.
+# No *.py, optimizer states or other formats of the same weights; NOT_NEEDED excludes subfolders.
 NEEDED = ["*.json", "*.safetensors", "*--*checkpoint.pt", "tokenizer.model"]
 NOT_NEEDED = ["*/*"]
 
@@ -15,11 +15,11 @@ NOT_NEEDED = ["*/*"]
 def locate(given: str | Path) -> Path:
     """The policy's folder at the path if that exists; else the snapshot of the repository ``owner/name[@revision]``.
 
-    Downloads. Shows progress and resumes where it was interrupted. Raises UserError if there is neither.
+    Downloads with a progress bar and resumes an interrupted download. Raises UserError if there is neither.
     """
     path, match = Path(given), REPOSITORY.fullmatch(str(given))
     if path.exists() or path.is_symlink() or match is None:
-        return checkpoint_folder(path)  # whoever opens it says what is missing
+        return checkpoint_folder(path)  # open_folder reports what is missing
     try:
         from huggingface_hub import errors, snapshot_download
     except ModuleNotFoundError:
@@ -33,7 +33,7 @@ def locate(given: str | Path) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED, ignore_patterns=NOT_NEEDED))
     except errors.GatedRepoError:
         raise UserError(
-            f"expected access to {name} on the hub, found that its owner must grant it; ask at "
+            f"expected access to {name} on the hub, found that its owner grants it on request; ask at "
             f"https://huggingface.co/{name} and run hf auth login"
         ) from None
     except errors.RevisionNotFoundError:
@@ -42,7 +42,7 @@ def locate(given: str | Path) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"expected a folder or a repository of the hub called {name}, found neither; check the spelling "
+            f"expected a folder or a repository of the hub with the name {name}, found neither; check the spelling "
             "(and run hf auth login if it is private)"
         ) from None
     except errors.HFValidationError:
@@ -50,7 +50,7 @@ def locate(given: str | Path) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise UserError(
             f"expected a folder at {path} or a connection to the hub to get {name}, found neither; check the path, or "
-            "download it on a machine with a connection and give that folder"
+            "download it on a machine with a connection and use that folder"
         ) from None
     except OSError as error:  # the disk, or the hub's other answers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What an official folder describes: a policy's geometry, where its tensors are, how its values are normalised."""
+"""What a checkpoint folder describes: the policy's geometry, its tensors, and the normalisation of its values."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from rlrc.artifact import PolicySpec, TowerSpec
 
 @dataclass(frozen=True)
 class TensorOrigin:
-    """Where a tensor of the policy comes from in an official folder, and so how it is written back.
+    """The tensors of a checkpoint that a tensor of the policy is made of, and the conversion, which write-back inverts.
 
-    ``convert`` "same"; "join": the official tensors one after the other (q, k, v -> qkv); "patches": a convolution
-    (out, colours, rows, columns) -> (out, rows * columns * colours); "flat": without leading dimensions of 1, one after
-    the other (class token (1, 1, D), registers (1, R, D) -> (1 + R, D)); "query", "key", "value": the first, second,
-    last third of one tensor (three parts are then of the same official tensor, and stand in this order).
+    ``convert`` "same"; "join": concatenate (q, k, v -> qkv); "patches": a convolution (out, colours, rows, columns) ->
+    (out, rows * columns * colours); "flat": drop leading dimensions of 1 and concatenate (class token (1, 1, D),
+    registers (1, R, D) -> (1 + R, D)); "query", "key", "value": the first, second or last third of one tensor, which
+    three tensors of the policy then share, in this order.
     """
 
-    official: tuple[str, ...]
+    names: tuple[str, ...]
     convert: str = "same"
-    file: str = ""  # another file than the model's safetensors: an official ``.pt``
+    file: str = ""  # "": the model's safetensors; else the name of a ``.pt``
 
 
 @dataclass(frozen=True)
 class Normalisation:
     """How one input or output is normalised, for ``rlrc inspect`` and the history of artifacts.
 
-    ``feature``: its name in the statistics of its data set. ``origin``: which statistics of which file; for IDENTITY,
-    what says so. ``group``: the data set that --unnorm-key chose. ``missing``: what there is instead of statistics, and
-    ``groups``: the data sets that it could choose.
+    ``feature``: its name in the statistics of its data set. ``origin``: the statistics and their file; for IDENTITY the
+    setting that requires it. ``group``: the data set that --unnorm-key chose. ``missing``: what was found instead of
+    statistics. ``groups``: the data sets that --unnorm-key can choose.
     """
 
     feature: str
@@ -42,12 +42,12 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Layout:
-    """A policy of a family, before its weights are read: what it is, where its tensors are, what it never reads."""
+    """A policy before its weights are read: its description, the origin of its tensors, and the unused tensors."""
 
     spec: PolicySpec
     towers: dict[str, TowerSpec]
-    parts: dict[str, TensorOrigin] = field(default_factory=dict)  # by the name of the policy's tensor
-    unused: tuple[str, ...] = ()  # official tensors that no action depends on
-    assumed: tuple[str, ...] = ()  # what the folder does not say and was concluded from its contents, and the flag
-    # How inputs ("image.top", "state") and the action are normalised, first what is nearest to the raw values.
+    origins: dict[str, TensorOrigin] = field(default_factory=dict)  # by the name of the policy's tensor
+    unused: tuple[str, ...] = ()  # tensors of the checkpoint that no action depends on
+    assumed: tuple[str, ...] = ()  # facts that the folder does not state, each with the flag that overrides it
+    # Of the inputs ("image.top", "state") and the action, the step nearest to the raw values first.
     normalisation: dict[str, tuple[Normalisation, ...]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Official checkpoint folders as policies: whose layout it is, whether every tensor fits, and the weights.
+"""Reads checkpoint folders as policies: recognises the family, checks every tensor, and loads the weights.
 
-Nothing of the folder is executed or unpickled and nothing is downloaded. The weights are read tensor by tensor into a
-module without storage, so that there are never two copies of them.
+No code of the folder runs, nothing is unpickled, and nothing is downloaded. The weights are read tensor by tensor into
+a module on the meta device, so memory never holds two copies of them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from rlrc.compressor.checkpoints.folder import CONFIG, Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import act, flow
 from rlrc.compressor.checkpoints.prismatic import openvla
-from rlrc.compressor.models import families
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.families import FAMILIES
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 
-UNSUPPORTED = ("pi0_fast", "pi0fast")  # near in name to what is supported, but something else
+UNSUPPORTED = ("pi0_fast", "pi0fast")  # similar names, but other architectures
 
 
 def layout(folder: Folder, options: ReadOptions) -> Layout:
-    """What policy the folder holds, without reading its weights.
+    """The layout of the folder's policy. Reads no weights.
 
-    Raises UserError for an unknown family, with the nearest match, and as the family's own ``layout``.
+    Raises UserError for an unknown family, naming the nearest one, and as the family's own ``layout``.
     """
     for family in (openvla, flow, act):
         if family.recognise(folder):
-            return family.layout(folder, options)
+            found: Layout = family.layout(folder, options)
+            return found
     known = [family for family in FAMILIES if family != "tiny"]
     kind = folder.config.get("type") or folder.config.get("model_type")
     expected = f"expected a checkpoint of one of the families {', '.join(known)}, found"
@@ -60,53 +61,52 @@ def read(
     check(folder, found, policy)
     files = sources(folder, found)
     for name, stored in policy.state_dict().items():
-        part = found.parts[name]
-        tensors = files[part.file]
-        tensor = weights.convert(part, [tensors.read_finite(official) for official in part.official])
+        origin = found.origins[name]
+        tensors = files[origin.file]
+        tensor = weights.convert(origin, [tensors.read_finite(source) for source in origin.names])
         wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
         _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
     return policy.eval(), found
 
 
-def print_assumed(layout: Layout) -> None:
-    """Prints on stderr what was assumed."""
+def print_assumptions(layout: Layout) -> None:
+    """Prints the layout's assumptions on stderr."""
     for line in layout.assumed:
         print(f"rlrc: assumed {line}", file=sys.stderr)
 
 
 def build(layout: Layout) -> PolicyModule:
     """The layout's policy on the meta device: all shapes, no data."""
-    with torch.device("meta"):
-        return families.build(layout.spec, layout.towers)
+    return build_on_meta(layout.spec, layout.towers)
 
 
 def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
-    """Every tensor of the policy from official ones of the right shape, every official one used or known as unused.
+    """Checks that every tensor of the policy has an origin of the right shape, and that every other tensor is unused.
 
-    And a description that an artifact may have, with finite statistics.
+    Raises UserError if not, and for a description that no artifact may have (check_policy).
     """
     check_policy(layout.spec)
-    if strange := policy.state_dict().keys() ^ layout.parts.keys():
+    if strange := policy.state_dict().keys() ^ layout.origins.keys():
         raise RuntimeError(f"the layout of {layout.spec.family} and its module differ in {sorted(strange)}")
     files, unused = sources(folder, layout), set(layout.unused)
     for name, expected in policy.state_dict().items():
-        part = layout.parts[name]
-        tensors = files[part.file]
-        metas = [tensors.meta(official) for official in part.official]
-        for official, meta in zip(part.official, metas, strict=True):
+        origin = layout.origins[name]
+        tensors = files[origin.file]
+        metas = [tensors.meta(source) for source in origin.names]
+        for source, meta in zip(origin.names, metas, strict=True):
             if meta.dtype not in models_tensors.FLOATS:
-                raise models_tensors.not_floats_error(official, meta.dtype, tensors.origin)
+                raise models_tensors.not_floats_error(source, meta.dtype, tensors.origin)
         try:
-            found = weights.convert(part, metas).shape
-        except RuntimeError:  # they cannot be joined
+            found = weights.convert(origin, metas).shape
+        except RuntimeError:  # torch.cat refuses them
             found = None
         if found != expected.shape:
             shapes = ", ".join(str(tuple(meta.shape)) for meta in metas)
-            what = f"tensor{'s' * (len(metas) > 1)} {', '.join(part.official)}"
-            wanted = f"{tuple(expected.shape)}" + f" (after {part.convert!r})" * (part.convert != "same")
+            what = f"tensor{'s' * (len(metas) > 1)} {', '.join(origin.names)}"
+            wanted = f"{tuple(expected.shape)}" + f" (after {origin.convert!r})" * (origin.convert != "same")
             raise models_tensors.wrong_shape_error(what, wanted, shapes, tensors.origin)
     for file, tensors in files.items():
-        used = {official for part in layout.parts.values() if part.file == file for official in part.official}
+        used = {source for origin in layout.origins.values() if origin.file == file for source in origin.names}
         if left := [name for name in tensors if name not in used and name not in unused]:
             raise UserError(
                 f"expected a config that fits the weights of {tensors.origin}, found {len(left)} tensors more than "
@@ -115,12 +115,12 @@ def check(folder: Folder, layout: Layout, policy: PolicyModule) -> None:
 
 
 def sources(folder: Folder, layout: Layout) -> dict[str, Tensors]:
-    """The official tensors by Part.file, opened."""
+    """The tensors of every file that the layout names, by TensorOrigin.file."""
     files = {"": folder.tensors}
-    for part in layout.parts.values():
-        if part.file not in files:
-            virtual = folder.virtual.get(part.file)
-            files[part.file] = weights.of_pt(folder.path / part.file) if virtual is None else virtual
+    for origin in layout.origins.values():
+        if origin.file not in files:
+            virtual = folder.virtual.get(origin.file)
+            files[origin.file] = weights.of_pt(folder.path / origin.file) if virtual is None else virtual
     return files
 
 

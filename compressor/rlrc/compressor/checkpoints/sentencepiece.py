@@ -1,4 +1,4 @@
-"""Sentencepiece models without the sentencepiece package: a protocol buffer of which a few fields are needed."""
+"""Parses sentencepiece models, which are protocol buffers, without the sentencepiece package."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Sentencepiece:
     bos: int
     eos: int
     byte_fallback: bool
-    characters: bytes  # normalisation rules, compiled; empty: none
-    add_prefix: bool  # a blank before the text
-    collapse: bool  # several blanks are one, none at the ends
+    characters: bytes  # compiled normalisation rules; empty: none
+    add_prefix: bool  # put a blank before the text
+    collapse: bool  # merge blanks, and strip the ends
 
 
 def parse(path: Path) -> Sentencepiece:
-    """Raises UserError for a file that is no sentencepiece model."""
+    """Reads a model. Raises UserError for a file that is no sentencepiece model."""
     try:
         model = list(fields(path.read_bytes()))
         trainer, normalizer = (
@@ -46,8 +46,8 @@ def parse(path: Path) -> Sentencepiece:
         return Sentencepiece(
             pieces,
             algorithm=trainer.get(3, UNIGRAM),
-            bos=_signed(trainer.get(41, 1)),
-            eos=_signed(trainer.get(42, 2)),
+            bos=_to_signed(trainer.get(41, 1)),
+            eos=_to_signed(trainer.get(42, 2)),
             byte_fallback=bool(trainer.get(35, False)),
             characters=normalizer.get(2, b""),
             add_prefix=bool(normalizer.get(3, True)),
@@ -83,11 +83,11 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"wire type {wire}")
         length = {1: 8, 5: 4}.get(wire) or varint()
         if position + length > len(message):
-            raise ValueError("the end in the middle")
+            raise ValueError("the file ends inside a field")
         yield number, message[position : position + length]
         position += length
 
 
-def _signed(value: int) -> int:
-    """Negative numbers are stored as 64-bit two's complement."""
+def _to_signed(value: int) -> int:
+    """Decodes 64-bit two's complement."""
     return value - (1 << 64) if value >> 63 else value

@@ -1,10 +1,9 @@
-"""Configuration files read to the last key: each is used, is without effect on the actions, or is refused by name.
+"""Checks every key of the configuration files: it is used, has no effect on the actions, or is refused.
 
-A key that a newer version of the training code added may change what is computed. It must not fall through to a
-default, so what is not listed here is refused, unless it is null or the user says that it changes nothing ("ignore" of
---hints). The lists: transformers 4.40 to 5.23 (PretrainedConfig, LlamaConfig, GenerationConfig), openvla's
-configuration_prismatic.py and processing_prismatic.py, lerobot 0.3 to 0.6 (configs/policies.py and each family's
-configuration file).
+A key that a newer version of the training code added may change the computation, so a key that is not listed here is
+refused, unless it is null or --hints lists it under "ignore". The lists: transformers 4.40 to 5.23 (PretrainedConfig,
+LlamaConfig, GenerationConfig), openvla's configuration_prismatic.py and processing_prismatic.py, lerobot 0.3 to 0.6
+(configs/policies.py and each family's configuration file).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Keys:
-    """``known``: keys that are used or change no action, as patterns. ``only``: the values that others may have."""
+    """``known``: patterns of keys that are used or change no action. ``only``: the supported values of other keys."""
 
     known: frozenset[str]
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -32,12 +31,12 @@ class Keys:
         return Keys(self.known | other.known, {**self.only, **other.only})
 
 
-def _words(text: str) -> frozenset[str]:
+def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 def check(values: Mapping[str, Any], keys: Keys, where: object, options: ReadOptions) -> None:
-    """Raises UserError for a key that is in neither list, or has a value that is not supported."""
+    """Raises UserError for an unknown key or an unsupported value."""
     ignored = options.hints.get("ignore") or []
     if not isinstance(ignored, list):
         raise UserError(f"expected a list of names of settings as the hint ignore, found {ignored!r:.80}; correct it")
@@ -62,10 +61,10 @@ def check(values: Mapping[str, Any], keys: Keys, where: object, options: ReadOpt
             )
 
 
-# transformers: what every configuration may have. Generation: the official code asks for greedy decoding
-# (do_sample=False), so how it would sample is without effect; what changes the logits is not.
+# transformers: the keys of every configuration. Generation: the original code decodes greedily (do_sample=False), so
+# settings of sampling have no effect; settings that change the logits do.
 GENERATION = Keys(
-    _words(
+    _keys(
         "_from_model_config transformers_version *_token_id do_sample temperature top_k top_p top_h min_p typical_p "
         "epsilon_cutoff eta_cutoff max_length max_new_tokens max_time early_stopping length_penalty use_cache "
         "cache_implementation cache_config max_cache_len num_return_sequences output_* return_dict* "
@@ -85,7 +84,7 @@ GENERATION = Keys(
         "min_new_tokens": (0,),
         "guidance_scale": (1.0,),
         **dict.fromkeys(
-            _words(
+            _keys(
                 "bad_words_ids forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens "
                 "exponential_decay_length_penalty sequence_bias constraints force_words_ids watermarking_config "
                 "penalty_alpha dola_layers stop_strings"
@@ -95,7 +94,7 @@ GENERATION = Keys(
     },
 )
 TRANSFORMERS = GENERATION | Keys(
-    _words(
+    _keys(
         "_name_or_path _commit_hash _attn_implementation* attn_implementation architectures auto_map "
         "trust_remote_code torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss finetuning_task id2label label2id "
         "num_labels problem_type task_specific_params tokenizer_class prefix model_type tie_encoder_decoder "
@@ -110,7 +109,7 @@ TRANSFORMERS = GENERATION | Keys(
     },
 )
 PRISMATIC = TRANSFORMERS | Keys(
-    _words(
+    _keys(
         "vision_backbone_id llm_backbone_id hf_llm_id arch_specifier use_fused_vision_backbone timm_model_ids "
         "image_sizes image_resize_strategy llm_max_length pad_to_multiple_of output_projector_states text_config "
         "norm_stats n_action_bins tie_word_embeddings"
@@ -118,10 +117,10 @@ PRISMATIC = TRANSFORMERS | Keys(
     {"timm_override_act_layers": ([None], [None, None])},
 )
 LLAMA = TRANSFORMERS | Keys(
-    _words(
+    _keys(
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings "
-        # of training, of the cache, or another order of the same sums
+        # of training or of the cache, or with the same sums in another order
         "max_position_embeddings initializer_range attention_dropout pretraining_tp attention_bias"
     ),
     {
@@ -132,7 +131,7 @@ LLAMA = TRANSFORMERS | Keys(
     },
 )
 IMAGE_PROCESSOR = Keys(
-    _words(
+    _keys(
         "image_processor_type processor_class auto_map use_fused_vision_backbone image_resize_strategy input_sizes "
         "interpolations means stds tvf_resize_params tvf_crop_params tvf_normalize_params tvf_letterbox_fill "
         "_processor_class"
@@ -140,9 +139,9 @@ IMAGE_PROCESSOR = Keys(
     {"tvf_do_letterbox": (False,)},
 )
 
-# lerobot: what every policy's configuration may have; normalisation is the processors'.
+# lerobot: the keys of every policy's configuration; the processors read normalisation_mapping.
 LEROBOT = Keys(
-    _words(
+    _keys(
         "type input_features output_features normalization_mapping chunk_size n_action_steps device use_amp "
         "push_to_hub repo_id private tags license pretrained_path pretrained_revision optimizer_* scheduler_* "
         "action_feature_names auto_map trust_remote_code"
@@ -150,31 +149,31 @@ LEROBOT = Keys(
     {"n_obs_steps": (1,), "use_peft": (False,)},
 )
 ACT = LEROBOT | Keys(
-    _words(
+    _keys(
         "vision_backbone replace_final_stride_with_dilation pre_norm dim_model n_heads dim_feedforward "
         "feedforward_activation n_encoder_layers n_decoder_layers "
-        # of training, of the VAE, or the caller's
+        # of training, of the VAE, or of the caller
         "pretrained_backbone_weights use_vae latent_dim n_vae_encoder_layers dropout kl_weight temporal_ensemble_*"
     )
 )
 _FLOW = LEROBOT | Keys(
-    _words(
+    _keys(
         "max_state_dim max_action_dim tokenizer_max_length min_period max_period "
-        # an empty camera is one that is never there; the rest is the training's, the device's or the caller's
+        # empty cameras are never present; the rest is of training, of the device or of the caller
         "empty_cameras freeze_vision_encoder train_expert_only gradient_checkpointing compile_model compile_mode "
         "rtc_config"
     ),
     dict.fromkeys(("adapt_to_pi_aloha", "use_delta_joint_actions_aloha"), (False,)),
 )
 PI0 = _FLOW | Keys(
-    _words(
+    _keys(
         "paligemma_variant action_expert_variant image_resolution num_inference_steps dtype time_sampling_* "
         "relative_exclude_joints"
     ),
     dict.fromkeys(("use_relative_actions", "use_visual_memory", "use_proprioceptive_memory"), (False,)),
 )
 SMOLVLA = _FLOW | Keys(
-    _words(
+    _keys(
         "vlm_model_name resize_imgs_with_padding num_steps attention_mode num_vlm_layers num_expert_layers "
         "self_attn_every_n_layers use_cache load_vlm_weights train_state_proj fine_tune_vision_encoder "
         "vision_encoder_lr_multiplier prefix_length pad_language_to expert_width_multiplier"
@@ -185,12 +184,12 @@ POLICIES = {"act": ACT, "pi0": PI0, "pi05": PI0, "smolvla": SMOLVLA}
 
 
 def check_lerobot(folder: Folder, options: ReadOptions) -> None:
-    """config.json of a lerobot policy. Raises UserError as ``check``."""
+    """Checks config.json of a lerobot policy. Raises UserError as ``check``."""
     check(folder.config, POLICIES[str(folder.config["type"])], "config.json", options)
 
 
 def check_no_prompt_state(folder: Folder, options: ReadOptions) -> None:
-    """Of a policy whose prompt has no state. Raises UserError for an ``ReadOptions.prompt_state``."""
+    """Raises UserError for ``ReadOptions.prompt_state`` with a policy whose prompt has no state."""
     if options.prompt_state is not None:
         family = folder.config.get("type") or folder.config.get("model_type")
         raise UserError(
@@ -199,8 +198,10 @@ def check_no_prompt_state(folder: Folder, options: ReadOptions) -> None:
 
 
 def rope_theta(text: Mapping[str, Any], where: object) -> float:
-    """The base of the rotary positions: ``rope_parameters`` since transformers 5, before that ``rope_theta`` and
-    ``rope_scaling``. Raises UserError for scaled or partial ones, and where two keys contradict each other."""
+    """The base of the rotary positions: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``.
+
+    Raises UserError for scaled or partial rotary positions and for keys that contradict each other.
+    """
     found = {"rope_theta": text.get("rope_theta")}
     for name in ("rope_parameters", "rope_scaling"):
         values = text.get(name) or {}
@@ -217,6 +218,6 @@ def rope_theta(text: Mapping[str, Any], where: object) -> float:
     given = {name: value for name, value in found.items() if value is not None}
     value: float = next(iter(given.values()), 10_000.0)
     if any(other != value for other in given.values()):
-        said = " and ".join(f"{name} {value!r}" for name, value in given.items())
-        raise UserError(f"expected one base of the rotary positions in {where}, found {said}; correct config.json")
+        listed = " and ".join(f"{name} {value!r}" for name, value in given.items())
+        raise UserError(f"expected one base of the rotary positions in {where}, found {listed}; correct config.json")
     return value

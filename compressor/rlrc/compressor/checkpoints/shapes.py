@@ -1,6 +1,6 @@
-"""Names and shapes of the tensors in official files, from a handful of numbers a family.
+"""Names and shapes of the tensors in official checkpoints, from a few numbers for each family.
 
-They are what the official code saves: openvla/openvla with timm 0.9.10, moojink/openvla-oft, lerobot 0.6.1.
+As saved by openvla/openvla with timm 0.9.10, moojink/openvla-oft, lerobot 0.6.1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class Language:
-    """A decoder with grouped-query attention; ``source``: what cross-attention's keys and values are made of."""
+    """A decoder with grouped-query attention."""
 
     width: int
     depth: int
@@ -92,7 +92,7 @@ def decoder(
 ) -> Shapes:
     """Blocks and final norm of a Llama or Gemma. ``adaptive``: norms with a condition of the same width.
 
-    Keys and values of the blocks in ``cross`` are made of ``source`` channels.
+    The keys and values of the blocks in ``cross`` are projections of ``source`` channels.
     """
     width, heads = language.width, language.heads * language.head_dim
 
@@ -115,12 +115,12 @@ def decoder(
 
 def openvla(dinov2: Vision, siglip: Vision, language: Language, vocabulary: int) -> Shapes:
     """OpenVLA and OpenVLA-OFT with fused vision backbones and four registers."""
-    seen, width = dinov2.width + siglip.width, language.width
+    features, width = dinov2.width + siglip.width, language.width
     return (
         timm("vision_backbone.featurizer.", dinov2, registers=4, scaled=True)
         | timm("vision_backbone.fused_featurizer.", siglip, pooled=True)
-        | linear("projector.fc1", seen, 4 * seen)
-        | linear("projector.fc2", 4 * seen, width)
+        | linear("projector.fc1", features, 4 * features)
+        | linear("projector.fc2", 4 * features, width)
         | linear("projector.fc3", width, width)
         | {"language_model.model.embed_tokens.weight": (vocabulary, width)}
         | decoder("language_model.model.", language)
@@ -237,18 +237,18 @@ def attention(prefix: str, width: int) -> Shapes:
 def resnet18(prefix: str, base: int) -> Shapes:
     """torchvision's, with frozen batch norms and without the classifier."""
 
-    def normed(convolution: str, norm: str, inputs: int, outputs: int, size: int) -> Shapes:
+    def conv_and_norm(convolution: str, norm: str, inputs: int, outputs: int, size: int) -> Shapes:
         shapes: Shapes = {f"{convolution}.weight": (outputs, inputs, size, size)} | affine(norm, outputs)
         return shapes | {f"{norm}.{name}": (outputs,) for name in ("running_mean", "running_var")}
 
-    shapes = normed(f"{prefix}conv1", f"{prefix}bn1", 3, base, 7)
+    shapes = conv_and_norm(f"{prefix}conv1", f"{prefix}bn1", 3, base, 7)
     inputs = base
     for layer, outputs in enumerate((base, 2 * base, 4 * base, 8 * base), 1):
         for i in (0, 1):
             block = f"{prefix}layer{layer}.{i}."
-            shapes |= normed(f"{block}conv1", f"{block}bn1", inputs, outputs, 3)
-            shapes |= normed(f"{block}conv2", f"{block}bn2", outputs, outputs, 3)
+            shapes |= conv_and_norm(f"{block}conv1", f"{block}bn1", inputs, outputs, 3)
+            shapes |= conv_and_norm(f"{block}conv2", f"{block}bn2", outputs, outputs, 3)
             if inputs != outputs:
-                shapes |= normed(f"{block}downsample.0", f"{block}downsample.1", inputs, outputs, 1)
+                shapes |= conv_and_norm(f"{block}downsample.0", f"{block}downsample.1", inputs, outputs, 1)
             inputs = outputs
     return shapes

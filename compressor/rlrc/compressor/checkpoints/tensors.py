@@ -1,4 +1,4 @@
-"""Tensors of official files: names and shapes from the headers alone, the data one tensor at a time."""
+"""Tensors of checkpoint files: names and shapes from the headers, data one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 ADAPTED = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)")
-# Buffers that older versions of the training code saved and that follow from the configuration.
+# Buffers that older training code saved although the configuration determines them.
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
-THIRDS = ("query", "key", "value")  # of one official tensor
+THIRDS = ("query", "key", "value")  # of one tensor
 
 
 def of_model(folder: Path) -> Tensors:
@@ -54,7 +54,7 @@ def of_model(folder: Path) -> Tensors:
 
 
 def check_merged(tensors: Tensors) -> None:
-    """Raises UserError for the weights of an adapter that was not merged."""
+    """Raises UserError for weights of a PEFT adapter that is not merged."""
     if lora := next((name for name in tensors if ADAPTED.search(name)), None):
         raise UserError(
             f"expected merged weights in {tensors.origin}, found those of a PEFT adapter as well, such as {lora}; "
@@ -62,11 +62,11 @@ def check_merged(tensors: Tensors) -> None:
         )
 
 
-def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
-    """The tensors by the names that the training code gives them.
+def strip_wrappers(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
+    """The tensors under the training code's own names.
 
-    Parts that wrappers put into names (DistributedDataParallel, torch.compile, FSDP) are left out, and whatever else
-    stands before all of them: ``root`` and ``mark`` are what at least one of the code's names begins with.
+    Removes the parts that wrappers (DistributedDataParallel, torch.compile, FSDP) add, and any other prefix that all
+    names share. At least one of the code's own names begins with ``root`` and then ``mark``.
     """
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     if mark and (first := next((name for name in names.values() if f".{name}".find(f".{mark}") >= 0), None)):
@@ -78,9 +78,9 @@ def unwrapped(tensors: Tensors, mark: str = "", root: str = "") -> Tensors:
 
 
 def of_pt(path: Path) -> Tensors:
-    """An official ``.pt`` of nothing but tensors, by names without wrappers.
+    """The tensors of a ``.pt``, under names without wrappers.
 
-    Raises UserError for anything else in it. No code of the file runs: ``weights_only`` knows tensors and plain values.
+    No code of the file runs (``weights_only``). Raises UserError if it holds anything but tensors.
     """
     try:
         try:
@@ -88,9 +88,9 @@ def of_pt(path: Path) -> Tensors:
         except RuntimeError:  # the format of torch before 1.6 cannot be mapped
             values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise nearly anything
-        # Torch's own message advises to run what is in the file.
+        # Torch's own message advises the user to run the code in the file.
         named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"an object of {named[1]}" if named else "what is no file of tensors"
+        found = f"an object of {named[1]}" if named else "a file without tensors"
         raise UserError(f"expected nothing but tensors in {path}, found {found}; save a state_dict() there") from None
     if not isinstance(values, dict):
         raise UserError(
@@ -102,32 +102,42 @@ def of_pt(path: Path) -> Tensors:
                 f"expected nothing but tensors in {path}, found {type(value).__name__} at {name!r}; "
                 "save the module's state_dict()"
             )
-    return unwrapped(Tensors(str(path), values, file=path.name, paths=(path,)))
+    return strip_wrappers(Tensors(str(path), values, file=path.name, paths=(path,)))
 
 
-def convert(part: TensorOrigin, tensors: list[Tensor]) -> Tensor:
-    """Official tensors -> the policy's (see Part); on the meta device for the shape alone."""
-    if part.convert == "patches":
+def convert(origin: TensorOrigin, tensors: list[Tensor]) -> Tensor:
+    """The checkpoint's tensors -> the policy's (see TensorOrigin); on the meta device for the shape alone."""
+    if origin.convert == "patches":
         return tensors[0].permute(0, 2, 3, 1).flatten(1)
-    if part.convert == "flat":
+    if origin.convert == "flat":
         tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    if part.convert in THIRDS:
-        return tensors[0].unflatten(0, (3, -1))[THIRDS.index(part.convert)]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if origin.convert in THIRDS:
+        return tensors[0].reshape(3, -1, *tensors[0].shape[1:])[THIRDS.index(origin.convert)]
+    return tensors[0] if len(tensors) == 1 else _concatenate(tensors)
 
 
-def restore(parts: list[TensorOrigin], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:
-    """The inverse of ``convert``: the official tensor ``name``, from all of the policy's that have something of it.
+def _concatenate(tensors: list[Tensor]) -> Tensor:
+    """``torch.cat``, which imports torch._dynamo on the meta device. Raises RuntimeError where shapes differ."""
+    shape = tensors[0].shape
+    if not shape or not tensors[0].is_meta:
+        return torch.cat(tensors)
+    if any(not tensor.shape or tensor.shape[1:] != shape[1:] for tensor in tensors):
+        raise RuntimeError("the shapes differ")
+    return torch.empty((sum(len(tensor) for tensor in tensors), *shape[1:]), device="meta")
 
-    ``shapes`` are those of ``parts[0].official``, of which it is one.
+
+def restore(origins: list[TensorOrigin], tensors: list[Tensor], name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+    """The inverse of ``convert``: the checkpoint's tensor ``name`` from the policy's tensors that are made of it.
+
+    ``shapes`` are those of ``origins[0].names``, which contains ``name``.
     """
-    part, tensor, index = parts[0], tensors[0], parts[0].official.index(name)
-    if part.convert == "patches":
+    origin, tensor, index = origins[0], tensors[0], origins[0].names.index(name)
+    if origin.convert == "patches":
         _, colours, rows, columns = shapes[0]
-        return tensor.unflatten(1, (rows, columns, colours)).permute(0, 3, 1, 2)
-    if part.convert in THIRDS:
-        thirds = {part.convert: tensor for part, tensor in zip(parts, tensors, strict=True)}
+        return tensor.reshape(-1, rows, columns, colours).permute(0, 3, 1, 2)
+    if origin.convert in THIRDS:
+        thirds = {origin.convert: tensor for origin, tensor in zip(origins, tensors, strict=True)}
         return torch.cat([thirds[third] for third in THIRDS])
-    lengths = [prod(shape[:-1]) if part.convert == "flat" else shape[0] if shape else 1 for shape in shapes]
-    pieces = tensor.split(lengths) if len(shapes) > 1 else [tensor]
+    lengths = [prod(shape[:-1]) if origin.convert == "flat" else shape[0] if shape else 1 for shape in shapes]
+    pieces = torch.split(tensor, lengths) if len(shapes) > 1 else [tensor]
     return pieces[index].reshape(shapes[index])

@@ -1,7 +1,7 @@
-"""The tokenizer of an official folder as one ``tokenizers`` file: tokenizer.json, or a sentencepiece model converted.
+"""A checkpoint folder's tokenizer as one ``tokenizers`` file: tokenizer.json, or a converted sentencepiece model.
 
-Offline always. transformers completes a tokenizer.json by the settings next to it (begin and end tokens, added tokens),
-so the file alone may give other ids than the policy was trained with: it is completed here in the same way.
+Never downloads. transformers applies the settings next to a tokenizer.json (begin and end tokens, added tokens), so the
+file alone may yield other ids than in training. This module applies the same settings.
 """
 
 from __future__ import annotations
@@ -32,18 +32,23 @@ if TYPE_CHECKING:
 
 JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
-BEGIN = {"openvla": "<s>", "openvla-oft": "<s>", "pi0": "<bos>", "pi05": "<bos>"}  # families whose prompts have one
+BEGIN = {
+    "openvla": "<s>",
+    "openvla-oft": "<s>",
+    "pi0": "<bos>",
+    "pi05": "<bos>",
+}  # families whose prompts have a begin token
 BLANK = "\u2581"  # sentencepiece's visible blank
 
 
 def of_folder(folder: Folder, options: ReadOptions) -> Path:
-    """The tokenizer's file: what the options name, or it is in the folder, or where the hints or the processors say.
+    """The tokenizer's file: the path in the options, else in the folder, else the path in the hints or processors.
 
     Raises UserError if there is none.
     """
     named = [name for name in (folder.config.get("vlm_model_name"), _processor(folder)) if isinstance(name, str)]
     places = [folder.path, *[Path(str(hint)) for hint in [options.hints.get("tokenizer")] if hint]]
-    # A policy trained with a local copy names its folder, which may have moved together with the checkpoint.
+    # A policy trained with a local tokenizer names its folder, which may have moved with the checkpoint.
     places += [place for name in named for place in (Path(name), folder.path.parent / name)]
     if options.tokenizer is not None:
         places = [options.tokenizer]
@@ -53,7 +58,7 @@ def of_folder(folder: Folder, options: ReadOptions) -> Path:
                 return file
     of = f" (it is that of {named[-1]})" if named else ""
     raise UserError(
-        f"expected {JSON} or {SENTENCEPIECE} in {places[0]}, found neither; give the tokenizer{of} as --tokenizer PATH"
+        f"expected {JSON} or {SENTENCEPIECE} in {places[0]}, found neither; pass the tokenizer{of} as --tokenizer PATH"
     )
 
 
@@ -67,9 +72,9 @@ def _processor(folder: Folder) -> object:
 
 
 def write(source: Path, target: Path, spec: PolicySpec | None = None) -> None:
-    """Writes what ``of_folder`` found as a ``tokenizers`` file, a whole one as it is.
+    """Writes the file that ``of_folder`` found as a ``tokenizers`` file; copies it if it is complete.
 
-    Raises UserError for a file that is neither kind, and as ``complete`` and ``check``.
+    Raises UserError for a file of another kind, and as ``complete`` and ``check``.
     """
     settings = settings_of(source)
     if source.suffix == ".json":
@@ -90,7 +95,7 @@ def _load(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"expected a tokenizers file, found {path}: {error}; copy it again from its source") from None
-    # The prompt has rules of its own for these.
+    # The policy's PromptSpec governs these.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -98,10 +103,10 @@ def _load(path: Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What tokenizer_config.json says, which rules over tokenizer.json (transformers' tokenization_utils_fast.py).
+    """Settings of tokenizer_config.json, which override tokenizer.json (transformers' tokenization_utils_fast.py).
 
-    ``begin``, ``end``: whether a text gets these tokens (None: not said); ``tokens``: their text by "bos" and "eos";
-    ``added``: tokens by their id; ``left``: too long prompts lose their beginning.
+    ``begin``, ``end``: whether a text gets these tokens (None: not stated); ``tokens``: their text by "bos" and "eos";
+    ``added``: tokens by id; ``left``: truncate long prompts at their beginning.
     """
 
     begin: bool | None = None
@@ -109,11 +114,11 @@ class TokenizerSettings:
     tokens: dict[str, str] = field(default_factory=dict)
     added: dict[int, AddedToken] = field(default_factory=dict)
     left: bool = False
-    rules: bool = False  # a class that takes its begin and end from here whatever tokenizer.json says
+    rules: bool = False  # the tokenizer's class takes begin and end from here, not from tokenizer.json
 
 
 def settings_of(source: Path) -> TokenizerSettings:
-    """Of the files next to a tokenizer's; empty without them."""
+    """The settings in the files next to the tokenizer; the defaults without them."""
     config = _object(source.parent / "tokenizer_config.json")
     special = _object(source.parent / "special_tokens_map.json") | config
     texts = {name: _text(special.get(f"{name}_token")) for name in ("bos", "eos")}
@@ -143,7 +148,7 @@ def settings_of(source: Path) -> TokenizerSettings:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file. Raises UserError for a broken one."""
+    """The values of a JSON file, empty if it is missing. Raises UserError for a broken file."""
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -161,9 +166,9 @@ def _text(token: Any) -> str | None:
 
 
 def complete(tokenizer: Tokenizer, settings: TokenizerSettings, path: Path) -> bool:
-    """Adds what the settings ask for and the file lacks; whether anything was.
+    """Adds the settings that the tokenizer lacks, and returns whether there were any.
 
-    Raises UserError where the two contradict each other.
+    Raises UserError where settings and tokenizer contradict each other.
     """
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     missing = {index: token for index, token in settings.added.items() if token.content not in added}
@@ -204,7 +209,7 @@ def _set_ends(tokenizer: Tokenizer, settings: TokenizerSettings, path: Path) -> 
 
 
 def ends(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and behind a text."""
+    """The ids that the tokenizer puts before and after a text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
@@ -212,8 +217,7 @@ def ends(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def check(tokenizer: Tokenizer, settings: TokenizerSettings, source: Path, spec: PolicySpec) -> None:
-    """Raises UserError for prompts without a begin token where nothing says that it is left out, and for a tokenizer
-    that cuts long prompts at their beginning."""
+    """Raises UserError if the family's begin token is missing without a setting, and for truncation on the left."""
     begin = BEGIN.get(spec.family)
     if begin is not None and settings.begin is None and not ends(tokenizer)[0]:
         raise UserError(
@@ -222,13 +226,13 @@ def check(tokenizer: Tokenizer, settings: TokenizerSettings, source: Path, spec:
         )
     if settings.left and spec.prompt is not None and spec.prompt.truncate:
         raise UserError(
-            f"expected truncation_side right in the tokenizer_config.json next to {source}, found left; rlrc cuts long "
-            "prompts at their end"
+            f"expected truncation_side right in the tokenizer_config.json next to {source}, found left; rlrc "
+            "truncates long prompts at their end"
         )
 
 
 def convert(path: Path) -> Tokenizer:
-    """A sentencepiece model as a Tokenizer, with the tokens that tokenizer_config.json asks for.
+    """Converts a sentencepiece model to a Tokenizer with the tokens of tokenizer_config.json.
 
     Without that file the text begins with <s> (or <bos>) and does not end with </s>, as for Llama and Gemma.
     """
@@ -240,7 +244,7 @@ def convert(path: Path) -> Tokenizer:
         raise UserError(f"expected different pieces, one for unknown text, in {path}, found others; copy it again")
     if model.algorithm == BPE:
         unk_token = pieces[unknown][0]
-        merges = sorted_merges(pieces)
+        merges = sort_merges(pieces)
         tokenizer = Tokenizer(
             models.BPE(vocabulary, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=model.byte_fallback)
         )
@@ -264,7 +268,7 @@ def convert(path: Path) -> Tokenizer:
     )
     tokenizer.add_tokens(
         [
-            # Matched in the normalised text, where a blank is visible; but there a prefix would become part of them.
+            # Match them in the normalised text, where blanks are visible, unless a prefix would become part of them.
             AddedToken(text, normalized=kind == USER_DEFINED and not model.add_prefix, special=kind != USER_DEFINED)
             for text, _, kind in pieces
             if kind in (UNKNOWN, CONTROL, USER_DEFINED)
@@ -276,8 +280,8 @@ def convert(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def sorted_merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """Sentencepiece joins the neighbours whose union has the best score; so every way to split a piece is a merge."""
+def sort_merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+    """Every split of a piece in two, by score: sentencepiece merges the neighbours whose union has the best score."""
     ranks = {text: index for index, (text, _, kind) in enumerate(pieces) if kind in (NORMAL, UNUSED)}
     merges = [
         (-score, ranks[text[:cut]], ranks[text[cut:]], text, cut)

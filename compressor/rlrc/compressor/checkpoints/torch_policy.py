@@ -1,4 +1,4 @@
-"""A torch policy behind the runtime's seam: an observation in, one chunk of actions out, by the same preprocessing."""
+"""A torch policy with the runtime's interface and preprocessing: an observation in, one chunk of actions out."""
 
 from __future__ import annotations
 
@@ -19,33 +19,31 @@ from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.decode import NoAction
 from rlrc.runtime.inference.policy import InferenceTiming, Result
+from rlrc.runtime.inference.prompts import Tokenizer
 
 
 class TorchPolicy:
-    """See rlrc.runtime.inference.policy.Policy. ``tokenizer`` is that of the prompt (None: a policy without language).
+    """An rlrc.runtime.inference.policy.Policy. ``tokenizer``: for the prompt (None: a policy without language).
 
-    ``load`` gives the policy when it is first needed: an observation that does not fit is refused before the weights
-    are read.
+    ``load`` returns the module. It runs at the first inference, after the observation has been checked.
     """
 
-    def __init__(
-        self, spec: PolicySpec, tokenizer: preprocess.Tokenizer | None, load: Callable[[], PolicyModule]
-    ) -> None:
+    def __init__(self, spec: PolicySpec, tokenizer: Tokenizer | None, load: Callable[[], PolicyModule]) -> None:
         self.spec, self._tokenizer, self._load = spec, tokenizer, load
         self._policy: PolicyModule | None = None
         self.reset()
 
     @staticmethod
-    def official(folder: Folder, options: ReadOptions) -> TorchPolicy:
-        """Of an official folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
+    def from_folder(folder: Folder, options: ReadOptions) -> TorchPolicy:
+        """The policy of a checkpoint folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
         layout = reader.layout(folder, options)
-        reader.print_assumed(layout)
+        reader.print_assumptions(layout)
         spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
         return TorchPolicy(spec, tokenizer, lambda: reader.read(folder, options)[0])
 
     def reset(self) -> None:
-        """Starts the generator of a flow policy's noise anew, as rlrc.runtime.inference.policy.LocalPolicy does."""
+        """Resets the generator of a flow policy's noise, as rlrc.runtime.inference.policy.LocalPolicy does."""
         self._noise = np.random.default_rng(0)
 
     def infer(self, observation: Mapping[str, Any]) -> Result:
@@ -63,7 +61,7 @@ class TorchPolicy:
         decoded = perf_counter()
         actions = preprocess.unnormalise(outputs.actions[0].numpy(), self.spec.action.norm)
         if not np.isfinite(actions).all():
-            raise NoAction("expected finite actions, found nan or inf; are these weights sound?")
+            raise NoAction("expected finite actions, found nan or inf; check the weights")
         timing = InferenceTiming(
             preprocess_ms=(prepared - started) * 1e3,
             vision_ms=0.0,
@@ -91,15 +89,15 @@ class TorchPolicy:
         )
 
 
-def tokenizer_of(folder: Folder, options: ReadOptions, spec: PolicySpec) -> preprocess.Tokenizer | None:
-    """Of the policy's prompt. Raises UserError if there is none or its vocabulary is another one."""
+def tokenizer_of(folder: Folder, options: ReadOptions, spec: PolicySpec) -> Tokenizer | None:
+    """The tokenizer of the policy's prompt. Raises UserError if there is none or its vocabulary differs."""
     if spec.prompt is None:
         return None
     source = tokenizers.of_folder(folder, options)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / tokenizers.JSON
         tokenizers.write(source, target, spec)
-        return preprocess.Tokenizer(target, spec.prompt)
+        return Tokenizer(target, spec.prompt)
 
 
 def _batch(array: np.ndarray) -> Tensor:

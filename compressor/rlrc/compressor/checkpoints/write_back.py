@@ -1,4 +1,4 @@
-"""A policy back into the official format it came from, so that other tools load it: the same files, other numbers."""
+"""Writes a policy in the format of its original checkpoint, so that other tools load it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from rlrc.compressor.quantize.padding import unpad_policy
 from rlrc.errors import UserError
 from rlrc.folders import create_folder, sync
 
-SKIPPED = (".git", ".cache")  # what download tools leave; a clone's history holds the weights once more
+SKIPPED = (".git", ".cache")  # of download tools and git; a clone's history repeats the weights
 
 
-def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadOptions | None = None) -> None:
+def write_checkpoint(policy: PolicyModule, like: Folder, out: Path, options: ReadOptions | None = None) -> None:
     """Copies the folder ``like`` to ``out`` with this policy's weights: same files, names, shapes and dtypes.
 
-    Tensors that the policy does not have (Layout.unused) are those of ``like``. Raises UserError if the geometry is not
-    that of ``like``, or if ``out`` exists. The whole of ``out`` appears, or nothing.
+    Tensors that the policy does not have (Layout.unused) stay as in ``like``. ``out`` appears complete or not at all.
+    Raises UserError for another geometry or other statistics than those of ``like``, or if ``out`` exists.
     """
     layout = reader.layout(like, replace(options or ReadOptions(), incomplete=True))
     expected = reader.build(layout)
@@ -47,7 +47,7 @@ def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadO
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if path in written:
                     write = _write_pt if written[path].file else _write_safetensors
-                    write(path, target, _New(state, layout, written[path]))
+                    write(path, target, _NewTensors(state, layout, written[path]))
                 else:
                     shutil.copyfile(path, target)
         for path in partial.rglob("*"):
@@ -55,30 +55,30 @@ def write_official(policy: PolicyModule, like: Folder, out: Path, options: ReadO
         sync(partial)
 
 
-class _New:
-    """The official tensors of one file of the layout, made from the policy's when they are asked for."""
+class _NewTensors:
+    """The new tensors of one file of the checkpoint, each made from the policy's when it is requested."""
 
     def __init__(self, state: dict[str, Tensor], layout: Layout, old: Tensors) -> None:
         self.old, self.state, self.layout = old, state, layout
-        self.ours: dict[str, list[str]] = {}  # which of the policy's tensors have something of an official one
-        for ours, part in layout.parts.items():
-            for name in part.official if part.file == old.file else ():
+        self.ours: dict[str, list[str]] = {}  # by the checkpoint's tensor, the policy's tensors made of it
+        for ours, origin in layout.origins.items():
+            for name in origin.names if origin.file == old.file else ():
                 self.ours.setdefault(name, []).append(ours)
 
     def __call__(self, name: str) -> Tensor:
-        """``name``: as it stands in the file."""
-        name = self._tied(self.old.aliases.get(name, name))
+        """``name``: as in the file."""
+        name = self._resolve_tied(self.old.aliases.get(name, name))
         if name not in self.ours:
             return self.old.read(name)
-        parts = [self.layout.parts[ours] for ours in self.ours[name]]
+        origins = [self.layout.origins[ours] for ours in self.ours[name]]
         tensors = [self.state[ours] for ours in self.ours[name]]
-        new = weights.restore(parts, tensors, name, [self.old.shape(official) for official in parts[0].official])
+        new = weights.restore(origins, tensors, name, [self.old.shape(source) for source in origins[0].names])
         new = new.detach().to("cpu", self.old.dtype(name)).contiguous()
         models_tensors.check_finite(new, name, f"the policy as {new.dtype}", "that type cannot hold these weights")
         return new
 
-    def _tied(self, name: str) -> str:
-        """A head that nothing reads was a copy of the embedding: it stays one, since others may read it instead."""
+    def _resolve_tied(self, name: str) -> str:
+        """The embedding instead of an unused head that copies it, because other tools may read the head."""
         if name in self.ours or not name.endswith("lm_head.weight"):
             return name
         same = (
@@ -95,15 +95,15 @@ def _check_geometry(policy: PolicyModule, expected: PolicyModule, like: Folder) 
     if policy.spec.family != expected.spec.family:
         raise UserError(
             f"expected a policy of {expected.spec.family} as in {like.path}, found one of {policy.spec.family}; "
-            "give the folder it was made from as --like"
+            "pass the folder that it was made from as --like"
         )
     for name, tower in expected.towers.items():
         if policy.towers.get(name) != tower:
-            raise _other_geometry(f"the tower {name}", like)
+            raise _geometry_error(f"the tower {name}", like)
     found, wanted = policy.state_dict(), expected.state_dict()
     for name in wanted | found:
         if name not in wanted or name not in found or wanted[name].shape != found[name].shape:
-            raise _other_geometry(name, like)
+            raise _geometry_error(name, like)
 
 
 def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -> None:
@@ -117,20 +117,20 @@ def _check_normalisation(spec: PolicySpec, expected: PolicySpec, like: Folder) -
     if other := [part for part, values in own.items() if theirs.get(part) != values]:
         raise UserError(
             f"expected the normalisation of {like.path}, whose files are copied, found other statistics of "
-            f"{', '.join(other)} in the artifact (see rlrc inspect); give the folder with these statistics as --like, "
+            f"{', '.join(other)} in the artifact (see rlrc inspect); pass the folder with these statistics as --like, "
             "or export the artifact (rlrc export)"
         )
 
 
-def _other_geometry(where: str, like: Folder) -> UserError:
+def _geometry_error(where: str, like: Folder) -> UserError:
     return UserError(
-        f"expected the geometry of {like.path}, found another one in {where}; the official format cannot hold a pruned "
-        "policy: export it (rlrc export), or write back one that was not pruned"
+        f"expected the geometry of {like.path}, found another one in {where}; that format cannot hold a pruned policy: "
+        "export it (rlrc export), or write back a policy that was not pruned"
     )
 
 
-def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
-    """The header of the source as it is, then every tensor's bytes where the header says."""
+def _write_safetensors(source: Path, target: Path, tensors: _NewTensors) -> None:
+    """Copies the source's header, then writes every tensor's bytes at the offset in the header."""
     with source.open("rb") as old, target.open("wb") as new:
         length = old.read(8)
         header = old.read(int.from_bytes(length, "little"))
@@ -142,7 +142,7 @@ def _write_safetensors(source: Path, target: Path, tensors: _New) -> None:
             new.write(data.data)
 
 
-def _write_pt(source: Path, target: Path, tensors: _New) -> None:
-    """The names of the source, with their prefixes."""
+def _write_pt(source: Path, target: Path, tensors: _NewTensors) -> None:
+    """Keeps the source's names with their prefixes."""
     old = torch.load(source, map_location="cpu", weights_only=True)
     torch.save({name: tensors(name).clone() for name in old}, target)

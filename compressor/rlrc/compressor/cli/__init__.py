@@ -1,1 +1,1 @@
-"""The commands of the compressor. A dataclass each; the field docstrings are the help."""
+"""The commands of the compressor, one dataclass each; the docstrings of the fields are the help texts."""

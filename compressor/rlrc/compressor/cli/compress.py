@@ -1,19 +1,23 @@
-"""A whole compression: the stages of a recipe one after another, then the export."""
+"""The command `rlrc compress`: the stages of a recipe one after another, then the export."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
 from rlrc import artifact as artifacts
-from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models.precision import PrecisionOption
+from rlrc.compressor.stages.recipe import load
 from rlrc.compressor.stages.sources import PolicySource, open_source
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training import distributed
@@ -21,33 +25,42 @@ from rlrc.compressor.training.distill import DistillConfig
 from rlrc.errors import Interrupted, UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
-
-# Stage: where its function is, imported when asked for, because that of rl needs the simulator's packages.
-RUNNERS = {
-    "prune": "rlrc.compressor.stages.prune:run_prune",
-    "sft": "rlrc.compressor.stages.sft:run_sft",
-    "distill": "rlrc.compressor.stages.distill:run_distill",
-    "rl": "rlrc.compressor.stages.rl:run_rl",
-    "quantize": "rlrc.compressor.stages.quantize:run_quantize",
-}
+from rlrc.runtime.cli.describe import format_trial_command
 
 
-def runner(stage: str) -> Callable[..., Manifest]:
-    """The function of a stage: (source, out, config, options, flags) -> manifest."""
-    module, name = RUNNERS[stage].split(":")
-    found: Callable[..., Manifest] = getattr(importlib.import_module(module), name)
-    return found
+@dataclass(frozen=True)
+class Compress:
+    """Run all stages of a recipe, then the export. Finished stages are kept next to OUT; a later call skips them."""
+
+    source: Positional[Path]
+    """trained dense artifact, an official checkpoint's folder, or owner/name[@revision] on the hub"""
+    out: Positional[Path]
+    """artifact to write, ready for rlrc run"""
+    recipe: str = "rlrc-90"
+    """a TOML file, or the name of a built-in recipe"""
+    options: OmitArgPrefixes[StageOptions] = field(default_factory=StageOptions)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+
+    def run(self) -> None:
+        compress(self.source, self.out, load(self.recipe), self.options, self.checkpoint)
+        if distributed.rank() == 0:
+            spec = artifacts.load(self.out, verify=()).manifest.policy
+            following = (
+                f"next: {format_trial_command(self.out, spec)}, or rlrc bench claims {self.out} --baseline DENSE"
+            )
+            Console().print(following, soft_wrap=True)
 
 
 def compress(
     source: Path, out: Path, recipe: dict[str, Any], options: StageOptions, flags: Flags | None = None
 ) -> None:
-    """Every stage of a recipe, each an artifact of its own in ``OUT.stages/``, then the export to ``out``.
+    """Runs every stage of a recipe, each into an artifact of its own in ``OUT.stages/``, then exports to ``out``.
 
-    ``flags`` are those of an official source, which is also the teacher of a distillation that names none. A stage that
-    an earlier call finished is kept, provided it did the same to the same input; otherwise it is refused.
+    ``flags`` belong to a source that is a checkpoint folder. The source is also the teacher of a distillation that
+    names none. A stage that an earlier call finished is kept if it had the same configuration and input. Raises
+    UserError for any other.
     """
-    from rlrc.exporters.export import export  # imported late: only this function goes all the way
+    from rlrc.exporters.export import export  # imported late: no other command of the compressor exports
 
     if distributed.rank() == 0:
         check_output(out)
@@ -55,38 +68,39 @@ def compress(
     folder.mkdir(parents=True, exist_ok=True)
     current = source
     for name, config in recipe.items():
-        taught = isinstance(config, DistillConfig) and not config.teacher
-        if taught:
+        default_teacher = isinstance(config, DistillConfig) and not config.teacher
+        if default_teacher:
             config = dataclasses.replace(config, teacher=str(source))
-        target, told = folder / name, (flags if current is source else None) or Flags()
-        with _continued(name):
+        target, source_flags = folder / name, (flags if current is source else None) or Flags()
+        with _explain_interruption(name):
             if target.exists():
-                check_same(target, name, open_source(current, told, incomplete=True), config, options.precision)
+                check_same(target, name, open_source(current, source_flags, incomplete=True), config, options.precision)
             else:
-                # What a distillation is told is told of its teacher.
-                runner(name)(current, target, config, options, (flags or Flags()) if taught else told)
+                # The flags of a distillation belong to its teacher.
+                stage_flags = (flags or Flags()) if default_teacher else source_flags
+                runner(name)(current, target, config, options, stage_flags)
         current = target
     if distributed.rank() == 0:
-        with _continued("the export"), status("exporting, and verifying"):
+        with _explain_interruption("the export"), status("exporting and verifying"):
             export(artifacts.load(current), out)
 
 
 @contextmanager
-def _continued(step: str) -> Iterator[None]:
-    """An interruption within it says that the same command goes on with this step, unless it says more already."""
+def _explain_interruption(step: str) -> Iterator[None]:
+    """Adds to an interruption without a message that the same command continues with this step."""
     try:
         yield
     except KeyboardInterrupt as error:
         if str(error):
             raise
-        raise Interrupted.by(error, f"the same command goes on with {step}") from None
+        raise Interrupted.by(error, f"the same command continues with {step}") from None
 
 
 def check_same(finished: Path, name: str, source: PolicySource, config: Any, precision: PrecisionOption) -> None:
-    """Refuse a finished stage that is not what the recipe would do now."""
+    """Raises UserError for a finished stage that is not what the recipe would do now."""
     *earlier, entry = artifacts.load(finished).manifest.history
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    # An official folder has no digest; but the history says which one it was.
+    # A checkpoint folder has no digest, but the first entry of the history identifies it.
     same = [(e.stage, e.config) for e in earlier] == [(e.stage, e.config) for e in source.history]
     same &= precision == "auto" or {precision}.issuperset(entry.precision.values())
     if not same or (entry.stage, entry.parent, json.loads(json.dumps(entry.config))) != (name, source.digest, wanted):

@@ -1,4 +1,4 @@
-"""What an official checkpoint is, for people (one screen) and as JSON. Reads shapes, never weights."""
+"""Describes a checkpoint folder on one screen and as JSON. Reads shapes, never weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlrc.runtime.cli.describe import modules_table
 from rlrc.strict import encode
 from rlrc.tables import print_rows, print_table
 
-# Parts of official files that people have names for; what is in none of them is "other".
+# Prefixes of the tensors in well-known components; all others are "other".
 COMPONENTS = {
     "featurizer": "vision_backbone.featurizer.",
     "fused_featurizer": "vision_backbone.fused_featurizer.",
@@ -40,8 +40,8 @@ COMPONENTS = {
 }
 
 
-def record(folder: Folder, layout: Layout, policy: PolicyModule, data_sets: list[str]) -> dict[str, Any]:
-    """JSON values. ``policy`` is on the meta device."""
+def describe_checkpoint(folder: Folder, layout: Layout, policy: PolicyModule, data_sets: list[str]) -> dict[str, Any]:
+    """The description as JSON values. ``policy`` is on the meta device."""
     stored, components, dead = list[Tensor](), dict[str, list[Tensor]](), list[Tensor]()
     unused = set(layout.unused)
     for file, tensors in reader.sources(folder, layout).items():
@@ -101,10 +101,11 @@ def prunable(layout: Layout, policy: PolicyModule) -> dict[str, int]:
     return sums
 
 
-def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
+def print_checkpoint(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     parts = "; ".join(
-        f"{name} {short(part['parameters'])} in {part['tensors']}" for name, part in facts["components"].items()
+        f"{name} {format_count(part['parameters'])} in {part['tensors']}" for name, part in facts["components"].items()
     )
+    unused = facts["unused"]
     rows = {
         "checkpoint": facts["path"],
         **policy_rows(layout.spec),
@@ -112,7 +113,7 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
         "parameters": f"{facts['parameters']:,} in {facts['tensors']} tensors: {parts}",
         "bytes": f"{facts['bytes']:,} as {', '.join(facts['dtypes'])}",
         "data sets": ", ".join(facts["data_sets"]),
-        "never read": f"{short(facts['unused']['parameters'])} parameters in {facts['unused']['tensors']} tensors: "
+        "never read": f"{format_count(unused['parameters'])} parameters in {unused['tensors']} tensors: "
         "no action depends on them",
         "can be pruned": prunable_parts(layout.towers),
         "assumed": "; ".join(facts["assumed"]),
@@ -121,5 +122,5 @@ def describe(facts: dict[str, Any], layout: Layout, console: Console) -> None:
     print_table(modules_table(facts["modules"], layout.towers), console)
 
 
-def short(parameters: int) -> str:
+def format_count(parameters: int) -> str:
     return f"{parameters / 1e6:.1f}M" if parameters >= 1e5 else f"{parameters / 1e3:.1f}k"

@@ -1,4 +1,4 @@
-"""The command that measures which modules the actions depend on."""
+"""The command `rlrc sensitivity`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc import strict
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.cli.threads import set_threads
 from rlrc.compressor.prune.sensitivity_report import KINDS, SensitivityReport
 from rlrc.compressor.stages.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.stages.sources import open_source
 from rlrc.folders import check_output, replace_file, translate_storage_errors
 from rlrc.processes import cores
-from rlrc.ranges import check_range
 
-SHOWN = 5
+SHOWN = 5  # modules at either end of a ranking
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Measure how far the actions move when one module alone is pruned, rounded to 4 bits, or dropped.
 
-    PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub. Interrupted, the same command
-    goes on.
+    PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub. After an interruption the
+    same command continues.
     """
 
     path: Positional[Path]
@@ -35,26 +34,25 @@ class Sensitivity:
     out: Path
     """JSON file to write, for rlrc prune --sensitivity"""
     picture: Path | None = None
-    """SVG to draw"""
+    """SVG file to write, with the result as a chart"""
     config: OmitArgPrefixes[SensitivityConfig] = field(default_factory=SensitivityConfig)
     threads: int = field(default_factory=cores)
     """threads of torch (default: as many cores as this process may use)"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
 
     def run(self) -> None:
-        check_range(self, "--", "threads", at_least=1)
+        set_threads(self.threads)
         for file in (self.out, self.picture):
             if file is not None:
                 check_output(file)
         if self.picture is not None:
-            import matplotlib  # noqa: F401  # missing, it is said before anything is measured
-        torch.set_num_threads(self.threads)
+            import matplotlib  # noqa: F401  # if it is missing, fail before the measurement
         self.out.parent.mkdir(parents=True, exist_ok=True)
         journal = self.out.with_name(f".{self.out.name}.run")
         with translate_storage_errors(self.out):
-            report = measure(open_source(self.path, self.official), str(self.path), self.config, journal)
+            report = measure(open_source(self.path, self.checkpoint), str(self.path), self.config, journal)
         text = json.dumps(strict.encode(report), indent=1)
         with replace_file(self.out) as partial:
             partial.write_text(text + "\n")
@@ -67,13 +65,13 @@ class Sensitivity:
         if self.json:
             print(text)
         else:
-            show(report)
+            print_ranking(report)
             flags = f"--allocation sensitivity --sensitivity {self.out}"
             Console().print(f"next: rlrc prune {self.path} OUT {flags}", soft_wrap=True)
 
 
-def show(report: SensitivityReport) -> None:
-    """The modules that matter most and least, of every kind."""
+def print_ranking(report: SensitivityReport) -> None:
+    """Prints the modules with the largest and the smallest errors, for every kind of change."""
     console = Console()
     for kind in KINDS:
         rows = sorted((row for row in report.modules if row.kind == kind), key=lambda row: -row.error)

@@ -1,4 +1,4 @@
-"""A sensitivity report as a picture: a heat map of every tower, and bars of the layers outside the towers."""
+"""Draws a sensitivity report: a heat map of every tower, and bars for the layers outside the towers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 
 from rlrc.compressor.prune.sensitivity_report import SensitivityReport
 
-Cells = dict[str, dict[int, float]]  # of every row of a map the errors by block
-LEAST = 1e-6  # of an error on the logarithmic scale
+Cells = dict[str, dict[int, float]]  # by row of a map, the errors by block
+LEAST = 1e-6  # the smallest error on the logarithmic scale
 
 
 def draw(report: SensitivityReport, file: Path) -> None:
     """Writes an SVG."""
-    towers, others = tabulated(report)
+    towers, others = tabulate(report)
     rows = [len(cells) for cells in towers.values()] + ([0.4 * len(others) + 0.6] if others else [])
     widest = max((1 + max(cell) for cells in towers.values() for cell in cells.values()), default=12)
     errors = [max(row.error, LEAST) for row in report.modules]
@@ -36,8 +36,8 @@ def draw(report: SensitivityReport, file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def tabulated(report: SensitivityReport) -> tuple[dict[str, Cells], dict[str, float]]:
-    """Of every tower its rows; and the errors of layers that are in no block."""
+def tabulate(report: SensitivityReport) -> tuple[dict[str, Cells], dict[str, float]]:
+    """The rows of every tower, and the errors of the layers outside the blocks."""
     towers: dict[str, Cells] = {}
     others: dict[str, float] = {}
     names = {"prune": f"{report.ratio:.0%} pruned", "quantize": f"{report.bits} bits", "drop": "dropped"}

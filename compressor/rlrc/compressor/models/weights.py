@@ -12,7 +12,7 @@ from rlrc.artifact import (
     PolicySpec,
     TowerSpec,
 )
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 
@@ -28,8 +28,7 @@ def build_policy(
 
     Raises ArtifactError for a tensor of another name or shape, and UserError with the ``advice`` for nan or inf.
     """
-    with torch.device("meta"):
-        policy = build(spec, towers)
+    policy = build_on_meta(spec, towers)
     load_tensors(policy, tensors, origin, advice)
     return policy.eval()
 

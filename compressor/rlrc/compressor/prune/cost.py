@@ -10,7 +10,7 @@ docs/decisions for measurements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, cast
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.quantize.grid import count_bytes
 from rlrc.compressor.quantize.quantize import quantizable
@@ -31,12 +29,6 @@ ELEMENT = 30  # multiply-adds
 PROMPT = 32  # tokens of an unpadded prompt
 
 aten = torch.ops.aten
-
-
-def build_on_meta(spec: PolicySpec, towers: Mapping[str, TowerSpec]) -> PolicyModule:
-    """Build the policy on the meta device, in evaluation mode."""
-    with torch.device("meta"):
-        return build(spec, dict(towers)).eval()
 
 
 def weight_bytes(policy: PolicyModule, precision: str = "int4") -> int:

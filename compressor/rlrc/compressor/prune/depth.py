@@ -17,8 +17,8 @@ import torch
 
 from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.coupling import VISION, Towers
-from rlrc.compressor.models.families import build
 from rlrc.compressor.models.flow import prefix_stride
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
@@ -91,7 +91,6 @@ def drop_blocks(policy: PolicyModule, dropped: Sequence[Unit]) -> PolicyModule:
 
 
 def assemble(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
-    with torch.device("meta"):
-        result = build(policy.spec, dict(towers))
+    result = build_on_meta(policy.spec, towers)
     result.load_state_dict(state, assign=True)
     return result.eval()

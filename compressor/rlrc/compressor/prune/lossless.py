@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlrc.artifact import ActionSpec, PolicySpec, TokenSpec, TowerSpec
-from rlrc.compressor.models import families
 from rlrc.compressor.models.flow import FlowPolicy
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import PolicyModule
@@ -66,8 +66,7 @@ def cut_lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[Poli
             cut(policy, rest)
             removed, added = _size(_changed(before, rest.state)), _size(_changed(rest.state, before))
             own.append(Cut(what, removed[0] - added[0], removed[1] - added[1]))
-    with torch.device("meta"):
-        result = families.build(rest.spec, rest.towers)
+    result = build_on_meta(rest.spec, rest.towers)
     result.load_state_dict(rest.state, assign=True)
 
     def counts(unit: Literal["parameters", "bytes"], size: int) -> dict[str, int]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import count_parameters
-from rlrc.compressor.prune import cost
 from rlrc.compressor.prune.allocation import PruneScope, allocate_uniformly
 from rlrc.compressor.prune.config import PruneConfig, fraction_of_time, intermediate_blocks, number_of_bytes
 
@@ -72,14 +72,14 @@ def _reasons(scope: PruneScope, config: PruneConfig) -> list[str]:
 
 def _nearer(scope: PruneScope, config: PruneConfig, found: PruneOutcome) -> dict[str, float] | None:
     """The coarsest alignment that comes closer by more than 0.01, and the ratio that it gives."""
-    dense = cost.build_on_meta(scope.policy.spec, scope.policy.towers)
+    dense = build_on_meta(scope.policy.spec, scope.policy.towers)
     blocks = [f"{scope.tower}.layers.{i}." for i in scope.blocks]
     before = sum(count_parameters(dense, block) for block in blocks)
     for align in FINER:
         if align >= config.align:
             continue
         towers = allocate_uniformly(replace(scope, align=align))(config.part)
-        pruned = cost.build_on_meta(scope.policy.spec, towers)
+        pruned = build_on_meta(scope.policy.spec, towers)
         got = round(1 - sum(count_parameters(pruned, block) for block in blocks) / before, 4)
         if abs(found.asked - got) < abs(found.asked - found.got) - 0.01:
             return {"align": align, "got": got}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import VISION, Group, Towers, find_groups
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost, depth
@@ -40,7 +41,7 @@ def warn(towers: Towers, config: PruneConfig) -> None:
 
 def check(spec: PolicySpec, towers: Mapping[str, TowerSpec], config: PruneConfig) -> None:
     """Raises UserError for a configuration that is impossible for any weights, before they are loaded."""
-    name, dense = tower_name(towers, config), cost.build_on_meta(spec, towers)
+    name, dense = tower_name(towers, config), build_on_meta(spec, towers)
     goal = build_target(dense, config)
     if config.kind != "width":
         dense = depth.drop_blocks(dense, _choose_units(dense, name, _candidates(towers, name, config), goal, config))
@@ -174,7 +175,7 @@ def build_report(
         if i in inner:
             before, after = before + sizes[0], after + sizes[1]
     changed = [tower for tower, spec in dense.towers.items() if spec != pruned.towers[tower] or tower == name]
-    shapes = [cost.build_on_meta(policy.spec, policy.towers) for policy in (dense, pruned)]
+    shapes = [build_on_meta(policy.spec, policy.towers) for policy in (dense, pruned)]
     return {
         "layers": layers,
         "dropped": {

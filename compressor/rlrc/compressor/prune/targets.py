@@ -13,6 +13,7 @@ from typing import Any
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import Towers
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune import cost
@@ -91,7 +92,7 @@ def cache_price(spec: PolicySpec, price: Callable[[PolicyModule], float]) -> Cal
     def cost_of(towers: Towers) -> float:
         key = tuple(towers.items())
         if key not in known:
-            known[key] = price(cost.build_on_meta(spec, towers))
+            known[key] = price(build_on_meta(spec, towers))
         return known[key]
 
     return cost_of
@@ -114,7 +115,7 @@ def build_target(dense: PolicyModule, config: PruneConfig) -> Target | None:
             )
         )
     if config.to_latency is not None:
-        whole = cost.decision_cost(cost.build_on_meta(spec, dense.towers))
+        whole = cost.decision_cost(build_on_meta(spec, dense.towers))
         time = cache_price(spec, lambda policy: cost.decision_cost(policy) / whole)
         limits.append(
             TargetLimit("prune.to_latency", time, fraction_of_time(config.to_latency), lambda part: f"{part:.3f}x")

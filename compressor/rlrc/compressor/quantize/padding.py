@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from rlrc.artifact import TowerSpec
-from rlrc.compressor.models import families
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.quantize.grid import GROUP, GROUPS
 
@@ -48,8 +48,7 @@ def pad_policy(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, 
     added = {name: channels for name, channels in added.items() if channels}
     if not added:
         return policy, {}
-    with torch.device("meta"):
-        result = families.build(policy.spec, towers)
+    result = build_on_meta(policy.spec, towers)
     given = policy.state_dict()
     state = {
         name: given[name] if given[name].shape == wanted.shape else _pad_tensor(given[name], wanted.shape)
@@ -69,8 +68,7 @@ def unpad_policy(policy: PolicyModule, towers: dict[str, TowerSpec]) -> PolicyMo
     """Undo ``pad_policy`` for a policy of these towers. Returns the policy itself if it was not padded."""
     if policy.towers == towers or policy.towers not in [pad_towers(towers, group) for group in GROUPS]:
         return policy
-    with torch.device("meta"):
-        result = families.build(policy.spec, towers)
+    result = build_on_meta(policy.spec, towers)
     given, state = policy.state_dict(), {}
     for name, wanted in result.state_dict().items():
         cut = given[name][tuple(slice(size) for size in wanted.shape)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.prune import cost
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.prune import prune as pruning
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.prune.lossless import count_outside, cut_lossless
@@ -27,7 +27,7 @@ def run_prune(
         if config.lossless:
             return
         with status("searching for a shape"):
-            lean, _ = cut_lossless(cost.build_on_meta(source.spec, source.towers))
+            lean, _ = cut_lossless(build_on_meta(source.spec, source.towers))
             pruning.check(lean.spec, lean.towers, config)
         if config.needs_data:
             check_data(f"prune.score {config.score}", source, config, ", or --score magnitude")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rlrc import artifact as artifacts
@@ -19,7 +18,7 @@ from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.weights import build_policy
 from rlrc.compressor.prune.lossless import Cut, list_unread
@@ -88,8 +87,7 @@ def check_unquantized(source: PolicySource, path: str | Path) -> None:
 
 def shapes(source: PolicySource) -> dict[str, Tensor]:
     """The policy's state dict on the meta device."""
-    with torch.device("meta"):
-        return build(source.spec, source.towers).state_dict()
+    return build_on_meta(source.spec, source.towers).state_dict()
 
 
 class ArtifactSource:
@@ -130,7 +128,7 @@ class OfficialSource:
         self.options = dataclasses.replace(folder.options_of(flags), incomplete=incomplete)
         self.folder: Folder = folder.open_folder(hub.locate(path))
         layout: Layout = reader.layout(self.folder, self.options)
-        reader.print_assumed(layout)
+        reader.print_assumptions(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
         self.digest: str | None = None

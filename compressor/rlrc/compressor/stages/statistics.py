@@ -16,7 +16,7 @@ def adopt_statistics(source: PolicySource, config: SFTConfig) -> list[str]:
     Raises UserError if statistics are needed and there is no data set, or if the policy has no record to replace.
     """
     spec, record, replace_all = source.spec, source.normalisation, config.statistics == "data"
-    absent, own = dataset_statistics.missing(record), dataset_statistics.normalised(record)
+    absent, own = dataset_statistics.find_missing(record), dataset_statistics.find_normalised(record)
     if replace_all and not own:
         raise UserError(
             f"expected a policy that is normalised as LeRobot does ({', '.join(MODES)}) with --statistics data, found "
@@ -27,10 +27,12 @@ def adopt_statistics(source: PolicySource, config: SFTConfig) -> list[str]:
             f"expected a data set for the statistics of {', '.join(absent or own)}, found none; give --data FOLDER"
         )
     names = own if replace_all else []
-    names += [name for name in dataset_statistics.undecided(spec, record) if name not in names]
+    names += [name for name in dataset_statistics.find_undecided(spec, record) if name not in names]
     if names and config.data:
-        dataset = dataset_statistics.from_data(config.data)
-        source.spec, source.normalisation = dataset_statistics.adopted(spec, record, names, dataset, config.cameras)
+        dataset = dataset_statistics.open_dataset(config.data)
+        source.spec, source.normalisation = dataset_statistics.adopt_statistics(
+            spec, record, names, dataset, config.cameras
+        )
         dataset.close()
     lines = normalisation_lines({name: how for name, how in source.normalisation.items() if how != record[name]})
     kept = [name for name in own if name not in names]

@@ -7,6 +7,7 @@ import torch
 
 from rlrc.artifact import LayerSpec, PolicySpec, TowerSpec
 from rlrc.compressor.models.act import ACTGeometry, sinusoidal
+from rlrc.compressor.models.meta import on_meta
 from rlrc.compressor.models.nn.resnet import ConvNorm, FrozenBatchNorm, ResidualBlock, ResNet, feature_size
 from rlrc.compressor.models.policy import parse_geometry
 from rlrc.exporters.graphs.builder import Builder
@@ -26,7 +27,7 @@ def vision(b: Builder, policy: PolicySpec, towers: Towers) -> None:
         (size,) = sizes  # type: ignore[assignment]
         tokens = int(np.prod(feature_size(*size, g.dilated)))  # type: ignore[arg-type, assignment]
     x = b.transpose(b.input("pixels", "float32", ("cameras", *size, 3)), 0, 3, 1, 2)
-    with torch.device("meta"):
+    with on_meta():
         net = ResNet(g.stem, g.blocks, g.widths, g.outputs, g.bottleneck, g.dilated)
     x = b.op("Relu", conv_norm(b, x, "vision.stem", net.stem))
     x = b.op("MaxPool", x, kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))

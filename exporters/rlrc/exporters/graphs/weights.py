@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlrc.artifact import WEIGHTS, Artifact, QuantizationSpec
-from rlrc.compressor.models.families import build
+from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
 from rlrc.compressor.models.weights import check_shapes
 from rlrc.compressor.quantize.grid import dequantize_groups, unpack
@@ -89,6 +89,5 @@ def read_weights(artifact: Artifact) -> Weights:
     tensors = tensors_from_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
     wide = {name for name in tensors if tensors.dtype(name) == torch.float32}
     weights = Weights(tensors, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
-    with torch.device("meta"):
-        check_shapes(build(manifest.policy, manifest.towers), weights.shapes(), str(artifact.path))
+    check_shapes(build_on_meta(manifest.policy, manifest.towers), weights.shapes(), str(artifact.path))
     return weights

@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.runtime.cli.policy:InspectPolicy",
         "describe a policy: family, geometry, bytes, cameras, actions, history",
     ),
-    "new": ("rlrc.compressor.cli.simulator:New", "create an untrained policy of the reference family"),
+    "new": ("rlrc.compressor.cli.new:New", "create an untrained policy of the reference family"),
     "sft": ("rlrc.compressor.cli.training:SFT", "train on demonstrations"),
     "distill": (
         "rlrc.compressor.cli.training:Distill",
@@ -41,11 +41,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "measure how much the actions depend on each module",
     ),
     "prune": ("rlrc.compressor.cli.stages:Prune", "cut attention heads and MLP channels"),
-    "rl": ("rlrc.compressor.cli.simulator:RL", "recover by reinforcement learning (PPO)"),
+    "rl": ("rlrc.compressor.cli.training:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.cli.stages:Quantize", "quantize the weights to 4 or 8 bits"),
-    "compare-grids": ("rlrc.compressor.cli.stages:CompareGrids", "compare the errors of quantization methods and bits"),
+    "compare-grids": ("rlrc.compressor.cli.compare_grids:CompareGrids", "compare the errors of quantization methods and bits"),
     "compress": (
-        "rlrc.compressor.cli.training:Compress",
+        "rlrc.compressor.cli.compress:Compress",
         "run all stages of a recipe: prune, sft, distill, rl, quantize",
     ),
     "write-back": (

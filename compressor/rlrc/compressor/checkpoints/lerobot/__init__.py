@@ -1,1 +1,1 @@
-"""The folders that LeRobot saves: pi0, pi0.5, SmolVLA, ACT, and their processor pipelines."""
+"""LeRobot's folders of pi0, pi0.5, SmolVLA and ACT, and their processor pipelines."""

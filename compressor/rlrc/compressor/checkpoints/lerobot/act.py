@@ -1,4 +1,4 @@
-"""LeRobot's folders of ACT: geometry, cameras, state, and where the tensors are."""
+"""LeRobot's folders of ACT: geometry, cameras, state, and the origin of the tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlrc.compressor.checkpoints.tensors import BUFFERS
 from rlrc.compressor.models.act import FAMILY, ACTGeometry
 from rlrc.errors import UserError
 
-# Blocks of the four stages, and whether they are bottlenecks.
+# The blocks of the four stages, and whether they are bottlenecks.
 RESNETS = {
     "resnet18": ([2, 2, 2, 2], False),
     "resnet34": ([3, 4, 6, 3], False),
@@ -28,7 +28,7 @@ RESNETS = {
 }
 
 
-# The VAE's encoder, and the projection of the latent (which is zero).
+# The VAE's encoder, and the projection of the latent, which is zero at inference.
 UNUSED = re.compile(r"model\.vae_encoder.*|model\.encoder_latent_input_proj\.weight")
 
 
@@ -37,9 +37,9 @@ def recognise(folder: Folder) -> bool:
 
 
 def layout(folder: Folder, options: ReadOptions) -> Layout:
-    """Everything is in config.json but the ResNet's channels, which are read from the weights.
+    """The layout, from config.json and, for the ResNet's channels, from the weights.
 
-    Raises UserError for what config.json lacks, for what the weights contradict and for what rlrc has no form of.
+    Raises UserError for settings that are missing, contradict the weights, or are not supported.
     """
     settings.check_lerobot(folder, options)
     config, processors = folder.config, lerobot.read(folder, False, options)
@@ -59,9 +59,9 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
     features = _state_features(processors)
     state, own, environment = _state(processors, features)
     geometry = ACTGeometry(**_resnet(folder), pre_norm=bool(config.get("pre_norm")), state=own, environment=environment)
-    alone, whole = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
-    encoder = (whole,) * number(config, "n_encoder_layers", 4)
-    decoder = (alone, replace(whole, kind="cross")) * number(config, "n_decoder_layers", 1)
+    attention_only, full = LayerSpec(heads, heads, width // heads, 0), LayerSpec(heads, heads, width // heads, mlp)
+    encoder = (full,) * number(config, "n_encoder_layers", 4)
+    decoder = (attention_only, replace(full, kind="cross")) * number(config, "n_decoder_layers", 1)
     return Layout(
         PolicySpec(FAMILY, "parallel", cameras, state, None, processors.action(), asdict(geometry)),
         {
@@ -79,13 +79,13 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
 
 
 def _state_features(processors: lerobot.Processors) -> list[PolicyFeature]:
-    """The robot's state and the environment's, those that there are."""
+    """The features of the robot's state and of the environment's state, if present."""
     own = [feature for feature in processors.inputs("STATE") if feature.name == "observation.state"]
     return own + processors.inputs("ENV")[:1]
 
 
 def _state(processors: lerobot.Processors, features: list[PolicyFeature]) -> tuple[StateSpec | None, int, int]:
-    """Both as one vector, and how many numbers each has."""
+    """Both states as one vector, and the size of each."""
     own, other = ([processors.state(one) for one in features if one.kind == kind] for kind in ("STATE", "ENV"))
     sizes = [sum(len(spec.names) for spec in specs) for specs in (own, other)]
     if not any(sizes):
@@ -96,7 +96,7 @@ def _state(processors: lerobot.Processors, features: list[PolicyFeature]) -> tup
 
 
 def _resnet(folder: Folder) -> dict[str, Any]:
-    """The arguments of ``ResNet``. Raises UserError where config.json and the weights differ."""
+    """The arguments of ``ResNet``. Raises UserError if config.json and the weights differ."""
     config, tensors = folder.config, folder.tensors
     name, dilated = str(config.get("vision_backbone")), bool(config.get("replace_final_stride_with_dilation"))
     if name not in RESNETS:
@@ -134,7 +134,7 @@ def _resnet(folder: Folder) -> dict[str, Any]:
 
 
 def _parts(geometry: ACTGeometry, encoder: int, decoder: int) -> Iterator[tuple[str, TensorOrigin]]:
-    """Every tensor of the policy, and the official one it is of."""
+    """Every tensor of the policy with its origin."""
     yield from _trunk(geometry)
     yield "projector.weight", TensorOrigin(("model.encoder_img_feat_input_proj.weight",), "patches")
     yield "projector.bias", TensorOrigin(("model.encoder_img_feat_input_proj.bias",))
@@ -154,22 +154,22 @@ def _parts(geometry: ACTGeometry, encoder: int, decoder: int) -> Iterator[tuple[
         renamed |= {f"{own}.norm1": f"{own}.norm1", f"{own}.norm2": f"{own}.norm2"}
         renamed |= {f"{own}.mlp.up": f"{own}.linear1", f"{own}.mlp.down": f"{own}.linear2"}
     for i in range(0, decoder, 2):
-        first, second, official = f"decoder.layers.{i}", f"decoder.layers.{i + 1}", f"decoder.layers.{i // 2}"
-        yield from _attention(f"{first}.attention", f"{official}.self_attn")
-        yield from _attention(f"{second}.attention", f"{official}.multihead_attn")
-        renamed |= {f"{first}.norm1": f"{official}.norm1"}
-        renamed |= {f"{second}.norm1": f"{official}.norm2", f"{second}.norm2": f"{official}.norm3"}
-        renamed |= {f"{second}.mlp.up": f"{official}.linear1", f"{second}.mlp.down": f"{official}.linear2"}
-    for own, official in renamed.items():
+        first, second, theirs = f"decoder.layers.{i}", f"decoder.layers.{i + 1}", f"decoder.layers.{i // 2}"
+        yield from _attention(f"{first}.attention", f"{theirs}.self_attn")
+        yield from _attention(f"{second}.attention", f"{theirs}.multihead_attn")
+        renamed |= {f"{first}.norm1": f"{theirs}.norm1"}
+        renamed |= {f"{second}.norm1": f"{theirs}.norm2", f"{second}.norm2": f"{theirs}.norm3"}
+        renamed |= {f"{second}.mlp.up": f"{theirs}.linear1", f"{second}.mlp.down": f"{theirs}.linear2"}
+    for own, theirs in renamed.items():
         for leaf in ("weight", "bias"):
-            yield f"{own}.{leaf}", TensorOrigin((f"model.{official}.{leaf}",))
+            yield f"{own}.{leaf}", TensorOrigin((f"model.{theirs}.{leaf}",))
 
 
-def _attention(own: str, official: str) -> Iterator[tuple[str, TensorOrigin]]:
+def _attention(own: str, theirs: str) -> Iterator[tuple[str, TensorOrigin]]:
     for leaf in ("weight", "bias"):
         for name, third in (("q", "query"), ("k", "key"), ("v", "value")):
-            yield f"{own}.{name}.{leaf}", TensorOrigin((f"model.{official}.in_proj_{leaf}",), third)
-        yield f"{own}.o.{leaf}", TensorOrigin((f"model.{official}.out_proj.{leaf}",))
+            yield f"{own}.{name}.{leaf}", TensorOrigin((f"model.{theirs}.in_proj_{leaf}",), third)
+        yield f"{own}.o.{leaf}", TensorOrigin((f"model.{theirs}.out_proj.{leaf}",))
 
 
 def _trunk(geometry: ACTGeometry) -> Iterator[tuple[str, TensorOrigin]]:
@@ -177,14 +177,14 @@ def _trunk(geometry: ACTGeometry) -> Iterator[tuple[str, TensorOrigin]]:
     channels = geometry.stem
     for stage, (count, outputs) in enumerate(zip(geometry.blocks, geometry.outputs, strict=True)):
         for i in range(count):
-            own, official = f"stages.{stage}.{i}", f"layer{stage + 1}.{i}"
+            own, theirs = f"stages.{stage}.{i}", f"layer{stage + 1}.{i}"
             for conv in range(2 + geometry.bottleneck):
-                pairs[f"{own}.convs.{conv}"] = (f"{official}.conv{conv + 1}", f"{official}.bn{conv + 1}")
+                pairs[f"{own}.convs.{conv}"] = (f"{theirs}.conv{conv + 1}", f"{theirs}.bn{conv + 1}")
             if i == 0 and (stage or channels != outputs):
-                pairs[f"{own}.skip"] = (f"{official}.downsample.0", f"{official}.downsample.1")
+                pairs[f"{own}.skip"] = (f"{theirs}.downsample.0", f"{theirs}.downsample.1")
         channels = outputs
     leaves = {"weight": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
     for own, (convolution, norm) in pairs.items():
         yield f"vision.{own}.conv.weight", TensorOrigin((f"model.backbone.{convolution}.weight",))
-        for leaf, stored in leaves.items():
-            yield f"vision.{own}.norm.{leaf}", TensorOrigin((f"model.backbone.{norm}.{stored}",))
+        for leaf, theirs in leaves.items():
+            yield f"vision.{own}.norm.{leaf}", TensorOrigin((f"model.backbone.{norm}.{theirs}",))

@@ -1,4 +1,4 @@
-"""Folders of LeRobot before 0.4: statistics are buffers among the weights, and modes are in config.json."""
+"""Folders of LeRobot before 0.4, with statistics as buffers among the weights and modes in config.json."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BUFFER = re.compile(
 )
 
 
-def among_weights(folder: Folder) -> tuple[Statistics, Statistics]:
-    """Of inputs and of the action. Those that were never filled, with infinity, are left out."""
+def read_buffers(folder: Folder) -> tuple[Statistics, Statistics]:
+    """The statistics of the inputs and of the action. Skips buffers of infinity, which were never set."""
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for name in folder.tensors:
         if (match := BUFFER.fullmatch(name)) and not torch.isinf(tensor := folder.tensors.read(name)).all():
@@ -33,10 +33,10 @@ def among_weights(folder: Folder) -> tuple[Statistics, Statistics]:
     return Statistics("the weights", inwards), Statistics("the weights", outwards)
 
 
-def of_config(config: Mapping[str, Any], kinds: Mapping[str, str], statistics: Statistics) -> list[Effect]:
-    """Of a folder without pipelines: modes from config.json, for inputs of these kinds and the action.
+def read_modes(config: Mapping[str, Any], kinds: Mapping[str, str], statistics: Statistics) -> list[Effect]:
+    """The normalising step of a folder without pipelines, for inputs of these kinds and the action.
 
-    LeRobot before 0.4 added eps to every range on the way in, which is less than float32 can tell.
+    LeRobot before 0.4 also added eps to every input range, which float32 rounds away.
     """
     modes, where = config.get("normalization_mapping"), "normalization_mapping of config.json"
     modes = modes if isinstance(modes, dict) else {}

@@ -1,4 +1,4 @@
-"""Inputs, outputs and numbers in config.json of lerobot's policies."""
+"""Reads input features, output features and numbers in config.json of lerobot's policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlrc.compressor.checkpoints.lerobot.normaliser import KINDS
 from rlrc.errors import UserError
 
-LARGEST = 1_000_000  # above every size of a policy, and small enough to build a tuple of
+LARGEST = 1_000_000  # larger than every size of a policy, and small enough for a tuple
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class PolicyFeature:
         if len(self.shape) != 1:
             raise UserError(
                 f"expected one dimension in the shape of {self.name} in config.json, found {list(self.shape)}; "
-                "rlrc takes states and actions that are vectors"
+                "rlrc supports states and actions that are vectors"
             )
         return self.shape[0]
 
 
-def short(name: str) -> str:
+def short_name(name: str) -> str:
     """ "front" of "observation.images.front", "state" of "observation.state"."""
     return name.removeprefix("observation.").removeprefix("images.")
 
 
 def dimension_names(names: Any, dim: int) -> tuple[str, ...]:
-    """The given names if they are so many different ones, else joint_0, joint_1, ..."""
+    """The names if they are ``dim`` different strings, else joint_0, joint_1, ..."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
         names = ()
     return tuple(names) if len(set(names)) == len(names) == dim else tuple(f"joint_{i}" for i in range(dim))
@@ -48,7 +48,7 @@ def meanings(names: tuple[str, ...]) -> tuple[Literal["absolute", "gripper"], ..
 
 
 def features(config: dict[str, Any], which: Literal["input_features", "output_features"]) -> list[PolicyFeature]:
-    """In the order of config.json. Raises UserError for entries that are none."""
+    """The features in the order of config.json. Raises UserError for malformed entries."""
     entries = config.get(which)
     try:
         if not isinstance(entries, dict):
@@ -56,7 +56,7 @@ def features(config: dict[str, Any], which: Literal["input_features", "output_fe
         found = [PolicyFeature(name, entry["type"], tuple(entry["shape"])) for name, entry in entries.items()]
     except (KeyError, TypeError):
         raise UserError(
-            f"expected names with type and shape as {which} in config.json, found {entries!r:.80}; copy it again"
+            f"expected names with type and shape as {which} in config.json, found {entries!r:.80}; copy that file again"
         ) from None
     for one in found:
         if one.kind not in KINDS:
@@ -73,7 +73,7 @@ def features(config: dict[str, Any], which: Literal["input_features", "output_fe
 
 
 def number(config: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A positive whole number of config.json. Raises UserError for anything else."""
+    """A positive integer of config.json. Raises UserError for anything else."""
     value = config.get(name, default)
     if type(value) is not int or not 0 < value <= LARGEST:
         raise UserError(

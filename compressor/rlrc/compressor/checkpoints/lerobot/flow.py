@@ -1,7 +1,7 @@
 """lerobot's folders of pi0, pi0.5 and SmolVLA: the policy's geometry, its cameras, state, prompt and actions.
 
-Shapes and config.json tell the geometry but for the heads, which tables have for the official vision encoders and
-language models and the hints for any other.
+Shapes and config.json determine the geometry except the number of heads, which comes from tables of the usual vision
+encoders and language models, or from the hints.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rlrc.compressor.checkpoints import settings
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
 from rlrc.compressor.checkpoints.lerobot.features import PolicyFeature, number, real
-from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, OfficialTensors, parts, unused
+from rlrc.compressor.checkpoints.lerobot.flow_tensors import NAMES, CanonicalTensors, find_unused, map_tensors
 from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY
 from rlrc.compressor.checkpoints.lerobot.processors import Processors
-from rlrc.compressor.checkpoints.lerobot.prompt_state import with_prompt_state
+from rlrc.compressor.checkpoints.lerobot.prompt_state import set_prompt_state
 from rlrc.compressor.checkpoints.lerobot.steps import BEFORE
 from rlrc.errors import UserError
 
@@ -38,7 +38,7 @@ HEADS = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": (9, 3, 64),
     "HuggingFaceTB/SmolVLM-500M-Instruct": (15, 5, 64),
 }
-SIGLIP = {768: 12, 1152: 16}  # heads of the official vision encoders, by their width
+SIGLIP = {768: 12, 1152: 16}  # heads of the vision encoders by width
 
 # Of the prefix's and the expert's heads: the setting that names the model, its default, the section of the hints.
 GEMMAS = (("paligemma_variant", "gemma_2b", "vlm"), ("action_expert_variant", "gemma_300m", "expert"))
@@ -46,19 +46,19 @@ SMOLLMS = (("vlm_model_name", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "tex
 GEMMA_KEYS = ("num_heads", "num_kv_heads", "head_dim")
 SMOLLM_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
-KNOWN = {"pi0": {"<bos>": 2}, "pi05": {"<bos>": 2}, "smolvla": {"<|im_start|>": 1}}  # what tells the vocabulary
+KNOWN = {"pi0": {"<bos>": 2}, "pi05": {"<bos>": 2}, "smolvla": {"<|im_start|>": 1}}  # ids that identify the vocabulary
 STATE = {"pi0": "suffix", "pi05": "prompt", "smolvla": "prefix"}  # see FlowGeometry
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What the steps of ``layout`` look at."""
+    """The inputs of the functions that ``layout`` calls."""
 
     family: str
     folder: Folder
     hints: Mapping[str, Any]
     processors: Processors
-    official: OfficialTensors
+    tensors: CanonicalTensors
 
     @property
     def config(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Reader:
         return self.family == "smolvla"
 
     def hint(self, section: str, key: str) -> int | None:
-        """A number that the user gave."""
+        """A number from the hints."""
         values = self.hints.get(section)
         value = values.get(key) if isinstance(values, Mapping) else None
         if value is not None and (type(value) is not int or value < 1):
@@ -82,34 +82,34 @@ def recognise(folder: Folder) -> bool:
 
 
 def layout(folder: Folder, options: ReadOptions) -> Layout:
-    """Reads no weights but statistics.
+    """The layout. Reads no weights, only statistics.
 
-    Raises UserError for what rlrc cannot do, for a config.json that contradicts the weights, and for heads that neither
-    the tables nor the hints tell.
+    Raises UserError for unsupported settings, for a config.json that contradicts the weights, and for heads that are in
+    neither the tables nor the hints.
     """
     family = str(folder.config["type"])
     if "proj_width" in folder.config:
         raise UserError(
-            "expected pi0 as lerobot 0.4 and later save it, found proj_width in config.json, which is of before; "
+            "expected pi0 as lerobot 0.4 and later save it, found proj_width in config.json, which is older; "
             "convert the folder with lerobot's own scripts"
         )
     settings.check_lerobot(folder, options)
     processors = lerobot.read(folder, True, options)
-    reader = Reader(family, folder, options.hints, processors, OfficialTensors(folder.tensors, family))
+    reader = Reader(family, folder, options.hints, processors, CanonicalTensors(folder.tensors, family))
     vision, grid = _vision(reader)
     decoder, expert = _decoders(reader)
     towers = {"vision": vision, "decoder": decoder, "expert": expert}
     spec = _spec(reader, _cameras(reader, grid), _merge(reader, vision, grid))
-    spec, assumed = with_prompt_state(folder, processors, spec, options.prompt_state)
-    taken = parts(reader.official, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
+    spec, assumed = set_prompt_state(folder, processors, spec, options.prompt_state)
+    taken = map_tensors(reader.tensors, towers, spec.geometry["bias"], spec.geometry["state"] != "prompt")
     shown = processors.normalisation([*processors.inputs("VISUAL"), _state_feature(reader)])
-    return Layout(spec, towers, taken, unused(reader.official, towers, taken), assumed, shown)
+    return Layout(spec, towers, taken, find_unused(reader.tensors, towers, taken), assumed, shown)
 
 
 def _vision(reader: Reader) -> tuple[TowerSpec, int]:
-    """SigLIP, and how many patches a side has."""
-    official, prefix = reader.official, reader.official.where.vision
-    width = official.shape(f"{prefix}.embeddings.patch_embedding.weight", 4)[0]
+    """SigLIP, and the number of patches on a side."""
+    tensors, prefix = reader.tensors, reader.tensors.where.vision
+    width = tensors.shape(f"{prefix}.embeddings.patch_embedding.weight", 4)[0]
     heads = reader.hint("vision", "num_attention_heads") or SIGLIP.get(width)
     if heads is None or width % heads:
         raise UserError(
@@ -117,27 +117,27 @@ def _vision(reader: Reader) -> tuple[TowerSpec, int]:
             f"{reader.folder.path}, found {heads or 'none'}; give vision.num_attention_heads with --hints"
         )
     layers = f"{prefix}.encoder.layers"
-    depth = official.depth(layers, "mlp.fc1.weight")
-    mlps = [official.shape(f"{layers}.{i}.mlp.fc1.weight", 2)[0] for i in range(depth)]
+    depth = tensors.depth(layers, "mlp.fc1.weight")
+    mlps = [tensors.shape(f"{layers}.{i}.mlp.fc1.weight", 2)[0] for i in range(depth)]
     blocks = tuple(LayerSpec(heads, heads, width // heads, mlp) for mlp in mlps)
-    positions = official.shape(f"{prefix}.embeddings.position_embedding.weight", 2)[0]
+    positions = tensors.shape(f"{prefix}.embeddings.position_embedding.weight", 2)[0]
     return TowerSpec(width, blocks, eps=1e-6, activation="gelu-tanh"), isqrt(positions)
 
 
 def _decoders(reader: Reader) -> tuple[TowerSpec, TowerSpec]:
-    """The prefix as far as it is used, and the expert."""
-    official, smol = reader.official, reader.smol
-    prefixes = (official.where.decoder, official.where.expert)
-    depth, blocks = (official.depth(f"{prefix}.layers", "self_attn.q_proj.weight") for prefix in prefixes)
+    """The used blocks of the prefix, and the expert."""
+    tensors, smol = reader.tensors, reader.smol
+    prefixes = (tensors.where.decoder, tensors.where.expert)
+    depth, blocks = (tensors.depth(f"{prefix}.layers", "self_attn.q_proj.weight") for prefix in prefixes)
     kinds = _kinds(reader, depth, blocks)
-    # Of the last block of the prefix that serves one of the expert's only keys and values are used, of later ones none.
-    seen: list[Kind] = ["self"] * ((blocks - 1) * (depth // blocks))
+    # The expert uses only keys and values of the last prefix block it needs, and nothing of later blocks.
+    prefix_kinds: list[Kind] = ["self"] * ((blocks - 1) * (depth // blocks))
 
     def tower(prefix: str, model: tuple[str, str, str], kinds: list[Kind], adaptive: bool) -> TowerSpec:
         heads = _heads(reader, prefix, *model)
-        gates = [official.shape(f"{prefix}.layers.{i}.mlp.gate_proj.weight", 2) for i in range(len(kinds))]
+        gates = [tensors.shape(f"{prefix}.layers.{i}.mlp.gate_proj.weight", 2) for i in range(len(kinds))]
         eps = real(reader.hints, "rms_eps", 1e-5) if smol else real(reader.hints, "vlm_rms_eps", 1e-6)
-        # SmolVLA's base is 10,000 whatever the configuration of its language model says.
+        # SmolVLA's base is 10,000; the configuration of its language model does not apply.
         theta = real(reader.hints, "rope_theta_used" if smol else "rope_theta", 10_000.0)
         if min(eps, theta) <= 0:
             raise UserError(
@@ -155,7 +155,7 @@ def _decoders(reader: Reader) -> tuple[TowerSpec, TowerSpec]:
         )
 
     models = SMOLLMS if smol else GEMMAS
-    decoder = tower(prefixes[0], models[0], [*seen, "half"], adaptive=False)
+    decoder = tower(prefixes[0], models[0], [*prefix_kinds, "half"], adaptive=False)
     expert = tower(prefixes[1], models[1], kinds, adaptive=reader.family == "pi05")
     first, own = decoder.layers[0], expert.layers[0]
     if (first.kv_heads, first.head_dim) != (own.kv_heads, own.head_dim):
@@ -178,7 +178,7 @@ def _heads(reader: Reader, prefix: str, setting: str, default: str, section: str
             f"give {wanted} with --hints"
         )
     heads, kv_heads, head_dim = (own or known for own, known in zip(given, HEADS.get(model, (0,) * 3), strict=True))
-    rows = [reader.official.shape(f"{prefix}.layers.0.self_attn.{name}_proj.weight", 2)[0] for name in "qk"]
+    rows = [reader.tensors.shape(f"{prefix}.layers.0.self_attn.{name}_proj.weight", 2)[0] for name in "qk"]
     if rows != [heads * head_dim, kv_heads * head_dim] or heads % kv_heads:
         raise UserError(
             f"expected {heads} query and {kv_heads} key/value heads of {head_dim} numbers in {prefix} of "
@@ -188,11 +188,11 @@ def _heads(reader: Reader, prefix: str, setting: str, default: str, section: str
 
 
 def _kinds(reader: Reader, depth: int, blocks: int) -> list[Kind]:
-    """Of the expert's ``blocks``, for a prefix of ``depth``.
+    """The kinds of the expert's ``blocks`` blocks, for a prefix of ``depth`` blocks.
 
-    SmolVLA's expert may have a block for every second, third, ... of the prefix only. lerobot then decides by the
-    prefix's count whether a block attends to itself, but made its weights by the expert's count; where the two
-    disagree lerobot fails, and so does rlrc.
+    SmolVLA's expert may have a block for every second, third, ... of the prefix only. lerobot then decides
+    by the prefix's index whether a block attends to itself, but creates its weights by the expert's index. If the two
+    disagree, lerobot fails and this raises UserError.
     """
     config, every = reader.config, 1
     kept = kept_expert = depth
@@ -215,26 +215,26 @@ def _kinds(reader: Reader, depth: int, blocks: int) -> list[Kind]:
 
 
 def _layers(config: Mapping[str, Any], name: str, every: int) -> int:
-    """A setting that means "as many as there are" unless it is positive."""
+    """A number of layers; all of them if the setting is not positive."""
     value = int(real(config, name, -1))
     return value if value > 0 else every
 
 
 def _merge(reader: Reader, vision: TowerSpec, grid: int) -> int:
     """SmolVLM's connector joins merge x merge patches to one token."""
-    columns = reader.official.shape(f"{reader.official.where.projector}.weight", 2)[1]
+    columns = reader.tensors.shape(f"{reader.tensors.where.projector}.weight", 2)[1]
     merge = isqrt(columns // vision.width)
     if not merge or columns != merge**2 * vision.width or grid % merge:
         raise UserError(
             f"expected a projector of whole squares of the {grid} x {grid} patches of {vision.width} channels, found "
-            f"{columns} columns in {reader.official.where.projector} of {reader.folder.path}; is its config.json of "
+            f"{columns} columns in {reader.tensors.where.projector} of {reader.folder.path}; is its config.json of "
             "these weights?"
         )
     return merge
 
 
 def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
-    """In the config's order. All may be missing but one: lerobot masks the tokens of those that are not there."""
+    """The cameras in the config's order. All but one may be missing: lerobot masks the tokens of absent ones."""
     config, smol = reader.config, reader.smol
     size = config.get("resize_imgs_with_padding", [512, 512]) if smol else config.get("image_resolution", [224, 224])
     resize: Literal["none", "pad", "pad-left-top"] = "pad-left-top" if smol else "pad"
@@ -246,7 +246,7 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
         size = size[::-1]  # its order is width, height
     cameras = []
     for feature in reader.processors.inputs("VISUAL"):
-        for how, _ in reader.processors.applied(feature):
+        for how, _ in reader.processors.normalising_steps(feature):
             if how.mode != IDENTITY:
                 raise UserError(
                     f"expected pictures normalised by IDENTITY, found {how.mode} for {feature.name} in the processors "
@@ -267,11 +267,11 @@ def _cameras(reader: Reader, grid: int) -> tuple[CameraSpec, ...]:
 
 
 def _patch(reader: Reader) -> int:
-    return reader.official.shape(f"{reader.official.where.vision}.embeddings.patch_embedding.weight", 4)[-1]
+    return reader.tensors.shape(f"{reader.tensors.where.vision}.embeddings.patch_embedding.weight", 4)[-1]
 
 
 def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> PolicySpec:
-    config, family, official = reader.config, reader.family, reader.official
+    config, family, tensors = reader.config, reader.family, reader.tensors
     width = number(config, "max_action_dim", 32)
     action = reader.processors.action(None if reader.smol else width, padded=width)
     if action.dim > width:
@@ -287,10 +287,10 @@ def _spec(reader: Reader, cameras: tuple[CameraSpec, ...], merge: int) -> Policy
             "is that file of this policy?"
         )
     geometry: dict[str, Any] = {
-        "vocabulary": official.shape(official.embedding, 2)[0],
+        "vocabulary": tensors.shape(tensors.embedding, 2)[0],
         "patch": _patch(reader),
         "merge": merge,
-        "bias": f"{official.where.projector}.bias" in official,
+        "bias": f"{tensors.where.projector}.bias" in tensors,
         "scaled": reader.smol,
         "state": STATE[family],
         "causal": reader.smol,

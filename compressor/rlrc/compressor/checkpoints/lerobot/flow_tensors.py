@@ -1,4 +1,4 @@
-"""Where lerobot's files keep the tensors of pi0, pi0.5 and SmolVLA."""
+"""The names of the tensors of pi0, pi0.5 and SmolVLA in lerobot's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Names:
     projector: str
     decoder: str
     expert: str
-    head: str  # of language; stands for the embedding where that is not stored
+    head: str  # of language; replaces an embedding that is not stored
 
 
 PALIGEMMA = Names(
@@ -44,25 +44,25 @@ VISION |= {"norm1": "layer_norm1", "norm2": "layer_norm2"}
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 LINEARS = {f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
 LINEARS |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-HALF = ("norm1", "attention.k", "attention.v")  # what a "half" block has
+HALF = ("norm1", "attention.k", "attention.v")  # the tensors of a "half" block
 
 
-class OfficialTensors:
-    """A folder's tensors by names that do not depend on who saved them.
+class CanonicalTensors:
+    """A folder's tensors by names that do not depend on the program that saved them.
 
-    Files derived from openpi have no leading "model.", compiled ones an "_orig_mod", and pi0's and pi0.5's files may
-    have each other's name of the time's MLP.
+    Files derived from openpi have no leading "model.", compiled ones have an "_orig_mod", and files of pi0 and pi0.5
+    may swap their names of the time MLP.
     """
 
     def __init__(self, tensors: Tensors, family: str) -> None:
         self.tensors, self.where = tensors, NAMES[family]
-        self.names = {_plain(name): name for name in tensors}
+        self.names = {_canonical(name): name for name in tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
     def name(self, name: str) -> str:
-        """As it is stored; one that is missing as lerobot would store it."""
+        """The stored name; for a missing tensor the name in lerobot."""
         return self.names.get(name, f"model.{name}")
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
@@ -73,27 +73,29 @@ class OfficialTensors:
         return shape
 
     def depth(self, layers: str, first: str) -> int:
-        """How many blocks ``layers``.0, ... there are; ``first`` is a tensor that each has."""
+        """The number of blocks ``layers``.0, ``layers``.1, ...; every block has a tensor ``first``."""
         self.shape(f"{layers}.0.{first}", 2)
         return self.tensors.depth(self.name(f"{layers}.0.{first}").removesuffix(f"0.{first}"))
 
     @property
     def embedding(self) -> str:
-        """Current files have both it and the language model's head, which may be stale; others have the head only."""
+        """The embedding. Current files also have the language model's head, maybe stale; others have only the head."""
         stored = f"{self.where.decoder}.embed_tokens.weight"
         return self.where.head if stored not in self and self.where.head in self else stored
 
 
-def _plain(name: str) -> str:
+def _canonical(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("model.").replace("action_time_mlp_", "time_mlp_", 1)
 
 
-def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, state: bool) -> dict[str, TensorOrigin]:
-    """By the names of the policy's tensors. ``bias`` of the projector; ``state``: whether it has a token."""
-    where, found = official.where, dict[str, TensorOrigin]()
+def map_tensors(
+    tensors: CanonicalTensors, towers: dict[str, TowerSpec], bias: bool, state: bool
+) -> dict[str, TensorOrigin]:
+    """The origins by the policy's names. ``bias``: the projector has one; ``state``: the state has a token."""
+    where, found = tensors.where, dict[str, TensorOrigin]()
 
     def take(ours: str, *theirs: str, convert: str = "same") -> None:
-        found[ours] = TensorOrigin(tuple(map(official.name, theirs)), convert)
+        found[ours] = TensorOrigin(tuple(map(tensors.name, theirs)), convert)
 
     def affine(ours: str, theirs: str) -> None:
         for leaf in ("weight", "bias"):
@@ -119,7 +121,7 @@ def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, s
     take("projector.weight", f"{where.projector}.weight")
     if bias:
         take("projector.bias", f"{where.projector}.bias")
-    take("embedding.weight", official.embedding)
+    take("embedding.weight", tensors.embedding)
 
     for name, prefix in (("decoder", where.decoder), ("expert", where.expert)):
         tower = towers[name]
@@ -143,21 +145,23 @@ def parts(official: OfficialTensors, towers: dict[str, TowerSpec], bias: bool, s
     return found
 
 
-def unused(official: OfficialTensors, towers: dict[str, TowerSpec], taken: dict[str, TensorOrigin]) -> tuple[str, ...]:
-    """Stored, but no action depends on it: heads, what is left of the prefix's last blocks, old folders' statistics."""
-    where, used = official.where, {name for part in taken.values() for name in part.official}
+def find_unused(
+    tensors: CanonicalTensors, towers: dict[str, TowerSpec], taken: dict[str, TensorOrigin]
+) -> tuple[str, ...]:
+    """Tensors that no action depends on: heads, the rest of the prefix's last blocks, statistics of old folders."""
+    where, used = tensors.where, {name for origin in taken.values() for name in origin.names}
     begins = [f"{where.decoder}.norm.", f"{where.vision}.head.", f"{where.expert}.embed_tokens."]
     last = len(towers["decoder"].layers) - 1
-    while f"{where.decoder}.layers.{last}.{LINEARS['attention.q']}.weight" in official:
+    while f"{where.decoder}.layers.{last}.{LINEARS['attention.q']}.weight" in tensors:
         begins.append(f"{where.decoder}.layers.{last}.")
         last += 1
-    if towers["expert"].norm == "adaptive":  # files may still have what pi0 has in its place
+    if towers["expert"].norm == "adaptive":  # files may still have pi0's tensors
         begins += ["state_proj.", f"{where.expert}.norm.weight"]
         for i in range(len(towers["expert"].layers)):
             begins += [f"{where.expert}.layers.{i}.{theirs}.weight" for theirs in NORMS.values()]
     ends = ("lm_head.weight", *BUFFERS)
     return tuple(
         stored
-        for plain, stored in official.names.items()
+        for plain, stored in tensors.names.items()
         if stored not in used and (plain.startswith(tuple(begins)) or plain.endswith(ends) or BUFFER.fullmatch(plain))
     )

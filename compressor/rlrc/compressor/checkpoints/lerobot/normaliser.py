@@ -1,8 +1,8 @@
-"""LeRobot's normalisation: its modes, where a feature's statistics are stored, and the affine map of both.
+"""LeRobot's normalisation: its modes, the names of a feature's statistics, and the affine map that they define.
 
-A file of statistics names them "action.mean". Policies that were pre-trained on several data sets, such as
-lerobot/smolvla_base, name them "so100.buffer.action.mean": one group of statistics for each data set. Folders of
-LeRobot before 0.4 have them among the weights: see buffers.py.
+A file of statistics names them "action.mean". Policies pre-trained on several data sets, such as lerobot/smolvla_base,
+name them "so100.buffer.action.mean", with a group of statistics for each data set. Folders of LeRobot before 0.4 keep
+them among the weights: see buffers.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlrc.compressor.checkpoints.folder import Folder
 
 IDENTITY = "IDENTITY"
-# The two statistics that a mode of normalisation takes.
+# The two statistics of each mode of normalisation.
 MODES = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
@@ -36,18 +36,18 @@ Values = Mapping[str, Tensor]  # of one feature, by the statistic's name
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one file ("" if a step has none): by the stored name of a feature, then by the statistic."""
+    """The statistics in one file ("": none), by the stored name of the feature, then by the statistic."""
 
     file: str
     values: Mapping[str, Values]
 
     def names(self, feature: str) -> dict[str, str]:
-        """The stored names of a feature's statistics by their group; "" is the group of those of no named data set.
+        """The stored names of a feature's statistics by group; "" is the group without a data set's name.
 
-        Before 0.4, and after LeRobot's migration from it, names have "_" or "." where the feature has the other.
+        In folders before 0.4, also migrated ones, "_" and "." may be exchanged in the names.
         """
         plain, found = _plain(feature), dict[str, str]()
-        for name in sorted(self.values, key=lambda name: name != feature):  # its own name first
+        for name in sorted(self.values, key=lambda name: name != feature):  # the exact name first
             if f".{_plain(name)}".endswith(f".{plain}"):
                 before = name[: len(name) - len(feature)].rstrip("._/")
                 found.setdefault(re.sub(r"(^|[._/])buffer$", "", before), name)
@@ -58,8 +58,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[_/]", ".", name)
 
 
-def stored(folder: Folder, file: str | None) -> Statistics:
-    """The statistics of a step's file; none without one."""
+def read_statistics(folder: Folder, file: str | None) -> Statistics:
+    """The statistics of a step's file; empty without a file."""
     if file is None:
         return Statistics("", {})
     tensors = folder.safetensors(file)
@@ -82,10 +82,10 @@ def check_mode(kind: object, mode: object, where: str) -> None:
 
 
 def affine(mode: str, values: Values, numbers: int, eps: float, what: str, inverse: bool = False) -> NormStats:
-    """The map of a mode for a feature of so many numbers (three of a picture's colours). ``what``: in messages.
+    """A mode's map for a feature of ``numbers`` values (three colours of a picture). ``what``: its name in messages.
 
-    LeRobot adds eps to the deviation on the way in and not on the way out (``inverse``), and puts eps in the place of a
-    range of zero. Raises UserError for statistics that are missing or do not fit.
+    LeRobot adds eps to the deviation of inputs but not of outputs (``inverse``), and replaces a range of zero by eps.
+    Raises UserError for statistics that are missing or do not fit.
     """
     names = MODES[mode]
     first, second = (_numbers(values, name, numbers, f"{name} of {what}, which {mode} takes") for name in names)
@@ -97,7 +97,7 @@ def affine(mode: str, values: Values, numbers: int, eps: float, what: str, inver
             f"{names[1]} of dimension {at}; compute the statistics again"
         )
     if mode == "MEAN_STD":
-        # Where nothing varies, eps keeps the way out invertible; it moves an action by less than float32 can tell.
+        # Where the deviation is zero, eps keeps the map invertible; float32 rounds its effect on an action away.
         return NormStats(first, tuple((std or eps) if inverse else std + eps for std in second))
     ranges = tuple(high - low or eps for low, high in zip(first, second, strict=True))
     centers = tuple(low + width / 2 for low, width in zip(first, ranges, strict=True))
@@ -105,24 +105,24 @@ def affine(mode: str, values: Values, numbers: int, eps: float, what: str, inver
 
 
 def _numbers(values: Values, name: str, numbers: int, what: str) -> tuple[float, ...]:
-    stored = values.get(name)
-    if stored is not None and stored.is_floating_point():
-        found = stored.double().flatten()
+    tensor = values.get(name)
+    if tensor is not None and tensor.is_floating_point():
+        found = tensor.double().flatten()
         if len(found) == numbers and bool(torch.isfinite(found).all()):
             return tuple(found.tolist())
         listed = f"{found[:8].tolist()}{' ...' if len(found) > 8 else ''}"
-        shown = f"{len(found)}: {listed}" if len(found) != numbers else listed
+        found_text = f"{len(found)}: {listed}" if len(found) != numbers else listed
     else:
         others = ", ".join(values) or "no statistics"
-        shown = f"only {others}" if stored is None else f"{str(stored.dtype).removeprefix('torch.')} numbers"
+        found_text = f"only {others}" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} numbers"
     raise UserError(
-        f"expected {numbers} finite floating-point numbers as {what}, found {shown}; copy the folder again or compute "
-        "the statistics again"
+        f"expected {numbers} finite floating-point numbers as {what}, found {found_text}; copy the folder again or "
+        "compute the statistics again"
     )
 
 
-def after(first: NormStats, second: NormStats) -> NormStats:
-    """One map for two normalisations, the first of which is nearer to the raw values."""
+def compose(first: NormStats, second: NormStats) -> NormStats:
+    """One map for two normalisations in a row; ``first`` is nearer to the raw values."""
     pairs = list(zip(first.center, first.scale, second.center, second.scale, strict=True))
     return NormStats(tuple(c + s * d for c, s, d, _ in pairs), tuple(s * t for _, s, _, t in pairs))
 

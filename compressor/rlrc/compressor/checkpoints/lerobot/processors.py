@@ -1,8 +1,7 @@
-"""What the folders of lerobot's policies share: how inputs and actions are normalised, and the prompt.
+"""The normalisation of inputs and actions and the prompt of lerobot's policies.
 
-Since lerobot 0.4 a folder has two pipelines of processor steps: see processor_steps.py. Older folders have none and
-keep their statistics among the weights. What normalises an input or the action is never left out in silence: statistics
-that a mode needs and that are missing are refused, unless ``ReadOptions.incomplete`` says that they are not needed.
+Since lerobot 0.4 a folder has two pipelines of processor steps (steps.py). Older folders have none and keep their
+statistics among the weights (buffers.py). Missing statistics are an error unless ``ReadOptions.incomplete`` is set.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlrc.artifact import ActionSpec, CameraSpec, NormStats, PromptSpec, StateSpec
 from rlrc.compressor.checkpoints import settings
 from rlrc.compressor.checkpoints.layout import Normalisation
-from rlrc.compressor.checkpoints.lerobot.buffers import among_weights, of_config
+from rlrc.compressor.checkpoints.lerobot.buffers import read_buffers, read_modes
 from rlrc.compressor.checkpoints.lerobot.features import (
     PolicyFeature,
     dimension_names,
     features,
     meanings,
     number,
-    short,
+    short_name,
 )
 from rlrc.compressor.checkpoints.lerobot.normaliser import (
     IDENTITY,
@@ -30,8 +29,8 @@ from rlrc.compressor.checkpoints.lerobot.normaliser import (
     Statistics,
     Values,
     affine,
-    after,
     check_mode,
+    compose,
     identity,
 )
 from rlrc.compressor.checkpoints.lerobot.steps import (
@@ -52,13 +51,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Processors:
-    """What lerobot does to observations before the policy and to actions after it, in the order of the steps.
+    """lerobot's steps for observations before the policy and for actions after it, in their order.
 
-    ``prompt``: how an instruction becomes ids, but for the vocabulary; None without language. ``state_step``: the index
-    in ``before`` of the step that puts the state into the prompt (None: no step does). ``inwards``, ``outwards``:
-    statistics among the weights. ``group``: the data set whose statistics are meant where they are stored by data set.
-    ``incomplete``: statistics that are missing are not refused; the feature then has those of data that is normalised
-    already.
+    ``prompt``: the prompt, without the known ids of the vocabulary; None without language. ``state_step``: the index in
+    ``before`` of the step that puts the state into the prompt, if any. ``inwards``, ``outwards``: the statistics of
+    inputs and of outputs among the weights. ``group``: the data set whose statistics apply, where they are stored by
+    data set. ``incomplete``: use the identity for missing statistics instead of raising.
     """
 
     path: Path
@@ -73,12 +71,12 @@ class Processors:
     incomplete: bool
 
     def inputs(self, kind: str) -> list[PolicyFeature]:
-        """The features of a kind that the policy sees, in the config's order."""
+        """The policy's input features of a kind, in the config's order."""
         return [feature for feature in features(self.config, "input_features") if feature.kind == kind]
 
-    def called(self, feature: PolicyFeature) -> str:
+    def robot_name(self, feature: PolicyFeature) -> str:
         """The robot's name of a feature: "front" of "observation.images.front"."""
-        return short(chain(self.before, feature.name)[0])
+        return short_name(chain(self.before, feature.name)[0])
 
     def camera(
         self,
@@ -89,31 +87,30 @@ class Processors:
         spread: float = 1.0,
         optional: bool = False,
     ) -> CameraSpec:
-        """``size``: height and width that the policy resizes to (None: those of the feature).
+        """The camera of a feature. ``size``: height and width after resizing (None: the feature's).
 
-        ``centre`` and ``spread``: the policy itself computes (x - centre) / spread after the normaliser.
+        ``centre``, ``spread``: after the normaliser the policy itself computes (x - centre) / spread.
         """
         if len(feature.shape) != 3 or feature.shape[0] != 3:
             raise UserError(
                 f"expected three colours, height and width as the shape of {feature.name} in config.json, found "
-                f"{list(feature.shape)}; rlrc takes RGB pictures"
+                f"{list(feature.shape)}; rlrc supports RGB pictures"
             )
         height, width = size or feature.shape[1:]
-        norm = after(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
-        return CameraSpec(self.called(feature), height, width, resize, norm.center, norm.scale, "HWC", optional)
+        norm = compose(self.norm(feature, 3), NormStats((centre,) * 3, (spread,) * 3))
+        return CameraSpec(self.robot_name(feature), height, width, resize, norm.center, norm.scale, "HWC", optional)
 
     def state(self, feature: PolicyFeature, width: int | None = None, padded: int | None = None) -> StateSpec:
-        """Names are joint_0, joint_1, ... and the unit is "1": config.json has neither. ``padded``: see ``norm``."""
+        """The state. config.json has no names or units: joint_0, joint_1, ... and "1". ``padded``: see ``norm``."""
         norm = self.norm(feature, feature.dim, padded)
         dim = len(norm.center)
         return StateSpec(tuple(f"joint_{i}" for i in range(dim)), ("1",) * dim, norm, width)
 
     def action(self, default: int | None = None, padded: int | None = None) -> ActionSpec:
-        """A chunk of ``chunk_size`` continuous actions; ``default``: its dimensions where config.json has none.
+        """A chunk of ``chunk_size`` continuous actions. ``default``: its dimensions if config.json has none.
 
-        Assumed, for config.json does not say: actions are absolute positions in the robot's own units ("1"), but for
-        those named as the gripper's (action_feature_names; else they are joint_0, joint_1, ...). ``padded``: see
-        ``norm``.
+        config.json does not state the meaning of actions. Assumes absolute positions in the robot's own units ("1"),
+        and a gripper where action_feature_names says so. ``padded``: see ``norm``.
         """
         found = self._outputs()
         if not found and default is not None:
@@ -128,62 +125,65 @@ class Processors:
         return ActionSpec(number(self.config, "chunk_size"), names, meanings(names), ("1",) * dim, norm, bins=0)
 
     def norm(self, feature: PolicyFeature, numbers: int, padded: int | None = None) -> NormStats:
-        """Of an input, or of the action on its way out, with so many numbers (three of a picture's colours).
+        """The map of an input, or of the action as output, of ``numbers`` values (three colours of a picture).
 
-        A feature as wide as ``padded``, the widest that the policy takes, has as many numbers as its statistics: the
-        base policies declare their padded width, and lerobot keeps it in what was trained from them. Raises UserError
-        for statistics that are missing or do not fit.
+        A feature as wide as ``padded``, the policy's largest width, has the width of its statistics: base policies
+        declare their padded width, and lerobot keeps it in policies trained from them. Raises UserError for statistics
+        that are missing or do not fit.
         """
-        applied = self.applied(feature)
+        steps = self.normalising_steps(feature)
         if numbers == padded:
-            widths = {len(values[one]) for how, values in applied for one in MODES.get(how.mode, ()) if one in values}
+            widths = {len(values[one]) for how, values in steps for one in MODES.get(how.mode, ()) if one in values}
             numbers = min(numbers, *widths) if len(widths) == 1 else numbers
         norm = identity(numbers)
-        for how, values in applied:
+        for how, values in steps:
             if how.missing and not self.incomplete:
                 choose = "choose one with --unnorm-key" if how.groups else "copy the whole folder again"
                 raise UserError(
-                    f"expected statistics of {how.feature} in {self.path}, for its mode is {how.mode}, found "
-                    f"{how.missing}; {choose}, or take those of your data: rlrc sft {self.path} OUT --data FOLDER"
+                    f"expected statistics of {how.feature} in {self.path}, because its mode is {how.mode}, found "
+                    f"{how.missing}; {choose}, or use those of your data: rlrc sft {self.path} OUT --data FOLDER"
                 )
             if how.mode != IDENTITY and not how.missing:
                 what = f"{how.feature} ({how.origin})"
                 one = affine(how.mode, values, numbers, how.eps, what, inverse=feature.kind == "ACTION")
-                norm = after(norm, one)
+                norm = compose(norm, one)
         return norm
 
     def normalisation(self, inputs: Iterable[PolicyFeature]) -> dict[str, tuple[Normalisation, ...]]:
-        """Of these inputs and of the action by rlrc's names: "image.top", "state", "environment_state", "action"."""
+        """How these inputs and the action are normalised, by names such as "image.top", "state" and "action"."""
         found = {}
         for feature in (*inputs, PolicyFeature(ACTION, "ACTION", ())):
             name = {"STATE": "state", "ENV": "environment_state", "ACTION": ACTION}.get(feature.kind)
-            found[name or f"image.{self.called(feature)}"] = tuple(how for how, _ in self.applied(feature))
+            found[name or f"image.{self.robot_name(feature)}"] = tuple(
+                how for how, _ in self.normalising_steps(feature)
+            )
         return found
 
-    def applied(self, feature: PolicyFeature) -> list[tuple[Normalisation, Values]]:
-        """How a feature is normalised, and by which statistics; first what is nearest to the raw values."""
+    def normalising_steps(self, feature: PolicyFeature) -> list[tuple[Normalisation, Values]]:
+        """The normalisations of a feature with their statistics, the one nearest to the raw values first."""
         inwards = [(effect, ACTION) for effect in self.before if isinstance(effect, NormalizerStep)]
         if feature.kind != "ACTION":
             end = self.state_step if feature.kind == "STATE" else None  # later steps do not change the prompt
             _, inwards = chain(self.before[:end], feature.name)
             return [self._by(*pair, feature) for pair in inwards] or [self._by_none(feature, BEFORE)]
         outwards = [(effect, ACTION) for effect in reversed(self.after) if isinstance(effect, NormalizerStep)]
-        taught, done = ([one.mode(ACTION, "ACTION") for one, _ in pairs] for pairs in (inwards, outwards))
-        if outwards and inwards and taught != done:
+        input_modes, output_modes = ([one.mode(ACTION, "ACTION") for one, _ in pairs] for pairs in (inwards, outwards))
+        if outwards and inwards and input_modes != output_modes:
             raise UserError(
                 f"expected the same modes of normalisation for {ACTION} in {BEFORE} and {AFTER} of {self.path}, found "
-                f"{', '.join(map(str, taught))} and {', '.join(map(str, done))}; copy both files from one folder"
+                f"{', '.join(map(str, input_modes))} and {', '.join(map(str, output_modes))}; copy both files from one "
+                "folder"
             )
-        return [self._by(*pair, feature) for pair in outwards] or [self._by_none(feature, AFTER, taught)]
+        return [self._by(*pair, feature) for pair in outwards] or [self._by_none(feature, AFTER, input_modes)]
 
     def _by(self, normaliser: NormalizerStep, name: str, feature: PolicyFeature) -> tuple[Normalisation, Values]:
         mode = normaliser.mode(name, feature.kind)
         if mode is None:
             return Normalisation(name, IDENTITY, f"not in normalize_observation_keys of {normaliser.step}"), {}
         if mode == IDENTITY:
-            return Normalisation(name, IDENTITY, normaliser.said), {}
-        if unlisted := normaliser.unlisted(name):
-            return Normalisation(name, mode, missing=unlisted, eps=normaliser.eps), {}
+            return Normalisation(name, IDENTITY, normaliser.setting), {}
+        if reason := normaliser.explain_unlisted(name):
+            return Normalisation(name, mode, missing=reason, eps=normaliser.eps), {}
         others = self.outwards if feature.kind == "ACTION" else self.inwards
         found = [(statistics, statistics.names(name)) for statistics in (normaliser.statistics, others)]
         for group in (self.group, None):  # statistics without a group are for every data set
@@ -198,26 +198,26 @@ class Processors:
         return Normalisation(name, mode, missing=missing, groups=listed, eps=normaliser.eps), {}
 
     def _by_none(
-        self, feature: PolicyFeature, file: str, taught: list[str | None] | None = None
+        self, feature: PolicyFeature, file: str, input_modes: list[str | None] | None = None
     ) -> tuple[Normalisation, Values]:
-        """Of a feature that no step normalises: right only if config.json, or the way in, says IDENTITY."""
+        """For a feature that no step normalises: valid only if config.json, or the input's pipeline, says IDENTITY."""
         mapping = self.config.get("normalization_mapping")
-        said = [mode or IDENTITY for mode in taught or ()]
-        where = BEFORE if said else "normalization_mapping of config.json"
-        if not said:
+        modes = [mode or IDENTITY for mode in input_modes or ()]
+        where = BEFORE if modes else "normalization_mapping of config.json"
+        if not modes:
             mode = mapping.get(feature.kind) if isinstance(mapping, dict) else None
             mode = mode or (IDENTITY if feature.kind == "ENV" else None)
             if mode is not None:
                 check_mode(feature.kind, mode, where)
-                said = [mode]
+                modes = [mode]
         step = "an unnormalizer_processor" if file == AFTER else "a normalizer_processor"
         early = " before the state is put into the prompt" * (feature.kind == "STATE" and self.state_step is not None)
-        if not said:
+        if not modes:
             raise UserError(
                 f"expected {step} in {self.path / file}{early}, or a mode for {feature.kind} as normalization_mapping "
                 f"of config.json, found neither; add {IDENTITY} there if {feature.name} is not normalised"
             )
-        needed = [mode for mode in said if mode != IDENTITY]
+        needed = [mode for mode in modes if mode != IDENTITY]
         if not needed:
             return Normalisation(feature.name, IDENTITY, where), {}
         return Normalisation(feature.name, needed[0], missing=f"no {step.split()[1]} in {file}{early}", eps=1e-8), {}
@@ -229,15 +229,15 @@ class Processors:
 def read(folder: Folder, language: bool, options: ReadOptions) -> Processors:
     """Reads the folder's processors. ``language``: whether the policy takes an instruction.
 
-    Raises UserError for steps and settings that rlrc does not know or that do what it cannot, and for an
-    ``ReadOptions.unnorm_key`` that is no group of the statistics.
+    Raises UserError for unknown or unsupported steps and settings, and for a ``ReadOptions.unnorm_key`` without
+    statistics.
     """
-    inwards, outwards = among_weights(folder)
+    inwards, outwards = read_buffers(folder)
     prompt: PromptSpec | None
-    if BEFORE not in folder and AFTER not in folder and folder.config.get("type") != "pi05":  # which 0.4 brought
+    if BEFORE not in folder and AFTER not in folder and folder.config.get("type") != "pi05":  # pi0.5 came with 0.4
         kinds = {feature.name: feature.kind for feature in features(folder.config, "input_features")}
-        before, after = of_config(folder.config, kinds, inwards), of_config(folder.config, kinds, outwards)
-        # Before 0.4 an instruction ended with a newline and was not cut.
+        before, after = read_modes(folder.config, kinds, inwards), read_modes(folder.config, kinds, outwards)
+        # Before 0.4 an instruction ended with a newline and was not truncated.
         longest = number(folder.config, "tokenizer_max_length", 48)
         prompt, state_step = PromptSpec("{instruction}", longest, None, ("newline",)), None
     else:
@@ -268,7 +268,7 @@ def read(folder: Folder, language: bool, options: ReadOptions) -> Processors:
 
 
 def _check_group(processors: Processors) -> None:
-    """Raises UserError for a chosen group that the statistics do not have."""
+    """Raises UserError if the statistics do not have the chosen group."""
     steps = [
         effect.statistics for effect in (*processors.before, *processors.after) if isinstance(effect, NormalizerStep)
     ]

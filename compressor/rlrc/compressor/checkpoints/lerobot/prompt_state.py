@@ -1,4 +1,4 @@
-"""Whether the state is padded in pi0.5's prompt: LeRobot 0.4 pads it, 0.5 and later do not."""
+"""Decides whether pi0.5's prompt pads the state: LeRobot 0.4 pads it, 0.5 and later do not."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rlrc.errors import UserError
 if TYPE_CHECKING:
     from rlrc.compressor.checkpoints.folder import Folder
 
-TRAINED = "train_config.json"  # how LeRobot was started
+TRAINED = "train_config.json"  # the settings of the training run
 
 
-def with_prompt_state(
+def set_prompt_state(
     folder: Folder, processors: Processors, spec: PolicySpec, given: str | None
 ) -> tuple[PolicySpec, tuple[str, ...]]:
-    """The spec with the state in the prompt as in training, and what was assumed. ``given``: --prompt-state.
+    """The spec with the training's rule for the state in the prompt, and the assumptions. ``given``: --prompt-state.
 
-    Raises UserError where padding makes a difference and neither the folder nor ``given`` says which rule it was.
+    Raises UserError if padding makes a difference and neither the folder nor ``given`` determines the rule.
     """
     if processors.state_step is None or spec.state is None:
         return spec, ()
     effect, numbers = processors.before[processors.state_step], len(spec.state.names)
     assert isinstance(effect, PromptState)
     most = effect.padded or number(folder.config, "max_state_dim", 32)
-    if most <= numbers and given is None:  # the same by both rules
+    if most <= numbers and given is None:  # both rules agree
         return spec, ()
-    rule, assumed = (given, "") if given else _trained_with(folder)
+    rule, assumed = (given, "") if given else _training_rule(folder)
     if rule is None:
         raise UserError(
             f"expected the version of LeRobot that trained {folder.path}, found neither {TRAINED} nor {RELATIVE}; "
@@ -44,8 +44,8 @@ def with_prompt_state(
     return spec, (assumed,) if assumed else ()
 
 
-def _trained_with(folder: Folder) -> tuple[str | None, str]:
-    """The rule of the LeRobot that trained a pi0.5, and what was concluded from train_config.json."""
+def _training_rule(folder: Folder) -> tuple[str | None, str]:
+    """The rule of the LeRobot version that trained the policy, and the assumption if train_config.json decides."""
     if RELATIVE in step_names(folder, BEFORE) or "use_relative_actions" in folder.config:  # since 0.5.1
         return "unpadded", ""
     trained = folder.json(TRAINED) if TRAINED in folder else None

@@ -1,7 +1,7 @@
-"""LeRobot's processor pipelines (0.4 and later) as configured sequences: what each step does, in its order.
+"""Reads LeRobot's processor pipelines (0.4 and later) into the effects of their steps.
 
 policy_preprocessor.json and policy_postprocessor.json list steps with their settings (huggingface/lerobot,
-src/lerobot/processor). Every setting is honoured, has no effect here, or is refused by its name.
+src/lerobot/processor). Every setting is used, has no effect here, or is refused.
 """
 
 from __future__ import annotations
@@ -16,25 +16,32 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlrc.artifact import PromptSpec
-from rlrc.compressor.checkpoints.lerobot.normaliser import IDENTITY, KINDS, MODES, Statistics, check_mode, stored
+from rlrc.compressor.checkpoints.lerobot.normaliser import (
+    IDENTITY,
+    KINDS,
+    MODES,
+    Statistics,
+    check_mode,
+    read_statistics,
+)
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:
     from rlrc.compressor.checkpoints.folder import Folder
 
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
-ACTION = "action"  # LeRobot's normalisers take the action under this name only
+ACTION = "action"  # the only name under which LeRobot's normalisers take the action
 RELATIVE = "relative_actions_processor"
 
 
 @dataclass(frozen=True)
 class Rename:
-    """Inputs get other names: new -> old."""
+    """Renames inputs: new -> old names."""
 
     olds: Mapping[str, Sequence[str]]
 
     def old(self, name: str) -> str:
-        """What the input ``name`` was called before. Raises UserError if this step leaves none of that name."""
+        """The name of the input ``name`` before this step. Raises UserError if there is none or more than one."""
         olds = self.olds.get(name, ())
         gone = not olds and any(name in others for others in self.olds.values())
         if len(olds) > 1 or gone:
@@ -49,12 +56,12 @@ class Rename:
 class NormalizerStep:
     """A normalizer_processor or unnormalizer_processor.
 
-    ``modes`` by kind of feature, as the setting ``said`` has them; ``kinds`` of the listed features; ``only``: the
-    inputs that are normalised (None: all that are listed).
+    ``modes``: by kind of feature, from the setting ``setting``; ``kinds``: of the listed features; ``only``: the inputs
+    that it normalises (None: all listed ones).
     """
 
     step: str
-    said: str
+    setting: str
     modes: Mapping[str, str]
     kinds: Mapping[str, str]
     statistics: Statistics
@@ -62,23 +69,23 @@ class NormalizerStep:
     only: Collection[str] | None = None
 
     def mode(self, name: str, kind: str) -> str | None:
-        """Of a feature; None: its settings leave it out. Raises UserError where the settings do not say."""
+        """The mode of a feature; None if ``only`` excludes it. Raises UserError if there is no mode for its kind."""
         if name == ACTION:
             kind = "ACTION"
         elif self.only is not None and name not in self.only:
             return None
         elif name in self.kinds:
             kind = self.kinds[name]
-        mode = self.modes.get(kind, IDENTITY if kind == "ENV" else "")  # these families' settings have none for ENV
+        mode = self.modes.get(kind, IDENTITY if kind == "ENV" else "")  # these families have no setting for ENV
         if not mode:
             raise UserError(
-                f"expected a mode for {kind} as {self.said}, found {', '.join(self.modes) or 'none'}; "
+                f"expected a mode for {kind} as {self.setting}, found {', '.join(self.modes) or 'none'}; "
                 f"add one, {IDENTITY} if {name} is not normalised"
             )
         return mode
 
-    def unlisted(self, name: str) -> str:
-        """Why LeRobot leaves an input alone that has a mode: published bases list no features. Empty if it does not."""
+    def explain_unlisted(self, name: str) -> str:
+        """Why LeRobot does not normalise an input that has a mode (published bases list no features); else empty."""
         if name == ACTION or name in self.kinds:
             return ""
         return f"no {name} among the features of {self.step} (list it there if training normalised it)"
@@ -86,14 +93,14 @@ class NormalizerStep:
 
 @dataclass(frozen=True)
 class PromptState:
-    """pi0.5: the instruction becomes a prompt that contains the state. ``padded``: to this width in LeRobot 0.4."""
+    """pi0.5: puts the state into the prompt. ``padded``: the width to which LeRobot 0.4 pads it."""
 
     padded: int | None
 
 
 @dataclass(frozen=True)
 class Newline:
-    """The text ends with a newline."""
+    """Ends the text with a newline."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ Effect = Rename | NormalizerStep | PromptState | Newline | Tokenize
 
 
 class StepSettings:
-    """Those of one step. What is not taken when the step has been read is refused."""
+    """The settings of one step. Each must be taken: ``check_all_taken`` refuses the rest."""
 
     def __init__(self, name: str, values: Mapping[str, Any], file: str) -> None:
         self.step, self.file = f"{name} in {file}", file
@@ -117,42 +124,43 @@ class StepSettings:
         return self._values.pop(name, default)
 
     def one_of(self, name: str, supported: Sequence[Any], default: Any) -> Any:
-        """One of the supported values, which LeRobot's type has, too. Raises UserError for any other."""
+        """The value, if it is a supported one of the same type. Raises UserError for any other."""
         value = self.take(name, default)
         if not any(value == one and type(value) is type(one) for one in supported):
-            raise self.refused(name, value, " or ".join(map(json.dumps, supported)))
+            raise self.refusal(name, value, " or ".join(map(json.dumps, supported)))
         return value
 
     def number(self, name: str, default: int | None) -> int | None:
         value = self.take(name, default)
         if value is not None and (type(value) is not int or value < 1):
-            raise self.refused(name, value, "a positive whole number")
+            raise self.refusal(name, value, "a positive whole number")
         return value
 
-    def refused(self, name: str, value: Any, supported: str) -> UserError:
+    def refusal(self, name: str, value: Any, supported: str) -> UserError:
         return UserError(
             f"expected {supported} as {name} of {self.step}, found {value!r:.80}; rlrc does not support it"
         )
 
-    def done(self) -> None:
+    def check_all_taken(self) -> None:
+        """Raises UserError for a setting that was not taken."""
         for name, value in self._values.items():
             listed = ", ".join(self._known) or "none"
             raise UserError(
-                f"expected settings of {self.step} that rlrc knows ({listed}), found {name} {value!r:.80}; rlrc cannot "
-                "tell what it changes"
+                f"expected settings of {self.step} that rlrc knows ({listed}), found {name} {value!r:.80}; rlrc does "
+                "not know its effect"
             )
 
 
 def read_steps(folder: Folder, file: str) -> list[Effect]:
-    """What the steps of a pipeline do, in their order, but for those without any effect here.
+    """The effects of a pipeline's steps in their order, without steps that have no effect here.
 
-    Raises UserError for steps and settings that rlrc does not know, or that do what it cannot.
+    Raises UserError for unknown or unsupported steps and settings.
     """
     found: list[Effect] = []
     for name, values, state in _steps(folder, file):
         settings = StepSettings(name, values, file)
         effect = _effect(folder, name, settings, state, file == BEFORE)
-        settings.done()
+        settings.check_all_taken()
         found += [] if effect is None else [effect]
     return found
 
@@ -185,7 +193,7 @@ def _effect(folder: Folder, name: str, settings: StepSettings, state: str | None
             raise UserError(
                 f"expected absolute actions, found an enabled {settings.step}; rlrc does not add the state to actions"
             )
-        settings.take("exclude_joints")  # of no effect unless it is enabled
+        settings.take("exclude_joints")  # without effect unless enabled
         settings.take("action_names")
     elif name == ("normalizer_processor" if before else "unnormalizer_processor"):
         return _normaliser(folder, settings, state)
@@ -200,11 +208,11 @@ def _effect(folder: Folder, name: str, settings: StepSettings, state: str | None
         settings.take("tokenizer_name")  # the vocabulary is checked against the prompt's known pieces
         settings.one_of("task_key", ("task",), "task")
         settings.one_of("padding_side", ("right",), "right")
-        # No prompt is padded here: the mask leaves padding out of what the policy reads.
+        # Padding has no effect: the policy masks it.
         settings.one_of("padding", ("max_length", "longest", "do_not_pad", True, False), "max_length")
         longest = settings.number("max_length", 512)
         if longest is None:
-            raise settings.refused("max_length", None, "a positive whole number")
+            raise settings.refusal("max_length", None, "a positive whole number")
         return Tokenize(longest, settings.one_of("truncation", (True, False), True))
     else:
         advice = "rlrc runs no code of a checkpoint" if "." in name else "upgrade rlrc"
@@ -215,7 +223,7 @@ def _effect(folder: Folder, name: str, settings: StepSettings, state: str | None
 def _rename(settings: StepSettings) -> Rename:
     names = settings.take("rename_map") or {}
     if not isinstance(names, dict) or not all(isinstance(new, str) for new in names.values()):
-        raise settings.refused("rename_map", names, "names of inputs with their new names")
+        raise settings.refusal("rename_map", names, "names of inputs with their new names")
     olds: dict[str, list[str]] = {}
     for old, new in names.items():
         olds.setdefault(new, []).append(old)
@@ -234,30 +242,30 @@ def _normaliser(folder: Folder, settings: StepSettings, state: str | None) -> No
     for kind, mode in modes.items():
         check_mode(kind, mode, f"norm_map of {settings.step}")
     if type(eps) not in (int, float) or not isfinite(eps) or eps < 0:
-        raise settings.refused("eps", eps, "a finite number of at least 0")
+        raise settings.refusal("eps", eps, "a finite number of at least 0")
     listed, only = settings.take("features"), settings.take("normalize_observation_keys")
     try:
         kinds = {name: str(feature["type"]) for name, feature in dict(listed or {}).items()}
     except (KeyError, TypeError, ValueError):
-        raise settings.refused("features", listed, "names with type and shape") from None
+        raise settings.refusal("features", listed, "names with type and shape") from None
     for name, kind in kinds.items():
         if kind not in KINDS:
-            raise settings.refused(f"the type of {name}", kind, " or ".join(KINDS))
+            raise settings.refusal(f"the type of {name}", kind, " or ".join(KINDS))
     if only is not None and not (isinstance(only, list) and all(isinstance(name, str) for name in only)):
-        raise settings.refused("normalize_observation_keys", only, "names of inputs")
-    given = settings.take("stats")  # LeRobot prefers them to those of the file
-    statistics = _given(settings, given) if given else stored(folder, state)
+        raise settings.refusal("normalize_observation_keys", only, "names of inputs")
+    given = settings.take("stats")  # they take precedence over the file's
+    statistics = _parse_stats(settings, given) if given else read_statistics(folder, state)
     return NormalizerStep(settings.step, f"norm_map of {settings.step}", modes, kinds, statistics, float(eps), only)
 
 
-def _given(settings: StepSettings, given: Any) -> Statistics:
+def _parse_stats(settings: StepSettings, given: Any) -> Statistics:
     try:
         values = {
             str(name): {str(one): torch.tensor(numbers, dtype=torch.float64) for one, numbers in dict(stats).items()}
             for name, stats in dict(given).items()
         }
     except (TypeError, ValueError, RuntimeError):
-        raise settings.refused("stats", given, "numbers by feature and statistic") from None
+        raise settings.refusal("stats", given, "numbers by feature and statistic") from None
     return Statistics(f"stats of {settings.step}", values)
 
 
@@ -266,7 +274,7 @@ def step_names(folder: Folder, file: str) -> list[str]:
 
 
 def prompt_of(effects: Sequence[Effect]) -> tuple[PromptSpec | None, int | None]:
-    """How an instruction becomes ids (None without a tokenizer), and the index of the step that puts the state into it.
+    """The prompt (None without a tokenizer), and the index of the step that puts the state into it.
 
     Steps after the last tokenizer have no effect on the prompt.
     """
@@ -293,7 +301,7 @@ def prompt_of(effects: Sequence[Effect]) -> tuple[PromptSpec | None, int | None]
 
 
 def chain(effects: Sequence[Effect], name: str) -> tuple[str, list[tuple[NormalizerStep, str]]]:
-    """What the robot calls an input, and the normalisers that it passes with its name at that point, in their order."""
+    """The robot's name of an input, and its normalisers in their order, each with the input's name at that point."""
     found: list[tuple[NormalizerStep, str]] = []
     for effect in reversed(effects):
         if isinstance(effect, Rename):

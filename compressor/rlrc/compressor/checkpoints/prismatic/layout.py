@@ -1,8 +1,8 @@
-"""What the folders of OpenVLA and OpenVLA-OFT share: vision transformers, a projector, a Llama, and pictures.
+"""The common parts of OpenVLA and OpenVLA-OFT folders: vision transformers, a projector, a Llama, and pictures.
 
-Shapes and config.json tell the geometry but for the vision transformers' heads, which a table has for the official
-backbones and the hints for any other. A vision transformer's features are those before its last block (Prismatic VLMs,
-arXiv 2402.07865), so that block, the final norm and the pooling head are never read.
+Shapes and config.json determine the geometry except the vision transformers' heads, which come from a table of the
+usual backbones or from the hints. The features of a vision transformer are those before its last block (Prismatic VLMs,
+arXiv 2402.07865), so that block, the final norm and the pooling head are unused.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ EMBEDDING = f"{LLAMA}embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
 GENERATION = "generation_config.json"
 
-# The official vision transformers, of WIDTHS channels, have HEADS heads.
+# The usual vision transformers, of WIDTHS channels, have HEADS heads.
 HEADS, WIDTHS = 16, {"dinov2": 1024, "siglip": 1152}
 
-# text_config is saved as what differs from LlamaConfig's defaults, which are those of transformers 4.40.1.
+# text_config holds only the differences from LlamaConfig's defaults (transformers 4.40.1).
 DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -56,31 +56,31 @@ PROMPT_V01 = (  # Vicuna's
     "and polite answers to the user's questions. USER: What action should the robot take to {instruction}? ASSISTANT:"
 )
 PROMPTS = {"pure": PROMPT, "vicuna": PROMPT_V01}  # by a word of llm_backbone_id
-BLANK = 29871  # Llama's lone blank, which the official code puts at the end of every prompt
+BLANK = 29871  # Llama's single blank, which the original code appends to every prompt
 
 
 @dataclass
 class Prismatic:
-    """What both families' layouts have in common."""
+    """The common part of both families' layouts."""
 
     camera: CameraSpec
     tokens: int  # of one picture
     towers: dict[str, TowerSpec]
-    parts: dict[str, TensorOrigin]
+    origins: dict[str, TensorOrigin]
     unused: list[str]
     geometry: dict[str, Any]
-    head: str  # the official tensor of the language model's head
+    head: str  # the tensor of the language model's head
 
 
 def prismatic(folder: Folder, options: ReadOptions) -> Prismatic:
-    """Raises UserError for what these families are not, and for a config.json that contradicts the weights."""
+    """The common part. Raises UserError for unsupported folders, and for a config.json that contradicts the weights."""
     check_settings(folder, options)
     tensors, text = folder.tensors, text_config(folder)
     fused = any(name.startswith(FEATURIZERS[1]) for name in tensors)
     if folder.config.get("use_fused_vision_backbone") not in (None, fused):
         raise UserError(
-            f"expected use_fused_vision_backbone {str(fused).lower()} in config.json, as the weights of {folder.path} "
-            "are, found the other; copy both from one checkpoint"
+            f"expected use_fused_vision_backbone {str(fused).lower()} in config.json, as in the weights of "
+            f"{folder.path}, found the opposite; copy both from one checkpoint"
         )
     prefixes = FEATURIZERS[: 1 + fused]
     kinds = [_kind(folder, prefix) for prefix in prefixes]
@@ -98,15 +98,15 @@ def prismatic(folder: Folder, options: ReadOptions) -> Prismatic:
         depth, width = len(towers[tower].layers), towers[tower].width
         tensors.expect(f"{prefix}pos_embed", (1, tokens, width))
         parts |= _transformer_parts(tower, prefix, depth, kind)
-        dead = (f"{prefix}blocks.{depth}.", f"{prefix}norm.", f"{prefix}attn_pool.")
-        unused += [name for name in tensors if name.startswith(dead)]
+        unread = (f"{prefix}blocks.{depth}.", f"{prefix}norm.", f"{prefix}attn_pool.")
+        unused += [name for name in tensors if name.startswith(unread)]
         extra.append(1 + dimensions(tensors, f"{prefix}reg_token", 3)[1] if kind == "dinov2" else 0)
     pictures.check_sizes(folder, camera)
     linears = [f"projector.fc{i}" for i in range(1, 3 + fused)]
     for i, linear in enumerate(linears):
         parts |= affine(f"projector.{2 * i}", linear)
     geometry = {
-        "vocabulary": whole(text, "vocab_size"),
+        "vocabulary": read_count(text, "vocab_size"),
         "patch": patch,
         "extra": extra,
         "scaled": [kind == "dinov2" for kind in kinds],
@@ -116,7 +116,7 @@ def prismatic(folder: Folder, options: ReadOptions) -> Prismatic:
 
 
 def check_settings(folder: Folder, options: ReadOptions) -> None:
-    """Every key of the folder's configuration files. Raises UserError for those that rlrc does not support."""
+    """Raises UserError for keys of the folder's configuration files that rlrc does not support."""
     settings.check_no_prompt_state(folder, options)
     settings.check(folder.config, settings.PRISMATIC, "config.json", options)
     text = folder.config.get("text_config")
@@ -126,7 +126,7 @@ def check_settings(folder: Folder, options: ReadOptions) -> None:
 
 
 def text_config(folder: Folder) -> dict[str, Any]:
-    """The language model's, completed by its defaults."""
+    """The language model's configuration with its defaults."""
     text = folder.config.get("text_config", {})
     if not isinstance(text, dict):
         raise UserError(f"expected an object as text_config of {folder.path}/config.json, found {text!r}; correct it")
@@ -134,14 +134,14 @@ def text_config(folder: Folder) -> dict[str, Any]:
 
 
 def _kind(folder: Folder, prefix: str) -> str:
-    """What sort of transformer it is, by its tensors: no table of ids has those that somebody made himself."""
+    """The kind of a vision transformer by its tensors, because vision_backbone_id may be a custom one."""
     if f"{prefix}reg_token" in folder.tensors:
         return "dinov2"
     if f"{prefix}cls_token" not in folder.tensors:
         return "siglip"
     raise UserError(
         "expected SigLIP or DINOv2 with registers as vision backbones, found one with a class token and no registers "
-        f"(vision_backbone_id {_backbone(folder)!r}) in {folder.path}; rlrc does not read it"
+        f"(vision_backbone_id {_backbone(folder)!r}) in {folder.path}; rlrc does not support it"
     )
 
 
@@ -150,14 +150,14 @@ def _backbone(folder: Folder) -> str:
 
 
 def _transformer(folder: Folder, options: ReadOptions, prefix: str, kind: str) -> TowerSpec:
-    """All blocks but the last."""
+    """The vision transformer without its last block."""
     tensors = folder.tensors
     width, depth = dimensions(tensors, f"{prefix}patch_embed.proj.weight", 4)[0], tensors.depth(f"{prefix}blocks.")
     if depth < 2:
         raise UserError(f"expected two or more {prefix}blocks in {folder.path}, found {depth}; is it a whole policy?")
     hint, backbone = options.hints.get(kind), _backbone(folder)
-    official = backbone in pictures.PIXELS and width == WIDTHS[kind]
-    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if official else None
+    known = backbone in pictures.PIXELS and width == WIDTHS[kind]
+    heads = hint.get("heads") if isinstance(hint, Mapping) else HEADS if known else None
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(
             f"expected a number of attention heads that divides the {width} channels of {kind} in {folder.path}, found "
@@ -179,8 +179,8 @@ def _transformer_parts(tower: str, prefix: str, depth: int, kind: str) -> dict[s
     names = {"attention.qkv": "attn.qkv", "attention.out": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
     names |= {"norm1": "norm1", "norm2": "norm2"}
     for i in range(depth):
-        for ours, official in names.items():
-            parts |= affine(f"{tower}.layers.{i}.{ours}", f"{prefix}blocks.{i}.{official}")
+        for ours, theirs in names.items():
+            parts |= affine(f"{tower}.layers.{i}.{ours}", f"{prefix}blocks.{i}.{theirs}")
         if kind == "dinov2":
             for n in (1, 2):
                 parts[f"{tower}.layers.{i}.scale{n}"] = TensorOrigin((f"{prefix}blocks.{i}.ls{n}.scale_factor",))
@@ -194,11 +194,11 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
         raise UserError(
             f"expected a Llama without attention_bias as text_config of {folder.path}, found "
             f"{text['model_type']!r} with hidden_act {text['hidden_act']!r} and attention_bias "
-            f"{text.get('attention_bias')!r}; rlrc does not read that language model"
+            f"{text.get('attention_bias')!r}; rlrc does not support that language model"
         )
-    width, heads, depth = (whole(text, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    kv_heads = heads if text.get("num_key_value_heads") is None else whole(text, "num_key_value_heads")
-    head_dim = width // heads if text.get("head_dim") is None else whole(text, "head_dim")
+    width, heads, depth = (read_count(text, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads = heads if text.get("num_key_value_heads") is None else read_count(text, "num_key_value_heads")
+    head_dim = width // heads if text.get("head_dim") is None else read_count(text, "head_dim")
     if (text.get("head_dim") is None and width % heads) or heads % kv_heads:
         raise UserError(
             f"expected heads that divide the hidden_size and kv heads that divide the heads in text_config of "
@@ -209,7 +209,7 @@ def _llama(folder: Folder, text: dict[str, Any]) -> TowerSpec:
             f"expected {depth} layers in the weights of {folder.path}, as num_hidden_layers of its config.json says, "
             f"found {found}; copy both from one checkpoint"
         )
-    layer = LayerSpec(heads, kv_heads, head_dim, whole(text, "intermediate_size"))
+    layer = LayerSpec(heads, kv_heads, head_dim, read_count(text, "intermediate_size"))
     eps = text["rms_norm_eps"]
     if not all(type(value) in (int, float) and 0 < value < inf for value in (eps, theta)):
         raise UserError(
@@ -228,15 +228,15 @@ def _llama_parts(depth: int) -> dict[str, TensorOrigin]:
         "decoder.norm.weight": TensorOrigin((f"{LLAMA}norm.weight",)),
     }
     for i in range(depth):
-        for ours, official in names.items():
-            parts[f"decoder.layers.{i}.{ours}.weight"] = TensorOrigin((f"{LLAMA}layers.{i}.{official}.weight",))
+        for ours, theirs in names.items():
+            parts[f"decoder.layers.{i}.{ours}.weight"] = TensorOrigin((f"{LLAMA}layers.{i}.{theirs}.weight",))
     return parts
 
 
 def prompt_spec(folder: Folder, options: ReadOptions, others: int) -> tuple[PromptSpec, tuple[str, ...]]:
-    """``others``: tokens of the sequence that are not the prompt's. Also what was assumed."""
+    """The prompt and the assumptions. ``others``: the number of tokens outside the prompt."""
     kind, assumed = _prompt_kind(folder, options)
-    room = (longest := whole({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
+    room = (longest := read_count({"llm_max_length": 2048, **folder.config}, "llm_max_length")) - others
     if room < 1:
         raise UserError(
             f"expected an llm_max_length of more than the {others} tokens outside the prompt in config.json of "
@@ -246,31 +246,33 @@ def prompt_spec(folder: Folder, options: ReadOptions, others: int) -> tuple[Prom
 
 
 def _prompt_kind(folder: Folder, options: ReadOptions) -> tuple[str, tuple[str, ...]]:
-    """A key of PROMPTS. The prompt belongs to the language model: OpenVLA v0.1 was trained from Vicuna, later ones from
-    the base Llama 2 ("pure")."""
-    said, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
-    kind = said or next((kind for kind in PROMPTS if kind in str(backbone).split("-")), None)
+    """A key of PROMPTS, and the assumptions. The prompt belongs to the language model: OpenVLA v0.1 was trained from
+    Vicuna, later versions from the base Llama 2 ("pure")."""
+    hinted, backbone = options.hints.get("prompt"), folder.config.get("llm_backbone_id")
+    kind = hinted or next((kind for kind in PROMPTS if kind in str(backbone).split("-")), None)
     if str(kind) in PROMPTS:
         return str(kind), ()
-    if said is None and backbone is None:
-        return "pure", ('the prompt "In: ... Out:", for config.json has no llm_backbone_id (--hints prompt)',)
+    if hinted is None and backbone is None:
+        return "pure", ('the prompt "In: ... Out:", because config.json has no llm_backbone_id (--hints prompt)',)
     raise UserError(
         f"expected a language model with a prompt of {' or '.join(PROMPTS)} as llm_backbone_id of "
-        f"{folder.path / 'config.json'}, found {said or backbone!r}; give the prompt that it was trained with as "
+        f"{folder.path / 'config.json'}, found {hinted or backbone!r}; give the prompt that it was trained with as "
         f'{{"prompt": "{next(iter(PROMPTS))}"}} with --hints'
     )
 
 
 def action_tokens(folder: Folder) -> tuple[int, TokenSpec]:
-    """How many bins there are, one less than their edges, and the tokens at the vocabulary's end that are theirs."""
+    """The number of bins, one less than their edges, and their tokens at the end of the vocabulary."""
     config = {"n_action_bins": 256, "pad_to_multiple_of": 64, **folder.config}
-    rows = whole(text_config(folder), "vocab_size")
-    return whole(config, "n_action_bins") - 1, TokenSpec(rows, 0, rows - whole(config, "pad_to_multiple_of") - 1)
+    rows = read_count(text_config(folder), "vocab_size")
+    return read_count(config, "n_action_bins") - 1, TokenSpec(
+        rows, 0, rows - read_count(config, "pad_to_multiple_of") - 1
+    )
 
 
-def affine(ours: str, official: str, file: str = "") -> dict[str, TensorOrigin]:
-    """Weight and bias of a layer."""
-    return {f"{ours}.{name}": TensorOrigin((f"{official}.{name}",), file=file) for name in ("weight", "bias")}
+def affine(ours: str, theirs: str, file: str = "") -> dict[str, TensorOrigin]:
+    """The origins of a layer's weight and bias."""
+    return {f"{ours}.{name}": TensorOrigin((f"{theirs}.{name}",), file=file) for name in ("weight", "bias")}
 
 
 def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:
@@ -281,8 +283,8 @@ def dimensions(tensors: Tensors, name: str, count: int) -> tuple[int, ...]:
     return shape
 
 
-def whole(values: Mapping[str, Any], key: str) -> int:
-    """Raises UserError unless it is there and a positive whole number."""
+def read_count(values: Mapping[str, Any], key: str) -> int:
+    """A positive integer of config.json. Raises UserError for anything else."""
     value = values.get(key)
     if type(value) is not int or value < 1:
         raise UserError(f"expected a positive whole number as {key} of config.json, found {value!r}; correct it")

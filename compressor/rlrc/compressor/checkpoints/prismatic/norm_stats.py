@@ -1,4 +1,4 @@
-"""Statistics of data sets as OpenVLA keeps them: which are meant, and what they make of actions and states.
+"""OpenVLA's statistics of data sets: chooses the data set, and derives the normalisation of actions and states.
 
 ``{data set: {"action": {"q01": [...], "q99": [...], "min": ..., "max": ..., "mask": ...}, "proprio": {...}}}``, in
 dataset_statistics.json of a fine-tuned checkpoint, else as norm_stats of config.json.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STATISTICS = "dataset_statistics.json"
 UNNAMED = "(unnamed)"
 BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
-NARROWEST = 1e-8  # what OpenVLA-OFT adds to a range, so that one of no width can be divided by
+NARROWEST = 1e-8  # OpenVLA-OFT adds it to a range, which may be zero
 
 Meaning = Literal["absolute", "delta", "velocity", "gripper"]
 ABSOLUTE: Meaning = "absolute"
@@ -34,7 +34,7 @@ ARMS_UNITS = (*("rad",) * 6, "1") * 2
 
 
 def data_sets(folder: Folder) -> dict[str, Any]:
-    """Statistics by data set, empty if there are none. Some files have those of one data set without its name."""
+    """The statistics by data set, maybe empty. Some files hold those of one data set without its name."""
     found = folder.json(STATISTICS) if STATISTICS in folder else folder.config.get("norm_stats")
     if not isinstance(found, dict):
         return {}
@@ -43,7 +43,7 @@ def data_sets(folder: Folder) -> dict[str, Any]:
 
 
 def statistics(folder: Folder, options: ReadOptions) -> tuple[str, Mapping[str, Any]]:
-    """The data set's name and its statistics. Raises UserError where it is not clear which are meant."""
+    """The data set's name and its statistics. Raises UserError if the data set is missing or ambiguous."""
     found = data_sets(folder)
     if not found:
         raise UserError(
@@ -63,8 +63,8 @@ def statistics(folder: Folder, options: ReadOptions) -> tuple[str, Mapping[str, 
     return key, found[key]
 
 
-def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
-    """What ``rlrc inspect`` shows of ``normalisation``."""
+def describe_statistics(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Normalisation, ...]:
+    """The description of ``normalisation`` for ``rlrc inspect``."""
     file = STATISTICS if STATISTICS in folder else "norm_stats of config.json"
     name = what if dataset == UNNAMED else f"{dataset}.{what}"
     return (Normalisation(what, kind, f"{', '.join(BOUNDS[kind])} of {name} in {file}", dataset),)
@@ -73,9 +73,9 @@ def described(folder: Folder, dataset: str, what: str, kind: str) -> tuple[Norma
 def normalisation(
     stats: Mapping[str, Any], what: str, kind: str, slack: float = 0.0, clip: float | None = None
 ) -> NormStats:
-    """Of ``stats["action"]`` or ``stats["proprio"]``: [low, high + slack] becomes [-1, 1]; masked dimensions stay.
+    """The map of ``stats["action"]`` or ``stats["proprio"]``: [low, high + slack] to [-1, 1]. Keeps masked dimensions.
 
-    Raises UserError for bounds that are missing, of different lengths or the wrong way round.
+    Raises UserError for bounds that are missing, of different lengths or in the wrong order.
     """
     values = stats.get(what)
     values = values if isinstance(values, Mapping) else {}
@@ -92,7 +92,7 @@ def normalisation(
         )
     center, scale = list[float](), list[float]()
     for bottom, top, normalised in zip(low, high, mask, strict=True):
-        # A range of no width is held at its value: the least width moves it by less than anything can tell.
+        # A range of width zero keeps its value: NARROWEST moves it by a negligible amount.
         half = max(top - bottom + slack, NARROWEST) / 2
         center.append(bottom + half if normalised else 0.0)
         scale.append(half if normalised else 1.0)
@@ -100,16 +100,16 @@ def normalisation(
 
 
 def _numbers(values: Any) -> list[float]:
-    """Finite ones; empty for anything else."""
+    """The list if all its entries are finite numbers, else an empty one."""
     numbers = isinstance(values, list) and all(type(x) in (int, float) and math.isfinite(x) for x in values)
     return values if numbers else []
 
 
 def action_spec(horizon: int, norm: NormStats, bins: int = 0, tokens: TokenSpec | None = None) -> ActionSpec:
-    """A chunk of actions, whose dimensions the statistics do not name.
+    """A chunk of actions. The statistics do not name the dimensions.
 
-    Assumed: seven are a pose's change and a gripper (Open X-Embodiment's convention), fourteen the joints and grippers
-    of two arms (ALOHA's), any other number joints; joints are absolute.
+    Assumes that seven are a change of pose and a gripper (Open X-Embodiment), fourteen the joints and grippers of two
+    arms (ALOHA), and any other number joints. Joints are absolute.
     """
     dim = len(norm.center)
     names, units, meaning = tuple(f"joint_{i}" for i in range(dim)), ("rad",) * dim, (ABSOLUTE,) * dim
@@ -121,7 +121,7 @@ def action_spec(horizon: int, norm: NormStats, bins: int = 0, tokens: TokenSpec 
 
 
 def state_spec(norm: NormStats) -> StateSpec:
-    """Assumed, as for actions: seven are a pose and a gripper, eight LIBERO's, fourteen ALOHA's."""
+    """The state. Assumes that seven are a pose and a gripper, eight LIBERO's state, fourteen ALOHA's."""
     known = {
         7: ((*POSE, "gripper"), (*POSE_UNITS, "1")),
         8: (("x", "y", "z", "axis_x", "axis_y", "axis_z", "finger_0", "finger_1"), (*POSE_UNITS, "m", "m")),

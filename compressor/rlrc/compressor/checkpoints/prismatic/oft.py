@@ -1,7 +1,7 @@
-"""The folders of OpenVLA-OFT: which head they have, how many pictures, the chunk, the state.
+"""The folders of OpenVLA-OFT: the head, the number of pictures, the chunk, the state.
 
-Neither config.json nor the weights tell how many pictures there are and how long the chunk is. FiLM and diffusion heads
-are recognised and refused.
+Neither config.json nor the weights state the number of pictures and the length of the chunk. FiLM and diffusion heads
+are not supported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlrc.compressor.checkpoints.prismatic.norm_stats import (
     STATISTICS,
     action_spec,
     data_sets,
-    described,
+    describe_statistics,
     normalisation,
     state_spec,
     statistics,
@@ -40,43 +40,29 @@ if TYPE_CHECKING:
 from rlrc.compressor.models.oft import FAMILY
 
 ACTION_HEAD = "action_head--*.pt"
-
-
 PROPRIO = "proprio_projector--*.pt"
-
-
 DIFFUSION = "noisy_action_projector--*.pt"
-
-
 FILM = "vision_backbone--*.pt"
-
-
 BLOCKS = "model.mlp_resnet_blocks."
-
-
-# What the official code chooses by its command line: the chunk's length, and which bounds actions and states have.
+# The original code sets these on its command line: the chunk's length, and the bounds of actions and states.
 ROBOTS = {"libero": (8, "bounds_q99"), "aloha": (25, "bounds"), "bridge": (5, "bounds_q99")}
-
-
 HEADS = ("l1", "discrete")  # the hint "head"
-
-
 FAMILIES = ("openvla", FAMILY)  # the hint "family"
 
 
 def recognise(folder: Folder, options: ReadOptions) -> tuple[bool, tuple[str, ...]]:
-    """Whether an OpenVLA folder is OpenVLA-OFT's, and what was assumed.
+    """Whether an OpenVLA folder is of OpenVLA-OFT, and the assumptions.
 
-    By what the options say of it, else by its contents, never by its name: by the files that only OFT saves, else by
-    the statistics. Both codes save dataset_statistics.json with a fine-tuned policy, but OpenVLA's loads no state of
-    the robot (load_proprio=False in its RLDSDataset) and saves zeros of the action's length as those of ``proprio``,
-    where OFT's always loads it. So statistics of another length are OFT's; of the same length they may be anybody's.
+    Decides by the options, else by files that only OFT saves, else by the statistics; never by the folder's name. Both
+    projects save dataset_statistics.json with a fine-tuned policy. OpenVLA does not load the robot's state
+    (load_proprio=False in its RLDSDataset) and saves zeros of the action's length as ``proprio``; OFT always loads it.
+    So ``proprio`` of another length means OFT; the same length decides nothing.
     """
     family = options.hints.get("family")
     if family not in (None, *FAMILIES):
         raise UserError(f"expected the hint family to be one of {', '.join(FAMILIES)}, found {family!r}; correct it")
     files = [found.file for pattern in (ACTION_HEAD, PROPRIO, DIFFUSION, FILM) if (found := folder.pt(pattern))]
-    images = _told_images(options)
+    images = _requested_images(options)
     hinted = [key for key in ("robot", "num_actions_chunk", "head") if options.hints.get(key) is not None]
     hinted += ["images"] if isinstance(images, int) and images > 1 else []
     if family == FAMILIES[0] and (files or hinted):
@@ -114,14 +100,14 @@ def _steps(folder: Folder) -> None:
 
 
 def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
-    """Raises UserError for FiLM and diffusion, and for what neither the folder nor the options tell."""
+    """The layout. Raises UserError for FiLM and diffusion, and for facts that neither folder nor options state."""
     _steps(folder)
     head, proprio = folder.pt(ACTION_HEAD), folder.pt(PROPRIO)
     diffusion = folder.pt(DIFFUSION) or (head and any(name.startswith("noise_predictor.") for name in head))
     if diffusion or folder.pt(FILM):
         raise UserError(
             f"expected an L1 head or tokens in {folder.path}, found {'a diffusion head' if diffusion else 'FiLM'}; "
-            "rlrc does not run that"
+            "rlrc does not support it"
         )
     _check_head(folder, options, head is not None)
     if options.hints.get("use_proprio") and proprio is None:
@@ -130,8 +116,8 @@ def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
     key, stats = statistics(folder, options)
     images, (horizon, bounds, assumed) = _images(folder, options, shared), _chunk(folder, options, key)
     norm = normalisation(stats, "action", bounds, NARROWEST)
-    shown = {"action": described(folder, key, "action", bounds)}
-    parts, unused, geometry = dict(shared.parts), list(shared.unused), dict(shared.geometry)
+    normalised = {"action": describe_statistics(folder, key, "action", bounds)}
+    parts, unused, geometry = dict(shared.origins), list(shared.unused), dict(shared.geometry)
     if head is None:
         action = action_spec(horizon, norm, *action_tokens(folder))
         parts["head.weight"] = TensorOrigin((shared.head,))
@@ -144,74 +130,74 @@ def layout(folder: Folder, options: ReadOptions, shared: Prismatic) -> Layout:
     state = None
     if proprio is not None:
         state = state_spec(normalisation(stats, "proprio", bounds, NARROWEST, clip=1.0))
-        shown["state"] = described(folder, key, "proprio", bounds)
+        normalised["state"] = describe_statistics(folder, key, "proprio", bounds)
         geometry["state"] = dimensions(proprio, "fc1.weight", 2)[0]
         proprio.expect("fc1.weight", (geometry["state"], len(state.names)))
         parts |= affine("state.0", "fc1", proprio.file) | affine("state.2", "fc2", proprio.file)
 
     elif options.hints.get("use_proprio") is None and _has_state(stats):
-        assumed = (*assumed, f"no state, for it has no {PROPRIO} (--hints use_proprio)")
+        assumed = (*assumed, f"no state, because there is no {PROPRIO} (--hints use_proprio)")
 
     cameras = tuple(replace(shared.camera, name=f"image{i}") for i in range(images))
     others = images * shared.tokens + (state is not None) + horizon * action.dim + 1
     prompt, guessed = prompt_spec(folder, options, others)
     spec = PolicySpec(FAMILY, "parallel", cameras, state, prompt, action, geometry)
-    shown |= pictures.described(folder, cameras)
-    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, shown)
+    normalised |= pictures.describe_pictures(folder, cameras)
+    return Layout(spec, shared.towers, parts, tuple(unused), assumed + guessed, normalised)
 
 
 def _check_head(folder: Folder, options: ReadOptions, found: bool) -> None:
-    """Raises UserError unless it is certain what the actions are made by: the weights are the same with both."""
-    said = options.hints.get("head")
-    if said not in (None, *HEADS):
-        raise UserError(f"expected the hint head to be one of {', '.join(HEADS)}, found {said!r}; correct it")
-    if found and said == "discrete":
+    """Raises UserError unless files or hints determine the head: the language model's weights do not."""
+    hinted = options.hints.get("head")
+    if hinted not in (None, *HEADS):
+        raise UserError(f"expected the hint head to be one of {', '.join(HEADS)}, found {hinted!r}; correct it")
+    if found and hinted == "discrete":
         raise UserError(f"expected no {ACTION_HEAD} in {folder.path}, as the hint head says, found one; correct it")
-    if not found and said == "l1":
+    if not found and hinted == "l1":
         raise UserError(f"expected {ACTION_HEAD} in {folder.path}, as the hints say, found none; copy that file too")
-    if not found and said is None:
+    if not found and hinted is None:
         raise UserError(
             f"expected {ACTION_HEAD} in {folder.path}, found none; copy that file too, or, if this {FAMILY} was "
-            'trained to give tokens (no --use_l1_regression), give {"head": "discrete"} with --hints'
+            'trained to output tokens (no --use_l1_regression), give {"head": "discrete"} with --hints'
         )
 
 
-def _told_images(options: ReadOptions) -> Any:
+def _requested_images(options: ReadOptions) -> Any:
     return options.hints.get("num_images_in_input") if options.images is None else options.images
 
 
 def _images(folder: Folder, options: ReadOptions, shared: Prismatic) -> int:
-    images = _told_images(options)
+    images = _requested_images(options)
     if images is None and "vision2" not in shared.towers:
-        return 1  # the official code takes several with fused vision backbones only
+        return 1  # the original code takes several with fused vision backbones only
     if not isinstance(images, int) or images < 1:
         raise UserError(
             f"expected the number of pictures that {folder.path} was trained with, found "
-            f"{'none' if images is None else images} (the weights do not tell); give --images 1, 2 or 3"
+            f"{'none' if images is None else images} (the weights do not say); give --images 1, 2 or 3"
         )
     return images
 
 
 def _chunk(folder: Folder, options: ReadOptions, dataset: str) -> tuple[int, str, tuple[str, ...]]:
-    """The chunk's length, the kind of bounds, and what was assumed.
+    """The chunk's length, the kind of bounds, and the assumptions.
 
-    From the hints, or else those of the robot that is a word of the data set's name.
+    From the hints, else from the robot whose name is a word of the data set's name.
     """
-    said = options.hints.get("robot")
-    words = {word for word in re.split("[^a-z]+", str(said or dataset).lower()) if word in ROBOTS}
-    if said is not None and len(words) != 1:
-        raise UserError(f"expected the hint robot to be one of {', '.join(ROBOTS)}, found {said!r}; correct it")
+    robot = options.hints.get("robot")
+    words = {word for word in re.split("[^a-z]+", str(robot or dataset).lower()) if word in ROBOTS}
+    if robot is not None and len(words) != 1:
+        raise UserError(f"expected the hint robot to be one of {', '.join(ROBOTS)}, found {robot!r}; correct it")
     usual = ROBOTS[words.pop()] if len(words) == 1 else (None, "bounds_q99")
     horizon = options.hints.get("num_actions_chunk", usual[0])
     bounds = options.hints.get("normalization", usual[1])
     if not isinstance(horizon, int) or horizon < 1 or str(bounds) not in BOUNDS:
         raise UserError(
             f"expected the chunk's length of {folder.path}, found {horizon or 'none'} with {bounds} (the weights and "
-            f"the data set's name {dataset!r} do not tell); give num_actions_chunk, and normalization "
+            f"the data set's name {dataset!r} do not say); give num_actions_chunk, and normalization "
             f"({' or '.join(BOUNDS)}), with --hints"
         )
     values = {"num_actions_chunk": f"chunks of {horizon} actions", "normalization": f"normalisation by {bounds}"}
-    guessed = {} if said else {key: text for key, text in values.items() if key not in options.hints}
+    guessed = {} if robot else {key: text for key, text in values.items() if key not in options.hints}
     why = f"by the name of its data set, {dataset!r}" if usual[0] else "as usual"
     return horizon, bounds, tuple(f"{text}, {why} (--hints {key})" for key, text in guessed.items())
 
@@ -222,6 +208,6 @@ def _head_parts(blocks: int, file: str) -> dict[str, TensorOrigin]:
         block = f"{BLOCKS.removeprefix('model.')}{i}.ffn"
         names |= {f"blocks.{i}.0": f"{block}.0", f"blocks.{i}.1": f"{block}.1"}
     parts = dict[str, TensorOrigin]()
-    for ours, official in names.items():
-        parts |= affine(f"head.{ours}", f"model.{official}", file)
+    for ours, theirs in names.items():
+        parts |= affine(f"head.{ours}", f"model.{theirs}", file)
     return parts

@@ -1,8 +1,8 @@
-"""How OpenVLA's PrismaticImageProcessor prepares pictures, from preprocessor_config.json and config.json.
+"""The preparation of pictures by OpenVLA's PrismaticImageProcessor: preprocessor_config.json and config.json.
 
-Resized to a square without regard to proportions ("resize-naive"), then normalised for every vision transformer. The
-file says most of it twice: the settings, and the transforms that were derived from them (tvf_*). The latter rule in the
-official code, and those of published checkpoints are the settings rounded to bfloat16.
+It resizes to a square, ignoring proportions ("resize-naive"), then normalises for every vision transformer. The file
+holds the settings and the transforms derived from them (tvf_*). The original code uses the latter, which in published
+checkpoints are the settings rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PREPROCESSOR = "preprocessor_config.json"
 NAIVE = "resize-naive"
 
-# The official backbones: pixels of a side.
+# Pixels on a side, by vision backbone.
 PIXELS = {
     "dinov2-vit-l": 224,
     "siglip-vit-so400m": 224,
@@ -31,20 +31,20 @@ PIXELS = {
 }
 MEANS = {"dinov2": [0.485, 0.456, 0.406], "siglip": [0.5, 0.5, 0.5]}
 DEVIATIONS = {"dinov2": [0.229, 0.224, 0.225], "siglip": [0.5, 0.5, 0.5]}
-BICUBIC = 3  # as PIL counts
+BICUBIC = 3  # PIL's number
 ROUNDING = 2.0**-8  # of bfloat16
 
 
 def camera(folder: Folder, options: ReadOptions, kinds: list[str]) -> CameraSpec:
-    """``kinds``: of the vision transformers, keys of MEANS. Raises UserError for what rlrc does not do."""
+    """The camera. ``kinds``: of the vision transformers, keys of MEANS. Raises UserError for unsupported settings."""
     processor = _processor(folder)
     settings.check(processor, settings.IMAGE_PROCESSOR, PREPROCESSOR, options)
     strategies = [values.get("image_resize_strategy", NAIVE) for values in (processor, folder.config)]
-    methods = _listed(processor, "interpolations")
+    methods = _read_list(processor, "interpolations")
     if strategies != [NAIVE, NAIVE] or any(method != "bicubic" for method in methods):
         raise UserError(
             f'expected image_resize_strategy "{NAIVE}" and interpolations "bicubic" in {folder.path}, found '
-            f"{' and '.join(map(repr, strategies))} with {methods}; rlrc does not resize in that way"
+            f"{' and '.join(map(repr, strategies))} with {methods}; rlrc does not support that"
         )
     backbone = str(folder.config.get("vision_backbone_id"))
     sizes = folder.config.get("image_sizes") or PIXELS.get(backbone) or options.hints.get("image_size")
@@ -58,8 +58,8 @@ def camera(folder: Folder, options: ReadOptions, kinds: list[str]) -> CameraSpec
     return CameraSpec("image0", listed[0], listed[0], "bicubic", means, deviations, "HWC")
 
 
-def described(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
-    """What ``rlrc inspect`` shows of how these pictures are normalised."""
+def describe_pictures(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[Normalisation, ...]]:
+    """The description of the pictures' normalisation for ``rlrc inspect``."""
     processor = _processor(folder)
     keys = ("tvf_normalize_params",) if processor.get("tvf_normalize_params") else ("means", "stds")
     given = [key for key in keys if key in processor]
@@ -67,20 +67,20 @@ def described(folder: Folder, cameras: Sequence[CameraSpec]) -> dict[str, tuple[
     return {f"image.{camera.name}": (Normalisation(camera.name, "MEAN_STD", origin),) for camera in cameras}
 
 
-def check_sizes(folder: Folder, seen: CameraSpec) -> None:
-    """Raises UserError where the derived transforms are of another size, or cut or smooth otherwise."""
-    processor, square = _processor(folder), [seen.height, seen.width]
+def check_sizes(folder: Folder, camera: CameraSpec) -> None:
+    """Raises UserError if the derived transforms have another size, or crop or smooth differently."""
+    processor, square = _processor(folder), [camera.height, camera.width]
     wanted: dict[str, Any] = {
         "input_sizes": [3, *square],
         "tvf_resize_params": {"antialias": True, "interpolation": BICUBIC, "max_size": None, "size": square},
         "tvf_crop_params": {"output_size": square},
     }
     for key, expected in wanted.items():
-        for entry in _listed(processor, key):
+        for entry in _read_list(processor, key):
             if entry != expected:
                 raise UserError(
-                    f"expected {key} {expected} in {PREPROCESSOR}, as the vision backbones are, found {entry}; rlrc "
-                    "does not prepare pictures in that way"
+                    f"expected {key} {expected} in {PREPROCESSOR}, as for the vision backbones, found {entry}; "
+                    "rlrc does not support that"
                 )
 
 
@@ -91,8 +91,8 @@ def _processor(folder: Folder) -> dict[str, Any]:
     return values
 
 
-def _listed(processor: Mapping[str, Any], key: str) -> list[Any]:
-    """Of a setting that has one entry for each vision transformer; empty without it."""
+def _read_list(processor: Mapping[str, Any], key: str) -> list[Any]:
+    """A setting with one entry for each vision transformer; empty if it is missing."""
     values = processor.get(key) or []
     if not isinstance(values, list):
         raise UserError(f"expected a list as {key} of {PREPROCESSOR}, found {values!r:.80}; correct it")
@@ -100,10 +100,10 @@ def _listed(processor: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _colours(processor: Mapping[str, Any], key: str, derived: str, kinds: list[str]) -> tuple[float, ...]:
-    """Three numbers for every vision transformer: those of the derived transforms, which must be the settings'."""
+    """Three numbers for every vision transformer, from the derived transforms, which must match the settings."""
     defaults = MEANS if key == "means" else DEVIATIONS
     values = processor.get(key, [defaults[kind] for kind in kinds])
-    transforms = _listed(processor, "tvf_normalize_params")
+    transforms = _read_list(processor, "tvf_normalize_params")
     found = [entry.get(derived) for entry in transforms if isinstance(entry, Mapping)] or values
     for listed in (values, found):
         if not _is_three_each(listed, len(kinds)):
@@ -115,7 +115,7 @@ def _colours(processor: Mapping[str, Any], key: str, derived: str, kinds: list[s
     if any(abs(x - rounded) > ROUNDING * abs(x) for x, rounded in pairs):
         raise UserError(
             f"expected one set of {key} in {PREPROCESSOR}, found {values}, and {found} as tvf_normalize_params; "
-            "correct it: which was the policy trained with?"
+            "keep the one that the policy was trained with"
         )
     return tuple(float(rounded) for _, rounded in pairs)
 
