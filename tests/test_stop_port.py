@@ -29,7 +29,7 @@ from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Refusal
 
 TOKEN = "secret"
-SLOW_S = 1.0  # on a machine that other tests share; scripts/load.py asks for .1
+SLOW_S = 1.0  # on a machine that other tests share; tests/robustness/load.py asks for .1
 
 
 class Pressed:

@@ -149,7 +149,7 @@ def write(out: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def dump(result: dict[str, Any]) -> str:
+def dump(result: dict[str, Any] | list[dict[str, Any]]) -> str:
     """JSON with a list of plain values on one line: a thousand trials are not a thousand lines."""
     text = json.dumps(result, indent=2, ensure_ascii=False)
     return (

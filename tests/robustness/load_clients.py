@@ -1,4 +1,4 @@
-"""The honest clients of scripts/load.py, each in a thread of its own, and what is known of the server from outside."""
+"""The honest clients of load.py, each in a thread of its own, and a watch over the server's memory."""
 
 from __future__ import annotations
 
