@@ -47,7 +47,8 @@ class Thinking:
     """Answers after ``periods`` with a chunk that counts up from where the joints are: 0.01 rad a step."""
 
     def __init__(self, clock: Clock, periods: float) -> None:
-        self.clock, self.seconds, self.busy, self.asked = clock, periods * PERIOD, False, None
+        self.clock, self.seconds, self.busy = clock, periods * PERIOD, False
+        self.asked: float | None = None
         self.starts: list[int] = []
         self.continuations: list[Any] = []
 
@@ -82,7 +83,7 @@ def loop(
         LoopTiming(HZ, **timing),
         told,
         clock=clock,
-        sleep=clock.sleep,  # type: ignore[arg-type]
+        sleep=clock.sleep,
     )
     return control, arm, thinking, clock
 

@@ -175,7 +175,7 @@ def test_other_tasks_are_refused(make_toy: Callable[..., Path], tmp_path: Path) 
     rows = [played("compressed", "1" * 600), played("dense", "1" * 600)]
     rows[1]["outcomes"] = {"another": rows[1]["outcomes"]["task"]}
     with pytest.raises(UserError, match="success on the same tasks, found 'task'"):
-        claims.success(*rows, LIMITS)
+        claims.success(rows[0], rows[1], LIMITS)
 
 
 @pytest.mark.parametrize(

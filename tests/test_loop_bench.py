@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_real_time_is_put_back() -> None:
 
 
 def test_the_picture_of_the_jumps(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "replace, 3 periods", "success": 0.9, "splice_jump": {"all": [0.1, 0.4, 0.2]}},
         {"name": "steady"},
     ]

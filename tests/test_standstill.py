@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -100,8 +100,8 @@ def test_it_can_be_stopped_and_rearmed_again() -> None:
     ],
 )
 def test_a_fault_of_the_arm_that_persists_refuses(fault: Any, reason: str) -> None:
-    run = Stopped(40)
-    run.at = {5: lambda: run.arm.break_down(fault), 20: run.wish, 25: lambda: run.arm.break_down(""), 30: run.wish}
+    run, none = Stopped(40), cast(Any, "")
+    run.at = {5: lambda: run.arm.break_down(fault), 20: run.wish, 25: lambda: run.arm.break_down(none), 30: run.wish}
     run.run()
     assert reason in run.answers[0]["error"]
     assert run.held[6:30] == [True] * 24

@@ -83,7 +83,7 @@ def openvla(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
     """OFT's: a connection that is kept, JSON with json_numpy's arrays."""
 
     def encoded(array: np.ndarray) -> dict[str, Any]:
-        return {"__numpy__": base64.b64encode(array).decode(), "dtype": array.dtype.str, "shape": array.shape}
+        return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
 
     picture = next(value for name, value in observation.items() if name.startswith("image."))
     message = {"full_image": encoded(picture), "instruction": observation.get("instruction", "")}
