@@ -1,4 +1,4 @@
-"""The commands that measure what a policy takes of a machine over time, and what measuring takes itself."""
+"""The commands that measure energy and throughput."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from rlrc.benchmarks.cli.measure import baseline_first
 from rlrc.benchmarks.cli.output import finish, progress, result_of
-from rlrc.benchmarks.measure import energy, latency, overhead, throughput
+from rlrc.benchmarks.measure import energy, latency, throughput
 from rlrc.benchmarks.results.results import check_out, facts
 from rlrc.errors import UserError
 
@@ -132,45 +132,6 @@ class Throughput:
                 )
         note = "a chunk's actions can be played one after the other while the next is made"
         finish(self, result_of("throughput", rows, self.threads), table, note)
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """What the stop-watch itself costs a call, on a policy that does nothing; exit code 1 above 50 microseconds."""
-
-    calls: int = 20_000
-    """calls to measure"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
-
-    def run(self) -> int:
-        check_out(self.out, self.force)
-        if self.calls < 1:
-            raise UserError(f"expected at least one call, found {self.calls}; raise --calls")
-        measured = overhead.measure(self.calls)
-        passed = measured["whole_us"]["p90"] < overhead.LIMIT_US
-        rows = [{"name": "harness", "calls": self.calls, **measured}]
-        table = Table("microseconds", *measured["whole_us"])
-        for name, title in (("added_us", "added to every figure"), ("whole_us", "a call of the harness")):
-            table.add_row(title, *(f"{value:.2f}" for value in measured[name].values()))
-        result = result_of("overhead", rows, 1) | {"limit_us": overhead.LIMIT_US, "verdict": _word(passed)}
-        note = (
-            f"{_word(passed)}: nine calls of ten take less than {overhead.LIMIT_US:g} microseconds"
-            if passed
-            else (
-                f"FAIL: more than one call of ten takes {overhead.LIMIT_US:g} microseconds or more: the machine is busy"
-            )
-        )
-        finish(self, result, table, note)
-        return 0 if passed else 1
-
-
-def _word(passed: bool) -> str:
-    return "PASS" if passed else "FAIL"
 
 
 def check_rounds(seconds: float, rounds: int) -> None:

@@ -19,10 +19,10 @@ from rlrc.folders import replacing
 from rlrc.runtime.inference import backends
 
 BASELINE = "dense"
-GEOMETRY, PEERS, STUDY, OVERHEAD = "claims of a geometry", "peers", "recovery study", "overhead"
+GEOMETRY, PEERS, STUDY = "claims of a geometry", "peers", "recovery study"
 ARMS = ("dense", "compressed", "torch")  # of a geometry's claims
-OF_POLICIES = (GEOMETRY, PEERS, STUDY, OVERHEAD)
-"""Kinds of results whose rows are not the one table's: other runtimes, random weights, a study's arms, the harness."""
+OF_POLICIES = (GEOMETRY, PEERS, STUDY)
+"""Kinds of results whose rows stay out of the one table: other runtimes, random weights, the arms of a study."""
 
 
 @dataclass(frozen=True)

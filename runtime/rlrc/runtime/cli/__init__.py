@@ -62,7 +62,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.benchmarks.cli.resources:Throughput",
         "actions a second, one policy or more at once",
     ),
-    "bench overhead": ("rlrc.benchmarks.cli.resources:Overhead", "what measuring itself costs a call"),
     "bench success": (
         "rlrc.benchmarks.cli.measure:MeasureSuccess",
         "success in the simulator, with confidence intervals",
@@ -74,10 +73,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench claims": ("rlrc.benchmarks.cli.claims:Claims", "check the project's claims against the results"),
     "bench compare": ("rlrc.benchmarks.cli.compare:Compare", "whether new results are worse than old ones"),
-    "bench selfcheck": (
-        "rlrc.benchmarks.cli.selfcheck:SelfCheck",
-        "whether the stop-watch finds what is there, and nothing else",
-    ),
     "data inspect": ("rlrc.compressor.cli.data:InspectDataset", "what a LeRobotDataset holds, and whether it fits"),
     "data demonstrations": (
         "rlrc.compressor.cli.data:Demonstrations",
