@@ -34,9 +34,9 @@ from rlrc.runtime.control import telemetry
 
 PROFILE = Path(__file__).parents[1] / "examples/udp_arm.toml"
 DRIVER = """
-from rlrc.benchmarks.control.simulated_arm import Arm
+from rlrc.benchmarks.control.simulated_arm import SimulatedArm
 
-class Told(Arm):
+class Told(SimulatedArm):
     def sense(self):
         sensed = super().sense()
         return sensed._replace(observation={**sensed.observation, "instruction": "wave"})

@@ -31,12 +31,12 @@ NAMES = ("freezes", "hangs", "stops", "runs")
 DRIVER = """
 import ctypes, json, os, time
 from pathlib import Path
-from rlrc.benchmarks.control.simulated_arm import Arm
+from rlrc.benchmarks.control.simulated_arm import SimulatedArm
 
 OUT, NAME = Path("/opt/out"), Path(__file__).stem
 STATUS = ("NoNewPrivs", "CapEff", "Seccomp:", "Uid")
 
-class Told(Arm):
+class Told(SimulatedArm):
     begun = None
 
     def sense(self):

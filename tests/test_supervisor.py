@@ -92,9 +92,9 @@ def test_the_environment_is_systemds(listening: Manager) -> None:
 DRIVER = """
 import time
 from pathlib import Path
-from rlrc.benchmarks.control.simulated_arm import Arm
+from rlrc.benchmarks.control.simulated_arm import SimulatedArm
 
-class Hanging(Arm):
+class Hanging(SimulatedArm):
     def sense(self):
         while Path("hang").exists():
             time.sleep(0.01)
