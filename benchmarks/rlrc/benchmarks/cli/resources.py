@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from tyro.conf import Positional
 
-from rlrc.benchmarks.cli.measure import baseline_first
-from rlrc.benchmarks.cli.output import finish, progress, result_of
+from rlrc.benchmarks.cli.output import ArtifactOptions, progress, result_of
 from rlrc.benchmarks.measure import energy, latency, throughput
-from rlrc.benchmarks.results.results import check_out, facts
+from rlrc.benchmarks.results.results import facts
 from rlrc.errors import UserError
 
 
-@dataclass(frozen=True)
-class Energy:
+@dataclass(frozen=True, kw_only=True)
+class Energy(ArtifactOptions):
     """Joules of a chunk and of an action: from a Jetson's power rails, or a processor's counters where they are open.
 
     Says "not available", and why, on any other machine.
     """
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what ratios are taken against (default: the first artifact)"""
     seconds: float = 10.0
     """how long each is run in every round, and nothing at first"""
     rounds: int = 5
     """rounds, in which the artifacts take turns"""
-    threads: int = 1
-    """threads of the engine"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
         from rlrc.runtime.inference.policy import LocalPolicy
 
-        check_out(self.out, self.force)
         check_rounds(self.seconds, self.rounds)
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         found, where = energy.sources()
         rows: list[dict[str, Any]] = [facts(named) | {"energy": None} for named in opened]
         if found is not None:
@@ -62,7 +46,7 @@ class Energy:
         table = Table("policy", "J a chunk", "J an action", "above idle, J a chunk", "W", "idle W", "ratio")
         for row in rows:
             table.add_row(row["name"], *_energy_cells(row["energy"], rows[0]["energy"]))
-        finish(self, result_of("energy", rows, self.threads) | {"source": where}, table, where)
+        self.finish(result_of("energy", rows, self.threads) | {"source": where}, table, where)
 
 
 def _energy_cells(measured: dict[str, Any] | None, baseline: dict[str, Any] | None) -> list[str]:
@@ -74,39 +58,26 @@ def _energy_cells(measured: dict[str, Any] | None, baseline: dict[str, Any] | No
     return [*cells, f"{measured['watts']:.2f}", f"{measured['idle_watts']:.2f}", f"{ratio:.2f}x"]
 
 
-@dataclass(frozen=True)
-class Throughput:
+@dataclass(frozen=True, kw_only=True)
+class Throughput(ArtifactOptions):
     """Chunks and actions a second when the machine does nothing else, by how many policies run at once."""
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what ratios are taken against (default: the first artifact)"""
     at_once: tuple[int, ...] = ()
     """how many policies run at once (default: 1, and as many as there are cores)"""
     seconds: float = 5.0
     """how long a round is"""
     rounds: int = 5
     """rounds of each"""
-    threads: int = 1
-    """threads of each engine"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
         from rlrc.runtime.inference.policy import LocalPolicy
 
-        check_out(self.out, self.force)
         check_rounds(self.seconds, self.rounds)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         numbers = self.at_once or tuple(dict.fromkeys((1, cores)))
         if min(numbers) < 1:
             raise UserError(f"expected one or more policies at once, found {min(numbers)}; change --at-once")
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         rows = []
         with progress("rounds", len(opened) * len(numbers) * self.rounds) as advance:
             for named in opened:
@@ -131,7 +102,7 @@ class Throughput:
                     f"{one['chunks_per_s'] / rows[0]['throughput'][number]['chunks_per_s']:.2f}x",
                 )
         note = "a chunk's actions can be played one after the other while the next is made"
-        finish(self, result_of("throughput", rows, self.threads), table, note)
+        self.finish(result_of("throughput", rows, self.threads), table, note)
 
 
 def check_rounds(seconds: float, rounds: int) -> None:
