@@ -44,7 +44,7 @@ def spec() -> PolicySpec:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> OperatingPoint:
     monkeypatch.setattr(random_weights, "dense", lambda name: (spec(), TOWERS))
-    return OperatingPoint("small", "openvla-7b", 0.9, ("*.layers.0.attention.*",), "onnxruntime", "fp16", "int4a8")
+    return OperatingPoint("small", 0.9, ("*.layers.0.attention.*",), "onnxruntime", "fp16", "int4a8")
 
 
 def test_what_is_compared(small: OperatingPoint) -> None:
@@ -226,7 +226,6 @@ def test_every_geometry_has_its_points() -> None:
     assert point("openvla-7b").elsewhere == ("onnxruntime", {"vision": "int8", "decoder": "int4a8"})
     assert point("pi0").elsewhere is None
     assert point("smolvla-450m").compressed == {"vision": "int8", "prefix": "int4a8", "step": "int8"}
-    assert point("smolvla-450m").geometry == "smolvla"
     with pytest.raises(UserError, match="takes no experts"):
         point("pi0", "gguf")
     with pytest.raises(UserError, match="the nearest is openvla-7b"):
@@ -333,7 +332,7 @@ def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     from rlrc.benchmarks.claims import policy_process
     from rlrc.compressor.checkpoints import geometry
 
-    folder, options = geometry.folder("smolvla")
+    folder, options = geometry.folder("smolvla-450m")
     layout = reader.layout(folder, options)
     towers = {name: replace(tower, layers=tower.layers[:2]) for name, tower in layout.towers.items()}
     cameras = (replace(layout.spec.cameras[0], height=64, width=64),)

@@ -59,7 +59,7 @@ ROBOT = [
     ["bench", "serving", "--size", "32", "--calls", "6"],
     ["jetson", "devices"],
     ["jetson", "calibration"],
-    ["jetson", "plan", "--geometry", "smolvla", "--device", "orin-nano-8gb"],
+    ["jetson", "plan", "--geometry", "smolvla-450m", "--device", "orin-nano-8gb"],
     ["jetson", "install", "--write", "{out}/install"],
 ]
 WORKSHOP = [

@@ -410,8 +410,8 @@ def test_predictions_are_those_of_the_planner() -> None:
     from rlrc.jetson.model.plan import of_geometry, plan
     from rlrc.jetson.model.work import Load
 
-    read = Reader(page([{"rows": [{"name": "a"}]}], None, None, ("smolvla",)))
-    planned = plan(of_geometry("smolvla", "bf16", devices.device("orin-nano-8gb"), Load(), None))
+    read = Reader(page([{"rows": [{"name": "a"}]}], None, None, ("smolvla-450m",)))
+    planned = plan(of_geometry("smolvla-450m", "bf16", devices.device("orin-nano-8gb"), Load(), None))
     assert f"{planned.prediction.latency_ms:.2f} ms" in read.text
     assert "Predicted, not measured" in read.text
     assert all(assumption in read.text for assumption in planned.assumptions)

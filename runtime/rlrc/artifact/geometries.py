@@ -16,6 +16,7 @@ from rlrc.artifact.spec import PolicySpec, TowerSpec
 from rlrc.errors import UserError
 
 FILE = Path(__file__).with_suffix(".json")
+ALIASES = {"smolvla": "smolvla-450m"}  # earlier names, accepted until 0.2
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,15 @@ def known() -> dict[str, Geometry]:
 
 def geometry(name: str) -> Geometry:
     """Raises UserError for an unknown name."""
+    return known()[canonical_name(name)]
+
+
+def canonical_name(name: str) -> str:
+    """The name in geometries.json of a name or an alias. Raises UserError for an unknown one."""
+    name = ALIASES.get(name, name)
     if name not in known():
         close = difflib.get_close_matches(name, known(), 1, 0)
         raise UserError(
             f"expected one of the geometries {', '.join(known())}, found {name!r}; the nearest is {close[0]}"
         )
-    return known()[name]
+    return name

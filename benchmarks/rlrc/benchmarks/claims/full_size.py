@@ -51,7 +51,7 @@ def describe(point: OperatingPoint) -> Both:
     """Imports torch, for the families' modules; nothing has data."""
     from rlrc.benchmarks.claims import random_weights
 
-    spec, towers = random_weights.dense(point.geometry)
+    spec, towers = random_weights.dense(point.name)
     device = Device(CPU, "this machine", "any", None, {}, 1.0, 0, None)
     cut = pruned(Setting(point.name, spec, towers, PRECISIONS["bf16"], device), point.prune).towers
     return Both(

@@ -60,7 +60,7 @@ def rooflines(results: Sequence[Row]) -> list[Block]:
 def points_of(result: Row, which: str) -> list[RooflinePoint]:
     """Operations from the geometry's description, times as measured."""
     row = result[which]
-    known = geometries.geometry(_geometry(result))
+    known = geometries.geometry(str(result["geometry"]))
     towers = known.towers
     if which == "compressed":
         where = devices.Device(devices.CPU, "", "", None, {}, 1.0, 0, None)
@@ -78,12 +78,6 @@ def points_of(result: Row, which: str) -> list[RooflinePoint]:
             intensity = operations / moved(parts[name], bits(result, which, name))
             found.append(RooflinePoint(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
     return found
-
-
-def _geometry(result: Row) -> str:
-    """The geometry that a claim of this name was measured with: smolvla-450m is smolvla's."""
-    name = str(result["geometry"])
-    return name if name in geometries.known() else name.split("-")[0]
 
 
 def moved(part: Part, width: float) -> float:

@@ -42,7 +42,7 @@ SMOLVLM_VOCABULARY = 49280
 def folder(name: str) -> tuple[Folder, ReadOptions]:
     """The official checkpoint of a known name, and the options that it needs. Raises UserError for another name."""
     if name not in GEOMETRIES:
-        geometries.geometry(name)  # refuses it
+        name = geometries.canonical_name(name)
     return GEOMETRIES[name](name)
 
 
@@ -176,7 +176,7 @@ GEOMETRIES: dict[str, Callable[[str], tuple[Folder, ReadOptions]]] = {
     "openvla-oft-7b": _openvla_oft,
     "pi0": _pi0,
     "pi05": _pi0,
-    "smolvla": _smolvla,
+    "smolvla-450m": _smolvla,
     "act": _act,
 }
 
