@@ -220,7 +220,7 @@ def in_turns(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
 
         setattr(policy, name, wrapped)
 
-    wrap("see", lambda _: "vision")
+    wrap("encode_image", lambda _: "vision")
     if policy.spec.decode == "autoregressive":
         wrap("step", lambda arguments: "decode" if arguments[2] else "prefill")
     elif policy.spec.decode == "parallel":
