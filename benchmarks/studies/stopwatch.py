@@ -118,7 +118,7 @@ def check_detection(
 
 def measure_cost(calls: int) -> dict[str, dict[str, float]]:
     """Percentiles in microseconds: ``added_us`` to every latency, ``whole_us`` of a call of the harness."""
-    call = latency.timed(IdlePolicy(), [{}])
+    call = latency.make_timer(IdlePolicy(), [{}])
     for _ in range(calls // 10 + 1):
         call()
     added, whole = np.empty(calls), np.empty(calls)

@@ -37,7 +37,7 @@ class Energy(ArtifactOptions):
             calls: dict[str, Any] = {}
             for named in opened:
                 policy = LocalPolicy.load(named.artifact.path, self.threads)
-                calls[named.name] = latency.timed(policy, latency.observations(named.artifact))
+                calls[named.name] = latency.make_timer(policy, latency.observations(named.artifact))
                 calls[named.name]()
             with progress("intervals", 1 + self.rounds * len(opened)) as advance:
                 idle, taken = energy.measure(found, calls, self.seconds, self.rounds, advance)

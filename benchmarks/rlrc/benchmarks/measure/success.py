@@ -181,7 +181,7 @@ def _jobs(
 _playing: dict[tuple[Path, str], tuple[LocalPolicy, Environment]] = {}  # what this process has open: at most one pair
 
 
-def _opened(job: Job) -> tuple[LocalPolicy, Environment]:
+def _open(job: Job) -> tuple[LocalPolicy, Environment]:
     from rlrc.envs.environment import open_environment
     from rlrc.runtime.inference.policy import LocalPolicy
 
@@ -196,7 +196,7 @@ def _opened(job: Job) -> tuple[LocalPolicy, Environment]:
 
 
 def _play_job(job: Job) -> list[ScoredEpisode]:
-    policy, environment = _opened(job)
+    policy, environment = _open(job)
     return [play(policy, environment, seed, job.horizon) for seed in job.seeds]
 
 

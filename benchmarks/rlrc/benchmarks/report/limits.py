@@ -75,12 +75,12 @@ def points_of(result: Row, which: str) -> list[RooflinePoint]:
         if name in parts:
             operations = parts[name].flops
             median, slow = operations / times["p50"] / 1e6, operations / times["p90"] / 1e6
-            intensity = operations / moved(parts[name], bits(result, which, name))
+            intensity = operations / bytes_moved(parts[name], bits(result, which, name))
             found.append(RooflinePoint(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
     return found
 
 
-def moved(part: Part, width: float) -> float:
+def bytes_moved(part: Part, width: float) -> float:
     """Bytes that a part reads and writes, all its passes."""
     return part.times * sum(op.weights * width / 8 + op.activations * ACTIVATION for op in part.ops)
 
