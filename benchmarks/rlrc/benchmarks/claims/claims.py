@@ -164,7 +164,7 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
 
 
 def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:
-    """The row that was measured on exactly this artifact, whatever it was called."""
+    """The row that was measured on exactly this artifact, under any name."""
     for result in results:
         for row in result["rows"]:
             if row.get("digest") == named.artifact.digest and row.get("success") is not None:
@@ -173,7 +173,7 @@ def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str
 
 
 def operating_point(compressed: Named, baseline: Named, threads: int, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that the verdict holds for, and holds for only."""
+    """The conditions under which the verdict holds."""
     ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
     quantization = ours.quantization
     return {

@@ -1,8 +1,8 @@
-"""The claims at a real size without anybody's checkpoint: latency and memory do not depend on what the weights are.
+"""The claims at a real size without a checkpoint: latency and memory do not depend on the weights' values.
 
 A dense policy with random weights and the same, pruned and in 4 bits, are exported for one runtime and make actions in
 turns, A B A B, each in a process of its own; then the compressed one and the dense one in torch do, C B C B. Success
-means nothing here and is not measured. Needs torch and the exporters' packages to make the files.
+is not measured. Needs torch and the exporters' packages to make the files.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Throughput(ArtifactOptions):
 
 
 def check_rounds(seconds: float, rounds: int) -> None:
-    """Raises UserError for what no interval comes from."""
+    """Raises UserError for durations and rounds that give no interval."""
     if not seconds > 0 or rounds < 2:
         raise UserError(
             f"expected seconds and two rounds at least, found {seconds:g} and {rounds}; raise --seconds or --rounds"

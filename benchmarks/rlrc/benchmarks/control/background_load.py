@@ -1,4 +1,4 @@
-"""Processes beside the control loop that is measured: a load, and a bare timer to compare it with."""
+"""Processes that run in parallel with the measured control loop: a load, and a bare timer to compare it with."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of
 its own: a minimal one, written here on the same libraries, that calls the policy in its event loop and checks nothing;
-`rlrc serve`'s; and that with pictures in shared memory. They are asked in turn, so that what else the machine does
-meets all alike, at a real-time priority where that is granted: others' turns on a shared machine are not what serving
-costs.
+`rlrc serve`'s; and that with pictures in shared memory. They are called in turn, so that other
+load on the machine affects all alike, and at a real-time priority where that is granted, so that other processes add
+nothing to the cost of serving.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iter
 
 @contextmanager
 def raise_priority() -> Iterator[str]:
-    """This process and those that it starts go before ordinary ones, as on a robot, where Linux grants that."""
+    """Run this process and its children at a real-time priority, as on a robot, where Linux grants that."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
     except OSError as error:

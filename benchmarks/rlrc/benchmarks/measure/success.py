@@ -279,7 +279,7 @@ def _rate(episodes: Sequence[ScoredEpisode]) -> dict[str, Any]:
 
 
 def hard(scenes: Scenes) -> list[str]:
-    """The hard tasks among those of Meta-World; no other environments are told apart."""
+    """The hard tasks among those of Meta-World; other environments have none."""
     if all(":" in task for task in scenes.episodes):
         return []
     from rlrc.envs.metaworld import TASKS
@@ -288,7 +288,7 @@ def hard(scenes: Scenes) -> list[str]:
 
 
 def same_scenes(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Whether both rows tell the outcome of every scene, and of the same ones."""
+    """Whether both rows hold the outcome of every scene, and of the same scenes."""
     if not all("outcomes" in one and "scenes" in one for one in (row, baseline)):
         return False
     counts = [{task: len(scenes) for task, scenes in one["outcomes"].items()} for one in (row, baseline)]
