@@ -37,7 +37,7 @@ def main(folder: Path, to: str = "onnx") -> None:
         weights = folder / "weights" / name
         source, policy = official(name)
         with artifacts.create_artifact(weights) as draft:
-            source.hand_on(draft)
+            source.copy_files(draft)
             artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
         export(artifacts.load(weights), folder / f"{name}-fp32", (to,), "fp32")
         if (

@@ -1,5 +1,5 @@
 /* Preloaded: hides instruction sets from a library whose `cpuid` instructions were replaced by `ud2`
- * (scripts/kernel_classes.py). Every one of those comes here, is answered as the processor does, less the bits in the
+ * (benchmarks/studies/kernel_classes.py). Every one of those comes here, is answered as the processor does, less the bits in the
  * variables HIDE_7_EBX, HIDE_7_ECX, HIDE_7_EDX (leaf 7) and HIDE_71_EAX, HIDE_71_EDX (leaf 7, subleaf 1), in hexadecimal. */
 #define _GNU_SOURCE
 #include <cpuid.h>

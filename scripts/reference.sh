@@ -12,7 +12,7 @@ mkdir -p "$out"
 [ -d "$out/compressed" ] || rlrc compress "$out/dense" "$out/compressed" --recipe rlrc-90
 
 # Controls. PPO has to beat SFT of the same CPU-minutes; recovery has to beat pruning at random and mere extra training.
-[ -d "$out/pruned+sft+sft" ] || rlrc sft "$out/compressed.stages/sft" "$out/pruned+sft+sft" --recipe scripts/controls.toml
+[ -d "$out/pruned+sft+sft" ] || rlrc sft "$out/compressed.stages/sft" "$out/pruned+sft+sft" --recipe benchmarks/studies/controls.toml
 [ -d "$out/dense+sft" ] || rlrc sft "$out/dense" "$out/dense+sft" --recipe rlrc-90
 [ -d "$out/dense-int4" ] || rlrc quantize "$out/dense" "$out/dense-int4"
 # 8-bit products: faster than floats, but too far from the torch policy for an export without --tolerance.

@@ -54,7 +54,7 @@ def replayed(path: Path, out: Path, backend: str | None, against: Path | None, m
     limits = verify.recorded_tolerances(find_record(artifact, policy.backend))
     answers = verify.replay(policy, golden)
     record = verify.compare(policy, answers, golden, limits)
-    arrays = {"actions": answers.actions}
+    arrays: dict[str, NDArray[Any]] = {"actions": answers.actions}
     if answers.tokens is not None:
         arrays |= {"tokens": answers.tokens, "logits": np.stack(watched.logits)}
     write_npz(out / f"{path.name}.npz", **arrays)

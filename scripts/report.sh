@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 results=(benchmarks/results/{reference,claims,recovery}.json)
-for file in benchmarks/results/{claims-*,memory,overhead,peers,peers-*}.json; do
+for file in benchmarks/results/{claims-*,memory,peers,peers-*}.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
 mkdir -p runs

@@ -238,7 +238,7 @@ def write_toy(out: Path, spec: PolicySpec | None = None, weights: Toy | None = N
     With ``weights`` its graphs compute something else than its golden outputs; ``changes`` replace manifest fields.
     """
     spec = spec or policy_spec()
-    toy, raw = Toy.random(spec), raw_observations(spec)
+    toy, raw = Toy.random(spec), dict[str, Any](raw_observations(spec))
     logits = toy.logits(spec, raw).astype(np.float32)
     tokens, action = logits.argmax(-1), spec.action
     centers = ((tokens + 0.5) / action.bins * 2 - 1).astype(np.float32)

@@ -51,7 +51,8 @@ class FakeInference:
     """Answers after ``periods`` with a chunk that counts up from where the joints are: 0.01 rad a step."""
 
     def __init__(self, clock: Clock, periods: float) -> None:
-        self.clock, self.seconds, self.busy, self.requested_at = clock, periods * PERIOD, False, None
+        self.clock, self.seconds, self.busy = clock, periods * PERIOD, False
+        self.requested_at: float | None = None
         self.starts: list[int] = []
         self.continuations: list[Any] = []
 

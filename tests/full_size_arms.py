@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from rlrc.benchmarks.claims.policy_process import Infer, Parts, timed
+from rlrc.benchmarks.claims.policy_process import Infer, Parts, time_call
 from rlrc.errors import UserError
 
 
@@ -13,9 +13,9 @@ def clockwork(milliseconds: float) -> tuple[Infer, Parts]:
     passes = Parts()
 
     def infer() -> None:
-        timed(passes, "vision", lambda: time.sleep(milliseconds / 1e3))
+        time_call(passes, "vision", lambda: time.sleep(milliseconds / 1e3))
         for _ in range(2):
-            timed(passes, "decode", lambda: time.sleep(milliseconds / 1e3))
+            time_call(passes, "decode", lambda: time.sleep(milliseconds / 1e3))
 
     return infer, passes
 

@@ -97,6 +97,6 @@ def said(port: int, first: bytes, then: bytes = b"", seconds: float = 20.0) -> b
 def wait_for(condition: object, seconds: float = 20.0) -> None:
     """Until ``condition()`` holds."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -65,8 +65,8 @@ def test_golden_every_array(opened: tuple[PolicyModule, Layout], golden: dict[st
     with torch.no_grad():
         found = {
             "state_normalized": observed.state,
-            "feature_map.top": policy.vision(observed.pixels[0]).permute(0, 3, 1, 2),  # type: ignore[operator]
-            "encoder_out": policy.encode(policy.encode_image(observed.pixels[0]), observed.state),  # type: ignore[operator]
+            "feature_map.top": policy.vision(observed.pixels[0]).permute(0, 3, 1, 2),
+            "encoder_out": policy.encode(policy.encode_image(observed.pixels[0]), observed.state),
             "actions_normalized": policy.act(observed).actions,
         }
     found["actions"] = torch.from_numpy(unnormalise(found["actions_normalized"].numpy(), policy.spec.action.norm))
@@ -120,11 +120,11 @@ def test_pruned_equals_masked(
     for i, (score, layer) in enumerate(zip(scores, pruned.towers[tower].layers, strict=True)):
         block = masked.get_submodule(f"{tower}.layers.{i}")
         for head in score.heads.argsort()[: 4 - layer.heads].tolist():  # 4 heads of 8 numbers
-            block.attention.o.weight.data[:, 8 * head : 8 * head + 8] = 0  # type: ignore[union-attr, operator]
+            block.attention.o.weight.data[:, 8 * head : 8 * head + 8] = 0
         if layer.mlp:
             assert layer.mlp == 32
             cut = score.channels.argsort()[:32]
-            block.mlp.down.weight.data[:, cut] = 0  # type: ignore[union-attr, operator]
+            block.mlp.down.weight.data[:, cut] = 0
     with torch.no_grad():
         observed = inputs(policy, golden)
         found, expected = pruned.act(observed).actions, masked.act(observed).actions
@@ -345,7 +345,7 @@ class Reference(nn.Module):
             pos.append(sines(features.shape[2], features.shape[3], g.dim_model))
             x = torch.cat([x, features.flatten(2).transpose(1, 2)], 1)
         p = torch.cat(pos)
-        for layer in self.encoder.layers:  # type: ignore[union-attr]
+        for layer in self.encoder.layers:
             if g.pre_norm:
                 y = layer.norm1(x)
                 x = x + self.attend(layer.self_attn, y + p, y + p, y)
@@ -353,10 +353,10 @@ class Reference(nn.Module):
             else:
                 x = layer.norm1(x + self.attend(layer.self_attn, x + p, x + p, x))
                 x = layer.norm2(x + self.feed(layer, x))
-        memory = self.encoder.norm(x) if g.pre_norm else x  # type: ignore[operator]
+        memory = self.encoder.norm(x) if g.pre_norm else x
         y = torch.zeros(batch, g.chunk_size, g.dim_model)
         q = self.decoder_pos_embed.weight
-        for layer in self.decoder.layers:  # type: ignore[union-attr]
+        for layer in self.decoder.layers:
             if g.pre_norm:
                 z = layer.norm1(y)
                 y = y + self.attend(layer.self_attn, z + q, z + q, z)
@@ -366,7 +366,7 @@ class Reference(nn.Module):
                 y = layer.norm1(y + self.attend(layer.self_attn, y + q, y + q, y))
                 y = layer.norm2(y + self.attend(layer.multihead_attn, y + q, memory + p, memory))
                 y = layer.norm3(y + self.feed(layer, y))
-        return self.action_head(self.decoder.norm(y))  # type: ignore[operator]
+        return self.action_head(self.decoder.norm(y))
 
 
 class Bottleneck(nn.Module):

@@ -135,7 +135,8 @@ def test_compare_measures_on_what_it_did_not_calibrate_on(tiny_policy: Golden) -
 def damaged(inputs: Inputs, field: str) -> Inputs:
     if field == "pixels":
         return replace(inputs, pixels=[torch.full_like(inputs.pixels[0], float("nan"))])
-    return replace(inputs, **{field: torch.full((1, 3), float("inf"))})
+    change: dict[str, Any] = {field: torch.full((1, 3), float("inf"))}
+    return replace(inputs, **change)
 
 
 @pytest.mark.parametrize("field", ["pixels", "state"])

@@ -243,7 +243,7 @@ def test_a_message_that_cannot_be_read_ends_in_a_hold(error: type[BaseException]
 
     setattr(arm, call, broken)
     if call == "stop":
-        arm.command = lambda action: arm.sent.append((0.0, action)) if len(arm.sent) < 5 else broken()  # type: ignore[assignment]
+        arm.command = lambda action: arm.sent.append((0.0, action)) if len(arm.sent) < 5 else broken()  # type: ignore[method-assign]
     control.run(steps=20)
     assert control.guard.stopped
     assert f"the driver failed: {error.__name__}: a message that cannot be read" in "; ".join(control.failures)

@@ -172,9 +172,9 @@ def test_an_engine_is_named_by_all_that_it_depends_on() -> None:
 def test_half_an_engine_is_none(tmp_path: Path) -> None:
     file = tmp_path / "decoder.engine"
     assert not engine_cache.is_intact(file)
-    building.write_whole(file, b"engine")
+    building.write_atomically(file, b"engine")
     assert not engine_cache.is_intact(file)
-    building.write_whole(file.with_suffix(".sha256"), hashlib.sha256(b"engine").hexdigest().encode())
+    building.write_atomically(file.with_suffix(".sha256"), hashlib.sha256(b"engine").hexdigest().encode())
     assert engine_cache.is_intact(file)
     file.write_bytes(b"engi")
     assert not engine_cache.is_intact(file)

@@ -116,12 +116,12 @@ def test_cut_by_hand(tiny_manifest: Manifest) -> None:
     towers = {"vision": TowerSpec(64, (block,) * 2), "decoder": TowerSpec(256, (block,) * 12)}
     dense = replace(tiny_manifest, towers=towers, parameters=1000)
     ours = replace(dense, towers={**towers, "decoder": TowerSpec(256, (block, *(cut,) * 10, block))}, parameters=250)
-    assert claims.pruned(ours, dense) == {
+    assert claims.measure_cuts(ours, dense) == {
         "decoder_intermediate_heads": 0.9,
         "decoder_intermediate_channels": 0.8,
         "whole_policy": 0.75,
     }
-    assert claims.pruned(dense, dense) == {"whole_policy": 0.0}
+    assert claims.measure_cuts(dense, dense) == {"whole_policy": 0.0}
 
 
 def test_every_tower_that_was_cut_is_named(tiny_manifest: Manifest) -> None:
@@ -130,20 +130,20 @@ def test_every_tower_that_was_cut_is_named(tiny_manifest: Manifest) -> None:
     towers = {"encoder": TowerSpec(512, (block,) * 4), "decoder": TowerSpec(512, (block,)), "vision": TowerSpec(64, ())}
     dense = replace(tiny_manifest, towers=towers, parameters=100)
     encoder = replace(dense, towers={**towers, "encoder": TowerSpec(512, (block, cut, cut, block))}, parameters=60)
-    assert claims.pruned(encoder, dense) == {
+    assert claims.measure_cuts(encoder, dense) == {
         "encoder_intermediate_heads": 0.5,
         "encoder_intermediate_channels": 0.75,
         "whole_policy": 0.4,
     }
     shorter = replace(dense, towers={**towers, "encoder": TowerSpec(512, (block,) * 3)}, parameters=75)
-    assert claims.pruned(shorter, dense) == {
+    assert claims.measure_cuts(shorter, dense) == {
         "encoder_blocks": 0.25,
         "encoder_intermediate_heads": 0.5,
         "encoder_intermediate_channels": 0.5,
         "whole_policy": 0.25,
     }
     two = replace(dense, towers={**towers, "decoder": TowerSpec(512, (cut,))})
-    assert claims.pruned(two, dense)["decoder_intermediate_heads"] == 0.5
+    assert claims.measure_cuts(two, dense)["decoder_intermediate_heads"] == 0.5
 
 
 def test_other_cameras_horizons_and_actions_are_refused(toy_artifact: Path) -> None:
@@ -175,7 +175,7 @@ def test_other_tasks_are_refused(make_toy: Callable[..., Path], tmp_path: Path) 
     rows = [played("compressed", "1" * 600), played("dense", "1" * 600)]
     rows[1]["outcomes"] = {"another": rows[1]["outcomes"]["task"]}
     with pytest.raises(UserError, match="success on the same tasks, found 'task'"):
-        claims.success(*rows, LIMITS)
+        claims.success(rows[0], rows[1], LIMITS)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_towers(parallel: Manifest, flow: Manifest, autoregressive: Manifest) ->
         refused("norm_offset with norm rms only", with_tower(flow, replace(tower, norm=norm, norm_offset=1.0)))
     check(with_tower(flow, replace(tower, norm_offset=1.0)))
     for change in ({"eps": 0.0}, {"width": 0}, {"theta": 0.0}):
-        refused("positive width, eps and theta at towers.decoder", with_tower(parallel, replace(tower, **change)))  # type: ignore[arg-type]
+        refused("positive width, eps and theta at towers.decoder", with_tower(parallel, replace(tower, **change)))
     check(with_tower(parallel, tower, "vision"))
     for manifest in (flow, autoregressive):
         refused(r"a tower decoder, .* found \['vision'\]", with_tower(manifest, tower, "vision"))

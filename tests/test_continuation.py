@@ -67,7 +67,7 @@ def test_flow_paints_the_former_actions_in() -> None:
     x[0, 1, :2] = (1 - weight) * x[0, 1, :2] + weight * np.array([0.5 * 4 + 0.5 * 1, 0.5 * 5])
     np.testing.assert_allclose(seen[1], x, rtol=1e-6)
     last = (x - 0.5)[0, 1, :2]
-    np.testing.assert_allclose(decoded.actions[0], [[0.05, 1.0], last * [0.1, 0.5] + [0, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(decoded.actions[0], np.array([[0.05, 1.0], last * [0.1, 0.5] + [0, 0.5]]), rtol=1e-6)
     assert noise[0, 0, 0] == 1
 
 

@@ -59,7 +59,7 @@ def test_an_action_that_has_become_too_late_while_it_was_guarded_is_replaced_by_
         clock.now += 1.01 * PERIOD if len(seen) == 4 else 0.0
         return seen[-1]
 
-    control.guard.step = stuck  # type: ignore[method-assign]
+    control.guard.step = stuck  # type: ignore[assignment, method-assign]
     control.run(steps=4)
     rows = control.telemetry.rows
     assert rows["held"].tolist() == [False, False, False, True]
@@ -83,7 +83,7 @@ def test_the_time_since_a_hold_that_came_late_counts_from_that_hold() -> None:
         clock.now += 0.3 * PERIOD if len(spans) == 4 else 0.0
         return sensed
 
-    control.guard.step, arm.sense = stuck, slow  # type: ignore[method-assign]
+    control.guard.step, arm.sense = stuck, slow  # type: ignore[assignment, method-assign]
     control.run(steps=5)
     assert control.telemetry.rows["held"][3]
     assert spans == pytest.approx([PERIOD] * 4 + [0.3 * PERIOD])
@@ -287,7 +287,7 @@ class FromNowhere(FakeInference):
 def test_a_policy_without_a_state_moves_by_what_nothing_measures() -> None:
     spec, clock, telemetry = simulated_arm.spec(), Clock(), Telemetry(64, 2)
     spec = replace(spec, state=None, action=replace(spec.action, meaning=("delta", "delta")))
-    free = {"meaning": "delta", "state": None, "position": None, "unbounded": "rig"}
+    free: dict[str, Any] = {"meaning": "delta", "state": None, "position": None, "unbounded": "rig"}
     limits = replace(
         simulated_arm.profile(), dimensions=tuple(replace(one, **free) for one in simulated_arm.profile().dimensions)
     )

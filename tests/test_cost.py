@@ -89,7 +89,7 @@ def test_an_autoregressive_decision_reads_the_decoder_for_every_token() -> None:
     pixels, ids = torch.randn(1, 56, 56, 3), torch.zeros(1, cost.PROMPT, dtype=torch.long)
     linear = counted(policy, Inputs([pixels], ids))
     with torch.no_grad():
-        assert decode.encode_images(policy, Inputs([pixels], ids)).shape[1] == 16  # type: ignore[arg-type]
+        assert decode.encode_images(policy, Inputs([pixels], ids)).shape[1] == 16
     first, patches = cost.PROMPT + 16, 16
     attention = 2 * (2 * first**2 * 32 + 6 * 2 * (first + 1) * 32) + 2 * patches**2 * 24
     stem = product(patches, 14 * 14 * 3, 24)

@@ -39,7 +39,8 @@ class Alone(nn.Module):
             return self.block(x, x[0], x, x[0])
         condition, past = None, None
         if self.tower.norm == "adaptive":
-            condition = torch.randn(1, self.block.norm1.dense.in_features)
+            block: Any = self.block
+            condition = torch.randn(1, block.norm1.dense.in_features)
         if self.block.kind == "cross":
             source = self.policy[0].towers["decoder"].layers[self.index]
             past = tuple(torch.randn(1, source.kv_heads, 5, source.head_dim) for _ in range(2))

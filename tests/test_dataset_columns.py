@@ -37,7 +37,12 @@ def record(path: Path, kind: str = "image", lengths: tuple[int, ...] = LENGTHS, 
 
     def frame(number: int) -> dict[str, Any]:
         picture = np.full((SIZE, SIZE, 3), 40 + number, np.uint8)
-        return {TOP: picture, "action": np.float32([number, 1]), "next.reward": np.float32([number]), "count": [number]}
+        return {
+            TOP: picture,
+            "action": np.array([number, 1], np.float32),
+            "next.reward": np.array([number], np.float32),
+            "count": [number],
+        }
 
     def frames(episode: int) -> list[dict[str, Any]]:
         return [frame(10 * episode + i) | {"count": np.array([i])} for i in range(lengths[episode])]
@@ -95,7 +100,7 @@ def test_types_that_say_the_same_are_read(images: Path, column: pa.Array) -> Non
     replace(images, DATA, "action", column)
     found = Dataset.open(images).column("action")
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, np.float32(PAIRS))
+    np.testing.assert_array_equal(found, np.array(PAIRS, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_types_that_say_the_same_are_read(images: Path, column: pa.Array) -> Non
 )
 def test_single_numbers_of_other_types_are_read(images: Path, column: pa.Array) -> None:
     replace(images, DATA, "next.reward", column)
-    np.testing.assert_array_equal(Dataset.open(images).column("next.reward"), np.float32(NUMBERS))
+    np.testing.assert_array_equal(Dataset.open(images).column("next.reward"), np.array(NUMBERS, np.float32))
 
 
 def test_indices_of_other_types_are_read(images: Path) -> None:

@@ -93,9 +93,9 @@ def test_samples_are_observations_and_what_follows(folder: Path, spec: PolicySpe
         observation = sample.observation
         assert set(observation) == {"image.corner4", "state", "instruction"}
         assert (observation["image.corner4"] == number).all()
-        np.testing.assert_array_equal(observation["state"], np.float32([number] * 3))
+        np.testing.assert_array_equal(observation["state"], np.array([number] * 3, np.float32))
         assert observation["instruction"] == ("close the drawer" if number == 10 else "open the drawer")
-        np.testing.assert_array_equal(sample.chunk, np.repeat(np.float32(chunk)[:, None], 4, 1))
+        np.testing.assert_array_equal(sample.chunk, np.repeat(np.array(chunk, np.float32)[:, None], 4, 1))
         np.testing.assert_array_equal(sample.real, np.arange(3) < real)
         check(observation, spec)
         assert prepare(observation, spec, None).pixels[0].shape == (SIZE, SIZE, 3)
@@ -218,7 +218,7 @@ def test_the_state_of_the_environment_follows_the_robots(tmp_path: Path, spec: P
     own = features(observation__state=Feature("float32", (2,)), observation__environment_state=Feature("float32", (1,)))
     matched = match(Dataset.open(record(tmp_path / "set", own)), spec)
     assert matched.state == (STATE, "observation.environment_state")
-    np.testing.assert_array_equal(matched.samples([7])[0].observation["state"], np.float32([11] * 3))
+    np.testing.assert_array_equal(matched.samples([7])[0].observation["state"], np.array([11] * 3, np.float32))
 
 
 @pytest.mark.parametrize(

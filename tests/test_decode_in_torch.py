@@ -28,6 +28,7 @@ class Graphs:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
+        self.past: Any = None
 
     def __call__(self, graph: str, tensors: decode.Tensors) -> decode.Tensors:
         given = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -56,17 +56,17 @@ def test_an_asynchronous_command_is_refused() -> None:
             self.joints = action
 
     with pytest.raises(RobotError, match="the driver's command is a coroutine"):
-        Driver(Arm()).command(np.zeros(2))
+        Driver(cast(Any, Arm())).command(np.zeros(2))
 
 
 def test_an_asynchronous_generator_for_a_command_is_refused() -> None:
     class Arm(simulated_arm.SimulatedArm):
-        async def command(self, action: Any) -> Any:  # type: ignore[override]
+        async def command(self, action: Any) -> Any:
             self.joints = action
             yield
 
     with pytest.raises(RobotError, match="the driver's command is an asynchronous generator"):
-        Driver(Arm()).command(np.zeros(2))
+        Driver(cast(Any, Arm())).command(np.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_a_robot_that_fails_when_it_is_looked_at_is_refused() -> None:
         live_pictures = np.array([True, False])  # type: ignore[assignment]
 
     with pytest.raises(RobotError, match="the driver failed: SystemExit: 0"):
-        Driver(Proxy())  # type: ignore[arg-type]
+        Driver(Proxy())
     with pytest.raises(RobotError, match="the driver failed: ValueError"):
-        _ = Driver(Arm()).live_pictures
+        _ = Driver(cast(Any, Arm())).live_pictures
 
 
 def test_a_driver_may_convert_a_command_in_place() -> None:
@@ -160,4 +160,4 @@ def test_a_property_that_fails_is_the_robots_fault() -> None:
             raise SystemExit(0)
 
     with pytest.raises(RobotError, match="the driver failed: SystemExit: 0"):
-        _ = Driver(Arm()).live_pictures
+        _ = Driver(cast(Any, Arm())).live_pictures

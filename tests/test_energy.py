@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,7 @@ def test_calls_take_turns_and_the_idle_machine_comes_first(tmp_path: Path) -> No
         time.sleep(0.02)
         order.append((name, time.perf_counter() - begun))
 
-    calls = {name: lambda name=name: call(name) for name in "AB"}
+    calls: dict[str, Callable[[], object]] = {name: partial(call, name) for name in "AB"}
     idle, taken = energy.measure(found, calls, 0.03, 2, lambda _: None)
     turns = [name for i, (name, _) in enumerate(order) if not i or order[i - 1][0] != name]
     assert turns == ["A", "B", "A", "B"]

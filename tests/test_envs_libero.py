@@ -382,7 +382,7 @@ def test_the_real_simulator_shows_what_the_official_evaluation_sees(spec: Policy
     actions = np.random.default_rng(0).uniform(-1, 1, (3, 7)).astype(np.float32)
     np.save(tmp_path / "actions.npy", actions)
     (tmp_path / "official.py").write_text(OFFICIAL)
-    command = [os.environ["RLRC_LIBERO_PYTHON"], "-I", tmp_path / "official.py"]
+    command = [os.environ["RLRC_LIBERO_PYTHON"], "-I", str(tmp_path / "official.py")]
     subprocess.run([*command, tmp_path / "actions.npy", tmp_path / "seen.npz"], check=True, capture_output=True)
 
     env = open_environment("libero:libero_spatial/0", spec)

@@ -70,7 +70,7 @@ class World:
 
 
 def test_plays_whole_chunks() -> None:
-    world = World(length=7)
+    world: Any = World(length=7)
     episode = play_episode(world, world, 5, world.rate(0))
     assert world.seen == [0, 3, 6]
     assert world.actions() == [0, 0.1, 0.2, 3, 3.1, 3.2, 6]
@@ -79,7 +79,7 @@ def test_plays_whole_chunks() -> None:
 
 
 def test_plays_the_part_of_a_chunk_that_is_asked_for() -> None:
-    world = World(length=5)
+    world: Any = World(length=5)
     play_episode(world, world, 0, world.rate(0), execute=2)
     assert world.seen == [0, 2, 4]
     assert world.actions() == [0, 0.1, 2, 2.1, 4]
@@ -87,7 +87,7 @@ def test_plays_the_part_of_a_chunk_that_is_asked_for() -> None:
 
 @pytest.mark.parametrize("execute", [0, 4, -1])
 def test_refuses_an_impossible_part(execute: int) -> None:
-    world = World()
+    world: Any = World()
     with pytest.raises(UserError, match=f"expected to execute 1 to 3 steps of a chunk, found {execute}"):
         play_episode(world, world, 0, world.rate(0), execute)
     assert world.sent == []
@@ -95,7 +95,7 @@ def test_refuses_an_impossible_part(execute: int) -> None:
 
 def test_keeps_its_rate_and_sends_at_once_what_inference_gives() -> None:
     # 20 Hz; an inference of 40 ms fits into the period of 50 ms and delays only its own step.
-    world = World(inference=0.04, step=0.005, length=5)
+    world: Any = World(inference=0.04, step=0.005, length=5)
     episode = play_episode(world, world, 0, world.rate(20))
     assert world.times() == [0.04, 0.05, 0.10, 0.19, 0.20]
     assert episode.deadline_misses == 0
@@ -105,14 +105,14 @@ def test_keeps_its_rate_and_sends_at_once_what_inference_gives() -> None:
 
 def test_counts_a_miss_and_starts_its_schedule_anew() -> None:
     # An inference of 120 ms: its action comes 120 ms after it was due, then two follow 50 ms apart, not in a burst.
-    world = World(inference=0.12, length=6)
+    world: Any = World(inference=0.12, length=6)
     episode = play_episode(world, world, 0, world.rate(20))
     assert world.times() == [0.12, 0.17, 0.22, 0.39, 0.44, 0.49]
     assert episode.deadline_misses == 2
 
 
 def test_an_action_exactly_at_the_next_deadline_is_a_miss() -> None:
-    world = World(inference=0.25, length=1)
+    world: Any = World(inference=0.25, length=1)
     assert play_episode(world, world, 0, world.rate(4)).deadline_misses == 1
     world = World(inference=0.2499, length=1)
     assert play_episode(world, world, 0, world.rate(4)).deadline_misses == 0
@@ -120,26 +120,26 @@ def test_an_action_exactly_at_the_next_deadline_is_a_miss() -> None:
 
 def test_a_slow_environment_makes_misses_too() -> None:
     # A step of 70 ms at 20 Hz: the second step is 20 ms late, the third 40 ms, the fourth 60 ms: one miss, then anew.
-    world = World(step=0.07, length=7)
+    world: Any = World(step=0.07, length=7)
     assert play_episode(world, world, 0, world.rate(20)).deadline_misses == 2
     assert world.times() == [0, 0.07, 0.14, 0.21, 0.28, 0.35, 0.42]
 
 
 def test_as_fast_as_possible_never_sleeps_or_misses() -> None:
-    world = World(inference=3.0, step=0.5, length=4)
+    world: Any = World(inference=3.0, step=0.5, length=4)
     episode = play_episode(world, world, 0, world.rate(0))
     assert (world.slept, episode.deadline_misses) == (0, 0)
     assert episode.seconds == pytest.approx(2 * 3.0 + 4 * 0.5)
 
 
 def test_success_ends_the_episode() -> None:
-    world = World(success_at=4, length=9)
+    world: Any = World(success_at=4, length=9)
     episode = play_episode(world, world, 0, world.rate(20))
     assert (episode.success, episode.steps) == (True, 4)
 
 
 def test_an_environment_may_end_the_episode_without_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(length=9)
+    world: Any = World(length=9)
     monkeypatch.setattr(World, "over", property(lambda world: len(world.sent) == 4), raising=False)
     episode = play_episode(world, world, 0, world.rate(20))
     assert (episode.success, episode.steps) == (False, 4)
@@ -154,7 +154,7 @@ def test_refuses_an_impossible_rate(hz: float) -> None:
 def test_real_time() -> None:
     import time
 
-    world = World(length=11)
+    world: Any = World(length=11)
     started = time.monotonic()
     episode = play_episode(world, world, 0, Rate(100))
     assert 0.1 <= time.monotonic() - started < 1  # 10 periods of 10 ms, and patience with a shared machine

@@ -264,7 +264,8 @@ def make_int4(parent: Path, out: Path) -> Path:
     with artifacts.create_artifact(out) as draft, np.load(parent / "golden.npz") as observations:
         draft.inherit(dense, "tokenizer")
         save_file(weights, draft.file("weights/model.safetensors"))
-        np.savez(draft.file("golden.npz"), **artifact_io.golden(meant, dict(observations)))
+        answers: dict[str, Any] = artifact_io.golden(meant, dict(observations))
+        np.savez(draft.file("golden.npz"), **answers)
         draft.finish(replace(dense.manifest, dtype="int4", quantization=spec))
     return out
 

@@ -87,7 +87,12 @@ def test_decoding_in_place_computes_what_torch_does(
         for i in range(34):
             seen = image_tokens if i == 0 else image_tokens[:, :0]
             end = start + seen.shape[1] + ids.shape[1]
-            given = {"image_tokens": seen, "ids": ids, "start": np.array([start]), "end": np.array([end])}
+            given: dict[str, Any] = {
+                "image_tokens": seen,
+                "ids": ids,
+                "start": np.array([start]),
+                "end": np.array([end]),
+            }
             found = loaded.run("decoder", given)
             with torch.inference_mode():
                 pictures = None if i else torch.from_numpy(image_tokens)

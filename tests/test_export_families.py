@@ -124,7 +124,9 @@ def test_pruned_exported_and_run(name: str, tower: Any, tmp_path: Path) -> None:
     answers = check_same(tmp_path / "exported", artifact_io.load_policy(pruned), source, rows)
     before = [in_torch(dense, source).infer(row) for row in rows]
     key = "actions" if before[0]["tokens"] is None else "tokens"
-    assert np.abs(answers - np.stack([row[key] for row in before])).max() > 100 * CLOSE  # what went did matter
+    assert (
+        np.abs(answers - np.stack([dict[str, Any](row)[key] for row in before])).max() > 100 * CLOSE
+    )  # what went did matter
     check_together(LocalPolicy.load(tmp_path / "exported"), rows)
 
 

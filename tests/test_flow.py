@@ -169,7 +169,7 @@ def test_a_manifest_rebuilds_the_policy() -> None:
 def test_norms_by_tables_of_the_steps_give_the_same_actions() -> None:
     policy = read_golden("pi05")[0]
     tower = policy.towers["expert"]
-    steps = policy.spec.flow.steps  # type: ignore[union-attr]
+    steps = policy.spec.flow.steps
     condition = policy.condition(torch.tensor([1 - i / steps for i in range(steps)]))
     state = {name: tensor for name, tensor in policy.state_dict().items() if not name.startswith("time_")}
     for name in [name.removesuffix(".dense.weight") for name in state if name.endswith(".dense.weight")]:
@@ -279,7 +279,7 @@ def test_old_folder_with_statistics_among_the_weights(family: str, tmp_path: Pat
     expected = read_golden(family)[0].spec
     assert policy.spec.state == expected.state
     assert policy.spec.action == expected.action
-    assert policy.spec.prompt == replace(expected.prompt, truncate=False)  # type: ignore[type-var]
+    assert policy.spec.prompt == replace(expected.prompt, truncate=False)
     assert "normalize_inputs.buffer_observation_state.mean" in layout.unused
     assert torch.equal(act(policy, family), act(read_golden(family)[0], family))
 

@@ -58,10 +58,11 @@ class Case:
     def shapes(self) -> shapes.Shapes:
         if self.family == "smolvla":
             every = self.every if "cross" in self.mode else 1
-            towers = (self.vision, self.merge, self.decoder, self.expert)
-            return shapes.smolvla(*towers, every, self.vocabulary, self.width, self.width)
-        towers = (self.vision, self.decoder, self.expert)
-        return shapes.pi0(*towers, self.vocabulary, self.width, self.width, self.family == "pi05", pooled=True)
+            return shapes.smolvla(
+                self.vision, self.merge, self.decoder, self.expert, every, self.vocabulary, self.width, self.width
+            )
+        adaptive, sizes = self.family == "pi05", (self.vocabulary, self.width, self.width)
+        return shapes.pi0(self.vision, self.decoder, self.expert, *sizes, adaptive, pooled=True)
 
     def hints(self) -> dict[str, Any]:
         names = ("num_heads", "num_kv_heads", "head_dim")
@@ -164,10 +165,10 @@ class Reference:
             x = x + self.linear(attend(q, k, v, everything), f"{block}.self_attn.out_proj")
             y = gelu(self.linear(self.layer_norm(x, f"{block}.layer_norm2"), f"{block}.mlp.fc1"))
             x = x + self.linear(y, f"{block}.mlp.fc2")
-        x = self.layer_norm(x, f"{self.V}.post_layernorm").reshape(case.grid, case.grid, -1)
+        grid = self.layer_norm(x, f"{self.V}.post_layernorm").reshape(case.grid, case.grid, -1)
         m = case.merge
         joined = [
-            np.concatenate([x[row + i, column + j] for i in range(m) for j in range(m)])
+            np.concatenate([grid[row + i, column + j] for i in range(m) for j in range(m)])
             for row in range(0, case.grid, m)
             for column in range(0, case.grid, m)
         ]
@@ -177,8 +178,8 @@ class Reference:
         y, gate = self.rms_norm(x, f"{name}.input_layernorm", condition)
         x = x + gate * self.linear(attention(y, f"{name}.self_attn"), f"{name}.self_attn.o_proj")
         y, gate = self.rms_norm(x, f"{name}.post_attention_layernorm", condition)
-        y = self.linear(y, f"{name}.mlp.gate_proj"), self.linear(y, f"{name}.mlp.up_proj")
-        return x + gate * self.linear((silu if self.smol else gelu)(y[0]) * y[1], f"{name}.mlp.down_proj")
+        opened = (silu if self.smol else gelu)(self.linear(y, f"{name}.mlp.gate_proj"))
+        return x + gate * self.linear(opened * self.linear(y, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
 
     def heads(self, y: Array, name: str, which: str, tower: Language) -> Array:
         return self.linear(y, f"{name}.{which}_proj").reshape(len(y), -1, tower.head_dim)

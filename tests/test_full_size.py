@@ -44,7 +44,7 @@ def spec() -> PolicySpec:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> OperatingPoint:
     monkeypatch.setattr(random_weights, "dense", lambda name: (spec(), TOWERS))
-    return OperatingPoint("small", "openvla-7b", 0.9, ("*.layers.0.attention.*",), "onnxruntime", "fp16", "int4a8")
+    return OperatingPoint("small", 0.9, ("*.layers.0.attention.*",), "onnxruntime", "fp16", "int4a8")
 
 
 def test_what_is_compared(small: OperatingPoint) -> None:
@@ -113,7 +113,7 @@ def test_a_torch_that_dies_takes_nothing_along(
     small: OperatingPoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel ends it for want of memory: what was measured before stays, and nothing has passed."""
-    monkeypatch.setattr(full_size.policy_process, "in_torch", full_size_arms.dying_with)
+    monkeypatch.setattr(full_size.policy_process, "open_in_torch", full_size_arms.dying_with)
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), QUIET)
     assert len(result["dense"]["trials_ms"]) == len(result["compressed"]["trials_ms"]) == 2
     assert "torch" not in result
@@ -142,7 +142,7 @@ def test_what_there_is_no_room_for_is_refused(
 ) -> None:
     both = full_size.describe(small)
     full_size.check_disk(small, both, tmp_path)
-    assert full_size.needed(both, 1000.0) == 1000 + 0.75 * both.compressed.parameters + full_size.ROOM
+    assert full_size.bytes_needed(both, 1000.0) == 1000 + 0.75 * both.compressed.parameters + full_size.ROOM
     full_size.check_memory(small, full_size.ROOM)
     monkeypatch.setattr(full_size, "available", lambda: full_size.ROOM)
     with pytest.raises(UserError, match="of memory for small on onnxruntime"):
@@ -172,9 +172,9 @@ def test_torch_competes_in_its_quicker_type_that_fits(
     small: OperatingPoint, monkeypatch: pytest.MonkeyPatch, quicker: str, room: int, kind: str, width: int
 ) -> None:
     both, steps = full_size.describe(small), list[str]()
-    monkeypatch.setattr(full_size.Workers, "run", lambda *_: iter([(1, quicker)]))
-    monkeypatch.setattr(full_size, "total", lambda: full_size.needed(both, 4 * both.dense.parameters) + room)
-    needed = full_size.needed(both, width * both.dense.parameters)
+    monkeypatch.setattr(full_size.WorkerPool, "run", lambda *_: iter([(1, quicker)]))
+    monkeypatch.setattr(full_size, "total", lambda: full_size.bytes_needed(both, 4 * both.dense.parameters) + room)
+    needed = full_size.bytes_needed(both, width * both.dense.parameters)
     assert full_size.strongest(both, steps.append) == (kind, needed)
     assert len(steps) == (quicker != kind)
 
@@ -226,7 +226,6 @@ def test_every_geometry_has_its_points() -> None:
     assert point("openvla-7b").elsewhere == ("onnxruntime", {"vision": "int8", "decoder": "int4a8"})
     assert point("pi0").elsewhere is None
     assert point("smolvla-450m").compressed == {"vision": "int8", "prefix": "int4a8", "step": "int8"}
-    assert point("smolvla-450m").geometry == "smolvla"
     with pytest.raises(UserError, match="takes no experts"):
         point("pi0", "gguf")
     with pytest.raises(UserError, match="the nearest is openvla-7b"):
@@ -306,16 +305,18 @@ def test_limits_by_hand(small: OperatingPoint) -> None:
     weights, times = blocks + 32 * 64, 2
     kernels = {"vision": "int4a8", "decoder": "int4a8"}
     measured = {"decode": [2.0, 4.0, 3.0], "vision": [1.0]}
-    by_memory = roofline.reached(manifest, kernels, Peaks(1e6, {"fp32": 1e18, "int8": 1e18}), measured, 8)["decode"]
+    peaks = Peaks(1e6, {"fp32": 1e18, "int8": 1e18})
+    by_memory = roofline.compare_with_limits(manifest, kernels, peaks, measured, 8)["decode"]
     assert (by_memory["measured_ms"], by_memory["bound"]) == (3.0, "memory")
     least = times * weights * 4.5 / 8 / 1e6 * 1e3
     assert least < by_memory["limit_ms"] < 2.5 * least  # activations are not small beside such weights
     assert by_memory["share"] == pytest.approx(by_memory["limit_ms"] / 3.0, rel=1e-3)
-    by_products = roofline.reached(manifest, kernels, Peaks(1e18, {"fp32": 1e3, "int8": 1e6}), measured, 8)["decode"]
+    peaks = Peaks(1e18, {"fp32": 1e3, "int8": 1e6})
+    by_products = roofline.compare_with_limits(manifest, kernels, peaks, measured, 8)["decode"]
     least = times * 2 * weights / 1e6 * 1e3
     assert by_products["bound"] == "products"
     assert least < by_products["limit_ms"] < 1.2 * least  # attention and norms
-    assert roofline.reached(manifest, kernels, Peaks(1e18, {"int8": 1e6}), {"other": [1.0]}, 8) == {}
+    assert roofline.compare_with_limits(manifest, kernels, Peaks(1e18, {"int8": 1e6}), {"other": [1.0]}, 8) == {}
 
 
 def test_products_of_8_bits_and_floats_are_measured() -> None:
@@ -333,7 +334,7 @@ def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     from rlrc.benchmarks.claims import policy_process
     from rlrc.compressor.checkpoints import geometry
 
-    folder, options = geometry.folder("smolvla")
+    folder, options = geometry.folder("smolvla-450m")
     layout = reader.layout(folder, options)
     towers = {name: replace(tower, layers=tower.layers[:2]) for name, tower in layout.towers.items()}
     cameras = (replace(layout.spec.cameras[0], height=64, width=64),)
@@ -342,7 +343,7 @@ def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     small = replace(random_weights.spoken_to(layout.spec), cameras=cameras, flow=replace(flow, steps=2))
     threads = torch.get_num_threads()
     small = replace(small, geometry=small.geometry | {"vocabulary": 64})
-    infer, passes = policy_process.in_torch(small, towers, threads, 5, kind)
+    infer, passes = policy_process.open_in_torch(small, towers, threads, 5, kind)
     result: Any = infer()
     assert result["actions"].shape == (50, 6)
     assert np.isfinite(result["actions"]).all()

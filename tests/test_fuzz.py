@@ -1,4 +1,4 @@
-"""What fuzzing found once (tests/data/fuzz, by scripts/fuzz.py), and valid messages, given to the servers again."""
+"""The servers get what fuzzing once found (tests/data/fuzz, by tests/robustness/fuzz.py), and valid messages."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_dense_and_pruned(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized(name: str, bits: int, tmp_path: Path) -> None:
+def test_quantized(name: str, bits: Any, tmp_path: Path) -> None:
     """Against the artifact's own integers in torch: within 2 % of the range."""
     source, _ = official(name)
     layers = (LayerSpec(4, 2, 32, 64), LayerSpec(2, 2, 32, 96), LayerSpec(4, 2, 32, 64))

@@ -37,8 +37,9 @@ def test_slower_modes_are_nvidias_older_figures() -> None:
 
 def test_every_figure_has_a_source_and_every_module_its_parts() -> None:
     table = devices.table()
-    for part in (*table.architectures.values(), *table.jetpacks.values(), *table.devices.values()):
-        assert part.sources
+    assert all(architecture.sources for architecture in table.architectures.values())
+    assert all(jetpack.sources for jetpack in table.jetpacks.values())
+    assert all(module.sources for module in table.devices.values())
     for module in table.devices.values():
         assert module.architecture in table.architectures
         assert set(module.jetpacks) <= set(table.jetpacks)

@@ -190,7 +190,7 @@ def test_unknown_precisions_are_refused() -> None:
 def test_a_chunk_is_two_latencies_long_at_least() -> None:
     assert deadline_ms(horizon=1, hz=10) == 100
     assert deadline_ms(horizon=50, hz=50) == 500
-    found = planned("smolvla", "bf16", "agx-orin", hz=10)
+    found = planned("smolvla-450m", "bf16", "agx-orin", hz=10)
     assert found.deadline_ms == 2500
     assert found.holds
     assert planned("openvla-7b", "bf16", "agx-orin", hz=10).holds is False
@@ -226,7 +226,7 @@ def test_applied_suggestions_make_the_plan_possible(name: str, bits: str, where:
 
 
 def test_no_suggestion_where_none_is_needed() -> None:
-    assert suggest(planned("smolvla", "bf16", "agx-orin", 10.0), 10.0) == []
+    assert suggest(planned("smolvla-450m", "bf16", "agx-orin", 10.0), 10.0) == []
 
 
 def test_rates_that_nothing_holds_are_told() -> None:
@@ -239,7 +239,7 @@ def test_rates_that_nothing_holds_are_told() -> None:
 
 
 def test_the_slower_mode_is_the_first_thing_to_change() -> None:
-    found = plan(setting("smolvla", "bf16", "orin-nano-8gb", "15W"), 50.0)
+    found = plan(setting("smolvla-450m", "bf16", "orin-nano-8gb", "15W"), 50.0)
     assert suggest(found, 50.0)[0].text == "set the power mode MAXN_SUPER (nvpmodel)"
 
 

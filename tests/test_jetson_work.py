@@ -154,6 +154,10 @@ def test_the_reference_family_and_unknown_ones(tiny_manifest: Manifest, tiny_art
         work(replace(tiny_manifest.policy, family="other"), tiny_manifest.towers)
 
 
+def test_earlier_names_of_geometries_are_accepted() -> None:
+    assert geometries.geometry("smolvla") is geometries.geometry("smolvla-450m")
+
+
 def test_unknown_geometries_are_refused() -> None:
     with pytest.raises(UserError, match="found 'pi5'; the nearest is pi"):
         geometries.geometry("pi5")

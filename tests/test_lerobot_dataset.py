@@ -127,13 +127,13 @@ def test_chunks_end_with_their_episode(folders: dict[str, Path]) -> None:
     """Frame 5 of the seven of episode 0; the only frame of episode 1; the last episode; a chunk longer than any."""
     dataset = Dataset.open(folders["image"])
     actions, real = dataset.chunk(5, 4)
-    np.testing.assert_array_equal(actions, np.float32([[5.25, 0], [6.25, 0], [6.25, 0], [6.25, 0]]))
+    np.testing.assert_array_equal(actions, np.array([[5.25, 0], [6.25, 0], [6.25, 0], [6.25, 0]], np.float32))
     np.testing.assert_array_equal(real, [True, True, False, False])
     actions, real = dataset.chunk(7, 3)
-    np.testing.assert_array_equal(actions, np.float32([[0.25, 1]] * 3))
+    np.testing.assert_array_equal(actions, np.array([[0.25, 1]] * 3, np.float32))
     np.testing.assert_array_equal(real, [True, False, False])
     actions, real = dataset.chunk(len(dataset) - 1, 2)
-    np.testing.assert_array_equal(actions, np.float32([[8.25, 3]] * 2))
+    np.testing.assert_array_equal(actions, np.array([[8.25, 3]] * 2, np.float32))
     actions, real = dataset.chunk(0, 100)
     assert (actions.shape, real.sum()) == ((100, 2), 7)
     actions, real = dataset.chunk(8, 3)
@@ -422,12 +422,15 @@ def change(**values: Any) -> dict[str, Any]:
     ("wrong", "message"),
     [
         (
-            change(action=np.float32([1])),
+            change(action=np.array([1], np.float32)),
             r"expected action as float32 \(2,\), found float32 \(1,\) in frame 1 of episode 1",
         ),
         (change(action=np.array([1.0, 2.0])), "found float64"),
-        (change(action=np.float32([np.nan, 0])), "expected finite action, found nan in frame 1 of episode 1"),
-        (change(observation_state=np.float32([0, np.inf, 0])), "expected finite observation.state, found inf"),
+        (change(action=np.array([np.nan, 0], np.float32)), "expected finite action, found nan in frame 1 of episode 1"),
+        (
+            change(observation_state=np.array([0, np.inf, 0], np.float32)),
+            "expected finite observation.state, found inf",
+        ),
         (change(observation_images_top=pattern(0).astype(np.float32)), "expected observation.images.top as uint8"),
         (change(other=1), "expected the features .* found .*other in frame 1 of episode 1"),
     ],

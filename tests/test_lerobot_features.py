@@ -101,7 +101,7 @@ def test_clients_with_the_same_names_in_another_order_are_not_mixed_up(served: S
 
 
 def test_wrong_instructions_are_refused(client: LerobotClient) -> None:
-    config = RemotePolicyConfig("act", "user/model", FEATURES, 50)
+    config: Any = RemotePolicyConfig("act", "user/model", FEATURES, 50)
     cases: list[tuple[Any, str]] = [
         (Evil(), "found 'posix.system'"),
         (timed(), "expected LeRobot's RemotePolicyConfig"),

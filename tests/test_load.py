@@ -1,4 +1,4 @@
-"""The load test (scripts/load.py) for seconds: nothing breaks. The ratio that it is about needs a quiet machine."""
+"""The load test (tests/robustness/load.py) for seconds: nothing breaks. Its ratio needs a quiet machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_nothing_breaks_beside_the_malicious_client(
             assert (row["connections"] > 0) == (row["attack"] != "none")
             for way in ("kept", "new"):
                 assert row[way]["stops"] > 0
-                assert row[way]["p50_ms"] < 1000  # scripts/load.py asks for .1 s at the 99th percentile
+                assert row[way]["p50_ms"] < 1000  # tests/robustness/load.py asks for .1 s at the 99th percentile
                 assert row[way]["failed"] == {}
     assert result["newcomers"].keys() == {"answered"}
     assert set(result["afterwards"]["answers"].values()) == {"answered"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from rlrc import realtime
 from rlrc.benchmarks.cli.loop import draw
 from rlrc.benchmarks.cli.output import plain_progress
 from rlrc.benchmarks.control import scenarios
-from rlrc.benchmarks.control.background_load import loaded, timer
+from rlrc.benchmarks.control.background_load import background_load, timer
 from rlrc.errors import UserError
 from rlrc.runtime.cli import main
 from rlrc.runtime.control import telemetry
@@ -34,16 +35,16 @@ def told(chunks: list[int], commands: list[list[float]], first: int = 0) -> Tele
 
 def test_jumps_are_where_chunks_meet() -> None:
     commands = [[0.0, 0.1, 1], [0.1, 0.1, 1], [0.4, 0.0, -1], [0.5, 0.0, -1], [0.5, -0.7, -1]]
-    jumps = scenarios.spliced(told([1, 1, 2, 2, 3], commands))
+    jumps = scenarios.splice_jumps(told([1, 1, 2, 2, 3], commands))
     np.testing.assert_allclose(jumps, [0.3, 0.7], rtol=1e-5)  # the gripper does not count
 
 
 def test_episodes_are_joined_but_do_not_meet() -> None:
     one, other = told([1, 1], [[0.0, 0], [0.1, 0]]), told([1, 2], [[5.0, 0], [5.5, 0]])
-    whole = scenarios.joined([one, other])
+    whole = scenarios.join_telemetry([one, other])
     assert whole.rows["step"].tolist() == [0, 1, 0, 1]
     np.testing.assert_allclose(whole.commands[:, 0], [0, 0.1, 5, 5.5], rtol=1e-6)
-    np.testing.assert_allclose(scenarios.spliced(whole), [0.5], rtol=1e-6)
+    np.testing.assert_allclose(scenarios.splice_jumps(whole), [0.5], rtol=1e-6)
 
 
 def test_jitter_is_the_distance_from_whole_periods() -> None:
@@ -63,7 +64,7 @@ def test_a_stall_is_told_with_what_the_timer_did_then() -> None:
 def test_jitter_is_that_within_episodes() -> None:
     one, other = told([1, 1], [[0.0, 0], [0.1, 0]]), told([1, 2], [[5.0, 0], [5.5, 0]])
     other.rows["sent"] += 7.05  # an episode begins when it begins
-    whole = scenarios.joined([one, other])
+    whole = scenarios.join_telemetry([one, other])
     assert telemetry.summary(whole, 0.1)["jitter_ms_p99"] == pytest.approx(0, abs=1e-9)
     whole.rows["sent"][3] += 0.02
     assert telemetry.summary(whole, 0.1)["jitter_ms_p99"] == pytest.approx(20, rel=0.02)
@@ -103,7 +104,7 @@ def test_what_is_counted_is_counted_of_all_steps() -> None:
 
 
 def test_a_timer_beside_the_loop_tells_what_the_machine_can_do() -> None:
-    with timer(100.0) as timed, loaded():
+    with timer(100.0) as timed, background_load():
         time.sleep(0.3)
     woken = timed()
     assert 5 <= len(woken) < 200
@@ -125,7 +126,7 @@ def test_real_time_is_put_back() -> None:
 
 
 def test_the_picture_of_the_jumps(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "replace, 3 periods", "success": 0.9, "splice_jump": {"all": [0.1, 0.4, 0.2]}},
         {"name": "steady"},
     ]

@@ -174,10 +174,10 @@ def test_only_where_another_token_wins_is_the_action_another() -> None:
     changed = build(policy.spec, policy.towers).eval()
     changed.load_state_dict(policy.state_dict())
     with torch.no_grad():
-        first, second = (policy.hidden(policy.encode_image(x.pixels[0]), x.ids, None, None)[0] for x in both)  # type: ignore[operator]
+        first, second = (policy.hidden(policy.encode_image(x.pixels[0]), x.ids, None, None)[0] for x in both)
         rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
         fits = ((rows @ first.T).amax(1) < 0) & ((rows @ second.T).amax(1) > 0)
-        changed.head.weight[5] = 1e4 * rows[fits][0]  # type: ignore[union-attr, index]
+        changed.head.weight[5] = 1e4 * rows[fits][0]
         before = [changed.act(inputs) for inputs in both]
         after = [cut_lossless(changed)[0].act(inputs) for inputs in both]
     tokens = np.concatenate([output.tokens.numpy() for output in before if output.tokens is not None])

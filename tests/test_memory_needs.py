@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,11 +56,12 @@ def test_stages_are_refused_before_they_start(
     pupil_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available", lambda: 100_000_000)
-    for run, config, work in (
+    stages: list[tuple[Any, Any, str]] = [
         (prune.run_prune, PruneConfig(score="magnitude"), "pruning"),
         (quantize.run_quantize, QuantizeConfig(), "quantizing"),
         (sft.run_sft, SFTConfig(), "training"),
-    ):
+    ]
+    for run, config, work in stages:
         with pytest.raises(UserError, match=rf"expected 0\.5 GB of free memory for {work}.* found 0\.1 GB"):
-            run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
+            run(pupil_artifact, tmp_path / "out", config, QUIET)
     assert list(tmp_path.iterdir()) == []

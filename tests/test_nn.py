@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 def llama(width: int, layer: LayerSpec, layers: int) -> Any:
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(
+    config = cast(Any, LlamaConfig)(
         vocab_size=2,
         hidden_size=width,
         intermediate_size=layer.mlp,

@@ -164,7 +164,7 @@ def test_a_head_of_the_action_tokens_alone_gives_the_same_tokens(goldens: dict[s
         assert found.logits is not None
         assert expected.logits is not None
         assert found.logits.shape[-1] == 256
-        assert torch.equal(found.tokens, expected.tokens)  # type: ignore[arg-type]
+        assert torch.equal(found.tokens, expected.tokens)
         assert torch.equal(found.actions, expected.actions)
         torch.testing.assert_close(found.logits, expected.logits[..., 31744:32000], atol=1e-5, rtol=0)
 

@@ -358,5 +358,5 @@ def test_pictures_are_normalised_as_the_processors_file_says(copied: Callable[..
     assert camera.mean == (0.484375, 0.455078125, 0.40625, 0.5, 0.5, 0.5)
     assert camera.std == (0.228515625, 0.2236328125, 0.224609375, 0.5, 0.5, 0.5)
     (folder / "preprocessor_config.json").unlink()
-    for one, other in zip(layout_of(folder, hints("openvla")).spec.cameras, expected, strict=True):
-        assert (one.mean, one.std) == (pytest.approx(other.mean, abs=1e-7), pytest.approx(other.std, abs=1e-7))
+    for one, same in zip(layout_of(folder, hints("openvla")).spec.cameras, expected, strict=True):
+        assert (one.mean, one.std) == (pytest.approx(same.mean, abs=1e-7), pytest.approx(same.std, abs=1e-7))

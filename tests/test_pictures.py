@@ -25,7 +25,7 @@ def random_pictures(*shape: int) -> np.ndarray:
 def test_pictures_by_hand() -> None:
     image = np.array([[[0, 0, 0], [255, 255, 255]], [[51, 102, 204], [255, 0, 51]]], np.uint8)
     # (v / 255 - mean) / std; 51 / 255 = 0.2, 102 / 255 = 0.4, 204 / 255 = 0.8
-    expected = [[[-1, -1, 0], [1, 3, 1]], [[-0.6, 0.6, 0.8], [1, -1, 0.2]]]
+    expected = np.array([[[-1, -1, 0], [1, 3, 1]], [[-0.6, 0.6, 0.8], [1, -1, 0.2]]])
     pixels = to_pixels(image, CAMERA)
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, expected, atol=1e-6)

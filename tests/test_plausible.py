@@ -206,7 +206,7 @@ def test_the_profile_may_say_how_far() -> None:
 def test_what_nothing_measures_has_neither(key: str) -> None:
     free = replace(DELTA, position=None, unbounded="s", state=None)
     with pytest.raises(UserError, match=f"a state and a velocity limit with the {key} of x"):
-        guard_of(replace(free, **{key: Tracking(1.0, "s")}))
+        guard_of(replace(free, **dict[str, Any]({key: Tracking(1.0, "s")})))
 
 
 def test_a_rearmed_robot_may_have_been_moved() -> None:

@@ -252,7 +252,7 @@ def test_autoregressive(write: Callable[..., Path]) -> None:
     again = policy.infer({"image.top": top, "instruction": "open drawer"})
     assert np.array_equal(again["tokens"], one["tokens"])  # nothing of the chunk between is left
     assert list(one["timing"]) == ["preprocess_ms", "vision_ms", "decoder_ms", "postprocess_ms"]
-    assert min(one["timing"].values()) > 0
+    assert all(milliseconds > 0 for milliseconds in dict[str, Any](one["timing"]).values())
 
 
 def velocity_free(noise: np.ndarray, number: float) -> np.ndarray:
@@ -264,7 +264,7 @@ def velocity_free(noise: np.ndarray, number: float) -> np.ndarray:
 
 def test_flow(write: Callable[..., Path]) -> None:
     policy = load(write("flow"))
-    observation = {"image.wrist": picture(1), "image.top": picture(0), "state": np.array([2.0, 1.0])}
+    observation: dict[str, Any] = {"image.wrist": picture(1), "image.top": picture(0), "state": np.array([2.0, 1.0])}
     observation |= {"instruction": "open", "noise": np.arange(6, dtype=np.float64).reshape(2, 3)}
     # State (2 - 1) / 0.5 and (1 - 2) / 0.5, and two zeros: the sum is 0; so another one.
     observation["state"] = np.array([2.0, 3.5])
@@ -385,10 +385,10 @@ def test_a_dynamic_dimension_fits_any_number(write: Callable[..., Path]) -> None
     load(write("parallel", graphs=(VISION, decoder)))
 
 
-def golden(kind: str, policy: LocalPolicy, path: Path, number: int = 3) -> dict[str, np.ndarray]:
+def golden(kind: str, policy: LocalPolicy, path: Path, number: int = 3) -> dict[str, Any]:
     """What ``policy`` says to a few observations, as golden.npz."""
     spec, random = policy.spec, np.random.default_rng(5)
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         f"image.{c.name}": np.stack([picture(10 * i + k) for k in range(number)]) for i, c in enumerate(spec.cameras)
     }
     if spec.state is not None:

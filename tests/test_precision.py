@@ -93,7 +93,7 @@ def test_what_is_asked_for_is_what_products_are_computed_in() -> None:
 
 def test_the_history_says_what_products_were_computed_in(tiny_artifact: Path, tmp_path: Path) -> None:
     for wanted in ("float32", "bfloat16", "auto"):
-        options = StageOptions(evaluate=0, workers=1, threads=1, precision=wanted)  # type: ignore[arg-type]
+        options = StageOptions(evaluate=0, workers=1, threads=1, precision=wanted)
         prune.run_prune(tiny_artifact, tmp_path / wanted, PruneConfig(0.5, "magnitude"), options)
         entry = artifacts.load(tmp_path / wanted).manifest.history[-1]
         assert entry.precision["cpu"] == (precision.pick_for_training("cpu") if wanted == "auto" else wanted)
@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_keeps_its_precision(tmp_path: Path) -> None:
     begun.save(3)
     precision.use({"cpu": "bfloat16"})
     for wanted in ("auto", "float32"):
-        RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), wanted)  # type: ignore[arg-type]
+        RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), wanted)
         assert precision.current()["cpu"] == "float32"
     with pytest.raises(UserError, match=r"expected --precision float32, which the run in .*run began with, found bf"):
         RunState(tmp_path / "run").open("sft", "parent", SFTConfig(), "bfloat16")

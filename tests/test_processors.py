@@ -235,7 +235,12 @@ def test_waves_of_the_time_that_cannot_be(shortest: float, longest: float, tmp_p
 
 def test_pi05_without_processors(tmp_path: Path) -> None:
     """It came with LeRobot 0.4, so it never had another way to keep them."""
-    folder = copied("pi05", tmp_path, lambda path: [(path / file).unlink() for file in (PRE, POST)])
+
+    def without_processors(path: Path) -> None:
+        for file in (PRE, POST):
+            (path / file).unlink()
+
+    folder = copied("pi05", tmp_path, without_processors)
     with pytest.raises(UserError, match=f"expected .*{PRE}, found: No such file"):
         spec(folder, "pi05")
 

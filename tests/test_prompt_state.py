@@ -30,7 +30,11 @@ def old_pi05(*more: Change) -> list[Change]:
 
 def trained(**values: Any) -> Change:
     content = {"dataset": {"repo_id": "lab/cups"}, "policy": {"type": "pi05"}, "steps": 30_000, **values}
-    return lambda folder: (folder / "train_config.json").write_text(json.dumps(content)) and None
+
+    def write(folder: Path) -> None:
+        (folder / "train_config.json").write_text(json.dumps(content))
+
+    return write
 
 
 def shown_state(found: PolicySpec, state: list[float]) -> str:

@@ -267,7 +267,7 @@ def test_int4a8_computes_what_has_8_bits_in_8(make: Make, tmp_path: Path) -> Non
         found.extend(outputs[key] for key in outputs if key == "logits")
         return outputs
 
-    policy.engine.run = kept  # type: ignore[method-assign]
+    policy.engine.run = kept  # type: ignore[assignment, method-assign]
     for i in range(len(golden)):
         policy.infer(golden.observation(i, policy.spec))
     assert np.abs(np.concatenate(found) - reference).mean() < 0.05 * np.abs(reference).mean()

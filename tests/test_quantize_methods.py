@@ -262,7 +262,7 @@ def test_the_policy_is_left_as_it_is(tiny_policy: Golden) -> None:
     policy, inputs = tiny_policy
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     for method in ("awq", "gptq"):
-        quantize(policy, QuantizeConfig(method=method, budget=0.1), inputs)  # type: ignore[arg-type]
+        quantize(policy, QuantizeConfig(method=method, budget=0.1), inputs)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -101,11 +101,11 @@ def test_it_can_be_stopped_and_rearmed_again() -> None:
     ],
 )
 def test_a_fault_of_the_arm_that_persists_refuses(fault: Any, reason: str) -> None:
-    run = Stopped(40)
+    run, healthy = Stopped(40), cast(Any, "")
     run.at = {
         5: lambda: run.arm.break_down(fault),
         20: run.request,
-        25: lambda: run.arm.break_down(""),
+        25: lambda: run.arm.break_down(healthy),
         30: run.request,
     }
     run.run()

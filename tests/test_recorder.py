@@ -57,12 +57,12 @@ def test_a_driver_may_fill_the_same_arrays_again_and_again(tmp_path: Path) -> No
         def sense(self) -> Sensed:
             sensed = super().sense()
             self.kept[...] = len(self.sent)
-            return sensed._replace(observation={**sensed.observation, "image.wrist": self.kept})  # type: ignore[no-any-return]
+            return sensed._replace(observation={**sensed.observation, "image.wrist": self.kept})
 
     recorder = Recorder(Thrifty(), simulated_arm.spec(), 50.0, tmp_path / "run")
     recorder.begin("wave")
     write, going = recorder._frames.put_nowait, list[Any]()
-    recorder._frames.put_nowait = going.append  # type: ignore[method-assign]
+    recorder._frames.put_nowait = going.append  # type: ignore[assignment, method-assign]
     moved(recorder, 5)
     for frame in going:  # the disk is late
         write(frame)
@@ -88,7 +88,7 @@ def test_a_full_disk_stops_the_robot_and_loses_nothing_else(tmp_path: Path) -> N
 
 def test_what_cannot_be_written_stops_the_robot_too(tmp_path: Path) -> None:
     class Odd(simulated_arm.SimulatedArm):
-        def sense(self) -> object:
+        def sense(self) -> Any:
             sensed = super().sense()
             return sensed._replace(observation={**sensed.observation, "note": np.array([None], object)})
 

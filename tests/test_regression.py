@@ -26,7 +26,7 @@ def latency(factor: float = 1.0, noise: float = 0.02, seed: int = 0, rounds: int
         "name": "a",
         "trials_ms": trials.ravel().tolist(),
         "block": 10,
-        "latency_ms": stats.percentiles(trials.ravel()),
+        "latency_ms": stats.percentiles(trials.ravel().tolist()),
     }
 
 

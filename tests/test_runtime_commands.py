@@ -133,7 +133,7 @@ def test_a_policy_without_an_answer_exits_with_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = make_toy(tmp_path / "broken", weights=replace(toy, head=np.full_like(toy.head, np.nan)))
-    commands = [Infer(broken, save(tmp_path / "obs.npz", observation), tmp_path / "act.npz"), Verify(broken)]
+    commands: list[Any] = [Infer(broken, save(tmp_path / "obs.npz", observation), tmp_path / "act.npz"), Verify(broken)]
     for command in commands:
         assert command.run() == 1
         assert capsys.readouterr().err == "rlrc: check failed: expected finite logits, found 384 nan or inf\n"

@@ -1,17 +1,16 @@
-"""The harness' own checks: it finds no difference where there is none, and one that is there."""
+"""The latency harness finds no difference where there is none, finds one that is there, and costs little."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stopwatch
 
-from rlrc.benchmarks.measure import latency, selfcheck
+from rlrc.benchmarks.measure import latency
 from rlrc.benchmarks.results.stats import Estimate
-from rlrc.runtime.cli import main
 
 
 class Busy:
@@ -43,31 +42,49 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_words(low: float, high: float, said: str) -> None:
-    assert selfcheck.word(Estimate((low + high) / 2, low, high)) == said
+    assert stopwatch.classify(Estimate((low + high) / 2, low, high)) == said
 
 
 @pytest.mark.usefixtures("steady")
 def test_itself_is_the_same_and_a_tenth_more_is_slower() -> None:
     ticks: list[int] = []
-    found = selfcheck.findings(Busy, [{}], 60, ticks.append)
+    found = stopwatch.check_detection(Busy, [{}], 60, ticks.append)
     assert sum(ticks) == 3 * 60
-    assert [(finding.said, finding.verdict) for finding in found] == [("no difference", "PASS"), ("slower", "PASS")]
-    assert found[0].ratio == pytest.approx(1.0, abs=selfcheck.MARGIN)
+    assert [(check.found, check.passed) for check in found] == [("no difference", True), ("slower", True)]
+    assert found[0].ratio == pytest.approx(1.0, abs=stopwatch.MARGIN)
     assert found[1].ratio == pytest.approx(1.1, abs=0.03)
 
 
 @pytest.mark.usefixtures("steady")
 def test_a_slow_down_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "SLOWER", 0.0)
-    missed = selfcheck.findings(Busy, [{}], 60, lambda _: None)[1]
-    assert (missed.said, missed.verdict) == ("no difference", "FAIL")
+    monkeypatch.setattr(stopwatch, "SLOWER", 0.0)
+    missed = stopwatch.check_detection(Busy, [{}], 60)[1]
+    assert (missed.found, missed.passed) == ("no difference", False)
 
 
-def test_command(toy_artifact: Path, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "selfcheck.json"
-    code = main(["bench", "selfcheck", str(toy_artifact), "--trials", "40", "--out", str(out)])
-    printed, result = capsys.readouterr().out, json.loads(out.read_text())
-    assert "in alternating blocks of one run" in printed
-    assert [check["what"] for check in result["checks"]] == ["the same artifact twice", "the same, slowed by 10%"]
-    # An inference of 0.1 ms on a busy machine proves nothing; that the exit code follows is what is tested.
-    assert code == (0 if all(check["verdict"] == "PASS" for check in result["checks"]) else 1)
+def test_script(toy_artifact: Path, capsys: Any) -> None:
+    code = stopwatch.main([str(toy_artifact), "--trials", "40", "--calls", "200"])
+    printed = capsys.readouterr().out
+    assert "the same artifact twice: " in printed
+    assert "the same, slowed by 10%: " in printed
+    assert "added to every latency: " in printed
+    # An inference of 0.1 ms on a busy machine proves nothing; the exit code has to follow the checks.
+    assert code == (1 if "FAIL" in printed else 0)
+
+
+def test_the_stop_watch_is_cheap() -> None:
+    cost = stopwatch.measure_cost(2000)
+    assert 0 < cost["added_us"]["p50"] < cost["whole_us"]["p50"] < stopwatch.LIMIT_US
+    assert cost["whole_us"]["p90"] < stopwatch.LIMIT_US
+
+
+def test_a_slow_stop_watch_fails(toy_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    infer = stopwatch.IdlePolicy.infer
+
+    def slow(self: Any, observation: Any) -> Any:
+        time.sleep(100e-6)
+        return infer(self, observation)
+
+    monkeypatch.setattr(stopwatch.IdlePolicy, "infer", slow)
+    assert stopwatch.main([str(toy_artifact), "--trials", "20", "--calls", "50"]) == 1
+    assert "FAIL: the harness costs" in capsys.readouterr().out

@@ -171,7 +171,7 @@ def test_every_family_and_nothing_is_left_changed(name: str, tmp_path: Path) -> 
     for tower in {"decoder", "expert", "encoder"} & set(policy.towers):
         whole = [i for i, layer in enumerate(policy.towers[tower].layers) if layer.kind != "half"]
         for kind in ("drop", "prune"):
-            assert list(errors_by_block(report, kind, tower)) == whole  # type: ignore[arg-type]
+            assert list(errors_by_block(report, kind, tower)) == whole
     # Of flow policies what the prefix's last block adds is read by nobody; all else matters.
     silent = {f"{row.kind} {row.module}" for row in report.modules if row.error == 0}
     assert all(".layers." in row for row in silent)

@@ -83,7 +83,7 @@ def _lerobot(port: int) -> Callable[[], None]:
         client.start(FEATURES)
         client.send_observation(timed(must_go=True))
     asking = client.stub_actions.future(MESSAGES["Empty"]())
-    return lambda: (asking.cancel(), client.channel.close())[1]  # type: ignore[func-returns-value]
+    return lambda: (asking.cancel(), client.channel.close())[1]
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused(
     assert "for 0.0.0.0, which other machines reach" in capsys.readouterr().err
 
 
-BUILT_IN = {
+BUILT_IN: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "gr00t-so100": ({"video": ("front", "wrist"), "state": {"single_arm": 5, "gripper": 1}}, (5, 1)),
     "gr00t-droid": (
         {"video": ("exterior_image_1_left", "wrist_image_left"), "state": {"joint_position": 7, "gripper_position": 1}},
@@ -336,7 +336,8 @@ def test_built_in_mappings(tiny_manifest: Any, name: str) -> None:
     spec: PolicySpec = tiny_manifest.policy
     cameras = tuple(replace(spec.cameras[0], name=camera) for camera in ("first", "second"))
     names = tuple(f"d{number}" for number in range(sum(sizes)))
-    action = replace(spec.action, names=names, meaning=("delta",) * len(names), units=("m",) * len(names))
+    meaning: Any = ("delta",) * len(names)
+    action = replace(spec.action, names=names, meaning=meaning, units=("m",) * len(names))
     mapped = observations.load(name, replace(spec, cameras=cameras, action=action))
     parts, start = {}, 0.0
     for key, size in keys["state"].items():

@@ -51,7 +51,7 @@ WORDS = "open the drawer"
 WAS_HERE = Path(gettempdir()) / f"rlrc-was-here-{os.getpid()}"
 
 
-def timed(step: int = 0, must_go: bool = False, **changes: Any) -> TimedObservation:
+def timed(step: Any = 0, must_go: Any = False, **changes: Any) -> TimedObservation:
     raw = {**MOTORS, "corner4": PICTURE, "task": WORDS, **changes}
     return TimedObservation(1700000000.0, step, {name: raw[name] for name in raw if raw[name] is not None}, must_go)
 
@@ -152,7 +152,7 @@ def test_what_is_left_out(tiny_manifest: Any) -> None:
             HELPERS, 0.0, step, must_go, {"state": np.array([x, 0.5, 1.0]), "instruction": words}
         )
 
-    robot = RobotClient(None, spec)  # type: ignore[arg-type]
+    robot = RobotClient(None, spec)
     assert robot.offer(at(0, 0.1))
     robot.mark_answered(at(0, 0.1))
     # At 0.01 of the scale or more, it is another observation: 0.1 + 0.5 * 0.01.

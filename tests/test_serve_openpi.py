@@ -62,7 +62,7 @@ def observation(seed: int = 0) -> dict[str, Any]:
 def opened(served: Served, **options: Any) -> Iterator[ClientConnection]:
     url = f"ws://127.0.0.1:{served.ports['openpi']}"
     with connect(url, compression=None, max_size=None, proxy=None, **options) as connection:
-        assert arrays.unpack(connection.recv(30))["server"] == "rlrc"  # type: ignore[arg-type]
+        assert arrays.unpack(connection.recv(30))["server"] == "rlrc"
         yield connection
 
 

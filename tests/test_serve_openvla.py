@@ -21,7 +21,7 @@ from rlrc.runtime.inference.policy import LocalPolicy
 
 
 def encoded(array: np.ndarray) -> dict[str, Any]:
-    data = base64.b64encode(np.ascontiguousarray(array)).decode()
+    data = base64.b64encode(array.tobytes()).decode()
     return {"__numpy__": data, "dtype": np.lib.format.dtype_to_descr(array.dtype), "shape": array.shape}
 
 

@@ -51,7 +51,7 @@ def openpi(port: int) -> Iterator[Ask]:
 @contextmanager
 def openvla(port: int) -> Iterator[Ask]:
     def encoded(array: np.ndarray) -> dict[str, Any]:
-        data = base64.b64encode(np.ascontiguousarray(array)).decode()
+        data = base64.b64encode(array.tobytes()).decode()
         return {"__numpy__": data, "dtype": array.dtype.str, "shape": array.shape}
 
     def ask(observation: dict[str, Any]) -> Any:

@@ -110,7 +110,7 @@ def test_a_server_is_stopped_and_rearmed(arm_toy: Path, arm_spec: PolicySpec, gu
         client = session.client()
         await client.infer(seen)
         session.latch.stop("the test")
-        assert status("/readyz", session, Access(), None)[:2] == (503, "stopped\n")  # type: ignore[index]
+        assert status("/readyz", session, Access(), None)[:2] == (503, "stopped\n")
         with pytest.raises(RequestRefused, match=r"stopped.*the test"):
             await client.infer(seen)
         session.rearm("the test")

@@ -203,7 +203,7 @@ def test_killed_and_resumed_run_is_the_uninterrupted_one(
     """Rounds of DAgger fall before the saved state, on its very step, and between it and the interruption."""
     monkeypatch.setattr(dagger, "SamplingMode", partial(SamplingMode, horizon=30))
     monkeypatch.setattr(module, "LOG_EVERY", 20)
-    short = {"steps": 80, "batch": 8, "warmup": 10, "demonstrations": 1}
+    short: dict[str, Any] = {"steps": 80, "batch": 8, "warmup": 10, "demonstrations": 1}
     config = SFTConfig(**short, dagger_rounds=4, dagger_episodes=3, dagger_start=0.25, dagger_end=0.625)
     assert list(config.rounds()) == [20, 30, 40, 50]
 

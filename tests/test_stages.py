@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,12 +110,12 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     ].abs().max()
 
     # The goldens are the first artifact's observations with this artifact's answers.
-    first, last = (artifact_io.read_observations(made[i].file("golden.npz")) for i in (0, -1))
-    assert first.keys() == last.keys() == {"image.corner4", "state", "instructions", "ids"}
-    for name, array in first.items():
-        np.testing.assert_array_equal(last[name], array)
+    before, after = (artifact_io.read_observations(made[i].file("golden.npz")) for i in (0, -1))
+    assert before.keys() == after.keys() == {"image.corner4", "state", "instructions", "ids"}
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
     with np.load(made[-1].file("golden.npz")) as golden:
-        again = artifact_io.golden(artifact_io.load_policy(made[-1]), last)
+        again = artifact_io.golden(artifact_io.load_policy(made[-1]), after)
         np.testing.assert_allclose(again["logits"], golden["logits"], atol=1e-5)
 
 
@@ -167,14 +168,15 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_existing_output_is_refused_before_any_work(no_work: None, pupil_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    for run, config in (
+    stages: list[tuple[Any, Any]] = [
         (sft_stage.run_sft, SFTConfig()),
         (prune.run_prune, PruneConfig(0.75)),
         (rl.run_rl, PPOConfig()),
         (quantize.run_quantize, QuantizeConfig()),
-    ):
+    ]
+    for run, config in stages:
         with pytest.raises(UserError, match=r"expected a new output, found .*out already there"):
-            run(pupil_artifact, tmp_path / "out", config, QUIET)  # type: ignore[operator]
+            run(pupil_artifact, tmp_path / "out", config, QUIET)
     with pytest.raises(UserError, match="expected a new output"):
         reference.create_reference(tmp_path / "out")
     with pytest.raises(UserError, match="expected a new output"):
@@ -300,6 +302,6 @@ def test_compress_keeps_finished_stages_and_refuses_those_of_another_recipe(
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}, {"evaluate": -1}])
-def test_impossible_options_are_refused(options: dict[str, int]) -> None:
+def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"expected --{next(iter(options))} >= "):
         StageOptions(**options)

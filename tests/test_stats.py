@@ -101,7 +101,7 @@ def test_ratio_interval_holds_the_ratio_and_tells_equals_from_slower() -> None:
     random = np.random.default_rng(1)
     # Every round has its own mood, which both policies share.
     mood = random.lognormal(0, 0.3, (60, 1))
-    fast, slow, other = (scale * mood * random.lognormal(0, 0.05, (60, 10)) for scale in (2.0, 5.0, 2.0))
+    fast, slow, other = ((scale * mood * random.lognormal(0, 0.05, (60, 10))).tolist() for scale in (2.0, 5.0, 2.0))
     ratio = stats.ratio_interval(slow, fast)
     assert ratio.low < 2.5 < ratio.high
     assert ratio.high - ratio.low < 0.5

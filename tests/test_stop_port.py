@@ -29,7 +29,7 @@ from rlrc.runtime.wire import http_head
 from rlrc.runtime.wire.http_head import Refusal
 
 TOKEN = "secret"
-SLOW_S = 1.0  # on a machine that other tests share; scripts/load.py asks for .1
+SLOW_S = 1.0  # on a machine that other tests share; tests/robustness/load.py asks for .1
 
 
 class Pressed:
@@ -225,7 +225,7 @@ def test_a_stop_beside_an_attack(pressed: Pressed, name: str) -> None:
 def test_over_tls_a_handshake_that_is_not_finished_delays_nobody(tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate, "-keyout", key]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
     subprocess.run(command, check=True, capture_output=True)
     pressed, trusted = Pressed(certificate=certificate, key=key), ssl.create_default_context(cafile=certificate)
     try:

@@ -202,7 +202,7 @@ def test_the_plan_bounds_what_the_drivers_pass(exported: EXPORTED) -> None:
                 }
                 fitting = [i for i, each in enumerate(self.graphs[graph].profiles) if fits(each, shapes)]
                 assert len(fitting) == 1, (graph, shapes)
-                self.used.add((graph, *fitting))
+                self.used.add((graph, fitting[0]))
                 return self.engine.run(graph, inputs)
 
             def versions(self) -> dict[str, str]:
@@ -373,7 +373,7 @@ def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
     format = TensorRTFormat("float16", scales={"layer.a.weight": one}, eight="fp8")
     found = product(weights, format, x, tmp_path / "m.onnx", "a")
 
-    def rounded(values: torch.Tensor, one: float) -> torch.Tensor:
+    def rounded(values: Any, one: float) -> Any:
         return (values / one).to(torch.float8_e4m3fn).float() * one
 
     weight = state["layer.a.weight"].float()

@@ -127,7 +127,7 @@ def test_a_sequence_must_go_on_or_start_anew(of: OF) -> None:
     seen, ids = np.zeros((1, count, width), np.float32), np.ones((1, 5), np.int64)
     end = count + 5
     engine.run("decoder", {"image_tokens": seen, "ids": ids, "start": np.array([0]), "end": np.array([end])})
-    step = {"image_tokens": seen[:, :0], "ids": ids[:, :1]}
+    step: dict[str, Any] = {"image_tokens": seen[:, :0], "ids": ids[:, :1]}
     with pytest.raises(NoAction, match=rf"from position 0 or {end}, found one from 3"):
         engine.run("decoder", step | {"start": np.array([3]), "end": np.array([4])})
     engine.run("decoder", step | {"start": np.array([end]), "end": np.array([end + 1])})

@@ -118,7 +118,7 @@ def test_batches_by_hand(data: dict[str, str]) -> None:
     alone = prepare(sample.observation, source.spec, source.tokenizer)
     assert batch.inputs.ids is not None
     assert batch.inputs.mask is not None
-    assert batch.inputs.ids[0][batch.inputs.mask[0]].tolist() == alone.ids.tolist()  # type: ignore[union-attr]
+    assert batch.inputs.ids[0][batch.inputs.mask[0]].tolist() == alone.ids.tolist()
     np.testing.assert_array_equal(batch.inputs.pixels[0][0].numpy(), alone.pixels[0])
     assert source.spec.state is not None
     state = normalise(sample.observation["state"], source.spec.state.norm)
@@ -197,11 +197,12 @@ def test_what_does_not_fit_is_refused_before_any_work(
         (data["openvla"], r"expected .*found"),
         ("", r"expected demonstrations for .*family pi0; give --data FOLDER"),
     ):
-        for run, config in (
+        stages: list[tuple[Any, Any]] = [
             (sft.run_sft, SFTConfig(data=folder)),
             (prune.run_prune, PruneConfig(0.5, data=folder)),
-        ):
+        ]
+        for run, config in stages:
             with pytest.raises(UserError, match=message) as error:
-                run(given, out, config, QUIET, hints)  # type: ignore[operator]
+                run(given, out, config, QUIET, hints)
             assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["wrong"]

@@ -238,7 +238,8 @@ def test_command_refuses_a_golden_with_a_wrong_hash(own_toy: Path) -> None:
 
 def acting(center: tuple[float, ...], scale: tuple[float, ...], bins: int = 0) -> ActionSpec:
     names = tuple(f"joint_{i}" for i in range(len(center)))
-    return ActionSpec(2, names, ("absolute",) * len(names), ("rad",) * len(names), NormStats(center, scale), bins)
+    meaning: Any = ("absolute",) * len(names)
+    return ActionSpec(2, names, meaning, ("rad",) * len(names), NormStats(center, scale), bins)
 
 
 @pytest.mark.parametrize("constant", [5e-9, 1e-8, 5e-7, 1e-6])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK, InvalidMessage, InvalidStatus
@@ -73,7 +74,11 @@ def test_pings_are_answered_while_nobody_asks(monkeypatch: pytest.MonkeyPatch) -
 
 def test_who_does_not_answer_in_time() -> None:
     over = threading.Event()
-    with served(lambda connection: over.wait(20) and None) as url:
+
+    def wait(connection: Any) -> None:
+        over.wait(20)
+
+    with served(wait) as url:
         connection = opened(url)
         begun = time.monotonic()
         with pytest.raises(TimeoutError):

@@ -4,9 +4,10 @@
     python benchmarks/peers/race.py openvla OUT.json ...
 
 ``smolvla``: SmolVLA's official size against lerobot's own. ``openvla``: an OpenVLA with a decoder of 154 M parameters
-(scripts/decoder_speed.py) against transformers, stock ONNX Runtime and llama.cpp. Weights are random: latency does not
-depend on them, and what rounding does to the actions is told beside it. Who cannot take part is left out with the
-reason. Needs torch and the exporters' packages; PYTHON is of an environment with lerobot, see docs/peers.md.
+(benchmarks/studies/decoder_speed.py) against transformers, stock ONNX Runtime and llama.cpp. The weights are random:
+latency does not depend on them, and the result lists how far rounding moves the actions. Runtimes that cannot run are
+skipped with the reason. Needs torch and the exporters' packages; PYTHON is that of an environment with lerobot, see
+docs/peers.md.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def smolvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[st
 
 
 def openvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[str, Any], list[Contestant]]:
-    sys.path.insert(0, str(HERE.parents[1] / "scripts"))
+    sys.path.insert(0, str(HERE.parents[1] / "benchmarks/studies"))
     from decoder_speed import WORDS, make
 
     if not (folder / "int4").exists():

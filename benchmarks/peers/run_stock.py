@@ -1,7 +1,7 @@
 """ONNX Runtime without our graphs as a contestant: run_stock.py DENSE FP32 OBSERVATION.npz THREADS.
 
-The same computation in the standard's plain operators, float32, default sessions (scripts/plain_graphs.py). DENSE: the
-artifact with the weights; FP32: the one that our pre- and post-processing is taken from.
+The same computation in the standard's plain operators, float32, default sessions (benchmarks/studies/plain_graphs.py).
+DENSE is the artifact with the weights; FP32 supplies rlrc's pre- and post-processing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from protocol import Opened, observation, serve
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/studies"))
 
 
 def main() -> Opened:

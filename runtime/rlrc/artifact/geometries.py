@@ -15,6 +15,7 @@ from rlrc.artifact.spec import PolicySpec, TowerSpec
 from rlrc.errors import UserError
 
 FILE = Path(__file__).with_suffix(".json")
+ALIASES = {"smolvla": "smolvla-450m"}  # earlier names, accepted until 0.2
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,10 @@ def check_same_tasks(compressed: Artifact, baseline: Artifact) -> None:
         golden = read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
         tasks.append(set() if golden.instructions is None else set(map(str, golden.instructions)))
     if tasks[0] != tasks[1]:
-        raise UserError(f"expected policies of the same tasks, found {_others(*tasks)}; {SAME}")
+        raise UserError(f"expected policies of the same tasks, found {describe_difference(*tasks)}; {SAME}")
 
 
-def _others(ours: Collection[str], theirs: Collection[str]) -> str:
+def describe_difference(ours: Collection[str], theirs: Collection[str]) -> str:
     """The first of what only one of them has."""
     only, only0 = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
     return f"{only[0]!r} in the compressed one only" if only else f"{only0[0]!r} in the baseline only"
@@ -129,7 +129,9 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
         return ClaimCheck("success", "NOT MEASURED", None, None, -limits.success_margin, advice)
     tasks = [row.get("per_task", row.get("outcomes", {})).keys() for row in (compressed, baseline)]
     if tasks[0] != tasks[1]:
-        raise UserError(f"expected success on the same tasks, found {_others(*tasks)}; measure both in one run")
+        raise UserError(
+            f"expected success on the same tasks, found {describe_difference(*tasks)}; measure both in one run"
+        )
     counts = [round(row["success"] * row["episodes"]) for row in (compressed, baseline)]
     episodes = [row["episodes"] for row in (compressed, baseline)]
     difference = counts[0] / episodes[0] - counts[1] / episodes[1]
@@ -150,7 +152,7 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
 
 
 def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:
-    """The row that was measured on exactly this artifact, whatever it was called."""
+    """The row that was measured on exactly this artifact, under any name."""
     for result in results:
         for row in result["rows"]:
             if row.get("digest") == named.artifact.digest and row.get("success") is not None:
@@ -159,13 +161,13 @@ def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str
 
 
 def operating_point(compressed: Named, baseline: Named, threads: int, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that the verdict holds for, and holds for only."""
+    """The conditions under which the verdict holds."""
     ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
     quantization = ours.quantization
     return {
         "compressed": facts(compressed),
         "baseline": facts(baseline),
-        "pruned": pruned(ours, theirs),
+        "pruned": measure_cuts(ours, theirs),
         "stages": [entry.stage for entry in ours.history],
         "prune": [entry.config for entry in ours.history if entry.stage == "prune"],
         "quantization": quantization
@@ -179,7 +181,7 @@ def operating_point(compressed: Named, baseline: Named, threads: int, versions: 
     }
 
 
-def pruned(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
+def measure_cuts(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
     """The share cut of the whole policy's parameters, and of every tower that differs.
 
     Of a tower: its blocks, and the heads and MLP channels of the blocks between the first and the last. Negative where
@@ -195,11 +197,11 @@ def pruned(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
             ("intermediate_channels", sum(layer.mlp for layer in inner), sum(layer.mlp for layer in inner0)),
         ):
             if now != before:
-                shares[f"{name}_{what}"] = _cut(now, before)
-    return shares | {"whole_policy": _cut(compressed.parameters, baseline.parameters)}
+                shares[f"{name}_{what}"] = share_cut(now, before)
+    return shares | {"whole_policy": share_cut(compressed.parameters, baseline.parameters)}
 
 
-def _cut(ours: int, theirs: int) -> float:
+def share_cut(ours: int, theirs: int) -> float:
     return round(1 - ours / theirs, 4) if theirs else 0.0
 
 

@@ -1,8 +1,8 @@
-"""The claims at a real size without anybody's checkpoint: latency and memory do not depend on what the weights are.
+"""The claims at a real size without a checkpoint: latency and memory do not depend on the weights' values.
 
 A dense policy with random weights and the same, pruned and in 4 bits, are exported for one runtime and make actions in
 turns, A B A B, each in a process of its own; then the compressed one and the dense one in torch do, C B C B. Success
-means nothing here and is not measured. Needs torch and the exporters' packages to make the files.
+is not measured. Needs torch and the exporters' packages to make the files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def describe(point: OperatingPoint) -> Both:
     """Imports torch, for the families' modules; nothing has data."""
     from rlrc.benchmarks.claims import random_weights
 
-    spec, towers = random_weights.dense(point.geometry)
+    spec, towers = random_weights.dense(point.name)
     device = Device(CPU, "this machine", "any", None, {}, 1.0, 0, None)
     cut = prune(Setting(point.name, spec, towers, PRECISIONS["bf16"], device), point.prune).towers
     return Both(
@@ -75,7 +75,7 @@ def check_disk(point: OperatingPoint, both: Both, folder: Path) -> None:
         )
 
 
-def needed(both: Both, weights: float) -> float:
+def bytes_needed(both: Both, weights: float) -> float:
     """Bytes of memory for a dense policy with so many bytes of weights at work, and the compressed one beside it."""
     return weights + COMPRESSED * both.compressed.parameters + ROOM
 
@@ -118,11 +118,11 @@ def strongest(both: Both, step: Step) -> tuple[str, float]:
     """
     with WorkerPool(1) as worker:
         ((_, kind),) = worker.run(policy_process.quicker_in_torch, [None])
-    wide = needed(both, 4.0 * both.dense.parameters)
+    wide = bytes_needed(both, 4.0 * both.dense.parameters)
     if kind == "fp32" and wide > total():
         step(f"torch is quicker in fp32 here, but that needs {wide / 1e9:.1f} GB: it is measured in bf16")
         kind = "bf16"
-    return kind, wide if kind == "fp32" else needed(both, 2.0 * both.dense.parameters)
+    return kind, wide if kind == "fp32" else bytes_needed(both, 2.0 * both.dense.parameters)
 
 
 def available() -> float:
@@ -212,7 +212,7 @@ def running(opened: Mapping[str, Callable[[], PolicyProcess]], step: Step) -> It
 def starts(artifacts: Mapping[str, Artifact], threads: int) -> dict[str, Callable[[], PolicyProcess]]:
     def start(name: str) -> Callable[[], PolicyProcess]:
         return lambda: PolicyProcess(
-            f"the {name} policy", policy_process.exported, (str(artifacts[name].path), threads, WORDS)
+            f"the {name} policy", policy_process.open_exported, (str(artifacts[name].path), threads, WORDS)
         )
 
     return {name: start(name) for name in artifacts}
@@ -225,7 +225,7 @@ def run(
     step("shapes")
     both = describe(point)
     check_disk(point, both, folder)
-    own, (kind, torchs) = needed(both, resident(point, both)), strongest(both, step) if in_torch else ("", 0.0)
+    own, (kind, torchs) = bytes_needed(both, resident(point, both)), strongest(both, step) if in_torch else ("", 0.0)
     check_memory(point, max(own, torchs))
     try:
         artifacts = make(point, both, folder, step)
@@ -239,7 +239,7 @@ def run(
         other: InterleavedTrials | UserError | None = None
         if in_torch:
             given = (both.dense.policy, both.dense.towers, threads, WORDS, kind)
-            opened["torch"] = lambda: PolicyProcess("the dense policy in torch", policy_process.in_torch, given)
+            opened["torch"] = lambda: PolicyProcess("the dense policy in torch", policy_process.open_in_torch, given)
             competing = ("torch", "compressed", *(["elsewhere"] if point.elsewhere else []))
             try:  # what was measured before is not lost with it
                 wait_for_memory(point, torchs, step)

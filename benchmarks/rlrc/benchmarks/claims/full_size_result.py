@@ -87,7 +87,7 @@ def result(
         against = ratio(other, "torch")
         checks.append(claims.latency_of_ratio(claim, against, turns_of(other), limits))
         found["torch"] = torch_row(manifests["dense"], other, kind, peaks) | {
-            "compressed_ms": rounded(other.totals("compressed")),
+            "compressed_ms": round_times(other.totals("compressed")),
             "latency_ratio": round(against.value, 3),
             "latency_ratio_interval": [round(against.low, 3), round(against.high, 3)],
         }
@@ -107,7 +107,7 @@ def result(
         "machine": machine.describe(threads),
         "peak_rss_ratio": round(resident_, 3),
         "latency_ratio_interval": [round(faster.low, 3), round(faster.high, 3)],
-        "pruned": claims.pruned(manifests["compressed"], manifests["dense"]),
+        "pruned": claims.measure_cuts(manifests["compressed"], manifests["dense"]),
         "instruction_tokens": WORDS,
         "rounds_repeated": pair.repeated + (other.repeated if isinstance(other, InterleavedTrials) else 0),
         "load": pair.load + (other.load if isinstance(other, InterleavedTrials) else []),
@@ -124,14 +124,14 @@ def row(manifest: Manifest, trials: InterleavedTrials, name: str, peaks: rooflin
         "precision": precision(manifest),
         "bytes": size["bytes"] - size["tokenizer_bytes"],  # of made-up words
         "peak_rss": memory["peak"],
-        "latency_ms": percentiled(trials.totals(name)),
+        "latency_ms": round_percentiles(trials.totals(name)),
         "parameters": manifest.parameters,
         "memory": {key: memory[key] for key in ("rss", "anonymous", "file")},
-        "parts_ms": {part: percentiled(times) for part, times in timed.items()},
-        "roofline": roofline.reached(manifest, kernels(manifest), peaks, timed, WORDS),
-        "cpu_ms": percentiled(trials.cpu(name)),
+        "parts_ms": {part: round_percentiles(times) for part, times in timed.items()},
+        "roofline": roofline.compare_with_limits(manifest, kernels(manifest), peaks, timed, WORDS),
+        "cpu_ms": round_percentiles(trials.cpu(name)),
         "pages_read": trials.faults(name),
-        "trials_ms": rounded(trials.totals(name)),
+        "trials_ms": round_times(trials.totals(name)),
     }
 
 
@@ -141,12 +141,12 @@ def torch_row(dense: Manifest, trials: InterleavedTrials, kind: str, peaks: roof
     return {
         "precision": kind,
         "peak_rss": memory["peak"],
-        "latency_ms": percentiled(trials.totals("torch")),
-        "parts_ms": {part: percentiled(times) for part, times in timed.items()},
-        "roofline": roofline.reached(dense, graphs, peaks, timed, WORDS),
-        "cpu_ms": percentiled(trials.cpu("torch")),
+        "latency_ms": round_percentiles(trials.totals("torch")),
+        "parts_ms": {part: round_percentiles(times) for part, times in timed.items()},
+        "roofline": roofline.compare_with_limits(dense, graphs, peaks, timed, WORDS),
+        "cpu_ms": round_percentiles(trials.cpu("torch")),
         "pages_read": trials.faults("torch"),
-        "trials_ms": rounded(trials.totals("torch")),
+        "trials_ms": round_times(trials.totals("torch")),
     }
 
 
@@ -168,9 +168,9 @@ def turns_of(trials: InterleavedTrials) -> str:
     return f"{len(trials.load)} interleaved actions each, load {min(trials.load):.1f} to {max(trials.load):.1f}"
 
 
-def percentiled(milliseconds: Sequence[float]) -> dict[str, float]:
+def round_percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in percentiles(milliseconds, (50, 90, 99)).items()}
 
 
-def rounded(milliseconds: Sequence[float]) -> list[float]:
+def round_times(milliseconds: Sequence[float]) -> list[float]:
     return [round(value, 1) for value in milliseconds]

@@ -15,13 +15,12 @@ FILE = "operating_points.toml"
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """``geometry``: see rlrc.artifact.geometries. ``prune``: the part of the intermediate blocks to cut;
-    ``eight``: patterns of the tensors that stay in 8 bits. ``elsewhere``: another runtime that the compressed one can
-    run on, and its precisions there.
+    """``name``: a geometry of rlrc.artifact.geometries. ``prune``: the share of the intermediate blocks to cut.
+    ``eight``: patterns of tensors that stay in 8 bits. ``elsewhere``: the compressed policy's other runtime and its
+    precisions there.
     """
 
     name: str
-    geometry: str
     prune: float
     eight: tuple[str, ...]
     runtime: str
@@ -38,7 +37,6 @@ class _Precisions:
 
 @dataclass(frozen=True)
 class _Entry:
-    geometry: str
     prune: float
     eight: tuple[str, ...]
     gguf: _Precisions | None = None
@@ -64,7 +62,6 @@ def point(name: str, runtime: str | None = None) -> OperatingPoint:
     others = [(other, its.compressed) for other, its in found.items() if other != chosen]
     return OperatingPoint(
         name,
-        entry.geometry,
         entry.prune,
         entry.eight,
         chosen,

@@ -68,23 +68,23 @@ class PolicyProcess:
             raise
 
     def act(self) -> ActionTimes:
-        values = self._asked("act")
+        values = self._ask("act")
         return ActionTimes(**values)
 
     def memory(self) -> dict[str, int]:
         """Bytes: see rlrc.benchmarks.measure.memory. What is ``file`` can be dropped and read again."""
-        return self._asked("memory")
+        return self._ask("memory")
 
     def peak(self, kind: str) -> float:
-        """Operations a second of products in this type by torch, where that is the policy's library (``in_torch``)."""
-        return float(self._asked(f"peak {kind}")["peak"])
+        """Operations a second of products in this type; for a worker of ``open_in_torch``."""
+        return float(self._ask(f"peak {kind}")["peak"])
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
         self._connection.close()
 
-    def _asked(self, what: str) -> dict[str, Any]:
+    def _ask(self, what: str) -> dict[str, Any]:
         with suppress(BrokenPipeError):  # the answer tells how it ended
             self._connection.send_bytes(what.encode())
         return self._answer()
@@ -150,14 +150,14 @@ def observation_of(spec: PolicySpec, words: int) -> dict[str, Any]:
     return seen
 
 
-def timed(passes: Parts, kind: str, call: Callable[[], Any]) -> Any:
+def time_call(passes: Parts, kind: str, call: Callable[[], Any]) -> Any:
     started = perf_counter()
     result = call()
     passes[kind] = passes.get(kind, 0.0) + (perf_counter() - started) * 1e3
     return result
 
 
-def exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
+def open_exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     """An artifact's graphs, unverified ones too."""
     from rlrc.runtime.inference.policy import LocalPolicy
 
@@ -180,7 +180,7 @@ def _dtype(kind: str) -> Any:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
 
 
-def in_torch(
+def open_in_torch(
     spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int, kind: str
 ) -> tuple[Infer, Parts]:
     """A policy in "fp32" or "bf16" with random weights, which no file has to be read for."""
@@ -196,7 +196,7 @@ def in_torch(
     torch.set_num_threads(threads)
     dtype = _dtype(kind)
     policy, passes = random_weights.in_torch(spec, towers, dtype), Parts()
-    in_turns(policy, dtype, passes)
+    time_passes(policy, dtype, passes)
     tokenizer = None
     if policy.spec.prompt is not None:
         with random_weights.tokenizer_file(policy.spec) as file:
@@ -205,22 +205,22 @@ def in_torch(
     return lambda: runner.infer(observation), passes
 
 
-def in_turns(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
+def time_passes(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
     """Times the passes of a torch policy, and gives them what they take in the weights' type."""
 
-    def narrowed(value: Any) -> Any:
+    def narrow(value: Any) -> Any:
         return value.to(dtype) if hasattr(value, "is_floating_point") and value.is_floating_point() else value
 
     def wrap(name: str, kind: Callable[[tuple[Any, ...]], str], times_stay: int | None = None) -> None:
         call = getattr(policy, name)
 
-        def wrapped(*arguments: Any) -> Any:
-            given = [value if i == times_stay else narrowed(value) for i, value in enumerate(arguments)]
-            return timed(passes, kind(arguments), lambda: call(*given))
+        def call_narrow(*arguments: Any) -> Any:
+            given = [value if i == times_stay else narrow(value) for i, value in enumerate(arguments)]
+            return time_call(passes, kind(arguments), lambda: call(*given))
 
-        setattr(policy, name, wrapped)
+        setattr(policy, name, call_narrow)
 
-    wrap("see", lambda _: "vision")
+    wrap("encode_image", lambda _: "vision")
     if policy.spec.decode == "autoregressive":
         wrap("step", lambda arguments: "decode" if arguments[2] else "prefill")
     elif policy.spec.decode == "parallel":

@@ -49,7 +49,7 @@ class Peaks:
 
 
 @dataclass(frozen=True)
-class Reached:
+class PartLimit:
     """One part of a decision: milliseconds of the limit and as measured, and what binds it."""
 
     limit_ms: float
@@ -112,7 +112,7 @@ def fastest(call: Callable[[], object], operations: float, threads: int) -> floa
     return operations / min(seconds)
 
 
-def reached(
+def compare_with_limits(
     manifest: Manifest, kernels: Mapping[str, str], peaks: Peaks, measured: Mapping[str, list[float]], words: int
 ) -> dict[str, dict[str, Any]]:
     """Of every part that was timed (milliseconds of each trial). ``kernels``: what each graph runs in, see KERNELS."""
@@ -123,11 +123,11 @@ def reached(
         # OpenVLA-OFT's head is part of its decoder's graph.
         own = [part for part in parts if part.name == name or (name == "prefill" and part.name == "head")]
         if own:
-            found[name] = asdict(_reached(own, kernels, device, median(times)))
+            found[name] = asdict(_compare_part(own, kernels, device, median(times)))
     return found
 
 
-def _reached(parts: list[Part], kernels: Mapping[str, str], device: Device, measured_ms: float) -> Reached:
+def _compare_part(parts: list[Part], kernels: Mapping[str, str], device: Device, measured_ms: float) -> PartLimit:
     limit = products = traffic = 0.0
     for part in parts:
         kernel = replace(KERNELS[kernels[GRAPHS.get(part.name, "decoder")]], activation=WIDE_ACTIVATIONS)
@@ -136,4 +136,4 @@ def _reached(parts: list[Part], kernels: Mapping[str, str], device: Device, meas
         products += float(asked.arithmetic.sum())
         traffic += float(asked.traffic.sum())
     bound = "products" if products >= traffic else "memory"
-    return Reached(round(1e3 * limit, 2), round(measured_ms, 2), round(1e3 * limit / measured_ms, 3), bound)
+    return PartLimit(round(1e3 * limit, 2), round(measured_ms, 2), round(1e3 * limit / measured_ms, 3), bound)

@@ -14,15 +14,15 @@ from tyro.conf import Positional
 
 from rlrc.benchmarks.claims import claims
 from rlrc.benchmarks.cli.measure import forget_episodes, play_episodes, time_inferences
-from rlrc.benchmarks.cli.output import finish, result_of, stages
+from rlrc.benchmarks.cli.output import ResultOptions, result_of, stages
 from rlrc.benchmarks.measure import latency, success
-from rlrc.benchmarks.results.results import Named, check_out, facts, open_artifacts, read
+from rlrc.benchmarks.results.results import Named, facts, open_artifacts, read
 from rlrc.errors import UserError
 from rlrc.tables import print_table
 
 
-@dataclass(frozen=True)
-class Claims:
+@dataclass(frozen=True, kw_only=True)
+class Claims(ResultOptions):
     """Memory, latency and success of one artifact against its dense parent, at once; exit code 1 unless all hold."""
 
     artifact: Positional[str | None] = None
@@ -53,15 +53,9 @@ class Claims:
     """processes that play episodes"""
     thresholds: Path | None = None
     """TOML file with other thresholds than those of the paper"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> int:
-        check_out(self.out, self.force)
+        self.check_out()
         limits = claims.thresholds(self.thresholds)
         if self.geometry is not None:
             return self._full_size(limits)
@@ -96,7 +90,7 @@ class Claims:
             f"operating point: {compressed.name} ({point['compressed']['precision']}) against {baseline.name} "
             f"({point['baseline']['precision']}), {self.threads} thread(s); cut: {cut}"
         )
-        finish(self, result, table, note)
+        self.finish(result, table, note)
         forget_episodes(self.out)
         return 0 if passed else 1
 
@@ -120,7 +114,7 @@ class Claims:
             f"operating point: {result['compressed']['precision']} against {result['dense']['precision']} on "
             f"{chosen.runtime}, {self.threads} thread(s), random weights: success is not measured"
         )
-        finish(self, result, table_of([claims.ClaimCheck(**check) for check in result["checks"]]), note)
+        self.finish(result, table_of([claims.ClaimCheck(**check) for check in result["checks"]]), note)
         if not self.json:
             print_table(parts_table(result), Console())
         return 0 if result["verdict"] == "PASS" else 1

@@ -12,7 +12,7 @@ from matplotlib import pyplot
 from rich.table import Table
 from tyro.conf import Positional
 
-from rlrc.benchmarks.cli.output import finish, plain_progress, result_of
+from rlrc.benchmarks.cli.output import OutputOptions, plain_progress, result_of
 from rlrc.benchmarks.control import faults
 from rlrc.benchmarks.control import scenarios as loop
 from rlrc.benchmarks.results import machine
@@ -24,8 +24,8 @@ from rlrc.runtime.control.chunks import STRATEGIES
 Scenario = Literal["steady", "slow", "overhead", "page", "faults"]
 
 
-@dataclass(frozen=True)
-class Loop:
+@dataclass(frozen=True, kw_only=True)
+class Loop(OutputOptions):
     """Steady rate under load, slow inference, the loop's own cost, with the page too, and everything that can break.
 
     The first two play the reference policy's simulator, the others an arm in software.
@@ -47,8 +47,6 @@ class Loop:
     """result file to write; rows of other scenarios that it has already stay"""
     picture: Path | None = None
     """SVG to draw of the jumps where chunks meet"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
         if self.out is None or not self.out.exists():
@@ -63,7 +61,7 @@ class Loop:
         result = result_of("loop", [row for row in kept if row["name"] not in names] + rows, 1)
         if self.picture is not None:
             draw(result["rows"], self.picture)
-        finish(self, result, table(rows), "milliseconds")
+        self.finish(result, table(rows), "milliseconds")
 
     def _measured(self, scenario: Scenario) -> list[dict[str, Any]]:
         measure: dict[str, tuple[int, Callable[[loop.Tick], list[dict[str, Any]]]]] = {

@@ -1,4 +1,4 @@
-"""The commands that measure one thing: latency, memory, success."""
+"""The commands that measure latency, memory and success."""
 
 from __future__ import annotations
 
@@ -9,39 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from tyro.conf import Positional
 
-from rlrc.benchmarks.cli.output import finish, progress, result_of
+from rlrc.benchmarks.cli.output import ArtifactOptions, progress, result_of
 from rlrc.benchmarks.measure import latency, memory, success
 from rlrc.benchmarks.results import machine
-from rlrc.benchmarks.results.results import Named, check_out, facts, open_artifacts
+from rlrc.benchmarks.results.results import Named, facts
 from rlrc.errors import UserError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.board.monitor import Board
 
 
-@dataclass(frozen=True)
-class MeasureLatency:
+@dataclass(frozen=True, kw_only=True)
+class MeasureLatency(ArtifactOptions):
     """Milliseconds of one inference, in total and by part; several artifacts in one interleaved run."""
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what ratios are taken against (default: the first artifact)"""
     trials: int = 500
     """inferences of each, after the warm-up"""
-    threads: int = 1
-    """threads of the engine"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
-        check_out(self.out, self.force)
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         with Board.monitor() as watched:
             trials = time_inferences(opened, self.trials, self.threads)
         rows = [facts(named) | latency.row(trials[named.name]) for named in opened]
@@ -61,31 +47,18 @@ class MeasureLatency:
         result = result_of("latency", rows, self.threads)
         if (during := monitor.summarise(watched.readings())) is not None:
             result, note = result | {"board": during}, f"{monitor.format_summary(during)}; {note}".rstrip("; ")
-        finish(self, result, table, note or "milliseconds; all trials are kept in --out")
+        self.finish(result, table, note or "milliseconds; all trials are kept in --out")
 
 
-@dataclass(frozen=True)
-class MeasureMemory:
+@dataclass(frozen=True, kw_only=True)
+class MeasureMemory(ArtifactOptions):
     """Bytes that the runtime loads, by graph, and the memory of fresh processes that run the policy."""
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what ratios are taken against (default: the first artifact)"""
     repeats: int = 3
     """processes of each"""
-    threads: int = 1
-    """threads of the engine"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
-        check_out(self.out, self.force)
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         if self.repeats < 1:
             raise UserError(f"expected at least one process of each, found --repeats {self.repeats}; raise it")
         rows = []
@@ -117,17 +90,13 @@ class MeasureMemory:
             "MB of 1e6 bytes; what is not quantized counts as bf16; own: beyond a process that has imported the "
             "runtime; page cache: of the graphs' files, in no process"
         )
-        finish(self, result_of("memory", rows, self.threads), table, note)
+        self.finish(result_of("memory", rows, self.threads), table, note)
 
 
-@dataclass(frozen=True)
-class MeasureSuccess:
+@dataclass(frozen=True, kw_only=True)
+class MeasureSuccess(ArtifactOptions):
     """Closed-loop episodes on the simulator, the same scenes for every artifact; an interrupted run continues."""
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what the others are compared with, scene by scene (default: the first artifact)"""
     tasks: tuple[str, ...] = ()
     """Meta-World tasks to play (default: all, with the shared scenes)"""
     env: tuple[str, ...] = ()
@@ -139,18 +108,11 @@ class MeasureSuccess:
     twice as many of a task that has no shared variant"""
     workers: int = 2
     """processes"""
-    threads: int = 1
-    """threads of the engine in each process"""
     out: Path | None = None
     """result file to write; episodes are kept beside it until all are played"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
-        check_out(self.out, self.force)
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         scenes = self._scenes(opened)
         rows = play_episodes(opened, scenes, self.workers, self.threads, self.out)
         compared = [success.compare(row, rows[0]) for row in rows[1:]]
@@ -165,7 +127,7 @@ class MeasureSuccess:
             f"{pair['lower_limit']:+.3f}, McNemar p {pair['mcnemar_p']:.3f}"
             for pair in compared
         )
-        finish(self, result_of("success", rows, self.threads) | {"comparisons": compared}, table, note)
+        self.finish(result_of("success", rows, self.threads) | {"comparisons": compared}, table, note)
         forget_episodes(self.out)
 
     def _scenes(self, opened: Sequence[Named]) -> success.Scenes:
@@ -176,11 +138,6 @@ class MeasureSuccess:
         if self.env_mapping is not None:
             raise UserError("expected --env with --env-mapping, found no --env; give the environment as well")
         return success.scenes(self.tasks, self.episodes_per_task)
-
-
-def baseline_first(artifacts: Sequence[str], baseline: str | None) -> list[Named]:
-    """The artifacts, the baseline first."""
-    return open_artifacts([*([baseline] if baseline else []), *artifacts])
 
 
 def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[str, latency.Trials]:

@@ -1,4 +1,4 @@
-"""What the measuring commands have in common: a progress bar, the head of a result, and its file and table."""
+"""What the measuring commands share: options, progress, the head of a result, its file and its table."""
 
 from __future__ import annotations
 
@@ -7,45 +7,89 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
 from rlrc.benchmarks.results import machine
-from rlrc.benchmarks.results.results import dump, write
+from rlrc.benchmarks.results.results import Named, check_out, dump, open_artifacts, write
 from rlrc.progress import EVERY_S, interactive, status
 from rlrc.progress import progress as progress_of
 from rlrc.tables import print_table
 
 
-class Command(Protocol):
-    @property
-    def out(self) -> Path | None: ...
-    @property
-    def json(self) -> bool: ...
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    out: Path | None = None
+    """result file to write"""
+    json: bool = False
+    """print the result as JSON instead"""
+
+    def finish(self, result: dict[str, Any], table: Table, note: str) -> None:
+        """Write the result, and print it."""
+        if self.out:
+            write(self.out, dump(result))
+        if self.json:
+            print(json.dumps(result))
+            return
+        console = Console()
+        print_table(table, console)
+        if note:
+            console.print(note, soft_wrap=True)
+        if self.out:
+            console.print(f"next: rlrc report {self.out} --out report.html", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions(OutputOptions):
+    force: bool = False
+    """replace the result file"""
+
+    def check_out(self) -> None:
+        """Raises UserError, before any work is done, for a result file that exists or cannot be written."""
+        check_out(self.out, self.force)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactOptions(ResultOptions):
+    """Of the benchmarks that compare artifacts."""
+
+    artifacts: Positional[tuple[str, ...]]
+    """artifacts, as FOLDER or NAME=FOLDER"""
+    baseline: str | None = None
+    """what the others are compared with (default: the first artifact)"""
+    threads: int = 1
+    """threads of each engine"""
+
+    def open_artifacts(self) -> list[Named]:
+        """The artifacts, the baseline first. Raises UserError where ``check_out`` or ``open_artifacts`` does."""
+        self.check_out()
+        return open_artifacts([*([self.baseline] if self.baseline else []), *self.artifacts])
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``advance(more)``, of so many in all."""
+    """Yields ``advance(more)``, where ``more`` counts towards ``total``."""
     done = 0
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        tell(done, "")
+        report(done, "")
 
-    with progress_of(what, total) as tell:
-        tell(0, "")
+    with progress_of(what, total) as report:
+        report(0, "")
         yield advance
 
 
 @contextmanager
 def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``progress`` where the memory and the time of this process are measured: a bar takes a megabyte or two more, and
-    this prints in no thread of its own."""
+    """``progress`` where the memory and the time of this process are measured: without a bar, which takes one or two
+    megabytes, and without a thread."""
     done, end, last = 0, "\r" if sys.stderr.isatty() else "\n", time.monotonic()
 
     def advance(more: int) -> None:
@@ -63,11 +107,11 @@ def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def stages(what: str) -> Iterator[Callable[[str], None]]:
-    """What is being done and for how long; where nobody watches, a line for each."""
-    with status(what) as tell:
+    """Yields ``step(now)``, which shows the present stage and its duration; without a terminal, a line for each."""
+    with status(what) as report:
 
         def step(now: str) -> None:
-            tell(f"{what}: {now}")
+            report(f"{what}: {now}")
             if not interactive():
                 print(f"{what}: {now}", file=sys.stderr, flush=True)
 
@@ -76,17 +120,3 @@ def stages(what: str) -> Iterator[Callable[[str], None]]:
 
 def result_of(kind: str, rows: list[dict[str, Any]], threads: int) -> dict[str, Any]:
     return {"kind": kind, "command": machine.command(), "machine": machine.describe(threads), "rows": rows}
-
-
-def finish(command: Command, result: dict[str, Any], table: Table, note: str) -> None:
-    if command.out:
-        write(command.out, dump(result))
-    if command.json:
-        print(json.dumps(result))
-        return
-    console = Console()
-    print_table(table, console)
-    if note:
-        console.print(note, soft_wrap=True)
-    if command.out:
-        console.print(f"next: rlrc report {command.out} --out report.html", soft_wrap=True)

@@ -1,59 +1,43 @@
-"""The commands that measure what a policy takes of a machine over time, and what measuring takes itself."""
+"""The commands that measure energy and throughput."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from tyro.conf import Positional
 
-from rlrc.benchmarks.cli.measure import baseline_first
-from rlrc.benchmarks.cli.output import finish, progress, result_of
-from rlrc.benchmarks.measure import energy, latency, overhead, throughput
-from rlrc.benchmarks.results.results import check_out, facts
+from rlrc.benchmarks.cli.output import ArtifactOptions, progress, result_of
+from rlrc.benchmarks.measure import energy, latency, throughput
+from rlrc.benchmarks.results.results import facts
 from rlrc.errors import UserError
 
 
-@dataclass(frozen=True)
-class Energy:
+@dataclass(frozen=True, kw_only=True)
+class Energy(ArtifactOptions):
     """Joules of a chunk and of an action: from a Jetson's power rails, or a processor's counters where they are open.
 
     Says "not available", and why, on any other machine.
     """
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what ratios are taken against (default: the first artifact)"""
     seconds: float = 10.0
     """how long each is run in every round, and nothing at first"""
     rounds: int = 5
     """rounds, in which the artifacts take turns"""
-    threads: int = 1
-    """threads of the engine"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
         from rlrc.runtime.inference.policy import LocalPolicy
 
-        check_out(self.out, self.force)
         check_rounds(self.seconds, self.rounds)
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         found, where = energy.sources()
         rows: list[dict[str, Any]] = [facts(named) | {"energy": None} for named in opened]
         if found is not None:
             calls: dict[str, Any] = {}
             for named in opened:
                 policy = LocalPolicy.load(named.artifact.path, self.threads)
-                calls[named.name] = latency.timed(policy, latency.observations(named.artifact))
+                calls[named.name] = latency.make_timer(policy, latency.observations(named.artifact))
                 calls[named.name]()
             with progress("intervals", 1 + self.rounds * len(opened)) as advance:
                 idle, taken = energy.measure(found, calls, self.seconds, self.rounds, advance)
@@ -62,7 +46,7 @@ class Energy:
         table = Table("policy", "J a chunk", "J an action", "above idle, J a chunk", "W", "idle W", "ratio")
         for row in rows:
             table.add_row(row["name"], *_energy_cells(row["energy"], rows[0]["energy"]))
-        finish(self, result_of("energy", rows, self.threads) | {"source": where}, table, where)
+        self.finish(result_of("energy", rows, self.threads) | {"source": where}, table, where)
 
 
 def _energy_cells(measured: dict[str, Any] | None, baseline: dict[str, Any] | None) -> list[str]:
@@ -74,39 +58,26 @@ def _energy_cells(measured: dict[str, Any] | None, baseline: dict[str, Any] | No
     return [*cells, f"{measured['watts']:.2f}", f"{measured['idle_watts']:.2f}", f"{ratio:.2f}x"]
 
 
-@dataclass(frozen=True)
-class Throughput:
+@dataclass(frozen=True, kw_only=True)
+class Throughput(ArtifactOptions):
     """Chunks and actions a second when the machine does nothing else, by how many policies run at once."""
 
-    artifacts: Positional[tuple[str, ...]]
-    """artifacts, as FOLDER or NAME=FOLDER"""
-    baseline: str | None = None
-    """what ratios are taken against (default: the first artifact)"""
     at_once: tuple[int, ...] = ()
     """how many policies run at once (default: 1, and as many as there are cores)"""
     seconds: float = 5.0
     """how long a round is"""
     rounds: int = 5
     """rounds of each"""
-    threads: int = 1
-    """threads of each engine"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
 
     def run(self) -> None:
         from rlrc.runtime.inference.policy import LocalPolicy
 
-        check_out(self.out, self.force)
         check_rounds(self.seconds, self.rounds)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         numbers = self.at_once or tuple(dict.fromkeys((1, cores)))
         if min(numbers) < 1:
             raise UserError(f"expected one or more policies at once, found {min(numbers)}; change --at-once")
-        opened = baseline_first(self.artifacts, self.baseline)
+        opened = self.open_artifacts()
         rows = []
         with progress("rounds", len(opened) * len(numbers) * self.rounds) as advance:
             for named in opened:
@@ -131,50 +102,11 @@ class Throughput:
                     f"{one['chunks_per_s'] / rows[0]['throughput'][number]['chunks_per_s']:.2f}x",
                 )
         note = "a chunk's actions can be played one after the other while the next is made"
-        finish(self, result_of("throughput", rows, self.threads), table, note)
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """What the stop-watch itself costs a call, on a policy that does nothing; exit code 1 above 50 microseconds."""
-
-    calls: int = 20_000
-    """calls to measure"""
-    out: Path | None = None
-    """result file to write"""
-    force: bool = False
-    """replace the result file"""
-    json: bool = False
-    """print the result as JSON instead"""
-
-    def run(self) -> int:
-        check_out(self.out, self.force)
-        if self.calls < 1:
-            raise UserError(f"expected at least one call, found {self.calls}; raise --calls")
-        measured = overhead.measure(self.calls)
-        passed = measured["whole_us"]["p90"] < overhead.LIMIT_US
-        rows = [{"name": "harness", "calls": self.calls, **measured}]
-        table = Table("microseconds", *measured["whole_us"])
-        for name, title in (("added_us", "added to every figure"), ("whole_us", "a call of the harness")):
-            table.add_row(title, *(f"{value:.2f}" for value in measured[name].values()))
-        result = result_of("overhead", rows, 1) | {"limit_us": overhead.LIMIT_US, "verdict": _word(passed)}
-        note = (
-            f"{_word(passed)}: nine calls of ten take less than {overhead.LIMIT_US:g} microseconds"
-            if passed
-            else (
-                f"FAIL: more than one call of ten takes {overhead.LIMIT_US:g} microseconds or more: the machine is busy"
-            )
-        )
-        finish(self, result, table, note)
-        return 0 if passed else 1
-
-
-def _word(passed: bool) -> str:
-    return "PASS" if passed else "FAIL"
+        self.finish(result_of("throughput", rows, self.threads), table, note)
 
 
 def check_rounds(seconds: float, rounds: int) -> None:
-    """Raises UserError for what no interval comes from."""
+    """Raises UserError for durations and rounds that give no interval."""
     if not seconds > 0 or rounds < 2:
         raise UserError(
             f"expected seconds and two rounds at least, found {seconds:g} and {rounds}; raise --seconds or --rounds"

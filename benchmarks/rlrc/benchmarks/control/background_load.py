@@ -1,4 +1,4 @@
-"""Processes beside the control loop that is measured: a load, and a bare timer to compare it with."""
+"""Processes that run in parallel with the measured control loop: a load, and a bare timer to compare it with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlrc.realtime import real_time
 
 
 @contextmanager
-def loaded() -> Iterator[None]:
+def background_load() -> Iterator[None]:
     """Another process that keeps the last processor busy."""
     process = multiprocessing.get_context("spawn").Process(target=_burn, daemon=True)
     process.start()
@@ -72,18 +72,18 @@ def viewer(link: str, cameras: int) -> Iterator[None]:
 def _view(connection: Any, url: str, token: str, cameras: int) -> None:
     headers = {"Authorization": f"Bearer {token}"}
 
-    def opened(path: str) -> Any:
+    def open_url(path: str) -> Any:
         return urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=60)
 
     def read() -> None:
-        with opened("/events") as events:
+        with open_url("/events") as events:
             for _ in events:
                 pass
 
     threading.Thread(target=read, daemon=True).start()
     while True:
         for camera in range(cameras):
-            with opened(f"/camera/{camera}") as picture:
+            with open_url(f"/camera/{camera}") as picture:
                 picture.read()
         if connection is not None:
             connection.send_bytes(b"")

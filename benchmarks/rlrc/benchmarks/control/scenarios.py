@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.benchmarks.control import faults, simulated_arm
-from rlrc.benchmarks.control.background_load import loaded, timer, viewer
+from rlrc.benchmarks.control.background_load import background_load, timer, viewer
 from rlrc.benchmarks.measure.memory import read_process
 from rlrc.benchmarks.results.stats import mcnemar, wilson
 from rlrc.envs.seeds import EVALUATION
@@ -95,7 +95,7 @@ class SimulatedPolicy:
         return self.robot.success, self.guard.reason
 
     @property
-    def beside(self) -> tuple[int, int]:
+    def processes(self) -> tuple[int, int]:
         return self.inference.pid, self.robot.pid
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
     run = SimulatedPolicy(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
     ended, settled, growth = list[bool](), 0, 0
     try:
-        with loaded(), timer(HZ) as timed, real_time(background=run.beside) as granted:
+        with background_load(), timer(HZ) as timed, real_time(background=run.processes) as granted:
             begun = time.monotonic()
             while (passed := time.monotonic() - begun) < minutes * 60:
                 success, reason = run.episode(EVALUATION[len(ended)])
@@ -121,8 +121,8 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
                 tick(1)
     finally:
         run.close()
-    beside = jitter(np.diff(timed()), 1 / HZ)
-    return figures("steady", run.telemetry, HZ, beside, growth) | {
+    timer_ms = jitter(np.diff(timed()), 1 / HZ)
+    return figures("steady", run.telemetry, HZ, timer_ms, growth) | {
         "stalls": stalls(run.telemetry.rows, timed()),
         "episodes": len(ended),
         "success": float(np.mean(ended)),
@@ -154,7 +154,7 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
         for task in tasks:
             run = SimulatedPolicy(path, task, HZ, strategy, delay / HZ, 500 * episodes)
             try:
-                with real_time(background=run.beside):
+                with real_time(background=run.processes):
                     for seed in EVALUATION[:episodes]:
                         success, reason = run.episode(seed)
                         ended.append(success)
@@ -163,12 +163,12 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
             finally:
                 run.close()
             told.append(run.telemetry)
-            jumps.append(spliced(run.telemetry))
+            jumps.append(splice_jumps(run.telemetry))
         baseline = baseline or ended
         jumped = np.concatenate(jumps)
         pairs = list(zip(ended, baseline, strict=True))
         only, only0 = pairs.count((True, False)), pairs.count((False, True))
-        merged = figures(f"{strategy}, {delay:g} periods", joined(told), HZ, None, 0)
+        merged = figures(f"{strategy}, {delay:g} periods", join_telemetry(told), HZ, None, 0)
         yield merged | {
             "strategy": strategy,
             "delay_periods": delay,
@@ -186,14 +186,14 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
         }
 
 
-def spliced(telemetry: Telemetry) -> NDArray[np.float64]:
+def splice_jumps(telemetry: Telemetry) -> NDArray[np.float64]:
     """How far the command jumps where a new chunk begins, the gripper's aside: the largest change of a dimension."""
     rows, commands = telemetry.rows, telemetry.commands.astype(float)
     changed = (rows["chunk"][1:] != rows["chunk"][:-1]) & (rows["step"][1:] > rows["step"][:-1])
     return np.asarray(np.abs(np.diff(commands[:, :-1], axis=0)).max(1)[changed], np.float64)
 
 
-def joined(told: list[Telemetry]) -> Telemetry:
+def join_telemetry(told: list[Telemetry]) -> Telemetry:
     """The steps of several, one after the other."""
     whole = Telemetry(sum(len(one.rows) for one in told), told[0].commands.shape[1])
     at = 0
@@ -221,7 +221,7 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
         telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
         planner = Planner(inference, Chunks("replace", simulated_arm.HORIZON), spec)
         try:
-            with paged(guard, spec, names) if page else nullcontext() as show:
+            with open_page(guard, spec, names) if page else nullcontext() as show:
                 control_loop = ControlLoop(arm, planner, guard, telemetry, spec, LoopTiming(HZ), LoopHooks(show=show))
                 with real_time(background=(inference.pid,)):
                     control_loop.run(steps=int(seconds * HZ))
@@ -238,7 +238,7 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
 
 
 @contextmanager
-def paged(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[Show]:
+def open_page(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[Show]:
     """The operator's page of a loop, with a viewer."""
     hello = {"kind": "run", "name": "rig", "facts": [], "rows": list_plots(spec, guard.profile), "cameras": cameras}
     page = Page(hello, cameras, Address())
@@ -297,7 +297,7 @@ def broken(tick: Tick) -> Iterator[dict[str, Any]]:
         }
 
 
-def figures(name: str, telemetry: Telemetry, hz: float, beside: float | None, growth: int) -> dict[str, Any]:
+def figures(name: str, telemetry: Telemetry, hz: float, timer_ms: float | None, growth: int) -> dict[str, Any]:
     found = summary(telemetry, 1 / hz)
     return {
         "name": name,
@@ -308,7 +308,7 @@ def figures(name: str, telemetry: Telemetry, hz: float, beside: float | None, gr
         "held_steps": found["held_steps"],
         "skipped_steps": found["skipped_steps"],
         "jitter_ms_p99": found["jitter_ms_p99"],
-        "timer_jitter_ms_p99": beside,
+        "timer_jitter_ms_p99": timer_ms,
         "rss_growth_bytes": growth,
         "time_to_hold_ms": None,
         "overhead_ms": found["overhead_ms"],

@@ -114,7 +114,7 @@ class SimulatedArm:
         if self.fault in ("lost robot", "hang in hold"):
             raise RobotError("the arm does not answer")
         self._sensed = self._sensed if self.fault == "silent robot" else self._measure()
-        return self._given(self._sensed)
+        return self._corrupt(self._sensed)
 
     def command(self, action: NDArray[Any]) -> None:
         self._called += 1
@@ -141,7 +141,7 @@ class SimulatedArm:
         if self.fault == f"KeyboardInterrupt in {call}":
             raise KeyboardInterrupt
 
-    def _given(self, sensed: Any) -> Any:
+    def _corrupt(self, sensed: Any) -> Any:
         """What a broken driver makes of a ``Sensed``: Any, for some of its fields get values of wrong types."""
         if self.fault == "sense gives a tuple":
             return tuple(sensed)
@@ -175,10 +175,10 @@ class SimulatedArm:
             pictures, stamps = {}, {}
         if self.fault == "stale state":
             stamp = self._sensed.stamp
-        state = self._broken_state().astype(np.float32)
+        state = self._corrupt_state().astype(np.float32)
         return Sensed({**pictures, "state": state}, state, stamp, stamps)
 
-    def _broken_state(self) -> NDArray[np.float64]:
+    def _corrupt_state(self) -> NDArray[np.float64]:
         if self.fault == "frozen state":
             return np.array(self._sensed.measured, float)
         if self.fault == "jumping state":
@@ -208,10 +208,10 @@ class Circle:
         time.sleep(self._seconds)
         actions = np.stack([SPAN * np.cos(angles) - SPAN, SPAN * np.sin(angles)], 1).astype(np.float32)
         if observation["image.wrist"][0, 0, 0] == MARK:
-            actions = self._broken(actions)
+            actions = self._corrupt(actions)
         return {"actions": actions, "tokens": None}
 
-    def _broken(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _corrupt(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._fault == "hang":
             time.sleep(1e6)
         if self._fault == "crash":

@@ -1,9 +1,10 @@
 """What serving costs beyond inference: an observation's way to the policy and its actions' way back, on this machine.
 
-Two servers run a policy that hardly computes (rlrc.benchmarks.control.simulated_arm), each in its own process: a
-minimal one, written here on the same libraries, which calls the policy in its event loop and checks nothing; and that
-of `rlrc serve`. They are asked in turn, so that other load on the machine affects both alike, and at a real-time
-priority where the system grants one.
+Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of
+its own: a minimal one, written here on the same libraries, that calls the policy in its event loop and checks nothing;
+`rlrc serve`'s; and that with pictures in shared memory. They are called in turn, so that other
+load on the machine affects all alike, and at a real-time priority where that is granted, so that other processes add
+nothing to the cost of serving.
 """
 
 from __future__ import annotations
@@ -45,17 +46,17 @@ def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iter
     seen = {f"image.{name}": random.integers(0, 200, (*size, 3), np.uint8) for name in names}
     observation = {**seen, "state": np.zeros(2, np.float32)}
     with ExitStack() as stack:
-        priority = stack.enter_context(before_others())
+        priority = stack.enter_context(raise_priority())
         ways = {
             "minimal server": stack.enter_context(_client(_minimal, size, names)),
             "rlrc serve": stack.enter_context(_client(_ours, size, names)),
         }
         for policy in ways.values():
-            _asked(policy, observation, WARM)
+            _time_calls(policy, observation, WARM)
         spent: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(-(-calls // TURN)):
             for name, policy in ways.items():
-                spent[name] += _asked(policy, observation, COLD + TURN)[COLD:]
+                spent[name] += _time_calls(policy, observation, COLD + TURN)[COLD:]
             tick(TURN)
     for name, milliseconds in spent.items():
         p50, p90, p99, most = np.percentile(milliseconds, (50, 90, 99, 100)).tolist()
@@ -68,8 +69,8 @@ def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iter
 
 
 @contextmanager
-def before_others() -> Iterator[str]:
-    """This process and those that it starts go before ordinary ones, as on a robot, where Linux grants that."""
+def raise_priority() -> Iterator[str]:
+    """Run this process and its children at a real-time priority, as on a robot, where Linux grants that."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
     except OSError as error:
@@ -81,7 +82,7 @@ def before_others() -> Iterator[str]:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def _asked(policy: RemotePolicy, observation: Mapping[str, Any], calls: int) -> list[float]:
+def _time_calls(policy: RemotePolicy, observation: Mapping[str, Any], calls: int) -> list[float]:
     spent = []
     for _ in range(calls):
         begun = time.perf_counter()
@@ -129,7 +130,7 @@ async def _minimal(spec: Any, port: Any) -> None:
             begun = time.perf_counter()
             actions = policy.infer(observation)["actions"]
             timing = {"infer_ms": (time.perf_counter() - begun) * 1e3}
-            await connection.send(msgpack.packb({"actions": actions, "policy_timing": timing}, default=_packed))
+            await connection.send(msgpack.packb({"actions": actions, "policy_timing": timing}, default=_pack))
 
     async with serve(answer, "127.0.0.1", 0, compression=None, max_size=None) as server:
         port.send(next(iter(server.sockets)).getsockname()[1])
@@ -142,5 +143,5 @@ def _array(values: dict[Any, Any]) -> Any:
     return np.frombuffer(values[b"data"], values[b"dtype"]).reshape(values[b"shape"])
 
 
-def _packed(array: NDArray[Any]) -> dict[bytes, Any]:
+def _pack(array: NDArray[Any]) -> dict[bytes, Any]:
     return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}

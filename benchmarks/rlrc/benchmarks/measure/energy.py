@@ -112,7 +112,7 @@ def meter(found: Sources) -> Iterator[Spent]:
     before = [counter.microjoules() for counter in packages]
     integral.sample()
     try:
-        with _sampled(integral) if channels else nullcontext():
+        with _sampling(integral) if channels else nullcontext():
             yield spent
     finally:
         spent.seconds = integral.sample()
@@ -142,7 +142,7 @@ class _Integral:
 
 
 @contextmanager
-def _sampled(integral: _Integral) -> Iterator[None]:
+def _sampling(integral: _Integral) -> Iterator[None]:
     """Samples taken by a thread while the block runs."""
     stop, lost = threading.Event(), list[BaseException]()
 
@@ -194,14 +194,14 @@ def row(taken: list[tuple[float, float]], idle: float, horizon: int) -> dict[str
     above = mean_interval([joules * (1 - idle / power) for joules, power in taken])
     return {
         "energy": {
-            "joules_chunk": _rounded(chunk),
-            "joules_action": _rounded(Estimate(*(value / horizon for value in (chunk.value, chunk.low, chunk.high)))),
-            "joules_chunk_above_idle": _rounded(above),
+            "joules_chunk": _round(chunk),
+            "joules_action": _round(Estimate(*(value / horizon for value in (chunk.value, chunk.low, chunk.high)))),
+            "joules_chunk_above_idle": _round(above),
             "watts": round(watts, 3),
             "idle_watts": round(idle, 3),
         }
     }
 
 
-def _rounded(estimate: Estimate) -> dict[str, float]:
+def _round(estimate: Estimate) -> dict[str, float]:
     return {"value": round(estimate.value, 5), "low": round(estimate.low, 5), "high": round(estimate.high, 5)}

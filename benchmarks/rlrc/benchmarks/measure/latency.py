@@ -74,7 +74,7 @@ def measure(
     """
     if trials < 1 or block < 1:
         raise UserError(f"expected at least one trial and one trial a block, found {trials} and {block}; raise them")
-    calls = {name: timed(policy, observations[name]) for name, policy in policies.items()}
+    calls = {name: make_timer(policy, observations[name]) for name, policy in policies.items()}
     warm = {name: warm_up(lambda call=call: call()[0], PATIENCE_S)[:2] for name, call in calls.items()}  # type: ignore[misc]
     taken: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in policies}
     for _ in range(math.ceil(trials / block)):
@@ -135,7 +135,7 @@ def part_of(graph: str, inputs: Mapping[str, NDArray[Any]]) -> str | None:
     return "decode" if later else GRAPHS.get(graph)
 
 
-def timed(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callable[[], tuple[float, dict[str, float]]]:
+def make_timer(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callable[[], tuple[float, dict[str, float]]]:
     """A function that makes one call with the next observation: (milliseconds in total, milliseconds by part)."""
     following = cycle(observations)
     passes: TimedEngine | None = None
@@ -160,13 +160,13 @@ def timed(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callable[[]
 def row(trials: Trials) -> dict[str, Any]:
     """The measured part of a table row: percentiles, and the trials themselves, to 0.1 microseconds."""
     return {
-        "latency_ms": _rounded(trials.total),
-        "parts_ms": {part: _rounded(values) for part, values in trials.parts.items()},
+        "latency_ms": _round(trials.total),
+        "parts_ms": {part: _round(values) for part, values in trials.parts.items()},
         "warmup": {"calls": trials.warmup_calls, "stable": trials.stable},
         "block": trials.block,
         "trials_ms": [round(value, 4) for value in trials.total],
     }
 
 
-def _rounded(milliseconds: Sequence[float]) -> dict[str, float]:
+def _round(milliseconds: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in percentiles(milliseconds).items()}

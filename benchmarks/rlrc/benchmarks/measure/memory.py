@@ -63,13 +63,13 @@ def row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     ``own``: what the policy adds to a process that has imported the runtime; ``own_range``: the lowest and highest.
     """
-    owns = [own(run) for run in runs]
+    owns = [own_memory(run) for run in runs]
     middle = [one["pss"] for one in owns].index(median_low(one["pss"] for one in owns))
     spread = {key: [min(one[key] for one in owns), max(one[key] for one in owns)] for key in owns[0]}
     return {"memory": {**runs[middle], "own": owns[middle], "own_range": spread, "runs": len(runs)}}
 
 
-def own(stages: dict[str, Process]) -> Process:
+def own_memory(stages: dict[str, Process]) -> Process:
     before, after = stages["imported"], stages["running"]
     risen = {key: after[key] - before[key] for key in ("rss", "pss", "anonymous", "file", "used")}
     # Loading reads and converts: its peak can be above what stays.

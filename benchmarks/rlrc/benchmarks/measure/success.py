@@ -181,7 +181,7 @@ def _jobs(
 _playing: dict[tuple[Path, str], tuple[LocalPolicy, Environment]] = {}  # what this process has open: at most one pair
 
 
-def _opened(job: Job) -> tuple[LocalPolicy, Environment]:
+def _open(job: Job) -> tuple[LocalPolicy, Environment]:
     from rlrc.envs.environment import open_environment
     from rlrc.runtime.inference.policy import LocalPolicy
 
@@ -196,7 +196,7 @@ def _opened(job: Job) -> tuple[LocalPolicy, Environment]:
 
 
 def _play_job(job: Job) -> list[ScoredEpisode]:
-    policy, environment = _opened(job)
+    policy, environment = _open(job)
     return [play(policy, environment, seed, job.horizon) for seed in job.seeds]
 
 
@@ -279,7 +279,7 @@ def _rate(episodes: Sequence[ScoredEpisode]) -> dict[str, Any]:
 
 
 def hard(scenes: Scenes) -> list[str]:
-    """The hard tasks among those of Meta-World; no other environments are told apart."""
+    """The hard tasks among those of Meta-World; other environments have none."""
     if all(":" in task for task in scenes.episodes):
         return []
     from rlrc.envs.metaworld import TASKS
@@ -288,7 +288,7 @@ def hard(scenes: Scenes) -> list[str]:
 
 
 def same_scenes(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Whether both rows tell the outcome of every scene, and of the same ones."""
+    """Whether both rows hold the outcome of every scene, and of the same scenes."""
     if not all("outcomes" in one and "scenes" in one for one in (row, baseline)):
         return False
     counts = [{task: len(scenes) for task, scenes in one["outcomes"].items()} for one in (row, baseline)]

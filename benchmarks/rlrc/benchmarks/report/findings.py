@@ -108,7 +108,7 @@ def _operating_point(result: Row) -> dict[str, object]:
         cut = result.get("pruned") or {}
     else:
         point = result["operating_point"]
-        told = {which: _named(point[which]) for which in ("compressed", "baseline")}
+        told = {which: _label(point[which]) for which in ("compressed", "baseline")}
         told |= {"quantization": _quantization(point["quantization"])}
         told |= {"stages": " \u2192 ".join(point["stages"]) or DASH}
         cut = point["pruned"]
@@ -119,7 +119,7 @@ def _operating_point(result: Row) -> dict[str, object]:
     return {key: value for key, value in told.items() if value}
 
 
-def _named(row: Row) -> str:
+def _label(row: Row) -> str:
     size = f"{millions(row['parameters'])} parameters, {megabytes(row['bytes'])} ({row['counting']})"
     return f"{row['name']}: graphs in {row['precision']}, {size}"
 

@@ -59,7 +59,7 @@ def _section(section: Section) -> str:
 
 def _block(block: Block) -> str:
     if isinstance(block, ReportTable):
-        return _folded(_table(block), block.folded)
+        return _fold(_table(block), block.folded)
     if isinstance(block, Chart):
         return _figure(block)
     if isinstance(block, Charts):
@@ -69,9 +69,9 @@ def _block(block: Block) -> str:
     if isinstance(block, Note):
         return f'<p class="note">{escape(block.text)}</p>'
     if isinstance(block, Listing):
-        return _folded(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>", block.folded)
+        return _fold(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>", block.folded)
     if isinstance(block, Terms):
-        return _folded(_terms(block.facts), block.folded)
+        return _fold(_terms(block.facts), block.folded)
     if isinstance(block, CommandLine):
         return f"<pre>{escape(block.text)}</pre>"
     if isinstance(block, Tiles):
@@ -107,18 +107,18 @@ def _table(table: ReportTable) -> str:
 
 
 def _terms(facts: Mapping[str, object]) -> str:
-    pairs = "".join(f"<dt>{escape(term)}</dt><dd>{escape(told(text))}</dd>" for term, text in facts.items())
+    pairs = "".join(f"<dt>{escape(term)}</dt><dd>{escape(format_value(text))}</dd>" for term, text in facts.items())
     return f"<dl>{pairs}</dl>"
 
 
-def told(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as text; of a list, its items."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return str(value)
 
 
-def _folded(body: str, title: str) -> str:
+def _fold(body: str, title: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{body}</details>" if title else body
 
 

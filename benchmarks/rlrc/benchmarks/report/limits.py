@@ -58,7 +58,7 @@ def rooflines(results: Sequence[Row]) -> list[Block]:
 def points_of(result: Row, which: str) -> list[RooflinePoint]:
     """Operations from the geometry's description, times as measured."""
     row = result[which]
-    known = geometries.geometry(_geometry(result))
+    known = geometries.geometry(str(result["geometry"]))
     towers = known.towers
     if which == "compressed":
         where = devices.Device(devices.CPU, "", "", None, {}, 1.0, 0, None)
@@ -73,18 +73,12 @@ def points_of(result: Row, which: str) -> list[RooflinePoint]:
         if name in parts:
             operations = parts[name].flops
             median, slow = operations / times["p50"] / 1e6, operations / times["p90"] / 1e6
-            intensity = operations / moved(parts[name], bits(result, which, name))
+            intensity = operations / bytes_moved(parts[name], bits(result, which, name))
             found.append(RooflinePoint(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
     return found
 
 
-def _geometry(result: Row) -> str:
-    """The geometry that a claim of this name was measured with: smolvla-450m is smolvla's."""
-    name = str(result["geometry"])
-    return name if name in geometries.load_geometries() else name.split("-")[0]
-
-
-def moved(part: Part, width: float) -> float:
+def bytes_moved(part: Part, width: float) -> float:
     """Bytes that a part reads and writes, all its passes."""
     return part.times * sum(op.weights * width / 8 + op.activations * ACTIVATION for op in part.ops)
 

@@ -23,7 +23,7 @@ from rlrc.benchmarks.report.document import (
     Terms,
     Tiles,
 )
-from rlrc.benchmarks.report.html import told
+from rlrc.benchmarks.report.html import format_value
 from rlrc.benchmarks.results.results import write
 
 
@@ -48,30 +48,30 @@ def text(document: Document, folder: str) -> str:
 
 def _section(section: Section, folder: str) -> str:
     blocks = [written for block in section.blocks if (written := _block(block, folder))]
-    return "\n\n".join([f"## {_escaped(section.title)}"] * bool(section.title) + blocks)
+    return "\n\n".join([f"## {_escape(section.title)}"] * bool(section.title) + blocks)
 
 
 def _block(block: Block, folder: str) -> str:
     if isinstance(block, ReportTable):
-        return _folded(_table(block), block.folded)
+        return _fold(_table(block), block.folded)
     if isinstance(block, Chart):
         label = re.search(r'aria-label="([^"]*)"', block.svg)
         alt = unescape(label[1]) if label else block.name
-        return f"![{_escaped(alt)}]({folder}/{block.name}.svg)\n\n{_escaped(block.caption)}"
+        return f"![{_escape(alt)}]({folder}/{block.name}.svg)\n\n{_escape(block.caption)}"
     if isinstance(block, Charts):
         return "\n\n".join(_block(chart, folder) for chart in block.charts)
     if isinstance(block, Heading):
-        return f"### {_escaped(block.text)}"
+        return f"### {_escape(block.text)}"
     if isinstance(block, Note):
-        return _escaped(block.text)
+        return _escape(block.text)
     if isinstance(block, Listing):
-        return _folded("\n".join(f"- {_escaped(line)}" for line in block.lines), block.folded)
+        return _fold("\n".join(f"- {_escape(line)}" for line in block.lines), block.folded)
     if isinstance(block, Terms):
-        return _folded(_terms(block.facts), block.folded)
+        return _fold(_terms(block.facts), block.folded)
     if isinstance(block, CommandLine):
         return "\n".join(f"    {line}" for line in block.text.splitlines())
     if isinstance(block, Tiles):
-        return "\n".join(f"- **{_escaped(figure)}** {_escaped(what)}" for figure, what in block.tiles)
+        return "\n".join(f"- **{_escape(figure)}** {_escape(what)}" for figure, what in block.tiles)
     return ""
 
 
@@ -80,25 +80,25 @@ def _table(table: ReportTable) -> str:
     if table.words:
         marks[-1] = "---"
     rows = [[_cell(cell, i == table.strong) for cell in row] for i, row in enumerate(table.rows)]
-    lines = [[_escaped(column) for column in table.header], marks, *rows]
+    lines = [[_escape(column) for column in table.header], marks, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(cell: Cell, strong: bool) -> str:
-    words = _escaped(cell.text)
+    words = _escape(cell.text)
     if words and (strong or cell.verdict):
         words = f"**{words}**"
-    return f"{words} ({_escaped(cell.below)})" if cell.below else words
+    return f"{words} ({_escape(cell.below)})" if cell.below else words
 
 
 def _terms(facts: Mapping[str, object]) -> str:
-    return "\n".join(f"- {_escaped(term)}: {_escaped(told(value))}" for term, value in facts.items())
+    return "\n".join(f"- {_escape(term)}: {_escape(format_value(value))}" for term, value in facts.items())
 
 
-def _folded(body: str, title: str) -> str:
-    return f"<details><summary>{_escaped(title)}</summary>\n\n{body}\n\n</details>" if title else body
+def _fold(body: str, title: str) -> str:
+    return f"<details><summary>{_escape(title)}</summary>\n\n{body}\n\n</details>" if title else body
 
 
-def _escaped(words: str) -> str:
+def _escape(words: str) -> str:
     """What Markdown would take for markup, and what would end a table's cell."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(words.split()))

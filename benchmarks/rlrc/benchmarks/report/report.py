@@ -33,7 +33,7 @@ from rlrc.benchmarks.report.document import (
     milliseconds,
 )
 from rlrc.benchmarks.report.film import Strip
-from rlrc.benchmarks.results.results import BASELINE, OF_POLICIES, OVERHEAD, merge
+from rlrc.benchmarks.results.results import BASELINE, OF_POLICIES, merge
 from rlrc.errors import UserError
 
 HERO = "compressed"
@@ -264,10 +264,6 @@ def _film(film: Film) -> list[Block]:
 
 def _provenance(results: Sequence[Row]) -> list[Block]:
     blocks: list[Block] = []
-    for row in (row for result in results if result.get("kind") == OVERHEAD for row in result["rows"]):
-        added, whole = row["added_us"], row["whole_us"]
-        told = f"adds {added['p50']:.1f} microseconds to every latency (p99 {added['p99']:.1f}) and takes"
-        blocks.append(Note(f"The stop-watch {told} {whole['p50']:.1f} a call (p99 {whole['p99']:.1f})."))
     for result in results:
         blocks += [Heading(str(result.get("kind", "results"))), CommandLine(str(result.get("command")))]
         machine = result.get("machine") or {}

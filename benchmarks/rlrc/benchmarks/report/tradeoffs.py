@@ -42,7 +42,7 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> str:
         largest, labelled = 0.0, set[str]()
         for y, row in enumerate(rows):
             place = y - 0.19 * bool(row.get("memory"))
-            largest = max(largest, _loaded(axes, row, place, labelled))
+            largest = max(largest, _load(axes, row, place, labelled))
             if row.get("memory"):
                 largest = max(largest, _resident(axes, row, y + 0.21, labelled))
         axes.set_yticks(range(len(names)), names)
@@ -52,7 +52,7 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> str:
         return as_svg(figure, "Memory of each policy: bytes to load, by graph, and what a process took")
 
 
-def _loaded(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) -> float:
+def _load(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) -> float:
     """-> where the bar ends. Files in float32 that count as bf16 are drawn as what they count."""
     graphs = row.get("graph_bytes") or {"graphs": row["bytes"]}
     scale, left = row["bytes"] / max(1, sum(graphs.values())) / 1e6, 0.0
@@ -62,7 +62,7 @@ def _loaded(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) ->
         labelled.add(graph)
         axes.barh(y, size * scale, 0.34, left, label=label, **fill(PALETTE[variable], hatch))
         left += size * scale
-    _told(axes, left, y, f"{left:.2f}" if left < 100 else f"{left:,.0f}")
+    _describe(axes, left, y, f"{left:.2f}" if left < 100 else f"{left:,.0f}")
     return left
 
 
@@ -76,11 +76,13 @@ def _resident(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) 
         low, high = (value / 1e6 for value in spread["pss"])
         axes.errorbar(size, y, xerr=[[size - low], [high - size]], fmt="none", color=INK, elinewidth=0.9, capsize=2)
     axes.plot(peak, y, "|", color=INK, markersize=9, markeredgewidth=1.6)
-    _told(axes, max(size, peak), y, f"{size:.1f}, peak {peak:.1f}" if peak < 100 else f"{size:,.0f}, peak {peak:,.0f}")
+    _describe(
+        axes, max(size, peak), y, f"{size:.1f}, peak {peak:.1f}" if peak < 100 else f"{size:,.0f}, peak {peak:,.0f}"
+    )
     return max(size, peak)
 
 
-def _told(axes: Axes, x: float, y: float, text: str) -> None:
+def _describe(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
 
 
@@ -282,7 +284,7 @@ def ratios(found: Mapping[str, Estimate], wanted: float | None = None) -> str:
         for color, width in ((CARD, 2.6), (INK, 0.9)):
             axes.errorbar(values, range(len(names)), xerr=error, fmt="none", color=color, elinewidth=width, capsize=2)
         for y, one in enumerate(found.values()):
-            _told(axes, one.high, y, f"{one.value:.1f}x")
+            _describe(axes, one.high, y, f"{one.value:.1f}x")
         if wanted is not None:
             axes.axvline(wanted, color=PALETTE["--s1"], linewidth=1, linestyle=LINES[2])
         axes.axvline(1, color=MUTED, linewidth=1)

@@ -1,5 +1,4 @@
-"""What a measurement ran on, in words that identify the class of machine and nobody's workplace: no host names, no
-paths."""
+"""Describes the machine of a measurement by its class, without host names and paths."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def describe(threads: int | None = None, root: Path = Path("/")) -> dict[str, An
 
 
 def clocks(root: Path = Path("/")) -> dict[str, Any]:
-    """``governor`` and ``mhz`` [lowest, highest] of the processors now; a virtual machine tells its nominal clock."""
+    """``governor`` and ``mhz`` [lowest, highest] of the processors now; a virtual machine reports its nominal clock."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     governors = {governor for policy in policies if (governor := (_read(policy / "scaling_governor") or "").strip())}
     kilohertz = [int(text) for policy in policies if (text := (_read(policy / "scaling_cur_freq") or "").strip())]

@@ -19,10 +19,10 @@ from rlrc.folders import replace_file
 from rlrc.runtime.inference import backends
 
 BASELINE = "dense"
-GEOMETRY, PEERS, STUDY, OVERHEAD = "claims of a geometry", "peers", "recovery study", "overhead"
+GEOMETRY, PEERS, STUDY = "claims of a geometry", "peers", "recovery study"
 ARMS = ("dense", "compressed", "torch")  # of a geometry's claims
-OF_POLICIES = (GEOMETRY, PEERS, STUDY, OVERHEAD)
-"""Kinds of results whose rows are not the one table's: other runtimes, random weights, a study's arms, the harness."""
+OF_POLICIES = (GEOMETRY, PEERS, STUDY)
+"""Kinds of results whose rows stay out of the one table: other runtimes, random weights, the arms of a study."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def write(out: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def dump(result: dict[str, Any]) -> str:
+def dump(result: dict[str, Any] | list[dict[str, Any]]) -> str:
     """JSON with a list of plain values on one line: a thousand trials are not a thousand lines."""
     text = json.dumps(result, indent=2, ensure_ascii=False)
     return (

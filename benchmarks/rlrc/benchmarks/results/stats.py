@@ -50,16 +50,16 @@ def difference_limit(successes: int, episodes: int, successes0: int, episodes0: 
     p, p0, total = successes / episodes, successes0 / episodes0, episodes + episodes0
 
     def score(delta: float) -> float:
-        restricted = _restricted(successes, episodes, successes0, episodes0, delta)
+        restricted = _restrict(successes, episodes, successes0, episodes0, delta)
         variance = (restricted + delta) * (1 - restricted - delta) / episodes + restricted * (
             1 - restricted
         ) / episodes0
-        return _standardised(p - p0 - delta, variance * total / (total - 1))
+        return _standardise(p - p0 - delta, variance * total / (total - 1))
 
     return _lower_limit(score, p - p0, confidence)
 
 
-def _restricted(successes: int, episodes: int, successes0: int, episodes0: int, delta: float) -> float:
+def _restrict(successes: int, episodes: int, successes0: int, episodes0: int, delta: float) -> float:
     """Maximum likelihood of p0 under p = p0 + delta: the admissible root of a cubic (ibid., appendix 1)."""
     total = episodes + episodes0
     cubic = [
@@ -91,12 +91,12 @@ def paired_difference_limit(only: int, only0: int, pairs: int, confidence: float
         b = -only - only0 + (2 * pairs - only + only0) * delta
         c = -only0 * delta * (1 - delta)
         restricted = (sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)  # of the cell "baseline alone"
-        return _standardised(only - only0 - pairs * delta, pairs * (2 * restricted + delta * (1 - delta)))
+        return _standardise(only - only0 - pairs * delta, pairs * (2 * restricted + delta * (1 - delta)))
 
     return _lower_limit(score, (only - only0) / pairs, confidence)
 
 
-def _standardised(difference: float, variance: float) -> float:
+def _standardise(difference: float, variance: float) -> float:
     if variance > 1e-15:
         return difference / sqrt(variance)
     return 0.0 if abs(difference) < 1e-12 else float("inf") if difference > 0 else float("-inf")
@@ -165,7 +165,7 @@ def percentile_change(
     As ``ratio_interval``, but nothing pairs the rounds of two runs.
     """
     random = np.random.default_rng(seed)
-    a, b = (_drawn(rounds, percentile, resamples, random) for rounds in (new, old))
+    a, b = (_draw(rounds, percentile, resamples, random) for rounds in (new, old))
     low, high = np.quantile(a / b, [(1 - confidence) / 2, (1 + confidence) / 2])
     whole = [float(np.percentile(np.concatenate([*map(np.asarray, rounds)]), percentile)) for rounds in (new, old)]
     return Estimate(whole[0] / whole[1], float(low), float(high))
@@ -179,14 +179,14 @@ def percentile_interval(
     seed: int = 0,
 ) -> Estimate:
     """A percentile of one run, with a bootstrap interval over its rounds."""
-    drawn = _drawn(rounds, percentile, resamples, np.random.default_rng(seed))
+    drawn = _draw(rounds, percentile, resamples, np.random.default_rng(seed))
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(
         float(np.percentile(np.concatenate([*map(np.asarray, rounds)]), percentile)), float(low), float(high)
     )
 
 
-def _drawn(
+def _draw(
     rounds: Sequence[Sequence[float]], percentile: float, resamples: int, random: np.random.Generator
 ) -> np.ndarray:
     """The percentile of as many rounds as there are, drawn with replacement, again and again."""

@@ -176,7 +176,7 @@ GEOMETRIES: dict[str, Callable[[str], tuple[Folder, ReadOptions]]] = {
     "openvla-oft-7b": _openvla_oft,
     "pi0": _pi0,
     "pi05": _pi0,
-    "smolvla": _smolvla,
+    "smolvla-450m": _smolvla,
     "act": _act,
 }
 

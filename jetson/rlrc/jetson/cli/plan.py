@@ -63,7 +63,7 @@ class PredictPlan:
     path: Positional[Path | None] = None
     """the artifact"""
     geometry: str | None = None
-    """instead of an artifact: openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
+    """instead of an artifact: openvla-7b, openvla-oft-7b, pi0, pi05, smolvla-450m or act"""
     device: str = ""
     """device: a name from rlrc jetson devices, or cpu for this machine"""
     mode: str | None = None

@@ -43,7 +43,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("rlrc.compressor.cli.stages:Prune", "cut attention heads and MLP channels"),
     "rl": ("rlrc.compressor.cli.training:RL", "recover by reinforcement learning (PPO)"),
     "quantize": ("rlrc.compressor.cli.stages:Quantize", "quantize the weights to 4 or 8 bits"),
-    "compare-grids": ("rlrc.compressor.cli.compare_grids:CompareGrids", "compare the errors of quantization methods and bits"),
+    "compare-grids": (
+        "rlrc.compressor.cli.compare_grids:CompareGrids",
+        "compare the errors of quantization methods and bits",
+    ),
     "compress": (
         "rlrc.compressor.cli.compress:Compress",
         "run all stages of a recipe: prune, sft, distill, rl, quantize",
@@ -67,7 +70,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rlrc.benchmarks.cli.resources:Throughput",
         "actions per second of one or more policies at once",
     ),
-    "bench overhead": ("rlrc.benchmarks.cli.resources:Overhead", "the cost of the measurement itself per call"),
     "bench success": (
         "rlrc.benchmarks.cli.measure:MeasureSuccess",
         "success rate in the simulator, with confidence intervals",
@@ -79,10 +81,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench claims": ("rlrc.benchmarks.cli.claims:Claims", "check the project's claims against the results"),
     "bench compare": ("rlrc.benchmarks.cli.compare:Compare", "check whether new results are worse than old ones"),
-    "bench selfcheck": (
-        "rlrc.benchmarks.cli.selfcheck:SelfCheck",
-        "check that latency measurements find known differences",
-    ),
     "data inspect": (
         "rlrc.compressor.cli.data:InspectDataset",
         "describe a LeRobotDataset and check that it fits a policy",

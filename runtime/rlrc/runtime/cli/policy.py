@@ -41,13 +41,13 @@ class InspectPolicy:
     """instead of a path: the dimensions of openvla-7b, openvla-oft-7b, pi0, pi05, smolvla or act"""
     json: bool = False
     """print everything as JSON; for an artifact the manifest, its digest and the bytes of each kind of file"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> None:
         if (self.path is None) == (self.geometry is None):
             raise UserError("expected either a path or --geometry, found both or neither; give one of them")
-        if self.path is None or is_checkpoint(self.path, self.official):
-            import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.official, self.json)
+        if self.path is None or is_checkpoint(self.path, self.checkpoint):
+            import_module(CHECKPOINTS).inspect(self.path, self.geometry, self.checkpoint, self.json)
             return
         artifact = artifacts.load(self.path)
         if self.json:
@@ -73,7 +73,7 @@ class Infer:
     """threads of the engine"""
     json: bool = False
     """also print the actions, tokens and timing as JSON"""
-    official: OmitArgPrefixes[Flags] = field(default_factory=Flags)
+    checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
 
     def run(self) -> int:
         check_output(self.out)
@@ -95,8 +95,8 @@ class Infer:
         return 0
 
     def _policy(self) -> Policy:
-        if is_checkpoint(self.path, self.official):
-            return cast(Policy, import_module(CHECKPOINTS).policy(self.path, self.official, self.threads))
+        if is_checkpoint(self.path, self.checkpoint):
+            return cast(Policy, import_module(CHECKPOINTS).policy(self.path, self.checkpoint, self.threads))
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 

@@ -1,7 +1,7 @@
 """Fifteen honest clients and a malicious one at `rlrc serve` with all four protocols: does it hurt the honest ones, and
 does an operator's stop arrive?
 
-    python scripts/load.py reference/compressed --minutes 10 --stop-seconds 20 --out serving_load.json
+    python tests/robustness/load.py reference/compressed --minutes 10 --stop-seconds 20 --out serving_load.json
 
 Three phases: one honest client alone (a quarter of the time), the honest ones (half of it), and those beside the
 malicious one (--minutes). The honest ones ask at a rate at which the policy is busy a fifth of the time, all phases the
@@ -161,7 +161,7 @@ def main(
     failed = faults(ratios, memory, rows, watch.newcomers, afterwards) + late(stopped)
     result = {
         "kind": "load",
-        "command": f"python scripts/load.py {machine.command().removeprefix('rlrc ')}",
+        "command": f"python tests/robustness/load.py {machine.command().removeprefix('rlrc ')}",
         "machine": machine.describe(1),
         "compared": "p99_beside_malicious_to_honest",
         "allowed": ALLOWED,

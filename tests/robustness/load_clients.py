@@ -1,4 +1,4 @@
-"""The honest clients of scripts/load.py, each in a thread of its own, and what is known of the server from outside."""
+"""The honest clients of load.py, each in a thread of its own, and a watch over the server's memory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def openvla(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
     """OFT's: a connection that is kept, JSON with json_numpy's arrays."""
 
     def encoded(array: np.ndarray) -> dict[str, Any]:
-        return {"__numpy__": base64.b64encode(array).decode(), "dtype": array.dtype.str, "shape": array.shape}
+        return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
 
     picture = next(value for name, value in observation.items() if name.startswith("image."))
     message = {"full_image": encoded(picture), "instruction": observation.get("instruction", "")}

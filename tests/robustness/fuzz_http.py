@@ -1,4 +1,4 @@
-"""The ports that stop a robot, in one process, to be given bytes: what scripts/fuzz.py does with "stop" and "page".
+"""The ports that stop a robot, opened in one process for fuzz.py's targets "stop" and "page".
 
 A message is all that a connection sends. An answer of 200 to a stop without the token is a finding, and so is whatever
 a client could not read as one line: "expected ..., found ...".

@@ -1,8 +1,8 @@
-"""The rows of the recovery study, and what they say together. See scripts/study.mk.
+"""The rows of the recovery study and their summary. study.mk beside this file runs it.
 
-    python scripts/study.py row NAME EXPORTED SUCCESS.json OUT.json
-    python scripts/study.py shapes ROWS/ GRAPHS/        one NAME=FOLDER for each kind of graph, for rlrc bench latency
-    python scripts/study.py summary ROWS/ LATENCY.json RECOVERY.json RECOVERY.md RECOVERY.svg
+    python benchmarks/studies/study.py row NAME EXPORTED SUCCESS.json OUT.json
+    python benchmarks/studies/study.py shapes ROWS/ GRAPHS/    one NAME=FOLDER per kind of graph, for rlrc bench latency
+    python benchmarks/studies/study.py summary ROWS/ LATENCY.json RECOVERY.json RECOVERY.md RECOVERY.svg
 
 A row is one policy: how it was pruned, recovered and quantized, what it weighs, and every evaluation episode's outcome.
 The summary joins the rows with the latency of their kind of graph, and writes the tables between the marks of the page.
@@ -152,7 +152,7 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
         "per_task": {task: played["success"] for task, played in measured["per_task"].items()},
         "cpu_minutes": round(spent, 2),
         "curve": curve(exported, spent, sum(learned)),
-        "command": f"make -f scripts/study.mk {out}",
+        "command": f"make -f benchmarks/studies/study.mk {out}",
         "outcomes": measured["outcomes"],
     }
     write(out, dump(values))

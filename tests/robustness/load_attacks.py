@@ -1,4 +1,4 @@
-"""What the malicious client of scripts/load.py does: one step after the other, against all of a server's ports.
+"""The malicious client of load.py: one step after the other, against all of a server's ports.
 
 Every step is a connection that breaks a rule: bytes that are nobody's, another protocol's beginning, frames that
 declare or hold more than is allowed, connections that are never finished, never read or fed a byte at a time. Ports

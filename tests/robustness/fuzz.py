@@ -1,6 +1,6 @@
 """Mutated messages for the servers' protocols, guided by coverage (atheris): no crash, no hang, no memory without end.
 
-    python scripts/fuzz.py [--protocol openpi openvla gr00t lerobot stop page] [--messages 200000] [--seed 1]
+    python tests/robustness/fuzz.py [--protocol openpi openvla gr00t lerobot stop page] [--messages 200000] [--seed 1]
         [--out FILE.json]
 
 Half of the mutations are of bytes (libFuzzer's), half of what the bytes stand for: maps, arrays, opcodes. A message
@@ -33,7 +33,7 @@ with atheris.instrument_imports(include=["rlrc"]):  # names of packages; those o
 
     from rlrc.benchmarks.results import machine
 
-CORPUS = Path(__file__).parents[1] / "tests/data/fuzz"
+CORPUS = Path(__file__).parents[1] / "data/fuzz"
 WARM = 2000  # messages until the memory of the process is what it needs
 REPLAYED = 20_000
 EVERY = 20  # messages, one of which is traced for what Python allocates
@@ -83,7 +83,7 @@ def run(protocol: str, messages: int, seed: int) -> dict[str, Any]:
     row.unlink(missing_ok=True)
     arguments = ["--protocol", protocol, "--messages", str(messages), "--seed", str(seed)]
     subprocess.run([sys.executable, __file__, *arguments, "--row", str(row)], check=False)
-    command = f"python scripts/fuzz.py {' '.join(arguments)}"
+    command = f"python tests/robustness/fuzz.py {' '.join(arguments)}"
     if row.exists():
         grown = {"rss_growth_bytes": replayed(protocol, work / "corpus")}
         return {"name": protocol, **json.loads(row.read_text()), **grown, "command": command}
@@ -104,7 +104,7 @@ def write(path: Path, row: dict[str, Any]) -> None:
     rows = [one for one in before if one["name"] != row["name"]] + [row]
     told = machine.describe(1)
     told["versions"]["atheris"] = metadata.version("atheris")
-    result = {"kind": "fuzzing", "command": "python scripts/fuzz.py", "machine": told, "rows": rows}
+    result = {"kind": "fuzzing", "command": "python tests/robustness/fuzz.py", "machine": told, "rows": rows}
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,9 +1,9 @@
 """What each precision errs by and how long it takes on every class of kernels that this machine can be made to use.
 
-    python scripts/kernel_classes.py OUT.json [--threads 1] [--rounds 31] [--work FOLDER] [--aarch64 FOLDER]
+    python benchmarks/studies/kernel_classes.py OUT.json [--threads 1] [--rounds 31] [--work FOLDER] [--aarch64 FOLDER]
 
-The reference policy and a decoder of 154 M parameters (scripts/decoder_speed.py), int4 weights, in fp32, int8, w4a8,
-int4a8 and int4. Three ways to other classes than this processor's own (x86-64, Linux):
+The reference policy and a decoder of 154 M parameters (decoder_speed.py), int4 weights, in fp32, int8, w4a8, int4a8
+and int4. Three ways to other classes than this processor's own (x86-64, Linux):
 
 - masked: a copy of the engine whose `cpuid` instructions are answered without some instruction sets (masked_cpuid.c).
   The kernels of the lesser class run on this processor, so their latency is real, for this processor.
@@ -30,7 +30,7 @@ from typing import Any
 import decoder_speed
 import numpy as np
 import onnx
-from masked_engine import MASKS, hidden, masked_engine
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rlrc import artifact as artifacts
@@ -41,7 +41,7 @@ from rlrc.exporters.export import export
 from rlrc.npz import read_npz
 from rlrc.runtime.inference.backends.kernels import kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PRECISIONS = ("fp32", "int8", "w4a8", "int4a8", "int4")
 HASWELL = "Haswell,-hle,-rtm,-invpcid,-pcid,-x2apic,-tsc-deadline"  # less what QEMU warns that it has not
 CONTROL = """
@@ -91,7 +91,7 @@ def write_control(folder: Path) -> list[str]:
     rounded = np.rint(x / (x.max() / np.float32(255))).astype(np.int64)
     y = (rounded @ weights.astype(np.int64)) * (x.max() / np.float32(255))
     np.savez(folder / "control.npz", x=x, y=y)
-    constants = {"w": weights, "scale": np.ones((), np.float32), "zero": np.zeros((), np.int8)}
+    constants: dict[str, NDArray[Any]] = {"w": weights, "scale": np.ones((), np.float32), "zero": np.zeros((), np.int8)}
     node = helper.make_node("DynamicQuantizeMatMul", ["x", *constants], ["y"], domain="com.microsoft")
     shapes = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
@@ -123,18 +123,19 @@ def main() -> int:
         folder = (given.work or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         result = measure(folder, given.threads, given.rounds, given.aarch64)
-    more = " --aarch64 FOLDER" if given.aarch64 else ""
-    result["command"] = (
-        f"python scripts/kernel_classes.py {given.out.name} --threads {given.threads} --rounds {given.rounds}{more}"
-    )
+    options = f"--threads {given.threads} --rounds {given.rounds}{' --aarch64 FOLDER' if given.aarch64 else ''}"
+    result["command"] = f"python benchmarks/studies/kernel_classes.py {given.out.name} {options}"
     results.write(given.out, results.dump(result))
     print(table(result))
     return 0
 
 
 def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> dict[str, Any]:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from masked_engine import MASKS, hidden, masked_engine
+
     policies, control, load = make(folder), write_control(folder), [round(os.getloadavg()[0], 2)]
-    python, script = [sys.executable], str(ROOT / "scripts/kernel_class.py")
+    python, script = [sys.executable], str(ROOT / "benchmarks/studies/kernel_class.py")
     ways: list[tuple[str, str, list[str], dict[str, str]]] = [(kernels(), "this processor", python, {})]
     if kernels().startswith("x86-64 avx512") and shutil.which("cc") and shutil.which("objdump"):
         masked = masked_engine(folder)

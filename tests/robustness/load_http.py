@@ -1,4 +1,4 @@
-"""Attacks of scripts/load.py on ports that speak HTTP, and how long a stop takes meanwhile.
+"""Attacks of tests/robustness/load.py on ports that speak HTTP, and how long a stop takes meanwhile.
 
 Every attack is tried on every such port by itself, without a token, in a process of its own at a lower priority, as if
 it came from elsewhere. Meanwhile stops are sent in three ways: to the stop's own port by a connection that stays

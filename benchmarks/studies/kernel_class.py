@@ -1,6 +1,6 @@
 """Errors and latency of artifacts on the kernels that the engine chooses here; started by kernel_classes.py.
 
-python scripts/kernel_class.py OUT.json ARTIFACT... [--threads N] [--rounds N] [--most N]
+python benchmarks/studies/kernel_class.py OUT.json ARTIFACT... [--threads N] [--rounds N] [--most N]
 
 Needs the runtime only. Without rounds no latency is measured.
 """

@@ -1,9 +1,9 @@
-"""The four servers in one process, to be given messages without a network: what scripts/fuzz.py and its replay do.
+"""The four servers in one process, for fuzz.py and for tests: messages reach them without a network.
 
     target = await Target.open("gr00t")
     told = await target.give(message)    # None: answered; else why not
 
-    python scripts/fuzz_targets.py gr00t 20000 runs/fuzz/gr00t/corpus    # files in turn: -> bytes by which it has grown
+    python tests/robustness/fuzz_targets.py gr00t 20000 runs/fuzz/gr00t/corpus  # gives its files in turn, prints growth
 
 Session and inference process are those of `rlrc serve`. Behind them is a policy that prepares every observation as any
 does, and then stands still: so a message reaches the pictures, the tokenizer and the queue, and costs no inference.
@@ -48,7 +48,7 @@ from rlrc.runtime.wire import arrays, pickles, protobuf, zmtp
 from rlrc.runtime.wire.ports import Access
 
 HTTP = ("stop", "page")  # see fuzz_http.py
-REFERENCE = Path(__file__).parents[1] / "reference/compressed"
+REFERENCE = Path(__file__).parents[2] / "reference/compressed"
 PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot", *HTTP)
 SIZE = 8  # pixels, so that mutations seldom fall into the picture
 READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"

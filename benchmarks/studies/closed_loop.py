@@ -1,6 +1,6 @@
 """Does the reference policy do as well through its exported graphs as in torch? All play the same scenes.
 
-    python scripts/closed_loop.py ARTIFACT OUT.json [NAME=EXPORTED ...] [--per-task 40]
+    python benchmarks/studies/closed_loop.py ARTIFACT OUT.json [NAME=EXPORTED ...] [--per-task 40]
 
 ``ARTIFACT`` is played by torch, with the weights as quantized; each ``EXPORTED`` by the runtime. It takes minutes.
 """

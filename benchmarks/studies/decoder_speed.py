@@ -1,6 +1,6 @@
 """Speed of a decoder of a real size on this machine: our graphs, torch, and ONNX Runtime without our graphs.
 
-    python scripts/decoder_speed.py OUT.json [--threads 2] [--rounds 15] [--only REGEX] [--work FOLDER]
+    python benchmarks/studies/decoder_speed.py OUT.json [--threads 2] [--rounds 15] [--only REGEX] [--work FOLDER]
 
 A random OpenVLA (decoder of 154 M parameters, 280 positions before 7 action tokens; see ``spec`` and ``TOWERS``), all
 contestants with the same weights, one action each in turn, round after round, beside the machine's read bandwidth.
@@ -148,7 +148,8 @@ def local(artifact: Artifact, threads: int, engine: Engine | None = None) -> Con
 
 
 def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contestant:
-    policy, passes = artifact_io.load_policy(artifact).to(dtype), dict[str, list[float]]()
+    policy: Any = artifact_io.load_policy(artifact).to(dtype)
+    passes: dict[str, list[float]] = {}
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     see, step = policy.encode_image, policy.step
@@ -231,7 +232,7 @@ def main() -> int:
         result = measure(found, facts, arguments.threads, arguments.rounds)
     only = f" --only '{arguments.only}'" if arguments.only else ""
     told = f"{arguments.out.name} --threads {arguments.threads} --rounds {arguments.rounds}{only}"
-    result["command"] = f"python scripts/decoder_speed.py {told}"
+    result["command"] = f"python benchmarks/studies/decoder_speed.py {told}"
     results.write(arguments.out, results.dump(result))
     print(table(result))
     return 0

@@ -1,4 +1,4 @@
-"""The graphs of scripts/decoder_speed.py as an exporter without ONNX Runtime in mind would write them."""
+"""The graphs of benchmarks/studies/decoder_speed.py as an exporter without ONNX Runtime in mind would write them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class Stock:
     """The policy's plain graphs on sessions with ONNX Runtime's defaults; keys and values go through numpy."""
 
     def __init__(self, artifact: Artifact, folder: Path, int8: bool, threads: int) -> None:
-        self.sessions, self.past = {}, {}
+        self.sessions: dict[str, Any] = {}
+        self.past: dict[str, Any] = {}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         weights, manifest = read_weights(artifact), artifact.manifest

@@ -1,5 +1,5 @@
 # The study behind docs/recovery.md: every policy is made of the one it starts from, then exported, played and written down.
-#   make -f scripts/study.mk -j2          on two cores; a later call goes on where an earlier one stopped
+#   make -f benchmarks/studies/study.mk -j2          on two cores; a later call goes on where an earlier one stopped
 # A job uses one core. benchmarks/results/recovery/NAME-SEED.json is a row of the study with the outcome of every evaluation
 # episode, on the same scenes for all: a row that is there is not made again.
 export OMP_WAIT_POLICY := passive
@@ -29,8 +29,8 @@ names := dense dense+int4 dense+int8 pruned random depth cut50 cut75 $(once:%=%-
 .PHONY: all rows
 .SECONDARY:
 all: rows
-	rlrc bench latency $$(python scripts/study.py shapes $(rows) $(out)/graphs) --out $(out)/latency.json --force > /dev/null
-	python scripts/study.py summary $(rows) $(out)/latency.json benchmarks/results/recovery.json docs/recovery.md docs/recovery.svg
+	rlrc bench latency $$(python benchmarks/studies/study.py shapes $(rows) $(out)/graphs) --out $(out)/latency.json --force > /dev/null
+	python benchmarks/studies/study.py summary $(rows) $(out)/latency.json benchmarks/results/recovery.json docs/recovery.md docs/recovery.svg
 rows: $(names:%=$(rows)/%.json)
 
 $(out)/pruned:
@@ -110,4 +110,4 @@ $(out)/success/%.json: | $(out)/graphs/%
 	rlrc bench success $*=$(out)/graphs/$* --episodes-per-task 50 --workers 1 --out $@ > /dev/null
 $(rows)/%.json: | $(out)/success/%.json
 	@mkdir -p $(@D)
-	python scripts/study.py row $* $(out)/graphs/$* $(out)/success/$*.json $@
+	python benchmarks/studies/study.py row $* $(out)/graphs/$* $(out)/success/$*.json $@

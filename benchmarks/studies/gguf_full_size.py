@@ -1,6 +1,6 @@
 """OpenVLA at its real size on llama.cpp: written as a stream and run, without anybody's checkpoint.
 
-    python scripts/gguf_full_size.py FOLDER [--threads 2] [--only dense]
+    python benchmarks/studies/gguf_full_size.py FOLDER [--threads 2] [--only dense]
 
 Random weights of OpenVLA-7B's geometry: dense in bfloat16, exported in fp16, and with 90 % of the decoder cut away and
 4 bits a weight. Prints bytes, seconds, milliseconds of each part of an action, and the peak of anonymous memory: mapped
