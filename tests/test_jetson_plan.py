@@ -112,12 +112,22 @@ def test_memory_by_hand() -> None:
 def test_what_fills_no_group_stays_in_16_bits() -> None:
     """SigLIP's MLP of 4304 channels is 134.5 groups of 32: rlrc quantize leaves that layer alone."""
     op = operations.linear(1, 4304, 1152)
-    part = Part("a", (op,), stored=2 * op.weights, odd=op.odd)
+    part = Part("a", (op,), stored=2 * op.weights)
     assert memory_model.weight_bytes(part, precision.precision("int4")) == op.weights * (4.5 / 8 + 2)
     assert memory_model.weight_bytes(part, precision.precision("int8")) == op.weights * 2
     reached = Efficiency(1.0, 0.0, 1.0, 0.0)
     seconds = roofline.demand(part, precision.precision("int4"), MACHINE).seconds(reached)
     assert seconds == pytest.approx((op.weights * 2 + op.activations * 2) / 1e11)
+
+
+@pytest.mark.parametrize(("group", "bits"), [(64, 4.25), (128, 4.125)])
+def test_larger_groups_have_fewer_scales_and_fill_fewer_layers(group: int, bits: float) -> None:
+    """96 inputs are three groups of 32, and no whole number of groups of 64 or 128."""
+    int4 = precision.precision("int4").regrouped(group)
+    for inputs, each in ((256, bits), (96, 16)):
+        op = operations.linear(1, inputs, 10)
+        assert memory_model.weight_bytes(Part("a", (op,), stored=op.weights), int4) == op.weights * each / 8
+    assert precision.precision("int8").regrouped(group) == precision.precision("int8")
 
 
 def test_memory_on_a_cpu_keeps_what_is_widened_at_load() -> None:

@@ -39,9 +39,15 @@ def load_geometries() -> dict[str, Geometry]:
 
 def geometry(name: str) -> Geometry:
     """Raises UserError for an unknown name."""
+    return load_geometries()[canonical_name(name)]
+
+
+def canonical_name(name: str) -> str:
+    """The name in geometries.json of a name or an alias. Raises UserError for an unknown one."""
+    name = ALIASES.get(name, name)
     if name not in load_geometries():
         close = difflib.get_close_matches(name, load_geometries(), 1, 0)
         raise UserError(
             f"expected one of the geometries {', '.join(load_geometries())}, found {name!r}; the nearest is {close[0]}"
         )
-    return load_geometries()[name]
+    return name

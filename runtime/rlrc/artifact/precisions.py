@@ -8,7 +8,7 @@ becomes operators of an engine is in that engine's exporter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlrc.errors import UserError
@@ -36,8 +36,8 @@ class Precision:
     """bytes of an activation"""
     widened: float | None = None
     """bits of a weight in memory where ONNX Runtime's CPU kernels widen it at load"""
-    grouped: bool = False
-    """groups of weights share a scale; tensors that do not consist of whole groups are stored as other numbers"""
+    group: int = 0
+    """inputs that share a scale; tensors that do not consist of whole groups are stored as other numbers"""
     exact: tuple[str, ...] = ()
     """backends on which graphs differ from torch by the order of floating-point sums only"""
     spacing: float = 0.0
@@ -49,6 +49,12 @@ class Precision:
     """lowest compute capability of an NVIDIA GPU with these products, 87 for 8.7"""
     instead: str | None = None
     """what to use on GPUs that would fall back to other types layer by layer"""
+
+    def regrouped(self, group: int) -> Precision:
+        """The same with groups of another size and scales of 16 bits; itself without groups."""
+        if not self.group:
+            return self
+        return replace(self, group=group, bits=self.bits - 16 / self.group + 16 / group)
 
     @property
     def in_memory(self) -> float:
@@ -64,7 +70,7 @@ PRECISIONS: Mapping[str, Precision] = {
         Precision("fp16", 16, ("fp16", "fp32"), "fp32", widened=32, exact=("onnxruntime",), spacing=FP16, least_sm=53),
         Precision("bf16", 16, ("bf16", "fp32"), widened=32, spacing=BF16, least_sm=80),
         # 8-bit weights in groups of 32 with a scale of 16 bits, widened before the products.
-        Precision("w8", 8.5, ("fp16", "fp32"), "fp32", widened=32, grouped=True, exact=("onnxruntime",)),
+        Precision("w8", 8.5, ("fp16", "fp32"), "fp32", widened=32, group=32, exact=("onnxruntime",)),
         Precision("int8", 8, ("int8", "fp16", "fp32"), "int8", least_sm=72),
         # int8 with one scale of the activations for each row.
         Precision("int8-rows", 8, ("int8", "fp16", "fp32"), "int8"),
@@ -74,24 +80,22 @@ PRECISIONS: Mapping[str, Precision] = {
             4.5,
             ("fp16", "fp32"),
             "fp32",
-            grouped=True,
+            group=32,
             exact=("onnxruntime",),
             spacing=FP16,
             range_tolerance=0.02,
             least_sm=80,
         ),
         # int4 whose products round activations to 8 bits.
-        Precision("int4a8", 4.5, ("int8", "fp16", "fp32"), "int8", grouped=True, range_tolerance=0.02),
+        Precision("int4a8", 4.5, ("int8", "fp16", "fp32"), "int8", group=32, range_tolerance=0.02),
         # int4 in the file, int8 in memory and in products.
-        Precision("w4a8", 4.5, ("int8", "fp16", "fp32"), "int8", widened=8, grouped=True, range_tolerance=0.02),
+        Precision("w4a8", 4.5, ("int8", "fp16", "fp32"), "int8", widened=8, group=32, range_tolerance=0.02),
         # The prompt in int8-rows, tokens one by one in int4a8; both copies of the weights are kept.
-        Precision("int8+int4", 12.5, ("int8", "fp16", "fp32"), "int8", grouped=True, range_tolerance=0.02),
+        Precision("int8+int4", 12.5, ("int8", "fp16", "fp32"), "int8", group=32, range_tolerance=0.02),
         # llama.cpp's mix of 4- and 6-bit blocks.
-        Precision("q4_k_m", 4.85, ("int8", "fp16", "fp32"), grouped=True, range_tolerance=0.02),
+        Precision("q4_k_m", 4.85, ("int8", "fp16", "fp32"), group=32, range_tolerance=0.02),
         # NVFP4: groups of 16 with a scale of 8 bits.
-        Precision(
-            "fp4", 4.5, ("fp4", "fp16", "fp32"), grouped=True, range_tolerance=0.02, least_sm=100, instead="int4"
-        ),
+        Precision("fp4", 4.5, ("fp4", "fp16", "fp32"), group=16, range_tolerance=0.02, least_sm=100, instead="int4"),
     )
 }
 ALIASES = {"nvfp4": "fp4", "float16": "fp16", "float32": "fp32", "bfloat16": "bf16", "half": "fp16"}

@@ -42,7 +42,7 @@ SMOLVLM_VOCABULARY = 49280
 def folder(name: str) -> tuple[Folder, ReadOptions]:
     """The official checkpoint of a known name, and the options that it needs. Raises UserError for another name."""
     if name not in GEOMETRIES:
-        geometries.geometry(name)  # raises
+        name = geometries.canonical_name(name)
     return GEOMETRIES[name](name)
 
 

@@ -66,7 +66,7 @@ class PeakMemory:
 
 def weight_bytes(part: Part, precision: Precision) -> int:
     """Stored bytes of a part: linear layers in the precision's bits, tables and incomplete groups in its other bits."""
-    apart = part.table + part.odd * precision.grouped
+    apart = part.table + part.ungrouped(precision.group)
     return int(((part.stored - apart) * precision.bits + apart * precision.other) / 8)
 
 

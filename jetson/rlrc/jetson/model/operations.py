@@ -15,14 +15,12 @@ from typing import Any
 
 from rlrc.artifact import LayerSpec, TowerSpec
 
-GROUP = 32  # inputs that share a scale
-
 
 @dataclass(frozen=True)
 class Op:
     """``side``: cube root of the multiply-adds of a matrix product; 0 for any other operation.
 
-    ``odd``: weights that rlrc quantize leaves in 16 bits, because their inputs fill no whole groups. ``scores``:
+    ``inputs`` of each output: rlrc quantize leaves weights in 16 bits where they fill no whole groups. ``scores``:
     numbers of attention scores, which are in memory only if the kernel is not fused.
     """
 
@@ -31,19 +29,22 @@ class Op:
     activations: int = 0
     kernels: int = 1
     side: float = 0.0
-    odd: int = 0
+    inputs: int = 0
     scores: int = 0
+
+    def ungrouped(self, group: int) -> int:
+        """Weights that fill no whole groups of so many inputs; 0 without groups."""
+        return self.weights if group and self.inputs % group else 0
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Op:
     products, weights = rows * inputs * outputs, inputs * outputs
-    odd = weights if inputs % GROUP else 0
-    return Op(2.0 * products, weights, rows * (inputs + outputs), side=products ** (1 / 3), odd=odd)
+    return Op(2.0 * products, weights, rows * (inputs + outputs), side=products ** (1 / 3), inputs=inputs)
 
 
 def elementwise(rows: int, width: int, weights: int = 0) -> Op:
     """Norms, activations, sums: each row is read and written once."""
-    return Op(5.0 * rows * width, weights, 2 * rows * width, odd=weights)
+    return Op(5.0 * rows * width, weights, 2 * rows * width, inputs=1)
 
 
 def attention(layer: LayerSpec, rows: int, keys: int, times: int = 1) -> Op:
@@ -117,7 +118,7 @@ def resnet(g: dict[str, Any], height: int, width: int) -> tuple[list[Op], tuple[
         weights = inputs * outputs * kernel**2
         moved = inputs * prod(size) + outputs * rows * columns
         products = weights * rows * columns
-        return Op(2.0 * products, weights, moved, side=products ** (1 / 3), odd=weights)
+        return Op(2.0 * products, weights, moved, side=products ** (1 / 3), inputs=1)
 
     def half_size() -> tuple[int, int]:
         return -(-size[0] // 2), -(-size[1] // 2)

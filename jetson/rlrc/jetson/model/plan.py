@@ -101,6 +101,8 @@ def of_artifact(
     """By default in the precision of the artifact's graphs, or of its weights. Raises UserError."""
     manifest = artifact.manifest
     chosen = precision(precision_name or own_precision(artifact, device))
+    if manifest.quantization is not None:
+        chosen = chosen.regrouped(manifest.quantization.group)
     return Setting(str(artifact.path), manifest.policy, manifest.towers, chosen, device, load, stack)
 
 

@@ -65,7 +65,7 @@ def demand(part: Part, precision: Precision, device: Device) -> Demand:
     def column(name: str) -> NDArray[np.float64]:
         return np.array([getattr(op, name) for op in part.ops], np.float64)
 
-    odd = column("odd") * precision.grouped
+    odd = np.array([op.ungrouped(precision.group) for op in part.ops], np.float64)
     moved = ((column("weights") - odd) * bits + odd * other) / 8 + column("activations") * precision.activation
     times = part.times
     return Demand(

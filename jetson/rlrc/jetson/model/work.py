@@ -28,9 +28,9 @@ STATE_TOKENS = 4  # tokens for each number of the state in the prompt: three dig
 class Part:
     """One part of a decision. It runs ``times`` times and reads its weights each time.
 
-    ``stored``: numbers of its weights in memory, 0 if an earlier part has stored them. Of those, ``table`` are looked
-    up and not multiplied (word embeddings), and ``odd`` fill no whole groups (see Op). ``live``: the largest number of
-    activations in memory at once, without ``scores`` (see Op).
+    ``stored``: numbers of its weights in memory, 0 if an earlier part has stored them. Of those, ``table`` are looked up
+    and not multiplied (word embeddings). ``live``: the largest number of activations in memory at once, without
+    ``scores`` (see Op).
     """
 
     name: str
@@ -38,9 +38,12 @@ class Part:
     times: int = 1
     stored: int = 0
     table: int = 0
-    odd: int = 0
     live: int = 0
     scores: int = 0
+
+    def ungrouped(self, group: int) -> int:
+        """Stored weights that fill no whole groups of so many inputs."""
+        return sum(op.ungrouped(group) for op in self.ops) if self.stored else 0
 
     @property
     def flops(self) -> float:
@@ -120,9 +123,8 @@ def _part(name: str, operations: Iterable[Op], times: int = 1, table: int = 0, s
     stored = 0 if shared else sum(op.weights for op in ops) + table
     # Inputs and outputs of an operation are in memory at the same time.
     live = 2 * max((op.activations for op in ops), default=0)
-    odd = 0 if shared else sum(op.odd for op in ops)
     scores = max((op.scores for op in ops), default=0)
-    return Part(name, ops, times, stored, table, odd, live, scores)
+    return Part(name, ops, times, stored, table, live, scores)
 
 
 def _vision(towers: dict[str, TowerSpec], name: str, patch: int, rows: int, pictures: int, extra: int = 0) -> list[Op]:
