@@ -25,4 +25,4 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     done
 fi
 PATH=$(realpath -s "$own/bin"):$PATH "$venv/bin/python" -m pytest -q -rs -m "slow or not slow" \
-    tests/test_jetson_install.py tests/test_jetson_deploy.py tests/test_supervisor.py tests/test_jetson_units.py
+    tests/test_jetson_install.py tests/test_jetson_deploy.py tests/test_service_manager.py tests/test_jetson_units.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import architecture
@@ -60,3 +61,11 @@ def test_imports_in_functions_and_for_types_count(tmp_path: Path) -> None:
 def test_the_picture_is_that_of_the_code() -> None:
     drawn = (architecture.ROOT / "docs/architecture.svg").read_text()
     assert drawn == architecture.draw(GRAPH), "run python scripts/architecture.py docs/architecture.svg"
+
+
+def test_every_path_in_the_page_exists() -> None:
+    roots = ("", "runtime", *(f"{part}/rlrc/{part}" for part in architecture.PARTS))
+    text = (architecture.ROOT / "docs/architecture.md").read_text()
+    for path in re.findall(r"`([\w./]+/[\w./]*)`", text):
+        if "NAME" not in path:
+            assert any((architecture.ROOT / root / path).exists() for root in roots), path

@@ -17,7 +17,7 @@ from rlrc.runtime.safety.guard import KEPT, Guard
 from rlrc.runtime.safety.profile import Limit, Position, RobotProfile, Tracking, Workspace
 
 DT = 0.1
-# Most robots here stay where they were, whatever they are told (tests/test_plausible.py has others).
+# Most robots here stay where they were, whatever they are told (tests/test_plausibility.py has others).
 ABSOLUTE, DELTA, VELOCITY = (
     replace(dimension, lead=Tracking(1e3, "s")) for dimension in (guarded.ABSOLUTE, guarded.DELTA, guarded.VELOCITY)
 )

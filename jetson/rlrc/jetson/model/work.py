@@ -28,9 +28,9 @@ STATE_TOKENS = 4  # tokens for each number of the state in the prompt: three dig
 class Part:
     """One part of a decision. It runs ``times`` times and reads its weights each time.
 
-    ``stored``: numbers of its weights in memory, 0 if an earlier part has stored them. Of those, ``table`` are looked up
-    and not multiplied (word embeddings). ``live``: the largest number of activations in memory at once, without
-    ``scores`` (see Op).
+    ``stored``: numbers of its weights in memory, 0 if an earlier part has stored them. ``table``: of those, the numbers
+    that are looked up and not multiplied (word embeddings). ``live``: the largest number of activations in memory at
+    once, without ``scores`` (see Op).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the benchmark of the loop makes of its steps; the steps themselves are those of tests/test_control.py."""
+"""What the benchmark of the loop makes of its steps; the steps themselves are those of tests/test_control_loop.py."""
 
 from __future__ import annotations
 
