@@ -64,8 +64,9 @@ def test_the_picture_is_that_of_the_code() -> None:
 
 
 def test_every_path_in_the_page_exists() -> None:
-    roots = ("", "runtime", *(f"{part}/rlrc/{part}" for part in architecture.PARTS))
+    folders = (*architecture.PARTS, "tests", "scripts", "reference", "docs")
+    known = [path.as_posix() for folder in folders for path in (architecture.ROOT / folder).rglob("*")]
     text = (architecture.ROOT / "docs/architecture.md").read_text()
     for path in re.findall(r"`([\w./]+/[\w./]*)`", text):
         if "NAME" not in path:
-            assert any((architecture.ROOT / root / path).exists() for root in roots), path
+            assert any(f"{one}/".endswith(f"/{path.rstrip('/')}/") for one in known), path
