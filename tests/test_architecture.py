@@ -64,8 +64,8 @@ def test_the_picture_is_that_of_the_code() -> None:
 
 
 def test_every_path_in_the_page_exists() -> None:
-    folders = (*architecture.PARTS, "tests", "scripts", "reference", "docs")
-    known = [path.as_posix() for folder in folders for path in (architecture.ROOT / folder).rglob("*")]
+    folders = [architecture.ROOT / name for name in (*architecture.PARTS, "tests", "scripts", "reference", "docs")]
+    known = [path.as_posix() for folder in folders for path in (folder, *folder.rglob("*"))]
     text = (architecture.ROOT / "docs/architecture.md").read_text()
     for path in re.findall(r"`([\w./]+/[\w./]*)`", text):
         if "NAME" not in path:
