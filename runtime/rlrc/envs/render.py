@@ -85,8 +85,7 @@ class SceneRenderer:
         mujoco.mj_comPos(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
         self.renderer.update_scene(self.data, camera=CAMERA, scene_option=self.options)
-        picture: npt.NDArray[np.uint8] = self.renderer.render()
-        return picture.copy()
+        return np.array(self.renderer.render(), np.uint8)
 
 
 _renderers: dict[tuple[str, int], SceneRenderer] = {}

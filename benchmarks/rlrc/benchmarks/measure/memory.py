@@ -55,7 +55,8 @@ def measure(path: Path, threads: int = 1, inferences: int = 20) -> dict[str, Any
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RuntimeError(f"the process that loads {path.name} failed: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class _Each:
         return self._engines[graph].run(graph, inputs)
 
     def versions(self) -> dict[str, str]:
-        return next(iter(self._engines.values())).versions()
+        return dict(next(iter(self._engines.values())).versions())
 
 
 if __name__ == "__main__":

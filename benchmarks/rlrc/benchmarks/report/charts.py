@@ -241,7 +241,8 @@ def _smooth(values: np.ndarray) -> np.ndarray | None:
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     start, stop = (np.clip(np.arange(len(values)) + shift, 0, len(values)) for shift in (-half, half + 1))
-    return (sums[stop] - sums[start]) / (stop - start)
+    smoothed: np.ndarray = (sums[stop] - sums[start]) / (stop - start)
+    return smoothed
 
 
 def fill(color: str, hatch: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ def film_strip(
     included."""
     seen: list[tuple[int, NDArray[np.uint8]]] = []
 
-    def watch(step: int, observation: dict) -> None:
+    def watch(step: int, observation: dict[str, Any]) -> None:
         (picture,) = (value for key, value in observation.items() if key.startswith("image."))
         seen.append((step, picture))
 

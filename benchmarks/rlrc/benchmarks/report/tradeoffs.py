@@ -79,7 +79,7 @@ def _resident(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) 
     _describe(
         axes, max(size, peak), y, f"{size:.1f}, peak {peak:.1f}" if peak < 100 else f"{size:,.0f}, peak {peak:,.0f}"
     )
-    return max(size, peak)
+    return float(max(size, peak))
 
 
 def _describe(axes: Axes, x: float, y: float, text: str) -> None:

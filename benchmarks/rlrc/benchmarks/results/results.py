@@ -163,7 +163,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises UserError unless it is JSON with named rows, or the claims of a geometry.
     """
     try:
-        result = json.loads(path.read_bytes())
+        result: Any = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"expected a result file, found that {path} cannot be read ({error.strerror}); check the path"
@@ -178,7 +178,7 @@ def read(path: Path) -> dict[str, Any]:
     named = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
     if not rows or not named:
         raise UserError(f'expected "rows" with names, found none in {path}; pass files written by rlrc bench ... --out')
-    return result
+    return dict(result)
 
 
 def rows_of(result: Mapping[str, Any]) -> Any:

@@ -119,7 +119,7 @@ def mcnemar(only: int, only0: int) -> float:
     """Two-sided exact p-value for both solving equally many scenes, from the scenes that only one of them solved."""
     discordant = only + only0
     tail = sum(comb(discordant, k) for k in range(min(only, only0) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return float(min(1.0, 2 * tail / 2**discordant))
 
 
 def percentiles(values: Sequence[float], which: Sequence[float] = (50, 90, 99, 99.9)) -> dict[str, float]:
@@ -223,4 +223,4 @@ def student(confidence: float, degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / n**power for power, term in enumerate(terms, 1))
+    return float(z + sum(term / n**power for power, term in enumerate(terms, 1)))

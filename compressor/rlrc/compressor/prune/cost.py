@@ -44,7 +44,7 @@ class OperationCounter(TorchDispatchMode):
     """Adds up the cost of all operations within the context; see the module's docstring."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.total, self.times = 0.0, 1
 
     @contextmanager
@@ -87,7 +87,7 @@ def decision_cost(policy: PolicyModule) -> float:
         if spec.state is not None:
             state = torch.empty(1, spec.state.width or len(spec.state.names))
         _DRIVERS[spec.decode](policy, work, image_tokens, ids, state)
-    return work.total
+    return float(work.total)
 
 
 def _parallel(

@@ -49,4 +49,5 @@ def feedback(rows: Tensor) -> Tensor | None:
         return None
     hessian.diagonal().add_(DAMPENING * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    return factor

@@ -53,7 +53,8 @@ class RemoteFolder:
 
     def run(self, command: str, text: str | None = None) -> str:
         """Raises UserError for a command that fails, and for a connection that stays lost."""
-        return self.retry(lambda: self.shell.run(command, text))
+        output: str = self.retry(lambda: self.shell.run(command, text))
+        return output
 
     def retry(self, act: Callable[[], Any]) -> Any:
         seconds = PAUSE_S

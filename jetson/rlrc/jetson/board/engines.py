@@ -72,7 +72,7 @@ def _refused(trt: Any, graph: GraphPlan, plan: BuildPlan, does: str, reason: str
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
         """TensorRT reports nested phases, each with a number of steps."""
 
         def __init__(self) -> None:
