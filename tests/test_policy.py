@@ -100,7 +100,7 @@ def test_refuses_an_artifact_without_graphs(make_toy: MakeToy, tmp_path: Path) -
 
 def test_refuses_an_artifact_that_was_not_verified(make_toy: MakeToy, tmp_path: Path) -> None:
     path = make_toy(tmp_path / "unverified", verified=())
-    with pytest.raises(UserError, match=r"expected one record .*, found 0; run rlrc export"):
+    with pytest.raises(UserError, match=r"expected one verification record .*, found 0; run rlrc export"):
         LocalPolicy.load(path)
     assert LocalPolicy.load(path, require_verified=False).spec.family == "tiny"
 

@@ -174,7 +174,7 @@ def test_a_signal_in_the_middle_of_a_step_loses_nothing_but_that_step(
             signal.raise_signal(signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(sft, "gradients", interrupted)
+    monkeypatch.setattr(sft, "compute_gradients", interrupted)
     with interrupts.raise_on_signal(), pytest.raises(Interrupted):
         train(make_pupil(), config, tmp_path / "cut", given())
     assert (tmp_path / "cut" / "state.pt").exists() == (step > 0)
