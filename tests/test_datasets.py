@@ -470,7 +470,11 @@ def test_reading_never_imports_torch(folder: Path) -> None:
 
 
 def test_demonstrations_become_a_data_set(
-    own_cache: Path, tmp_path: Path, spec: PolicySpec, capsys: pytest.CaptureFixture[str]
+    own_cache: Path,
+    tmp_path: Path,
+    spec: PolicySpec,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Replaying the first episode's actions in its scene gives its states and pictures; the second one is disturbed."""
     from rlrc.compressor.rl.expert_dataset import play
@@ -502,8 +506,14 @@ def test_demonstrations_become_a_data_set(
     np.testing.assert_array_equal(expert(env.task)(env.full_observation), noisy[0].action)
     env.advance(noisy[0].action)
     assert np.abs(env.state() - noisy[1].state).max() > 1e-5
-    again = list(play(make("faucet-close-v3", SIZE), 1))
+    played, executed = make("faucet-close-v3", SIZE), list[np.ndarray]()
+    advance = played.advance
+    monkeypatch.setattr(played, "advance", lambda action: executed.append(np.array(action)) or advance(action))
+    again = list(play(played, 1))
     np.testing.assert_array_equal([frame.state for frame in noisy], [frame[STATE] for frame in again])
+    noise = np.stack(executed) - np.stack([frame[ACTION] for frame in again])
+    assert (noise[:, :3] != 0).all()
+    assert (noise[:, 3] == 0).all()  # the gripper executes the expert's own action
 
     fitting = replace(
         spec,
