@@ -84,6 +84,29 @@ def pressed() -> Iterator[Pressed]:
     made.port.close()
 
 
+@pytest.mark.parametrize("held_s", [0.0, 0.2])
+def test_an_answer_reaches_its_client_when_the_run_ends_at_once(held_s: float) -> None:
+    """A stop ends a run that cannot be re-armed: the port closes right after the answer. ``held_s``: how long the
+    listener does not run meanwhile."""
+    pressed = Pressed()
+    pressed.late_s = held_s
+    with pressed.opened() as connection:
+        connection.sendall(request())
+        if held_s:
+            time.sleep(held_s / 2)
+            os.kill(pressed.port.pid, signal.SIGSTOP)
+        while not pressed.reasons:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        closing = threading.Thread(target=pressed.port.close)
+        closing.start()
+        if held_s:
+            time.sleep(held_s)
+            os.kill(pressed.port.pid, signal.SIGCONT)
+        assert heard(connection).endswith(b'{"stopped": true, "reason": "HTTP"}')
+        closing.join()
+
+
 def test_a_stop_and_what_is_asked_about_it(pressed: Pressed) -> None:
     with pressed.opened() as connection:
         connection.sendall(request("GET"))

@@ -27,7 +27,7 @@ from rlrc.runtime.wire.packets import receive
 from rlrc.runtime.wire.ports import url
 
 LISTENER = "rlrc.runtime.control.stop_listener"
-OPENING_S = 60.0
+OPENING_S, CLOSING_S = 60.0, 1.0
 WAITING = 512  # connections that the kernel keeps until the listener accepts them
 
 
@@ -113,13 +113,18 @@ class StopPort:
         self._thread.start()
 
     def close(self) -> None:
+        """Ends the listener once it has passed on the answers that were given, or after ``CLOSING_S`` seconds."""
         self._closing = True
+        with suppress(OSError):  # the listener has ended already
+            self._wire.shutdown(socket.SHUT_RDWR)  # wakes the thread, and ends the listener
         if self._thread is not None:
-            self._wire.shutdown(socket.SHUT_RDWR)  # wakes the thread
             self._thread.join()
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            try:
+                self._process.wait(CLOSING_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         self._listening.close()
         self._theirs.close()
         self._wire.close()
