@@ -68,7 +68,7 @@ def result(
     bytes_, resident_ = (rows["dense"][key] / rows["compressed"][key] for key in ("bytes", "peak_rss"))
     checks = [
         claims.memory_of_sizes(bytes_, resident_, limits),
-        claims.latency_of_ratio("latency", faster, turns_of(pair), limits),
+        claims.latency_of_ratio("latency", faster, describe_trials(pair), limits),
     ]
     found: dict[str, Any] = {
         "kind": "claims of a geometry",
@@ -85,7 +85,7 @@ def result(
         checks.append(claims.ClaimCheck(claim, "NOT MEASURED", None, None, limits.latency_ratio, str(other)))
     elif other is not None:
         against = ratio(other, "torch")
-        checks.append(claims.latency_of_ratio(claim, against, turns_of(other), limits))
+        checks.append(claims.latency_of_ratio(claim, against, describe_trials(other), limits))
         found["torch"] = torch_row(manifests["dense"], other, kind, peaks) | {
             "compressed_ms": round_times(other.totals("compressed")),
             "latency_ratio": round(against.value, 3),
@@ -164,7 +164,7 @@ def ratio(trials: InterleavedTrials, slow: str, fast: str = "compressed") -> Est
     return ratio_interval(theirs, ours)
 
 
-def turns_of(trials: InterleavedTrials) -> str:
+def describe_trials(trials: InterleavedTrials) -> str:
     return f"{len(trials.load)} interleaved actions each, load {min(trials.load):.1f} to {max(trials.load):.1f}"
 
 

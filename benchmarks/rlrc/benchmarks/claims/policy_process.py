@@ -167,7 +167,7 @@ def open_exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     return lambda: policy.infer(observation), parts
 
 
-def quicker_in_torch(_: object = None) -> str:
+def faster_torch_type(_: object = None) -> str:
     """The type, "fp32" or "bf16", in which torch multiplies by weights more quickly on this processor."""
     from rlrc.compressor.models import precision
 
@@ -195,7 +195,7 @@ def open_in_torch(
 
     torch.set_num_threads(threads)
     dtype = _dtype(kind)
-    policy, passes = random_weights.in_torch(spec, towers, dtype), Parts()
+    policy, passes = random_weights.build_in_torch(spec, towers, dtype), Parts()
     time_passes(policy, dtype, passes)
     tokenizer = None
     if policy.spec.prompt is not None:

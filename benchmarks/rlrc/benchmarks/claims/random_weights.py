@@ -40,10 +40,10 @@ def dense(name: str) -> tuple[PolicySpec, Towers]:
     """An official policy of this name, as its reader finds it; what it never reads is no part of it."""
     folder, options = geometry.folder(name)
     layout = reader.layout(folder, options)
-    return spoken_to(layout.spec), layout.towers
+    return use_plain_prompt(layout.spec), layout.towers
 
 
-def spoken_to(spec: PolicySpec) -> PolicySpec:
+def use_plain_prompt(spec: PolicySpec) -> PolicySpec:
     """Prompts are the instruction's words and nothing else, a token each (see ``write_tokenizer``)."""
     if spec.prompt is None:
         return spec
@@ -52,18 +52,18 @@ def spoken_to(spec: PolicySpec) -> PolicySpec:
 
 def compressed(spec: PolicySpec, towers: Towers) -> tuple[PolicySpec, Towers]:
     """Pruned towers with all lossless cuts, and MLPs that fill the groups of 4-bit weights."""
-    policy, _ = cut_lossless(shape_of(spec, towers))
+    policy, _ = cut_lossless(build_shapes(spec, towers))
     return policy.spec, pad_towers(policy.towers)
 
 
-def shape_of(spec: PolicySpec, towers: Towers) -> PolicyModule:
+def build_shapes(spec: PolicySpec, towers: Towers) -> PolicyModule:
     return build_on_meta(spec, towers)
 
 
 def modules(spec: PolicySpec, towers: Towers) -> dict[str, int]:
     """Parameters of each module."""
     found: dict[str, int] = {}
-    for name, tensor in shape_of(spec, towers).state_dict().items():
+    for name, tensor in build_shapes(spec, towers).state_dict().items():
         module = name.split(".")[0]
         found[module] = found.get(module, 0) + tensor.numel()
     return found
@@ -73,7 +73,7 @@ def manifest(spec: PolicySpec, towers: Towers, eight: Sequence[str] | None = Non
     """Of a policy in bfloat16; with ``eight``, as `rlrc quantize` leaves it: in 4 bits, but for the tensors of these
     patterns and the word embeddings, which have 8.
     """
-    shapes = shape_of(spec, towers).state_dict()
+    shapes = build_shapes(spec, towers).state_dict()
     parameters = sum(tensor.numel() for tensor in shapes.values())
     if eight is None:
         return Manifest(spec, towers, parameters, "bfloat16")
@@ -116,7 +116,7 @@ def weights(policy: Manifest) -> Weights:
     """Of every tensor of the policy, quantized where its manifest says so."""
     quantization, stored = policy.quantization, dict[str, Tensor]()
     bits = quantization.tensors if quantization else {}
-    for name, tensor in shape_of(policy.policy, policy.towers).state_dict().items():
+    for name, tensor in build_shapes(policy.policy, policy.towers).state_dict().items():
         if name in bits:
             rows, columns = tensor.shape
             integers = torch.uint8 if bits[name] == 4 else torch.int8
@@ -124,7 +124,7 @@ def weights(policy: Manifest) -> Weights:
             stored[f"{name}.scale"] = torch.empty(rows, columns // GROUP, dtype=torch.float16, device="meta")
         else:
             stored[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
-    noise = noise_of()
+    noise = make_noise()
 
     def read(name: str) -> Tensor:
         if (width := bits.get(name.removesuffix(".scale"))) and name.endswith(".scale"):
@@ -134,7 +134,7 @@ def weights(policy: Manifest) -> Weights:
     return Weights(Tensors("random weights", stored, read), quantization)
 
 
-def noise_of() -> Tensor:
+def make_noise() -> Tensor:
     return torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
 
 
@@ -153,9 +153,9 @@ def scales(like: Tensor, bits: int) -> Tensor:
     return torch.full(like.shape, 1 / (spread * (like.shape[1] * GROUP) ** 0.5), dtype=like.dtype)
 
 
-def in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> PolicyModule:
+def build_in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> PolicyModule:
     """The policy with weights, one tensor made after the other."""
-    policy, noise = shape_of(spec, towers), noise_of()
+    policy, noise = build_shapes(spec, towers), make_noise()
     for module in policy.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:

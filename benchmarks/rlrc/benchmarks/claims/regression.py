@@ -62,18 +62,18 @@ def _row(old: Row, new: Row, tolerance: float, margin: float) -> Iterator[Figure
     for percentile in ("p50", "p99"):
         if percentile in old.get("latency_ms", {}):
             values = [row.get("latency_ms", {}).get(percentile) for row in (old, new)]
-            yield _ratio(name, percentile, "ms", values, _of_trials(old, new, percentile), tolerance)
+            yield _ratio(name, percentile, "ms", values, _ratio_of_trials(old, new, percentile), tolerance)
     for figure, unit, scale, path in FIGURES:
-        if (before := _at(old, path)) is not None:
-            after = _at(new, path)
-            change = None if after is None else _of_limits(_limits(old, path), _limits(new, path))
+        if (before := _look_up(old, path)) is not None:
+            after = _look_up(new, path)
+            change = None if after is None else _ratio_of_limits(_limits(old, path), _limits(new, path))
             values = [None if value is None else value / scale for value in (before, after)]
             yield _ratio(name, figure, unit, values, change, tolerance)
     for number, one in (old.get("throughput") or {}).items():
         other = ((new.get("throughput") or {}).get(number)) or {}
         values = [one["chunks_per_s"], other.get("chunks_per_s")]
         # Of a rate, more is better: the ratio is turned over.
-        change = _of_limits(tuple(other["interval"]), tuple(one["interval"])) if other else None
+        change = _ratio_of_limits(tuple(other["interval"]), tuple(one["interval"])) if other else None
         yield _ratio(name, f"throughput, {number} at once", "1/s", values, change, tolerance, more_is_better=True)
     if old.get("success") is not None:
         yield _success(name, old, new, margin)
@@ -89,7 +89,7 @@ FIGURES = (
 )
 
 
-def _at(row: Row, path: Sequence[str]) -> float | None:
+def _look_up(row: Row, path: Sequence[str]) -> float | None:
     value: Any = row
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -102,19 +102,19 @@ def _limits(row: Row, path: Sequence[str]) -> tuple[float, float]:
         return tuple(spread[path[-1]])
     if path[0] == "energy":
         return row["energy"]["joules_chunk"]["low"], row["energy"]["joules_chunk"]["high"]
-    value = _at(row, path)
+    value = _look_up(row, path)
     assert value is not None
     return value, value
 
 
-def _of_limits(old: tuple[float, ...], new: tuple[float, ...]) -> Estimate | None:
+def _ratio_of_limits(old: tuple[float, ...], new: tuple[float, ...]) -> Estimate | None:
     """The widest ratio that the limits of both allow."""
     if min(*old, *new) <= 0:
         return None
     return Estimate(sum(new) / sum(old), new[0] / old[1], new[1] / old[0])
 
 
-def _of_trials(old: Row, new: Row, percentile: str) -> Estimate | None:
+def _ratio_of_trials(old: Row, new: Row, percentile: str) -> Estimate | None:
     rounds = [_rounds(row) for row in (new, old)]
     if min(map(len, rounds)) < 2:
         return None

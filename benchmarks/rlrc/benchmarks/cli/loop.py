@@ -72,7 +72,7 @@ class Loop(OutputOptions):
             ),
             "overhead": (2, lambda tick: list(loop.overhead(20.0, tick))),
             "page": (2, lambda tick: list(loop.overhead(20.0, tick, page=True))),
-            "faults": (len(faults.FAULTS), lambda tick: list(loop.broken(tick))),
+            "faults": (len(faults.FAULTS), lambda tick: list(loop.fault_matrix(tick))),
         }
         total, measured = measure[scenario]
         with plain_progress(scenario, total) as advance:

@@ -134,7 +134,7 @@ class MeasureSuccess(ArtifactOptions):
         if self.env and self.tasks:
             raise UserError("expected --tasks or --env, found both; give Meta-World's tasks as metaworld:TASK to --env")
         if self.env:
-            return success.scenes_of(self.env, opened, self.episodes_per_task, self.env_mapping)
+            return success.environment_scenes(self.env, opened, self.episodes_per_task, self.env_mapping)
         if self.env_mapping is not None:
             raise UserError("expected --env with --env-mapping, found no --env; give the environment as well")
         return success.scenes(self.tasks, self.episodes_per_task)
@@ -157,7 +157,7 @@ def play_episodes(
     total = len(opened) * sum(scenes.episodes.values())
     with progress("episodes", total) as advance:
         played = success.measure(opened, scenes, workers, threads, out and _partial(out), advance)
-    return [facts(named) | success.row(played[named.name], scenes, success.hard(scenes)) for named in opened]
+    return [facts(named) | success.row(played[named.name], scenes, success.hard_tasks(scenes)) for named in opened]
 
 
 def _partial(out: Path) -> Path:
