@@ -227,7 +227,7 @@ def test_every_geometry_has_its_points() -> None:
     assert point("openvla-7b").elsewhere == ("onnxruntime", {"vision": "int8", "decoder": "int4a8"})
     assert point("pi0").elsewhere is None
     assert point("smolvla-450m").compressed == {"vision": "int8", "prefix": "int4a8", "step": "int8"}
-    with pytest.raises(UserError, match="takes no experts"):
+    with pytest.raises(UserError, match="does not support experts"):
         point("pi0", "gguf")
     with pytest.raises(UserError, match="the nearest is openvla-7b"):
         point("openvla")
@@ -242,7 +242,7 @@ def test_every_geometry_has_its_points() -> None:
         ([], "found neither"),
         (["somewhere"], "found one of them"),
         (["somewhere", "--geometry", "pi0"], "expected --geometry alone"),
-        (["--geometry", "pi0", "--runtime", "gguf"], "takes no experts"),
+        (["--geometry", "pi0", "--runtime", "gguf"], "does not support experts"),
         (["--geometry", "pi0", "--rounds", "1"], "two or more rounds"),
         (["--geometry", "pi0", "--work", "nowhere"], "found none at nowhere"),
     ],
@@ -291,7 +291,7 @@ def test_what_an_arm_cannot_do_is_told() -> None:
     with pytest.raises(UserError, match="do better"):
         PolicyProcess("a policy", full_size_arms.refused, ())
     arm = PolicyProcess("a policy", full_size_arms.dying, ())
-    with pytest.raises(UserError, match="process of a policy to go on, found that it ended by"):
+    with pytest.raises(UserError, match="process of a policy to keep running, found that it ended by"):
         arm.act()
     arm.close()
 

@@ -1,5 +1,4 @@
-"""Does one artifact hold all the claims at once? Memory, latency and success against the dense parent, each PASS or
-FAIL."""
+"""Check the claims on memory, latency and success of one artifact against its dense parent: PASS or FAIL."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class ClaimCheck:
-    """One claim. ``limit`` is the end of the interval that has to reach the threshold, None without estimation."""
+    """One claim. ``limit``: the end of the interval that must reach the threshold; None for exact values."""
 
     claim: str
     verdict: str  # PASS, FAIL or NOT MEASURED
@@ -43,7 +42,7 @@ class ClaimCheck:
 
 
 def thresholds(path: Path | None = None) -> Thresholds:
-    """From a TOML file like claims.toml beside this module, the default. Raises UserError for one that does not fit."""
+    """Read thresholds from a TOML file (default: claims.toml in this folder). Raises UserError for an invalid one."""
     file = path or files("rlrc.benchmarks.claims") / "claims.toml"
     advice = "compare with rlrc/benchmarks/claims/claims.toml"
     sections = read_toml(dict[str, dict[str, int | float]], file, f"thresholds in {file}", advice)
@@ -62,7 +61,7 @@ def figure(check: ClaimCheck, number: float | None) -> str:
 
 
 def check_comparable(compressed: Manifest, baseline: Manifest) -> None:
-    """Raises UserError unless both see the same cameras and state and answer with the same kind of chunk."""
+    """Raises UserError unless cameras, state and the shape of chunks are the same."""
     ours, theirs = compressed.policy, baseline.policy
     for what, a, b in (
         ("cameras", ours.cameras, theirs.cameras),
@@ -75,7 +74,7 @@ def check_comparable(compressed: Manifest, baseline: Manifest) -> None:
 
 
 def check_same_tasks(compressed: Artifact, baseline: Artifact) -> None:
-    """Raises UserError unless the golden observations of both have the same instructions: every stage hands them on."""
+    """Raises UserError unless the golden observations, which every stage copies, have the same instructions."""
     tasks = []
     for artifact in (compressed, baseline):
         golden = read_golden(artifact.file(GOLDEN), artifact.manifest.policy)
@@ -85,7 +84,7 @@ def check_same_tasks(compressed: Artifact, baseline: Artifact) -> None:
 
 
 def describe_difference(ours: Collection[str], theirs: Collection[str]) -> str:
-    """The first of what only one of them has."""
+    """Name the first entry that only one of them has."""
     only, only0 = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
     return f"{only[0]!r} in the compressed one only" if only else f"{only0[0]!r} in the baseline only"
 
@@ -98,7 +97,7 @@ def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> Clai
 
 
 def memory_of_sizes(stored: float, resident: float, limits: Thresholds) -> ClaimCheck:
-    """From the ratios of the graphs' bytes and of the processes' peaks; ``limit`` is the smaller one."""
+    """From the ratios of graph bytes and of peak resident sets; ``limit`` is the smaller one."""
     least = min(stored, resident)
     reason = f"graph files {stored:.2f}x, peak resident set {resident:.2f}x"
     return ClaimCheck("memory", _verdict(least >= limits.memory_ratio), stored, least, limits.memory_ratio, reason)
@@ -108,12 +107,12 @@ def latency(compressed: Trials, baseline: Trials, limits: Thresholds) -> ClaimCh
     """``limit`` is the lower end of the two-sided 95 % interval of the ratio of medians."""
     reason = f"{len(compressed.total)} interleaved trials each"
     if not (compressed.stable and baseline.stable):
-        reason += ", warm-up never became stable"
+        reason += ", the warm-up did not become stable"
     return latency_of_ratio("latency", ratio_interval(baseline.rounds(), compressed.rounds()), reason, limits)
 
 
 def latency_of_ratio(claim: str, ratio: Estimate, reason: str, limits: Thresholds) -> ClaimCheck:
-    """Of medians, with its 95 % interval."""
+    """From a ratio of medians with its 95 % interval."""
     verdict = _verdict(ratio.low >= limits.latency_ratio)
     return ClaimCheck(claim, verdict, ratio.value, ratio.low, limits.latency_ratio, reason)
 
@@ -121,8 +120,8 @@ def latency_of_ratio(claim: str, ratio: Estimate, reason: str, limits: Threshold
 def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | None, limits: Thresholds) -> ClaimCheck:
     """From two rows of success results; ``limit`` is the one-sided 95 % lower limit of the difference.
 
-    Scene by scene (Tango) where both rows hold outcomes of the same scenes, else as independent samples. Raises
-    UserError for other tasks.
+    Paired (Tango) where both rows hold outcomes of the same scenes, else as independent samples. Raises UserError for
+    different tasks.
     """
     if compressed is None or baseline is None:
         advice = "pass --success FILE.json or --episodes-per-task"
@@ -146,13 +145,13 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
     reason = f"{counts[0]}/{episodes[0]} against {counts[1]}/{episodes[1]}, {how}"
     enough = min(episodes) >= limits.success_episodes
     if not enough:
-        reason += f"; {limits.success_episodes} episodes of each are needed"
+        reason += f"; at least {limits.success_episodes} episodes of each are needed"
     holds = enough and limit > -limits.success_margin
     return ClaimCheck("success", _verdict(holds), difference, limit, -limits.success_margin, reason)
 
 
 def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:
-    """The row that was measured on exactly this artifact, under any name."""
+    """The row measured on exactly this artifact (by digest), under any name."""
     for result in results:
         for row in result["rows"]:
             if row.get("digest") == named.artifact.digest and row.get("success") is not None:
@@ -182,10 +181,8 @@ def operating_point(compressed: Named, baseline: Named, threads: int, versions: 
 
 
 def measure_cuts(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
-    """The share cut of the whole policy's parameters, and of every tower that differs.
-
-    Of a tower: its blocks, and the heads and MLP channels of the blocks between the first and the last. Negative where
-    the baseline is the smaller one.
+    """Share of parameters cut from the whole policy, and for every tower that differs the shares of its blocks and of
+    the heads and MLP channels of the intermediate blocks. Negative where the baseline is smaller.
     """
     shares = {}
     for name, theirs in baseline.towers.items():

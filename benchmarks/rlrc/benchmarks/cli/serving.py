@@ -1,4 +1,4 @@
-"""The command that measures what serving costs beyond inference."""
+"""The command that measures the overhead of serving beyond inference."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(ResultOptions):
-    """Serving beside a minimal server on the same libraries, and with pictures in shared memory; no artifact needed."""
+    """Measure the overhead of serving, compared with a minimal server on the same libraries; no artifact needed."""
 
     cameras: int = 2
-    """pictures of an observation"""
+    """images of an observation"""
     size: int = 224
-    """their height and width"""
+    """height and width of the images, in pixels"""
     calls: int = 2000
-    """of each way"""
+    """calls of each server"""
 
     def run(self) -> None:
         self.check_out()
@@ -36,7 +36,7 @@ class Serving(ResultOptions):
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    found = Table("way", "p50", "p90", "p99", "max")
+    result = Table("server", "p50", "p90", "p99", "max")
     for row in rows:
-        found.add_row(row["name"], *(f"{value:.3f}" for value in row["overhead_ms"].values()))
-    return found
+        result.add_row(row["name"], *(f"{value:.3f}" for value in row["overhead_ms"].values()))
+    return result

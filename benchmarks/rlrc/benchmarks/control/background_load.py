@@ -37,7 +37,7 @@ def _burn() -> None:
 
 @contextmanager
 def timer(hz: float) -> Iterator[Callable[[], NDArray[np.float64]]]:
-    """A process that only wakes up at this rate and the loop's priority: a baseline; yields a function -> wake-up times."""
+    """A process that only wakes up at this rate, at the loop's priority; the function returns its wake-up times."""
     context = multiprocessing.get_context("spawn")
     connection, remote = context.Pipe()
     process = context.Process(target=_wake, args=(remote, hz), daemon=True)

@@ -110,8 +110,8 @@ def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
         shutil.rmtree(folder)
     if not fault_times:
         raise UserError(
-            f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine may "
-            "be busy: run again, or at a lower rate"
+            f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine "
+            "may be busy: run again, or at a lower rate"
         )
     return _outcome(fault, hz, telemetry, arm, fault_times[0], guard)
 
