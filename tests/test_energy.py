@@ -75,7 +75,7 @@ def test_the_input_rail_is_the_whole_and_without_one_the_rails_add_up(tmp_path: 
     drawn = energy.EnergyUsed({rail.name: rail.watts() for rail in rails})
     assert len(rails) == 4
     assert drawn.total == pytest.approx(5.0 + 2.0 + 4.0)
-    assert energy.EnergyUsed({"VDD_CORE": 1.0, "VDD_IO": 2.0}).total == 3.0  # of a board that nobody knows
+    assert energy.EnergyUsed({"VDD_CORE": 1.0, "VDD_IO": 2.0}).total == 3.0  # of an unknown board
 
 
 def test_packages_count_and_their_parts_do_not(tmp_path: Path) -> None:

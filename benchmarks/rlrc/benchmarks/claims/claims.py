@@ -18,7 +18,7 @@ from rlrc.errors import UserError
 from rlrc.runtime.inference.verify import read_golden
 from rlrc.strict import read_toml
 
-SAME = "compare a policy with its own dense parent"
+SAME = "compare a policy with its dense parent"
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def figure(check: ClaimCheck, number: float | None) -> str:
 
 def check_comparable(compressed: Manifest, baseline: Manifest) -> None:
     """Raises UserError unless cameras, state and the shape of chunks are the same."""
-    ours, theirs = compressed.policy, baseline.policy
+    spec, baseline_spec = compressed.policy, baseline.policy
     for what, a, b in (
-        ("cameras", ours.cameras, theirs.cameras),
-        ("state", ours.state and ours.state.names, theirs.state and theirs.state.names),
-        ("horizon", ours.action.horizon, theirs.action.horizon),
-        ("action dimensions", ours.action.names, theirs.action.names),
+        ("cameras", spec.cameras, baseline_spec.cameras),
+        ("state", spec.state and spec.state.names, baseline_spec.state and baseline_spec.state.names),
+        ("horizon", spec.action.horizon, baseline_spec.action.horizon),
+        ("action dimensions", spec.action.names, baseline_spec.action.names),
     ):
         if a != b:
             raise UserError(f"expected the baseline's {what} ({b}), found {a}; {SAME}")
@@ -83,16 +83,18 @@ def check_same_tasks(compressed: Artifact, baseline: Artifact) -> None:
         raise UserError(f"expected policies of the same tasks, found {describe_difference(*tasks)}; {SAME}")
 
 
-def describe_difference(ours: Collection[str], theirs: Collection[str]) -> str:
+def describe_difference(compressed: Collection[str], baseline: Collection[str]) -> str:
     """Name the first entry that only one of them has."""
-    only, only0 = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    only, only0 = sorted(set(compressed) - set(baseline)), sorted(set(baseline) - set(compressed))
     return f"{only[0]!r} in the compressed one only" if only else f"{only0[0]!r} in the baseline only"
 
 
 def memory(compressed: Manifest, baseline: Manifest, limits: Thresholds) -> ClaimCheck:
-    ours, theirs = sizes(compressed), sizes(baseline)
-    ratio = theirs["bytes"] / ours["bytes"]
-    reason = " against ".join(f"{one['bytes'] / 1e6:.2f} MB ({one['counting']})" for one in (theirs, ours))
+    compressed_size, baseline_size = sizes(compressed), sizes(baseline)
+    ratio = baseline_size["bytes"] / compressed_size["bytes"]
+    reason = " against ".join(
+        f"{one['bytes'] / 1e6:.2f} MB ({one['counting']})" for one in (baseline_size, compressed_size)
+    )
     return ClaimCheck("memory", _verdict(ratio >= limits.memory_ratio), ratio, None, limits.memory_ratio, reason)
 
 
@@ -161,14 +163,14 @@ def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str
 
 def operating_point(compressed: Named, baseline: Named, threads: int, versions: Mapping[str, str]) -> dict[str, Any]:
     """The conditions under which the verdict holds."""
-    ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
-    quantization = ours.quantization
+    manifest, baseline_manifest = compressed.artifact.manifest, baseline.artifact.manifest
+    quantization = manifest.quantization
     return {
         "compressed": facts(compressed),
         "baseline": facts(baseline),
-        "pruned": measure_cuts(ours, theirs),
-        "stages": [entry.stage for entry in ours.history],
-        "prune": [entry.config for entry in ours.history if entry.stage == "prune"],
+        "pruned": measure_cuts(manifest, baseline_manifest),
+        "stages": [entry.stage for entry in manifest.history],
+        "prune": [entry.config for entry in manifest.history if entry.stage == "prune"],
         "quantization": quantization
         and {
             "grid": quantization.grid,
@@ -185,11 +187,11 @@ def measure_cuts(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
     the heads and MLP channels of the intermediate blocks. Negative where the baseline is smaller.
     """
     shares = {}
-    for name, theirs in baseline.towers.items():
-        ours = compressed.towers.get(name, replace(theirs, layers=()))
-        inner, inner0 = (tower.layers[1:-1] if len(theirs.layers) > 2 else tower.layers for tower in (ours, theirs))
+    for name, full in baseline.towers.items():
+        cut = compressed.towers.get(name, replace(full, layers=()))
+        inner, inner0 = (tower.layers[1:-1] if len(full.layers) > 2 else tower.layers for tower in (cut, full))
         for what, now, before in (
-            ("blocks", len(ours.layers), len(theirs.layers)),
+            ("blocks", len(cut.layers), len(full.layers)),
             ("intermediate_heads", sum(layer.heads for layer in inner), sum(layer.heads for layer in inner0)),
             ("intermediate_channels", sum(layer.mlp for layer in inner), sum(layer.mlp for layer in inner0)),
         ):
@@ -198,8 +200,8 @@ def measure_cuts(compressed: Manifest, baseline: Manifest) -> dict[str, float]:
     return shares | {"whole_policy": share_cut(compressed.parameters, baseline.parameters)}
 
 
-def share_cut(ours: int, theirs: int) -> float:
-    return round(1 - ours / theirs, 4) if theirs else 0.0
+def share_cut(now: int, before: int) -> float:
+    return round(1 - now / before, 4) if before else 0.0
 
 
 def _verdict(holds: bool) -> str:

@@ -151,13 +151,13 @@ def make(point: OperatingPoint, pair: PolicyPair, folder: Path, step: Step) -> d
     if point.elsewhere is not None:
         graphs["elsewhere"] = (pair.compressed, *point.elsewhere)
     graphs["dense"] = (pair.dense, point.runtime, point.dense)
-    found = {}
+    artifacts = {}
     with WorkerPool(1) as worker:  # a process does not always return freed memory to the system
         for name, (manifest, runtime, precision) in graphs.items():
             step(f"writing graphs for {runtime}, {name} ({manifest.parameters / 1e9:.2f} billion parameters)")
             job = (folder / name, manifest, runtime, precision)
-            (found[name],) = (artifact for _, artifact in worker.run(random_weights.write_job, [job], WRITING_S))
-    return found
+            (artifacts[name],) = (artifact for _, artifact in worker.run(random_weights.write_job, [job], WRITING_S))
+    return artifacts
 
 
 def run_interleaved(starters: Starters, rounds: int, step: Step, in_torch: str = "") -> InterleavedTrials:

@@ -23,7 +23,7 @@ WORDS = 20  # of the instruction, about the length of OpenVLA's prompt
 class InterleavedTrials:
     """Actions of each policy of one interleaved run, in order, and the load average before each round.
 
-    ``repeated``: the number of rounds that do not count, see full_size.turns.
+    ``repeated``: the number of rounds that do not count, see full_size.run_interleaved.
     """
 
     actions: dict[str, list[ActionTimes]]

@@ -94,7 +94,7 @@ class PolicyProcess:
             if not self._connection.poll(WAIT_S):
                 raise UserError(
                     f"expected {self.name} to reply within {WAIT_S:g} s, found no reply; the machine is "
-                    "overloaded: run the command again later"
+                    "overloaded: run the command again"
                 )
             reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError):

@@ -97,7 +97,7 @@ def _look_up(row: Row, path: Sequence[str]) -> float | None:
 
 
 def _limits(row: Row, path: Sequence[str]) -> tuple[float, float]:
-    """The measured range or the interval's limits; twice the figure itself where it is exact."""
+    """The measured range or the interval's limits; an exact figure is both limits."""
     if path[0] == "memory" and (spread := row["memory"].get("own_range")):
         return tuple(spread[path[-1]])
     if path[0] == "energy":

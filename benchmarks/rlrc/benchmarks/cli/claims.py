@@ -63,8 +63,8 @@ class Claims(ResultOptions):
             found = "neither" if self.artifact is None and self.baseline is None else "one of them"
             raise UserError(f"expected an artifact and --baseline, or --geometry, found {found}; add what is missing")
         baseline, compressed = opened = open_artifacts([self.baseline, self.artifact])
-        ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
-        claims.check_comparable(ours, theirs)
+        manifest, baseline_manifest = compressed.artifact.manifest, baseline.artifact.manifest
+        claims.check_comparable(manifest, baseline_manifest)
         claims.check_same_tasks(compressed.artifact, baseline.artifact)
         rows = {named.name: facts(named) for named in opened}
         played = self._success(opened)
@@ -72,7 +72,7 @@ class Claims(ResultOptions):
         for named in opened:
             rows[named.name] |= latency.row(trials[named.name]) | (played[named.name] or {})
         checks = [
-            claims.memory(ours, theirs, limits),
+            claims.memory(manifest, baseline_manifest, limits),
             claims.latency(trials[compressed.name], trials[baseline.name], limits),
             claims.success(played[compressed.name], played[baseline.name], limits),
         ]

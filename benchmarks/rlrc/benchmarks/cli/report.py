@@ -119,5 +119,5 @@ def _side_by_side(here: Sequence[dict[str, Any]], earlier: Sequence[dict[str, An
     committed = {row["name"]: row for row in earlier}
     for row in here:
         pairs = zip(figures(row), figures(committed.get(row["name"])), strict=True)
-        table.add_row(row["name"], *(f"{ours} ({theirs})" for ours, theirs in pairs))
+        table.add_row(row["name"], *(f"{now} ({before})" for now, before in pairs))
     return table

@@ -1,4 +1,4 @@
-"""The fault matrix: after any fault while the arm moves, it gets only holds within two periods."""
+"""The fault matrix: within two periods after any fault, the moving arm receives only holds."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ HANGS: tuple[ArmFault, ...] = ("hang in sense", "hang in command", "hang in hold
 PolicyFault = Literal["nan", "infinity", "wrong shape", "out of range", "velocity jump", "hang", "crash", "no action"]
 
 
-def spec(size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wrist",), seen: int = SIZE) -> PolicySpec:
-    """The spec of the arm's policy; images of ``size`` are scaled to squares of ``seen`` pixels."""
+def spec(size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wrist",), target: int = SIZE) -> PolicySpec:
+    """The spec of the arm's policy; images of ``size`` are scaled to squares of ``target`` pixels."""
     norm, units = NormStats((0.0, 0.0), (1.0, 1.0)), ("rad", "rad")
-    resize: Any = "none" if size == (seen, seen) else "bilinear"
-    specs = tuple(CameraSpec(name, seen, seen, resize, (0.0,) * 3, (1.0,) * 3, "HWC") for name in cameras)
+    resize: Any = "none" if size == (target, target) else "bilinear"
+    specs = tuple(CameraSpec(name, target, target, resize, (0.0,) * 3, (1.0,) * 3, "HWC") for name in cameras)
     action = ActionSpec(HORIZON, JOINTS, ("absolute", "absolute"), units, norm, 0)
     return PolicySpec("rig", "parallel", specs, StateSpec(JOINTS, units, norm), None, action, {})
 

@@ -301,8 +301,8 @@ def compare(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, An
         raise UserError(
             f"expected the same scenes for {row['name']} and {baseline['name']}, found others; measure both in one run"
         )
-    ours, theirs = row["outcomes"], baseline["outcomes"]
-    pairs = [(a, b) for task in ours for a, b in zip(ours[task], theirs[task], strict=True)]
+    outcomes, baseline_outcomes = row["outcomes"], baseline["outcomes"]
+    pairs = [(a, b) for task in outcomes for a, b in zip(outcomes[task], baseline_outcomes[task], strict=True)]
     only, only0 = pairs.count(("1", "0")), pairs.count(("0", "1"))
     return {
         "name": row["name"],
