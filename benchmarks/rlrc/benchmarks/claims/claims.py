@@ -12,7 +12,7 @@ from typing import Any
 from rlrc.artifact import GOLDEN, Artifact, Manifest
 from rlrc.benchmarks.measure.latency import Trials
 from rlrc.benchmarks.measure.success import compare, same_scenes
-from rlrc.benchmarks.results.results import Named, facts, sizes
+from rlrc.benchmarks.results.results import NamedArtifact, facts, sizes
 from rlrc.benchmarks.results.stats import Estimate, difference_limit, paired_difference_limit, ratio_interval
 from rlrc.errors import UserError
 from rlrc.runtime.inference.verify import read_golden
@@ -152,7 +152,7 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
     return ClaimCheck("success", _verdict(holds), difference, limit, -limits.success_margin, reason)
 
 
-def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str, Any] | None:
+def find_success(results: Sequence[Mapping[str, Any]], named: NamedArtifact) -> dict[str, Any] | None:
     """The row measured on exactly this artifact (by digest), under any name."""
     for result in results:
         for row in result["rows"]:
@@ -161,7 +161,9 @@ def find_success(results: Sequence[Mapping[str, Any]], named: Named) -> dict[str
     return None
 
 
-def operating_point(compressed: Named, baseline: Named, threads: int, versions: Mapping[str, str]) -> dict[str, Any]:
+def operating_point(
+    compressed: NamedArtifact, baseline: NamedArtifact, threads: int, versions: Mapping[str, str]
+) -> dict[str, Any]:
     """The conditions under which the verdict holds."""
     manifest, baseline_manifest = compressed.artifact.manifest, baseline.artifact.manifest
     quantization = manifest.quantization

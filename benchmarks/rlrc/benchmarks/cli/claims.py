@@ -16,7 +16,7 @@ from rlrc.benchmarks.claims import claims
 from rlrc.benchmarks.cli.measure import forget_episodes, play_episodes, time_inferences
 from rlrc.benchmarks.cli.output import ResultOptions, result_of, stages
 from rlrc.benchmarks.measure import latency, success
-from rlrc.benchmarks.results.results import Named, facts, open_artifacts, read
+from rlrc.benchmarks.results.results import NamedArtifact, facts, open_artifacts, read
 from rlrc.errors import UserError
 from rlrc.tables import print_table
 
@@ -117,7 +117,7 @@ class Claims(ResultOptions):
             print_table(parts_table(result), Console())
         return 0 if result["verdict"] == "PASS" else 1
 
-    def _success(self, opened: Sequence[Named]) -> dict[str, dict[str, Any] | None]:
+    def _success(self, opened: Sequence[NamedArtifact]) -> dict[str, dict[str, Any] | None]:
         if self.success and self.episodes_per_task:
             raise UserError("expected --success or --episodes-per-task, found both; remove one")
         if self.success:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rlrc.benchmarks.cli.output import ArtifactOptions, progress, result_of
 from rlrc.benchmarks.measure import latency, memory, success
 from rlrc.benchmarks.results import machine
-from rlrc.benchmarks.results.results import Named, facts
+from rlrc.benchmarks.results.results import NamedArtifact, facts
 from rlrc.errors import UserError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.board.monitor import Board
@@ -130,7 +130,7 @@ class MeasureSuccess(ArtifactOptions):
         self.finish(result_of("success", rows, self.threads) | {"comparisons": compared}, table, note)
         forget_episodes(self.out)
 
-    def _scenes(self, opened: Sequence[Named]) -> success.Scenes:
+    def _scenes(self, opened: Sequence[NamedArtifact]) -> success.Scenes:
         if self.env and self.tasks:
             raise UserError("expected --tasks or --env, found both; pass Meta-World tasks as --env metaworld:TASK")
         if self.env:
@@ -140,7 +140,7 @@ class MeasureSuccess(ArtifactOptions):
         return success.scenes(self.tasks, self.episodes_per_task)
 
 
-def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[str, latency.Trials]:
+def time_inferences(opened: Sequence[NamedArtifact], trials: int, threads: int) -> dict[str, latency.Trials]:
     from rlrc.runtime.inference.policy import LocalPolicy
 
     policies = {named.name: LocalPolicy.load(named.artifact.path, threads) for named in opened}
@@ -151,7 +151,7 @@ def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[
 
 
 def play_episodes(
-    opened: Sequence[Named], scenes: success.Scenes, workers: int, threads: int, out: Path | None
+    opened: Sequence[NamedArtifact], scenes: success.Scenes, workers: int, threads: int, out: Path | None
 ) -> list[dict[str, Any]]:
     """A row for every artifact. Finished episodes are kept next to ``out``."""
     total = len(opened) * sum(scenes.episodes.values())

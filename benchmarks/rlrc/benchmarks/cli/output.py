@@ -16,7 +16,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlrc.benchmarks.results import machine
-from rlrc.benchmarks.results.results import Named, check_out, dump, open_artifacts, write
+from rlrc.benchmarks.results.results import NamedArtifact, check_out, dump, open_artifacts, write
 from rlrc.progress import EVERY_S, interactive, status
 from rlrc.progress import progress as progress_of
 from rlrc.tables import print_table
@@ -65,7 +65,7 @@ class ArtifactOptions(ResultOptions):
     threads: int = 1
     """threads of each engine"""
 
-    def open_artifacts(self) -> list[Named]:
+    def open_artifacts(self) -> list[NamedArtifact]:
         """The artifacts, the baseline first. Raises UserError as ``check_out`` and ``open_artifacts`` do."""
         self.check_out()
         return open_artifacts([*([self.baseline] if self.baseline else []), *self.artifacts])

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlrc.benchmarks.results.results import Named
+from rlrc.benchmarks.results.results import NamedArtifact
 from rlrc.benchmarks.results.stats import mcnemar, paired_difference_limit, wilson
 from rlrc.errors import UserError
 from rlrc.folders import sha256
@@ -89,7 +89,7 @@ def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = 
 
 
 def environment_scenes(
-    environments: Sequence[str], opened: Sequence[Named], per_task: int = 50, mapping: Path | None = None
+    environments: Sequence[str], opened: Sequence[NamedArtifact], per_task: int = 50, mapping: Path | None = None
 ) -> Scenes:
     """Scenes of environments by name; if all are Meta-World's, those of ``scenes``.
 
@@ -143,7 +143,7 @@ def play(
 
 
 def measure(
-    artifacts: Sequence[Named],
+    artifacts: Sequence[NamedArtifact],
     scenes: Scenes,
     workers: int = 2,
     threads: int = 1,
@@ -170,7 +170,7 @@ def measure(
 
 
 def _jobs(
-    named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], ScoredEpisode]
+    named: NamedArtifact, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], ScoredEpisode]
 ) -> Iterator[Job]:
     for task in scenes.episodes:
         left = [seed for seed in scenes.seeds(task) if (named.name, task, seed) not in played]

@@ -20,13 +20,13 @@ from rlrc.runtime.inference import backends
 
 BASELINE = "dense"
 GEOMETRY, PEERS, STUDY = "claims of a geometry", "peers", "recovery study"
-ARMS = ("dense", "compressed", "torch")  # policies in the claims of a geometry
-OF_POLICIES = (GEOMETRY, PEERS, STUDY)
+GEOMETRY_POLICIES = ("dense", "compressed", "torch")  # policies in the claims of a geometry
+SEPARATE_KINDS = (GEOMETRY, PEERS, STUDY)
 """Kinds of results whose rows are not joined with others: random weights, other runtimes, studies."""
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedArtifact:
     """An artifact and its name in tables."""
 
     name: str
@@ -37,7 +37,7 @@ class Named:
         return self.artifact.path
 
 
-def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
+def open_artifacts(arguments: Sequence[str | Path]) -> list[NamedArtifact]:
     """Load artifacts from ``NAME=FOLDER`` or ``FOLDER`` (named after the folder) and verify their hashes.
 
     Raises UserError for no artifact, duplicate names, or an artifact without graphs.
@@ -50,7 +50,7 @@ def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
         # The name of an existing folder may contain "=".
         labelled = bool(equals) and not Path(argument).exists()
         path = Path(folder if labelled else argument)
-        opened.append(Named(name if labelled else path.resolve().name, load(path)))
+        opened.append(NamedArtifact(name if labelled else path.resolve().name, load(path)))
         if not opened[-1].artifact.manifest.graphs:
             raise UserError(
                 f"expected graphs that the runtime can load, found none in {path}; run rlrc export {path} OUT"
@@ -116,7 +116,7 @@ def recovery_minutes(manifest: Manifest) -> float:
     return sum(entry.cpu_minutes for entry in manifest.history[start:])
 
 
-def facts(named: Named) -> dict[str, Any]:
+def facts(named: NamedArtifact) -> dict[str, Any]:
     """The part of a row that is known without measurement."""
     manifest = named.artifact.manifest
     return {
@@ -185,7 +185,11 @@ def rows_of(result: Mapping[str, Any]) -> Any:
     """The rows; from the claims of a geometry, one row for each policy."""
     if result.get("kind") != GEOMETRY:
         return result.get("rows")
-    return [{"name": f"{result['geometry']} {arm}", **result[arm]} for arm in ARMS if isinstance(result.get(arm), dict)]
+    return [
+        {"name": f"{result['geometry']} {name}", **result[name]}
+        for name in GEOMETRY_POLICIES
+        if isinstance(result.get(name), dict)
+    ]
 
 
 def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -206,11 +210,11 @@ def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join results into one with all commands, the machine, and rows joined by name; kinds of OF_POLICIES are skipped.
+    """Join results into one with all commands, the machine, and rows joined by name; SEPARATE_KINDS are skipped.
 
     Raises UserError for results of different machines.
     """
-    results = [result for result in results if result.get("kind") not in OF_POLICIES]
+    results = [result for result in results if result.get("kind") not in SEPARATE_KINDS]
     machines = [result.get("machine") or {} for result in results]
     kinds = {(machine.get("cpu"), machine.get("cores")) for machine in machines}
     if len(kinds) > 1:
