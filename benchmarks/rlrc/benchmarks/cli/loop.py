@@ -52,7 +52,10 @@ class Loop(OutputOptions):
         if self.out is None or not self.out.exists():
             check_out(self.out, force=True)
         if not (self.minutes > 0 and self.periods >= 0 and self.episodes > 0):
-            raise UserError("expected positive minutes, periods and episodes, found others; increase them")
+            raise UserError(
+                f"expected positive minutes, periods and episodes, found {self.minutes:g}, {self.periods:g} and "
+                f"{self.episodes}; increase them"
+            )
         rows = [row for scenario in self.scenarios for row in self._measure(scenario)]
         for row in rows:
             row["command"] = machine.command()

@@ -95,7 +95,7 @@ class MeasureMemory(ArtifactOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSuccess(ArtifactOptions):
-    """Play episodes on the simulator, the same scenes for every artifact; repeat the command to continue a run."""
+    """Play episodes on the simulator, the same scenes for every artifact; an interrupted run can be continued."""
 
     tasks: tuple[str, ...] = ()
     """Meta-World tasks to play (default: all, with the shared scenes)"""

@@ -27,7 +27,10 @@ class Serving(ResultOptions):
     def run(self) -> None:
         self.check_out()
         if not (self.cameras > 0 and 0 < self.size <= 2048 and self.calls > 0):
-            raise UserError("expected cameras, a size of up to 2048 and calls above 0, found others; change them")
+            raise UserError(
+                f"expected cameras and calls above 0 and a size from 1 to 2048, found {self.cameras}, {self.calls} and "
+                f"{self.size}; change --cameras, --calls or --size"
+            )
         with progress("calls", self.calls) as advance:
             rows = list(transport.measure((self.size, self.size), self.cameras, self.calls, advance))
         for row in rows:
