@@ -138,10 +138,8 @@ def success(compressed: Mapping[str, Any] | None, baseline: Mapping[str, Any] | 
     difference = counts[0] / episodes[0] - counts[1] / episodes[1]
     if same_scenes(compressed, baseline):
         pair = compare(compressed, baseline)
-        limit, how = (
-            paired_difference_limit(pair["only"], pair["only_baseline"], pair["pairs"]),
-            "the same scenes, paired",
-        )
+        limit = paired_difference_limit(pair["only"], pair["only_baseline"], pair["pairs"])
+        how = "the same scenes, paired"
     else:
         limit, how = difference_limit(counts[0], episodes[0], counts[1], episodes[1]), "independent scenes"
     reason = f"{counts[0]}/{episodes[0]} against {counts[1]}/{episodes[1]}, {how}"

@@ -60,12 +60,5 @@ def point(name: str, runtime: str | None = None) -> OperatingPoint:
         )
     precisions = runtimes[chosen]
     others = [(other, each.compressed) for other, each in runtimes.items() if other != chosen]
-    return OperatingPoint(
-        name,
-        entry.prune,
-        entry.eight,
-        chosen,
-        precisions.dense,
-        precisions.compressed,
-        others[0] if others else None,
-    )
+    other = others[0] if others else None
+    return OperatingPoint(name, entry.prune, entry.eight, chosen, precisions.dense, precisions.compressed, other)

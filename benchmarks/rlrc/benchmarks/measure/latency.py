@@ -82,13 +82,8 @@ def measure(
             timed[name] += [call() for _ in range(block)]
             tick(block)
     return {
-        name: Trials(
-            block,
-            [total for total, _ in timed[name]],
-            by_part([parts for _, parts in timed[name]]),
-            *warm[name],
-        )
-        for name in policies
+        name: Trials(block, [total for total, _ in pairs], by_part([parts for _, parts in pairs]), *warm[name])
+        for name, pairs in timed.items()
     }
 
 

@@ -39,14 +39,8 @@ def measure(path: Path, threads: int = 1, inferences: int = 20) -> dict[str, Any
     """
     if not Path("/proc/self/smaps_rollup").exists():
         raise RuntimeError("expected /proc/self/smaps_rollup to read memory from, found none; use Linux")
-    command = [
-        sys.executable,
-        "-m",
-        "rlrc.benchmarks.measure.memory",
-        str(path.resolve()),
-        str(threads),
-        str(inferences),
-    ]
+    arguments = map(str, (path.resolve(), threads, inferences))
+    command = [sys.executable, "-m", "rlrc.benchmarks.measure.memory", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

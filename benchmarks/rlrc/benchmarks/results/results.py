@@ -185,11 +185,8 @@ def rows_of(result: Mapping[str, Any]) -> Any:
     """The rows; from the claims of a geometry, one row for each policy."""
     if result.get("kind") != GEOMETRY:
         return result.get("rows")
-    return [
-        {"name": f"{result['geometry']} {name}", **result[name]}
-        for name in GEOMETRY_POLICIES
-        if isinstance(result.get(name), dict)
-    ]
+    measured = [name for name in GEOMETRY_POLICIES if isinstance(result.get(name), dict)]
+    return [{"name": f"{result['geometry']} {name}", **result[name]} for name in measured]
 
 
 def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -51,9 +51,8 @@ def difference_limit(successes: int, episodes: int, successes0: int, episodes0: 
 
     def score(delta: float) -> float:
         restricted = _restrict(successes, episodes, successes0, episodes0, delta)
-        variance = (restricted + delta) * (1 - restricted - delta) / episodes + restricted * (
-            1 - restricted
-        ) / episodes0
+        variance = (restricted + delta) * (1 - restricted - delta) / episodes
+        variance += restricted * (1 - restricted) / episodes0
         return _standardise(p - p0 - delta, variance * total / (total - 1))
 
     return _lower_limit(score, p - p0, confidence)
@@ -180,9 +179,8 @@ def percentile_interval(
     """A percentile of one run, with a bootstrap interval over its rounds."""
     samples = _draw(rounds, percentile, resamples, np.random.default_rng(seed))
     low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(
-        float(np.percentile(np.concatenate([*map(np.asarray, rounds)]), percentile)), float(low), float(high)
-    )
+    whole = float(np.percentile(np.concatenate([*map(np.asarray, rounds)]), percentile))
+    return Estimate(whole, float(low), float(high))
 
 
 def _draw(
