@@ -78,7 +78,7 @@ def test_latency_needs_the_lower_end_of_the_interval() -> None:
     assert unsure.limit is not None
     assert unsure.limit < 2.3
     assert unsure.verdict == "FAIL"  # even where the ratio of the medians is above
-    assert "never became stable" in claims.latency(trials(2.0, stable=False), trials(5.0), LIMITS).reason
+    assert "did not become stable" in claims.latency(trials(2.0, stable=False), trials(5.0), LIMITS).reason
 
 
 def played(name: str, outcomes: str, first_seed: int = 0) -> dict[str, Any]:

@@ -69,13 +69,13 @@ def test_rails_of_an_orin_nano(tmp_path: Path) -> None:
 
 
 def test_the_input_rail_is_the_whole_and_without_one_the_rails_add_up(tmp_path: Path) -> None:
-    spent = energy.Spent({"VDD_IN": 6.0, "VDD_CPU_GPU_CV": 1.75, "VDD_SOC": 1.5})
+    spent = energy.EnergyUsed({"VDD_IN": 6.0, "VDD_CPU_GPU_CV": 1.75, "VDD_SOC": 1.5})
     assert spent.total == 6.0
     rails = energy.rails(tree(tmp_path, HWMON, AGX))
-    drawn = energy.Spent({rail.name: rail.watts() for rail in rails})
+    drawn = energy.EnergyUsed({rail.name: rail.watts() for rail in rails})
     assert len(rails) == 4
     assert drawn.total == pytest.approx(5.0 + 2.0 + 4.0)
-    assert energy.Spent({"VDD_CORE": 1.0, "VDD_IO": 2.0}).total == 3.0  # of a board that nobody knows
+    assert energy.EnergyUsed({"VDD_CORE": 1.0, "VDD_IO": 2.0}).total == 3.0  # of an unknown board
 
 
 def test_packages_count_and_their_parts_do_not(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Operat
     for manifest in (both.dense, both.compressed):
         weights = random_weights.weights(manifest)
         shapes = {
-            n: tuple(t.shape) for n, t in random_weights.shape_of(manifest.policy, manifest.towers).state_dict().items()
+            n: tuple(t.shape)
+            for n, t in random_weights.build_shapes(manifest.policy, manifest.towers).state_dict().items()
         }
         assert weights.shapes() == shapes
         for name, shape in shapes.items():
@@ -83,7 +84,7 @@ def test_weights_are_the_same_at_every_reading_and_of_a_sound_size(small: Operat
 
 def test_all_of_it(small: OperatingPoint, tmp_path: Path) -> None:
     steps: list[str] = []
-    kind = full_size.policy_process.quicker_in_torch()
+    kind = full_size.policy_process.faster_torch_type()
     result = full_size.run(small, tmp_path, 1, 2, True, thresholds(), steps.append)
     assert list(tmp_path.iterdir()) == []
     assert "elsewhere" not in result
@@ -175,7 +176,7 @@ def test_torch_competes_in_its_quicker_type_that_fits(
     monkeypatch.setattr(full_size.WorkerPool, "run", lambda *_: iter([(1, quicker)]))
     monkeypatch.setattr(full_size, "total", lambda: full_size.bytes_needed(both, 4 * both.dense.parameters) + room)
     needed = full_size.bytes_needed(both, width * both.dense.parameters)
-    assert full_size.strongest(both, steps.append) == (kind, needed)
+    assert full_size.choose_torch_type(both, steps.append) == (kind, needed)
     assert len(steps) == (quicker != kind)
 
 
@@ -184,9 +185,9 @@ def test_resident_by_hand(small: OperatingPoint) -> None:
     both = full_size.describe(small)
     narrow, blocks = 96 * 64, 4 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
     numbers = both.dense.parameters
-    assert full_size.resident(small, both) == 2 * narrow + 4 * (numbers - narrow)
+    assert full_size.weight_bytes(small, both) == 2 * narrow + 4 * (numbers - narrow)
     on_gguf = replace(small, runtime="gguf")
-    assert full_size.resident(on_gguf, both) == 2 * (narrow + blocks) + 4 * (numbers - narrow - blocks)
+    assert full_size.weight_bytes(on_gguf, both) == 2 * (narrow + blocks) + 4 * (numbers - narrow - blocks)
 
 
 class Short:
@@ -208,13 +209,13 @@ class Short:
 def test_rounds_in_which_memory_was_short_do_not_count() -> None:
     steps: list[str] = []
     opened: Any = {"dense": lambda: Short(3), "compressed": lambda: Short(0)}
-    trials = full_size.turns(opened, 2, steps.append)
+    trials = full_size.run_interleaved(opened, 2, steps.append)
     # The first action of each is no trial, the second and third were in need of memory.
     assert trials.totals("dense") == trials.totals("compressed") == [4.0, 5.0]
     assert (trials.repeated, len(trials.load)) == (2, 2)
     assert steps.count("round 1 is repeated: memory was short") == 2
     with pytest.raises(UserError, match="21 rounds had to read them from the disk again"):
-        full_size.turns({"dense": lambda: Short(99)}, 2, QUIET)  # type: ignore[dict-item, return-value]
+        full_size.run_interleaved({"dense": lambda: Short(99)}, 2, QUIET)  # type: ignore[dict-item, return-value]
 
 
 # The operating points
@@ -226,7 +227,7 @@ def test_every_geometry_has_its_points() -> None:
     assert point("openvla-7b").elsewhere == ("onnxruntime", {"vision": "int8", "decoder": "int4a8"})
     assert point("pi0").elsewhere is None
     assert point("smolvla-450m").compressed == {"vision": "int8", "prefix": "int4a8", "step": "int8"}
-    with pytest.raises(UserError, match="takes no experts"):
+    with pytest.raises(UserError, match="does not support experts"):
         point("pi0", "gguf")
     with pytest.raises(UserError, match="the nearest is openvla-7b"):
         point("openvla")
@@ -241,7 +242,7 @@ def test_every_geometry_has_its_points() -> None:
         ([], "found neither"),
         (["somewhere"], "found one of them"),
         (["somewhere", "--geometry", "pi0"], "expected --geometry alone"),
-        (["--geometry", "pi0", "--runtime", "gguf"], "takes no experts"),
+        (["--geometry", "pi0", "--runtime", "gguf"], "does not support experts"),
         (["--geometry", "pi0", "--rounds", "1"], "two or more rounds"),
         (["--geometry", "pi0", "--work", "nowhere"], "found none at nowhere"),
     ],
@@ -290,7 +291,7 @@ def test_what_an_arm_cannot_do_is_told() -> None:
     with pytest.raises(UserError, match="do better"):
         PolicyProcess("a policy", full_size_arms.refused, ())
     arm = PolicyProcess("a policy", full_size_arms.dying, ())
-    with pytest.raises(UserError, match="process of a policy to go on, found that it ended by"):
+    with pytest.raises(UserError, match="process of a policy to keep running, found that it ended by"):
         arm.act()
     arm.close()
 
@@ -340,7 +341,7 @@ def test_torch_policies_of_flows_take_either_type(kind: str) -> None:
     cameras = (replace(layout.spec.cameras[0], height=64, width=64),)
     flow = layout.spec.flow
     assert flow is not None
-    small = replace(random_weights.spoken_to(layout.spec), cameras=cameras, flow=replace(flow, steps=2))
+    small = replace(random_weights.use_plain_prompt(layout.spec), cameras=cameras, flow=replace(flow, steps=2))
     threads = torch.get_num_threads()
     small = replace(small, geometry=small.geometry | {"vocabulary": 64})
     infer, passes = policy_process.open_in_torch(small, towers, threads, 5, kind)

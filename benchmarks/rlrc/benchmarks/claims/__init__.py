@@ -1,1 +1,1 @@
-"""The project's claims, checked: memory, latency and success at one operating point."""
+"""Checks of the project's claims: memory, latency and success at one operating point."""

@@ -1,4 +1,4 @@
-"""What `rlrc bench claims --geometry` writes: benchmarks/results/claims-GEOMETRY.json."""
+"""The result file of `rlrc bench claims --geometry`: benchmarks/results/claims-GEOMETRY.json."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rlrc.benchmarks.results.results import precision, sizes
 from rlrc.benchmarks.results.stats import Estimate, percentiles, ratio_interval
 from rlrc.errors import UserError
 
-WORDS = 20  # of the instruction: OpenVLA's prompt is about so long
+WORDS = 20  # of the instruction, about the length of OpenVLA's prompt
 
 
 @dataclass
 class InterleavedTrials:
-    """Actions of the arms of one interleaved run, in order, and the load average before each round.
+    """Actions of each policy of one interleaved run, in order, and the load average before each round.
 
-    ``repeated``: how many rounds do not count, see full_size.turns.
+    ``repeated``: the number of rounds that do not count, see full_size.run_interleaved.
     """
 
     actions: dict[str, list[ActionTimes]]
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
-    peak: float = 0.0  # operations a second of torch's products, where it takes part
+    peak: float = 0.0  # operations a second of torch's products, if torch was measured
     repeated: int = 0
 
     def totals(self, name: str) -> list[float]:
@@ -39,7 +39,7 @@ class InterleavedTrials:
         return [action.cpu for action in self.actions[name]]
 
     def faults(self, name: str) -> list[int]:
-        """Pages of weights that each action had to read from the disk: more than a few, and memory was short."""
+        """Pages of weights that each action read from disk; more than a few mean that memory was short."""
         return [action.faults for action in self.actions[name]]
 
     def parts(self, name: str) -> dict[str, list[float]]:
@@ -57,10 +57,9 @@ def result(
     threads: int,
     limits: Thresholds,
 ) -> dict[str, Any]:
-    """What the result file holds; `rlrc.benchmarks.claims.claims` has the verdicts' rules.
+    """The content of the result file, with verdicts by `rlrc.benchmarks.claims.claims`.
 
-    ``other``: the turns with torch, the error that stopped them, or None without torch. ``kind``: the type that torch
-    computed in.
+    ``other``: the trials with torch, the error that stopped them, or None without torch. ``kind``: torch's type.
     """
     manifests = {name: artifact.manifest for name, artifact in artifacts.items()}
     rows = {name: row(manifests[name], pair, name, peaks) for name in ("dense", "compressed")}
@@ -68,9 +67,9 @@ def result(
     bytes_, resident_ = (rows["dense"][key] / rows["compressed"][key] for key in ("bytes", "peak_rss"))
     checks = [
         claims.memory_of_sizes(bytes_, resident_, limits),
-        claims.latency_of_ratio("latency", faster, turns_of(pair), limits),
+        claims.latency_of_ratio("latency", faster, describe_trials(pair), limits),
     ]
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "kind": "claims of a geometry",
         "geometry": point.name,
         "runtime": point.runtime,
@@ -85,23 +84,23 @@ def result(
         checks.append(claims.ClaimCheck(claim, "NOT MEASURED", None, None, limits.latency_ratio, str(other)))
     elif other is not None:
         against = ratio(other, "torch")
-        checks.append(claims.latency_of_ratio(claim, against, turns_of(other), limits))
-        found["torch"] = torch_row(manifests["dense"], other, kind, peaks) | {
+        checks.append(claims.latency_of_ratio(claim, against, describe_trials(other), limits))
+        content["torch"] = torch_row(manifests["dense"], other, kind, peaks) | {
             "compressed_ms": round_times(other.totals("compressed")),
             "latency_ratio": round(against.value, 3),
             "latency_ratio_interval": [round(against.low, 3), round(against.high, 3)],
         }
         if point.elsewhere is not None:
-            found["elsewhere"] = {"runtime": point.elsewhere[0]} | row(
+            content["elsewhere"] = {"runtime": point.elsewhere[0]} | row(
                 manifests["elsewhere"], other, "elsewhere", peaks
             )
             also = ratio(other, "torch", "elsewhere")
-            found["elsewhere"] |= {
+            content["elsewhere"] |= {
                 "torch_latency_ratio": round(also.value, 3),
                 "torch_latency_ratio_interval": [round(also.low, 3), round(also.high, 3)],
             }
     passed = all(check.verdict == "PASS" for check in checks)
-    return found | {
+    return content | {
         "verdict": "PASS" if passed else "FAIL",
         "command": machine.command(),
         "machine": machine.describe(threads),
@@ -122,7 +121,7 @@ def row(manifest: Manifest, trials: InterleavedTrials, name: str, peaks: rooflin
     timed = trials.parts(name)
     return {
         "precision": precision(manifest),
-        "bytes": size["bytes"] - size["tokenizer_bytes"],  # of made-up words
+        "bytes": size["bytes"] - size["tokenizer_bytes"],  # the tokenizer is a dummy
         "peak_rss": memory["peak"],
         "latency_ms": round_percentiles(trials.totals(name)),
         "parameters": manifest.parameters,
@@ -151,7 +150,7 @@ def torch_row(dense: Manifest, trials: InterleavedTrials, kind: str, peaks: roof
 
 
 def kernels(manifest: Manifest) -> dict[str, str]:
-    """What every graph's products run in: names of roofline.KERNELS."""
+    """Graph -> the kernels that compute its products, by the names of roofline.KERNELS."""
     return {
         graph.name: f"llama.cpp {graph.precision}" if graph.file.endswith(".gguf") else graph.precision
         for graph in manifest.graphs
@@ -159,12 +158,12 @@ def kernels(manifest: Manifest) -> dict[str, str]:
 
 
 def ratio(trials: InterleavedTrials, slow: str, fast: str = "compressed") -> Estimate:
-    """Of medians, with the 95 % interval over rounds."""
-    theirs, ours = ([[total] for total in trials.totals(name)] for name in (slow, fast))
-    return ratio_interval(theirs, ours)
+    """Ratio of medians, with the 95 % interval over rounds."""
+    slow_rounds, fast_rounds = ([[total] for total in trials.totals(name)] for name in (slow, fast))
+    return ratio_interval(slow_rounds, fast_rounds)
 
 
-def turns_of(trials: InterleavedTrials) -> str:
+def describe_trials(trials: InterleavedTrials) -> str:
     return f"{len(trials.load)} interleaved actions each, load {min(trials.load):.1f} to {max(trials.load):.1f}"
 
 

@@ -1,4 +1,4 @@
-"""Which two policies of a real size are compared, on which runtime and in which precisions: operating_points.toml."""
+"""Read operating_points.toml: the full-size policies to compare, their runtimes and precisions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FILE = "operating_points.toml"
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """``name``: a geometry of rlrc.artifact.geometries. ``prune``: the share of the intermediate blocks to cut.
-    ``eight``: patterns of tensors that stay in 8 bits. ``elsewhere``: the compressed policy's other runtime and its
+    """``name``: a geometry of rlrc.artifact.geometries. ``prune``: the share to cut from the intermediate blocks.
+    ``eight``: patterns of tensors that stay in 8 bits. ``elsewhere``: a second runtime of the compressed policy and its
     precisions there.
     """
 
@@ -44,28 +44,21 @@ class _Entry:
 
 
 def point(name: str, runtime: str | None = None) -> OperatingPoint:
-    """``runtime`` None: the first that the geometry has. Raises UserError for an unknown name or runtime."""
+    """``runtime`` None: the geometry's first one. Raises UserError for an unknown name or runtime."""
     known = strict.read_toml(dict[str, _Entry], files("rlrc.benchmarks.claims") / FILE)
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0)
         raise UserError(f"expected a geometry of {', '.join(known)}, found {name!r}; the nearest is {close[0]}")
     entry = known[name]
-    found = {other: getattr(entry, other) for other in RUNTIMES if getattr(entry, other) is not None}
-    chosen = runtime or next(iter(found))
-    if chosen not in found:
+    runtimes = {other: getattr(entry, other) for other in RUNTIMES if getattr(entry, other) is not None}
+    chosen = runtime or next(iter(runtimes))
+    if chosen not in runtimes:
         raise UserError(
-            f"expected a runtime of {', '.join(found)} for {name}, found {chosen!r}"
-            + (", which takes no experts" if chosen == "gguf" else "")
+            f"expected a runtime of {', '.join(runtimes)} for {name}, found {chosen!r}"
+            + (", which does not support experts" if chosen == "gguf" else "")
             + "; choose one of those"
         )
-    precisions = found[chosen]
-    others = [(other, its.compressed) for other, its in found.items() if other != chosen]
-    return OperatingPoint(
-        name,
-        entry.prune,
-        entry.eight,
-        chosen,
-        precisions.dense,
-        precisions.compressed,
-        others[0] if others else None,
-    )
+    precisions = runtimes[chosen]
+    others = [(other, each.compressed) for other, each in runtimes.items() if other != chosen]
+    other = others[0] if others else None
+    return OperatingPoint(name, entry.prune, entry.eight, chosen, precisions.dense, precisions.compressed, other)

@@ -1,7 +1,6 @@
-"""A policy in a process of its own that makes an action when it is told to: what several policies are measured with in
-turns, each with its own memory and libraries.
+"""A policy in a separate process that computes an action on request, for interleaved measurements of several policies.
 
-While one of them computes, the others wait for their turn and take no processor time.
+Each has separate memory and libraries. While one computes, the others wait and use no processor time.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rlrc.processes import describe_exit, die_with_parent
 if TYPE_CHECKING:
     from rlrc.compressor.models.policy import PolicyModule
 
-WAIT_S = 900.0  # for a policy of 15 GB to be read, and for an action of it on a busy machine
+WAIT_S = 900.0  # timeout of loading a policy of 15 GB, or of one action on a busy machine
 Parts = dict[str, float]
 Infer = Callable[[], object]
 Open = Callable[..., tuple[Infer, Parts]]
@@ -38,8 +37,8 @@ Open = Callable[..., tuple[Infer, Parts]]
 
 @dataclass(frozen=True)
 class ActionTimes:
-    """Milliseconds: ``total`` of the whole call, ``parts`` by ``latency.part_of``, ``cpu`` of all processors together.
-    ``faults``: pages that had to be read from the disk, as where memory is short.
+    """Milliseconds: ``total`` of the whole call, ``parts`` by ``latency.part_of``, ``cpu`` summed over processors.
+    ``faults``: pages read from disk, as happens where memory is short.
     """
 
     total: float
@@ -49,63 +48,64 @@ class ActionTimes:
 
 
 class PolicyProcess:
-    """``open_policy(*arguments)``, picklable, gives in the process what makes an action and the times of its passes.
+    """``open_policy(*arguments)``, picklable, is called in the process. It returns a function that computes an action
+    and a dict that receives the times of its passes.
 
-    Raises UserError if the policy cannot be opened, or its process ends.
+    Raises UserError if the policy cannot be opened or the process ends.
     """
 
     def __init__(self, name: str, open_policy: Open, arguments: tuple[Any, ...]) -> None:
         self.name = name
-        context = multiprocessing.get_context("spawn")  # a fork would share memory, and copy locks of the libraries
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_main, args=(theirs, open_policy, arguments), daemon=True)
+        context = multiprocessing.get_context("spawn")  # a fork would share memory and copy locks of libraries
+        self._connection, remote = context.Pipe()
+        self._process = context.Process(target=_main, args=(remote, open_policy, arguments), daemon=True)
         self._process.start()
-        theirs.close()  # so that ours reports the end of the file when it dies
+        remote.close()  # so that the other end reports EOF when the process dies
         try:
-            self._answer()
+            self._receive_reply()
         except BaseException:
             self.close()
             raise
 
     def act(self) -> ActionTimes:
-        values = self._ask("act")
+        values = self._request("act")
         return ActionTimes(**values)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: see rlrc.benchmarks.measure.memory. What is ``file`` can be dropped and read again."""
-        return self._ask("memory")
+        """Bytes, see rlrc.benchmarks.measure.memory. ``file`` pages can be dropped and read again."""
+        return self._request("memory")
 
     def peak(self, kind: str) -> float:
-        """Operations a second of products in this type; for a worker of ``open_in_torch``."""
-        return float(self._ask(f"peak {kind}")["peak"])
+        """Operations a second of products in this type; only for ``open_in_torch``."""
+        return float(self._request(f"peak {kind}")["peak"])
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
         self._connection.close()
 
-    def _ask(self, what: str) -> dict[str, Any]:
-        with suppress(BrokenPipeError):  # the answer tells how it ended
-            self._connection.send_bytes(what.encode())
-        return self._answer()
+    def _request(self, message: str) -> dict[str, Any]:
+        with suppress(BrokenPipeError):  # receiving the reply reports how the process ended
+            self._connection.send_bytes(message.encode())
+        return self._receive_reply()
 
-    def _answer(self) -> dict[str, Any]:
+    def _receive_reply(self) -> dict[str, Any]:
         try:
             if not self._connection.poll(WAIT_S):
                 raise UserError(
-                    f"expected {self.name} to answer within {WAIT_S:g} s, found that it did not; the machine is "
+                    f"expected {self.name} to reply within {WAIT_S:g} s, found no reply; the machine is "
                     "overloaded: run the command again"
                 )
-            answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
+            reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError):
             self._process.join()
             raise UserError(
-                f"expected the process of {self.name} to go on, found that it ended by "
-                f"{describe_exit(self._process.exitcode)}; is there memory enough for it?"
+                f"expected the process of {self.name} to keep running, found that it ended by "
+                f"{describe_exit(self._process.exitcode)}; check that there is enough memory"
             ) from None
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer
+        if "error" in reply:
+            raise UserError(reply["error"])
+        return reply
 
 
 def _main(connection: Connection, open_policy: Open, arguments: tuple[Any, ...]) -> None:
@@ -122,11 +122,11 @@ def _main(connection: Connection, open_policy: Open, arguments: tuple[Any, ...])
     reply({})
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
-            asked = connection.recv_bytes().decode()
-            if asked == "memory":
+            message = connection.recv_bytes().decode()
+            if message == "memory":
                 reply(read_process())
-            elif asked.startswith("peak "):
-                reply({"peak": products_in_torch(asked.removeprefix("peak "))})
+            elif message.startswith("peak "):
+                reply({"peak": products_in_torch(message.removeprefix("peak "))})
             else:
                 passes.clear()
                 faults, spent, started = _faults(), process_time(), perf_counter()
@@ -140,14 +140,14 @@ def _faults() -> int:
 
 
 def observation_of(spec: PolicySpec, words: int) -> dict[str, Any]:
-    """Noise in the policy's own size, and an instruction of so many words (see random_weights.write_tokenizer)."""
+    """Noise in the policy's shapes and an instruction of ``words`` words (see random_weights.write_tokenizer)."""
     random = np.random.default_rng(0)
-    seen: dict[str, Any] = {"instruction": " ".join(f"w{i}" for i in range(3, 3 + words))}
+    observation: dict[str, Any] = {"instruction": " ".join(f"w{i}" for i in range(3, 3 + words))}
     for camera in spec.cameras:
-        seen[f"image.{camera.name}"] = random.integers(0, 256, (camera.height, camera.width, 3), np.uint8)
+        observation[f"image.{camera.name}"] = random.integers(0, 256, (camera.height, camera.width, 3), np.uint8)
     if spec.state is not None:
-        seen["state"] = random.uniform(-1, 1, len(spec.state.names)).astype(np.float32)
-    return seen
+        observation["state"] = random.uniform(-1, 1, len(spec.state.names)).astype(np.float32)
+    return observation
 
 
 def time_call(passes: Parts, kind: str, call: Callable[[], Any]) -> Any:
@@ -158,7 +158,7 @@ def time_call(passes: Parts, kind: str, call: Callable[[], Any]) -> Any:
 
 
 def open_exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
-    """An artifact's graphs, unverified ones too."""
+    """Load an artifact's graphs, including unverified ones."""
     from rlrc.runtime.inference.policy import LocalPolicy
 
     policy, parts = LocalPolicy(artifacts.load(Path(path), verify=()), threads), Parts()
@@ -167,8 +167,8 @@ def open_exported(path: str, threads: int, words: int) -> tuple[Infer, Parts]:
     return lambda: policy.infer(observation), parts
 
 
-def quicker_in_torch(_: object = None) -> str:
-    """The type, "fp32" or "bf16", in which torch multiplies by weights more quickly on this processor."""
+def faster_torch_type(_: object = None) -> str:
+    """The type, "fp32" or "bf16", in which torch multiplies by weights faster on this processor."""
     from rlrc.compressor.models import precision
 
     return {"float32": "fp32", "bfloat16": "bf16"}[precision.pick_for_inference()]
@@ -183,10 +183,10 @@ def _dtype(kind: str) -> Any:
 def open_in_torch(
     spec: PolicySpec, towers: dict[str, TowerSpec], threads: int, words: int, kind: str
 ) -> tuple[Infer, Parts]:
-    """A policy in "fp32" or "bf16" with random weights, which no file has to be read for."""
+    """Build a policy in "fp32" or "bf16" with random weights, without files."""
     import os
 
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads must not spin: others may have the processor
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads must not spin and take processor time from others
     import torch
 
     from rlrc.benchmarks.claims import random_weights
@@ -195,7 +195,7 @@ def open_in_torch(
 
     torch.set_num_threads(threads)
     dtype = _dtype(kind)
-    policy, passes = random_weights.in_torch(spec, towers, dtype), Parts()
+    policy, passes = random_weights.build_in_torch(spec, towers, dtype), Parts()
     time_passes(policy, dtype, passes)
     tokenizer = None
     if policy.spec.prompt is not None:
@@ -206,7 +206,7 @@ def open_in_torch(
 
 
 def time_passes(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
-    """Times the passes of a torch policy, and gives them what they take in the weights' type."""
+    """Time the passes of a torch policy, and cast their inputs to the type of the weights."""
 
     def narrow(value: Any) -> Any:
         return value.to(dtype) if hasattr(value, "is_floating_point") and value.is_floating_point() else value
@@ -214,11 +214,11 @@ def time_passes(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
     def wrap(name: str, kind: Callable[[tuple[Any, ...]], str], times_stay: int | None = None) -> None:
         call = getattr(policy, name)
 
-        def call_narrow(*arguments: Any) -> Any:
-            given = [value if i == times_stay else narrow(value) for i, value in enumerate(arguments)]
-            return time_call(passes, kind(arguments), lambda: call(*given))
+        def call_timed(*arguments: Any) -> Any:
+            inputs = [value if i == times_stay else narrow(value) for i, value in enumerate(arguments)]
+            return time_call(passes, kind(arguments), lambda: call(*inputs))
 
-        setattr(policy, name, call_narrow)
+        setattr(policy, name, call_timed)
 
     wrap("encode_image", lambda _: "vision")
     if policy.spec.decode == "autoregressive":
@@ -231,7 +231,7 @@ def time_passes(policy: PolicyModule, dtype: Any, passes: Parts) -> None:
 
 
 def products_in_torch(kind: str) -> float:
-    """Operations a second of a large product in "fp32" or "bf16" on torch's threads: the best of several."""
+    """Operations a second of a large product in "fp32" or "bf16" on torch's threads: the best of several calls."""
     import torch
 
     a, b = (torch.ones(shape, dtype=_dtype(kind)) for shape in ((512, 4096), (4096, 4096)))

@@ -1,8 +1,8 @@
-"""Policies of real sizes with random weights: latency and memory do not depend on what the weights are.
+"""Full-size policies with random weights: latency and memory do not depend on the values of the weights.
 
-Tensors are made when they are asked for and kept nowhere, so that graphs of any size are written with one of them in
-memory. Norms are near one, and weights keep the size of what they are given: no number becomes infinite or so small
-that the processor takes longer for it. Needs torch and the exporters' packages.
+Tensors are generated on access and not kept, so graphs of any size are written with one tensor in memory. Norms are
+near one and weights preserve the scale of their inputs, so no value becomes infinite or subnormal (which is slower).
+Needs torch and the exporters' packages.
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ from rlrc.exporters.export import MODULES
 from rlrc.exporters.graphs.weights import Weights
 
 Towers = dict[str, TowerSpec]
-NOISE = 2**22  # numbers, which are repeated: as many as no processor's cache holds
+NOISE = 2**22  # numbers, which are repeated: more than a processor's cache holds
 
 
 def dense(name: str) -> tuple[PolicySpec, Towers]:
-    """An official policy of this name, as its reader finds it; what it never reads is no part of it."""
+    """The spec and towers of the official policy of this name, without parts that inference does not use."""
     folder, options = geometry.folder(name)
     layout = reader.layout(folder, options)
-    return spoken_to(layout.spec), layout.towers
+    return use_plain_prompt(layout.spec), layout.towers
 
 
-def spoken_to(spec: PolicySpec) -> PolicySpec:
-    """Prompts are the instruction's words and nothing else, a token each (see ``write_tokenizer``)."""
+def use_plain_prompt(spec: PolicySpec) -> PolicySpec:
+    """Reduce the prompt to the instruction's words, a token each (see ``write_tokenizer``)."""
     if spec.prompt is None:
         return spec
     return replace(spec, prompt=replace(spec.prompt, template="{instruction}", edits=(), suffix=(), known={}))
 
 
 def compressed(spec: PolicySpec, towers: Towers) -> tuple[PolicySpec, Towers]:
-    """Pruned towers with all lossless cuts, and MLPs that fill the groups of 4-bit weights."""
-    policy, _ = cut_lossless(shape_of(spec, towers))
+    """Apply all lossless cuts to pruned towers, and pad MLPs to whole groups of 4-bit weights."""
+    policy, _ = cut_lossless(build_shapes(spec, towers))
     return policy.spec, pad_towers(policy.towers)
 
 
-def shape_of(spec: PolicySpec, towers: Towers) -> PolicyModule:
+def build_shapes(spec: PolicySpec, towers: Towers) -> PolicyModule:
     return build_on_meta(spec, towers)
 
 
 def modules(spec: PolicySpec, towers: Towers) -> dict[str, int]:
     """Parameters of each module."""
-    found: dict[str, int] = {}
-    for name, tensor in shape_of(spec, towers).state_dict().items():
+    counts: dict[str, int] = {}
+    for name, tensor in build_shapes(spec, towers).state_dict().items():
         module = name.split(".")[0]
-        found[module] = found.get(module, 0) + tensor.numel()
-    return found
+        counts[module] = counts.get(module, 0) + tensor.numel()
+    return counts
 
 
 def manifest(spec: PolicySpec, towers: Towers, eight: Sequence[str] | None = None) -> Manifest:
-    """Of a policy in bfloat16; with ``eight``, as `rlrc quantize` leaves it: in 4 bits, but for the tensors of these
-    patterns and the word embeddings, which have 8.
+    """The manifest of a policy in bfloat16; with ``eight``, as after `rlrc quantize`: 4 bits, but 8 for word embeddings
+    and tensors that match these patterns.
     """
-    shapes = shape_of(spec, towers).state_dict()
+    shapes = build_shapes(spec, towers).state_dict()
     parameters = sum(tensor.numel() for tensor in shapes.values())
     if eight is None:
         return Manifest(spec, towers, parameters, "bfloat16")
@@ -83,7 +83,7 @@ def manifest(spec: PolicySpec, towers: Towers, eight: Sequence[str] | None = Non
 
 
 def write(out: Path, policy: Manifest, target: str, precision: str | Mapping[str, str]) -> Artifact:
-    """An artifact with the graphs of one backend, and a tokenizer of made-up words; nothing is verified."""
+    """Write an artifact with the graphs of one backend and a dummy tokenizer, unverified."""
     exporter = import_module(MODULES[target])
     with artifacts.create_artifact(out) as draft:
         write_tokenizer(draft.file(TOKENIZER), policy.policy)
@@ -93,7 +93,7 @@ def write(out: Path, policy: Manifest, target: str, precision: str | Mapping[str
 
 
 def write_job(job: tuple[Path, Manifest, str, str | Mapping[str, str]]) -> Artifact:
-    """``write``, of another process."""
+    """``write`` with one argument, for worker processes."""
     return write(*job)
 
 
@@ -113,10 +113,10 @@ def tokenizer_file(spec: PolicySpec) -> Iterator[Path]:
 
 
 def weights(policy: Manifest) -> Weights:
-    """Of every tensor of the policy, quantized where its manifest says so."""
+    """Weights for every tensor of the policy, quantized according to the manifest."""
     quantization, stored = policy.quantization, dict[str, Tensor]()
     bits = quantization.tensors if quantization else {}
-    for name, tensor in shape_of(policy.policy, policy.towers).state_dict().items():
+    for name, tensor in build_shapes(policy.policy, policy.towers).state_dict().items():
         if name in bits:
             rows, columns = tensor.shape
             integers = torch.uint8 if bits[name] == 4 else torch.int8
@@ -124,7 +124,7 @@ def weights(policy: Manifest) -> Weights:
             stored[f"{name}.scale"] = torch.empty(rows, columns // GROUP, dtype=torch.float16, device="meta")
         else:
             stored[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
-    noise = noise_of()
+    noise = make_noise()
 
     def read(name: str) -> Tensor:
         if (width := bits.get(name.removesuffix(".scale"))) and name.endswith(".scale"):
@@ -134,12 +134,12 @@ def weights(policy: Manifest) -> Weights:
     return Weights(Tensors("random weights", stored, read), quantization)
 
 
-def noise_of() -> Tensor:
+def make_noise() -> Tensor:
     return torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
 
 
 def values(like: Tensor, noise: Tensor) -> Tensor:
-    """Numbers for a tensor of this shape and type."""
+    """Random values for a tensor of this shape and type."""
     shape, count = tuple(like.shape), like.numel()
     repeated = noise.repeat(-(-count // len(noise)))[:count].view(shape)
     if not like.dtype.is_floating_point:
@@ -148,17 +148,17 @@ def values(like: Tensor, noise: Tensor) -> Tensor:
 
 
 def scales(like: Tensor, bits: int) -> Tensor:
-    """Of integers that are all equally likely, so that the weights are as large as unquantized ones."""
+    """Scales for uniformly distributed integers, so that the weights have the size of unquantized ones."""
     spread = 4.6 if bits == 4 else 74.0
     return torch.full(like.shape, 1 / (spread * (like.shape[1] * GROUP) ** 0.5), dtype=like.dtype)
 
 
-def in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> PolicyModule:
-    """The policy with weights, one tensor made after the other."""
-    policy, noise = shape_of(spec, towers), noise_of()
+def build_in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> PolicyModule:
+    """Build the policy with weights, one tensor at a time."""
+    policy, noise = build_shapes(spec, towers), make_noise()
     for module in policy.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                made = values(parameter.to(dtype), noise)
-                module._parameters[key] = nn.Parameter(made, requires_grad=False)
+                value = values(parameter.to(dtype), noise)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
     return policy.eval()

@@ -1,7 +1,7 @@
-"""Whether new results are worse than old ones of the same machine class: each figure, with what noise makes of it.
+"""Compare new results with old ones of the same class of machine, figure by figure, with intervals.
 
-A figure has regressed when it is worse by more than the tolerance and its interval leaves out "no change". What is
-beyond the tolerance but within the noise is told apart, and does not fail: measure again, for longer.
+A figure has regressed if it is worse by more than the tolerance and its interval excludes "no change". A change beyond
+the tolerance but within the noise is "unclear" and does not fail; a longer measurement decides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLASS = ("device", "cpu", "cores", "threads", "power_mode")
 
 @dataclass(frozen=True)
 class FigureChange:
-    """One figure of one row. ``change``: new / old (of success, new - old), with its limits where there are any."""
+    """One figure of one row. ``change``: new / old (throughput: old / new, success: new - old)."""
 
     name: str
     figure: str
@@ -35,24 +35,24 @@ class FigureChange:
 
 
 def compare_results(old: Row, new: Row, tolerance: float, margin: float = MARGIN) -> list[FigureChange]:
-    """Every figure that the old result has. Raises UserError for results of machines of two classes."""
+    """Compare every figure of the old result. Raises UserError for results of different classes of machines."""
     check_machines(old.get("machine") or {}, new.get("machine") or {})
     fresh = {row["name"]: row for row in rows_of(new)}
-    found: list[FigureChange] = []
+    changes: list[FigureChange] = []
     for row in rows_of(old):
-        changes = list(_row(row, fresh.get(row["name"], {}), tolerance, margin))
-        gone = changes and row["name"] not in fresh
-        found += [FigureChange(row["name"], "everything", "", None, None, None, "MISSING")] if gone else changes
-    return found
+        of_row = list(_row(row, fresh.get(row["name"], {}), tolerance, margin))
+        gone = of_row and row["name"] not in fresh
+        changes += [FigureChange(row["name"], "everything", "", None, None, None, "MISSING")] if gone else of_row
+    return changes
 
 
 def check_machines(old: Row, new: Row) -> None:
-    """Figures of two kinds of machine, or of other numbers of threads, say nothing about each other."""
+    """Raises UserError unless both results have the same class of machine and number of threads."""
     differing = [key for key in CLASS if old.get(key) != new.get(key)]
     if differing:
-        told = [", ".join(f"{key} {machine.get(key)}" for key in differing) for machine in (old, new)]
+        values = [", ".join(f"{key} {machine.get(key)}" for key in differing) for machine in (old, new)]
         raise UserError(
-            f"expected results of one class of machine, found {told[0]} in the old and {told[1]} in the new; "
+            f"expected results of one class of machine, found {values[0]} in the old and {values[1]} in the new; "
             "measure both on the same one"
         )
 
@@ -62,24 +62,24 @@ def _row(old: Row, new: Row, tolerance: float, margin: float) -> Iterator[Figure
     for percentile in ("p50", "p99"):
         if percentile in old.get("latency_ms", {}):
             values = [row.get("latency_ms", {}).get(percentile) for row in (old, new)]
-            yield _ratio(name, percentile, "ms", values, _of_trials(old, new, percentile), tolerance)
+            yield _ratio(name, percentile, "ms", values, _ratio_of_trials(old, new, percentile), tolerance)
     for figure, unit, scale, path in FIGURES:
-        if (before := _at(old, path)) is not None:
-            after = _at(new, path)
-            change = None if after is None else _of_limits(_limits(old, path), _limits(new, path))
+        if (before := _look_up(old, path)) is not None:
+            after = _look_up(new, path)
+            change = None if after is None else _ratio_of_limits(_limits(old, path), _limits(new, path))
             values = [None if value is None else value / scale for value in (before, after)]
             yield _ratio(name, figure, unit, values, change, tolerance)
     for number, one in (old.get("throughput") or {}).items():
         other = ((new.get("throughput") or {}).get(number)) or {}
         values = [one["chunks_per_s"], other.get("chunks_per_s")]
-        # Of a rate, more is better: the ratio is turned over.
-        change = _of_limits(tuple(other["interval"]), tuple(one["interval"])) if other else None
+        # A higher rate is better: the ratio is inverted.
+        change = _ratio_of_limits(tuple(other["interval"]), tuple(one["interval"])) if other else None
         yield _ratio(name, f"throughput, {number} at once", "1/s", values, change, tolerance, more_is_better=True)
     if old.get("success") is not None:
         yield _success(name, old, new, margin)
 
 
-# Figure, unit, its size, where it is; lower is better.
+# Figure, unit, scale of the unit, path in a row; lower is better.
 FIGURES = (
     ("bytes", "MB", 1e6, ("bytes",)),
     ("own memory", "MB", 1e6, ("memory", "own", "pss")),
@@ -89,7 +89,7 @@ FIGURES = (
 )
 
 
-def _at(row: Row, path: Sequence[str]) -> float | None:
+def _look_up(row: Row, path: Sequence[str]) -> float | None:
     value: Any = row
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -97,24 +97,24 @@ def _at(row: Row, path: Sequence[str]) -> float | None:
 
 
 def _limits(row: Row, path: Sequence[str]) -> tuple[float, float]:
-    """The lowest and highest that was measured, or the limits of the interval; the figure itself where it is exact."""
+    """The measured range or the interval's limits; an exact figure is both limits."""
     if path[0] == "memory" and (spread := row["memory"].get("own_range")):
         return tuple(spread[path[-1]])
     if path[0] == "energy":
         return row["energy"]["joules_chunk"]["low"], row["energy"]["joules_chunk"]["high"]
-    value = _at(row, path)
+    value = _look_up(row, path)
     assert value is not None
     return value, value
 
 
-def _of_limits(old: tuple[float, ...], new: tuple[float, ...]) -> Estimate | None:
-    """The widest ratio that the limits of both allow."""
+def _ratio_of_limits(old: tuple[float, ...], new: tuple[float, ...]) -> Estimate | None:
+    """The ratio, with the widest limits that both ranges allow."""
     if min(*old, *new) <= 0:
         return None
     return Estimate(sum(new) / sum(old), new[0] / old[1], new[1] / old[0])
 
 
-def _of_trials(old: Row, new: Row, percentile: str) -> Estimate | None:
+def _ratio_of_trials(old: Row, new: Row, percentile: str) -> Estimate | None:
     rounds = [_rounds(row) for row in (new, old)]
     if min(map(len, rounds)) < 2:
         return None
@@ -146,7 +146,7 @@ def _ratio(
 
 
 def verdict(ratio: Estimate, tolerance: float) -> Verdict:
-    """Of worse / better: above one is worse."""
+    """The verdict on a ratio worse / better: above one is worse."""
     if ratio.value > 1 + tolerance:
         return "REGRESSION" if ratio.low > 1 else "unclear"
     return "better" if ratio.value < 1 / (1 + tolerance) and ratio.high < 1 else "same"
@@ -159,15 +159,15 @@ def _success(name: str, old: Row, new: Row, margin: float) -> FigureChange:
     counts = [(round(row["success"] * row["episodes"]), row["episodes"]) for row in (new, old)]
     if same_scenes(new, old):
         pair = compare(new, old)
-        # The other way round, the lower limit is the upper one's negative.
+        # The upper limit is the negative lower limit of the opposite difference.
         low = paired_difference_limit(pair["only"], pair["only_baseline"], pair["pairs"])
         high = -paired_difference_limit(pair["only_baseline"], pair["only"], pair["pairs"])
     else:
         low, high = difference_limit(*counts[0], *counts[1]), -difference_limit(*counts[1], *counts[0])
     estimate = Estimate(difference, low, high)
-    found: Verdict = "same"
+    outcome: Verdict = "same"
     if difference < -margin:
-        found = "REGRESSION" if high < 0 else "unclear"
+        outcome = "REGRESSION" if high < 0 else "unclear"
     elif difference > margin and low > 0:
-        found = "better"
-    return FigureChange(name, "success", "", old["success"], new["success"], estimate, found)
+        outcome = "better"
+    return FigureChange(name, "success", "", old["success"], new["success"], estimate, outcome)

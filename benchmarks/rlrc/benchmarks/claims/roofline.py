@@ -1,8 +1,7 @@
-"""How near the parts of a decision come to what this machine can do: its bandwidth and its products, measured in the
-same run.
+"""Compare the parts of a decision with the limits of this machine: bandwidth and products, measured in the same run.
 
-The limit of a part is that of rlrc.jetson.model.roofline: every operation takes as long as its products at the fastest
-measured rate or its memory traffic at the measured bandwidth, whichever is longer.
+The limit of a part is that of rlrc.jetson.model.roofline: each operation takes the longer of its products at the
+fastest measured rate and its memory traffic at the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from rlrc.jetson.model.devices import CPU, Device
 from rlrc.jetson.model.roofline import MEASURED, demand
 from rlrc.jetson.model.work import Load, Part, work
 
-ROWS, WIDE = 512, 4096  # of the product that the throughput is measured with
+ROWS, WIDE = 512, 4096  # of the measured product
 TRIALS = 5
 WIDE_ACTIVATIONS = 4  # bytes: both runtimes keep float32 between products
-# Precisions of graphs as what they read of memory and compute in: ONNX Runtime's, llama.cpp's and torch's.
+# What graphs read from memory and compute in, by precision and runtime (ONNX Runtime without a prefix).
 KERNELS: dict[str, Precision] = {
     **{name: replace(each, compute=(each.cpu,)) for name, each in PRECISIONS.items() if each.cpu},
     "llama.cpp fp16": replace(PRECISIONS["fp16"], compute=("fp32",), widened=None),
@@ -33,12 +32,12 @@ KERNELS: dict[str, Precision] = {
     "torch bf16": replace(PRECISIONS["bf16"], compute=("bf16",), widened=None),
     "llama.cpp int4": replace(PRECISIONS["int4"], compute=("int8",)),
 }
-GRAPHS = {"vision": "vision", "prefix": "prefix", "steps": "step", "head": "decoder"}  # others are the decoder's
+GRAPHS = {"vision": "vision", "prefix": "prefix", "steps": "step", "head": "decoder"}  # other parts: the decoder
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What was measured: bytes and operations a second, by the type that products are computed in."""
+    """Measured bytes a second, and operations a second by the type of the products."""
 
     bandwidth: float
     products: dict[str, float]
@@ -50,29 +49,29 @@ class Peaks:
 
 @dataclass(frozen=True)
 class PartLimit:
-    """One part of a decision: milliseconds of the limit and as measured, and what binds it."""
+    """One part of a decision: milliseconds of the limit and as measured, and the bottleneck."""
 
     limit_ms: float
     measured_ms: float
     share: float
-    bound: str  # "products" or "memory", whichever takes longer in all
+    bound: str  # "products" or "memory", the one with the longer sum
 
 
 def measure(threads: int) -> Peaks:
-    """Bandwidth, and the products of ONNX Runtime in float32 and 8-bit integers; llama.cpp's are of the same kinds."""
+    """Measure bandwidth and ONNX Runtime's products in float32 and int8, the types that llama.cpp uses as well."""
     rates = {kind: _throughput(kind, threads) for kind in ("fp32", "int8")}
     return Peaks(1e9 * max(read_bandwidth(threads) for _ in range(TRIALS)), rates)
 
 
 def best(measured: Sequence[Peaks]) -> Peaks:
-    """Of several times in a run: the least disturbed of each."""
+    """The highest value of each peak among several measurements of a run."""
     kinds = dict.fromkeys(kind for peaks in measured for kind in peaks.products)
     products = {kind: max(peaks.products.get(kind, 0.0) for peaks in measured) for kind in kinds}
     return Peaks(max(peaks.bandwidth for peaks in measured), products)
 
 
 def _throughput(kind: str, threads: int) -> float:
-    """Operations a second of the engine's own product."""
+    """Operations a second of ONNX Runtime's product."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -99,9 +98,9 @@ def _throughput(kind: str, threads: int) -> float:
 
 
 def fastest(call: Callable[[], object], operations: float, threads: int) -> float:
-    """Operations a second of the least disturbed of several calls, all of whose threads work all the time.
+    """Operations a second of the fastest of several calls that keep all threads busy.
 
-    Where others use the machine, processor time tells what a call would take alone.
+    On a shared machine, processor time divided by threads estimates the time of a call without other load.
     """
     call()
     seconds = []
@@ -115,25 +114,25 @@ def fastest(call: Callable[[], object], operations: float, threads: int) -> floa
 def compare_with_limits(
     manifest: Manifest, kernels: Mapping[str, str], peaks: Peaks, measured: Mapping[str, list[float]], words: int
 ) -> dict[str, dict[str, Any]]:
-    """Of every part that was timed (milliseconds of each trial). ``kernels``: what each graph runs in, see KERNELS."""
+    """Compare every timed part (milliseconds of each trial). ``kernels``: graph -> name in KERNELS."""
     device = Device(CPU, "this machine", "measured", None, peaks.products, peaks.bandwidth, 0, None)
     parts = work(manifest.policy, manifest.towers, Load(prompt_tokens=words)).parts
-    found = {}
+    limits = {}
     for name, times in measured.items():
-        # OpenVLA-OFT's head is part of its decoder's graph.
+        # OpenVLA-OFT's head is part of the decoder graph.
         own = [part for part in parts if part.name == name or (name == "prefill" and part.name == "head")]
         if own:
-            found[name] = asdict(_compare_part(own, kernels, device, median(times)))
-    return found
+            limits[name] = asdict(_compare_part(own, kernels, device, median(times)))
+    return limits
 
 
 def _compare_part(parts: list[Part], kernels: Mapping[str, str], device: Device, measured_ms: float) -> PartLimit:
     limit = products = traffic = 0.0
     for part in parts:
         kernel = replace(KERNELS[kernels[GRAPHS.get(part.name, "decoder")]], activation=WIDE_ACTIVATIONS)
-        asked = demand(part, kernel, device)
-        limit += asked.seconds(MEASURED)
-        products += float(asked.arithmetic.sum())
-        traffic += float(asked.traffic.sum())
+        load = demand(part, kernel, device)
+        limit += load.seconds(MEASURED)
+        products += float(load.arithmetic.sum())
+        traffic += float(load.traffic.sum())
     bound = "products" if products >= traffic else "memory"
     return PartLimit(round(1e3 * limit, 2), round(measured_ms, 2), round(1e3 * limit / measured_ms, 3), bound)

@@ -1,1 +1,1 @@
-"""The commands that measure and report. A dataclass each; the field docstrings are the help."""
+"""The commands that measure and report: one dataclass each, with field docstrings as help texts."""

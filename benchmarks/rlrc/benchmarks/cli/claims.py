@@ -16,14 +16,14 @@ from rlrc.benchmarks.claims import claims
 from rlrc.benchmarks.cli.measure import forget_episodes, play_episodes, time_inferences
 from rlrc.benchmarks.cli.output import ResultOptions, result_of, stages
 from rlrc.benchmarks.measure import latency, success
-from rlrc.benchmarks.results.results import Named, facts, open_artifacts, read
+from rlrc.benchmarks.results.results import NamedArtifact, facts, open_artifacts, read
 from rlrc.errors import UserError
 from rlrc.tables import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claims(ResultOptions):
-    """Memory, latency and success of one artifact against its dense parent, at once; exit code 1 unless all hold."""
+    """Check memory, latency and success of one artifact against its dense parent; exit code 1 unless all hold."""
 
     artifact: Positional[str | None] = None
     """the compressed artifact, as FOLDER or NAME=FOLDER"""
@@ -31,20 +31,20 @@ class Claims(ResultOptions):
     """its dense parent"""
     geometry: Literal["openvla-7b", "openvla-oft-7b", "pi0", "smolvla-450m"] | None = None
     """instead of artifacts: a policy of this size with random weights, dense in 16 bits against 90 % pruned in 4 bits,
-    also against torch in the quicker of float32 and bfloat16; both are made, measured and deleted. Latency and memory
-    only"""
+    also against torch in the faster of float32 and bfloat16; the artifacts are created, measured and deleted. Latency
+    and memory only"""
     runtime: Literal["gguf", "onnxruntime"] | None = None
-    """of --geometry (default: gguf where llama.cpp computes the policy)"""
+    """of --geometry (default: gguf if llama.cpp supports the policy)"""
     rounds: int = 8
-    """of --geometry: actions of each, in turns"""
+    """of --geometry: actions of each policy, interleaved"""
     torch: bool = True
-    """of --geometry: also against torch"""
+    """of --geometry: also compare with torch"""
     work: Path | None = None
-    """of --geometry: a folder for the graphs while they are measured (default: the system's for temporary files)"""
+    """of --geometry: folder for the temporary graphs (default: the system's temporary folder)"""
     success: tuple[Path, ...] = ()
     """result files of `rlrc bench success` with both artifacts"""
     episodes_per_task: int = 0
-    """instead of --success: play this many episodes of every task with both, as rlrc bench success does"""
+    """instead of --success: play this many episodes of every task with both artifacts"""
     trials: int = 600
     """inferences of each, after the warm-up"""
     threads: int = 1
@@ -52,7 +52,7 @@ class Claims(ResultOptions):
     workers: int = 2
     """processes that play episodes"""
     thresholds: Path | None = None
-    """TOML file with other thresholds than those of the paper"""
+    """TOML file with thresholds (default: those of the paper)"""
 
     def run(self) -> int:
         self.check_out()
@@ -61,10 +61,10 @@ class Claims(ResultOptions):
             return self._full_size(limits)
         if self.artifact is None or self.baseline is None:
             found = "neither" if self.artifact is None and self.baseline is None else "one of them"
-            raise UserError(f"expected an artifact and --baseline, or --geometry, found {found}; give what is missing")
+            raise UserError(f"expected an artifact and --baseline, or --geometry, found {found}; add what is missing")
         baseline, compressed = opened = open_artifacts([self.baseline, self.artifact])
-        ours, theirs = compressed.artifact.manifest, baseline.artifact.manifest
-        claims.check_comparable(ours, theirs)
+        manifest, baseline_manifest = compressed.artifact.manifest, baseline.artifact.manifest
+        claims.check_comparable(manifest, baseline_manifest)
         claims.check_same_tasks(compressed.artifact, baseline.artifact)
         rows = {named.name: facts(named) for named in opened}
         played = self._success(opened)
@@ -72,7 +72,7 @@ class Claims(ResultOptions):
         for named in opened:
             rows[named.name] |= latency.row(trials[named.name]) | (played[named.name] or {})
         checks = [
-            claims.memory(ours, theirs, limits),
+            claims.memory(manifest, baseline_manifest, limits),
             claims.latency(trials[compressed.name], trials[baseline.name], limits),
             claims.success(played[compressed.name], played[baseline.name], limits),
         ]
@@ -99,15 +99,13 @@ class Claims(ResultOptions):
         from rlrc.benchmarks.claims.operating_points import point
 
         if self.artifact or self.baseline or self.success or self.episodes_per_task:
-            raise UserError("expected --geometry alone, found artifacts or success with it; leave one or the other out")
+            raise UserError("expected --geometry alone, found artifacts or success as well; remove one or the other")
         if self.rounds < 2:
-            raise UserError(f"expected two or more rounds, found {self.rounds}; raise --rounds")
+            raise UserError(f"expected two or more rounds, found {self.rounds}; increase --rounds")
         assert self.geometry is not None
         chosen = point(self.geometry, self.runtime)
         if self.work is not None and not self.work.is_dir():
-            raise UserError(
-                f"expected a folder for the graphs, found none at {self.work}; make it, or leave out --work"
-            )
+            raise UserError(f"expected a folder for the graphs, found none at {self.work}; create it, or omit --work")
         with tempfile.TemporaryDirectory(dir=self.work, prefix="rlrc-claims-") as folder, stages(self.geometry) as step:
             result = full_size.run(chosen, Path(folder), self.threads, self.rounds, self.torch, limits, step)
         note = (
@@ -119,9 +117,9 @@ class Claims(ResultOptions):
             print_table(parts_table(result), Console())
         return 0 if result["verdict"] == "PASS" else 1
 
-    def _success(self, opened: Sequence[Named]) -> dict[str, dict[str, Any] | None]:
+    def _success(self, opened: Sequence[NamedArtifact]) -> dict[str, dict[str, Any] | None]:
         if self.success and self.episodes_per_task:
-            raise UserError("expected --success or --episodes-per-task, found both; leave one out")
+            raise UserError("expected --success or --episodes-per-task, found both; remove one")
         if self.success:
             results = [read(path) for path in self.success]
             rows = {named.name: claims.find_success(results, named) for named in opened}
@@ -147,14 +145,14 @@ def table_of(checks: Sequence[claims.ClaimCheck]) -> Table:
 
 
 def parts_table(result: dict[str, Any]) -> Table:
-    """Milliseconds of every part, and its share of what this machine's bandwidth and products allow."""
+    """Milliseconds of every part, and how close they are to the limits of bandwidth and products."""
     peaks = result["roofline"]
     rates = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in peaks["products_gop_s"].items())
     title = f"limits: {peaks['read_gb_s']} GB/s read, products in Gop/s: {rates}"
     table = Table("policy", "part", "ms", "limit ms", "share", "bound by", title=title)
     for name in ("dense", "compressed", "torch", "elsewhere"):
-        for part, found in result.get(name, {}).get("roofline", {}).items():
-            figures = (f"{found['measured_ms']:,.1f}", f"{found['limit_ms']:,.1f}", f"{found['share']:.0%}")
+        for part, entry in result.get(name, {}).get("roofline", {}).items():
+            figures = (f"{entry['measured_ms']:,.1f}", f"{entry['limit_ms']:,.1f}", f"{entry['share']:.0%}")
             where = f" on {result['elsewhere']['runtime']}" if name == "elsewhere" else ""
-            table.add_row(f"compressed{where}" if where else name, part, *figures, found["bound"])
+            table.add_row(f"compressed{where}" if where else name, part, *figures, entry["bound"])
     return table

@@ -22,18 +22,18 @@ STYLES = {"REGRESSION": "red", "MISSING": "red", "unclear": "yellow", "better": 
 
 @dataclass(frozen=True)
 class Compare:
-    """Latency, memory, energy, throughput and success against earlier results; exit code 1 if one has become worse.
+    """Compare latency, memory, energy, throughput and success with earlier results; exit code 1 for a regression.
 
-    A figure has regressed when it is worse by more than the tolerance and more than its noise; one that is gone counts
-    as well. Results of another class of machine are refused.
+    A figure has regressed if it is worse by more than the tolerance and its noise, or missing. Both results must come
+    from the same class of machine.
     """
 
     old: Positional[Path]
-    """result file that is committed"""
+    """earlier result file, such as a committed one"""
     new: Positional[Path]
     """result file to compare with it"""
     tolerance: str = "10%"
-    """how much worse a figure may be, as 10% or 0.1"""
+    """how much worse a figure may be, such as 10% or 0.1"""
     success_margin: float = regression.MARGIN
     """how much lower a success rate may be"""
     json: bool = False
@@ -65,22 +65,22 @@ class Compare:
         for name in sorted(versions[0].keys() | versions[1].keys()):
             before, after = (version.get(name, "none") for version in versions)
             if before != after:
-                console.print(f"{name}: {before} then, {after} now")
-        told = ", ".join(f"{change.figure} of {change.name}" for change in failed) or "nothing has become worse"
-        console.print(f"{'FAIL' if failed else 'PASS'}: {told}", soft_wrap=True)
+                console.print(f"{name}: {before} before, {after} now")
+        summary = ", ".join(f"{change.figure} of {change.name}" for change in failed) or "no regressions"
+        console.print(f"{'FAIL' if failed else 'PASS'}: {summary}", soft_wrap=True)
         return 1 if failed else 0
 
 
 def cells(change: FigureChange) -> list[str]:
-    """Old, new, by how much it is worse, and that at 95 %."""
+    """Old, new, how much worse, and the 95 % limits of that."""
     values = [number(value) for value in (change.old, change.new)]
     if change.change is None:
         return [*values, "", ""]
     if change.figure == "success":
-        told = [f"{-value:+.3f}" for value in (change.change.value, change.change.high, change.change.low)]
+        worse = [f"{-value:+.3f}" for value in (change.change.value, change.change.high, change.change.low)]
     else:
-        told = [f"{value - 1:+.1%}" for value in (change.change.value, change.change.low, change.change.high)]
-    return [*values, told[0], f"{told[1]} to {told[2]}"]
+        worse = [f"{value - 1:+.1%}" for value in (change.change.value, change.change.low, change.change.high)]
+    return [*values, worse[0], f"{worse[1]} to {worse[2]}"]
 
 
 def number(value: float | None) -> str:
@@ -90,7 +90,7 @@ def number(value: float | None) -> str:
 
 
 def fraction(text: str) -> float:
-    """ "10%" or "0.1" -> 0.1. Raises UserError for anything else, and for what is not between 0 and 10."""
+    """ "10%" or "0.1" -> 0.1. Raises UserError for anything else or a value outside [0, 10)."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

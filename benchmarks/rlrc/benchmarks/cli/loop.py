@@ -26,34 +26,37 @@ Scenario = Literal["steady", "slow", "overhead", "page", "faults"]
 
 @dataclass(frozen=True, kw_only=True)
 class Loop(OutputOptions):
-    """Steady rate under load, slow inference, the loop's own cost, with the page too, and everything that can break.
+    """Measure the loop in a long run under load, with slow inference, without a model (and with the page), and faults.
 
-    The first two play the reference policy's simulator, the others an arm in software.
+    The first two use the simulator of the reference policy, the others a simulated arm.
     """
 
     path: Positional[Path]
     """the artifact"""
     scenarios: tuple[Scenario, ...] = ("steady", "slow", "overhead", "page", "faults")
-    """what to measure"""
+    """scenarios to run"""
     minutes: float = 30.0
-    """of the steady run"""
+    """duration of the steady scenario"""
     periods: float = 3.0
-    """that slow inference takes"""
+    """duration of an inference in the slow scenario, in periods of the loop"""
     episodes: int = 15
-    """of each task and strategy, with slow inference"""
+    """episodes of each task and strategy in the slow scenario"""
     tasks: tuple[str, ...] = ("drawer-open-v3", "button-press-topdown-v3", "window-open-v3", "faucet-close-v3")
-    """played with slow inference"""
+    """tasks of the slow scenario"""
     out: Path | None = None
-    """result file to write; rows of other scenarios that it has already stay"""
+    """result file to write; its rows of other scenarios are kept"""
     picture: Path | None = None
-    """SVG to draw of the jumps where chunks meet"""
+    """SVG file for a chart of the jumps between chunks"""
 
     def run(self) -> None:
         if self.out is None or not self.out.exists():
             check_out(self.out, force=True)
         if not (self.minutes > 0 and self.periods >= 0 and self.episodes > 0):
-            raise UserError("expected positive minutes, periods and episodes, found others; raise them")
-        rows = [row for scenario in self.scenarios for row in self._measured(scenario)]
+            raise UserError(
+                f"expected positive minutes, periods and episodes, found {self.minutes:g}, {self.periods:g} and "
+                f"{self.episodes}; increase them"
+            )
+        rows = [row for scenario in self.scenarios for row in self._measure(scenario)]
         for row in rows:
             row["command"] = machine.command()
         kept = read(self.out)["rows"] if self.out is not None and self.out.exists() else []
@@ -63,8 +66,8 @@ class Loop(OutputOptions):
             draw(result["rows"], self.picture)
         self.finish(result, table(rows), "milliseconds")
 
-    def _measured(self, scenario: Scenario) -> list[dict[str, Any]]:
-        measure: dict[str, tuple[int, Callable[[loop.Tick], list[dict[str, Any]]]]] = {
+    def _measure(self, scenario: Scenario) -> list[dict[str, Any]]:
+        scenarios: dict[str, tuple[int, Callable[[loop.Tick], list[dict[str, Any]]]]] = {
             "steady": (max(1, int(self.minutes * 60 / 1.9)), lambda tick: [loop.steady(self.path, self.minutes, tick)]),
             "slow": (
                 (1 + len(STRATEGIES)) * self.episodes * len(self.tasks),
@@ -72,24 +75,24 @@ class Loop(OutputOptions):
             ),
             "overhead": (2, lambda tick: list(loop.overhead(20.0, tick))),
             "page": (2, lambda tick: list(loop.overhead(20.0, tick, page=True))),
-            "faults": (len(faults.FAULTS), lambda tick: list(loop.broken(tick))),
+            "faults": (len(faults.FAULTS), lambda tick: list(loop.fault_matrix(tick))),
         }
-        total, measured = measure[scenario]
+        total, measure = scenarios[scenario]
         with plain_progress(scenario, total) as advance:
-            return measured(advance)
+            return measure(advance)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     heads = ("scenario", "steps", "late", "held", "jitter p99", "timer's", "growth", "to hold", "success")
-    found = Table(*heads)
+    result = Table(*heads)
     for row in rows:
-        found.add_row(
+        result.add_row(
             row["name"],
             *(_number(row[key]) for key in ("steps", "late_actions", "held_steps", "jitter_ms_p99")),
             *(_number(row[key]) for key in ("timer_jitter_ms_p99", "rss_growth_bytes", "time_to_hold_ms")),
             _number(row.get("success")),
         )
-    return found
+    return result
 
 
 def _number(value: float | None) -> str:
@@ -99,7 +102,7 @@ def _number(value: float | None) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """How many of the jumps where chunks meet are larger than so much, for every strategy."""
+    """Draw the share of jumps between chunks above each size, for every strategy."""
     matplotlib.use("agg")
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     for row in (row for row in rows if "splice_jump" in row):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rlrc.benchmarks.cli.output import ArtifactOptions, progress, result_of
 from rlrc.benchmarks.measure import latency, memory, success
 from rlrc.benchmarks.results import machine
-from rlrc.benchmarks.results.results import Named, facts
+from rlrc.benchmarks.results.results import NamedArtifact, facts
 from rlrc.errors import UserError
 from rlrc.runtime.board import monitor
 from rlrc.runtime.board.monitor import Board
@@ -21,14 +21,14 @@ from rlrc.runtime.board.monitor import Board
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureLatency(ArtifactOptions):
-    """Milliseconds of one inference, in total and by part; several artifacts in one interleaved run."""
+    """Measure milliseconds of one inference, in total and by part; several artifacts in one interleaved run."""
 
     trials: int = 500
     """inferences of each, after the warm-up"""
 
     def run(self) -> None:
         opened = self.open_artifacts()
-        with Board.monitor() as watched:
+        with Board.monitor() as board:
             trials = time_inferences(opened, self.trials, self.threads)
         rows = [facts(named) | latency.row(trials[named.name]) for named in opened]
         parts = [part for part in latency.PARTS if any(part in row["parts_ms"] for row in rows)]
@@ -40,27 +40,27 @@ class MeasureLatency(ArtifactOptions):
             table.add_row(row["name"], *figures, f"{ratio:.2f}x")
         unstable = [row["name"] for row in rows if not row["warmup"]["stable"]]
         note = (
-            f"the warm-up of {', '.join(unstable)} did not become stable: the machine is busy, or the policy slow"
+            f"the warm-up of {', '.join(unstable)} did not become stable: the machine is busy, or the policy is slow"
             if unstable
             else ""
         )
         result = result_of("latency", rows, self.threads)
-        if (during := monitor.summarise(watched.readings())) is not None:
+        if (during := monitor.summarise(board.readings())) is not None:
             result, note = result | {"board": during}, f"{monitor.format_summary(during)}; {note}".rstrip("; ")
         self.finish(result, table, note or "milliseconds; all trials are kept in --out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureMemory(ArtifactOptions):
-    """Bytes that the runtime loads, by graph, and the memory of fresh processes that run the policy."""
+    """Measure the bytes that the runtime loads, by graph, and the memory of new processes that run the policy."""
 
     repeats: int = 3
-    """processes of each"""
+    """processes of each artifact"""
 
     def run(self) -> None:
         opened = self.open_artifacts()
         if self.repeats < 1:
-            raise UserError(f"expected at least one process of each, found --repeats {self.repeats}; raise it")
+            raise UserError(f"expected at least one process of each, found --repeats {self.repeats}; increase it")
         rows = []
         with progress("processes", len(opened) * self.repeats) as advance:
             for named in opened:
@@ -74,10 +74,10 @@ class MeasureMemory(ArtifactOptions):
         if shared:
             table.add_column("system")
         for row in rows:
-            found = row["memory"]
-            own, (low, high) = found["own"], found["own_range"]["pss"]
+            measured = row["memory"]
+            own, (low, high) = measured["own"], measured["own_range"]["pss"]
             graphs = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["graph_bytes"].items())
-            figures = (own["anonymous"], own["file"], own["peak"], found["page_cache"], *[own["used"]] * shared)
+            figures = (own["anonymous"], own["file"], own["peak"], measured["page_cache"], *[own["used"]] * shared)
             table.add_row(
                 row["name"],
                 f"{row['bytes'] / 1e6:.3f}",
@@ -87,29 +87,29 @@ class MeasureMemory(ArtifactOptions):
                 *(f"{size / 1e6:.1f}" for size in figures),
             )
         note = (
-            "MB of 1e6 bytes; what is not quantized counts as bf16; own: beyond a process that has imported the "
-            "runtime; page cache: of the graphs' files, in no process"
+            "MB of 1e6 bytes; unquantized policies count as bf16; own: beyond a process that has imported the runtime; "
+            "page cache: the graphs' files, which belong to no process"
         )
         self.finish(result_of("memory", rows, self.threads), table, note)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSuccess(ArtifactOptions):
-    """Closed-loop episodes on the simulator, the same scenes for every artifact; an interrupted run continues."""
+    """Play episodes on the simulator, the same scenes for every artifact; an interrupted run can be continued."""
 
     tasks: tuple[str, ...] = ()
     """Meta-World tasks to play (default: all, with the shared scenes)"""
     env: tuple[str, ...] = ()
     """instead of --tasks: environments to play, as metaworld:TASK, gym:ID or libero:SUITE/NUMBER"""
     env_mapping: Path | None = None
-    """TOML file that says how the environments' values become the policy's, for gym:ID"""
+    """TOML file that maps the environments' values to the policy's, for gym:ID"""
     episodes_per_task: int = 50
     """episodes of every task or environment, from the first seed of the evaluation range on; without --tasks and --env,
     twice as many of a task that has no shared variant"""
     workers: int = 2
-    """processes"""
+    """processes that play episodes"""
     out: Path | None = None
-    """result file to write; episodes are kept beside it until all are played"""
+    """result file to write; finished episodes are kept next to it until all are played"""
 
     def run(self) -> None:
         opened = self.open_artifacts()
@@ -130,17 +130,17 @@ class MeasureSuccess(ArtifactOptions):
         self.finish(result_of("success", rows, self.threads) | {"comparisons": compared}, table, note)
         forget_episodes(self.out)
 
-    def _scenes(self, opened: Sequence[Named]) -> success.Scenes:
+    def _scenes(self, opened: Sequence[NamedArtifact]) -> success.Scenes:
         if self.env and self.tasks:
-            raise UserError("expected --tasks or --env, found both; give Meta-World's tasks as metaworld:TASK to --env")
+            raise UserError("expected --tasks or --env, found both; pass Meta-World tasks as --env metaworld:TASK")
         if self.env:
-            return success.scenes_of(self.env, opened, self.episodes_per_task, self.env_mapping)
+            return success.environment_scenes(self.env, opened, self.episodes_per_task, self.env_mapping)
         if self.env_mapping is not None:
-            raise UserError("expected --env with --env-mapping, found no --env; give the environment as well")
+            raise UserError("expected --env with --env-mapping, found no --env; add the environment")
         return success.scenes(self.tasks, self.episodes_per_task)
 
 
-def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[str, latency.Trials]:
+def time_inferences(opened: Sequence[NamedArtifact], trials: int, threads: int) -> dict[str, latency.Trials]:
     from rlrc.runtime.inference.policy import LocalPolicy
 
     policies = {named.name: LocalPolicy.load(named.artifact.path, threads) for named in opened}
@@ -151,13 +151,13 @@ def time_inferences(opened: Sequence[Named], trials: int, threads: int) -> dict[
 
 
 def play_episodes(
-    opened: Sequence[Named], scenes: success.Scenes, workers: int, threads: int, out: Path | None
+    opened: Sequence[NamedArtifact], scenes: success.Scenes, workers: int, threads: int, out: Path | None
 ) -> list[dict[str, Any]]:
-    """A row for every artifact. Episodes are kept beside ``out`` as they are played."""
+    """A row for every artifact. Finished episodes are kept next to ``out``."""
     total = len(opened) * sum(scenes.episodes.values())
     with progress("episodes", total) as advance:
         played = success.measure(opened, scenes, workers, threads, out and _partial(out), advance)
-    return [facts(named) | success.row(played[named.name], scenes, success.hard(scenes)) for named in opened]
+    return [facts(named) | success.row(played[named.name], scenes, success.hard_tasks(scenes)) for named in opened]
 
 
 def _partial(out: Path) -> Path:
@@ -165,7 +165,7 @@ def _partial(out: Path) -> Path:
 
 
 def forget_episodes(out: Path | None) -> None:
-    """The result is written: its episodes need not be kept any more."""
+    """Delete the episodes kept next to ``out``, after the result is written."""
     if out is not None:
         _partial(out).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""What the measuring commands share: options, progress, the head of a result, its file and its table."""
+"""Shared parts of the benchmark commands: options, progress, and output of results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from rlrc.benchmarks.results import machine
-from rlrc.benchmarks.results.results import Named, check_out, dump, open_artifacts, write
+from rlrc.benchmarks.results.results import NamedArtifact, check_out, dump, open_artifacts, write
 from rlrc.progress import EVERY_S, interactive, status
 from rlrc.progress import progress as progress_of
 from rlrc.tables import print_table
@@ -30,7 +30,7 @@ class OutputOptions:
     """print the result as JSON instead"""
 
     def finish(self, result: dict[str, Any], table: Table, note: str) -> None:
-        """Write the result, and print it."""
+        """Write the result and print it."""
         if self.out:
             write(self.out, dump(result))
         if self.json:
@@ -50,30 +50,30 @@ class ResultOptions(OutputOptions):
     """replace the result file"""
 
     def check_out(self) -> None:
-        """Raises UserError, before any work is done, for a result file that exists or cannot be written."""
+        """Raises UserError for a result file that exists or cannot be written; called before any work."""
         check_out(self.out, self.force)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactOptions(ResultOptions):
-    """Of the benchmarks that compare artifacts."""
+    """Options of the benchmarks that compare artifacts."""
 
     artifacts: Positional[tuple[str, ...]]
     """artifacts, as FOLDER or NAME=FOLDER"""
     baseline: str | None = None
-    """what the others are compared with (default: the first artifact)"""
+    """artifact to compare the others with (default: the first one)"""
     threads: int = 1
     """threads of each engine"""
 
-    def open_artifacts(self) -> list[Named]:
-        """The artifacts, the baseline first. Raises UserError where ``check_out`` or ``open_artifacts`` does."""
+    def open_artifacts(self) -> list[NamedArtifact]:
+        """The artifacts, the baseline first. Raises UserError as ``check_out`` and ``open_artifacts`` do."""
         self.check_out()
         return open_artifacts([*([self.baseline] if self.baseline else []), *self.artifacts])
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(more)``, where ``more`` counts towards ``total``."""
+    """Yield ``advance(more)``, which adds ``more`` to the progress towards ``total``."""
     done = 0
 
     def advance(more: int) -> None:
@@ -88,8 +88,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``progress`` where the memory and the time of this process are measured: without a bar, which takes one or two
-    megabytes, and without a thread."""
+    """``progress`` without a bar (1 to 2 MB) or a thread, where memory or time of this process are measured."""
     done, end, last = 0, "\r" if sys.stderr.isatty() else "\n", time.monotonic()
 
     def advance(more: int) -> None:
@@ -107,7 +106,7 @@ def plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def stages(what: str) -> Iterator[Callable[[str], None]]:
-    """Yields ``step(now)``, which shows the present stage and its duration; without a terminal, a line for each."""
+    """Yield ``step(now)``, which shows the current stage and its duration; without a terminal, one line a stage."""
     with status(what) as report:
 
         def step(now: str) -> None:

@@ -1,4 +1,4 @@
-"""The command that makes a page of results."""
+"""The command that writes a report of results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rlrc.tables import print_table
 
 @dataclass(frozen=True)
 class WriteReport:
-    """Results, training curves and a film strip as one HTML page that needs nothing else, or as Markdown."""
+    """Write results, training curves and a film strip as one self-contained HTML page, or as Markdown."""
 
     results: Positional[tuple[str, ...]]
     """result files (.json) and training curves (.jsonl, or NAME=FILE.jsonl)"""
     out: Path = Path("report.html")
-    """page to write, .html or .md; the charts of Markdown go into a folder of its name"""
+    """page to write, .html or .md; charts of a Markdown page go into a folder of the same name"""
     predict: tuple[str, ...] = ()
     """geometries to predict for the devices of rlrc jetson devices, such as openvla-7b"""
     before: str | None = None
@@ -33,13 +33,13 @@ class WriteReport:
     task: str = "drawer-open-v3"
     """task of the film strips"""
     scenes: int = 20
-    """scenes to try for one in which only `after` succeeds"""
+    """number of scenes to search for one in which only `after` succeeds"""
     joined: Path | None = None
-    """also write all rows, joined by name, as one result file"""
+    """also write all rows, joined by name, to one result file"""
     picture: Path | None = None
-    """also write the table as a picture (.svg or .png)"""
+    """also write the table as an image (.svg or .png)"""
     beside: Path | None = None
-    """a joined result file of an earlier time, whose figures are printed beside these"""
+    """earlier joined result file, whose figures are printed in parentheses"""
     force: bool = False
     """replace the page"""
 
@@ -55,9 +55,9 @@ class WriteReport:
         check_out(self.joined, self.force)
         check_out(self.picture, self.force)
         if self.picture and self.picture.suffix not in (".svg", ".png"):
-            raise UserError(f"expected a picture that ends in .svg or .png, found {self.picture}; rename it")
+            raise UserError(f"expected an image that ends in .svg or .png, found {self.picture}; rename it")
         if (self.before is None) != (self.after is None):
-            raise UserError("expected --before and --after, found one of them; a film strip compares two artifacts")
+            raise UserError("expected --before and --after, found only one; a film strip compares two artifacts")
         curve_files = [argument for argument in self.results if argument.endswith(".jsonl")]
         files = [Path(argument) for argument in self.results if not argument.endswith(".jsonl")]
         if not files:
@@ -105,7 +105,7 @@ class WriteReport:
 
 
 def _side_by_side(here: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]]) -> Table:
-    """The rows of two joined results, each figure as "here (earlier)"."""
+    """A table of two joined results, each figure as "here (earlier)"."""
 
     def figures(row: dict[str, Any] | None) -> list[str]:
         if row is None:
@@ -119,5 +119,5 @@ def _side_by_side(here: Sequence[dict[str, Any]], earlier: Sequence[dict[str, An
     committed = {row["name"]: row for row in earlier}
     for row in here:
         pairs = zip(figures(row), figures(committed.get(row["name"])), strict=True)
-        table.add_row(row["name"], *(f"{ours} ({theirs})" for ours, theirs in pairs))
+        table.add_row(row["name"], *(f"{now} ({before})" for now, before in pairs))
     return table

@@ -16,37 +16,37 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Energy(ArtifactOptions):
-    """Joules of a chunk and of an action: from a Jetson's power rails, or a processor's counters where they are open.
+    """Measure joules of a chunk and of an action, from a Jetson's power rails or a processor's readable counters.
 
-    Says "not available", and why, on any other machine.
+    On any other machine, prints "not available" and the reason.
     """
 
     seconds: float = 10.0
-    """how long each is run in every round, and nothing at first"""
+    """duration of each artifact in a round, and of the idle measurement"""
     rounds: int = 5
-    """rounds, in which the artifacts take turns"""
+    """rounds; each measures all artifacts in turn"""
 
     def run(self) -> None:
         from rlrc.runtime.inference.policy import LocalPolicy
 
         check_rounds(self.seconds, self.rounds)
         opened = self.open_artifacts()
-        found, where = energy.sources()
+        sources, description = energy.sources()
         rows: list[dict[str, Any]] = [facts(named) | {"energy": None} for named in opened]
-        if found is not None:
+        if sources is not None:
             calls: dict[str, Any] = {}
             for named in opened:
                 policy = LocalPolicy.load(named.artifact.path, self.threads)
                 calls[named.name] = latency.make_timer(policy, latency.observations(named.artifact))
                 calls[named.name]()
             with progress("intervals", 1 + self.rounds * len(opened)) as advance:
-                idle, taken = energy.measure(found, calls, self.seconds, self.rounds, advance)
+                idle, measured = energy.measure(sources, calls, self.seconds, self.rounds, advance)
             for row, named in zip(rows, opened, strict=True):
-                row |= energy.row(taken[named.name], idle, named.artifact.manifest.policy.action.horizon)
+                row |= energy.row(measured[named.name], idle, named.artifact.manifest.policy.action.horizon)
         table = Table("policy", "J a chunk", "J an action", "above idle, J a chunk", "W", "idle W", "ratio")
         for row in rows:
             table.add_row(row["name"], *_energy_cells(row["energy"], rows[0]["energy"]))
-        self.finish(result_of("energy", rows, self.threads) | {"source": where}, table, where)
+        self.finish(result_of("energy", rows, self.threads) | {"source": description}, table, description)
 
 
 def _energy_cells(measured: dict[str, Any] | None, baseline: dict[str, Any] | None) -> list[str]:
@@ -60,14 +60,14 @@ def _energy_cells(measured: dict[str, Any] | None, baseline: dict[str, Any] | No
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput(ArtifactOptions):
-    """Chunks and actions a second when the machine does nothing else, by how many policies run at once."""
+    """Measure chunks and actions a second on an otherwise idle machine, by the number of policies that run at once."""
 
     at_once: tuple[int, ...] = ()
-    """how many policies run at once (default: 1, and as many as there are cores)"""
+    """numbers of policies that run at once (default: 1 and the number of cores)"""
     seconds: float = 5.0
-    """how long a round is"""
+    """duration of a round"""
     rounds: int = 5
-    """rounds of each"""
+    """rounds of each artifact and number"""
 
     def run(self) -> None:
         from rlrc.runtime.inference.policy import LocalPolicy
@@ -81,13 +81,13 @@ class Throughput(ArtifactOptions):
         rows = []
         with progress("rounds", len(opened) * len(numbers) * self.rounds) as advance:
             for named in opened:
-                seen = latency.observations(named.artifact)
+                observations = latency.observations(named.artifact)
                 horizon = named.artifact.manifest.policy.action.horizon
                 measured = {}
                 for number in numbers:
                     policies = [LocalPolicy.load(named.artifact.path, self.threads) for _ in range(number)]
-                    taken = throughput.measure(policies, seen, self.seconds, self.rounds, advance)
-                    measured[str(number)] = throughput.row(taken, horizon)
+                    rates = throughput.measure(policies, observations, self.seconds, self.rounds, advance)
+                    measured[str(number)] = throughput.row(rates, horizon)
                 rows.append(facts(named) | {"throughput": measured})
         table = Table("policy", "at once", "chunks a second", "actions a second", "CPU-s a chunk", "ratio")
         for row in rows:
@@ -101,13 +101,13 @@ class Throughput(ArtifactOptions):
                     f"{one['cpu_s_per_chunk']:.4f}",
                     f"{one['chunks_per_s'] / rows[0]['throughput'][number]['chunks_per_s']:.2f}x",
                 )
-        note = "a chunk's actions can be played one after the other while the next is made"
+        note = "the actions of a chunk can be executed while the next chunk is computed"
         self.finish(result_of("throughput", rows, self.threads), table, note)
 
 
 def check_rounds(seconds: float, rounds: int) -> None:
-    """Raises UserError for durations and rounds that give no interval."""
+    """Raises UserError for a duration of zero or too few rounds for an interval."""
     if not seconds > 0 or rounds < 2:
         raise UserError(
-            f"expected seconds and two rounds at least, found {seconds:g} and {rounds}; raise --seconds or --rounds"
+            f"expected --seconds above 0 and at least two rounds, found {seconds:g} and {rounds}; increase them"
         )

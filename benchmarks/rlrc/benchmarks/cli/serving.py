@@ -1,4 +1,4 @@
-"""The command that measures what serving costs beyond inference."""
+"""The command that measures the overhead of serving beyond inference."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from rlrc.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(ResultOptions):
-    """Serving beside a minimal server on the same libraries, and with pictures in shared memory; no artifact needed."""
+    """Measure the overhead of serving, compared with a minimal server on the same libraries; no artifact needed."""
 
     cameras: int = 2
-    """pictures of an observation"""
+    """images of an observation"""
     size: int = 224
-    """their height and width"""
+    """height and width of the images, in pixels"""
     calls: int = 2000
-    """of each way"""
+    """calls of each server"""
 
     def run(self) -> None:
         self.check_out()
         if not (self.cameras > 0 and 0 < self.size <= 2048 and self.calls > 0):
-            raise UserError("expected cameras, a size of up to 2048 and calls above 0, found others; change them")
+            raise UserError(
+                f"expected cameras and calls above 0 and a size from 1 to 2048, found {self.cameras}, {self.calls} and "
+                f"{self.size}; change --cameras, --calls or --size"
+            )
         with progress("calls", self.calls) as advance:
             rows = list(transport.measure((self.size, self.size), self.cameras, self.calls, advance))
         for row in rows:
@@ -36,7 +39,7 @@ class Serving(ResultOptions):
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    found = Table("way", "p50", "p90", "p99", "max")
+    result = Table("server", "p50", "p90", "p99", "max")
     for row in rows:
-        found.add_row(row["name"], *(f"{value:.3f}" for value in row["overhead_ms"].values()))
-    return found
+        result.add_row(row["name"], *(f"{value:.3f}" for value in row["overhead_ms"].values()))
+    return result

@@ -1,1 +1,1 @@
-"""The control loop and the servers under load and faults, with an arm in software."""
+"""Benchmarks of the control loop and the servers under load and faults, with a simulated arm."""

@@ -1,4 +1,4 @@
-"""Processes that run in parallel with the measured control loop: a load, and a bare timer to compare it with."""
+"""Processes that run in parallel with the measured control loop: a load, a bare timer and a viewer of the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlrc.realtime import real_time
 
 @contextmanager
 def background_load() -> Iterator[None]:
-    """Another process that keeps the last processor busy."""
+    """Keep the last processor busy with another process."""
     process = multiprocessing.get_context("spawn").Process(target=_burn, daemon=True)
     process.start()
     try:
@@ -37,31 +37,31 @@ def _burn() -> None:
 
 @contextmanager
 def timer(hz: float) -> Iterator[Callable[[], NDArray[np.float64]]]:
-    """A process that does nothing but wake up at this rate, at the loop's own priority: what the machine can do."""
+    """A process that only wakes up at this rate, at the loop's priority; the function returns its wake-up times."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_wake, args=(theirs, hz), daemon=True)
+    connection, remote = context.Pipe()
+    process = context.Process(target=_wake, args=(remote, hz), daemon=True)
     process.start()
-    theirs.close()
-    ours.recv_bytes()  # it runs
-    woken: list[NDArray[np.float64]] = []
+    remote.close()
+    connection.recv_bytes()  # the process has started
+    wake_times: list[NDArray[np.float64]] = []
     try:
-        yield lambda: woken[0]
+        yield lambda: wake_times[0]
     finally:
-        ours.send(None)
-        woken.append(np.frombuffer(ours.recv_bytes(), np.float64))
+        connection.send(None)
+        wake_times.append(np.frombuffer(connection.recv_bytes(), np.float64))
         process.join()
 
 
 @contextmanager
 def viewer(link: str, cameras: int) -> Iterator[None]:
-    """A process that looks at the operator's page as a browser does: all news, every picture ten times a second."""
+    """A process that reads the operator's page as a browser does: all events, and every image ten times a second."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_view, args=(theirs, *link.split("/#"), cameras), daemon=True)
+    connection, remote = context.Pipe()
+    process = context.Process(target=_view, args=(remote, *link.split("/#"), cameras), daemon=True)
     process.start()
-    theirs.close()
-    ours.recv_bytes()  # it has asked for every picture once
+    remote.close()
+    connection.recv_bytes()  # every image has been read once
     try:
         yield
     finally:

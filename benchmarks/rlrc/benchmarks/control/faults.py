@@ -1,4 +1,4 @@
-"""The fault matrix: whatever goes wrong while the arm moves, within two periods a hold is the last command it gets."""
+"""The fault matrix: within two periods after any fault, the moving arm receives only holds."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from rlrc.runtime.control.telemetry import Telemetry
 from rlrc.runtime.control.watchdog import Watchdog
 from rlrc.runtime.safety.guard import Guard
 
-BEFORE_S = 0.6  # the arm has been moving for so long
+BEFORE_S = 0.6  # how long the arm moves before the fault
 PATIENCE_S = 0.4
-LEAD = 0.1  # rad that commands may run ahead of the arm's state
+LEAD = 0.1  # rad by which commands may lead the arm's state
 ARM: tuple[str, ...] = get_args(simulated_arm.ArmFault)
 POLICY: tuple[str, ...] = get_args(simulated_arm.PolicyFault)
 LOOP = ("guard exception", "clock jump", "clock back", "inference killed", "full disk", "Ctrl-C twice")
@@ -38,10 +38,10 @@ FAULTS = (*ARM, *POLICY, *LOOP)
 
 @dataclass(frozen=True)
 class FaultOutcome:
-    """``hold_ms``: from the beginning of the fault to the first hold, or to ``robot.stop()`` if that comes first.
+    """``hold_ms``: from the start of the fault to the first hold, or to ``robot.stop()`` if that comes first.
 
-    ``after``: commands behind it that were no holds. ``stopped``: whether ``robot.stop()`` was called. ``rest_ms``:
-    until nothing moves any more. ``reason`` is the guard's, None if it was not stopped.
+    ``rest_ms``: until nothing moves. ``after``: later commands that are not holds. ``reason``: the guard's, None if it
+    did not stop. ``stopped``: whether ``robot.stop()`` was called.
     """
 
     fault: str
@@ -55,7 +55,7 @@ class FaultOutcome:
 
 
 class FaultyGuard(Guard):
-    """Fails inside once it is told to."""
+    """A guard that fails while ``broken`` is set."""
 
     broken = False
 
@@ -66,7 +66,7 @@ class FaultyGuard(Guard):
 
 
 class Clock:
-    """Monotonic, but for what it is set to jump by."""
+    """The monotonic clock plus ``jump`` seconds."""
 
     def __init__(self) -> None:
         self.jump = 0.0
@@ -76,7 +76,7 @@ class Clock:
 
 
 def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
-    """Moves the arm, lets the fault happen, and looks at what is sent from then on until the arm is at rest."""
+    """Move the arm, inject the fault, and evaluate the commands from then until the arm is at rest."""
     arm, clock, spec = simulated_arm.SimulatedArm(), Clock(), simulated_arm.spec()
     first = arm.sense()
     assert first is not None
@@ -93,11 +93,11 @@ def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
     planner = Planner(inference, Chunks("replace", simulated_arm.HORIZON), spec)
     hooks = LoopHooks(switch.stop_reason, clock, switch.wait, watchdog.beat)
     control_loop = ControlLoop(recorder, planner, guard, telemetry, spec, timing, hooks)
-    began: list[float] = []
+    fault_times: list[float] = []
 
     def over() -> bool:
-        if not began and telemetry.steps >= BEFORE_S * hz:
-            began.append(time.monotonic())
+        if not fault_times and telemetry.steps >= BEFORE_S * hz:
+            fault_times.append(time.monotonic())
             _begin(fault, arm, inference, guard, clock, recorder)
         return False
 
@@ -108,12 +108,12 @@ def inject(fault: str, hz: float = 50.0) -> FaultOutcome:
         inference.close()
         recorder.close()
         shutil.rmtree(folder)
-    if not began:
+    if not fault_times:
         raise UserError(
-            f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine is "
-            "busy: run again, or at a lower rate"
+            f"expected the arm to move for {BEFORE_S} s at {hz:g} Hz, found it stopped: {guard.reason}; the machine "
+            "may be busy: run again, or at a lower rate"
         )
-    return _outcome(fault, hz, telemetry, arm, began[0], guard)
+    return _outcome(fault, hz, telemetry, arm, fault_times[0], guard)
 
 
 def _begin(
@@ -144,11 +144,11 @@ def _begin(
 def _outcome(
     fault: str, hz: float, telemetry: Telemetry, arm: simulated_arm.SimulatedArm, began: float, guard: Guard
 ) -> FaultOutcome:
-    """What was sent is told by the arm, which has its own clock."""
+    """Evaluate the commands that the arm recorded, with its own time stamps."""
     times, commands = np.array([at for at, _ in arm.sent]), np.array([command for _, command in arm.sent])
     held = telemetry.rows["held"][arm.calls]
     later = np.flatnonzero((times >= began) & held)
-    if fault in ("hang", "frozen state"):  # what was planned before, or leads by little, is sent to its end
+    if fault in ("hang", "frozen state"):  # commands that were already planned or lead little are still sent
         last = np.flatnonzero(~held)[-1]
         began = times[last] + (1 / hz if fault == "hang" else 0.0)
     if fault in simulated_arm.HANGS:

@@ -1,7 +1,7 @@
-"""What the control loop keeps to: for long under load, with slow inference, by what it costs itself, when things break.
+"""The control loop in long runs under load, with slow inference, without a model, and under faults.
 
-Every scenario gives rows with the same figures: steps, actions sent late, steps held, how far commands are from their
-place (jitter), the same of a bare timer that runs beside, growth of memory, and from a fault to the first hold.
+The rows of all scenarios have the same figures: steps, late actions, held steps, jitter of the commands and of a bare
+timer in parallel, growth of memory, and time from a fault to the first hold.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from rlrc.runtime.safety import profile
 from rlrc.runtime.safety.guard import Guard
 
 HZ = 50.0
-LATE = 10.0  # periods that a state may be old: the simulator shares the machine
-SETTLED_S = 30.0  # memory is compared with what it was then
+LATE = 10.0  # periods, the maximum age of a state: the simulator shares the machine
+SETTLED_S = 30.0  # growth of memory is measured from this time on
 Tick = Callable[[int], None]
 
 
@@ -104,7 +104,7 @@ class SimulatedPolicy:
 
 
 def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3") -> dict[str, Any]:
-    """The reference policy for a long time, one of the processors loaded by another process."""
+    """The reference policy in a long run, with another process loading one processor."""
     run = SimulatedPolicy(path, task, HZ, "continue", 0.0, int(minutes * 60 * HZ * 1.1) + 1000)
     ended, settled, growth = list[bool](), 0, 0
     try:
@@ -131,26 +131,26 @@ def steady(path: Path, minutes: float, tick: Tick, task: str = "drawer-open-v3")
 
 
 def stalls(rows: NDArray[Any], woken: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """Steps that were over when the next one was due: what took how long, what became of them, and how late the bare
-    timer beside woke then, in ms."""
-    found = []
+    """Steps that ended after the next one was due: the times of their parts, whether they held, and how late the bare
+    timer woke up meanwhile, in ms."""
+    stalled = []
     for row in rows[rows["sent"] - rows["due"] >= 1 / HZ]:
         due, sent = float(row["due"]), float(row["sent"])
-        # The first wake-up after each moment of that time, less the period that it may take.
+        # Gaps between the timer's wake-ups that overlap the step.
         gaps = np.diff(woken)[(woken[1:] > due) & (woken[:-1] < sent)]
-        took = {name: round(float(row[name]), 2) for name in ("late_ms", *(f"{part}_ms" for part in PARTS))}
-        found.append(
-            took | {"held": bool(row["held"]), "timer_ms": round(float(gaps.max(initial=0) - 1 / HZ) * 1e3, 2)}
+        times = {name: round(float(row[name]), 2) for name in ("late_ms", *(f"{part}_ms" for part in PARTS))}
+        stalled.append(
+            times | {"held": bool(row["held"]), "timer_ms": round(float(gaps.max(initial=0) - 1 / HZ) * 1e3, 2)}
         )
-    return found
+    return stalled
 
 
 def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick: Tick) -> Iterator[dict[str, Any]]:
-    """Inference of so many periods under every strategy, against none of it: success, and jumps where chunks meet."""
+    """Success and jumps between chunks with inference of ``periods`` periods, for every strategy, against no delay."""
     baseline: list[bool] = []
     for strategy, delay in (("synchronous", 0.0), *((strategy, periods) for strategy in STRATEGIES)):
         ended, jumps, stopped = list[bool](), list[NDArray[Any]](), list[str]()
-        told: list[Telemetry] = []
+        telemetries: list[Telemetry] = []
         for task in tasks:
             run = SimulatedPolicy(path, task, HZ, strategy, delay / HZ, 500 * episodes)
             try:
@@ -162,13 +162,13 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
                         tick(1)
             finally:
                 run.close()
-            told.append(run.telemetry)
+            telemetries.append(run.telemetry)
             jumps.append(splice_jumps(run.telemetry))
         baseline = baseline or ended
         jumped = np.concatenate(jumps)
         pairs = list(zip(ended, baseline, strict=True))
         only, only0 = pairs.count((True, False)), pairs.count((False, True))
-        merged = figures(f"{strategy}, {delay:g} periods", join_telemetry(told), HZ, None, 0)
+        merged = figures(f"{strategy}, {delay:g} periods", join_telemetry(telemetries), HZ, None, 0)
         yield merged | {
             "strategy": strategy,
             "delay_periods": delay,
@@ -187,17 +187,17 @@ def slow(path: Path, periods: float, episodes: int, tasks: tuple[str, ...], tick
 
 
 def splice_jumps(telemetry: Telemetry) -> NDArray[np.float64]:
-    """How far the command jumps where a new chunk begins, the gripper's aside: the largest change of a dimension."""
+    """The largest change of a command dimension, without the gripper, at each start of a new chunk."""
     rows, commands = telemetry.rows, telemetry.commands.astype(float)
     changed = (rows["chunk"][1:] != rows["chunk"][:-1]) & (rows["step"][1:] > rows["step"][:-1])
     return np.asarray(np.abs(np.diff(commands[:, :-1], axis=0)).max(1)[changed], np.float64)
 
 
-def join_telemetry(told: list[Telemetry]) -> Telemetry:
-    """The steps of several, one after the other."""
-    whole = Telemetry(sum(len(one.rows) for one in told), told[0].commands.shape[1])
+def join_telemetry(parts: list[Telemetry]) -> Telemetry:
+    """Concatenate the steps."""
+    whole = Telemetry(sum(len(one.rows) for one in parts), parts[0].commands.shape[1])
     at = 0
-    for one in told:
+    for one in parts:
         whole._rows[at : at + len(one.rows)], whole._commands[at : at + len(one.rows)] = one.rows, one.commands
         at += len(one.rows)
     whole.steps = at
@@ -205,9 +205,9 @@ def join_telemetry(told: list[Telemetry]) -> Telemetry:
 
 
 def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[str, Any]]:
-    """All but the model, on the rig: one 96 px camera; two of 640 x 480 that become 224 px, preprocessing included.
+    """The loop with the simulated arm, without a model: one 96 px camera; two of 640 x 480 px scaled to 224 px.
 
-    With the operator's ``page``, and somebody who looks at it.
+    Includes preprocessing, and with ``page`` the operator's page and a viewer.
     """
     kind = "page" if page else "overhead"
     for name, size, cameras in ((f"{kind}, 96 px", (96, 96), 1), (f"{kind}, 2 x 640 x 480", (480, 640), 2)):
@@ -216,7 +216,7 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
         arm = simulated_arm.SimulatedArm(size, names)
         sensed = arm.sense()
         assert sensed is not None
-        inference = InferenceProcess(Seeing, (spec,), sensed.observation)
+        inference = InferenceProcess(PreprocessingCircle, (spec,), sensed.observation)
         guard = Guard(simulated_arm.profile(), HZ, spec.action, simulated_arm.JOINTS, spec.action.units)
         telemetry = Telemetry(int(seconds * HZ) + 10, spec.action.dim)
         planner = Planner(inference, Chunks("replace", simulated_arm.HORIZON), spec)
@@ -239,9 +239,9 @@ def overhead(seconds: float, tick: Tick, page: bool = False) -> Iterator[dict[st
 
 @contextmanager
 def open_page(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Iterator[Show]:
-    """The operator's page of a loop, with a viewer."""
-    hello = {"kind": "run", "name": "rig", "facts": [], "rows": list_plots(spec, guard.profile), "cameras": cameras}
-    page = Page(hello, cameras, Address())
+    """Open the operator's page of a loop, with a viewer."""
+    metadata = {"kind": "run", "name": "rig", "facts": [], "rows": list_plots(spec, guard.profile), "cameras": cameras}
+    page = Page(metadata, cameras, Address())
     try:
         show = ControlPage(page, guard, StopSwitch(), None, None).show
         with viewer(page.link, len(cameras)):
@@ -250,8 +250,8 @@ def open_page(guard: Guard, spec: PolicySpec, cameras: tuple[str, ...]) -> Itera
         page.close()
 
 
-class Seeing(simulated_arm.Circle):
-    """The rig's policy, but that it prepares what it sees as a real one does."""
+class PreprocessingCircle(simulated_arm.Circle):
+    """The simulated arm's policy, with the preprocessing of a real one."""
 
     def __init__(self, spec: Any) -> None:
         super().__init__(HZ)
@@ -264,7 +264,7 @@ class Seeing(simulated_arm.Circle):
 
 
 def preparation(spec: Any, observation: Mapping[str, Any], calls: int = 300) -> list[float]:
-    """Milliseconds of preparing an observation."""
+    """Milliseconds of preprocessing an observation, by call."""
     spent = []
     for _ in range(calls):
         begun = time.perf_counter()
@@ -274,7 +274,7 @@ def preparation(spec: Any, observation: Mapping[str, Any], calls: int = 300) -> 
     return spent
 
 
-def broken(tick: Tick) -> Iterator[dict[str, Any]]:
+def fault_matrix(tick: Tick) -> Iterator[dict[str, Any]]:
     """The fault matrix."""
     for fault in faults.FAULTS:
         outcome = faults.inject(fault, HZ)
@@ -298,20 +298,20 @@ def broken(tick: Tick) -> Iterator[dict[str, Any]]:
 
 
 def figures(name: str, telemetry: Telemetry, hz: float, timer_ms: float | None, growth: int) -> dict[str, Any]:
-    found = summary(telemetry, 1 / hz)
+    totals = summary(telemetry, 1 / hz)
     return {
         "name": name,
         "hz": hz,
         "seconds": round(len(telemetry.rows) / hz, 2),
-        "steps": found["steps"],
-        "late_actions": found["late_actions"],
-        "held_steps": found["held_steps"],
-        "skipped_steps": found["skipped_steps"],
-        "jitter_ms_p99": found["jitter_ms_p99"],
+        "steps": totals["steps"],
+        "late_actions": totals["late_actions"],
+        "held_steps": totals["held_steps"],
+        "skipped_steps": totals["skipped_steps"],
+        "jitter_ms_p99": totals["jitter_ms_p99"],
         "timer_jitter_ms_p99": timer_ms,
         "rss_growth_bytes": growth,
         "time_to_hold_ms": None,
-        "overhead_ms": found["overhead_ms"],
-        "inference_ms": found["inference_ms"],
-        "show_ms": found["show_ms"],
+        "overhead_ms": totals["overhead_ms"],
+        "inference_ms": totals["inference_ms"],
+        "show_ms": totals["show_ms"],
     }

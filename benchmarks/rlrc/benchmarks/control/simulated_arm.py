@@ -1,7 +1,7 @@
-"""An arm in software, a policy that moves it, and everything that can go wrong with both: to try the control loop on.
+"""A simulated arm and a policy that moves it, both with faults to inject, for tests of the control loop.
 
-Two joints in rad follow their commands at once; a live camera shows noise. ``SimulatedArm.break_down`` begins a fault
-of the arm's; faults of the policy's begin in its own process, when it sees the mark that the arm puts into a picture.
+Two joints in rad follow their commands immediately; a live camera shows noise. ``SimulatedArm.break_down`` starts a
+fault of the arm. Faults of the policy start in its process when an image has the arm's mark.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlrc.runtime.safety.profile import Dimension, Limit, Position, RobotProfile
 JOINTS = ("shoulder", "elbow")
 HORIZON, SIZE = 8, 16
 RATE, SPAN = 2.0, 0.2  # the policy moves joints on a circle of this angular speed and radius, rad/s and rad
-MARK = 255  # of the first byte of a picture: now
+MARK = 255  # value of the first byte of an image that starts the policy's fault
 ArmFault = Literal[
     "frozen camera",
     "repeated frame",
@@ -55,17 +55,17 @@ HANGS: tuple[ArmFault, ...] = ("hang in sense", "hang in command", "hang in hold
 PolicyFault = Literal["nan", "infinity", "wrong shape", "out of range", "velocity jump", "hang", "crash", "no action"]
 
 
-def spec(size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wrist",), seen: int = SIZE) -> PolicySpec:
-    """What the arm's policy sees and does; pictures of ``size`` become squares of ``seen`` pixels."""
+def spec(size: tuple[int, int] = (SIZE, SIZE), cameras: tuple[str, ...] = ("wrist",), target: int = SIZE) -> PolicySpec:
+    """The spec of the arm's policy; images of ``size`` are scaled to squares of ``target`` pixels."""
     norm, units = NormStats((0.0, 0.0), (1.0, 1.0)), ("rad", "rad")
-    resize: Any = "none" if size == (seen, seen) else "bilinear"
-    specs = tuple(CameraSpec(name, seen, seen, resize, (0.0,) * 3, (1.0,) * 3, "HWC") for name in cameras)
+    resize: Any = "none" if size == (target, target) else "bilinear"
+    specs = tuple(CameraSpec(name, target, target, resize, (0.0,) * 3, (1.0,) * 3, "HWC") for name in cameras)
     action = ActionSpec(HORIZON, JOINTS, ("absolute", "absolute"), units, norm, 0)
     return PolicySpec("rig", "parallel", specs, StateSpec(JOINTS, units, norm), None, action, {})
 
 
 def profile(lead: float | None = None) -> RobotProfile:
-    """Limits that the circle keeps; what breaks them stops. ``lead``: rad that commands may run ahead of the state."""
+    """Limits that the circle keeps; a violation stops. ``lead``: rad by which commands may lead the state."""
     return RobotProfile(
         "rig",
         {"rig": "chosen"},
@@ -86,9 +86,9 @@ def profile(lead: float | None = None) -> RobotProfile:
 
 
 class SimulatedArm:
-    """A robot of rlrc.robots.robot. ``sent``: every command, with its time, ``calls`` which of the calls it was.
+    """A robot (rlrc.robots.robot). ``sent``: every command with its time; ``calls``: the index of its call.
 
-    A call that hangs does so until ``stop``, and does nothing then.
+    A call that hangs returns after ``stop``, without effect.
     """
 
     live_pictures = True
@@ -142,7 +142,7 @@ class SimulatedArm:
             raise KeyboardInterrupt
 
     def _corrupt(self, sensed: Any) -> Any:
-        """What a broken driver makes of a ``Sensed``: Any, for some of its fields get values of wrong types."""
+        """The ``Sensed`` of a broken driver: Any, as some fields get values of wrong types."""
         if self.fault == "sense gives a tuple":
             return tuple(sensed)
         if self.fault == "sense gives no stamp":
@@ -191,14 +191,14 @@ class SimulatedArm:
 
 
 class Circle:
-    """The policy: joints on a circle with the time, in ``seconds`` a chunk; ``fault`` once it sees the mark."""
+    """Moves the joints on a circle, taking ``seconds`` a chunk; ``fault`` starts with the mark in an image."""
 
     def __init__(self, hz: float, fault: PolicyFault | None = None, seconds: float = 0.0) -> None:
         self._ahead = RATE / hz * np.arange(HORIZON)
         self._fault, self._seconds = fault, seconds
 
     def reset(self) -> None:
-        """The circle begins at the origin with the next observation."""
+        """Start the circle at the origin with the next observation."""
         self._began: float | None = None
 
     def infer(self, observation: Mapping[str, Any], continuation: Any = None) -> dict[str, Any]:

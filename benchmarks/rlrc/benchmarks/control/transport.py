@@ -1,10 +1,8 @@
-"""What serving costs beyond inference: an observation's way to the policy and its actions' way back, on this machine.
+"""Overhead of serving beyond inference: transport of observations and actions between two processes of one machine.
 
-Three servers of the rig's policy (rlrc.benchmarks.control.simulated_arm), which hardly computes, each in a process of
-its own: a minimal one, written here on the same libraries, that calls the policy in its event loop and checks nothing;
-`rlrc serve`'s; and that with pictures in shared memory. They are called in turn, so that other
-load on the machine affects all alike, and at a real-time priority where that is granted, so that other processes add
-nothing to the cost of serving.
+Two servers run the simulated arm's policy, which needs hardly any time, each in its own process: that of `rlrc serve`,
+and a minimal one on the same libraries that calls the policy in its event loop without checks. They are called
+alternately, so that other load affects both alike, and at a real-time priority where permitted.
 """
 
 from __future__ import annotations
@@ -32,30 +30,30 @@ from rlrc.runtime.servers.session import Session
 from rlrc.runtime.wire.ports import Access
 
 HZ = 50.0
-TURN = 100  # calls of one after the other
-COLD = 3  # calls of a turn that find what the others have left in the caches, and do not count
-WARM = 50  # calls that do not count
+TURN = 100  # successive calls of one server
+COLD = 3  # first calls of a turn, with cold caches, which do not count
+WARM = 50  # warm-up calls
 PRIORITY = 5
 Tick = Callable[[int], None]
 
 
 def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iterator[dict[str, Any]]:
-    """Rows of milliseconds beyond inference: what the caller saw, less what the policy says that it took."""
+    """Rows of milliseconds beyond inference: the client's time of a call less the policy's own."""
     names = (*(f"camera{index}" for index in range(cameras - 1)), "wrist")
     random = np.random.default_rng(0)
-    seen = {f"image.{name}": random.integers(0, 200, (*size, 3), np.uint8) for name in names}
-    observation = {**seen, "state": np.zeros(2, np.float32)}
+    images = {f"image.{name}": random.integers(0, 200, (*size, 3), np.uint8) for name in names}
+    observation = {**images, "state": np.zeros(2, np.float32)}
     with ExitStack() as stack:
         priority = stack.enter_context(raise_priority())
-        ways = {
-            "minimal server": stack.enter_context(_client(_minimal, size, names)),
-            "rlrc serve": stack.enter_context(_client(_ours, size, names)),
+        clients = {
+            "minimal server": stack.enter_context(_client(_serve_minimal, size, names)),
+            "rlrc serve": stack.enter_context(_client(_serve_openpi, size, names)),
         }
-        for policy in ways.values():
+        for policy in clients.values():
             _time_calls(policy, observation, WARM)
-        spent: dict[str, list[float]] = {name: [] for name in ways}
+        spent: dict[str, list[float]] = {name: [] for name in clients}
         for _ in range(-(-calls // TURN)):
-            for name, policy in ways.items():
+            for name, policy in clients.items():
                 spent[name] += _time_calls(policy, observation, COLD + TURN)[COLD:]
             tick(TURN)
     for name, milliseconds in spent.items():
@@ -70,7 +68,7 @@ def measure(size: tuple[int, int], cameras: int, calls: int, tick: Tick) -> Iter
 
 @contextmanager
 def raise_priority() -> Iterator[str]:
-    """Run this process and its children at a real-time priority, as on a robot, where Linux grants that."""
+    """Run this process and its children at a real-time priority, as on a robot, where Linux permits it."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
     except OSError as error:
@@ -94,12 +92,14 @@ def _time_calls(policy: RemotePolicy, observation: Mapping[str, Any], calls: int
 @contextmanager
 def _client(server: Any, size: tuple[int, int], names: tuple[str, ...]) -> Iterator[RemotePolicy]:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(server, size, names, theirs))  # has a process of its own: no daemon
+    connection, remote = context.Pipe()
+    process = context.Process(
+        target=_run, args=(server, size, names, remote)
+    )  # it starts a process, so it is no daemon
     process.start()
-    theirs.close()
+    remote.close()
     try:
-        with RemotePolicy(f"ws://127.0.0.1:{ours.recv()}", timeout_s=30) as policy:
+        with RemotePolicy(f"ws://127.0.0.1:{connection.recv()}", timeout_s=30) as policy:
             yield policy
     finally:
         process.terminate()
@@ -111,7 +111,7 @@ def _run(server: Any, size: tuple[int, int], names: tuple[str, ...], port: Any) 
     asyncio.run(server(simulated_arm.spec(size, names, size[0]), port))
 
 
-async def _ours(spec: Any, port: Any) -> None:
+async def _serve_openpi(spec: Any, port: Any) -> None:
     session = Session(spec)
     server = OpenpiServer(session, observations.load(OWN, spec), Access())
     await session.open(simulated_arm.Circle, (HZ,))
@@ -119,7 +119,7 @@ async def _ours(spec: Any, port: Any) -> None:
     await asyncio.Event().wait()
 
 
-async def _minimal(spec: Any, port: Any) -> None:
+async def _serve_minimal(spec: Any, port: Any) -> None:
     policy = simulated_arm.Circle(HZ)
     policy.reset()
 

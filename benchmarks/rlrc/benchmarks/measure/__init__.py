@@ -1,1 +1,1 @@
-"""One measurement a file: latency, memory, energy, throughput, success."""
+"""Measurements: latency, memory, energy, throughput, success."""

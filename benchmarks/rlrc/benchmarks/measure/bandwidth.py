@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the bound of a decode step, which reads every weight once."""
+"""Memory read bandwidth: it bounds a decode step, which reads every weight once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-BYTES = 2**28  # in all: far beyond any cache that the threads have
-SWEEPS = 4  # one takes 5 ms here, of which threads that start on one core, or one after the other, lose up to half
+BYTES = 2**28  # of the whole array: far larger than any cache
+SWEEPS = 4  # a single sweep takes about 5 ms, of which a slow start of the threads can take up to half
 
 
 def read_bandwidth(threads: int) -> float:
-    """GB/s (1e9 bytes) of ``threads`` threads that read parts of an array which is never cached, ``SWEEPS`` times."""
+    """GB/s (1e9 bytes) at which ``threads`` threads read an array too large to be cached, ``SWEEPS`` times."""
     parts, pool = _parts(threads), _pool(threads)
     started = perf_counter()
     list(pool.map(_sweep, parts))
@@ -23,7 +23,7 @@ def read_bandwidth(threads: int) -> float:
 
 def _sweep(part: NDArray[np.int64]) -> None:
     for _ in range(SWEEPS):
-        np.max(part)  # of integers: with vectors and without Python's lock, so that memory is what limits it
+        np.max(part)  # vectorised for integers and without Python's lock, so that memory is the limit
 
 
 @cache

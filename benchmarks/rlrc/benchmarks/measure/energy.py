@@ -1,7 +1,7 @@
-"""Joules, where the machine can tell: the power rails of a Jetson (INA3221), the counters of x86 processors (RAPL).
+"""Energy in joules from the power rails of a Jetson (INA3221) or the counters of x86 processors (RAPL).
 
-A counter is read before and after; rails give power now, which is sampled by a thread and integrated. What is measured
-is the whole board or package, so the same for doing nothing is measured first and told beside it.
+Counters are read before and after. Rails give momentary power, which a thread samples and integrates. Both cover the
+whole board or package, so the idle power is measured first and reported as well.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from rlrc.benchmarks.results.stats import Estimate, mean_interval
 from rlrc.runtime.board.jetson import hwmon, module_total, read_text
 
-PERIOD_S = 0.02  # between samples of the rails; an INA3221 averages over as much
+PERIOD_S = 0.02  # between samples of the rails, about the averaging time of an INA3221
 RAPL = "sys/class/powercap"
 
 
 @dataclass(frozen=True)
 class Rail:
-    """One channel of an INA3221: millivolts and milliamperes, in files that are read anew every time."""
+    """One channel of an INA3221: files with millivolts and milliamperes."""
 
     name: str
     voltage: Path
@@ -34,7 +34,7 @@ class Rail:
 
 @dataclass(frozen=True)
 class Counter:
-    """A RAPL domain: microjoules that begin again at ``largest``."""
+    """A RAPL domain: microjoules, wrapping to zero after ``largest``."""
 
     name: str
     path: Path
@@ -45,15 +45,15 @@ class Counter:
 
 
 @dataclass
-class Spent:
-    """Of the time in ``meter``: joules of every rail or counter, by name, and seconds."""
+class EnergyUsed:
+    """Joules of every rail or counter, by name, and seconds, while ``meter`` was open."""
 
     joules: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def total(self) -> float:
-        """Of the module, as its rails add up to it; of an unknown board all rails, of processors all packages."""
+        """The Jetson module's total; on an unknown board the sum of all rails, on processors of all packages."""
         whole = module_total(self.joules)
         return sum(self.joules.values()) if whole is None else whole
 
@@ -63,23 +63,23 @@ Sources = tuple[list[Rail], list[Counter]]
 
 def rails(root: Path = Path("/")) -> list[Rail]:
     """Every labelled channel of every INA3221 (Linux, Documentation/hwmon/ina3221.rst)."""
-    found = []
+    channels = []
     for chip in hwmon(root, "ina3221"):
         # Channels beyond the third are shunt voltages and sums, which have no current of their own.
         for channel in (1, 2, 3):
             name = read_text(chip / f"in{channel}_label")
             voltage, current = chip / f"in{channel}_input", chip / f"curr{channel}_input"
             if name and name != "NC" and voltage.exists() and current.exists():
-                found.append(Rail(name, voltage, current))
-    return found
+                channels.append(Rail(name, voltage, current))
+    return channels
 
 
 def counters(root: Path = Path("/")) -> tuple[list[Counter], str]:
-    """The packages' counters that may be read, and why there are none (Linux, power/powercap/powercap.rst)."""
-    found, reason = [], f"no {RAPL}/intel-rapl:*"
+    """The readable counters of the packages, and the reason if there are none (Linux, power/powercap/powercap.rst)."""
+    packages, reason = [], f"no {RAPL}/intel-rapl:*"
     for domain in sorted((root / RAPL).glob("intel-rapl:*")):
         if domain.name.count(":") != 1:
-            continue  # a part of a package, which has it already
+            continue  # a subdomain, which its package includes
         try:
             name = (domain / "name").read_text().strip()
             counter = Counter(name, domain / "energy_uj", int((domain / "max_energy_range_uj").read_text()))
@@ -87,14 +87,14 @@ def counters(root: Path = Path("/")) -> tuple[list[Counter], str]:
         except OSError as error:
             reason = f"{RAPL}/{domain.name}/energy_uj: {error.strerror}"
             continue
-        # "psys" is the platform, packages and all: one of them would count twice.
+        # "psys" is the whole platform and includes the packages.
         if not name.startswith("psys"):
-            found.append(counter)
-    return found, reason
+            packages.append(counter)
+    return packages, reason
 
 
 def sources(root: Path = Path("/")) -> tuple[Sources | None, str]:
-    """What can be read here, and in a line what that is, or why there is nothing."""
+    """The readable sources and a line that names them, or None and the reason."""
     channels = rails(root)
     if channels:
         return (channels, []), f"INA3221: {', '.join(rail.name for rail in channels)}"
@@ -105,26 +105,26 @@ def sources(root: Path = Path("/")) -> tuple[Sources | None, str]:
 
 
 @contextmanager
-def meter(found: Sources) -> Iterator[Spent]:
-    """Fills what it yields when the block ends. Raises OSError for a rail that went away in between."""
-    channels, packages = found
-    spent, integral = Spent(), _Integral(channels)
+def meter(sources: Sources) -> Iterator[EnergyUsed]:
+    """Yield a record that is filled in when the block ends. Raises OSError if a rail disappears meanwhile."""
+    channels, packages = sources
+    used, integral = EnergyUsed(), _Integral(channels)
     before = [counter.microjoules() for counter in packages]
     integral.sample()
     try:
         with _sampling(integral) if channels else nullcontext():
-            yield spent
+            yield used
     finally:
-        spent.seconds = integral.sample()
-        spent.joules |= integral.joules
+        used.seconds = integral.sample()
+        used.joules |= integral.joules
         for counter, start in zip(packages, before, strict=True):
-            more = counter.microjoules() - start
-            # At most once round: a package of 100 W takes 40 minutes to fill 32 bits of 61 microjoules.
-            spent.joules[counter.name] = (more if more >= 0 else more + counter.largest) / 1e6
+            change = counter.microjoules() - start
+            # It wraps at most once: at 100 W, 32 bits of 61 microjoules last 40 minutes.
+            used.joules[counter.name] = (change if change >= 0 else change + counter.largest) / 1e6
 
 
 class _Integral:
-    """Trapezoids between samples of the power of all rails."""
+    """Energy of all rails by the trapezoidal rule."""
 
     def __init__(self, channels: list[Rail]) -> None:
         self._channels, self._times = channels, list[float]()
@@ -132,7 +132,7 @@ class _Integral:
         self.joules = {rail.name: 0.0 for rail in channels}
 
     def sample(self) -> float:
-        """-> seconds since the first."""
+        """Take a sample; -> seconds since the first one."""
         now, watts = time.perf_counter(), [rail.watts() for rail in self._channels]
         if self._times:
             for rail, old, new in zip(self._channels, self._watts, watts, strict=True):
@@ -143,15 +143,15 @@ class _Integral:
 
 @contextmanager
 def _sampling(integral: _Integral) -> Iterator[None]:
-    """Samples taken by a thread while the block runs."""
-    stop, lost = threading.Event(), list[BaseException]()
+    """Sample in a thread while the block runs."""
+    stop, errors = threading.Event(), list[BaseException]()
 
     def run() -> None:
         try:
             while not stop.wait(PERIOD_S):
                 integral.sample()
         except (OSError, ValueError) as error:
-            lost.append(error)
+            errors.append(error)
 
     sampler = threading.Thread(target=run, name="power rails", daemon=True)
     sampler.start()
@@ -160,38 +160,38 @@ def _sampling(integral: _Integral) -> Iterator[None]:
     finally:
         stop.set()
         sampler.join()
-    if lost:
-        raise lost[0]
+    if errors:
+        raise errors[0]
 
 
 def measure(
-    found: Sources, calls: dict[str, Callable[[], object]], seconds: float, rounds: int, tick: Callable[[int], None]
+    sources: Sources, calls: dict[str, Callable[[], object]], seconds: float, rounds: int, tick: Callable[[int], None]
 ) -> tuple[float, dict[str, list[tuple[float, float]]]]:
-    """-> watts of doing nothing, and of every call, by name and round, (joules a call, watts).
+    """-> idle watts, and for every name the (joules a call, watts) of each round.
 
-    The calls take turns: in every round each is repeated for ``seconds``.
+    In every round, each call in turn is repeated for ``seconds``.
     """
-    with meter(found) as idle:
+    with meter(sources) as idle:
         time.sleep(seconds)
     tick(1)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             number, end = 0, time.perf_counter() + seconds
-            with meter(found) as spent:
+            with meter(sources) as used:
                 while not number or time.perf_counter() < end:
                     call()
                     number += 1
-            taken[name].append((spent.total / number, spent.total / spent.seconds))
+            measured[name].append((used.total / number, used.total / used.seconds))
             tick(1)
-    return idle.total / idle.seconds, taken
+    return idle.total / idle.seconds, measured
 
 
-def row(taken: list[tuple[float, float]], idle: float, horizon: int) -> dict[str, object]:
-    """Joules a chunk and an action, with 95 % intervals over the rounds; ``above_idle`` without what nothing costs."""
-    chunk = mean_interval([joules for joules, _ in taken])
-    watts = sum(power for _, power in taken) / len(taken)
-    above = mean_interval([joules * (1 - idle / power) for joules, power in taken])
+def row(measured: list[tuple[float, float]], idle: float, horizon: int) -> dict[str, object]:
+    """Joules a chunk and an action, with 95 % intervals over the rounds; ``above_idle``: less the idle power."""
+    chunk = mean_interval([joules for joules, _ in measured])
+    watts = sum(power for _, power in measured) / len(measured)
+    above = mean_interval([joules * (1 - idle / power) for joules, power in measured])
     return {
         "energy": {
             "joules_chunk": _round(chunk),

@@ -1,10 +1,10 @@
-"""How long one call of ``policy.infer`` takes, in total and by part.
+"""Duration of one call of ``policy.infer``, in total and by part.
 
-Several policies are measured in one run, in alternating blocks (A B A B ...): on a machine that others use, what
-disturbs one disturbs the other. Every trial is kept.
+Several policies are measured in one run, in alternating blocks (A B A B ...), so that other load on the machine affects
+all alike. Every trial is kept.
 
-A policy tells how long pictures, the graphs and the rest take; which pass of the graphs is the prefill, a token or a
-step of the flow is seen here, at the engine.
+The policy reports the time of images, graphs and the rest. The engine is wrapped here to tell prefill, decode and flow
+steps apart.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from rlrc.runtime.inference.warmup import warm_up
 if TYPE_CHECKING:
     from rlrc.runtime.inference.policy import Policy, Result
 
-# In the order of a decision, by the names of rlrc.jetson.model.work. "decoder": what a policy tells of all passes
-# but the pictures', where its engine cannot be watched.
+# In the order of a decision, with the names of rlrc.jetson.model.work. "decoder": the policy's own figure for all
+# passes but the images', used where its engine cannot be wrapped.
 PARTS = ("preprocess", "vision", "prefix", "prefill", "decode", "steps", "decoder", "head", "postprocess")
 GRAPHS = {"vision": "vision", "prefix": "prefix", "step": "steps", "decoder": "prefill", "head": "head"}
 
-BLOCK = 10  # trials of one policy before it is another's turn
-PATIENCE_S = 60.0  # of a warm-up: a policy that takes seconds is not called fifty times before its first trial
+BLOCK = 10  # successive trials of one policy
+PATIENCE_S = 60.0  # limit of a warm-up, for policies that take seconds a call
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Milliseconds. ``total`` and every part: one number a trial, in order; a round is ``block`` successive trials.
+    """Milliseconds: one number a trial, in order, in ``total`` and every part; a round is ``block`` successive trials.
 
-    ``parts`` has those of PARTS that the policy has; all passes of a part count together.
+    ``parts``: the PARTS that the policy has, each the sum over its passes.
     """
 
     block: int
@@ -55,7 +55,7 @@ class Trials:
 
 
 def observations(artifact: Artifact) -> list[dict[str, Any]]:
-    """The artifact's golden observations, as a robot would send them."""
+    """The artifact's golden observations in the format that a robot sends."""
     spec = artifact.manifest.policy
     golden = read_golden(artifact.file(GOLDEN), spec)
     return [golden.observation(i, spec) for i in range(len(golden))]
@@ -70,38 +70,33 @@ def measure(
 ) -> dict[str, Trials]:
     """Warm up every policy, for a minute at most, then time ``trials`` calls of each (rounded up to whole blocks).
 
-    ``tick`` gets how many more are done.
+    ``tick`` is called with the number of new trials.
     """
     if trials < 1 or block < 1:
-        raise UserError(f"expected at least one trial and one trial a block, found {trials} and {block}; raise them")
+        raise UserError(f"expected at least one trial and one trial a block, found {trials} and {block}; increase them")
     calls = {name: make_timer(policy, observations[name]) for name, policy in policies.items()}
     warm = {name: warm_up(lambda call=call: call()[0], PATIENCE_S)[:2] for name, call in calls.items()}  # type: ignore[misc]
-    taken: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in policies}
+    timed: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in policies}
     for _ in range(math.ceil(trials / block)):
         for name, call in calls.items():
-            taken[name] += [call() for _ in range(block)]
+            timed[name] += [call() for _ in range(block)]
             tick(block)
     return {
-        name: Trials(
-            block,
-            [total for total, _ in taken[name]],
-            by_part([parts for _, parts in taken[name]]),
-            *warm[name],
-        )
-        for name in policies
+        name: Trials(block, [total for total, _ in pairs], by_part([parts for _, parts in pairs]), *warm[name])
+        for name, pairs in timed.items()
     }
 
 
 def by_part(trials: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Every part that one of the trials has, in the order of PARTS; 0 where it did not come up."""
-    found = [part for part in PARTS if any(part in parts for parts in trials)]
-    return {part: [parts.get(part, 0.0) for parts in trials] for part in found}
+    """Every part that occurs in a trial, in the order of PARTS; 0 in the trials without it."""
+    present = [part for part in PARTS if any(part in parts for parts in trials)]
+    return {part: [parts.get(part, 0.0) for parts in trials] for part in present}
 
 
 class TimedEngine:
     """An engine whose passes are timed. ``parts``: milliseconds since the last ``take``, by part.
 
-    Of llama.cpp's set, the graphs on ONNX Runtime are timed too: the pass of the decoder goes without that of its head.
+    With llama.cpp, the graphs on ONNX Runtime are timed too, and a head's pass does not count for the decoder.
     """
 
     def __init__(self, engine: Engine, parts: dict[str, float] | None = None) -> None:
@@ -111,10 +106,10 @@ class TimedEngine:
             engine.onnx = TimedEngine(onnx, self.parts)  # type: ignore[attr-defined]
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        inside = sum(self.parts.values())
+        before = sum(self.parts.values())
         started = time.perf_counter()
         outputs = self._engine.run(graph, inputs)
-        elapsed = (time.perf_counter() - started) * 1e3 - (sum(self.parts.values()) - inside)
+        elapsed = (time.perf_counter() - started) * 1e3 - (sum(self.parts.values()) - before)
         part = part_of(graph, inputs)
         if part is not None:
             self.parts[part] = self.parts.get(part, 0.0) + elapsed
@@ -124,13 +119,13 @@ class TimedEngine:
         return self._engine.versions()
 
     def take(self) -> dict[str, float]:
-        taken = dict(self.parts)
+        parts = dict(self.parts)
         self.parts.clear()
-        return taken
+        return parts
 
 
 def part_of(graph: str, inputs: Mapping[str, NDArray[Any]]) -> str | None:
-    """What a pass is part of; None for one that is counted with the pass that it belongs to."""
+    """The part that a pass belongs to; None for a pass that is not timed separately."""
     later = graph == "decoder" and "start" in inputs and inputs["start"][0]
     return "decode" if later else GRAPHS.get(graph)
 
@@ -150,7 +145,7 @@ def make_timer(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callab
         total = (time.perf_counter() - start) * 1e3
         parts = {name.removesuffix("_ms"): float(ms) for name, ms in result["timing"].items()}  # type: ignore[arg-type]
         if passes is not None:
-            # Of the pictures, the policy's own figure: it has the way of their arrays as well.
+            # For images the policy's figure counts: it includes the transfer of their arrays.
             parts = {**passes.take(), **{name: ms for name, ms in parts.items() if name != "decoder"}}
         return total, parts
 
@@ -158,7 +153,7 @@ def make_timer(policy: Policy, observations: Sequence[dict[str, Any]]) -> Callab
 
 
 def row(trials: Trials) -> dict[str, Any]:
-    """The measured part of a table row: percentiles, and the trials themselves, to 0.1 microseconds."""
+    """The measured part of a table row: percentiles and all trials, to 0.1 microseconds."""
     return {
         "latency_ms": _round(trials.total),
         "parts_ms": {part: _round(values) for part, values in trials.parts.items()},

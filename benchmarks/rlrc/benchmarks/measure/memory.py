@@ -1,10 +1,10 @@
-"""What a policy costs in memory: bytes on disk that the runtime loads, and the memory of a fresh process that runs it.
+"""Memory of a new process that runs a policy.
 
-The process is measured four times: bare interpreter, libraries imported, policy loaded, policy running. The
-difference of the last and the second is the policy's own; anonymous memory is told apart from file-backed pages
-(shared libraries and mapped weights, which the system may drop and read again). Files that were read and closed stay
-in the page cache and belong to no process: how much of the graphs' files lies there is told beside it. ``used`` is the
-whole system's; on a Jetson, where CPU and GPU share the memory, only that shows what a GPU was given.
+The process is measured in four stages: bare interpreter, libraries imported, policy loaded, policy running. The
+policy's share is the last stage less the second. Anonymous memory is listed apart from file-backed pages (shared
+libraries and mapped weights), which the system may drop and read again. Files that were read and closed stay in the
+page cache and belong to no process; ``page_cache`` counts those of the graphs. ``used`` is that of the whole system: on
+a Jetson, where CPU and GPU share memory, only this figure includes the GPU's memory.
 """
 
 from __future__ import annotations
@@ -30,24 +30,17 @@ Process = dict[str, int]
 
 
 def measure(path: Path, threads: int = 1, inferences: int = 20) -> dict[str, Any]:
-    """Stage -> {"rss", "pss", "anonymous", "file", "peak", "used"} in bytes, of a fresh process.
+    """Stage -> {"rss", "pss", "anonymous", "file", "peak", "used"} in bytes, of a new process.
 
-    ``pss`` counts a page shared by n processes as 1/n; ``peak`` is the largest rss so far; ``used`` is what is not
-    available of the system's memory. Beside the stages: "towers", how much pss rose when each graph was loaded ("all"
-    where llama.cpp loads them together), and "page_cache", bytes of the graphs' files that the page cache holds at the
-    end. Raises RuntimeError if the process fails or takes longer than five minutes, and where the system has no /proc
-    (not Linux).
+    ``pss`` counts a page shared by n processes as 1/n; ``peak`` is the largest rss so far; ``used`` is the system's
+    memory that is not available. Two more keys: "towers", the increase of pss as each graph is loaded ("all" where the
+    backend loads them together), and "page_cache", bytes of the graphs' files in the page cache at the end. Raises
+    RuntimeError if the process fails or takes longer than five minutes, or without /proc (not Linux).
     """
     if not Path("/proc/self/smaps_rollup").exists():
-        raise RuntimeError("memory of a process is read from /proc/self/smaps_rollup, which this system does not have")
-    command = [
-        sys.executable,
-        "-m",
-        "rlrc.benchmarks.measure.memory",
-        str(path.resolve()),
-        str(threads),
-        str(inferences),
-    ]
+        raise RuntimeError("expected /proc/self/smaps_rollup to read memory from, found none; use Linux")
+    arguments = map(str, (path.resolve(), threads, inferences))
+    command = [sys.executable, "-m", "rlrc.benchmarks.measure.memory", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -55,14 +48,14 @@ def measure(path: Path, threads: int = 1, inferences: int = 20) -> dict[str, Any
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RuntimeError(f"the process that loads {path.name} failed: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    stages: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return stages
 
 
 def row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The measured part of a table row: the run of the middle, by its own pss, and what the others had.
+    """The measured part of a table row: the run with the median own pss.
 
-    ``own``: what the policy adds to a process that has imported the runtime; ``own_range``: the lowest and highest.
+    ``own``: what the policy adds to a process that has imported the runtime; ``own_range``: lowest and highest.
     """
     owns = [own_memory(run) for run in runs]
     middle = [one["pss"] for one in owns].index(median_low(one["pss"] for one in owns))
@@ -72,13 +65,13 @@ def row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def own_memory(stages: dict[str, Process]) -> Process:
     before, after = stages["imported"], stages["running"]
-    risen = {key: after[key] - before[key] for key in ("rss", "pss", "anonymous", "file", "used")}
-    # Loading reads and converts: its peak can be above what stays.
-    return {**risen, "peak": after["peak"] - before["rss"]}
+    increase = {key: after[key] - before[key] for key in ("rss", "pss", "anonymous", "file", "used")}
+    # Loading reads and converts weights, so its peak can exceed the final size.
+    return {**increase, "peak": after["peak"] - before["rss"]}
 
 
 def read_process() -> Process:
-    """Memory of this process now, in bytes."""
+    """Current memory of this process, in bytes."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     status, system = Path("/proc/self/status").read_text(), Path("/proc/meminfo").read_text()
     rss, pss = _kilobytes(rollup, "Rss"), _kilobytes(rollup, "Pss")
@@ -94,7 +87,7 @@ def read_process() -> Process:
 
 
 def page_cache(file: Path) -> int:
-    """Bytes of a file that the page cache holds now."""
+    """Bytes of a file that are now in the page cache."""
     size = file.stat().st_size
     if size == 0:
         return 0
@@ -102,23 +95,23 @@ def page_cache(file: Path) -> int:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         start = ctypes.c_char.from_buffer(mapped)
         failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), pages)
-        del start  # or the mapping could not be closed
+        del start  # otherwise the mapping cannot be closed
     if failed:
-        raise RuntimeError(f"the system does not tell what of {file.name} is in the page cache")
+        raise RuntimeError(f"mincore failed: cannot determine how much of {file.name} is in the page cache")
     return min(size, sum(page & 1 for page in pages) * mmap.PAGESIZE)
 
 
 def _kilobytes(text: str, key: str) -> int:
     found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"/proc does not tell {key}")
+        raise RuntimeError(f"expected {key} in /proc, found none")
     return int(found.group(1)) * 1024
 
 
-def _child(path: str, threads: int, inferences: int) -> dict[str, Any]:
+def _measure_stages(path: str, threads: int, inferences: int) -> dict[str, Any]:
     stages: dict[str, Any] = {"interpreter": read_process()}
 
-    import numpy as np  # here: what an import costs is measured
+    import numpy as np  # not at the top: the memory of imports is measured
 
     from rlrc.runtime.inference.backends import onnxruntime  # noqa: F401
     from rlrc.runtime.inference.policy import LocalPolicy
@@ -138,7 +131,7 @@ def _child(path: str, threads: int, inferences: int) -> dict[str, Any]:
         policy.infer(observation)
     stages["running"] = read_process()
 
-    from rlrc.benchmarks.results.results import graph_files  # after all: it would count as the policy's
+    from rlrc.benchmarks.results.results import graph_files  # imported last, or it would count as the policy's memory
 
     files = [policy.artifact.path / file for file in graph_files(policy.artifact.manifest)]
     stages["page_cache"] = sum(page_cache(file) for file in files)
@@ -146,7 +139,7 @@ def _child(path: str, threads: int, inferences: int) -> dict[str, Any]:
 
 
 def _load(path: Path, threads: int) -> tuple[Any, dict[str, int]]:
-    """The policy, and the rise of pss by graph where each can be loaded by itself."""
+    """The policy, and the increase of pss by graph where the backend can load graphs separately."""
     from rlrc import artifact as artifacts
     from rlrc.runtime.inference import backends
     from rlrc.runtime.inference.policy import LocalPolicy, runtime_folders
@@ -155,25 +148,25 @@ def _load(path: Path, threads: int) -> tuple[Any, dict[str, int]]:
     backend = backends.choose(artifact.manifest, None, path)
     artifact.verify(*runtime_folders(backend))
     engines: dict[str, backends_engine.Engine] = {}
-    risen: dict[str, int] = {}
+    increase: dict[str, int] = {}
 
     def load(name: str, graphs: tuple[Any, ...]) -> backends_engine.Engine:
         before = read_process()["pss"]
         alone = replace(artifact, manifest=replace(artifact.manifest, graphs=graphs))
         engine = backends.open_engine(alone, backend, threads)
-        risen[name] = read_process()["pss"] - before
+        increase[name] = read_process()["pss"] - before
         return engine
 
     if backend != "onnxruntime":
-        return LocalPolicy(artifact, threads, backend, load("all", artifact.manifest.graphs)), risen
+        return LocalPolicy(artifact, threads, backend, load("all", artifact.manifest.graphs)), increase
     for graph in artifact.manifest.graphs:
         if graph.backend == backend:
             engines[graph.name] = load(graph.name, (graph,))
-    return LocalPolicy(artifact, threads, backend, _Each(engines)), risen
+    return LocalPolicy(artifact, threads, backend, _EnginePerGraph(engines)), increase
 
 
-class _Each:
-    """An engine for every graph."""
+class _EnginePerGraph:
+    """One engine that runs every graph on a separate engine."""
 
     def __init__(self, engines: dict[str, Any]) -> None:
         self._engines = engines
@@ -186,4 +179,4 @@ class _Each:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_child(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(_measure_stages(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

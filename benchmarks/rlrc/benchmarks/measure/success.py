@@ -1,7 +1,7 @@
-"""How often a policy achieves its tasks: closed-loop episodes on the simulator, with the torch-free runtime.
+"""Success rate of policies in closed-loop episodes on the simulator, with the torch-free runtime.
 
-Every policy sees the same scenes (the same seeds of the evaluation range), so that two can be compared scene by scene.
-Episodes that have been played are kept in a file beside the output until all are done: an interrupted run continues.
+Every policy gets the same scenes (the same seeds of the evaluation range), so that two can be compared scene by scene.
+Finished episodes are kept in a file next to the output, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlrc.benchmarks.results.results import Named
+from rlrc.benchmarks.results.results import NamedArtifact
 from rlrc.benchmarks.results.stats import mcnemar, paired_difference_limit, wilson
 from rlrc.errors import UserError
 from rlrc.folders import sha256
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from rlrc.envs.environment import Environment
     from rlrc.runtime.inference.policy import LocalPolicy, Policy
 
-EPISODES_A_JOB = 5  # short jobs keep all workers busy to the end; a task's simulator is kept between them
-SILENCE_S, LONG_SILENCE_S = 300.0, 3600.0  # of all workers; five episodes of LIBERO take minutes without a GPU
+EPISODES_A_JOB = 5  # few, so that all workers stay busy to the end; a task's simulator stays open between jobs
+SILENCE_S, LONG_SILENCE_S = 300.0, 3600.0  # timeouts; five episodes of LIBERO take minutes without a GPU
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """What is played: ``episodes`` of every task from seed ``first_seed`` on, at most ``horizon`` steps each.
+    """The episodes to play: ``episodes`` of every task from seed ``first_seed`` on, at most ``horizon`` steps each.
 
-    A task is one of Meta-World's or, with a colon in its name, an environment. ``horizon`` None: each one's own.
+    A task is one of Meta-World's or, with a colon in its name, an environment. ``horizon`` None: the environment's.
     """
 
     episodes: Mapping[str, int]
     first_seed: int
     horizon: int | None
-    mapping: Path | None = None  # file that says how the environments' values become the policy's
+    mapping: Path | None = None  # file that maps the environments' values to the policy's
 
     def seeds(self, task: str) -> range:
         return range(self.first_seed, self.first_seed + self.episodes[task])
 
     def describe(self) -> dict[str, Any]:
-        """What makes scenes comparable, besides their number; a mapping file counts by what it says."""
-        told = {} if self.mapping is None else {"mapping": sha256(self.mapping)}
-        return {"first_seed": self.first_seed, "horizon": self.horizon} | told
+        """The fields that must be equal for scenes to be comparable, besides their number."""
+        mapping = {} if self.mapping is None else {"mapping": sha256(self.mapping)}
+        return {"first_seed": self.first_seed, "horizon": self.horizon} | mapping
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Job:
 def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = None) -> Scenes:
     """Scenes of the evaluation range. Raises UserError for an unknown task or too many episodes.
 
-    No tasks means all, and then twice as many of a task without a shared variant, so that each counts alike.
+    Without tasks: all of them, with twice as many episodes of a task without a shared variant, so that every task has
+    the same weight.
     """
     from rlrc.envs.metaworld import HORIZON, PREFIX, TASKS, find_task
     from rlrc.envs.seeds import EVALUATION
@@ -87,12 +88,12 @@ def scenes(tasks: Sequence[str] = (), per_task: int = 50, horizon: int | None = 
     return Scenes(episodes, EVALUATION.start, HORIZON if horizon is None else horizon)
 
 
-def scenes_of(
-    environments: Sequence[str], opened: Sequence[Named], per_task: int = 50, mapping: Path | None = None
+def environment_scenes(
+    environments: Sequence[str], opened: Sequence[NamedArtifact], per_task: int = 50, mapping: Path | None = None
 ) -> Scenes:
-    """Scenes of environments by name. Those of Meta-World alone are as ``scenes`` has them.
+    """Scenes of environments by name; if all are Meta-World's, those of ``scenes``.
 
-    Raises UserError for too many episodes and where an environment does not fit an artifact's policy.
+    Raises UserError for too many episodes or an environment that does not fit an artifact's policy.
     """
     from rlrc.envs.environment import check_environment
     from rlrc.envs.libero import INITIAL_STATES
@@ -106,7 +107,7 @@ def scenes_of(
     libero = any(name.startswith("libero:") for name in environments)
     most = INITIAL_STATES if libero else len(EVALUATION)
     if not 1 <= per_task <= most:
-        why = " (LIBERO has so many initial states a task)" if libero else ""
+        why = " (the initial states of a LIBERO task)" if libero else ""
         raise UserError(
             f"expected 1 to {most} episodes an environment{why}, found {per_task}; change --episodes-per-task"
         )
@@ -121,9 +122,9 @@ def play(
     horizon: int | None = None,
     watch: Callable[[int, Any], None] = lambda *_: None,
 ) -> ScoredEpisode:
-    """One episode of at most ``horizon`` steps (None: the environment's own); every chunk is executed to its end.
+    """Play one episode of at most ``horizon`` steps (None: the environment's); every chunk is executed to its end.
 
-    ``watch`` gets each observation the policy saw, and the last, with the number of steps before it.
+    ``watch`` is called with the number of steps so far and each observation given to the policy, then with the last.
     """
     horizon = environment.horizon if horizon is None else horizon
     observation, _ = environment.reset(seed=seed)
@@ -142,14 +143,14 @@ def play(
 
 
 def measure(
-    artifacts: Sequence[Named],
+    artifacts: Sequence[NamedArtifact],
     scenes: Scenes,
     workers: int = 2,
     threads: int = 1,
     partial: Path | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[ScoredEpisode]]:
-    """Name -> its episodes. Those found in the file ``partial`` are not played again; ``tick`` gets how many came."""
+    """Name -> episodes. Those in the file ``partial`` are not played again; ``tick`` gets the number of new ones."""
     key = {
         "scenes": {"episodes": dict(scenes.episodes)} | scenes.describe(),
         "artifacts": {named.name: named.artifact.digest for named in artifacts},
@@ -169,7 +170,7 @@ def measure(
 
 
 def _jobs(
-    named: Named, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], ScoredEpisode]
+    named: NamedArtifact, scenes: Scenes, threads: int, played: Mapping[tuple[str, str, int], ScoredEpisode]
 ) -> Iterator[Job]:
     for task in scenes.episodes:
         left = [seed for seed in scenes.seeds(task) if (named.name, task, seed) not in played]
@@ -178,7 +179,7 @@ def _jobs(
             yield Job(named.name, named.artifact.path, threads, task, seeds, scenes.horizon, scenes.mapping)
 
 
-_playing: dict[tuple[Path, str], tuple[LocalPolicy, Environment]] = {}  # what this process has open: at most one pair
+_playing: dict[tuple[Path, str], tuple[LocalPolicy, Environment]] = {}  # at most one pair is open in a process
 
 
 def _open(job: Job) -> tuple[LocalPolicy, Environment]:
@@ -201,7 +202,7 @@ def _play_job(job: Job) -> list[ScoredEpisode]:
 
 
 class _Partial:
-    """Episodes on disk, one a line, under a line that says what they belong to. Without a path: in memory only."""
+    """Episodes on disk, one a line, after a line with the artifacts and scenes. Without a path: in memory only."""
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
         self.path, self.key = path, key
@@ -212,7 +213,7 @@ class _Partial:
             return self
         if self.path.exists():
             self._read()
-        # Written anew: a line that a killed run left half written goes.
+        # Rewritten, to remove an incomplete line of a killed run.
         lines = [json.dumps(self.key), *(self._line(name, episode) for (name, _, _), episode in self.episodes.items())]
         self.path.write_text("\n".join(lines) + "\n")
         self._stream = self.path.open("a")
@@ -240,17 +241,16 @@ class _Partial:
                 f"expected {self.path} to hold episodes of these artifacts and scenes, found another run's; "
                 "finish that run, delete the file, or choose another --out"
             )
-        for line in lines[:-1]:  # what follows the last line break is empty, or half a line
+        for line in lines[:-1]:  # the last line is empty or incomplete
             name, episode = json.loads(line)
             played = ScoredEpisode(**episode)
             self.episodes[name, played.task, played.seed] = played
 
 
 def row(episodes: Sequence[ScoredEpisode], scenes: Scenes, hard: Collection[str]) -> dict[str, Any]:
-    """The measured part of a table row: all tasks, the ``hard`` ones apart, each task; Wilson intervals at 95 %.
+    """The measured part of a table row: all tasks, the ``hard`` ones, each task; Wilson intervals at 95 %.
 
-    ``outcomes`` holds a 1 or 0 for every scene of a task, in the order of the seeds; ``steps`` is the mean of the
-    successes.
+    ``outcomes``: a 1 or 0 for every scene of a task, in the order of the seeds; ``steps``: mean of the successes.
     """
     by_task: dict[str, list[ScoredEpisode]] = {}
     for episode in episodes:
@@ -278,7 +278,7 @@ def _rate(episodes: Sequence[ScoredEpisode]) -> dict[str, Any]:
     }
 
 
-def hard(scenes: Scenes) -> list[str]:
+def hard_tasks(scenes: Scenes) -> list[str]:
     """The hard tasks among those of Meta-World; other environments have none."""
     if all(":" in task for task in scenes.episodes):
         return []
@@ -288,7 +288,7 @@ def hard(scenes: Scenes) -> list[str]:
 
 
 def same_scenes(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Whether both rows hold the outcome of every scene, and of the same scenes."""
+    """Whether both rows hold outcomes of the same scenes."""
     if not all("outcomes" in one and "scenes" in one for one in (row, baseline)):
         return False
     counts = [{task: len(scenes) for task, scenes in one["outcomes"].items()} for one in (row, baseline)]
@@ -296,13 +296,13 @@ def same_scenes(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
 
 
 def compare(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """Scene by scene. Raises UserError unless both rows hold outcomes of the same scenes."""
+    """Compare scene by scene. Raises UserError unless both rows hold outcomes of the same scenes."""
     if not same_scenes(row, baseline):
         raise UserError(
             f"expected the same scenes for {row['name']} and {baseline['name']}, found others; measure both in one run"
         )
-    ours, theirs = row["outcomes"], baseline["outcomes"]
-    pairs = [(a, b) for task in ours for a, b in zip(ours[task], theirs[task], strict=True)]
+    outcomes, baseline_outcomes = row["outcomes"], baseline["outcomes"]
+    pairs = [(a, b) for task in outcomes for a, b in zip(outcomes[task], baseline_outcomes[task], strict=True)]
     only, only0 = pairs.count(("1", "0")), pairs.count(("0", "1"))
     return {
         "name": row["name"],

@@ -1,6 +1,6 @@
-"""How many chunks a machine makes in a second when it does nothing else, by how many policies run at once.
+"""Chunks a second of an otherwise idle machine, by the number of policies that run at once.
 
-Every one is a policy of its own in a thread of its own: the engines compute without Python's lock.
+Each policy runs in its own thread: the engines compute without Python's lock.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def measure(
     rounds: int,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[float, float]]:
-    """Of every round, all policies at work for ``seconds``: (chunks a second, CPU-seconds a chunk).
+    """(chunks a second, CPU-seconds a chunk) of every round, in which all policies run for ``seconds``.
 
-    A call that began in time counts, and the time until the last one has ended.
+    Calls that start within ``seconds`` count, and so does the time until the last one ends.
     """
 
     def work(policy: Policy, until: float) -> int:
@@ -37,25 +37,25 @@ def measure(
             number += 1
         return number
 
-    taken = []
+    measured = []
     with ThreadPoolExecutor(len(policies)) as pool:
         list(pool.map(lambda policy: [policy.infer(observations[0]) for _ in range(WARM)], policies))
         for _ in range(rounds):
             started, before = time.perf_counter(), _processor_seconds()
             number = sum(pool.map(work, policies, [started + seconds] * len(policies)))
-            taken.append((number / (time.perf_counter() - started), (_processor_seconds() - before) / number))
+            measured.append((number / (time.perf_counter() - started), (_processor_seconds() - before) / number))
             tick(1)
-    return taken
+    return measured
 
 
-def row(taken: Sequence[tuple[float, float]], horizon: int) -> dict[str, Any]:
-    """Means over the rounds, with the 95 % interval of the first."""
-    chunks = mean_interval([rate for rate, _ in taken])
+def row(measured: Sequence[tuple[float, float]], horizon: int) -> dict[str, Any]:
+    """Means over the rounds, with the 95 % interval of the chunks a second."""
+    chunks = mean_interval([rate for rate, _ in measured])
     return {
         "chunks_per_s": round(chunks.value, 4),
         "interval": [round(chunks.low, 4), round(chunks.high, 4)],
         "actions_per_s": round(chunks.value * horizon, 3),
-        "cpu_s_per_chunk": round(sum(seconds for _, seconds in taken) / len(taken), 6),
+        "cpu_s_per_chunk": round(sum(seconds for _, seconds in measured) / len(measured), 6),
     }
 
 

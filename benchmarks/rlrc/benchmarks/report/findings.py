@@ -22,7 +22,7 @@ from rlrc.benchmarks.report.document import (
     milliseconds,
 )
 from rlrc.benchmarks.report.tradeoffs import RecoveryCurve
-from rlrc.benchmarks.results.results import ARMS, GEOMETRY, OF_POLICIES, PEERS, STUDY, merge
+from rlrc.benchmarks.results.results import GEOMETRY, GEOMETRY_POLICIES, PEERS, SEPARATE_KINDS, STUDY, merge
 from rlrc.benchmarks.results.stats import Estimate, percentile_interval, wilson
 
 Row = Mapping[str, Any]
@@ -68,7 +68,7 @@ def _summary(result: Row) -> list[Cell]:
     return [
         Cell(title_of(result)),
         Cell(result["verdict"], verdict=True),
-        *(_operand(result, which) for which in ARMS[:2]),
+        *(_operand(result, which) for which in GEOMETRY_POLICIES[:2]),
         *(ratio(claim) for claim in ("memory", "latency", "success")),
     ]
 
@@ -102,7 +102,7 @@ def _operating_point(result: Row) -> dict[str, object]:
         told: dict[str, object] = {
             which: f"{row['precision']}, {millions(row.get('parameters'))} parameters, "
             f"peak of the process {megabytes(row.get('peak_rss'))}"
-            for which in ARMS
+            for which in GEOMETRY_POLICIES
             if (row := result.get(which))
         }
         cut = result.get("pruned") or {}
@@ -137,7 +137,7 @@ def _quantization(quantization: Row | None) -> str:
 def pareto(results: Sequence[Row]) -> list[Block]:
     """Every policy with bytes, latency and success; the study's in a chart of their own, for another run's times."""
     blocks: list[Block] = []
-    own = merge([result for result in results if result.get("kind") not in OF_POLICIES])
+    own = merge([result for result in results if result.get("kind") not in SEPARATE_KINDS])
     studied = [arm for result in results if result.get("kind") == STUDY for arm in pooled(result["rows"])]
     for name, rows, caption in (
         (

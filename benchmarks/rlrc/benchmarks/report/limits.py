@@ -22,7 +22,7 @@ from rlrc.benchmarks.report.document import (
 )
 from rlrc.benchmarks.report.findings import title_of
 from rlrc.benchmarks.report.tradeoffs import RooflinePoint
-from rlrc.benchmarks.results.results import ARMS, GEOMETRY
+from rlrc.benchmarks.results.results import GEOMETRY, GEOMETRY_POLICIES
 from rlrc.benchmarks.results.stats import Estimate
 from rlrc.jetson.model import devices
 from rlrc.jetson.model.plan import Setting, of_geometry, plan, prune
@@ -44,7 +44,7 @@ def rooflines(results: Sequence[Row]) -> list[Block]:
     for result in results:
         if result.get("kind") != GEOMETRY or not result.get("roofline"):
             continue
-        points = [point for which in ARMS if result.get(which) for point in points_of(result, which)]
+        points = [point for which in GEOMETRY_POLICIES if result.get(which) for point in points_of(result, which)]
         peaks = result["roofline"]
         svg = tradeoffs.roofline(peaks["read_gb_s"], peaks["products_gop_s"], points)
         caption = (
@@ -106,7 +106,7 @@ def _shares(result: Row) -> ReportTable:
             Cell(f"{found['share']:.0%}"),
             Cell(found["bound"]),
         ]
-        for which in ARMS
+        for which in GEOMETRY_POLICIES
         for part, found in (result.get(which) or {}).get("roofline", {}).items()
     ]
     return ReportTable(("policy", "part", "ms", "limit, ms", "share", "bound by"), rows)

@@ -33,7 +33,7 @@ from rlrc.benchmarks.report.document import (
     milliseconds,
 )
 from rlrc.benchmarks.report.film import Strip
-from rlrc.benchmarks.results.results import BASELINE, OF_POLICIES, merge
+from rlrc.benchmarks.results.results import BASELINE, SEPARATE_KINDS, merge
 from rlrc.errors import UserError
 
 HERO = "compressed"
@@ -66,7 +66,7 @@ def document(
     results: Sequence[Row], curves: Runs | None = None, film: Film | None = None, predicted: Sequence[str] = ()
 ) -> Document:
     """``predicted``: geometries to predict for the devices of `rlrc jetson devices`."""
-    own = [result for result in results if result.get("kind") not in OF_POLICIES]
+    own = [result for result in results if result.get("kind") not in SEPARATE_KINDS]
     rows = merge(own)
     comparisons = [pair for result in own for pair in result.get("comparisons", ())]
     sections = [
@@ -122,7 +122,7 @@ def table(rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
 
 def table_picture(results: Sequence[Row], path: Path) -> None:
     """The table as a picture, for a README."""
-    rows = merge([result for result in results if result.get("kind") not in OF_POLICIES])
+    rows = merge([result for result in results if result.get("kind") not in SEPARATE_KINDS])
     texts = [
         [f"{text} ({below})" if below and i else text for i, (text, below) in enumerate(row)] for row in table(rows)
     ]

@@ -1,1 +1,1 @@
-"""Result files, the machine they are of, and their statistics."""
+"""Result files, the description of the machine, and statistics."""

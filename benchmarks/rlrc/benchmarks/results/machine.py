@@ -1,4 +1,4 @@
-"""Describes the machine of a measurement by its class, without host names and paths."""
+"""Describe the class of the machine of a measurement, without host names and paths."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PACKAGES = ("rlrc", "numpy", "onnxruntime", "tokenizers", "pillow", "mujoco", "m
 
 
 def describe(threads: int | None = None, root: Path = Path("/")) -> dict[str, Any]:
-    """Device, processor, cores, memory, clocks, power mode, system and versions; what cannot be read is None.
+    """Device, processor, cores, memory, clocks, power mode, system and versions; None for unreadable values.
 
-    ``root``: where the system's files are looked for.
+    ``root``: folder of the system's files.
     """
     memory = _match(root / "proc/meminfo", r"MemTotal:\s+(\d+) kB")
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -32,7 +32,7 @@ def describe(threads: int | None = None, root: Path = Path("/")) -> dict[str, An
         "memory_gb": round(int(memory) / 2**20, 1) if memory else None,
         **clocks(root),
         "power_mode": power_mode(root),
-        # A release such as 6.1.0-name tells who built the kernel; the first two numbers tell what matters.
+        # The first two numbers only: a release such as 6.1.0-name can identify the builder of the kernel.
         "system": " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())]),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
@@ -40,7 +40,7 @@ def describe(threads: int | None = None, root: Path = Path("/")) -> dict[str, An
 
 
 def clocks(root: Path = Path("/")) -> dict[str, Any]:
-    """``governor`` and ``mhz`` [lowest, highest] of the processors now; a virtual machine reports its nominal clock."""
+    """Current ``governor`` and ``mhz`` [lowest, highest]; a virtual machine reports its nominal clock."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     governors = {governor for policy in policies if (governor := (_read(policy / "scaling_governor") or "").strip())}
     kilohertz = [int(text) for policy in policies if (text := (_read(policy / "scaling_cur_freq") or "").strip())]
@@ -54,12 +54,12 @@ def clocks(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def unified_memory(root: Path = Path("/")) -> bool:
-    """Whether CPU and GPU share the memory: a Jetson."""
+    """Whether CPU and GPU share memory, as on a Jetson."""
     return "Jetson" in (_read(root / "proc/device-tree/model") or "")
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5", as Linux writes processors."""
+    """[0, 1, 2, 5] -> "0-2,5", the format of Linux for processors."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
@@ -70,7 +70,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """The command line that ran, to be typed again: folders above the working directory are left out of paths."""
+    """The command line of this process, with paths relative to the working directory, or their names only."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return " ".join(["rlrc", *(_shorten(argument) for argument in arguments)])
 

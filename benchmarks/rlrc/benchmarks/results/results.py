@@ -1,7 +1,7 @@
-"""Result files: what each holds about an artifact, how they are written, and how several become the rows of one table.
+"""Result files: write, read and join them.
 
-Every benchmark writes ``{"kind", "command", "machine", ..., "rows": [{"name", ...}, ...]}``. Rows of several files that
-carry the same name describe the same artifact and are joined into one row of the table.
+Every benchmark writes ``{"kind", "command", "machine", ..., "rows": [{"name", ...}, ...]}``. Rows of the same name in
+several files describe the same artifact and are joined into one row of a table.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rlrc.runtime.inference import backends
 
 BASELINE = "dense"
 GEOMETRY, PEERS, STUDY = "claims of a geometry", "peers", "recovery study"
-ARMS = ("dense", "compressed", "torch")  # of a geometry's claims
-OF_POLICIES = (GEOMETRY, PEERS, STUDY)
-"""Kinds of results whose rows stay out of the one table: other runtimes, random weights, the arms of a study."""
+GEOMETRY_POLICIES = ("dense", "compressed", "torch")  # policies in the claims of a geometry
+SEPARATE_KINDS = (GEOMETRY, PEERS, STUDY)
+"""Kinds of results whose rows are not joined with others: random weights, other runtimes, studies."""
 
 
 @dataclass(frozen=True)
-class Named:
-    """An artifact and what to call it in tables."""
+class NamedArtifact:
+    """An artifact and its name in tables."""
 
     name: str
     artifact: Artifact
@@ -37,20 +37,20 @@ class Named:
         return self.artifact.path
 
 
-def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
-    """``NAME=FOLDER`` or ``FOLDER`` (then called like the folder), each loaded and checked against its hashes.
+def open_artifacts(arguments: Sequence[str | Path]) -> list[NamedArtifact]:
+    """Load artifacts from ``NAME=FOLDER`` or ``FOLDER`` (named after the folder) and verify their hashes.
 
-    Raises UserError for no artifact, two of one name, or one without graphs.
+    Raises UserError for no artifact, duplicate names, or an artifact without graphs.
     """
     if not arguments:
         raise UserError("expected at least one artifact, found none; pass its folder, or NAME=FOLDER")
     opened = []
     for argument in map(str, arguments):
         name, equals, folder = argument.partition("=")
-        # A folder whose own name has a "=" in it is still a folder.
+        # The name of an existing folder may contain "=".
         labelled = bool(equals) and not Path(argument).exists()
         path = Path(folder if labelled else argument)
-        opened.append(Named(name if labelled else path.resolve().name, load(path)))
+        opened.append(NamedArtifact(name if labelled else path.resolve().name, load(path)))
         if not opened[-1].artifact.manifest.graphs:
             raise UserError(
                 f"expected graphs that the runtime can load, found none in {path}; run rlrc export {path} OUT"
@@ -62,12 +62,12 @@ def open_artifacts(arguments: Sequence[str | Path]) -> list[Named]:
 
 
 def graph_files(manifest: Manifest) -> list[str]:
-    """Files of the graphs that are run, with weights that lie beside a graph under its name (``decoder.onnx.data``)."""
+    """Files of the graphs of the chosen backend, with external weights (``decoder.onnx.data``)."""
     return sorted({file for files in _files_by_graph(manifest).values() for file in files})
 
 
 def graph_bytes(manifest: Manifest) -> dict[str, int]:
-    """What the files of each graph take: of the vision tower, of the decoder, ..."""
+    """Graph -> bytes of its files."""
     return {name: sum(manifest.files[file].size for file in files) for name, files in _files_by_graph(manifest).items()}
 
 
@@ -81,10 +81,10 @@ def _files_by_graph(manifest: Manifest) -> dict[str, list[str]]:
 
 
 def sizes(manifest: Manifest) -> dict[str, Any]:
-    """Bytes of everything the runtime loads: graphs with all their weights, and the tokenizer.
+    """Bytes of all files that the runtime loads: graphs with their weights, and the tokenizer.
 
-    A policy that is not quantized counts at most 2 bytes a parameter (bf16), however its graphs are stored: fp32 files
-    would flatter every ratio against it.
+    A policy that is not quantized counts at most 2 bytes a parameter (bf16): fp32 files would exaggerate every ratio
+    against it.
     """
     graphs = sum(manifest.files[file].size for file in graph_files(manifest))
     tokenizer = manifest.files[TOKENIZER].size if TOKENIZER in manifest.files else 0
@@ -101,7 +101,7 @@ def sizes(manifest: Manifest) -> dict[str, Any]:
 
 
 def precision(manifest: Manifest) -> str:
-    """What the graphs compute in: one word, or one for each graph where they differ."""
+    """Precision of the graphs: one word, or one for each graph where they differ."""
     backend = backends.choose(manifest)
     graphs = {graph.name: graph.precision for graph in manifest.graphs if graph.backend == backend}
     if len(set(graphs.values())) == 1:
@@ -110,14 +110,14 @@ def precision(manifest: Manifest) -> str:
 
 
 def recovery_minutes(manifest: Manifest) -> float:
-    """CPU minutes since the last pruning (pruning included); of the whole training where nothing was pruned."""
+    """CPU minutes from the last pruning on, pruning included; of the whole training without pruning."""
     stages = [entry.stage for entry in manifest.history]
     start = len(stages) - 1 - stages[::-1].index("prune") if "prune" in stages else 0
     return sum(entry.cpu_minutes for entry in manifest.history[start:])
 
 
-def facts(named: Named) -> dict[str, Any]:
-    """The part of a row that needs no measurement."""
+def facts(named: NamedArtifact) -> dict[str, Any]:
+    """The part of a row that is known without measurement."""
     manifest = named.artifact.manifest
     return {
         "name": named.name,
@@ -131,7 +131,7 @@ def facts(named: Named) -> dict[str, Any]:
 
 
 def check_out(out: Path | None, force: bool) -> None:
-    """Refuse, before any work is done, an output that exists (unless forced) or cannot be written. Raises UserError."""
+    """Raises UserError for an output that exists (without ``force``) or cannot be written; called before any work."""
     if out is None or (force and out.is_file()):
         return
     if out.is_dir():
@@ -144,13 +144,13 @@ def check_out(out: Path | None, force: bool) -> None:
 
 
 def write(out: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file atomically."""
     with replace_file(out) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def dump(result: dict[str, Any] | list[dict[str, Any]]) -> str:
-    """JSON with a list of plain values on one line: a thousand trials are not a thousand lines."""
+    """JSON with each list of plain values on one line."""
     text = json.dumps(result, indent=2, ensure_ascii=False)
     return (
         re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n"
@@ -158,9 +158,9 @@ def dump(result: dict[str, Any] | list[dict[str, Any]]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One result file. A list of rows, as a study writes it, becomes a result of the kind STUDY.
+    """Read a result file. A list of rows, the format of studies, becomes a result of kind STUDY.
 
-    Raises UserError unless it is JSON with named rows, or the claims of a geometry.
+    Raises UserError unless the file is JSON with named rows or the claims of a geometry.
     """
     try:
         result: Any = json.loads(path.read_bytes())
@@ -182,16 +182,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def rows_of(result: Mapping[str, Any]) -> Any:
-    """The rows; of a geometry's claims, what was measured of each policy, under the geometry's name."""
+    """The rows; from the claims of a geometry, one row for each policy."""
     if result.get("kind") != GEOMETRY:
         return result.get("rows")
-    return [{"name": f"{result['geometry']} {arm}", **result[arm]} for arm in ARMS if isinstance(result.get(arm), dict)]
+    measured = [name for name in GEOMETRY_POLICIES if isinstance(result.get(name), dict)]
+    return [{"name": f"{result['geometry']} {name}", **result[name]} for name in measured]
 
 
 def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the same name joined, in order of appearance; later files win.
+    """Join rows of the same name, in order of appearance; later values replace earlier ones.
 
-    Raises UserError where two artifacts share a name.
+    Raises UserError if two artifacts have the same name.
     """
     merged: dict[str, dict[str, Any]] = {}
     for result in results:
@@ -206,16 +207,18 @@ def merge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several results as one: all commands, the machine, the rows joined by name. Raises UserError for two machines.
+    """Join results into one with all commands, the machine, and rows joined by name; SEPARATE_KINDS are skipped.
 
-    Without results of OF_POLICIES.
+    Raises UserError for results of different machines.
     """
-    results = [result for result in results if result.get("kind") not in OF_POLICIES]
+    results = [result for result in results if result.get("kind") not in SEPARATE_KINDS]
     machines = [result.get("machine") or {} for result in results]
     kinds = {(machine.get("cpu"), machine.get("cores")) for machine in machines}
     if len(kinds) > 1:
         found = "; ".join(f"{cpu} with {cores} cores" for cpu, cores in sorted(kinds, key=str))
-        raise UserError(f"expected results of one machine to join, found {found}; join those of each machine apart")
+        raise UserError(
+            f"expected results of one machine to join, found {found}; join those of each machine separately"
+        )
     commands = dict.fromkeys(str(result.get("command")) for result in results)
     return {
         "kind": "results",

@@ -1,8 +1,8 @@
 """The statistics behind every interval and verdict. Standard library and numpy only.
 
 Success is a proportion: Wilson intervals for one policy; for two, the lower confidence limit of the difference, from
-Tango's score test when both policies saw the same scenes, from Miettinen and Nurminen's when they did not. Latency is a
-distribution: percentiles, and a bootstrap over the rounds of an interleaved run for the ratio of two.
+Tango's score test for the same scenes, from Miettinen and Nurminen's for independent ones. Latency is a distribution:
+percentiles, and a bootstrap over the rounds of an interleaved run for the ratio of two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Estimate:
 
 
 def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided Wilson score interval of a proportion (Wilson 1927). No episodes tell nothing: (0, 1)."""
+    """Two-sided Wilson score interval of a proportion (Wilson 1927). (0, 1) without episodes."""
     if not 0 <= successes <= episodes:
         raise ValueError(f"expected 0 <= successes <= episodes, found {successes} of {episodes}")
     if episodes == 0:
@@ -34,7 +34,7 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[flo
     p = successes / episodes
     centre = (p + z * z / (2 * episodes)) / (1 + z * z / episodes)
     half = z / (1 + z * z / episodes) * sqrt(p * (1 - p) / episodes + z * z / (4 * episodes**2))
-    # At 0 and n successes the limit is exactly 0 or 1; rounding would leave 1e-17 beyond it.
+    # At 0 and n successes the limit is exactly 0 or 1; rounding could exceed it by 1e-17.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == episodes else centre + half)
 
 
@@ -51,9 +51,8 @@ def difference_limit(successes: int, episodes: int, successes0: int, episodes0: 
 
     def score(delta: float) -> float:
         restricted = _restrict(successes, episodes, successes0, episodes0, delta)
-        variance = (restricted + delta) * (1 - restricted - delta) / episodes + restricted * (
-            1 - restricted
-        ) / episodes0
+        variance = (restricted + delta) * (1 - restricted - delta) / episodes
+        variance += restricted * (1 - restricted) / episodes0
         return _standardise(p - p0 - delta, variance * total / (total - 1))
 
     return _lower_limit(score, p - p0, confidence)
@@ -70,8 +69,7 @@ def _restrict(successes: int, episodes: int, successes0: int, episodes0: int, de
     ]
     low, high = max(0.0, -delta), min(1.0, 1.0 - delta)
     roots = np.roots(cubic)
-    # One real root lies in the range; a double root at its end comes back with a small imaginary part, so nothing is
-    # dropped.
+    # One real root lies in the range. A double root at its end has a small imaginary part, so complex roots are kept.
     candidates = np.clip(roots.real, low, high)
     return float(candidates[np.argmin(np.abs(roots - candidates))])
 
@@ -103,7 +101,7 @@ def _standardise(difference: float, variance: float) -> float:
 
 
 def _lower_limit(score: Callable[[float], float], estimate: float, confidence: float) -> float:
-    """The smallest difference that the score test does not reject; the score falls as that difference grows."""
+    """The smallest difference that the score test does not reject, by bisection; the score is decreasing."""
     critical = NormalDist().inv_cdf(confidence)
     low, high = -1.0, estimate
     for _ in range(60):
@@ -138,8 +136,8 @@ def ratio_interval(
 ) -> Estimate:
     """Ratio of medians ``slow / fast`` with a percentile bootstrap interval over rounds.
 
-    Both are (rounds, trials) of one interleaved run. Rounds, not trials, are drawn with replacement, and the same
-    rounds for both: neighbouring trials share the machine's mood, and so do the two halves of a round.
+    Both are (rounds, trials) of one interleaved run. Whole rounds are drawn with replacement, the same ones for both,
+    because neighbouring trials are correlated, within a policy and between the two.
     """
     a, b = np.asarray(slow, dtype=float), np.asarray(fast, dtype=float)  # (R, T), (R, T')
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 2:
@@ -160,9 +158,9 @@ def percentile_change(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Ratio ``new / old`` of a percentile of two runs of their own, with a bootstrap interval over each one's rounds.
+    """Ratio ``new / old`` of a percentile of two separate runs, with a bootstrap interval over the rounds of each.
 
-    As ``ratio_interval``, but nothing pairs the rounds of two runs.
+    Unlike in ``ratio_interval``, rounds are not paired.
     """
     random = np.random.default_rng(seed)
     a, b = (_draw(rounds, percentile, resamples, random) for rounds in (new, old))
@@ -179,17 +177,16 @@ def percentile_interval(
     seed: int = 0,
 ) -> Estimate:
     """A percentile of one run, with a bootstrap interval over its rounds."""
-    drawn = _draw(rounds, percentile, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(
-        float(np.percentile(np.concatenate([*map(np.asarray, rounds)]), percentile)), float(low), float(high)
-    )
+    samples = _draw(rounds, percentile, resamples, np.random.default_rng(seed))
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    whole = float(np.percentile(np.concatenate([*map(np.asarray, rounds)]), percentile))
+    return Estimate(whole, float(low), float(high))
 
 
 def _draw(
     rounds: Sequence[Sequence[float]], percentile: float, resamples: int, random: np.random.Generator
 ) -> np.ndarray:
-    """The percentile of as many rounds as there are, drawn with replacement, again and again."""
+    """Bootstrap samples of a percentile: (resamples,), rounds drawn with replacement."""
     if len(rounds) < 2:
         raise ValueError(f"expected two or more rounds, found {len(rounds)}")
     trials = [np.asarray(one, float) for one in rounds]
@@ -198,7 +195,7 @@ def _draw(
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """A mean with Student's interval."""
+    """A mean with Student's confidence interval."""
     if len(values) < 2:
         raise ValueError(f"expected two or more values, found {len(values)}")
     mean = float(np.mean(values))
@@ -209,7 +206,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
 def student(confidence: float, degrees: int) -> float:
     """Two-sided critical value of Student's t: the normal quantile corrected for few degrees of freedom.
 
-    Abramowitz and Stegun (1964), 26.7.5: within 0.1 % from three degrees on. Those of one and two are exact.
+    Abramowitz and Stegun (1964), 26.7.5: within 0.1 % from three degrees on; one and two are exact.
     """
     tail = (1 + confidence) / 2
     if degrees == 1:

@@ -10,7 +10,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import GOLDEN, Artifact, VerifiedSpec
 from rlrc.benchmarks.cli.output import progress, result_of
 from rlrc.benchmarks.measure import latency
-from rlrc.benchmarks.results.results import Named, facts
+from rlrc.benchmarks.results.results import NamedArtifact, facts
 from rlrc.errors import UserError
 from rlrc.jetson.board.doctor import Finding
 from rlrc.runtime.board import monitor
@@ -72,7 +72,7 @@ def _measure_latency(
     observed = latency.observations(artifact)
     with Board.monitor() as watched, progress("inferences", trials * len(policies)) as advance:
         timed = latency.measure(policies, dict.fromkeys(policies, observed), trials, BLOCK, tick=advance)
-    described = facts(Named(artifact.path.resolve().name, artifact))
+    described = facts(NamedArtifact(artifact.path.resolve().name, artifact))
     rows = [described | {"name": f"{described['name']} {name}"} | latency.row(found) for name, found in timed.items()]
     return rows, monitor.summarise(watched.readings())
 
