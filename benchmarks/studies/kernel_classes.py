@@ -130,14 +130,14 @@ def main() -> int:
 
 def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT / "scripts"))
-    from masked_engine import MASKS, hidden, masked_engine
+    from masked_engine import MASKS, mask_variables, masked_engine
 
     policies, control, load = make(folder), write_control(folder), [round(os.getloadavg()[0], 2)]
     python, script = [sys.executable], str(ROOT / "benchmarks/studies/kernel_class.py")
     ways: list[tuple[str, str, list[str], dict[str, str]]] = [(kernels(), "this processor", python, {})]
     if kernels().startswith("x86-64 avx512") and shutil.which("cc") and shutil.which("objdump"):
         masked = masked_engine(folder)
-        ways += [(name, "masked", python, masked | hidden(parts)) for name, parts in MASKS.items() if name != kernels()]
+        ways += [(name, "masked", python, masked | mask_variables(MASKS[name])) for name in MASKS if name != kernels()]
     qemu = shutil.which("qemu-x86_64-static")
     if qemu and kernels().startswith("x86-64"):
         ways.append(("x86-64 avx2", "emulated", [qemu, "-cpu", HASWELL, *python], {}))
