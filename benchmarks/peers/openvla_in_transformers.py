@@ -86,10 +86,10 @@ def _vision(manifest: Manifest, state: dict[str, Tensor]) -> SiglipVisionModel:
     }
     for i in range(len(tower.layers)):
         for kind in ("weight", "bias"):
-            ours, theirs = f"vision.layers.{i}.", f"encoder.layers.{i}."
-            weights |= {f"{theirs}{b}.{kind}": state[f"{ours}{a}.{kind}"] for a, b in VISION.items()}
-            parts = state[f"{ours}attention.qkv.{kind}"].chunk(3)
-            weights |= {f"{theirs}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
+            source, target = f"vision.layers.{i}.", f"encoder.layers.{i}."
+            weights |= {f"{target}{b}.{kind}": state[f"{source}{a}.{kind}"] for a, b in VISION.items()}
+            parts = state[f"{source}attention.qkv.{kind}"].chunk(3)
+            weights |= {f"{target}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
     _load(getattr(model, "vision_model", model), weights, unread=("post_layernorm", "position_ids"))
     return model
 

@@ -183,9 +183,9 @@ def result(metadata: dict[str, Any], entered: list[Contestant], skipped: dict[st
     return {**metadata, "note": note, "rows": rows, "ratios": ratios, "cpu_ratios": cpu_ratios}
 
 
-def ratio(theirs: list[float], ours: list[float]) -> list[float]:
+def ratio(times: list[float], baseline: list[float]) -> list[float]:
     """Ratio of medians with the 95 % interval over rounds."""
-    estimate = ratio_interval([[x] for x in theirs], [[x] for x in ours])
+    estimate = ratio_interval([[x] for x in times], [[x] for x in baseline])
     return [round(value, 3) for value in (estimate.value, estimate.low, estimate.high)]
 
 

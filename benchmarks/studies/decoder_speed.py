@@ -124,7 +124,8 @@ class TimedEngine:
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         kind = "vision" if graph == "vision" else "decode" if inputs["start"][0] else "prefill"
-        return measure_pass(self.passes, kind, lambda: self.engine.run(graph, inputs))
+        outputs: dict[str, Any] = measure_pass(self.passes, kind, lambda: self.engine.run(graph, inputs))
+        return outputs
 
     def versions(self) -> dict[str, str]:
         return self.engine.versions()

@@ -176,11 +176,11 @@ def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> di
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Set ``other_tokens``: tokens that differ from this processor's; None if not all observations were replayed."""
-    own = {(row["policy"], row["precision"]): row["answers"] for row in rows if row["way"] == "this processor"}
+    native = {(row["policy"], row["precision"]): row["answers"] for row in rows if row["way"] == "this processor"}
     for row in rows:
-        ours, theirs = own[row["policy"], row["precision"]], row["answers"]
-        same = len(ours) == len(theirs)
-        row["other_tokens"] = sum(a != b for a, b in zip(ours, theirs, strict=True)) if same else None
+        expected, answers = native[row["policy"], row["precision"]], row["answers"]
+        complete = len(expected) == len(answers)
+        row["other_tokens"] = sum(a != b for a, b in zip(expected, answers, strict=True)) if complete else None
     for row in rows:
         del row["answers"]
 

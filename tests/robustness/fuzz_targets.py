@@ -141,7 +141,8 @@ class Target:
         if message.startswith(CONNECTION):
             return await self._connect(message)
         answer = msgpack.unpackb(await self.server.answer(self._client, "fuzzer", message))
-        return answer.get("error") if isinstance(answer, dict) else None
+        error: str | None = answer.get("error") if isinstance(answer, dict) else None
+        return error
 
     async def _connect(self, message: bytes) -> str | None:
         """Send through the port; the server must close the connection, even after an invalid message."""
