@@ -1,21 +1,21 @@
-# Every target sets up what it needs first; see scripts/setup.sh.
+# Every target first installs its prerequisites; see scripts/setup.sh.
 PYTHON := $(or $(RLRC_VENV),.venv)/bin/python
 
 .PHONY: help setup demo gguf page-check tensorrt-check jetson-check aarch64-check footprint test test-all test-avx2 lint
 
 help:
-	@echo "make demo      compress, run and measure the reference policy with a small budget (minutes)"
-	@echo "make test      lint, types and the fast tests"
-	@echo "make test-all  the same with the slow tests"
-	@echo "make test-avx2 the fast tests as on a processor without AVX-512, VNNI and bfloat16"
-	@echo "make gguf      llama.cpp, built for this processor: what --to gguf and its graphs need"
-	@echo "make tensorrt-check  whether NVIDIA's builder takes the TensorRT graphs, without a GPU"
-	@echo "make page-check  the operator's page in a real Chromium"
-	@echo "make jetson-check  the files that a Jetson is set up with, by shellcheck, hadolint, systemd-analyze"
-	@echo "make aarch64-check   whether the robot side installs and answers alike on 64-bit Arm, in an emulator"
-	@echo "make footprint       what the robot side takes, and how long until its first action"
-	@echo "make lint      lint and types only"
-	@echo "make setup     system packages, virtual environment, Python packages"
+	@echo "make setup           install system packages, virtual environment and Python packages"
+	@echo "make demo            compress, run and measure the reference policy with a small budget (minutes)"
+	@echo "make lint            check style and types"
+	@echo "make test            check style and types, run the fast tests"
+	@echo "make test-all        check style and types, run all tests"
+	@echo "make test-avx2       run the fast tests with AVX-512, VNNI and bfloat16 hidden"
+	@echo "make gguf            build llama.cpp for this processor, as required by --to gguf"
+	@echo "make tensorrt-check  check the TensorRT graphs with NVIDIA's builder, without a GPU"
+	@echo "make page-check      test the operator page in Chromium"
+	@echo "make jetson-check    check the set-up files for a Jetson with shellcheck, hadolint and systemd-analyze"
+	@echo "make aarch64-check   check that the robot side installs and gives the same results on emulated 64-bit Arm"
+	@echo "make footprint       measure the robot side's disk space and the time until its first action"
 
 setup:
 	@bash scripts/setup.sh
@@ -46,7 +46,7 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-# Two processes; then, by themselves, the tests that measure time.
+# Tests that measure time run afterwards, one at a time.
 test: lint
 	$(PYTHON) -m pytest -m "not slow and not timing" -n 2 --dist loadfile
 	$(PYTHON) -m pytest -m "timing and not slow"
@@ -54,6 +54,6 @@ test: lint
 test-all: lint
 	$(PYTHON) -m pytest
 
-# The masked engine answers SIGILL itself, which pytest would take.
+# The masked engine needs its own SIGILL handler, which faulthandler would replace.
 test-avx2: setup
 	$(PYTHON) scripts/masked_engine.py .masked "x86-64 avx2" $(PYTHON) -m pytest -p no:faulthandler -m "not slow and not timing" -n 2 --dist loadfile

@@ -1,12 +1,10 @@
-"""The artifacts that are replayed on 64-bit Arm: the reference policy and every family's golden checkpoint.
-
-In fp32 and int4, those of continuous actions in int8 too.
+"""Export the artifacts to replay on 64-bit Arm: the reference policy and every family's golden checkpoint.
 
     python scripts/aarch64_artifacts.py FOLDER [onnx | gguf]
 
-The committed reference policy in int4 has its ONNX graphs; all others are exported here. In GGUF, int4 is that of
-continuous actions only: activations are rounded to 8 bits there, and where a policy finds two distant tokens nearly
-alike, that decides, on one processor or another.
+Precisions are fp32 and int4, and int8 for continuous actions. The committed int4 reference policy already has ONNX
+graphs. GGUF uses int4 for continuous actions only: it rounds activations to 8 bits, so that two tokens with nearly
+equal logits may swap between processors.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ IN_GGUF = ("openvla", "openvla-oft-l1", "openvla-oft-discrete")
 
 
 def main(folder: Path, to: str = "onnx") -> None:
-    """Each is made beside its weights, which are not replayed."""
+    """Export to ``folder``; the parents are in ``folder/weights``, which is not replayed."""
     export(artifacts.load(ROOT / "reference/dense"), folder / "reference-fp32", (to,), "fp32")
     if to == "onnx":
         (folder / "reference-int4").symlink_to(ROOT / "reference/compressed")
@@ -40,9 +38,8 @@ def main(folder: Path, to: str = "onnx") -> None:
             source.copy_files(draft)
             artifact_io.write_policy(draft, policy, examples(policy.spec, source.tokenizer), (), exact=True)
         export(artifacts.load(weights), folder / f"{name}-fp32", (to,), "fp32")
-        if (
-            to == "onnx" and not policy.spec.action.bins
-        ):  # tokens flip where the machines' floats differ in the last bit
+        # No int8 for tokens: they flip where the machines' floats differ in the last bit.
+        if to == "onnx" and not policy.spec.action.bins:
             export(artifacts.load(weights), folder / f"{name}-int8", (to,), "int8", tolerance=0.5)
         if to == "gguf" and policy.spec.action.bins:
             continue

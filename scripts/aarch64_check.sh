@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The robot side on 64-bit Arm, on a machine that is none: whether pip finds wheels of all that it requires for the Pythons
-# of JetPack 6 and 7, and whether the runtime answers there as it does here. The latter in an emulator (QEMU, one process,
-# no container), with Debian's Python for arm64 and wheels for aarch64, all in a folder of its own (.aarch64, or
-# RLRC_AARCH64). What was found is written to RLRC_RESULT (a file in that folder unless given).
+# Checks the robot side for 64-bit Arm on another machine: whether pip finds wheels of all requirements for the Pythons of
+# JetPack 6 and 7, and whether the runtime gives the same results. The latter runs in an emulator (QEMU, one process, no
+# container) with Debian's Python for arm64 and wheels for aarch64, all in the folder .aarch64 (or RLRC_AARCH64). The
+# result is written to RLRC_RESULT (default: a file in that folder).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$(realpath -s "${RLRC_VENV:-.venv}")
 python=$venv/bin/python
 own=$(realpath -sm "${RLRC_AARCH64:-.aarch64}")
 result=${RLRC_RESULT:-$own/aarch64.json}
-onnxruntime=1.23.2 # later ones crash at import in QEMU 7.2, on every processor that it has
+onnxruntime=1.23.2 # later releases crash at import on every processor model of QEMU 7.2
 export OMP_NUM_THREADS=1
 sources=$PWD/compressor:$PWD/exporters:$PWD/runtime:$PWD/benchmarks:$PWD/jetson
 
@@ -18,7 +18,7 @@ fail() { echo "aarch64: error: $*" >&2; exit 2; }
 [ -x "$python" ] || fail "expected a virtual environment in $venv, found none; run make setup"
 mkdir -p "$own"
 
-# Does something once for every state of the files that it depends on: once NAME FILES... -- COMMAND...
+# Runs a command only if the files that it depends on have changed: once NAME FILES... -- COMMAND...
 once() {
     local name=$1 files=() print
     shift
@@ -45,26 +45,26 @@ resolve() {
             --target "$own/nowhere" -c constraints.txt --report "$own/$target.json" "${wheel}[cpu,data,serve]" ||
             fail "the requirements do not resolve for Python $version on $machine"
         reports+=("$own/$target.json")
-        say "Python $version on $machine: all that rlrc[cpu,data,serve] requires is there"
+        say "Python $version on $machine: found wheels of all requirements of rlrc[cpu,data,serve]"
     done
     "$python" - "${reports[@]}" >"$own/resolved.json" <<'END'
 import json, pathlib, sys
 compiled = {"aiohttp", "av", "msgpack", "numpy", "onnxruntime", "pillow", "pyarrow", "tokenizers", "websockets"}
-found = {}
+resolved = {}
 for path in map(pathlib.Path, sys.argv[1:]):
     packages = [entry["metadata"] for entry in json.loads(path.read_text())["install"]]
     versions = {package["name"]: package["version"] for package in packages if package["name"] in compiled}
     machine, python = path.stem.split("-")
-    found[f"Python {python} on {machine}"] = {"packages": len(packages) - 1, **versions}  # but rlrc
-print(json.dumps(found))
+    resolved[f"Python {python} on {machine}"] = {"packages": len(packages) - 1, **versions}  # without rlrc
+print(json.dumps(resolved))
 END
 }
 once resolve pyproject.toml constraints.txt scripts/pip_as.py scripts/aarch64_check.sh -- resolve
 
-# 2. The emulator and what it runs
+# 2. The emulator and its root file system
 
 if [ "$(uname -m)" = aarch64 ]; then
-    say "nothing to emulate: this machine is one; rlrc verify tells how an artifact answers here"
+    say "not emulated: this machine is 64-bit Arm; run rlrc verify on an artifact instead"
     exit 0
 fi
 
@@ -76,7 +76,7 @@ if ! emulator >/dev/null; then
     sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo -n)
     log=$own/apt.log
-    "${sudo[@]}" apt-get update -qq >"$log" 2>&1 || say "apt-get update failed; going on with the lists at hand"
+    "${sudo[@]}" apt-get update -qq >"$log" 2>&1 || say "apt-get update failed; using the existing package lists"
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-user-static \
         >"$log" 2>&1 || fail "expected QEMU's user mode, found none, and apt-get install qemu-user-static failed; see $log"
 fi
@@ -108,20 +108,20 @@ install_wheels() {
     sed "s/^onnxruntime==.*/onnxruntime==$onnxruntime/" constraints.txt >"$own/constraints.txt"
     rm -rf "$own/site" "$own/native"
     pip_as "$version" aarch64 install --disable-pip-version-check -q --target "$own/site" \
-        -c "$own/constraints.txt" "${wheel}[cpu]" || fail "the wheels for aarch64 do not install"
-    # The same release here, so that only the machine differs.
+        -c "$own/constraints.txt" "${wheel}[cpu]" || fail "the wheels for aarch64 cannot be installed"
+    # Install the same release for this machine, so that only the machine differs.
     "$python" -m pip install --disable-pip-version-check -q --target "$own/native" --no-deps "onnxruntime==$onnxruntime" ||
-        fail "onnxruntime $onnxruntime does not install"
-    rm -rf "$own/site/rlrc" # the sources are what runs
+        fail "onnxruntime $onnxruntime cannot be installed"
+    rm -rf "$own/site/rlrc" # the checkout is used instead
 }
 once wheels pyproject.toml constraints.txt scripts/pip_as.py scripts/aarch64_check.sh -- install_wheels
 
-# 3. The same observations on both
+# 3. The same observations on both machines
 
 export_artifacts() {
     rm -rf "$own/artifacts"
     mkdir -p "$own/artifacts"
-    say "exporting the reference policy and every family's goldens, fp32, int4 and int8"
+    say "exporting the reference policy and the golden checkpoints in fp32, int4 and int8"
     PYTHONPATH=$sources "$python" scripts/aarch64_artifacts.py "$own/artifacts" || fail "the export failed"
 }
 once artifacts compressor exporters runtime reference tests/data tests/families.py scripts/aarch64_artifacts.py -- \
@@ -133,4 +133,4 @@ emulated scripts/replay.py "$own/aarch64" "${artifacts[@]}" --most "${RLRC_MOST:
     fail "the replay in the emulator failed"
 PYTHONPATH=$sources "$python" scripts/aarch64_result.py "make aarch64-check" "$own/x86_64" "$own/aarch64" \
     "$("$qemu" --version | head -n 1)" "$own/resolved.json" "$result" || exit
-say "within every artifact's limits; ${result#"$PWD/"} says by how much the machines differ"
+say "all artifacts are within their limits; see ${result#"$PWD/"} for the differences between the machines"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# llama.cpp on 64-bit Arm, in the emulator that aarch64_check.sh has set up: cross-compiled by Debian's compiler from the
-# source that pip has (some ten minutes on one core), for a Jetson Orin's processor. Then GGUF graphs answer there as here:
-# the reference policy, OpenVLA and OpenVLA-OFT in fp32, OpenVLA-OFT with continuous actions also in int4. Needs make gguf
-# and make aarch64-check. The result goes to RLRC_RESULT.
+# Checks llama.cpp on 64-bit Arm in the emulator of aarch64_check.sh. Cross-compiles the source from pip for a Jetson Orin
+# (about ten minutes on one core), then compares the outputs of GGUF graphs with those on this machine: the reference
+# policy, OpenVLA and OpenVLA-OFT in fp32; OpenVLA-OFT with continuous actions also in int4. Needs make gguf and make
+# aarch64-check. The result is written to RLRC_RESULT.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(realpath -s "${RLRC_VENV:-.venv}")/bin/python
@@ -20,7 +20,7 @@ fail() { echo "llama.cpp on aarch64: error: $*" >&2; exit 2; }
 pip() { "$python" -m pip --disable-pip-version-check -q "$@"; }
 qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64 || true)
 if [ -z "$qemu" ] || [ ! -e "$own/root/usr/bin/python3" ]; then
-    fail "expected an emulator and what it runs, found none; run make aarch64-check"
+    fail "expected an emulator with a root file system, found none; run make aarch64-check"
 fi
 "$python" -c 'import gguf, llama_cpp' 2>/dev/null || fail "expected llama-cpp-python here, found none; run make gguf"
 
@@ -28,9 +28,9 @@ if ! command -v aarch64-linux-gnu-g++ >/dev/null; then
     say "installing the cross compiler"
     sudo=()
     [ "$(id -u)" = 0 ] || sudo=(sudo -n)
-    "${sudo[@]}" apt-get update -qq || say "apt-get update failed; going on with the lists at hand"
+    "${sudo[@]}" apt-get update -qq || say "apt-get update failed; using the existing package lists"
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-        --no-install-recommends g++-aarch64-linux-gnu >/dev/null || fail "g++-aarch64-linux-gnu does not install"
+        --no-install-recommends g++-aarch64-linux-gnu >/dev/null || fail "g++-aarch64-linux-gnu cannot be installed"
 fi
 
 if [ ! -e "$build/bin/libllama.so" ]; then
@@ -48,7 +48,7 @@ if [ ! -e "$build/bin/libllama.so" ]; then
     "$own/tools/bin/ninja" -C "$build" llama || fail "llama.cpp does not compile"
 fi
 
-# The Python side of llama-cpp-python, as its wheel would be.
+# The Python package of llama-cpp-python, laid out as in a wheel.
 if [ ! -e "$site/llama_cpp/lib/libllama.so" ]; then
     mkdir -p "$site/llama_cpp/lib" "$site/llama_cpp_python-$version.dist-info"
     cp -r "$build"/source/llama_cpp/. "$site/llama_cpp/"

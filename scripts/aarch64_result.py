@@ -1,8 +1,8 @@
-"""Joins what replay.py found on both machines into one result, and exits with 1 if an artifact is beyond its limits.
+"""Join the results of replay.py on two machines. Exit code 1 if an artifact exceeds its limits.
 
-python scripts/aarch64_result.py COMMAND X86_64 AARCH64 EMULATOR RESOLVED OUT
+    python scripts/aarch64_result.py COMMAND X86_64 AARCH64 EMULATOR RESOLVED OUT
 
-RESOLVED: a JSON file of what else was found, or "none".
+RESOLVED: a JSON file with the resolved package versions, or "none".
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from rlrc.benchmarks.results import results
 KEPT = ("max_error", "range_error", "token_flips", "gripper_flips")
 
 
-def row(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    record = ours["record"]
+def row(arm: dict[str, Any], x86: dict[str, Any]) -> dict[str, Any]:
+    record = arm["record"]
     return {
-        "name": ours["name"],
-        "precision": ours["precision"],
-        "observations": ours["observations"],
-        "golden_observations": ours["of"],
+        "name": arm["name"],
+        "precision": arm["precision"],
+        "observations": arm["observations"],
+        "golden_observations": arm["of"],
         "tolerance": record["tolerance"],
         "range_tolerance": record["range_tolerance"],
-        "x86_64": {key: theirs["record"][key] for key in KEPT},
+        "x86_64": {key: x86["record"][key] for key in KEPT},
         "aarch64": {key: record[key] for key in KEPT},
-        "difference": {key: value for key, value in ours["difference"].items() if key != "failure"},
+        "difference": {key: value for key, value in arm["difference"].items() if key != "failure"},
     }
 
 
 def main(command: str, native: str, emulated: str, emulator: str, resolved: str, out: str) -> int:
-    theirs, ours = (json.loads(Path(folder, "replay.json").read_text()) for folder in (native, emulated))
-    pairs = list(zip(ours["rows"], theirs["rows"], strict=True))
+    x86, arm = (json.loads(Path(folder, "replay.json").read_text()) for folder in (native, emulated))
+    pairs = list(zip(arm["rows"], x86["rows"], strict=True))
     result = {
         "kind": "aarch64",
         "command": f"RLRC_MOST={most} {command}" if (most := os.environ.get("RLRC_MOST")) else command,
         "emulator": emulator,
-        "python": {"x86_64": theirs["python"], "aarch64": ours["python"]},
+        "python": {"x86_64": x86["python"], "aarch64": arm["python"]},
         "versions": pairs[0][0]["record"]["versions"],
         "resolved": None if resolved == "none" else json.loads(Path(resolved).read_text()),
         "rows": [row(*pair) for pair in pairs],

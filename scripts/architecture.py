@@ -2,7 +2,7 @@
 
     python scripts/architecture.py docs/architecture.svg
 
-tests/test_architecture.py holds the order; the picture is part of docs/architecture.md.
+tests/test_architecture.py enforces the order; docs/architecture.md contains the picture.
 """
 
 from __future__ import annotations
@@ -53,33 +53,33 @@ Graph = Mapping[str, Iterable[str]]
 
 
 def modules() -> dict[str, Path]:
-    """Every product module by its dotted name."""
-    found = {}
+    """Files of all product modules by dotted name."""
+    files = {}
     for part in PARTS:
         for file in (ROOT / part / "rlrc").rglob("*.py"):
             name = ".".join(file.relative_to(ROOT / part).with_suffix("").parts)
-            found[name.removesuffix(".__init__")] = file
-    return found
+            files[name.removesuffix(".__init__")] = file
+    return files
 
 
 def room(module: str) -> str:
-    """The room that a module lies in: the longest prefix of ``ORDER``."""
+    """The room of a module: its longest prefix in ``ORDER``."""
     while module not in LEVEL:
         module = module.rpartition(".")[0]
     return module
 
 
 def imports(file: Path, known: Iterable[str]) -> set[str]:
-    """The ``known`` modules that a file imports, inside functions and under TYPE_CHECKING as well."""
-    known, found = set(known), set[str]()
+    """The ``known`` modules that a file imports, including inside functions and under TYPE_CHECKING."""
+    known, names = set(known), set[str]()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (inner & known) or {node.module}
-            found |= {node.module} if inner - known else set()
-    return found & known
+            names |= (inner & known) or {node.module}
+            names |= {node.module} if inner - known else set()
+    return names & known
 
 
 def imports_of_all() -> dict[str, set[str]]:
@@ -88,8 +88,8 @@ def imports_of_all() -> dict[str, set[str]]:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that reach each other (strongly connected components of more than one node, by Tarjan)."""
-    index, low, stack, found = dict[str, int](), dict[str, int](), list[str](), list[list[str]]()
+    """Strongly connected components of more than one node (Tarjan's algorithm)."""
+    index, low, stack, groups = dict[str, int](), dict[str, int](), list[str](), list[list[str]]()
 
     def visit(node: str) -> None:
         index[node] = low[node] = len(index)
@@ -103,16 +103,16 @@ def cycles(graph: Graph) -> list[list[str]]:
             group = stack[stack.index(node) :]
             del stack[stack.index(node) :]
             if len(group) > 1:
-                found.append(sorted(group))
+                groups.append(sorted(group))
 
     for node in graph:
         if node not in index:
             visit(node)
-    return found
+    return groups
 
 
 def arrows_upwards(graph: Graph) -> list[str]:
-    """Imports from a room into one of the same level or a higher one."""
+    """Imports from a room into another one on the same or a higher level."""
     return sorted(
         f"{module} -> {other}"
         for module, others in graph.items()
@@ -121,7 +121,7 @@ def arrows_upwards(graph: Graph) -> list[str]:
     )
 
 
-# The picture: a column for each part, its rooms from the highest to the lowest, what all share below
+# The picture: one column per part with its rooms from highest to lowest; the shared rooms below
 
 COLUMNS = {
     "compressor": ["cli", "stages", "rl", "prune", "training", "checkpoints", "quantize", "models"],
@@ -132,7 +132,7 @@ COLUMNS = {
     "jetson": ["cli", "board", "model"],
 }
 SHARED = ("rlrc.artifact", "rlrc")
-WORDS = {
+LABELS = {
     "rlrc": "base: errors, files, processes, progress",
     "rlrc.artifact": "the artifact: what passes between the parts",
     "rlrc.exporters": "export, auto, cli",
@@ -141,7 +141,7 @@ WIDTH, HEIGHT, GAP, TOP = 150, 26, 14, 64
 
 
 def draw(graph: Graph) -> str:
-    """The rooms and the arrows between neighbouring ones, as SVG."""
+    """Draw the rooms and the arrows of ``edges`` as SVG."""
     boxes, parts = dict[str, tuple[int, int, int]](), list[str]()
     deepest = max(map(len, COLUMNS.values()))
     for column, (part, names) in enumerate(COLUMNS.items()):
@@ -158,7 +158,7 @@ def draw(graph: Graph) -> str:
         boxes[name] = (10, TOP + deepest * (HEIGHT + GAP) + 40 + row * (HEIGHT + GAP), whole)
     parts += [arrow(boxes[a], boxes[b], f"{a} imports {b}: {count}", a, b) for a, b, count in edges(graph, boxes)]
     for name, (x, y, width) in boxes.items():
-        label = WORDS.get(name, name.removeprefix("rlrc.").rpartition(".")[2])
+        label = LABELS.get(name, name.removeprefix("rlrc.").rpartition(".")[2])
         parts.append(f'<rect class="room" x="{x}" y="{y}" width="{width}" height="{HEIGHT}" rx="5"/>')
         parts.append(f'<text x="{x + width / 2}" y="{y + 17}" text-anchor="middle">{escape(label)}</text>')
     size = f'width="{whole + 30}" height="{boxes["rlrc"][1] + HEIGHT + 16}"'
@@ -177,7 +177,7 @@ def draw(graph: Graph) -> str:
 
 
 def edges(graph: Graph, boxes: Iterable[str]) -> Iterator[tuple[str, str, int]]:
-    """Arrows between rooms, without those that follow from others, and without those into what all share."""
+    """Arrows between rooms (from, to, imports), without transitive arrows and arrows into the shared rooms."""
     counts = defaultdict[tuple[str, str], int](int)
     for module, others in graph.items():
         for other in others:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The main job in a few minutes, from the committed dense checkpoint: prune, recover by SFT and by PPO, quantize, export, run in
-# closed loop, measure, report. The full budget is the same with --recipe rlrc-90 and more episodes (scripts/reference.sh).
+# Runs the whole workflow on the committed dense checkpoint in a few minutes: prune, recover by SFT and PPO, quantize,
+# export, run in closed loop, measure, report. scripts/reference.sh does the same with the full budget.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$(cd "${RLRC_VENV:-.venv}" && pwd)/bin:$PATH"
 dense=reference/dense out=runs/demo
 mkdir -p runs
-rm -rf "$out" # the demo always really runs every stage
+rm -rf "$out" # run every stage anew
 mkdir "$out"
 
 rlrc inspect "$dense"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What the robot side takes: its wheel, installed with the CPU engine into an environment of its own outside of this
-# checkout (RLRC_ROBOT_VENV, or a temporary one): bytes, what can be imported, whether its files are there, and how long
-# `rlrc run` takes from the start of the process to the first action. The result goes to RLRC_RESULT, if given.
+# Measures the robot side. Installs the wheel with the CPU engine into a separate environment outside this checkout
+# (RLRC_ROBOT_VENV, or a temporary one), then checks its size, its imports and its files, and measures the time from the
+# start of `rlrc run` to the first action. Writes the result to RLRC_RESULT, if given.
 set -euo pipefail
-unset PYTHONPATH # nothing but what is installed
+unset PYTHONPATH # use installed packages only
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(realpath -s "${RLRC_VENV:-.venv}")/bin/python
 most=$((300 * 1000 * 1000)) # bytes
@@ -20,17 +20,17 @@ pip() { "$robot/bin/python" -m pip --disable-pip-version-check -q "$@"; }
 "$python" -m venv --clear "$robot"
 before=$(size "$robot")
 "$python" -m pip --disable-pip-version-check -q wheel --no-deps -w "$work" . || fail "the wheel does not build"
-pip install -c constraints.txt "$(echo "$work"/rlrc-*.whl)[cpu]" || fail "the wheel does not install"
+pip install -c constraints.txt "$(echo "$work"/rlrc-*.whl)[cpu]" || fail "the wheel cannot be installed"
 bytes=$(($(size "$robot") - before))
 say "rlrc[cpu] takes $((bytes / 1000000)) MB"
 [ "$bytes" -lt "$most" ] || fail "expected less than $((most / 1000000)) MB, found $((bytes / 1000000))"
 
-# From here on nothing of the checkout but the reference policy.
+# From here on, use nothing from the checkout except the reference policy.
 cp -r reference/compressed "$work/reference-int4"
 cp scripts/first_action.py "$work/"
 result=$(realpath -sm "${RLRC_RESULT:-$work/footprint.json}")
 cd "$work"
-"$robot/bin/python" - <<'END' || fail "the installed files are not whole"
+"$robot/bin/python" - <<'END' || fail "the installation is incomplete or contains too much"
 import importlib.util, sys
 from pathlib import Path
 import rlrc.runtime.cli

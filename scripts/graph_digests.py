@@ -1,8 +1,8 @@
-"""SHA-256 of every graph that is exported from reference/dense and the seven tiny checkpoints, as JSON lines.
+"""Print SHA-256 digests of all graphs exported from the reference policies and the golden checkpoints, as JSON lines.
 
     python scripts/graph_digests.py WORK > after.txt; diff before.txt after.txt
 
-What a change of the exporters must not change is the same before and after. WORK is a folder for the artifacts.
+The digests show which graphs a change of the exporters affects. WORK is a folder for the artifacts.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ INTEGERS = {"onnx": ("int4", "int4a8"), "tensorrt": ("int4",), "gguf": ("int4",)
 
 
 def rlrc(*arguments: object) -> str:
-    """-> the last line of stderr where the command refuses, else nothing."""
+    """Run a command. Returns the last line of stderr if it fails, otherwise an empty string."""
     done = subprocess.run([*RLRC, *map(str, arguments)], capture_output=True, text=True, check=False)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 def flags(family: str) -> list[object]:
     golden = json.loads((DATA / family / "golden.json").read_text())
-    given: list[object] = ["--hints", DATA / family / "golden.json"]
+    options: list[object] = ["--hints", DATA / family / "golden.json"]
     if key := golden["observations"][0].get("unnorm_key"):
-        given += ["--unnorm-key", key]
+        options += ["--unnorm-key", key]
     if family != "act":
-        given += ["--tokenizer", DATA / TOKENIZERS.get(family, "openvla/checkpoint")]
+        options += ["--tokenizer", DATA / TOKENIZERS.get(family, "openvla/checkpoint")]
     if family in IMAGES:
-        given += ["--images", IMAGES[family]]
-    return given
+        options += ["--images", IMAGES[family]]
+    return options
 
 
 def artifacts(work: Path) -> Iterator[tuple[Path, Mapping[str, Sequence[str]]]]:
-    """Each with the targets and precisions that it is exported in."""
+    """Artifacts with the precisions to export for each target."""
     yield ROOT / "reference/dense", FLOATS
     yield ROOT / "reference/compressed", INTEGERS
     for family in FAMILIES:
         out, checkpoint = work / family, DATA / family / "checkpoint"
-        if not out.exists() and (refusal := rlrc("prune", checkpoint, out, "--lossless", *flags(family))):
-            raise SystemExit(refusal)
+        if not out.exists() and (error := rlrc("prune", checkpoint, out, "--lossless", *flags(family))):
+            raise SystemExit(error)
         yield out, FLOATS
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs llama.cpp (llama-cpp-python) into the virtual environment (.venv, or RLRC_VENV), built for this processor, and
-# tries it. The first time takes minutes; after that pip has the wheel. More flags for CMake: CMAKE_ARGS.
+# Builds llama.cpp (llama-cpp-python) for this processor, installs it into the virtual environment (.venv, or RLRC_VENV)
+# and tests it. The first build takes minutes; pip caches the wheel. CMAKE_ARGS adds flags for CMake.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${RLRC_VENV:-.venv}
@@ -10,11 +10,11 @@ say() { echo "llama.cpp: $*"; }
 fail() { echo "llama.cpp: error: $*" >&2; exit 2; }
 [ -x "$python" ] || fail "expected a virtual environment in $venv, found none; run make setup first"
 
-# The library alone.
+# Build only the library.
 flags=(-DLLAVA_BUILD=OFF -DLLAMA_BUILD_{TOOLS,EXAMPLES,TESTS,SERVER}"=OFF" -DLLAMA_CURL=OFF)
 
-# On x86-64 all that the processor has but AMX, whose kernels crash in the first quantized pass (llama-cpp-python 0.3.36):
-# so instead of GGML_NATIVE every extension by its own flag.
+# GGML_NATIVE would enable AMX, whose kernels crash in the first quantized pass (llama-cpp-python 0.3.36). On x86-64, enable
+# every other extension of the processor by its flag instead.
 has() { grep -qm1 "^flags.*[[:space:]]$1\b" /proc/cpuinfo; }
 if [ "$(uname -m)" = x86_64 ]; then
     flags+=(-DGGML_NATIVE=OFF)
@@ -39,21 +39,21 @@ export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 install() {
-    pip install -c constraints.txt "$@" 'llama-cpp-python>=0.3.36' gguf || fail "pip install failed; its last lines say why"
+    pip install -c constraints.txt "$@" 'llama-cpp-python>=0.3.36' gguf || fail "pip install failed; see its last lines"
 }
 works() { "$python" scripts/llama_cpp_check.py; }
 
 if works 2>/dev/null; then
-    say "already there"
+    say "already installed"
     exit 0
 fi
 say "installing llama-cpp-python; building it takes 10 minutes on 2 cores"
 install
 if ! works; then
-    # pip keeps wheels by name and version alone: this one was built for another processor.
-    say "the wheel that pip had does not work here; building it again"
+    # pip caches wheels by name and version only: this one was built for another processor.
+    say "the cached wheel does not work on this processor; rebuilding"
     pip cache remove llama_cpp_python >/dev/null || true
     install --force-reinstall --no-deps
-    works || fail "expected a build that runs on this processor, found that it does not; the lines above say why"
+    works || fail "expected a build that runs on this processor, found that it does not; see the lines above"
 fi
 say "done"

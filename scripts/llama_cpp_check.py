@@ -1,6 +1,6 @@
-"""Whether llama.cpp computes on this processor: a model of one block, in floats and in the formats with own kernels.
+"""Check llama.cpp on this processor with a model of one block in all weight formats.
 
-A build for another processor dies of an illegal instruction in the first pass.
+A build for another processor fails with an illegal instruction in the first pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS = {"fp32": Kind.F32, "fp16": Kind.F16, "int8": Kind.Q8_0, "int4": Kind.Q
 
 
 def write(path: Path, kind: Kind) -> None:
-    """The weights are those that Q4_0 can hold, so that all formats have the same ones."""
+    """Write the model. Its weights are representable in Q4_0, so that they are the same in all formats."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -53,8 +53,8 @@ def write(path: Path, kind: Kind) -> None:
     writer.close()
 
 
-def hidden(path: Path, precision: str) -> np.ndarray:
-    """Of a sequence that comes in at once but for its last position."""
+def run_model(path: Path, precision: str) -> np.ndarray:
+    """Hidden states of a sequence: all positions but the last in one pass, then the last."""
     x = np.random.default_rng(1).standard_normal((LENGTH, WIDTH)).astype(np.float32)
     model = LlamaModel(path, WIDTH, precision, causal=True, threads=2)
     model.begin(LENGTH)
@@ -62,15 +62,15 @@ def hidden(path: Path, precision: str) -> np.ndarray:
 
 
 def main() -> int:
-    found = {}
+    outputs = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision, kind in FORMATS.items():
             write(Path(folder) / "model.gguf", kind)
-            found[precision] = hidden(Path(folder) / "model.gguf", precision)
-    for precision, values in found.items():
-        error = float(np.abs(values - found["fp32"]).max() / np.ptp(found["fp32"]))
+            outputs[precision] = run_model(Path(folder) / "model.gguf", precision)
+    for precision, values in outputs.items():
+        error = float(np.abs(values - outputs["fp32"]).max() / np.ptp(outputs["fp32"]))
         if not error < 0.02:
-            print(f"expected {precision} within 2 % of fp32, found {error:.2%}; build llama.cpp again", file=sys.stderr)
+            print(f"expected {precision} within 2 % of fp32, found {error:.2%}; rebuild llama.cpp", file=sys.stderr)
             return 1
     return 0
 

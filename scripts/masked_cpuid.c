@@ -1,6 +1,6 @@
-/* Preloaded: hides instruction sets from a library whose `cpuid` instructions were replaced by `ud2`
- * (benchmarks/studies/kernel_classes.py). Every one of those comes here, is answered as the processor does, less the bits in the
- * variables HIDE_7_EBX, HIDE_7_ECX, HIDE_7_EDX (leaf 7) and HIDE_71_EAX, HIDE_71_EDX (leaf 7, subleaf 1), in hexadecimal. */
+/* Preloaded library: hides instruction sets from a library whose `cpuid` instructions were replaced by `ud2`
+ * (masked_engine.py). The signal handler executes `cpuid` and clears the bits given in hexadecimal by the variables
+ * HIDE_7_EBX, HIDE_7_ECX, HIDE_7_EDX (leaf 7) and HIDE_71_EAX, HIDE_71_EDX (leaf 7, subleaf 1). */
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <signal.h>
@@ -9,7 +9,7 @@
 
 static unsigned ebx, ecx, edx, eax1, edx1;
 
-static unsigned hidden(const char *name) {
+static unsigned mask(const char *name) {
     const char *value = getenv(name);
     return value ? strtoul(value, NULL, 16) : 0;
 }
@@ -19,7 +19,7 @@ static void answer(int number, siginfo_t *info, void *context) {
     const unsigned char *at = (const unsigned char *)registers[REG_RIP];
     unsigned leaf = registers[REG_RAX], part = registers[REG_RCX], a, b, c, d;
     (void)info;
-    if (at[0] != 0x0f || at[1] != 0x0b) { /* really illegal */
+    if (at[0] != 0x0f || at[1] != 0x0b) { /* an illegal instruction other than `ud2` */
         signal(number, SIG_DFL);
         return;
     }
@@ -32,7 +32,7 @@ static void answer(int number, siginfo_t *info, void *context) {
 
 __attribute__((constructor)) static void begin(void) {
     struct sigaction action = {.sa_sigaction = answer, .sa_flags = SA_SIGINFO | SA_NODEFER};
-    ebx = hidden("HIDE_7_EBX"), ecx = hidden("HIDE_7_ECX"), edx = hidden("HIDE_7_EDX");
-    eax1 = hidden("HIDE_71_EAX"), edx1 = hidden("HIDE_71_EDX");
+    ebx = mask("HIDE_7_EBX"), ecx = mask("HIDE_7_ECX"), edx = mask("HIDE_7_EDX");
+    eax1 = mask("HIDE_71_EAX"), edx1 = mask("HIDE_71_EDX");
     sigaction(SIGILL, &action, NULL);
 }

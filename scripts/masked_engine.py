@@ -1,10 +1,10 @@
-"""Runs a command as on an x86-64 processor of a lesser class, at full speed: ONNX Runtime and torch lack some kernels.
+"""Run a command with the kernels of a lower x86-64 class, at the full speed of this processor.
 
     python scripts/masked_engine.py FOLDER "x86-64 avx2" COMMAND...
 
-FOLDER, kept, gets a copy of ONNX Runtime whose `cpuid` instructions are answered without the instruction sets of better
-classes (masked_cpuid.c); torch and oneDNN have variables for that. The C library is not masked, so that ``kernels()``
-goes on naming this processor. Needs a C compiler and objdump.
+FOLDER keeps a copy of ONNX Runtime whose `cpuid` instructions do not report newer instruction sets (masked_cpuid.c);
+torch and oneDNN are limited by environment variables. The C library is not masked, so ``kernels()`` still names this
+processor. Needs a C compiler and objdump.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REST = {
     "HIDE_71_EAX": 0x800020,
     "HIDE_71_EDX": 0x80430,
 }  # bf16, fp16, AMX, newer 8-bit products
-MASKS = {  # by class, what is hidden to get there
+MASKS = {  # class -> masks that hide everything above it
     "x86-64 avx512": (VNNI, AVX_VNNI, REST),
     "x86-64 avx2-vnni": (AVX512, VNNI, REST),
     "x86-64 avx2": (AVX512, VNNI, AVX_VNNI, REST),
@@ -36,7 +36,7 @@ MASKS = {  # by class, what is hidden to get there
 
 
 def masked_engine(folder: Path) -> dict[str, str]:
-    """A copy of the engine without `cpuid`; -> the variables that a process needs to use it."""
+    """Make a copy of the engine without `cpuid`. Returns the environment variables to use it."""
     site, library = folder / "site", folder / "masked_cpuid.so"
     if not library.exists():
         shutil.rmtree(site, ignore_errors=True)
@@ -49,21 +49,22 @@ def masked_engine(folder: Path) -> dict[str, str]:
 
 
 def replace_cpuid(path: Path) -> None:
-    """By `ud2`, which is as long."""
+    """Replace every `cpuid` instruction by `ud2`, which has the same length."""
     text = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True
     ).stdout
     headers = subprocess.run(["readelf", "-lW", path], capture_output=True, text=True, check=True).stdout
     segments = re.findall(r"LOAD\s+0x(\w+) 0x(\w+) 0x\w+ 0x(\w+)", headers)
     content = bytearray(path.read_bytes())
-    for address in (int(found, 16) for found in re.findall(r"^\s*(\w+):\s+cpuid\s*$", text, re.MULTILINE)):
+    for address in (int(digits, 16) for digits in re.findall(r"^\s*(\w+):\s+cpuid\s*$", text, re.MULTILINE)):
         for offset, start, size in ((int(number, 16) for number in numbers) for numbers in segments):
             if start <= address < start + size:
                 content[address - start + offset : address - start + offset + 2] = b"\x0f\x0b"
     path.write_bytes(content)
 
 
-def hidden(parts: Sequence[Mapping[str, int]]) -> dict[str, str]:
+def mask_variables(parts: Sequence[Mapping[str, int]]) -> dict[str, str]:
+    """Combine masks into the variables of masked_cpuid.c."""
     values: dict[str, int] = {}
     for part in parts:
         for name, bits in part.items():
@@ -84,7 +85,7 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | masked_engine(folder) | hidden(MASKS[sys.argv[2]]) | TORCH[sys.argv[2]]
+    environment = os.environ | masked_engine(folder) | mask_variables(MASKS[sys.argv[2]]) | TORCH[sys.argv[2]]
     return subprocess.call(sys.argv[3:], env=environment)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The operator's page in a real headless Chromium: what an operator does, console errors, axe-core. Installs Chromium with
-# apt where there is none, and playwright (which drives it) into an environment of its own (.venv-page, or RLRC_PAGE_VENV).
+# Tests the operator page in headless Chromium: operator actions, console errors, accessibility (axe-core). Installs
+# Chromium with apt if missing, and playwright into a separate environment (.venv-page, or RLRC_PAGE_VENV).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${RLRC_VENV:-.venv}
@@ -13,7 +13,7 @@ if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; th
     say "installing chromium"
     as_root=$([ "$(id -u)" = 0 ] || echo sudo)
     if ! { $as_root apt-get update -q && $as_root apt-get install -yq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null; then
-        say "not checked: chromium does not install here"
+        say "not checked: chromium cannot be installed"
         exit 0
     fi
 fi
@@ -21,7 +21,7 @@ if ! "$own/bin/python" -c 'import playwright, axe_playwright_python' 2>/dev/null
     say "installing playwright into $own"
     "$venv/bin/python" -m venv "$own"
     if ! "$own/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt playwright axe-playwright-python; then
-        say "not checked: playwright does not install here"
+        say "not checked: playwright cannot be installed"
         exit 0
     fi
 fi

@@ -1,9 +1,9 @@
-"""pip as it would run under another Python on another machine, for wheels only.
+"""Run pip as if under another Python on another machine, for wheels only.
 
     python scripts/pip_as.py 3.10.12 aarch64 install --dry-run 'numpy>=2; python_version < "3.11"'
 
-pip's own options choose wheels for another Python, but it still evaluates markers for the Python that runs it: here
-they are evaluated for the other one too.
+pip's options select wheels for another Python, but pip evaluates environment markers for the running Python. This
+script replaces the marker environment as well.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import sys
 
 from pip._vendor.packaging import markers
 
-GLIBC = (17, 24, 26, 27, 28, 31, 34, 35)  # Ubuntu 22.04, which JetPack 6 is, has 2.35
+GLIBC = (17, 24, 26, 27, 28, 31, 34, 35)  # up to 2.35 of Ubuntu 22.04 (JetPack 6)
 
 
 def main(version: str, machine: str, *arguments: str) -> None:
     release = ".".join(version.split(".")[:2])
-    ours = markers.default_environment()
-    other = {
-        **ours,
+    environment = {
+        **markers.default_environment(),
         "implementation_version": version,
         "platform_machine": machine,
         "platform_release": "",
@@ -28,7 +27,7 @@ def main(version: str, machine: str, *arguments: str) -> None:
         "python_full_version": version,
         "python_version": release,
     }
-    markers.default_environment = lambda: dict(other)
+    markers.default_environment = lambda: dict(environment)
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in reversed(GLIBC)] + [f"manylinux2014_{machine}"]
     command, *rest = arguments
     sys.argv = [
@@ -46,5 +45,5 @@ def main(version: str, machine: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:
-        sys.exit(f"expected a version of Python, a machine and pip's arguments, found {sys.argv[1:]}")
+        sys.exit(f"expected a Python version, a machine and pip's arguments, found {sys.argv[1:]}; pass all three")
     main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How the committed figures came to be: reference/ and benchmarks/results/reference.json. About three CPU-hours; a later call goes
-# on where an earlier one stopped.
+# Reproduces the committed figures: reference/ and benchmarks/results/reference.json. Takes about three CPU-hours; a later
+# call resumes an interrupted one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$(cd "${RLRC_VENV:-.venv}" && pwd)/bin:$PATH"
@@ -11,11 +11,11 @@ mkdir -p "$out"
 [ -d "$out/dense" ] || rlrc sft "$out/new" "$out/dense" --recipe reference
 [ -d "$out/compressed" ] || rlrc compress "$out/dense" "$out/compressed" --recipe rlrc-90
 
-# Controls. PPO has to beat SFT of the same CPU-minutes; recovery has to beat pruning at random and mere extra training.
+# Controls: PPO is compared with SFT of the same CPU-minutes, recovery with extra training of the dense policy.
 [ -d "$out/pruned+sft+sft" ] || rlrc sft "$out/compressed.stages/sft" "$out/pruned+sft+sft" --recipe benchmarks/studies/controls.toml
 [ -d "$out/dense+sft" ] || rlrc sft "$out/dense" "$out/dense+sft" --recipe rlrc-90
 [ -d "$out/dense-int4" ] || rlrc quantize "$out/dense" "$out/dense-int4"
-# 8-bit products: faster than floats, but too far from the torch policy for an export without --tolerance.
+# 8-bit products are faster than floats, but too inaccurate for an export without --tolerance.
 mkdir -p "$out/graphs"
 [ -d "$out/graphs/dense+int8" ] || rlrc export "$out/dense" "$out/graphs/dense+int8" --precision int8 --tolerance 2
 [ -d "$out/graphs/compressed+w4a8" ] ||

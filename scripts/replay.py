@@ -1,9 +1,9 @@
-"""Replays the golden observations of artifacts through the runtime of this machine, and keeps the answers.
+"""Replay the golden observations of artifacts on this machine and record the outputs.
 
     python scripts/replay.py OUT ARTIFACT ... [--backend gguf] [--against OTHER] [--most N]
 
-OUT gets NAME.npz with the answers of each artifact and replay.json with its record against the reference's answers, as
-`rlrc verify` measures it. OTHER is such a folder, of another machine: the differences to its answers are told too.
+Writes to OUT: NAME.npz with the outputs of each artifact, and replay.json with the errors as `rlrc verify` measures
+them. OTHER is such a folder from another machine; the differences from its outputs are recorded as well.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rlrc.runtime.inference.policy import LocalPolicy, find_record
 from rlrc.runtime.inference.verify import Golden
 
 
-class Watched:
-    """An engine whose logits are kept: tokens agree, or they do not, but these tell how near they came."""
+class LogitRecorder:
+    """An engine that keeps the logits, which measure differences that leave the tokens unchanged."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.logits = engine, list[NDArray[np.float32]]()
@@ -44,36 +44,36 @@ class Watched:
         return self.engine.versions()
 
 
-def replayed(path: Path, out: Path, backend: str | None, against: Path | None, most: int) -> dict[str, Any]:
-    """One artifact's row. ``most`` observations at most, evenly spread."""
+def replay_artifact(path: Path, out: Path, backend: str | None, against: Path | None, most: int) -> dict[str, Any]:
+    """Replay at most ``most`` evenly spaced observations of one artifact. Returns its row."""
     artifact = artifacts.load(path, verify=("graphs", "tokenizer", GOLDEN))
     policy = LocalPolicy(artifact, backend=backend)
-    policy.engine = watched = Watched(policy.engine)
-    whole = verify.read_golden(artifact.file(GOLDEN), policy.spec)
-    golden = chosen(whole, most)
+    policy.engine = recorder = LogitRecorder(policy.engine)
+    full = verify.read_golden(artifact.file(GOLDEN), policy.spec)
+    golden = select_rows(full, most)
     limits = verify.recorded_tolerances(find_record(artifact, policy.backend))
-    answers = verify.replay(policy, golden)
-    record = verify.compare(policy, answers, golden, limits)
-    arrays: dict[str, NDArray[Any]] = {"actions": answers.actions}
-    if answers.tokens is not None:
-        arrays |= {"tokens": answers.tokens, "logits": np.stack(watched.logits)}
+    outputs = verify.replay(policy, golden)
+    record = verify.compare(policy, outputs, golden, limits)
+    arrays: dict[str, NDArray[Any]] = {"actions": outputs.actions}
+    if outputs.tokens is not None:
+        arrays |= {"tokens": outputs.tokens, "logits": np.stack(recorder.logits)}
     write_npz(out / f"{path.name}.npz", **arrays)
     row = {
         "name": path.name,
         "precision": next(g.precision for g in artifact.manifest.graphs if g.backend == policy.backend),
         "observations": len(golden),
-        "of": len(whole),
+        "of": len(full),
         "record": asdict(record),
         "failure": verify.failure_reason(record),
     }
     if against is None:
         return row
     other = read_npz(against / f"{path.name}.npz")
-    theirs = replace(golden, actions=other["actions"].astype(np.float32))
+    baseline = replace(golden, actions=other["actions"].astype(np.float32))
     if golden.logits is not None:
-        theirs = replace(theirs, tokens=other["tokens"], logits=other["logits"].reshape(golden.logits.shape))
-    between = verify.compare(policy, answers, theirs, limits)
-    difference = np.abs(answers.actions - other["actions"])
+        baseline = replace(baseline, tokens=other["tokens"], logits=other["logits"].reshape(golden.logits.shape))
+    between = verify.compare(policy, outputs, baseline, limits)
+    difference = np.abs(outputs.actions - other["actions"])
     logits = None
     if "logits" in arrays:
         logits = float(np.abs(arrays["logits"] - other["logits"]).max() / np.ptp(other["logits"]))
@@ -88,7 +88,7 @@ def replayed(path: Path, out: Path, backend: str | None, against: Path | None, m
     }
 
 
-def chosen(golden: Golden, most: int) -> Golden:
+def select_rows(golden: Golden, most: int) -> Golden:
     return golden if len(golden) <= most else golden.rows(np.linspace(0, len(golden) - 1, most).astype(int))
 
 
@@ -99,19 +99,20 @@ def main() -> None:
     parser.add_argument("--backend")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--most", type=int, default=10**9)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for path in given.artifacts:
-        rows.append(replayed(path, given.out, given.backend, given.against, given.most))
-        told = rows[-1].get("difference", {}).get("actions")
+    for path in args.artifacts:
+        row = replay_artifact(path, args.out, args.backend, args.against, args.most)
+        rows.append(row)
+        largest = row.get("difference", {}).get("actions")
         print(
-            f"{path.name}: {rows[-1]['observations']} observations, {rows[-1]['failure'] or 'within its limits'}"
-            f"{'' if told is None else f', differs by up to {told:.3g} in action units'}",
+            f"{path.name}: {row['observations']} observations, {row['failure'] or 'within its limits'}"
+            f"{'' if largest is None else f', differs by up to {largest:.3g} in action units'}",
             flush=True,
         )
     result = {"machine": platform.machine(), "python": platform.python_version(), "rows": rows}
-    (given.out / "replay.json").write_text(json.dumps(result))
+    (args.out / "replay.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

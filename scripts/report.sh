@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The committed results as a report: docs/report.md with its charts, and the same as one page, runs/report.html, which is not
-# committed. Measures nothing. Predictions are of the geometries named at the end.
+# Writes the committed results as a report: docs/report.md with its charts, and runs/report.html (not committed). Measures
+# nothing. The geometries at the end are those to predict.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,7 +9,7 @@ for file in benchmarks/results/{claims-*,memory,peers,peers-*}.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
 mkdir -p runs
-rm -rf docs/report # charts of before
+rm -rf docs/report # old charts
 for out in docs/report.md runs/report.html; do
     rlrc report "${results[@]}" reference/compressed/curves/*.jsonl --out "$out" --force \
         --predict openvla-7b openvla-oft-7b pi0 smolvla

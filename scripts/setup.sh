@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up everything that `make demo` and `make test` need, on a fresh Debian 12 or Ubuntu 22.04/24.04 with Python >= 3.10:
+# Installs the requirements of `make demo` and `make test` on a fresh Debian 12 or Ubuntu 22.04/24.04 with Python >= 3.10:
 # system packages (as root or with passwordless sudo), a virtual environment (.venv, or RLRC_VENV) and the Python packages
-# of constraints.txt. When nothing has changed since the last time, it only says so.
+# of constraints.txt. Does nothing if the environment is up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${RLRC_VENV:-.venv}
@@ -10,7 +10,7 @@ extras=cpu,compress,export,sim,data,serve,report,dev
 say() { echo "setup: $*"; }
 fail() { echo "setup: error: $*" >&2; exit 2; }
 
-# What this set-up depends on. The folder is part of it, because the installation points into this checkout.
+# Hash of the inputs of this set-up. It includes the folder, because the installation points into this checkout.
 fingerprint() { { cat pyproject.toml constraints.txt scripts/setup.sh; "$venv/bin/python" -VV; pwd; } | sha256sum; }
 
 stamp=$venv/rlrc-setup
@@ -36,11 +36,11 @@ install_system_packages() {
     for package in libegl1 libgl1 libgl1-mesa-dri libgles2 libosmesa6; do # headless rendering: EGL or OSMesa
         dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || packages+=("$package")
     done
-    command -v strace >/dev/null || packages+=(strace) # a test watches whom commands talk to
+    command -v strace >/dev/null || packages+=(strace) # a test traces the network connections of commands
     if ! command -v cc >/dev/null || ! command -v c++ >/dev/null || ! command -v make >/dev/null; then
         packages+=(build-essential)
     fi
-    # Debian splits venv off; python3.X-venv exists for every X that is packaged.
+    # Debian packages venv separately, as python3.X-venv for every packaged Python.
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         packages+=("$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')")
     [ ${#packages[@]} -gt 0 ] || return 0
@@ -54,13 +54,13 @@ install_system_packages() {
     say "installing system packages: ${packages[*]}"
     local log
     log=$(mktemp)
-    "${sudo[@]}" apt-get update -qq >"$log" 2>&1 || say "apt-get update failed; going on with the lists at hand"
+    "${sudo[@]}" apt-get update -qq >"$log" 2>&1 || say "apt-get update failed; using the existing package lists"
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" \
         >"$log" 2>&1 || fail "apt-get install ${packages[*]} failed: $(tail -n 1 "$log") (more in $log)"
     rm -f "$log"
 }
 
-# QEMU's user mode, by which the tests run 8-bit graphs on a processor without VNNI. Nothing else needs it.
+# QEMU's user mode: only the tests need it, to run 8-bit graphs on an emulated processor without VNNI.
 install_emulator() {
     local sudo=()
     if [ "$(uname -m)" != x86_64 ] || command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null; then
@@ -69,24 +69,24 @@ install_emulator() {
     [ "$(id -u)" = 0 ] || sudo=(sudo -n)
     say "installing qemu-user-static"
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-user-static \
-        >/dev/null 2>&1 || say "qemu-user-static does not install; tests on other processors' kernels will be skipped"
+        >/dev/null 2>&1 || say "qemu-user-static cannot be installed; tests of other processors' kernels will be skipped"
 }
 if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then
     install_system_packages
     install_emulator
 else
-    say "no apt-get here: a C++ compiler, make and EGL or OSMesa must be there already"
+    say "apt-get not found: a C++ compiler, make and EGL or OSMesa must already be installed"
 fi
 
 # An interrupted earlier attempt may have left an environment without pip; venv completes it.
 if ! "$venv/bin/python" -c 'import sys, pip; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then
-    say "making the virtual environment $venv with $("$python" -V)"
+    say "creating the virtual environment $venv with $("$python" -V)"
     "$python" -m venv "$venv" || fail "$python -m venv $venv failed"
 fi
 
-say "installing rlrc[$extras] into $venv; the first time takes minutes, mostly for torch"
+say "installing rlrc[$extras] into $venv; the first installation takes minutes, mostly for torch"
 "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]" ||
-    fail "pip install failed; its last lines above say why"
+    fail "pip install failed; see its last lines above"
 
 fingerprint >"$stamp"
 say "done"

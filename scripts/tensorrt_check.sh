@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Asks NVIDIA's parser and builder (TensorRT-RTX, without a GPU) about the TensorRT graphs of every family, where its packages
-# install: they get an environment of their own (.venv-tensorrt, or RLRC_TENSORRT_VENV), because they bring their own versions.
+# Checks the TensorRT graphs of every family with NVIDIA's parser and builder (TensorRT-RTX, without a GPU), if its packages
+# can be installed. They get a separate environment (.venv-tensorrt, or RLRC_TENSORRT_VENV), because they pin other versions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${RLRC_VENV:-.venv}
@@ -14,7 +14,7 @@ if ! "$own/bin/python" -c 'import cuda.bindings, onnx, PIL, tensorrt_rtx_binding
     "$venv/bin/python" -m venv "$own"
     if ! "$own/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt \
         cuda-bindings numpy onnx pillow rich tokenizers tyro tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs; then
-        say "not checked: its packages do not install here"
+        say "not checked: the TensorRT-RTX packages cannot be installed"
         exit 0
     fi
 fi

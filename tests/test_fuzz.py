@@ -1,4 +1,4 @@
-"""The servers get what fuzzing once found (tests/data/fuzz, by tests/robustness/fuzz.py), and valid messages."""
+"""Sends the servers all messages that fuzzing has found (tests/data/fuzz, tests/robustness/fuzz.py) and valid ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NO_ACTIONS = {"gr00t": 1, "lerobot": 0, "openpi": 1, "openvla": 0, "stop": 2, "p
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_what_was_found_is_answered_or_refused(protocol: str) -> None:
-    async def give() -> list[str | None]:
+    async def send() -> list[str | None]:
         target = await Target.open(protocol)
         try:
             for path in sorted((FOUND / protocol).glob("*")):
-                await asyncio.wait_for(target.give(path.read_bytes()), 10)
-            return [await target.give(message) for message in seeds(protocol)]
+                await asyncio.wait_for(target.send(path.read_bytes()), 10)
+            return [await target.send(message) for message in seeds(protocol)]
         finally:
             await target.close()
 
-    told = asyncio.run(give())
-    assert len(told) - told.count(None) == NO_ACTIONS[protocol], told
+    refusals = asyncio.run(send())
+    assert len(refusals) - refusals.count(None) == NO_ACTIONS[protocol], refusals

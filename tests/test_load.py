@@ -1,4 +1,4 @@
-"""The load test (tests/robustness/load.py) for seconds: nothing breaks. Its ratio needs a quiet machine."""
+"""The load test (tests/robustness/load.py) for a few seconds. Its latency ratio needs a quiet machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import pytest
 PROFILE = str(Path(__file__).parents[1] / "examples/udp_arm.toml")
 
 
-def test_nothing_breaks_beside_the_malicious_client(
-    arm_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load, "BUSY", 0.05)  # of a policy that hardly computes
+def test_nothing_breaks_with_a_malicious_client(arm_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "BUSY", 0.05)  # the toy policy is fast
     out = tmp_path / "load.json"
     attacks = ("gzip bodies", "many header fields")
     load.main(arm_toy, minutes=0.1, stop_seconds=0.4, attacks=attacks, profile=PROFILE, out=out)
@@ -37,14 +35,14 @@ def test_nothing_breaks_beside_the_malicious_client(
             assert (row["connections"] > 0) == (row["attack"] != "none")
             for way in ("kept", "new"):
                 assert row[way]["stops"] > 0
-                assert row[way]["p50_ms"] < 1000  # tests/robustness/load.py asks for .1 s at the 99th percentile
+                assert row[way]["p50_ms"] < 1000  # tests/robustness/load.py limits the 99th percentile to 0.1 s
                 assert row[way]["failed"] == {}
     assert result["newcomers"].keys() == {"answered"}
     assert set(result["afterwards"]["answers"].values()) == {"answered"}
     assert (result["afterwards"]["exit_code"], result["afterwards"]["tracebacks"]) == (0, 0)
 
 
-def test_what_is_not_kept_is_said() -> None:
+def test_unmet_requirements_are_reported() -> None:
     ratios, memory = {"p99_beside_malicious_to_honest": 1.51}, {"server_growth_mb": 65.0}
     rows = [{"refused": {"busy": 2}}]
     after = {"answers": {"openpi": "answered", "gr00t": "gone"}, "exit_code": 1, "tracebacks": 3}
@@ -54,14 +52,14 @@ def test_what_is_not_kept_is_said() -> None:
     assert load.faults(ratios, memory, rows, {"answered": 3}, after) == []
 
 
-def test_a_late_or_failed_stop_is_said() -> None:
+def test_late_and_failed_stops_are_reported() -> None:
     good, late = {"p99_ms": 99.0, "failed": {}}, {"p99_ms": 101.0, "failed": {}}
     failed = {"p99_ms": 1.0, "failed": {"TimeoutError": 1}}
     rows = [{"attack": "none", "kept": good, "new": good, "page": late}]
-    assert load.late({"run": rows}) == []
+    assert load.late_stops({"run": rows}) == []
     rows = [{"attack": "x", "kept": late, "new": failed, "page": good}]
-    assert [line.split(":")[0] for line in load.late({"run": rows})] == [
-        "stop of rlrc run beside x (kept connection)", "stop of rlrc run beside x (new connection)"
+    assert [line.split(":")[0] for line in load.late_stops({"run": rows})] == [
+        "stop of rlrc run during x (kept connection)", "stop of rlrc run during x (new connection)"
     ]  # fmt: skip
 
 
@@ -70,5 +68,5 @@ def test_memory_is_compared_with_that_after_the_first_minute() -> None:
         {"seconds": float(second), "server_mb": megabytes, "inference_mb": 50.0, "files": 20.0}
         for second, megabytes in ((0, 90.0), (30, 150.0), (60, 120.0), (90, 125.0), (120, 121.0))
     ]
-    found = load.grown(samples, 120)
+    found = load.memory_growth(samples, 120)
     assert (found["server_growth_mb"], found["server_most_mb"]) == (5.0, 150.0)

@@ -127,7 +127,7 @@ def test_our_artifact_as_a_contestant(toy_artifact: Path, observation: dict[str,
 
 
 def test_checkpoint_in_lerobots_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A small one of the same making is read by our reader, takes the race's observation and answers."""
+    """A small one written by the same code is read by our reader, takes the race's observation and answers."""
     pytest.importorskip("torch")
     import checkpoint
 
@@ -140,7 +140,7 @@ def test_checkpoint_in_lerobots_format(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(checkpoint, "SMOLVLA_EXPERT", Language(48, 4, 15, 5, 64, 64))
     monkeypatch.setattr(checkpoint, "SMOLVLM_VISION", Vision(24, 2, 48, patch=16, tokens=64))
     monkeypatch.setattr(checkpoint, "SMOLVLM_VOCABULARY", 320)
-    monkeypatch.setattr(checkpoint, "SEEN", 128)
+    monkeypatch.setattr(checkpoint, "RESIZED", 128)
     checkpoint.write(tmp_path)
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     assert config["vlm_model_name"] == str(tmp_path / "smolvlm")
@@ -158,7 +158,7 @@ def test_transformers_modules_compute_the_same_tokens(tmp_path: Path, monkeypatc
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     import decoder_speed
-    from openvla_in_transformers import Assembled
+    from openvla_in_transformers import TransformersOpenVLA
 
     from rlrc import artifact as artifacts
     from rlrc.artifact import TOKENIZER, LayerSpec, TowerSpec
@@ -182,7 +182,7 @@ def test_transformers_modules_compute_the_same_tokens(tmp_path: Path, monkeypatc
     tokenizer = Tokenizer(artifact.file(TOKENIZER), artifact.manifest.policy.prompt)
     expected = TorchPolicy(artifact.manifest.policy, tokenizer, lambda: policy).infer(seen)["actions"]
     with torch.inference_mode():
-        actions = Assembled(tmp_path / "dense", torch.float32).infer(seen)
+        actions = TransformersOpenVLA(tmp_path / "dense", torch.float32).infer(seen)
     np.testing.assert_array_equal(actions, expected)
     assert len(np.unique(expected)) > 1
 

@@ -349,7 +349,7 @@ def test_seeds_of_a_study_are_pooled_and_drawn_apart(tmp_path: Path) -> None:
     assert (arms["sft"]["success"], arms["sft"]["episodes"]) == (0.85, 200)
     assert [len(arm.seeds) for arm in findings.arms(study()[2:4])] == [2]
     (few,) = findings.arms(study()[4:])
-    assert few.ways == [[(11.0, 0.5), (12.0, 0.6)]]
+    assert few.paths == [[(11.0, 0.5), (12.0, 0.6)]]
     file = tmp_path / "recovery.json"
     file.write_text(json.dumps(study()))
     read = Reader(page([results.read(file)]))

@@ -235,7 +235,7 @@ def test_an_owner_that_does_not_answer_is_told_of(pressed: Pressed) -> None:
 def test_a_stop_beside_an_attack(pressed: Pressed, name: str) -> None:
     url = f"http://127.0.0.1:{pressed.port.port}"
     operator = load_http.Operator(f"{url}/stop", url, TOKEN)
-    with load_http.attacked(name, [pressed.port.port]) as did:
+    with load_http.run_attack(name, [pressed.port.port]) as did:
         row = operator.run(1.0)
     operator.close()
     assert did["connections"] > 0

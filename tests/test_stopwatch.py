@@ -57,7 +57,7 @@ def test_itself_is_the_same_and_a_tenth_more_is_slower() -> None:
 
 @pytest.mark.usefixtures("steady")
 def test_a_slow_down_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "SLOWER", 0.0)
+    monkeypatch.setattr(stopwatch, "SLOWDOWN", 0.0)
     missed = stopwatch.check_detection(Busy, [{}], 60)[1]
     assert (missed.found, missed.passed) == ("no difference", False)
 
@@ -66,7 +66,7 @@ def test_script(toy_artifact: Path, capsys: Any) -> None:
     code = stopwatch.main([str(toy_artifact), "--trials", "40", "--calls", "200"])
     printed = capsys.readouterr().out
     assert "the same artifact twice: " in printed
-    assert "the same, slowed by 10%: " in printed
+    assert "the artifact slowed by 10%: " in printed
     assert "added to every latency: " in printed
     # An inference of 0.1 ms on a busy machine proves nothing; the exit code has to follow the checks.
     assert code == (1 if "FAIL" in printed else 0)

@@ -1,8 +1,8 @@
-"""A SmolVLA of the official size with random weights, in the folder that lerobot writes and reads, tokenizer and all.
+"""Write a SmolVLA of the official size with random weights as a complete checkpoint folder of lerobot.
 
-What is small in it (processors, statistics, a tokenizer of a few hundred words) is that of the golden checkpoint in
-tests/data; dimensions are the official ones (rlrc.compressor.checkpoints.geometry). Weights are of a size that keeps
-activations near one, stored in bfloat16, as lerobot's own checkpoint has them.
+Processors, statistics and a small tokenizer come from the golden checkpoint in tests/data; dimensions are the official
+ones (rlrc.compressor.checkpoints.geometry). Weights are scaled to keep activations near one and stored in bfloat16, as
+in lerobot's checkpoint.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from rlrc.compressor.stages import artifact_io
 from rlrc.compressor.stages.sources import OfficialSource
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "smolvla"
-CAMERAS, PICTURE, SEEN, DIM, CHUNK, WIDTH = ("top", "wrist"), 256, 512, 6, 50, 32
+CAMERAS, PICTURE, RESIZED, DIM, CHUNK, WIDTH = ("top", "wrist"), 256, 512, 6, 50, 32
 MERGE, EVERY = 4, 2
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """``folder/checkpoint``, what it needs to be read in ``folder/smolvlm`` and ``folder/hints.json``, and
-    ``folder/observation.npz``."""
-    official, language = folder / "checkpoint", folder / "smolvlm"
-    shutil.copytree(DATA / "checkpoint", official)
+    """Write ``checkpoint``, ``smolvlm``, ``hints.json`` (both needed to read it) and ``observation.npz``."""
+    checkpoint, language = folder / "checkpoint", folder / "smolvlm"
+    shutil.copytree(DATA / "checkpoint", checkpoint)
     shutil.copytree(DATA / "tiny_smolvlm", language)
     _edit(language / "config.json", _language)
-    _edit(official / "config.json", lambda config: _policy(config, language))
+    _edit(checkpoint / "config.json", lambda config: _policy(config, language))
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
-        _edit(official / name, lambda steps: _processors(steps, language))
+        _edit(checkpoint / name, lambda steps: _processors(steps, language))
     torch.manual_seed(seed)
     tensors = shapes.smolvla(SMOLVLM_VISION, MERGE, SMOLLM2, SMOLVLA_EXPERT, EVERY, SMOLVLM_VOCABULARY, WIDTH, WIDTH)
-    save_file({name: _weight(name, shape) for name, shape in tensors.items()}, official / "model.safetensors")
+    save_file({name: _weight(name, shape) for name, shape in tensors.items()}, checkpoint / "model.safetensors")
     heads = {"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64}
     hints = {"geometry": {"text": heads, "vision": {"num_attention_heads": 12}}}
     (folder / "hints.json").write_text(json.dumps(hints))
@@ -51,8 +50,10 @@ def write(folder: Path, seed: int = 0) -> None:
 
 
 def compress(folder: Path) -> None:
-    """The checkpoint as the artifacts ``folder/dense`` and ``folder/int4``, as `rlrc prune --lossless` and `rlrc
-    quantize` make them, but that the race's observation is their only golden one."""
+    """Convert the checkpoint to artifacts ``dense`` and ``int4``, as `rlrc prune --lossless` and `rlrc quantize` do.
+
+    The race's observation is their only golden observation.
+    """
     source = OfficialSource(folder / "checkpoint", Flags(folder / "hints.json", tokenizer=folder / "smolvlm"))
     policy, _ = cut_lossless(source.load(), source.unread)
     with np.load(folder / "observation.npz") as stored:
@@ -96,7 +97,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _language(config: dict[str, Any]) -> None:
-    """Of SmolVLM2-500M-Video-Instruct; only the blocks that SmolVLA reads."""
+    """Dimensions of SmolVLM2-500M-Video-Instruct, with only the blocks that SmolVLA reads."""
     config["scale_factor"] = MERGE
     config["text_config"] |= {
         "hidden_size": SMOLLM2.width,
@@ -112,7 +113,7 @@ def _language(config: dict[str, Any]) -> None:
         "intermediate_size": SMOLVLM_VISION.mlp,
         "num_hidden_layers": SMOLVLM_VISION.depth,
         "num_attention_heads": 12,
-        "image_size": SEEN,
+        "image_size": RESIZED,
         "patch_size": SMOLVLM_VISION.patch,
     }
 
@@ -124,7 +125,7 @@ def _policy(config: dict[str, Any], language: Path) -> None:
     }
     config["output_features"] = {"action": {"type": "ACTION", "shape": [DIM]}}
     config |= {
-        "resize_imgs_with_padding": [SEEN, SEEN],
+        "resize_imgs_with_padding": [RESIZED, RESIZED],
         "chunk_size": CHUNK,
         "n_action_steps": CHUNK,
         "num_vlm_layers": SMOLLM2.depth,

@@ -1,4 +1,4 @@
-"""The race's side: contestants in processes of their own, one chunk each in turn."""
+"""Contestants as the race sees them: separate processes that compute one chunk per request."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOTS = ("compressor", "exporters", "runtime", "benchmarks", "jetson")
-WAIT_S = 900.0  # compiling takes minutes on a busy machine
+WAIT_S = 900.0  # compilation takes minutes on a busy machine
 
 
 class Skip(Exception):
-    """Why a contestant is left out."""
+    """The contestant cannot run; the message states the reason."""
 
 
 @dataclass
 class Contestant:
-    """``python``: the environment that it runs in; ``script``: of this folder."""
+    """``python``: interpreter of the contestant's environment; ``script``: file in this folder."""
 
     name: str
     python: str
     script: str
     arguments: Sequence[str]
-    told: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     trials: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     process: Any = None
 
     def start(self, threads: int) -> None:
-        """Raises Skip with the reason if it cannot take part."""
+        """Start the process. Raises Skip with the reason if the contestant cannot run."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         environment["PYTHONPATH"] = os.pathsep.join(str(HERE.parents[1] / root) for root in ROOTS)
         if self.script == "run_lerobot.py":
-            del environment["PYTHONPATH"]  # an environment of its own
+            del environment["PYTHONPATH"]  # it runs in a separate environment without rlrc
         try:
             self.process = subprocess.Popen(
                 [self.python, str(HERE / self.script), *self.arguments],
@@ -47,7 +47,7 @@ class Contestant:
             )  # fmt: skip
         except OSError as error:
             raise Skip(f"{self.python} cannot be run: {error.strerror}") from None
-        self.told = self._answer()
+        self.metadata = self._answer()
 
     def ask(self, word: str) -> dict[str, Any]:
         try:
@@ -58,7 +58,7 @@ class Contestant:
         return self._answer()
 
     def act(self) -> tuple[float, float]:
-        """Milliseconds of a chunk, by the clock and of all processors together."""
+        """Compute a chunk. Returns milliseconds of wall time and of CPU time over all cores."""
         answer = self.ask("act")
         return float(answer["ms"]), float(answer["cpu_ms"])
 
@@ -70,7 +70,7 @@ class Contestant:
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
-            with suppress(BrokenPipeError):  # what it was not told any more
+            with suppress(BrokenPipeError):  # close() flushes requests that the process did not read
                 self.process.stdin.close()
             self.process.stdout.close()
             self.process.wait()

@@ -1,4 +1,4 @@
-"""OpenVLA put together of transformers' own modules, with the weights of a dense artifact of one vision transformer."""
+"""OpenVLA assembled from modules of transformers, with the weights of a dense artifact that has one vision tower."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ VISION = {
 }
 
 
-class Assembled:
-    """``see`` and ``step`` are the passes, for torch.compile to take."""
+class TransformersOpenVLA:
+    """``encode_image`` and ``step`` are the passes that torch.compile may replace."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         artifact = artifacts.load(folder, verify=())
@@ -46,7 +46,7 @@ class Assembled:
         self.head = state["head.weight"].to(dtype)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (1, N, width of the language model). The second to last norm's features: no final norm."""
+        """(1, 3, H, W) -> (1, N, width of the language model). The final norm of the vision tower is not applied."""
         tower = getattr(self.vision, "vision_model", self.vision)
         return self.projector(tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state)
 
@@ -59,8 +59,8 @@ class Assembled:
         prepared = preprocess.prepare(observation, self.spec, self.tokenizer)
         assert prepared.ids is not None
         pixels = torch.from_numpy(prepared.pixels[0]).permute(2, 0, 1)[None].to(self.dtype)
-        seen, words = self.encode_image(pixels), self.language.embed_tokens(torch.from_numpy(prepared.ids)[None])
-        x, cache = torch.cat([words[:, :1], seen, words[:, 1:]], 1), DynamicCache()
+        patches, words = self.encode_image(pixels), self.language.embed_tokens(torch.from_numpy(prepared.ids)[None])
+        x, cache = torch.cat([words[:, :1], patches, words[:, 1:]], 1), DynamicCache()
         action, tokens = self.spec.action, list[int]()
         assert action.tokens is not None
         while len(tokens) < action.horizon * action.dim:
@@ -79,18 +79,18 @@ def _vision(manifest: Manifest, state: dict[str, Tensor]) -> SiglipVisionModel:
     )  # fmt: skip
     model = SiglipVisionModel(config)
     stem = state["vision.stem.steps.0.weight"].unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
-    found = {
+    weights = {
         "embeddings.patch_embedding.weight": stem,
         "embeddings.patch_embedding.bias": state["vision.stem.steps.0.bias"],
         "embeddings.position_embedding.weight": state["vision.position"],
     }
     for i in range(len(tower.layers)):
         for kind in ("weight", "bias"):
-            ours, theirs = f"vision.layers.{i}.", f"encoder.layers.{i}."
-            found |= {f"{theirs}{b}.{kind}": state[f"{ours}{a}.{kind}"] for a, b in VISION.items()}
-            parts = state[f"{ours}attention.qkv.{kind}"].chunk(3)
-            found |= {f"{theirs}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
-    _load(getattr(model, "vision_model", model), found, unread=("post_layernorm", "position_ids"))
+            source, target = f"vision.layers.{i}.", f"encoder.layers.{i}."
+            weights |= {f"{target}{b}.{kind}": state[f"{source}{a}.{kind}"] for a, b in VISION.items()}
+            parts = state[f"{source}attention.qkv.{kind}"].chunk(3)
+            weights |= {f"{target}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
+    _load(getattr(model, "vision_model", model), weights, unread=("post_layernorm", "position_ids"))
     return model
 
 
@@ -104,10 +104,10 @@ def _language(manifest: Manifest, state: dict[str, Tensor]) -> LlamaModel:
         rope_parameters={"rope_type": "default", "rope_theta": tower.theta},
     )  # fmt: skip
     model = LlamaModel(config)
-    found = {"embed_tokens.weight": state["embedding.weight"], "norm.weight": state["decoder.norm.weight"]}
+    weights = {"embed_tokens.weight": state["embedding.weight"], "norm.weight": state["decoder.norm.weight"]}
     for i in range(len(tower.layers)):
-        found |= {f"layers.{i}.{b}.weight": state[f"decoder.layers.{i}.{a}.weight"] for a, b in BLOCK.items()}
-    _load(model, found)
+        weights |= {f"layers.{i}.{b}.weight": state[f"decoder.layers.{i}.{a}.weight"] for a, b in BLOCK.items()}
+    _load(model, weights)
     return model
 
 
@@ -120,9 +120,9 @@ def _projector(state: dict[str, Tensor]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _load(module: nn.Module, found: dict[str, Tensor], unread: tuple[str, ...] = ()) -> None:
-    """Every tensor of both sides has its counterpart, but those of the module that nothing reads."""
-    missing, unexpected = module.load_state_dict({name: value.float() for name, value in found.items()}, strict=False)
+def _load(module: nn.Module, weights: dict[str, Tensor], unread: tuple[str, ...] = ()) -> None:
+    """Load the weights. Raises RuntimeError if names differ, except for ``unread`` tensors of the module."""
+    missing, unexpected = module.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
     missing = [name for name in missing if not any(part in name for part in unread)]
     if missing or unexpected:
-        raise RuntimeError(f"weights that do not fit: {missing[:3]} missing, {unexpected[:3]} left over")
+        raise RuntimeError(f"expected matching weights, found {missing[:3]} missing and {unexpected[:3]} left over")

@@ -1,8 +1,8 @@
-"""A contestant's side of a race: a word on its standard input, a line of JSON on its standard output for each.
+"""The contestant's side of the race: reads requests from standard input and answers each with a line of JSON.
 
-``act``: one chunk of actions, timed. ``actions``: those of the last one. ``memory``: of this process. Whatever goes
-wrong becomes the reason why the contestant is left out. Imported in environments that have no rlrc: the standard
-library and numpy alone.
+``act`` computes and times one chunk of actions, ``actions`` returns the last chunk, ``memory`` the peak memory of this
+process. On an error, the answer states why the contestant is skipped. This module is imported in environments without
+rlrc, so it uses only the standard library and numpy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Opened:
-    """``infer`` makes a chunk (horizon, dim) of the race's observation, from raw pictures to raw actions."""
+    """``infer`` computes a chunk (horizon, dim) of raw actions for the race's observation with its raw pictures."""
 
     infer: Callable[[], Any]
     precision: str
@@ -29,14 +29,13 @@ class Opened:
 
 
 def observation(path: str) -> dict[str, Any]:
-    """``image.<camera>`` uint8 (H, W, 3), ``instruction``; where the policy takes them ``state`` float32 (S,) and
-    ``noise`` float32 (horizon, width)."""
+    """``image.<camera>`` uint8 (H, W, 3) and ``instruction``; optional ``state`` (S,), ``noise`` (horizon, width)."""
     with np.load(path) as stored:
         return {name: str(stored[name]) if name == "instruction" else stored[name] for name in stored.files}
 
 
 def serve(open_policy: Callable[[], Opened]) -> None:
-    # What libraries print must not come between the answers.
+    # Redirect standard output to standard error, so that libraries cannot print between the answers.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -58,5 +57,5 @@ def serve(open_policy: Callable[[], Opened]) -> None:
             else:
                 answer(peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     except (Exception, SystemExit) as error:
-        told = str(error).strip().splitlines() or [""]
-        answer(skipped=f"{type(error).__name__}: {told[0][:200]}")
+        reason = str(error).strip().splitlines() or [""]
+        answer(skipped=f"{type(error).__name__}: {reason[0][:200]}")

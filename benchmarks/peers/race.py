@@ -1,13 +1,13 @@
-"""Ours against what one would use instead: the same weights and inputs, in turns, round after round.
+"""Compare rlrc with other runtimes on the same weights and inputs, in turn, round after round.
 
     python benchmarks/peers/race.py smolvla OUT.json [--lerobot PYTHON] [--threads 2] [--rounds 8] [--work FOLDER]
     python benchmarks/peers/race.py openvla OUT.json ...
 
-``smolvla``: SmolVLA's official size against lerobot's own. ``openvla``: an OpenVLA with a decoder of 154 M parameters
+``smolvla``: SmolVLA of the official size against lerobot. ``openvla``: an OpenVLA with a decoder of 154 M parameters
 (benchmarks/studies/decoder_speed.py) against transformers, stock ONNX Runtime and llama.cpp. The weights are random:
-latency does not depend on them, and the result lists how far rounding moves the actions. Runtimes that cannot run are
-skipped with the reason. Needs torch and the exporters' packages; PYTHON is that of an environment with lerobot, see
-docs/peers.md.
+latency does not depend on them, and the result reports how much rounding changes the actions. Runtimes that cannot run
+are skipped with the reason. Needs torch and the exporters' packages; PYTHON is the interpreter of an environment with
+lerobot, see docs/peers.md.
 """
 
 from __future__ import annotations
@@ -27,46 +27,47 @@ from rlrc import artifact as artifacts
 from rlrc.benchmarks.results import machine, results
 from rlrc.benchmarks.results.stats import percentiles, ratio_interval
 
-ANYTHING = 1e9  # what random weights' actions may differ by: it is told, not limited
+TOLERANCE = 1e9  # errors of random weights are reported, not limited
 WARM = 2
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-def smolvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[str, Any], list[Contestant]]:
+def smolvla(folder: Path, threads: int, lerobot: str, report: Report) -> tuple[dict[str, Any], list[Contestant]]:
     import checkpoint
 
     if not (folder / "observation.npz").exists():
-        say("random weights of the official size")
+        report("writing random weights of the official size")
         checkpoint.write(folder)
-    seen, official = str(folder / "observation.npz"), str(folder / "checkpoint")
+    observation, weights = str(folder / "observation.npz"), str(folder / "checkpoint")
     if not (folder / "int4").exists():
-        say("read, without what nothing reads, and in 4 bits")
+        report("converting the checkpoint, dense and in 4 bits")
         checkpoint.compress(folder)
-    # 4-bit weights in 8-bit kernels, which are faster here, and as they are, which take half the memory.
+    # 4-bit weights in 8-bit kernels (faster here) and in 4-bit kernels (half the memory).
     ours = {"rlrc int4": ("int4", "int8"), "rlrc int4a8": ("int4", "int4a8"), "rlrc fp32": ("dense", "fp32")}
-    told = {
+    metadata = {
         "name": "smolvla",
         "policy": "SmolVLA, 450 M parameters, two cameras, chunks of 50, 10 flow steps",
         "ours": "rlrc int4",
         "reference": "lerobot fp32",
-        "note": "rlrc int4 has its weights on the 4-bit grid and runs them in 8-bit kernels; int4a8 holds the same in "
-        "4 bits.",
+        "note": "rlrc int4 rounds weights to the 4-bit grid and runs them in 8-bit kernels; int4a8 stores the same "
+        "weights in 4 bits.",
         "wanted": 3.0,
     }
+    arguments = [weights, observation, str(threads)]
     peers = [
-        Contestant("lerobot fp32", lerobot, "run_lerobot.py", [official, seen, str(threads), "float32"]),
-        Contestant("lerobot bf16", lerobot, "run_lerobot.py", [official, seen, str(threads), "bfloat16"]),
-        Contestant("lerobot compiled", lerobot, "run_lerobot.py", [official, seen, str(threads), "float32", "compile"]),
+        Contestant("lerobot fp32", lerobot, "run_lerobot.py", [*arguments, "float32"]),
+        Contestant("lerobot bf16", lerobot, "run_lerobot.py", [*arguments, "bfloat16"]),
+        Contestant("lerobot compiled", lerobot, "run_lerobot.py", [*arguments, "float32", "compile"]),
     ]
-    return told, [*exported(folder, ours, seen, threads, say), *peers]
+    return metadata, [*export_contestants(folder, ours, observation, threads, report), *peers]
 
 
-def openvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[str, Any], list[Contestant]]:
+def openvla(folder: Path, threads: int, lerobot: str, report: Report) -> tuple[dict[str, Any], list[Contestant]]:
     sys.path.insert(0, str(HERE.parents[1] / "benchmarks/studies"))
     from decoder_speed import WORDS, make
 
     if not (folder / "int4").exists():
-        say("random weights")
+        report("writing random weights")
         make(folder)
     random = np.random.default_rng(1)
     sentence = np.array(" ".join(f"w{i}" for i in range(WORDS)))
@@ -74,79 +75,80 @@ def openvla(folder: Path, threads: int, lerobot: str, say: Say) -> tuple[dict[st
         folder / "observation.npz",
         **{"image.top": random.integers(0, 256, (256, 256, 3), np.uint8), "instruction": sentence},
     )
-    seen, dense = str(folder / "observation.npz"), str(folder / "dense")
+    observation, dense = str(folder / "observation.npz"), str(folder / "dense")
     ours = {
         "rlrc int4": ("int4", "int8+int4"),
         "llama.cpp f16": ("dense", "fp16", "gguf"),
         "rlrc fp32": ("dense", "fp32"),
     }
-    told = {
+    metadata = {
         "name": "openvla",
         "policy": "OpenVLA with a decoder of 154 M parameters, 280 positions, 7 tokens",
         "ours": "rlrc int4",
         "reference": "transformers fp32",
-        "note": "rlrc int4 reads the prompt with 8-bit weights and makes its tokens with 4-bit ones, all on the 4-bit "
-        "grid.",
+        "note": "rlrc int4 uses 8-bit weights for the prompt and 4-bit weights for the tokens, all on the 4-bit grid.",
         "wanted": None,
     }
-    mine = exported(folder, ours, seen, threads, say)
+    exported = export_contestants(folder, ours, observation, threads, report)
     fp32 = str(folder / "rlrc-fp32")
-    peers = [Contestant("onnxruntime fp32", sys.executable, "run_stock.py", [dense, fp32, seen, str(threads)])]
+    peers = [Contestant("onnxruntime fp32", sys.executable, "run_stock.py", [dense, fp32, observation, str(threads)])]
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         for compiled in ([], ["compile"]):
             name = f"transformers {short}{', compiled' if compiled else ''}"
-            arguments = [dense, seen, str(threads), dtype, *compiled]
+            arguments = [dense, observation, str(threads), dtype, *compiled]
             peers.append(Contestant(name, sys.executable, "run_transformers.py", arguments))
-    return told, [*mine, *peers]
+    return metadata, [*exported, *peers]
 
 
-def exported(folder: Path, ours: dict[str, Any], seen: str, threads: int, say: Say) -> list[Contestant]:
-    """Of each, its weights, precision and target."""
+def export_contestants(
+    folder: Path, ours: dict[str, Any], observation: str, threads: int, report: Report
+) -> list[Contestant]:
+    """``ours``: name -> (weights, precision, optional target)."""
     from rlrc.exporters.export import export
 
-    found = []
+    entered = []
     for name, (weights, precision, *target) in ours.items():
         out = folder / name.replace(" ", "-")
         if not out.exists():
-            say(f"rlrc export --precision {precision}")
+            report(f"rlrc export --precision {precision}")
             parent = artifacts.load(folder / weights, verify=())
-            export(parent, out, target or ["onnx"], precision, ANYTHING)
-        found.append(Contestant(name, sys.executable, "run_rlrc.py", [str(out), seen, str(threads)]))
-    return found
+            export(parent, out, target or ["onnx"], precision, TOLERANCE)
+        entered.append(Contestant(name, sys.executable, "run_rlrc.py", [str(out), observation, str(threads)]))
+    return entered
 
 
 RACES = {"smolvla": smolvla, "openvla": openvla}
 
 
-def race(entered: list[Contestant], threads: int, rounds: int, say: Say) -> tuple[dict[str, str], list[float]]:
-    """-> who was left out, and why; the load average before every round."""
-    left_out: dict[str, str] = {}
+def race(entered: list[Contestant], threads: int, rounds: int, report: Report) -> tuple[dict[str, str], list[float]]:
+    """Return the skipped contestants with the reasons, and the load average before every round."""
+    skipped: dict[str, str] = {}
     running: list[Contestant] = []
     for one in entered:
         try:
-            say(f"{one.name}: start and {WARM} chunks that are not counted")
+            report(f"{one.name}: start and {WARM} warm-up chunks")
             one.start(threads)
             for _ in range(WARM):
                 one.act()
             running.append(one)
         except Skip as reason:
-            left_out[one.name] = str(reason)
+            skipped[one.name] = str(reason)
             one.close()
     load = []
     for i in range(rounds):
         load.append(round(os.getloadavg()[0], 2))
-        say(f"round {i + 1} of {rounds}, load {load[-1]}")
+        report(f"round {i + 1} of {rounds}, load {load[-1]}")
         for one in running:
-            one.act()  # while it waited, the system may have taken memory back that it reads again now
+            one.act()  # reads back memory that the system may have reclaimed while the contestant waited
             one.trial()
-    return left_out, load
+    return skipped, load
 
 
 def row(one: Contestant, reference: np.ndarray | None) -> dict[str, Any]:
     actions = np.array(one.ask("actions")["actions"])
     measured: dict[str, Any] = {
         "name": one.name,
-        **one.told,
+        **one.metadata,
         "latency_ms": {name: round(value, 2) for name, value in percentiles(one.trials).items()},
         "cpu_ms": {name: round(value, 2) for name, value in percentiles(one.processor).items()},
         "trials_ms": [round(value, 2) for value in one.trials],
@@ -161,30 +163,29 @@ def row(one: Contestant, reference: np.ndarray | None) -> dict[str, Any]:
     return measured
 
 
-def result(told: dict[str, Any], entered: list[Contestant], left_out: dict[str, str]) -> dict[str, Any]:
-    ran = [one for one in entered if one.name not in left_out]
-    references = [one for one in ran if one.name == told["reference"]]
+def result(metadata: dict[str, Any], entered: list[Contestant], skipped: dict[str, str]) -> dict[str, Any]:
+    ran = [one for one in entered if one.name not in skipped]
+    references = [one for one in ran if one.name == metadata["reference"]]
     reference = np.array(references[0].ask("actions")["actions"]) if references else None
     rows = [row(one, reference) for one in ran]
-    rows += [{"name": name, "skipped": reason} for name, reason in left_out.items()]
-    hero = next((one for one in ran if one.name == told["ours"]), None)
+    rows += [{"name": name, "skipped": reason} for name, reason in skipped.items()]
+    hero = next((one for one in ran if one.name == metadata["ours"]), None)
     others = [one for one in ran if one is not hero]
     ratios = {one.name: ratio(one.trials, hero.trials) for one in others if hero is not None}
-    spent = {one.name: ratio(one.processor, hero.processor) for one in others if hero is not None}
-    note = told["note"]
+    cpu_ratios = {one.name: ratio(one.processor, hero.processor) for one in others if hero is not None}
+    note = metadata["note"]
     if reference is not None:
         low, high = reference.min(), reference.max()
         note += (
-            f" Differences are of one chunk against {told['reference']}, whose actions reach from {low:.2f} to "
-            f"{high:.2f}; weights are random, so nothing in them is redundant, and rounding shows more than in a "
-            "trained policy."
+            f" Differences are those of one chunk from {metadata['reference']}, whose actions range from {low:.2f} to "
+            f"{high:.2f}. Random weights have no redundancy, so rounding has more effect than in a trained policy."
         )
-    return {**told, "note": note, "rows": rows, "ratios": ratios, "cpu_ratios": spent}
+    return {**metadata, "note": note, "rows": rows, "ratios": ratios, "cpu_ratios": cpu_ratios}
 
 
-def ratio(theirs: list[float], ours: list[float]) -> list[float]:
-    """Of medians, with the 95 % interval over rounds."""
-    estimate = ratio_interval([[x] for x in theirs], [[x] for x in ours])
+def ratio(times: list[float], baseline: list[float]) -> list[float]:
+    """Ratio of medians with the 95 % interval over rounds."""
+    estimate = ratio_interval([[x] for x in times], [[x] for x in baseline])
     return [round(value, 3) for value in (estimate.value, estimate.low, estimate.high)]
 
 
@@ -196,23 +197,23 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", default="", help="comma-separated names of contestants")
-    parser.add_argument("--work", type=Path, help="folder for weights and artifacts, kept; else a temporary one")
+    parser.add_argument("--work", type=Path, help="folder that keeps weights and artifacts (default: a temporary one)")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
-        parser.error("expected two rounds at least: one has no interval")
+        parser.error(f"expected at least 2 rounds, found {arguments.rounds}; an interval needs two")
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         print(f"{arguments.race}: {text}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        told, entered = RACES[arguments.race](folder, arguments.threads, arguments.lerobot, say)
+        metadata, entered = RACES[arguments.race](folder, arguments.threads, arguments.lerobot, report)
         if arguments.only:
             entered = [one for one in entered if one.name in arguments.only.split(",")]
         try:
-            left_out, load = race(entered, arguments.threads, arguments.rounds, say)
-            found = result(told, entered, left_out)
+            skipped, load = race(entered, arguments.threads, arguments.rounds, report)
+            measured = result(metadata, entered, skipped)
         finally:
             for one in entered:
                 one.close()
@@ -222,11 +223,11 @@ def main() -> int:
         f"--rounds {arguments.rounds}{only}"
     )
     head = {"kind": results.PEERS, "command": command, "machine": machine.describe(arguments.threads), "load": load}
-    results.write(arguments.out, results.dump(head | found))
-    for one in found["rows"]:
-        told_of = f"skipped: {one['skipped']}" if "skipped" in one else f"{one['latency_ms']['p50']:.1f} ms"
-        ratio = found["ratios"].get(one["name"])
-        print(f"{one['name']}: {told_of}" + (f", {ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else ""))
+    results.write(arguments.out, results.dump(head | measured))
+    for one in measured["rows"]:
+        text = f"skipped: {one['skipped']}" if "skipped" in one else f"{one['latency_ms']['p50']:.1f} ms"
+        ratio = measured["ratios"].get(one["name"])
+        print(f"{one['name']}: {text}" + (f", {ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else ""))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""lerobot's own policy as a contestant: run_lerobot.py CHECKPOINT OBSERVATION.npz THREADS DTYPE [compile].
+"""A lerobot policy as a contestant: run_lerobot.py CHECKPOINT OBSERVATION.npz THREADS DTYPE [compile].
 
-In an environment of its own with lerobot[smolvla] (Python 3.12 or later); see docs/peers.md. Its own processors prepare
-the observation and un-normalise the actions.
+Runs in a separate environment with lerobot[smolvla] (Python 3.12 or later); see docs/peers.md. lerobot's processors
+prepare the observation and un-normalise the actions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from protocol import Opened, observation, serve
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the checkpoint is complete
+os.environ["HF_HUB_OFFLINE"] = "1"  # the checkpoint is complete, so no download is needed
 
 
 def main() -> Opened:
@@ -20,7 +20,7 @@ def main() -> Opened:
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
-    folder, seen, threads = sys.argv[1], observation(sys.argv[2]), int(sys.argv[3])
+    folder, inputs, threads = sys.argv[1], observation(sys.argv[2]), int(sys.argv[3])
     dtype, compiled = getattr(torch, sys.argv[4]), "compile" in sys.argv[5:]
     torch.set_num_threads(threads)
     config = PreTrainedConfig.from_pretrained(folder)
@@ -28,15 +28,15 @@ def main() -> Opened:
     config.compile_model, config.compile_mode = compiled, "default"
     policy = get_policy_class(config.type).from_pretrained(folder, config=config).to(dtype).eval()
     before, after = make_pre_post_processors(config, pretrained_path=folder)
-    noise = torch.from_numpy(seen["noise"])[None].to(dtype)
+    noise = torch.from_numpy(inputs["noise"])[None].to(dtype)
 
     def infer() -> torch.Tensor:
         raw = {
             f"observation.images.{name.removeprefix('image.')}": torch.from_numpy(value).permute(2, 0, 1) / 255
-            for name, value in seen.items()
+            for name, value in inputs.items()
             if name.startswith("image.")
         }
-        raw |= {"observation.state": torch.from_numpy(seen["state"]), "task": seen["instruction"]}
+        raw |= {"observation.state": torch.from_numpy(inputs["state"]), "task": inputs["instruction"]}
         batch = before(raw)
         batch = {
             key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

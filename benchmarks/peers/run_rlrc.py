@@ -13,12 +13,12 @@ def main() -> Opened:
     from rlrc.benchmarks.results.results import precision
     from rlrc.runtime.inference.policy import LocalPolicy
 
-    folder, seen, threads = Path(sys.argv[1]), observation(sys.argv[2]), int(sys.argv[3])
+    folder, inputs, threads = Path(sys.argv[1]), observation(sys.argv[2]), int(sys.argv[3])
     policy = LocalPolicy(artifacts.load(folder, verify=()), threads)
     versions = policy.engine.versions()
     engine = next(iter(versions))
-    told = precision(policy.artifact.manifest)
-    return Opened(lambda: policy.infer(seen)["actions"], told, f"{engine} {versions[engine]}")
+    precisions = precision(policy.artifact.manifest)
+    return Opened(lambda: policy.infer(inputs)["actions"], precisions, f"{engine} {versions[engine]}")
 
 
 serve(main)

@@ -1,6 +1,6 @@
-"""ONNX Runtime without our graphs as a contestant: run_stock.py DENSE FP32 OBSERVATION.npz THREADS.
+"""Plain graphs on ONNX Runtime as a contestant: run_stock.py DENSE FP32 OBSERVATION.npz THREADS.
 
-The same computation in the standard's plain operators, float32, default sessions (benchmarks/studies/plain_graphs.py).
+Runs the same computation in standard operators, float32, in default sessions (benchmarks/studies/plain_graphs.py).
 DENSE is the artifact with the weights; FP32 supplies rlrc's pre- and post-processing.
 """
 
@@ -23,11 +23,11 @@ def main() -> Opened:
     from rlrc.runtime.inference.policy import LocalPolicy
 
     dense, exported = (artifacts.load(Path(argument), verify=()) for argument in sys.argv[1:3])
-    seen, threads = observation(sys.argv[3]), int(sys.argv[4])
+    inputs, threads = observation(sys.argv[3]), int(sys.argv[4])
     folder = tempfile.TemporaryDirectory()
     policy = LocalPolicy(exported, threads, engine=Stock(dense, Path(folder.name), int8=False, threads=threads))
-    policy.held = folder  # type: ignore[attr-defined]  # as long as its files are mapped
-    return Opened(lambda: policy.infer(seen)["actions"], "fp32", f"onnxruntime {onnxruntime.__version__}")
+    policy.held = folder  # type: ignore[attr-defined]  # keeps the mapped files
+    return Opened(lambda: policy.infer(inputs)["actions"], "fp32", f"onnxruntime {onnxruntime.__version__}")
 
 
 serve(main)

@@ -1,8 +1,8 @@
-"""Does the reference policy do as well through its exported graphs as in torch? All play the same scenes.
+"""Compare the success rate of a policy in torch with that of its exported graphs on the same scenes.
 
     python benchmarks/studies/closed_loop.py ARTIFACT OUT.json [NAME=EXPORTED ...] [--per-task 40]
 
-``ARTIFACT`` is played by torch, with the weights as quantized; each ``EXPORTED`` by the runtime. It takes minutes.
+``ARTIFACT`` runs in torch with its quantized weights, each ``EXPORTED`` in the runtime. Takes minutes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def policies(artifact: Path, exported: tuple[str, ...]) -> dict[str, Any]:
     spec = opened.manifest.policy
     assert spec.prompt is not None
     tokenizer = preprocess.Tokenizer(opened.file(TOKENIZER), spec.prompt)
-    found: dict[str, Any] = {"torch": TorchPolicy(spec, tokenizer, lambda: artifact_io.load_policy(opened))}
+    opened_policies: dict[str, Any] = {"torch": TorchPolicy(spec, tokenizer, lambda: artifact_io.load_policy(opened))}
     for argument in exported:
         name, _, folder = argument.partition("=")
-        found[name] = LocalPolicy.load(folder)
-    return found
+        opened_policies[name] = LocalPolicy.load(folder)
+    return opened_policies
 
 
 def main(
@@ -57,7 +57,7 @@ def main(
                     played[name].append(success.play(policy, env, seed, scenes.horizon))
                     advance(1)
             env.close()
-    rows = [{"name": name} | success.row(found, scenes, success.hard_tasks(scenes)) for name, found in played.items()]
+    rows = [{"name": name} | success.row(episodes, scenes, success.hard(scenes)) for name, episodes in played.items()]
     compared = [success.compare(row, rows[0]) for row in rows[1:]]
     write(out, dump(result_of("success", rows, 1) | {"comparisons": compared}))
     for row in rows:

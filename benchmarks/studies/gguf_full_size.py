@@ -1,10 +1,10 @@
-"""OpenVLA at its real size on llama.cpp: written as a stream and run, without anybody's checkpoint.
+"""Export an OpenVLA of real size to llama.cpp as a stream and run it, without an official checkpoint.
 
     python benchmarks/studies/gguf_full_size.py FOLDER [--threads 2] [--only dense]
 
-Random weights of OpenVLA-7B's geometry: dense in bfloat16, exported in fp16, and with 90 % of the decoder cut away and
-4 bits a weight. Prints bytes, seconds, milliseconds of each part of an action, and the peak of anonymous memory: mapped
-files are page cache, which the kernel takes back. FOLDER needs 32 GB for a while and is left empty.
+The policies have random weights in OpenVLA-7B's geometry: one dense in bfloat16, exported in fp16; one without 90 % of
+the decoder, at 4 bits per weight. Prints bytes, seconds, milliseconds of each part of an action, and peak anonymous
+memory (mapped files are reclaimable page cache). FOLDER temporarily needs 32 GB; the script empties it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.backends import open_engine
 
 WORDS = 20
-PRUNED = LayerSpec(4, 4, 128, 1664)  # a tenth of a block, a little more so that the first and the last stay whole
+PRUNED = LayerSpec(4, 4, 128, 1664)  # about a tenth of a block; the first and last blocks are not pruned
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
@@ -46,9 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, options = geometry.folder("openvla-7b")
     layout = reader.layout(folder, options)
-    whole = layout.towers["decoder"]
-    cut = replace(whole, layers=(whole.layers[0], *[PRUNED] * (len(whole.layers) - 2), whole.layers[-1]))
-    for kind, decoder, precision in (("dense", whole, "fp16"), ("pruned", cut, "int4")):
+    dense = layout.towers["decoder"]
+    pruned = replace(dense, layers=(dense.layers[0], *[PRUNED] * (len(dense.layers) - 2), dense.layers[-1]))
+    for kind, decoder, precision in (("dense", dense, "fp16"), ("pruned", pruned, "int4")):
         if arguments.only in (None, kind):
             towers = {**layout.towers, "decoder": decoder}
             try:
@@ -82,7 +82,7 @@ def fits(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> None:
-    """The header, then one tensor after the other."""
+    """Write the header, then one tensor at a time."""
     stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, shape in shapes.items():
         if name in bits:
@@ -105,7 +105,7 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], bits: M
 
 
 def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
-    """Norms near one, weights that keep the size of what they are given."""
+    """Random norm scales near one, and weights that preserve the magnitude of their input."""
     if name.endswith(".scale"):
         return torch.full(shape, (4.6 * (shape[1] * 32) ** 0.5) ** -1, dtype=dtype)
     repeated = noise.repeat(-(-prod(shape) // len(noise)))[: prod(shape)].view(shape)
@@ -114,40 +114,41 @@ def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, noise: torch.T
     return (1 + 0.1 * repeated if len(shape) == 1 else repeated / shape[-1] ** 0.5).to(dtype)
 
 
-# What is measured
+# Measurements
 
 
 @contextmanager
 def peak() -> Iterator[dict[str, Any]]:
-    """Fills in the largest anonymous memory (GB) and the seconds."""
-    found: dict[str, Any] = {"peak_gb": 0.0}
+    """Measure peak anonymous memory (GB) and seconds; the values are complete on exit."""
+    measured: dict[str, Any] = {"peak_gb": 0.0}
     done, started = threading.Event(), perf_counter()
 
-    def watch() -> None:
+    def sample() -> None:
         while not done.is_set():
-            found["peak_gb"] = max(found["peak_gb"], anonymous())
+            measured["peak_gb"] = max(measured["peak_gb"], anonymous())
             sleep(0.02)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     try:
-        yield found
+        yield measured
     finally:
         done.set()
-        watcher.join()
-        found["seconds"] = round(perf_counter() - started, 1)
+        sampler.join()
+        measured["seconds"] = round(perf_counter() - started, 1)
 
 
 def anonymous() -> float:
+    """Anonymous memory of this process in GB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return round(int(line.split()[1]) * 1024 / 1e9, 2)
 
 
 def export(parent: Artifact, out: Path, precision: str) -> dict[str, Any]:
-    """The graphs alone: there are no golden observations of random weights."""
+    """Export the graphs only: policies with random weights have no golden observations."""
     before = anonymous()
     with artifacts.create_artifact(out) as draft:
-        with peak() as exported:
+        with peak() as usage:
             graphs = target.write_graphs(draft, parent, precision)
         draft.finish(replace(parent.manifest, graphs=graphs, files={}))
     files = artifacts.load(out, ()).manifest.files
@@ -155,23 +156,23 @@ def export(parent: Artifact, out: Path, precision: str) -> dict[str, Any]:
         "parameters": parent.manifest.parameters,
         "bytes": {name: file.size for name, file in files.items()},
         "before_gb": before,
-        "export": exported,
+        "export": usage,
     }
 
 
 def run(artifact: Artifact, threads: int) -> dict[str, Any]:
-    """Two actions from noise: the first one reads the files."""
+    """Compute two actions from noise; the first also reads the files from disk."""
     spec, random = artifact.manifest.policy, np.random.default_rng(0)
     camera = spec.cameras[0]
     pixels = random.standard_normal((1, camera.height, camera.width, len(camera.mean))).astype(np.float32)
-    with peak() as loaded:
+    with peak() as load_usage:
         engine = open_engine(artifact, "gguf", threads)
     actions = []
-    with peak() as ran:
+    with peak() as run_usage:
         for _ in range(2):
             timing: dict[str, list[float]] = {"vision": [], "decoder": []}
 
-            def timed(
+            def run_graph(
                 graph: str, inputs: Mapping[str, NDArray[Any]], timing: dict[str, list[float]] = timing
             ) -> dict[str, NDArray[Any]]:
                 started = perf_counter()
@@ -179,14 +180,14 @@ def run(artifact: Artifact, threads: int) -> dict[str, Any]:
                 timing[graph].append((perf_counter() - started) * 1e3)
                 return outputs
 
-            seen = timed("vision", {"pixels": pixels})["image_tokens"]
+            image_tokens = run_graph("vision", {"pixels": pixels})["image_tokens"]
             ids = random.integers(3, 30000, (1, WORDS))
-            decoded = decode.autoregressive(timed, {"image_tokens": seen, "ids": ids}, spec.action)
+            decoded = decode.autoregressive(run_graph, {"image_tokens": image_tokens, "ids": ids}, spec.action)
             assert np.isfinite(decoded.actions).all()
             first, *later = timing["decoder"]
             parts = {"vision": timing["vision"][0], "prefill": first, "steps": sum(later)}
             actions.append({name: round(ms) for name, ms in (parts | {"action": sum(parts.values())}).items()})
-    return {"load": loaded, "run": ran, "ms": actions}
+    return {"load": load_usage, "run": run_usage, "ms": actions}
 
 
 if __name__ == "__main__":

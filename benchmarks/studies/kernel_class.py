@@ -1,8 +1,8 @@
-"""Errors and latency of artifacts on the kernels that the engine chooses here; started by kernel_classes.py.
+"""Measure errors and latency of artifacts on the kernels that the engine selects; started by kernel_classes.py.
 
-python benchmarks/studies/kernel_class.py OUT.json ARTIFACT... [--threads N] [--rounds N] [--most N]
+    python benchmarks/studies/kernel_class.py OUT.json ARTIFACT... [--threads N] [--rounds N] [--most N]
 
-Needs the runtime only. Without rounds no latency is measured.
+Needs the runtime only. With 0 rounds, latency is not measured.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlrc.runtime.inference.backends.engine import Engine
 from rlrc.runtime.inference.policy import LocalPolicy
 
 
-class First:
-    """An engine whose first logits are kept: those that no earlier token of its own led to."""
+class FirstLogits:
+    """An engine that keeps the first logits, which do not depend on tokens generated before."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.logits = engine, np.zeros(0, np.float32)
@@ -41,25 +41,25 @@ class First:
 
 
 def errors(policy: LocalPolicy, golden: verify.Golden) -> dict[str, Any]:
-    """``logits_error``: root mean square, as part of the logits' spread; the largest error as part of the range."""
+    """``logits_error``: RMS over the logits' deviation; ``error_of_range``: largest action error over the range."""
     assert golden.logits is not None
-    engine, tokens, logits = policy.engine, [], []
+    engine, outputs, logits = policy.engine, [], []
     for index in range(len(golden)):
-        policy.engine = first = First(engine)
-        tokens.append(verify.replay(policy, golden.rows([index])))
+        policy.engine = first = FirstLogits(engine)
+        outputs.append(verify.replay(policy, golden.rows([index])))
         logits.append(first.logits)
     policy.engine = engine
-    found = np.stack(logits)
-    right = golden.logits.reshape(len(golden), -1)[:, : found.shape[1]]
+    actual = np.stack(logits)
+    expected = golden.logits.reshape(len(golden), -1)[:, : actual.shape[1]]
     answers = verify.ReplayOutputs(
-        np.concatenate([each.actions for each in tokens]),
-        np.concatenate([each.tokens for each in tokens if each.tokens is not None]),
+        np.concatenate([each.actions for each in outputs]),
+        np.concatenate([each.tokens for each in outputs if each.tokens is not None]),
     )
     record = verify.compare(policy, answers, golden, verify.Tolerances(1.0))
     assert answers.tokens is not None
     return {
         "observations": len(golden),
-        "logits_error": float(np.sqrt(np.square(found - right).mean() / right.var())),
+        "logits_error": float(np.sqrt(np.square(actual - expected).mean() / expected.var())),
         "tokens": record.tokens,
         "token_flips": record.token_flips,
         "error_of_range": max(record.range_error),
@@ -73,19 +73,19 @@ def main() -> None:
     parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--most", type=int, default=10**9, help="observations at most, evenly spread")
-    given = parser.parse_args()
+    parser.add_argument("--most", type=int, default=10**9, help="maximum number of observations, evenly spaced")
+    arguments = parser.parse_args()
     policies, rows, observed = {}, {}, {}
-    for path in given.artifacts:
+    for path in arguments.artifacts:
         artifact = artifacts.load(path, verify=())
-        policies[path.name] = policy = LocalPolicy(artifact, given.threads)
+        policies[path.name] = policy = LocalPolicy(artifact, arguments.threads)
         golden = verify.read_golden(artifact.file(GOLDEN), policy.spec)
-        chosen = np.linspace(0, len(golden) - 1, min(given.most, len(golden))).astype(int)
-        rows[path.name] = errors(policy, golden.rows(chosen))
+        indices = np.linspace(0, len(golden) - 1, min(arguments.most, len(golden))).astype(int)
+        rows[path.name] = errors(policy, golden.rows(indices))
         observed[path.name] = golden.observation(0, policy.spec)
         print(f"{path.name}: {rows[path.name]['token_flips']} of {rows[path.name]['tokens']} tokens differ", flush=True)
     trials: dict[str, list[float]] = {name: [] for name in policies}
-    for _ in range(given.rounds):
+    for _ in range(arguments.rounds):
         for name, policy in policies.items():
             started = perf_counter()
             policy.infer(observed[name])
@@ -96,7 +96,7 @@ def main() -> None:
             {"p0": round(min(times), 3), "p50": round(float(np.median(times)), 3)} if len(times) else None
         )
     versions = next(iter(policies.values())).engine.versions()
-    given.out.write_text(json.dumps({"versions": versions, "rows": rows}))
+    arguments.out.write_text(json.dumps({"versions": versions, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What each precision errs by and how long it takes on every class of kernels that this machine can be made to use.
+"""Measure error and latency of each precision on every kernel class available on this machine (x86-64, Linux).
 
     python benchmarks/studies/kernel_classes.py OUT.json [--threads 1] [--rounds 31] [--work FOLDER] [--aarch64 FOLDER]
 
-The reference policy and a decoder of 154 M parameters (decoder_speed.py), int4 weights, in fp32, int8, w4a8, int4a8
-and int4. Three ways to other classes than this processor's own (x86-64, Linux):
+The policies are the reference policy and a decoder of 154 M parameters (decoder_speed.py) with int4 weights, in fp32,
+int8, w4a8, int4a8 and int4. Besides the class of this processor, there are:
 
-- masked: a copy of the engine whose `cpuid` instructions are answered without some instruction sets (masked_cpuid.c).
-  The kernels of the lesser class run on this processor, so their latency is real, for this processor.
-- emulated, x86-64 with AVX2 only, by QEMU: instructions of other classes do not exist there. No latency; the reference.
-- emulated, 64-bit Arm: with FOLDER of scripts/aarch64_check.sh. No latency; the reference.
+- masked: a copy of the engine whose `cpuid` instructions do not report some instruction sets (masked_cpuid.c). It runs
+  the kernels of a lower class at the real speed of this processor. Needs a C compiler and objdump.
+- emulated x86-64 with AVX2 only (QEMU): other instruction sets do not exist. Reference policy only, no latency.
+- emulated 64-bit Arm, with FOLDER of scripts/aarch64_check.sh. Reference policy only, no latency.
 
-The control is a product with signed weights of all 8 bits: it is wrong where kernels saturate. Needs a C compiler and
-objdump for the masked ones; what cannot be made is left out, and said.
+The control is a product with signed weights that use all 8 bits: its result is wrong on kernels that saturate. Classes
+that are not available are skipped.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from rlrc.runtime.inference.backends.kernels import kernels
 
 ROOT = Path(__file__).parents[2]
 PRECISIONS = ("fp32", "int8", "w4a8", "int4a8", "int4")
-HASWELL = "Haswell,-hle,-rtm,-invpcid,-pcid,-x2apic,-tsc-deadline"  # less what QEMU warns that it has not
+HASWELL = "Haswell,-hle,-rtm,-invpcid,-pcid,-x2apic,-tsc-deadline"  # without features that QEMU does not support
 CONTROL = """
 import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-given = numpy.load(sys.argv[2])
-found = session.run(None, {"x": given["x"]})[0]
-print(float(numpy.abs(found - given["y"]).max() / numpy.abs(given["y"]).max()))
+control = numpy.load(sys.argv[2])
+y = session.run(None, {"x": control["x"]})[0]
+print(float(numpy.abs(y - control["y"]).max() / numpy.abs(control["y"]).max()))
 """
 
 
 def make(folder: Path) -> dict[str, list[Path]]:
-    """The artifacts of both policies, exported in every precision unless that was done before."""
+    """Export both policies in every precision, unless the folder already contains them."""
     if not (folder / "int4").exists():
         decoder_speed.make(folder)
     if not (folder / "reference-dense").exists():
@@ -69,20 +69,20 @@ def make(folder: Path) -> dict[str, list[Path]]:
         "reference": (ROOT / "reference/compressed", folder / "reference-dense"),
         "decoder": (folder / "int4", folder / "dense"),
     }
-    found: dict[str, list[Path]] = {}
+    exported: dict[str, list[Path]] = {}
     for policy_name, (int4, dense) in parents.items():
         for precision in PRECISIONS:
             out = folder / f"{policy_name}-{precision}"
             if not out.exists():
                 print(f"exporting {out.name}", file=sys.stderr)
-                given = artifacts.load(dense if precision == "fp32" else int4, verify=())
-                export(given, out, precision=precision, tolerance=10.0)  # errors are reported here, not limited
-            found.setdefault(policy_name, []).append(out)
-    return found
+                weights = artifacts.load(dense if precision == "fp32" else int4, verify=())
+                export(weights, out, precision=precision, tolerance=10.0)  # errors are reported here, not limited
+            exported.setdefault(policy_name, []).append(out)
+    return exported
 
 
 def write_control(folder: Path) -> list[str]:
-    """A product whose weights use all 8 bits with a sign, and what it should give."""
+    """Write a product with signed 8-bit weights and its expected result. Returns the arguments that check it."""
     random = np.random.default_rng(0)
     x, weights = (
         random.uniform(0, 1, (8, 512)).astype(np.float32),
@@ -114,39 +114,37 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument(
-        "--work", type=Path, help="folder for the artifacts and the masked engine, kept; else a temporary one"
-    )
+    parser.add_argument("--work", type=Path, help="folder that keeps artifacts and engine (default: a temporary one)")
     parser.add_argument("--aarch64", type=Path, help="folder of scripts/aarch64_check.sh")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (given.work or Path(temporary)).resolve()
+        folder = (args.work or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        result = measure(folder, given.threads, given.rounds, given.aarch64)
-    options = f"--threads {given.threads} --rounds {given.rounds}{' --aarch64 FOLDER' if given.aarch64 else ''}"
-    result["command"] = f"python benchmarks/studies/kernel_classes.py {given.out.name} {options}"
-    results.write(given.out, results.dump(result))
+        result = measure(folder, args.threads, args.rounds, args.aarch64)
+    options = f"--threads {args.threads} --rounds {args.rounds}{' --aarch64 FOLDER' if args.aarch64 else ''}"
+    result["command"] = f"python benchmarks/studies/kernel_classes.py {args.out.name} {options}"
+    results.write(args.out, results.dump(result))
     print(table(result))
     return 0
 
 
 def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT / "scripts"))
-    from masked_engine import MASKS, hidden, masked_engine
+    from masked_engine import MASKS, mask_variables, masked_engine
 
     policies, control, load = make(folder), write_control(folder), [round(os.getloadavg()[0], 2)]
     python, script = [sys.executable], str(ROOT / "benchmarks/studies/kernel_class.py")
     ways: list[tuple[str, str, list[str], dict[str, str]]] = [(kernels(), "this processor", python, {})]
     if kernels().startswith("x86-64 avx512") and shutil.which("cc") and shutil.which("objdump"):
         masked = masked_engine(folder)
-        ways += [(name, "masked", python, masked | hidden(parts)) for name, parts in MASKS.items() if name != kernels()]
+        ways += [(name, "masked", python, masked | mask_variables(MASKS[name])) for name in MASKS if name != kernels()]
     qemu = shutil.which("qemu-x86_64-static")
     if qemu and kernels().startswith("x86-64"):
         ways.append(("x86-64 avx2", "emulated", [qemu, "-cpu", HASWELL, *python], {}))
     arm = shutil.which("qemu-aarch64-static")
     if arm and aarch64 is not None:
-        inside = [arm, "-L", str(aarch64 / "root"), "-E", f"PYTHONPATH={aarch64 / 'site'}:{ROOT / 'runtime'}"]
-        ways.append(("aarch64", "emulated", [*inside, str(aarch64 / "root/usr/bin/python3")], {}))
+        emulator = [arm, "-L", str(aarch64 / "root"), "-E", f"PYTHONPATH={aarch64 / 'site'}:{ROOT / 'runtime'}"]
+        ways.append(("aarch64", "emulated", [*emulator, str(aarch64 / "root/usr/bin/python3")], {}))
     rows, classes = [], []
     for name, way, command, environment in ways:
         print(f"{name}, {way}", file=sys.stderr)
@@ -157,10 +155,10 @@ def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> di
             if emulated and policy != "reference":
                 continue
             most = ["--most", "16"] if emulated else ["--threads", str(threads), "--rounds", str(rounds)]
-            found = folder / "found.json"
-            print(run([*command, script, str(found), *map(str, paths), *most], environment), file=sys.stderr, end="")
-            measured = json.loads(found.read_text())
-            # A masked engine sees less than the C library, which kernels() asks.
+            out = folder / "measured.json"
+            print(run([*command, script, str(out), *map(str, paths), *most], environment), file=sys.stderr, end="")
+            measured = json.loads(out.read_text())
+            # kernels() asks the C library, which is not masked, so the class is set here.
             classes[-1]["versions"] = measured["versions"] | ({"kernels": name} if way == "masked" else {})
             for path, row in measured["rows"].items():
                 precision = path.removeprefix(f"{policy}-")
@@ -177,19 +175,19 @@ def measure(folder: Path, threads: int, rounds: int, aarch64: Path | None) -> di
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """``other_tokens``: how many differ from this processor's own; None where not all observations were replayed."""
-    own = {(row["policy"], row["precision"]): row["answers"] for row in rows if row["way"] == "this processor"}
+    """Set ``other_tokens``: tokens that differ from this processor's; None if not all observations were replayed."""
+    native = {(row["policy"], row["precision"]): row["answers"] for row in rows if row["way"] == "this processor"}
     for row in rows:
-        ours, theirs = own[row["policy"], row["precision"]], row["answers"]
-        same = len(ours) == len(theirs)
-        row["other_tokens"] = sum(a != b for a, b in zip(ours, theirs, strict=True)) if same else None
+        expected, answers = native[row["policy"], row["precision"]], row["answers"]
+        complete = len(expected) == len(answers)
+        row["other_tokens"] = sum(a != b for a, b in zip(expected, answers, strict=True)) if complete else None
     for row in rows:
         del row["answers"]
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| policy | class | way | precision | logits' error | wrong tokens | ms |",
+        "| policy | class | method | precision | logits error | wrong tokens | ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -1,4 +1,4 @@
-"""The graphs of benchmarks/studies/decoder_speed.py as an exporter without ONNX Runtime in mind would write them."""
+"""The graphs of benchmarks/studies/decoder_speed.py in standard ONNX operators, not optimised for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlrc.exporters.graphs.weights import read_weights
 
 
 class PlainBuilder(Builder):
-    """The standard's operators, float32, one product a layer: what an exporter without ONNX Runtime in mind writes."""
+    """Uses standard operators, float32, and one product per layer, as a generic exporter would."""
 
     OPSETS = {"": 20}  # noqa: RUF012
     IR_VERSION = 9
@@ -57,9 +57,9 @@ class PlainBuilder(Builder):
         half = 32
         first, second = self.split(x, half, half)
         cos, sin = (self.reshape(table, -1, 1, half) for table in tables)
-        turned = self._op("Sub", self.multiply(first, cos), self.multiply(second, sin))
-        other = self.add(self.multiply(second, cos), self.multiply(first, sin))
-        return self.reshape(self.concat(turned, other, axis=3), 0, 0, heads * 2 * half)
+        real = self._op("Sub", self.multiply(first, cos), self.multiply(second, sin))
+        imaginary = self.add(self.multiply(second, cos), self.multiply(first, sin))
+        return self.reshape(self.concat(real, imaginary, axis=3), 0, 0, heads * 2 * half)
 
     def attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int) -> str:
         q, k, v = (self.transpose(self.reshape(x, 0, 0, heads, head_dim), 0, 2, 1, 3) for x in (q, k, v))
@@ -76,7 +76,7 @@ class PlainBuilder(Builder):
 
 
 class Stock:
-    """The policy's plain graphs on sessions with ONNX Runtime's defaults; keys and values go through numpy."""
+    """Runs the plain graphs in default ONNX Runtime sessions and passes keys and values through numpy."""
 
     def __init__(self, artifact: Artifact, folder: Path, int8: bool, threads: int) -> None:
         self.sessions: dict[str, Any] = {}
@@ -101,9 +101,9 @@ class Stock:
         if graph == "decoder" and not inputs["start"][0]:
             names = [node.name for node in session.get_inputs() if node.name.startswith("past.")]
             self.past = {name: np.zeros((1, 16, 0, 64), np.float32) for name in names}
-        given = {node.name: {**inputs, **self.past}[node.name] for node in session.get_inputs()}
+        feeds = {node.name: {**inputs, **self.past}[node.name] for node in session.get_inputs()}
         names = [node.name for node in session.get_outputs()]
-        outputs = dict(zip(names, session.run(names, given), strict=True))
+        outputs = dict(zip(names, session.run(names, feeds), strict=True))
         if graph == "decoder":
             self.past = {name: outputs[name.replace("past", "present")] for name in self.past}
         return outputs

@@ -1,9 +1,9 @@
-"""Checks the harness behind `rlrc bench latency` on this machine. Exit code 1 if a check fails.
+"""Check the harness of `rlrc bench latency` on this machine. Exit code 1 if a check fails.
 
     python benchmarks/studies/stopwatch.py ARTIFACT [--trials 300] [--threads 1] [--calls 20000]
 
-Detection: the same artifact twice has to show no difference, and the artifact slowed by 10 % has to show as slower.
-Cost: nine of ten calls of the harness, on a policy that does nothing, have to take less than 50 microseconds.
+Detection: the harness must find no difference between two copies of an artifact, and must find a 10 % slow-down.
+Cost: for a policy that computes nothing, 90 % of the calls must take less than 50 microseconds.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from rlrc.benchmarks.measure import latency
 from rlrc.benchmarks.results.stats import Estimate, percentiles, ratio_interval
 from rlrc.runtime.inference.policy import LocalPolicy, Policy
 
-MARGIN = 0.03  # ratios nearer to 1 count as no difference: two runs of one policy differ by as much
-SLOWER = 0.1  # the artificial slow-down
+MARGIN = 0.03  # ratios closer to 1 count as no difference: two runs of one policy differ by as much
+SLOWDOWN = 0.1
 LIMIT_US = 50.0  # a thousandth of a control period at 20 Hz
-PASSES = 11  # graph calls of an inference: a flow policy's pictures, prefix and steps
+PASSES = 11  # graph calls per inference of a flow policy: prefix and 10 steps
 
 
 @dataclass(frozen=True)
 class Detection:
     """``ratio`` of medians with its 95 % interval; ``found`` and ``needed`` are results of ``classify``."""
 
-    what: str
+    name: str
     ratio: float
     interval: tuple[float, float]
     found: str
@@ -41,16 +41,16 @@ class Detection:
 
 
 class SlowedPolicy:
-    """Takes ``more`` of the policy's own time in addition."""
+    """A policy that takes longer by the fraction ``slowdown``."""
 
-    def __init__(self, policy: Policy, more: float) -> None:
-        self.policy, self.more = policy, more
+    def __init__(self, policy: Policy, slowdown: float) -> None:
+        self.policy, self.slowdown = policy, slowdown
 
     def infer(self, observation: Mapping[str, Any]) -> Any:
         started = perf_counter()
         result = self.policy.infer(observation)
         now = perf_counter()
-        end = now + self.more * (now - started)
+        end = now + self.slowdown * (now - started)
         while perf_counter() < end:
             pass
         return result
@@ -60,7 +60,7 @@ class SlowedPolicy:
 
 
 class IdlePolicy:
-    """Computes nothing, in as many graph calls as a flow policy makes."""
+    """A policy that computes nothing, with as many graph calls as a flow policy."""
 
     def __init__(self) -> None:
         self.engine: Any = _IdleEngine()
@@ -85,7 +85,7 @@ class _IdleEngine:
 
 
 def classify(ratio: Estimate) -> str:
-    """ "slower", "faster" or "no difference"."""
+    """Return "slower", "faster" or "no difference"."""
     if ratio.low > 1 + MARGIN:
         return "slower"
     return "faster" if ratio.high < 1 - MARGIN else "no difference"
@@ -97,27 +97,27 @@ def check_detection(
     trials: int,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[Detection]:
-    """Both detections, from one interleaved run. Each call of ``open_policy`` opens the same policy again."""
+    """Run both detections in one interleaved run. Each call of ``open_policy`` opens the same policy again."""
     policies: dict[str, Any] = {
         "one": open_policy(),
         "same": open_policy(),
-        "slowed": SlowedPolicy(open_policy(), SLOWER),
+        "slowed": SlowedPolicy(open_policy(), SLOWDOWN),
     }
     trials_of = latency.measure(policies, dict.fromkeys(policies, observations), trials, tick=tick)
     checks = []
-    for name, what, needed in (
+    for name, title, needed in (
         ("same", "the same artifact twice", "no difference"),
-        ("slowed", f"the same, slowed by {SLOWER:.0%}", "slower"),
+        ("slowed", f"the artifact slowed by {SLOWDOWN:.0%}", "slower"),
     ):
         ratio = ratio_interval(trials_of[name].rounds(), trials_of["one"].rounds())
         found = classify(ratio)
         passed = found == needed and (name != "same" or abs(ratio.value - 1) < MARGIN)
-        checks.append(Detection(what, ratio.value, (ratio.low, ratio.high), found, needed, passed))
+        checks.append(Detection(title, ratio.value, (ratio.low, ratio.high), found, needed, passed))
     return checks
 
 
 def measure_cost(calls: int) -> dict[str, dict[str, float]]:
-    """Percentiles in microseconds: ``added_us`` to every latency, ``whole_us`` of a call of the harness."""
+    """Percentiles in microseconds of the time added to every latency (``added_us``) and of a call (``whole_us``)."""
     call = latency.make_timer(IdlePolicy(), [{}])
     for _ in range(calls // 10 + 1):
         call()
@@ -133,19 +133,19 @@ def measure_cost(calls: int) -> dict[str, dict[str, float]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--trials", type=int, default=300, help="inferences of each policy, after the warm-up")
+    parser.add_argument("--trials", type=int, default=300, help="inferences per policy after the warm-up")
     parser.add_argument("--threads", type=int, default=1, help="threads of the engine")
     parser.add_argument("--calls", type=int, default=20_000, help="calls of the harness")
-    given = parser.parse_args(arguments)
-    artifact = artifacts.load(given.artifact)
-    checks = check_detection(lambda: LocalPolicy(artifact, given.threads), latency.observations(artifact), given.trials)
+    args = parser.parse_args(arguments)
+    artifact = artifacts.load(args.artifact)
+    checks = check_detection(lambda: LocalPolicy(artifact, args.threads), latency.observations(artifact), args.trials)
     for check in checks:
         low, high = check.interval
         verdict = "PASS" if check.passed else "FAIL"
-        print(f"{verdict}: {check.what}: {check.ratio:.3f} ({low:.3f} to {high:.3f}), {check.found}")
-    cost = measure_cost(given.calls)
+        print(f"{verdict}: {check.name}: {check.ratio:.3f} ({low:.3f} to {high:.3f}), {check.found}")
+    cost = measure_cost(args.calls)
     cheap = cost["whole_us"]["p90"] < LIMIT_US
-    for name, title in (("added_us", "added to every latency"), ("whole_us", "a call of the harness")):
+    for name, title in (("added_us", "added to every latency"), ("whole_us", "call of the harness")):
         print(f"{title}: " + ", ".join(f"{key} {value:.2f}" for key, value in cost[name].items()) + " microseconds")
     print(f"{'PASS' if cheap else 'FAIL'}: the harness costs {cost['whole_us']['p90']:.1f} microseconds at p90")
     return 0 if cheap and all(check.passed for check in checks) else 1

@@ -1,7 +1,7 @@
-# The study behind docs/recovery.md: every policy is made of the one it starts from, then exported, played and written down.
-#   make -f benchmarks/studies/study.mk -j2          on two cores; a later call goes on where an earlier one stopped
-# A job uses one core. benchmarks/results/recovery/NAME-SEED.json is a row of the study with the outcome of every evaluation
-# episode, on the same scenes for all: a row that is there is not made again.
+# The study behind docs/recovery.md: makes every policy from its parent, exports it, evaluates it and records a row.
+#   make -f benchmarks/studies/study.mk -j2          uses two cores, one per job; a later call resumes an interrupted one
+# benchmarks/results/recovery/NAME-SEED.json is a row of the study with the outcome of every evaluation episode. All
+# policies play the same scenes. Existing rows are not made again.
 export OMP_WAIT_POLICY := passive
 seeds := 0 1 2
 out := runs/study
@@ -9,13 +9,13 @@ rows := benchmarks/results/recovery
 dense := reference/dense
 job := --workers 1 --threads 1 --evaluate 0
 
-# The main recipe: the expert can be asked (DAgger). The settings of the recipe `rlrc-90`, and, in place of PPO, training
-# that takes about as many CPU-minutes.
+# The main recipe uses an expert (DAgger), with the settings of the recipe `rlrc-90`. `more` replaces PPO by training of
+# about as many CPU-minutes.
 sft := --rate 1e-3 --steps 1100 --demonstrations 120 --dagger-rounds 5 --dagger-episodes 260 --dagger-end 0.7
 more := --rate 5e-4 --demonstrations 120 --dagger-rounds 2 --dagger-episodes 260 --dagger-start 0 --dagger-end 0.7
 ppo := --iterations 8 --episodes 260
 
-# The scarce regime: one demonstration a task, of another scene for every seed, and nobody to ask.
+# The scarce regime: one demonstration per task, from a different scene for every seed, and no expert.
 few = --demonstrations 1 --first-seed $* --seed $*
 short := --rate 1e-3 --steps 300
 long := --rate 1e-3 --steps 1500
@@ -38,11 +38,11 @@ $(out)/pruned:
 $(out)/random:
 	rlrc prune $(dense) $@ --ratio 0.9 --score random $(job)
 
-# Less of the same.
+# The same pruning at lower ratios.
 $(out)/cut50 $(out)/cut75:
 	rlrc prune $(dense) $@ --ratio 0.$(@:$(out)/cut%=%) --demonstrations 120 $(job)
 
-# As many parameters as `pruned`: nine of the twelve blocks are gone.
+# As many parameters as `pruned`: nine of the twelve blocks are removed.
 $(out)/depth:
 	rlrc prune $(dense) $@ --kind depth --scope whole --ratio 0.6885 --demonstrations 120 $(job)
 
@@ -50,15 +50,15 @@ $(out)/sft-%: | $(out)/pruned
 	rlrc sft $(out)/pruned $@ $(sft) --seed $* $(job)
 $(out)/sft+ppo-%: | $(out)/sft-%
 	rlrc rl $(out)/sft-$* $@ $(ppo) --demonstrations 120 --seed $* $(job)
-# Its DAgger scenes are others than those of the SFT before it.
+# Its DAgger scenes differ from those of the preceding SFT.
 $(out)/sft+sft-%: | $(out)/sft-%
 	rlrc sft $(out)/sft-$* $@ $(more) --steps 550 --seed 1$* $(job)
-# The same for as many steps as take PPO's CPU-minutes or a little more.
+# The same, with enough steps for at least PPO's CPU-minutes.
 $(out)/sft+more-%: | $(out)/sft-%
 	rlrc sft $(out)/sft-$* $@ $(more) --steps 760 --seed 1$* $(job)
 $(out)/dense+sft-%: | $(out)/pruned
 	rlrc sft $(dense) $@ $(sft) --seed $* $(job)
-# The same recovery of policies that were cut otherwise.
+# The same recovery for other kinds of pruning.
 define recovered
 $(out)/$(1)+sft-%: | $(out)/$(1)
 	rlrc sft $(out)/$(1) $$@ $(sft) --seed $$* $(job)
@@ -87,7 +87,7 @@ $(out)/few-sft+ppo-cold-%: | $(out)/few-sft-%
 $(out)/few-sft+ppo-free-%: | $(out)/few-sft-%
 	rlrc rl $(out)/few-sft-$* $@ $(ppo) $(few) --behaviour-cloning 0 $(job)
 
-# The best of both, in fewer bits; AWQ and GPTQ choose the integers of int4 in the light of the golden observations.
+# The best policy of each regime, quantized; AWQ and GPTQ calibrate int4 on the golden observations.
 $(out)/dense+int4 $(out)/dense+int8:
 	rlrc quantize $(dense) $@ --bits $(@:$(out)/dense+int%=%) $(job)
 define quantized

@@ -1,11 +1,11 @@
-"""The rows of the recovery study and their summary. study.mk beside this file runs it.
+"""The rows of the recovery study and their summary; run by study.mk.
 
     python benchmarks/studies/study.py row NAME EXPORTED SUCCESS.json OUT.json
     python benchmarks/studies/study.py shapes ROWS/ GRAPHS/    one NAME=FOLDER per kind of graph, for rlrc bench latency
     python benchmarks/studies/study.py summary ROWS/ LATENCY.json RECOVERY.json RECOVERY.md RECOVERY.svg
 
-A row is one policy: how it was pruned, recovered and quantized, what it weighs, and every evaluation episode's outcome.
-The summary joins the rows with the latency of their kind of graph, and writes the tables between the marks of the page.
+A row describes one policy: pruning, recovery, quantization, size, and the outcome of every evaluation episode. The
+summary adds the latency of each kind of graph and writes the tables between the marks of the page.
 """
 
 from __future__ import annotations
@@ -28,29 +28,10 @@ from rlrc.benchmarks.results.stats import mcnemar, paired_difference_limit, wils
 Row = dict[str, Any]
 DENSE = 2  # stages of the dense policy: new, sft
 ORDER = [
-    "dense",
-    "dense+int4",
-    "dense+int8",
-    "cut50",
-    "cut75",
-    "pruned",
-    "random",
-    "depth",
-    "cut50+sft",
-    "cut75+sft",
-    "random+sft",
-    "depth+sft",
-    "distill",
-    "sft",
-    "sft+sft",
-    "sft+more",
-    "sft+ppo",
-    "sft+ppo+int4",
-    "sft+ppo+int8",
-    "sft+ppo+awq",
-    "sft+ppo+gptq",
-    "dense+sft",
-]  # of the arms; the others after them
+    "dense", "dense+int4", "dense+int8", "cut50", "cut75", "pruned", "random", "depth", "cut50+sft", "cut75+sft",
+    "random+sft", "depth+sft", "distill", "sft", "sft+sft", "sft+more", "sft+ppo", "sft+ppo+int4", "sft+ppo+int8",
+    "sft+ppo+awq", "sft+ppo+gptq", "dense+sft",
+]  # fmt: skip  # of the arms in the table; all others follow
 COMPARED = (
     ("sft", "dense"),
     ("sft+ppo", "sft"),
@@ -82,7 +63,7 @@ COMPARED = (
 
 
 def pruning(history: Sequence[HistoryEntry]) -> Row | None:
-    """How the policy was cut: what went of the intermediate blocks that were cut most, of the decoder, of the whole."""
+    """Kind of pruning and the share of parameters removed: of the most pruned block, the decoder, the whole policy."""
     cuts = [entry for entry in history if entry.stage == "prune"]
     if not cuts:
         return None
@@ -97,18 +78,18 @@ def pruning(history: Sequence[HistoryEntry]) -> Row | None:
 
 
 def recovery(history: Sequence[HistoryEntry]) -> list[Row]:
-    """Every stage that trains, with what the rows differ by."""
-    told = {
+    """Every training stage, with the settings that differ between rows."""
+    settings = {
         "sft": ("steps", "demonstrations", "dagger_rounds", "seed"),
         "distill": ("steps", "demonstrations", "dagger_rounds", "hidden", "seed"),
         "rl": ("iterations", "episodes", "warmup", "behaviour_cloning", "demonstrations", "seed"),
     }
-    trained = [entry for entry in history[DENSE:] if entry.stage in told]
-    return [{"stage": entry.stage} | {key: entry.config[key] for key in told[entry.stage]} for entry in trained]
+    trained = [entry for entry in history[DENSE:] if entry.stage in settings]
+    return [{"stage": entry.stage} | {key: entry.config[key] for key in settings[entry.stage]} for entry in trained]
 
 
 def curve(exported: Path, spent: float, minutes: float) -> list[Row]:
-    """Sampled success after each of PPO's iterations, which took the last ``minutes`` of the CPU-minutes ``spent``."""
+    """Sampled success after each PPO iteration. PPO took the last ``minutes`` of the ``spent`` CPU-minutes."""
     files = sorted(exported.glob("curves/*-rl.jsonl"))
     points = [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
     return [
@@ -122,10 +103,10 @@ def curve(exported: Path, spent: float, minutes: float) -> list[Row]:
 
 
 def shape(manifest: Manifest) -> str:
-    """The same for policies whose graphs take the same time: geometry and precision."""
-    described = artifact.to_json(manifest)
-    precision = sorted({graph["precision"] for graph in described["graphs"]})
-    text = json.dumps([described["towers"], precision], sort_keys=True)
+    """A hash of geometry and precision: policies with the same hash have the same latency."""
+    description = artifact.to_json(manifest)
+    precision = sorted({graph["precision"] for graph in description["graphs"]})
+    text = json.dumps([description["towers"], precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -135,7 +116,7 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
     arm, _, seed = name.rpartition("-")
     numbered = seed.isdigit()
     spent = sum(entry.cpu_minutes for entry in manifest.history[DENSE:])
-    learned = [entry.cpu_minutes for entry in manifest.history if entry.stage == "rl"]
+    ppo_minutes = sum(entry.cpu_minutes for entry in manifest.history if entry.stage == "rl")
     values = {
         "name": arm if numbered else name,
         "seed": int(seed) if numbered else None,
@@ -151,7 +132,7 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
         "hard": measured["hard"]["success"],
         "per_task": {task: played["success"] for task, played in measured["per_task"].items()},
         "cpu_minutes": round(spent, 2),
-        "curve": curve(exported, spent, sum(learned)),
+        "curve": curve(exported, spent, ppo_minutes),
         "command": f"make -f benchmarks/studies/study.mk {out}",
         "outcomes": measured["outcomes"],
     }
@@ -159,24 +140,24 @@ def row(name: str, exported: Path, success: Path, out: Path) -> None:
 
 
 def arms(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of every arm, one a seed."""
-    found: dict[str, list[Row]] = {}
+    """The rows of every arm, one per seed."""
+    by_arm: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["seed"] or 0):
-        found.setdefault(row["name"], []).append(row)
-    return found
+        by_arm.setdefault(row["name"], []).append(row)
+    return by_arm
 
 
 def outcomes(rows: Sequence[Row], tasks: Sequence[str]) -> str:
-    """Every episode of all seeds as 0 or 1, in the same order for every arm."""
+    """Outcomes of the episodes of all seeds as 0 or 1, in the same order for every arm."""
     return "".join(row["outcomes"][task] for row in rows for task in tasks)
 
 
-def table(found: dict[str, list[Row]]) -> list[str]:
+def table(by_arm: dict[str, list[Row]]) -> list[str]:
     lines = [
         "| arm | parameters | MB | p50 ms | success (95 %) | episodes | seeds | hard tasks, seeds | CPU-minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, rows in found.items():
+    for name, rows in by_arm.items():
         played = outcomes(rows, sorted(rows[0]["outcomes"]))
         low, high = wilson(played.count("1"), len(played))
         latency = rows[0]["latency_ms"]
@@ -195,47 +176,46 @@ def table(found: dict[str, list[Row]]) -> list[str]:
     return lines
 
 
-def comparison(arm: str, baseline: str, found: dict[str, list[Row]]) -> str | None:
-    """Scene by scene over the seeds that both have; an arm without seeds is compared with every one of the other."""
-    ours, theirs = found.get(arm, []), found.get(baseline, [])
-    if len(theirs) == 1 and theirs[0]["seed"] is None:
-        theirs = [theirs[0] | {"seed": row["seed"]} for row in ours]
-    by_seed = {row["seed"]: row for row in theirs}
-    both = [(row, by_seed[row["seed"]]) for row in ours if row["seed"] in by_seed]
-    if not both:
+def comparison(arm: str, baseline: str, by_arm: dict[str, list[Row]]) -> str | None:
+    """Compare scene by scene over common seeds; a baseline without seeds is compared with every seed of the arm."""
+    rows, baselines = by_arm.get(arm, []), by_arm.get(baseline, [])
+    if len(baselines) == 1 and baselines[0]["seed"] is None:
+        baselines = [baselines[0] | {"seed": row["seed"]} for row in rows]
+    by_seed = {row["seed"]: row for row in baselines}
+    matches = [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    if not matches:
         return None
-    tasks = sorted(both[0][0]["outcomes"])
-    pairs = list(zip(*(outcomes(rows, tasks) for rows in zip(*both, strict=True)), strict=True))
+    tasks = sorted(matches[0][0]["outcomes"])
+    pairs = list(zip(*(outcomes(side, tasks) for side in zip(*matches, strict=True)), strict=True))
     only, only0 = pairs.count(("1", "0")), pairs.count(("0", "1"))
     limit, p = paired_difference_limit(only, only0, len(pairs)), mcnemar(only, only0)
     difference = (only - only0) / len(pairs)
-    return f"| {arm} - {baseline} | {len(both)} | {difference:+.3f} | {limit:+.3f} | {p:.2g} |"
+    return f"| {arm} - {baseline} | {len(matches)} | {difference:+.3f} | {limit:+.3f} | {p:.2g} |"
 
 
-def comparisons(found: dict[str, list[Row]]) -> list[str]:
+def comparisons(by_arm: dict[str, list[Row]]) -> list[str]:
     head = ["| difference | seeds | of success | lower 95 % limit | McNemar p |", "|---|---|---|---|---|"]
-    return head + [line for pair in COMPARED if (line := comparison(*pair, found)) is not None]
+    return head + [line for pair in COMPARED if (line := comparison(*pair, by_arm)) is not None]
 
 
-def marked(page: str, name: str, lines: Sequence[str]) -> str:
-    """The page with these lines between <!-- name --> and <!-- end -->."""
+def replace_section(page: str, name: str, lines: Sequence[str]) -> str:
+    """Replace the text between <!-- name --> and <!-- end --> by these lines."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not end:
-        sys.exit(f"expected <!-- {name} --> and <!-- end --> in the page, found neither or one; put them back")
+        sys.exit(f"expected <!-- {name} --> and <!-- end --> in the page, found at most one; restore them")
     return "\n".join([f"{before}<!-- {name} -->", *lines, f"{end}{after}"])
 
 
-def draw(found: dict[str, list[Row]], file: Path) -> None:
-    """Success against CPU-minutes of recovery, a point a seed; lines: PPO's sampled episodes. Scarce regime apart."""
+def draw(by_arm: dict[str, list[Row]], file: Path) -> None:
+    """Success against CPU-minutes of recovery: a point per seed, lines for PPO's samples, a panel per regime."""
     matplotlib.use("agg")
     figure, sides = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axes, title in zip(sides, ("Main recipe: experts can be asked", "One demonstration a task"), strict=True):
+    for axes, title in zip(sides, ("Main recipe: experts can be asked", "One demonstration per task"), strict=True):
         scarce = axes is sides[1]
-        shown = {
-            name: rows for name, rows in found.items() if rows[0]["recovery"] and name.startswith("few-") == scarce
-        }
-        for name, rows in shown.items():
+        for name, rows in by_arm.items():
+            if not rows[0]["recovery"] or name.startswith("few-") != scarce:
+                continue
             dots = axes.scatter(
                 [row["cpu_minutes"] for row in rows], [row["success"] for row in rows], label=name, s=18
             )
@@ -243,11 +223,10 @@ def draw(found: dict[str, list[Row]], file: Path) -> None:
                 times, sampled = ([point[key] for point in row["curve"]] for key in ("cpu_minutes", "sampled_success"))
                 axes.plot(times, sampled, color=dots.get_facecolor()[0], alpha=0.3, linewidth=1)
         for name in ("dense", "pruned"):
-            if name in found:
-                axes.axhline(found[name][0]["success"], color="0.6", linewidth=0.8, linestyle=":")
-                axes.text(
-                    0.01, found[name][0]["success"], name, transform=axes.get_yaxis_transform(), color="0.4", fontsize=7
-                )
+            if name in by_arm:
+                level = by_arm[name][0]["success"]
+                axes.axhline(level, color="0.6", linewidth=0.8, linestyle=":")
+                axes.text(0.01, level, name, transform=axes.get_yaxis_transform(), color="0.4", fontsize=7)
         axes.set(xlabel="CPU-minutes of recovery", title=title)
         axes.legend(fontsize=7)
     sides[0].set_ylabel("success, argmax, evaluation scenes")
@@ -264,21 +243,21 @@ def summary(folder: Path, latency: Path, out: Path, page: Path, picture: Path) -
         milliseconds = measured.get(row["shape"])
         row["latency_ms"] = milliseconds and {key: milliseconds[key] for key in ("p50", "p99")}
     write(out, dump(rows))
-    found = arms(rows)
-    text = marked(page.read_text(), "arms", table(found))
-    page.write_text(marked(text, "differences", comparisons(found)))
-    draw(found, picture)
-    print("\n".join([*table(found), "", *comparisons(found)]))
+    by_arm = arms(rows)
+    text = replace_section(page.read_text(), "arms", table(by_arm))
+    page.write_text(replace_section(text, "differences", comparisons(by_arm)))
+    draw(by_arm, picture)
+    print("\n".join([*table(by_arm), "", *comparisons(by_arm)]))
 
 
 def shapes(folder: Path, graphs: Path) -> None:
-    """Called by the shape, so that a result can be found by it."""
-    found: dict[str, str] = {}
+    """Print one SHAPE=FOLDER per shape; the shape names the row of the latency result."""
+    options: dict[str, str] = {}
     for file in sorted(folder.glob("*.json")):
         row, exported = json.loads(file.read_text()), graphs / file.stem
         if exported.is_dir():
-            found.setdefault(row["shape"], f"{row['shape']}={exported}")
-    print(" ".join(found.values()))
+            options.setdefault(row["shape"], f"{row['shape']}={exported}")
+    print(" ".join(options.values()))
 
 
 if __name__ == "__main__":
@@ -290,4 +269,4 @@ if __name__ == "__main__":
     elif command == "summary" and len(arguments) == 5:
         summary(*map(Path, arguments))
     else:
-        sys.exit(f"expected what the module's first lines say, found {' '.join(sys.argv[1:]) or 'nothing'}")
+        sys.exit(f"expected row, shapes or summary with its arguments, found {sys.argv[1:]}; see the module docstring")

@@ -1,11 +1,11 @@
-"""Mutated messages for the servers' protocols, guided by coverage (atheris): no crash, no hang, no memory without end.
+"""Coverage-guided fuzzing (atheris) of the servers' protocols for crashes, hangs and excessive memory.
 
     python tests/robustness/fuzz.py [--protocol openpi openvla gr00t lerobot stop page] [--messages 200000] [--seed 1]
         [--out FILE.json]
 
-Half of the mutations are of bytes (libFuzzer's), half of what the bytes stand for: maps, arrays, opcodes. A message
-that crashes the server, or takes more than 10 s or 512 MB, is left in runs/fuzz and ends that protocol's run with exit
-code 1; put it into tests/data/fuzz/PROTOCOL, from where a test gives it to the server. Needs `pip install atheris`.
+Half of the mutations change bytes (libFuzzer), half the decoded message: maps, arrays, opcodes. A message that crashes
+the server, or takes more than 10 s or 512 MB, is kept in runs/fuzz and ends the run of that protocol with exit code 1.
+Copy it to tests/data/fuzz/PROTOCOL, whose files tests/test_fuzz.py sends. Needs `pip install atheris`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ with atheris.instrument_imports(include=["rlrc"]):  # names of packages; those o
     from rlrc.benchmarks.results import machine
 
 CORPUS = Path(__file__).parents[1] / "data/fuzz"
-WARM = 2000  # messages until the memory of the process is what it needs
+WARM = 2000  # messages until the memory of the process is stable
 REPLAYED = 20_000
-EVERY = 20  # messages, one of which is traced for what Python allocates
+EVERY = 20  # trace Python's allocations for one of so many messages
 LONGEST = 4096  # bytes of a message
 LIMITS = ("-timeout=10", "-rss_limit_mb=512", f"-max_len={LONGEST}", "-print_final_stats=0")
 
@@ -60,23 +60,23 @@ def main() -> int:
     parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     parser.add_argument("--messages", type=int, default=200_000, help="for each protocol")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="result file, whose rows of other protocols stay")
-    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # this process fuzzes, and writes its result there
-    asked = parser.parse_args()
-    if asked.row is not None:
-        fuzz(asked.protocol[0], asked.messages, asked.seed, asked.row)
+    parser.add_argument("--out", type=Path, help="result file; rows of other protocols are kept")
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # worker process: fuzz, then write the row there
+    args = parser.parse_args()
+    if args.row is not None:
+        fuzz(args.protocol[0], args.messages, args.seed, args.row)
     failed = False
-    for protocol in asked.protocol:
-        row = run(protocol, asked.messages, asked.seed)
+    for protocol in args.protocol:
+        row = run(protocol, args.messages, args.seed)
         failed |= row["crashes"] > 0
         print(json.dumps(row), flush=True)
-        if asked.out is not None:
-            write(asked.out, row)
+        if args.out is not None:
+            write(args.out, row)
     return int(failed)
 
 
 def run(protocol: str, messages: int, seed: int) -> dict[str, Any]:
-    """In a process of its own, which libFuzzer ends."""
+    """Fuzz in a separate process, since libFuzzer exits it. Returns the row."""
     work = Path("runs/fuzz") / protocol
     work.mkdir(parents=True, exist_ok=True)
     row = work / "row.json"
@@ -85,15 +85,15 @@ def run(protocol: str, messages: int, seed: int) -> dict[str, Any]:
     subprocess.run([sys.executable, __file__, *arguments, "--row", str(row)], check=False)
     command = f"python tests/robustness/fuzz.py {' '.join(arguments)}"
     if row.exists():
-        grown = {"rss_growth_bytes": replayed(protocol, work / "corpus")}
-        return {"name": protocol, **json.loads(row.read_text()), **grown, "command": command}
+        growth = {"rss_growth_bytes": measure_growth(protocol, work / "corpus")}
+        return {"name": protocol, **json.loads(row.read_text()), **growth, "command": command}
     return {"name": protocol, "protocol": protocol, "crashes": 1, "command": command}
 
 
-def replayed(protocol: str, corpus: Path) -> int:
-    """Bytes by which the server grows over ``REPLAYED`` of the messages that reached something new.
+def measure_growth(protocol: str, corpus: Path) -> int:
+    """Replay ``REPLAYED`` messages of the corpus. Returns the bytes by which the server's memory grows.
 
-    In another process, since libFuzzer takes more and more memory itself.
+    Runs in a separate process, since libFuzzer's own memory keeps growing.
     """
     command = [sys.executable, str(Path(__file__).with_name("fuzz_targets.py")), protocol, str(REPLAYED), str(corpus)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -102,14 +102,14 @@ def replayed(protocol: str, corpus: Path) -> int:
 def write(path: Path, row: dict[str, Any]) -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [one for one in before if one["name"] != row["name"]] + [row]
-    told = machine.describe(1)
-    told["versions"]["atheris"] = metadata.version("atheris")
-    result = {"kind": "fuzzing", "command": "python tests/robustness/fuzz.py", "machine": told, "rows": rows}
+    description = machine.describe(1)
+    description["versions"]["atheris"] = metadata.version("atheris")
+    result = {"kind": "fuzzing", "command": "python tests/robustness/fuzz.py", "machine": description, "rows": rows}
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def fuzz(protocol: str, messages: int, seed: int, row: Path) -> None:
-    """Never returns: libFuzzer ends the process at what it finds, and we at the last message."""
+    """Fuzz and write the row. Never returns: the process exits at a finding or after the last message."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     target = loop.run_until_complete(Target.open(protocol))
@@ -118,21 +118,21 @@ def fuzz(protocol: str, messages: int, seed: int, row: Path) -> None:
 
     def one(message: bytes) -> None:
         nonlocal warm_rss, peak
-        traced = count["messages"] % EVERY == 0
-        if traced:
+        trace = count["messages"] % EVERY == 0
+        if trace:
             tracemalloc.start()
-        told = loop.run_until_complete(target.give(message))
-        if traced:
+        refusal = loop.run_until_complete(target.send(message))
+        if trace:
             peak = max(peak, tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-        count["answered" if told is None else "refused"] += 1
+        count["answered" if refusal is None else "refused"] += 1
         count["messages"] += 1
         if count["messages"] == min(WARM, messages):
             warm_rss = resident()
         if count["messages"] == messages:
-            grown = {"peak_bytes": peak, "fuzzer_rss_growth_bytes": resident() - warm_rss}
+            memory = {"peak_bytes": peak, "fuzzer_rss_growth_bytes": resident() - warm_rss}
             result = {"protocol": protocol, **count, "seconds": round(time.monotonic() - begun, 1), "crashes": 0}
-            row.write_text(json.dumps({**result, **grown, "seed": seed}))
+            row.write_text(json.dumps({**result, **memory, "seed": seed}))
             loop.run_until_complete(target.close())
             os._exit(0)
 
@@ -142,13 +142,12 @@ def fuzz(protocol: str, messages: int, seed: int, row: Path) -> None:
         (corpus / f"seed-{number}").write_bytes(message)
     folders = [str(path) for path in (corpus, CORPUS / protocol) if path.is_dir()]
     options = [*LIMITS, f"-seed={seed}", f"-artifact_prefix={row.parent}/"]
-    mutated = Mutator(protocol)
-    atheris.Setup([sys.argv[0], *options, *folders], one, custom_mutator=mutated)
+    atheris.Setup([sys.argv[0], *options, *folders], one, custom_mutator=Mutator(protocol))
     atheris.Fuzz()
 
 
 class Mutator:
-    """libFuzzer's, and one for what the bytes stand for."""
+    """Applies libFuzzer's mutation of bytes or a mutation of the decoded message."""
 
     def __init__(self, protocol: str) -> None:
         self._protocol = protocol
@@ -158,14 +157,14 @@ class Mutator:
         if chance.random() < 0.5:
             return bytes(atheris.Mutate(message, size))
         try:
-            changed = self._changed(message, chance)
-        except Exception:  # it does not stand for anything, or what came out cannot be written
-            changed = b""
-        return changed[:size] or bytes(atheris.Mutate(message, size))
+            mutated = self._mutate_decoded(message, chance)
+        except Exception:  # the message cannot be decoded, or its mutation cannot be encoded
+            mutated = b""
+        return mutated[:size] or bytes(atheris.Mutate(message, size))
 
-    def _changed(self, message: bytes, chance: random.Random) -> bytes:
+    def _mutate_decoded(self, message: bytes, chance: random.Random) -> bytes:
         if self._protocol in HTTP:
-            return lines(message, chance)
+            return mutate_lines(message, chance)
         if self._protocol == "openvla":
             body = json.loads(message)
             if isinstance(body, dict) and isinstance(body.get("encoded"), str) and chance.random() < 0.7:
@@ -173,7 +172,7 @@ class Mutator:
                 return json.dumps(body).encode()
             return json.dumps(change(body, chance), default=str).encode()
         if self._protocol == "lerobot":
-            return message[:1] + opcodes(message[1:], chance) if message[:1] in (OBSERVED, INSTRUCTED) else b""
+            return message[:1] + mutate_opcodes(message[1:], chance) if message[:1] in (OBSERVED, INSTRUCTED) else b""
         if message.startswith(CONNECTION):
             return b""
         packed: bytes = msgpack.packb(change(msgpack.unpackb(message, strict_map_key=False), chance))
@@ -181,7 +180,7 @@ class Mutator:
 
 
 def change(value: Any, chance: random.Random) -> Any:
-    """A value of maps and lists with one place changed."""
+    """Change one place in a value of maps and lists."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         key = chance.choice(list(value))
         what = chance.random()
@@ -195,16 +194,16 @@ def change(value: Any, chance: random.Random) -> Any:
         return [*value[:place], change(value[place], chance), *value[place + 1 :]]
     if isinstance(value, bytes) and value.startswith(b"\x93NUMPY") and chance.random() < 0.7:
         old, new = chance.choice(HEADERS), chance.choice(HEADERS)
-        found = [part for part in (old, value[20 : 20 + chance.randrange(1, 40)]) if part in value]
-        return value.replace(found[0], new, 1)
+        matches = [part for part in (old, value[20 : 20 + chance.randrange(1, 40)]) if part in value]
+        return value.replace(matches[0], new, 1)
     if isinstance(value, (bytes, str)) and value and chance.random() < 0.5:
         cut = chance.randrange(len(value))
         return chance.choice([value[:cut], value[cut:] + value[:cut], value + value[:cut]])
     return chance.choice([*NUMBERS, *OTHERS, *DTYPES, *SHAPES, [value], [value] * 3, {"a": value}])
 
 
-def lines(request: bytes, chance: random.Random) -> bytes:
-    """A request with a line left out, doubled, moved, or made one that libraries act upon."""
+def mutate_lines(request: bytes, chance: random.Random) -> bytes:
+    """Delete, repeat, swap or change a line of a request, or insert a header field that libraries act upon."""
     head, _, body = request.partition(b"\r\n\r\n")
     parts = head.split(b"\r\n")
     edit(
@@ -216,8 +215,8 @@ def lines(request: bytes, chance: random.Random) -> bytes:
     return b"\r\n".join(parts) + b"\r\n\r\n" + body
 
 
-def opcodes(pickled: bytes, chance: random.Random) -> bytes:
-    """A pickle, alone or in protobuf's field, with an opcode left out, doubled, moved or made another."""
+def mutate_opcodes(pickled: bytes, chance: random.Random) -> bytes:
+    """Delete, repeat, swap, change or insert opcodes of a pickle, which may be inside a protobuf field."""
     start = pickled.index(b"\x80")
     places = [place for _, _, place in pickletools.genops(pickled[start:])]
     parts = [pickled[start + a : start + b] for a, b in zip(places, [*places[1:], None], strict=True)]
@@ -234,7 +233,7 @@ def opcodes(pickled: bytes, chance: random.Random) -> bytes:
 def edit(
     parts: list[bytes], chance: random.Random, changed: Callable[[bytes], bytes], new: Callable[[], bytes]
 ) -> None:
-    """One part left out, doubled, moved, changed, or a new one put in."""
+    """Delete, repeat, swap or change one part, or insert a new one."""
     here, there = chance.randrange(len(parts)), chance.randrange(len(parts))
     what = chance.randrange(5)
     if what == 0:

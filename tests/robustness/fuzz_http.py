@@ -1,7 +1,7 @@
-"""The ports that stop a robot, opened in one process for fuzz.py's targets "stop" and "page".
+"""The HTTP ports that can stop a robot, in one process, as targets "stop" and "page" of fuzz.py.
 
-A message is all that a connection sends. An answer of 200 to a stop without the token is a finding, and so is whatever
-a client could not read as one line: "expected ..., found ...".
+A message is everything that a connection sends. Findings are a stop without the token, and an error that is not one
+line of the form "expected ..., found ...".
 """
 
 from __future__ import annotations
@@ -23,65 +23,65 @@ from rlrc.runtime.wire.ports import Places
 
 TOKEN = "t0k"
 STATE = {"stopped": True, "reason": "HTTP"}
-TURNS = 30  # of an event loop, in which every answer that needs no time has come
-HELLO: dict[str, Any] = {"stop": 1, "kind": "run"}
+TURNS = 30  # of the event loop, enough for every answer that does not wait
+METADATA: dict[str, Any] = {"stop": 1, "kind": "run"}
 
 
 class StopTarget:
-    """rlrc.runtime.control.stop_listener's Listener on a port; this is both the client and the process that stops."""
+    """The Listener of rlrc.runtime.control.stop_listener; this class acts as the client and as the control loop."""
 
     def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self._wire, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._wire, self._listener_wire = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._wire.setblocking(False)
-        self._listener = Listener(self._listening, self._theirs, TOKEN, None, 8080)
+        self._listener = Listener(self._listening, self._listener_wire, TOKEN, None, 8080)
 
-    async def give(self, message: bytes) -> str | None:
-        """Raises AssertionError where the listener did what it should not."""
-        found, pressed = b"", 0
+    async def send(self, message: bytes) -> str | None:
+        """Returns why the message was refused, or None. Raises AssertionError for a finding."""
+        answer, pressed = b"", 0
         with socket.create_connection(self._listening.getsockname()) as connection:
             connection.setblocking(False)
             connection.sendall(message)
             for _ in range(6):
                 assert self._listener.turn(0)
                 pressed += self._answer()
-                found += received(connection)
+                answer += receive(connection)
         assert self._listener.turn(0)
         assert not pressed or TOKEN.encode() in message
-        return refusal(found)
+        return refusal(answer)
 
     def _answer(self) -> int:
         pressed = 0
-        while asked := received(self._wire):
-            pressed += asked.startswith(PRESS)
+        while request := receive(self._wire):
+            pressed += request.startswith(PRESS)
             self._wire.send(json.dumps(STATE).encode())
         return pressed
 
     async def close(self) -> None:
-        for one in (self._listening, self._wire, self._theirs):
+        for one in (self._listening, self._wire, self._listener_wire):
             one.close()
 
 
 class PageTarget:
-    """rlrc.runtime.page.server behind its gate; the loop that it talks to says yes to everything."""
+    """rlrc.runtime.page.server behind its gate, with a control loop that accepts every request."""
 
     def __init__(self, server: Server, feed: Feed, runner: web.AppRunner) -> None:
         self._server, self._feed, self._runner, self._places = server, feed, runner, Places(CONNECTIONS, 0.0)
         loop = asyncio.get_running_loop()
-        loop.add_reader(feed.fileno(), self._wished)
+        loop.add_reader(feed.fileno(), self._answer_requests)
         loop.add_reader(server.mirror.reader.socket.fileno(), server.mirror.receive)
 
     @staticmethod
     async def open() -> PageTarget:
         feed = Feed(("front",))
         feed.ends.socket.setblocking(False)
-        server = Server(feed.ends, HELLO, TOKEN)
+        server = Server(feed.ends, METADATA, TOKEN)
         runner = web.AppRunner(server.app(), handle_signals=False, shutdown_timeout=0.1)
         await runner.setup()
         return PageTarget(server, feed, runner)
 
-    async def give(self, message: bytes) -> str | None:
-        """Raises AssertionError where the page did what it should not."""
+    async def send(self, message: bytes) -> str | None:
+        """Returns why the message was refused, or None. Raises AssertionError for a finding."""
         wire, loop, server = Wire(), asyncio.get_running_loop(), self._runner.server
         assert server is not None
         connection = HttpConnection(
@@ -99,7 +99,7 @@ class PageTarget:
 
     async def close(self) -> None:
         self._server.mirror.ended.set()
-        await asyncio.sleep(2 * NEWS_S)  # the pages that are connected end
+        await asyncio.sleep(2 * NEWS_S)  # until connected pages have closed
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._feed.fileno())
         loop.remove_reader(self._server.mirror.reader.socket.fileno())
@@ -107,14 +107,14 @@ class PageTarget:
         self._feed.close()
         self._server.mirror.reader.socket.close()
 
-    def _wished(self) -> None:
-        for wish in self._feed.receive() or ():
-            assert "words" not in wish or wish["words"] is None or wish["words"].isprintable()
-            self._feed.send({"id": wish["id"], "answer": {}})
+    def _answer_requests(self) -> None:
+        for request in self._feed.receive() or ():
+            assert "words" not in request or request["words"] is None or request["words"].isprintable()
+            self._feed.send({"id": request["id"], "answer": {}})
 
 
 class Wire(asyncio.Transport):
-    """What a connection writes."""
+    """A transport that keeps what the server writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,21 +141,21 @@ class Wire(asyncio.Transport):
     def resume_reading(self) -> None: ...
 
 
-def received(connection: socket.socket) -> bytes:
+def receive(connection: socket.socket) -> bytes:
     try:
         return connection.recv(2**16)
     except (BlockingIOError, ConnectionError):
         return b""
 
 
-def refusal(found: bytes) -> str | None:
-    """Why the first request was refused; None: it was answered."""
-    if not found:
+def refusal(answer: bytes) -> str | None:
+    """Why the first request was refused, or None if it was answered."""
+    if not answer:
         return "expected a whole request, found a part"
-    head, _, body = found.partition(b"\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
     status = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
     assert status is not None, head
-    assert int(status[1]) != 500, found
+    assert int(status[1]) != 500, answer
     if int(status[1]) < 400:
         return None
     length = re.search(rb"(?i)content-length: (\d+)", head)
@@ -163,13 +163,13 @@ def refusal(found: bytes) -> str | None:
     text = body[: int(length[1])].decode()
     if text.startswith("{"):
         text = json.loads(text)["error"]
-    elif int(status[1]) in (404, 405):  # aiohttp's own
+    elif int(status[1]) in (404, 405):  # from aiohttp
         return "expected another path or method"
     return text.strip()
 
 
 def seeds(protocol: str) -> list[bytes]:
-    """Those of the page are for all that it answers; the first is a stop, the last two are refused."""
+    """Valid requests for everything that the port answers. The first is a stop; the last two are refused."""
 
     def request(method: str, path: str, body: bytes = b"", *fields: str, token: str = TOKEN) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1:8080", f"Authorization: Bearer {token}", *fields]
@@ -177,16 +177,15 @@ def seeds(protocol: str) -> list[bytes]:
         return ("\r\n".join(lines) + "\r\n\r\n").encode() + body
 
     refused = [request("POST", "/stop", token="other"), request("POST", "/stop", b"x", "Content-Encoding: gzip")]
-    own = "Origin: http://127.0.0.1:8080"
+    origin = "Origin: http://127.0.0.1:8080"
     if protocol == "stop":
-        preflight = request("OPTIONS", "/stop", b"", own, "Access-Control-Request-Headers: authorization")
-        return [request("POST", "/stop", b"{}", own), request("GET", "/stop") * 2, preflight, *refused]
-    wishes = [("/rearm", "reason", "all clear"), ("/instruction", "text", "close it"), ("/instruction", "text", None)]
-    bodies = [(path, json.dumps({key: words}).encode()) for path, key, words in wishes]
-    found = [
+        preflight = request("OPTIONS", "/stop", b"", origin, "Access-Control-Request-Headers: authorization")
+        return [request("POST", "/stop", b"{}", origin), request("GET", "/stop") * 2, preflight, *refused]
+    fields = [("/rearm", "reason", "all clear"), ("/instruction", "text", "close it"), ("/instruction", "text", None)]
+    return [
         request("POST", "/stop", b"{}"),
-        request("GET", "/stop"),
-        request("GET", "/page.js"),
-        request("GET", "/events"),
+        *(request("GET", path) for path in ("/stop", "/page.js", "/events")),
+        *(request("POST", path, json.dumps({key: text}).encode()) for path, key, text in fields),
+        request("POST", "/bench", b"{}"),
+        *refused,
     ]
-    return [*found, *(request("POST", path, body) for path, body in bodies), request("POST", "/bench", b"{}"), *refused]

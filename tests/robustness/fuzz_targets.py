@@ -1,12 +1,12 @@
-"""The four servers in one process, for fuzz.py and for tests: messages reach them without a network.
+"""The four servers in one process, without a network, for fuzz.py and tests.
 
     target = await Target.open("gr00t")
-    told = await target.give(message)    # None: answered; else why not
+    refusal = await target.send(message)    # None: answered
 
-    python tests/robustness/fuzz_targets.py gr00t 20000 runs/fuzz/gr00t/corpus  # gives its files in turn, prints growth
+    python tests/robustness/fuzz_targets.py gr00t 20000 runs/fuzz/gr00t/corpus  # sends its files in turn, prints growth
 
-Session and inference process are those of `rlrc serve`. Behind them is a policy that prepares every observation as any
-does, and then stands still: so a message reaches the pictures, the tokenizer and the queue, and costs no inference.
+Session and inference process are those of `rlrc serve`. The policy preprocesses every observation but computes nothing,
+so that a message reaches picture decoding, the tokenizer and the queue at no cost of inference.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from rlrc.runtime.wire.ports import Access
 HTTP = ("stop", "page")  # see fuzz_http.py
 REFERENCE = Path(__file__).parents[2] / "reference/compressed"
 PROTOCOLS = ("openpi", "openvla", "gr00t", "lerobot", *HTTP)
-SIZE = 8  # pixels, so that mutations seldom fall into the picture
+SIZE = 8  # pixels; a small picture makes mutations of other fields more likely
 READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"
-CONNECTION = b"\xff"  # a message that begins so is a whole connection of GR00T's; no msgpack map does
+CONNECTION = b"\xff"  # first byte of a message that is a whole GR00T connection; no msgpack map begins with it
 
-# What a message to LeRobot's server is, by its first byte.
+# Kind of a message to LeRobot's server, by its first byte.
 OBSERVED, INSTRUCTED, CHUNKS = b"o", b"i", b"c"
 
 
-class Still:
-    """Takes what a policy takes, and does not move."""
+class IdlePolicy:
+    """Preprocesses observations and returns zero actions."""
 
     def __init__(self, spec: PolicySpec, tokenizer: Path) -> None:
         assert spec.prompt is not None
@@ -74,34 +74,34 @@ class Still:
 
 
 class Target:
-    """One protocol's server and its session. ``close`` at the end."""
+    """The server and session of one protocol. Call ``close`` at the end."""
 
     def __init__(self, protocol: str, session: Session) -> None:
         self.protocol, self.session = protocol, session
         self._client = session.client()
-        give = {"openpi": self._openpi, "openvla": self._openvla, "gr00t": self._gr00t, "lerobot": self._lerobot}
-        self._give: Callable[[bytes], Any] = give[protocol]
+        handlers = {"openpi": self._openpi, "openvla": self._openvla, "gr00t": self._gr00t, "lerobot": self._lerobot}
+        self._handle: Callable[[bytes], Any] = handlers[protocol]
         name = "openvla-oft" if protocol == "openvla" else OWN
-        mapped = observations.load(name, session.spec, None, protocol)
-        kinds: dict[str, Callable[[Session, Observations, Access], Any]] = {
+        mapping = observations.load(name, session.spec, None, protocol)
+        servers: dict[str, Callable[[Session, Observations, Access], Any]] = {
             "openpi": OpenpiServer,
             "openvla": OpenvlaServer,
             "gr00t": Gr00tServer,
             "lerobot": LerobotServer,
         }
-        self.server = kinds[protocol](session, mapped, Access())
+        self.server = servers[protocol](session, mapping, Access())
         self._port = 0
 
     @staticmethod
     async def open(protocol: str) -> Target | fuzz_http.StopTarget | fuzz_http.PageTarget:
         if protocol in HTTP:
             return fuzz_http.StopTarget() if protocol == "stop" else await fuzz_http.PageTarget.open()
-        logging.getLogger("rlrc.runtime.servers").setLevel(logging.WARNING)  # a line for every refusal is too much
+        logging.getLogger("rlrc.runtime.servers").setLevel(logging.WARNING)  # no line for every refusal
         artifact = artifacts.load(REFERENCE, verify=())
         spec = artifact.manifest.policy
         spec = replace(spec, cameras=(replace(spec.cameras[0], width=SIZE, height=SIZE),))
         target = Target(protocol, Session(spec))
-        await target.session.open(Still, (spec, REFERENCE / "tokenizer/tokenizer.json"))
+        await target.session.open(IdlePolicy, (spec, REFERENCE / "tokenizer/tokenizer.json"))
         if protocol == "gr00t":
             target._port = await target.server.start("127.0.0.1", 0)
         return target
@@ -111,22 +111,22 @@ class Target:
             await self.server.stop()
         self.session.close()
 
-    async def give(self, message: bytes) -> str | None:
-        """Raises AssertionError where the server did what it should not."""
+    async def send(self, message: bytes) -> str | None:
+        """Returns why the message was refused, or None. Raises AssertionError for a finding."""
         try:
-            told = await self._give(message)
+            refusal: str | None = await self._handle(message)
         except (RequestRefused, UserError) as error:
-            told = str(error)
-        if told is not None:
-            assert told.startswith("expected "), told
-            assert "\n" not in told, told
-            assert "internal server error" not in told, told
-            assert "Traceback" not in told, told
-            told.encode()
+            refusal = str(error)
+        if refusal is not None:
+            assert refusal.startswith("expected "), refusal
+            assert "\n" not in refusal, refusal
+            assert "internal server error" not in refusal, refusal
+            assert "Traceback" not in refusal, refusal
+            refusal.encode()
         assert self.session.inference.failure is None, self.session.inference.failure
         assert not self.session.waiting
         assert not self.session.answering
-        return told
+        return refusal
 
     async def _openpi(self, message: bytes) -> None:
         with self.session.track(self.protocol):
@@ -141,16 +141,17 @@ class Target:
         if message.startswith(CONNECTION):
             return await self._connect(message)
         answer = msgpack.unpackb(await self.server.answer(self._client, "fuzzer", message))
-        return answer.get("error") if isinstance(answer, dict) else None
+        error: str | None = answer.get("error") if isinstance(answer, dict) else None
+        return error
 
     async def _connect(self, message: bytes) -> str | None:
-        """Through the port: the server has to end the connection, whatever came."""
+        """Send through the port; the server must close the connection, even after an invalid message."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
             writer.write(message)
             writer.write_eof()
             answer = await asyncio.wait_for(reader.read(), 2.0)
-        except ConnectionError:  # it hung up while we spoke
+        except ConnectionError:  # the server closed the connection during the message
             answer = b""
         finally:
             writer.transport.abort()
@@ -169,7 +170,7 @@ class Target:
 
 
 async def _chunks(content: bytes) -> AsyncIterator[bytes]:
-    """Messages with two bytes of their length before them."""
+    """Split the content into chunks, each after two bytes of length."""
     while content:
         size = int.from_bytes(content[:2], "big")
         yield content[2 : 2 + size]
@@ -177,7 +178,7 @@ async def _chunks(content: bytes) -> AsyncIterator[bytes]:
 
 
 def seeds(protocol: str) -> list[bytes]:
-    """Valid messages of every form that the protocol has."""
+    """Valid messages in every form that the protocol accepts."""
     if protocol in HTTP:
         return fuzz_http.seeds(protocol)
     picture = np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(SIZE, SIZE, 3)
@@ -204,8 +205,8 @@ def _gr00t_seeds(picture: np.ndarray, state: np.ndarray, words: str) -> list[byt
             np.save(file, array)
             return {"__ndarray_class__": True, "as_npy": file.getvalue()}
 
-        found: bytes = msgpack.packb(message, default=encoded)
-        return found
+        content: bytes = msgpack.packb(message, default=encoded)
+        return content
 
     nested = {
         "video": {"corner4": picture[None, None]},
@@ -219,27 +220,27 @@ def _gr00t_seeds(picture: np.ndarray, state: np.ndarray, words: str) -> list[byt
     requests += [{"endpoint": name} for name in ("ping", "kill", "get_modality_config")]
     requests += [{"endpoint": "reset", "data": {"options": None}}]
     bodies = [packed(request) for request in requests]
-    hello = zmtp.GREETING + READY
-    connections = [hello + b"\x01\0" + zmtp._encode_frame(0, bodies[index]) for index in (0, 3)]
-    ping = hello + b"\x04\x09\x04PING\0\0xy" + connections[1][len(hello) :] * 2
+    handshake = zmtp.GREETING + READY
+    connections = [handshake + b"\x01\0" + zmtp._encode_frame(0, bodies[index]) for index in (0, 3)]
+    ping = handshake + b"\x04\x09\x04PING\0\0xy" + connections[1][len(handshake) :] * 2
     return [*bodies, *connections, ping]
 
 
 class TimedObservation:
-    """Pickled as if it were LeRobot's."""
+    """Pickled under the module name of LeRobot's class."""
 
 
 class RemotePolicyConfig:
-    """Likewise."""
+    """Pickled under the module name of LeRobot's class."""
 
 
 def _lerobot_seeds(picture: np.ndarray, state: np.ndarray, words: str) -> list[bytes]:
     def pickled(kind: type, fields: dict[str, Any], protocol: int = 4) -> bytes:
-        made = kind()
-        made.__dict__.update(fields)
+        value = kind()
+        value.__dict__.update(fields)
         here, there = (f"\x8c{len(name):c}{name}".encode("latin-1") for name in (__name__, HELPERS))
-        found = pickle.dumps(made, protocol).replace(here, there)
-        return found[:3] + struct.pack("<Q", len(found) - 11) + found[11:]  # its one frame is longer now
+        content = pickle.dumps(value, protocol).replace(here, there)
+        return content[:3] + struct.pack("<Q", len(content) - 11) + content[11:]  # the new length of its only frame
 
     names = [f"motor{index}.pos" for index in range(len(state))]
     raw = {**dict(zip(names, state.tolist(), strict=True)), "corner4": picture, "task": words}
@@ -270,16 +271,16 @@ def _lerobot_seeds(picture: np.ndarray, state: np.ndarray, words: str) -> list[b
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def replay(protocol: str, number: int, folder: Path) -> int:
-    """Gives the server that many messages, the folder's in turn. -> bytes that it took more after the first tenth."""
+    """Send ``number`` messages, cycling through the folder. Returns the bytes of growth after the first tenth."""
     target, messages = await Target.open(protocol), [path.read_bytes() for path in sorted(folder.iterdir())]
     try:
         for index, message in zip(range(number), itertools.cycle(messages), strict=False):
-            await target.give(message)
+            await target.send(message)
             if index == number // 10:
                 before = resident()
         return resident() - before

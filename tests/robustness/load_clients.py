@@ -1,4 +1,4 @@
-"""The honest clients of load.py, each in a thread of its own, and a watch over the server's memory."""
+"""The honest clients of load.py, one per thread, and a monitor of the server's memory."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ from rlrc.runtime.servers.client import RemotePolicy
 
 TIMEOUT_S = 10.0
 Ask = Callable[[], str | None]
-"""One observation. -> why there is no action; None: there is one."""
+"""Sends one observation. Returns why there is no action, or None if there is one."""
 
 
 @dataclass
 class Client:
-    """What one honest client has seen: milliseconds of the calls that were answered, and why the others were not."""
+    """An honest client: milliseconds of the answered calls and reasons of the refused ones."""
 
     protocol: str
     milliseconds: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
-    skipped: int = 0  # turns that had passed before the answer to the one before came
+    skipped: int = 0  # periods that passed while the client waited for an answer
 
     def run(self, port: int, observation: Mapping[str, Any], period_s: float, seconds: float, seed: int) -> None:
-        """Asks once in every period, at any moment of it: robots do not wait for each other."""
+        """Send one observation per period, at a random time, since robots are not synchronised."""
         chance = random.Random(seed)
         with OPEN[self.protocol](port, observation) as ask:
-            for _ in range(3):  # connected, and its code read into the caches
+            for _ in range(3):  # warm-up
                 ask()
             begun, turn = time.perf_counter(), 0
             while turn * period_s < seconds:
                 moment = begun + (turn + chance.random()) * period_s
                 time.sleep(max(0.0, moment - time.perf_counter()))
                 asked = time.perf_counter()
-                why = ask()
+                refusal = ask()
                 answered = time.perf_counter()
-                if why is None:
+                if refusal is None:
                     self.milliseconds.append((answered - asked) * 1e3)
                 else:
-                    self.refused[why[:120]] += 1
+                    self.refused[refusal[:120]] += 1
                 passed = int((answered - begun) / period_s)
                 self.skipped += max(0, passed - turn - 1)
                 turn = max(turn + 1, passed)
@@ -80,7 +80,7 @@ def openpi(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
 
 @contextmanager
 def openvla(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
-    """OFT's: a connection that is kept, JSON with json_numpy's arrays."""
+    """OpenVLA-OFT's protocol: a persistent connection, JSON with arrays of json_numpy."""
 
     def encoded(array: np.ndarray) -> dict[str, Any]:
         return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
@@ -95,11 +95,11 @@ def openvla(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
         try:
             connection.request("POST", "/act", body, {"Content-Type": "application/json"})
             with connection.getresponse() as response:
-                told = json.loads(response.read())
+                reply = json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            connection.close()  # and the next call opens it
+            connection.close()  # the next call reconnects
             return type(error).__name__
-        return None if isinstance(told, list) else response.headers.get("X-Error", "error")
+        return None if isinstance(reply, list) else response.headers.get("X-Error", "error")
 
     try:
         yield ask
@@ -109,7 +109,7 @@ def openvla(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
 
 @contextmanager
 def gr00t(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
-    """N1.6's, in the policy's own names."""
+    """The protocol of GR00T N1.6, with the policy's names of cameras and state."""
 
     def encoded(array: np.ndarray) -> dict[str, Any]:
         file = io.BytesIO()
@@ -129,17 +129,17 @@ def gr00t(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
         def ask() -> str | None:
             socket.send(request)
             try:
-                told = msgpack.unpackb(socket.recv())
+                reply = msgpack.unpackb(socket.recv())
             except zmq.Again:
-                return "no answer in time"
-            return None if isinstance(told, list) else str(told["error"])
+                return "timeout"
+            return None if isinstance(reply, list) else str(reply["error"])
 
         yield ask
 
 
 @contextmanager
 def lerobot(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
-    """Only whether it is there: its clients ask for actions when they come, and not for the latency of one."""
+    """LeRobot's protocol; checks readiness only, since its clients receive actions asynchronously."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         ready = channel.unary_unary("/transport.AsyncInference/Ready")
 
@@ -156,32 +156,34 @@ def lerobot(port: int, observation: Mapping[str, Any]) -> Iterator[Ask]:
 OPEN = {"openpi": openpi, "openvla": openvla, "gr00t": gr00t, "lerobot": lerobot}
 
 
-def observation_of(spec: PolicySpec) -> dict[str, Any]:
-    """Pictures of noise, a state at rest, some words."""
+def make_observation(spec: PolicySpec) -> dict[str, Any]:
+    """Pictures of noise, the center of the state range, and an instruction, as the policy requires."""
     random = np.random.default_rng(0)
-    given: dict[str, Any] = {
+    observation: dict[str, Any] = {
         f"image.{camera.name}": random.integers(0, 256, (camera.height, camera.width, 3), np.uint8)
         for camera in spec.cameras
     }
     if spec.state is not None:
-        given["state"] = np.array(spec.state.norm.center, np.float32)
+        observation["state"] = np.array(spec.state.norm.center, np.float32)
     if spec.prompt is not None:
-        given["instruction"] = "open the drawer"
-    return given
+        observation["instruction"] = "open the drawer"
+    return observation
 
 
 def once(protocol: str, port: int, observation: Mapping[str, Any]) -> str | None:
-    """A client that comes anew: -> why it gets no action."""
+    """Send one observation as a new client. Returns why there is no action, or None."""
     try:
         with OPEN[protocol](port, observation) as ask:
             return ask()
-    except Exception as error:  # whatever it is, that is what the newcomer sees
+    except Exception as error:  # any error is a failure for the new client
         return str(error)[:120]
 
 
-class Watch:
-    """The server's memory and open files, every ``EVERY_S`` seconds while it is entered; and new clients, which come
-    as often: the answers to them are ``newcomers``."""
+class Monitor:
+    """Every ``EVERY_S`` seconds, samples the server's memory and open files and sends an observation as a new client.
+
+    ``newcomers`` counts the answers to new clients.
+    """
 
     EVERY_S = 5.0
 
@@ -190,9 +192,9 @@ class Watch:
         self.samples: list[dict[str, float]] = []
         self.newcomers: Counter[str] = Counter()
         self._ending, self._begun = threading.Event(), time.monotonic()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._sample)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         self._thread.start()
         return self
 
@@ -200,7 +202,7 @@ class Watch:
         self._ending.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while True:
             server, worker = resident(self._pid), sum(map(resident, children(self._pid)))
             files = len(os.listdir(f"/proc/{self._pid}/fd"))
@@ -212,7 +214,7 @@ class Watch:
 
 
 def resident(pid: int) -> float:
-    """Megabytes of a process in memory, zero once it has ended."""
+    """Resident memory of a process in megabytes; zero after it has exited."""
     with suppress(OSError):
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
@@ -220,12 +222,12 @@ def resident(pid: int) -> float:
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in found for child in path.read_text().split()]
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
 
 
 def inference_seconds(port: int) -> float:
-    """What the policy has worked so far, of /metrics."""
+    """Total seconds of inference so far, from /metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as response:
-        found = re.search(r"rlrc_inference_seconds_sum (\S+)", response.read().decode())
-    return float(found[1]) if found else 0.0
+        total = re.search(r"rlrc_inference_seconds_sum (\S+)", response.read().decode())
+    return float(total[1]) if total else 0.0

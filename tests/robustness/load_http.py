@@ -1,8 +1,8 @@
-"""Attacks of tests/robustness/load.py on ports that speak HTTP, and how long a stop takes meanwhile.
+"""Attacks of tests/robustness/load.py on HTTP ports, and the time that a stop takes during an attack.
 
-Every attack is tried on every such port by itself, without a token, in a process of its own at a lower priority, as if
-it came from elsewhere. Meanwhile stops are sent in three ways: to the stop's own port by a connection that stays
-open (as the operator's page does), by a new one each time (as curl does), and to the page's port.
+An attack floods the given ports without a token, from a separate process at lower priority, so that it takes no CPU
+time from the server. Stops are sent in three ways: to the stop port through a persistent connection (as by the operator
+page) or a new one each time (as by curl), and to the page port.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ import numpy as np
 
 from rlrc.processes import die_with_parent
 
-CONNECTIONS = 4  # at once, on a port; as many as a stop took 14 s beside before requests were parsed by rlrc itself
+CONNECTIONS = 4  # at once per port; before rlrc parsed requests itself, 4 delayed a stop by 14 s
 HELD = 300  # connections of an attack that stay open
-TIMEOUT_S = 30.0  # of a stop
+TIMEOUT_S = 30.0  # for a stop
 EVERY_S = 0.02  # pause between two stops
 LARGE = 17 * 2**20
 
 
 def _zeros(wbits: int, blocks: int = 512) -> bytes:
-    """Half a megabyte that inflates to half a gigabyte."""
+    """Half a megabyte that decompresses to half a gigabyte."""
     packer, block = zlib.compressobj(9, zlib.DEFLATED, wbits), bytes(2**20)
     first, again = (packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
     return first + again * (blocks - 1)
 
 
 def _zstd(size: int = 2**34) -> bytes:
-    """RFC 8878: a frame without its size, of blocks that each stand for 128 KiB of one byte."""
+    """A zstd frame (RFC 8878) without a content size; each block decompresses to 128 KiB of one byte."""
     block = (2**17 << 3 | 1 << 1).to_bytes(3, "little") + b"\0"
     return b"\x28\xb5\x2f\xfd\x00\x58" + block * (size // 2**17)
 
@@ -53,7 +53,7 @@ def _post(path: str, body: bytes, *fields: str) -> bytes:
 
 
 def _hello() -> bytes:
-    """A whole ClientHello, which a server of TLS has to answer with a signature."""
+    """A complete ClientHello, which a TLS server must answer with a signature."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     context = ssl.create_default_context()
     with suppress(ssl.SSLWantReadError):
@@ -62,20 +62,20 @@ def _hello() -> bytes:
 
 
 class Attack:
-    """``sent``: what goes into each connection, one of them in turn. ``held``: whether connections stay open."""
+    """``messages``: one per connection, in turn; ``held``: keep connections open; ``drip``: repeated on open ones."""
 
-    def __init__(self, sent: Sequence[bytes], held: bool = False, drip: bytes = b"") -> None:
-        self.sent, self.held, self.drip = sent, held, drip
+    def __init__(self, messages: Sequence[bytes], held: bool = False, drip: bytes = b"") -> None:
+        self.messages, self.held, self.drip = messages, held, drip
 
     def run(self, ports: Sequence[int], ending: Any) -> int:
-        """-> connections."""
+        """Attack until ``ending`` is set. Returns the number of connections."""
         number, open_ones = 0, deque[socket.socket]()
         while not ending.is_set():
             for port in ports:
                 for _ in range(CONNECTIONS):
                     number += 1
                     with suppress(OSError):
-                        open_ones.append(self._sent(port, self.sent[number % len(self.sent)]))
+                        open_ones.append(self._send(port, self.messages[number % len(self.messages)]))
             while len(open_ones) > (HELD if self.held else CONNECTIONS * len(ports)):
                 open_ones.popleft().close()
             for one in list(open_ones) if self.drip else ():
@@ -86,13 +86,13 @@ class Attack:
         return number
 
     def once(self, port: int) -> socket.socket:
-        """Every message; the connection of the last one stays open."""
-        for data in self.sent[:-1]:
-            self._sent(port, data).close()
-        return self._sent(port, self.sent[-1])
+        """Send every message. Returns the connection of the last one, still open."""
+        for data in self.messages[:-1]:
+            self._send(port, data).close()
+        return self._send(port, self.messages[-1])
 
-    def _sent(self, port: int, data: bytes) -> socket.socket:
-        """Does not wait for a server that stops reading or hangs up, which is what the attack is for."""
+    def _send(self, port: int, data: bytes) -> socket.socket:
+        """Send on a new connection; ignore that the server stops reading or closes it."""
         connection = socket.create_connection(("127.0.0.1", port), 1.0)
         connection.settimeout(0.2)
         try:
@@ -148,17 +148,17 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
 
 
 @contextmanager
-def attacked(name: str, ports: Sequence[int]) -> Iterator[dict[str, int]]:
-    """In a process of its own. How many connections it made is in the map at the end."""
+def run_attack(name: str, ports: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Run an attack in a separate process. On exit, the map contains the number of connections."""
     context = multiprocessing.get_context("spawn")
-    ending, results, did = context.Event(), context.SimpleQueue(), dict[str, int]()
+    ending, results, summary = context.Event(), context.SimpleQueue(), dict[str, int]()
     process = context.Process(target=_attack, args=(name, list(ports), ending, results), daemon=True)
     process.start()
-    results.get()  # it has begun
+    results.get()  # wait until the attack has begun
     try:
-        yield did
+        yield summary
         ending.set()
-        did["connections"] = results.get()
+        summary["connections"] = results.get()
         process.join()
     finally:
         process.kill()
@@ -173,7 +173,7 @@ def _attack(name: str, ports: list[int], ending: Any, results: Any) -> None:
 
 
 class Operator:
-    """Sends stops with the token. ``urls``: of the stop's own port and of the page's."""
+    """Sends stops with the token. ``stop``, ``page``: URLs of the stop port and of the page port."""
 
     def __init__(self, stop: str, page: str, token: str) -> None:
         self._token, self._stop, self._page = token, urlsplit(stop), urlsplit(page)
@@ -187,7 +187,7 @@ class Operator:
         return http.client.HTTPConnection(address, timeout=TIMEOUT_S)
 
     def press(self, connection: http.client.HTTPConnection) -> None:
-        """Raises HTTPException for an answer that does not confirm the stop."""
+        """Send a stop. Raises HTTPException if the answer does not confirm it."""
         connection.request("POST", "/stop", headers={"Authorization": f"Bearer {self._token}"})
         with connection.getresponse() as response:
             answer = response.read()
@@ -195,9 +195,9 @@ class Operator:
             raise http.client.HTTPException(f"expected a stop, found {response.status} {answer[:200]!r}")
 
     def run(self, seconds: float) -> dict[str, dict[str, Any]]:
-        """Milliseconds of the stops of so long, by the way that they went."""
+        """Send stops for ``seconds``. Returns their times in milliseconds by way."""
 
-        def anew(address: str) -> None:
+        def press_new(address: str) -> None:
             connection = self._connection(address)
             try:
                 self.press(connection)
@@ -206,10 +206,10 @@ class Operator:
 
         ways: dict[str, Callable[[], None]] = {
             "kept": lambda: self.press(self._kept),
-            "new": lambda: anew(self._stop.netloc),
-            "page": lambda: anew(self._page.netloc),
+            "new": lambda: press_new(self._stop.netloc),
+            "page": lambda: press_new(self._page.netloc),
         }
-        found: dict[str, list[float]] = {way: [] for way in ways}
+        times: dict[str, list[float]] = {way: [] for way in ways}
         failed = {way: Counter[str]() for way in ways}
         ended = time.monotonic() + seconds
         while time.monotonic() < ended:
@@ -220,13 +220,13 @@ class Operator:
                 except (OSError, http.client.HTTPException) as error:
                     failed[way][type(error).__name__] += 1
                     if way == "kept":
-                        self._kept.close()  # and the next stop opens it
-                found[way].append((time.perf_counter() - begun) * 1e3)
+                        self._kept.close()  # the next stop reconnects
+                times[way].append((time.perf_counter() - begun) * 1e3)
                 time.sleep(EVERY_S)
-        return {way: summary(values) | {"failed": failed[way]} for way, values in found.items()}
+        return {way: summarize(values) | {"failed": failed[way]} for way, values in times.items()}
 
 
-def summary(milliseconds: Sequence[float]) -> dict[str, Any]:
+def summarize(milliseconds: Sequence[float]) -> dict[str, Any]:
     p50, p99, most = np.percentile(milliseconds, (50, 99, 100)).round(2).tolist()
     return {"stops": len(milliseconds), "p50_ms": p50, "p99_ms": p99, "max_ms": most}
 
@@ -234,12 +234,12 @@ def summary(milliseconds: Sequence[float]) -> dict[str, Any]:
 def stops(
     operator: Operator, ports: Sequence[int], seconds: float, tick: Callable[[int], None], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each attack, the first without one. ``ports``: those that are attacked."""
+    """Time stops without an attack, then during each attack on ``ports``. Returns one row per attack."""
     rows: list[dict[str, Any]] = [{"attack": "none", "connections": 0, **operator.run(seconds)}]
     for name in names:
         tick(1)
-        with attacked(name, ports) as did:
+        with run_attack(name, ports) as made:
             time.sleep(min(0.5, seconds))
             row = operator.run(seconds)
-        rows.append({"attack": name, **did, **row})
+        rows.append({"attack": name, **made, **row})
     return rows

@@ -1,4 +1,4 @@
-"""A robot for `rlrc run --driver load_robot:open_robot` that has whatever a policy needs, and stands still."""
+"""A stationary robot for `rlrc run --driver load_robot:open_robot` with the sensors that the policy requires."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class Robot:
         self._noise = np.random.default_rng(0)
         self._shapes = {f"image.{camera.name}": (camera.height, camera.width, 3) for camera in spec.cameras}
         self._state = None if spec.state is None else np.array(spec.state.norm.center, np.float32)
-        self._words = instruction
+        self._instruction = instruction
 
     def sense(self) -> Sensed:
         now = time.monotonic()
         pictures = {name: self._noise.integers(0, 256, shape, np.uint8) for name, shape in self._shapes.items()}
         state = {} if self._state is None else {"state": self._state}
-        return Sensed({**pictures, **state, "instruction": self._words}, self._state, now, dict.fromkeys(pictures, now))
+        observation = {**pictures, **state, "instruction": self._instruction}
+        return Sensed(observation, self._state, now, dict.fromkeys(pictures, now))
 
     def command(self, action: NDArray[np.float32]) -> None: ...
 

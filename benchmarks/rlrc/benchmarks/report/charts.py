@@ -1,8 +1,7 @@
 """Charts of the report as inline SVG that follows the page's colours, and the result table as a picture.
 
-Series are told apart by colour and by hatch, line style or marker. A chart is drawn with the light palette; every
-colour of the palette is then replaced by the page's CSS variable of the same role, so that one SVG serves light and
-dark.
+Series differ in colour and in hatch, line style or marker. A chart is drawn with the light palette. Each palette
+colour is then replaced by the CSS variable of the same role, so that one SVG serves both light and dark pages.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# CSS variable -> its light value; report.css gives the dark ones.
+# CSS variable -> light value; report.css defines the dark values.
 PALETTE = {
     "--card": "#ffffff",
     "--ink": "#1b2430",
@@ -69,7 +68,7 @@ LINES = (
 )
 MARKERS = ("o", "s", "^", "D", "*", "v", "P", "X")
 _HATCHES = ("", "////", "..", "\\\\\\\\", "", "xxxx", "----", "++++")
-# Colour and hatch of each part of an inference, and of the memory of its graphs.
+# Colour and hatch of each part of an inference and of the graphs in the memory chart.
 PARTS = {
     "preprocess": ("--s2", ".."),
     "vision": ("--s3", "\\\\\\\\"),
@@ -81,7 +80,7 @@ PARTS = {
     "head": ("--s7", "----"),
     "postprocess": ("--s1", "////"),
 }
-STEPS = 160  # of a distribution
+STEPS = 160  # points per distribution curve
 METRICS = {
     "loss": "loss",
     "l1": "mean action error",
@@ -102,25 +101,25 @@ class Style:
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """The same style for the same stage in every chart; other rows take what is left, in order."""
+    """Assign each stage the same style in every chart; other rows take the remaining styles in order."""
     others = [name for name in names if name not in STAGES]
-    found = {}
+    assigned = {}
     for name in names:
         i = STAGES.index(name) if name in STAGES else len(STAGES) + others.index(name)
         color = i if name in STAGES else 5 + others.index(name) % 3
-        # Those that share a colour differ in line, marker and hatch.
-        found[name] = Style(PALETTE[f"--s{color}"], LINES[i % 8], MARKERS[(i + i // 8) % 8], _HATCHES[i % 8])
-    return found
+        # Rows that share a colour differ in line, marker and hatch.
+        assigned[name] = Style(PALETTE[f"--s{color}"], LINES[i % 8], MARKERS[(i + i // 8) % 8], _HATCHES[i % 8])
+    return assigned
 
 
 def latency(trials: Mapping[str, Sequence[float]]) -> str:
-    """Share of inferences that took at most x milliseconds, with the median and the 99th percentile marked."""
+    """Draw the share of inferences that took at most x milliseconds; mark the median and the 99th percentile."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((5.6, 3.3), layout="constrained")
         axes = figure.add_subplot()
         for name, style in styles(list(trials)).items():
             values = np.sort(trials[name])
-            # More steps than a picture has rows would only make it larger; the slowest are all there.
+            # More points than pixel rows would only enlarge the file; the 20 slowest trials are always kept.
             kept = np.unique(
                 np.concatenate([np.linspace(0, len(values) - 1, STEPS), np.arange(len(values))[-20:]]).astype(int)
             )
@@ -131,7 +130,7 @@ def latency(trials: Mapping[str, Sequence[float]]) -> str:
             marks = np.percentile(values, [50, 99])
             axes.plot(marks, [0.5, 0.99], style.marker, color=style.color, markersize=5)
         low, high = min(map(min, trials.values())) * 0.92, max(map(max, trials.values())) * 1.08
-        axes.set(xscale="log", xlim=(low, high), ylim=(0, 1.02), xlabel="milliseconds an inference, logarithmic")
+        axes.set(xscale="log", xlim=(low, high), ylim=(0, 1.02), xlabel="milliseconds per inference, logarithmic")
         axes.set_ylabel("share of inferences")
         plain_log(axes, low, high)
         figure.legend(loc="outside lower center", ncols=3)
@@ -139,7 +138,7 @@ def latency(trials: Mapping[str, Sequence[float]]) -> str:
 
 
 def plain_log(axes: Axes, low: float, high: float) -> None:
-    """Round numbers, written out: as many as fit beside each other."""
+    """Label a logarithmic x-axis with round numbers, as many as fit."""
     for digits in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
         ticks = [tick for power in range(-4, 7) for digit in digits if low <= (tick := digit * 10.0**power) <= high]
         if len(ticks) <= 9:
@@ -149,13 +148,12 @@ def plain_log(axes: Axes, low: float, high: float) -> None:
 
 
 def parts(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """Median of each part of an inference, stacked, a bar a policy. ``medians``: name -> part -> milliseconds."""
+    """Draw one bar per policy: stacked medians of the parts of an inference. ``medians``: name -> part -> ms."""
     with matplotlib.rc_context(SETTINGS | {"axes.grid.axis": "x"}):
         figure = Figure((5.6, 1.1 + 0.36 * len(medians)), layout="constrained")
         axes = figure.add_subplot()
         left = np.zeros(len(medians))
-        found = [part for part in PARTS if any(part in row for row in medians.values())]
-        for part in found:
+        for part in (part for part in PARTS if any(part in row for row in medians.values())):
             widths = np.array([row.get(part, 0.0) for row in medians.values()])
             variable, hatch = PARTS[part]
             axes.barh(list(medians), widths, 0.62, left, label=part, **fill(PALETTE[variable], hatch))
@@ -172,20 +170,20 @@ def parts(medians: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def success(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Success of every task with its 95 % interval: a group of bars a task, a bar a row."""
+    """Draw the success rate of every task with its 95 % interval: one group of bars per task, one bar per row."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["per_task"]))
     height = 0.8 / len(rows)
     with matplotlib.rc_context(SETTINGS | {"axes.grid.axis": "x"}):
         figure = Figure((6.4, 0.9 + len(tasks) * (0.16 + 0.12 * len(rows))), layout="constrained")
         axes = figure.add_subplot()
         for i, (row, style) in enumerate(zip(rows, styles([row["name"] for row in rows]).values(), strict=True)):
-            have = [(y, row["per_task"][task]) for y, task in enumerate(tasks) if task in row["per_task"]]
-            y = np.array([y for y, _ in have]) + (i - (len(rows) - 1) / 2) * height
-            rate = np.array([entry["success"] for _, entry in have])
-            limits = np.array([entry["interval"] for _, entry in have])
+            entries = [(y, row["per_task"][task]) for y, task in enumerate(tasks) if task in row["per_task"]]
+            y = np.array([y for y, _ in entries]) + (i - (len(rows) - 1) / 2) * height
+            rate = np.array([entry["success"] for _, entry in entries])
+            limits = np.array([entry["interval"] for _, entry in entries])
             axes.barh(y, rate, height * 0.86, label=row["name"], **fill(style.color, style.hatch))
             error = np.clip([rate - limits[:, 0], limits[:, 1] - rate], 0, None)
-            # A halo in the ground's colour: the whisker has to be seen on the bar and beside it.
+            # A halo in the background colour keeps the whisker visible both on the bar and outside it.
             for variable, width in (("--card", 2.6), ("--ink", 0.9)):
                 axes.errorbar(rate, y, xerr=error, fmt="none", color=PALETTE[variable], elinewidth=width, capsize=1.6)
         axes.set_yticks(range(len(tasks)), [_task(task) for task in tasks])
@@ -202,15 +200,15 @@ def _task(name: str) -> str:
 
 
 def curves(stage: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
-    """One panel a metric. ``runs``: name of the run -> metric -> (step, value)."""
+    """Draw one panel per metric. ``runs``: name of the run -> metric -> (step, value)."""
     metrics = [metric for metric in METRICS if any(metric in run for run in runs.values())]
     columns = min(3, len(metrics))
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((2.4 * columns, 0.45 + 1.7 * -(-len(metrics) // columns)), layout="constrained")
         grid = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False)
-        look = dict(zip(runs, ("--s4", "--s1", "--s3", "--s5", "--s2", "--s0"), strict=False))
+        colors = dict(zip(runs, ("--s4", "--s1", "--s3", "--s5", "--s2", "--s0"), strict=False))
         for axes, metric in zip(grid.flat, metrics, strict=False):
-            for i, (name, variable) in enumerate(look.items()):
+            for i, (name, variable) in enumerate(colors.items()):
                 if metric not in runs[name]:
                     continue
                 steps, values = np.array(runs[name][metric], dtype=float).T
@@ -219,9 +217,9 @@ def curves(stage: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, flo
                 few = {"marker": MARKERS[i], "markersize": 3.5} if len(values) <= 30 else {}
                 if smooth is not None:
                     axes.plot(steps, values, color=PALETTE[variable], linewidth=0.7, alpha=0.35)
-                drawn = values if smooth is None else smooth
+                line = values if smooth is None else smooth
                 axes.plot(
-                    steps, drawn, color=PALETTE[variable], linestyle=LINES[(0, 2, 3, 1, 5, 6)[i]], label=label, **few
+                    steps, line, color=PALETTE[variable], linestyle=LINES[(0, 2, 3, 1, 5, 6)[i]], label=label, **few
                 )
             axes.set_title(METRICS[metric], loc="left", color=PALETTE["--ink"])
             axes.set_xlabel("step")
@@ -235,7 +233,7 @@ def curves(stage: str, runs: Mapping[str, Mapping[str, Sequence[tuple[float, flo
 
 
 def _smooth(values: np.ndarray) -> np.ndarray | None:
-    """Centred running mean over a twentieth of a long curve; None for a short one."""
+    """Return the centred running mean over a twentieth of the curve, or None for fewer than 60 values."""
     if len(values) < 60:
         return None
     half = len(values) // 40
@@ -246,14 +244,14 @@ def _smooth(values: np.ndarray) -> np.ndarray | None:
 
 
 def fill(color: str, hatch: str) -> dict[str, Any]:
-    """A solid bar, or a hatched one on an empty ground: hatches of the ground's colour would not follow a dark page."""
+    """Style of a bar: solid, or hatched and unfilled (background-coloured hatches would not adapt to dark pages)."""
     return {"facecolor": "none" if hatch else color, "edgecolor": color, "hatch": hatch or None, "linewidth": 0.9}
 
 
 def as_svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element that scales, takes the page's font and colours, and is named by ``label``."""
+    """Return a scalable <svg> element that uses the page's font and colours and has ``label`` as its aria-label."""
     stream = io.StringIO()
-    # Ids of clip paths and hatches are hashes with this salt; without it, charts on one page would share them.
+    # The salt makes the ids of clip paths and hatches unique among the charts of a page.
     with matplotlib.rc_context({"svg.hashsalt": label}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
@@ -261,7 +259,7 @@ def as_svg(figure: Figure, label: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and every chart has an axes_1
     width = figure.get_figwidth()
-    # Text has to stay readable: the page scrolls a chart sideways rather than shrink it further.
+    # The minimum width keeps text readable: the page scrolls a wide chart instead of shrinking it further.
     scale = f'style="max-width: {width * 7:.1f}rem; min-width: {width * 4.4:.1f}rem"'
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r"font: ([^;'\"]*)'[^;\"]*", r"font: \1 var(--sans)", svg)
@@ -271,21 +269,21 @@ def as_svg(figure: Figure, label: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """The same as a file of its own: light colours on a ground, its natural size."""
+    """Convert an SVG of ``as_svg`` to a separate file: light colours, a background, natural size."""
     svg = svg.replace("var(--sans)", "sans-serif")
     for variable, color in PALETTE.items():
         svg = svg.replace(f"var({variable})", color)
     svg = re.sub(r' style="max-width: [^"]*"', "", svg, count=1)
-    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    assert found is not None
-    width, height = found.groups()
-    ground = f'<rect width="{width}" height="{height}" fill="{PALETTE["--card"]}"/>'
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert box is not None
+    width, height = box.groups()
+    background = f'<rect width="{width}" height="{height}" fill="{PALETTE["--card"]}"/>'
     svg = svg.replace("<svg ", f'<svg width="{width}pt" height="{height}pt" ', 1)
-    return re.sub(r"(<svg [^>]*>)", rf"\1\n {ground}", svg, count=1)
+    return re.sub(r"(<svg [^>]*>)", rf"\1\n {background}", svg, count=1)
 
 
 def table_picture(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path, strong: int | None = None) -> None:
-    """A table as a picture for a README; the row ``strong`` stands out."""
+    """Save a table as a picture for a README; row ``strong`` is highlighted."""
     lengths = [max(len(cell) for cell in column) + 3 for column in zip(header, *rows, strict=True)]
     right = np.cumsum(lengths) / sum(lengths)
     with matplotlib.rc_context({"font.size": 11}):

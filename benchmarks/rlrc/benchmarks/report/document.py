@@ -1,4 +1,4 @@
-"""A report as a list of sections, before it is HTML or Markdown."""
+"""A report as a list of sections, independent of the output format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Cell:
-    """``below`` stands under it in small print; a ``verdict`` is coloured and marked."""
+    """``below``: small print under the text. A ``verdict`` is coloured and marked."""
 
     text: str
     below: str = ""
@@ -22,7 +22,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """The row ``strong`` stands out; with ``words`` the last column is running text. ``folded``: see Listing."""
+    """Row ``strong`` is highlighted. ``words``: the last column is running text. ``folded``: see Listing."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -33,7 +33,7 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Chart:
-    """``svg``: of rlrc.benchmarks.report.charts. ``name``: of its file, where it gets one."""
+    """``svg``: from rlrc.benchmarks.report.charts. ``name``: stem of the file in a Markdown report."""
 
     name: str
     svg: str
@@ -42,7 +42,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Charts:
-    """Beside each other where there is room."""
+    """Charts placed side by side if the page is wide enough."""
 
     charts: Sequence[Chart]
 
@@ -59,7 +59,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Listing:
-    """``folded``: the title under which it hides, for what few want to read."""
+    """``folded``: the title of a collapsed block that contains the lines; empty: not collapsed."""
 
     lines: Sequence[str]
     folded: str = ""
@@ -78,14 +78,14 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A large figure and what it is, each."""
+    """Pairs of a large figure and its description."""
 
     tiles: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class FilmStrip:
-    """A strip of uint8 (H, W, 3), each with what it shows and what stands under it."""
+    """Pictures, uint8 (H, W, 3), each with alternative text and a caption."""
 
     pictures: Sequence[tuple[NDArray[np.uint8], str, str]]
 
@@ -95,7 +95,7 @@ Block = ReportTable | Chart | Charts | Heading | Note | Listing | Terms | Comman
 
 @dataclass(frozen=True)
 class Section:
-    """One without blocks is left out; one without a title stands by itself."""
+    """Sections without blocks are omitted; a section without a title has no heading."""
 
     title: str
     blocks: Sequence[Block] = field(default_factory=tuple)
@@ -108,11 +108,11 @@ class Document:
     sections: Sequence[Section]
 
     def charts(self) -> list[Chart]:
-        found: list[Chart] = []
+        charts: list[Chart] = []
         for section in self.sections:
             for block in section.blocks:
-                found += [block] if isinstance(block, Chart) else block.charts if isinstance(block, Charts) else []
-        return found
+                charts += [block] if isinstance(block, Chart) else block.charts if isinstance(block, Charts) else []
+        return charts
 
 
 def cells(row: Sequence[str]) -> list[Cell]:

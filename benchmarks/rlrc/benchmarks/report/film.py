@@ -1,4 +1,4 @@
-"""Film strips: what a policy saw during one episode, and the scene that shows best what recovery changed."""
+"""Film strips: the camera pictures of one episode, and the choice of a scene that shows the effect of recovery."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Strip:
-    """One episode in evenly spaced pictures, uint8 (F, H, W, 3); ``steps`` says at which control step each was
-    taken."""
+    """One episode as evenly spaced pictures, uint8 (F, H, W, 3); ``steps``: control step of each picture."""
 
     name: str
     episode: ScoredEpisode
@@ -30,17 +29,16 @@ class Strip:
 def film_strip(
     name: str, policy: Policy, environment: Environment, seed: int, frames: int = 8, horizon: int = 200
 ) -> Strip:
-    """Play one episode and keep ``frames`` of the pictures the policy saw (fewer if it saw fewer), the first and last
-    included."""
-    seen: list[tuple[int, NDArray[np.uint8]]] = []
+    """Play one episode and keep at most ``frames`` of the policy's input pictures, including the first and last."""
+    pictures: list[tuple[int, NDArray[np.uint8]]] = []
 
     def watch(step: int, observation: dict[str, Any]) -> None:
         (picture,) = (value for key, value in observation.items() if key.startswith("image."))
-        seen.append((step, picture))
+        pictures.append((step, picture))
 
     episode = play(policy, environment, seed, horizon, watch)
-    chosen = np.unique(np.linspace(0, len(seen) - 1, frames).round().astype(int))
-    return Strip(name, episode, np.stack([seen[i][1] for i in chosen]), tuple(seen[i][0] for i in chosen))
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, frames).round().astype(int))
+    return Strip(name, episode, np.stack([pictures[i][1] for i in chosen]), tuple(pictures[i][0] for i in chosen))
 
 
 def before_and_after(
@@ -50,9 +48,9 @@ def before_and_after(
     seeds: Sequence[int],
     horizon: int = 200,
 ) -> tuple[list[Strip], str]:
-    """Both policies on the first of ``seeds`` in which only the second succeeds, or else on the first.
+    """Film both policies on the first seed where only ``after`` succeeds; if there is none, on the first seed.
 
-    Returns the two strips and a caption that says how the scene was chosen.
+    Returns the two strips and a caption that states how the scene was chosen.
     """
     first: list[Strip] = []
     for tried, seed in enumerate(seeds, 1):

@@ -1,4 +1,4 @@
-"""The report's sections that set policies against each other: claims, trade-offs, recovery, other runtimes."""
+"""The report's sections that compare policies: claims, trade-offs, recovery, other runtimes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from rlrc.benchmarks.report.document import (
 from rlrc.benchmarks.report.tradeoffs import RecoveryCurve
 from rlrc.benchmarks.results.results import GEOMETRY, GEOMETRY_POLICIES, PEERS, SEPARATE_KINDS, STUDY, merge
 from rlrc.benchmarks.results.stats import Estimate, percentile_interval, wilson
+from rlrc.compressor.checkpoints.prismatic.norm_stats import ARMS
 
 Row = Mapping[str, Any]
-SCARCE = "few-"  # how the study's arms with one demonstration a task begin
+SCARCE = "few-"  # prefix of the study's arms with one demonstration per task
 
 
 # Claims
 
 
 def claims(results: Sequence[Row]) -> list[Block]:
-    """Every claim that was checked in one table, then what each verdict holds for."""
+    """Summarise every checked claim in one table, then list the checks and the operating point of each."""
     checked = [result for result in results if result.get("kind") in ("claims", GEOMETRY)]
     if not checked:
         return []
@@ -41,7 +42,7 @@ def claims(results: Sequence[Row]) -> list[Block]:
     blocks: list[Block] = [ReportTable(header, [_summary(result) for result in checked])]
     if any(result["kind"] == GEOMETRY for result in checked):
         blocks.append(
-            Note("Real sizes have random weights: latency and memory do not depend on them, success means nothing.")
+            Note("Policies of real size have random weights: latency and memory are valid, success is meaningless.")
         )
     for result in checked:
         blocks += [Heading(title_of(result)), _checks(result)]
@@ -99,24 +100,24 @@ def _checks(result: Row) -> ReportTable:
 def _operating_point(result: Row) -> dict[str, object]:
     machine = result.get("machine") or {}
     if result["kind"] == GEOMETRY:
-        told: dict[str, object] = {
+        facts: dict[str, object] = {
             which: f"{row['precision']}, {millions(row.get('parameters'))} parameters, "
-            f"peak of the process {megabytes(row.get('peak_rss'))}"
-            for which in GEOMETRY_POLICIES
+            f"peak memory of the process {megabytes(row.get('peak_rss'))}"
+            for which in ARMS
             if (row := result.get(which))
         }
         cut = result.get("pruned") or {}
     else:
         point = result["operating_point"]
-        told = {which: _label(point[which]) for which in ("compressed", "baseline")}
-        told |= {"quantization": _quantization(point["quantization"])}
-        told |= {"stages": " \u2192 ".join(point["stages"]) or DASH}
+        facts = {which: _label(point[which]) for which in ("compressed", "baseline")}
+        facts |= {"quantization": _quantization(point["quantization"])}
+        facts |= {"stages": " \u2192 ".join(point["stages"]) or DASH}
         cut = point["pruned"]
-    told["cut by pruning"] = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in cut.items())
-    told["threads"] = result.get("threads", machine.get("threads"))
-    told["machine"] = machine.get("cpu")
-    told["versions"] = ", ".join(f"{name} {version}" for name, version in (machine.get("versions") or {}).items())
-    return {key: value for key, value in told.items() if value}
+    facts["removed by pruning"] = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in cut.items())
+    facts["threads"] = result.get("threads", machine.get("threads"))
+    facts["machine"] = machine.get("cpu")
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in (machine.get("versions") or {}).items())
+    return {key: value for key, value in facts.items() if value}
 
 
 def _label(row: Row) -> str:
@@ -135,7 +136,7 @@ def _quantization(quantization: Row | None) -> str:
 
 
 def pareto(results: Sequence[Row]) -> list[Block]:
-    """Every policy with bytes, latency and success; the study's in a chart of their own, for another run's times."""
+    """Plot policies with bytes, latency and success; the study separately, since its times are from another run."""
     blocks: list[Block] = []
     own = merge([result for result in results if result.get("kind") not in SEPARATE_KINDS])
     studied = [arm for result in results if result.get("kind") == STUDY for arm in pooled(result["rows"])]
@@ -143,12 +144,12 @@ def pareto(results: Sequence[Row]) -> list[Block]:
         (
             "pareto",
             own,
-            "Filled: no other policy here is better in one of bytes, latency and success, and worse in none.",
+            "Filled: no other policy is at least as good in bytes, latency and success and better in one of them.",
         ),
         (
             "pareto-recovery",
             studied,
-            "The same of the recovery study's policies, all seeds together; times of its own run.",
+            "The same for the policies of the recovery study, all seeds pooled; times are from a separate run.",
         ),
     ):
         complete = [
@@ -161,7 +162,7 @@ def pareto(results: Sequence[Row]) -> list[Block]:
 
 
 def median(row: Row) -> Estimate:
-    """Milliseconds, with limits where the trials are there."""
+    """Return the median in milliseconds, with an interval if the trials are recorded."""
     trials, block = row.get("trials_ms") or [], row.get("block", 1)
     rounds = [trials[i : i + block] for i in range(0, len(trials), block)]
     value = row["latency_ms"]["p50"]
@@ -169,21 +170,21 @@ def median(row: Row) -> Estimate:
 
 
 def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The study's arms, the episodes of all seeds together."""
-    found = []
+    """Pool the episodes of all seeds of each arm of the study."""
+    pools = []
     for name in dict.fromkeys(row["name"] for row in rows):
         seeds = [row for row in rows if row["name"] == name]
         episodes = sum(row["episodes"] for row in seeds)
         solved = sum(round(row["success"] * row["episodes"]) for row in seeds)
         pool = {"success": solved / episodes, "episodes": episodes, "interval": list(wilson(solved, episodes))}
-        found.append({**seeds[0], **pool})
-    return found
+        pools.append({**seeds[0], **pool})
+    return pools
 
 
 def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
-    """Of every policy whose throughput or energy was asked for; where there was no way to measure energy, why."""
+    """Tabulate measured throughput and energy; state the source of energy figures or why there are none."""
     blocks: list[Block] = []
-    found = [
+    throughput = [
         [
             Cell(row["name"] if not i else ""),
             Cell(number),
@@ -194,14 +195,13 @@ def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
         for row in rows
         for i, (number, one) in enumerate((row.get("throughput") or {}).items())
     ]
-    if found:
-        blocks.append(
-            ReportTable(("policy", "at once", "chunks a second", "actions a second", "CPU time a chunk"), found)
-        )
-    spent = [row for row in rows if row.get("energy")]
-    if spent:
-        heads = ("policy", "joules a chunk", "an action", "a chunk above idle", "watts", "idle")
-        blocks.append(ReportTable(heads, [_energy(row) for row in spent]))
+    if throughput:
+        header = ("policy", "concurrent", "chunks per second", "actions per second", "CPU time per chunk")
+        blocks.append(ReportTable(header, throughput))
+    metered = [row for row in rows if row.get("energy")]
+    if metered:
+        heads = ("policy", "joules per chunk", "per action", "per chunk above idle", "watts", "idle")
+        blocks.append(ReportTable(heads, [_energy(row) for row in metered]))
     sources = dict.fromkeys(str(result["source"]) for result in results if result.get("kind") == "energy")
     return blocks + [Note(f"Energy: {source}.") for source in sources]
 
@@ -209,8 +209,8 @@ def resources(results: Sequence[Row], rows: Sequence[Row]) -> list[Block]:
 def _energy(row: Row) -> list[Cell]:
     energy = row["energy"]
     joules = [energy[key] for key in ("joules_chunk", "joules_action", "joules_chunk_above_idle")]
-    told = [Cell(f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for one in joules]
-    return [Cell(row["name"]), *told, Cell(f"{energy['watts']:.2f}"), Cell(f"{energy['idle_watts']:.2f}")]
+    estimates = [Cell(f"{one['value']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for one in joules]
+    return [Cell(row["name"]), *estimates, Cell(f"{energy['watts']:.2f}"), Cell(f"{energy['idle_watts']:.2f}")]
 
 
 # Recovery
@@ -227,18 +227,18 @@ def recovery(results: Sequence[Row]) -> list[Block]:
         if (some := [row for row in trained if row["name"].startswith(SCARCE) == scarce])
     }
     levels = {row["name"]: row["success"] for row in rows if row["name"] in ("dense", "pruned")}
-    caption = "A point a seed; lines: episodes that PPO sampled on its way, which are not those of the evaluation."
+    caption = "One point per seed. Lines: episodes sampled during PPO, which differ from the evaluation episodes."
     return [Chart("recovery", tradeoffs.recovery(panels, levels), caption)]
 
 
 def arms(rows: Sequence[Row]) -> list[RecoveryCurve]:
-    found = []
+    curves = []
     for name in dict.fromkeys(row["name"] for row in rows):
         seeds = [row for row in rows if row["name"] == name]
         points = [(row["cpu_minutes"], row["success"], *row["interval"]) for row in seeds]
-        ways = [[(at["cpu_minutes"], at["sampled_success"]) for at in row["curve"]] for row in seeds if row["curve"]]
-        found.append(RecoveryCurve(name, points, ways))
-    return found
+        paths = [[(at["cpu_minutes"], at["sampled_success"]) for at in row["curve"]] for row in seeds if row["curve"]]
+        curves.append(RecoveryCurve(name, points, paths))
+    return curves
 
 
 # Other runtimes
@@ -251,12 +251,12 @@ def peers(results: Sequence[Row]) -> list[Block]:
             continue
         measured = [row for row in result["rows"] if not row.get("skipped")]
         ratios = {name: Estimate(*values) for name, values in result["ratios"].items()}
-        caption = f"{result['policy']}: latency in multiples of {result['ours']}, all in turns in one run."
+        caption = f"{result['policy']}: latency in multiples of {result['ours']}, measured in turn in one run."
         if result.get("wanted"):
-            caption += f" Dashed: {result['wanted']:g}x, what was set out for."
+            caption += f" Dashed: the target of {result['wanted']:g}x."
         spent = {name: Estimate(*values) for name, values in (result.get("cpu_ratios") or {}).items()}
-        load = f"Load of the machine: {min(result['load'])} to {max(result['load'])}." if result.get("load") else ""
-        against = f"of {result['ours']}'s"
+        load = f"Machine load: {min(result['load'])} to {max(result['load'])}." if result.get("load") else ""
+        against = f"relative to {result['ours']}"
         header = ("runtime", "precision", "p50", "p90", against, "CPU time", "peak memory", "largest difference")
         blocks += [
             Heading(str(result["policy"])),
@@ -270,8 +270,8 @@ def peers(results: Sequence[Row]) -> list[Block]:
 
 
 def _peer(row: Row, ratios: Mapping[str, Estimate], spent: Mapping[str, Estimate]) -> list[Cell]:
-    def against(found: Mapping[str, Estimate]) -> Cell:
-        ratio = found.get(row["name"])
+    def against(values: Mapping[str, Estimate]) -> Cell:
+        ratio = values.get(row["name"])
         return Cell(f"{ratio.value:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}") if ratio else Cell("1")
 
     difference = row.get("action_difference")

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else. Every text is escaped here."""
+"""A report as one self-contained HTML page. All text is escaped here."""
 
 from __future__ import annotations
 
@@ -11,24 +11,10 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
-from rlrc.benchmarks.report.document import (
-    Block,
-    Cell,
-    Chart,
-    Charts,
-    CommandLine,
-    Document,
-    Heading,
-    Listing,
-    Note,
-    ReportTable,
-    Section,
-    Terms,
-    Tiles,
-)
+from rlrc.benchmarks.report import document as doc
 
 
-def page(document: Document) -> str:
+def page(document: doc.Document) -> str:
     style = (files("rlrc.benchmarks.report") / "report.css").read_text(encoding="utf-8")
     sections = "".join(_section(section) for section in document.sections if section.blocks)
     return f"""<!doctype html>
@@ -52,46 +38,46 @@ def page(document: Document) -> str:
 """
 
 
-def _section(section: Section) -> str:
+def _section(section: doc.Section) -> str:
     body = "\n".join(_block(block) for block in section.blocks)
     return f"<section><h2>{escape(section.title)}</h2>\n{body}\n</section>\n" if section.title else body
 
 
-def _block(block: Block) -> str:
-    if isinstance(block, ReportTable):
+def _block(block: doc.Block) -> str:
+    if isinstance(block, doc.ReportTable):
         return _fold(_table(block), block.folded)
-    if isinstance(block, Chart):
+    if isinstance(block, doc.Chart):
         return _figure(block)
-    if isinstance(block, Charts):
+    if isinstance(block, doc.Charts):
         return f'<div class="charts">{"".join(_figure(chart) for chart in block.charts)}</div>'
-    if isinstance(block, Heading):
+    if isinstance(block, doc.Heading):
         return f"<h3>{escape(block.text)}</h3>"
-    if isinstance(block, Note):
+    if isinstance(block, doc.Note):
         return f'<p class="note">{escape(block.text)}</p>'
-    if isinstance(block, Listing):
+    if isinstance(block, doc.Listing):
         return _fold(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>", block.folded)
-    if isinstance(block, Terms):
+    if isinstance(block, doc.Terms):
         return _fold(_terms(block.facts), block.folded)
-    if isinstance(block, CommandLine):
+    if isinstance(block, doc.CommandLine):
         return f"<pre>{escape(block.text)}</pre>"
-    if isinstance(block, Tiles):
+    if isinstance(block, doc.Tiles):
         tiles = (f"<div class=tile><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in block.tiles)
         return f'<div class="tiles">{"".join(tiles)}</div>'
     return f'<div class="film" tabindex="0">{"".join(_picture(*one) for one in block.pictures)}</div>'
 
 
-def _figure(chart: Chart) -> str:
+def _figure(chart: doc.Chart) -> str:
     caption = f"<figcaption>{escape(chart.caption)}</figcaption>"
     return f'<figure><div class="scroll" tabindex="0">{chart.svg}</div>{caption}</figure>'
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: doc.Cell) -> str:
     if cell.verdict:
         return f'<span class="{escape(cell.text.split()[0])}">{escape(cell.text)}</span>'
     return escape(cell.text) + (f"<small>{escape(cell.below)}</small>" if cell.below else "")
 
 
-def _table(table: ReportTable) -> str:
+def _table(table: doc.ReportTable) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.header)
     body = ""
     for i, (first, *others) in enumerate(table.rows):
@@ -112,7 +98,7 @@ def _terms(facts: Mapping[str, object]) -> str:
 
 
 def format_value(value: object) -> str:
-    """A value as text; of a list, its items."""
+    """Format a value as text; list items are separated by commas."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return str(value)

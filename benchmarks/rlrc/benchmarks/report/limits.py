@@ -1,4 +1,4 @@
-"""The report's sections on what machines can do: how near this one's limits are, and what others are predicted to."""
+"""The report's sections on hardware limits: rooflines of this machine and predictions for other devices."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from rlrc.benchmarks.report.findings import title_of
 from rlrc.benchmarks.report.tradeoffs import RooflinePoint
 from rlrc.benchmarks.results.results import GEOMETRY, GEOMETRY_POLICIES
 from rlrc.benchmarks.results.stats import Estimate
+from rlrc.compressor.checkpoints.prismatic.norm_stats import ARMS
 from rlrc.jetson.model import devices
 from rlrc.jetson.model.plan import Setting, of_geometry, plan, prune
 from rlrc.jetson.model.work import Load, Part, work
 
 Row = Mapping[str, Any]
-PRUNED = 0.9  # of heads and channels: of what is compressed, and of what is predicted
+PRUNED = 0.9  # share of heads and channels removed, in compressed and predicted policies
 
 
 # What the machine allows
 
-ACTIVATION = 4  # bytes: every runtime here keeps float32 between products
+ACTIVATION = 4  # bytes: every runtime here keeps activations in float32
 GRAPHS = {"vision": "vision", "prefix": "prefix", "steps": "step"}
 
 
 def rooflines(results: Sequence[Row]) -> list[Block]:
-    """A chart for every geometry whose parts were set against the machine's limits."""
+    """Draw a chart for every geometry with a measured roofline."""
     blocks: list[Block] = []
     for result in results:
         if result.get("kind") != GEOMETRY or not result.get("roofline"):
@@ -48,51 +49,53 @@ def rooflines(results: Sequence[Row]) -> list[Block]:
         peaks = result["roofline"]
         svg = tradeoffs.roofline(peaks["read_gb_s"], peaks["products_gop_s"], points)
         caption = (
-            f"{title_of(result)}: what each part of a decision attains; whiskers reach down to the 90th percentile. "
-            "Lines: bandwidth and products as measured in the same run."
+            f"{title_of(result)}: attained performance of each part of an inference; whiskers reach down to the 90th "
+            "percentile of its time. Lines: bandwidth and peak operations measured in the same run."
         )
         blocks += [Chart(f"roofline-{result['geometry']}-{result['runtime']}", svg, caption), _shares(result)]
     return blocks
 
 
 def points_of(result: Row, which: str) -> list[RooflinePoint]:
-    """Operations from the geometry's description, times as measured."""
+    """Combine operation counts of the geometry with measured times."""
     row = result[which]
-    known = geometries.geometry(str(result["geometry"]))
-    towers = known.towers
+    geometry = geometries.geometry(str(result["geometry"]))
+    towers = geometry.towers
     if which == "compressed":
-        where = devices.Device(devices.CPU, "", "", None, {}, 1.0, 0, None)
-        dense = Setting("", known.policy, known.towers, PRECISIONS["bf16"], where)
+        cpu = devices.Device(devices.CPU, "", "", None, {}, 1.0, 0, None)
+        dense = Setting("", geometry.policy, towers, PRECISIONS["bf16"], cpu)
         towers = prune(dense, PRUNED).towers
     parts = {
         part.name: part
-        for part in work(known.policy, towers, Load(prompt_tokens=result.get("instruction_tokens"))).parts
+        for part in work(geometry.policy, towers, Load(prompt_tokens=result.get("instruction_tokens"))).parts
     }
-    found = []
+    points = []
     for name, times in row["parts_ms"].items():
         if name in parts:
             operations = parts[name].flops
             median, slow = operations / times["p50"] / 1e6, operations / times["p90"] / 1e6
             intensity = operations / bytes_moved(parts[name], bits(result, which, name))
-            found.append(RooflinePoint(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median)))
-    return found
+            points.append(
+                RooflinePoint(f"{which}, {row['precision']}", name, intensity, Estimate(median, slow, median))
+            )
+    return points
 
 
 def bytes_moved(part: Part, width: float) -> float:
-    """Bytes that a part reads and writes, all its passes."""
+    """Bytes that a part reads and writes over all its passes; ``width``: bits per weight."""
     return part.times * sum(op.weights * width / 8 + op.activations * ACTIVATION for op in part.ops)
 
 
 def bits(result: Row, which: str, part: str) -> float:
-    """Of a weight of the graph that a part runs. ``precision`` has a word for all graphs, or one for each."""
+    """Bits per weight in the graph of a part. ``precision`` names one precision for all graphs, or one per graph."""
     if which == "torch":
         return 16.0
-    told = str(result[which]["precision"])
+    precision = str(result[which]["precision"])
     graph = GRAPHS.get(part, "decoder")
-    each = dict(word.split(" ", 1) for word in told.split(", ")) if " " in told else {}
-    name = each.get(graph, told)
+    each = dict(word.split(" ", 1) for word in precision.split(", ")) if " " in precision else {}
+    name = each.get(graph, precision)
     if result["runtime"] == "gguf" and graph == "decoder" and name == "fp16":
-        return 16.0  # llama.cpp reads it as it is
+        return 16.0  # llama.cpp reads fp16 weights without conversion
     return PRECISIONS[name].in_memory if name in PRECISIONS else 32.0
 
 
@@ -101,13 +104,13 @@ def _shares(result: Row) -> ReportTable:
         [
             Cell(f"{which}, {result[which]['precision']}"),
             Cell(part),
-            Cell(f"{found['measured_ms']:,.1f}"),
-            Cell(f"{found['limit_ms']:,.1f}"),
-            Cell(f"{found['share']:.0%}"),
-            Cell(found["bound"]),
+            Cell(f"{times['measured_ms']:,.1f}"),
+            Cell(f"{times['limit_ms']:,.1f}"),
+            Cell(f"{times['share']:.0%}"),
+            Cell(times["bound"]),
         ]
-        for which in GEOMETRY_POLICIES
-        for part, found in (result.get(which) or {}).get("roofline", {}).items()
+        for which in ARMS
+        for part, times in (result.get(which) or {}).get("roofline", {}).items()
     ]
     return ReportTable(("policy", "part", "ms", "limit, ms", "share", "bound by"), rows)
 
@@ -126,7 +129,7 @@ KINDS = (Kind("dense, bf16", "bf16", 0.0), Kind("pruned 90 %, int4", "int4", PRU
 
 
 def predictions(names: Sequence[str]) -> list[Block]:
-    """`rlrc jetson plan`'s figures for these geometries on every module, in its fastest power mode."""
+    """Predict these geometries on every module in its fastest power mode, as `rlrc jetson plan` does."""
     if not names:
         return []
     panels: dict[str, dict[str, dict[str, Estimate]]] = {}
@@ -139,7 +142,7 @@ def predictions(names: Sequence[str]) -> list[Block]:
                 predicted, memory = planned.prediction, planned.prediction.memory
                 estimate = Estimate(predicted.latency_ms, *predicted.bounds)
                 panels.setdefault(name, {}).setdefault(kind.title, {})[module] = estimate
-                fits = "fits" if memory.fits else f"{megabytes(memory.excess)} too much"
+                fits = "fits" if memory.fits else f"{megabytes(memory.excess)} over"
                 energy = DASH if predicted.joules is None else f"{predicted.joules:.2f} J"
                 limits = f"{milliseconds(estimate.low)} to {milliseconds(estimate.high)}"
                 values = (milliseconds(estimate.value), limits, megabytes(memory.peak), fits, energy)
@@ -147,15 +150,15 @@ def predictions(names: Sequence[str]) -> list[Block]:
                     [Cell(name), Cell(kind.title), Cell(f"{module}, {setting.device.mode}"), *map(Cell, values)]
                 )
                 assumed |= dict.fromkeys(planned.assumptions)
-    header = ("policy", "kind", "device", "latency", "compiled to plain kernels", "peak memory", "", "energy a chunk")
-    caption = "Predicted, not measured. The whiskers reach from compiled kernels to plain ones."
+    header = ("policy", "kind", "device", "latency", "compiled to plain kernels", "peak memory", "", "energy per chunk")
+    caption = "Predicted, not measured. The whiskers reach from compiled to plain kernels."
     text = (
-        "By rlrc jetson plan: its errors against 34 published measurements are in docs/jetson.md. What a policy of "
-        "such weights would still do is not known."
+        "Predicted by rlrc jetson plan; docs/jetson.md lists its errors against 34 published measurements. The success "
+        "rate of the pruned policies is not predicted."
     )
     return [
         Chart("predictions", tradeoffs.predictions(panels), caption),
         Note(text),
-        ReportTable(header, rows, folded="every prediction"),
-        Listing(list(assumed), "everything that is assumed"),
+        ReportTable(header, rows, folded="all predictions"),
+        Listing(list(assumed), "all assumptions"),
     ]

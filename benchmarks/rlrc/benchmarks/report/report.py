@@ -1,7 +1,4 @@
-"""Result files, training curves and film strips as one report: an HTML page that needs nothing else, or Markdown.
-
-Sections without data are left out. What compares whole runs with each other is in rlrc.benchmarks.report.findings.
-"""
+"""Result files, training curves and film strips as one report. Sections without data are omitted."""
 
 from __future__ import annotations
 
@@ -39,16 +36,16 @@ from rlrc.errors import UserError
 HERO = "compressed"
 HEADER = ("policy", "parameters", "memory", "p50", "p99", "success", "hard tasks", "CPU min")
 LEGEND = (
-    "Memory is everything the runtime loads: graphs with all weights, vision included, and the tokenizer. A policy "
-    "that is not quantized counts as bf16, 2 bytes a parameter, however its graphs are stored. p50 and p99: time of an "
-    "inference, observation in to actions out. Under a success rate, in percent: its 95 % Wilson interval. Hard "
-    "tasks are all but the closing ones, which survive any pruning. CPU min: processor time since pruning, or of the "
-    "whole training where nothing was pruned."
+    "Memory is everything the runtime loads: graphs with all weights, including vision, and the tokenizer. A policy "
+    "that is not quantized counts as bf16, 2 bytes per parameter, regardless of how its graphs are stored. p50 and "
+    "p99: time of an inference from observation to actions. Under a success rate: its 95 % Wilson interval in percent. "
+    "Hard tasks are all except the closing tasks, which succeed after any pruning. CPU min: processor time since "
+    "pruning, or of the whole training of a policy that was not pruned."
 )
-# DAgger's rounds are part of fine-tuning and are drawn with it.
+# DAgger rounds are part of fine-tuning and share its charts.
 STAGES = {"dagger": "sft", "ppo": "rl"}
 TITLES = {"sft": "Supervised fine-tuning", "rl": "Reinforcement learning (PPO)"}
-BARS = 5  # bars a task that can be told apart
+BARS = 5  # bars per task that remain distinguishable
 
 Curve = Sequence[tuple[float, float]]  # (step, value)
 Runs = Mapping[str, Mapping[str, Mapping[str, Curve]]]  # stage -> run -> metric
@@ -71,36 +68,36 @@ def document(
     comparisons = [pair for result in own for pair in result.get("comparisons", ())]
     sections = [
         Section("", _tiles(rows)),
-        Section("Claims, all at one operating point", findings.claims(results)),
+        Section("Claims at one operating point", findings.claims(results)),
         Section("Results", _table(rows)),
         Section("Memory", _memory(rows)),
         Section("Latency", _latency(rows)),
         Section("Throughput and energy", findings.resources(own, rows)),
-        Section("What the machine allows", limits.rooflines(results)),
+        Section("Machine limits", limits.rooflines(results)),
         Section("Bytes, time and success", findings.pareto(results)),
         Section("Success", _success(rows, comparisons)),
         Section("Recovery", findings.recovery(results)),
         *(Section(TITLES.get(stage, stage), [_curves(stage, runs)]) for stage, runs in (curves or {}).items()),
-        Section("What one would use instead", findings.peers(results)),
+        Section("Other runtimes", findings.peers(results)),
         Section("Other devices, predicted", limits.predictions(predicted)),
         Section("Before and after recovery", _film(film) if film else []),
         Section("How it was measured", _provenance(results)),
     ]
     return Document(
-        "Compressed and recovered policies, measured",
-        "Every figure was measured by a command that is given at the end, on the machine named there, but for those "
-        "that are called predicted. Intervals are at 95 %.",
+        "Measurements of compressed and recovered policies",
+        "The commands and machines behind the measured figures are listed at the end. Predicted figures are marked. "
+        "Intervals are 95 % intervals.",
         sections,
     )
 
 
 def table(rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
-    """Cells of HEADER's columns: (figure, what stands under it). Ratios are against the row "dense", or the first."""
+    """Cells of HEADER's columns: (figure, small print). Ratios compare with the row "dense", or else with the first."""
     baseline = next((row for row in rows if row["name"] == BASELINE), rows[0])
 
     def ratio(row: Row, value: Any, base: Any, better: str) -> str:
-        told = f"{base / value:.1f}" if row is not baseline and value and base else "1.0"
-        return "" if told == "1.0" else f"{told}x {better}"
+        text = f"{base / value:.1f}" if row is not baseline and value and base else "1.0"
+        return "" if text == "1.0" else f"{text}x {better}"
 
     def latency(row: Row, which: str) -> Any:
         return row.get("latency_ms", {}).get(which)
@@ -121,8 +118,8 @@ def table(rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
 
 
 def table_picture(results: Sequence[Row], path: Path) -> None:
-    """The table as a picture, for a README."""
-    rows = merge([result for result in results if result.get("kind") not in SEPARATE_KINDS])
+    """Save the result table as a picture for a README."""
+    rows = merge([result for result in results if result.get("kind") not in OF_POLICIES])
     texts = [
         [f"{text} ({below})" if below and i else text for i, (text, below) in enumerate(row)] for row in table(rows)
     ]
@@ -131,11 +128,11 @@ def table_picture(results: Sequence[Row], path: Path) -> None:
 
 
 def read_curves(arguments: Sequence[str]) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:
-    """``FILE.jsonl`` or ``NAME=FILE.jsonl`` -> stage -> run -> metric -> (step, value). Raises UserError for no curve.
+    """``FILE.jsonl`` or ``NAME=FILE.jsonl`` -> stage -> run -> metric -> (step, value).
 
-    A step that is logged twice (by a run that was resumed) counts once, as logged last.
+    A resumed run may log a step twice; the last entry counts. Raises UserError for a file that is not a curve.
     """
-    found: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
+    curves: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
     for argument in arguments:
         name, _, file = argument.rpartition("=") if not Path(argument).exists() else ("", "", argument)
         path = Path(file)
@@ -152,11 +149,11 @@ def read_curves(arguments: Sequence[str]) -> dict[str, dict[str, dict[str, list[
         for stage, step, line in entries:
             for metric in charts.METRICS:
                 if isinstance(line.get(metric), (int, float)):
-                    run = found.setdefault(stage, {}).setdefault(name, {})
+                    run = curves.setdefault(stage, {}).setdefault(name, {})
                     run.setdefault(metric, {})[step] = float(line[metric])
     return {
         stage: {name: {metric: sorted(points.items()) for metric, points in run.items()} for name, run in runs.items()}
-        for stage, runs in found.items()
+        for stage, runs in curves.items()
     }
 
 
@@ -183,8 +180,8 @@ def _table(rows: Sequence[Row]) -> list[Block]:
     if not rows:
         return []
     names = [row["name"] for row in rows]
-    filled = [[Cell(*pair) for pair in row] for row in table(rows)]
-    return [ReportTable(HEADER, filled, names.index(HERO) if HERO in names else None), Note(LEGEND)]
+    body = [[Cell(*pair) for pair in row] for row in table(rows)]
+    return [ReportTable(HEADER, body, names.index(HERO) if HERO in names else None), Note(LEGEND)]
 
 
 def _memory(rows: Sequence[Row]) -> list[Block]:
@@ -194,8 +191,8 @@ def _memory(rows: Sequence[Row]) -> list[Block]:
     caption = "Bytes that the runtime loads; a policy that is not quantized counts as bf16."
     if any(row.get("memory") for row in sized):
         caption += (
-            " Below, hatched: proportional set size of a fresh process, beyond one that has imported the runtime; "
-            "the whisker is the range of its runs, the mark the peak."
+            " Below, hatched: proportional set size of a fresh process, minus that of a process that has only imported "
+            "the runtime; whiskers: range over runs; mark: peak."
         )
     return [Chart("memory", tradeoffs.memory(sized), caption)]
 
@@ -203,15 +200,15 @@ def _memory(rows: Sequence[Row]) -> list[Block]:
 def _latency(rows: Sequence[Row]) -> list[Block]:
     trials = {row["name"]: row["trials_ms"] for row in rows if row.get("trials_ms")}
     parts = {row["name"]: row["parts_ms"] for row in rows if row.get("parts_ms")}
-    drawn = []
+    blocks = []
     if trials:
         counts = " or ".join(str(count) for count in sorted({len(values) for values in trials.values()}))
-        caption = f"Every trial, {counts} a policy. The marks are the median and the 99th percentile."
-        drawn.append(Chart("latency", charts.latency(trials), caption))
+        caption = f"All trials, {counts} per policy. Marks: median and 99th percentile."
+        blocks.append(Chart("latency", charts.latency(trials), caption))
     if parts:
         medians = {name: {part: values["p50"] for part, values in row.items()} for name, row in parts.items()}
-        drawn.append(Chart("parts", charts.parts(medians), "Where the time of an inference goes."))
-    return [Charts(drawn)] if drawn else []
+        blocks.append(Chart("parts", charts.parts(medians), "Time of each part of an inference."))
+    return [Charts(blocks)] if blocks else []
 
 
 def _success(rows: Sequence[Row], comparisons: Sequence[Row]) -> list[Block]:
@@ -220,10 +217,12 @@ def _success(rows: Sequence[Row], comparisons: Sequence[Row]) -> list[Block]:
         return []
     shown = sorted(played, key=lambda row: row["name"] not in charts.STAGES)[:BARS]
     hidden = [row["name"] for row in played if row not in shown]
-    left_out = f" In the table only: {', '.join(hidden)}." if hidden else ""
-    blocks: list[Block] = [Chart("success", charts.success(shown), f"Closed-loop episodes, argmax decoding.{left_out}")]
+    omitted = f" In the table only: {', '.join(hidden)}." if hidden else ""
+    blocks: list[Block] = [Chart("success", charts.success(shown), f"Closed-loop episodes, argmax decoding.{omitted}")]
     if comparisons:
-        header = ("policy", "against", "scenes", "only it", "only the other", "difference", "lower limit", "McNemar p")
+        header = (
+            "policy", "baseline", "scenes", "policy only", "baseline only", "difference", "lower limit", "McNemar p",
+        )  # fmt: skip
         compared = [
             cells(
                 [
@@ -235,18 +234,16 @@ def _success(rows: Sequence[Row], comparisons: Sequence[Row]) -> list[Block]:
             for pair in comparisons
         ]
         text = (
-            "The same scenes were given to both; the columns in the middle count those that only one of them solved. "
-            "The lower limit of the difference is one-sided, at 95 %."
+            "Both policies played the same scenes; the two middle columns count scenes that only one of them solved. "
+            "The lower limit of the difference is a one-sided 95 % limit."
         )
         blocks += [Heading("Scene by scene"), ReportTable(header, compared), Note(text)]
     return blocks
 
 
 def _curves(stage: str, runs: Mapping[str, Mapping[str, Curve]]) -> Chart:
-    drawn = charts.curves(TITLES.get(stage, stage), runs)
-    return Chart(
-        f"curves-{stage}", drawn, "Thin lines: as logged. Thick lines: running mean over a twentieth of the run."
-    )
+    svg = charts.curves(TITLES.get(stage, stage), runs)
+    return Chart(f"curves-{stage}", svg, "Thin lines: logged values. Thick lines: running mean over 5 % of the run.")
 
 
 def _film(film: Film) -> list[Block]:

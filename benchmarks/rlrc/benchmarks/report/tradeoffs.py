@@ -1,5 +1,4 @@
-"""Charts of what compression buys and what it costs: memory, the machine's limits, success against bytes and time,
-recovery, other runtimes, other devices."""
+"""Charts of trade-offs: memory, roofline, success against bytes and time, recovery, other runtimes and devices."""
 
 from __future__ import annotations
 
@@ -27,13 +26,12 @@ from rlrc.benchmarks.report.charts import (
 from rlrc.benchmarks.results.stats import Estimate
 
 INK, MUTED, CARD = PALETTE["--ink"], PALETTE["--muted"], PALETTE["--card"]
-MANY = 12  # policies that colours and markers can tell apart
-LOOKS = ("--s4", "--s1", "--s3", "--s5", "--s2", "--s0", "--s6", "--s7")
+MANY = 12  # policies that colours and markers can distinguish
+COLORS = ("--s4", "--s1", "--s3", "--s5", "--s2", "--s0", "--s6", "--s7")
 
 
 def memory(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A bar of the bytes to load a row, by graph; beside it what a process took, with the range of its runs and the
-    peak."""
+    """Draw two bars per row: bytes to load, by graph, and memory of a process with its range over runs and its peak."""
     names = [row["name"] for row in rows]
     measured = [row for row in rows if row.get("memory")]
     with matplotlib.rc_context(SETTINGS | {"axes.grid.axis": "x"}):
@@ -49,11 +47,11 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set(xlabel="megabytes", xlim=(0, 1.18 * largest), ylim=(len(names) - 0.45, -0.55))
         axes.tick_params(length=0)
         figure.legend(loc="outside lower center", ncols=4)
-        return as_svg(figure, "Memory of each policy: bytes to load, by graph, and what a process took")
+        return as_svg(figure, "Memory of each policy: bytes to load, by graph, and memory of a process")
 
 
 def _load(axes: Axes, row: Mapping[str, Any], y: float, labelled: set[str]) -> float:
-    """-> where the bar ends. Files in float32 that count as bf16 are drawn as what they count."""
+    """Draw the bar and return its end. Files in float32 that count as bf16 are drawn at their bf16 size."""
     graphs = row.get("graph_bytes") or {"graphs": row["bytes"]}
     scale, left = row["bytes"] / max(1, sum(graphs.values())) / 1e6, 0.0
     for graph, size in graphs.items():
@@ -88,7 +86,7 @@ def _describe(axes: Axes, x: float, y: float, text: str) -> None:
 
 @dataclass(frozen=True)
 class RooflinePoint:
-    """One part of a policy: operations a byte that it has to read, and what it attained, with the limits of that."""
+    """One part of a policy: operations per byte read, and the attained billions of operations per second."""
 
     name: str
     part: str
@@ -97,7 +95,7 @@ class RooflinePoint:
 
 
 def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[RooflinePoint]) -> str:
-    """GB/s, Gop/s by type of products, and where each part of a decision came to."""
+    """Draw the roofline of the machine (GB/s, Gop/s by type of product) and the attained point of each part."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
@@ -107,10 +105,10 @@ def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[Roof
         bottom = min(point.gops.low for point in points) / 2
         for i, (kind, peak) in enumerate(sorted(peaks.items(), key=lambda item: item[1])):
             axes.plot(x, np.minimum(bandwidth * x, peak), color=MUTED, linestyle=LINES[(0, 2, 3)[i % 3]], linewidth=1.2)
-            # Peaks that are near each other are told one beside the other.
-            at = (highest / 7 ** (i % 3), peak)
+            # Stagger the labels horizontally, since peaks may be close to each other.
+            anchor = (highest / 7 ** (i % 3), peak)
             axes.annotate(
-                f"{kind}: {peak:,.0f}", at, (-2, 3), textcoords="offset points", ha="right", fontsize=8, color=MUTED
+                f"{kind}: {peak:,.0f}", anchor, (-2, 3), textcoords="offset points", ha="right", fontsize=8, color=MUTED
             )
         middle = (bottom * min(peaks.values())) ** 0.5 / bandwidth
         axes.annotate(
@@ -120,53 +118,42 @@ def roofline(bandwidth: float, peaks: Mapping[str, float], points: Sequence[Roof
         names = list(dict.fromkeys(point.name for point in points))
         for i, name in enumerate(names):
             for j, point in enumerate(one for one in points if one.name == name):
-                value = point.gops
+                at, gops = point.intensity, point.gops
                 axes.errorbar(
-                    point.intensity,
-                    value.value,
-                    yerr=[[value.value - value.low], [value.high - value.value]],
-                    fmt=MARKERS[i % len(MARKERS)],
-                    color=PALETTE[LOOKS[i % len(LOOKS)]],
-                    markersize=6,
-                    elinewidth=0.9,
-                    capsize=2,
-                    label=name if not j else None,
-                )
-                axes.annotate(
-                    point.part,
-                    (point.intensity, value.value),
-                    (6, -9),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=INK,
-                )
+                    at, gops.value, yerr=[[gops.value - gops.low], [gops.high - gops.value]],
+                    fmt=MARKERS[i % len(MARKERS)], color=PALETTE[COLORS[i % len(COLORS)]], markersize=6,
+                    elinewidth=0.9, capsize=2, label=name if not j else None,
+                )  # fmt: skip
+                axes.annotate(point.part, (at, gops.value), (6, -9), textcoords="offset points", fontsize=8, color=INK)
         top = 2 * max(*peaks.values(), *(point.gops.high for point in points))
         axes.set(xscale="log", yscale="log", xlim=(lowest, highest), ylim=(bottom, top))
-        axes.set(xlabel="operations a byte that has to be read", ylabel="billions of operations a second")
+        axes.set(xlabel="operations per byte read", ylabel="billions of operations per second")
         for axis, (low, high) in ((axes.xaxis, (lowest, highest)), (axes.yaxis, (bottom, top))):
             ticks = [tick for power in range(-3, 7) for digit in (1, 3) if low <= (tick := digit * 10.0**power) <= high]
             axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
             axis.set_ticks([], minor=True)
         figure.legend(loc="outside lower center", ncols=3)
-        return as_svg(figure, "Roofline: what each part of a decision attains of the machine's bandwidth and products")
+        return as_svg(
+            figure, "Roofline: attained performance of each part of an inference against the machine's limits"
+        )
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Estimate]) -> str:
-    """Success against bytes and against the median latency (milliseconds, with limits); the front is filled.
+    """Draw success against bytes and against median latency (ms with limits); markers on the front are filled.
 
-    Of many rows only those on the front are told apart.
+    With more than MANY rows, only those on the front get their own colour and label.
     """
     front = set(on_front(rows, {name: value.value for name, value in medians.items()}))
     named = front if len(rows) > MANY else {row["name"] for row in rows}
-    looks = _many([row["name"] for row in rows if row["name"] in named])
+    markers = _assign_markers([row["name"] for row in rows if row["name"] in named])
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((7.6, 4.3), layout="constrained")
         sides = figure.subplots(1, 2, sharey=True)
         for row in sorted(rows, key=lambda row: row["name"] in front):
             name, success = row["name"], _within(row["success"])
-            color, marker = looks.get(name, (PALETTE["--s0"], "o"))
-            known = name in looks
-            look = {
+            color, marker = markers.get(name, (PALETTE["--s0"], "o"))
+            known = name in markers
+            style = {
                 "fmt": marker,
                 "color": color,
                 "markerfacecolor": color if name in front else "none",
@@ -176,11 +163,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Estimate]) -
             }
             low, high = (_within(limit) for limit in row["interval"])
             yerr = [[max(0.0, success - low)], [max(0.0, high - success)]]
-            sides[0].errorbar(row["bytes"] / 1e6, success, yerr=yerr, label=name if known else None, **look)
+            sides[0].errorbar(row["bytes"] / 1e6, success, yerr=yerr, label=name if known else None, **style)
             median = medians[name]
             xerr = [[median.value - median.low], [median.high - median.value]]
-            sides[1].errorbar(median.value, success, yerr=yerr, xerr=xerr, **look)
-        for axes, label in zip(sides, ("megabytes to load", "milliseconds an inference, median"), strict=True):
+            sides[1].errorbar(median.value, success, yerr=yerr, xerr=xerr, **style)
+        for axes, label in zip(sides, ("megabytes to load", "milliseconds per inference, median"), strict=True):
             axes.set(xscale="log", xlabel=f"{label}, logarithmic")
             plain_log(axes, *axes.get_xlim())
             _odds(axes)
@@ -190,12 +177,12 @@ def pareto(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, Estimate]) -
 
 
 def _within(success: float) -> float:
-    """All and none have no place on a scale of odds."""
+    """Clip a success rate: 0 and 1 have no position on a logit scale."""
     return min(max(success, 0.002), 0.998)
 
 
 def _odds(axes: Axes) -> None:
-    """A scale of success on which the failures near one can be told apart."""
+    """Set a logit scale, which separates success rates near 1."""
     low, high = axes.get_ylim()
     axes.set_yscale("logit")
     ticks = [tick for tick in (0.01, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99) if low - 0.02 <= tick <= high + 0.02]
@@ -204,62 +191,55 @@ def _odds(axes: Axes) -> None:
 
 
 def on_front(rows: Sequence[Mapping[str, Any]], medians: Mapping[str, float]) -> list[str]:
-    """Those that no other beats in one of bytes, latency and success without losing in another."""
+    """Names on the Pareto front of bytes, latency and success."""
 
     def costs(row: Mapping[str, Any]) -> tuple[float, float, float]:
         return row["bytes"], medians[row["name"]], -row["success"]
 
-    def beaten(row: Mapping[str, Any]) -> bool:
-        own = costs(row)
+    def is_dominated(row: Mapping[str, Any]) -> bool:
+        cost = costs(row)
         return any(
-            all(a <= b for a, b in zip(costs(other), own, strict=True)) and costs(other) != own for other in rows
+            all(a <= b for a, b in zip(costs(other), cost, strict=True)) and costs(other) != cost for other in rows
         )
 
-    return [row["name"] for row in rows if not beaten(row)]
+    return [row["name"] for row in rows if not is_dominated(row)]
 
 
-def _many(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker for more names than there are colours: a marker goes round slower than a colour does."""
+def _assign_markers(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Assign colour and marker. With more names than colours, names that share a colour differ in marker."""
     if any(name in STAGES for name in names):
         return {name: (style.color, style.marker) for name, style in styles(names).items()}
-    n = len(LOOKS)
-    return {name: (PALETTE[LOOKS[i % n]], MARKERS[(i + i // n) % len(MARKERS)]) for i, name in enumerate(names)}
+    n = len(COLORS)
+    return {name: (PALETTE[COLORS[i % n]], MARKERS[(i + i // n) % len(MARKERS)]) for i, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
 class RecoveryCurve:
-    """A kind of recovery: of every seed (CPU-minutes, success, low, high), and the way there where it was kept."""
+    """A kind of recovery: (CPU-minutes, success, low, high) of every seed; ``paths``: (CPU-minutes, success) before."""
 
     name: str
     seeds: Sequence[tuple[float, float, float, float]]
-    ways: Sequence[Sequence[tuple[float, float]]] = ()
+    paths: Sequence[Sequence[tuple[float, float]]] = ()
 
 
 def recovery(panels: Mapping[str, Sequence[RecoveryCurve]], levels: Mapping[str, float]) -> str:
-    """Success against CPU-minutes, a point a seed; ``levels``: horizontal lines for what needs no recovery."""
+    """Draw success against CPU-minutes, one point per seed; ``levels``: horizontal lines, name -> success."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((3.9 * len(panels), 4.4), layout="constrained")
         sides = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, arms) in zip(sides, panels.items(), strict=True):
-            looks = _many([arm.name for arm in arms])
+            markers = _assign_markers([arm.name for arm in arms])
             for arm in arms:
-                color, marker = looks[arm.name]
+                color, marker = markers[arm.name]
                 x, y, low, high = np.array(arm.seeds).T
                 y, low, high = (np.clip(values, 0.002, 0.998) for values in (y, low, high))
                 error = np.clip([y - low, high - y], 0, None)
                 axes.errorbar(
-                    x,
-                    y,
-                    yerr=error,
-                    fmt=marker,
-                    color=color,
-                    markersize=4.5,
-                    elinewidth=0.8,
-                    capsize=1.6,
+                    x, y, yerr=error, fmt=marker, color=color, markersize=4.5, elinewidth=0.8, capsize=1.6,
                     label=arm.name,
-                )
-                for way in arm.ways:
-                    axes.plot(*np.array(way).T, color=color, linewidth=0.9, alpha=0.5)
+                )  # fmt: skip
+                for path in arm.paths:
+                    axes.plot(*np.array(path).T, color=color, linewidth=0.9, alpha=0.5)
             for name, level in levels.items():
                 axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=":")
                 axes.annotate(name, (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -272,33 +252,34 @@ def recovery(panels: Mapping[str, Sequence[RecoveryCurve]], levels: Mapping[str,
         return as_svg(figure, "Success after recovery against its CPU-minutes, by kind of recovery")
 
 
-def ratios(found: Mapping[str, Estimate], wanted: float | None = None) -> str:
-    """How many times longer each of the others takes, with limits; ``wanted``: a line at what was set out for."""
-    names = list(found)
+def ratios(estimates: Mapping[str, Estimate], wanted: float | None = None) -> str:
+    """Draw the latency of other runtimes as multiples of rlrc's; ``wanted``: a dashed line at the target ratio."""
+    names = list(estimates)
     with matplotlib.rc_context(SETTINGS | {"axes.grid.axis": "x"}):
         figure = Figure((5.6, 0.9 + 0.34 * len(names)), layout="constrained")
         axes = figure.add_subplot()
-        values = np.array([found[name].value for name in names])
-        error = [[one.value - one.low for one in found.values()], [one.high - one.value for one in found.values()]]
+        values = np.array([one.value for one in estimates.values()])
+        limits = np.array([[one.low, one.high] for one in estimates.values()])
+        error = [values - limits[:, 0], limits[:, 1] - values]
         axes.barh(names, values, 0.6, **fill(PALETTE["--s0"], "////"))
         for color, width in ((CARD, 2.6), (INK, 0.9)):
             axes.errorbar(values, range(len(names)), xerr=error, fmt="none", color=color, elinewidth=width, capsize=2)
-        for y, one in enumerate(found.values()):
+        for y, one in enumerate(estimates.values()):
             _describe(axes, one.high, y, f"{one.value:.1f}x")
         if wanted is not None:
             axes.axvline(wanted, color=PALETTE["--s1"], linewidth=1, linestyle=LINES[2])
         axes.axvline(1, color=MUTED, linewidth=1)
         axes.set(
-            xlabel="times the latency of ours, medians with 95 % intervals",
-            xlim=(0, 1.12 * max(1.0, *(one.high for one in found.values()))),
+            xlabel="multiples of rlrc's latency, medians with 95 % intervals",
+            xlim=(0, 1.12 * max(1.0, *limits[:, 1])),
         )
         axes.invert_yaxis()
         axes.tick_params(length=0)
-        return as_svg(figure, "Latency of other runtimes, in multiples of ours")
+        return as_svg(figure, "Latency of other runtimes in multiples of rlrc's")
 
 
 def predictions(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]]) -> str:
-    """``panels``: geometry -> kind of policy -> device -> milliseconds, from compiled kernels to plain ones."""
+    """Draw predicted latencies. ``panels``: geometry -> kind of policy -> device -> ms (compiled to plain kernels)."""
     devices = list(dict.fromkeys(name for kinds in panels.values() for one in kinds.values() for name in one))
     with matplotlib.rc_context(SETTINGS):
         rows = -(-len(panels) // 2)
@@ -311,14 +292,14 @@ def predictions(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]]) -> s
                 limits = np.array([[value.low, value.high] for value in predicted.values()])
                 error = np.clip([x - limits[:, 0], limits[:, 1] - x], 0, None)
                 axes.errorbar(
-                    x, y, xerr=error, fmt=MARKERS[i], color=PALETTE[LOOKS[i]], markersize=4.5, elinewidth=1, capsize=2,
+                    x, y, xerr=error, fmt=MARKERS[i], color=PALETTE[COLORS[i]], markersize=4.5, elinewidth=1, capsize=2,
                     label=kind if axes is grid.flat[0] else None,
                 )  # fmt: skip
             axes.set_yticks(range(len(devices)), devices)
-            axes.set(xscale="log", ylim=(len(devices) - 0.5, -0.5), xlabel="milliseconds a chunk, logarithmic")
+            axes.set(xscale="log", ylim=(len(devices) - 0.5, -0.5), xlabel="milliseconds per chunk, logarithmic")
             axes.set_title(title, loc="left", color=INK)
             plain_log(axes, *axes.get_xlim())
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         figure.legend(loc="outside lower center", ncols=3)
-        return as_svg(figure, "Predicted latency by device, from compiled kernels to plain ones")
+        return as_svg(figure, "Predicted latency by device, from compiled to plain kernels")
