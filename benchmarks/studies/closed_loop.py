@@ -57,7 +57,9 @@ def main(
                     played[name].append(success.play(policy, env, seed, scenes.horizon))
                     advance(1)
             env.close()
-    rows = [{"name": name} | success.row(episodes, scenes, success.hard(scenes)) for name, episodes in played.items()]
+    rows = [
+        {"name": name} | success.row(episodes, scenes, success.hard_tasks(scenes)) for name, episodes in played.items()
+    ]
     compared = [success.compare(row, rows[0]) for row in rows[1:]]
     write(out, dump(result_of("success", rows, 1) | {"comparisons": compared}))
     for row in rows:

@@ -24,7 +24,6 @@ from rlrc.benchmarks.report.document import (
 from rlrc.benchmarks.report.tradeoffs import RecoveryCurve
 from rlrc.benchmarks.results.results import GEOMETRY, GEOMETRY_POLICIES, PEERS, SEPARATE_KINDS, STUDY, merge
 from rlrc.benchmarks.results.stats import Estimate, percentile_interval, wilson
-from rlrc.compressor.checkpoints.prismatic.norm_stats import ARMS
 
 Row = Mapping[str, Any]
 SCARCE = "few-"  # prefix of the study's arms with one demonstration per task
@@ -103,7 +102,7 @@ def _operating_point(result: Row) -> dict[str, object]:
         facts: dict[str, object] = {
             which: f"{row['precision']}, {millions(row.get('parameters'))} parameters, "
             f"peak memory of the process {megabytes(row.get('peak_rss'))}"
-            for which in ARMS
+            for which in GEOMETRY_POLICIES
             if (row := result.get(which))
         }
         cut = result.get("pruned") or {}

@@ -24,7 +24,6 @@ from rlrc.benchmarks.report.findings import title_of
 from rlrc.benchmarks.report.tradeoffs import RooflinePoint
 from rlrc.benchmarks.results.results import GEOMETRY, GEOMETRY_POLICIES
 from rlrc.benchmarks.results.stats import Estimate
-from rlrc.compressor.checkpoints.prismatic.norm_stats import ARMS
 from rlrc.jetson.model import devices
 from rlrc.jetson.model.plan import Setting, of_geometry, plan, prune
 from rlrc.jetson.model.work import Load, Part, work
@@ -109,7 +108,7 @@ def _shares(result: Row) -> ReportTable:
             Cell(f"{times['share']:.0%}"),
             Cell(times["bound"]),
         ]
-        for which in ARMS
+        for which in GEOMETRY_POLICIES
         for part, times in (result.get(which) or {}).get("roofline", {}).items()
     ]
     return ReportTable(("policy", "part", "ms", "limit, ms", "share", "bound by"), rows)

@@ -119,7 +119,7 @@ def table(rows: Sequence[Row]) -> list[list[tuple[str, str]]]:
 
 def table_picture(results: Sequence[Row], path: Path) -> None:
     """Save the result table as a picture for a README."""
-    rows = merge([result for result in results if result.get("kind") not in OF_POLICIES])
+    rows = merge([result for result in results if result.get("kind") not in SEPARATE_KINDS])
     texts = [
         [f"{text} ({below})" if below and i else text for i, (text, below) in enumerate(row)] for row in table(rows)
     ]
