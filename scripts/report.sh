@@ -12,5 +12,5 @@ mkdir -p runs
 rm -rf docs/report # old charts
 for out in docs/report.md runs/report.html; do
     rlrc report "${results[@]}" reference/compressed/curves/*.jsonl --out "$out" --force \
-        --predict openvla-7b openvla-oft-7b pi0 smolvla
+        --predict openvla-7b openvla-oft-7b pi0 smolvla-450m
 done
