@@ -178,12 +178,13 @@ class Serve:
         ports = list(self.port)
         if not 0 < len(ports) <= len(self.protocol):
             raise UserError(
-                f"expected a port for each of {', '.join(self.protocol)}, found {len(ports)}; correct --port"
+                f"expected 1 to {len(self.protocol)} ports, one for each of {', '.join(self.protocol)}, found "
+                f"{len(ports)}; correct --port"
             )
         while len(ports) < len(self.protocol):
             ports.append(ports[-1] + 1 if ports[-1] else 0)
         if not all(0 <= port < 2**16 for port in ports):
-            raise UserError(f"expected ports of 0 to 65535, found {ports}; correct them")
+            raise UserError(f"expected ports of 0 to 65535, found {ports}; correct --port")
         return ports
 
 

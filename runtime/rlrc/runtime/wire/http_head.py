@@ -61,7 +61,7 @@ def begins(data: bytes) -> bool:
 
 
 def no_http() -> Refusal:
-    return Refusal(400, "expected an HTTP/1.1 request line, found other bytes")
+    return Refusal(400, "expected an HTTP/1.1 request line, found something else")
 
 
 def parse(data: bytes) -> Head:
