@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlrc import artifact as artifacts
 from rlrc.compressor.rl.rollout_buffer import minibatches
-from rlrc.compressor.stages.artifact_io import read_tensors
+from rlrc.compressor.stages.artifact_io import open_tensors
 
 SFT = ("sft", "--steps", "100", "--demonstrations", "1", "--state-noise", "0")
 RL = ("rl", "--warmup", "1", "--demonstrations", "1", "--behaviour-batch", "4", "--minibatch", "16")
@@ -98,7 +98,7 @@ def curve(out: Path) -> list[dict[str, Any]]:
 
 
 def tensors(out: Path) -> dict[str, Tensor]:
-    return read_tensors(artifacts.load(out))
+    return dict(open_tensors(artifacts.load(out)))
 
 
 def weights(prefix: Path) -> Iterator[dict[str, Tensor]]:

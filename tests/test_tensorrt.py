@@ -139,7 +139,7 @@ def test_int4_is_the_quantized_policy(name: str, of: OF, exported: EXPORTED) -> 
 
 def check_integers(parent: Artifact, graphs: list[Any]) -> None:
     """Every 4-bit constant of the graphs holds the artifact's integers and scales, transposed."""
-    stored, spec = artifact_io.read_tensors(parent), parent.manifest.quantization
+    stored, spec = artifact_io.open_tensors(parent), parent.manifest.quantization
     assert spec is not None
     found, known = 0, {tensor.name: tensor for graph in graphs for tensor in graph.graph.initializer}
     for name, tensor in known.items():

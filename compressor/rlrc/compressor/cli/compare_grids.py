@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.threads import set_threads
+from rlrc.compressor.models.scratch import Scratch
 from rlrc.compressor.quantize.compare import GRIDS, RoundingRow, compare
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import check_unquantized, open_source
@@ -39,9 +41,9 @@ class CompareGrids:
         source = open_source(self.path, self.checkpoint)
         check_unquantized(source, self.path)
         policy = source.load()
-        rows = list[RoundingRow]()
+        rows, scratch = list[RoundingRow](), Scratch(Path(tempfile.gettempdir()))
         with progress("compare-grids", len(GRIDS)) as report:
-            for row in compare(policy, every_input(policy.spec, source.observations())):
+            for row in compare(policy, every_input(policy.spec, source.observations()), allocate=scratch.empty):
                 rows.append(row)
                 report(len(rows), row.grid)
         if self.json:

@@ -8,11 +8,12 @@ LIBERO evaluation, and that generation stops at </s>. Folders of OpenVLA-OFT hav
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import KeyValue, causal_mask
+from rlrc.compressor.models.nn.linear import Linear
 from rlrc.compressor.models.nn.prismatic import PrismaticPolicy
 from rlrc.compressor.models.policy import Inputs, Outputs
 
@@ -25,7 +26,7 @@ class OpenVLAPolicy(PrismaticPolicy):
     def __init__(self, spec: PolicySpec, towers: dict[str, TowerSpec]) -> None:
         super().__init__(spec, towers)
         assert spec.action.tokens is not None
-        self.head = nn.Linear(towers["decoder"].width, spec.action.tokens.rows, bias=False)
+        self.head = Linear(towers["decoder"].width, spec.action.tokens.rows, bias=False)
 
     def step(
         self, image_tokens: Tensor | None, ids: Tensor, past: list[KeyValue] | None

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.coupling import TOWERS
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.stages.sources import PolicySource, open_source, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.training_data import check_data
@@ -40,6 +41,8 @@ def run_distill(
         data, before_step = work.training_data(config)
         blocks = match_blocks(work.source, teacher)
         objective = build_objective(config, teacher.load(), blocks, data.batches, work.run.folder)
+        if not config.lora:
+            widen(work.policy)
         with progress("distill", config.steps, distributed.rank() == 0) as report:
             metrics = sft(work.policy, config, data, work.run, report, before_step, objective)
         return work.finish(work.policy, teacher=teacher.digest, **metrics)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models.scratch import Scratch
 from rlrc.compressor.quantize.padding import pad_policy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_exempt, quantize
 from rlrc.compressor.stages.artifact_io import every_input
@@ -26,5 +27,6 @@ def run_quantize(
         observations = every_input(work.policy.spec, work.source.observations())
         with status("rounding"):
             policy, added = pad_policy(work.policy, config.group)
-            result = quantize(policy, config, observations)
+            work.run.folder.mkdir(parents=True, exist_ok=True)
+            result = quantize(policy, config, observations, Scratch(work.run.folder).empty)
         return work.finish(policy, result, rounding=result.report | added)

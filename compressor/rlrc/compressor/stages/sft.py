@@ -7,6 +7,7 @@ from typing import Any
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.statistics import adopt_statistics
@@ -35,6 +36,8 @@ def run_sft(source: Path, out: Path, config: SFTConfig, options: StageOptions, f
             for line in lines:
                 plain_console(stderr=True).print(f"normalisation: {line}")
         data, before_step = work.training_data(config)
+        if not config.lora:
+            widen(work.policy)
         with progress("sft", config.steps, distributed.rank() == 0) as report:
             metrics = sft(work.policy, config, data, work.run, report, before_step)
         return work.finish(work.policy, **adopted, **metrics)

@@ -23,10 +23,11 @@ from rlrc import interrupts
 from rlrc.artifact import Draft, HistoryEntry, Manifest, create_artifact
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models import precision
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
-from rlrc.compressor.models.weights import count_parameters
+from rlrc.compressor.models.weights import PolicyWeights
 from rlrc.compressor.quantize.quantize import QuantizedWeights
 from rlrc.compressor.stages.artifact_io import CURVES, apply_quantization, write_policy
 from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, check_unquantized, open_source
@@ -100,18 +101,24 @@ class Stage:
         return self.require_simulation().training_data(self.policy, config, self.run)
 
     def finish(
-        self, policy: PolicyModule, quantization: QuantizedWeights | None = None, exact: bool = False, **after: Any
+        self,
+        policy: PolicyModule | PolicyWeights,
+        quantization: QuantizedWeights | None = None,
+        exact: bool = False,
+        **after: Any,
     ) -> Manifest:
         """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history."""
+        weights = PolicyWeights.of(policy)
         if self.draft is None:
-            return Manifest(policy.spec, policy.towers, count_parameters(policy), "float32")
+            return Manifest(policy.spec, policy.towers, weights.count(), "float32")
+        self.source.check_unchanged()
         cpu_minutes = self.run.cpu_seconds() / 60
         if self.run.curve_file.exists():
             shutil.copy(self.run.curve_file, self.draft.file(f"{CURVES}/{len(self.source.history)}-{self.name}.jsonl"))
         success: dict[str, Any] = {}
         if self.simulation is not None:
-            stored = policy if quantization is None else apply_quantization(policy, quantization)
-            success = self.simulation.evaluate(stored)
+            stored = weights.build() if quantization is None else apply_quantization(weights, quantization)
+            success = self.simulation.evaluate(widen(stored))
         entry = HistoryEntry(
             stage=self.name,
             config=dataclasses.asdict(self.config),
@@ -123,7 +130,7 @@ class Stage:
             precision=dict(precision.current()),
         )
         history = (*self.source.history, entry)
-        return write_policy(self.draft, policy, self.source.observations(), history, quantization, exact)
+        return write_policy(self.draft, weights, self.source.observations(), history, quantization, exact)
 
 
 @contextmanager
@@ -157,6 +164,8 @@ def stage(
         try:
             with simulation_of(source, run, options, plays) as simulation:
                 before: dict[str, Any] = {}
+                if simulation is not None:
+                    widen(policy)
                 if simulation is not None and draft is not None:
                     before = simulation.success_of(source.history) or simulation.evaluate(policy)
                 run.start_clock(None if simulation is None else simulation.rollouts)

@@ -29,6 +29,9 @@ def adapt(policy: PolicyModule, rank: int) -> None:
     policy.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     inject_adapter_in_model(config, cast(Any, policy))
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of the frozen weights
+            parameter.data = parameter.data.float()
 
 
 def merge(policy: PolicyModule) -> None:
