@@ -23,7 +23,7 @@ def run_prune(
     source: Path, out: Path, config: PruneConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
     def check(source: PolicySource) -> None:
-        memory.check(memory.count_numbers(shapes(source)) * memory.REWRITTEN, "pruning")
+        memory.check(memory.streamed(shapes(source)), "pruning")
         if config.lossless:
             return
         with status("searching for a shape"):

@@ -21,7 +21,7 @@ def run_quantize(
 ) -> Manifest:
     def check(source: PolicySource) -> None:
         check_exempt(shapes(source), config)
-        memory.check(memory.count_numbers(shapes(source)) * memory.REWRITTEN, "quantizing")
+        memory.check(memory.streamed(shapes(source)), "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from rlrc.errors import UserError
 
-# Bytes for each parameter at the peak: float32 weights, and rewritten weights as well. A random SmolVLA (450 M
-# parameters) took 4.4 GB to prune and 4.3 GB to quantize, of which torch itself takes half a gigabyte.
-WEIGHTS, REWRITTEN = 4, 8
+WEIGHTS = 4  # bytes for each parameter that is trained or simulated: float32
 ADAMW = 12  # a gradient and two moments for each trained parameter
 RESERVE = 500_000_000  # torch, and the batch
+WIDENED = 3  # float32 copies of the largest matrix: itself, its magnitudes or gradient, and the product's own copy
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -38,6 +37,16 @@ def available() -> int | None:
 def count_numbers(tensors: Mapping[str, Tensor]) -> int:
     """Number of elements of a state dict, which may be on the meta device."""
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def streamed(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes at the peak of a stage that widens one matrix at a time and leaves the others in their mapped files."""
+    return WIDENED * WEIGHTS * max((tensor.numel() for name, tensor in tensors.items() if _is_widened(name)), default=0)
+
+
+def _is_widened(name: str) -> bool:
+    """Of an embedding only the rows of a prompt are widened."""
+    return not name.startswith("embedding")
 
 
 def check(needed: int, work: str) -> None:
