@@ -354,7 +354,7 @@ def test_commands_play_it(stand_in: None, artifact: Path, capsys: pytest.Capture
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert {name: len(outcomes) for name, outcomes in row["outcomes"].items()} == dict.fromkeys(names, 2)
     assert main([*benchmark, "51"]) == 2
-    assert "expected 1 to 50 episodes an environment (LIBERO has so many" in capsys.readouterr().err
+    assert "expected 1 to 50 episodes an environment (the initial states of a LIBERO task)" in capsys.readouterr().err
 
 
 OFFICIAL = """

@@ -46,7 +46,7 @@ def write(folder: Path, seed: int = 0) -> None:
     heads = {"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64}
     hints = {"geometry": {"text": heads, "vision": {"num_attention_heads": 12}}}
     (folder / "hints.json").write_text(json.dumps(hints))
-    np.savez(folder / "observation.npz", **observation(seed))
+    np.savez(folder / "observation.npz", **observation(seed))  # type: ignore[arg-type]
 
 
 def compress(folder: Path) -> None:
@@ -63,7 +63,7 @@ def compress(folder: Path) -> None:
     raw["ids"] = source.tokenizer(str(raw["instructions"][0]), raw["state"][0])[None]
     for name, result in (("dense", None), ("int4", quantize(policy, QuantizeConfig()))):
         with artifacts.create_artifact(folder / name) as draft:
-            source.hand_on(draft)
+            source.copy_files(draft)
             artifact_io.write_policy(draft, policy, raw, source.history, result)
 
 

@@ -40,9 +40,9 @@ class TransformersOpenVLA:
         assert self.spec.prompt is not None
         self.tokenizer = preprocess.Tokenizer(artifact.file("tokenizer/tokenizer.json"), self.spec.prompt)
         self.dtype = dtype
-        self.vision = _vision(manifest, state).to(dtype).eval()
+        self.vision = _vision(manifest, state).to(dtype).eval()  # type: ignore[arg-type]
         self.projector = _projector(state).to(dtype).eval()
-        self.language = _language(manifest, state).to(dtype).eval()
+        self.language = _language(manifest, state).to(dtype).eval()  # type: ignore[arg-type]
         self.head = state["head.weight"].to(dtype)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -114,7 +114,8 @@ def _language(manifest: Manifest, state: dict[str, Tensor]) -> LlamaModel:
 def _projector(state: dict[str, Tensor]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for name in sorted(name for name in state if name.startswith("projector.") and name.endswith("weight")):
-        linear = nn.Linear(*reversed(state[name].shape))
+        outputs, inputs = state[name].shape
+        linear = nn.Linear(inputs, outputs)
         linear.load_state_dict({"weight": state[name], "bias": state[name.replace("weight", "bias")]})
         layers += [nn.GELU(), linear] if layers else [linear]
     return nn.Sequential(*layers)

@@ -71,11 +71,9 @@ def openvla(folder: Path, threads: int, lerobot: str, report: Report) -> tuple[d
         make(folder)
     random = np.random.default_rng(1)
     sentence = np.array(" ".join(f"w{i}" for i in range(WORDS)))
-    np.savez(
-        folder / "observation.npz",
-        **{"image.top": random.integers(0, 256, (256, 256, 3), np.uint8), "instruction": sentence},
-    )
     observation, dense = str(folder / "observation.npz"), str(folder / "dense")
+    picture = random.integers(0, 256, (256, 256, 3), np.uint8)
+    np.savez(observation, **{"image.top": picture, "instruction": sentence})  # type: ignore[arg-type]
     ours = {
         "rlrc int4": ("int4", "int8+int4"),
         "llama.cpp f16": ("dense", "fp16", "gguf"),
