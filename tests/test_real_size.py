@@ -118,6 +118,22 @@ def test_norms_are_near_one() -> None:
         assert 0.08 < float(values.std()) < 0.12
 
 
+def test_openvla_answers_with_action_tokens_that_rounding_does_not_exchange() -> None:
+    """A blank is followed by the token in the middle of the action tokens, and each of them by the next one."""
+    kind = Kind((32064, 128), torch.float32)
+    embedding, head = (
+        torch.cat(list(official_folder.make_tensor(name, kind))).view(kind.shape)
+        for name in (official_folder.LLAMA_EMBEDDING, official_folder.LLAMA_HEAD)
+    )
+    blocks = 3 * torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    for token, following in ((29871, 31872), (31872, 31873), (31990, 31991), (31999, 31744)):
+        hidden = embedding[token] + blocks
+        logits = hidden / hidden.square().mean(1, keepdim=True).sqrt() @ head.T
+        first, second = logits.topk(2).values.T
+        assert logits.argmax(1).tolist() == [following] * 4
+        assert float((first - second).min()) > 1
+
+
 def test_a_wrong_number_of_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a has 8 bytes, but 4 were made"):
         write_safetensors(tmp_path / "x", {"a": Kind((4,))}, lambda *_: [torch.zeros(2, dtype=torch.bfloat16)])

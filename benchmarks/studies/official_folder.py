@@ -5,7 +5,9 @@ are in the form in which the official code saves them, so `rlrc` needs no more f
 holds a part of one tensor.
 
 Norms are near one and matrices preserve the scale of their inputs, so activations stay finite. Rows of a matrix, and so
-heads and channels, differ in magnitude: a score by magnitude has no ties.
+heads and channels, differ in magnitude: a score by magnitude has no ties. OpenVLA's likeliest token has a clear lead:
+among random logits the first two are often so close that rounding alone exchanges them, and no export would pass its
+verification. Each token is followed by the next action token, whatever the pictures show.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ POLICIES = ("openvla-7b", "openvla-oft-7b", "pi0", "pi05", "smolvla-450m")
 SHARD = 7_000_000_000  # bytes: openvla/openvla saves with max_shard_size "7GB"
 PIECE = 2**23  # numbers of a tensor that are made at a time
 SPREAD = 0.3  # standard deviation of the logarithm of the rows' magnitudes
+LLAMA_EMBEDDING, LLAMA_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+LEAD = 30
+BLANK, ACTION_TOKENS = 29871, range(31744, 32000)  # the prompt's last token, and those that it may be followed by
 DATA_SETS = ("bridge_orig", "fractal20220817_data")  # two of those that OpenVLA was trained on
 OFT_DATA_SET = "libero_spatial_no_noops"
 DATASET_STATISTICS = "dataset_statistics.json"
@@ -46,7 +51,7 @@ DATASET_STATISTICS = "dataset_statistics.json"
 TINY: dict[str, Any] = {
     "DINOV2": Vision(1024, 3, 64, patch=14, tokens=4),
     "SIGLIP": Vision(1152, 3, 64, patch=14, tokens=4),
-    "LLAMA2": Language(64, 4, 4, 4, 16, 128),
+    "LLAMA2": Language(128, 4, 16, 16, 32, 256),
     "GEMMA_2B": Language(64, 4, 8, 1, 256, 128),
     "GEMMA_300M": Language(32, 4, 8, 1, 256, 64),
     "SMOLVLM_VISION": Vision(768, 2, 64, patch=16, tokens=16),
@@ -245,20 +250,49 @@ def _kinds(tensors: Tensors) -> dict[str, Kind]:
 
 def make_tensor(name: str, kind: Kind) -> Iterator[Tensor]:
     """Random values for the tensor of this official name, in pieces of whole rows, flat."""
-    generator = torch.Generator().manual_seed(_seed(name))
     shape = kind.shape
     if len(shape) == 1 or shape[0] == 1 or "position" in name:
         center, deviation = _vector(name)
-        yield (center + deviation * torch.randn(shape, generator=generator)).to(kind.dtype).flatten()
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(_seed(name)))
+        yield (center + deviation * values).to(kind.dtype).flatten()
         return
-    columns = prod(shape[1:])
+    former = _rows_before(kind) if name == LLAMA_HEAD else {}
+    first = 0
+    for values in _make_matrix(name, shape):
+        for row in former.keys() & set(range(first, first + len(values))):
+            values[row - first] += former[row]
+        first += len(values)
+        yield values.to(kind.dtype).flatten()
+
+
+def _make_matrix(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Pieces (rows, columns) in float32."""
+    generator, columns = torch.Generator().manual_seed(_seed(name)), prod(shape[1:])
     sizes = torch.exp(SPREAD * torch.randn(shape[0], generator=generator))
-    sizes *= (columns * sizes.square().mean()).rsqrt()
+    sizes *= sizes.square().mean().rsqrt()
+    # The embedding is the first term of a sum over all blocks and must not be lost in it.
+    sizes *= 3.0 if name == LLAMA_EMBEDDING else columns**-0.5
     step = max(1, PIECE // columns)
     for start in range(0, shape[0], step):
         rows = sizes[start : start + step, None]
-        values = torch.randn(len(rows), columns, generator=generator)
-        yield values.mul_(rows).to(kind.dtype).flatten()
+        yield torch.randn(len(rows), columns, generator=generator).mul_(rows)
+
+
+def _rows_before(kind: Kind) -> dict[int, Tensor]:
+    """What is added to the head's row of each action token: the direction of the token that it follows.
+
+    It is long enough for logits of about LEAD, where random ones are below 8.
+    """
+    before = {token: token - 1 for token in ACTION_TOKENS} | {ACTION_TOKENS[0]: ACTION_TOKENS[-1]}
+    found, first = dict[int, Tensor](), 0
+    for values in _make_matrix(LLAMA_EMBEDDING, kind.shape):
+        for token in {BLANK, *ACTION_TOKENS} & set(range(first, first + len(values))):
+            direction = values[token - first] / values[token - first].norm()
+            found[token] = LEAD * kind.shape[1] ** -0.5 * direction
+        first += len(values)
+    rows = {token: found[other] for token, other in before.items()}
+    middle = ACTION_TOKENS[len(ACTION_TOKENS) // 2]
+    return rows | {middle: rows[middle] + found[BLANK]}
 
 
 def _vector(name: str) -> tuple[float, float]:
