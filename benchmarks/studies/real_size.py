@@ -16,6 +16,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -287,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             command.add_argument("out", type=Path)
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the measured command ends as well
     try:
         return run_command(given)
     except UserError as error:
