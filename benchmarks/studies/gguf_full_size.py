@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors_stream import Kind, write_safetensors
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import WEIGHTS, Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
@@ -35,7 +36,6 @@ from rlrc.runtime.inference.backends import open_engine
 
 WORDS = 20
 PRUNED = LayerSpec(4, 4, 128, 1664)  # about a tenth of a block; the first and last blocks are not pruned
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 def main() -> None:
@@ -72,7 +72,9 @@ def random_artifact(out: Path, spec: PolicySpec, towers: dict[str, TowerSpec], q
     quantization = QuantizationSpec("int4", 32, bits) if quantized else None
     parameters = sum(map(prod, shapes.values()))
     with artifacts.create_artifact(out) as draft:
-        write_safetensors(draft.file(WEIGHTS), shapes, bits)
+        noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
+        kinds = stored(shapes, bits)
+        write_safetensors(draft.file(WEIGHTS), kinds, lambda name, kind: [values(name, kind.shape, kind.dtype, noise)])
         draft.finish(Manifest(spec, towers, parameters, "int4" if quantized else "bfloat16", quantization))
     return artifacts.load(out, ())
 
@@ -81,27 +83,16 @@ def fits(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and name != "embedding.weight" and shape[1] % 32 == 0
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> None:
-    """Write the header, then one tensor at a time."""
-    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+def stored(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> dict[str, Kind]:
+    """The tensors of an artifact's weights: quantized ones as integers with their scales."""
+    kinds: dict[str, Kind] = {}
     for name, shape in shapes.items():
         if name in bits:
-            stored[f"{name}.q"] = (shape[0], shape[1] // 2), torch.uint8
-            stored[f"{name}.scale"] = (shape[0], shape[1] // 32), torch.float16
+            kinds[f"{name}.q"] = Kind((shape[0], shape[1] // 2), torch.uint8)
+            kinds[f"{name}.scale"] = Kind((shape[0], shape[1] // 32), torch.float16)
         else:
-            stored[name] = shape, torch.bfloat16
-    header, offset = dict[str, Any](), 0
-    for name, (shape, dtype) in stored.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in stored.items():
-            values(name, shape, dtype, noise).contiguous().view(torch.uint8).numpy().tofile(file)
+            kinds[name] = Kind(shape)
+    return kinds
 
 
 def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
