@@ -42,7 +42,7 @@ def run_distill(
         blocks = match_blocks(work.source, teacher)
         objective = build_objective(complete, teacher.load(), blocks, data.batches, work.run.folder)
         with progress("distill", complete.steps, distributed.rank() == 0) as report:
-            metrics = sft(work.policy, complete, data, work.run, report, before_step, objective)
+            metrics = sft(work.policy, complete, data, work.run, report, before_step, objective, work.learned())
         return work.finish(work.policy, teacher=teacher.digest, **metrics)
 
 

@@ -38,5 +38,5 @@ def run_sft(source: Path, out: Path, config: SFTOptions, options: StageOptions, 
         complete: SFTConfig = work.config
         data, before_step = work.training_data(complete)
         with progress("sft", complete.steps, distributed.rank() == 0) as report:
-            metrics = sft(work.policy, complete, data, work.run, report, before_step)
+            metrics = sft(work.policy, complete, data, work.run, report, before_step, learned=work.learned())
         return work.finish(work.policy, **adopted, **metrics)

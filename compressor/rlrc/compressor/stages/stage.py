@@ -104,6 +104,12 @@ class Stage:
             return load_data(self.source, config, config.held_out, config.batch), None
         return self.require_simulation().training_data(self.policy, config, self.run)
 
+    def learned(self) -> bool:
+        """Whether the policy was trained, by rlrc or by its authors, and not cut since."""
+        trained = {"official", "sft", "distill", "rl"}
+        last = [entry for entry in self.source.history if entry.stage in trained or is_cut(entry)][-1:]
+        return bool(last) and not is_cut(last[0])
+
     def finish(
         self, policy: PolicyModule, quantization: QuantizedWeights | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
@@ -186,6 +192,11 @@ def stage(
             raise
     run.remove()
     distributed.wait_for_all()  # all processes find the artifact afterwards
+
+
+def is_cut(entry: HistoryEntry) -> bool:
+    """Whether a stage removed something that actions depend on."""
+    return entry.stage == "prune" and not entry.config.get("lossless")
 
 
 def complete_config(config: Any, source: PolicySource) -> tuple[Any, Chosen]:

@@ -163,3 +163,7 @@ class SFTConfig(SFTOptions):
             return self.rate * warm * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
         remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.rate * warm * max(0.02, min(1.0, remaining))
+
+    def ignorant_loss(self, chunk: float) -> float:
+        """The objective of a policy that ignores what it sees, if the chunk's loss is this."""
+        return chunk

@@ -70,6 +70,10 @@ class DistillOptions(SFTOptions):
 class DistillConfig(SFTConfig, DistillOptions):
     """Complete settings: see SFTConfig."""
 
+    def ignorant_loss(self, chunk: float) -> float:
+        """Hidden states of zero have a relative error of 1."""
+        return self.task * chunk + self.hidden
+
 
 def original_numbers(history: Sequence[HistoryEntry], tower: str, depth: int) -> list[int]:
     """The numbers of a tower's blocks before whole blocks were dropped, from the history's prune stages."""
