@@ -22,7 +22,7 @@ from rlrc.progress import status
 def run_prune(
     source: Path, out: Path, config: PruneConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
-    def check(source: PolicySource) -> None:
+    def check(source: PolicySource, _: Any) -> None:
         memory.check(memory.streamed(shapes(source)), "pruning")
         if config.lossless:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
@@ -19,7 +20,7 @@ from rlrc.progress import status
 def run_quantize(
     source: Path, out: Path, config: QuantizeConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
-    def check(source: PolicySource) -> None:
+    def check(source: PolicySource, _: Any) -> None:
         check_exempt(shapes(source), config)
         memory.check(memory.streamed(shapes(source)), "quantizing")
 

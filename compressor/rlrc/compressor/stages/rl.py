@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.rl.config import PPOConfig, PPOOptions
 from rlrc.compressor.rl.observations import check_fits_simulator
 from rlrc.compressor.rl.ppo import ppo
 from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, shapes
@@ -27,15 +27,18 @@ def check_source(source: PolicySource) -> None:
         )
 
 
-def run_rl(source: Path, out: Path, config: PPOConfig, options: StageOptions, flags: Flags | None = None) -> Manifest:
-    def check(source: PolicySource) -> None:
+def run_rl(source: Path, out: Path, config: PPOOptions, options: StageOptions, flags: Flags | None = None) -> Manifest:
+    """Settings that ``config`` leaves out are those of the policy's family: see rlrc.compressor.training.defaults."""
+
+    def check(source: PolicySource, config: PPOConfig) -> None:
         check_source(source)
         if config.data:
             open_data(config, source.spec)
         memory.check(memory.count_numbers(shapes(source)) * (memory.WEIGHTS + memory.ADAMW), "reinforcement learning")
 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
-        batches = work.demonstrations(config, config.first_seed)
-        with progress("rl", config.iterations, distributed.rank() == 0) as report:
-            ppo(work.policy, config, batches, work.require_simulation().rollouts, work.run, report)
+        complete: PPOConfig = work.config
+        batches = work.demonstrations(complete, complete.first_seed)
+        with progress("rl", complete.iterations, distributed.rank() == 0) as report:
+            ppo(work.policy, complete, batches, work.require_simulation().rollouts, work.run, report)
         return work.finish(work.policy)

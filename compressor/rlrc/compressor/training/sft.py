@@ -19,7 +19,8 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training import lora
 from rlrc.compressor.training.batches import Batch, TrainingData
 from rlrc.compressor.training.config import SFTConfig
-from rlrc.compressor.training.distributed import Team
+from rlrc.compressor.training.distributed import Team, rank
+from rlrc.compressor.training.loss_watch import LossWatch, ignorant_chunk_loss, print_warning
 from rlrc.compressor.training.losses import chunk_loss, draw_noise
 from rlrc.compressor.training.run_state import Keeper, RunState
 from rlrc.errors import UserError
@@ -159,11 +160,14 @@ def sft(
     progress: Progress,
     before_step: BeforeStep | None = None,
     objective: Callable[[PolicyModule, float], nn.Module] = SFTObjective,
+    learned: bool = False,
 ) -> dict[str, Any]:
     """Train ``policy`` in place, calling ``progress(step, text)``; a run folder with a saved state is resumed.
 
-    -> metrics for the history. Raises UserError if the loss is not finite. A signal raises Interrupted within the time
-    of one layer, with the state of the last step saved.
+    ``learned``: the policy was trained before and not cut since, so that its first loss should be low; a loss that is
+    not, or that rises, is reported (rlrc.compressor.training.loss_watch). -> metrics for the history. Raises UserError
+    if the loss is not finite. A signal raises Interrupted within the time of one layer, with the state of the last step
+    saved.
     """
     torch.manual_seed(config.seed)
     team, batches = Team(), data.batches
@@ -172,6 +176,7 @@ def sft(
     optimizer = build_optimizer(policy, config.rate, config.weight_decay)
     loss_module, optimizer = team.prepare(objective(policy, config.smoothing), optimizer)
     best = BestWeights(team, loss_module, policy, [batch.to(team.device) for batch in fix_noise(policy, data.held_out)])
+    watch = LossWatch(_warn(run), config.rate, str(run.folder))
     first, sums = 0, dict[str, float]()
     if (saved := run.load()) is not None:
         first, sums = saved["step"], saved["sums"]
@@ -179,6 +184,7 @@ def sft(
         team.load_optimizer(loss_module, optimizer, saved["optimizer"])
         batches.restore(saved["batches"])
         best.restore(saved["best"])
+        watch.restore(saved.get("watch", {}))  # earlier versions saved none
         if before_step is not None:
             before_step.restore(saved["before_step"])
     if team.size == 1:
@@ -192,7 +198,7 @@ def sft(
 
     def keep(step: int) -> None:
         hook = before_step.state() if before_step else {}
-        keeper(step, batches=batches.state(), best=best.state(), before_step=hook, sums=dict(sums))
+        keeper(step, batches=batches.state(), best=best.state(), before_step=hook, sums=dict(sums), watch=watch.state())
 
     progress(first, text := "training")
     size = config.batch // config.accumulate
@@ -203,12 +209,14 @@ def sft(
                 loss = best.measure(step)
                 with interrupts.hold():
                     run.log("held-out", step, loss=loss)
+                    watch.held_out(step, loss)
                     keep(step)
             if step == config.steps or (config.patience and best.stale >= config.patience):
                 break
             if before_step and (row := before_step(step, policy, weights, progress)):
                 with interrupts.hold():
                     run.log(before_step.name, step + 1, **row)
+                    watch.renew()
                     keep(step)
             policy.train()
             for group in optimizer.param_groups:
@@ -220,6 +228,10 @@ def sft(
             metrics = compute_gradients(team, loss_module, [whole.part(slice(i, i + size)) for i in starts])
             check_finite(metrics, step + 1, run)
             with interrupts.hold():
+                if step == 0:  # before any update
+                    limit = config.ignorant_loss(ignorant_chunk_loss(policy.spec, whole))
+                    watch.first(metrics["loss"], limit, learned)
+                watch.step(metrics["loss"])
                 optimizer.step()
                 optimizer.zero_grad()
                 for name, value in metrics.items():
@@ -228,10 +240,21 @@ def sft(
                     means = {name: value / LOG_EVERY for name, value in sums.items()}
                     sums.clear()
                     run.log(config.STAGE, step + 1, samples=len(batches), **means)
+                    watch.window(step + 1)
                     text = f"loss {means['loss']:.3f} l1 {means['l1']:.4f}"
                 keep(step + 1)
             progress(step + 1, text)
     team.finish(policy, best.weights or weights())
     if config.lora:
         lora.merge(policy)
-    return {"held_out_loss": round(best.loss, 5), "best_step": best.step} if best.weights else {}
+    report: dict[str, Any] = {"warnings": list(watch.given.values())} if watch.given else {}
+    return report | ({"held_out_loss": round(best.loss, 5), "best_step": best.step} if best.weights else {})
+
+
+def _warn(run: RunState) -> Callable[[int, str, float, float], None]:
+    def warn(step: int, text: str, loss: float, limit: float) -> None:
+        run.log("warning", step, loss=loss, limit=limit)
+        if rank() == 0:
+            print_warning(text)
+
+    return warn
