@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from rlrc.compressor.models.coupling import Group, find_groups
+from rlrc.compressor.models.device import of_module
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.training.losses import chunk_loss, draw_noise
 
 if TYPE_CHECKING:
-    from rlrc.compressor.training.batches import Batches
+    from rlrc.compressor.training.batches import Batch, Batches
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ class Scores:
 def score_parts(
     policy: PolicyModule, tower: str, blocks: Collection[int], config: PruneConfig, batches: Batches | None = None
 ) -> list[Scores]:
-    """Scores of every block of the tower, zeros for blocks not in ``blocks``. NEED_DATA scores require ``batches``."""
-    found, pieces = list[Scores](), dict[str, tuple[Group, Tensor]]()
+    """Scores of every block of the tower, zeros for blocks not in ``blocks``. NEED_DATA scores require ``batches``.
+
+    They are computed on the policy's device, and are on the CPU afterwards.
+    """
+    found, groups, pieces = list[Scores](), list[Group](), dict[str, tuple[Group, Tensor]]()
     names = policy.state_dict().keys()
     for i in range(len(policy.towers[tower].layers)):
         both = find_groups(policy.towers, tower, i, names)
-        found.append(Scores(*(torch.zeros(group.number) for group in both)))
+        groups += both
+        found.append(Scores(*(torch.zeros(group.number, device=of_module(policy)) for group in both)))
         for group, total in zip(both, found[-1].each(), strict=True):
             if i in blocks and group.number:
                 pieces |= {layer: (group, total) for layer in group.layers}
@@ -63,9 +68,11 @@ def score_parts(
     else:
         assert batches is not None
         (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
-    for name, (_, total) in pieces.items():
-        check_finite(total, f"scores of {name}", f"--score {config.score}", "score by magnitude, or check the data")
-    return found
+    result = [Scores(*(total.cpu() for total in score.each())) for score in found]
+    for group, total in zip(groups, (total for score in result for total in score.each()), strict=True):
+        name = f"scores of {group.layers[0]}"
+        check_finite(total, name, f"--score {config.score}", "score by magnitude, or check the data")
+    return result
 
 
 Pieces = dict[str, tuple[Group, Tensor]]  # by layer: its group, and the tensor that accumulates the parts' scores
@@ -74,16 +81,14 @@ Pieces = dict[str, tuple[Group, Tensor]]  # by layer: its group, and the tensor 
 def _weigh(policy: PolicyModule, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
     for name, (group, total) in pieces.items():
         weight = policy.get_parameter(f"{name}.weight").detach()
-        total += group.sum_parts(name, importance(name, weight)).to(total.device)
+        total += group.sum_parts(name, importance(name, weight))
 
 
 def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
     def reduce(name: str, weight: nn.Parameter) -> None:
         assert weight.grad is not None
         group, total = pieces[name]
-        total.add_(
-            group.sum_parts(name, weight.grad.mul_(weight.detach()).abs_()).to(total.device), alpha=1 / config.batches
-        )
+        total.add_(group.sum_parts(name, weight.grad.mul_(weight.detach()).abs_()), alpha=1 / config.batches)
         weight.grad = None
 
     weights = {name: policy.get_parameter(f"{name}.weight") for name in pieces}
@@ -91,9 +96,14 @@ def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: 
         hooks = [weight.register_post_accumulate_grad_hook(partial(reduce, name)) for name, weight in weights.items()]
         try:
             for _ in range(config.batches):
-                chunk_loss(policy, draw_noise(policy, batches.draw(config.batch)))[0].backward()
+                chunk_loss(policy, _draw(policy, config, batches))[0].backward()
         finally:
             _remove(hooks)
+
+
+def _draw(policy: PolicyModule, config: PruneConfig, batches: Batches) -> Batch:
+    """A batch on the policy's device."""
+    return draw_noise(policy, batches.draw(config.batch)).to(of_module(policy))
 
 
 @contextmanager
@@ -123,7 +133,7 @@ def _wanda(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: B
     try:
         with torch.no_grad():
             for _ in range(config.batches):
-                chunk_loss(policy, draw_noise(policy, batches.draw(config.batch)))
+                chunk_loss(policy, _draw(policy, config, batches))
     finally:
         _remove(hooks)
     _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
@@ -54,7 +55,7 @@ def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
     if action.tokens is not None:  # the row of every bin
         bins = torch.arange(action.bins, device=logits.device)
         logits = logits[..., action.tokens.first - action.tokens.offset - bins]
-    centers = torch.from_numpy(bin_centers(action.bins)).to(logits)
+    centers = upload(torch.from_numpy(bin_centers(action.bins)), logits.device).to(logits)
     return logits.softmax(-1) @ centers
 
 

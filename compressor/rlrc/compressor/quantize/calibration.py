@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterable
 import torch
 from torch import Tensor, nn
 
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.errors import UserError
@@ -21,7 +22,7 @@ of a layer with more channels than rows is singular; GPTQ's dampening makes it i
 
 
 class RowSample:
-    """A uniform sample of at most ``ROWS`` of the rows that were added."""
+    """A uniform sample of at most ``ROWS`` of the rows that were added, on their device."""
 
     def __init__(self) -> None:
         self.rows, self.ranks = torch.empty(0), torch.empty(0)
@@ -33,7 +34,7 @@ class RowSample:
         self.rows = torch.cat([self.rows, rows]) if len(self.rows) else rows.clone()
         if len(self.rows) > ROWS:
             kept = self.ranks.topk(ROWS).indices
-            self.rows, self.ranks = self.rows[kept], self.ranks[kept]
+            self.rows, self.ranks = self.rows[upload(kept, rows.device)], self.ranks[kept]
 
 
 def check_calibration(calibration: Iterable[Inputs]) -> list[Inputs]:

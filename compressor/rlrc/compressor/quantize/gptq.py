@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlrc.compressor.models.device import widest_float
 from rlrc.compressor.quantize.grid import GROUP, LEVELS, Rounded, fit_group, quantize_groups, round_to_grid
 
 DAMPENING = 0.01
@@ -20,8 +21,6 @@ DAMPENING = 0.01
 def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
     """Round weight (out, in) with inputs (n, in); other arguments: see ``quantize_groups``."""
     factor, size = feedback(rows), fit_group(weight.shape[1], group)
-    if factor is None:
-        return quantize_groups(weight, bits, search, size)
     low, high = LEVELS[bits]
     rest, integers, scales = weight.detach().float().clone(), list[Tensor](), list[Tensor]()
     for start in range(0, weight.shape[1], size):
@@ -41,13 +40,15 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
     return torch.stack(integers, 1).to(torch.int8), torch.cat(scales, 1)
 
 
-def feedback(rows: Tensor) -> Tensor | None:
-    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X; None if all inputs are zero."""
-    hessian = rows.double().T @ rows.double()
+def feedback(rows: Tensor) -> Tensor:
+    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X.
+
+    If all inputs are zero it is that of the identity: no error is distributed, so the weights round to nearest.
+    """
+    wide = rows.to(widest_float(rows.device))
+    hessian = wide.T @ wide
     mean = hessian.diagonal().mean()
-    if mean == 0:
-        return None
-    hessian.diagonal().add_(DAMPENING * mean)
+    hessian.diagonal().add_(torch.where(mean == 0, 1.0, DAMPENING * mean))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
     return factor

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import Manifest
-from rlrc.compressor.models import precision
+from rlrc.compressor.models import device, precision
 from rlrc.compressor.models.decode import check_finite_outputs
 from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.training import distributed
@@ -98,20 +98,26 @@ class ActionSampler:
         self, tasks: list[str], images: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), ``sampled``, actions (B, K, D)."""
-        inputs = self.observer(tasks, images, state)
-        with torch.inference_mode(), precision.autocast("cpu"):
-            observation = self.actor.encode(inputs)
-            actions, sampled = self.actor.act(observation, self.mode.sample)
+        image_tokens, sampled, actions = (x.cpu() for x in self.act(self.observer(tasks, images, state)))
         check_finite_outputs(actions, "actions")
-        image_tokens = observation.image_tokens.half().numpy()
-        return image_tokens, sampled.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
+        return image_tokens.numpy(), sampled.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
+
+    def act(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens fp16 (B, N, width), ``sampled``, normalised actions (B, K, D): on the policy's device."""
+        where = device.of_module(self.policy)
+        with torch.inference_mode(), precision.autocast(where.type):
+            observation = self.actor.encode(inputs.to(where))
+            actions, sampled = self.actor.act(observation, self.mode.sample)
+        return observation.image_tokens.half(), sampled, actions
 
     def restore_observations(
         self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray
     ) -> EncodedObservation:
         """Encoded observations from what an episode keeps: raw states (B, S), image tokens (B, N, width)."""
         prompt = self.observer.prompt(tasks, state)
-        return EncodedObservation(torch.from_numpy(image_tokens), prompt.ids, self.observer.state(state), prompt.mask)
+        return EncodedObservation(
+            torch.from_numpy(image_tokens), prompt.ids, self.observer.state(state), prompt.mask, prompt.lengths
+        )
 
 
 _idle: list[MetaWorldEnv] = []  # at most SLOTS unused environments, the most recently used last
