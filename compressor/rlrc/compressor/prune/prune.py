@@ -129,6 +129,7 @@ def prune_width(
 
 def cut(state: dict[str, Tensor], group: Group, parts: Tensor) -> None:
     """Keep only these parts of the group in the state dict."""
+    parts = parts.to(state[f"{group.layers[0]}.weight"].device)
     rows, columns = group.indices(parts, group.fused), group.indices(parts)
     for layer in group.rows:
         for name in (f"{layer}.weight", f"{layer}.bias"):

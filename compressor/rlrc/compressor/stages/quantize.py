@@ -25,6 +25,7 @@ def run_quantize(
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
         with status("rounding"):
-            policy, added = pad_policy(work.policy, config.group)
-            result = quantize(policy, config, observations)
+            policy, added = pad_policy(work.policy.to(work.device), config.group)
+            result = quantize(policy, config, (inputs.to(work.device) for inputs in observations))
+        result = result._replace(tensors={name: tensor.cpu() for name, tensor in result.tensors.items()})
         return work.finish(policy, result, rounding=result.report | added)

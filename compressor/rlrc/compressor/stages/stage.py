@@ -22,7 +22,7 @@ import torch
 from rlrc import interrupts
 from rlrc.artifact import Draft, HistoryEntry, Manifest, create_artifact
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.models import precision
+from rlrc.compressor.models import device, precision
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
@@ -56,8 +56,11 @@ class StageOptions:
     precision: PrecisionOption = "auto"
     """precision of matrix products; auto measures the faster one on this machine, in a tenth of a second. A resumed run
     keeps its precision"""
+    device: str = "auto"
+    """where torch computes: auto (the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N or mps"""
 
     def __post_init__(self) -> None:
+        device.pick(self.device)
         check_range(self, "--", "evaluate", at_least=0)
         check_range(self, "--", "workers", "threads", at_least=1)
         if self.precision not in (choices := get_args(PrecisionOption)):
@@ -79,6 +82,11 @@ class Stage:
     run: RunState
     config: Any
     before: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute. ``policy`` is on the CPU at first."""
+        return device.current()
 
     def require_simulation(self) -> Simulation:
         assert self.simulation is not None
@@ -102,7 +110,11 @@ class Stage:
     def finish(
         self, policy: PolicyModule, quantization: QuantizedWeights | None = None, exact: bool = False, **after: Any
     ) -> Manifest:
-        """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history."""
+        """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history.
+
+        Both are done on the CPU, whose answers define the artifact.
+        """
+        policy = policy.cpu()
         if self.draft is None:
             return Manifest(policy.spec, policy.towers, count_parameters(policy), "float32")
         cpu_minutes = self.run.cpu_seconds() / 60
@@ -121,6 +133,7 @@ class Stage:
             before=self.before,
             after=success | after,
             precision=dict(precision.current()),
+            device=device.describe(self.device),
         )
         history = (*self.source.history, entry)
         return write_policy(self.draft, policy, self.source.observations(), history, quantization, exact)
@@ -144,6 +157,7 @@ def stage(
     ``incomplete``: ``check`` supplies missing statistics. Of several processes (see distributed.py) all do the work,
     and the first evaluates and writes. Raises UserError before any work if input or output cannot be used.
     """
+    device.use(options.device)
     source = open_source(path, flags or Flags(), incomplete)
     check_unquantized(source, path)
     check(source)
