@@ -6,8 +6,8 @@ caller disables them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -88,14 +88,19 @@ def teacher_force(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Ten
     given = tokens.flatten(1)
 
     def force(image_tokens: Tensor, ids: Tensor, rows: Rows) -> Tensor:
-        sequence = torch.cat([ids, given[rows, :-1]], 1)
+        sequence = torch.cat([ids, given[rows.index, :-1]], 1)
         return policy.last_logits(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
 
     assert inputs.ids is not None
     return map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.lengths, force)
 
 
-Rows = Tensor | slice  # indices of rows
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch: their numbers, on the host, and what selects them on the device."""
+
+    numbers: Sequence[int]
+    index: Tensor | slice
 
 
 def map_by_length(
@@ -109,17 +114,18 @@ def map_by_length(
 
     ``lengths``: see Inputs. Without them the mask is read, for which the host waits.
     """
+    every = Rows(range(len(ids)), slice(None))
     if mask is None:
-        return one(image_tokens, ids, slice(None))
+        return one(image_tokens, ids, every)
     groups: dict[int, list[int]] = {}
     for row, length in enumerate(mask.sum(1).tolist() if lengths is None else lengths):
         groups.setdefault(length, []).append(row)
     if len(groups) == 1:
-        return one(image_tokens, ids[:, : next(iter(groups))], slice(None))
+        return one(image_tokens, ids[:, : next(iter(groups))], every)
     found = list[Tensor]()
     for length in sorted(groups):
-        rows = upload(torch.tensor(groups[length]), ids.device)
-        found.append(one(image_tokens[rows], ids[rows, :length], rows))
+        index = upload(torch.tensor(groups[length]), ids.device)
+        found.append(one(image_tokens[index], ids[index, :length], Rows(groups[length], index)))
     order = torch.tensor([row for length in sorted(groups) for row in groups[length]]).argsort()
     return torch.cat(found)[upload(order, ids.device)]
 

@@ -36,6 +36,7 @@ from torch.distributions import Normal
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.device import of_module, upload
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, select_lengths
+from rlrc.compressor.rl.draws import TORCH, Draws
 
 MAX_STD_FACTOR = 3.0  # a learned standard deviation stays within this factor of its initial value
 
@@ -98,6 +99,7 @@ class Actor(nn.Module, ABC):
         super().__init__()
         self.policy, self.temperature, self.correlation = policy, temperature, correlation
         self.noise: Noise | None = None
+        self.draws = TORCH
         self.width = policy.towers["decoder"].width  # of the critic's input
 
     def encode(self, inputs: Inputs) -> EncodedObservation:
@@ -115,7 +117,7 @@ class Actor(nn.Module, ABC):
     def chunk_noise(self, batch: int) -> Tensor:
         """Standard normal (B, K, D), correlated over the K steps of a chunk."""
         action = self.policy.spec.action
-        return chunk_noise(batch, action.horizon, action.dim, self.correlation)
+        return chunk_noise(batch, action.horizon, action.dim, self.correlation, self.draws)
 
 
 class ParallelActor(Actor):
@@ -125,7 +127,7 @@ class ParallelActor(Actor):
         action, logits = self.policy.spec.action, self._logits(observation)
         if not sample:
             return _actions_and_tokens(decode.outputs_from_logits(logits, action))
-        rows = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation)
+        rows = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation, self.draws)
         actions, tokens = _actions_and_tokens(decode.outputs_from_rows(rows, action))
         return actions.masked_fill(~logits.isfinite().all(-1), float("nan")), tokens
 
@@ -147,12 +149,18 @@ class AutoregressiveActor(Actor):
     def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action = self.policy.spec.action
 
-        def choose(logits: Tensor) -> Tensor:
-            """(B, rows) -> (B, 1)."""
-            return draw_row(torch.softmax(logits / self.temperature, -1)) if sample else logits.argmax(-1, keepdim=True)
+        def steps(image_tokens: Tensor, ids: Tensor, rows: decode.Rows) -> Tensor:
+            def choose(logits: Tensor) -> Tensor:
+                """(B, rows) -> (B, 1)."""
+                if not sample:
+                    return logits.argmax(-1, keepdim=True)
+                noise = self.draws.exponential(rows.numbers, logits.shape[1])
+                return draw_row(torch.softmax(logits / self.temperature, -1), noise)
+
+            return self._steps(image_tokens, ids, choose)
 
         # The rows of the logits, and whether these were finite, together, so that they are reordered together.
-        both = self._by_length(observation, lambda image_tokens, ids, _: self._steps(image_tokens, ids, choose))
+        both = self._by_length(observation, steps)
         rows, finite = both.unflatten(1, (2, action.horizon, action.dim)).unbind(1)
         actions, tokens = _actions_and_tokens(decode.outputs_from_rows(rows, action))
         return actions.masked_fill(finite == 0, float("nan")), tokens
@@ -174,7 +182,7 @@ class AutoregressiveActor(Actor):
 
         def teacher_forced(image_tokens: Tensor, ids: Tensor, rows: decode.Rows) -> Tensor:
             """Logits and the hidden state of the first token, concatenated, so that they are reordered together."""
-            sequence = torch.cat([ids, tokens[rows, :-1]], 1)
+            sequence = torch.cat([ids, tokens[rows.index, :-1]], 1)
             with record_inputs(last_module(self.policy)) as inputs:
                 logits = cast(decode.Autoregressive, self.policy).last_logits(image_tokens, sequence, tokens.shape[1])
             return torch.cat([logits.flatten(1), inputs[0][:, 0].float()], 1)
@@ -233,7 +241,7 @@ class FlowActor(Actor):
         spec = self.policy.spec
         assert spec.flow is not None
         step, dim = self._steps(observation), spec.action.dim
-        noise = torch.randn(len(observation), spec.action.horizon, spec.flow.width)
+        noise = self.draws.normal(len(observation), spec.action.horizon, spec.flow.width)
         x = upload(noise, observation.image_tokens.device)
         chain = [x]
         for i in range(self.steps):
@@ -273,9 +281,9 @@ def build_actor(policy: PolicyModule, temperature: float = 1.0, correlation: flo
     return actor(policy, temperature, correlation)
 
 
-def chunk_noise(batch: int, steps: int, dims: int, correlation: float) -> Tensor:
+def chunk_noise(batch: int, steps: int, dims: int, correlation: float, draws: Draws = TORCH) -> Tensor:
     """Standard normal (B, K, D); the K values of a dimension have this pairwise correlation."""
-    shared, own = torch.randn(batch, 1, dims), torch.randn(batch, steps, dims)
+    shared, own = draws.normal(batch, 1, dims), draws.normal(batch, steps, dims)
     noise: Tensor = correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
     return noise
 
@@ -285,22 +293,21 @@ def _actions_and_tokens(outputs: Outputs) -> tuple[Tensor, Tensor]:
     return outputs.actions, outputs.tokens
 
 
-def draw_row(probabilities: Tensor) -> Tensor:
-    """Draw one row (B, 1) of each distribution (B, rows).
+def draw_row(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Draw one row (B, 1) of each distribution (B, rows) with exponential noise of the same shape.
 
     On the CPU bit for bit ``torch.multinomial``, which on a GPU draws from another generator and waits for its input.
     """
-    noise = torch.empty(probabilities.shape, dtype=probabilities.dtype).exponential_()
     return (probabilities / upload(noise, probabilities.device)).argmax(-1, keepdim=True)
 
 
-def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
+def sample_tokens(log_probs: Tensor, correlation: float, draws: Draws = TORCH) -> Tensor:
     """Draw tokens (B, K, D) from log-probabilities (B, K, D, bins).
 
     Every token has exactly its own distribution. A Gaussian copula correlates the K tokens of a dimension.
     """
     batch, steps, dims, bins = log_probs.shape
-    uniform = upload(torch.special.ndtr(chunk_noise(batch, steps, dims, correlation)), log_probs.device)
+    uniform = upload(torch.special.ndtr(chunk_noise(batch, steps, dims, correlation, draws)), log_probs.device)
     cumulative = log_probs.exp().cumsum(-1)
     rows: Tensor = (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
     return rows

@@ -112,7 +112,7 @@ class Stage:
     ) -> Manifest:
         """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history.
 
-        Both are done on the CPU, whose answers define the artifact.
+        It is written from the CPU, whose answers define the artifact.
         """
         policy = policy.cpu()
         if self.draft is None:
