@@ -3,7 +3,7 @@
 Weights and batches are fake tensors on torch's device "meta", which takes the accelerator's place; they have shapes and
 no data. An operation that mixes in a tensor left on the CPU raises FakeTensorDeviceMismatchError, also the two that
 torch's fake tensors let pass: lookups and indices. An operation whose result the host must read (``item``, ``unique``,
-``nonzero``) raises too. Copies to the host are counted.
+``nonzero``) raises too. Copies for which the host would wait are counted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 class OneDevice(TorchDispatchMode):
-    """``downloads``: the copies from the accelerator to the host so far, each of which waits for all work before it."""
+    """``waits``: the copies between host and accelerator so far that wait for all work before them.
+
+    Those to the accelerator do unless they are made by ``device.upload``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.downloads = 0
+        self.waits = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -42,7 +45,8 @@ class OneDevice(TorchDispatchMode):
         if func not in COPIES and len(devices) > 1:
             raise FakeTensorDeviceMismatchError(func, *map(torch.device, sorted(devices)))
         result = func(*args, **(kwargs or {}))
-        self.downloads += func in COPIES and DEVICE.type in devices and result.device.type == "cpu"
+        if func in COPIES and not (kwargs or {}).get("non_blocking"):
+            self.waits += {tensor.device.type for tensor in (*given, result)} == {"cpu", DEVICE.type}
         return result
 
 

@@ -212,3 +212,16 @@ def test_commands_know_the_option(tiny_artifact: Path, tmp_path: Path, capsys: p
     ):
         assert main([*command, "--device", "tpu"]) == 2, command
         assert "expected --device auto, cpu, cuda, cuda:N or mps, found 'tpu'" in capsys.readouterr().err
+
+
+def test_evaluation_plays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlrc.compressor.rl.simulation import Simulation
+
+    class Played:
+        def run(self, requests: Any, policy: PolicyModule, mode: Any) -> Any:
+            assert where(policy) == {META}
+            raise Arrived
+
+    monkeypatch.setattr(device, "current", lambda: META)
+    with pytest.raises(Arrived):
+        Simulation(Played(), 1).evaluate(source_of("act").load())  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_device import DEVICE, fake_device, on_device
+from test_losses import batch_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,12 +24,13 @@ from families import FAMILIES, official
 from rlrc import artifact as artifacts
 from rlrc.artifact import TOKENIZER, PolicySpec, TowerSpec
 from rlrc.compressor.models import precision
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.prune import importance
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize import calibration
 from rlrc.compressor.quantize.calibration import collect_inputs
 from rlrc.compressor.quantize.gptq import gptq
-from rlrc.compressor.rl.actors import build_actor
+from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.objectives import PolicyObjective
 from rlrc.compressor.rl.rollout import ActionSampler, SamplingMode
@@ -78,7 +80,7 @@ def test_infer(case: Case) -> None:
         policy, batch = on_device(case.spec, case.towers), case.batch.to(DEVICE)
         outputs = policy.act(batch.inputs)
         assert outputs.actions.device == DEVICE
-    assert device.downloads == 0
+    assert device.waits == 0
 
 
 def test_loss_and_gradients(case: Case) -> None:
@@ -87,7 +89,7 @@ def test_loss_and_gradients(case: Case) -> None:
         loss, _ = chunk_loss(policy, draw_noise(policy, case.batch).to(DEVICE))
         loss.backward()
         assert all(parameter.grad.device == DEVICE for parameter in policy.parameters() if parameter.grad is not None)
-    assert device.downloads == 0
+    assert device.waits == 0
 
 
 @pytest.mark.parametrize("score", ["taylor", "wanda"])
@@ -101,7 +103,7 @@ def test_scores(case: Case, score: str, monkeypatch: pytest.MonkeyPatch) -> None
         policy = on_device(case.spec, case.towers)
         found = importance.score_parts(policy, tower, blocks, config, Drawn(case.batch))
         assert all(total.device.type == "cpu" for one in found for total in one.each())
-    assert device.downloads == 2 * len(blocks)
+    assert device.waits == 2 * len(blocks)
 
 
 @dataclass
@@ -128,7 +130,7 @@ def test_rollout_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         image_tokens, sampled, actions = sampler.act(case.batch.inputs)
         assert {x.device for x in (image_tokens, sampled, actions)} == {DEVICE}
         assert actions.shape == case.batch.actions.shape
-    assert device.downloads == 0
+    assert device.waits == 0
 
 
 def test_reinforcement(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +143,10 @@ def test_reinforcement(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
             observation = objective.actor.encode(batch.inputs)
             sampled = objective.actor.act(observation, True)[1]
             old = objective(observation, sampled)
-        loss, metrics = objective(observation, sampled, old.log_prob, torch.ones(ROWS).to(DEVICE), 1.0, batch)
+        loss, metrics = objective(observation, sampled, old.log_prob, torch.ones(ROWS, device=DEVICE), 1.0, batch)
         loss.backward()
         assert {value.device for value in metrics.values()} == {DEVICE}
-    assert device.downloads == 0
+    assert device.waits == 0
 
 
 def test_calibration_and_error_feedback(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +160,7 @@ def test_calibration_and_error_feedback(case: Case, monkeypatch: pytest.MonkeyPa
         weight = F.pad(weights[name], (0, -weights[name].shape[1] % 32))
         integers, scales = gptq(weight, F.pad(inputs[name], (0, weight.shape[1] - inputs[name].shape[1])), 4, True)
         assert {integers.device, scales.device} == {DEVICE}
-    assert device.downloads == 0
+    assert device.waits == 0
 
 
 @pytest.mark.parametrize(
@@ -181,13 +183,16 @@ def test_what_is_left_on_the_host_is_found(mixed: Callable[[Tensor, Tensor], Ten
 
 def test_what_the_host_reads_is_found() -> None:
     with fake_device() as device:
-        x = torch.zeros(4).to(DEVICE)
+        x = upload(torch.zeros(4), DEVICE)
+        assert device.waits == 0
         with pytest.raises(DataDependentOutputException):
             x.sum().item()
         with pytest.raises(DynamicOutputShapeException):
             x.unique()
         x.cpu()
-    assert device.downloads == 1
+        assert device.waits == 1
+        torch.zeros(4).to(DEVICE)
+    assert device.waits == 2
 
 
 def test_a_weight_left_on_the_host_is_found(case: Case) -> None:
@@ -197,3 +202,16 @@ def test_a_weight_left_on_the_host_is_found(case: Case) -> None:
         norm.weight = torch.nn.Parameter(torch.zeros(policy.towers["decoder"].width))
         with pytest.raises(FakeTensorDeviceMismatchError):
             policy.act(batch.inputs)
+
+
+def test_lengths_follow_the_rows() -> None:
+    """The host knows how long each prompt is, also of parts and of batches on the device."""
+    batch = batch_of("openvla")[1]
+    assert batch.inputs.mask is not None
+    lengths = tuple(batch.inputs.mask.sum(1).tolist())
+    assert len(set(lengths)) > 1
+    assert batch.inputs.lengths == batch.to(DEVICE).inputs.lengths == lengths
+    assert batch.part(slice(1, 3)).inputs.lengths == lengths[1:]
+    assert batch.part(torch.tensor([2, 0])).inputs.lengths == (lengths[2], lengths[0])
+    observation = EncodedObservation(torch.zeros(3, 1, 1), batch.inputs.ids, None, batch.inputs.mask, lengths)
+    assert observation.rows(torch.tensor([1])).to(DEVICE).lengths == lengths[1:2]

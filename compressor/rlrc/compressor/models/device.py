@@ -104,7 +104,7 @@ def of_module(module: torch.nn.Module) -> torch.device:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device. From the host to a GPU without waiting for the work that the GPU has to do before."""
-    return tensor.to(device, non_blocking=device.type == "cuda" and tensor.device.type == "cpu")
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type not in ("cpu", "mps"))
 
 
 def widest_float(device: torch.device) -> torch.dtype:
