@@ -176,7 +176,7 @@ def test_only_policies_that_were_trained_and_not_cut_should_begin_low(stages: li
         for name in stages
     ]
     source: Any = type("Source", (), {"history": history})
-    assert Stage("sft", source, None, *[None] * 5, {}).learned() == expected  # type: ignore[arg-type]
+    assert Stage("sft", source, *[None] * 6, {}).learned() == expected  # type: ignore[call-arg]
 
 
 @pytest.fixture(scope="module")

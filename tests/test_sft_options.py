@@ -74,9 +74,9 @@ def test_parts_of_a_batch_give_the_same_step(make_pupil: Callable[[], TinyPolicy
         policy, config = make_pupil(), SFTConfig(steps=1, batch=16, accumulate=parts, warmup=0, weight_decay=0)
         gradients: dict[str, torch.Tensor] = {}
 
-        def keep(team: Any, module: nn.Module, norm: float, kept: dict[str, torch.Tensor] = gradients) -> float:
+        def keep(team: Any, module: nn.Module, norm: float, kept: dict[str, torch.Tensor] = gradients) -> Any:
             kept |= {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-            return 0.0
+            return torch.zeros(())
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sft.Team, "clip", keep)

@@ -101,7 +101,15 @@ def test_the_reference_policy_is_trained_as_before() -> None:
 
 
 def test_what_is_given_wins() -> None:
-    given = {"steps": 50, "batch": 4, "rate": 3e-3, "warmup": 1, "schedule": "cosine", "weight_decay": 0.5, "lora": 0}
+    given: dict[str, Any] = {
+        "steps": 50,
+        "batch": 4,
+        "rate": 3e-3,
+        "warmup": 1,
+        "schedule": "cosine",
+        "weight_decay": 0.5,
+        "lora": 0,
+    }
     config, left = defaults.complete(SFTOptions(**given, held_out=0.1), "openvla", BIG)
     assert left == {}
     assert {name: getattr(config, name) for name in given} == given

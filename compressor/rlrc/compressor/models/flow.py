@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
+from rlrc.compressor.models.device import widest_float
 from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
 from rlrc.compressor.models.nn.linear import Embedding, Linear
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
@@ -159,14 +160,15 @@ class FlowPolicy(PolicyModule):
     def time(self, t: Tensor) -> Tensor:
         """Sines and cosines (B, expert width) of times (B,) in [0, 1]; integers are indices of flow steps.
 
-        Computed in float64: at the shortest period, 1 / 250, float32 would be off by 1e-4.
+        Computed in float64, where there is one: at the shortest period, 1 / 250, float32 would be off by 1e-4.
         """
         assert self.spec.flow is not None
         shortest, longest = self.geometry.periods
-        fraction = torch.linspace(0, 1, self.towers["expert"].width // 2, dtype=torch.float64, device=t.device)
+        wide = widest_float(t.device)
+        fraction = torch.linspace(0, 1, self.towers["expert"].width // 2, dtype=wide, device=t.device)
         # The drivers pass times in float32.
-        t = t if t.is_floating_point() else (1 - t.double() / self.spec.flow.steps).float()
-        angle = t[:, None].double() * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
+        t = t if t.is_floating_point() else (1 - t.to(wide) / self.spec.flow.steps).float()
+        angle = t[:, None].to(wide) * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def _later(self, index: Tensor) -> Tensor | None:

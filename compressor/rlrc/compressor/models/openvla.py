@@ -37,14 +37,14 @@ class OpenVLAPolicy(PrismaticPolicy):
             x = torch.cat([x[:, :1], image_tokens.to(x.dtype), x[:, 1:]], 1)
         before, length = past[0][0].shape[2] if past else 0, x.shape[1]
         positions = torch.arange(before, before + length, device=x.device)
-        hidden, present = self.decoder(x, causal_mask(length, before).to(x), positions, past)
+        hidden, present = self.decoder(x, causal_mask(length, before, x.device).to(x), positions, past)
         return self.head(hidden[:, -1]).float(), present
 
     def last_logits(self, image_tokens: Tensor, ids: Tensor, count: int) -> Tensor:
         """See ``decode.Autoregressive``."""
         words = self.embedding(ids)
         x = torch.cat([words[:, :1], image_tokens.to(words.dtype), words[:, 1:]], 1)
-        hidden, _ = self.decoder(x, causal_mask(x.shape[1]).to(x))
+        hidden, _ = self.decoder(x, causal_mask(x.shape[1], device=x.device).to(x))
         return self.head(hidden[:, -count:]).float()
 
     def act(self, inputs: Inputs) -> Outputs:

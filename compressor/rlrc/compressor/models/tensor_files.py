@@ -51,7 +51,7 @@ def write_file(path: Path, tensors: Tensors, names: Sequence[str]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = tensors[name].detach()
+            tensor = tensors[name].detach().cpu()
             if tensor.shape != tensors.shape(name) or tensor.dtype != tensors.dtype(name):
                 raise RuntimeError(f"{name} was announced as another tensor than was read")
             if tensor.numel():

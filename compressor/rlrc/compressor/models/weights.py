@@ -19,7 +19,7 @@ from rlrc.artifact import (
     TowerSpec,
 )
 from rlrc.compressor.models.meta import build_on_meta
-from rlrc.compressor.models.nn.linear import Embedding, Linear, stores
+from rlrc.compressor.models.nn.linear import Embedding, Stored
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors, check_finite
 
@@ -86,7 +86,7 @@ def tensors_of(policy: PolicyModule) -> Tensors:
 
     def read(name: str) -> Tensor:
         module = _owner(policy, name)[0]
-        if name in computed and isinstance(module, Linear | Embedding):
+        if name in computed and isinstance(module, Stored):
             return module.read()
         return state[name]
 
@@ -97,7 +97,7 @@ def set_tensor(policy: nn.Module, name: str, tensor: Tensor) -> None:
     """Give the policy's parameter or buffer of this name these values."""
     module, leaf = _owner(policy, name)
     floats = tensor.is_floating_point()
-    if isinstance(module, Linear | Embedding) and stores(module, leaf) and tensor.dtype in KEPT:
+    if isinstance(module, Stored) and leaf == "weight" and tensor.dtype in KEPT:
         module.source = None
         if isinstance(module, Embedding):
             module.widens = tensor.dtype != torch.float32
@@ -112,9 +112,8 @@ def set_tensor(policy: nn.Module, name: str, tensor: Tensor) -> None:
 def set_source(policy: nn.Module, name: str, tensors: Tensors) -> bool:
     """Let a layer read its weight from ``tensors`` whenever it computes; False if this one cannot."""
     module, leaf = _owner(policy, name)
-    if not stores(module, leaf):
+    if not isinstance(module, Stored) or leaf != "weight":
         return False
-    assert isinstance(module, Linear | Embedding)
     module.weight = nn.Parameter(torch.empty(tensors.shape(name), device="meta"), requires_grad=False)
     module.source = partial(tensors.read, name)
     if isinstance(module, Embedding):

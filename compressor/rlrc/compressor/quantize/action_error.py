@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlrc.compressor.models.nn.linear import Embedding, Linear
+from rlrc.compressor.models.device import upload
+from rlrc.compressor.models.nn.linear import Embedding, Stored
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
@@ -56,7 +57,7 @@ def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
     if action.tokens is not None:  # the row of every bin
         bins = torch.arange(action.bins, device=logits.device)
         logits = logits[..., action.tokens.first - action.tokens.offset - bins]
-    centers = torch.from_numpy(bin_centers(action.bins)).to(logits)
+    centers = upload(torch.from_numpy(bin_centers(action.bins)), logits.device).to(logits)
     return logits.softmax(-1) @ centers
 
 
@@ -77,10 +78,10 @@ def fix_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
 def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context, the policy has these tensors in place of its own. Layers read theirs when they compute."""
     own = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    layers, values = dict[str, Linear | Embedding](), dict[str, Tensor]()
+    layers, values = dict[str, Stored](), dict[str, Tensor]()
     for name in tensors:
         layer = policy.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, Linear | Embedding) and name.endswith(".weight"):
+        if isinstance(layer, Stored) and name.endswith(".weight"):
             layers[name] = layer
         else:
             values[name] = own[name].data

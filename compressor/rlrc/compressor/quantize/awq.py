@@ -177,7 +177,7 @@ def scale_channels(
         names = [name for name in names if name in bits and name in inputs]
         if not names:
             continue
-        rows = inputs[names[0]]
+        rows = inputs[names[0]].to(result[names[0]].device)
         few = rows[:: -(-len(rows) // ROWS)]
         errors = dict.fromkeys(ALPHAS, 0.0)
         for name in names:

@@ -68,10 +68,11 @@ def compare(
         rounded, outputs, changes, weights = dict[str, Tensor](), list[float](), list[Tensor](), list[Tensor]()
         for name in bits:
             weight = base[name].float()
-            rounded[name] = keep(rounding(name, weight), allocate)
-            change = rounded[name] - weight
+            found = rounding(name, weight)
+            rounded[name], change = keep(found, allocate), found - weight
             if name in given:
-                outputs.append(norm_ratio(given[name] @ change.T, given[name] @ weight.T))
+                rows = given[name].to(weight.device)
+                outputs.append(norm_ratio(rows @ change.T, rows @ weight.T))
             changes.append(change.norm())
             weights.append(weight.norm())
         return RoundingRow(

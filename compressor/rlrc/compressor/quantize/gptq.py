@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlrc.compressor.models.device import widest_float
 from rlrc.compressor.quantize.grid import GROUP, LEVELS, Rounded, fit_group, quantize_groups, round_to_grid
 
 DAMPENING = 0.01
@@ -19,9 +20,7 @@ DAMPENING = 0.01
 
 def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
     """Round weight (out, in) with inputs (n, in); other arguments: see ``quantize_groups``."""
-    factor, size = feedback(rows), fit_group(weight.shape[1], group)
-    if factor is None:
-        return quantize_groups(weight, bits, search, size)
+    factor, size = feedback(rows.to(weight.device)), fit_group(weight.shape[1], group)
     low, high = LEVELS[bits]
     rest, integers, scales = weight.detach().float().clone(), list[Tensor](), list[Tensor]()
     for start in range(0, weight.shape[1], size):
@@ -41,14 +40,15 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
     return torch.stack(integers, 1).to(torch.int8), torch.cat(scales, 1)
 
 
-def feedback(rows: Tensor) -> Tensor | None:
-    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X; None if all inputs are zero."""
-    wide = rows.double()
+def feedback(rows: Tensor) -> Tensor:
+    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X.
+
+    If all inputs are zero it is that of the identity: no error is distributed, so the weights round to nearest.
+    """
+    wide = rows.to(widest_float(rows.device))
     matrix = wide.T @ wide
     mean = matrix.diagonal().mean()
-    if mean == 0:
-        return None
-    matrix.diagonal().add_(DAMPENING * mean)
+    matrix.diagonal().add_(torch.where(mean == 0, 1.0, DAMPENING * mean))
     # One name, so that at most two of these matrices are in memory: 1 GB each for 11,008 inputs.
     matrix = torch.linalg.cholesky(matrix)
     matrix = torch.cholesky_inverse(matrix)

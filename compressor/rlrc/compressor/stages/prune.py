@@ -43,5 +43,5 @@ def run_prune(
             return work.finish(lean, exact=True, **report)
         batches = work.demonstrations(config) if config.needs_data else None
         with status("scoring heads, channels and blocks"):
-            pruned, removed = pruning.prune(lean, config, batches)
+            pruned, removed = pruning.prune(lean.to(work.device if batches else "cpu"), config, batches)
         return work.finish(pruned, exact=True, removed=removed, **report)

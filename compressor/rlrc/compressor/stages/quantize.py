@@ -27,7 +27,8 @@ def run_quantize(
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
         with status("rounding"):
-            policy, added = pad_policy(work.policy, config.group)
+            policy, added = pad_policy(work.policy.to(work.device), config.group)
             work.run.folder.mkdir(parents=True, exist_ok=True)
-            result = quantize(policy, config, observations, Scratch(work.run.folder).empty)
+            allocate = Scratch(work.run.folder).empty
+            result = quantize(policy, config, (inputs.to(work.device) for inputs in observations), allocate)
         return work.finish(policy, result, rounding=result.report | added)

@@ -22,7 +22,7 @@ import torch
 from rlrc import interrupts
 from rlrc.artifact import Draft, HistoryEntry, Manifest, create_artifact
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.models import precision
+from rlrc.compressor.models import device, precision
 from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.precision import PrecisionOption
@@ -60,8 +60,11 @@ class StageOptions:
     precision: PrecisionOption = "auto"
     """precision of matrix products; auto measures the faster one on this machine, in a tenth of a second; for training
     ACT it is float32, as its authors take. A resumed run keeps its precision"""
+    device: str = "auto"
+    """where torch computes: auto (the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N or mps"""
 
     def __post_init__(self) -> None:
+        device.pick(self.device)
         check_range(self, "--", "evaluate", at_least=0)
         check_range(self, "--", "workers", "threads", at_least=1)
         if self.precision not in (choices := get_args(PrecisionOption)):
@@ -85,6 +88,11 @@ class Stage:
     before: dict[str, Any]
     defaults: Chosen
     """the settings of ``config`` that the user did not give"""
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute. ``policy`` is on the CPU at first."""
+        return device.current()
 
     def require_simulation(self) -> Simulation:
         assert self.simulation is not None
@@ -118,7 +126,10 @@ class Stage:
         exact: bool = False,
         **after: Any,
     ) -> Manifest:
-        """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history."""
+        """Evaluate and write the policy. ``exact``: see write_policy; ``after``: metrics for the history.
+
+        It is written from the CPU, whose answers define the artifact.
+        """
         weights = PolicyWeights.of(policy)
         if self.draft is None:
             return Manifest(policy.spec, policy.towers, weights.count(), "float32")
@@ -140,6 +151,7 @@ class Stage:
             before=self.before,
             after=success | after | ({"defaults": sources} if sources else {}),
             precision=dict(precision.current()),
+            device=device.describe(self.device),
         )
         history = (*self.source.history, entry)
         return write_policy(self.draft, weights, self.source.observations(), history, quantization, exact)
@@ -165,6 +177,7 @@ def stage(
     distributed.py) all do the work, and the first evaluates and writes. Raises UserError before any work if input or
     output cannot be used.
     """
+    device.use(options.device)
     source = open_source(path, flags or Flags(), incomplete)
     check_unquantized(source, path)
     config, chosen = complete_config(config, source)

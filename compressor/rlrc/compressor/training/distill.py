@@ -145,12 +145,12 @@ class CachedTeacher:
         """Raises UserError if prompts differ in length, or if states exceed the range of half precision."""
         if batch.rows is None:  # a held-out batch
             return self.teacher(batch)
-        device, rows = batch.actions.device, batch.rows.cpu().numpy()
+        device, rows = batch.actions.device, batch.rows.numpy()
         if not self.files:
             self._open(batch.part(slice(0, 1)))
         done, *files = self.files
         if len(missing := np.flatnonzero(~done[rows])):
-            states = self.teacher(batch.part(torch.from_numpy(missing).to(device)))
+            states = self.teacher(batch.part(torch.from_numpy(missing)))
             for block, file, calls in zip(self.teacher.blocks, files, states, strict=True):
                 file[rows[missing]] = _to_half(block, file.shape[1], calls)
             done[rows[missing]] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrc import interrupts, processes
+from rlrc.compressor.models import device
 from rlrc.errors import UserError
 
 TIMEOUT = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait
@@ -28,7 +29,7 @@ def size() -> int:
 
 def _use_cpu() -> bool:
     """Whether to compute on the CPU and communicate through gloo."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+    return device.current().type == "cpu"
 
 
 def cores() -> int:
@@ -37,9 +38,8 @@ def cores() -> int:
 
 
 def devices() -> tuple[str, ...]:
-    """Types of the devices that this process computes on. Everything except training runs on the CPU."""
-    accelerator = None if _use_cpu() else torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    """Types of the devices that this process computes on. Golden answers and evaluation are the CPU's."""
+    return tuple(dict.fromkeys(("cpu", device.current().type)))
 
 
 def wait_for_all() -> None:
@@ -90,14 +90,22 @@ class Team:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip(self, module: nn.Module, norm: float) -> float:
-        """Scale the gradients down to this norm. -> their norm before."""
+    def clip(self, module: nn.Module, norm: float) -> Tensor:
+        """Scale the gradients down to this norm. -> their norm before, on the device, the same in all processes."""
         trained = [p for p in module.parameters() if p.requires_grad]
-        return float(self._accelerator.clip_grad_norm_(trained, norm))
+        found: Any = self._accelerator.clip_grad_norm_(trained, norm)
+        whole: Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
+        return whole
 
     def mean(self, value: Tensor) -> float:
         """Mean over the processes."""
-        return float(self._accelerator.reduce(value, "mean")) if self.size > 1 else value.item()
+        return self.means([value])[0]
+
+    def means(self, values: Sequence[Tensor]) -> list[float]:
+        """The mean of each number over the processes. The host waits once for all of them."""
+        stacked = torch.stack([value.to(self.device, torch.float32) for value in values])
+        found: list[float] = (self._accelerator.reduce(stacked, "mean") if self.size > 1 else stacked).tolist()
+        return found
 
     def gather(self, value: Tensor) -> Tensor:
         """Concatenate the (N,) tensors of all processes, whose lengths may differ."""

@@ -70,8 +70,9 @@ class BestWeights:
         """The held-out loss; copies the weights if it is the lowest so far."""
         self.policy.eval()
         with torch.no_grad():
-            losses = [(float(self.objective(batch)["loss"]), len(batch)) for batch in self.held_out]
-        loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+            losses: list[float] = torch.stack([self.objective(batch)["loss"] for batch in self.held_out]).tolist()
+        counts = [len(batch) for batch in self.held_out]
+        loss = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
         self.stale, self.checked = self.stale + 1, step
         if loss < self.loss:
             self.loss, self.step, self.stale = loss, step, 0
@@ -114,14 +115,18 @@ def check_finite(metrics: dict[str, float], step: int, run: RunState) -> None:
 
 def compute_gradients(team: Team, objective: nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Gradients of the mean loss of batches of equal size, clipped. -> mean metrics, and the norm before clipping."""
-    sums: dict[str, float] = {}
+    names, values = list[str](), list[Tensor]()
     for batch in batches:
         metrics = objective(batch)
         team.backward(metrics["loss"] / len(batches))
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + team.mean(value.detach()) / len(batches)
-    sums["gradient_norm"] = team.clip(objective, 1.0)
-    return sums
+        names += metrics
+        values += [value.detach() for value in metrics.values()]
+    norm = team.clip(objective, 1.0)
+    sums: dict[str, float] = {}
+    *means, sums_norm = team.means([*values, norm])  # all at once: the host waits for the device
+    for name, mean in zip(names, means, strict=True):
+        sums[name] = sums.get(name, 0.0) + mean / len(batches)
+    return sums | {"gradient_norm": sums_norm}
 
 
 def make_interruptible(parameters: Iterable[nn.Parameter]) -> None:

@@ -120,9 +120,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
     return mixed.transpose(1, 2).flatten(2)
 
 
-def causal_mask(length: int, past: int = 0) -> Tensor:
+def causal_mask(length: int, past: int = 0, device: torch.device | None = None) -> Tensor:
     """Additive mask (length, past + length): position i attends to the past and to positions up to i."""
-    allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    allowed = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     return additive(allowed)
 
 

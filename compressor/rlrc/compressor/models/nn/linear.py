@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,56 +22,65 @@ GradientHook = Callable[[Tensor], object]
 """Takes the gradient of a weight (out, in), in the type of the layer's input."""
 
 
-class Linear(nn.Linear):
-    """A linear layer. Its weight may have another floating-point type than its input, or be computed on demand.
+class Stored(nn.Module):
+    """A layer with one ``weight``. ``source`` returns it, from integers for example; then ``weight`` has a shape alone.
 
-    ``source`` returns the weight, from integers for example; then ``weight`` has a shape and no data. ``hook`` takes
-    the gradient of the weight, which is then not accumulated in ``weight.grad``.
+    A weight from a source stays where it is when the module moves to a device, and goes there when it is used.
     """
 
     source: Callable[[], Tensor] | None = None
-    hook: GradientHook | None = None
 
     def read(self) -> Tensor:
-        """The weight (out, in), as stored or from ``source``."""
-        return self.weight if self.source is None else self.source()
+        """The weight, as stored or from ``source``."""
+        return cast(Tensor, self.weight) if self.source is None else self.source()
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.source is None:
+            return super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        weight = self._parameters.pop("weight")
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self._parameters = {"weight": weight, **self._parameters}
+        return self
+
+
+class Linear(Stored, nn.Linear):
+    """A linear layer. Its weight (out, in) may have another floating-point type and device than its input.
+
+    ``hook`` takes the gradient of the weight, which is then not accumulated in ``weight.grad``.
+    """
+
+    hook: GradientHook | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read()
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, self.bias)
-        if torch.is_grad_enabled() and (self.hook is not None or not _is_ready(weight, x.dtype)):
+        if torch.is_grad_enabled() and (self.hook is not None or not _is_ready(weight, x)):
             found: Tensor = _Widened.apply(x, weight, self.bias, self.hook)  # type: ignore[no-untyped-call]
             return found
-        return F.linear(x, _ready(weight, x.dtype), self.bias)
+        return F.linear(x, _ready(weight, x), self.bias)
 
 
-class Embedding(nn.Embedding):
-    """Rows of a table. ``widens``: they are returned in float32, whatever the type of the table.
+class Embedding(Stored, nn.Embedding):
+    """Rows of a table. ``widens``: they are returned in float32, whatever the type of the table."""
 
-    ``source``: see ``Linear``.
-    """
-
-    source: Callable[[], Tensor] | None = None
     widens = False
 
-    def read(self) -> Tensor:
-        """The table, as stored or from ``source``."""
-        return self.weight if self.source is None else self.source()
-
     def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.read())
+        table = self.read()
+        rows = F.embedding(ids.to(table.device), table).to(ids.device)
         return rows.float() if self.widens else rows
 
 
-def _is_ready(weight: Tensor, dtype: torch.dtype) -> bool:
+def _is_ready(weight: Tensor, x: Tensor) -> bool:
     """Products with mapped weights that begin at an odd address differ in the last bits: such weights are copied."""
-    return weight.dtype == dtype and (weight.device.type != "cpu" or weight.data_ptr() % ALIGNED == 0)
+    same = weight.dtype == x.dtype and weight.device == x.device
+    return same and (weight.device.type != "cpu" or weight.data_ptr() % ALIGNED == 0)
 
 
-def _ready(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in the type of a product's input."""
-    return weight if _is_ready(weight, dtype) else weight.to(dtype, copy=True)
+def _ready(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the type of a product's input, on its device."""
+    return weight if _is_ready(weight, x) else weight.to(x.device, x.dtype, copy=True)
 
 
 class _Widened(torch.autograd.Function):
@@ -81,7 +90,7 @@ class _Widened(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, hook: GradientHook | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.hook, ctx.has_bias = hook, bias is not None
-        return F.linear(x, _ready(weight, x.dtype), bias)
+        return F.linear(x, _ready(weight, x), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -89,7 +98,7 @@ class _Widened(torch.autograd.Function):
         rows, (gradient,) = x.flatten(0, -2), (each.flatten(0, -2) for each in gradients)
         inputs = weights = biases = None
         if ctx.needs_input_grad[0]:
-            inputs = (gradient @ _ready(weight, x.dtype)).view_as(x)
+            inputs = (gradient @ _ready(weight, x)).view_as(x)
         if ctx.needs_input_grad[1]:
             weights = gradient.T @ rows
             if ctx.hook is not None:
@@ -100,16 +109,11 @@ class _Widened(torch.autograd.Function):
         return inputs, weights, biases, None
 
 
-def stores(module: nn.Module, leaf: str) -> bool:
-    """Whether this parameter of the module may keep the type in which it is stored."""
-    return leaf == "weight" and isinstance(module, Linear | Embedding)
-
-
 def widen(policy: Module) -> Module:
     """Make all weights float32 in memory, in place, for many passes or for training. Returns the policy."""
     for module in policy.modules():
-        if isinstance(module, Linear | Embedding) and module.source is not None:
-            module.weight = nn.Parameter(module.source(), requires_grad=module.weight.requires_grad)
+        if isinstance(module, Stored) and module.source is not None:
+            module.weight = nn.Parameter(module.source(), requires_grad=module.get_parameter("weight").requires_grad)
             module.source = None
         if isinstance(module, Embedding):
             module.widens = False
