@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,15 +97,29 @@ def test_a_source_is_read_whenever_the_layer_computes() -> None:
     assert torch.equal(computed.weight, values)
 
 
+def test_a_source_goes_where_the_layer_computes() -> None:
+    """The meta device stands for an accelerator: the weight is read on the CPU and moved for the product."""
+    computed, values = layer(torch.float32), torch.randn(17, 24)
+    computed.weight, computed.source = nn.Parameter(torch.empty(17, 24, device="meta")), lambda: values
+    moved = copy.deepcopy(computed).to("meta")
+    assert list(dict(moved.named_parameters())) == ["weight", "bias"]
+    x = torch.randn(3, 24, device="meta", requires_grad=True)
+    moved(x).sum().backward()
+    assert x.grad.shape == x.shape
+    narrow = computed.to(torch.bfloat16)
+    assert (narrow.bias.dtype, narrow.weight.device.type) == (torch.bfloat16, "meta")
+    assert torch.equal(narrow(x16 := torch.randn(3, 24).bfloat16()), F.linear(x16, values.bfloat16(), narrow.bias))
+
+
 def test_embeddings_widen_their_rows() -> None:
     table = Embedding(7, 4)
     table.weight.data = table.weight.data.bfloat16()
     ids = torch.tensor([[3, 0]])
-    assert table(ids).dtype == torch.bfloat16
-    table.widens = True
     assert torch.equal(table(ids), table.weight.data.float()[ids])
-    assert widen(table)(ids).dtype == torch.float32
-    assert not table.widens
+    assert table(ids).dtype == torch.float32
+    assert copy.deepcopy(table).to(torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert table(ids).dtype == torch.float32
+    assert widen(table).weight.dtype == torch.float32
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less() -> None:

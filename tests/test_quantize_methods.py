@@ -75,7 +75,7 @@ def test_rows_of_a_patch_embedding(tiny_policy: Golden) -> None:
 
 def test_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "ROWS", 200)
-    sample = RowSample(1)
+    sample = RowSample(torch.empty(200, 1))
     for start in range(0, 2000, 100):
         sample.add(torch.arange(start, start + 100.0).view(2, 50, 1))
     rows = sample.rows[:, 0]

@@ -19,12 +19,12 @@ import torch
 from measured import Kill, Usage
 from real_size import Plan, Step, Study
 from safetensors import safe_open
-from safetensors_stream import Kind, write_safetensors
 
 from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.stage import StageOptions
@@ -75,14 +75,14 @@ def test_real_folders_have_the_official_dimensions(policy: str) -> None:
 
 def test_shards_are_those_of_the_official_openvla(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """openvla/openvla-7b has three: two of just under 7 GB and one of 1.16 GB. All sizes here are divided by 10^6."""
-    stored = official_folder._kinds(official_folder.describe("openvla-7b")[0].tensors)
+    tensors = official_folder.random_weights(official_folder.describe("openvla-7b")[0].tensors)
     sizes: dict[str, int] = {}
 
-    def write(path: Path, kinds: dict[str, Kind], *_: object) -> None:
-        sizes[path.name] = sum(kind.bytes for kind in kinds.values())
+    def write(path: Path, tensors: Tensors, names: list[str], *_: object) -> None:
+        sizes[path.name] = sum(tensors.meta(name).nbytes for name in names)
 
-    monkeypatch.setattr(official_folder, "write_safetensors", write)
-    official_folder.write_shards(tmp_path, stored, official_folder.SHARD)
+    monkeypatch.setattr(official_folder, "write_file", write)
+    official_folder.write_shards(tmp_path, tensors, official_folder.SHARD)
     assert {name: round(size / 1e9, 2) for name, size in sizes.items()} == {
         "model-00001-of-00003.safetensors": 6.95,
         "model-00002-of-00003.safetensors": 6.97,
@@ -94,16 +94,14 @@ def test_shards_are_those_of_the_official_openvla(tmp_path: Path, monkeypatch: p
 
 
 def test_matrices_preserve_the_scale_of_inputs_and_their_rows_differ() -> None:
-    kind = Kind((300, 40_000), torch.float32)
-    pieces = list(official_folder.make_tensor("model.layers.0.mlp.up_proj.weight", kind))
-    assert len(pieces) > 1
-    weights = torch.cat(pieces).view(kind.shape)
+    shape = (300, 40_000)  # made in two pieces
+    weights = official_folder.make_tensor("model.layers.0.mlp.up_proj.weight", shape, torch.float32)
     outputs = weights @ torch.randn(40_000, generator=torch.Generator().manual_seed(1))
     assert 0.8 < float(outputs.square().mean().sqrt()) < 1.2
     magnitudes = weights.norm(dim=1).sort().values
     assert float(magnitudes[-1] / magnitudes[0]) > 3
-    again = torch.cat(list(official_folder.make_tensor("model.layers.1.mlp.up_proj.weight", kind)))
-    assert not torch.equal(weights.flatten(), again)
+    again = official_folder.make_tensor("model.layers.1.mlp.up_proj.weight", shape, torch.float32)
+    assert not torch.equal(weights, again)
 
 
 def test_norms_are_near_one() -> None:
@@ -113,16 +111,15 @@ def test_norms_are_near_one() -> None:
         ("model.paligemma_with_expert.paligemma.model.vision_tower.vision_model.post_layernorm.weight", 1.0),
         ("vision_backbone.featurizer.norm.bias", 0.0),
     ):
-        (values,) = official_folder.make_tensor(name, Kind((1000,), torch.float32))
+        values = official_folder.make_tensor(name, (1000,), torch.float32)
         assert abs(float(values.mean()) - center) < 0.02
         assert 0.08 < float(values.std()) < 0.12
 
 
 def test_openvla_answers_with_action_tokens_that_rounding_does_not_exchange() -> None:
     """A blank is followed by the token in the middle of the action tokens, and each of them by the next one."""
-    kind = Kind((32064, 128), torch.float32)
     embedding, head = (
-        torch.cat(list(official_folder.make_tensor(name, kind))).view(kind.shape)
+        official_folder.make_tensor(name, (32064, 128), torch.float32)
         for name in (official_folder.LLAMA_EMBEDDING, official_folder.LLAMA_HEAD)
     )
     blocks = 3 * torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
@@ -132,11 +129,6 @@ def test_openvla_answers_with_action_tokens_that_rounding_does_not_exchange() ->
         first, second = logits.topk(2).values.T
         assert logits.argmax(1).tolist() == [following] * 4
         assert float((first - second).min()) > 1
-
-
-def test_a_wrong_number_of_values_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="a has 8 bytes, but 4 were made"):
-        write_safetensors(tmp_path / "x", {"a": Kind((4,))}, lambda *_: [torch.zeros(2, dtype=torch.bfloat16)])
 
 
 def test_the_tokenizer_has_a_piece_for_every_row_of_the_embedding(smolvla: Path) -> None:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter, sleep
@@ -24,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors_stream import Kind, write_safetensors
 
 from rlrc import artifact as artifacts
 from rlrc.artifact import WEIGHTS, Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.meta import build_on_meta
+from rlrc.compressor.models.tensor_files import write_file
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.exporters.gguf import target
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.backends import open_engine
@@ -73,8 +75,9 @@ def random_artifact(out: Path, spec: PolicySpec, towers: dict[str, TowerSpec], q
     parameters = sum(map(prod, shapes.values()))
     with artifacts.create_artifact(out) as draft:
         noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
-        kinds = stored(shapes, bits)
-        write_safetensors(draft.file(WEIGHTS), kinds, lambda name, kind: [values(name, kind.shape, kind.dtype, noise)])
+        metas = stored(shapes, bits)
+        made = Tensors("random weights", metas, lambda name: values(name, metas[name], noise))
+        write_file(draft.file(WEIGHTS), made, list(made))
         draft.finish(Manifest(spec, towers, parameters, "int4" if quantized else "bfloat16", quantization))
     return artifacts.load(out, ())
 
@@ -83,20 +86,22 @@ def fits(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and name != "embedding.weight" and shape[1] % 32 == 0
 
 
-def stored(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> dict[str, Kind]:
+def stored(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """The tensors of an artifact's weights: quantized ones as integers with their scales."""
-    kinds: dict[str, Kind] = {}
+    found = dict[str, torch.Tensor]()
+    make = partial(torch.empty, device="meta")
     for name, shape in shapes.items():
         if name in bits:
-            kinds[f"{name}.q"] = Kind((shape[0], shape[1] // 2), torch.uint8)
-            kinds[f"{name}.scale"] = Kind((shape[0], shape[1] // 32), torch.float16)
+            found[f"{name}.q"] = make(shape[0], shape[1] // 2, dtype=torch.uint8)
+            found[f"{name}.scale"] = make(shape[0], shape[1] // 32, dtype=torch.float16)
         else:
-            kinds[name] = Kind(shape)
-    return kinds
+            found[name] = make(*shape, dtype=torch.bfloat16)
+    return found
 
 
-def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
+def values(name: str, meta: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Random norm scales near one, and weights that preserve the magnitude of their input."""
+    shape, dtype = tuple(meta.shape), meta.dtype
     if name.endswith(".scale"):
         return torch.full(shape, (4.6 * (shape[1] * 32) ** 0.5) ** -1, dtype=dtype)
     repeated = noise.repeat(-(-prod(shape) // len(noise)))[: prod(shape)].view(shape)

@@ -1,8 +1,8 @@
 """Official checkpoint folders of real dimensions with random bfloat16 weights, for work that needs no trained policy.
 
 The dimensions are those of rlrc.compressor.checkpoints.geometry. Files, their names, shards, tokenizers and settings
-are in the form in which the official code saves them, so `rlrc` needs no more flags than with the real folder. Memory
-holds a part of one tensor.
+are in the form in which the official code saves them, so `rlrc` needs no more flags than with the real folder. One
+tensor is in memory at a time.
 
 Norms are near one and matrices preserve the scale of their inputs, so activations stay finite. Rows of a matrix, and so
 heads and channels, differ in magnitude: a score by magnitude has no ties. OpenVLA's likeliest token has a clear lead:
@@ -24,12 +24,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors_stream import Kind, write_safetensors
 from torch import Tensor
 
 from rlrc.compressor.checkpoints import geometry
 from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.shapes import Language, Vision
+from rlrc.compressor.models.tensor_files import write_file
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.errors import UserError
 from rlrc.folders import create_folder, sync
@@ -37,7 +37,7 @@ from rlrc.folders import create_folder, sync
 DATA = Path(__file__).parents[2] / "tests/data"
 POLICIES = ("openvla-7b", "openvla-oft-7b", "pi0", "pi05", "smolvla-450m")
 SHARD = 7_000_000_000  # bytes: openvla/openvla saves with max_shard_size "7GB"
-PIECE = 2**23  # numbers of a tensor that are made at a time
+PIECE = 2**23  # numbers of a tensor that are in float32 at a time
 SPREAD = 0.3  # standard deviation of the logarithm of the rows' magnitudes
 LLAMA_EMBEDDING, LLAMA_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 LEAD = 30
@@ -114,26 +114,26 @@ def _write_prismatic(folder: Path, described: Folder, shard_bytes: int) -> None:
     _write_json(folder / "preprocessor_config.json", _preprocessor(source, config["image_sizes"][0]))
     for file in ("generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((source / file).read_bytes())
-    write_shards(folder, _kinds(described.tensors), shard_bytes)
+    write_shards(folder, random_weights(described.tensors), shard_bytes)
     for file, tensors in described.virtual.items():
         if isinstance(tensors, Tensors):
-            made = {name: torch.cat(list(make_tensor(name, kind))) for name, kind in _kinds(tensors).items()}
-            torch.save({name: made[name].view(kind.shape) for name, kind in _kinds(tensors).items()}, folder / file)
+            torch.save(dict(random_weights(tensors)), folder / file)
 
 
-def write_shards(folder: Path, stored: Mapping[str, Kind], shard_bytes: int) -> None:
+def write_shards(folder: Path, tensors: Tensors, shard_bytes: int) -> None:
     """As transformers' ``save_pretrained``: each shard takes the next tensors that fit, in the module's order."""
-    shards: list[dict[str, Kind]] = [{}]
-    for name, kind in stored.items():
-        if shards[-1] and sum(one.bytes for one in shards[-1].values()) + kind.bytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = kind
+    sizes = {name: tensors.meta(name).nbytes for name in tensors}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
     where = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, dict(sorted(shard.items())), make_tensor, {"format": "pt"})
+        write_file(folder / file, tensors, sorted(shard), {"format": "pt"})
         where |= dict.fromkeys(shard, file)
-    total = sum(kind.bytes for kind in stored.values())
+    total = sum(sizes.values())
     _write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
@@ -202,8 +202,8 @@ def _write_lerobot(folder: Path, described: Folder, name: str) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
     widen_tokenizer(folder / "tokenizer.json", described.tensors.shape(embedding)[0])
-    write_safetensors(
-        folder / "model.safetensors", dict(sorted(_kinds(described.tensors).items())), make_tensor, {"format": "pt"}
+    write_file(
+        folder / "model.safetensors", random_weights(described.tensors), sorted(described.tensors), {"format": "pt"}
     )
 
 
@@ -216,8 +216,8 @@ def _step(name: str, **config: Any) -> dict[str, Any]:
 
 
 def _write_statistics(path: Path, tensors: Tensors) -> None:
-    stored = {name: Kind(tensors.shape(name), torch.float32) for name in tensors}
-    write_safetensors(path, stored, lambda name, kind: [tensors.read(name).float()])
+    stored = {name: tensors.meta(name).float() for name in tensors}
+    write_file(path, Tensors(str(path), stored, lambda name: tensors.read(name).float()), list(tensors))
 
 
 def widen_tokenizer(path: Path, rows: int) -> None:
@@ -244,25 +244,26 @@ def widen_tokenizer(path: Path, rows: int) -> None:
 # Random weights
 
 
-def _kinds(tensors: Tensors) -> dict[str, Kind]:
-    return {name: Kind(tensors.shape(name)) for name in tensors}
+def random_weights(described: Tensors, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """Random values for tensors of these official names and shapes, made when they are read."""
+    stored = {name: described.meta(name).to(dtype) for name in described}
+    return Tensors("random weights", stored, lambda name: make_tensor(name, described.shape(name), dtype))
 
 
-def make_tensor(name: str, kind: Kind) -> Iterator[Tensor]:
-    """Random values for the tensor of this official name, in pieces of whole rows, flat."""
-    shape = kind.shape
+def make_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random values for the tensor of this official name."""
     if len(shape) == 1 or shape[0] == 1 or "position" in name:
         center, deviation = _vector(name)
         values = torch.randn(shape, generator=torch.Generator().manual_seed(_seed(name)))
-        yield (center + deviation * values).to(kind.dtype).flatten()
-        return
-    former = _rows_before(kind) if name == LLAMA_HEAD else {}
-    first = 0
+        return (center + deviation * values).to(dtype)
+    former = _rows_before(shape) if name == LLAMA_HEAD else {}
+    found, first = torch.empty(shape[0], prod(shape[1:]), dtype=dtype), 0
     for values in _make_matrix(name, shape):
         for row in former.keys() & set(range(first, first + len(values))):
             values[row - first] += former[row]
+        found[first : first + len(values)] = values
         first += len(values)
-        yield values.to(kind.dtype).flatten()
+    return found.view(shape)
 
 
 def _make_matrix(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -278,17 +279,17 @@ def _make_matrix(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         yield torch.randn(len(rows), columns, generator=generator).mul_(rows)
 
 
-def _rows_before(kind: Kind) -> dict[int, Tensor]:
+def _rows_before(shape: tuple[int, ...]) -> dict[int, Tensor]:
     """What is added to the head's row of each action token: the direction of the token that it follows.
 
     It is long enough for logits of about LEAD, where random ones are below 8.
     """
     before = {token: token - 1 for token in ACTION_TOKENS} | {ACTION_TOKENS[0]: ACTION_TOKENS[-1]}
     found, first = dict[int, Tensor](), 0
-    for values in _make_matrix(LLAMA_EMBEDDING, kind.shape):
+    for values in _make_matrix(LLAMA_EMBEDDING, shape):
         for token in {BLANK, *ACTION_TOKENS} & set(range(first, first + len(values))):
             direction = values[token - first] / values[token - first].norm()
-            found[token] = LEAD * kind.shape[1] ** -0.5 * direction
+            found[token] = LEAD * shape[1] ** -0.5 * direction
         first += len(values)
     rows = {token: found[other] for token, other in before.items()}
     middle = ACTION_TOKENS[len(ACTION_TOKENS) // 2]

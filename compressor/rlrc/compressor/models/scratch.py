@@ -45,6 +45,6 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def keep(tensor: Tensor, allocate: Allocate) -> Tensor:
-    """A copy of the tensor in allocated memory."""
-    return allocate(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+def keep(tensor: Tensor, allocate: Allocate | None) -> Tensor:
+    """A copy of the tensor in allocated memory; without ``allocate`` the tensor itself."""
+    return tensor if allocate is None else allocate(tensor.shape, dtype=tensor.dtype).copy_(tensor)

@@ -7,7 +7,7 @@ library's, byte by byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -39,9 +39,11 @@ def write_tensors(folder: Path, tensors: Tensors, shard: int = SHARD) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n")
 
 
-def write_file(path: Path, tensors: Tensors, names: Sequence[str]) -> None:
+def write_file(path: Path, tensors: Tensors, names: Sequence[str], metadata: Mapping[str, str] | None = None) -> None:
     """Write these tensors to one file."""
     header, end = dict[str, object](), 0
+    if metadata:
+        header["__metadata__"] = dict(metadata)
     for name in names:
         start, end = end, end + _count_bytes(tensors, name)
         kind, shape = NAMES[tensors.dtype(name)], list(tensors.shape(name))

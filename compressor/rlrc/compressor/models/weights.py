@@ -19,7 +19,7 @@ from rlrc.artifact import (
     TowerSpec,
 )
 from rlrc.compressor.models.meta import build_on_meta
-from rlrc.compressor.models.nn.linear import Embedding, Stored
+from rlrc.compressor.models.nn.linear import Stored
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors, check_finite
 
@@ -93,14 +93,19 @@ def tensors_of(policy: PolicyModule) -> Tensors:
     return Tensors("the policy", state, read, computed=frozenset(computed))
 
 
+def read_wide(policy: PolicyModule) -> dict[str, Tensor]:
+    """The policy's state dict in float32, of weights that layers compute as well."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors_of(policy).items()
+    }
+
+
 def set_tensor(policy: nn.Module, name: str, tensor: Tensor) -> None:
     """Give the policy's parameter or buffer of this name these values."""
     module, leaf = _owner(policy, name)
     floats = tensor.is_floating_point()
     if isinstance(module, Stored) and leaf == "weight" and tensor.dtype in KEPT:
         module.source = None
-        if isinstance(module, Embedding):
-            module.widens = tensor.dtype != torch.float32
     elif floats:
         tensor = tensor.to(torch.float32, copy=True)
     if leaf in module._parameters:
@@ -116,8 +121,6 @@ def set_source(policy: nn.Module, name: str, tensors: Tensors) -> bool:
         return False
     module.weight = nn.Parameter(torch.empty(tensors.shape(name), device="meta"), requires_grad=False)
     module.source = partial(tensors.read, name)
-    if isinstance(module, Embedding):
-        module.widens = True
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.device import upload
-from rlrc.compressor.models.nn.linear import Embedding, Stored
+from rlrc.compressor.models.nn.linear import Stored
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
@@ -85,19 +85,15 @@ def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterato
             layers[name] = layer
         else:
             values[name] = own[name].data
-    before = {name: (layer.source, getattr(layer, "widens", False)) for name, layer in layers.items()}
+    before = {name: layer.source for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.source = partial(tensors.__getitem__, name)
-            if isinstance(layer, Embedding):
-                layer.widens = True
         for name, tensor in values.items():
             own[name].data = tensors[name].to(tensor)
         yield
     finally:
         for name, layer in layers.items():
-            layer.source, widens = before[name]
-            if isinstance(layer, Embedding):
-                layer.widens = widens
+            layer.source = before[name]
         for name, tensor in values.items():
             own[name].data = tensor

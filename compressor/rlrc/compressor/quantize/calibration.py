@@ -7,10 +7,12 @@ a rounded weight causes in the layer's outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.scratch import Allocate
@@ -24,9 +26,9 @@ of a layer with more channels than rows is singular; GPTQ's dampening makes it i
 class RowSample:
     """A uniform sample ``rows`` (n, in) of at most ``ROWS`` of the rows that were added, float32."""
 
-    def __init__(self, inputs: int, allocate: Allocate = torch.empty) -> None:
-        self._room = allocate((ROWS, inputs), dtype=torch.float32)
-        self.ranks = torch.empty(0)
+    def __init__(self, room: Tensor) -> None:
+        """``room`` (ROWS, in) float32 is where the rows are kept."""
+        self._room, self.ranks = room, torch.empty(0)
         self.generator = torch.Generator().manual_seed(0)
 
     @property
@@ -39,7 +41,7 @@ class RowSample:
         rows = torch.cat([self.rows, new])
         if len(rows) > ROWS:
             kept = ranks.topk(ROWS).indices
-            rows, ranks = rows[kept], ranks[kept]
+            rows, ranks = rows[upload(kept, rows.device)], ranks[kept]
         self.ranks = ranks
         self._room[: len(rows)] = rows
 
@@ -59,12 +61,12 @@ def check_calibration(calibration: Iterable[Inputs]) -> list[Inputs]:
 
 
 def collect_inputs(
-    policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str], allocate: Allocate = torch.empty
+    policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str], allocate: Allocate | None = None
 ) -> dict[str, Tensor]:
     """Sampled float32 inputs (n, in) of the linear layers whose weights have these names, by weight name.
 
-    ``allocate`` makes room for the samples. Layers that share an input (q, k and v) share the sample. Layers that were
-    never run are missing.
+    ``allocate`` makes room for the samples (default: where the inputs are). Layers that share an input (q, k and v)
+    share the sample. Layers that were never run are missing.
     """
     samples, source = dict[str, RowSample](), dict[str, str]()
     last: list[tuple[Tensor, str]] = []  # the latest input; holding it keeps ``is`` below unambiguous
@@ -77,7 +79,8 @@ def collect_inputs(
             if source[name] == name:
                 x = x if rows is None else rows(x)
                 if name not in samples:
-                    samples[name] = RowSample(x.shape[-1], allocate)
+                    make = allocate or partial(torch.empty, device=x.device)
+                    samples[name] = RowSample(make((ROWS, x.shape[-1]), dtype=torch.float32))
                 samples[name].add(x)
                 last[:] = [(given[0], name)]
 

@@ -44,7 +44,7 @@ class RoundingRow:
 
 
 def compare(
-    policy: PolicyModule, calibration: Iterable[Inputs], search: bool = True, allocate: Allocate = torch.empty
+    policy: PolicyModule, calibration: Iterable[Inputs], search: bool = True, allocate: Allocate | None = None
 ) -> Iterator[RoundingRow]:
     """Yield one row per method, as it is measured. ``allocate`` makes room for rounded weights and samples of inputs.
 

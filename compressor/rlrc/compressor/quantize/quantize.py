@@ -92,7 +92,7 @@ def quantize(
     policy: PolicyModule | Mapping[str, Tensor],
     config: QuantizeConfig,
     calibration: Iterable[Inputs] = (),
-    allocate: Allocate = torch.empty,
+    allocate: Allocate | None = None,
 ) -> QuantizedWeights:
     """Quantize a float policy, or a state dict if the configuration needs no calibration. The policy is unchanged.
 

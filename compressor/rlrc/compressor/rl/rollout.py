@@ -24,6 +24,7 @@ from rlrc.compressor.models import device, precision
 from rlrc.compressor.models.decode import check_finite_outputs
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import Inputs, PolicyModule
+from rlrc.compressor.models.weights import read_wide
 from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.observations import Observer
 from rlrc.compressor.rl.shared_policy import AskingSampler, Sampler, SharedPolicy
@@ -306,7 +307,7 @@ class Rollouts:
             manifest = replace(manifest, towers=policy.towers)
             file = self.scratch / f"rollout-weights-{distributed.rank()}.pt"
             with replace_file(file) as new, new.open("wb") as stream:
-                torch.save({"policy": weights or policy.state_dict(), "noise": noise}, stream)
+                torch.save({"policy": weights or read_wide(policy), "noise": noise}, stream)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(
             _work,

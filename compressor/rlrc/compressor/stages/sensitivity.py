@@ -104,7 +104,7 @@ def _prune_block(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: flo
     def tensors() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for group in parts:
-            each = [group.sum_parts(layer, state[f"{layer}.weight"].abs()) for layer in group.layers]
+            each = [group.sum_parts(layer, state[f"{layer}.weight"].float().abs()) for layer in group.layers]
             stay = group.select_best(torch.stack(each).sum(0).cpu(), group.count_left(ratio))
             gone = torch.ones(group.number, dtype=torch.bool)
             gone[stay] = False
@@ -125,7 +125,7 @@ def _round_weights(state: Mapping[str, Tensor], names: Sequence[str], bits: int)
 
 
 def round_weight(weight: Tensor, bits: int) -> Tensor:
-    return dequantize_groups(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
+    return dequantize_groups(*quantize_groups(weight, bits, search=True))
 
 
 @contextmanager

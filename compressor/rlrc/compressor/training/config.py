@@ -44,6 +44,8 @@ class SFTOptions:
     lora: int | None = None
     """rank of LoRA adapters, which are trained instead of the weights and merged at the end; 0: train all weights;
     None: by family and size"""
+    checkpointing: bool = False
+    """compute every block again in the backward pass instead of keeping its values: less memory, a third more time"""
     smoothing: float = SMOOTHING
     """standard deviation, in bins, of the target distribution around the expert's action (logits over bins only)"""
     state_noise: float = 0.01

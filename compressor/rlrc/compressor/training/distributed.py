@@ -137,14 +137,16 @@ class Team:
             whole = self._accelerator.unwrap_model(module).state_dict()
         return {name.removeprefix(part): tensor for name, tensor in whole.items() if name.startswith(part)}
 
-    def load_weights(self, module: nn.Module, weights: dict[str, Tensor], part: str = "") -> None:
-        """Load the result of ``weights``."""
+    def load_weights(
+        self, module: nn.Module, weights: dict[str, Tensor], part: str = "", partial: bool = False
+    ) -> None:
+        """Load the result of ``weights``, or with ``partial`` some of them."""
         whole: dict[str, Any] = {part + name: tensor for name, tensor in weights.items()}
         if self.is_sharded(module):
             _checkpoint().set_model_state_dict(module, whole, options=_full_state_options(strict=not part))
         else:
             missing, unknown = self._accelerator.unwrap_model(module).load_state_dict(whole, strict=False)
-            if unknown or any(name.startswith(part) for name in missing):
+            if unknown or (not partial and any(name.startswith(part) for name in missing)):
                 raise RuntimeError(f"the weights do not fit: missing {missing}, unknown {unknown}")
 
     def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlrc import interrupts
 from rlrc.compressor.models import precision
+from rlrc.compressor.models.nn.linear import recompute
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training import lora
 from rlrc.compressor.training.batches import Batch, TrainingData
@@ -61,8 +62,11 @@ class BestWeights:
     ``step``: when they were measured; ``checked``: the last measurement; ``stale``: measurements since ``step``.
     """
 
-    def __init__(self, team: Team, objective: nn.Module, policy: nn.Module, held_out: list[Batch]) -> None:
-        self.team, self.objective, self.policy, self.held_out = team, objective, policy, held_out
+    def __init__(
+        self, policy: nn.Module, objective: nn.Module, held_out: list[Batch], read: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        """``read`` returns the trained weights."""
+        self.policy, self.objective, self.held_out, self.read = policy, objective, held_out, read
         self.loss, self.step, self.stale, self.checked = math.inf, 0, 0, 0
         self.weights: dict[str, Tensor] = {}
 
@@ -76,8 +80,7 @@ class BestWeights:
         self.stale, self.checked = self.stale + 1, step
         if loss < self.loss:
             self.loss, self.step, self.stale = loss, step, 0
-            weights = self.team.weights(self.objective, "policy.")
-            self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+            self.weights = {name: tensor.detach().clone() for name, tensor in self.read().items()}
         return loss
 
     def state(self) -> dict[str, Any]:
@@ -178,14 +181,23 @@ def sft(
     team, batches = Team(), data.batches
     if config.lora:
         lora.adapt(policy, config.lora)
+    frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     optimizer = build_optimizer(policy, config.rate, config.weight_decay)
     loss_module, optimizer = team.prepare(objective(policy, config.smoothing), optimizer)
-    best = BestWeights(team, loss_module, policy, [batch.to(team.device) for batch in fix_noise(policy, data.held_out)])
+
+    def weights() -> dict[str, Tensor]:
+        return team.weights(loss_module, "policy.")
+
+    def trained_weights() -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in weights().items() if name not in frozen}
+
+    held_out = [batch.to(team.device) for batch in fix_noise(policy, data.held_out)]
+    best = BestWeights(policy, loss_module, held_out, trained_weights)
     watch = LossWatch(_warn(run), config.rate, str(run.folder))
     first, sums = 0, dict[str, float]()
     if (saved := run.load()) is not None:
         first, sums = saved["step"], saved["sums"]
-        team.load_weights(loss_module, saved["policy"], "policy.")
+        team.load_weights(loss_module, saved["policy"], "policy.", partial=bool(frozen))
         team.load_optimizer(loss_module, optimizer, saved["optimizer"])
         batches.restore(saved["batches"])
         best.restore(saved["best"])
@@ -195,11 +207,8 @@ def sft(
     if team.size == 1:
         make_interruptible(policy.parameters())
 
-    def weights() -> dict[str, Tensor]:
-        return team.weights(loss_module, "policy.")
-
     def large_state() -> dict[str, Any]:
-        return {"policy": weights(), "optimizer": team.optimizer_state(loss_module, optimizer)}
+        return {"policy": trained_weights(), "optimizer": team.optimizer_state(loss_module, optimizer)}
 
     def keep(step: int) -> None:
         hook = before_step.state() if before_step else {}
@@ -207,7 +216,7 @@ def sft(
 
     progress(first, text := "training")
     size = config.batch // config.accumulate
-    with Keeper(run, team, large_state) as keeper, team.together():
+    with Keeper(run, team, large_state) as keeper, team.together(), recompute(policy, config.checkpointing):
         keep(first)
         for step in range(first, config.steps + 1):
             if best.held_out and step > best.checked and (step % config.check_every == 0 or step == config.steps):
@@ -249,7 +258,7 @@ def sft(
                     text = f"loss {means['loss']:.3f} l1 {means['l1']:.4f}"
                 keep(step + 1)
             progress(step + 1, text)
-    team.finish(policy, best.weights or weights())
+    team.finish(policy, weights() | best.weights)
     if config.lora:
         lora.merge(policy)
     report: dict[str, Any] = {"warnings": list(watch.given.values())} if watch.given else {}

@@ -62,14 +62,17 @@ class Linear(Stored, nn.Linear):
 
 
 class Embedding(Stored, nn.Embedding):
-    """Rows of a table. ``widens``: they are returned in float32, whatever the type of the table."""
+    """Rows of a table. They are in float32, whatever the type of the table, until ``Module.to`` sets another type."""
 
-    widens = False
+    dtype = torch.float32
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.read()
-        rows = F.embedding(ids.to(table.device), table).to(ids.device)
-        return rows.float() if self.widens else rows
+        return F.embedding(ids.to(table.device), table).to(ids.device, self.dtype)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(function, recurse)
 
 
 def _is_ready(weight: Tensor, x: Tensor) -> bool:
@@ -115,8 +118,6 @@ def widen(policy: Module) -> Module:
         if isinstance(module, Stored) and module.source is not None:
             module.weight = nn.Parameter(module.source(), requires_grad=module.get_parameter("weight").requires_grad)
             module.source = None
-        if isinstance(module, Embedding):
-            module.widens = False
     for parameter in policy.parameters():
         parameter.data = parameter.data.to(torch.float32, copy=True)
     return policy
