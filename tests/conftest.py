@@ -13,6 +13,7 @@ os.environ.setdefault(
 )  # before anything starts a thread pool; tests are about results, not speed
 
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -40,6 +41,12 @@ from rlrc.artifact import (
     VerifiedSpec,
 )
 from rlrc.runtime.inference.backends.kernels import kernels
+
+# Jobs of nohup and of a shell's background ignore these signals, and so would the commands that the tests interrupt.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
+
 
 WORDS = ("[PAD]", "[UNK]", "open", "close", "the", "drawer", "window")
 TOKENIZER, GOLDEN = "tokenizer/tokenizer.json", "golden.npz"
