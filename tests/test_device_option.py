@@ -157,7 +157,7 @@ def test_prune_scores_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_quantize_calibrates_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spy(policy: PolicyModule, config: QuantizeConfig, calibration: Iterator[Inputs]) -> Any:
+    def spy(policy: PolicyModule, config: QuantizeConfig, calibration: Iterator[Inputs], *_: Any) -> Any:
         assert where(policy) == {pixels.device for inputs in calibration for pixels in inputs.pixels} == {META}
         raise Arrived
 

@@ -313,7 +313,8 @@ def test_the_stand_in_rounds_where_a_gpu_does(kind: str, tmp_path: Path) -> None
 def test_layers_on_other_grids_are_products_of_their_own(tmp_path: Path) -> None:
     """Integers of 4 and of 8 bits and floats side by side; an odd number of outputs has no pairs and is widened."""
     state = layers(q=(32, 64), k=(16, 64), v=(15, 64), o=(8, 64))
-    tensors, spec, _ = quantize(state, QuantizeConfig())
+    packed, spec, _ = quantize(state, QuantizeConfig())
+    tensors = dict(packed)
     mixed, other, _ = quantize(state, QuantizeConfig(("layer.k.weight",)))
     tensors |= {name: mixed[name] for name in mixed if name.startswith("layer.k")}
     spec = replace(spec, tensors=spec.tensors | {"layer.k.weight": other.tensors["layer.k.weight"]})

@@ -57,7 +57,7 @@ def write_file(path: Path, tensors: Tensors, names: Sequence[str], metadata: Map
             if tensor.shape != tensors.shape(name) or tensor.dtype != tensors.dtype(name):
                 raise RuntimeError(f"{name} was announced as another tensor than was read")
             if tensor.numel():
-                tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _divide(tensors: Tensors, shard: int) -> list[list[str]]:

@@ -69,7 +69,7 @@ def score_parts(
         for total in (total for score in found for total in score.each()):
             total.copy_(torch.rand(len(total), generator=generator))
     elif config.score == "magnitude":
-        _weigh(policy, pieces, lambda name, weight: weight.abs())
+        _weigh(policy, pieces, lambda name, magnitude: magnitude)
     else:
         assert batches is not None
         (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
@@ -86,7 +86,7 @@ Pieces = dict[str, tuple[Group, Tensor]]  # by layer: its group, and the tensor 
 def _weigh(policy: PolicyModule, pieces: Pieces, importance: Callable[[str, Tensor], Tensor]) -> None:
     for name, (group, total) in pieces.items():
         weight = policy.get_parameter(f"{name}.weight").detach()
-        total += group.sum_parts(name, importance(name, weight.float()))
+        total += group.sum_parts(name, importance(name, weight.abs().float()))
 
 
 def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
@@ -143,7 +143,7 @@ def _wanda(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: B
                 chunk_loss(policy, _draw(policy, config, batches))
     finally:
         _remove(hooks)
-    _weigh(policy, pieces, lambda name, weight: weight.abs() * squares[name].sqrt().to(weight.dtype))
+    _weigh(policy, pieces, lambda name, magnitude: magnitude * squares[name].sqrt())
 
 
 def _remove(handles: list[Any]) -> None:

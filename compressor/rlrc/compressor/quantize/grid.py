@@ -70,8 +70,8 @@ def round_to_grid(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def dequantize_groups(integers: Tensor, scale: Tensor) -> Tensor:
     """Integers (out, in) and scale (out, groups) -> float32 weight (out, in)."""
-    groups = integers.float().unflatten(1, (scale.shape[1], -1))
-    values: Tensor = (groups * scale.float()[..., None]).flatten(1)
+    values = integers.float()
+    values.unflatten(1, (scale.shape[1], -1)).mul_(scale.float()[..., None])
     return values
 
 

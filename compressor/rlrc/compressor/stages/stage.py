@@ -29,13 +29,11 @@ from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.models.weights import PolicyWeights
 from rlrc.compressor.quantize.quantize import QuantizedWeights
-from rlrc.compressor.rl.config import PPOConfig, PPOOptions
 from rlrc.compressor.stages.artifact_io import CURVES, apply_quantization, write_policy
 from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, check_unquantized, open_source, shapes
 from rlrc.compressor.stages.training_data import TrainingSettings, load_data
 from rlrc.compressor.training import defaults, distributed, memory
-from rlrc.compressor.training.config import SFTConfig, SFTOptions
-from rlrc.compressor.training.defaults import Chosen
+from rlrc.compressor.training.defaults import Chosen, Options
 from rlrc.compressor.training.run_state import RunState
 from rlrc.errors import Interrupted, UserError
 from rlrc.ranges import check_range
@@ -44,6 +42,7 @@ from rlrc.tables import plain_console
 if TYPE_CHECKING:
     from rlrc.compressor.rl.simulation import Simulation
     from rlrc.compressor.training.batches import Batches, TrainingData
+    from rlrc.compressor.training.config import SFTConfig  # imports rlrc.envs
     from rlrc.compressor.training.sft import BeforeStep
 
 
@@ -180,16 +179,14 @@ def stage(
     device.use(options.device)
     source = open_source(path, flags or Flags(), incomplete)
     check_unquantized(source, path)
-    config, chosen = complete_config(config, source)
-    check(source, config)
     usual: PrecisionOption = "auto"
-    if isinstance(config, (SFTConfig, PPOConfig)):
+    trains = isinstance(config, Options)
+    config, chosen = complete_config(config, source)
+    if trains:
         usual = defaults.precision_option(source.spec.family)
         if options.precision == "auto":
             chosen["precision"] = defaults.precision(source.spec.family)
-    if distributed.rank() == 0:
-        for line in defaults.format_lines(name, chosen):
-            plain_console(stderr=True).print(line)
+    check(source, config)
     torch.set_num_threads(options.threads)
     run = RunState(out.parent / f".{out.name}.run")
     with interrupts.raise_on_signal(), create_artifact(out) if distributed.rank() == 0 else nullcontext() as draft:
@@ -199,6 +196,9 @@ def stage(
         run.open(name, source.digest or str(path), config, options.precision, usual)
         try:
             with simulation_of(source, run, options, plays) as simulation:
+                if distributed.rank() == 0:
+                    for line in defaults.format_lines(name, chosen):
+                        plain_console(stderr=True).print(line)
                 before: dict[str, Any] = {}
                 if simulation is not None:
                     widen(policy)
@@ -223,7 +223,7 @@ def is_cut(entry: HistoryEntry) -> bool:
 
 def complete_config(config: Any, source: PolicySource) -> tuple[Any, Chosen]:
     """A training stage's complete configuration, and the settings that were not given: see defaults.complete."""
-    if not isinstance(config, (SFTOptions, PPOOptions)):
+    if not isinstance(config, Options):
         return config, {}
     return defaults.complete(config, source.spec.family, memory.count_numbers(shapes(source)))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from rlrc import strict
 from rlrc.compressor.models.precision import PrecisionOption
@@ -45,10 +45,11 @@ class FamilySettings:
 Chosen = dict[str, Setting]
 
 
+@runtime_checkable
 class Options(Protocol):
     """SFTOptions, DistillOptions or PPOOptions."""
 
-    STAGE: str
+    STAGE: ClassVar[str]
 
     def completed(self, values: Mapping[str, Any]) -> Any: ...
 

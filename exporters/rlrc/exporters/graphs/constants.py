@@ -61,5 +61,5 @@ def write_constants(constants: Iterable[Constant], path: Path) -> dict[str, int]
             if constant.data.nbytes >= EXTERNAL:
                 offsets[constant.name] = -(-stream.tell() // PAGE) * PAGE  # aligned, so that it can be memory-mapped
                 stream.seek(offsets[constant.name])
-                constant.data.tofile(stream)
+                stream.write(constant.data.data)
     return offsets

@@ -62,9 +62,14 @@ class Linear(Stored, nn.Linear):
 
 
 class Embedding(Stored, nn.Embedding):
-    """Rows of a table. They are in float32, whatever the type of the table, until ``Module.to`` sets another type."""
+    """Rows of a table, in the type of the module as it was built or as ``Module.to`` set it.
 
-    dtype = torch.float32
+    The table may have another type.
+    """
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)  # type: ignore[arg-type]
+        self.dtype = self.weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.read()
