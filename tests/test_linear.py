@@ -74,6 +74,23 @@ def test_an_odd_address_changes_no_bit() -> None:
         assert torch.equal(odd(x), plain(x))
 
 
+def test_large_weights_are_widened_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven outputs at a time, three in the end."""
+    narrow, x = layer(), torch.randn(2, 3, 24, requires_grad=True)
+    narrow.weight.requires_grad_(False)
+    expected = F.linear(x, narrow.weight.float(), narrow.bias)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    widest, copy_ = [0], Tensor.copy_
+    monkeypatch.setattr(Tensor, "copy_", lambda to, given: (widest.append(given.numel()), copy_(to, given))[1])
+    monkeypatch.setattr("rlrc.compressor.models.nn.linear.PART", 7 * 24)
+    found = narrow(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], gradient)
+    assert max(widest) == 7 * 24
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(x), expected)
+
+
 def test_autocast_takes_the_stored_weight() -> None:
     narrow, x = layer(), torch.randn(3, 24)
     with torch.autocast("cpu", torch.bfloat16):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGNED = 64  # bytes, as torch allocates
+PART = 2**20  # numbers that are widened at a time: 4 MB
 
 Module = TypeVar("Module", bound=nn.Module)
 GradientHook = Callable[[Tensor], object]
@@ -58,7 +59,7 @@ class Linear(Stored, nn.Linear):
         if torch.is_grad_enabled() and (self.hook is not None or not _is_ready(weight, x)):
             found: Tensor = _Widened.apply(x, weight, self.bias, self.hook)  # type: ignore[no-untyped-call]
             return found
-        return F.linear(x, _ready(weight, x), self.bias)
+        return _multiply(x, weight, self.bias)
 
 
 class Embedding(Stored, nn.Embedding):
@@ -91,6 +92,39 @@ def _ready(weight: Tensor, x: Tensor) -> Tensor:
     return weight if _is_ready(weight, x) else weight.to(x.device, x.dtype, copy=True)
 
 
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with a weight that may have to be widened: on the CPU in parts that stay in the caches."""
+    if not _is_divided(weight, x):
+        return F.linear(x, _ready(weight, x), bias)
+    found = x.new_empty(*x.shape[:-1], len(weight))
+    for rows, part in _widen_parts(weight, x):
+        found[..., rows] = F.linear(x, part)
+    return found if bias is None else found.add_(bias)
+
+
+def _multiply_back(gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Gradient (n, out) of a product -> that of its input ``x`` (n, in)."""
+    if not _is_divided(weight, x):
+        return gradient @ _ready(weight, x)
+    found = gradient.new_zeros(len(gradient), weight.shape[1])
+    for rows, part in _widen_parts(weight, x):
+        found.addmm_(gradient[:, rows], part)
+    return found
+
+
+def _is_divided(weight: Tensor, x: Tensor) -> bool:
+    return weight.numel() > PART and x.device.type == "cpu" and not _is_ready(weight, x)
+
+
+def _widen_parts(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after the others, in the type of ``x``. Each part replaces the one before."""
+    step = max(1, PART // weight.shape[1])
+    room = x.new_empty(step, weight.shape[1])
+    for start in range(0, len(weight), step):
+        stored = weight[start : start + step]
+        yield slice(start, start + step), room[: len(stored)].copy_(stored)
+
+
 class _Widened(torch.autograd.Function):
     """``F.linear`` that keeps the stored weight for the backward pass, not a widened copy."""
 
@@ -98,7 +132,7 @@ class _Widened(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, hook: GradientHook | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.hook, ctx.has_bias = hook, bias is not None
-        return F.linear(x, _ready(weight, x), bias)
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -106,7 +140,7 @@ class _Widened(torch.autograd.Function):
         rows, (gradient,) = x.flatten(0, -2), (each.flatten(0, -2) for each in gradients)
         inputs = weights = biases = None
         if ctx.needs_input_grad[0]:
-            inputs = (gradient @ _ready(weight, x)).view_as(x)
+            inputs = _multiply_back(gradient, weight, x).view_as(x)
         if ctx.needs_input_grad[1]:
             weights = gradient.T @ rows
             if ctx.hook is not None:
