@@ -44,6 +44,7 @@ PLAN = STUDIES / "real_size.toml"
 RECIPE = STUDIES / "real_size_recipe.toml"
 RESULTS = STUDIES.parent / "results/real_size.json"
 GB = 1e9
+PREDICTED = 1.15  # times, at most, that the predicted and the measured memory differ
 Row = dict[str, Any]
 
 
@@ -187,6 +188,8 @@ def run_step(study: Study, step: Step) -> Row:
         "interruptions": interruptions,
     }
     limits = ("anonymous_gb", "cpu_minutes", "resident_to_weights")
+    if found := re.search(r"needs about ([\d.]+) GB of memory", log.read_text(errors="replace")):
+        row["predicted_gb"] = float(found[1])
     row["limits"] = {name: value for name in limits if (value := getattr(step, name)) is not None}
     reasons = find_failures(study, step, row, log)
     row["verdict"] = "FAIL" if reasons else "PASS"
@@ -215,6 +218,8 @@ def find_failures(study: Study, step: Step, row: Row, log: Path) -> list[str]:
         times = row["resident_gb"] / row["weights_gb"]
         if times > limits["resident_to_weights"]:
             found.append(f"resident {times:.2f} times the stored weights is more than {limits['resident_to_weights']}")
+    if "predicted_gb" in row and not 1 / PREDICTED < row["predicted_gb"] / row["anonymous_gb"] < PREDICTED:
+        found.append(f"predicted {row['predicted_gb']} GB of memory, measured {row['anonymous_gb']}")
     if row["interruptions"] != len(step.kills):
         found.append(f"interrupted {row['interruptions']} times instead of {len(step.kills)}")
     if step.must_say and not re.search(step.must_say, said):

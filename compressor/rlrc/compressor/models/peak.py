@@ -20,7 +20,8 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self, given: Iterable[Tensor] = ()) -> None:
         """``given`` are not counted: weights for example."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live: int = 0
+        self.peak: int = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(

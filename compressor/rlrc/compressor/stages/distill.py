@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.coupling import TOWERS
 from rlrc.compressor.models.nn.linear import widen
-from rlrc.compressor.stages.sources import PolicySource, open_source, shapes
+from rlrc.compressor.stages import memory
+from rlrc.compressor.stages.sources import PolicySource, open_source
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.training_data import check_data
-from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training import distributed
 from rlrc.compressor.training.distill import DistillConfig, DistillOptions, build_objective, original_numbers
 from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
@@ -34,8 +36,8 @@ def run_distill(
     def check(student: PolicySource, config: DistillConfig) -> None:
         check_data("distill", student, config)
         check_teacher(student, teacher, config)
-        extra = memory.count_numbers(shapes(teacher))
-        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), extra)
+        need = partial(memory.of_training, student, config, teacher)
+        memory.check(student, need, "training", config.less_memory())
 
     with stage("distill", source, out, config, options, check) as work:
         complete: DistillConfig = work.config

@@ -10,10 +10,10 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.scratch import Scratch
 from rlrc.compressor.quantize.padding import pad_policy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_exempt, quantize
+from rlrc.compressor.stages import memory
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage
-from rlrc.compressor.training import memory
 from rlrc.progress import status
 
 
@@ -22,7 +22,7 @@ def run_quantize(
 ) -> Manifest:
     def check(source: PolicySource, _: Any) -> None:
         check_exempt(shapes(source), config)
-        memory.check(memory.streamed(shapes(source)), "quantizing")
+        memory.check(source, lambda: memory.of_quantize(source, config), "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())

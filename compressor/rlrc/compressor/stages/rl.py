@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rlrc.artifact import Manifest
@@ -9,10 +10,11 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.rl.config import PPOConfig, PPOOptions
 from rlrc.compressor.rl.observations import check_fits_simulator
 from rlrc.compressor.rl.ppo import ppo
-from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, shapes
+from rlrc.compressor.stages import memory
+from rlrc.compressor.stages.sources import ArtifactSource, PolicySource
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.training_data import open_data
-from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.progress import progress
 
@@ -34,7 +36,8 @@ def run_rl(source: Path, out: Path, config: PPOOptions, options: StageOptions, f
         check_source(source)
         if config.data:
             open_data(config, source.spec)
-        memory.check(memory.count_numbers(shapes(source)) * (memory.WEIGHTS + memory.ADAMW), "reinforcement learning")
+        need = partial(memory.of_reinforcement, source, config.minibatch)
+        memory.check(source, need, "reinforcement learning", "take a smaller --minibatch")
 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
         complete: PPOConfig = work.config

@@ -8,11 +8,12 @@ from typing import Any
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.nn.linear import widen
-from rlrc.compressor.stages.sources import PolicySource, shapes
+from rlrc.compressor.stages import memory
+from rlrc.compressor.stages.sources import PolicySource
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.statistics import adopt_statistics
 from rlrc.compressor.stages.training_data import check_data
-from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training import distributed
 from rlrc.compressor.training.config import SFTConfig, SFTOptions
 from rlrc.compressor.training.sft import sft
 from rlrc.progress import progress
@@ -30,7 +31,7 @@ def run_sft(source: Path, out: Path, config: SFTOptions, options: StageOptions, 
         if source.normalisation != before:
             adopted["normalisation"] = source.normalisation
         check_data("sft", source, config)
-        memory.check_training(shapes(source), bool(config.lora), 1 + bool(config.held_out))
+        memory.check(source, lambda: memory.of_training(source, config), "training", config.less_memory())
 
     with stage("sft", source, out, config, options, check, flags, incomplete=True) as work:
         if distributed.rank() == 0:

@@ -29,10 +29,11 @@ from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 from rlrc.compressor.models.weights import PolicyWeights
 from rlrc.compressor.quantize.quantize import QuantizedWeights
+from rlrc.compressor.stages import memory
 from rlrc.compressor.stages.artifact_io import CURVES, apply_quantization, write_policy
 from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, check_unquantized, open_source, shapes
 from rlrc.compressor.stages.training_data import TrainingSettings, load_data
-from rlrc.compressor.training import defaults, distributed, memory
+from rlrc.compressor.training import defaults, distributed
 from rlrc.compressor.training.defaults import Chosen, Options
 from rlrc.compressor.training.run_state import RunState
 from rlrc.errors import Interrupted, UserError

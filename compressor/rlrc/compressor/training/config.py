@@ -117,6 +117,12 @@ class SFTOptions:
                 "simulator has an expert to ask"
             )
 
+    def less_memory(self) -> str:
+        """What to change if memory is short."""
+        changes = [] if self.lora else ["train adapters (--lora 16)"]
+        changes += [] if self.checkpointing else ["give --checkpointing"]
+        return ", ".join([*changes, "divide the batch (--accumulate)"])
+
     def scenes(self) -> int:
         """Simulated demonstrations of each task, including the held-out ones, which are additional."""
         return self.demonstrations + math.ceil(self.held_out * self.demonstrations)

@@ -113,7 +113,7 @@ def _multiply_back(gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_divided(weight: Tensor, x: Tensor) -> bool:
-    return weight.numel() > PART and x.device.type == "cpu" and not _is_ready(weight, x)
+    return weight.numel() > PART and x.device.type in ("cpu", "meta") and not _is_ready(weight, x)
 
 
 def _widen_parts(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
