@@ -47,12 +47,16 @@ def fsdp(team, module, optimizer):
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     module, optimizer = prepare(team, module, optimizer)
     assert team.is_sharded(module)
+    groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    assert any(name.endswith("decoder.layers.1") for name in groups), groups  # block by block
     return module, optimizer
 
 def telling(work, policy, *rest, **more):

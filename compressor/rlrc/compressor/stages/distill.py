@@ -44,7 +44,7 @@ def run_distill(
         data, before_step = work.training_data(complete)
         blocks = match_blocks(work.source, teacher)
         objective = build_objective(complete, teacher.load(), blocks, data.batches, work.run.folder)
-        if not complete.lora:
+        if not complete.lora or distributed.is_fsdp():
             widen(work.policy)
         with progress("distill", complete.steps, distributed.rank() == 0) as report:
             metrics = sft(work.policy, complete, data, work.run, report, before_step, objective, work.learned())

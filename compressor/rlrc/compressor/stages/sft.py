@@ -39,7 +39,7 @@ def run_sft(source: Path, out: Path, config: SFTOptions, options: StageOptions, 
                 plain_console(stderr=True).print(f"normalisation: {line}")
         complete: SFTConfig = work.config
         data, before_step = work.training_data(complete)
-        if not complete.lora:
+        if not complete.lora or distributed.is_fsdp():
             widen(work.policy)
         with progress("sft", complete.steps, distributed.rank() == 0) as report:
             metrics = sft(work.policy, complete, data, work.run, report, before_step, learned=work.learned())

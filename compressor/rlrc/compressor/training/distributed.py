@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlrc import interrupts, processes
 from rlrc.compressor.models import device
+from rlrc.compressor.models.nn.linear import list_block_types
 from rlrc.errors import UserError
 
 TIMEOUT = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait
@@ -40,6 +41,11 @@ def cores() -> int:
 def devices() -> tuple[str, ...]:
     """Types of the devices that this process computes on. Golden answers and evaluation are the CPU's."""
     return tuple(dict.fromkeys(("cpu", device.current().type)))
+
+
+def is_fsdp() -> bool:
+    """Whether ``accelerate launch`` shards the weights, which then need one type."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def wait_for_all() -> None:
@@ -83,7 +89,11 @@ class Team:
         return interrupts.hold() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Move both to the device and wrap them, so that backward averages gradients over the processes."""
+        """Move both to the device and wrap them, so that backward averages gradients over the processes.
+
+        FSDP wraps block by block where its wrap policy asks for the module's own choice (TRANSFORMER_BASED_WRAP).
+        """
+        cast(Any, objective)._no_split_modules = list_block_types(objective)
         prepared: tuple[nn.Module, Any] = self._accelerator.prepare(objective, optimizer)
         return prepared
 

@@ -176,6 +176,13 @@ class Recomputing(nn.Module):
         return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
 
 
+def list_block_types(module: nn.Module) -> list[str]:
+    """Names of the classes of the blocks of all stacks in the module."""
+    stacks = [stack for stack in module.modules() if isinstance(stack, Recomputing)]
+    lists = [child for stack in stacks for child in stack.children() if isinstance(child, nn.ModuleList)]
+    return sorted({type(block).__name__ for blocks in lists for block in blocks})
+
+
 @contextmanager
 def recompute(policy: nn.Module, wanted: bool = True) -> Iterator[None]:
     """Within the context, backward passes hold the values of one block at a time. Gradients are the same."""
