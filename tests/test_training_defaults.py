@@ -15,9 +15,9 @@ from rlrc import artifact as artifacts
 from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.models.families import FAMILIES
 from rlrc.compressor.rl.config import PPOConfig, PPOOptions
-from rlrc.compressor.stages import recipe, sft
+from rlrc.compressor.stages import memory, recipe, sft
 from rlrc.compressor.stages.stage import StageOptions
-from rlrc.compressor.training import defaults, memory, run_state
+from rlrc.compressor.training import defaults, run_state
 from rlrc.compressor.training.config import SFTConfig, SFTOptions
 from rlrc.compressor.training.distill import DistillConfig, DistillOptions
 from rlrc.errors import UserError
@@ -144,8 +144,9 @@ def test_shown_before_the_start_and_kept_in_the_history(
     """A large OpenVLA trains adapters; stdout stays JSON."""
     monkeypatch.setattr(defaults, "LARGE", 1000)
     trained: list[bool] = []
-    real = memory.check_training
-    monkeypatch.setattr(memory, "check_training", lambda *given: (trained.append(given[1]), real(*given)))
+    real = memory.of_training
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "of_training", lambda *given: (trained.append(given[1].lora > 0), real(*given))[1])
     known = flags("openvla")
     arguments = [
         "--hints",

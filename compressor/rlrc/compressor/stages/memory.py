@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,12 @@ from rlrc.compressor.stages.artifact_io import inputs_of
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.training import lora
 from rlrc.compressor.training.batches import Batch
-from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.losses import chunk_loss, draw_noise
 from rlrc.errors import UserError
 from rlrc.tables import plain_console
+
+if TYPE_CHECKING:
+    from rlrc.compressor.training.config import SFTConfig  # imports rlrc.envs
 
 SMALL = 100_000_000  # parameters: smaller policies need less than a gigabyte, and no prediction
 BASE = 330_000_000  # bytes of a process with torch and the libraries of a stage
