@@ -369,10 +369,11 @@ def pupil_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_pupil(pupil_artifact: Path) -> Callable[[], Any]:
-    """The policy of ``pupil_artifact``, as often as wanted."""
+    """The policy of ``pupil_artifact`` in float32, as often as wanted."""
+    from rlrc.compressor.models.nn.linear import widen
     from rlrc.compressor.stages import artifact_io
 
-    return lambda: artifact_io.load_policy(artifacts.load(pupil_artifact))
+    return lambda: widen(artifact_io.load_policy(artifacts.load(pupil_artifact)))
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_pruned_equals_masked(
     policy, _ = opened
     config = PruneConfig(0.5, "magnitude", tower, keep)  # type: ignore[arg-type]
     scores = scores_of(policy, tower, range(len(policy.towers[tower].layers)), config)
-    pruned, _ = prune(policy, config)
+    pruned = prune(policy, config)[0].build()
     assert {layer.heads for layer in pruned.towers[tower].layers} == {2}
 
     masked = build(policy.spec, policy.towers).eval()

@@ -24,6 +24,7 @@ from rlrc.compressor.rl import ppo as module
 from rlrc.compressor.rl.actors import MAX_STD_FACTOR, Actor, EncodedObservation, Noise, build_actor, chunk_noise
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.demonstrations import ObservedBatches, Samples
+from rlrc.compressor.rl.draws import WorkerDraws
 from rlrc.compressor.rl.objectives import ppo_loss
 from rlrc.compressor.rl.observations import Observer, check_fits_simulator
 from rlrc.compressor.rl.ppo import ppo
@@ -104,6 +105,23 @@ def test_one_at_a_time_is_the_same(name: str) -> None:
                 row.ids, row.mask = row.ids[:, row.mask[0]], None
             for part, alone in zip(together, actor.evaluate(row, sampled[i : i + 1]), strict=True):
                 torch.testing.assert_close(part[i], alone[0], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_workers_together_draw_what_each_would_alone(name: str) -> None:
+    """Two rows of one, whose prompts differ in length, and one of another."""
+    policy, inputs = official(name)
+    actor = build_actor(policy, correlation=0.5)
+    parts, alone = (torch.tensor([0, 1]), torch.tensor([2])), list[Tensor]()
+    with torch.no_grad():
+        observation = actor.encode(inputs)
+        for seed, rows in enumerate(parts):
+            torch.manual_seed(seed)
+            alone.append(actor.act(observation.rows(rows), True)[1])
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        actor.draws = WorkerDraws([(2, generators[0]), (1, generators[1])])
+        together = actor.act(observation, True)[1]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -68,7 +68,8 @@ def decoded(
             inputs[name] = value[None]
     noise = observation["noise"][None] if spec.flow else None
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items() if name != "image_tokens"}
-    same = Inputs(pixels, **tensors, noise=None if noise is None else torch.from_numpy(noise))
+    given_noise = None if noise is None else torch.from_numpy(noise)
+    same = Inputs(pixels, tensors.get("ids"), tensors.get("state"), noise=given_noise)
     if spec.flow:
         return decode.flow(run, inputs, spec.action, spec.flow, noise), same
     if spec.decode == "parallel":

@@ -78,7 +78,7 @@ def teacher(make_pupil: Callable[[], TinyPolicy]) -> TinyPolicy:
 
 def smaller(policy: TinyPolicy) -> TinyPolicy:
     config = PruneConfig(ratio=0.5, score="random")
-    pruned, _ = prune(copy.deepcopy(policy), config)
+    pruned = prune(copy.deepcopy(policy), config)[0].build()
     assert isinstance(pruned, TinyPolicy)
     return pruned
 

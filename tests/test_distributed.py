@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlrc import artifact as artifacts
 from rlrc.compressor.rl.rollout_buffer import minibatches
-from rlrc.compressor.stages.artifact_io import read_tensors
+from rlrc.compressor.stages.artifact_io import open_tensors
 
 SFT = ("sft", "--steps", "100", "--demonstrations", "1", "--state-noise", "0")
 RL = ("rl", "--warmup", "1", "--demonstrations", "1", "--behaviour-batch", "4", "--minibatch", "16")
@@ -47,12 +47,16 @@ def fsdp(team, module, optimizer):
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     module, optimizer = prepare(team, module, optimizer)
     assert team.is_sharded(module)
+    groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    assert any(name.endswith("decoder.layers.1") for name in groups), groups  # block by block
     return module, optimizer
 
 def telling(work, policy, *rest, **more):
@@ -98,7 +102,7 @@ def curve(out: Path) -> list[dict[str, Any]]:
 
 
 def tensors(out: Path) -> dict[str, Tensor]:
-    return read_tensors(artifacts.load(out))
+    return dict(open_tensors(artifacts.load(out)))
 
 
 def weights(prefix: Path) -> Iterator[dict[str, Tensor]]:

@@ -263,7 +263,7 @@ def make_int4(parent: Path, out: Path) -> Path:
     meant.load_state_dict(decompress(weights, spec))
     with artifacts.create_artifact(out) as draft, np.load(parent / "golden.npz") as observations:
         draft.inherit(dense, "tokenizer")
-        save_file(weights, draft.file("weights/model.safetensors"))
+        save_file(dict(weights), draft.file("weights/model.safetensors"))
         answers: dict[str, Any] = artifact_io.golden(meant, dict(observations))
         np.savez(draft.file("golden.npz"), **answers)
         draft.finish(replace(dense.manifest, dtype="int4", quantization=spec))

@@ -74,9 +74,10 @@ def test_decoding_in_place_computes_what_torch_does(
     precision: str, close: float, tiny_manifest: Manifest, tmp_path: Path
 ) -> None:
     manifest, policy = openvla(tiny_manifest)
-    tensors = dict(policy.state_dict())
+    tensors: dict[str, Any] = policy.state_dict()
     if precision == "int8+int4":
-        tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig())
+        packed, spec, _ = quantize(policy.state_dict(), QuantizeConfig())
+        tensors = dict(packed)
         manifest = replace(manifest, quantization=spec)
         policy.load_state_dict(decompress(tensors, spec))
     loaded, random = engine(manifest, tensors, precision, tmp_path), np.random.default_rng(0)
@@ -119,8 +120,8 @@ def test_keys_and_values_have_one_place(tiny_manifest: Manifest, tmp_path: Path)
 
 def test_the_two_parts_of_a_mixed_graph_share_all_but_the_products(tiny_manifest: Manifest) -> None:
     manifest, policy = openvla(tiny_manifest)
-    tensors, spec, _ = quantize(policy.state_dict(), QuantizeConfig())
-    weights = Weights(Tensors("int4", tensors), spec)
+    packed, spec, _ = quantize(policy.state_dict(), QuantizeConfig())
+    weights = Weights(packed, spec)
     mixed, many, one = (
         build_graph(weights, manifest, "decoder", name) for name in ("int8+int4", "int8-rows", "int4a8")
     )

@@ -240,7 +240,7 @@ def test_pruned_is_masked(name: str, tower: Any) -> None:
     """Every part that goes, silenced where it would add to the residual stream: the same actions."""
     source, dense = official(name)
     settings = config(name, tower=tower)
-    pruned, _ = prune(dense, settings)
+    pruned = prune(dense, settings)[0].build()
     (cut,) = (name for name, spec in dense.towers.items() if spec != pruned.towers[name])
     scores = scores_of(dense, cut, range(len(dense.towers[cut].layers)), settings)
     state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}

@@ -174,7 +174,7 @@ def test_norms_by_tables_of_the_steps_give_the_same_actions() -> None:
     state = {name: tensor for name, tensor in policy.state_dict().items() if not name.startswith("time_")}
     for name in [name.removesuffix(".dense.weight") for name in state if name.endswith(".dense.weight")]:
         weight, bias = state.pop(f"{name}.dense.weight"), state.pop(f"{name}.dense.bias")
-        state[f"{name}.table"] = condition @ weight.T + bias
+        state[f"{name}.table"] = condition @ weight.float().T + bias
     tables = build(policy.spec, {**policy.towers, "expert": replace(tower, norm="steps")})
     tables.load_state_dict(state)
     assert isinstance(tables, FlowPolicy)

@@ -18,7 +18,7 @@ from subprocesses import environment
 from rlrc import artifact as artifacts
 from rlrc import interrupts
 from rlrc.compressor.cli.compress import compress
-from rlrc.compressor.stages.artifact_io import read_tensors
+from rlrc.compressor.stages.artifact_io import open_tensors
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training.sft import make_interruptible
 from rlrc.errors import Interrupted
@@ -101,7 +101,7 @@ def wait_for(process: subprocess.Popen[str], out: Path, file: str) -> None:
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(artifacts.load(out))
+    return dict(open_tensors(artifacts.load(out)))
 
 
 def curve(out: Path) -> list[dict[str, float]]:

@@ -162,7 +162,7 @@ def test_counts_by_hand(name: str) -> None:
 def test_float32_weights_keep_their_four_bytes() -> None:
     policy, _ = golden("openvla")
     wide = build(policy.spec, policy.towers)
-    wide.load_state_dict({name: tensor + 1e-4 for name, tensor in policy.state_dict().items()})
+    wide.load_state_dict({name: tensor.float() + 1e-4 for name, tensor in policy.state_dict().items()})
     (cut,) = cut_lossless(wide)[1]["cuts"]
     assert cut["bytes"] == 31808 * 16 * 4
 

@@ -290,7 +290,7 @@ def test_gradients_flow_and_change_nothing(opened: Opened) -> None:
 def test_half_precision_is_near(opened: Opened) -> None:
     """Pixels and state stay in float32 outside. With bfloat16's 8 bits these random functions are 2 to 10 % off."""
     expected, inputs = opened.policy.act(opened.inputs), opened.inputs
-    policy, _ = read(open_folder(opened.path), ReadOptions(opened.case.hints), torch.bfloat16)
+    policy = read(open_folder(opened.path), ReadOptions(opened.case.hints))[0].to(torch.bfloat16)
     found = policy.act(inputs)
     assert found.actions.dtype == torch.float32
     if expected.logits is None:

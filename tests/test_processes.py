@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlrc.errors import UserError
-from rlrc.processes import WorkerPool
+from rlrc.processes import WorkerPool, ask
 
 
 def pid_of(_: Any) -> int:
@@ -144,3 +144,35 @@ def test_workers_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(worker)
+
+
+def ask_thrice(number: int) -> list[int]:
+    return [ask((number, i)) for i in range(number)]
+
+
+def test_jobs_ask_and_are_answered_together() -> None:
+    """Three jobs in two processes: whoever runs has asked before anyone is answered."""
+    together = list[list[tuple[int, int]]]()
+
+    def answer(questions: list[tuple[int, int]]) -> list[int]:
+        together.append(questions)
+        return [10 * number + i for number, i in questions]
+
+    with WorkerPool(2) as workers:
+        found = dict(workers.run(ask_thrice, [3, 1, 2], answer=answer))
+    assert found == {1: [10], 2: [20, 21], 3: [30, 31, 32]}
+    assert together == [[(3, 0), (1, 0)], [(3, 1), (2, 0)], [(3, 2), (2, 1)]]
+
+
+def test_a_job_that_dies_while_another_waits_for_its_answer() -> None:
+    with WorkerPool(2) as workers, pytest.raises(UserError, match="one ended by exit code 3"):
+        list(workers.run(ask_or_die, [1, 0], answer=lambda questions: questions))
+    assert workers.processes == {}
+
+
+def ask_or_die(number: int) -> int:
+    if number == 0:
+        time.sleep(0.5)
+        os._exit(3)
+    found: int = ask(number)
+    return found

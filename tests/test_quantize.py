@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlrc import artifact as artifacts
 from rlrc.artifact import ArtifactError, folder
 from rlrc.compressor.models import weights as models_weights
+from rlrc.compressor.models.weights import tensors_of
 from rlrc.compressor.quantize.grid import GROUP, GROUPS, decompress, fit_group, pack, quantize_groups, unpack
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
@@ -260,7 +261,7 @@ def test_int4_artifact_holds_the_policy_its_goldens_show(tiny_int4_artifact: Pat
     assert artifact.manifest.quantization is not None
     assert set(artifact.manifest.quantization.tensors.values()) == {4}
     for name in artifact.manifest.quantization.tensors:
-        levels = policy.state_dict()[name].unflatten(1, (-1, 32))
+        levels = tensors_of(policy)[name].unflatten(1, (-1, 32))
         assert max(len(group.unique()) for row in levels for group in row) <= 16
 
 

@@ -57,7 +57,7 @@ def make(tiny_artifact: Path, tmp_path: Path) -> Make:
 
 def in_safetensors(artifact: Artifact) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Integers and scales by tensor."""
-    tensors, spec = artifact_io.read_tensors(artifact), artifact.manifest.quantization
+    tensors, spec = artifact_io.open_tensors(artifact), artifact.manifest.quantization
     assert spec is not None
     found = {}
     for name, bits in spec.tensors.items():
@@ -90,7 +90,7 @@ def test_integers_are_identical_in_safetensors_gguf_and_onnx(make: Make, kind: s
     spec = artifact.manifest.quantization
     assert spec is not None
     ours = in_safetensors(artifact)
-    meant = decompress(artifact_io.read_tensors(artifact), spec)
+    meant = decompress(artifact_io.open_tensors(artifact), spec)
     types = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
 
     # GGUF: a file that gguf writes, and its own reader and arithmetic.

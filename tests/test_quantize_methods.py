@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.quantize import calibration
 from rlrc.compressor.quantize.action_error import swap_tensors
@@ -74,7 +75,7 @@ def test_rows_of_a_patch_embedding(tiny_policy: Golden) -> None:
 
 def test_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "ROWS", 200)
-    sample = RowSample()
+    sample = RowSample(torch.empty(200, 1))
     for start in range(0, 2000, 100):
         sample.add(torch.arange(start, start + 100.0).view(2, 50, 1))
     rows = sample.rows[:, 0]
@@ -175,7 +176,7 @@ def test_a_channel_that_matters_is_scaled_up() -> None:
     rows = torch.randn(256, 64, generator=generator)
     rows[:, 5] *= 100
     fold, s = Fold(("a",), "norm"), compute_scales(Fold(("a",), "norm"), rows, 0.5)
-    after = tensors | fold_scales(tensors, fold, s)
+    after = {name: fold_scales(name, tensor, fold, s) for name, tensor in tensors.items()}
     torch.testing.assert_close((rows * after["norm.weight"]) @ after["a.weight"].T, rows @ tensors["a.weight"].T)
     rounded = dequantize_groups(*quantize_groups(after["a.weight"], 4, True)) / s
     plain = dequantize_groups(*quantize_groups(tensors["a.weight"], 4, True))
@@ -189,9 +190,10 @@ def check_equal(policy: PolicyModule, inputs: list[Inputs]) -> list[Fold]:
     for fold in found:
         channels = tensors[f"{fold.linears[0]}.weight"].shape[1]
         s = torch.rand(channels // fold.shared, generator=generator) + 0.5
-        changed = fold_scales(tensors, fold, s)
-        assert changed.keys() >= {f"{linear}.weight" for linear in (*fold.linears, fold.before)}
-        tensors |= changed
+        changed = {name: fold_scales(name, tensor, fold, s) for name, tensor in tensors.items()}
+        moved = {name for name, tensor in tensors.items() if changed[name] is not tensor}
+        assert moved >= {f"{linear}.weight" for linear in (*fold.linears, fold.before)}
+        tensors = changed
     expected = act(policy, inputs)
     with swap_tensors(policy, tensors):
         again = act(policy, inputs)
@@ -238,13 +240,13 @@ def test_awq_lowers_the_output_error_where_channels_differ(tiny_policy: Golden) 
     names = [f"decoder.layers.0.attention.{part}" for part in "qkv"]
     with torch.no_grad():
         policy.state_dict()["decoder.layers.0.norm1.weight"][5] *= 200  # a channel that is most of the input
-    plain = dict(policy.state_dict())
+    plain = Tensors("the policy", policy.state_dict())
     bits = choose_bits(plain, QuantizeConfig())
     equal, alphas = scale_channels(policy, plain, bits, collect_inputs(policy, inputs, bits), search=True)
     assert alphas["+".join(names)] > 0
     assert set(alphas.values()) <= set(ALPHAS)
 
-    def output_error(tensors: dict[str, Tensor]) -> float:
+    def output_error(tensors: Tensors) -> float:
         with swap_tensors(policy, tensors):
             rows = collect_inputs(policy, inputs, bits)
         weight = torch.cat([tensors[f"{name}.weight"] for name in names])

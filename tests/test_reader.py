@@ -22,6 +22,7 @@ from rlrc.compressor.checkpoints.folder import Folder, ReadOptions, open_folder,
 from rlrc.compressor.checkpoints.lerobot import act
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.tensors import of_model, of_pt
+from rlrc.compressor.models.nn.linear import Embedding, Linear, widen
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
@@ -84,30 +85,34 @@ def test_every_tensor_of_a_folder_is_used_or_known_as_unused(family: str) -> Non
     assert used | set(layout.unused) == set(folder.tensors)
     assert not used & set(layout.unused)
     state = policy.state_dict()
-    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert {tensor.dtype for tensor in state.values()} <= {torch.float32, torch.bfloat16}
     assert not any(tensor.is_meta for tensor in (*state.values(), *policy.buffers()))
     assert not policy.training
 
 
-def test_as_stored_or_in_the_dtype_that_is_asked_for() -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_weights_stay_as_stored(mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and embeddings in bfloat16, all else in float32."""
+    if mapped:
+        monkeypatch.setattr(reader, "MAPPED", 0)
     folder = open_folder(DATA / "pi0/checkpoint")
-    stored, layout = read(folder, options("pi0"), dtype=None)
-    wide, _ = read(folder, options("pi0"))
-    narrow, _ = read(folder, options("pi0"), dtype=torch.float16)
+    stored, layout = read(folder, options("pi0"))
+    wide = widen(read(folder, options("pi0"))[0])
     truth = load_file(folder.path / MODEL)
     for name, tensor in stored.state_dict().items():
         origin = layout.origins[name]
-        assert tensor.dtype == torch.bfloat16
+        kept = isinstance(stored.get_submodule(name.rpartition(".")[0]), Linear | Embedding) and ".weight" in name
+        assert tensor.dtype == (torch.bfloat16 if kept else torch.float32)
         if origin.convert == "same":
-            assert torch.equal(tensor, truth[origin.names[0]])
+            assert torch.equal(tensor, truth[origin.names[0]].to(tensor.dtype))
         assert torch.equal(wide.state_dict()[name], tensor.float())
-        assert narrow.state_dict()[name].dtype == torch.float16
+    assert all(tensor.dtype == torch.float32 for tensor in wide.state_dict().values())
 
 
 def test_what_was_read_does_not_change_with_the_file(copy: Callable[[str], Path]) -> None:
-    """It is a copy, not a view of the mapped file: training must not write there, nor a new download reach here."""
+    """A small policy is a copy, not a view of the mapped file: a new download must not reach here."""
     folder = copy("act")
-    policy, _ = read(open_folder(folder), dtype=None)
+    policy, _ = read(open_folder(folder))
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     (folder / MODEL).write_bytes(b"\0" * (folder / MODEL).stat().st_size)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())

@@ -8,9 +8,9 @@ import pytest
 
 from rlrc.compressor.prune.prune import PruneConfig, check
 from rlrc.compressor.quantize.quantize import QuantizeConfig
-from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.rl.config import PPOOptions
 from rlrc.compressor.stages import recipe, reference
-from rlrc.compressor.training.config import SFTConfig
+from rlrc.compressor.training.config import SFTOptions
 from rlrc.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_tables_become_configurations(tmp_path: Path) -> None:
     )
     read = recipe.load(file)
     assert read["prune"] == PruneConfig(ratio=0.5, score="random")
-    assert read["rl"] == PPOConfig(clip=1.0)
+    assert read["rl"] == PPOOptions(clip=1.0)
     assert isinstance(read["rl"].clip, float)  # a whole number serves where a fraction is meant
     assert read["quantize"] == QuantizeConfig(exempt=("head.weight",), search=False)
     assert list(read) == ["prune", "rl", "quantize"]
@@ -57,7 +57,7 @@ def test_tables_become_configurations(tmp_path: Path) -> None:
 
 
 def test_an_empty_table_means_the_defaults(tmp_path: Path) -> None:
-    assert recipe.load(write(tmp_path, "[sft]\n")) == {"sft": SFTConfig()}
+    assert recipe.load(write(tmp_path, "[sft]\n")) == {"sft": SFTOptions()}
 
 
 @pytest.mark.parametrize(

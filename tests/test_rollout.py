@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlrc import artifact as artifacts
+from rlrc.compressor.models import precision
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.rl import rollout as module
 from rlrc.compressor.rl.demonstrations import Samples
@@ -225,3 +227,40 @@ def test_stuck_worker_is_one_line_and_is_not_waited_for(
         pool.run(some(2), pupil, SamplingMode(horizon=5))
     assert time.monotonic() - began < 10
     killer.join()
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_one_policy_for_all_workers_plays_what_theirs_would(
+    pupil: TinyPolicy, pupil_artifact: Path, tmp_path: Path, sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, but on the CPU: the workers only simulate, and no weights are written for them."""
+    # In bfloat16, products of other batches round so that other tokens are drawn.
+    monkeypatch.setattr(precision, "_chosen", {"cpu": "float32"})
+    mode = SamplingMode(sample=sample, correlation=0.8, keep="image_tokens", horizon=15)
+    artifact, requests = artifacts.load(pupil_artifact), some(5)
+    with Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=2) as pool:
+        alone = pool.run(requests, pupil, mode)
+        (weights,) = tmp_path.iterdir()
+        weights.unlink()
+        state = torch.get_rng_state()
+        pool._here = True
+        together = pool.run(requests, pupil, mode)
+        assert torch.equal(torch.get_rng_state(), state)  # training goes on as if nobody had drawn
+    assert not list(tmp_path.iterdir())
+    for a, b in zip(alone, together, strict=True):
+        assert np.allclose(
+            np.stack(a.image_tokens), np.stack(b.image_tokens), atol=1e-2
+        )  # other batches, half precision
+        b.image_tokens = a.image_tokens
+        assert same(a, b)
+
+
+def test_an_action_that_is_none_ends_the_run(pupil: TinyPolicy, pupil_artifact: Path, tmp_path: Path) -> None:
+    artifact = artifacts.load(pupil_artifact)
+    with torch.no_grad():
+        pupil.head.weight.fill_(float("nan"))
+    with Rollouts(artifact.manifest, artifact.file("tokenizer/tokenizer.json"), tmp_path, workers=1) as pool:
+        pool._here = True
+        with pytest.raises(UserError, match="finite actions of the policy"):
+            pool.run(some(1), pupil, SamplingMode(horizon=5))
+        assert pool.workers.processes == {}

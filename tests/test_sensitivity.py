@@ -89,7 +89,7 @@ def test_pruned_is_a_smaller_block(source: ArtifactSource, report: SensitivityRe
     state = dict(policy.state_dict())
 
     def weight(name: str) -> Tensor:
-        return state[f"{block}.{name}.weight"]
+        return state[f"{block}.{name}.weight"].float()
 
     heads = torch.stack([weight(f"attention.{name}").abs().view(4, -1).sum(1) for name in "qkv"]).sum(0)
     heads += weight("attention.o").abs().sum(0).view(4, 16).sum(1)

@@ -18,6 +18,7 @@ from torch import nn
 from rlrc import interrupts
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.models.weights import tensors_of
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
 from rlrc.compressor.training import lora, sft
 from rlrc.compressor.training import run_state as run_module
@@ -74,9 +75,9 @@ def test_parts_of_a_batch_give_the_same_step(make_pupil: Callable[[], TinyPolicy
         policy, config = make_pupil(), SFTConfig(steps=1, batch=16, accumulate=parts, warmup=0, weight_decay=0)
         gradients: dict[str, torch.Tensor] = {}
 
-        def keep(team: Any, module: nn.Module, norm: float, kept: dict[str, torch.Tensor] = gradients) -> float:
+        def keep(team: Any, module: nn.Module, norm: float, kept: dict[str, torch.Tensor] = gradients) -> Any:
             kept |= {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-            return 0.0
+            return torch.zeros(())
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sft.Team, "clip", keep)
@@ -109,6 +110,34 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(make_pupil: Callab
     product = policy.decoder.layers[1].attention.q.weight - plain.decoder.layers[1].attention.q.weight
     assert torch.linalg.matrix_rank(product, tol=1e-4).item() == 4
     assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
+def test_adapters_are_added_to_narrow_weights_without_rounding(make_pupil: Callable[[], TinyPolicy]) -> None:
+    policy = make_pupil()
+    layer = policy.decoder.layers[1].attention.q
+    layer.weight.data = layer.weight.data.bfloat16()
+    narrow = layer.weight.detach().clone()
+    lora.adapt(policy, 4)
+    adapted: Any = policy.decoder.layers[1].attention.q
+    with torch.no_grad():
+        for parameter in (adapted.lora_A.default.weight, adapted.lora_B.default.weight):
+            assert parameter.dtype == torch.float32
+            parameter.normal_(std=0.1)
+    product = adapted.lora_B.default.weight @ adapted.lora_A.default.weight
+    lora.merge(policy)
+    assert policy.decoder.layers[1].attention.q is layer
+    assert torch.equal(layer.read(), narrow.float() + product)
+    assert torch.equal(tensors_of(policy)["decoder.layers.1.attention.q.weight"], narrow.float() + product)
+
+
+def test_the_state_of_a_run_with_adapters_holds_only_these(
+    make_pupil: Callable[[], TinyPolicy], tmp_path: Path, cut_short: Callable[..., None]
+) -> None:
+    policy, config = make_pupil(), SFTConfig(steps=4, batch=8, lora=2, warmup=0, checkpointing=True)
+    cut_short(lambda progress: train(policy, config, tmp_path / "run", training_data(policy), progress=progress), 2)
+    saved = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert saved["policy"]
+    assert all(".lora_" in name for name in saved["policy"])
 
 
 def test_training_with_adapters_changes_what_is_adapted_only(

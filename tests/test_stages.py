@@ -21,6 +21,7 @@ from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.compress import compress
 from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models import weights
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig
@@ -100,7 +101,7 @@ def test_prune_sft_rl_quantize(quick: None, pupil_artifact: Path, tmp_path: Path
     assert {name: len(rows) for name, rows in curves.items()} == {"curves/2-sft.jsonl": 1, "curves/3-rl.jsonl": 2}
 
     # The weights moved where a stage says so, and only there.
-    states = [artifact_io.load_policy(artifact).state_dict() for artifact in made]
+    states = [widen(artifact_io.load_policy(artifact)).state_dict() for artifact in made]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "decoder.layers" not in name)
     assert not torch.equal(states[2]["vision.position"], states[1]["vision.position"])
     assert torch.equal(states[3]["vision.position"], states[2]["vision.position"])  # rl leaves the eyes alone

@@ -17,6 +17,7 @@ from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.models.families import build
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -27,11 +28,13 @@ def options(family: str) -> ReadOptions:
     return ReadOptions(read_hints(DATA / family / "golden.json"))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_unchanged_policy_gives_the_same_files(family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_an_unchanged_policy_gives_the_same_files(family: str, wide: bool, tmp_path: Path) -> None:
     folder = open_folder(DATA / family / "checkpoint")
-    policy, _ = read(folder, options(family), dtype)
+    policy, _ = read(folder, options(family))
+    if wide:
+        widen(policy)
     write_checkpoint(policy, folder, tmp_path / "out", options(family))
     files = {path.name for path in folder.path.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files

@@ -21,6 +21,7 @@ from rlrc.benchmarks.cli.output import progress, result_of
 from rlrc.benchmarks.measure import success
 from rlrc.benchmarks.results.results import check_out, dump, write
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.stages import artifact_io
 from rlrc.envs.environment import open_environment
 from rlrc.runtime.inference import preprocess
@@ -32,7 +33,9 @@ def policies(artifact: Path, exported: tuple[str, ...]) -> dict[str, Any]:
     spec = opened.manifest.policy
     assert spec.prompt is not None
     tokenizer = preprocess.Tokenizer(opened.file(TOKENIZER), spec.prompt)
-    opened_policies: dict[str, Any] = {"torch": TorchPolicy(spec, tokenizer, lambda: artifact_io.load_policy(opened))}
+    opened_policies: dict[str, Any] = {
+        "torch": TorchPolicy(spec, tokenizer, lambda: widen(artifact_io.load_policy(opened)))
+    }
     for argument in exported:
         name, _, folder = argument.partition("=")
         opened_policies[name] = LocalPolicy.load(folder)

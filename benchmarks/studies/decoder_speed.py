@@ -50,6 +50,7 @@ from rlrc.benchmarks.measure.bandwidth import read_bandwidth
 from rlrc.benchmarks.results import machine, results
 from rlrc.benchmarks.results.stats import percentiles, ratio_interval
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
+from rlrc.compressor.models.nn.linear import widen
 from rlrc.compressor.models.openvla import OpenVLAPolicy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize
 from rlrc.compressor.stages import artifact_io
@@ -148,7 +149,7 @@ def local(artifact: Artifact, threads: int, engine: Engine | None = None) -> Con
 
 
 def in_torch(artifact: Artifact, dtype: torch.dtype, compiled: bool) -> Contestant:
-    policy: Any = artifact_io.load_policy(artifact).to(dtype)
+    policy: Any = widen(artifact_io.load_policy(artifact)).to(dtype)
     passes: dict[str, list[float]] = {}
     for parameter in policy.parameters():
         parameter.requires_grad_(False)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter, sleep
@@ -29,13 +30,14 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import WEIGHTS, Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.meta import build_on_meta
+from rlrc.compressor.models.tensor_files import write_file
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.exporters.gguf import target
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.backends import open_engine
 
 WORDS = 20
 PRUNED = LayerSpec(4, 4, 128, 1664)  # about a tenth of a block; the first and last blocks are not pruned
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 def main() -> None:
@@ -72,7 +74,10 @@ def random_artifact(out: Path, spec: PolicySpec, towers: dict[str, TowerSpec], q
     quantization = QuantizationSpec("int4", 32, bits) if quantized else None
     parameters = sum(map(prod, shapes.values()))
     with artifacts.create_artifact(out) as draft:
-        write_safetensors(draft.file(WEIGHTS), shapes, bits)
+        noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
+        metas = stored(shapes, bits)
+        made = Tensors("random weights", metas, lambda name: values(name, metas[name], noise))
+        write_file(draft.file(WEIGHTS), made, list(made))
         draft.finish(Manifest(spec, towers, parameters, "int4" if quantized else "bfloat16", quantization))
     return artifacts.load(out, ())
 
@@ -81,31 +86,22 @@ def fits(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and name != "embedding.weight" and shape[1] % 32 == 0
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> None:
-    """Write the header, then one tensor at a time."""
-    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+def stored(shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The tensors of an artifact's weights: quantized ones as integers with their scales."""
+    found = dict[str, torch.Tensor]()
+    make = partial(torch.empty, device="meta")
     for name, shape in shapes.items():
         if name in bits:
-            stored[f"{name}.q"] = (shape[0], shape[1] // 2), torch.uint8
-            stored[f"{name}.scale"] = (shape[0], shape[1] // 32), torch.float16
+            found[f"{name}.q"] = make(shape[0], shape[1] // 2, dtype=torch.uint8)
+            found[f"{name}.scale"] = make(shape[0], shape[1] // 32, dtype=torch.float16)
         else:
-            stored[name] = shape, torch.bfloat16
-    header, offset = dict[str, Any](), 0
-    for name, (shape, dtype) in stored.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in stored.items():
-            values(name, shape, dtype, noise).contiguous().view(torch.uint8).numpy().tofile(file)
+            found[name] = make(*shape, dtype=torch.bfloat16)
+    return found
 
 
-def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
+def values(name: str, meta: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Random norm scales near one, and weights that preserve the magnitude of their input."""
+    shape, dtype = tuple(meta.shape), meta.dtype
     if name.endswith(".scale"):
         return torch.full(shape, (4.6 * (shape[1] * 32) ** 0.5) ** -1, dtype=dtype)
     repeated = noise.repeat(-(-prod(shape) // len(noise)))[: prod(shape)].view(shape)

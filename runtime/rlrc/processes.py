@@ -22,10 +22,14 @@ from typing import Any, TypeVar
 
 from rlrc.errors import UserError
 
+QUESTION = "question"
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000", or "max 100000"
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+_to_parent: Connection | None = None  # of a worker process
 
 
 def cores() -> int:
@@ -56,32 +60,51 @@ class WorkerPool:
         self.kill()
 
     def run(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], silence_s: float = 300.0
+        self,
+        function: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        silence_s: float = 300.0,
+        answer: Callable[[list[Any]], Sequence[Any]] | None = None,
     ) -> Iterator[tuple[Job, Result]]:
         """Yields (job, function(job)) as jobs finish. ``function`` and the jobs must be picklable.
+
+        ``answer``: the answers to what jobs ``ask``, in the order of the questions. It is called once all running jobs
+        have asked, so that which questions it gets together does not depend on time.
 
         Raises UserError if a worker raises one or dies, or if none reports within ``silence_s`` seconds; RuntimeError
         with the worker's traceback for any other error.
         """
         waiting = list(reversed(jobs))
         running: dict[Connection, Job] = {}
+        asked: dict[Connection, Any] = {}
         try:
             while len(self.processes) < min(self.number, len(jobs)):
                 self._start()
             for connection in list(self.processes)[: len(jobs)]:
                 running[connection] = _send(connection, function, waiting.pop())
             while running:
-                ready = wait(list(running), silence_s)
+                ready = wait([connection for connection in running if connection not in asked], silence_s)
                 if not ready:
                     raise UserError(
                         f"expected a worker process to report within {silence_s:g} s, found none that did; the "
                         "simulator hangs or the machine is overloaded: pass fewer --workers and run the command again"
                     )
                 for connection in [one for one in running if one in ready]:
-                    job, result = running.pop(connection), self._receive(connection)
+                    kind, result = self._receive(connection)
+                    if kind == QUESTION:
+                        asked[connection] = result
+                        continue
+                    job = running.pop(connection)
                     if waiting:
                         running[connection] = _send(connection, function, waiting.pop())
                     yield job, result
+                if asked and len(asked) == len(running):
+                    assert answer is not None
+                    order = [connection for connection in running if connection in asked]
+                    for connection, given in zip(order, answer([asked[one] for one in order]), strict=True):
+                        with suppress(ConnectionError):  # it died in between: the next wait reports it
+                            connection.send(given)
+                    asked.clear()
         except BaseException:  # or the caller stopped early: running jobs must not reply to the next call
             self.kill()
             raise
@@ -103,7 +126,8 @@ class WorkerPool:
         theirs.close()  # so that our end reports EOF when the worker dies
         self.processes[ours] = process
 
-    def _receive(self, connection: Connection) -> Any:
+    def _receive(self, connection: Connection) -> tuple[str, Any]:
+        """The result of a job or what it asks."""
         try:
             kind, value = connection.recv()
         except (EOFError, ConnectionError):
@@ -117,7 +141,7 @@ class WorkerPool:
             raise UserError(value)
         if kind == "error":
             raise RuntimeError(f"a worker failed:\n{value}")
-        return value
+        return kind, value
 
 
 def _send(connection: Connection, function: Callable[[Job], Any], job: Job) -> Job:
@@ -131,7 +155,16 @@ def describe_exit(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
+def ask(question: Any) -> Any:
+    """In a job of a WorkerPool: the answer of the process that runs the pool (see WorkerPool.run)."""
+    assert _to_parent is not None
+    _to_parent.send((QUESTION, question))
+    return _to_parent.recv()
+
+
 def _work(connection: Connection) -> None:
+    global _to_parent
+    _to_parent = connection
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent kills the workers
     while True:

@@ -13,12 +13,14 @@ def check_range(
     above: float | None = None,
     within: tuple[float, float] | None = None,
 ) -> None:
-    """Check these fields of ``config``; NaN is outside every range.
+    """Check these fields of ``config``; NaN is outside every range, None (not given) is not checked.
 
     ``prefix`` stands before a field's name in the message, such as "sft." or "--". Raises UserError.
     """
     for name in names:
         value = getattr(config, name)
+        if value is None:
+            continue
         if at_least is not None and not value >= at_least:
             raise UserError(f"expected {prefix}{name} >= {at_least}, found {value}")
         if above is not None and not value > above:

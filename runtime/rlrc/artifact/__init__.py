@@ -19,6 +19,7 @@ from rlrc.artifact.folder import (
     from_json,
     load,
     to_json,
+    weight_files,
 )
 from rlrc.artifact.spec import (
     FORMAT_VERSION,
@@ -47,6 +48,6 @@ __all__ = [
     "FORMAT_VERSION", "GOLDEN", "MANIFEST", "TOKENIZER", "WEIGHTS", "ActionSpec", "Artifact", "ArtifactError",
     "CameraSpec", "Draft", "FileSpec", "FlowSpec", "GraphSpec", "HistoryEntry", "LayerSpec", "Manifest", "NormStats",
     "PolicySpec", "PromptSpec", "QuantizationSpec", "StateSpec", "TensorSpec", "TokenSpec", "TowerSpec", "VerifiedSpec",
-    "check_output", "create_artifact", "from_json", "load", "to_json",
+    "check_output", "create_artifact", "from_json", "load", "to_json", "weight_files",
 ]
 # fmt: on

@@ -189,3 +189,11 @@ def _check_file(path: Path, spec: FileSpec, hashed: bool) -> None:
 
 
 WEIGHTS = "weights/model.safetensors"
+"""of a policy whose weights fit in one file; shards of larger ones: see ``weight_files``"""
+
+
+def weight_files(manifest: Manifest) -> tuple[str, ...]:
+    """The manifest's files with trainable weights, in order: ``WEIGHTS``, or its shards; none without weights."""
+    folder = PurePosixPath(WEIGHTS).parent
+    names = [name for name in manifest.files if PurePosixPath(name).parent == folder]
+    return tuple(sorted(name for name in names if name.endswith(".safetensors")))

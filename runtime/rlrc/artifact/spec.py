@@ -236,7 +236,7 @@ class VerifiedSpec:
 class HistoryEntry:
     """One stage: its full configuration, rlrc's version, the hash of the parent's manifest, its cost and metrics.
 
-    ``precision``: the precision of its matrix products, by type of device.
+    ``precision``: the precision of its matrix products, by type of device; ``device``: where torch computed.
     """
 
     stage: str
@@ -247,6 +247,7 @@ class HistoryEntry:
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, str] = field(default_factory=dict)
+    device: str = ""
 
 
 @dataclass(frozen=True)

@@ -155,10 +155,10 @@ def scales(like: Tensor, bits: int) -> Tensor:
 
 def build_in_torch(spec: PolicySpec, towers: Towers, dtype: torch.dtype) -> PolicyModule:
     """Build the policy with weights, one tensor at a time."""
-    policy, noise = build_shapes(spec, towers), make_noise()
+    policy, noise = build_shapes(spec, towers).to(dtype), make_noise()
     for module in policy.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                value = values(parameter.to(dtype), noise)
+                value = values(parameter, noise)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
     return policy.eval()

@@ -19,10 +19,10 @@ from rlrc.folders import replace_file
 from rlrc.runtime.inference import backends
 
 BASELINE = "dense"
-GEOMETRY, PEERS, STUDY = "claims of a geometry", "peers", "recovery study"
+GEOMETRY, PEERS, STUDY, REAL_SIZE = "claims of a geometry", "peers", "recovery study", "real size"
 GEOMETRY_POLICIES = ("dense", "compressed", "torch")  # policies in the claims of a geometry
-SEPARATE_KINDS = (GEOMETRY, PEERS, STUDY)
-"""Kinds of results whose rows are not joined with others: random weights, other runtimes, studies."""
+SEPARATE_KINDS = (GEOMETRY, PEERS, STUDY, REAL_SIZE)
+"""Kinds of results whose rows are not joined with others: random weights, other runtimes, studies, commands."""
 
 
 @dataclass(frozen=True)

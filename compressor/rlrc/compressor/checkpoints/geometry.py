@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rlrc.strict import encode
 
 DINOV2 = Vision(1024, 24, 4096, patch=14, tokens=256)  # ViT-L/14 with registers at 224 pixels
 SIGLIP = Vision(1152, 27, 4304, patch=14, tokens=256)  # SoViT-400M/14 at 224 pixels
-LLAMA2 = Language(4096, 32, 32, 32, 128, 11008)  # Llama 2 7B
+LLAMA2 = LLAMA_DEFAULTS = Language(4096, 32, 32, 32, 128, 11008)  # Llama 2 7B
 GEMMA_2B = Language(2048, 18, 8, 1, 256, 16384)
 GEMMA_300M = Language(1024, 18, 8, 1, 256, 4096)
 # The first 16 of 32 blocks of SmolVLM2-500M-Video-Instruct, and the expert of 0.75 times its width.
@@ -65,11 +66,11 @@ def _openvla(name: str) -> tuple[Folder, ReadOptions]:
         "vision_backbone_id": "dinosiglip-vit-so-224px",
         "llm_backbone_id": "llama2-7b-pure",
         "use_fused_vision_backbone": True,
-        "image_sizes": [224, 224],
+        "image_sizes": [_pixels(DINOV2)] * 2,
         "image_resize_strategy": "resize-naive",
         "n_action_bins": 256,
         "pad_to_multiple_of": 64,
-        "text_config": {"model_type": "llama", "vocab_size": PATCHED_LLAMA_VOCABULARY, "pad_token_id": 32000},
+        "text_config": _text_config(LLAMA2),
         "norm_stats": {"normalised": {"action": _bound_statistics(7, gripper=True), "proprio": _bound_statistics(8)}},
     }
     return Folder(Path(name), config, tensors), ReadOptions()
@@ -106,7 +107,7 @@ def _pi0(name: str) -> tuple[Folder, ReadOptions]:
         "num_inference_steps": 10,
         "min_period": 4e-3,
         "max_period": 4.0,
-        "image_resolution": [224, 224],
+        "image_resolution": [_pixels(SIGLIP)] * 2,
         "empty_cameras": 0,
         "tokenizer_max_length": 200 if adaptive else 48,
         "normalization_mapping": _modes("IDENTITY", "QUANTILES" if adaptive else "MEAN_STD"),
@@ -126,7 +127,7 @@ def _smolvla(name: str) -> tuple[Folder, ReadOptions]:
         "n_action_steps": 50,
         "max_state_dim": 32,
         "max_action_dim": 32,
-        "resize_imgs_with_padding": [512, 512],
+        "resize_imgs_with_padding": [_pixels(SMOLVLM_VISION)] * 2,
         "empty_cameras": 0,
         "tokenizer_max_length": 48,
         "num_steps": 10,
@@ -134,7 +135,7 @@ def _smolvla(name: str) -> tuple[Folder, ReadOptions]:
         "prefix_length": 0,
         "pad_language_to": "max_length",
         "num_expert_layers": 0,
-        "num_vlm_layers": 16,
+        "num_vlm_layers": SMOLLM2.depth,
         "self_attn_every_n_layers": 2,
         "expert_width_multiplier": 0.75,
         "min_period": 4e-3,
@@ -179,6 +180,25 @@ GEOMETRIES: dict[str, Callable[[str], tuple[Folder, ReadOptions]]] = {
     "smolvla-450m": _smolvla,
     "act": _act,
 }
+
+
+def _pixels(vision: Vision) -> int:
+    """Height and width of the square pictures."""
+    return isqrt(vision.tokens) * vision.patch
+
+
+def _text_config(llama: Language) -> dict[str, Any]:
+    """As saved by transformers 4.40.1: only what differs from LlamaConfig's defaults, which are Llama 2 7B."""
+    dimensions = {
+        "hidden_size": llama.width,
+        "intermediate_size": llama.mlp,
+        "num_hidden_layers": llama.depth,
+        "num_attention_heads": llama.heads,
+        "num_key_value_heads": llama.kv_heads,
+        "head_dim": llama.head_dim,
+    }
+    kept = {"model_type": "llama", "vocab_size": PATCHED_LLAMA_VOCABULARY, "pad_token_id": 32000}
+    return kept | (dimensions if llama != LLAMA_DEFAULTS else {})
 
 
 def _bound_statistics(dim: int, gripper: bool = False) -> dict[str, list[Any]]:

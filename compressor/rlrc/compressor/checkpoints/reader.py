@@ -1,16 +1,13 @@
 """Reads checkpoint folders as policies: recognises the family, checks every tensor, and loads the weights.
 
-No code of the folder runs, nothing is unpickled, and nothing is downloaded. The weights are read tensor by tensor into
-a module on the meta device, so memory never holds two copies of them.
+No code of the folder runs, nothing is unpickled, and nothing is downloaded. Weights keep the type in which they are
+stored (see rlrc.compressor.models.weights).
 """
 
 from __future__ import annotations
 
 import difflib
 import sys
-
-import torch
-from torch import Tensor, nn
 
 from rlrc.artifact.consistency import check_policy
 from rlrc.checkpoint_folder import describe_path
@@ -24,8 +21,10 @@ from rlrc.compressor.models.families import FAMILIES
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.weights import set_tensor
 from rlrc.errors import UserError
 
+MAPPED = 1_000_000_000  # bytes
 UNSUPPORTED = ("pi0_fast", "pi0fast")  # similar names, but other architectures
 
 
@@ -48,24 +47,24 @@ def layout(folder: Folder, options: ReadOptions) -> Layout:
     raise UserError(f"{expected} {kind!r} in {folder.path / CONFIG}; {near}")
 
 
-def read(
-    folder: Folder, options: ReadOptions | None = None, dtype: torch.dtype | None = torch.float32
-) -> tuple[PolicyModule, Layout]:
-    """The policy in evaluation mode, its floating-point weights in ``dtype`` (None: as stored).
+def read(folder: Folder, options: ReadOptions | None = None) -> tuple[PolicyModule, Layout]:
+    """The policy in evaluation mode, with the weights as stored.
 
-    Peak memory is that of the weights and one more tensor. Raises UserError for tensors that are missing, left over or
-    of another shape than the geometry says.
+    Weights of ``MAPPED`` bytes or more are views of the mapped files, which must not change meanwhile (see
+    ``Tensors.check_unchanged``), unless they are stored otherwise than the policy has them (joined, permuted).
+
+    Raises UserError for tensors that are missing, left over or of another shape than the geometry says.
     """
     found = layout(folder, options or ReadOptions())
     policy = build(found)
     check(folder, found, policy)
     files = sources(folder, found)
-    for name, stored in policy.state_dict().items():
+    large = sum(tensors.meta(name).nbytes for tensors in files.values() for name in tensors) >= MAPPED
+    for name in policy.state_dict():
         origin = found.origins[name]
         tensors = files[origin.file]
         tensor = weights.convert(origin, [tensors.read_finite(source) for source in origin.names])
-        wanted = dtype if dtype is not None and stored.is_floating_point() else tensor.dtype
-        _assign(policy, name, tensor.to(wanted, copy=True).contiguous())
+        set_tensor(policy, name, tensor.contiguous() if large else tensor.contiguous().clone())
     return policy.eval(), found
 
 
@@ -122,12 +121,3 @@ def sources(folder: Folder, layout: Layout) -> dict[str, Tensors]:
             virtual = folder.virtual.get(origin.file)
             files[origin.file] = weights.of_pt(folder.path / origin.file) if virtual is None else virtual
     return files
-
-
-def _assign(policy: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = policy.get_submodule(owner)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        module._buffers[leaf] = tensor

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.checkpoints import reader, tokenizers
 from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
+from rlrc.compressor.models.device import CPU, of_module
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.runtime.inference import preprocess
 from rlrc.runtime.inference.decode import NoAction
@@ -34,13 +35,13 @@ class TorchPolicy:
         self.reset()
 
     @staticmethod
-    def from_folder(folder: Folder, options: ReadOptions) -> TorchPolicy:
-        """The policy of a checkpoint folder, in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
+    def from_folder(folder: Folder, options: ReadOptions, where: torch.device = CPU) -> TorchPolicy:
+        """The policy of a checkpoint folder in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
         layout = reader.layout(folder, options)
         reader.print_assumptions(layout)
         spec = layout.spec
         tokenizer = tokenizer_of(folder, options, spec)
-        return TorchPolicy(spec, tokenizer, lambda: reader.read(folder, options)[0])
+        return TorchPolicy(spec, tokenizer, lambda: reader.read(folder, options)[0].to(where))
 
     def reset(self) -> None:
         """Resets the generator of a flow policy's noise, as rlrc.runtime.inference.policy.LocalPolicy does."""
@@ -57,9 +58,10 @@ class TorchPolicy:
         policy = self._policy = self._policy or self._load().eval()
         loaded = perf_counter()
         with torch.inference_mode():
-            outputs = policy.act(inputs)
+            outputs = policy.act(inputs.to(of_module(policy)))
+        chunk = outputs.actions[0].cpu()  # waits for an accelerator
         decoded = perf_counter()
-        actions = preprocess.unnormalise(outputs.actions[0].numpy(), self.spec.action.norm)
+        actions = preprocess.unnormalise(chunk.numpy(), self.spec.action.norm)
         if not np.isfinite(actions).all():
             raise NoAction("expected finite actions, found nan or inf; check the weights")
         timing = InferenceTiming(
@@ -68,9 +70,8 @@ class TorchPolicy:
             decoder_ms=(decoded - loaded) * 1e3,
             postprocess_ms=(perf_counter() - decoded) * 1e3,
         )
-        return Result(
-            actions=actions, tokens=None if outputs.tokens is None else outputs.tokens[0].numpy(), timing=timing
-        )
+        tokens = None if outputs.tokens is None else outputs.tokens[0].cpu().numpy()
+        return Result(actions=actions, tokens=tokens, timing=timing)
 
     def _inputs(self, observation: Mapping[str, Any]) -> Inputs:
         """A batch of one."""

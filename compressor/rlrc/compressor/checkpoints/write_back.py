@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.weights import tensors_of
 from rlrc.compressor.quantize.padding import unpad_policy
 from rlrc.errors import UserError
 from rlrc.folders import create_folder, sync
@@ -37,7 +39,7 @@ def write_checkpoint(policy: PolicyModule, like: Folder, out: Path, options: Rea
     policy = unpad_policy(policy, expected.towers)
     _check_geometry(policy, expected, like)
     _check_normalisation(policy.spec, expected.spec, like)
-    files, state = reader.sources(like, layout), policy.state_dict()
+    files, state = reader.sources(like, layout), tensors_of(policy)
     with create_folder(out) as partial:
         written = {path: tensors for tensors in files.values() for path in tensors.paths}
         for path in sorted(like.path.rglob("*")):
@@ -58,7 +60,7 @@ def write_checkpoint(policy: PolicyModule, like: Folder, out: Path, options: Rea
 class _NewTensors:
     """The new tensors of one file of the checkpoint, each made from the policy's when it is requested."""
 
-    def __init__(self, state: dict[str, Tensor], layout: Layout, old: Tensors) -> None:
+    def __init__(self, state: Mapping[str, Tensor], layout: Layout, old: Tensors) -> None:
         self.old, self.state, self.layout = old, state, layout
         self.ours: dict[str, list[str]] = {}  # by the checkpoint's tensor, the policy's tensors made of it
         for ours, origin in layout.origins.items():

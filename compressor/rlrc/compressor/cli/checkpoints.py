@@ -18,6 +18,7 @@ from rlrc.compressor.checkpoints.torch_policy import TorchPolicy
 from rlrc.compressor.checkpoints.write_back import write_checkpoint
 from rlrc.compressor.cli.describe import describe_checkpoint, print_checkpoint
 from rlrc.compressor.cli.threads import set_threads
+from rlrc.compressor.models import device
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.folders import check_output
 from rlrc.tables import plain_console
@@ -52,10 +53,10 @@ def inspect(path: Path | None, geometry: str | None, flags: Flags, as_json: bool
             console.print(f"next: {following}")
 
 
-def policy(path: Path, flags: Flags, threads: int) -> TorchPolicy:
-    """The policy of a checkpoint folder, for inference with torch."""
+def policy(path: Path, flags: Flags, threads: int, where: str) -> TorchPolicy:
+    """The policy of a checkpoint folder, for inference with torch on this device (see device.pick)."""
     set_threads(threads)
-    return TorchPolicy.from_folder(open_folder(hub.locate(path)), options_of(flags))
+    return TorchPolicy.from_folder(open_folder(hub.locate(path)), options_of(flags), device.use(where))
 
 
 @dataclass(frozen=True)

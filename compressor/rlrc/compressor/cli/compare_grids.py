@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.threads import set_threads
+from rlrc.compressor.models import device
+from rlrc.compressor.models.scratch import Scratch
 from rlrc.compressor.quantize.compare import GRIDS, RoundingRow, compare
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import check_unquantized, open_source
@@ -30,18 +33,22 @@ class CompareGrids:
     """artifact to round"""
     threads: int = field(default_factory=cores)
     """threads of torch (default: as many cores as this process may use)"""
+    device: str = "auto"
+    """where torch computes: auto (the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N or mps"""
     checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
 
     def run(self) -> None:
         set_threads(self.threads)
+        where = device.use(self.device)
         source = open_source(self.path, self.checkpoint)
         check_unquantized(source, self.path)
-        policy = source.load()
-        rows = list[RoundingRow]()
+        policy = source.load().to(where)
+        inputs = [one.to(where) for one in every_input(policy.spec, source.observations())]
+        rows, scratch = list[RoundingRow](), Scratch(Path(tempfile.gettempdir()))
         with progress("compare-grids", len(GRIDS)) as report:
-            for row in compare(policy, every_input(policy.spec, source.observations())):
+            for row in compare(policy, inputs, allocate=scratch.empty):
                 rows.append(row)
                 report(len(rows), row.grid)
         if self.json:

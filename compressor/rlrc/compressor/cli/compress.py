@@ -19,9 +19,9 @@ from rlrc.compressor.cli.runners import runner
 from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.stages.recipe import load
 from rlrc.compressor.stages.sources import PolicySource, open_source
-from rlrc.compressor.stages.stage import StageOptions
+from rlrc.compressor.stages.stage import StageOptions, complete_config
 from rlrc.compressor.training import distributed
-from rlrc.compressor.training.distill import DistillConfig
+from rlrc.compressor.training.distill import DistillOptions
 from rlrc.errors import Interrupted, UserError
 from rlrc.folders import check_output
 from rlrc.progress import status
@@ -68,7 +68,7 @@ def compress(
     folder.mkdir(parents=True, exist_ok=True)
     current = source
     for name, config in recipe.items():
-        default_teacher = isinstance(config, DistillConfig) and not config.teacher
+        default_teacher = isinstance(config, DistillOptions) and not config.teacher
         if default_teacher:
             config = dataclasses.replace(config, teacher=str(source))
         target, source_flags = folder / name, (flags if current is source else None) or Flags()
@@ -99,7 +99,7 @@ def _explain_interruption(step: str) -> Iterator[None]:
 def check_same(finished: Path, name: str, source: PolicySource, config: Any, precision: PrecisionOption) -> None:
     """Raises UserError for a finished stage that is not what the recipe would do now."""
     *earlier, entry = artifacts.load(finished).manifest.history
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    wanted = json.loads(json.dumps(dataclasses.asdict(complete_config(config, source)[0])))
     # A checkpoint folder has no digest, but the first entry of the history identifies it.
     same = [(e.stage, e.config) for e in earlier] == [(e.stage, e.config) for e in source.history]
     same &= precision == "auto" or {precision}.issuperset(entry.precision.values())

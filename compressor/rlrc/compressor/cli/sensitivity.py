@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc import strict
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.threads import set_threads
+from rlrc.compressor.models import device
 from rlrc.compressor.prune.sensitivity_report import KINDS, SensitivityReport
 from rlrc.compressor.stages.sensitivity import SensitivityConfig, measure
 from rlrc.compressor.stages.sources import open_source
@@ -38,12 +39,15 @@ class Sensitivity:
     config: OmitArgPrefixes[SensitivityConfig] = field(default_factory=SensitivityConfig)
     threads: int = field(default_factory=cores)
     """threads of torch (default: as many cores as this process may use)"""
+    device: str = "auto"
+    """where torch computes: auto (the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N or mps"""
     checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
     json: bool = False
     """print the result as JSON"""
 
     def run(self) -> None:
         set_threads(self.threads)
+        where = device.use(self.device)
         for file in (self.out, self.picture):
             if file is not None:
                 check_output(file)
@@ -52,7 +56,7 @@ class Sensitivity:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         journal = self.out.with_name(f".{self.out.name}.run")
         with translate_storage_errors(self.out):
-            report = measure(open_source(self.path, self.checkpoint), str(self.path), self.config, journal)
+            report = measure(open_source(self.path, self.checkpoint), str(self.path), self.config, journal, where)
         text = json.dumps(strict.encode(report), indent=1)
         with replace_file(self.out) as partial:
             partial.write_text(text + "\n")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from tyro.conf import OmitArgPrefixes
 
 from rlrc.compressor.cli.stages import CheckpointStageCommand, StageCommand
-from rlrc.compressor.rl.config import PPOConfig
-from rlrc.compressor.training.distill import DistillConfig
-from rlrc.compressor.training.sft import SFTConfig
+from rlrc.compressor.rl.config import PPOOptions
+from rlrc.compressor.training.config import SFTOptions
+from rlrc.compressor.training.distill import DistillOptions
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SFT(CheckpointStageCommand):
     """
 
     stage = "sft"
-    config: OmitArgPrefixes[SFTConfig] = field(default_factory=SFTConfig)
+    config: OmitArgPrefixes[SFTOptions] = field(default_factory=SFTOptions)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Distill(CheckpointStageCommand):
     """Train a pruned policy on demonstrations and on the hidden states of its dense teacher."""
 
     stage = "distill"
-    config: OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
+    config: OmitArgPrefixes[DistillOptions] = field(default_factory=DistillOptions)
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,4 @@ class RL(StageCommand):
     """Reinforcement learning (PPO) on the policy's own episodes."""
 
     stage = "rl"
-    config: OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+    config: OmitArgPrefixes[PPOOptions] = field(default_factory=PPOOptions)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.detr import Transformer
+from rlrc.compressor.models.nn.linear import Linear
 from rlrc.compressor.models.nn.resnet import ResNet, feature_size
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
@@ -45,15 +46,15 @@ class ACTPolicy(PolicyModule):
         self.geometry = g = parse_geometry(ACTGeometry, spec)
         width = towers["encoder"].width
         self.vision = ResNet(g.stem, g.blocks, g.widths, g.outputs, g.bottleneck, g.dilated)
-        self.projector = nn.Linear(g.outputs[-1], width)
+        self.projector = Linear(g.outputs[-1], width)
         self.latent = nn.Parameter(torch.zeros(width))
-        self.state = nn.Linear(g.state, width) if g.state else None
-        self.environment = nn.Linear(g.environment, width) if g.environment else None
+        self.state = Linear(g.state, width) if g.state else None
+        self.environment = Linear(g.environment, width) if g.environment else None
         self.position = nn.Parameter(torch.zeros(1 + bool(g.state) + bool(g.environment), width))
         self.query = nn.Parameter(torch.zeros(spec.action.horizon, width))
         self.encoder = Transformer(towers["encoder"], g.pre_norm, normed=g.pre_norm)
         self.decoder = Transformer(towers["decoder"], g.pre_norm, normed=True)
-        self.head = nn.Linear(width, spec.action.dim)
+        self.head = Linear(width, spec.action.dim)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.projector(self.vision(pixels)).flatten(1, 2)

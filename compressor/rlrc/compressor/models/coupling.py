@@ -48,8 +48,9 @@ class Group:
 
     def indices(self, parts: Tensor, fused: int = 1) -> Tensor:
         """Indices of the parts' rows in each of the fused layers (with ``fused`` 1: also their columns)."""
-        rows = (parts[:, None] * self.size + torch.arange(self.size)).flatten()
-        return (torch.arange(fused)[:, None] * self.number * self.size + rows).flatten()
+        own, stacked = (torch.arange(count, device=parts.device) for count in (self.size, fused))
+        rows = (parts[:, None] * self.size + own).flatten()
+        return (stacked[:, None] * self.number * self.size + rows).flatten()
 
     def sum_parts(self, layer: str, importance: Tensor) -> Tensor:
         """Importance of the weights of one layer, summed for every part (number,), in float32."""
@@ -60,7 +61,7 @@ class Group:
     def select_best(self, scores: Tensor, count: int) -> Tensor:
         """Indices of the ``count`` parts to keep, by score, in ascending order."""
         runs = scores.unflatten(0, (self.kv_groups, -1))
-        first = torch.arange(self.kv_groups)[:, None] * runs.shape[1]
+        first = torch.arange(self.kv_groups, device=scores.device)[:, None] * runs.shape[1]
         return (runs.topk(count // self.kv_groups).indices.sort().values + first).flatten()
 
     def count_left(self, ratio: float) -> int:

@@ -6,14 +6,15 @@ caller disables them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlrc.artifact import ActionSpec, PolicySpec
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.policy import Inputs, Outputs
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers
@@ -74,11 +75,11 @@ def autoregressive(policy: Autoregressive, inputs: Inputs) -> Outputs:
     Only prompts of equal length are decoded together, so that no padding is needed.
     """
 
-    def decode(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    def decode(image_tokens: Tensor, ids: Tensor, rows: Rows) -> Tensor:
         return _greedy(policy, image_tokens, ids)
 
     assert inputs.ids is not None
-    logits = map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, decode)
+    logits = map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.lengths, decode)
     return outputs_from_logits(logits, policy.spec.action)
 
 
@@ -86,22 +87,47 @@ def teacher_force(policy: Autoregressive, inputs: Inputs, tokens: Tensor) -> Ten
     """Logits (B, horizon, dim, rows), each conditioned on the given tokens (B, horizon, dim) that precede it."""
     given = tokens.flatten(1)
 
-    def force(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        sequence = torch.cat([ids, given[rows, :-1]], 1)
+    def force(image_tokens: Tensor, ids: Tensor, rows: Rows) -> Tensor:
+        sequence = torch.cat([ids, given[rows.index, :-1]], 1)
         return policy.last_logits(image_tokens, sequence, given.shape[1]).unflatten(1, tokens.shape[1:])
 
     assert inputs.ids is not None
-    return map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, force)
+    return map_by_length(encode_images(policy, inputs), inputs.ids, inputs.mask, inputs.lengths, force)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch: their numbers, on the host, and what selects them on the device."""
+
+    numbers: Sequence[int]
+    index: Tensor | slice
 
 
 def map_by_length(
-    image_tokens: Tensor, ids: Tensor, mask: Tensor | None, one: Callable[[Tensor, Tensor, Tensor], Tensor]
+    image_tokens: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    lengths: tuple[int, ...] | None,
+    one: Callable[[Tensor, Tensor, Rows], Tensor],
 ) -> Tensor:
-    """Apply ``one(image_tokens, ids, rows)`` to the rows of each prompt length, and restore the order of the rows."""
-    lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
-    groups = [(lengths == length).nonzero()[:, 0].to(ids.device) for length in lengths.unique()]
-    found = [one(image_tokens[rows], ids[rows, : int(lengths[rows[0]])], rows) for rows in groups]
-    return torch.cat(found)[torch.cat(groups).argsort()]
+    """Apply ``one(image_tokens, ids, rows)`` to the rows of each prompt length, and restore the order of the rows.
+
+    ``lengths``: see Inputs. Without them the mask is read, for which the host waits.
+    """
+    every = Rows(range(len(ids)), slice(None))
+    if mask is None:
+        return one(image_tokens, ids, every)
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(mask.sum(1).tolist() if lengths is None else lengths):
+        groups.setdefault(length, []).append(row)
+    if len(groups) == 1:
+        return one(image_tokens, ids[:, : next(iter(groups))], every)
+    found = list[Tensor]()
+    for length in sorted(groups):
+        index = upload(torch.tensor(groups[length]), ids.device)
+        found.append(one(image_tokens[index], ids[index, :length], Rows(groups[length], index)))
+    order = torch.tensor([row for length in sorted(groups) for row in groups[length]]).argsort()
+    return torch.cat(found)[upload(order, ids.device)]
 
 
 def _greedy(policy: Autoregressive, image_tokens: Tensor, ids: Tensor) -> Tensor:
@@ -126,7 +152,7 @@ def flow(policy: Flow, inputs: Inputs) -> Outputs:
     batch, steps = len(image_tokens), spec.flow.steps
     x = inputs.noise
     if x is None:
-        x = torch.randn(batch, spec.action.horizon, spec.flow.width, device=image_tokens.device)
+        x = upload(torch.randn(batch, spec.action.horizon, spec.flow.width), image_tokens.device)
     for i in range(steps):
         t = torch.full((batch,), 1 - i / steps, device=x.device)
         x = x - policy.velocity(past, mask, inputs.state, x, t) / steps
@@ -153,8 +179,8 @@ def outputs_from_rows(rows: Tensor, action: ActionSpec) -> Outputs:
     """Rows (B, horizon, dim) of the logits -> their tokens, and the centres of the tokens' bins."""
     tokens = _offset(action) + rows
     bins = tokens if action.tokens is None else (action.tokens.first - tokens).clamp(0, action.bins - 1)
-    centers = torch.from_numpy(bin_centers(action.bins)).to(bins.device)
-    return Outputs(centers[bins].float(), tokens)
+    centers = upload(torch.from_numpy(bin_centers(action.bins)), bins.device)
+    return Outputs(centers[bins], tokens)
 
 
 def _offset(action: ActionSpec) -> int:

@@ -14,11 +14,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
+from rlrc.compressor.models.device import widest_float
 from rlrc.compressor.models.nn.decoder import Decoder, KeyValue
+from rlrc.compressor.models.nn.linear import Embedding, Linear
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
@@ -60,8 +62,8 @@ class FlowPolicy(PolicyModule):
 
         self.grid = (spec.cameras[0].height // geometry.patch, spec.cameras[0].width // geometry.patch)
         self.vision = VisionTransformer(vision, self.grid, (geometry.patch,))
-        self.projector = nn.Linear(vision.width * geometry.merge**2, decoder.width, bias=geometry.bias)
-        self.embedding = nn.Embedding(geometry.vocabulary, decoder.width)
+        self.projector = Linear(vision.width * geometry.merge**2, decoder.width, bias=geometry.bias)
+        self.embedding = Embedding(geometry.vocabulary, decoder.width)
         self.decoder = Decoder(decoder)
         self.stride = prefix_stride(towers)
         attended = replace(decoder, layers=decoder.layers[:: self.stride])
@@ -69,12 +71,12 @@ class FlowPolicy(PolicyModule):
         if geometry.state != "prompt":
             assert spec.state is not None
             numbers = spec.state.width or len(spec.state.names)
-            self.state = nn.Linear(numbers, decoder.width if geometry.state == "prefix" else width)
-        self.action_in = nn.Linear(spec.flow.width, width)
-        self.action_out = nn.Linear(width, spec.flow.width)
+            self.state = Linear(numbers, decoder.width if geometry.state == "prefix" else width)
+        self.action_in = Linear(spec.flow.width, width)
+        self.action_out = Linear(width, spec.flow.width)
         if not expert.tabulated:
-            self.time_in = nn.Linear(width if expert.norm == "adaptive" else 2 * width, width)
-            self.time_out = nn.Linear(width, width)
+            self.time_in = Linear(width if expert.norm == "adaptive" else 2 * width, width)
+            self.time_out = Linear(width, width)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pictures of one camera (B, H, W, 3) -> image tokens (B, N, prefix width)."""
@@ -120,7 +122,7 @@ class FlowPolicy(PolicyModule):
         ``past`` and ``mask`` come from ``prefix``. Integer t are indices of flow steps.
         """
         sequence, condition = self.suffix(state, x, t)
-        sequence = sequence.to(self.action_in.weight.dtype)  # under autocast too
+        sequence = sequence.to(self.action_in.bias.dtype)  # under autocast too
         length, before = sequence.shape[1], past[0][0].shape[2]
         index = torch.arange(length, device=x.device)
         blocked, positions = self._later(index), index + before
@@ -153,19 +155,20 @@ class FlowPolicy(PolicyModule):
         assert self.spec.flow is not None
         if self.towers["expert"].tabulated:
             return ((1 - t) * self.spec.flow.steps).round().long() if t.is_floating_point() else t
-        return F.silu(self.time_out(F.silu(self.time_in(self.time(t).to(self.time_in.weight.dtype)))))
+        return F.silu(self.time_out(F.silu(self.time_in(self.time(t).to(self.time_in.bias.dtype)))))
 
     def time(self, t: Tensor) -> Tensor:
         """Sines and cosines (B, expert width) of times (B,) in [0, 1]; integers are indices of flow steps.
 
-        Computed in float64: at the shortest period, 1 / 250, float32 would be off by 1e-4.
+        Computed in float64, where there is one: at the shortest period, 1 / 250, float32 would be off by 1e-4.
         """
         assert self.spec.flow is not None
         shortest, longest = self.geometry.periods
-        fraction = torch.linspace(0, 1, self.towers["expert"].width // 2, dtype=torch.float64, device=t.device)
+        wide = widest_float(t.device)
+        fraction = torch.linspace(0, 1, self.towers["expert"].width // 2, dtype=wide, device=t.device)
         # The drivers pass times in float32.
-        t = t if t.is_floating_point() else (1 - t.double() / self.spec.flow.steps).float()
-        angle = t[:, None].double() * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
+        t = t if t.is_floating_point() else (1 - t.to(wide) / self.spec.flow.steps).float()
+        angle = t[:, None].to(wide) * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def _later(self, index: Tensor) -> Tensor | None:

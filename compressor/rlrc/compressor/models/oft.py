@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import additive
+from rlrc.compressor.models.nn.linear import Linear
 from rlrc.compressor.models.nn.prismatic import PrismaticPolicy, gelu_mlp
 from rlrc.compressor.models.policy import Inputs, Outputs
 
@@ -30,11 +31,11 @@ class RegressionHead(nn.Module):
     def __init__(self, inputs: int, width: int, blocks: int, dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(inputs)
-        self.input = nn.Linear(inputs, width)
-        block = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU()) for _ in range(blocks)]
+        self.input = Linear(inputs, width)
+        block = [nn.Sequential(nn.LayerNorm(width), Linear(width, width), nn.ReLU()) for _ in range(blocks)]
         self.blocks = nn.ModuleList(block)
         self.norm2 = nn.LayerNorm(width)
-        self.output = nn.Linear(width, dim)
+        self.output = Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.input(self.norm1(x)))
@@ -53,7 +54,7 @@ class OFTPolicy(PrismaticPolicy):
         if action.tokens is None:
             self.head: nn.Module = RegressionHead(action.dim * width, geometry.head, geometry.head_blocks, action.dim)
         else:
-            self.head = nn.Linear(width, action.tokens.rows, bias=False)
+            self.head = Linear(width, action.tokens.rows, bias=False)
 
     def sequence(self, image_tokens: Tensor, ids: Tensor, state: Tensor | None) -> Tensor:
         """The decoder's input (B, T, width). The chunk's positions are the last ones before </s>."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
+from rlrc.compressor.models.device import upload
 from rlrc.errors import UserError
 
 Geometry = TypeVar("Geometry")
@@ -20,7 +23,8 @@ class Inputs:
 
     ``pixels`` (B, H, W, C) of every present camera, in the policy's order of cameras; ``ids`` (B, L), padded on the
     right where ``mask`` (B, L) is false (None: no padding, or padding is read as tokens); ``state`` (B, S), normalised;
-    ``noise`` (B, horizon, width) for flow policies.
+    ``noise`` (B, horizon, width) for flow policies. ``lengths``: how many ids of each row the mask leaves, known to the
+    host without asking the device (None: read from the mask).
     """
 
     pixels: list[Tensor]
@@ -28,6 +32,23 @@ class Inputs:
     state: Tensor | None = None
     mask: Tensor | None = None
     noise: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """With every tensor changed."""
+        given = (self.ids, self.state, self.mask, self.noise)
+        ids, state, mask, noise = (None if x is None else change(x) for x in given)
+        return Inputs([change(pixels) for pixels in self.pixels], ids, state, mask, noise, self.lengths)
+
+    def to(self, device: torch.device) -> Inputs:
+        return self.each(lambda tensor: upload(tensor, device))
+
+
+def select_lengths(lengths: tuple[int, ...] | None, rows: slice | Tensor) -> tuple[int, ...] | None:
+    """The lengths of these rows. Indices should be on the host."""
+    if lengths is None:
+        return None
+    return lengths[rows] if isinstance(rows, slice) else tuple(lengths[row] for row in rows.tolist())
 
 
 @dataclass

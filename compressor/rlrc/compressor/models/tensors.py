@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,8 +36,8 @@ DTYPES = {
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Tensors:
-    """Tensors by name. Iteration, length and ``in`` are over the names; ``shape`` and ``dtype`` read no data.
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name, each read or computed on access. ``meta``, ``shape`` and ``dtype`` read no data.
 
     ``origin`` names them in messages; ``file`` is "" for the model's weights, else the file's name (Part.file);
     ``paths`` are the files that contain them, if any.
@@ -44,15 +46,20 @@ class Tensors:
     def __init__(
         self,
         origin: str,
-        stored: dict[str, Tensor],
+        stored: Mapping[str, Tensor],
         read: Callable[[str], Tensor] | None = None,
         file: str = "",
         paths: tuple[Path, ...] = (),
         aliases: Mapping[str, str] | None = None,
+        computed: frozenset[str] = frozenset(),
     ) -> None:
-        """``stored``: on the meta device if ``read`` returns the data; ``aliases``: names in the file -> names here."""
+        """``stored``: on the meta device if ``read`` returns the data; ``aliases``: names in the file -> names here.
+
+        ``computed``: tensors that take memory when they are read; a layer reads its weight whenever it computes.
+        """
         self.origin, self.file, self.paths, self.aliases = origin, file, paths, aliases or {}
-        self._stored, self._read = stored, read
+        self._stored, self._read, self.computed = dict(stored), read, computed
+        self._states = [_file_state(path) for path in paths]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -62,6 +69,9 @@ class Tensors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
 
     def rename(self, names: Mapping[str, str]) -> Tensors:
         """The same tensors under other names. ``names`` maps every name in the files to a new one.
@@ -113,15 +123,33 @@ class Tensors:
         return len(found)
 
     def read(self, name: str) -> Tensor:
-        """The data as stored. It may be a view of a mapped file; copy it to keep it."""
+        """The data as stored. It may be a view of a mapped file, which takes no memory of its own."""
         self.meta(name)
         return self._stored[name] if self._read is None else self._read(name)
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if one of the files has changed since these tensors were opened."""
+        for path, state in zip(self.paths, self._states, strict=True):
+            if _file_state(path) != state:
+                raise UserError(
+                    f"expected {path} as it was at the start, found a file that has changed meanwhile; run the command "
+                    "again"
+                )
 
     def read_finite(self, name: str) -> Tensor:
         """As ``read``. Raises UserError, naming the tensor, for nan or inf in it."""
         tensor = self.read(name)
         check_finite(tensor, name, self.origin)
         return tensor
+
+
+def _file_state(path: Path) -> tuple[int, int] | None:
+    """Size, and time of the last change; None if the file is gone, which mapped tensors survive."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def largest_magnitude(tensor: Tensor) -> float:
@@ -161,8 +189,13 @@ def tensors_from_shapes(
     return Tensors(origin, stored, file=file)
 
 
-def tensors_from_safetensors(files: Iterable[Path], origin: str, file: str = "") -> Tensors:
-    """The tensors of one or several safetensors files. Raises UserError for a damaged one."""
+def tensors_from_safetensors(
+    files: Iterable[Path], origin: str, file: str = "", advice: str = "copy that file again"
+) -> Tensors:
+    """The tensors of one or several safetensors files, as views of the mapped files.
+
+    Raises UserError with the ``advice`` for a damaged file.
+    """
     stored, where = dict[str, Tensor](), dict[str, Path]()
     for path in files:
         try:
@@ -175,11 +208,15 @@ def tensors_from_safetensors(files: Iterable[Path], origin: str, file: str = "")
                     stored[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
                     where[name] = path
         except (OSError, SafetensorError) as error:
-            raise unreadable("safetensors in", path, error, "copy that file again") from None
+            raise unreadable("safetensors in", path, error, advice) from None
+
+    @cache
+    def mapped(path: Path) -> Any:
+        opened: Any = safe_open(path, "pt")
+        return opened.__enter__()  # released with the last of its tensors
 
     def read(name: str) -> Tensor:
-        # Opened again for every tensor, so that the mapped memory is released together with the tensor.
-        with safe_open(where[name], "pt") as opened:
-            return opened.get_tensor(name)
+        tensor: Tensor = mapped(where[name]).get_tensor(name)
+        return tensor
 
     return Tensors(origin, stored, read, file, tuple(dict.fromkeys(where.values())))

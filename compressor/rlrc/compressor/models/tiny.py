@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models import decode
 from rlrc.compressor.models.nn.decoder import Decoder
+from rlrc.compressor.models.nn.linear import Embedding, Linear
 from rlrc.compressor.models.nn.vit import VisionTransformer, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, parse_geometry
 
@@ -48,12 +49,12 @@ class TinyPolicy(PolicyModule):
         self.image_tokens = grid[0] * grid[1] // geometry.merge**2
 
         self.vision = VisionTransformer(vision, grid, geometry.stem_factors, geometry.stem_widths, fused=False)
-        self.projector = nn.Linear(vision.width * geometry.merge**2, decoder.width)
-        self.embedding = nn.Embedding(geometry.vocabulary, decoder.width)
-        self.state = nn.Linear(len(spec.state.names), decoder.width)
+        self.projector = Linear(vision.width * geometry.merge**2, decoder.width)
+        self.embedding = Embedding(geometry.vocabulary, decoder.width)
+        self.state = Linear(len(spec.state.names), decoder.width)
         self.query = nn.Parameter(nn.init.normal_(torch.empty(spec.action.horizon, decoder.width), std=0.02))
         self.decoder = Decoder(decoder, fused=False)
-        self.head = nn.Linear(decoder.width, spec.action.dim * spec.action.bins, bias=False)
+        self.head = Linear(decoder.width, spec.action.dim * spec.action.bins, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -1,11 +1,17 @@
-"""Loads a policy's weights into its module, and checks and counts them."""
+"""Loads a policy's weights into its module, and checks, counts and narrows them.
+
+Weights of linear layers and embeddings keep the type in which they are stored, and may be views of a mapped file (see
+rlrc.compressor.models.nn.linear). All other tensors are small, and copied to float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlrc.artifact import (
     ArtifactError,
@@ -13,8 +19,34 @@ from rlrc.artifact import (
     TowerSpec,
 )
 from rlrc.compressor.models.meta import build_on_meta
+from rlrc.compressor.models.nn.linear import Stored
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import check_finite
+from rlrc.compressor.models.tensors import Tensors, check_finite
+
+KEPT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PolicyWeights:
+    """A policy whose tensors are computed when they are read, so that a stage can write them one by one."""
+
+    spec: PolicySpec
+    towers: dict[str, TowerSpec]
+    tensors: Tensors
+
+    @staticmethod
+    def of(policy: PolicyModule | PolicyWeights) -> PolicyWeights:
+        if isinstance(policy, PolicyWeights):
+            return policy
+        return PolicyWeights(policy.spec, policy.towers, tensors_of(policy))
+
+    def count(self) -> int:
+        """Number of parameters."""
+        return sum(self.tensors.meta(name).numel() for name in self.tensors)
+
+    def build(self) -> PolicyModule:
+        """The policy with all its tensors."""
+        return build_policy(self.spec, self.towers, self.tensors, self.tensors.origin)
 
 
 def build_policy(
@@ -24,7 +56,7 @@ def build_policy(
     origin: str,
     advice: str = "make it again from sound weights",
 ) -> PolicyModule:
-    """Build a policy with these weights in float32, in evaluation mode.
+    """Build a policy with these weights, in evaluation mode.
 
     Raises ArtifactError for a tensor of another name or shape, and UserError with the ``advice`` for nan or inf.
     """
@@ -36,11 +68,65 @@ def build_policy(
 def load_tensors(
     policy: PolicyModule, tensors: Mapping[str, Tensor], origin: str, advice: str = "make it again from sound weights"
 ) -> None:
-    """Load these weights into the policy, in float32. Raises as ``build_policy``."""
-    check_shapes(policy, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
-    for name, tensor in tensors.items():
-        check_finite(tensor, name, origin, advice)
-    policy.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    """Load these weights into the policy. Raises as ``build_policy``."""
+    stored = tensors if isinstance(tensors, Tensors) else Tensors(origin, dict(tensors))
+    check_shapes(policy, {name: stored.shape(name) for name in stored}, origin)
+    for name in stored:
+        check_finite(tensor := stored[name].detach(), name, origin, advice)
+        if name in stored.computed and set_source(policy, name, stored):
+            continue
+        set_tensor(policy, name, tensor)
+
+
+def tensors_of(policy: PolicyModule) -> Tensors:
+    """The policy's state dict. Weights that layers compute when they need them are computed when they are read."""
+    state = policy.state_dict()
+    computed = {name for name in state if (module := _owner(policy, name)[0]) and getattr(module, "source", None)}
+    computed = {name for name in computed if name.endswith(".weight")}
+
+    def read(name: str) -> Tensor:
+        module = _owner(policy, name)[0]
+        if name in computed and isinstance(module, Stored):
+            return module.read()
+        return state[name]
+
+    return Tensors("the policy", state, read, computed=frozenset(computed))
+
+
+def read_wide(policy: PolicyModule) -> dict[str, Tensor]:
+    """The policy's state dict in float32, of weights that layers compute as well."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors_of(policy).items()
+    }
+
+
+def set_tensor(policy: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give the policy's parameter or buffer of this name these values."""
+    module, leaf = _owner(policy, name)
+    floats = tensor.is_floating_point()
+    if isinstance(module, Stored) and leaf == "weight" and tensor.dtype in KEPT:
+        module.source = None
+    elif floats:
+        tensor = tensor.to(torch.float32, copy=True)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=floats)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def set_source(policy: nn.Module, name: str, tensors: Tensors) -> bool:
+    """Let a layer read its weight from ``tensors`` whenever it computes; False if this one cannot."""
+    module, leaf = _owner(policy, name)
+    if not isinstance(module, Stored) or leaf != "weight":
+        return False
+    module.weight = nn.Parameter(torch.empty(tensors.shape(name), device="meta"), requires_grad=False)
+    module.source = partial(tensors.read, name)
+    return True
+
+
+def _owner(policy: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return policy.get_submodule(owner), leaf
 
 
 def check_shapes(policy: PolicyModule, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
@@ -60,6 +146,17 @@ def count_parameters(policy: PolicyModule, prefix: str = "") -> int:
 
 
 def narrow_dtype(tensor: Tensor, exact: bool) -> Tensor:
-    """The tensor in bfloat16; with ``exact``, unchanged if bfloat16 would round it."""
+    """The tensor in bfloat16; with ``exact``, in float32 if bfloat16 would round it."""
     narrow = tensor.bfloat16()
-    return tensor if exact and not torch.equal(narrow.to(tensor.dtype), tensor) else narrow
+    rounds = exact and tensor.dtype != torch.bfloat16 and not torch.equal(narrow.to(tensor.dtype), tensor)
+    return tensor.float() if rounds else narrow
+
+
+def narrow_tensors(tensors: Tensors, exact: bool) -> Tensors:
+    """``narrow_dtype`` of every tensor, when it is read."""
+    stored = dict[str, Tensor]()
+    for name in tensors:
+        known = tensors.dtype(name) == torch.bfloat16 or not exact
+        dtype = torch.bfloat16 if known else narrow_dtype(tensors[name], exact).dtype
+        stored[name] = tensors.meta(name).to(dtype)
+    return Tensors(tensors.origin, stored, lambda name: tensors[name].to(stored[name].dtype))

@@ -20,6 +20,7 @@ from rlrc.compressor.models.coupling import VISION, Towers
 from rlrc.compressor.models.flow import prefix_stride
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.weights import set_tensor
 from rlrc.errors import UserError
 
 Unit = Mapping[str, tuple[int, ...]]  # blocks of each tower that are dropped together
@@ -92,5 +93,6 @@ def drop_blocks(policy: PolicyModule, dropped: Sequence[Unit]) -> PolicyModule:
 
 def assemble(policy: PolicyModule, towers: Mapping[str, TowerSpec], state: Mapping[str, torch.Tensor]) -> PolicyModule:
     result = build_on_meta(policy.spec, towers)
-    result.load_state_dict(state, assign=True)
-    return result.eval()
+    for name in result.state_dict():
+        set_tensor(result, name, state[name])
+    return result

@@ -26,7 +26,7 @@ from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
-from rlrc.compressor.models.weights import narrow_dtype
+from rlrc.compressor.models.weights import narrow_dtype, set_tensor
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def cut_lossless(policy: PolicyModule, unread: Sequence[Cut] = ()) -> tuple[Poli
             removed, added = _size(_changed(before, rest.state)), _size(_changed(rest.state, before))
             own.append(Cut(what, removed[0] - added[0], removed[1] - added[1]))
     result = build_on_meta(rest.spec, rest.towers)
-    result.load_state_dict(rest.state, assign=True)
+    for name in result.state_dict():
+        set_tensor(result, name, rest.state[name])
 
     def counts(unit: Literal["parameters", "bytes"], size: int) -> dict[str, int]:
         more, less = (sum(getattr(cut, unit) for cut in cuts) for cuts in (unread, own))
         return {"before": size + more, "after": size - less}
 
-    return result.eval(), {
+    return result, {
         "cuts": [asdict(cut) for cut in (*unread, *own) if cut.parameters],
         "parameters": counts("parameters", whole[0]),
         "bytes": counts("bytes", whole[1]),

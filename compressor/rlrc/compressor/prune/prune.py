@@ -7,7 +7,7 @@ cost.py). First and last blocks are kept, and the remaining parts keep their ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import VISION, Group, Towers, find_groups
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.weights import count_parameters
+from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.weights import PolicyWeights, count_parameters
 from rlrc.compressor.prune import cost, depth
 from rlrc.compressor.prune.config import CHOICES, PruneConfig, intermediate_blocks, tower_name
 from rlrc.compressor.prune.importance import Scores, score_parts
@@ -80,11 +81,12 @@ def _choose_units(
 
 def prune(
     policy: PolicyModule, config: PruneConfig, batches: Batches | None = None
-) -> tuple[PolicyModule, dict[str, Any]]:
-    """Prune a policy. Returns the smaller policy and a report (see ``build_report``).
+) -> tuple[PolicyWeights, dict[str, Any]]:
+    """Prune a policy. Returns the weights of the smaller policy, cut when they are read, and a report (see
+    ``build_report``).
 
-    The given policy is unchanged; the result shares the tensors that were not cut. ``batches`` for scoring are required
-    if the configuration ``needs_data``. Raises UserError as ``check`` does.
+    The given policy is unchanged. ``batches`` for scoring are required if the configuration ``needs_data``. Raises
+    UserError as ``check`` does.
     """
     name, dense, dropped = tower_name(policy.towers, config), policy, list[depth.Unit]()
     goal = build_target(dense, config)
@@ -95,11 +97,12 @@ def prune(
             candidates.sort(key=lambda unit: sum(scores[tower][i] for tower, blocks in unit.items() for i in blocks))
         dropped = _choose_units(dense, name, candidates, goal, config)
         policy = depth.drop_blocks(dense, dropped)
+    pruned = PolicyWeights.of(policy)
     if config.kind != "depth":
         found = score_parts(policy, name, intermediate_blocks(policy.towers, name, config), config, batches)
-        policy = prune_width(policy, name, choose_shape(policy, name, found, goal, config), found)
-    made = build_report(dense, policy, name, dropped, config)
-    return policy, made | {"asked": [asdict(outcome) for outcome in compare_outcomes(dense, name, config, made)]}
+        pruned = prune_width(policy, name, choose_shape(policy, name, found, goal, config), found)
+    made = build_report(dense, build_on_meta(pruned.spec, pruned.towers), name, dropped, config)
+    return pruned, made | {"asked": [asdict(outcome) for outcome in compare_outcomes(dense, name, config, made)]}
 
 
 def block_scores(
@@ -115,27 +118,36 @@ def block_scores(
 
 def prune_width(
     policy: PolicyModule, name: str, towers: Mapping[str, TowerSpec], scores: Sequence[Scores]
-) -> PolicyModule:
+) -> PolicyWeights:
     """The policy in this shape, with the heads and channels of the highest scores."""
-    state = dict(policy.state_dict())
+    state, cuts = policy.state_dict(), dict[str, list[tuple[int, Tensor]]]()
     names = tuple(state)
     for i, layer in enumerate(towers[name].layers):
         both = find_groups(policy.towers, name, i, names)
         for group, values, count in zip(both, scores[i].each(), (layer.heads, layer.mlp), strict=True):
             if 0 < count < group.number:
-                cut(state, group, group.select_best(values, count))
-    return depth.assemble(policy, towers, state)
+                for part, dimension, kept in list_cuts(group, group.select_best(values, count)):
+                    if part in state:
+                        cuts.setdefault(part, []).append((dimension, kept))
+    shapes = build_on_meta(policy.spec, towers).state_dict()
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = state[name]
+        for dimension, kept in cuts.get(name, ()):
+            tensor = tensor.index_select(dimension, kept.to(tensor.device))
+        return tensor
+
+    metas = {name: meta.to(state[name].dtype) for name, meta in shapes.items()}
+    return PolicyWeights(policy.spec, dict(towers), Tensors("the pruned policy", metas, read))
 
 
-def cut(state: dict[str, Tensor], group: Group, parts: Tensor) -> None:
-    """Keep only these parts of the group in the state dict."""
+def list_cuts(group: Group, parts: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """What keeps only these parts of the group: a tensor's name, the dimension to select along, and the indices."""
     rows, columns = group.indices(parts, group.fused), group.indices(parts)
     for layer in group.rows:
-        for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name in state:
-                state[name] = state[name][rows]
+        yield from ((f"{layer}.{leaf}", 0, rows) for leaf in ("weight", "bias"))
     for layer in group.columns:
-        state[f"{layer}.weight"] = state[f"{layer}.weight"][:, columns]
+        yield f"{layer}.weight", 1, columns
 
 
 def format_report(report: Mapping[str, Any]) -> list[str]:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rlrc.compressor.models.device import upload
+from rlrc.compressor.models.nn.linear import Stored
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
@@ -54,7 +57,7 @@ def soft_actions(policy: PolicyModule, outputs: Outputs) -> Tensor:
     if action.tokens is not None:  # the row of every bin
         bins = torch.arange(action.bins, device=logits.device)
         logits = logits[..., action.tokens.first - action.tokens.offset - bins]
-    centers = torch.from_numpy(bin_centers(action.bins)).to(logits)
+    centers = upload(torch.from_numpy(bin_centers(action.bins)), logits.device).to(logits)
     return logits.softmax(-1) @ centers
 
 
@@ -73,13 +76,24 @@ def fix_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
 
 @contextmanager
 def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context, the policy has these tensors in place of its own."""
+    """Within the context, the policy has these tensors in place of its own. Layers read theirs when they compute."""
     own = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    before = {name: own[name].data for name in tensors}
+    layers, values = dict[str, Stored](), dict[str, Tensor]()
+    for name in tensors:
+        layer = policy.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, Stored) and name.endswith(".weight"):
+            layers[name] = layer
+        else:
+            values[name] = own[name].data
+    before = {name: layer.source for name, layer in layers.items()}
     try:
-        for name, tensor in tensors.items():
-            own[name].data = tensor.to(before[name])
+        for name, layer in layers.items():
+            layer.source = partial(tensors.__getitem__, name)
+        for name, tensor in values.items():
+            own[name].data = tensors[name].to(tensor)
         yield
     finally:
-        for name, tensor in before.items():
+        for name, layer in layers.items():
+            layer.source = before[name]
+        for name, tensor in values.items():
             own[name].data = tensor

@@ -13,7 +13,7 @@ read as well (DETR), and projectors, where several columns share a channel of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlrc.compressor.models.nn import decoder, detr, vit
 from rlrc.compressor.models.oft import RegressionHead
 from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.quantize.grid import GROUP, dequantize_groups, quantize_groups
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -131,50 +132,62 @@ def compute_scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
     return s / (s.max().sqrt() * s.min().sqrt())  # two roots: the product of tiny numbers would be 0
 
 
-def fold_scales(tensors: Mapping[str, Tensor], fold: Fold, s: Tensor) -> dict[str, Tensor]:
-    """The tensors that change when s (rows of ``before``,) is folded in. The policy computes the same as before."""
-    changed = {f"{linear}.weight": tensors[f"{linear}.weight"] * fold.per_channel(s) for linear in fold.linears}
-    rows = slice(fold.first, fold.first + len(s))
-    for leaf, offset in (("weight", fold.offset), ("bias", 0.0)):
-        if (name := f"{fold.before}.{leaf}") in tensors:
-            tensor = changed.get(name, tensors[name]).clone()
-            tensor[rows] = (tensor[rows] + offset) / s.view(-1, *(1,) * (tensor.ndim - 1)) - offset
-            changed[name] = tensor
-    return changed
+def fold_scales(name: str, tensor: Tensor, fold: Fold, s: Tensor) -> Tensor:
+    """The tensor of this name with s (rows of ``before``,) folded in. The policy computes the same as before."""
+    layer, _, leaf = name.rpartition(".")
+    if layer in fold.linears and leaf == "weight":
+        tensor = tensor * fold.per_channel(s)
+    if layer == fold.before and leaf in ("weight", "bias"):
+        offset = fold.offset if leaf == "weight" else 0.0
+        rows, tensor = slice(fold.first, fold.first + len(s)), tensor.to(torch.float32, copy=True)
+        tensor[rows] = (tensor[rows] + offset) / s.view(-1, *(1,) * (tensor.ndim - 1)) - offset
+    return tensor
+
+
+def fold_all(tensors: Tensors, folded: Sequence[tuple[Fold, Tensor]]) -> Tensors:
+    """The tensors with these scales folded in, one after the other, when they are read."""
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        for fold, s in folded:
+            tensor = fold_scales(name, tensor, fold, s)
+        return tensor
+
+    return Tensors(tensors.origin, {name: tensors.meta(name).float() for name in tensors}, read)
 
 
 def scale_channels(
     policy: PolicyModule,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     bits: Mapping[str, int],
     inputs: Mapping[str, Tensor],
     search: bool,
     group: int = GROUP,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors of an equivalent policy that loses less by rounding, and each fold's alpha by the names of its layers.
+) -> tuple[Tensors, dict[str, float]]:
+    """Tensors of an equivalent policy that loses less by rounding, scaled when they are read, and each fold's alpha by
+    the names of its layers.
 
     ``bits`` of the tensors to round; ``inputs`` (n, in) of their layers; ``search`` and ``group``: see
     ``quantize_groups``.
     """
-    result, alphas = dict(tensors), dict[str, float]()
+    folded, alphas = list[tuple[Fold, Tensor]](), dict[str, float]()
+    result = fold_all(tensors, folded)
     for fold in find_folds(policy):
         names = [f"{linear}.weight" for linear in fold.linears]
         names = [name for name in names if name in bits and name in inputs]
         if not names:
             continue
-        rows = inputs[names[0]]
+        rows = inputs[names[0]].to(result[names[0]].device)
         few = rows[:: -(-len(rows) // ROWS)]
-        errors = {}
-        for alpha in ALPHAS:
-            columns = fold.per_channel(compute_scales(fold, rows, alpha))
-            errors[alpha] = 0.0
-            for name in names:
-                rounded = (
-                    dequantize_groups(*quantize_groups(result[name] * columns, bits[name], search, group)) / columns
-                )
-                errors[alpha] += float((few @ (rounded - result[name]).T).square().sum())  # of the outputs
+        errors = dict.fromkeys(ALPHAS, 0.0)
+        for name in names:
+            weight = result[name].float()
+            for alpha in ALPHAS:
+                columns = fold.per_channel(compute_scales(fold, rows, alpha))
+                rounded = dequantize_groups(*quantize_groups(weight * columns, bits[name], search, group)) / columns
+                errors[alpha] += float((few @ (rounded - weight).T).square().sum())  # of the outputs
         best = min(errors, key=lambda alpha: errors[alpha])
         alphas["+".join(fold.linears)] = best
         if best:
-            result |= fold_scales(result, fold, compute_scales(fold, rows, best))
+            folded.append((fold, compute_scales(fold, rows, best)))
     return result, alphas

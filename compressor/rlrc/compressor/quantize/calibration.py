@@ -7,12 +7,15 @@ a rounded weight causes in the layer's outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, PolicyModule
+from rlrc.compressor.models.scratch import Allocate
 from rlrc.errors import UserError
 
 ROWS = 2048
@@ -21,19 +24,26 @@ of a layer with more channels than rows is singular; GPTQ's dampening makes it i
 
 
 class RowSample:
-    """A uniform sample of at most ``ROWS`` of the rows that were added."""
+    """A uniform sample ``rows`` (n, in) of at most ``ROWS`` of the rows that were added, float32."""
 
-    def __init__(self) -> None:
-        self.rows, self.ranks = torch.empty(0), torch.empty(0)
+    def __init__(self, room: Tensor) -> None:
+        """``room`` (ROWS, in) float32 is where the rows are kept."""
+        self._room, self.ranks = room, torch.empty(0)
         self.generator = torch.Generator().manual_seed(0)
 
+    @property
+    def rows(self) -> Tensor:
+        return self._room[: len(self.ranks)]
+
     def add(self, x: Tensor) -> None:
-        rows = x.detach().flatten(0, -2).float()
-        self.ranks = torch.cat([self.ranks, torch.rand(len(rows), generator=self.generator)])
-        self.rows = torch.cat([self.rows, rows]) if len(self.rows) else rows.clone()
-        if len(self.rows) > ROWS:
-            kept = self.ranks.topk(ROWS).indices
-            self.rows, self.ranks = self.rows[kept], self.ranks[kept]
+        new = x.detach().flatten(0, -2).float().to(self._room.device)
+        ranks = torch.cat([self.ranks, torch.rand(len(new), generator=self.generator)])
+        rows = torch.cat([self.rows, new])
+        if len(rows) > ROWS:
+            kept = ranks.topk(ROWS).indices
+            rows, ranks = rows[upload(kept, rows.device)], ranks[kept]
+        self.ranks = ranks
+        self._room[: len(rows)] = rows
 
 
 def check_calibration(calibration: Iterable[Inputs]) -> list[Inputs]:
@@ -50,10 +60,13 @@ def check_calibration(calibration: Iterable[Inputs]) -> list[Inputs]:
     return found
 
 
-def collect_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str]) -> dict[str, Tensor]:
+def collect_inputs(
+    policy: PolicyModule, calibration: Iterable[Inputs], names: Container[str], allocate: Allocate | None = None
+) -> dict[str, Tensor]:
     """Sampled float32 inputs (n, in) of the linear layers whose weights have these names, by weight name.
 
-    Layers that share an input (q, k and v) share the sample. Layers that were never run are missing.
+    ``allocate`` makes room for the samples (default: where the inputs are). Layers that share an input (q, k and v)
+    share the sample. Layers that were never run are missing.
     """
     samples, source = dict[str, RowSample](), dict[str, str]()
     last: list[tuple[Tensor, str]] = []  # the latest input; holding it keeps ``is`` below unambiguous
@@ -64,8 +77,12 @@ def collect_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: C
             if name not in source:
                 source[name] = last[0][1] if last and last[0][0] is x else name
             if source[name] == name:
-                samples.setdefault(name, RowSample()).add(x if rows is None else rows(x))
-                last[:] = [(x, name)]
+                x = x if rows is None else rows(x)
+                if name not in samples:
+                    make = allocate or partial(torch.empty, device=x.device)
+                    samples[name] = RowSample(make((ROWS, x.shape[-1]), dtype=torch.float32))
+                samples[name].add(x)
+                last[:] = [(given[0], name)]
 
         return add
 
@@ -78,13 +95,13 @@ def collect_inputs(policy: PolicyModule, calibration: Iterable[Inputs], names: C
             patches = _patches(module.factors[0])
             handles.append(module.register_forward_pre_hook(hook(f"{name}.steps.0.weight", patches)))
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference mode would make the samples useless outside
             for inputs in calibration:
                 policy.act(inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: samples[first].rows.clone() for name, first in source.items()}
+    return {name: samples[first].rows for name, first in source.items()}
 
 
 def _patches(factor: int) -> Callable[[Tensor], Tensor]:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.policy import Inputs, PolicyModule
+from rlrc.compressor.models.scratch import Allocate, keep
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.quantize.action_error import ActionError, fix_noise, swap_tensors
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs
 from rlrc.compressor.quantize.gptq import gptq
 from rlrc.compressor.quantize.grid import count_bytes, dequantize_groups, quantize_groups
 from rlrc.compressor.quantize.nf4 import BITS, round_to_nf4
-from rlrc.compressor.quantize.quantize import QuantizeConfig, check_float16, choose_bits
+from rlrc.compressor.quantize.quantize import QuantizeConfig, check_float16, choose_bits, overlay
 
 GRIDS = ("rtn", "awq", "gptq", "nf4", "int8")  # in the order of the rows
 
@@ -41,12 +43,18 @@ class RoundingRow:
     """size of the rounded tensors"""
 
 
-def compare(policy: PolicyModule, calibration: Iterable[Inputs], search: bool = True) -> Iterator[RoundingRow]:
-    """Yield one row per method, as it is measured. Raises UserError for NaN in the weights or observations."""
-    tensors = {name: check_float16(name, tensor.detach()) for name, tensor in policy.state_dict().items()}
+def compare(
+    policy: PolicyModule, calibration: Iterable[Inputs], search: bool = True, allocate: Allocate | None = None
+) -> Iterator[RoundingRow]:
+    """Yield one row per method, as it is measured. ``allocate`` makes room for rounded weights and samples of inputs.
+
+    Raises UserError for NaN in the weights or observations.
+    """
+    stored = {name: check_float16(name, tensor.detach()) for name, tensor in policy.state_dict().items()}
+    tensors = Tensors("the policy", stored)
     bits, everything = choose_bits(tensors, QuantizeConfig()), list(calibration)
     seen, error = everything[::2], ActionError(policy, everything[1::2] or everything)
-    inputs, unseen = (collect_inputs(policy, some, bits) for some in (fix_noise(policy, seen), error.inputs))
+    inputs, unseen = (collect_inputs(policy, some, bits, allocate) for some in (fix_noise(policy, seen), error.inputs))
 
     def round_nearest(name: str, weight: Tensor, width: int) -> Tensor:
         return dequantize_groups(*quantize_groups(weight, width, search))
@@ -56,22 +64,30 @@ def compare(policy: PolicyModule, calibration: Iterable[Inputs], search: bool = 
             return round_nearest(name, weight, 4)
         return dequantize_groups(*gptq(weight, inputs[name], 4, search))
 
-    def measure(
-        grid: str, base: Mapping[str, Tensor], given: Mapping[str, Tensor], rounding: Round, size: float
-    ) -> RoundingRow:
-        rounded = {name: rounding(name, base[name]) for name in bits}
-        change = {name: rounded[name] - base[name] for name in bits}
-        outputs = [norm_ratio(x @ change[name].T, x @ base[name].T) for name, x in given.items()]
-        weights = norm_ratio(*(torch.cat([of[name].flatten() for name in bits]) for of in (change, base)))
+    def measure(grid: str, base: Tensors, given: Mapping[str, Tensor], rounding: Round, size: float) -> RoundingRow:
+        rounded, outputs, changes, weights = dict[str, Tensor](), list[float](), list[Tensor](), list[Tensor]()
+        for name in bits:
+            weight = base[name].float()
+            found = rounding(name, weight)
+            rounded[name], change = keep(found, allocate), found - weight
+            if name in given:
+                rows = given[name].to(weight.device)
+                outputs.append(norm_ratio(rows @ change.T, rows @ weight.T))
+            changes.append(change.norm())
+            weights.append(weight.norm())
         return RoundingRow(
-            grid, weights, sum(outputs) / max(len(outputs), 1), error.measure({**base, **rounded}), round(size)
+            grid,
+            norm_ratio(torch.stack(changes), torch.stack(weights)),
+            sum(outputs) / max(len(outputs), 1),
+            error.measure(overlay(base, rounded, rounded)),
+            round(size),
         )
 
-    numbers = sum(tensors[name].numel() for name in bits)
+    numbers = sum(tensors.meta(name).numel() for name in bits)
     yield measure("rtn", tensors, unseen, partial(round_nearest, width=4), count_bytes(numbers, 4))
     equal, _ = scale_channels(policy, tensors, bits, inputs, search)
     with swap_tensors(policy, equal):
-        given = collect_inputs(policy, error.inputs, bits)
+        given = collect_inputs(policy, error.inputs, bits, allocate)
     yield measure("awq", equal, given, partial(round_nearest, width=4), count_bytes(numbers, 4))
     yield measure("gptq", tensors, unseen, round_gptq, count_bytes(numbers, 4))
     yield measure("nf4", tensors, unseen, lambda name, weight: round_to_nf4(weight), numbers * BITS / 8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlrc.compressor.models.device import widest_float
 from rlrc.compressor.quantize.grid import GROUP, LEVELS, Rounded, fit_group, quantize_groups, round_to_grid
 
 DAMPENING = 0.01
@@ -19,35 +20,39 @@ DAMPENING = 0.01
 
 def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
     """Round weight (out, in) with inputs (n, in); other arguments: see ``quantize_groups``."""
-    factor, size = feedback(rows), fit_group(weight.shape[1], group)
-    if factor is None:
-        return quantize_groups(weight, bits, search, size)
+    factor, size = feedback(rows.to(weight.device)), fit_group(weight.shape[1], group)
     low, high = LEVELS[bits]
     rest, integers, scales = weight.detach().float().clone(), list[Tensor](), list[Tensor]()
     for start in range(0, weight.shape[1], size):
         end = start + size
+        block = factor[start:end, start:].float()
         columns, errors = rest[:, start:end].clone(), list[Tensor]()
         scale = quantize_groups(columns, bits, search, size)[1]
         step = scale[:, 0].float()
         for i in range(size):
             rounded = round_to_grid(columns[:, i], step, low, high)
-            row = factor[start + i]
-            error = (columns[:, i] - rounded * step) / row[start + i]
-            columns[:, i + 1 :] -= error[:, None] * row[start + i + 1 : end]
+            row = block[i]
+            error = (columns[:, i] - rounded * step) / row[i]
+            columns[:, i + 1 :] -= error[:, None] * row[i + 1 : size]
             integers.append(rounded)
             errors.append(error)
-        rest[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]
+        rest[:, end:] -= torch.stack(errors, 1) @ block[:, size:]
         scales.append(scale)
     return torch.stack(integers, 1).to(torch.int8), torch.cat(scales, 1)
 
 
-def feedback(rows: Tensor) -> Tensor | None:
-    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X; None if all inputs are zero."""
-    hessian = rows.double().T @ rows.double()
-    mean = hessian.diagonal().mean()
-    if mean == 0:
-        return None
-    hessian.diagonal().add_(DAMPENING * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+def feedback(rows: Tensor) -> Tensor:
+    """Upper Cholesky factor (in, in) of the inverse of the dampened X^T X, in float64 if the device has it.
+
+    If all inputs are zero it is that of the identity: no error is distributed, so the weights round to nearest.
+    """
+    wide = rows.to(widest_float(rows.device))
+    matrix = wide.T @ wide
+    mean = matrix.diagonal().mean()
+    matrix.diagonal().add_(torch.where(mean == 0, 1.0, DAMPENING * mean))
+    # In place, which LAPACK does for columns one after the other in memory: 2 GB for 16,384 inputs.
+    factor = matrix.mT
+    torch.linalg.cholesky(factor, out=factor)
+    torch.cholesky_inverse(factor, out=factor)
+    torch.linalg.cholesky(factor, upper=True, out=factor)
     return factor

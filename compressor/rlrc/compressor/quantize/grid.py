@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
+from rlrc.compressor.models.tensors import Tensors
 
 GROUPS = (32, 64, 128)
 GROUP = GROUPS[0]  # the smallest, and the default: a weight on the grid has a multiple of it as inputs
 LEVELS = {4: (-8, 7), 8: (-127, 127)}
+
+PART = 2**24  # weights that are rounded at a time: the search takes about 30 bytes for each
 
 Rounded = tuple[Tensor, Tensor]  # integers int8 (out, in), scale fp16 (out, groups)
 
@@ -38,8 +41,14 @@ def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP)
     the sign that makes that value negative, since the grid has one negative level more. With ``search``, scales from
     0.7 to 1.1 times that one are tried, and the one with the smallest squared error is used.
     """
+    parts = weight.detach().split(max(1, PART // weight.shape[1]))
+    rounded = [_round_rows(part, bits, search, fit_group(weight.shape[1], group)) for part in parts]
+    return torch.cat([integers for integers, _ in rounded]), torch.cat([scale for _, scale in rounded])
+
+
+def _round_rows(weight: Tensor, bits: int, search: bool, group: int) -> Rounded:
     low, high = LEVELS[bits]
-    groups = weight.detach().float().unflatten(1, (-1, fit_group(weight.shape[1], group)))
+    groups = weight.float().unflatten(1, (-1, group))
     index = groups.abs().argmax(-1, keepdim=True)
     extreme = groups.gather(-1, index)
     candidates = [i / 40 for i in range(28, 45)] if search else [1.0]
@@ -61,8 +70,8 @@ def round_to_grid(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def dequantize_groups(integers: Tensor, scale: Tensor) -> Tensor:
     """Integers (out, in) and scale (out, groups) -> float32 weight (out, in)."""
-    groups = integers.float().unflatten(1, (scale.shape[1], -1))
-    values: Tensor = (groups * scale.float()[..., None]).flatten(1)
+    values = integers.float()
+    values.unflatten(1, (scale.shape[1], -1)).mul_(scale.float()[..., None])
     return values
 
 
@@ -83,27 +92,39 @@ def count_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
     return numbers * bits // 8 + numbers // group * 2
 
 
-def compress(
-    tensors: Mapping[str, Tensor], rounded: Mapping[str, Rounded], spec: QuantizationSpec
-) -> dict[str, Tensor]:
-    """A float state dict -> as stored: ``NAME.q`` (packed) and ``NAME.scale`` of the spec's tensors, others fp16."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name in spec.tensors:
-            integers, result[f"{name}.scale"] = rounded[name]
-            result[f"{name}.q"] = pack(integers) if spec.tensors[name] == 4 else integers
-        else:
-            result[name] = tensor.half()
-    return result
+def compress(tensors: Mapping[str, Tensor], packed: Mapping[str, Rounded], spec: QuantizationSpec) -> Tensors:
+    """A float state dict -> as stored: ``NAME.q`` and ``NAME.scale`` of the spec's tensors, others in fp16.
+
+    ``packed``: integers as stored (see ``pack``), and scales.
+    """
+    stored = {f"{name}.{part}": packed[name][i] for name in spec.tensors for i, part in enumerate(("q", "scale"))}
+    floats = [name for name in tensors if name not in spec.tensors]
+    metas = {name: torch.empty_like(tensors[name], dtype=torch.float16, device="meta") for name in floats}
+
+    def read(name: str) -> Tensor:
+        return tensors[name].half() if name in metas else stored[name]
+
+    return Tensors("the quantized weights", metas | {name: tensor.to("meta") for name, tensor in stored.items()}, read)
 
 
-def decompress(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> dict[str, Tensor]:
-    """Inverse of ``compress``: a float32 state dict. Without a spec the tensors are returned unchanged."""
+def decompress(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> Mapping[str, Tensor]:
+    """Inverse of ``compress``: a float state dict, its quantized tensors computed in float32 when they are read.
+
+    Without a spec the tensors are returned unchanged.
+    """
     if spec is None:
-        return dict(tensors)
-    stored = {f"{name}.{part}" for name in spec.tensors for part in ("q", "scale")}
-    result = {name: tensor.float() for name, tensor in tensors.items() if name not in stored}
+        return tensors
+    given = tensors if isinstance(tensors, Tensors) else Tensors("the quantized weights", dict(tensors))
+    parts = {f"{name}.{part}" for name in spec.tensors for part in ("q", "scale")}
+    metas = {name: given.meta(name) for name in given if name not in parts}
     for name, bits in spec.tensors.items():
-        packed = tensors[f"{name}.q"]
-        result[name] = dequantize_groups(unpack(packed) if bits == 4 else packed, tensors[f"{name}.scale"])
-    return result
+        rows, columns = given.shape(f"{name}.q")
+        metas[name] = torch.empty(rows, columns * 8 // bits, device="meta")
+
+    def read(name: str) -> Tensor:
+        if name not in spec.tensors:
+            return given[name]
+        packed = given[f"{name}.q"]
+        return dequantize_groups(unpack(packed) if spec.tensors[name] == 4 else packed, given[f"{name}.scale"])
+
+    return Tensors(given.origin, metas, read, computed=frozenset(spec.tensors))

@@ -37,7 +37,7 @@ def round_to_nf4(weight: Tensor) -> Tensor:
     flat = weight.detach().float().flatten()
     groups = F.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
     largest = groups.abs().amax(1, keepdim=True)
-    levels = torch.tensor(LEVELS)
+    levels = torch.tensor(LEVELS, device=weight.device)
     between = (levels[1:] + levels[:-1]) / 2
     index = torch.bucketize(groups / largest.clamp(min=torch.finfo().tiny), between)
     return (levels[index] * largest).flatten()[: len(flat)].view_as(weight)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.weights import set_source, set_tensor, tensors_of
 from rlrc.compressor.quantize.grid import GROUP, GROUPS
 
 MOST = 1.25
@@ -50,11 +52,9 @@ def pad_policy(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, 
         return policy, {}
     result = build_on_meta(policy.spec, towers)
     given = policy.state_dict()
-    state = {
-        name: given[name] if given[name].shape == wanted.shape else _pad_tensor(given[name], wanted.shape)
-        for name, wanted in result.state_dict().items()
-    }
-    result.load_state_dict(state, assign=True)
+    for name, wanted in result.state_dict().items():
+        tensor = given[name] if given[name].shape == wanted.shape else _pad_tensor(given[name], wanted.shape)
+        set_tensor(result, name, tensor)
     return result.train(policy.training), {"channels_of_zeros": added}
 
 
@@ -69,11 +69,20 @@ def unpad_policy(policy: PolicyModule, towers: dict[str, TowerSpec]) -> PolicyMo
     if policy.towers == towers or policy.towers not in [pad_towers(towers, group) for group in GROUPS]:
         return policy
     result = build_on_meta(policy.spec, towers)
-    given, state = policy.state_dict(), {}
+    given = tensors_of(policy)
     for name, wanted in result.state_dict().items():
-        cut = given[name][tuple(slice(size) for size in wanted.shape)]
-        if torch.count_nonzero(given[name]) != torch.count_nonzero(cut):
+        tensor = given[name]
+        cut = tensor[tuple(slice(size) for size in wanted.shape)]
+        if torch.count_nonzero(tensor) != torch.count_nonzero(cut):
             return policy  # the added channels have been trained since
-        state[name] = cut
-    result.load_state_dict(state, assign=True)
+        if name in given.computed:
+            set_source(result, name, _cut(given, name, wanted.shape))
+        else:
+            set_tensor(result, name, cut)
     return result.train(policy.training)
+
+
+def _cut(tensors: Tensors, name: str, shape: torch.Size) -> Tensors:
+    """The first rows and columns of a tensor, cut whenever it is read."""
+    meta = torch.empty(shape, device="meta")
+    return Tensors(tensors.origin, {name: meta}, lambda name: tensors[name][tuple(slice(size) for size in shape)])

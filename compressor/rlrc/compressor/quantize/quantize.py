@@ -7,7 +7,7 @@ bits: they are looked up, not multiplied, and 4 bits lose most of a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.tensors import largest_magnitude
+from rlrc.compressor.models.scratch import Allocate, keep
+from rlrc.compressor.models.tensors import Tensors, largest_magnitude
 from rlrc.compressor.quantize.action_error import ActionError
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs
@@ -29,8 +30,8 @@ from rlrc.compressor.quantize.grid import (
     compress,
     count_bytes,
     decompress,
-    dequantize_groups,
     fit_group,
+    pack,
     quantize_groups,
 )
 from rlrc.errors import UserError
@@ -82,22 +83,26 @@ class QuantizeConfig:
 class QuantizedWeights(NamedTuple):
     """``tensors`` as stored (see ``compress``), and the ``report`` for the artifact's history."""
 
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     spec: QuantizationSpec
     report: dict[str, Any]
 
 
 def quantize(
-    policy: PolicyModule | Mapping[str, Tensor], config: QuantizeConfig, calibration: Iterable[Inputs] = ()
+    policy: PolicyModule | Mapping[str, Tensor],
+    config: QuantizeConfig,
+    calibration: Iterable[Inputs] = (),
+    allocate: Allocate | None = None,
 ) -> QuantizedWeights:
     """Quantize a float policy, or a state dict if the configuration needs no calibration. The policy is unchanged.
 
     ``calibration``: a few dozen preprocessed observations, kept in memory. With them the report has the result's action
-    error (see rlrc.compressor.quantize.action_error). Raises UserError for weights that are not finite in float16, for
-    observations that are not finite, and for a method or budget that needs observations and has none.
+    error (see rlrc.compressor.quantize.action_error). ``allocate`` makes room for integers, scales, and the samples of
+    the layers' inputs. Raises UserError for weights that are not finite in float16, for observations that are not
+    finite, and for a method or budget that needs observations and has none.
     """
     state = policy.state_dict() if isinstance(policy, PolicyModule) else policy
-    tensors = {name: check_float16(name, tensor.detach()) for name, tensor in state.items()}
+    tensors = Tensors("the policy", {name: check_float16(name, tensor.detach()) for name, tensor in state.items()})
     check_exempt(tensors, config)
     bits = choose_bits(tensors, config)
     report: dict[str, Any] = {}
@@ -111,31 +116,35 @@ def quantize(
         )
     inputs: dict[str, Tensor] = {}
     if config.method != "rtn" and error is not None:
-        inputs = collect_inputs(error.policy, error.inputs, bits)
+        inputs = collect_inputs(error.policy, error.inputs, bits, allocate)
         report["unobserved"] = [name for name in bits if name not in inputs and name != EMBEDDING]
     if config.method == "awq" and error is not None:
-        tensors, alphas = scale_channels(error.policy, tensors, bits, inputs, config.search, config.group)
-        report["alphas"] = alphas
+        tensors, report["alphas"] = scale_channels(error.policy, tensors, bits, inputs, config.search, config.group)
 
     def round_tensor(name: str, width: int) -> Rounded:
         if config.method == "gptq" and name in inputs:
-            return gptq(tensors[name], inputs[name], width, config.search, config.group)
-        return quantize_groups(tensors[name], width, config.search, config.group)
+            integers, scale = gptq(tensors[name], inputs[name], width, config.search, config.group)
+        else:
+            integers, scale = quantize_groups(tensors[name], width, config.search, config.group)
+        return keep(pack(integers) if width == 4 else integers, allocate), keep(scale, allocate)
 
-    rounded = {name: round_tensor(name, width) for name, width in bits.items()}
+    def stored() -> tuple[Tensors, QuantizationSpec]:
+        spec = QuantizationSpec(majority_grid(bits, tensors), config.group, dict(bits))
+        return compress(tensors, packed, spec), spec
+
+    packed = {name: round_tensor(name, width) for name, width in bits.items()}
     if config.budget and error is not None:
-        without = {**tensors, **{name: dequantize_groups(*pair) for name, pair in rounded.items()}}
-        report["action_error_without_exceptions"] = error.measure(without)
+        rounded = decompress(*stored())
+        report["action_error_without_exceptions"] = error.measure(overlay(tensors, rounded, bits))
         report["exceptions"] = choose_exceptions(error, tensors, rounded, bits, config)
         for exception in report["exceptions"]:
             name = exception["tensor"]
-            bits[name], rounded[name] = 8, round_tensor(name, 8)
-    spec = QuantizationSpec(majority_grid(bits, tensors), config.group, bits)
-    packed = compress(tensors, rounded, spec)
+            bits[name], packed[name] = 8, round_tensor(name, 8)
+    result, spec = stored()
     if error is not None:
-        report["action_error"] = error.measure(decompress(packed, spec))
-    report["bytes"] = sum(tensor.nbytes for tensor in packed.values())
-    return QuantizedWeights(packed, spec, report)
+        report["action_error"] = error.measure(decompress(result, spec))
+    report["bytes"] = sum(result.meta(name).nbytes for name in result)
+    return QuantizedWeights(result, spec, report)
 
 
 def format_report(report: Mapping[str, Any]) -> list[str]:
@@ -193,33 +202,40 @@ def check_float16(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def majority_grid(bits: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Literal["int4", "int8"]:
+def majority_grid(bits: Mapping[str, int], tensors: Tensors) -> Literal["int4", "int8"]:
     """The grid that most quantized weights are on."""
-    four, eight = (sum(tensors[name].numel() for name in bits if bits[name] == width) for width in (4, 8))
+    four, eight = (sum(tensors.meta(name).numel() for name in bits if bits[name] == width) for width in (4, 8))
     return "int4" if four >= eight else "int8"
+
+
+def overlay(tensors: Tensors, others: Mapping[str, Tensor], names: Container[str]) -> Tensors:
+    """The tensors, but those of these ``names`` from ``others``."""
+    metas = {name: tensors.meta(name) for name in tensors}
+    return Tensors(tensors.origin, metas, lambda name: others[name] if name in names else tensors[name])
 
 
 def choose_exceptions(
     error: ActionError,
-    tensors: Mapping[str, Tensor],
-    rounded: Mapping[str, Rounded],
+    tensors: Tensors,
+    rounded: Mapping[str, Tensor],
     bits: Mapping[str, int],
     config: QuantizeConfig,
 ) -> list[dict[str, Any]]:
     """The 4-bit tensors to keep in 8 bits, with the action error and additional bytes of each.
 
-    A tensor's action error is that of the policy with these ``tensors`` in which it alone is rounded. Tensors are taken
-    by action error per byte, largest first, while the budget lasts.
+    ``rounded``: dequantized. A tensor's action error is that of the policy with these ``tensors`` in which it alone is
+    rounded. Tensors are taken by action error per byte, largest first, while the budget lasts.
     """
     four = [name for name, width in bits.items() if width == 4]
 
     def size(name: str, width: int) -> int:
-        return count_bytes(tensors[name].numel(), width, fit_group(tensors[name].shape[1], config.group))
+        rows, columns = tensors.shape(name)
+        return count_bytes(rows * columns, width, fit_group(columns, config.group))
 
     left = config.budget * sum(size(name, 4) for name in four)
     found = list[dict[str, Any]]()
     for name in four:
-        alone = error.measure({**tensors, name: dequantize_groups(*rounded[name])})
+        alone = error.measure(overlay(tensors, rounded, {name}))
         found.append({"tensor": name, "action_error": alone, "bytes": size(name, 8) - size(name, 4)})
     chosen = list[dict[str, Any]]()
     for one in sorted(found, key=lambda one: one["action_error"] / one["bytes"], reverse=True):

@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from rlrc.compressor.models import decode
-from rlrc.compressor.models.policy import Inputs, PolicyModule
+from rlrc.compressor.models.device import of_module, upload
+from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule, select_lengths
+from rlrc.compressor.rl.draws import TORCH, Draws
 
 MAX_STD_FACTOR = 3.0  # a learned standard deviation stays within this factor of its initial value
 
@@ -47,18 +49,20 @@ class EncodedObservation:
     ids: Tensor | None = None
     state: Tensor | None = None
     mask: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.image_tokens)
 
     def rows(self, rows: Tensor) -> EncodedObservation:
-        """Select rows; image tokens become float32."""
-        others = (None if x is None else x[rows] for x in (self.ids, self.state, self.mask))
-        return EncodedObservation(self.image_tokens[rows].float(), *others)
+        """Select rows, all of it on the host; image tokens become float32."""
+        ids, state, mask = (None if x is None else x[rows] for x in (self.ids, self.state, self.mask))
+        lengths = select_lengths(self.lengths, rows)
+        return EncodedObservation(self.image_tokens[rows].float(), ids, state, mask, lengths)
 
     def to(self, device: torch.device) -> EncodedObservation:
-        others = (None if x is None else x.to(device) for x in (self.ids, self.state, self.mask))
-        return EncodedObservation(self.image_tokens.to(device), *others)
+        ids, state, mask = (None if x is None else upload(x, device) for x in (self.ids, self.state, self.mask))
+        return EncodedObservation(upload(self.image_tokens, device), ids, state, mask, self.lengths)
 
 
 class ActionEvaluation(NamedTuple):
@@ -75,10 +79,10 @@ class ActionEvaluation(NamedTuple):
 class Noise(nn.Module):
     """Learned standard deviations, initially ``std`` and always within a factor of MAX_STD_FACTOR of it."""
 
-    def __init__(self, shape: tuple[int, ...], std: float) -> None:
+    def __init__(self, shape: tuple[int, ...], std: float, device: torch.device | None = None) -> None:
         super().__init__()
         self.std = std
-        self.raw = nn.Parameter(torch.zeros(shape))
+        self.raw = nn.Parameter(torch.zeros(shape, device=device))
 
     def forward(self) -> Tensor:
         # As in ReinFlow, a tanh bounds the noise; unbounded, it grows until the actions are useless.
@@ -95,10 +99,12 @@ class Actor(nn.Module, ABC):
         super().__init__()
         self.policy, self.temperature, self.correlation = policy, temperature, correlation
         self.noise: Noise | None = None
+        self.draws = TORCH
         self.width = policy.towers["decoder"].width  # of the critic's input
 
     def encode(self, inputs: Inputs) -> EncodedObservation:
-        return EncodedObservation(decode.encode_images(self.policy, inputs), inputs.ids, inputs.state, inputs.mask)
+        image_tokens = decode.encode_images(self.policy, inputs)
+        return EncodedObservation(image_tokens, inputs.ids, inputs.state, inputs.mask, inputs.lengths)
 
     @abstractmethod
     def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
@@ -111,7 +117,7 @@ class Actor(nn.Module, ABC):
     def chunk_noise(self, batch: int) -> Tensor:
         """Standard normal (B, K, D), correlated over the K steps of a chunk."""
         action = self.policy.spec.action
-        return chunk_noise(batch, action.horizon, action.dim, self.correlation)
+        return chunk_noise(batch, action.horizon, action.dim, self.correlation, self.draws)
 
 
 class ParallelActor(Actor):
@@ -119,12 +125,11 @@ class ParallelActor(Actor):
 
     def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action, logits = self.policy.spec.action, self._logits(observation)
-        outputs = decode.outputs_from_logits(logits, action)
-        if sample and outputs.actions.isfinite().all():
-            rows = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation)
-            outputs = decode.outputs_from_rows(rows, action)
-        assert outputs.tokens is not None
-        return outputs.actions, outputs.tokens
+        if not sample:
+            return _actions_and_tokens(decode.outputs_from_logits(logits, action))
+        rows = sample_tokens(torch.log_softmax(logits / self.temperature, -1), self.correlation, self.draws)
+        actions, tokens = _actions_and_tokens(decode.outputs_from_rows(rows, action))
+        return actions.masked_fill(~logits.isfinite().all(-1), float("nan")), tokens
 
     def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
         with record_inputs(last_module(self.policy)) as inputs:
@@ -144,34 +149,40 @@ class AutoregressiveActor(Actor):
     def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         action = self.policy.spec.action
 
-        def choose(logits: Tensor) -> Tensor:
-            """(B, rows) -> (B, 1)."""
-            decode.check_finite_outputs(logits, "logits")
-            if not sample:
-                return logits.argmax(-1, keepdim=True)
-            return torch.multinomial(torch.softmax(logits / self.temperature, -1), 1)
+        def steps(image_tokens: Tensor, ids: Tensor, rows: decode.Rows) -> Tensor:
+            def choose(logits: Tensor) -> Tensor:
+                """(B, rows) -> (B, 1)."""
+                if not sample:
+                    return logits.argmax(-1, keepdim=True)
+                noise = self.draws.exponential(rows.numbers, logits.shape[1])
+                return draw_row(torch.softmax(logits / self.temperature, -1), noise)
 
-        rows = self._by_length(observation, lambda image_tokens, ids, _: self._steps(image_tokens, ids, choose))
-        outputs = decode.outputs_from_rows(rows.reshape(-1, action.horizon, action.dim), action)
-        assert outputs.tokens is not None
-        return outputs.actions, outputs.tokens
+            return self._steps(image_tokens, ids, choose)
+
+        # The rows of the logits, and whether these were finite, together, so that they are reordered together.
+        both = self._by_length(observation, steps)
+        rows, finite = both.unflatten(1, (2, action.horizon, action.dim)).unbind(1)
+        actions, tokens = _actions_and_tokens(decode.outputs_from_rows(rows, action))
+        return actions.masked_fill(finite == 0, float("nan")), tokens
 
     def _steps(self, image_tokens: Tensor, ids: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """-> the chosen rows (B, N), then 1 or 0 for each: whether its logits are finite."""
         policy, action = cast(decode.Autoregressive, self.policy), self.policy.spec.action
         assert action.tokens is not None
-        past, chosen = None, list[Tensor]()
+        past, chosen, finite = None, list[Tensor](), list[Tensor]()
         for _ in range(action.horizon * action.dim):
             logits, past = policy.step(None if chosen else image_tokens, ids, past)
             chosen.append(choose(logits))
+            finite.append(logits.isfinite().all(-1, keepdim=True).to(chosen[-1].dtype))
             ids = action.tokens.offset + chosen[-1]
-        return torch.cat(chosen, 1)
+        return torch.cat([*chosen, *finite], 1)
 
     def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
         tokens = sampled.flatten(1)
 
-        def teacher_forced(image_tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        def teacher_forced(image_tokens: Tensor, ids: Tensor, rows: decode.Rows) -> Tensor:
             """Logits and the hidden state of the first token, concatenated, so that they are reordered together."""
-            sequence = torch.cat([ids, tokens[rows, :-1]], 1)
+            sequence = torch.cat([ids, tokens[rows.index, :-1]], 1)
             with record_inputs(last_module(self.policy)) as inputs:
                 logits = cast(decode.Autoregressive, self.policy).last_logits(image_tokens, sequence, tokens.shape[1])
             return torch.cat([logits.flatten(1), inputs[0][:, 0].float()], 1)
@@ -181,9 +192,13 @@ class AutoregressiveActor(Actor):
         logits = logits.reshape(*sampled.shape, -1)
         return evaluate_tokens(logits / self.temperature, logit_rows(sampled, self.policy), hidden)
 
-    def _by_length(self, observation: EncodedObservation, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def _by_length(
+        self, observation: EncodedObservation, one: Callable[[Tensor, Tensor, decode.Rows], Tensor]
+    ) -> Tensor:
         assert observation.ids is not None
-        return decode.map_by_length(observation.image_tokens, observation.ids, observation.mask, one)
+        return decode.map_by_length(
+            observation.image_tokens, observation.ids, observation.mask, observation.lengths, one
+        )
 
 
 class GaussianActor(Actor):
@@ -191,12 +206,12 @@ class GaussianActor(Actor):
 
     def __init__(self, policy: PolicyModule, temperature: float, correlation: float, std: float) -> None:
         super().__init__(policy, temperature, correlation)
-        self.noise: Noise = Noise((policy.spec.action.dim,), std)
+        self.noise: Noise = Noise((policy.spec.action.dim,), std, of_module(policy))
 
     def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         actions = self._mean(observation)
         if sample:
-            actions = actions + self.noise() * self.chunk_noise(len(observation)).to(actions)
+            actions = actions + self.noise() * upload(self.chunk_noise(len(observation)), actions.device)
         return actions, actions
 
     def evaluate(self, observation: EncodedObservation, sampled: Tensor) -> ActionEvaluation:
@@ -219,19 +234,20 @@ class FlowActor(Actor):
         super().__init__(policy, temperature, correlation)
         assert policy.spec.flow is not None
         self.steps = policy.spec.flow.steps
-        self.noise: Noise = Noise((self.steps, policy.spec.action.dim), std)
+        self.noise: Noise = Noise((self.steps, policy.spec.action.dim), std, of_module(policy))
         self.width = policy.towers["expert"].width
 
     def act(self, observation: EncodedObservation, sample: bool) -> tuple[Tensor, Tensor]:
         spec = self.policy.spec
         assert spec.flow is not None
         step, dim = self._steps(observation), spec.action.dim
-        x = torch.randn(len(observation), spec.action.horizon, spec.flow.width).to(observation.image_tokens.device)
+        noise = self.draws.normal(len(observation), spec.action.horizon, spec.flow.width)
+        x = upload(noise, observation.image_tokens.device)
         chain = [x]
         for i in range(self.steps):
             x = step(x, i)
             if sample:
-                noise = self.noise()[i] * self.chunk_noise(len(observation)).to(x)
+                noise = self.noise()[i] * upload(self.chunk_noise(len(observation)), x.device)
                 x = torch.cat([x[..., :dim] + noise, x[..., dim:]], -1)
             chain.append(x)
         return x[..., :dim], torch.stack(chain, 1)
@@ -265,20 +281,33 @@ def build_actor(policy: PolicyModule, temperature: float = 1.0, correlation: flo
     return actor(policy, temperature, correlation)
 
 
-def chunk_noise(batch: int, steps: int, dims: int, correlation: float) -> Tensor:
+def chunk_noise(batch: int, steps: int, dims: int, correlation: float, draws: Draws = TORCH) -> Tensor:
     """Standard normal (B, K, D); the K values of a dimension have this pairwise correlation."""
-    shared, own = torch.randn(batch, 1, dims), torch.randn(batch, steps, dims)
+    shared, own = draws.normal(batch, 1, dims), draws.normal(batch, steps, dims)
     noise: Tensor = correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
     return noise
 
 
-def sample_tokens(log_probs: Tensor, correlation: float) -> Tensor:
+def _actions_and_tokens(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    assert outputs.tokens is not None
+    return outputs.actions, outputs.tokens
+
+
+def draw_row(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Draw one row (B, 1) of each distribution (B, rows) with exponential noise of the same shape.
+
+    On the CPU bit for bit ``torch.multinomial``, which on a GPU draws from another generator and waits for its input.
+    """
+    return (probabilities / upload(noise, probabilities.device)).argmax(-1, keepdim=True)
+
+
+def sample_tokens(log_probs: Tensor, correlation: float, draws: Draws = TORCH) -> Tensor:
     """Draw tokens (B, K, D) from log-probabilities (B, K, D, bins).
 
     Every token has exactly its own distribution. A Gaussian copula correlates the K tokens of a dimension.
     """
     batch, steps, dims, bins = log_probs.shape
-    uniform = torch.special.ndtr(chunk_noise(batch, steps, dims, correlation)).to(log_probs.device)
+    uniform = upload(torch.special.ndtr(chunk_noise(batch, steps, dims, correlation, draws)), log_probs.device)
     cumulative = log_probs.exp().cumsum(-1)
     rows: Tensor = (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=bins - 1)
     return rows

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.rl.actors import ActionEvaluation, EncodedObservation, build_actor
 from rlrc.compressor.rl.config import PPOConfig
@@ -79,16 +80,17 @@ class Learner:
 
     def fit_value(self, hidden: Tensor, returns: Tensor, counts: Sequence[int], passes: int) -> float:
         """-> mean value loss."""
-        losses, device = list[float](), self.team.device
+        losses, device = list[Tensor](), self.team.device
         for _ in range(passes):
             for rows, weight in self._shuffle(counts):
-                loss = self.critic(hidden[rows].to(device), returns[rows].to(device)) * weight
+                loss = self.critic(upload(hidden[rows], device), upload(returns[rows], device)) * weight
                 self.value_optimizer.zero_grad()
                 self.team.backward(loss)
                 self.value_optimizer.step()
-                losses.append(self.team.mean(loss.detach()))
-        self.check("value losses", torch.tensor(losses))
-        return float(np.mean(losses))
+                losses.append(loss.detach())
+        means = self.team.means(losses)
+        self.check("value losses", torch.tensor(means))
+        return float(np.mean(means))
 
     def fit_policy(
         self, rollout: RolloutBuffer, old_log_prob: Tensor, advantages: Tensor, counts: Sequence[int]
@@ -98,15 +100,16 @@ class Learner:
         for _ in range(self.config.epochs):
             for rows, weight in self._shuffle(counts):
                 observation, sampled = self._select(rollout, rows)
-                old, advantage = old_log_prob[rows].to(device), advantages[rows].to(device)
+                old, advantage = upload(old_log_prob[rows], device), upload(advantages[rows], device)
                 loss, metrics = self.objective(observation, sampled, old, advantage, weight, self.draw_demonstrations())
                 self.actor_optimizer.zero_grad()
                 self.team.backward(loss)
-                means = {name: self.team.mean(torch.tensor(value, device=device)) for name, value in metrics.items()}
-                means["gradient_norm"] = self.team.clip(self.objective, 1.0)
-                self.check("losses", torch.tensor([self.team.mean(loss.detach()), means["gradient_norm"]]))
+                metrics["gradient_norm"] = self.team.clip(self.objective, 1.0)
+                # All numbers of a step at once: the host waits for the device.
+                *means, mean_loss = self.team.means([*metrics.values(), loss.detach()])
+                self.check("losses", torch.tensor([mean_loss, means[-1]]))
                 self.actor_optimizer.step()
-                steps.append(means)
+                steps.append(dict(zip(metrics, means, strict=True)))
             if np.mean([step["approx_kl"] for step in steps]) > self.config.target_kl:
                 break
         mean = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
@@ -127,7 +130,7 @@ class Learner:
             raise NotFinite(f"finite {name}, found {broken[0].item() if len(broken) else 'others in another process'}")
 
     def _select(self, rollout: RolloutBuffer, rows: Tensor) -> tuple[EncodedObservation, Tensor]:
-        return rollout.observations.rows(rows).to(self.team.device), rollout.sampled[rows].to(self.team.device)
+        return rollout.observations.rows(rows).to(self.team.device), upload(rollout.sampled[rows], self.team.device)
 
     def _shuffle(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
         orders = [torch.randperm(count) for count in counts]  # of all processes, so that all generators stay alike

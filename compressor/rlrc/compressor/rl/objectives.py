@@ -34,8 +34,10 @@ def gae(rewards: Tensor, values: Tensor, last: Tensor, gamma: float, lam: float)
     return torch.tensor(advantages[::-1])
 
 
-def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, dict[str, float]]:
-    """Negated clipped surrogate objective (equation 7), and metrics.
+def ppo_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negated clipped surrogate objective (equation 7), and metrics, which stay on the device.
 
     log_prob, old_log_prob (B, ...) have one value for each token; advantage (B,). The loss is a sum over the tokens of
     a decision and a mean over decisions.
@@ -46,8 +48,8 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: fl
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     with torch.no_grad():
         metrics = {
-            "approx_kl": ((ratio - 1) - log_ratio).mean().item(),  # k3 of Schulman, "Approximating KL divergence"
-            "clip_fraction": ((ratio - 1).abs() > clip).float().mean().item(),
+            "approx_kl": ((ratio - 1) - log_ratio).mean(),  # k3 of Schulman, "Approximating KL divergence"
+            "clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
         }
     return -surrogate.flatten(1).sum(1).mean(), metrics
 
@@ -87,7 +89,7 @@ class PolicyObjective(nn.Module):
             loss, metrics = loss * weight, {name: value * weight for name, value in metrics.items()}
             if demonstrations is not None:
                 bc_loss, _ = chunk_loss(self.actor.policy, demonstrations, config.smoothing)
-                metrics["bc_loss"] = bc_loss.item()
+                metrics["bc_loss"] = bc_loss.detach()
                 # The surrogate is a sum over tokens and the cloning loss a mean: bring both to the same scale.
                 loss = loss + config.behaviour_cloning * old_log_prob[0].numel() * bc_loss
         return loss, metrics

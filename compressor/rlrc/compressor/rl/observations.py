@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Observer:
         """Pictures (B, H, W, 3), raw state (B, S)."""
         prompt = self.prompt(tasks, state)
         pixels = torch.from_numpy(to_pixels(images, self.spec.cameras[0]))
-        return Inputs([pixels], prompt.ids, self.state(state), prompt.mask)
+        return replace(prompt, pixels=[pixels], state=self.state(state))
 
     def state(self, state: np.ndarray) -> Tensor | None:
         """Raw states (B, S) -> normalised states, or None if the policy does not take one as a tensor."""
@@ -70,7 +71,7 @@ class Observer:
         return None if given is None else torch.from_numpy(given)
 
     def prompt(self, tasks: Sequence[str], state: np.ndarray) -> Inputs:
-        """Inputs with only ``ids`` and ``mask`` (B, L): the prompts of the tasks, for raw states (B, S)."""
+        """Inputs with ``ids`` and ``mask`` (B, L) and ``lengths`` alone: the tasks' prompts, for raw states (B, S)."""
         if self.tokenizer is None:
             return Inputs([])
         return collate(

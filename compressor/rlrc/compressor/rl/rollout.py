@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import Manifest
-from rlrc.compressor.models import precision
+from rlrc.compressor.models import device, precision
 from rlrc.compressor.models.decode import check_finite_outputs
-from rlrc.compressor.models.families import build
-from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.meta import build_on_meta
+from rlrc.compressor.models.policy import Inputs, PolicyModule
+from rlrc.compressor.models.weights import read_wide
 from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.observations import Observer
+from rlrc.compressor.rl.shared_policy import AskingSampler, Sampler, SharedPolicy
 from rlrc.compressor.training import distributed
 from rlrc.envs.experts import Expert, expert, relabel
 from rlrc.envs.metaworld import ACTION_NAMES, HORIZON, TASKS, MetaWorldEnv, MetaWorldTask
@@ -98,20 +100,26 @@ class ActionSampler:
         self, tasks: list[str], images: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures (B, H, W, 3), raw state (B, S) -> image tokens (B, N, width), ``sampled``, actions (B, K, D)."""
-        inputs = self.observer(tasks, images, state)
-        with torch.inference_mode(), precision.autocast("cpu"):
-            observation = self.actor.encode(inputs)
-            actions, sampled = self.actor.act(observation, self.mode.sample)
+        image_tokens, sampled, actions = (x.cpu() for x in self.act(self.observer(tasks, images, state)))
         check_finite_outputs(actions, "actions")
-        image_tokens = observation.image_tokens.half().numpy()
-        return image_tokens, sampled.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
+        return image_tokens.numpy(), sampled.numpy(), unnormalise(actions.numpy(), self.spec.action.norm)
+
+    def act(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens fp16 (B, N, width), ``sampled``, normalised actions (B, K, D): on the policy's device."""
+        where = device.of_module(self.policy)
+        with torch.inference_mode(), precision.autocast(where.type):
+            observation = self.actor.encode(inputs.to(where))
+            actions, sampled = self.actor.act(observation, self.mode.sample)
+        return observation.image_tokens.half(), sampled, actions
 
     def restore_observations(
         self, tasks: Sequence[str], state: np.ndarray, image_tokens: np.ndarray
     ) -> EncodedObservation:
         """Encoded observations from what an episode keeps: raw states (B, S), image tokens (B, N, width)."""
         prompt = self.observer.prompt(tasks, state)
-        return EncodedObservation(torch.from_numpy(image_tokens), prompt.ids, self.observer.state(state), prompt.mask)
+        return EncodedObservation(
+            torch.from_numpy(image_tokens), prompt.ids, self.observer.state(state), prompt.mask, prompt.lengths
+        )
 
 
 _idle: list[MetaWorldEnv] = []  # at most SLOTS unused environments, the most recently used last
@@ -154,9 +162,7 @@ def _start(request: Request, size: int) -> _Slot:
     )
 
 
-def _plan_chunks(
-    slots: list[_Slot], sampler: ActionSampler | None, horizon: int, mode: SamplingMode
-) -> list[np.ndarray]:
+def _plan_chunks(slots: list[_Slot], sampler: Sampler | None, horizon: int, mode: SamplingMode) -> list[np.ndarray]:
     """One decision for every slot. -> the chunks to execute. Records what the mode keeps."""
     images = np.stack([slot.env.render() for slot in slots])
     state = np.stack([slot.env.state() for slot in slots])
@@ -187,7 +193,7 @@ def _plan_chunks(
 
 
 def run_episodes(
-    requests: Iterable[Request], sampler: ActionSampler | None, horizon: int, mode: SamplingMode, size: int
+    requests: Iterable[Request], sampler: Sampler | None, horizon: int, mode: SamplingMode, size: int
 ) -> Iterator[RolloutEpisode]:
     """Yield episodes in the order in which they end. Without a sampler the expert must drive from the start."""
     waiting = iter(requests)
@@ -218,18 +224,24 @@ def _work(
     tokenizer: str | None,
     mode: SamplingMode,
     products: precision.PrecisionByDevice,
+    asks: bool = False,
 ) -> tuple[list[RolloutEpisode], float]:
-    """Run episodes in a worker process. -> episodes, and the CPU-seconds they took."""
+    """Run episodes in a worker process. -> episodes, and the CPU-seconds they took.
+
+    ``asks``: the process that started it answers the decisions (see SharedPolicy). Otherwise ``weights`` do.
+    """
     began = time.process_time()
     torch.set_num_threads(1)
     precision.use(products)
-    torch.manual_seed(requests[0].seed)
-    sampler = None
-    if weights is not None:
-        policy = build(manifest.policy, manifest.towers)
-        saved = torch.load(weights, map_location="cpu", weights_only=True)
-        policy.load_state_dict(saved["policy"])
+    sampler: Sampler | None = None
+    if asks:
+        sampler = AskingSampler((requests[0].task, requests[0].seed))
+    elif weights is not None:
+        policy = build_on_meta(manifest.policy, manifest.towers)
+        saved = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)  # the workers share its pages
+        policy.load_state_dict(saved["policy"], assign=True)
         sampler = ActionSampler(policy, load_tokenizer(manifest, tokenizer), mode, saved["noise"])
+    torch.manual_seed(requests[0].seed)
     size = manifest.policy.cameras[0].height
     episodes = list(run_episodes(requests, sampler, manifest.policy.action.horizon, mode, size))
     return episodes, time.process_time() - began
@@ -252,12 +264,17 @@ class Rollouts:
         self.workers = WorkerPool(workers)
         self.seconds = 0.0  # wall time of the last call
         self.cpu_seconds = 0.0  # of all workers, since the caller last reset it
+        self._here = False  # tests and measurements: answer decisions in this process on the CPU, too
 
     def __enter__(self) -> Rollouts:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.workers.kill()
+
+    def _answers_here(self, policy: PolicyModule) -> bool:
+        whole = not any(hasattr(parameter, "full_tensor") for parameter in policy.parameters())
+        return whole and (self._here or device.of_module(policy).type != "cpu")
 
     def load_tokenizer(self) -> Tokenizer | None:
         return load_tokenizer(self.manifest, self.tokenizer)
@@ -272,6 +289,9 @@ class Rollouts:
     ) -> list[RolloutEpisode]:
         """Run episodes with the policy's current weights. -> episodes in the order of the requests.
 
+        A policy on an accelerator answers the decisions of all workers there, from this process, unless it is sharded.
+        On the CPU every worker has the policy, and computes in one thread.
+
         ``weights`` replace the policy's own, if those are sharded over processes; ``noise``: see ActionSampler.
         Raises ValueError without a policy, unless the expert drives every episode from the start.
         """
@@ -280,12 +300,14 @@ class Rollouts:
                 "expected requests that the expert drives from the start (handover=0), as there is no policy"
             )
         start = time.monotonic()
-        file, manifest = None, self.manifest
-        if policy is not None:
+        file, manifest, shared = None, self.manifest, None
+        if policy is not None and self._answers_here(policy):
+            shared = SharedPolicy(sampler := ActionSampler(policy, self.load_tokenizer(), mode, noise), sampler.actor)
+        elif policy is not None:
             manifest = replace(manifest, towers=policy.towers)
             file = self.scratch / f"rollout-weights-{distributed.rank()}.pt"
             with replace_file(file) as new, new.open("wb") as stream:
-                torch.save({"policy": weights or policy.state_dict(), "noise": noise}, stream)
+                torch.save({"policy": weights or read_wide(policy), "noise": noise}, stream)
         shares = [list(requests[worker :: self.workers.number]) for worker in range(self.workers.number)]
         work = partial(
             _work,
@@ -294,9 +316,11 @@ class Rollouts:
             tokenizer=self.tokenizer,
             mode=mode,
             products=precision.current(),
+            asks=shared is not None,
         )
         silence = TIMEOUT + EPISODE_TIMEOUT * len(shares[0])
-        results = [result for _, result in self.workers.run(work, [share for share in shares if share], silence)]
+        jobs = [share for share in shares if share]
+        results = [result for _, result in self.workers.run(work, jobs, silence, shared)]
         episodes = [episode for result, _ in results for episode in result]
         self.cpu_seconds += sum(cpu for _, cpu in results)
         self.seconds = time.monotonic() - start

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlrc.artifact import TOKENIZER, Artifact, HistoryEntry
+from rlrc.compressor.models import device
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.rl.dagger import Dagger
 from rlrc.compressor.rl.demonstrations import DemonstrationConfig, ObservedBatches, SampleBatches, demonstrations
@@ -40,12 +41,16 @@ class Simulation:
     """validation episodes of each task; 0: no evaluation"""
 
     def evaluate(self, policy: PolicyModule) -> dict[str, Any]:
-        """Success of the deterministic policy on validation scenes: all tasks, hard tasks (no closing), each task."""
+        """Success of the deterministic policy on validation scenes: all tasks, hard tasks (no closing), each task.
+
+        It plays on the device of this process, and is on the CPU afterwards.
+        """
         if self.episodes == 0:
             return {}
         requests = [Request(task, VALIDATION.start + i) for i in range(self.episodes) for task in TASKS]
         with status(f"playing {len(requests)} validation episodes"):
-            results = self.rollouts.run(requests, policy, SamplingMode())
+            results = self.rollouts.run(requests, policy.to(device.current()), SamplingMode())
+        policy.cpu()
         per_task = {task: float(np.mean([r.success for r in results if r.task == task])) for task in TASKS}
         return {
             "success": round(float(np.mean(list(per_task.values()))), 4),

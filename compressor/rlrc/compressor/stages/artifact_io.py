@@ -13,22 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlrc.artifact import (
     GOLDEN,
     WEIGHTS,
     Artifact,
-    ArtifactError,
     Draft,
     HistoryEntry,
     Manifest,
     PolicySpec,
+    QuantizationSpec,
+    TowerSpec,
+    weight_files,
 )
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.models.weights import build_policy, count_parameters, narrow_dtype
+from rlrc.compressor.models.tensor_files import write_tensors
+from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
+from rlrc.compressor.models.weights import PolicyWeights, build_policy, narrow_tensors
 from rlrc.compressor.quantize.grid import decompress
 from rlrc.compressor.quantize.quantize import QuantizedWeights
 from rlrc.errors import UserError
@@ -39,20 +41,28 @@ UNSOUND = "nothing was written: start from finite weights, or train with a lower
 OUTPUTS = ("actions", "tokens", "logits")
 
 
-def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
-    """Tensors as stored: bfloat16, or packed integers with scales."""
-    file = artifact.file(WEIGHTS)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ArtifactError(f"expected safetensors in {file}, found {error}; make the artifact again") from None
+def open_tensors(artifact: Artifact) -> Tensors:
+    """The artifact's tensors as stored: bfloat16, or packed integers with scales. Their files are mapped, not read."""
+    files = [artifact.file(name) for name in weight_files(artifact.manifest)]
+    return tensors_from_safetensors(files, str(artifact.path), advice="make the artifact again")
 
 
 def load_policy(artifact: Artifact) -> PolicyModule:
-    """The policy in float32 and evaluation mode, integers dequantized. Raises UserError for tensors that do not fit."""
+    """The policy in evaluation mode. Its weights are views of the mapped files, and quantized ones are dequantized when
+    they are used: call ``widen`` for many passes. Raises UserError for tensors that do not fit.
+    """
     manifest = artifact.manifest
-    tensors = decompress(read_tensors(artifact), manifest.quantization)
-    return build_policy(manifest.policy, manifest.towers, tensors, str(artifact.path))
+    return _build(manifest.policy, manifest.towers, open_tensors(artifact), manifest.quantization)
+
+
+def _build(
+    spec: PolicySpec,
+    towers: dict[str, TowerSpec],
+    tensors: Tensors,
+    quantization: QuantizationSpec | None,
+    advice: str = "make it again from sound weights",
+) -> PolicyModule:
+    return build_policy(spec, towers, decompress(tensors, quantization), tensors.origin, advice)
 
 
 def read_observations(file: Path) -> dict[str, np.ndarray]:
@@ -103,15 +113,14 @@ def _stack(outputs: list[Outputs], name: str) -> np.ndarray:
     return torch.cat([getattr(output, name) for output in outputs]).numpy()
 
 
-def apply_quantization(policy: PolicyModule, result: QuantizedWeights) -> PolicyModule:
-    """The policy in float32 with the dequantized weights of ``result``."""
-    tensors = decompress(result.tensors, result.spec)
-    return build_policy(policy.spec, policy.towers, tensors, "the quantized weights", UNSOUND)
+def apply_quantization(policy: PolicyModule | PolicyWeights, result: QuantizedWeights) -> PolicyModule:
+    """The policy with the weights of ``result``, dequantized when they are used."""
+    return _build(policy.spec, policy.towers, result.tensors, result.spec, UNSOUND)
 
 
 def write_policy(
     draft: Draft,
-    policy: PolicyModule,
+    policy: PolicyModule | PolicyWeights,
     observations: Mapping[str, np.ndarray],
     history: tuple[HistoryEntry, ...],
     quantization: QuantizedWeights | None = None,
@@ -120,24 +129,23 @@ def write_policy(
     """Finish a draft with a policy's weights and the goldens of exactly the stored weights.
 
     Weights are stored in bfloat16, or as in ``quantization``. ``exact`` stores tensors that bfloat16 would change in
-    float32, for stages without training. The manifest's dtype is that of most weights.
+    float32, for stages without training. The manifest's dtype is that of most weights. One tensor at a time is in
+    memory, and one block's weights while the goldens are computed.
     """
-    state = {name: tensor.detach().contiguous() for name, tensor in policy.state_dict().items()}
-    spec = None
-    if quantization is None:
-        tensors = {name: narrow_dtype(tensor, exact) for name, tensor in state.items()}
-    else:
-        tensors, spec = quantization.tensors, quantization.spec
-    stored = build_policy(policy.spec, policy.towers, decompress(tensors, spec), "the new artifact", UNSOUND)
-    save_file(tensors, draft.file(WEIGHTS))
+    weights, spec = PolicyWeights.of(policy), None if quantization is None else quantization.spec
+    tensors = narrow_tensors(weights.tensors, exact) if quantization is None else quantization.tensors
+    folder = draft.file(WEIGHTS).parent
+    write_tensors(folder, tensors)
+    written = tensors_from_safetensors(sorted(folder.glob("*.safetensors")), "the new artifact")
+    stored = _build(policy.spec, policy.towers, written, spec, UNSOUND)
     np.savez_compressed(draft.file(GOLDEN), **golden(stored, observations))  # type: ignore[arg-type]
-    wide = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float32)
+    wide = sum(tensors.meta(name).numel() for name in tensors if tensors.dtype(name) == torch.float32)
     return draft.finish(
         Manifest(
             policy=policy.spec,
             towers=policy.towers,
-            parameters=count_parameters(policy),
-            dtype=spec.grid if spec else "float32" if 2 * wide > count_parameters(policy) else "bfloat16",
+            parameters=weights.count(),
+            dtype=spec.grid if spec else "float32" if 2 * wide > weights.count() else "bfloat16",
             quantization=spec,
             history=history,
         )

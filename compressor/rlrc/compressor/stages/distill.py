@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.coupling import TOWERS
-from rlrc.compressor.stages.sources import PolicySource, open_source, shapes
+from rlrc.compressor.models.nn.linear import widen
+from rlrc.compressor.stages import memory
+from rlrc.compressor.stages.sources import PolicySource, open_source
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.training_data import check_data
-from rlrc.compressor.training import distributed, memory
-from rlrc.compressor.training.distill import DistillConfig, build_objective, original_numbers
+from rlrc.compressor.training import distributed
+from rlrc.compressor.training.distill import DistillConfig, DistillOptions, build_objective, original_numbers
 from rlrc.compressor.training.sft import sft
 from rlrc.errors import UserError
 from rlrc.progress import progress
 
 
 def run_distill(
-    source: Path, out: Path, config: DistillConfig, options: StageOptions, flags: Flags | None = None
+    source: Path, out: Path, config: DistillOptions, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
-    """``flags`` are those of an official teacher."""
+    """``flags`` are those of an official teacher. Settings that ``config`` leaves out are as for ``run_sft``."""
     if config.statistics != "policy":
         raise UserError(
             f"expected distill.statistics policy, found {config.statistics}; a student has its teacher's, and rlrc sft "
@@ -30,22 +33,25 @@ def run_distill(
         raise UserError("expected a teacher for distill, found none; give --teacher, or teacher in [distill]")
     teacher = open_source(Path(config.teacher), flags or Flags())
 
-    def check(student: PolicySource) -> None:
+    def check(student: PolicySource, config: DistillConfig) -> None:
         check_data("distill", student, config)
         check_teacher(student, teacher, config)
-        extra = memory.count_numbers(shapes(teacher))
-        memory.check_training(shapes(student), bool(config.lora), 1 + bool(config.held_out), extra)
+        need = partial(memory.of_training, student, config, teacher)
+        memory.check(student, need, "training", config.less_memory())
 
     with stage("distill", source, out, config, options, check) as work:
-        data, before_step = work.training_data(config)
+        complete: DistillConfig = work.config
+        data, before_step = work.training_data(complete)
         blocks = match_blocks(work.source, teacher)
-        objective = build_objective(config, teacher.load(), blocks, data.batches, work.run.folder)
-        with progress("distill", config.steps, distributed.rank() == 0) as report:
-            metrics = sft(work.policy, config, data, work.run, report, before_step, objective)
+        objective = build_objective(complete, teacher.load(), blocks, data.batches, work.run.folder)
+        if not complete.lora or distributed.is_fsdp():
+            widen(work.policy)
+        with progress("distill", complete.steps, distributed.rank() == 0) as report:
+            metrics = sft(work.policy, complete, data, work.run, report, before_step, objective, work.learned())
         return work.finish(work.policy, teacher=teacher.digest, **metrics)
 
 
-def check_teacher(student: PolicySource, teacher: PolicySource, config: DistillConfig) -> None:
+def check_teacher(student: PolicySource, teacher: PolicySource, config: DistillOptions) -> None:
     """Raises UserError unless the student can learn from this teacher."""
     if teacher.spec.family != student.spec.family:
         raise UserError(

@@ -11,19 +11,19 @@ from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.prune import prune as pruning
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.prune.lossless import count_outside, cut_lossless
+from rlrc.compressor.stages import memory
 from rlrc.compressor.stages.artifact_io import compute_outputs
-from rlrc.compressor.stages.sources import PolicySource, shapes
+from rlrc.compressor.stages.sources import PolicySource
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.training_data import check_data
-from rlrc.compressor.training import memory
 from rlrc.progress import status
 
 
 def run_prune(
     source: Path, out: Path, config: PruneConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
-    def check(source: PolicySource) -> None:
-        memory.check(memory.count_numbers(shapes(source)) * memory.REWRITTEN, "pruning")
+    def check(source: PolicySource, _: Any) -> None:
+        memory.check(source, lambda: memory.of_prune(source, config), "pruning")
         if config.lossless:
             return
         with status("searching for a shape"):
@@ -43,5 +43,5 @@ def run_prune(
             return work.finish(lean, exact=True, **report)
         batches = work.demonstrations(config) if config.needs_data else None
         with status("scoring heads, channels and blocks"):
-            pruned, removed = pruning.prune(lean, config, batches)
+            pruned, removed = pruning.prune(lean.to(work.device if batches else "cpu"), config, batches)
         return work.finish(pruned, exact=True, removed=removed, **report)

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
+from rlrc.compressor.models.scratch import Scratch
 from rlrc.compressor.quantize.padding import pad_policy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_exempt, quantize
+from rlrc.compressor.stages import memory
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage
-from rlrc.compressor.training import memory
 from rlrc.progress import status
 
 
 def run_quantize(
     source: Path, out: Path, config: QuantizeConfig, options: StageOptions, flags: Flags | None = None
 ) -> Manifest:
-    def check(source: PolicySource) -> None:
+    def check(source: PolicySource, _: Any) -> None:
         check_exempt(shapes(source), config)
-        memory.check(memory.count_numbers(shapes(source)) * memory.REWRITTEN, "quantizing")
+        memory.check(source, lambda: memory.of_quantize(source, config), "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
         with status("rounding"):
-            policy, added = pad_policy(work.policy, config.group)
-            result = quantize(policy, config, observations)
+            policy, added = pad_policy(work.policy.to(work.device), config.group)
+            work.run.folder.mkdir(parents=True, exist_ok=True)
+            allocate = Scratch(work.run.folder).empty
+            result = quantize(policy, config, (inputs.to(work.device) for inputs in observations), allocate)
         return work.finish(policy, result, rounding=result.report | added)

@@ -13,9 +13,9 @@ from rlrc.errors import UserError
 # Stages in the order in which they run -> their configurations, imported when needed because some import torch.
 CONFIGS = {
     "prune": "rlrc.compressor.prune.prune:PruneConfig",
-    "sft": "rlrc.compressor.training.config:SFTConfig",
-    "distill": "rlrc.compressor.training.distill:DistillConfig",
-    "rl": "rlrc.compressor.rl.config:PPOConfig",
+    "sft": "rlrc.compressor.training.config:SFTOptions",
+    "distill": "rlrc.compressor.training.distill:DistillOptions",
+    "rl": "rlrc.compressor.rl.config:PPOOptions",
     "quantize": "rlrc.compressor.quantize.quantize:QuantizeConfig",
 }
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.rl.config import PPOConfig
+from rlrc.compressor.rl.config import PPOConfig, PPOOptions
 from rlrc.compressor.rl.observations import check_fits_simulator
 from rlrc.compressor.rl.ppo import ppo
-from rlrc.compressor.stages.sources import ArtifactSource, PolicySource, shapes
+from rlrc.compressor.stages import memory
+from rlrc.compressor.stages.sources import ArtifactSource, PolicySource
 from rlrc.compressor.stages.stage import StageOptions, stage
 from rlrc.compressor.stages.training_data import open_data
-from rlrc.compressor.training import distributed, memory
+from rlrc.compressor.training import distributed
 from rlrc.errors import UserError
 from rlrc.progress import progress
 
@@ -27,15 +29,19 @@ def check_source(source: PolicySource) -> None:
         )
 
 
-def run_rl(source: Path, out: Path, config: PPOConfig, options: StageOptions, flags: Flags | None = None) -> Manifest:
-    def check(source: PolicySource) -> None:
+def run_rl(source: Path, out: Path, config: PPOOptions, options: StageOptions, flags: Flags | None = None) -> Manifest:
+    """Settings that ``config`` leaves out are those of the policy's family: see rlrc.compressor.training.defaults."""
+
+    def check(source: PolicySource, config: PPOConfig) -> None:
         check_source(source)
         if config.data:
             open_data(config, source.spec)
-        memory.check(memory.count_numbers(shapes(source)) * (memory.WEIGHTS + memory.ADAMW), "reinforcement learning")
+        need = partial(memory.of_reinforcement, source, config.minibatch)
+        memory.check(source, need, "reinforcement learning", "take a smaller --minibatch")
 
     with stage("rl", source, out, config, options, check, flags, plays=True) as work:
-        batches = work.demonstrations(config, config.first_seed)
-        with progress("rl", config.iterations, distributed.rank() == 0) as report:
-            ppo(work.policy, config, batches, work.require_simulation().rollouts, work.run, report)
+        complete: PPOConfig = work.config
+        batches = work.demonstrations(complete, complete.first_seed)
+        with progress("rl", complete.iterations, distributed.rank() == 0) as report:
+            ppo(work.policy, complete, batches, work.require_simulation().rollouts, work.run, report)
         return work.finish(work.policy)

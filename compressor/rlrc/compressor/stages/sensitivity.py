@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rlrc import strict
 from rlrc.compressor.models.coupling import Group, find_groups
+from rlrc.compressor.models.device import CPU, upload
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.prune.sensitivity_report import KINDS, Kind, SensitivityReport, SensitivityRow
 from rlrc.compressor.quantize.action_error import soft_actions, swap_tensors
@@ -103,13 +104,13 @@ def _prune_block(state: Mapping[str, Tensor], parts: Sequence[Group], ratio: flo
     def tensors() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for group in parts:
-            each = [group.sum_parts(layer, state[f"{layer}.weight"].abs()) for layer in group.layers]
-            stay = group.select_best(torch.stack(each).sum(0), group.count_left(ratio))
+            each = [group.sum_parts(layer, state[f"{layer}.weight"].float().abs()) for layer in group.layers]
+            stay = group.select_best(torch.stack(each).sum(0).cpu(), group.count_left(ratio))
             gone = torch.ones(group.number, dtype=torch.bool)
             gone[stay] = False
             for layer in group.columns:
                 weight = state[f"{layer}.weight"].clone()
-                weight[:, group.indices(gone.nonzero()[:, 0])] = 0
+                weight[:, upload(group.indices(gone.nonzero()[:, 0]), weight.device)] = 0
                 found[f"{layer}.weight"] = weight
         return found
 
@@ -124,7 +125,7 @@ def _round_weights(state: Mapping[str, Tensor], names: Sequence[str], bits: int)
 
 
 def round_weight(weight: Tensor, bits: int) -> Tensor:
-    return dequantize_groups(*quantize_groups(weight, bits, search=True)).to(weight.dtype)
+    return dequantize_groups(*quantize_groups(weight, bits, search=True))
 
 
 @contextmanager
@@ -170,16 +171,18 @@ def _concatenate(rows: Sequence[Inputs]) -> Inputs:
     return Inputs(pixels, concatenate("ids"), concatenate("state"), noise=concatenate("noise"))
 
 
-def measure(source: PolicySource, name: str, config: SensitivityConfig, journal: Path) -> SensitivityReport:
-    """Measure every change alone. A later call with the same ``journal`` file resumes after the last measurement.
+def measure(
+    source: PolicySource, name: str, config: SensitivityConfig, journal: Path, where: torch.device = CPU
+) -> SensitivityReport:
+    """Measure every change alone, on a device. A later call with the same ``journal`` file resumes after the last one.
 
     Raises UserError for a quantized policy, and for one whose actions are not finite.
     """
     check_unquantized(source, name)
-    policy, observations = source.load().eval(), source.observations()
+    policy, observations = source.load().eval().to(where), source.observations()
     count = len(next(iter(observations.values())))
     rows = np.linspace(0, count - 1, min(count, config.observations)).round().astype(int)
-    batches = make_batches([inputs_of(source.spec, observations, row) for row in rows])
+    batches = [one.to(where) for one in make_batches([inputs_of(source.spec, observations, row) for row in rows])]
 
     def actions() -> list[Tensor]:
         return [soft_actions(policy, policy.act(inputs)) for inputs in batches]

@@ -11,7 +11,17 @@ import numpy as np
 from torch import Tensor
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import GOLDEN, TOKENIZER, WEIGHTS, Artifact, Draft, HistoryEntry, PolicySpec, TowerSpec
+from rlrc.artifact import (
+    GOLDEN,
+    TOKENIZER,
+    WEIGHTS,
+    Artifact,
+    Draft,
+    HistoryEntry,
+    PolicySpec,
+    TowerSpec,
+    weight_files,
+)
 from rlrc.artifact.describe import Recorded, recorded_normalisation
 from rlrc.checkpoint_folder import Flags, is_checkpoint
 from rlrc.compressor.checkpoints import folder, hub, reader, tokenizers
@@ -20,7 +30,7 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.weights import build_policy
+from rlrc.compressor.models.weights import build_policy, tensors_of
 from rlrc.compressor.prune.lossless import Cut, list_unread
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
 from rlrc.errors import UserError
@@ -44,6 +54,9 @@ class PolicySource(Protocol):
     unread: list[Cut]  # parts of an official checkpoint that no action depends on
 
     def load(self) -> PolicyModule: ...
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if an official checkpoint's weights have changed since it was opened."""
 
     def copy_files(self, draft: Draft) -> None:
         """Copy the tokenizer and the curves of earlier stages to a draft."""
@@ -73,7 +86,7 @@ def replace_spec(policy: PolicyModule, spec: PolicySpec) -> PolicyModule:
     """The policy's weights with another specification."""
     if policy.spec == spec:
         return policy
-    return build_policy(spec, policy.towers, policy.state_dict(), "the policy")
+    return build_policy(spec, policy.towers, tensors_of(policy), "the policy")
 
 
 def check_unquantized(source: PolicySource, path: str | Path) -> None:
@@ -92,7 +105,7 @@ def shapes(source: PolicySource) -> dict[str, Tensor]:
 
 class ArtifactSource:
     def __init__(self, artifact: Artifact) -> None:
-        if WEIGHTS not in artifact.manifest.files:
+        if not weight_files(artifact.manifest):
             raise UserError(
                 f"expected trainable weights ({WEIGHTS}) in {artifact.path}, found none; start from an artifact of the "
                 "compressor"
@@ -107,6 +120,9 @@ class ArtifactSource:
 
     def load(self) -> PolicyModule:
         return replace_spec(load_policy(self.artifact), self.spec)
+
+    def check_unchanged(self) -> None:
+        """An artifact never changes."""
 
     def copy_files(self, draft: Draft) -> None:
         draft.inherit(self.artifact, TOKENIZER, CURVES)
@@ -143,6 +159,9 @@ class OfficialSource:
 
     def load(self) -> PolicyModule:
         return replace_spec(reader.read(self.folder, self.options)[0], self.spec)
+
+    def check_unchanged(self) -> None:
+        self.folder.tensors.check_unchanged()
 
     def copy_files(self, draft: Draft) -> None:
         if self.spec.prompt is not None:

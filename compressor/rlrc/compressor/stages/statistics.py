@@ -6,11 +6,11 @@ from rlrc.artifact.describe import normalisation_lines
 from rlrc.compressor.checkpoints.lerobot import dataset_statistics
 from rlrc.compressor.checkpoints.lerobot.normaliser import MODES
 from rlrc.compressor.stages.sources import PolicySource
-from rlrc.compressor.training.config import SFTConfig
+from rlrc.compressor.training.config import SFTOptions
 from rlrc.errors import UserError
 
 
-def adopt_statistics(source: PolicySource, config: SFTConfig) -> list[str]:
+def adopt_statistics(source: PolicySource, config: SFTOptions) -> list[str]:
     """Replace missing statistics, or all of them, by those of the data set. -> lines that describe the change.
 
     Raises UserError if statistics are needed and there is no data set, or if the policy has no record to replace.

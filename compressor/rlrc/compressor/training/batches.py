@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlrc.compressor.models.policy import Inputs
+from rlrc.compressor.models.device import upload
+from rlrc.compressor.models.policy import Inputs, select_lengths
 from rlrc.runtime.inference.preprocess import ModelInputs
 
 
@@ -19,7 +20,7 @@ class Batch:
     """``actions`` normalised (B, K, D); ``real`` (B, K) is false for steps after an episode's end (None: all are real).
 
     ``times`` (B,) of flow policies: interpolation times between actions (0) and noise (1), see losses.draw_noise.
-    ``rows`` (B,): indices in the training set, if a row's observation never changes.
+    ``rows`` (B,): indices in the training set, on the host, if a row's observation never changes.
     """
 
     inputs: Inputs
@@ -32,21 +33,18 @@ class Batch:
         return len(self.actions)
 
     def part(self, rows: slice | Tensor) -> Batch:
-        """Select rows."""
-
-        return self._each(lambda tensor: tensor[rows])
+        """Select rows. Indices should be on the host."""
+        part = self._each(lambda x: x[rows if isinstance(rows, slice) else upload(rows, x.device)])
+        part.inputs.lengths = select_lengths(self.inputs.lengths, rows)
+        return part
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device))
+        """On the device, except for ``rows``, which only the host reads."""
+        return replace(self._each(lambda tensor: upload(tensor, device)), rows=self.rows)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        i = self.inputs
-        pixels = [change(tensor) for tensor in i.pixels]
-        inputs = Inputs(pixels, *map(optional, (i.ids, i.state, i.mask, i.noise)))
-        return Batch(inputs, change(self.actions), *map(optional, (self.real, self.times, self.rows)))
+        others = (None if x is None else change(x) for x in (self.real, self.times, self.rows))
+        return Batch(self.inputs.each(change), change(self.actions), *others)
 
     def add_state_noise(self, deviation: float) -> Batch:
         """Add normal noise to the normalised state, drawn from torch's generator."""
@@ -64,11 +62,12 @@ def collate(rows: Sequence[ModelInputs]) -> Inputs:
     prompts = [row.ids for row in rows if row.ids is not None]
     if not prompts:
         return Inputs(pixels, state=state)
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    length = int(lengths.max())
-    ids = torch.from_numpy(np.stack([np.pad(ids, (0, length - len(ids))) for ids in prompts]))
-    mask = torch.arange(length) < lengths[:, None]
-    return Inputs(pixels, ids, state, None if bool(mask.all()) else mask)
+    lengths = tuple(len(ids) for ids in prompts)
+    longest = max(lengths)
+    ids = torch.from_numpy(np.stack([np.pad(ids, (0, longest - len(ids))) for ids in prompts]))
+    if min(lengths) == longest:
+        return Inputs(pixels, ids, state)
+    return Inputs(pixels, ids, state, torch.arange(longest) < torch.tensor(lengths)[:, None], lengths=lengths)
 
 
 class Batches(Protocol):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from rlrc.artifact import HistoryEntry
 from rlrc.compressor.models import precision
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training.batches import Batch, Batches
-from rlrc.compressor.training.config import SFTConfig
+from rlrc.compressor.training.config import SFTConfig, SFTOptions, given
 from rlrc.compressor.training.distributed import rank
 from rlrc.compressor.training.losses import chunk_loss
 from rlrc.errors import UserError
@@ -38,7 +38,7 @@ HiddenStates = list[list[Tensor]]  # for each block, its output (B, T, width) in
 
 
 @dataclass(frozen=True)
-class DistillConfig(SFTConfig):
+class DistillOptions(SFTOptions):
     STAGE: ClassVar[str] = "distill"
 
     teacher: str = ""
@@ -61,6 +61,18 @@ class DistillConfig(SFTConfig):
                     f"expected distill.{name} 0 with distill.cache, found {getattr(self, name)}; the "
                     "teacher's hidden states are cached only for samples that never change"
                 )
+
+    def completed(self, values: Mapping[str, Any]) -> DistillConfig:
+        return DistillConfig(**given(self), **values)
+
+
+@dataclass(frozen=True)
+class DistillConfig(SFTConfig, DistillOptions):
+    """Complete settings: see SFTConfig."""
+
+    def ignorant_loss(self, chunk: float) -> float:
+        """Hidden states of zero have a relative error of 1."""
+        return self.task * chunk + self.hidden
 
 
 def original_numbers(history: Sequence[HistoryEntry], tower: str, depth: int) -> list[int]:
@@ -133,12 +145,12 @@ class CachedTeacher:
         """Raises UserError if prompts differ in length, or if states exceed the range of half precision."""
         if batch.rows is None:  # a held-out batch
             return self.teacher(batch)
-        device, rows = batch.actions.device, batch.rows.cpu().numpy()
+        device, rows = batch.actions.device, batch.rows.numpy()
         if not self.files:
             self._open(batch.part(slice(0, 1)))
         done, *files = self.files
         if len(missing := np.flatnonzero(~done[rows])):
-            states = self.teacher(batch.part(torch.from_numpy(missing).to(device)))
+            states = self.teacher(batch.part(torch.from_numpy(missing)))
             for block, file, calls in zip(self.teacher.blocks, files, states, strict=True):
                 file[rows[missing]] = _to_half(block, file.shape[1], calls)
             done[rows[missing]] = True

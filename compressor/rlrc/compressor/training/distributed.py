@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlrc import interrupts, processes
+from rlrc.compressor.models import device
+from rlrc.compressor.models.nn.linear import list_block_types
 from rlrc.errors import UserError
 
 TIMEOUT = timedelta(hours=12)  # one process evaluates or plays demonstrations while the others wait
@@ -28,7 +30,7 @@ def size() -> int:
 
 def _use_cpu() -> bool:
     """Whether to compute on the CPU and communicate through gloo."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
+    return device.current().type == "cpu"
 
 
 def cores() -> int:
@@ -37,9 +39,13 @@ def cores() -> int:
 
 
 def devices() -> tuple[str, ...]:
-    """Types of the devices that this process computes on. Everything except training runs on the CPU."""
-    accelerator = None if _use_cpu() else torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    """Types of the devices that this process computes on. Golden answers and evaluation are the CPU's."""
+    return tuple(dict.fromkeys(("cpu", device.current().type)))
+
+
+def is_fsdp() -> bool:
+    """Whether ``accelerate launch`` shards the weights, which then need one type."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def wait_for_all() -> None:
@@ -83,21 +89,33 @@ class Team:
         return interrupts.hold() if self.size > 1 else nullcontext()
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Move both to the device and wrap them, so that backward averages gradients over the processes."""
+        """Move both to the device and wrap them, so that backward averages gradients over the processes.
+
+        FSDP wraps block by block where its wrap policy asks for the module's own choice (TRANSFORMER_BASED_WRAP).
+        """
+        cast(Any, objective)._no_split_modules = list_block_types(objective)
         prepared: tuple[nn.Module, Any] = self._accelerator.prepare(objective, optimizer)
         return prepared
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip(self, module: nn.Module, norm: float) -> float:
-        """Scale the gradients down to this norm. -> their norm before."""
+    def clip(self, module: nn.Module, norm: float) -> Tensor:
+        """Scale the gradients down to this norm. -> their norm before, on the device, the same in all processes."""
         trained = [p for p in module.parameters() if p.requires_grad]
-        return float(self._accelerator.clip_grad_norm_(trained, norm))
+        found: Any = self._accelerator.clip_grad_norm_(trained, norm)
+        whole: Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
+        return whole
 
     def mean(self, value: Tensor) -> float:
         """Mean over the processes."""
-        return float(self._accelerator.reduce(value, "mean")) if self.size > 1 else value.item()
+        return self.means([value])[0]
+
+    def means(self, values: Sequence[Tensor]) -> list[float]:
+        """The mean of each number over the processes. The host waits once for all of them."""
+        stacked = torch.stack([value.to(self.device, torch.float32) for value in values])
+        found: list[float] = (self._accelerator.reduce(stacked, "mean") if self.size > 1 else stacked).tolist()
+        return found
 
     def gather(self, value: Tensor) -> Tensor:
         """Concatenate the (N,) tensors of all processes, whose lengths may differ."""
@@ -129,14 +147,16 @@ class Team:
             whole = self._accelerator.unwrap_model(module).state_dict()
         return {name.removeprefix(part): tensor for name, tensor in whole.items() if name.startswith(part)}
 
-    def load_weights(self, module: nn.Module, weights: dict[str, Tensor], part: str = "") -> None:
-        """Load the result of ``weights``."""
+    def load_weights(
+        self, module: nn.Module, weights: dict[str, Tensor], part: str = "", partial: bool = False
+    ) -> None:
+        """Load the result of ``weights``, or with ``partial`` some of them."""
         whole: dict[str, Any] = {part + name: tensor for name, tensor in weights.items()}
         if self.is_sharded(module):
             _checkpoint().set_model_state_dict(module, whole, options=_full_state_options(strict=not part))
         else:
             missing, unknown = self._accelerator.unwrap_model(module).load_state_dict(whole, strict=False)
-            if unknown or any(name.startswith(part) for name in missing):
+            if unknown or (not partial and any(name.startswith(part) for name in missing)):
                 raise RuntimeError(f"the weights do not fit: missing {missing}, unknown {unknown}")
 
     def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:

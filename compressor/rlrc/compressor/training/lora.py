@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from rlrc.compressor.models.nn.linear import Linear
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.errors import UserError
 
@@ -29,15 +33,31 @@ def adapt(policy: PolicyModule, rank: int) -> None:
     policy.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     inject_adapter_in_model(config, cast(Any, policy))
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # peft gives adapters the type of the frozen weights
+            parameter.data = parameter.data.float()
 
 
 def merge(policy: PolicyModule) -> None:
-    """Add the adapters' products to the weights, and replace adapted layers by plain ones, in place."""
+    """Add the adapters' products to the weights, and replace adapted layers by plain ones, in place.
+
+    The sum with a weight in fewer bits than float32 would be rounded: it is computed whenever the layer is used.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(policy.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge()
+            layer, adapted = module.get_base_layer(), cast(Any, module)
+            assert isinstance(layer, Linear)
+            if layer.weight.dtype == torch.float32:
+                module.merge()
+            else:
+                layer.source = partial(_add, layer.weight.detach(), partial(adapted.get_delta_weight, "default"))
+                layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
             parent, _, leaf = name.rpartition(".")
-            setattr(policy.get_submodule(parent), leaf, module.get_base_layer())
+            setattr(policy.get_submodule(parent), leaf, layer)
     policy.requires_grad_(True)
+
+
+def _add(weight: Tensor, product: Callable[[], Tensor]) -> Tensor:
+    return weight.float() + product().detach()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlrc.artifact import ActionSpec
 from rlrc.compressor.models import decode
+from rlrc.compressor.models.device import upload, widest_float
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.training.batches import Batch
 from rlrc.runtime.inference.preprocess import bin_centers
@@ -62,7 +63,7 @@ def action_logits(policy: PolicyModule, inputs: Inputs, actions: Tensor) -> Tens
 
 def bins_of(actions: Tensor, bins: int) -> Tensor:
     """Normalised actions -> bin indices; as rlrc.runtime.inference.preprocess.to_bins."""
-    return ((actions.double() + 1) / 2 * bins).floor().clamp(0, bins - 1).long()
+    return ((actions.to(widest_float(actions.device)) + 1) / 2 * bins).floor().clamp(0, bins - 1).long()
 
 
 def tokens_of(actions: Tensor, action: ActionSpec) -> Tensor:
@@ -87,8 +88,9 @@ def token_loss(logits: Tensor, batch: Batch, action: ActionSpec, smoothing: floa
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy (...) of logits (..., bins) to a Gaussian of ``smoothing`` bins around target (...) in [-1, 1]."""
     bins = logits.shape[-1]
-    centers = torch.from_numpy(bin_centers(bins)).to(logits.device)
-    distance = (target.clamp(float(centers[0]), float(centers[-1]))[..., None] - centers) * (bins / (2 * smoothing))
+    values = bin_centers(bins)
+    centers = upload(torch.from_numpy(values), logits.device)
+    distance = (target.clamp(float(values[0]), float(values[-1]))[..., None] - centers) * (bins / (2 * smoothing))
     weight = torch.softmax(-0.5 * distance**2, -1)
     return -(weight * F.log_softmax(logits, -1)).sum(-1)
 
@@ -106,9 +108,9 @@ def draw_noise(policy: PolicyModule, batch: Batch) -> Batch:
     if policy.towers["expert"].tabulated:
         times = 1 - torch.randint(0, spec.flow.steps, (len(batch),)) / spec.flow.steps
     else:
-        times = 0.001 + 0.999 * torch.distributions.Beta(1.5, 1.0).sample((len(batch),))
+        times = 0.001 + 0.999 * torch.distributions.Beta(1.5, 1.0, validate_args=False).sample((len(batch),))
     device = batch.actions.device
-    return replace(batch, inputs=replace(batch.inputs, noise=noise.to(device)), times=times.to(device))
+    return replace(batch, inputs=replace(batch.inputs, noise=upload(noise, device)), times=upload(times, device))
 
 
 def flow_matching(policy: PolicyModule, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -47,17 +47,27 @@ class RunState:
         self.rollouts: Simulators | None = None
         self.began = 0.0
 
-    def open(self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption = "auto") -> None:
+    def open(
+        self,
+        stage: str,
+        parent: str,
+        config: Any,
+        wanted: precision.PrecisionOption = "auto",
+        usual: precision.PrecisionOption = "auto",
+    ) -> None:
         """Start a run, or prepare to resume an interrupted one. Raises UserError if the folder is another run's.
 
-        Sets the precision of this process: the one that the run started with, or ``wanted`` for a new run.
+        Sets the precision of this process: the one that the run started with, or ``wanted`` for a new run, or
+        ``usual`` if that is "auto".
         """
         with distributed.main_process_first():
             if distributed.rank() == 0:
-                self._open(stage, parent, config, wanted)
+                self._open(stage, parent, config, wanted, usual)
         precision.use(json.loads((self.folder / "precision.json").read_text()))
 
-    def _open(self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption) -> None:
+    def _open(
+        self, stage: str, parent: str, config: Any, wanted: precision.PrecisionOption, usual: precision.PrecisionOption
+    ) -> None:
         if self.folder.exists() and not self.state_file.exists():
             self.remove()  # killed before the first save
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +75,10 @@ class RunState:
             {"stage": stage, "parent": parent, "config": dataclasses.asdict(config), "format": FORMAT}, sort_keys=True
         )
         file, products = self.folder / "stage.json", self.folder / "precision.json"
-        if file.exists() and json.loads(file.read_text()) != json.loads(identity):
+        if file.exists() and (saved_run := json.loads(file.read_text())) != (run := json.loads(identity)):
             raise UserError(
-                f"expected to go on with the same stage, input and configuration in {self.folder}, found another; "
-                "remove it to start anew"
+                f"expected to go on with the same stage, input and configuration in {self.folder}, found another: "
+                f"{_differences(saved_run, run)}; give what it began with, or remove it to start anew"
             )
         if products.exists():
             begun = json.loads(products.read_text())
@@ -78,7 +88,9 @@ class RunState:
                     f"began with, found {wanted}; leave it out, or remove {self.folder} to start anew"
                 )
         else:
-            products.write_text(json.dumps(precision.choose(wanted, *distributed.devices())))
+            products.write_text(
+                json.dumps(precision.choose(usual if wanted == "auto" else wanted, *distributed.devices()))
+            )
         file.write_text(identity)
         if self.state_file.exists():
             saved = torch.load(self.state_file, weights_only=True, mmap=True)
@@ -138,6 +150,15 @@ class RunState:
     def remove(self) -> None:
         if distributed.rank() == 0:
             shutil.rmtree(self.folder)
+
+
+def _differences(saved: dict[str, Any], run: dict[str, Any]) -> str:
+    """What a saved run began with and what would go on: "rate 0.0008 instead of 0.0005"."""
+    saved, run = ({key: value for key, value in one.items() if key != "config"} | one["config"] for one in (saved, run))
+    names = [name for name in sorted(saved | run) if saved.get(name) != run.get(name)]
+    if saved["stage"] != run["stage"]:
+        names = ["stage"]
+    return ", ".join(f"{name} {saved.get(name)} instead of {run.get(name)}" for name in names)
 
 
 class Keeper:

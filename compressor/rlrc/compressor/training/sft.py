@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from rlrc import interrupts
 from rlrc.compressor.models import precision
+from rlrc.compressor.models.nn.linear import recompute
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.training import lora
 from rlrc.compressor.training.batches import Batch, TrainingData
 from rlrc.compressor.training.config import SFTConfig
-from rlrc.compressor.training.distributed import Team
+from rlrc.compressor.training.distributed import Team, rank
+from rlrc.compressor.training.loss_watch import LossWatch, ignorant_chunk_loss, print_warning
 from rlrc.compressor.training.losses import chunk_loss, draw_noise
 from rlrc.compressor.training.run_state import Keeper, RunState
 from rlrc.errors import UserError
@@ -60,8 +62,11 @@ class BestWeights:
     ``step``: when they were measured; ``checked``: the last measurement; ``stale``: measurements since ``step``.
     """
 
-    def __init__(self, team: Team, objective: nn.Module, policy: nn.Module, held_out: list[Batch]) -> None:
-        self.team, self.objective, self.policy, self.held_out = team, objective, policy, held_out
+    def __init__(
+        self, policy: nn.Module, objective: nn.Module, held_out: list[Batch], read: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        """``read`` returns the trained weights."""
+        self.policy, self.objective, self.held_out, self.read = policy, objective, held_out, read
         self.loss, self.step, self.stale, self.checked = math.inf, 0, 0, 0
         self.weights: dict[str, Tensor] = {}
 
@@ -69,13 +74,13 @@ class BestWeights:
         """The held-out loss; copies the weights if it is the lowest so far."""
         self.policy.eval()
         with torch.no_grad():
-            losses = [(float(self.objective(batch)["loss"]), len(batch)) for batch in self.held_out]
-        loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+            losses: list[float] = torch.stack([self.objective(batch)["loss"] for batch in self.held_out]).tolist()
+        counts = [len(batch) for batch in self.held_out]
+        loss = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
         self.stale, self.checked = self.stale + 1, step
         if loss < self.loss:
             self.loss, self.step, self.stale = loss, step, 0
-            weights = self.team.weights(self.objective, "policy.")
-            self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+            self.weights = {name: tensor.detach().clone() for name, tensor in self.read().items()}
         return loss
 
     def state(self) -> dict[str, Any]:
@@ -113,14 +118,18 @@ def check_finite(metrics: dict[str, float], step: int, run: RunState) -> None:
 
 def compute_gradients(team: Team, objective: nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Gradients of the mean loss of batches of equal size, clipped. -> mean metrics, and the norm before clipping."""
-    sums: dict[str, float] = {}
+    names, values = list[str](), list[Tensor]()
     for batch in batches:
         metrics = objective(batch)
         team.backward(metrics["loss"] / len(batches))
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + team.mean(value.detach()) / len(batches)
-    sums["gradient_norm"] = team.clip(objective, 1.0)
-    return sums
+        names += metrics
+        values += [value.detach() for value in metrics.values()]
+    norm = team.clip(objective, 1.0)
+    sums: dict[str, float] = {}
+    *means, sums_norm = team.means([*values, norm])  # all at once: the host waits for the device
+    for name, mean in zip(names, means, strict=True):
+        sums[name] = sums.get(name, 0.0) + mean / len(batches)
+    return sums | {"gradient_norm": sums_norm}
 
 
 def make_interruptible(parameters: Iterable[nn.Parameter]) -> None:
@@ -159,56 +168,69 @@ def sft(
     progress: Progress,
     before_step: BeforeStep | None = None,
     objective: Callable[[PolicyModule, float], nn.Module] = SFTObjective,
+    learned: bool = False,
 ) -> dict[str, Any]:
     """Train ``policy`` in place, calling ``progress(step, text)``; a run folder with a saved state is resumed.
 
-    -> metrics for the history. Raises UserError if the loss is not finite. A signal raises Interrupted within the time
-    of one layer, with the state of the last step saved.
+    ``learned``: the policy was trained before and not cut since, so that its first loss should be low; a loss that is
+    not, or that rises, is reported (rlrc.compressor.training.loss_watch). -> metrics for the history. Raises UserError
+    if the loss is not finite. A signal raises Interrupted within the time of one layer, with the state of the last step
+    saved.
     """
     torch.manual_seed(config.seed)
     team, batches = Team(), data.batches
     if config.lora:
         lora.adapt(policy, config.lora)
+    frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     optimizer = build_optimizer(policy, config.rate, config.weight_decay)
     loss_module, optimizer = team.prepare(objective(policy, config.smoothing), optimizer)
-    best = BestWeights(team, loss_module, policy, [batch.to(team.device) for batch in fix_noise(policy, data.held_out)])
+
+    def weights() -> dict[str, Tensor]:
+        return team.weights(loss_module, "policy.")
+
+    def trained_weights() -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in weights().items() if name not in frozen}
+
+    held_out = [batch.to(team.device) for batch in fix_noise(policy, data.held_out)]
+    best = BestWeights(policy, loss_module, held_out, trained_weights)
+    watch = LossWatch(_warn(run), config.rate, str(run.folder))
     first, sums = 0, dict[str, float]()
     if (saved := run.load()) is not None:
         first, sums = saved["step"], saved["sums"]
-        team.load_weights(loss_module, saved["policy"], "policy.")
+        team.load_weights(loss_module, saved["policy"], "policy.", partial=bool(frozen))
         team.load_optimizer(loss_module, optimizer, saved["optimizer"])
         batches.restore(saved["batches"])
         best.restore(saved["best"])
+        watch.restore(saved.get("watch", {}))  # earlier versions saved none
         if before_step is not None:
             before_step.restore(saved["before_step"])
     if team.size == 1:
         make_interruptible(policy.parameters())
 
-    def weights() -> dict[str, Tensor]:
-        return team.weights(loss_module, "policy.")
-
     def large_state() -> dict[str, Any]:
-        return {"policy": weights(), "optimizer": team.optimizer_state(loss_module, optimizer)}
+        return {"policy": trained_weights(), "optimizer": team.optimizer_state(loss_module, optimizer)}
 
     def keep(step: int) -> None:
         hook = before_step.state() if before_step else {}
-        keeper(step, batches=batches.state(), best=best.state(), before_step=hook, sums=dict(sums))
+        keeper(step, batches=batches.state(), best=best.state(), before_step=hook, sums=dict(sums), watch=watch.state())
 
     progress(first, text := "training")
     size = config.batch // config.accumulate
-    with Keeper(run, team, large_state) as keeper, team.together():
+    with Keeper(run, team, large_state) as keeper, team.together(), recompute(policy, config.checkpointing):
         keep(first)
         for step in range(first, config.steps + 1):
             if best.held_out and step > best.checked and (step % config.check_every == 0 or step == config.steps):
                 loss = best.measure(step)
                 with interrupts.hold():
                     run.log("held-out", step, loss=loss)
+                    watch.held_out(step, loss)
                     keep(step)
             if step == config.steps or (config.patience and best.stale >= config.patience):
                 break
             if before_step and (row := before_step(step, policy, weights, progress)):
                 with interrupts.hold():
                     run.log(before_step.name, step + 1, **row)
+                    watch.renew()
                     keep(step)
             policy.train()
             for group in optimizer.param_groups:
@@ -220,6 +242,10 @@ def sft(
             metrics = compute_gradients(team, loss_module, [whole.part(slice(i, i + size)) for i in starts])
             check_finite(metrics, step + 1, run)
             with interrupts.hold():
+                if step == 0:  # before any update
+                    limit = config.ignorant_loss(ignorant_chunk_loss(policy.spec, whole))
+                    watch.first(metrics["loss"], limit, learned)
+                watch.step(metrics["loss"])
                 optimizer.step()
                 optimizer.zero_grad()
                 for name, value in metrics.items():
@@ -228,10 +254,21 @@ def sft(
                     means = {name: value / LOG_EVERY for name, value in sums.items()}
                     sums.clear()
                     run.log(config.STAGE, step + 1, samples=len(batches), **means)
+                    watch.window(step + 1)
                     text = f"loss {means['loss']:.3f} l1 {means['l1']:.4f}"
                 keep(step + 1)
             progress(step + 1, text)
-    team.finish(policy, best.weights or weights())
+    team.finish(policy, weights() | best.weights)
     if config.lora:
         lora.merge(policy)
-    return {"held_out_loss": round(best.loss, 5), "best_step": best.step} if best.weights else {}
+    report: dict[str, Any] = {"warnings": list(watch.given.values())} if watch.given else {}
+    return report | ({"held_out_loss": round(best.loss, 5), "best_step": best.step} if best.weights else {})
+
+
+def _warn(run: RunState) -> Callable[[int, str, float, float], None]:
+    def warn(step: int, text: str, loss: float, limit: float) -> None:
+        run.log("warning", step, loss=loss, limit=limit)
+        if rank() == 0:
+            print_warning(text)
+
+    return warn

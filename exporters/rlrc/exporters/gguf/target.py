@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest, TensorSpec, TowerSpec
 from rlrc.artifact.precisions import CHOICES
+from rlrc.compressor.models.scratch import Scratch
 from rlrc.errors import UserError
 from rlrc.exporters.gguf import file as gguf_file
 from rlrc.exporters.graphs import Define, openvla, tiny
@@ -79,7 +80,8 @@ def write_graphs(
     specs, around = dict[str, GraphSpec](), choose_around(manifest, precision)
     blocks = precision if manifest.quantization is None else manifest.quantization.grid
     for name, define in FAMILIES[manifest.policy.family].items():
-        builder, file = OnnxRuntimeBuilder(weights, FORMATS[around]), f"{folder}/{name}.onnx"
+        builder = OnnxRuntimeBuilder(weights, FORMATS[around], Scratch(draft.path).empty)
+        file = f"{folder}/{name}.onnx"
         define(builder, manifest.policy, manifest.towers)
         builder.write(name, draft.file(file))
         specs[name] = GraphSpec(name, "gguf", file, around, tuple(builder.inputs), tuple(builder.outputs), NEEDS)

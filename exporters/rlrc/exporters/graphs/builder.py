@@ -9,22 +9,22 @@ rlrc.exporters.tensorrt.builder).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import set_external_data
+from onnx import TensorProto, helper
 
 from rlrc.artifact import TensorSpec
+from rlrc.compressor.models.scratch import Allocate
+from rlrc.exporters.graphs.constants import Constant, flatten, write_constants
 from rlrc.exporters.graphs.weights import Weights
 
 TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
 LARGE = 2**30
-EXTERNAL, PAGE = 1024, 4096  # bytes: smallest constant stored in the separate file, and its alignment there
 INT8_MIN_INPUTS = 32  # narrower products (the state's) stay in floats: one scale for a few unlike numbers is coarse
 Activation = Literal["silu", "gelu", "gelu-tanh", "relu"]
 
@@ -39,12 +39,13 @@ class Builder(ABC):
     WIDE: ClassVar[str]
     """the widest float type that the engine computes in"""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, allocate: Allocate | None = None) -> None:
+        """``allocate`` makes room for large constants."""
+        self.weights, self.allocate = weights, allocate
         self.inputs: list[TensorSpec] = []
         self.outputs: list[TensorSpec] = []
         self._nodes: list[onnx.NodeProto] = []
-        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._initializers: dict[str, Constant] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._values = 0
 
@@ -63,36 +64,28 @@ class Builder(ABC):
 
     def bytes(self) -> int:
         """Bytes of all constants."""
-        return sum(len(tensor.raw_data) for tensor in self._initializers.values())
+        return sum(constant.data.nbytes for constant in self._initializers.values())
 
-    def model(self, name: str) -> onnx.ModelProto:
+    def model(self, name: str, file: str = "", offsets: Mapping[str, int] | None = None) -> onnx.ModelProto:
+        """The graph; constants with ``offsets`` are in the ``file`` beside it."""
+
         def declare(tensors: list[TensorSpec]) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(spec.name, TYPES[spec.dtype], spec.shape) for spec in tensors]
 
-        nodes, initializers = self._drop_unused()
+        nodes, constants = self._drop_unused()
+        initializers = [constant.proto(file, (offsets or {}).get(constant.name)) for constant in constants]
         graph = helper.make_graph(nodes, name, declare(self.inputs), declare(self.outputs), initializers)
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.OPSETS.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=self.IR_VERSION, producer_name="rlrc")
 
     def write(self, name: str, path: Path) -> None:
         """Write one file, and PATH.data with the constants if they approach protobuf's limit of 2 GB."""
+        data, offsets = path.with_name(f"{path.name}.data"), None
         if self.bytes() >= LARGE:
-            self._write_constants(path.with_name(f"{path.name}.data"))
-        path.write_bytes(self.model(name).SerializeToString(deterministic=True))
+            offsets = write_constants(self._drop_unused()[1], data)
+        path.write_bytes(self.model(name, data.name, offsets).SerializeToString(deterministic=True))
 
-    def _write_constants(self, path: Path) -> None:
-        """Write constants one by one and drop each from memory, so that none is held twice."""
-        _, tensors = self._drop_unused()
-        with path.open("wb") as stream:
-            for tensor in tensors:
-                if (length := len(tensor.raw_data)) < EXTERNAL:
-                    continue
-                stream.seek(-(-stream.tell() // PAGE) * PAGE)  # aligned, so that it can be memory-mapped
-                set_external_data(tensor, path.name, stream.tell(), length)
-                stream.write(tensor.raw_data)
-                tensor.ClearField("raw_data")
-
-    def _drop_unused(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    def _drop_unused(self) -> tuple[list[onnx.NodeProto], list[Constant]]:
         """The nodes and constants that the outputs depend on.
 
         onnxruntime 1.18 gives wrong results from the second run on if a graph computes values that are never read.
@@ -102,7 +95,7 @@ class Builder(ABC):
             if not read.isdisjoint(node.output):
                 nodes.append(node)
                 read.update(node.input)
-        return nodes[::-1], [tensor for name, tensor in self._initializers.items() if name in read]
+        return nodes[::-1], [constant for name, constant in self._initializers.items() if name in read]
 
     # Constants
 
@@ -267,8 +260,12 @@ class Builder(ABC):
     # Operators
 
     def _store(self, name: str, array: NDArray[Any]) -> str:
+        return self._store_as(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array)
+
+    def _store_as(self, name: str, kind: int, shape: Iterable[int], data: NDArray[Any]) -> str:
+        """A constant whose type (of onnx.TensorProto) numpy may not have."""
         if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            self._initializers[name] = Constant(name, kind, tuple(shape), flatten(data, self.allocate))
         return name
 
     def _op(self, kind: str, *inputs: str, domain: str = "", out: str | None = None, **attributes: Any) -> str:

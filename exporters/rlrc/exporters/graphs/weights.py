@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlrc.artifact import WEIGHTS, Artifact, QuantizationSpec
+from rlrc.artifact import Artifact, QuantizationSpec, weight_files
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
 from rlrc.compressor.models.weights import check_shapes
@@ -86,7 +86,8 @@ def unpack_nibbles(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def read_weights(artifact: Artifact) -> Weights:
     """Raises UserError for a damaged file and for tensors that are not the policy's."""
     manifest = artifact.manifest
-    tensors = tensors_from_safetensors([artifact.file(WEIGHTS)], str(artifact.path))
+    files = [artifact.file(name) for name in weight_files(manifest)]
+    tensors = tensors_from_safetensors(files, str(artifact.path))
     wide = {name for name in tensors if tensors.dtype(name) == torch.float32}
     weights = Weights(tensors, manifest.quantization, frozenset(wide if manifest.dtype == "bfloat16" else ()))
     check_shapes(build_on_meta(manifest.policy, manifest.towers), weights.shapes(), str(artifact.path))

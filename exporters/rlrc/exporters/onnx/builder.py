@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from rlrc.compressor.models.scratch import Allocate
 from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, Activation, Builder, join_names, quantize_columns
 from rlrc.exporters.graphs.weights import Weights, to_float16
 
@@ -57,8 +58,8 @@ class OnnxRuntimeBuilder(Builder):
     IR_VERSION: ClassVar = 9
     WIDE: ClassVar = "float64"
 
-    def __init__(self, weights: Weights, format: OnnxFormat) -> None:
-        super().__init__(weights)
+    def __init__(self, weights: Weights, format: OnnxFormat, allocate: Allocate | None = None) -> None:
+        super().__init__(weights, allocate)
         self.format = format
         self._ends: tuple[str, str] | None = None
         """the last position of every observation and their number, shared by all blocks"""

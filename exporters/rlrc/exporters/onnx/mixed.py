@@ -6,11 +6,13 @@ weights, which are smallest in 4 bits. The file and memory hold both copies of t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, ValueInfoProto, helper
 
 from rlrc.exporters.graphs.builder import TYPES
+from rlrc.exporters.graphs.constants import Constant
 from rlrc.exporters.onnx.builder import OnnxRuntimeBuilder
 
 MIXED = "int8+int4"
@@ -23,7 +25,7 @@ class MixedBuilder(OnnxRuntimeBuilder):
     PREFIXES: ClassVar = ("many.", "one.")
 
     def __init__(self, many: OnnxRuntimeBuilder, one: OnnxRuntimeBuilder) -> None:
-        super().__init__(many.weights, many.format)
+        super().__init__(many.weights, many.format, many.allocate)
         self.inputs, self.outputs, self.memory = many.inputs, many.outputs, many.memory + one.memory
         several = self._op("Greater", self.size("ids", 1), self.integers(1))
         branches = [self._branch(each, prefix) for each, prefix in zip((many, one), self.PREFIXES, strict=True)]
@@ -32,10 +34,10 @@ class MixedBuilder(OnnxRuntimeBuilder):
 
     def _branch(self, builder: OnnxRuntimeBuilder, prefix: str) -> GraphProto:
         """The builder's nodes as a subgraph; its constants move to the main graph, shared if in both branches."""
-        nodes, initializers = builder._drop_unused()
+        nodes, constants = builder._drop_unused()
         names = {tensor.name: tensor.name for tensor in builder.inputs} | {"": ""}
-        for tensor in initializers:
-            names[tensor.name] = self._share(tensor, prefix)
+        for constant in constants:
+            names[constant.name] = self._share(constant, prefix)
 
         def rename(node: NodeProto) -> NodeProto:
             own = NodeProto()
@@ -49,17 +51,14 @@ class MixedBuilder(OnnxRuntimeBuilder):
         ]
         return helper.make_graph([rename(node) for node in nodes], prefix.strip("."), [], outputs)
 
-    def _share(self, tensor: TensorProto, prefix: str) -> str:
+    def _share(self, constant: Constant, prefix: str) -> str:
         """Add a constant, under a new name if another one already has its name."""
-        known = self._initializers.setdefault(tensor.name, tensor)
-        if known.raw_data == tensor.raw_data and known.dims == tensor.dims and known.data_type == tensor.data_type:
-            return tensor.name
-        own = TensorProto()
-        own.CopyFrom(tensor)
-        own.name = prefix + tensor.name
+        if self._initializers.setdefault(constant.name, constant).has_values_of(constant):
+            return constant.name
+        own = replace(constant, name=prefix + constant.name)
         self._initializers[own.name] = own
         return own.name
 
-    def _drop_unused(self) -> tuple[list[NodeProto], list[TensorProto]]:
+    def _drop_unused(self) -> tuple[list[NodeProto], list[Constant]]:
         """Keep everything: values that the branches read are not inputs of the If node."""
         return self._nodes, list(self._initializers.values())

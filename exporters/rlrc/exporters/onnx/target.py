@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
 from rlrc.artifact.precisions import CHOICES
+from rlrc.compressor.models.scratch import Allocate, Scratch
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.weights import Weights, read_weights
@@ -45,21 +46,23 @@ def write_graphs(
     """``weights``: used instead of the parent's."""
     manifest = parent.manifest
     weights = read_weights(parent) if weights is None else weights
-    specs = []
+    specs, allocate = [], Scratch(draft.path).empty
     for name in find_graphs(manifest.policy.family):
         own = precision if isinstance(precision, str) else precision[name]
-        builder, file = build_graph(weights, manifest, name, own), f"{FOLDERS['onnxruntime']}/{name}.onnx"
+        builder, file = build_graph(weights, manifest, name, own, allocate), f"{FOLDERS['onnxruntime']}/{name}.onnx"
         builder.write(name, draft.file(file))
         inputs, outputs = tuple(builder.inputs), tuple(builder.outputs)
         specs.append(GraphSpec(name, "onnxruntime", file, own, inputs, outputs, NEEDS))
     return tuple(specs)
 
 
-def build_graph(weights: Weights, manifest: Manifest, graph: str, precision: str) -> OnnxRuntimeBuilder:
+def build_graph(
+    weights: Weights, manifest: Manifest, graph: str, precision: str, allocate: Allocate | None = None
+) -> OnnxRuntimeBuilder:
     """In ``MIXED``, graphs other than the decoder are built in the precision of prompts."""
     if precision == MIXED:
-        many, one = (build_graph(weights, manifest, graph, part) for part in PARTS)
+        many, one = (build_graph(weights, manifest, graph, part, allocate) for part in PARTS)
         return MixedBuilder(many, one) if graph == "decoder" else many
-    builder = OnnxRuntimeBuilder(weights, FORMATS[precision])
+    builder = OnnxRuntimeBuilder(weights, FORMATS[precision], allocate)
     find_graphs(manifest.policy.family)[graph](builder, manifest.policy, manifest.towers)
     return builder

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from rlrc.compressor.models.scratch import Allocate
 from rlrc.exporters.graphs.builder import Activation, Builder, join_names, quantize_columns
 from rlrc.exporters.graphs.weights import Weights, to_float16, unpack_nibbles
 
@@ -44,8 +44,8 @@ class TensorRTBuilder(Builder):
     MAX_DIMS: ClassVar = 8
     WIDE: ClassVar = "float32"
 
-    def __init__(self, weights: Weights, format: TensorRTFormat) -> None:
-        super().__init__(weights)
+    def __init__(self, weights: Weights, format: TensorRTFormat, allocate: Allocate | None = None) -> None:
+        super().__init__(weights, allocate)
         self.format = format
         self._cast: dict[str, str] = {}
 
@@ -178,13 +178,6 @@ class TensorRTBuilder(Builder):
             bits = torch.from_numpy(np.ascontiguousarray(array)).bfloat16().view(torch.int16).numpy()
             return self._store_as(name, TensorProto.BFLOAT16, array.shape, bits)
         return self._store(name, array if self.format.products == "float32" else to_float16(name, array, "bf16"))
-
-    def _store_as(self, name: str, kind: int, shape: Iterable[int], data: NDArray[Any]) -> str:
-        """A constant of a type that numpy does not have."""
-        if name not in self._initializers:
-            raw = np.ascontiguousarray(data).tobytes()
-            self._initializers[name] = onnx.TensorProto(name=name, data_type=kind, dims=shape, raw_data=raw)
-        return name
 
 
 def quantize_e4m3(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:

@@ -9,6 +9,7 @@ import numpy as np
 from rlrc.artifact import GOLDEN, Artifact, Draft, GraphSpec, PolicySpec
 from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.artifact.precisions import CHOICES, OVERFLOWS, PRECISIONS
+from rlrc.compressor.models.scratch import Scratch
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.weights import Weights, read_weights
@@ -50,7 +51,8 @@ def write_graphs(draft: Draft, parent: Artifact, precision: str) -> tuple[GraphS
     chosen = choose_format(parent, weights, precision)
     specs = []
     for name, define in definitions.items():
-        builder, file = TensorRTBuilder(weights, chosen), f"{folder}/{name}.onnx"
+        builder = TensorRTBuilder(weights, chosen, Scratch(draft.path).empty)
+        file = f"{folder}/{name}.onnx"
         define(builder, manifest.policy, manifest.towers)
         builder.write(name, draft.file(file))
         inputs, outputs, needs = tuple(builder.inputs), tuple(builder.outputs), {"tensorrt": f">={TENSORRT}"}

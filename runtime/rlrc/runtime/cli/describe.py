@@ -43,9 +43,9 @@ def describe(artifact: Artifact, console: Console) -> None:
         print_table(records_table(manifest.verified, manifest.policy), console)
     history = Table("stage", "version", "CPU min", "before", "after", title="history", title_justify="left")
     for entry in manifest.history:
-        products = " ".join(sorted(set(entry.precision.values())))
+        accelerator = () if entry.device in ("", "cpu") else (entry.device,)
         history.add_row(
-            f"{entry.stage} {products}",
+            " ".join([entry.stage, *sorted(set(entry.precision.values())), *accelerator]),
             entry.version,
             f"{entry.cpu_minutes:.1f}",
             scalars(entry.before),

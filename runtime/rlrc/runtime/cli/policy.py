@@ -71,6 +71,9 @@ class Infer:
     """which of the artifact's graphs to run (default: the first available of onnxruntime, tensorrt, gguf)"""
     threads: int = 1
     """threads of the engine"""
+    device: str = "auto"
+    """where torch runs an official checkpoint: auto (the accelerator that torch finds, else the CPU), cpu, cuda, cuda:N
+    or mps"""
     json: bool = False
     """also print the actions, tokens and timing as JSON"""
     checkpoint: OmitArgPrefixes[Flags] = field(default_factory=Flags)
@@ -96,7 +99,13 @@ class Infer:
 
     def _policy(self) -> Policy:
         if is_checkpoint(self.path, self.checkpoint):
-            return cast(Policy, import_module(CHECKPOINTS).policy(self.path, self.checkpoint, self.threads))
+            opened = import_module(CHECKPOINTS).policy(self.path, self.checkpoint, self.threads, self.device)
+            return cast(Policy, opened)
+        if self.device != "auto":
+            raise UserError(
+                f"expected --device with an official checkpoint, which torch runs, found the artifact {self.path}; "
+                "choose the engine of its graphs with --backend"
+            )
         return LocalPolicy.load(self.path, self.threads, backend=self.backend)
 
 

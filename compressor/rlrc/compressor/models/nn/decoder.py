@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
+from rlrc.compressor.models.nn.linear import Linear, Recomputing
 
 KeyValue = tuple[Tensor, Tensor]  # of one block, (B, kv_heads, T, head_dim) each; keys are rotated
 
@@ -43,7 +44,7 @@ class AdaptiveRMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float, condition: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(condition, 3 * width)
+        self.dense = Linear(condition, 3 * width)
         self.eps = eps
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,9 +120,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
     return mixed.transpose(1, 2).flatten(2)
 
 
-def causal_mask(length: int, past: int = 0) -> Tensor:
+def causal_mask(length: int, past: int = 0, device: torch.device | None = None) -> Tensor:
     """Additive mask (length, past + length): position i attends to the past and to positions up to i."""
-    allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    allowed = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     return additive(allowed)
 
 
@@ -141,11 +142,11 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
         self.fused = fused
         if not layer.kv_only:
-            self.q = nn.Linear(width, layer.heads * layer.head_dim, bias=False)
-        self.k = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
-        self.v = nn.Linear(source, layer.kv_heads * layer.head_dim, bias=False)
+            self.q = Linear(width, layer.heads * layer.head_dim, bias=False)
+        self.k = Linear(source, layer.kv_heads * layer.head_dim, bias=False)
+        self.v = Linear(source, layer.kv_heads * layer.head_dim, bias=False)
         if not layer.kv_only:
-            self.o = nn.Linear(layer.heads * layer.head_dim, width, bias=False)
+            self.o = Linear(layer.heads * layer.head_dim, width, bias=False)
 
     def split(self, y: Tensor, heads: int) -> Tensor:
         """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
@@ -169,9 +170,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str = "silu") -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = Linear(width, hidden, bias=False)
+        self.up = Linear(width, hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,7 +258,7 @@ class AdaptiveBlock(Block):
         return x + gate * self.mlp(y), source
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """Blocks, then the final norm (none after a key/value-only block). Bidirectional unless a mask is given.
 
     ``prefix`` is the tower whose keys and values cross blocks attend to, block by block; ``condition``: see
@@ -302,7 +303,7 @@ class Decoder(nn.Module):
         context = AttentionContext(x, self.tower, positions, mask, condition)
         present = list[KeyValue]()
         for i, block in enumerate(self.layers):
-            x, keys_values = block(x, context, None if past is None else past[i])
+            x, keys_values = self.block(block, x, context, None if past is None else past[i])
             present.append(keys_values)
         if self.norm is None:
             return x, present

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import attend
+from rlrc.compressor.models.nn.linear import Linear, Recomputing
 from rlrc.compressor.models.nn.vit import VisionMLP
 
 
@@ -21,8 +22,8 @@ class DetrAttention(nn.Module):
         self.heads, self.head_dim = layer.heads, layer.head_dim
         inner = layer.heads * layer.head_dim
         if layer.heads:
-            self.q, self.k, self.v = (nn.Linear(width, inner) for _ in range(3))
-        self.o = nn.Linear(inner, width) if layer.heads else Constant(width)
+            self.q, self.k, self.v = (Linear(width, inner) for _ in range(3))
+        self.o = Linear(inner, width) if layer.heads else Constant(width)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
@@ -69,7 +70,7 @@ class DetrBlock(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
-class Transformer(nn.Module):
+class Transformer(Recomputing):
     """A stack of ``DetrBlock``, with a final norm if ``normed``."""
 
     def __init__(self, tower: TowerSpec, pre_norm: bool, normed: bool) -> None:
@@ -83,5 +84,5 @@ class Transformer(nn.Module):
         """See ``DetrBlock``."""
         for layer in self.layers:
             source = (x, position) if memory is None or memory_position is None else (memory, memory_position)
-            x = layer(x, position, *source)
+            x = self.block(layer, x, position, *source)
         return x if self.norm is None else self.norm(x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import Decoder
+from rlrc.compressor.models.nn.linear import Embedding, Linear
 from rlrc.compressor.models.nn.vit import VisionTransformer
 from rlrc.compressor.models.policy import PolicyModule, parse_geometry
 
@@ -41,7 +42,7 @@ class PrismaticPolicy(PolicyModule):
         self.vision2 = self._transformer(1) if TRANSFORMERS[1] in towers else None
         width = sum(towers[name].width for name in TRANSFORMERS if name in towers)
         self.projector = gelu_mlp(width, *self.geometry.projector)
-        self.embedding = nn.Embedding(self.geometry.vocabulary, towers["decoder"].width)
+        self.embedding = Embedding(self.geometry.vocabulary, towers["decoder"].width)
         self.decoder = Decoder(towers["decoder"])
 
     def _transformer(self, i: int) -> VisionTransformer:
@@ -65,7 +66,7 @@ class PrismaticPolicy(PolicyModule):
 
 def gelu_mlp(*widths: int) -> nn.Sequential:
     """Linear layers from width to width with GELU between them."""
-    layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+    layers: list[nn.Module] = [Linear(widths[0], widths[1])]
     for before, after in pairwise(widths[1:]):
-        layers += [nn.GELU(), nn.Linear(before, after)]
+        layers += [nn.GELU(), Linear(before, after)]
     return nn.Sequential(*layers)

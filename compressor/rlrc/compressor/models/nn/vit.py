@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import ACTIVATIONS, attend
+from rlrc.compressor.models.nn.linear import Linear, Recomputing
 
 
 class PatchStem(nn.Module):
@@ -21,14 +22,14 @@ class PatchStem(nn.Module):
         super().__init__()
         self.factors = factors
         inputs = (3, *widths)
-        self.steps = nn.ModuleList(nn.Linear(inputs[i] * factor**2, widths[i]) for i, factor in enumerate(factors))
+        self.steps = nn.ModuleList(Linear(inputs[i] * factor**2, widths[i]) for i, factor in enumerate(factors))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, H', W', width)."""
         if len(self.factors) == 1:  # a convolution, as in the official policies: bit-identical
             (factor,), step = self.factors, self.steps[0]
-            assert isinstance(step, nn.Linear)
-            kernel = step.weight.unflatten(1, (factor, factor, -1)).permute(0, 3, 1, 2).contiguous()
+            assert isinstance(step, Linear)
+            kernel = step.read().to(x.dtype).unflatten(1, (factor, factor, -1)).permute(0, 3, 1, 2).contiguous()
             return F.conv2d(x.permute(0, 3, 1, 2), kernel, step.bias, factor).permute(0, 2, 3, 1)
         for i, (factor, step) in enumerate(zip(self.factors, self.steps, strict=True)):
             x = step(merge_patches(F.gelu(x) if i else x, factor))
@@ -46,8 +47,8 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, layer: LayerSpec, fused: bool = True) -> None:
         super().__init__()
         self.heads, self.head_dim, self.fused = layer.heads, layer.head_dim, fused
-        self.qkv = nn.Linear(width, 3 * layer.heads * layer.head_dim)
-        self.out = nn.Linear(layer.heads * layer.head_dim, width)
+        self.qkv = Linear(width, 3 * layer.heads * layer.head_dim)
+        self.out = Linear(layer.heads * layer.head_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -58,8 +59,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class VisionBlock(nn.Module):
         return x + (self.scale2 * y if self.scaled else y)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Recomputing):
     """Stem, learned positions, blocks, final norm: (B, H, W, 3) -> (B, H', W', width).
 
     ``extra`` tokens (class, registers) precede the patches, have no positions, and are dropped at the end.
@@ -116,7 +117,7 @@ class VisionTransformer(nn.Module):
         if self.extra is not None:
             x = torch.cat([self.extra.expand(len(x), -1, -1), x], 1)
         for layer in self.layers:
-            x = layer(x)
+            x = self.block(layer, x)
         if self.extra is not None:
             x = x[:, len(self.extra) :]
         return (x if self.norm is None else self.norm(x)).unflatten(1, self.grid)

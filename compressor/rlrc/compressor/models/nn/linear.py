@@ -1,0 +1,196 @@
+"""Linear layers and word embeddings that compute with weights as they are stored.
+
+A policy of 7 B parameters is 15 GB in bfloat16, mapped from its files; in float32 it would be 30 GB of memory. A weight
+therefore keeps its type, and is widened to the type of its input while it is multiplied, in the backward pass once
+more. Widening is exact, so the results are those of a policy in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ALIGNED = 64  # bytes, as torch allocates
+PART = 2**20  # numbers that are widened at a time: 4 MB
+
+Module = TypeVar("Module", bound=nn.Module)
+GradientHook = Callable[[Tensor], object]
+"""Takes the gradient of a weight (out, in), in the type of the layer's input."""
+
+
+class Stored(nn.Module):
+    """A layer with one ``weight``. ``source`` returns it, from integers for example; then ``weight`` has a shape alone.
+
+    A weight from a source stays where it is when the module moves to a device, and goes there when it is used.
+    """
+
+    source: Callable[[], Tensor] | None = None
+
+    def read(self) -> Tensor:
+        """The weight, as stored or from ``source``."""
+        return cast(Tensor, self.weight) if self.source is None else self.source()
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.source is None:
+            return super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        weight = self._parameters.pop("weight")
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self._parameters = {"weight": weight, **self._parameters}
+        return self
+
+
+class Linear(Stored, nn.Linear):
+    """A linear layer. Its weight (out, in) may have another floating-point type and device than its input.
+
+    ``hook`` takes the gradient of the weight, which is then not accumulated in ``weight.grad``.
+    """
+
+    hook: GradientHook | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.read()
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, self.bias)
+        if torch.is_grad_enabled() and (self.hook is not None or not _is_ready(weight, x)):
+            found: Tensor = _Widened.apply(x, weight, self.bias, self.hook)  # type: ignore[no-untyped-call]
+            return found
+        return _multiply(x, weight, self.bias)
+
+
+class Embedding(Stored, nn.Embedding):
+    """Rows of a table, in the type of the module as it was built or as ``Module.to`` set it.
+
+    The table may have another type.
+    """
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)  # type: ignore[arg-type]
+        self.dtype = self.weight.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table = self.read()
+        return F.embedding(ids.to(table.device), table).to(ids.device, self.dtype)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(function, recurse)
+
+
+def _is_ready(weight: Tensor, x: Tensor) -> bool:
+    """Products with mapped weights that begin at an odd address differ in the last bits: such weights are copied."""
+    same = weight.dtype == x.dtype and weight.device == x.device
+    return same and (weight.device.type != "cpu" or weight.data_ptr() % ALIGNED == 0)
+
+
+def _ready(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the type of a product's input, on its device."""
+    return weight if _is_ready(weight, x) else weight.to(x.device, x.dtype, copy=True)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with a weight that may have to be widened: on the CPU in parts that stay in the caches."""
+    if not _is_divided(weight, x):
+        return F.linear(x, _ready(weight, x), bias)
+    found = x.new_empty(*x.shape[:-1], len(weight))
+    for rows, part in _widen_parts(weight, x):
+        found[..., rows] = F.linear(x, part)
+    return found if bias is None else found.add_(bias)
+
+
+def _multiply_back(gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Gradient (n, out) of a product -> that of its input ``x`` (n, in)."""
+    if not _is_divided(weight, x):
+        return gradient @ _ready(weight, x)
+    found = gradient.new_zeros(len(gradient), weight.shape[1])
+    for rows, part in _widen_parts(weight, x):
+        found.addmm_(gradient[:, rows], part)
+    return found
+
+
+def _is_divided(weight: Tensor, x: Tensor) -> bool:
+    return weight.numel() > PART and x.device.type in ("cpu", "meta") and not _is_ready(weight, x)
+
+
+def _widen_parts(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after the others, in the type of ``x``. Each part replaces the one before."""
+    step = max(1, PART // weight.shape[1])
+    room = x.new_empty(step, weight.shape[1])
+    for start in range(0, len(weight), step):
+        stored = weight[start : start + step]
+        yield slice(start, start + step), room[: len(stored)].copy_(stored)
+
+
+class _Widened(torch.autograd.Function):
+    """``F.linear`` that keeps the stored weight for the backward pass, not a widened copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, hook: GradientHook | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.hook, ctx.has_bias = hook, bias is not None
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rows, (gradient,) = x.flatten(0, -2), (each.flatten(0, -2) for each in gradients)
+        inputs = weights = biases = None
+        if ctx.needs_input_grad[0]:
+            inputs = _multiply_back(gradient, weight, x).view_as(x)
+        if ctx.needs_input_grad[1]:
+            weights = gradient.T @ rows
+            if ctx.hook is not None:
+                ctx.hook(weights)
+                weights = None
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            biases = gradient.sum(0)
+        return inputs, weights, biases, None
+
+
+def widen(policy: Module) -> Module:
+    """Make all weights float32 in memory, in place, for many passes or for training. Returns the policy."""
+    for module in policy.modules():
+        if isinstance(module, Stored) and module.source is not None:
+            module.weight = nn.Parameter(module.source(), requires_grad=module.get_parameter("weight").requires_grad)
+            module.source = None
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return policy
+
+
+class Recomputing(nn.Module):
+    """A stack of blocks. ``recompute``: the backward pass computes each block again instead of keeping its values."""
+
+    recompute = False
+
+    def block(self, block: nn.Module, *given: Any) -> Any:
+        """The block's outputs."""
+        if not self.recompute or not torch.is_grad_enabled():
+            return block(*given)
+        from torch.utils.checkpoint import checkpoint  # imports torch._dynamo, which takes seconds
+
+        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+
+
+def list_block_types(module: nn.Module) -> list[str]:
+    """Names of the classes of the blocks of all stacks in the module."""
+    stacks = [stack for stack in module.modules() if isinstance(stack, Recomputing)]
+    lists = [child for stack in stacks for child in stack.children() if isinstance(child, nn.ModuleList)]
+    return sorted({type(block).__name__ for blocks in lists for block in blocks})
+
+
+@contextmanager
+def recompute(policy: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Within the context, backward passes hold the values of one block at a time. Gradients are the same."""
+    stacks = [module for module in policy.modules() if isinstance(module, Recomputing)]
+    for stack in stacks:
+        stack.recompute = wanted
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.recompute = False

@@ -1,0 +1,161 @@
+"""Layers that compute with weights as they are stored (rlrc.compressor.models.nn.linear)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlrc.artifact import LayerSpec, TowerSpec
+from rlrc.compressor.models.nn.decoder import Decoder
+from rlrc.compressor.models.nn.linear import Embedding, Linear, recompute, widen
+
+TOWER = TowerSpec(16, (LayerSpec(2, 2, 8, 32),) * 4)
+
+
+def layer(dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Linear:
+    torch.manual_seed(0)
+    found = Linear(24, 17, bias=bias)
+    found.weight.data = found.weight.data.to(dtype)
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_those_of_the_widened_weight(dtype: torch.dtype, bias: bool) -> None:
+    narrow, x = layer(dtype, bias), torch.randn(2, 5, 24)
+    expected = F.linear(x, narrow.weight.float(), narrow.bias)
+    assert torch.equal(narrow(x), expected)
+    with torch.no_grad():
+        assert torch.equal(narrow(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (5, 24), (1, 1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_widened_weight_bit_by_bit(shape: tuple[int, ...], bias: bool) -> None:
+    narrow, x = layer(bias=bias), torch.randn(shape, requires_grad=True)
+    wide = narrow.weight.detach().float().requires_grad_()
+    plain_bias = None if narrow.bias is None else narrow.bias.detach().clone().requires_grad_()
+    up = torch.randn(*shape[:-1], 17)
+    given = [x, wide] + ([] if plain_bias is None else [plain_bias])
+    expected = torch.autograd.grad(F.linear(x, wide, plain_bias), given, up)
+    taken: list[Tensor] = []
+    narrow.hook = lambda gradient: taken.append(gradient)
+    own = [x] + ([] if narrow.bias is None else [narrow.bias])
+    narrow.weight.requires_grad_()
+    found = torch.autograd.grad(narrow(x), own, up, retain_graph=True)
+    narrow(x).backward(up)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(taken[-1], expected[1])
+    assert taken[-1].dtype == torch.float32
+    assert narrow.weight.grad is None  # the hook has it
+    if bias:
+        torch.testing.assert_close(found[1], expected[2])
+
+
+def test_the_graph_keeps_no_widened_weight() -> None:
+    narrow, x = layer(), torch.randn(3, 24, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        narrow(x)
+    assert {tensor.dtype for tensor in kept if tensor.shape == narrow.weight.shape} == {torch.bfloat16}
+
+
+def test_an_odd_address_changes_no_bit() -> None:
+    """Products of one row differ in the last bits if the weight begins at an address that torch would not allocate."""
+    plain, x = layer(torch.float32), torch.randn(1, 24)
+    odd = layer(torch.float32)
+    odd.weight.data = torch.cat([torch.zeros(2), plain.weight.data.flatten()])[2:].view(17, 24)
+    assert torch.equal(odd(x), plain(x))
+    with torch.no_grad():
+        assert torch.equal(odd(x), plain(x))
+
+
+def test_large_weights_are_widened_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven outputs at a time, three in the end."""
+    narrow, x = layer(), torch.randn(2, 3, 24, requires_grad=True)
+    narrow.weight.requires_grad_(False)
+    expected = F.linear(x, narrow.weight.float(), narrow.bias)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    widest, copy_ = [0], Tensor.copy_
+    monkeypatch.setattr(Tensor, "copy_", lambda to, given: (widest.append(given.numel()), copy_(to, given))[1])
+    monkeypatch.setattr("rlrc.compressor.models.nn.linear.PART", 7 * 24)
+    found = narrow(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], gradient)
+    assert max(widest) == 7 * 24
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(x), expected)
+
+
+def test_autocast_takes_the_stored_weight() -> None:
+    narrow, x = layer(), torch.randn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(narrow(x), F.linear(x.bfloat16(), narrow.weight, narrow.bias))
+
+
+def test_a_source_is_read_whenever_the_layer_computes() -> None:
+    computed, x, reads = layer(torch.float32), torch.randn(3, 24), [0]
+    values = computed.weight.detach().clone()
+
+    def source() -> Tensor:
+        reads[0] += 1
+        return values
+
+    computed.weight, computed.source = nn.Parameter(torch.empty(17, 24, device="meta")), source
+    assert torch.equal(computed(x), F.linear(x, values, computed.bias))
+    computed(x)
+    assert reads == [2]
+    widen(computed)
+    assert computed.source is None
+    assert torch.equal(computed.weight, values)
+
+
+def test_a_source_goes_where_the_layer_computes() -> None:
+    """The meta device stands for an accelerator: the weight is read on the CPU and moved for the product."""
+    computed, values = layer(torch.float32), torch.randn(17, 24)
+    computed.weight, computed.source = nn.Parameter(torch.empty(17, 24, device="meta")), lambda: values
+    moved = copy.deepcopy(computed).to("meta")
+    assert list(dict(moved.named_parameters())) == ["weight", "bias"]
+    x = torch.randn(3, 24, device="meta", requires_grad=True)
+    moved(x).sum().backward()
+    assert x.grad.shape == x.shape
+    narrow = computed.to(torch.bfloat16)
+    assert (narrow.bias.dtype, narrow.weight.device.type) == (torch.bfloat16, "meta")
+    assert torch.equal(narrow(x16 := torch.randn(3, 24).bfloat16()), F.linear(x16, values.bfloat16(), narrow.bias))
+
+
+def test_embeddings_widen_their_rows() -> None:
+    table = Embedding(7, 4)
+    table.weight.data = table.weight.data.bfloat16()
+    ids = torch.tensor([[3, 0]])
+    assert torch.equal(table(ids), table.weight.data.float()[ids])
+    assert table(ids).dtype == torch.float32
+    assert copy.deepcopy(table).to(torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert table(ids).dtype == torch.float32
+    assert widen(table).weight.dtype == torch.float32
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less() -> None:
+    torch.manual_seed(0)
+    decoder, x = Decoder(TOWER), torch.randn(2, 6, TOWER.width)
+
+    def run(again: bool) -> tuple[list[Tensor], int]:
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with recompute(decoder, again), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = decoder(x)[0].square().sum()
+        return list(torch.autograd.grad(loss, list(decoder.parameters()))), kept
+
+    (plain, all_values), (again, few) = run(False), run(True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert few < all_values / 3
+    assert not any(getattr(module, "recompute", False) for module in decoder.modules())
