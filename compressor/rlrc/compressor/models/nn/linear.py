@@ -117,10 +117,13 @@ def _is_divided(weight: Tensor, x: Tensor) -> bool:
 
 
 def _widen_parts(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows after the others, in the type of ``x``. Each part replaces the one before."""
+    """Some rows after the others, in the type of ``x``. Each part replaces the one before.
+
+    On the meta device the first one stands for all.
+    """
     step = max(1, PART // weight.shape[1])
     room = x.new_empty(step, weight.shape[1])
-    for start in range(0, len(weight), step):
+    for start in range(0, step if x.is_meta else len(weight), step):
         stored = weight[start : start + step]
         yield slice(start, start + step), room[: len(stored)].copy_(stored)
 
