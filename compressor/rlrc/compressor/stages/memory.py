@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlrc.compressor.models import device
 from rlrc.compressor.models.meta import build_on_meta, on_meta
-from rlrc.compressor.models.nn.linear import Linear, Stored, recompute, widen
+from rlrc.compressor.models.nn.linear import Linear, Stored, receive_gradients, recompute, widen
 from rlrc.compressor.models.peak import PeakMemory
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.config import PruneConfig, tower_name
@@ -126,12 +126,10 @@ def of_prune(source: PolicySource, config: PruneConfig) -> Need:
         if config.score == "wanda":
             passing.append(_infer(policy, source, config.batch))
         elif config.score == "taylor":
-            for name in scored:
-                layer = policy.get_submodule(name.removesuffix(".weight"))
-                assert isinstance(layer, Linear)
-                layer.hook = lambda gradient: gradient.mul_(1).abs_()
+            layers = {name: cast(Linear, policy.get_submodule(name.removesuffix(".weight"))) for name in scored}
             recomputes = sum(parameter.numel() for parameter in policy.parameters()) > LARGE
-            passing.append(_backward(policy, source, config.batch, scored, recomputes))
+            with receive_gradients(layers, lambda name, gradient: gradient.mul_(1).abs_()):
+                passing.append(_backward(policy, source, config.batch, {}, recomputes))
     return Need(_bytes(policy), 0, max(passing))
 
 
