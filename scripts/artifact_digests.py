@@ -24,7 +24,8 @@ TOKENIZERS = {"smolvla": "smolvla/tiny_smolvlm", "pi0": "pi0/tokenizer", "pi05":
 IMAGES = {"openvla-oft-l1": "2", "openvla-oft-discrete": "1"}
 FLOATS = {"onnx": ("fp32", "fp16", "int8"), "tensorrt": ("fp32", "fp16")}
 INTEGERS = {"onnx": ("int4", "int4a8"), "tensorrt": ("int4",), "gguf": ("int4",)}
-TRAINING = ("--steps", "3", "--batch", "4", "--rate", "1e-3", "--warmup", "0", "--precision", "float32")
+SCHEDULE = ("--schedule", "linear", "--decay", "0.45", "--weight-decay", "0.02")
+TRAINING = ("--steps", "3", "--batch", "4", "--rate", "1e-3", "--warmup", "0", "--precision", "float32", *SCHEDULE)
 # Stages of a checkpoint: the data set comes with {data}. Stages of its lossless artifact: below.
 OF_FOLDERS = {
     "lossless": ("prune", "--lossless"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import Decoder
-from rlrc.compressor.models.nn.linear import Embedding, Linear, recompute, widen
+from rlrc.compressor.models.nn.linear import Embedding, Linear, receive_gradients, recompute, widen
 
 TOWER = TowerSpec(16, (LayerSpec(2, 2, 8, 32),) * 4)
 
@@ -43,17 +44,39 @@ def test_gradients_are_those_of_the_widened_weight_bit_by_bit(shape: tuple[int, 
     given = [x, wide] + ([] if plain_bias is None else [plain_bias])
     expected = torch.autograd.grad(F.linear(x, wide, plain_bias), given, up)
     taken: list[Tensor] = []
-    narrow.hook = lambda gradient: taken.append(gradient)
     own = [x] + ([] if narrow.bias is None else [narrow.bias])
-    narrow.weight.requires_grad_()
+    narrow.weight.requires_grad_(False)
     found = torch.autograd.grad(narrow(x), own, up, retain_graph=True)
+    with receive_gradients({"it": narrow}, lambda name, gradient: taken.append(gradient)):
+        narrow(x).backward(up)
     narrow(x).backward(up)
     assert torch.equal(found[0], expected[0])
-    assert torch.equal(taken[-1], expected[1])
-    assert taken[-1].dtype == torch.float32
-    assert narrow.weight.grad is None  # the hook has it
+    assert len(taken) == 1
+    assert torch.equal(taken[0], expected[1])
+    assert taken[0].dtype == torch.float32
+    assert narrow.weight.grad is None
     if bias:
         torch.testing.assert_close(found[1], expected[2])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_gradient_is_that_of_all_calls_of_a_layer(again: bool) -> None:
+    """Prompts of other lengths go through a decoder one after the other, in one backward pass."""
+    torch.manual_seed(0)
+    decoder, first, second = Decoder(TOWER), torch.randn(1, 6, TOWER.width), torch.randn(2, 4, TOWER.width)
+    name = "layers.1.mlp.up"
+    inner: Any = decoder.get_submodule(name)
+
+    def loss() -> Tensor:
+        return sum(decoder(x, torch.zeros(x.shape[1], x.shape[1]))[0].square().sum() for x in (first, second))
+
+    (expected,) = torch.autograd.grad(loss(), inner.weight)
+    taken: list[Tensor] = []
+    decoder.requires_grad_(False)
+    with receive_gradients({name: inner}, lambda _, gradient: taken.append(gradient)), recompute(decoder, again):
+        loss().backward()
+    assert len(taken) == 1
+    assert torch.equal(taken[0], expected)
 
 
 def test_the_graph_keeps_no_widened_weight() -> None:

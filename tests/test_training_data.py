@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from families import DATA, FAMILIES, flags, source_of
 from rlrc import artifact as artifacts
 from rlrc.artifact import PolicySpec
 from rlrc.compressor.cli.compress import compress
+from rlrc.compressor.models.policy import Inputs
 from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.stages import artifact_io, distill, prune, sft, training_data
+from rlrc.compressor.quantize.quantize import QuantizeConfig
+from rlrc.compressor.stages import artifact_io, distill, prune, quantize, sft, training_data
 from rlrc.compressor.stages.sources import OfficialSource
 from rlrc.compressor.stages.stage import StageOptions
 from rlrc.compressor.training.config import SFTConfig
@@ -206,3 +208,26 @@ def test_what_does_not_fit_is_refused_before_any_work(
                 run(given, out, config, QUIET, hints)
             assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
+
+
+@pytest.mark.parametrize("name", ["openvla", "smolvla"])
+def test_quantization_calibrates_on_a_data_set(
+    name: str, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, real = list[Inputs](), quantize.quantize
+
+    def spy(policy: Any, config: QuantizeConfig, calibration: Iterable[Inputs], *rest: Any) -> Any:
+        drawn.extend(calibration)
+        return real(policy, config, drawn, *rest)
+
+    monkeypatch.setattr(quantize, "quantize", spy)
+    checkpoint, config = DATA / name / "checkpoint", QuantizeConfig(method="gptq", data=data[name], samples=3)
+    quantize.run_quantize(checkpoint, tmp_path / "out", config, QUIET, flags(name))
+    assert [len(inputs.pixels[0]) for inputs in drawn] == [1, 1, 1]
+    entry = artifacts.load(tmp_path / "out").manifest.history[-1]
+    assert (entry.config["data"], entry.config["samples"]) == (data[name], 3)
+    assert entry.after["rounding"]["action_error"] > 0
+    with pytest.raises(UserError, match=r"expected .*missing"):
+        missing = QuantizeConfig(method="gptq", data=str(tmp_path / "missing"))
+        quantize.run_quantize(checkpoint, tmp_path / "other", missing, QUIET, flags(name))
+    assert not (tmp_path / "other").exists()

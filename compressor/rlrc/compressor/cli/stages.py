@@ -93,8 +93,8 @@ class Prune(CheckpointStageCommand):
 class Quantize(CheckpointStageCommand):
     """Round the weights to int4 or int8 in groups of 32, 64 or 128 with fp16 scales.
 
-    Calibrated methods use the artifact's golden observations. Those of an official checkpoint are random pictures, so
-    calibration on them does not carry over to real ones.
+    Calibrated methods use the observations of a data set (--data) or else the artifact's golden ones. Those of an
+    official checkpoint are random pictures, so calibration on them does not carry over to real ones.
 
     The first PATH may also be an official checkpoint's folder, or owner/name[@revision] on the hub.
     """

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.device import of_module
-from rlrc.compressor.models.nn.linear import Linear, recompute
+from rlrc.compressor.models.nn.linear import Linear, receive_gradients, recompute
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import check_finite
 from rlrc.compressor.models.weights import count_parameters
@@ -90,22 +90,17 @@ def _weigh(policy: PolicyModule, pieces: Pieces, importance: Callable[[str, Tens
 
 
 def _taylor(policy: PolicyModule, pieces: Pieces, config: PruneConfig, batches: Batches) -> None:
-    def reduce(name: str, weight: Tensor, gradient: Tensor) -> None:
-        group, total = pieces[name]
-        total.add_(group.sum_parts(name, gradient.mul_(weight).abs_()), alpha=1 / config.batches)
+    layers = {name: cast(Linear, policy.get_submodule(name)) for name in pieces}
 
-    layers = {name: policy.get_submodule(name) for name in pieces}
+    def reduce(name: str, gradient: Tensor) -> None:
+        group, total = pieces[name]
+        scores = gradient.mul_(layers[name].weight.detach()).abs_()
+        total.add_(group.sum_parts(name, scores), alpha=1 / config.batches)
+
     large = count_parameters(policy) > LARGE
-    with _gradients_of(policy, [layer.get_parameter("weight") for layer in layers.values()]), recompute(policy, large):
-        try:
-            for name, layer in layers.items():
-                assert isinstance(layer, Linear)
-                layer.hook = partial(reduce, name, layer.weight.detach())
-            for _ in range(config.batches):
-                chunk_loss(policy, _draw(policy, config, batches))[0].backward()
-        finally:
-            for layer in layers.values():
-                cast(Linear, layer).hook = None
+    with _frozen(policy), recompute(policy, large), receive_gradients(layers, reduce):
+        for _ in range(config.batches):
+            chunk_loss(policy, _draw(policy, config, batches))[0].backward()
 
 
 def _draw(policy: PolicyModule, config: PruneConfig, batches: Batches) -> Batch:
@@ -114,17 +109,14 @@ def _draw(policy: PolicyModule, config: PruneConfig, batches: Batches) -> Batch:
 
 
 @contextmanager
-def _gradients_of(policy: PolicyModule, weights: Collection[nn.Parameter]) -> Iterator[None]:
-    """Within the context only these weights require gradients. All gradients are cleared before and after."""
+def _frozen(policy: PolicyModule) -> Iterator[None]:
+    """Within the context no parameter requires a gradient. All gradients are cleared before."""
     before = {parameter: parameter.requires_grad for parameter in policy.parameters()}
     policy.eval().zero_grad()
     policy.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
     try:
         yield
     finally:
-        policy.zero_grad()
         for parameter, required in before.items():
             parameter.requires_grad_(required)
 

@@ -8,7 +8,7 @@ bits: they are looked up, not multiplied, and 4 bits lose most of a word.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,7 @@ from rlrc.compressor.quantize.grid import (
     quantize_groups,
 )
 from rlrc.errors import UserError
+from rlrc.ranges import check_range
 
 METHODS = ("rtn", "awq", "gptq")
 EMBEDDING = "embedding.weight"
@@ -58,6 +59,14 @@ class QuantizeConfig:
     """bits of the layers that make the actions; 16 leaves them unquantized (default: as the other layers)"""
     embeddings: Literal[8, 16] = 16
     """bits of the word embeddings"""
+    data: str = ""
+    """LeRobotDataset folder with the observations for awq, gptq and budget; empty: the artifact's golden ones"""
+    samples: int = 16
+    """observations to take from the data set"""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """camera of the policy = camera of the data set, where the names differ; none: do without it"""
+    seed: int = 0
+    """of the choice of observations"""
     group: Literal[32, 64, 128] = 32
     """most inputs that share a scale: 32 loses least, TensorRT documents 64 and 128 for 4 bits (prune with the same
     align, or narrow layers get smaller groups)"""
@@ -65,6 +74,7 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"expected quantize.method {', '.join(METHODS)}, found {self.method!r}")
+        check_range(self, "quantize.", "samples", at_least=1)
         allowed = {"bits": (4, 8), "head": (None, 4, 8, 16), "embeddings": (8, 16), "group": GROUPS}
         for name, choices in allowed.items():
             if (found := getattr(self, name)) not in choices:

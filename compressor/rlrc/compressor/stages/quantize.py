@@ -14,6 +14,7 @@ from rlrc.compressor.stages import memory
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.stages.stage import StageOptions, stage
+from rlrc.compressor.stages.training_data import load_data, open_data
 from rlrc.progress import status
 
 
@@ -22,10 +23,15 @@ def run_quantize(
 ) -> Manifest:
     def check(source: PolicySource, _: Any) -> None:
         check_exempt(shapes(source), config)
+        if config.data:
+            open_data(config, source.spec)
         memory.check(source, lambda: memory.of_quantize(source, config), "quantizing")
 
     with stage("quantize", source, out, config, options, check, flags) as work:
         observations = every_input(work.policy.spec, work.source.observations())
+        if config.data:
+            batches = load_data(work.source, config).batches
+            observations = (batches.draw(1).inputs for _ in range(config.samples))
         with status("rounding"):
             policy, added = pad_policy(work.policy.to(work.device), config.group)
             work.run.folder.mkdir(parents=True, exist_ok=True)

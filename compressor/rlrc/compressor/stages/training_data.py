@@ -56,17 +56,22 @@ class DatasetBatches:
         self.rng.bit_generator.state = state
 
 
-class TrainingSettings(Protocol):
-    """Fields that the configurations of all training stages share: see SFTConfig."""
+class DataSettings(Protocol):
+    """Which data set, and what is drawn from it."""
 
     @property
     def data(self) -> str: ...
     @property
     def cameras(self) -> Mapping[str, str]: ...
     @property
-    def demonstrations(self) -> int: ...
-    @property
     def seed(self) -> int: ...
+
+
+class TrainingSettings(DataSettings, Protocol):
+    """Fields that the configurations of all training stages share: see SFTConfig."""
+
+    @property
+    def demonstrations(self) -> int: ...
 
 
 def check_data(stage: str, source: PolicySource, config: TrainingSettings, instead: str = "") -> None:
@@ -83,7 +88,7 @@ def check_data(stage: str, source: PolicySource, config: TrainingSettings, inste
         )
 
 
-def open_data(config: TrainingSettings, spec: PolicySpec) -> MatchedDataset:
+def open_data(config: DataSettings, spec: PolicySpec) -> MatchedDataset:
     """Raises UserError for a folder without a data set, or with one that does not fit the policy."""
     from rlrc.datasets.fit import match
     from rlrc.datasets.lerobot import Dataset
@@ -91,7 +96,7 @@ def open_data(config: TrainingSettings, spec: PolicySpec) -> MatchedDataset:
     return match(Dataset.open(Path(config.data)), spec, config.cameras)
 
 
-def load_data(source: PolicySource, config: TrainingSettings, held_out: float = 0.0, size: int = 128) -> TrainingData:
+def load_data(source: PolicySource, config: DataSettings, held_out: float = 0.0, size: int = 128) -> TrainingData:
     """``held_out``: fraction of the episodes that is held out, in batches of ``size`` frames."""
     from rlrc.datasets.fit import split
 

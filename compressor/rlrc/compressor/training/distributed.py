@@ -178,9 +178,12 @@ class Team:
         """Set the policy's weights as plain tensors on the CPU, in evaluation mode."""
         for name, _ in list(policy.named_parameters()):
             parent, _, leaf = name.rpartition(".")
-            # load_state_dict would shard them again.
-            setattr(policy.get_submodule(parent), leaf, nn.Parameter(weights[name].detach()))
-        policy.requires_grad_(True).cpu().eval()
+            # load_state_dict would shard them again, and Module.cpu expects them to be sharded.
+            setattr(policy.get_submodule(parent), leaf, nn.Parameter(weights[name].detach().cpu()))
+        for module in policy.modules():
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else buffer.cpu()
+        policy.requires_grad_(True).eval()
 
 
 def _checkpoint() -> Any:

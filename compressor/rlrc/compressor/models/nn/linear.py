@@ -7,7 +7,7 @@ more. Widening is exact, so the results are those of a policy in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -19,8 +19,6 @@ ALIGNED = 64  # bytes, as torch allocates
 PART = 2**20  # numbers that are widened at a time: 4 MB
 
 Module = TypeVar("Module", bound=nn.Module)
-GradientHook = Callable[[Tensor], object]
-"""Takes the gradient of a weight (out, in), in the type of the layer's input."""
 
 
 class Stored(nn.Module):
@@ -47,17 +45,18 @@ class Stored(nn.Module):
 class Linear(Stored, nn.Linear):
     """A linear layer. Its weight (out, in) may have another floating-point type and device than its input.
 
-    ``hook`` takes the gradient of the weight, which is then not accumulated in ``weight.grad``.
+    ``receiver`` is a leaf of the weight's shape in float32 that gets the weight's gradient instead of the weight: see
+    ``receive_gradients``.
     """
 
-    hook: GradientHook | None = None
+    receiver: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read()
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, self.bias)
-        if torch.is_grad_enabled() and (self.hook is not None or not _is_ready(weight, x)):
-            found: Tensor = _Widened.apply(x, weight, self.bias, self.hook)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and (self.receiver is not None or not _is_ready(weight, x)):
+            found: Tensor = _Widened.apply(x, weight, self.bias, self.receiver)  # type: ignore[no-untyped-call]
             return found
         return _multiply(x, weight, self.bias)
 
@@ -117,10 +116,13 @@ def _is_divided(weight: Tensor, x: Tensor) -> bool:
 
 
 def _widen_parts(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows after the others, in the type of ``x``. Each part replaces the one before."""
+    """Some rows after the others, in the type of ``x``. Each part replaces the one before.
+
+    On the meta device the first one stands for all.
+    """
     step = max(1, PART // weight.shape[1])
     room = x.new_empty(step, weight.shape[1])
-    for start in range(0, len(weight), step):
+    for start in range(0, step if x.is_meta else len(weight), step):
         stored = weight[start : start + step]
         yield slice(start, start + step), room[: len(stored)].copy_(stored)
 
@@ -129,26 +131,43 @@ class _Widened(torch.autograd.Function):
     """``F.linear`` that keeps the stored weight for the backward pass, not a widened copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, hook: GradientHook | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, receiver: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.hook, ctx.has_bias = hook, bias is not None
         return _multiply(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, (gradient,) = x.flatten(0, -2), (each.flatten(0, -2) for each in gradients)
-        inputs = weights = biases = None
-        if ctx.needs_input_grad[0]:
-            inputs = _multiply_back(gradient, weight, x).view_as(x)
-        if ctx.needs_input_grad[1]:
-            weights = gradient.T @ rows
-            if ctx.hook is not None:
-                ctx.hook(weights)
-                weights = None
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            biases = gradient.sum(0)
-        return inputs, weights, biases, None
+        needs_input, needs_weight, needs_bias, needs_received = ctx.needs_input_grad
+        inputs = _multiply_back(gradient, weight, x).view_as(x) if needs_input else None
+        weights = gradient.T @ rows if needs_weight or needs_received else None
+        biases = gradient.sum(0) if needs_bias else None
+        return inputs, weights if needs_weight else None, biases, weights if needs_received else None
+
+
+@contextmanager
+def receive_gradients(layers: Mapping[str, Linear], use: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Within the context ``use(name, gradient)`` gets the gradients (out, in) of these weights, in float32.
+
+    It is called once in a backward pass, with the sum over all calls of the layer, and nothing is kept afterwards.
+    """
+    for name, layer in layers.items():
+        stored = layer.read()
+        leaf = torch.zeros((), device=stored.device).expand(stored.shape).detach().requires_grad_()
+
+        def take(leaf: Tensor, name: str = name) -> None:
+            assert leaf.grad is not None
+            use(name, leaf.grad)
+            leaf.grad = None
+
+        leaf.register_post_accumulate_grad_hook(take)
+        layer.receiver = leaf
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.receiver = None
 
 
 def widen(policy: Module) -> Module:
