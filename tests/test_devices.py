@@ -28,6 +28,7 @@ from rlrc.compressor.models.device import upload
 from rlrc.compressor.prune import importance
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize import calibration
+from rlrc.compressor.quantize.action_error import swap_tensors
 from rlrc.compressor.quantize.calibration import collect_inputs
 from rlrc.compressor.quantize.gptq import gptq
 from rlrc.compressor.rl.actors import EncodedObservation, build_actor
@@ -161,6 +162,15 @@ def test_calibration_and_error_feedback(case: Case, monkeypatch: pytest.MonkeyPa
         integers, scales = gptq(weight, F.pad(inputs[name], (0, weight.shape[1] - inputs[name].shape[1])), 4, True)
         assert {integers.device, scales.device} == {DEVICE}
     assert device.waits == 0
+
+
+def test_weights_from_the_host_go_where_they_are_used(case: Case) -> None:
+    """Quantized weights are computed on the host, also where the policy is on the accelerator."""
+    with fake_device(), torch.no_grad():
+        policy, batch = on_device(case.spec, case.towers), case.batch.to(DEVICE)
+        hosted = {name: torch.empty(tensor.shape) for name, tensor in policy.state_dict().items() if tensor.ndim == 2}
+        with swap_tensors(policy, hosted):
+            assert policy.act(batch.inputs).actions.device == DEVICE
 
 
 @pytest.mark.parametrize(

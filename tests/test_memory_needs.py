@@ -11,6 +11,7 @@ import pytest
 import torch
 from subprocesses import environment
 
+from families import DATA, flags
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.peak import PeakMemory
@@ -65,7 +66,9 @@ def test_what_stages_hold(source: PolicySource) -> None:
     largest, numbers = max(tensor.numel() for tensor in matrices), memory.count_numbers(shapes(source))
     assert memory.of_prune(source, PruneConfig(score="magnitude")).in_memory() == memory.BASE + 10 * largest
     assert memory.of_prune(source, PruneConfig(lossless=True)).passing == 0
-    assert memory.of_quantize(source, QuantizeConfig()).passing == 5 * largest
+    words = shapes(source)["embedding.weight"].numel()
+    assert memory.of_quantize(source, QuantizeConfig()).passing == 5 * largest + 2 * words
+    assert memory.of_quantize(source, QuantizeConfig(embeddings=8)).passing == 5 * largest + 4 * words
     inputs = max(tensor.shape[1] for tensor in matrices)
     gptq = memory.of_quantize(source, QuantizeConfig(method="gptq"))
     assert gptq.passing == 8 * inputs**2 + 12 * memory.ROWS * inputs
@@ -80,6 +83,18 @@ def test_what_stages_hold(source: PolicySource) -> None:
     assert adapters.on_accelerator() == adapters.weights + adapters.held + 1000
     taught = memory.of_training(source, SFTConfig(lora=2), source)
     assert (taught.weights, taught.held) == (2 * adapters.weights, adapters.held)
+
+
+@pytest.mark.parametrize("family", ["pi05", "openvla", "act"])
+def test_every_score_of_a_lossless_artifact_is_predicted(family: str, tmp_path: Path) -> None:
+    """pi0.5's expert then has tables of norms, which are no layers."""
+    checkpoint, given = DATA / family / "checkpoint", flags(family)
+    prune.run_prune(checkpoint, tmp_path / "out", PruneConfig(lossless=True), QUIET, given)
+    source = open_source(tmp_path / "out", Flags())
+    for tower in source.towers.keys() & {"decoder", "expert", "encoder"}:
+        for score in ("taylor", "wanda", "magnitude"):
+            config = PruneConfig(score=score, tower=tower, batch=2)  # type: ignore[arg-type]
+            assert memory.of_prune(source, config).passing > 0
 
 
 def test_checkpointing_and_smaller_parts_of_a_batch_take_less(pupil_artifact: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rlrc import interrupts
+from rlrc.compressor.models.nn.linear import Linear, widen
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.models.weights import tensors_of
@@ -55,7 +56,9 @@ def run_in(folder: Path, config: SFTConfig) -> RunState:
 
 
 def train(policy: TinyPolicy, config: SFTConfig, folder: Path, data: TrainingData, **options: Any) -> dict[str, Any]:
-    return sft.sft(policy, config, data, run_in(folder, config), options.pop("progress", lambda *_: None), **options)
+    found = sft.sft(policy, config, data, run_in(folder, config), options.pop("progress", lambda *_: None), **options)
+    widen(policy)
+    return found
 
 
 def test_cosine_by_hand() -> None:
@@ -107,6 +110,7 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(make_pupil: Callab
         lora.merge(policy)
         assert list(policy.state_dict()) == names
         torch.testing.assert_close(policy(pixels, ids, state), adapted, atol=1e-4, rtol=1e-4)
+    widen(policy)
     product = policy.decoder.layers[1].attention.q.weight - plain.decoder.layers[1].attention.q.weight
     assert torch.linalg.matrix_rank(product, tol=1e-4).item() == 4
     assert all(parameter.requires_grad for parameter in policy.parameters())
@@ -128,6 +132,21 @@ def test_adapters_are_added_to_narrow_weights_without_rounding(make_pupil: Calla
     assert policy.decoder.layers[1].attention.q is layer
     assert torch.equal(layer.read(), narrow.float() + product)
     assert torch.equal(tensors_of(policy)["decoder.layers.1.attention.q.weight"], narrow.float() + product)
+
+
+def test_adapters_begin_alike_whatever_the_weights_are_stored_in(make_pupil: Callable[[], TinyPolicy]) -> None:
+    wide, narrow = make_pupil(), make_pupil()
+    for module in narrow.modules():
+        if isinstance(module, Linear):
+            module.weight.data = module.weight.data.bfloat16()
+    begun = list[dict[str, torch.Tensor]]()
+    for policy in (wide, narrow):
+        torch.manual_seed(0)
+        lora.adapt(policy, 4)
+        begun.append({name: tensor for name, tensor in policy.state_dict().items() if ".lora_" in name})
+    assert begun[0].keys() == begun[1].keys()
+    assert all(torch.equal(begun[0][name], begun[1][name]) for name in begun[0])
+    assert narrow.decoder.layers[0].attention.q.get_base_layer().weight.dtype == torch.bfloat16
 
 
 def test_the_state_of_a_run_with_adapters_holds_only_these(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +24,12 @@ from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.stages import artifact_io, distill, prune, quantize, sft, training_data
 from rlrc.compressor.stages.sources import OfficialSource
 from rlrc.compressor.stages.stage import StageOptions
+from rlrc.compressor.training import sft as training_sft
 from rlrc.compressor.training.config import SFTConfig
 from rlrc.compressor.training.distill import DistillConfig
 from rlrc.datasets.meta import Feature
 from rlrc.datasets.writer import Recording, write
-from rlrc.errors import UserError
+from rlrc.errors import Interrupted, UserError
 from rlrc.runtime.inference.preprocess import normalise, prepare
 
 QUIET = StageOptions(evaluate=0, workers=1, threads=1)
@@ -231,3 +234,24 @@ def test_quantization_calibrates_on_a_data_set(
         missing = QuantizeConfig(method="gptq", data=str(tmp_path / "missing"))
         quantize.run_quantize(checkpoint, tmp_path / "other", missing, QUIET, flags(name))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_on_with_the_same_checkpoint_only(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of one folder are not added to the weights that another download put in its place."""
+    folder = shutil.copytree(DATA / "act/checkpoint", tmp_path / "folder")
+    config = SFTConfig(steps=3, batch=2, rate=1e-4, warmup=0, lora=2, data=data["act"])
+
+    def stop(metrics: dict[str, float], step: int, run: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_sft, "check_finite", stop)
+        with pytest.raises(Interrupted):
+            sft.run_sft(folder, tmp_path / "out", config, QUIET, flags("act"))
+    assert (tmp_path / ".out.run/state.pt").exists()
+    os.utime(folder / "model.safetensors", (1, 1))
+    with pytest.raises(UserError, match=r"expected to go on with the same stage, input .*model\.safetensors"):
+        sft.run_sft(folder, tmp_path / "out", config, QUIET, flags("act"))

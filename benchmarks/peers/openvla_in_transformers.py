@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
 
 from rlrc import artifact as artifacts
-from rlrc.artifact import Manifest
+from rlrc.artifact import Manifest, weight_files
 from rlrc.runtime.inference import decode, preprocess
 
 BLOCK = {
@@ -36,7 +36,9 @@ class TransformersOpenVLA:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         artifact = artifacts.load(folder, verify=())
         manifest, self.spec = artifact.manifest, artifact.manifest.policy
-        state = load_file(artifact.file("weights/model.safetensors"))
+        state = {}
+        for file in weight_files(manifest):
+            state |= load_file(artifact.file(file))
         assert self.spec.prompt is not None
         self.tokenizer = preprocess.Tokenizer(artifact.file("tokenizer/tokenizer.json"), self.spec.prompt)
         self.dtype = dtype

@@ -109,11 +109,12 @@ def check_room(parent: Artifact, out: Path, chosen: Mapping[str, str | Mapping[s
     """Raises UserError if the disk may lack space for the graphs: as much as the weights take, or twice that.
 
     Twice in fp32 (weights are stored in 16 bits), with two copies of the weights, and for K-quants, which are made from
-    a float16 file.
+    a float16 file. The constants of one graph are on the disk a second time until it is written.
     """
     weights = sum(file.size for name, file in parent.manifest.files.items() if name.startswith("weights/"))
     names = [name for each in chosen.values() for name in ([each] if isinstance(each, str) else set(each.values()))]
-    needed = sum(weights * (2 if name in ("fp32", "q4_k_m") or "+" in name else 1) for name in names)
+    each = [weights * (2 if name in ("fp32", "q4_k_m") or "+" in name else 1) for name in names]
+    needed = sum(each) + max(each, default=0)
     folder = next(path for path in out.absolute().parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise UserError(

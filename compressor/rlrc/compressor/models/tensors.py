@@ -127,6 +127,10 @@ class Tensors(Mapping[str, Tensor]):
         self.meta(name)
         return self._stored[name] if self._read is None else self._read(name)
 
+    def states(self) -> str:
+        """Names, sizes and times of the files when these tensors were opened."""
+        return ", ".join(f"{path.name} {state}" for path, state in zip(self.paths, self._states, strict=True))
+
     def check_unchanged(self) -> None:
         """Raises UserError if one of the files has changed since these tensors were opened."""
         for path, state in zip(self.paths, self._states, strict=True):

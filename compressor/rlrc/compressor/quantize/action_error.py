@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.device import upload
-from rlrc.compressor.models.nn.linear import Stored
+from rlrc.compressor.models.nn.linear import Embedding, Stored
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
@@ -74,6 +74,10 @@ def fix_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
     return [inputs if inputs.noise is not None else replace(inputs, noise=noise(inputs)) for inputs in calibration]
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @contextmanager
 def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context, the policy has these tensors in place of its own. Layers read theirs when they compute."""
@@ -88,7 +92,10 @@ def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterato
     before = {name: layer.source for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.source = partial(tensors.__getitem__, name)
+            if isinstance(layer, Embedding):  # a few rows at a time: too few to compute the table for
+                layer.source = partial(_same, tensors[name])
+            else:
+                layer.source = partial(tensors.__getitem__, name)
         for name, tensor in values.items():
             own[name].data = tensors[name].to(tensor)
         yield

@@ -25,7 +25,7 @@ from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.config import PruneConfig, tower_name
 from rlrc.compressor.prune.importance import LARGE
 from rlrc.compressor.quantize.calibration import ROWS
-from rlrc.compressor.quantize.quantize import QuantizeConfig, quantizable
+from rlrc.compressor.quantize.quantize import EMBEDDING, QuantizeConfig, quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.training import lora
@@ -135,13 +135,16 @@ def of_prune(source: PolicySource, config: PruneConfig) -> Need:
 
 def of_quantize(source: PolicySource, config: QuantizeConfig) -> Need:
     policy = _as_stored(source)
-    weights = {name: tensor for name, tensor in policy.state_dict().items() if quantizable(name, tensor)}
-    matrix = max((tensor.numel() for tensor in weights.values()), default=0)
-    passing = [_infer(policy, source) + (FLOAT32 + 1) * matrix]  # a weight is dequantized as a whole, from integers
+    state = policy.state_dict()
+    weights = [tensor for name, tensor in state.items() if quantizable(name, tensor)]
+    matrix = max((tensor.numel() for tensor in weights), default=0)
+    words = state[EMBEDDING].numel() if EMBEDDING in state else 0
+    words *= FLOAT32 if config.embeddings == 8 else 2
+    passing = [_infer(policy, source) + (FLOAT32 + 1) * matrix + words]  # both are dequantized as a whole
     if config.method == "gptq":
-        inputs = max((tensor.shape[1] for tensor in weights.values()), default=0)
         # The products of the inputs in float64, with these inputs, and then with the weight and its integers.
-        passing.append(8 * inputs**2 + max(12 * ROWS * inputs, (2 * FLOAT32 + 1) * matrix))
+        for inputs, numel in {(tensor.shape[1], tensor.numel()) for tensor in weights}:
+            passing.append(8 * inputs**2 + max(12 * ROWS * inputs, (2 * FLOAT32 + 1) * numel))
     elif config.method == "awq":
         passing.append(4 * FLOAT32 * matrix)
     return Need(_bytes(policy), 0, max(passing))
@@ -182,7 +185,8 @@ def _as_stored(source: PolicySource) -> PolicyModule:
 
 
 def _matrices(policy: PolicyModule, prefix: str) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in policy.named_parameters() if name.startswith(prefix) and p.ndim == 2}
+    layers = {f"{name}.weight": module for name, module in policy.named_modules() if isinstance(module, Linear)}
+    return {name: layer.get_parameter("weight") for name, layer in layers.items() if name.startswith(prefix)}
 
 
 def _bytes(policy: PolicyModule) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,7 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.models.weights import build_policy, tensors_of
 from rlrc.compressor.prune.lossless import Cut, list_unread
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations
@@ -52,6 +54,11 @@ class PolicySource(Protocol):
     quantized: bool
     normalisation: Recorded  # the known normalisation of inputs and actions
     unread: list[Cut]  # parts of an official checkpoint that no action depends on
+
+    @property
+    def identity(self) -> str:
+        """What a run that goes on must find again: the artifact's digest, or the checkpoint's path and files."""
+        ...
 
     def load(self) -> PolicyModule: ...
 
@@ -121,6 +128,10 @@ class ArtifactSource:
     def load(self) -> PolicyModule:
         return replace_spec(load_policy(self.artifact), self.spec)
 
+    @property
+    def identity(self) -> str:
+        return self.artifact.digest
+
     def check_unchanged(self) -> None:
         """An artifact never changes."""
 
@@ -144,6 +155,7 @@ class OfficialSource:
         self.options = dataclasses.replace(folder.options_of(flags), incomplete=incomplete)
         self.folder: Folder = folder.open_folder(hub.locate(path))
         layout: Layout = reader.layout(self.folder, self.options)
+        self.path, self._layout = path, layout
         reader.print_assumptions(layout)
         self.spec, self.towers = layout.spec, layout.towers
         self.tokenizer: Tokenizer | None = tokenizer_of(self.folder, self.options, layout.spec)
@@ -160,8 +172,17 @@ class OfficialSource:
     def load(self) -> PolicyModule:
         return replace_spec(reader.read(self.folder, self.options)[0], self.spec)
 
+    @property
+    def identity(self) -> str:
+        return f"{self.path}, files {', '.join(tensors.states() for tensors in self._tensors)}"
+
     def check_unchanged(self) -> None:
-        self.folder.tensors.check_unchanged()
+        for tensors in self._tensors:
+            tensors.check_unchanged()
+
+    @cached_property
+    def _tensors(self) -> list[Tensors]:
+        return list(reader.sources(self.folder, self._layout).values())
 
     def copy_files(self, draft: Draft) -> None:
         if self.spec.prompt is not None:

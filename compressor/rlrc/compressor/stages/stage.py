@@ -194,7 +194,7 @@ def stage(
         if draft is not None:
             source.copy_files(draft)
         policy = source.load()
-        run.open(name, source.digest or str(path), config, options.precision, usual)
+        run.open(name, source.identity, config, options.precision, usual)
         try:
             with simulation_of(source, run, options, plays) as simulation:
                 if distributed.rank() == 0:

@@ -18,7 +18,7 @@ from rlrc.compressor.models.precision import PrecisionOption
 from rlrc.compressor.models.tiny import FAMILY as REFERENCE
 
 FILE = Path(__file__).with_suffix(".toml")
-LARGE = 1_000_000_000  # parameters: weights, gradients and AdamW's moments take 16 GB (rlrc.compressor.training.memory)
+LARGE = 1_000_000_000  # parameters: weights, gradients and AdamW's moments take 16 GB (rlrc.compressor.stages.memory)
 OURS = "rlrc's reference policy"
 
 

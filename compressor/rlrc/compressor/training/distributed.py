@@ -94,6 +94,10 @@ class Team:
         FSDP wraps block by block where its wrap policy asks for the module's own choice (TRANSFORMER_BASED_WRAP).
         """
         cast(Any, objective)._no_split_modules = list_block_types(objective)
+        # DDP copies what it broadcasts. Frozen weights are the same everywhere, and may be mapped.
+        frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
+        ignored = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignored(objective, frozen)  # type: ignore[no-untyped-call]
         prepared: tuple[nn.Module, Any] = self._accelerator.prepare(objective, optimizer)
         return prepared
 

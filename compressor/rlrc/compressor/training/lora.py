@@ -32,16 +32,20 @@ def adapt(policy: PolicyModule, rank: int) -> None:
         raise UserError(f"expected linear layers to adapt in a policy of the family {policy.spec.family}, found none")
     policy.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    layers = [policy.get_submodule(name) for name in names]
+    stored = [layer.get_parameter("weight").data for layer in layers]
+    for layer, weight in zip(layers, stored, strict=True):
+        # peft rounds adapters to the type of the weights: these have float32 meanwhile, without memory.
+        layer.get_parameter("weight").data = torch.zeros((), device=weight.device).expand(weight.shape)
     inject_adapter_in_model(config, cast(Any, policy))
-    for parameter in policy.parameters():
-        if parameter.requires_grad:  # peft gives adapters the type of the frozen weights
-            parameter.data = parameter.data.float()
+    for layer, weight in zip(layers, stored, strict=True):
+        layer.get_parameter("weight").data = weight
 
 
 def merge(policy: PolicyModule) -> None:
     """Add the adapters' products to the weights, and replace adapted layers by plain ones, in place.
 
-    The sum with a weight in fewer bits than float32 would be rounded: it is computed whenever the layer is used.
+    A sum is computed whenever the layer is used: the weights may be mapped, and have too few bits for it.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -49,11 +53,8 @@ def merge(policy: PolicyModule) -> None:
         if isinstance(module, LoraLayer):
             layer, adapted = module.get_base_layer(), cast(Any, module)
             assert isinstance(layer, Linear)
-            if layer.weight.dtype == torch.float32:
-                module.merge()
-            else:
-                layer.source = partial(_add, layer.weight.detach(), partial(adapted.get_delta_weight, "default"))
-                layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+            layer.source = partial(_add, layer.weight.detach(), partial(adapted.get_delta_weight, "default"))
+            layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
             parent, _, leaf = name.rpartition(".")
             setattr(policy.get_submodule(parent), leaf, layer)
     policy.requires_grad_(True)

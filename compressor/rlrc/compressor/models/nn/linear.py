@@ -54,7 +54,7 @@ class Linear(Stored, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read()
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, weight.to(x.device), self.bias)
         if torch.is_grad_enabled() and (self.receiver is not None or not _is_ready(weight, x)):
             found: Tensor = _Widened.apply(x, weight, self.bias, self.receiver)  # type: ignore[no-untyped-call]
             return found

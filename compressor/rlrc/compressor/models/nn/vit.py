@@ -29,7 +29,8 @@ class PatchStem(nn.Module):
         if len(self.factors) == 1:  # a convolution, as in the official policies: bit-identical
             (factor,), step = self.factors, self.steps[0]
             assert isinstance(step, Linear)
-            kernel = step.read().to(x.dtype).unflatten(1, (factor, factor, -1)).permute(0, 3, 1, 2).contiguous()
+            kernel = step.read().to(x.device, x.dtype).unflatten(1, (factor, factor, -1))
+            kernel = kernel.permute(0, 3, 1, 2).contiguous()
             return F.conv2d(x.permute(0, 3, 1, 2), kernel, step.bias, factor).permute(0, 2, 3, 1)
         for i, (factor, step) in enumerate(zip(self.factors, self.steps, strict=True)):
             x = step(merge_patches(F.gelu(x) if i else x, factor))
