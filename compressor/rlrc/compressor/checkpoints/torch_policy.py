@@ -36,7 +36,7 @@ class TorchPolicy:
 
     @staticmethod
     def from_folder(folder: Folder, options: ReadOptions, where: torch.device = CPU) -> TorchPolicy:
-        """The policy of a checkpoint folder in float32. Raises UserError as ``layout`` and ``tokenizer_of``."""
+        """The policy of a checkpoint folder, weights as stored. Raises UserError as ``layout`` and ``tokenizer_of``."""
         layout = reader.layout(folder, options)
         reader.print_assumptions(layout)
         spec = layout.spec
