@@ -298,7 +298,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             command.add_argument("out", type=Path)
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the measured command ends as well
     try:
         return run_command(given)
     except UserError as error:
@@ -327,4 +326,5 @@ def run_command(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the measured command ends as well
     sys.exit(main())
