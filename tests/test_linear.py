@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.nn.decoder import Decoder
-from rlrc.compressor.models.nn.linear import Embedding, Linear, receive_gradients, recompute, widen
+from rlrc.compressor.models.nn.linear import EVERY, Embedding, Linear, receive_gradients, recompute, widen
 
 TOWER = TowerSpec(16, (LayerSpec(2, 2, 8, 32),) * 4)
 
@@ -120,27 +120,45 @@ def test_autocast_takes_the_stored_weight() -> None:
         assert torch.equal(narrow(x), F.linear(x.bfloat16(), narrow.weight, narrow.bias))
 
 
-def test_a_source_is_read_whenever_the_layer_computes() -> None:
-    computed, x, reads = layer(torch.float32), torch.randn(3, 24), [0]
-    values = computed.weight.detach().clone()
+def with_source(values: Tensor) -> tuple[Linear, list[slice | Tensor]]:
+    """A layer that computes this weight, and the rows that it has asked for."""
+    computed, reads = layer(torch.float32), list[slice | Tensor]()
 
-    def source() -> Tensor:
-        reads[0] += 1
-        return values
+    def source(rows: slice | Tensor) -> Tensor:
+        reads.append(rows)
+        return values[rows]
 
     computed.weight, computed.source = nn.Parameter(torch.empty(17, 24, device="meta")), source
+    return computed, reads
+
+
+def test_a_source_is_read_whenever_the_layer_computes() -> None:
+    values, x = torch.randn(17, 24), torch.randn(3, 24)
+    computed, reads = with_source(values)
     assert torch.equal(computed(x), F.linear(x, values, computed.bias))
     computed(x)
-    assert reads == [2]
+    assert reads == [EVERY, EVERY]
     widen(computed)
     assert computed.source is None
     assert torch.equal(computed.weight, values)
 
 
+def test_a_source_of_a_large_weight_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven outputs at a time, three in the end; in the backward pass once more."""
+    values, x = torch.randn(17, 24), torch.randn(2, 3, 24, requires_grad=True)
+    computed, reads = with_source(values)
+    monkeypatch.setattr("rlrc.compressor.models.nn.linear.PART", 7 * 24)
+    found, expected = computed(x), F.linear(x, values, computed.bias)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert reads == 2 * [slice(0, 7), slice(7, 14), slice(14, 17)]
+
+
 def test_a_source_goes_where_the_layer_computes() -> None:
     """The meta device stands for an accelerator: the weight is read on the CPU and moved for the product."""
-    computed, values = layer(torch.float32), torch.randn(17, 24)
-    computed.weight, computed.source = nn.Parameter(torch.empty(17, 24, device="meta")), lambda: values
+    values = torch.randn(17, 24)
+    computed, _ = with_source(values)
     moved = copy.deepcopy(computed).to("meta")
     assert list(dict(moved.named_parameters())) == ["weight", "bias"]
     x = torch.randn(3, 24, device="meta", requires_grad=True)
@@ -149,6 +167,21 @@ def test_a_source_goes_where_the_layer_computes() -> None:
     narrow = computed.to(torch.bfloat16)
     assert (narrow.bias.dtype, narrow.weight.device.type) == (torch.bfloat16, "meta")
     assert torch.equal(narrow(x16 := torch.randn(3, 24).bfloat16()), F.linear(x16, values.bfloat16(), narrow.bias))
+
+
+def test_an_embedding_asks_its_source_for_the_words_alone() -> None:
+    table, reads = Embedding(7, 4), list[Tensor]()
+    values = torch.randn(7, 4)
+
+    def source(rows: slice | Tensor) -> Tensor:
+        assert isinstance(rows, Tensor)
+        reads.append(rows)
+        return values[rows]
+
+    table.weight, table.source = nn.Parameter(torch.empty(7, 4, device="meta")), source
+    ids = torch.tensor([[3, 0, 3], [1, 1, 6]])
+    assert torch.equal(table(ids), values[ids])
+    assert [rows.tolist() for rows in reads] == [[3, 0, 3, 1, 1, 6]]
 
 
 def test_embeddings_widen_their_rows() -> None:

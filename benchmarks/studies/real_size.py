@@ -327,4 +327,5 @@ def run_command(given: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the measured command ends as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background and their commands ignore it
     sys.exit(main())

@@ -24,7 +24,7 @@ from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.models.weights import set_tensor
 from rlrc.errors import UserError
 
-MAPPED = 1_000_000_000  # bytes
+MAPPED = 200_000_000  # bytes: all policies whose memory is predicted (rlrc.compressor.stages.memory)
 UNSUPPORTED = ("pi0_fast", "pi0fast")  # similar names, but other architectures
 
 

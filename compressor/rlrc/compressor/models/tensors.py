@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlrc.checkpoint_folder import unreadable
+from rlrc.compressor.models.nn.linear import EVERY, Rows
 from rlrc.errors import UserError
 
 DTYPES = {
@@ -51,14 +52,14 @@ class Tensors(Mapping[str, Tensor]):
         file: str = "",
         paths: tuple[Path, ...] = (),
         aliases: Mapping[str, str] | None = None,
-        computed: frozenset[str] = frozenset(),
+        computed: Mapping[str, Rows] | None = None,
     ) -> None:
         """``stored``: on the meta device if ``read`` returns the data; ``aliases``: names in the file -> names here.
 
-        ``computed``: tensors that take memory when they are read; a layer reads its weight whenever it computes.
+        ``computed``: matrices that take memory when they are read. Layers read rows of them whenever they compute.
         """
         self.origin, self.file, self.paths, self.aliases = origin, file, paths, aliases or {}
-        self._stored, self._read, self.computed = dict(stored), read, computed
+        self._stored, self._read, self.computed = dict(stored), read, computed or {}
         self._states = [_file_state(path) for path in paths]
 
     def __iter__(self) -> Iterator[str]:
@@ -125,6 +126,8 @@ class Tensors(Mapping[str, Tensor]):
     def read(self, name: str) -> Tensor:
         """The data as stored. It may be a view of a mapped file, which takes no memory of its own."""
         self.meta(name)
+        if name in self.computed:
+            return self.computed[name](EVERY)
         return self._stored[name] if self._read is None else self._read(name)
 
     def states(self) -> str:
@@ -145,6 +148,13 @@ class Tensors(Mapping[str, Tensor]):
         tensor = self.read(name)
         check_finite(tensor, name, self.origin)
         return tensor
+
+
+def rows_of(tensors: Mapping[str, Tensor], name: str) -> Rows:
+    """A function that reads rows of this matrix."""
+    if isinstance(tensors, Tensors) and name in tensors.computed:
+        return tensors.computed[name]
+    return lambda rows: tensors[name][rows]
 
 
 def _file_state(path: Path) -> tuple[int, int] | None:

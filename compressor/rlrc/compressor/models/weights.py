@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from rlrc.artifact import (
     TowerSpec,
 )
 from rlrc.compressor.models.meta import build_on_meta
-from rlrc.compressor.models.nn.linear import Stored
+from rlrc.compressor.models.nn.linear import Rows, Stored
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors, check_finite
 
@@ -73,7 +72,7 @@ def load_tensors(
     check_shapes(policy, {name: stored.shape(name) for name in stored}, origin)
     for name in stored:
         check_finite(tensor := stored[name].detach(), name, origin, advice)
-        if name in stored.computed and set_source(policy, name, stored):
+        if name in stored.computed and set_source(policy, name, stored.shape(name), stored.computed[name]):
             continue
         set_tensor(policy, name, tensor)
 
@@ -81,16 +80,9 @@ def load_tensors(
 def tensors_of(policy: PolicyModule) -> Tensors:
     """The policy's state dict. Weights that layers compute when they need them are computed when they are read."""
     state = policy.state_dict()
-    computed = {name for name in state if (module := _owner(policy, name)[0]) and getattr(module, "source", None)}
-    computed = {name for name in computed if name.endswith(".weight")}
-
-    def read(name: str) -> Tensor:
-        module = _owner(policy, name)[0]
-        if name in computed and isinstance(module, Stored):
-            return module.read()
-        return state[name]
-
-    return Tensors("the policy", state, read, computed=frozenset(computed))
+    sources = {f"{name}.weight": getattr(module, "source", None) for name, module in policy.named_modules()}
+    computed = {name: source for name, source in sources.items() if source is not None}
+    return Tensors("the policy", state, computed=computed)
 
 
 def read_wide(policy: PolicyModule) -> dict[str, Tensor]:
@@ -114,13 +106,13 @@ def set_tensor(policy: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def set_source(policy: nn.Module, name: str, tensors: Tensors) -> bool:
-    """Let a layer read its weight from ``tensors`` whenever it computes; False if this one cannot."""
+def set_source(policy: nn.Module, name: str, shape: tuple[int, ...], source: Rows) -> bool:
+    """Let a layer compute its weight of this shape whenever it uses it; False if this one cannot."""
     module, leaf = _owner(policy, name)
     if not isinstance(module, Stored) or leaf != "weight":
         return False
-    module.weight = nn.Parameter(torch.empty(tensors.shape(name), device="meta"), requires_grad=False)
-    module.source = partial(tensors.read, name)
+    module.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    module.source = source
     return True
 
 

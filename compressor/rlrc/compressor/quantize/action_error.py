@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from rlrc.compressor.models.device import upload
-from rlrc.compressor.models.nn.linear import Embedding, Stored
+from rlrc.compressor.models.nn.linear import Stored
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
+from rlrc.compressor.models.tensors import rows_of
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers
@@ -74,10 +74,6 @@ def fix_noise(policy: PolicyModule, calibration: list[Inputs]) -> list[Inputs]:
     return [inputs if inputs.noise is not None else replace(inputs, noise=noise(inputs)) for inputs in calibration]
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @contextmanager
 def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context, the policy has these tensors in place of its own. Layers read theirs when they compute."""
@@ -92,10 +88,7 @@ def swap_tensors(policy: PolicyModule, tensors: Mapping[str, Tensor]) -> Iterato
     before = {name: layer.source for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            if isinstance(layer, Embedding):  # a few rows at a time: too few to compute the table for
-                layer.source = partial(_same, tensors[name])
-            else:
-                layer.source = partial(tensors.__getitem__, name)
+            layer.source = rows_of(tensors, name)
         for name, tensor in values.items():
             own[name].data = tensors[name].to(tensor)
         yield

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlrc.compressor.models.nn import decoder, detr, vit
+from rlrc.compressor.models.nn.linear import EVERY
 from rlrc.compressor.models.oft import RegressionHead
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.models.tensors import Tensors
@@ -132,28 +134,36 @@ def compute_scales(fold: Fold, rows: Tensor, alpha: float) -> Tensor:
     return s / (s.max().sqrt() * s.min().sqrt())  # two roots: the product of tiny numbers would be 0
 
 
-def fold_scales(name: str, tensor: Tensor, fold: Fold, s: Tensor) -> Tensor:
-    """The tensor of this name with s (rows of ``before``,) folded in. The policy computes the same as before."""
+def fold_scales(
+    name: str, tensor: Tensor, fold: Fold, s: Tensor, rows: slice | Tensor = EVERY, count: int | None = None
+) -> Tensor:
+    """The tensor of this name with s (rows of ``before``,) folded in. The policy computes the same as before.
+
+    ``tensor`` may be some ``rows`` out of ``count``.
+    """
     layer, _, leaf = name.rpartition(".")
     if layer in fold.linears and leaf == "weight":
         tensor = tensor * fold.per_channel(s)
     if layer == fold.before and leaf in ("weight", "bias"):
+        divisor = s.new_ones(count or len(tensor))
+        divisor[fold.first : fold.first + len(s)] = s
         offset = fold.offset if leaf == "weight" else 0.0
-        rows, tensor = slice(fold.first, fold.first + len(s)), tensor.to(torch.float32, copy=True)
-        tensor[rows] = (tensor[rows] + offset) / s.view(-1, *(1,) * (tensor.ndim - 1)) - offset
+        tensor = (tensor.float() + offset) / divisor[rows].view(-1, *(1,) * (tensor.ndim - 1)) - offset
     return tensor
 
 
 def fold_all(tensors: Tensors, folded: Sequence[tuple[Fold, Tensor]]) -> Tensors:
     """The tensors with these scales folded in, one after the other, when they are read."""
 
-    def read(name: str) -> Tensor:
-        tensor = tensors[name]
+    def compute(name: str, rows: slice | Tensor) -> Tensor:
+        tensor = tensors[name][rows]
         for fold, s in folded:
-            tensor = fold_scales(name, tensor, fold, s)
+            tensor = fold_scales(name, tensor, fold, s, rows, len(tensors.meta(name)))
         return tensor
 
-    return Tensors(tensors.origin, {name: tensors.meta(name).float() for name in tensors}, read)
+    stored = {name: tensors.meta(name).float() for name in tensors}
+    computed = {name: partial(compute, name) for name in tensors if stored[name].ndim}
+    return Tensors(tensors.origin, stored, tensors.__getitem__, computed=computed)
 
 
 def scale_channels(

@@ -22,7 +22,8 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
     """Round weight (out, in) with inputs (n, in); other arguments: see ``quantize_groups``."""
     factor, size = feedback(rows.to(weight.device)), fit_group(weight.shape[1], group)
     low, high = LEVELS[bits]
-    rest, integers, scales = weight.detach().float().clone(), list[Tensor](), list[Tensor]()
+    rest, integers = weight.detach().to(torch.float32, copy=True), weight.new_empty(weight.shape, dtype=torch.int8)
+    scales = list[Tensor]()
     for start in range(0, weight.shape[1], size):
         end = start + size
         block = factor[start:end, start:].float()
@@ -34,11 +35,11 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
             row = block[i]
             error = (columns[:, i] - rounded * step) / row[i]
             columns[:, i + 1 :] -= error[:, None] * row[i + 1 : size]
-            integers.append(rounded)
+            integers[:, start + i] = rounded
             errors.append(error)
         rest[:, end:] -= torch.stack(errors, 1) @ block[:, size:]
         scales.append(scale)
-    return torch.stack(integers, 1).to(torch.int8), torch.cat(scales, 1)
+    return integers, torch.cat(scales, 1)
 
 
 def feedback(rows: Tensor) -> Tensor:

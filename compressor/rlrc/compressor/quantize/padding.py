@@ -9,6 +9,7 @@ stay the same.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 
 from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.meta import build_on_meta
+from rlrc.compressor.models.nn.linear import Rows
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.models.weights import set_source, set_tensor, tensors_of
 from rlrc.compressor.quantize.grid import GROUP, GROUPS
 
@@ -76,13 +77,14 @@ def unpad_policy(policy: PolicyModule, towers: dict[str, TowerSpec]) -> PolicyMo
         if torch.count_nonzero(tensor) != torch.count_nonzero(cut):
             return policy  # the added channels have been trained since
         if name in given.computed:
-            set_source(result, name, _cut(given, name, wanted.shape))
+            set_source(result, name, wanted.shape, partial(_cut, given.computed[name], wanted.shape))
         else:
             set_tensor(result, name, cut)
     return result.train(policy.training)
 
 
-def _cut(tensors: Tensors, name: str, shape: torch.Size) -> Tensors:
-    """The first rows and columns of a tensor, cut whenever it is read."""
-    meta = torch.empty(shape, device="meta")
-    return Tensors(tensors.origin, {name: meta}, lambda name: tensors[name][tuple(slice(size) for size in shape)])
+def _cut(source: Rows, shape: torch.Size, rows: slice | torch.Tensor) -> torch.Tensor:
+    """These of the first ``shape[0]`` rows, and their first columns."""
+    if isinstance(rows, slice):
+        rows = slice(*rows.indices(shape[0]))
+    return source(rows)[:, : shape[1]]

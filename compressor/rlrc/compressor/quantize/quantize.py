@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
+from rlrc.compressor.models.nn.linear import Rows
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.scratch import Allocate, keep
-from rlrc.compressor.models.tensors import Tensors, largest_magnitude
+from rlrc.compressor.models.tensors import Tensors, largest_magnitude, rows_of
 from rlrc.compressor.quantize.action_error import ActionError
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs
@@ -31,6 +32,7 @@ from rlrc.compressor.quantize.grid import (
     count_bytes,
     decompress,
     fit_group,
+    list_parts,
     pack,
     quantize_groups,
 )
@@ -134,9 +136,8 @@ def quantize(
     def round_tensor(name: str, width: int) -> Rounded:
         if config.method == "gptq" and name in inputs:
             integers, scale = gptq(tensors[name], inputs[name], width, config.search, config.group)
-        else:
-            integers, scale = quantize_groups(tensors[name], width, config.search, config.group)
-        return keep(pack(integers) if width == 4 else integers, allocate), keep(scale, allocate)
+            return keep(pack(integers) if width == 4 else integers, allocate), keep(scale, allocate)
+        return round_rows(rows_of(tensors, name), tensors.shape(name), width, config, allocate or torch.empty)
 
     def stored() -> tuple[Tensors, QuantizationSpec]:
         spec = QuantizationSpec(majority_grid(bits, tensors), config.group, dict(bits))
@@ -155,6 +156,17 @@ def quantize(
         report["action_error"] = error.measure(decompress(result, spec))
     report["bytes"] = sum(result.meta(name).nbytes for name in result)
     return QuantizedWeights(result, spec, report)
+
+
+def round_rows(rows: Rows, shape: tuple[int, ...], width: int, config: QuantizeConfig, allocate: Allocate) -> Rounded:
+    """Round a matrix of this shape to nearest, some rows at a time. -> integers as stored, scale."""
+    columns, eight = shape[1], width == 8
+    integers = allocate((shape[0], columns * width // 8), dtype=torch.int8 if eight else torch.uint8)
+    scale = allocate((shape[0], columns // fit_group(columns, config.group)), dtype=torch.float16)
+    for part in list_parts(shape):
+        found, scale[part] = quantize_groups(rows(part), width, config.search, config.group)
+        integers[part] = found if eight else pack(found)
+    return integers, scale
 
 
 def format_report(report: Mapping[str, Any]) -> list[str]:
@@ -221,7 +233,9 @@ def majority_grid(bits: Mapping[str, int], tensors: Tensors) -> Literal["int4", 
 def overlay(tensors: Tensors, others: Mapping[str, Tensor], names: Container[str]) -> Tensors:
     """The tensors, but those of these ``names`` from ``others``."""
     metas = {name: tensors.meta(name) for name in tensors}
-    return Tensors(tensors.origin, metas, lambda name: others[name] if name in names else tensors[name])
+    computed = {name: rows for name, rows in tensors.computed.items() if name not in names}
+    computed |= {name: rows_of(others, name) for name in metas if name in names and metas[name].ndim == 2}
+    return Tensors(tensors.origin, metas, lambda name: (others if name in names else tensors)[name], computed=computed)
 
 
 def choose_exceptions(

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from rlrc.compressor.models import device
 from rlrc.compressor.models.meta import build_on_meta, on_meta
+from rlrc.compressor.models.nn import linear
 from rlrc.compressor.models.nn.linear import Linear, Stored, receive_gradients, recompute, widen
 from rlrc.compressor.models.peak import PeakMemory
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.config import PruneConfig, tower_name
 from rlrc.compressor.prune.importance import LARGE
+from rlrc.compressor.quantize import grid
 from rlrc.compressor.quantize.calibration import ROWS
-from rlrc.compressor.quantize.quantize import EMBEDDING, QuantizeConfig, quantizable
+from rlrc.compressor.quantize.quantize import QuantizeConfig, quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
 from rlrc.compressor.stages.sources import PolicySource, shapes
 from rlrc.compressor.training import lora
@@ -38,13 +40,15 @@ if TYPE_CHECKING:
     from rlrc.compressor.training.config import SFTConfig  # imports rlrc.envs
 
 SMALL = 100_000_000  # parameters: smaller policies need less than a gigabyte, and no prediction
-BASE = 330_000_000  # bytes of a process with torch and the libraries of a stage
+DEQUANTIZED, ROUNDED = 9, 30  # bytes of a number besides its float32 value: while it is computed; while it is rounded
+BASE = 240_000_000  # bytes of a process with torch and the libraries of a stage, where it cannot be measured
+LATER = 90_000_000  # that other libraries, and the gaps in the heap, take later
 FLOAT32, MOMENTS = 4, 8  # bytes of a number; of the two that AdamW keeps for it
 META = torch.device("meta")
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
-MEMINFO = Path("/proc/meminfo")
+MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -57,8 +61,11 @@ class Need:
     passing: int
 
     def in_memory(self) -> int:
-        """Of a stage that computes on the CPU. Mapped weights are no part of it: the system can drop them."""
-        return BASE + self.held + self.passing
+        """Of a stage that computes on the CPU, besides what the process has now.
+
+        Mapped weights are no part of it: the system can drop them.
+        """
+        return LATER + self.held + self.passing
 
     def on_accelerator(self) -> int:
         return self.weights + self.held + self.passing
@@ -80,6 +87,14 @@ def available() -> int | None:
     return min(found) if found else None
 
 
+def taken() -> int:
+    """Bytes of memory that this process has now, without mapped files: libraries, tokenizers."""
+    if not STATUS.exists():
+        return BASE
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
 def count_numbers(tensors: Mapping[str, Tensor]) -> int:
     """Number of elements of a state dict, which may be on the meta device."""
     return sum(tensor.numel() for tensor in tensors.values())
@@ -94,26 +109,28 @@ def check(source: PolicySource, need: Callable[[], Need], work: str, advice: str
         return
     return_what_is_freed()
     needed, where = need(), device.current()
-    name, size, free = "memory", needed.in_memory(), available()
+    name, size, free, has = "memory", needed.in_memory(), available(), taken()
     if where.type == "cuda":
-        name, size, free = f"memory on {where}", needed.on_accelerator(), torch.cuda.mem_get_info(where)[0]
+        name, size, free, has = f"memory on {where}", needed.on_accelerator(), torch.cuda.mem_get_info(where)[0], 0
     if free is not None and size > free:
         raise UserError(
             f"expected {size / 1e9:.1f} GB of free {name} for {work}, found {free / 1e9:.1f} GB; {advice} or use a "
             "larger machine"
         )
-    plain_console(stderr=True).print(f"{work} needs about {size / 1e9:.2f} GB of {name}")
+    plain_console(stderr=True).print(f"{work} needs about {(has + size) / 1e9:.2f} GB of {name}")
 
 
 def return_what_is_freed() -> None:
-    """Let the C library return every freed tensor above 1 MB to the system at once (glibc only).
+    """Let the C library return every freed tensor of 8 MB or more to the system at once (glibc only).
 
     Its heap keeps the gaps between tensors of up to 32 MB: while OpenVLA-7B was scored by Taylor's method, it grew to
-    1.9 GB. With this setting the whole process took at most 0.96 GB.
+    1.9 GB. Smaller tensors, which are parts of weights, stay in the heap, and up to 64 MB at its end: pages that come
+    fresh from the system made the rounding of SmolVLA take ten times as long.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if change is not None:
-        change(M_MMAP_THRESHOLD, 2**20)
+        change(M_MMAP_THRESHOLD, 8 * 2**20)
+        change(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def of_prune(source: PolicySource, config: PruneConfig) -> Need:
@@ -135,12 +152,9 @@ def of_prune(source: PolicySource, config: PruneConfig) -> Need:
 
 def of_quantize(source: PolicySource, config: QuantizeConfig) -> Need:
     policy = _as_stored(source)
-    state = policy.state_dict()
-    weights = [tensor for name, tensor in state.items() if quantizable(name, tensor)]
+    weights = [tensor for name, tensor in policy.state_dict().items() if quantizable(name, tensor)]
     matrix = max((tensor.numel() for tensor in weights), default=0)
-    words = state[EMBEDDING].numel() if EMBEDDING in state else 0
-    words *= FLOAT32 if config.embeddings == 8 else 2
-    passing = [_infer(policy, source) + (FLOAT32 + 1) * matrix + words]  # both are dequantized as a whole
+    passing = [_infer(policy, source) + DEQUANTIZED * min(matrix, linear.PART), ROUNDED * min(matrix, grid.PART)]
     if config.method == "gptq":
         # The products of the inputs in float64, with these inputs, and then with the weight and its integers.
         for inputs, numel in {(tensor.shape[1], tensor.numel()) for tensor in weights}:

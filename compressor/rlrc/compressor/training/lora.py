@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -53,12 +52,13 @@ def merge(policy: PolicyModule) -> None:
         if isinstance(module, LoraLayer):
             layer, adapted = module.get_base_layer(), cast(Any, module)
             assert isinstance(layer, Linear)
-            layer.source = partial(_add, layer.weight.detach(), partial(adapted.get_delta_weight, "default"))
+            layer.source = partial(_add, layer.weight.detach(), adapted)
             layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
             parent, _, leaf = name.rpartition(".")
             setattr(policy.get_submodule(parent), leaf, layer)
     policy.requires_grad_(True)
 
 
-def _add(weight: Tensor, product: Callable[[], Tensor]) -> Tensor:
-    return weight.float() + product().detach()
+def _add(weight: Tensor, adapted: Any, rows: slice | Tensor) -> Tensor:
+    down, up = (cast(Tensor, layers["default"].weight.detach()) for layers in (adapted.lora_A, adapted.lora_B))
+    return weight[rows].float() + float(adapted.scaling["default"]) * (up[rows] @ down)

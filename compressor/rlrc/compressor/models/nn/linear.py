@@ -2,13 +2,15 @@
 
 A policy of 7 B parameters is 15 GB in bfloat16, mapped from its files; in float32 it would be 30 GB of memory. A weight
 therefore keeps its type, and is widened to the type of its input while it is multiplied, in the backward pass once
-more. Widening is exact, so the results are those of a policy in float32.
+more. Widening is exact, so the results are those of a policy in float32. Integers are dequantized in the same way, some
+rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,21 +19,26 @@ from torch import Tensor, nn
 
 ALIGNED = 64  # bytes, as torch allocates
 PART = 2**20  # numbers that are widened at a time: 4 MB
+EVERY = slice(None)
+
+Rows = Callable[[slice | Tensor], Tensor]
+"""Some rows of a matrix, by slice or by number (n,)."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Stored(nn.Module):
-    """A layer with one ``weight``. ``source`` returns it, from integers for example; then ``weight`` has a shape alone.
+    """A layer with one ``weight``. ``source`` computes rows of it, from integers for example; then ``weight`` has a
+    shape alone.
 
     A weight from a source stays where it is when the module moves to a device, and goes there when it is used.
     """
 
-    source: Callable[[], Tensor] | None = None
+    source: Rows | None = None
 
     def read(self) -> Tensor:
         """The weight, as stored or from ``source``."""
-        return cast(Tensor, self.weight) if self.source is None else self.source()
+        return cast(Tensor, self.weight) if self.source is None else self.source(EVERY)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if self.source is None:
@@ -52,13 +59,14 @@ class Linear(Stored, nn.Linear):
     receiver: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.read()
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, weight.to(x.device), self.bias)
-        if torch.is_grad_enabled() and (self.receiver is not None or not _is_ready(weight, x)):
-            found: Tensor = _Widened.apply(x, weight, self.bias, self.receiver)  # type: ignore[no-untyped-call]
+            return F.linear(x, self.read().to(x.device), self.bias)
+        matrix = _Matrix(self.weight, self.source)
+        if torch.is_grad_enabled() and (self.receiver is not None or not matrix.is_ready(x)):
+            weight = self.weight if self.source is None else self.weight.detach()
+            found: Tensor = _Widened.apply(x, matrix, weight, self.bias, self.receiver)  # type: ignore[no-untyped-call]
             return found
-        return _multiply(x, weight, self.bias)
+        return _multiply(x, matrix, self.bias)
 
 
 class Embedding(Stored, nn.Embedding):
@@ -72,78 +80,94 @@ class Embedding(Stored, nn.Embedding):
         self.dtype = self.weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        table = self.read()
-        return F.embedding(ids.to(table.device), table).to(ids.device, self.dtype)
+        if self.source is not None:
+            return self.source(ids.flatten().cpu()).view(*ids.shape, -1).to(ids.device, self.dtype)
+        return F.embedding(ids.to(self.weight.device), self.weight).to(ids.device, self.dtype)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(function, recurse)
 
 
-def _is_ready(weight: Tensor, x: Tensor) -> bool:
-    """Products with mapped weights that begin at an odd address differ in the last bits: such weights are copied."""
-    same = weight.dtype == x.dtype and weight.device == x.device
-    return same and (weight.device.type != "cpu" or weight.data_ptr() % ALIGNED == 0)
+@dataclass(frozen=True)
+class _Matrix:
+    """A weight (out, in), computed by ``source`` if there is one."""
+
+    weight: Tensor
+    source: Rows | None
+
+    def is_ready(self, x: Tensor) -> bool:
+        """Whether it can be multiplied with ``x`` as it is stored.
+
+        Products with mapped weights that begin at an odd address differ in the last bits: such weights are copied.
+        """
+        same = self.source is None and self.weight.dtype == x.dtype and self.weight.device == x.device
+        return same and (self.weight.device.type != "cpu" or self.weight.data_ptr() % ALIGNED == 0)
+
+    def is_divided(self, x: Tensor) -> bool:
+        """Whether it is multiplied in parts: on the CPU they stay in the caches."""
+        return self.weight.numel() > PART and x.device.type in ("cpu", "meta") and not self.is_ready(x)
+
+    def read(self, x: Tensor) -> Tensor:
+        """In the type of ``x``, on its device."""
+        if self.source is not None:
+            return self.source(EVERY).to(x)
+        return self.weight if self.is_ready(x) else self.weight.to(x.device, x.dtype, copy=True)
+
+    def parts(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows after the others, in the type of ``x``. Each part replaces the one before.
+
+        On the meta device the first one stands for all.
+        """
+        outputs, inputs = self.weight.shape
+        step = max(1, PART // inputs)
+        room = x.new_empty(step, inputs)
+        for start in range(0, step if x.is_meta else outputs, step):
+            rows = slice(start, min(start + step, outputs))
+            stored = self.weight[rows] if self.source is None else self.source(rows)
+            yield rows, room[: len(stored)].copy_(stored)
 
 
-def _ready(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in the type of a product's input, on its device."""
-    return weight if _is_ready(weight, x) else weight.to(x.device, x.dtype, copy=True)
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with a weight that may have to be widened: on the CPU in parts that stay in the caches."""
-    if not _is_divided(weight, x):
-        return F.linear(x, _ready(weight, x), bias)
-    found = x.new_empty(*x.shape[:-1], len(weight))
-    for rows, part in _widen_parts(weight, x):
+def _multiply(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with a weight that may have to be widened or computed."""
+    if not matrix.is_divided(x):
+        return F.linear(x, matrix.read(x), bias)
+    found = x.new_empty(*x.shape[:-1], len(matrix.weight))
+    for rows, part in matrix.parts(x):
         found[..., rows] = F.linear(x, part)
     return found if bias is None else found.add_(bias)
 
 
-def _multiply_back(gradient: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def _multiply_back(gradient: Tensor, matrix: _Matrix, x: Tensor) -> Tensor:
     """Gradient (n, out) of a product -> that of its input ``x`` (n, in)."""
-    if not _is_divided(weight, x):
-        return gradient @ _ready(weight, x)
-    found = gradient.new_zeros(len(gradient), weight.shape[1])
-    for rows, part in _widen_parts(weight, x):
+    if not matrix.is_divided(x):
+        return gradient @ matrix.read(x)
+    found = gradient.new_zeros(len(gradient), matrix.weight.shape[1])
+    for rows, part in matrix.parts(x):
         found.addmm_(gradient[:, rows], part)
     return found
-
-
-def _is_divided(weight: Tensor, x: Tensor) -> bool:
-    return weight.numel() > PART and x.device.type in ("cpu", "meta") and not _is_ready(weight, x)
-
-
-def _widen_parts(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows after the others, in the type of ``x``. Each part replaces the one before.
-
-    On the meta device the first one stands for all.
-    """
-    step = max(1, PART // weight.shape[1])
-    room = x.new_empty(step, weight.shape[1])
-    for start in range(0, step if x.is_meta else len(weight), step):
-        stored = weight[start : start + step]
-        yield slice(start, start + step), room[: len(stored)].copy_(stored)
 
 
 class _Widened(torch.autograd.Function):
     """``F.linear`` that keeps the stored weight for the backward pass, not a widened copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, receiver: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, matrix: _Matrix, weight: Tensor, bias: Tensor | None, receiver: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
+        ctx.source = matrix.source
+        return _multiply(x, matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, (gradient,) = x.flatten(0, -2), (each.flatten(0, -2) for each in gradients)
-        needs_input, needs_weight, needs_bias, needs_received = ctx.needs_input_grad
-        inputs = _multiply_back(gradient, weight, x).view_as(x) if needs_input else None
+        needs_input, _, needs_weight, needs_bias, needs_received = ctx.needs_input_grad
+        inputs = _multiply_back(gradient, _Matrix(weight, ctx.source), x).view_as(x) if needs_input else None
         weights = gradient.T @ rows if needs_weight or needs_received else None
         biases = gradient.sum(0) if needs_bias else None
-        return inputs, weights if needs_weight else None, biases, weights if needs_received else None
+        return inputs, None, weights if needs_weight else None, biases, weights if needs_received else None
 
 
 @contextmanager
@@ -153,8 +177,7 @@ def receive_gradients(layers: Mapping[str, Linear], use: Callable[[str, Tensor],
     It is called once in a backward pass, with the sum over all calls of the layer, and nothing is kept afterwards.
     """
     for name, layer in layers.items():
-        stored = layer.read()
-        leaf = torch.zeros((), device=stored.device).expand(stored.shape).detach().requires_grad_()
+        leaf = torch.zeros((), device=layer.weight.device).expand(layer.weight.shape).detach().requires_grad_()
 
         def take(leaf: Tensor, name: str = name) -> None:
             assert leaf.grad is not None
@@ -174,7 +197,9 @@ def widen(policy: Module) -> Module:
     """Make all weights float32 in memory, in place, for many passes or for training. Returns the policy."""
     for module in policy.modules():
         if isinstance(module, Stored) and module.source is not None:
-            module.weight = nn.Parameter(module.source(), requires_grad=module.get_parameter("weight").requires_grad)
+            module.weight = nn.Parameter(
+                module.source(EVERY), requires_grad=module.get_parameter("weight").requires_grad
+            )
             module.source = None
     for parameter in policy.parameters():
         parameter.data = parameter.data.to(torch.float32, copy=True)
