@@ -30,7 +30,7 @@ from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.quantize import calibration
 from rlrc.compressor.quantize.action_error import swap_tensors
 from rlrc.compressor.quantize.calibration import collect_inputs
-from rlrc.compressor.quantize.gptq import gptq
+from rlrc.compressor.quantize.gptq import feedback, gptq
 from rlrc.compressor.rl.actors import EncodedObservation, build_actor
 from rlrc.compressor.rl.config import PPOConfig
 from rlrc.compressor.rl.objectives import PolicyObjective
@@ -159,7 +159,8 @@ def test_calibration_and_error_feedback(case: Case, monkeypatch: pytest.MonkeyPa
         assert {len(given) for given in inputs.values()} <= {3, 4}
         name = next(name for name in inputs if name.endswith("mlp.down.weight"))
         weight = F.pad(weights[name], (0, -weights[name].shape[1] % 32))
-        integers, scales = gptq(weight, F.pad(inputs[name], (0, weight.shape[1] - inputs[name].shape[1])), 4, True)
+        rows = F.pad(inputs[name], (0, weight.shape[1] - inputs[name].shape[1]))
+        integers, scales = gptq(weight, feedback(rows.to(weight.device)), 4, True)
         assert {integers.device, scales.device} == {DEVICE}
     assert device.waits == 0
 

@@ -14,9 +14,9 @@ from subprocesses import environment
 from families import DATA, flags
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.models.meta import build_on_meta
+from rlrc.compressor.models.nn import linear
 from rlrc.compressor.models.peak import PeakMemory
 from rlrc.compressor.prune.prune import PruneConfig
-from rlrc.compressor.quantize import grid
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.stages import memory, prune, quantize, sft
 from rlrc.compressor.stages.sources import PolicySource, open_source, shapes
@@ -68,8 +68,8 @@ def test_what_stages_hold(source: PolicySource, monkeypatch: pytest.MonkeyPatch)
     assert memory.of_prune(source, PruneConfig(score="magnitude")).in_memory() == memory.LATER + 10 * largest
     assert memory.of_prune(source, PruneConfig(lossless=True)).passing == 0
     assert memory.of_quantize(source, QuantizeConfig()).passing == 30 * largest
-    monkeypatch.setattr(grid, "PART", 512)  # numbers are rounded at a time
-    assert memory.of_quantize(source, QuantizeConfig()).passing == max(9 * largest, 30 * 512)
+    monkeypatch.setattr(linear, "PART", 512)  # numbers are rounded at a time
+    assert memory.of_quantize(source, QuantizeConfig()).passing == 30 * 512
     inputs = max(tensor.shape[1] for tensor in matrices)
     gptq = memory.of_quantize(source, QuantizeConfig(method="gptq"))
     assert gptq.passing == 8 * inputs**2 + 12 * memory.ROWS * inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
+from rlrc.compressor.models.tensor_files import write_file
 from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.models.tiny import TinyPolicy
-from rlrc.compressor.quantize import calibration
+from rlrc.compressor.models.weights import build_policy
+from rlrc.compressor.quantize import calibration, grid
 from rlrc.compressor.quantize.action_error import swap_tensors
 from rlrc.compressor.quantize.awq import ALPHAS, Fold, compute_scales, find_folds, fold_scales, scale_channels
 from rlrc.compressor.quantize.calibration import RowSample, collect_inputs
-from rlrc.compressor.quantize.gptq import DAMPENING, gptq
+from rlrc.compressor.quantize.gptq import DAMPENING, feedback, gptq
 from rlrc.compressor.quantize.grid import decompress, dequantize_groups, quantize_groups
 from rlrc.compressor.quantize.nf4 import LEVELS, round_to_nf4
 from rlrc.compressor.quantize.quantize import QuantizeConfig, choose_bits, quantize
@@ -125,14 +128,16 @@ def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("group", [32, 64])
 def test_error_feedback_is_the_least_squares_solution(group: int) -> None:
     weight, x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)), correlated(300, 128)
-    found = dequantize_groups(*gptq(weight, x, 4, search=True, group=group))
+    found = dequantize_groups(*gptq(weight, feedback(x), 4, search=True, group=group))
     np.testing.assert_allclose(found, brute_force(weight.double().numpy(), x.double().numpy(), group), atol=1e-5)
 
 
 def test_nothing_is_fed_back_between_independent_inputs() -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     for rows in (3 * torch.eye(64), torch.zeros(4, 64)):
-        for found, expected in zip(gptq(weight, rows, 8, True), quantize_groups(weight, 8, True), strict=True):
+        for found, expected in zip(
+            gptq(weight, feedback(rows), 8, True), quantize_groups(weight, 8, True), strict=True
+        ):
             assert torch.equal(found, expected)
 
 
@@ -141,10 +146,11 @@ def test_error_feedback_lowers_the_output_error(bits: int) -> None:
     weight, x = torch.randn(16, 128, generator=torch.Generator().manual_seed(3)), correlated(400, 128)
     unseen = correlated(100, 128, seed=5)
     fed, nearest = (
-        dequantize_groups(*pair) for pair in (gptq(weight, x, bits, True), quantize_groups(weight, bits, True))
+        dequantize_groups(*pair)
+        for pair in (gptq(weight, feedback(x), bits, True), quantize_groups(weight, bits, True))
     )
     assert ((fed - weight) @ unseen.T).norm() < 0.5 * ((nearest - weight) @ unseen.T).norm()
-    integers, scale = gptq(weight, x, bits, True)
+    integers, scale = gptq(weight, feedback(x), bits, True)
     assert (integers.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float16, (16, 4))
     assert integers.abs().max() <= (8 if bits == 4 else 127)
 
@@ -274,9 +280,42 @@ def test_gptq_is_what_the_artifact_holds(tiny_policy: Golden) -> None:
     rows = collect_inputs(policy, inputs, result.spec.tensors)
     stored = decompress(result.tensors, result.spec)
     for name in ("head.weight", "decoder.layers.1.mlp.down.weight", "vision.layers.0.attention.qkv.weight"):
-        expected = dequantize_groups(*gptq(policy.state_dict()[name], rows[name], 4, True))
+        expected = dequantize_groups(*gptq(policy.state_dict()[name], feedback(rows[name]), 4, True))
         assert torch.equal(stored[name], expected)
     assert result.report["unobserved"] == []
+
+
+def test_layers_that_share_inputs_share_the_factor(tiny_policy: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v; gate and up."""
+    policy, inputs = tiny_policy
+    computed = list[Tensor]()
+    monkeypatch.setattr(
+        "rlrc.compressor.quantize.gptq.feedback", lambda rows: (computed.append(rows), feedback(rows))[1]
+    )
+    names = quantize(policy, QuantizeConfig(method="gptq"), inputs).spec.tensors
+    decoder = [name for name in names if name.startswith("decoder.")]
+    followers = [name for name in decoder if name.endswith((".k.weight", ".v.weight", ".up.weight"))]
+    assert 0 < len(followers) == len(names) - len(computed)
+
+
+# A policy's tensors, in parts
+
+
+def test_nothing_is_computed_as_a_whole(tiny_policy: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """256 numbers at a time: matrices in 4 bits and words in 16, when they are measured, checked and written."""
+    policy, inputs = tiny_policy
+    monkeypatch.setattr("rlrc.compressor.models.nn.linear.PART", 256)
+    widest, dequantize, half = [0, 0], grid.dequantize_groups, Tensor.half
+
+    def count(number: int, tensor: Tensor) -> None:
+        widest[number] = max(widest[number], tensor.numel())
+
+    monkeypatch.setattr(grid, "dequantize_groups", lambda q, scale: (count(0, q), dequantize(q, scale))[1])
+    monkeypatch.setattr(Tensor, "half", lambda tensor: (count(1, tensor), half(tensor))[1])
+    result = quantize(policy, QuantizeConfig(), inputs)
+    build_policy(policy.spec, policy.towers, decompress(result.tensors, result.spec), "the test")
+    write_file(tmp_path / "parts", result.tensors, list(result.tensors))
+    assert 0 < min(widest) <= max(widest) <= 256 < policy.embedding.weight.numel()
 
 
 # NF4

@@ -1,4 +1,4 @@
-"""Writes safetensors files one tensor at a time.
+"""Writes safetensors files one tensor at a time, and a computed one in parts.
 
 The safetensors library needs all tensors in memory before it writes the first one. A file written here is equal to the
 library's, byte by byte.
@@ -53,11 +53,15 @@ def write_file(path: Path, tensors: Tensors, names: Sequence[str], metadata: Map
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = tensors[name].detach().cpu()
-            if tensor.shape != tensors.shape(name) or tensor.dtype != tensors.dtype(name):
-                raise RuntimeError(f"{name} was announced as another tensor than was read")
-            if tensor.numel():
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            before = file.tell()
+            for part in tensors.parts(name):
+                tensor = part.detach().cpu()
+                if tensor.shape[1:] != tensors.shape(name)[1:] or tensor.dtype != tensors.dtype(name):
+                    raise RuntimeError(f"{name} was announced as another tensor than was read")
+                if tensor.numel():
+                    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if file.tell() - before != _count_bytes(tensors, name):
+                raise RuntimeError(f"{name} was announced in another size than was read")
 
 
 def _divide(tensors: Tensors, shard: int) -> list[list[str]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlrc.checkpoint_folder import unreadable
-from rlrc.compressor.models.nn.linear import EVERY, Rows
+from rlrc.compressor.models.nn.linear import EVERY, Rows, list_parts
 from rlrc.errors import UserError
 
 DTYPES = {
@@ -129,6 +129,14 @@ class Tensors(Mapping[str, Tensor]):
         if name in self.computed:
             return self.computed[name](EVERY)
         return self._stored[name] if self._read is None else self._read(name)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """As ``read``; a matrix that is computed comes in some rows after the others."""
+        if name not in self.computed:
+            yield self.read(name)
+            return
+        for rows in list_parts(self.shape(name)):
+            yield self.computed[name](rows)
 
     def states(self) -> str:
         """Names, sizes and times of the files when these tensors were opened."""

@@ -71,10 +71,11 @@ def load_tensors(
     stored = tensors if isinstance(tensors, Tensors) else Tensors(origin, dict(tensors))
     check_shapes(policy, {name: stored.shape(name) for name in stored}, origin)
     for name in stored:
-        check_finite(tensor := stored[name].detach(), name, origin, advice)
+        for part in stored.parts(name):
+            check_finite(part.detach(), name, origin, advice)
         if name in stored.computed and set_source(policy, name, stored.shape(name), stored.computed[name]):
             continue
-        set_tensor(policy, name, tensor)
+        set_tensor(policy, name, stored[name].detach())
 
 
 def tensors_of(policy: PolicyModule) -> Tensors:

@@ -66,7 +66,7 @@ def collect_inputs(
     """Sampled float32 inputs (n, in) of the linear layers whose weights have these names, by weight name.
 
     ``allocate`` makes room for the samples (default: where the inputs are). Layers that share an input (q, k and v)
-    share the sample. Layers that were never run are missing.
+    share the tensor. Layers that were never run are missing.
     """
     samples, source = dict[str, RowSample](), dict[str, str]()
     last: list[tuple[Tensor, str]] = []  # the latest input; holding it keeps ``is`` below unambiguous
@@ -101,7 +101,8 @@ def collect_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: samples[first].rows for name, first in source.items()}
+    found = {name: sample.rows for name, sample in samples.items()}
+    return {name: found[first] for name, first in source.items()}
 
 
 def _patches(factor: int) -> Callable[[Tensor], Tensor]:

@@ -23,7 +23,7 @@ from rlrc.compressor.models.tensors import Tensors
 from rlrc.compressor.quantize.action_error import ActionError, fix_noise, swap_tensors
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs
-from rlrc.compressor.quantize.gptq import gptq
+from rlrc.compressor.quantize.gptq import Feedback, gptq
 from rlrc.compressor.quantize.grid import count_bytes, dequantize_groups, quantize_groups
 from rlrc.compressor.quantize.nf4 import BITS, round_to_nf4
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_float16, choose_bits, overlay
@@ -59,10 +59,12 @@ def compare(
     def round_nearest(name: str, weight: Tensor, width: int) -> Tensor:
         return dequantize_groups(*quantize_groups(weight, width, search))
 
+    feedback = Feedback()
+
     def round_gptq(name: str, weight: Tensor) -> Tensor:
         if name not in inputs:
             return round_nearest(name, weight, 4)
-        return dequantize_groups(*gptq(weight, inputs[name], 4, search))
+        return dequantize_groups(*gptq(weight, feedback.of(inputs[name], weight.device), 4, search))
 
     def measure(grid: str, base: Tensors, given: Mapping[str, Tensor], rounding: Round, size: float) -> RoundingRow:
         rounded, outputs, changes, weights = dict[str, Tensor](), list[float](), list[Tensor](), list[Tensor]()

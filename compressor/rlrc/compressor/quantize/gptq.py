@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.device import widest_float
+from rlrc.compressor.models.nn.linear import list_parts
 from rlrc.compressor.quantize.grid import GROUP, LEVELS, Rounded, fit_group, quantize_groups, round_to_grid
 
 DAMPENING = 0.01
 """times the mean of the diagonal, added to the diagonal (as in the paper)"""
 
 
-def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
-    """Round weight (out, in) with inputs (n, in); other arguments: see ``quantize_groups``."""
-    factor, size = feedback(rows.to(weight.device)), fit_group(weight.shape[1], group)
+def gptq(weight: Tensor, factor: Tensor, bits: int, search: bool, group: int = GROUP) -> Rounded:
+    """Round weight (out, in) with ``feedback`` (in, in) of its inputs; other arguments: see ``quantize_groups``."""
+    size = fit_group(weight.shape[1], group)
     low, high = LEVELS[bits]
     rest, integers = weight.detach().to(torch.float32, copy=True), weight.new_empty(weight.shape, dtype=torch.int8)
     scales = list[Tensor]()
@@ -37,7 +38,9 @@ def gptq(weight: Tensor, rows: Tensor, bits: int, search: bool, group: int = GRO
             columns[:, i + 1 :] -= error[:, None] * row[i + 1 : size]
             integers[:, start + i] = rounded
             errors.append(error)
-        rest[:, end:] -= torch.stack(errors, 1) @ block[:, size:]
+        all_errors = torch.stack(errors, 1)
+        for part in list_parts(weight.shape):
+            rest[part, end:] -= all_errors[part] @ block[:, size:]
         scales.append(scale)
     return integers, torch.cat(scales, 1)
 
@@ -57,3 +60,16 @@ def feedback(rows: Tensor) -> Tensor:
     torch.cholesky_inverse(factor, out=factor)
     torch.linalg.cholesky(factor, upper=True, out=factor)
     return factor
+
+
+class Feedback:
+    """``feedback`` of a layer's inputs on this device, computed once for consecutive layers that share them."""
+
+    def __init__(self) -> None:
+        self._rows, self._factor = torch.empty(0), torch.empty(0)
+
+    def of(self, rows: Tensor, device: torch.device) -> Tensor:
+        if rows is not self._rows:
+            self._factor = torch.empty(0)  # of the layers before, which may be large
+            self._rows, self._factor = rows, feedback(rows.to(device))
+        return self._factor

@@ -10,20 +10,19 @@ A QuantizationSpec says which tensors of a state dict are quantized, and to how 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.nn.linear import list_parts
+from rlrc.compressor.models.tensors import Tensors, rows_of
 
 GROUPS = (32, 64, 128)
 GROUP = GROUPS[0]  # the smallest, and the default: a weight on the grid has a multiple of it as inputs
 LEVELS = {4: (-8, 7), 8: (-127, 127)}
-
-PART = 2**20  # weights that are rounded at a time: the search takes about 30 bytes for each, and is quicker in caches
 
 Rounded = tuple[Tensor, Tensor]  # integers int8 (out, in), scale fp16 (out, groups)
 
@@ -48,12 +47,6 @@ def quantize_groups(weight: Tensor, bits: int, search: bool, group: int = GROUP)
     for rows in list_parts(weight.shape):
         integers[rows], scale[rows] = _round_rows(weight.detach()[rows], bits, search, size)
     return integers, scale
-
-
-def list_parts(shape: Sequence[int]) -> Iterator[slice]:
-    """Rows of a matrix of this shape (out, in), as many as are rounded at a time."""
-    step = max(1, PART // shape[1])
-    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _round_rows(weight: Tensor, bits: int, search: bool, group: int) -> Rounded:
@@ -102,19 +95,24 @@ def count_bytes(numbers: int, bits: int, group: int = GROUP) -> int:
     return numbers * bits // 8 + numbers // group * 2
 
 
-def compress(tensors: Mapping[str, Tensor], packed: Mapping[str, Rounded], spec: QuantizationSpec) -> Tensors:
+def compress(tensors: Tensors, packed: Mapping[str, Rounded], spec: QuantizationSpec) -> Tensors:
     """A float state dict -> as stored: ``NAME.q`` and ``NAME.scale`` of the spec's tensors, others in fp16.
 
     ``packed``: integers as stored (see ``pack``), and scales.
     """
     stored = {f"{name}.{part}": packed[name][i] for name in spec.tensors for i, part in enumerate(("q", "scale"))}
-    floats = [name for name in tensors if name not in spec.tensors]
-    metas = {name: torch.empty_like(tensors[name], dtype=torch.float16, device="meta") for name in floats}
+    floats = {name: torch.empty(tensors.shape(name), dtype=torch.float16, device="meta") for name in tensors}
+    floats = {name: meta for name, meta in floats.items() if name not in spec.tensors}
+
+    def narrow(name: str, rows: slice | Tensor) -> Tensor:
+        return rows_of(tensors, name)(rows).half()
 
     def read(name: str) -> Tensor:
-        return tensors[name].half() if name in metas else stored[name]
+        return tensors[name].half() if name in floats else stored[name]
 
-    return Tensors("the quantized weights", metas | {name: tensor.to("meta") for name, tensor in stored.items()}, read)
+    computed = {name: partial(narrow, name) for name, meta in floats.items() if meta.ndim == 2}
+    metas = floats | {name: tensor.to("meta") for name, tensor in stored.items()}
+    return Tensors("the quantized weights", metas, read, computed=computed)
 
 
 def decompress(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> Mapping[str, Tensor]:
@@ -135,5 +133,6 @@ def decompress(tensors: Mapping[str, Tensor], spec: QuantizationSpec | None) -> 
         packed, scale = given[f"{name}.q"][rows], given[f"{name}.scale"][rows]
         return dequantize_groups(unpack(packed) if spec.tensors[name] == 4 else packed, scale)
 
-    computed = {name: partial(compute, name) for name in spec.tensors}
+    computed = {name: rows for name, rows in given.computed.items() if name in metas}
+    computed |= {name: partial(compute, name) for name in spec.tensors}
     return Tensors(given.origin, metas, given.__getitem__, computed=computed)

@@ -19,6 +19,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn.linear import Rows
 from rlrc.compressor.models.policy import PolicyModule
+from rlrc.compressor.models.scratch import Allocate, keep
 from rlrc.compressor.models.weights import set_source, set_tensor, tensors_of
 from rlrc.compressor.quantize.grid import GROUP, GROUPS
 
@@ -41,8 +42,13 @@ def _pad_channels(channels: int, group: int) -> int:
     return wide if wide <= MOST * channels else channels if group == GROUP else _pad_channels(channels, group // 2)
 
 
-def pad_policy(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, dict[str, Any]]:
-    """A policy with the same actions, and a report (channels added, by tower). The policy itself if none are added."""
+def pad_policy(
+    policy: PolicyModule, group: int = GROUP, allocate: Allocate | None = None
+) -> tuple[PolicyModule, dict[str, Any]]:
+    """A policy with the same actions, and a report (channels added, by tower). The policy itself if none are added.
+
+    ``allocate`` makes room for the wider tensors.
+    """
     towers = pad_towers(policy.towers, group)
     added = {
         name: sum(new.mlp - old.mlp for new, old in zip(tower.layers, policy.towers[name].layers, strict=True))
@@ -54,7 +60,9 @@ def pad_policy(policy: PolicyModule, group: int = GROUP) -> tuple[PolicyModule, 
     result = build_on_meta(policy.spec, towers)
     given = policy.state_dict()
     for name, wanted in result.state_dict().items():
-        tensor = given[name] if given[name].shape == wanted.shape else _pad_tensor(given[name], wanted.shape)
+        tensor = given[name]
+        if tensor.shape != wanted.shape:
+            tensor = keep(_pad_tensor(tensor, wanted.shape), allocate)
         set_tensor(result, name, tensor)
     return result.train(policy.training), {"channels_of_zeros": added}
 

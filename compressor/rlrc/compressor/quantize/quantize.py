@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
-from rlrc.compressor.models.nn.linear import Rows
+from rlrc.compressor.models.nn.linear import Rows, list_parts
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.scratch import Allocate, keep
 from rlrc.compressor.models.tensors import Tensors, largest_magnitude, rows_of
 from rlrc.compressor.quantize.action_error import ActionError
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs
-from rlrc.compressor.quantize.gptq import gptq
+from rlrc.compressor.quantize.gptq import Feedback, gptq
 from rlrc.compressor.quantize.grid import (
     GROUP,
     GROUPS,
@@ -32,7 +32,6 @@ from rlrc.compressor.quantize.grid import (
     count_bytes,
     decompress,
     fit_group,
-    list_parts,
     pack,
     quantize_groups,
 )
@@ -133,9 +132,13 @@ def quantize(
     if config.method == "awq" and error is not None:
         tensors, report["alphas"] = scale_channels(error.policy, tensors, bits, inputs, config.search, config.group)
 
+    feedback = Feedback()
+
     def round_tensor(name: str, width: int) -> Rounded:
         if config.method == "gptq" and name in inputs:
-            integers, scale = gptq(tensors[name], inputs[name], width, config.search, config.group)
+            weight = tensors[name]
+            factor = feedback.of(inputs[name], weight.device)
+            integers, scale = gptq(weight, factor, width, config.search, config.group)
             return keep(pack(integers) if width == 4 else integers, allocate), keep(scale, allocate)
         return round_rows(rows_of(tensors, name), tensors.shape(name), width, config, allocate or torch.empty)
 

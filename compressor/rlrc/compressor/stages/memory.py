@@ -25,7 +25,6 @@ from rlrc.compressor.models.peak import PeakMemory
 from rlrc.compressor.models.policy import PolicyModule
 from rlrc.compressor.prune.config import PruneConfig, tower_name
 from rlrc.compressor.prune.importance import LARGE
-from rlrc.compressor.quantize import grid
 from rlrc.compressor.quantize.calibration import ROWS
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantizable
 from rlrc.compressor.stages.artifact_io import inputs_of
@@ -154,7 +153,7 @@ def of_quantize(source: PolicySource, config: QuantizeConfig) -> Need:
     policy = _as_stored(source)
     weights = [tensor for name, tensor in policy.state_dict().items() if quantizable(name, tensor)]
     matrix = max((tensor.numel() for tensor in weights), default=0)
-    passing = [_infer(policy, source) + DEQUANTIZED * min(matrix, linear.PART), ROUNDED * min(matrix, grid.PART)]
+    passing = [_infer(policy, source) + DEQUANTIZED * min(matrix, linear.PART), ROUNDED * min(matrix, linear.PART)]
     if config.method == "gptq":
         # The products of the inputs in float64, with these inputs, and then with the weight and its integers.
         for inputs, numel in {(tensor.shape[1], tensor.numel()) for tensor in weights}:

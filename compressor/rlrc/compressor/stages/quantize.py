@@ -33,8 +33,10 @@ def run_quantize(
             batches = load_data(work.source, config).batches
             observations = (batches.draw(1).inputs for _ in range(config.samples))
         with status("rounding"):
-            policy, added = pad_policy(work.policy.to(work.device), config.group)
             work.run.folder.mkdir(parents=True, exist_ok=True)
             allocate = Scratch(work.run.folder).empty
-            result = quantize(policy, config, (inputs.to(work.device) for inputs in observations), allocate)
+            policy, added = pad_policy(work.policy, config.group, allocate)
+            result = quantize(
+                policy.to(work.device), config, (inputs.to(work.device) for inputs in observations), allocate
+            )
         return work.finish(policy, result, rounding=result.report | added)

@@ -8,7 +8,7 @@ rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGNED = 64  # bytes, as torch allocates
-PART = 2**20  # numbers that are widened at a time: 4 MB
+PART = 2**20  # numbers that are widened at a time: 4 MB in float32, which caches hold
 EVERY = slice(None)
 
 Rows = Callable[[slice | Tensor], Tensor]
@@ -119,13 +119,19 @@ class _Matrix:
 
         On the meta device the first one stands for all.
         """
-        outputs, inputs = self.weight.shape
-        step = max(1, PART // inputs)
-        room = x.new_empty(step, inputs)
-        for start in range(0, step if x.is_meta else outputs, step):
-            rows = slice(start, min(start + step, outputs))
+        room: Tensor | None = None
+        for rows in list_parts(self.weight.shape):
             stored = self.weight[rows] if self.source is None else self.source(rows)
+            room = x.new_empty(stored.shape) if room is None else room
             yield rows, room[: len(stored)].copy_(stored)
+            if x.is_meta:
+                return
+
+
+def list_parts(shape: Sequence[int]) -> Iterator[slice]:
+    """Rows of a matrix of this shape (out, in), as many as are computed at a time."""
+    step = max(1, PART // max(1, shape[1]))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _multiply(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> Tensor:
