@@ -308,7 +308,7 @@ def test_nothing_is_computed_as_a_whole(tiny_policy: Golden, monkeypatch: pytest
     widest, dequantize, half = [0, 0], grid.dequantize_groups, Tensor.half
 
     def count(number: int, tensor: Tensor) -> None:
-        widest[number] = max(widest[number], tensor.numel())
+        widest[number] = max(widest[number], tensor.numel() if tensor.ndim == 2 else 0)
 
     monkeypatch.setattr(grid, "dequantize_groups", lambda q, scale: (count(0, q), dequantize(q, scale))[1])
     monkeypatch.setattr(Tensor, "half", lambda tensor: (count(1, tensor), half(tensor))[1])
