@@ -305,17 +305,16 @@ def test_nothing_is_computed_as_a_whole(tiny_policy: Golden, monkeypatch: pytest
     """256 numbers at a time: matrices in 4 bits and words in 16, when they are measured, checked and written."""
     policy, inputs = tiny_policy
     monkeypatch.setattr("rlrc.compressor.models.nn.linear.PART", 256)
-    widest, dequantize, half = [0, 0], grid.dequantize_groups, Tensor.half
-
-    def count(number: int, tensor: Tensor) -> None:
-        widest[number] = max(widest[number], tensor.numel() if tensor.ndim == 2 else 0)
-
-    monkeypatch.setattr(grid, "dequantize_groups", lambda q, scale: (count(0, q), dequantize(q, scale))[1])
-    monkeypatch.setattr(Tensor, "half", lambda tensor: (count(1, tensor), half(tensor))[1])
+    dequantized, halved = list[Tensor](), list[Tensor]()
+    dequantize, half = grid.dequantize_groups, Tensor.half
+    monkeypatch.setattr(grid, "dequantize_groups", lambda q, scale: (dequantized.append(q), dequantize(q, scale))[1])
+    monkeypatch.setattr(Tensor, "half", lambda tensor: (halved.append(tensor), half(tensor))[1])
     result = quantize(policy, QuantizeConfig(), inputs)
     build_policy(policy.spec, policy.towers, decompress(result.tensors, result.spec), "the test")
     write_file(tmp_path / "parts", result.tensors, list(result.tensors))
-    assert 0 < min(widest) <= max(widest) <= 256 < policy.embedding.weight.numel()
+    assert 0 < max(tensor.numel() for tensor in dequantized) <= 256
+    words = {len(tensor) for tensor in halved if tensor.shape[1:] == policy.embedding.weight.shape[1:]}
+    assert 0 < max(words) < len(policy.embedding.weight)
 
 
 # NF4
