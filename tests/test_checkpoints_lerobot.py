@@ -14,7 +14,7 @@ from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.lerobot import processors as lerobot
 from rlrc.compressor.checkpoints.lerobot.features import PolicyFeature
 from rlrc.compressor.checkpoints.lerobot.normaliser import Statistics, affine
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import normalise, unnormalise
 

@@ -17,7 +17,7 @@ ort = pytest.importorskip("onnxruntime")
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import ActionSpec, Artifact, LayerSpec, Manifest, NormStats, TokenSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.models.openvla import OpenVLAPolicy  # noqa: E402
-from rlrc.compressor.models.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.storage.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import decompress  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402

@@ -24,7 +24,7 @@ from rlrc.artifact import Artifact, LayerSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.checkpoints.torch_policy import TorchPolicy  # noqa: E402
 from rlrc.compressor.models.families import build  # noqa: E402
 from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
-from rlrc.compressor.models.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.storage.tensors import Tensors  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.quantize import QuantizeConfig, quantize  # noqa: E402
 from rlrc.compressor.stages import artifact_io, prune  # noqa: E402

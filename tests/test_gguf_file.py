@@ -15,7 +15,7 @@ gguf = pytest.importorskip("gguf")
 
 from rlrc.artifact import LayerSpec, QuantizationSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.models.nn.decoder import Decoder  # noqa: E402
-from rlrc.compressor.models.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.storage.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import pack, quantize_groups  # noqa: E402
 from rlrc.errors import UserError  # noqa: E402
 from rlrc.exporters.gguf import file  # noqa: E402

@@ -17,7 +17,7 @@ from torch import Tensor, nn  # noqa: E402
 from rlrc.artifact import LayerSpec, TowerSpec  # noqa: E402
 from rlrc.compressor.models.nn.decoder import Decoder, causal_mask  # noqa: E402
 from rlrc.compressor.models.nn.vit import VisionTransformer  # noqa: E402
-from rlrc.compressor.models.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.storage.tensors import Tensors  # noqa: E402
 from rlrc.exporters.graphs import blocks  # noqa: E402
 from rlrc.exporters.graphs.blocks import GraphContext  # noqa: E402
 from rlrc.exporters.graphs.builder import Builder  # noqa: E402

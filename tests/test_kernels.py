@@ -24,7 +24,7 @@ from emulation import KERNELS, emulated, emulates  # noqa: E402
 from families import official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import QuantizationSpec  # noqa: E402
-from rlrc.compressor.models.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.storage.tensors import Tensors  # noqa: E402
 from rlrc.compressor.quantize.grid import pack, quantize_groups  # noqa: E402
 from rlrc.compressor.stages import artifact_io  # noqa: E402
 from rlrc.compressor.stages.sources import examples  # noqa: E402

@@ -19,7 +19,7 @@ from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder, read_hi
 from rlrc.compressor.checkpoints.reader import read
 from rlrc.compressor.models.families import build
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.tensors import tensors_from_shapes
+from rlrc.compressor.models.storage.tensors import tensors_from_shapes
 from rlrc.compressor.prune.lossless import Cut, count_outside, cut_lossless, format_report, list_unread
 from rlrc.compressor.stages.artifact_io import load_policy
 from rlrc.runtime.cli import main

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rlrc.artifact import LayerSpec, Manifest, TowerSpec
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.models.tensor_files import write_file
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensor_files import write_file
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.models.tiny import TinyPolicy
 from rlrc.compressor.models.weights import build_policy
 from rlrc.compressor.quantize import calibration, grid

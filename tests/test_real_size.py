@@ -24,7 +24,7 @@ from rlrc import artifact as artifacts
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.checkpoints.folder import ReadOptions, open_folder
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.stages.prune import run_prune
 from rlrc.compressor.stages.stage import StageOptions

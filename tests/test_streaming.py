@@ -12,7 +12,7 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import weight_files
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.checkpoints import reader
-from rlrc.compressor.models.tensor_files import write_tensors
+from rlrc.compressor.models.storage.tensor_files import write_tensors
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.quantize.quantize import QuantizeConfig
 from rlrc.compressor.stages import artifact_io

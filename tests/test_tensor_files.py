@@ -1,4 +1,4 @@
-"""Files of tensors, written one at a time (rlrc.compressor.models.tensor_files), and temporary ones (scratch)."""
+"""Files of tensors, written one at a time, and temporary ones (rlrc.compressor.models.storage)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrc.compressor.models.scratch import Scratch, keep
-from rlrc.compressor.models.tensor_files import INDEX, NAME, write_tensors
-from rlrc.compressor.models.tensors import DTYPES, Tensors, tensors_from_safetensors
+from rlrc.compressor.models.storage.scratch import Scratch, keep
+from rlrc.compressor.models.storage.tensor_files import INDEX, NAME, write_tensors
+from rlrc.compressor.models.storage.tensors import DTYPES, Tensors, tensors_from_safetensors
 
 
 def mixed() -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from families import DATA, FAMILIES, flags, official  # noqa: E402
 from rlrc import artifact as artifacts  # noqa: E402
 from rlrc.artifact import Artifact, LayerSpec, TowerSpec  # noqa: E402
 from rlrc.artifact.build_plan import PLAN, fits, read_plan  # noqa: E402
-from rlrc.compressor.models.tensors import Tensors  # noqa: E402
+from rlrc.compressor.models.storage.tensors import Tensors  # noqa: E402
 from rlrc.compressor.models.tiny import TinyPolicy  # noqa: E402
 from rlrc.compressor.prune.prune import PruneConfig  # noqa: E402
 from rlrc.compressor.quantize.grid import unpack  # noqa: E402

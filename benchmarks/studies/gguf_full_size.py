@@ -30,8 +30,8 @@ from rlrc import artifact as artifacts
 from rlrc.artifact import WEIGHTS, Artifact, LayerSpec, Manifest, PolicySpec, QuantizationSpec, TowerSpec
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.meta import build_on_meta
-from rlrc.compressor.models.tensor_files import write_file
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensor_files import write_file
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.exporters.gguf import target
 from rlrc.runtime.inference import decode
 from rlrc.runtime.inference.backends import open_engine

@@ -29,8 +29,8 @@ from torch import Tensor
 from rlrc.compressor.checkpoints import geometry
 from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.shapes import Language, Vision
-from rlrc.compressor.models.tensor_files import write_file
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensor_files import write_file
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.errors import UserError
 from rlrc.folders import create_folder, sync
 

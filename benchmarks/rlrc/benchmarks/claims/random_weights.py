@@ -24,7 +24,7 @@ from rlrc.artifact import TOKENIZER, Artifact, Manifest, PolicySpec, Quantizatio
 from rlrc.compressor.checkpoints import geometry, reader
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.prune.lossless import cut_lossless
 from rlrc.compressor.quantize.grid import GROUP
 from rlrc.compressor.quantize.padding import pad_towers

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from rlrc.checkpoint_folder import CONFIG, Flags, describe_path, is_adapter
 from rlrc.compressor.checkpoints import tensors as weights
-from rlrc.compressor.models import tensors as models_tensors
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage import tensors as models_tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.errors import UserError
 
 HINTS = {  # the keys of a file of hints

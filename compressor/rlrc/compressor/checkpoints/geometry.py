@@ -21,8 +21,8 @@ from rlrc.artifact import geometries
 from rlrc.compressor.checkpoints import reader, shapes
 from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.shapes import Language, Vision
-from rlrc.compressor.models import tensors as models_tensors
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage import tensors as models_tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.strict import encode
 
 DINOV2 = Vision(1024, 24, 4096, patch=14, tokens=256)  # ViT-L/14 with registers at 224 pixels

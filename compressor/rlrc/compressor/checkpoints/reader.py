@@ -16,11 +16,11 @@ from rlrc.compressor.checkpoints.folder import CONFIG, Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.lerobot import act, flow
 from rlrc.compressor.checkpoints.prismatic import openvla
-from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.families import FAMILIES
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage import tensors as models_tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.models.weights import set_tensor
 from rlrc.errors import UserError
 

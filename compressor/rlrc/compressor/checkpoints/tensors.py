@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlrc.checkpoint_folder import describe_path
 from rlrc.compressor.checkpoints.layout import TensorOrigin
-from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
+from rlrc.compressor.models.storage.tensors import Tensors, tensors_from_safetensors
 from rlrc.errors import UserError
 
 MODEL = "model.safetensors"

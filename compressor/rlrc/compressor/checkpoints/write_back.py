@@ -16,9 +16,9 @@ from rlrc.compressor.checkpoints import reader
 from rlrc.compressor.checkpoints import tensors as weights
 from rlrc.compressor.checkpoints.folder import Folder, ReadOptions
 from rlrc.compressor.checkpoints.layout import Layout
-from rlrc.compressor.models import tensors as models_tensors
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage import tensors as models_tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.models.weights import tensors_of
 from rlrc.compressor.quantize.padding import unpad_policy
 from rlrc.errors import UserError

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from rlrc.checkpoint_folder import Flags
 from rlrc.compressor.cli.threads import set_threads
 from rlrc.compressor.models import device
-from rlrc.compressor.models.scratch import Scratch
+from rlrc.compressor.models.storage.scratch import Scratch
 from rlrc.compressor.quantize.compare import GRIDS, RoundingRow, compare
 from rlrc.compressor.stages.artifact_io import every_input
 from rlrc.compressor.stages.sources import check_unquantized, open_source

@@ -20,7 +20,7 @@ from rlrc.artifact import (
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn.linear import Rows, Stored
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors, check_finite
+from rlrc.compressor.models.storage.tensors import Tensors, check_finite
 
 KEPT = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -26,7 +26,7 @@ from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.device import of_module
 from rlrc.compressor.models.nn.linear import Linear, receive_gradients, recompute
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import check_finite
+from rlrc.compressor.models.storage.tensors import check_finite
 from rlrc.compressor.models.weights import count_parameters
 from rlrc.compressor.prune.config import PruneConfig
 from rlrc.compressor.training.losses import chunk_loss, draw_noise

@@ -25,7 +25,7 @@ from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn import detr
 from rlrc.compressor.models.nn.decoder import AdaptiveRMSNorm
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.models.weights import narrow_dtype, set_tensor
 
 

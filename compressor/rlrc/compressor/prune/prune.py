@@ -18,7 +18,7 @@ from rlrc.artifact import PolicySpec, TowerSpec
 from rlrc.compressor.models.coupling import VISION, Group, Towers, find_groups
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.models.weights import PolicyWeights, count_parameters
 from rlrc.compressor.prune import cost, depth
 from rlrc.compressor.prune.config import CHOICES, PruneConfig, intermediate_blocks, tower_name

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.nn.linear import Stored
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.models.tensors import rows_of
+from rlrc.compressor.models.storage.tensors import rows_of
 from rlrc.compressor.quantize.calibration import check_calibration
 from rlrc.errors import UserError
 from rlrc.runtime.inference.preprocess import bin_centers

@@ -25,7 +25,7 @@ from rlrc.compressor.models.nn import decoder, detr, vit
 from rlrc.compressor.models.nn.linear import EVERY
 from rlrc.compressor.models.oft import RegressionHead
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.quantize.grid import GROUP, dequantize_groups, quantize_groups
 
 ALPHAS = tuple(i / 10 for i in range(11))

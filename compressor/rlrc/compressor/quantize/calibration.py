@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlrc.compressor.models.device import upload
 from rlrc.compressor.models.nn.vit import PatchStem, merge_patches
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.scratch import Allocate
+from rlrc.compressor.models.storage.scratch import Allocate
 from rlrc.errors import UserError
 
 ROWS = 2048

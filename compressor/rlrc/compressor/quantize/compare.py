@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.scratch import Allocate, keep
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.scratch import Allocate, keep
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.quantize.action_error import ActionError, fix_noise, swap_tensors
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
 from rlrc.compressor.models.nn.linear import list_parts
-from rlrc.compressor.models.tensors import Tensors, rows_of
+from rlrc.compressor.models.storage.tensors import Tensors, rows_of
 
 GROUPS = (32, 64, 128)
 GROUP = GROUPS[0]  # the smallest, and the default: a weight on the grid has a multiple of it as inputs

@@ -19,7 +19,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn.linear import Rows
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.scratch import Allocate, keep
+from rlrc.compressor.models.storage.scratch import Allocate, keep
 from rlrc.compressor.models.weights import set_source, set_tensor, tensors_of
 from rlrc.compressor.quantize.grid import GROUP, GROUPS
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from rlrc.artifact import QuantizationSpec
 from rlrc.compressor.models.nn.linear import Rows, list_parts
 from rlrc.compressor.models.policy import Inputs, PolicyModule
-from rlrc.compressor.models.scratch import Allocate, keep
-from rlrc.compressor.models.tensors import Tensors, largest_magnitude, rows_of
+from rlrc.compressor.models.storage.scratch import Allocate, keep
+from rlrc.compressor.models.storage.tensors import Tensors, largest_magnitude, rows_of
 from rlrc.compressor.quantize.action_error import ActionError
 from rlrc.compressor.quantize.awq import scale_channels
 from rlrc.compressor.quantize.calibration import collect_inputs

@@ -28,8 +28,8 @@ from rlrc.artifact import (
     weight_files,
 )
 from rlrc.compressor.models.policy import Inputs, Outputs, PolicyModule
-from rlrc.compressor.models.tensor_files import write_tensors
-from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
+from rlrc.compressor.models.storage.tensor_files import write_tensors
+from rlrc.compressor.models.storage.tensors import Tensors, tensors_from_safetensors
 from rlrc.compressor.models.weights import PolicyWeights, build_policy, narrow_tensors
 from rlrc.compressor.quantize.grid import decompress
 from rlrc.compressor.quantize.quantize import QuantizedWeights

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlrc.artifact import Manifest
 from rlrc.checkpoint_folder import Flags
-from rlrc.compressor.models.scratch import Scratch
+from rlrc.compressor.models.storage.scratch import Scratch
 from rlrc.compressor.quantize.padding import pad_policy
 from rlrc.compressor.quantize.quantize import QuantizeConfig, check_exempt, quantize
 from rlrc.compressor.stages import memory

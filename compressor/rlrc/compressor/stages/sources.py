@@ -31,7 +31,7 @@ from rlrc.compressor.checkpoints.layout import Layout
 from rlrc.compressor.checkpoints.torch_policy import tokenizer_of
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.policy import PolicyModule
-from rlrc.compressor.models.tensors import Tensors
+from rlrc.compressor.models.storage.tensors import Tensors
 from rlrc.compressor.models.weights import build_policy, tensors_of
 from rlrc.compressor.prune.lossless import Cut, list_unread
 from rlrc.compressor.stages.artifact_io import CURVES, load_policy, read_observations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest, TensorSpec, TowerSpec
 from rlrc.artifact.precisions import CHOICES
-from rlrc.compressor.models.scratch import Scratch
+from rlrc.compressor.models.storage.scratch import Scratch
 from rlrc.errors import UserError
 from rlrc.exporters.gguf import file as gguf_file
 from rlrc.exporters.graphs import Define, openvla, tiny

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from rlrc.artifact import TensorSpec
-from rlrc.compressor.models.scratch import Allocate
+from rlrc.compressor.models.storage.scratch import Allocate
 from rlrc.exporters.graphs.constants import Constant, flatten, write_constants
 from rlrc.exporters.graphs.weights import Weights
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx.external_data_helper import set_external_data
 
-from rlrc.compressor.models.scratch import Allocate
+from rlrc.compressor.models.storage.scratch import Allocate
 
 EXTERNAL, PAGE = 1024, 4096  # bytes: smallest constant stored in the separate file, and its alignment there
 KEPT = 2**20  # bytes: larger constants go where they are allocated

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlrc.artifact import Artifact, QuantizationSpec, weight_files
 from rlrc.compressor.models.meta import build_on_meta
-from rlrc.compressor.models.tensors import Tensors, tensors_from_safetensors
+from rlrc.compressor.models.storage.tensors import Tensors, tensors_from_safetensors
 from rlrc.compressor.models.weights import check_shapes
 from rlrc.compressor.quantize.grid import dequantize_groups, unpack
 from rlrc.errors import UserError

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from rlrc.compressor.models.scratch import Allocate
+from rlrc.compressor.models.storage.scratch import Allocate
 from rlrc.exporters.graphs.builder import INT8_MIN_INPUTS, Activation, Builder, join_names, quantize_columns
 from rlrc.exporters.graphs.weights import Weights, to_float16
 

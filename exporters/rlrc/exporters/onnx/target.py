@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rlrc.artifact import Artifact, Draft, GraphSpec, Manifest
 from rlrc.artifact.precisions import CHOICES
-from rlrc.compressor.models.scratch import Allocate, Scratch
+from rlrc.compressor.models.storage.scratch import Allocate, Scratch
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.weights import Weights, read_weights

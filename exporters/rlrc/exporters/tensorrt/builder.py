@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from rlrc.compressor.models.scratch import Allocate
+from rlrc.compressor.models.storage.scratch import Allocate
 from rlrc.exporters.graphs.builder import Activation, Builder, join_names, quantize_columns
 from rlrc.exporters.graphs.weights import Weights, to_float16, unpack_nibbles
 

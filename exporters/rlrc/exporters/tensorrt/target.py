@@ -9,7 +9,7 @@ import numpy as np
 from rlrc.artifact import GOLDEN, Artifact, Draft, GraphSpec, PolicySpec
 from rlrc.artifact.build_plan import PLAN, BuildPlan, GraphPlan, write_plan
 from rlrc.artifact.precisions import CHOICES, OVERFLOWS, PRECISIONS
-from rlrc.compressor.models.scratch import Scratch
+from rlrc.compressor.models.storage.scratch import Scratch
 from rlrc.errors import UserError
 from rlrc.exporters.graphs import find_graphs
 from rlrc.exporters.graphs.weights import Weights, read_weights

@@ -8,7 +8,7 @@ from rlrc.artifact import TowerSpec
 from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.lerobot.buffers import BUFFER
 from rlrc.compressor.checkpoints.tensors import BUFFERS
-from rlrc.compressor.models.tensors import Tensors, wrong_shape_error
+from rlrc.compressor.models.storage.tensors import Tensors, wrong_shape_error
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rlrc.compressor.checkpoints.layout import TensorOrigin
 from rlrc.compressor.checkpoints.prismatic import pictures
 from rlrc.compressor.checkpoints.tensors import BUFFERS
 from rlrc.compressor.models.nn.prismatic import TRANSFORMERS
-from rlrc.compressor.models.tensors import Tensors, wrong_shape_error
+from rlrc.compressor.models.storage.tensors import Tensors, wrong_shape_error
 from rlrc.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rlrc.compressor.models.tensors import DTYPES, Tensors
+from rlrc.compressor.models.storage.tensors import DTYPES, Tensors
 
 NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"

@@ -1,0 +1,1 @@
+"""Tensors in files: read, written, and kept in scratch files."""
