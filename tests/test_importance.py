@@ -15,6 +15,7 @@ from torch import Tensor
 from rlrc.artifact import LayerSpec, TowerSpec
 from rlrc.compressor.models.coupling import Group, find_groups
 from rlrc.compressor.models.tiny import TinyPolicy
+from rlrc.compressor.prune import importance
 from rlrc.compressor.prune.importance import Scores, score_parts
 from rlrc.compressor.prune.prune import PruneConfig
 from rlrc.compressor.rl.demonstrations import SampleBatches, Samples
@@ -164,6 +165,17 @@ def test_kept_parts_stay_in_their_order() -> None:
     assert Group((), (), 6).select_best(values, 3).tolist() == [1, 3, 4]
     assert Group((), (), 6, kv_groups=3).select_best(values, 3).tolist() == [1, 3, 4]  # one of each pair
     assert Group((), (), 6, kv_groups=2).select_best(values, 4).tolist() == [1, 2, 3, 4]  # two of three
+
+
+@pytest.mark.parametrize("score", ["taylor", "wanda"])
+def test_noise_is_drawn_from_the_seed(pupil: TinyPolicy, monkeypatch: pytest.MonkeyPatch, score: Any) -> None:
+    drawn = list[float]()
+    monkeypatch.setattr(importance, "draw_noise", lambda _, batch: (drawn.append(float(torch.rand(()))), batch)[1])
+    for seed in (0, 0, 1):
+        config = PruneConfig(score=score, batches=2, batch=4, seed=seed)
+        score_parts(pupil, "decoder", INNER, config, batches(pupil))
+    assert drawn[:2] == drawn[2:4]
+    assert len(set(drawn)) == 4
 
 
 def test_random_control_is_reproducible_by_seed(pupil: TinyPolicy) -> None:

@@ -72,7 +72,9 @@ def score_parts(
         _weigh(policy, pieces, lambda name, magnitude: magnitude)
     else:
         assert batches is not None
-        (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # flow policies draw noise and times
+            (_taylor if config.score == "taylor" else _wanda)(policy, pieces, config, batches)
     result = [Scores(*(total.cpu() for total in score.each())) for score in found]
     for group, total in zip(groups, (total for score in result for total in score.each()), strict=True):
         name = f"scores of {group.layers[0]}"
