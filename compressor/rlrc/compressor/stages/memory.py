@@ -120,15 +120,15 @@ def check(source: PolicySource, need: Callable[[], Need], work: str, advice: str
 
 
 def return_what_is_freed() -> None:
-    """Let the C library return every freed tensor of 8 MB or more to the system at once (glibc only).
+    """Let the C library return every freed tensor that is larger than a part of a weight at once (glibc only).
 
     Its heap keeps the gaps between tensors of up to 32 MB: while OpenVLA-7B was scored by Taylor's method, it grew to
-    1.9 GB. Smaller tensors, which are parts of weights, stay in the heap, and up to 64 MB at its end: pages that come
-    fresh from the system made the rounding of SmolVLA take ten times as long.
+    1.9 GB. Parts stay in the heap, and up to 64 MB at its end: rounding took ten times as long with pages that come
+    fresh from the system for every part.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if change is not None:
-        change(M_MMAP_THRESHOLD, 8 * 2**20)
+        change(M_MMAP_THRESHOLD, 5 * linear.PART)  # a part takes 4 bytes a number
         change(M_TRIM_THRESHOLD, 64 * 2**20)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGNED = 64  # bytes, as torch allocates
-PART = 2**20  # numbers that are widened at a time: 4 MB in float32, which caches hold
+PART = 2**19  # numbers that are widened at a time: 2 MB in float32, which caches hold
 EVERY = slice(None)
 
 Rows = Callable[[slice | Tensor], Tensor]
