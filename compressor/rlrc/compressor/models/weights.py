@@ -17,6 +17,7 @@ from rlrc.artifact import (
     PolicySpec,
     TowerSpec,
 )
+from rlrc.compressor.models import heap
 from rlrc.compressor.models.meta import build_on_meta
 from rlrc.compressor.models.nn.linear import Rows, Stored
 from rlrc.compressor.models.policy import PolicyModule
@@ -76,6 +77,7 @@ def load_tensors(
         if name in stored.computed and set_source(policy, name, stored.shape(name), stored.computed[name]):
             continue
         set_tensor(policy, name, stored[name].detach())
+    heap.trim()
 
 
 def tensors_of(policy: PolicyModule) -> Tensors:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlrc.artifact import QuantizationSpec
+from rlrc.compressor.models import heap
 from rlrc.compressor.models.nn.linear import Rows, list_parts
 from rlrc.compressor.models.policy import Inputs, PolicyModule
 from rlrc.compressor.models.storage.scratch import Allocate, keep
@@ -146,7 +147,10 @@ def quantize(
         spec = QuantizationSpec(majority_grid(bits, tensors), config.group, dict(bits))
         return compress(tensors, packed, spec), spec
 
-    packed = {name: round_tensor(name, width) for name, width in bits.items()}
+    packed = dict[str, Rounded]()
+    for name, width in bits.items():
+        packed[name] = round_tensor(name, width)
+        heap.trim()
     if config.budget and error is not None:
         rounded = decompress(*stored())
         report["action_error_without_exceptions"] = error.measure(overlay(tensors, rounded, bits))

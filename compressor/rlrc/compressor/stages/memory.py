@@ -7,8 +7,6 @@ matrices: those that a stage computes with at one time.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from rlrc.compressor.models import device
+from rlrc.compressor.models import device, heap
 from rlrc.compressor.models.meta import build_on_meta, on_meta
 from rlrc.compressor.models.nn import linear
 from rlrc.compressor.models.nn.linear import Linear, Stored, receive_gradients, recompute, widen
@@ -44,8 +42,6 @@ BASE = 240_000_000  # bytes of a process with torch and the libraries of a stage
 LATER = 90_000_000  # that other libraries, and the gaps in the heap, take later
 FLOAT32, MOMENTS = 4, 8  # bytes of a number; of the two that AdamW keeps for it
 META = torch.device("meta")
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
@@ -106,7 +102,7 @@ def check(source: PolicySource, need: Callable[[], Need], work: str, advice: str
     """
     if count_numbers(shapes(source)) < SMALL:
         return
-    return_what_is_freed()
+    heap.return_large()
     needed, where = need(), device.current()
     name, size, free, has = "memory", needed.in_memory(), available(), taken()
     if where.type == "cuda":
@@ -117,19 +113,6 @@ def check(source: PolicySource, need: Callable[[], Need], work: str, advice: str
             "larger machine"
         )
     plain_console(stderr=True).print(f"{work} needs about {(has + size) / 1e9:.2f} GB of {name}")
-
-
-def return_what_is_freed() -> None:
-    """Let the C library return every freed tensor that is larger than a part of a weight at once (glibc only).
-
-    Its heap keeps the gaps between tensors of up to 32 MB: while OpenVLA-7B was scored by Taylor's method, it grew to
-    1.9 GB. Parts stay in the heap, and up to 64 MB at its end: rounding took ten times as long with pages that come
-    fresh from the system for every part.
-    """
-    change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if change is not None:
-        change(M_MMAP_THRESHOLD, 5 * linear.PART)  # a part takes 4 bytes a number
-        change(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def of_prune(source: PolicySource, config: PruneConfig) -> Need:
