@@ -73,10 +73,12 @@ class Builder(ABC):
             return [helper.make_tensor_value_info(spec.name, TYPES[spec.dtype], spec.shape) for spec in tensors]
 
         nodes, constants = self._drop_unused()
-        initializers = [constant.proto(file, (offsets or {}).get(constant.name)) for constant in constants]
-        graph = helper.make_graph(nodes, name, declare(self.inputs), declare(self.outputs), initializers)
+        graph = helper.make_graph(nodes, name, declare(self.inputs), declare(self.outputs))
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.OPSETS.items()]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=self.IR_VERSION, producer_name="rlrc")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self.IR_VERSION, producer_name="rlrc")
+        for constant in constants:  # added last: make_graph and make_model copy what they are given
+            constant.fill(model.graph.initializer.add(), file, (offsets or {}).get(constant.name))
+        return model
 
     def write(self, name: str, path: Path) -> None:
         """Write one file, and PATH.data with the constants if they approach protobuf's limit of 2 GB."""

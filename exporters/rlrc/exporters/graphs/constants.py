@@ -31,16 +31,16 @@ class Constant:
     def has_values_of(self, other: Constant) -> bool:
         return self.kind == other.kind and self.shape == other.shape and np.array_equal(self.data, other.data)
 
-    def proto(self, file: str = "", offset: int | None = None) -> onnx.TensorProto:
-        """With the values, or with a reference to their place in a ``file``."""
-        tensor = onnx.TensorProto(name=self.name, data_type=self.kind, dims=self.shape)
+    def fill(self, tensor: onnx.TensorProto, file: str = "", offset: int | None = None) -> None:
+        """Describe it in an empty ``tensor``: with the values, or with a reference to their place in a ``file``."""
+        tensor.name, tensor.data_type = self.name, self.kind
+        tensor.dims.extend(self.shape)
         if offset is None:
             tensor.raw_data = self.data.tobytes()
         else:
             tensor.raw_data = b""
             set_external_data(tensor, file, offset, self.data.nbytes)
             tensor.ClearField("raw_data")
-        return tensor
 
 
 def flatten(array: NDArray[Any], allocate: Allocate | None) -> NDArray[np.uint8]:
